@@ -1,0 +1,88 @@
+"""What both sides read: a checkpoint directory, calibration and held-out token ids, and the peer's environment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import common
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+
+from intaglio.data import assets
+from intaglio.data.segments import segments
+from intaglio.data.texts import load_texts
+from intaglio.errors import IntaglioError
+
+HERE = Path(__file__).resolve().parent
+REQUIREMENTS = HERE / "peer-requirements.txt"
+
+
+def checkpoint_directory(model: str) -> Path:
+    """Return the directory of a checkpoint.
+
+    Args:
+        model: a directory with one model.safetensors, or the name of a bundled model.
+
+    Raises:
+        IntaglioError: it is neither, or its weights are in several files.
+    """
+    path = Path(model) if Path(model).is_dir() else Path(assets.path(model))
+    if not (path / "model.safetensors").is_file():
+        raise IntaglioError(f"the model {path} has no model.safetensors; give an ordinary checkpoint of one file")
+    return path.resolve()
+
+
+def token_files(
+    model: Path, texts: str, folder: Path, samples: int, held_out: int, length: int, seed: int
+) -> tuple[Path, Path, dict[str, str]]:
+    """Write the calibration and the held-out token ids; no document is in both.
+
+    Args:
+        model: whose tokenizer is used.
+        texts: what `load_texts` takes.
+        folder: where the two safetensors files go.
+        samples: calibration segments.
+        held_out: held-out segments.
+        length: tokens a segment.
+        seed: orders the documents.
+
+    Returns:
+        The two files and the digests of the two sets of ids.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    training, rest = load_texts(texts).split()
+    calibration = segments(tokenizer, training, samples, length, seed)
+    evaluation = segments(tokenizer, rest, held_out, length, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / "calibration.safetensors", folder / "held-out.safetensors"
+    for path, part in zip(files, (calibration, evaluation), strict=True):
+        save_file({common.IDS: part.ids_NT.contiguous()}, path)
+    return *files, {"calibration": calibration.digest, "held_out": evaluation.digest}
+
+
+def peer_python(given: Path | None, environment: Path) -> Path:
+    """Return a Python that has the peer, making its virtual environment when it is missing.
+
+    Args:
+        given: an interpreter to use as it is, or None.
+        environment: the directory of the virtual environment to use or make.
+
+    Raises:
+        IntaglioError: the given interpreter is missing, or the installation fails.
+    """
+    python = given or environment / "bin" / "python"
+    # Written last, so that an interrupted installation is finished by the next run.
+    ready = environment / "installed.txt"
+    if given is None and not (ready.is_file() and ready.read_text() == REQUIREMENTS.read_text()):
+        print(f"making {environment} for the peer: about 2 GB, once", file=sys.stderr)
+        venv.EnvBuilder(with_pip=True).create(environment)
+        done = subprocess.run([python, "-m", "pip", "install", "--quiet", "--requirement", REQUIREMENTS], check=False)
+        if done.returncode:
+            raise IntaglioError(f"the peer could not be installed into {environment}; see pip's message above")
+        ready.write_text(REQUIREMENTS.read_text())
+    if not python.is_file():
+        raise IntaglioError(f"the peer's python {python} does not exist")
+    return python

@@ -1,0 +1,244 @@
+"""Pruning, ours against llmcompressor: the same checkpoint, the same token ids, alternated fresh processes.
+
+    python benchmarks/pruning/run.py --out bench-out            # everything: five repeats of six variants
+    python benchmarks/pruning/run.py --variants wanda-50 --repeats 1 --peer-python PATH
+
+Every finished run is a line of `runs.jsonl` in the output directory; a run that is there already is not done again, so
+a stopped benchmark goes on where it was. `results.json` and `results.md` are written at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import prepare
+import table
+
+from intaglio import writer
+from intaglio.errors import IntaglioError
+
+HERE = Path(__file__).resolve().parent
+SOURCE = HERE.parents[1] / "src" / "intaglio"
+VARIANTS = ("magnitude-50", "magnitude-2:4", "wanda-50", "wanda-2:4", "sparsegpt-50", "sparsegpt-2:4")
+# What a pruning call of ours runs: when one of these changes, our finished runs no longer count.
+OURS = ("weights/**/*.py", "kernels/**/*.py", "calibrate.py", "anatomy.py", "masks.py", "checkpoint.py")
+
+Run = dict[str, Any]
+
+
+def amount(variant: str) -> tuple[str, list[str]]:
+    """Return a variant's method and the workers' option for how much is pruned.
+
+    Args:
+        variant: `METHOD-PERCENT` or `METHOD-N:M`.
+
+    Raises:
+        IntaglioError: it is neither.
+    """
+    found = re.fullmatch(r"(magnitude|wanda|sparsegpt)-(?:(\d{1,2})|(\d+:\d+))", variant)
+    if not found:
+        raise IntaglioError(f"the variant {variant!r} is unknown; accepted: {', '.join(VARIANTS)} and other amounts")
+    method, percent, pattern = found.groups()
+    return method, ["--pattern", pattern] if pattern else ["--sparsity", str(int(percent) / 100)]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pruning: ours against llmcompressor.")
+    parser.add_argument("--model", default="smollm2", help="checkpoint directory or bundled name")
+    parser.add_argument("--texts", default="wikipedia", help="bundled name, file or folder")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=32, help="calibration segments")
+    parser.add_argument("--held-out", type=int, default=64, help="held-out segments")
+    parser.add_argument("--length", type=int, default=512, help="tokens a segment")
+    parser.add_argument("--seed", type=int, default=0, help="orders the documents")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences a forward pass, ours")
+    parser.add_argument("--peer-batch-size", type=int, default=8, help="sequences a forward pass, the peer's")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer-python", type=Path, help="an interpreter that has llmcompressor")
+    parser.add_argument("--peer-venv", type=Path, default=HERE / ".venv-peer", help="made when it is missing")
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoints (538 MB each)")
+    return parser.parse_args()
+
+
+def _digest(paths: list[Path]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        total.update(path.read_bytes())
+    return total.hexdigest()[:16]
+
+
+class Bench:
+    """One benchmark: its settings, and the runs that are done."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.out: Path = arguments.out.resolve()
+        self.model = prepare.checkpoint_directory(arguments.model)
+        self.python = {
+            "ours": Path(sys.executable),
+            "peer": prepare.peer_python(arguments.peer_python, arguments.peer_venv.absolute()),
+        }
+        self.batch_size = {"ours": arguments.batch_size, "peer": arguments.peer_batch_size}
+        counts = arguments.samples, arguments.held_out, arguments.length, arguments.seed
+        self.calibration, self.held_out, self.digests = prepare.token_files(
+            self.model, arguments.texts, self.out, *counts
+        )
+        ours = sorted(path for pattern in OURS for path in SOURCE.glob(pattern))
+        self.code = {
+            "ours": _digest([*ours, HERE / "common.py", HERE / "worker_ours.py"]),
+            "peer": _digest([HERE / "common.py", HERE / "worker_peer.py", prepare.REQUIREMENTS]),
+        }
+        self.weights = _digest([self.model / "model.safetensors"])
+        self.journal = self.out / "runs.jsonl"
+        self.done = self._read_journal()
+
+    def _read_journal(self) -> dict[str, Run]:
+        if not self.journal.is_file():
+            return {}
+        done = {}
+        for line in self.journal.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                # The process was stopped while it wrote the last line: that run is done again.
+                print("a half-written line of runs.jsonl is ignored", file=sys.stderr)
+                continue
+            done[entry["key"]] = entry
+        return done
+
+    def _append(self, entry: Run) -> None:
+        self.done[entry["key"]] = entry
+        with self.journal.open("a") as file:
+            if file.tell() and not self.journal.read_bytes().endswith(b"\n"):
+                file.write("\n")
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _execute(self, side: str, script: str, options: list[str], log: str) -> Run:
+        threads = str(self.arguments.threads)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        path = self.out / "logs" / f"{log}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as errors:
+            command = [str(self.python[side]), str(HERE / script), "--threads", threads, *options]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=errors, check=False)
+        if done.returncode:
+            raise IntaglioError(f"{script} for {log} ended with {done.returncode}; its messages are in {path}")
+        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+    def checkpoint(self, variant: str, side: str) -> Path:
+        """Where one side's pruned checkpoint of a variant lies until it is judged."""
+        return self.out / "checkpoints" / f"{variant.replace(':', 'of')}-{side}"
+
+    def prune(self, variant: str, side: str, repeat: int) -> Run:
+        """Return one run, from the journal or by doing it; the first repeat's checkpoint is kept for the judge."""
+        base = f"{self.weights}/{self.digests['calibration'][:16]}/{self.arguments.threads}"
+        key = f"{base}/{self.code[side]}/{self.batch_size[side]}/{variant}/{side}/{repeat}"
+        if key not in self.done:
+            method, how_much = amount(variant)
+            size = self.batch_size[side]
+            options = ["--model", str(self.model), "--calibration", str(self.calibration)]
+            options += ["--method", method, *how_much, "--batch-size", str(size)]
+            if repeat == 0:
+                target = self.checkpoint(variant, side)
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                options += ["--output", str(target)]
+            log = f"{variant.replace(':', 'of')}-{side}-{repeat}"
+            answer = self._execute(side, f"worker_{side}.py", options, log)
+            entry = {"key": key, "variant": variant, "side": side, "repeat": repeat, "batch_size": size}
+            self._append(entry | answer)
+            shown = answer.get("unsupported") or f"{answer['seconds']:.1f} s, peak {answer['peak_mib']:.0f} MiB"
+            print(f"{variant} {side} {repeat + 1}: {shown}", flush=True)
+        return self.done[key]
+
+    def judge(self, name: str, runs: list[Run], checkpoints: list[Path]) -> Run | None:
+        """Return perplexities of checkpoints, from the journal or by measuring; None when the files are gone.
+
+        Args:
+            name: of the variant, or `dense`.
+            runs: the runs that made the checkpoints.
+            checkpoints: one or two directories.
+        """
+        tail = "+".join(run["key"] for run in runs)
+        key = f"{self.weights}/{self.digests['held_out'][:16]}/{_digest([HERE / 'judge.py'])}/judge/{name}/{tail}"
+        if key not in self.done:
+            if not all(path.is_dir() for path in checkpoints):
+                return None
+            options = ["--evaluation", str(self.held_out), *map(str, checkpoints)]
+            self._append({"key": key, **self._execute("ours", "judge.py", options, f"judge-{name.replace(':', 'of')}")})
+        return self.done[key]
+
+    def variant(self, variant: str) -> dict[str, Any]:
+        """Return the finished row of one variant: A B A B, then the judge."""
+        runs: list[Run] = []
+        for repeat in range(self.arguments.repeats):
+            for side in table.SIDES:
+                if repeat and any("unsupported" in run for run in runs if run["side"] == side):
+                    continue
+                runs.append(self.prune(variant, side, repeat))
+        first = [run for run in runs if run["repeat"] == 0 and "unsupported" not in run]
+        saved = [self.checkpoint(variant, run["side"]) for run in first]
+        judged = self.judge(variant, first, saved) if saved else None
+        if not self.arguments.keep:
+            for path in saved:
+                shutil.rmtree(path, ignore_errors=True)
+        return table.summary(variant, runs, judged)
+
+    def results(self) -> dict[str, Any]:
+        """Do everything that is not done yet and return the results."""
+        names = self.arguments.variants.split(",")
+        for name in names:
+            amount(name)
+        dense = self.judge("dense", [], [self.model])
+        asked = ("repeats", "samples", "held_out", "length", "seed", "threads", "texts", "model")
+        return {
+            "settings": {name: getattr(self.arguments, name) for name in asked},
+            "digests": {**self.digests, "weights": self.weights, "code": self.code},
+            "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
+            "dense_perplexity": dense["checkpoints"][0]["perplexity"] if dense else None,
+            "variants": [self.variant(name) for name in names],
+        }
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def main() -> int:
+    try:
+        bench = Bench(_arguments())
+        results = bench.results()
+        writer.write_json(bench.out / "results.json", results)
+        writer.write_text(bench.out / "results.md", table.markdown(results))
+    except IntaglioError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(table.markdown(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

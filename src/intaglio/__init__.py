@@ -1,0 +1,70 @@
+"""Intaglio carves pretrained transformers: masks over tokens, attention, weights, units and next tokens.
+
+    import intaglio
+    ckpt = intaglio.load("smollm2")                  # a bundled name, a directory, or a hub id
+    intaglio.DSnoT(pattern="2:4").apply(ckpt, calibration=texts)
+    ckpt.save("out/")                                # AutoModelForCausalLM loads it
+
+Every name below is loaded when it is first used, so that importing the package costs nothing:
+
+- `load`, `Checkpoint`: a model, its tokenizer and the record of what was done to it
+- `Recipe`, `carve`, `compare`, `plan`: recipes and what runs them
+- `load_texts`, `Corpus`, `Segments`: data
+- `IntaglioError`: the one error a user can cause
+- every method of the catalogue by its name (`Magnitude`, `Wanda`, `SparseGPT`, `DSnoT`)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from intaglio.catalogue import ENTRIES
+
+if TYPE_CHECKING:
+    from intaglio.carving import carve, compare, plan
+    from intaglio.checkpoint import Checkpoint, load
+    from intaglio.data.segments import Segments
+    from intaglio.data.texts import Corpus, load_texts
+    from intaglio.errors import IntaglioError
+    from intaglio.recipe import Recipe
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "Corpus": "data.texts",
+    "IntaglioError": "errors",
+    "Recipe": "recipe",
+    "Segments": "data.segments",
+    "carve": "carving",
+    "compare": "carving",
+    "load": "checkpoint",
+    "load_texts": "data.texts",
+    "plan": "carving",
+}
+_METHODS = {entry.name: entry.module for entry in ENTRIES.values()}
+
+__all__ = [
+    "Checkpoint",
+    "Corpus",
+    "IntaglioError",
+    "Recipe",
+    "Segments",
+    "carve",
+    "compare",
+    "load",
+    "load_texts",
+    "plan",
+    *_METHODS,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"intaglio.{_HOMES[name]}"), name)
+    if name in _METHODS:
+        return getattr(import_module(_METHODS[name]), name)
+    raise AttributeError(f"module 'intaglio' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

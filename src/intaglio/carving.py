@@ -1,0 +1,476 @@
+"""Run a recipe: checkpoint in, checkpoint out, measured before and after; killed at any moment, it can be resumed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+
+from intaglio import report, writer
+from intaglio.anatomy import anatomy
+from intaglio.checkpoint import Checkpoint, load, load_config, model_class, parse_device, parse_dtype, versions
+from intaglio.data.segments import Segments, segments
+from intaglio.data.texts import calibration_and_held_out, load_texts
+from intaglio.errors import IntaglioError
+from intaglio.measures.quality import Reference, reference
+from intaglio.measures.side import measure
+from intaglio.method import Carving, Method, Progress, Workload, silent
+from intaglio.recipe import Measure, Recipe
+
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Data:
+    """The token segments of a run.
+
+    Args:
+        calibration: what steps are calibrated on; None if no step needs it.
+        held_out: what is measured on. No document is in both.
+    """
+
+    calibration: Segments | None
+    held_out: Segments
+
+
+def prepare_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
+    """Cut calibration and held-out segments; no document is in both.
+
+    Args:
+        recipe: names the texts.
+        checkpoint: whose tokenizer and context are used.
+
+    Raises:
+        IntaglioError: no tokenizer, missing or empty texts, or too few of them.
+    """
+    if checkpoint.tokenizer is None:
+        raise IntaglioError(f"{checkpoint.source} has no tokenizer, so no text can be measured")
+    calibration, held_out = calibration_and_held_out(
+        load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts)
+    )
+    needed = any(cast(Carving, step).needs_calibration for step in recipe.steps)
+    return Data(
+        calibration=segments(
+            checkpoint.tokenizer,
+            calibration,
+            recipe.calibration.samples,
+            min(recipe.calibration.length, checkpoint.context),
+            recipe.seed,
+        )
+        if needed
+        else None,
+        held_out=held_out_segments(checkpoint, held_out, recipe.measure),
+    )
+
+
+def held_out_segments(checkpoint: Checkpoint, corpus: Any, wanted: Measure) -> Segments:
+    """Segments to measure on: the same for every seed, so that runs can be compared.
+
+    Args:
+        checkpoint: whose tokenizer and context are used.
+        corpus: held-out documents.
+        wanted: samples and length.
+    """
+    return segments(checkpoint.tokenizer, corpus, wanted.samples, min(wanted.length, checkpoint.context), seed=0)
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[Path]:
+    """The directory beside OUT where finished steps wait, locked against a second run."""
+    path = out.absolute().parent / f".{out.name}.carving"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise IntaglioError(f"cannot write {path}: {error.strerror or error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise IntaglioError(f"another carve to {out} is running") from None
+        try:
+            yield path
+        finally:
+            if not (path / STATE).exists():
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _read_state(scratch: Path) -> dict[str, Any] | None:
+    try:
+        state: dict[str, Any] = json.loads((scratch / STATE).read_text(encoding="utf-8"))
+        return state if isinstance(state.get("done"), int) else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _start(scratch: Path, out: Path, digest: str, steps: int, resume: bool, overwrite: bool) -> int:
+    """How many steps are done already; leftovers that cannot be used are refused or cleared."""
+    state = _read_state(scratch)
+    if state is None:
+        return 0
+    if resume:
+        if state["digest"] != digest:
+            raise IntaglioError(
+                f"the interrupted carve to {out} was of another recipe, model, device, dtype or version; "
+                "run it without resume and with overwrite to start over"
+            )
+        torch.set_num_threads(int(state["threads"]))
+        return min(int(state["done"]), steps)
+    if not overwrite:
+        raise IntaglioError(
+            f"an interrupted carve to {out} has finished {state['done']} of {steps} steps; "
+            "resume it, or overwrite it to start over"
+        )
+    shutil.rmtree(scratch / f"step-{state['done']}", ignore_errors=True)
+    (scratch / STATE).unlink(missing_ok=True)
+    return 0
+
+
+def check_fit(steps: tuple[Method, ...], checkpoint: Checkpoint) -> None:
+    """Refuse, before any work, a model that a step does not fit.
+
+    Args:
+        steps: of the recipe.
+        checkpoint: what they are for.
+
+    Raises:
+        IntaglioError: names the step and the layer.
+    """
+    named = [(name, *linear.shape) for name, linear in anatomy(checkpoint.model).all_linears()]
+    for step in steps:
+        cast(Carving, step).check(named)
+
+
+def apply_step(step: Method, checkpoint: Checkpoint, recipe: Recipe, data: Data, progress: Progress) -> None:
+    """Apply one step of a recipe in place.
+
+    Args:
+        step: the method.
+        checkpoint: edited.
+        recipe: for seed and batch size.
+        data: for calibration.
+        progress: called as it goes on.
+    """
+    cast(Carving, step).apply(
+        checkpoint,
+        data.calibration,
+        seed=recipe.seed,
+        batch_size=recipe.calibration.batch_size,
+        progress=progress,
+    )
+
+
+def carve(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Load, measure, run the steps, measure again, and write checkpoint and report.
+
+    After each step the checkpoint is put aside, so a run that was killed resumes after the last finished step and ends
+    with the same weights, config and tokenizer files as an unbroken one.
+
+    Args:
+        recipe: what to do.
+        out: the directory to make.
+        model: what to carve; wins over the recipe's.
+        device: where to work. Default: the CPU.
+        dtype: of the weights. Default: the checkpoint's own.
+        resume: go on after the last finished step of an interrupted run.
+        overwrite: replace a directory that is there, and discard an interrupted run.
+        progress: called as work goes on.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        IntaglioError: one sentence on what cannot be done; then `out` is as it was.
+    """
+    begun = time.time()
+    out = Path(out)
+    name = model or recipe.model
+    if name is None:
+        raise IntaglioError("no model is given: name one on the command line or in the recipe")
+    writer.check_target(out, overwrite)
+    digest = recipe.digest(json.dumps([name, str(device), str(dtype), versions()]))
+    with _scratch(out) as scratch:
+        done = _start(scratch, out, digest, len(recipe.steps), resume, overwrite)
+        checkpoint = load(name, device=device, dtype=dtype)
+        check_fit(recipe.steps, checkpoint)
+        data = prepare_data(recipe, checkpoint)
+        original, before = _before(checkpoint, data, recipe, progress)
+        seconds: list[float | None] = [None] * done
+        if done:
+            checkpoint = load(scratch / f"step-{done}", device=device, dtype=dtype)
+            checkpoint.source = name
+        for index, step in enumerate(recipe.steps[done:], start=done):
+            start = time.time()
+            apply_step(step, checkpoint, recipe, data, progress)
+            seconds.append(time.time() - start)
+            _put_aside(checkpoint, scratch, index + 1, digest)
+        after = measure(
+            checkpoint,
+            data.held_out,
+            original,
+            batch_size=recipe.measure.batch_size,
+            timed=recipe.measure.speed,
+            progress=progress,
+        )
+        document = _document(recipe, checkpoint, name, data, before, after, seconds, time.time() - begun)
+        _finish(out, scratch / f"step-{len(recipe.steps)}", document, overwrite)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return document
+
+
+def _before(checkpoint: Checkpoint, data: Data, recipe: Recipe, progress: Progress) -> tuple[Reference, dict[str, Any]]:
+    wanted = recipe.measure
+    original = reference(checkpoint, data.held_out, wanted.batch_size)
+    side = measure(
+        checkpoint, data.held_out, original, batch_size=wanted.batch_size, timed=wanted.speed, progress=progress
+    )
+    return original, side
+
+
+def _put_aside(checkpoint: Checkpoint, scratch: Path, done: int, digest: str) -> None:
+    """Save the state after a step; the state file names it only when it is whole."""
+    checkpoint.save(scratch / f"step-{done}", overwrite=True)
+    writer.write_json(scratch / STATE, {"digest": digest, "done": done, "threads": torch.get_num_threads()})
+    shutil.rmtree(scratch / f"step-{done - 1}", ignore_errors=True)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _finish(out: Path, last: Path, document: dict[str, Any], overwrite: bool) -> None:
+    with writer.directory(out, overwrite) as temporary:
+        shutil.copytree(last, temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
+        (temporary / "report.json").write_text(writer.to_json(document), encoding="utf-8")
+        (temporary / "report.html").write_text(report.carve_page(document), encoding="utf-8")
+
+
+def defaults(step: Method) -> dict[str, Any]:
+    """The default of each of a method's fields, so that a report can show what was set.
+
+    Args:
+        step: the method.
+    """
+    return {name: field.get_default() for name, field in type(step).model_fields.items()}
+
+
+def provenance(checkpoint: Checkpoint, wanted: Measure, held_out: Segments) -> dict[str, Any]:
+    """What every report says about how it was measured.
+
+    Args:
+        checkpoint: gives device and dtype.
+        wanted: what was asked for.
+        held_out: what was measured on.
+    """
+    return {
+        "measure": {
+            "texts": wanted.texts,
+            "samples": held_out.n,
+            "length": held_out.length,
+            "digest": held_out.digest,
+        },
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "device": str(checkpoint.device),
+        "dtype": str(next(checkpoint.model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _document(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    name: str,
+    data: Data,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    seconds: list[float | None],
+    total: float,
+) -> dict[str, Any]:
+    made = checkpoint.record.steps[-len(recipe.steps) :]
+    return {
+        "format": report.FORMAT,
+        "title": f"{name} carved by {', '.join(step.slug for step in recipe.steps)}",
+        "model": name,
+        "kind": checkpoint.kind,
+        "steps": [
+            record.model_dump() | {"defaults": defaults(step), "seconds": took}
+            for record, step, took in zip(made, recipe.steps, seconds, strict=True)
+        ],
+        "before": before,
+        "after": after,
+        **provenance(checkpoint, recipe.measure, data.held_out),
+        "recipe": yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True),
+        "seconds": total,
+    }
+
+
+def compare(
+    a: str,
+    b: str,
+    *,
+    wanted: Measure | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure two checkpoints on the same held-out text; `b`'s agreement is with `a`.
+
+    With equal tokenizers both see the same tokens. With different ones, tokens and agreement are not comparable: each
+    is measured on its own tokens of the same documents, agreement is None, and bits per byte is the fair number.
+
+    Args:
+        a: the first checkpoint.
+        b: the second.
+        wanted: what to measure on. Default: 16 segments of 512 tokens of the bundled Wikipedia.
+        device: where to work.
+        dtype: of the weights.
+        progress: called as work goes on.
+
+    Returns:
+        `{a: side, b: side, ...}` as `report.compare_page` takes it.
+    """
+    wanted = wanted or Measure()
+    first = load(a, device=device, dtype=dtype)
+    _, held_out = load_texts(wanted.texts).split()
+    if first.tokenizer is None:
+        raise IntaglioError(f"{a} has no tokenizer, so no text can be measured")
+    data_a = held_out_segments(first, held_out, wanted)
+    original = reference(first, data_a, wanted.batch_size)
+    options: dict[str, Any] = {"batch_size": wanted.batch_size, "timed": wanted.speed, "progress": progress}
+    side_a = measure(first, data_a, original, **options)
+    about = provenance(first, wanted, data_a)
+    del first
+    second = load(b, device=device, dtype=dtype)
+    if second.tokenizer is None:
+        raise IntaglioError(f"{b} has no tokenizer, so no text can be measured")
+    data_b = held_out_segments(second, held_out, wanted)
+    same = data_a.digest == data_b.digest and (original.head is not None) == anatomy(second.model).causal
+    side_b = measure(second, data_b, original if same else None, **options)
+    return {
+        "format": report.FORMAT,
+        "title": f"{a} beside {b}",
+        "a": {"model": a, **side_a},
+        "b": {"model": b, **side_b},
+        **about,
+    }
+
+
+def plan(
+    recipe: Recipe, *, model: str | None = None, device: str | None = None, dtype: str | None = None
+) -> dict[str, Any]:
+    """What a carve would do and take, from the model's configuration alone: no weights are read.
+
+    Args:
+        recipe: what would be done.
+        model: what would be carved; wins over the recipe's.
+        device: where.
+        dtype: of the weights. Default: the checkpoint's own.
+
+    Returns:
+        `{model, parameters, bytes, steps: [{slug, parameters, seconds, memory_bytes}], measure_seconds, seconds,
+        memory_bytes, gflops}`. Seconds come from a product and a selection timed on this machine just now.
+
+    Raises:
+        IntaglioError: as `carve` would, as far as can be told without weights.
+    """
+    name = model or recipe.model
+    if name is None:
+        raise IntaglioError("no model is given: name one on the command line or in the recipe")
+    where, wanted = parse_device(device), parse_dtype(dtype)
+    _, config = load_config(name)
+    kind = wanted if isinstance(wanted, torch.dtype) else (getattr(config, "dtype", None) or torch.float32)
+    with torch.device("meta"):
+        skeleton = model_class(config, name)(config)
+    parts = anatomy(skeleton)
+    linears = parts.all_linears()
+    named = [(full, *linear.shape) for full, linear in linears]
+    for step in recipe.steps:
+        cast(Carving, step).check(named)
+    length = min(recipe.calibration.length, int(getattr(parts.config, "max_position_embeddings", 1 << 30)))
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    element = torch.empty(0, dtype=kind).element_size()
+    workload = Workload(
+        linears=tuple(linear.shape for _, linear in linears),
+        block_parameters=sum(p.numel() for block in parts.blocks for p in block.parameters()),
+        parameters=parameters,
+        hidden=int(parts.config.hidden_size),
+        tokens=recipe.calibration.samples * length,
+        batch_tokens=recipe.calibration.batch_size * length,
+        element_size=element,
+    )
+    flops_per_s, elements_per_s = machine_rates(where, kind)
+    measured = recipe.measure.samples * min(recipe.measure.length, length)
+    measure_seconds = 2 * 2.0 * (parameters + workload.block_parameters) * measured / flops_per_s
+    steps = []
+    for step in recipe.steps:
+        cost = cast(Carving, step).estimate(workload)
+        took = cost.flops / flops_per_s + cost.sorted_elements / elements_per_s
+        memory = parameters * element + cost.extra_bytes
+        steps.append({"slug": step.slug, "parameters": step.model_dump(), "seconds": took, "memory_bytes": memory})
+    # Beyond the weights: one float32 table of logits and its log-softmax, twice (the original's too), and the head's
+    # copy.
+    head = parts.config.vocab_size * workload.hidden * element
+    measuring = parameters * element + head + 4 * (1 << 26)
+    return {
+        "model": name,
+        "parameters": parameters,
+        "bytes": parameters * element,
+        "tokens": workload.tokens,
+        "steps": steps,
+        "measure_seconds": measure_seconds,
+        "seconds": measure_seconds + sum(step["seconds"] for step in steps),
+        "memory_bytes": max([measuring, *(step["memory_bytes"] for step in steps)]),
+        "gflops": flops_per_s / 1e9,
+    }
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Floating-point operations a second of a matrix product, and elements a second of a selection, timed now.
+
+    Args:
+        device: where.
+        dtype: of the product.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 768, generator=generator).to(device, dtype)
+    y = torch.randn(768, 768, generator=generator).to(device, dtype)
+    score = torch.randn(256, 768, generator=generator).to(device)
+
+    def best(work: Any) -> float:
+        found = float("inf")
+        for _ in range(5):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            found = min(found, time.perf_counter() - start)
+        return found
+
+    # A transformer's pass reaches about half of what a lone product does.
+    flops = 0.5 * 2 * 512 * 768 * 768 / best(lambda: x @ y)
+    return flops, score.numel() / best(lambda: score.kthvalue(384, dim=1))

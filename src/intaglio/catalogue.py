@@ -1,0 +1,107 @@
+"""The static table of methods: everything `intaglio list` says, readable without torch.
+
+One entry a slug. A test checks each against the class it names, so the table cannot drift from the code. Adding a
+method means adding its file and its line here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal[
+    "carving",
+    "objective",
+    "shaper",
+    "selector",
+    "decoder",
+    "drafter",
+    "visibility",
+    "encoder",
+    "dictionary",
+    "probe",
+    "study",
+]
+
+ROOMS: dict[str, str] = {
+    "objectives": "masks over tokens: what the model must predict",
+    "attention": "masks over attention: who sees whom",
+    "weights": "masks over weights: which parameters live",
+    "activations": "masks over units: which units fire",
+    "decoding": "masks over next tokens: what may be said",
+    "training": "masks over examples and gradients",
+    "retrieval": "encoders, the index, search",
+    "probes": "reading a model",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method as the catalogue shows it.
+
+    Args:
+        slug: the name used in recipes, on the command line and as the file's name.
+        room: the subpackage it lives in, a key of `ROOMS`.
+        name: the class's name, as people write the method.
+        kinds: the protocols it implements.
+        summary: what it does, one clause.
+        paper: authors, title and venue of the source.
+        url: where the source can be read.
+    """
+
+    slug: str
+    room: str
+    name: str
+    kinds: tuple[Kind, ...]
+    summary: str
+    paper: str
+    url: str
+
+    @property
+    def module(self) -> str:
+        """The module that defines the class."""
+        return f"intaglio.{self.room}.{self.slug}"
+
+
+ENTRIES: dict[str, Entry] = {
+    entry.slug: entry
+    for entry in (
+        Entry(
+            slug="dsnot",
+            room="weights",
+            name="DSnoT",
+            kinds=("carving",),
+            summary="refines a pruning mask without training, swapping weights to cancel the expected output error",
+            paper="Zhang et al., Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs, ICLR 2024",
+            url="https://arxiv.org/abs/2310.08915",
+        ),
+        Entry(
+            slug="magnitude",
+            room="weights",
+            name="Magnitude",
+            kinds=("carving",),
+            summary="removes the smallest weights of each layer; needs no data",
+            paper="Han et al., Learning both Weights and Connections for Efficient Neural Networks, NeurIPS 2015",
+            url="https://arxiv.org/abs/1506.02626",
+        ),
+        Entry(
+            slug="sparsegpt",
+            room="weights",
+            name="SparseGPT",
+            kinds=("carving",),
+            summary="removes weights one column at a time and lets the rest of the row make up for each",
+            paper="Frantar and Alistarh, SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot, "
+            "ICML 2023",
+            url="https://arxiv.org/abs/2301.00774",
+        ),
+        Entry(
+            slug="wanda",
+            room="weights",
+            name="Wanda",
+            kinds=("carving",),
+            summary="removes the weights with the smallest |weight| times input norm, row by row",
+            paper="Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024",
+            url="https://arxiv.org/abs/2306.11695",
+        ),
+    )
+}

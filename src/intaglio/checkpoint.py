@@ -1,0 +1,484 @@
+"""Checkpoint: a model, its tokenizer, and the record of what was done to it (`intaglio.json`)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
+from transformers.utils import logging as transformers_logging
+
+from intaglio import writer
+from intaglio.data import assets
+from intaglio.errors import IntaglioError, did_you_mean
+
+RECORD = "intaglio.json"
+BUNDLED = ("smollm2", "minilm")
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+
+
+class StepRecord(BaseModel):
+    """What one step did: enough to do it again.
+
+    Args:
+        slug: the method.
+        parameters: its hyperparameters, defaults written out.
+        seed: the seed it was given.
+        calibration: digest, samples, length and batch size of its calibration data, or None.
+        chosen: values the method derived from the model in hand (scaled thresholds, zero fractions ...).
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    slug: str
+    parameters: dict[str, Any]
+    seed: int = 0
+    calibration: dict[str, Any] | None = None
+    chosen: dict[str, Any] = Field(default_factory=dict)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides what a carve gives."""
+    found = {"python": platform.python_version()}
+    for name in ("intaglio", "torch", "transformers", "safetensors", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that was not installed
+            found[name] = "unknown"
+    return found
+
+
+class Record(BaseModel):
+    """The content of `intaglio.json`.
+
+    Args:
+        format: of this file.
+        source: what the checkpoint was loaded from.
+        steps: what was done to it, in order.
+        versions: of the libraries, when it was last carved.
+        threads: of torch, which decide the last bits of some sums.
+        dtype: of the weights.
+        live: parts that must be put back after a load; empty for a baked checkpoint.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    source: str = ""
+    steps: list[StepRecord] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+    threads: int = 0
+    dtype: str = ""
+    live: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class Checkpoint:
+    """A model with its tokenizer and its record; what every method is applied to.
+
+    Args:
+        model: a Hugging Face model, on its device, in its dtype.
+        tokenizer: its tokenizer, or None (then only token ids can be given as data).
+        source: where it came from, for the record.
+        record: what was done to it before; None: nothing.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None, source: str = "", record: Record | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.record = record or Record(source=source)
+
+    @property
+    def kind(self) -> Literal["baked", "live"]:
+        """`baked`: the stock loader suffices; `live`: only `intaglio.load` puts all of it back."""
+        return "live" if self.record.live else "baked"
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the text part."""
+        return self.model.config.get_text_config()  # type: ignore[operator, union-attr]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def context(self) -> int:
+        """The longest input in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights, shared tensors counted once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def note(
+        self,
+        slug: str,
+        parameters: dict[str, Any],
+        *,
+        seed: int = 0,
+        calibration: dict[str, Any] | None = None,
+        chosen: dict[str, Any] | None = None,
+    ) -> None:
+        """Append a finished step to the record.
+
+        Args:
+            slug: the method.
+            parameters: its hyperparameters.
+            seed: the seed it was given.
+            calibration: what identifies its calibration data.
+            chosen: values it derived.
+        """
+        self.record.steps.append(
+            StepRecord(slug=slug, parameters=parameters, seed=seed, calibration=calibration, chosen=chosen or {})
+        )
+        self.record.versions = versions()
+        self.record.threads = torch.get_num_threads()
+        self.record.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse token ids that the model has no embedding for, or more of them in a row than it takes.
+
+        Args:
+            ids: int64 [..., L].
+
+        Raises:
+            IntaglioError: says which id or which length.
+        """
+        rows = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= rows:
+            raise IntaglioError(f"token id {high if high >= rows else low} is outside the model's vocabulary of {rows}")
+        if ids.shape[-1] > self.context:
+            raise IntaglioError(f"{ids.shape[-1]} tokens are more than the model's context of {self.context}")
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write an ordinary Hugging Face checkpoint and `intaglio.json`, atomically.
+
+        Args:
+            path: the directory to make.
+            overwrite: replace one that is there. Default False.
+
+        Raises:
+            IntaglioError: the directory is taken or the disk refuses.
+        """
+        with writer.directory(path, overwrite) as temporary:
+            self.write_files(temporary)
+        return Path(path)
+
+    def write_files(self, directory: Path) -> None:
+        """Write the checkpoint's files into a directory that is already there (the writer's temporary one).
+
+        Args:
+            directory: receives weights, config, generation config, tokenizer and record.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        with _Quiet():
+            try:
+                self.model.save_pretrained(directory)  # type: ignore[operator]
+            except SafetensorError as error:
+                # safetensors hides the errno in its own exception; the writer turns OSError into a sentence.
+                raise OSError(0, str(error)) from error
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(directory)
+        (directory / RECORD).write_text(writer.to_json(self.record.model_dump()), encoding="utf-8")
+
+
+class _Quiet:
+    """Silence transformers' progress bars and load reports; what matters in them is checked and raised here."""
+
+    def __enter__(self) -> None:
+        self._verbosity = transformers_logging.get_verbosity()
+        self._bars = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers_logging.set_verbosity(self._verbosity)
+        if self._bars:
+            transformers_logging.enable_progress_bar()
+
+
+def weights_digest(directory: Path) -> str:
+    """sha256 over the safetensors files of a checkpoint directory, in the order of their names.
+
+    Args:
+        directory: holds `*.safetensors`.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _resolve(x: str | os.PathLike[str]) -> tuple[str, bool]:
+    """What to hand to transformers, and whether it is a local directory."""
+    text = os.fspath(x)
+    if text in BUNDLED and not Path(text).is_dir():
+        return str(assets.path(text)), True
+    path = Path(text)
+    if path.is_dir():
+        return str(path), True
+    if path.exists():
+        raise IntaglioError(f"the model {text} is a file; give the directory that holds it, with its config.json")
+    if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or not text.strip():
+        raise IntaglioError(f"the model {text!r} does not exist: no such directory")
+    return text, False
+
+
+def _check_directory(path: Path) -> None:
+    """Refuse a directory that is no safetensors checkpoint, before transformers tries to read it."""
+    if not (path / "config.json").is_file():
+        raise IntaglioError(f"{path} is not a checkpoint: it has no config.json")
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+        if pickles:
+            raise IntaglioError(
+                f"{path} holds its weights as a pickle ({pickles[0]}), which can run code when it is read; "
+                "convert it to safetensors first"
+            )
+        raise IntaglioError(f"{path} holds no weights: no *.safetensors file")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise IntaglioError(f"{index} is not a valid index of shards: {error}") from error
+        missing = sorted(shards - {file.name for file in files})
+        if missing:
+            raise IntaglioError(f"{path} is incomplete: {missing[0]} is missing")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                handle.keys()
+        except (SafetensorError, OSError) as error:
+            raise IntaglioError(f"{file} is damaged or truncated: {error}") from error
+
+
+def _read_record(path: Path) -> Record | None:
+    file = path / RECORD
+    if not file.is_file():
+        return None
+    try:
+        return Record.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise IntaglioError(f"{file} is not a record of Intaglio: {place}: {first['msg']}") from error
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | Literal["auto"]:
+    """Return a torch dtype from its name; None means the checkpoint's own.
+
+    Args:
+        dtype: `float32`, `bfloat16`, `float16`, `float64`, a torch dtype, or None.
+
+    Raises:
+        IntaglioError: another name.
+    """
+    if dtype is None or dtype == "auto":
+        return "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise IntaglioError(f"the dtype {dtype!r} is unknown; {did_you_mean(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """Return a torch device that this machine has; None means the CPU.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, or None.
+
+    Raises:
+        IntaglioError: an unknown name, or a device that is not there.
+    """
+    if device is None:
+        return torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise IntaglioError(f"the device {device!r} is unknown; accepted: cpu, cuda, cuda:N, mps") from None
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(found.type, False) or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        raise IntaglioError(f"the device {device} is not available on this machine")
+    return found
+
+
+def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple[str, Any]:
+    """Resolve a model's name and read its configuration alone.
+
+    Args:
+        x: a bundled name, a directory or a hub id.
+        revision: of a hub id.
+
+    Returns:
+        What to load from, and the configuration.
+
+    Raises:
+        IntaglioError: there is no such model, or it is no safetensors checkpoint of a known family.
+    """
+    source, local = _resolve(x)
+    if local:
+        _check_directory(Path(source))
+    elif revision is None and "/" not in source:
+        names = ", ".join(BUNDLED)
+        raise IntaglioError(
+            f"the model {source!r} is no directory and no bundled name ({names}); a hub id is user/name"
+        )
+    with _Quiet():
+        try:
+            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = _first_line(error)
+            what = "cannot be read" if local else "is no directory here and cannot be had from the hub"
+            raise IntaglioError(f"the model {os.fspath(x)!r} {what}: {reason}") from error
+    return source, config
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")
+
+
+def model_class(config: Any, name: str) -> type[Any]:
+    """The transformers class for a configuration: with its language-model head where the checkpoint says it has one.
+
+    Args:
+        config: from `load_config`.
+        name: of the model, for the sentence.
+
+    Raises:
+        IntaglioError: no text model of transformers has this configuration.
+    """
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING):
+        if type(config) not in mapping:
+            continue
+        found = mapping[type(config)]
+        found = found[0] if isinstance(found, tuple) else found
+        listed = getattr(config, "architectures", None) or []
+        # A BERT is in the causal table too; what the checkpoint itself says it is decides.
+        if mapping is MODEL_MAPPING or not listed or any(arch == found.__name__ for arch in listed):
+            return found
+    raise IntaglioError(
+        f"the model {name!r} has the type {config.model_type!r}, which is no text model of transformers"
+    )
+
+
+def load(
+    x: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Checkpoint:
+    """Load a checkpoint: weights (safetensors only), tokenizer and record.
+
+    Args:
+        x: a bundled name (`smollm2`, `minilm`), a directory, or a hub id (`user/name`).
+        revision: branch, tag or commit of a hub id. Default: its main branch.
+        dtype: of the weights, a name or a torch dtype. Default: the checkpoint's own.
+        device: where to put it. Default: the CPU.
+
+    Returns:
+        The model in evaluation mode, with its tokenizer (None if it has none) and record.
+
+    Raises:
+        IntaglioError: one sentence on what is missing, damaged, unsupported or refused (pickles, remote code).
+    """
+    name = os.fspath(x)
+    target, wanted = parse_device(device), parse_dtype(dtype)
+    source, config = load_config(x, revision)
+    cls = model_class(config, name)
+    with _Quiet():
+        try:
+            model, info = cls.from_pretrained(
+                source,
+                config=config,
+                revision=revision,
+                dtype=wanted,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError) as error:
+            raise IntaglioError(f"the weights of {name!r} cannot be loaded: {_first_line(error)}") from error
+    _check_info(name, info)
+    model.eval()
+    local = Path(source) if Path(source).is_dir() else None
+    checkpoint = Checkpoint(model, _load_tokenizer(source, revision), name, _read_record(local) if local else None)
+    checkpoint.record.source = checkpoint.record.source or name
+    _check_tensors(checkpoint, name)
+    model.to(target)
+    return checkpoint
+
+
+def _check_info(name: str, info: dict[str, Any]) -> None:
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))
+    if mismatched:
+        raise IntaglioError(f"the weights of {name!r} do not fit its config.json: {mismatched[0]} has another shape")
+    missing = sorted(info.get("missing_keys", ()))
+    # A pooler is missing from many masked-LM encoders and feeds nothing here; anything else would be random.
+    missing = [key for key in missing if "pooler" not in key]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise IntaglioError(f"the weights of {name!r} are incomplete: {missing[0]}{more} is not in its files")
+
+
+def _load_tokenizer(source: str, revision: str | None) -> Any:
+    path = Path(source)
+    if path.is_dir() and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    with _Quiet():
+        try:
+            return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IntaglioError(f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}") from error
+        except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
+            raise IntaglioError(f"the tokenizer of {source!r} is damaged: {_first_line(error)}") from error
+
+
+def _check_tensors(checkpoint: Checkpoint, name: str) -> None:
+    for key, parameter in checkpoint.model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel() and not torch.isfinite(parameter.detach().sum()):
+            # The sum of finite values can overflow in half precision: look closely before refusing.
+            if torch.isfinite(parameter.detach()).all():
+                continue
+            raise IntaglioError(f"the weights of {name!r} hold NaN or infinite values: {key}")
+    if checkpoint.tokenizer is not None:
+        rows = int(checkpoint.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        highest = max(checkpoint.tokenizer.get_vocab().values(), default=-1)
+        if highest >= rows:
+            raise IntaglioError(
+                f"the tokenizer of {name!r} does not match its model: its ids go up to {highest}, the model has {rows} "
+                "embeddings"
+            )

@@ -1,0 +1,339 @@
+"""The verbs. Anything heavy is imported when a verb runs, so that `intaglio --help` stays quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from intaglio.cli.console import err, out, print_json, progress_bar, say, speaks_plainly
+
+app = typer.Typer(
+    name="intaglio",
+    help="Carve pretrained transformers: published methods on stock checkpoints, measured before and after.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Device = Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:N, mps. [default: cpu]")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Of the weights: float32, bfloat16, float16. [default: the checkpoint's own]"),
+]
+Model = Annotated[str, typer.Argument(help="A bundled name (smollm2, minilm), a directory, or a hub id (user/name).")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        out.print(installed("intaglio"), highlight=False)
+        raise typer.Exit()
+
+
+@app.command("list")
+@speaks_plainly
+def list_methods(
+    room: Annotated[str | None, typer.Option(help="Only the methods of this room.")] = None,
+    json: Json = False,
+) -> None:
+    """The catalogue: every method, where it comes from, what its evidence says."""
+    from intaglio.catalogue import ENTRIES, ROOMS
+    from intaglio.errors import IntaglioError, did_you_mean
+
+    if room is not None and room not in ROOMS:
+        raise IntaglioError(f"there is no room named {room!r}; {did_you_mean(room, ROOMS)}")
+    entries = [entry for entry in ENTRIES.values() if room in (None, entry.room)]
+    if json:
+        rows = [
+            {"slug": e.slug, "room": e.room, "kind": list(e.kinds), "paper": e.paper, "verdict": None} for e in entries
+        ]
+        print_json(rows)
+        return
+    table = Table("method", "room", "what it does", "paper", "verdict")
+    for e in entries:
+        table.add_row(e.slug, e.room, e.summary, e.paper, "no evidence yet")
+    out.print(table)
+
+
+@app.command()
+@speaks_plainly
+def show(
+    slug: Annotated[str, typer.Argument(help="A method's slug; see `intaglio list`.")], json: Json = False
+) -> None:
+    """One method: its description, parameters and evidence."""
+    import inspect
+
+    from intaglio.catalogue import ENTRIES
+    from intaglio.method import get
+
+    method = get(slug)
+    entry = ENTRIES[slug]
+    schema = method.model_json_schema()
+    if json:
+        print_json(
+            {
+                "slug": slug,
+                "room": entry.room,
+                "kind": list(entry.kinds),
+                "name": entry.name,
+                "summary": entry.summary,
+                "paper": entry.paper,
+                "url": entry.url,
+                "verdict": None,
+                "parameters": schema.get("properties", {}),
+                "description": inspect.getdoc(method),
+            }
+        )
+        return
+    out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.room}: {entry.summary}\n{entry.paper}\n{entry.url}\n")
+    out.print(inspect.getdoc(method) or "", markup=False, highlight=False)
+    out.print("\nEvidence: none recorded yet.", highlight=False)
+
+
+@app.command()
+@speaks_plainly
+def schema(json: Json = False) -> None:
+    """Print the JSON Schema of a recipe (for editors and checkers)."""
+    from intaglio.recipe import json_schema
+
+    print_json(json_schema())
+
+
+@app.command()
+@speaks_plainly
+def assets(
+    names: Annotated[list[str] | None, typer.Argument(help="Which ones. [default: all]")] = None,
+    json: Json = False,
+) -> None:
+    """Fetch the bundled models and texts into the user's cache, once."""
+    from intaglio.data import assets as bundled
+
+    paths = bundled.fetch(names or None, progress=say)
+    found = [{"name": path.name, "path": str(path)} for path in paths]
+    if json:
+        print_json(found)
+        return
+    for row in found:
+        out.print(f"{row['name']}: {row['path']}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@speaks_plainly
+def carve(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A bundled name, a directory or a hub id; wins over the recipe's model."),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="A YAML recipe.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The directory to make.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Annotated[int | None, typer.Option(help="Wins over the recipe's seed.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished step.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output or an interrupted run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, its time and memory; do nothing.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Run a recipe on a checkpoint: measured before and after, with a report beside the weights."""
+    from intaglio.errors import IntaglioError
+    from intaglio.recipe import Recipe
+
+    if recipe is None:
+        raise IntaglioError("a recipe is missing: give one with --recipe FILE (recipes/ in the repository has some)")
+    if output is None and not dry_run:
+        raise IntaglioError("an output directory is missing: name one with -o DIR")
+    read = Recipe.read(recipe)
+    if seed is not None:
+        read = Recipe.of(read.dump() | {"seed": seed}, "--seed")
+    if dry_run:
+        _plan(read, model, device, dtype, output, overwrite, json)
+        return
+    assert output is not None
+    from intaglio import report
+    from intaglio.carving import carve as run
+
+    with progress_bar() as progress:
+        document = run(
+            read,
+            output,
+            model=model,
+            device=device,
+            dtype=dtype,
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    if json:
+        print_json(document)
+        return
+    out.print(report.carve_table(document))
+    out.print(report.summary(document), markup=False, highlight=False)
+    out.print(f"checkpoint: {output}\nreport: {output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _plan(
+    recipe: Any,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    output: Path | None,
+    overwrite: bool,
+    json: bool,
+) -> None:
+    from intaglio.carving import plan
+    from intaglio.writer import check_target
+
+    if output is not None:
+        check_target(output, overwrite)
+    found = plan(recipe, model=model, device=device, dtype=dtype)
+    if json:
+        print_json(found)
+        return
+    table = Table("step", "parameters", "seconds", "memory", title=f"{found['model']}: plan, nothing is done")
+    for index, step in enumerate(found["steps"], start=1):
+        parameters = ", ".join(f"{k}: {v}" for k, v in step["parameters"].items() if v is not None)
+        table.add_row(
+            f"{index}. {step['slug']}", parameters, f"{step['seconds']:.0f}", _megabytes(step["memory_bytes"])
+        )
+    table.add_row("measuring, before and after", "", f"{found['measure_seconds']:.0f}", "")
+    table.add_row("together", "", f"{found['seconds']:.0f}", _megabytes(found["memory_bytes"]), style="bold")
+    out.print(table)
+    out.print(
+        f"Estimated at {found['gflops']:.0f} GFLOP/s, measured just now; memory beside about 500 MB of libraries.",
+        highlight=False,
+    )
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+@app.command()
+@speaks_plainly
+def compare(
+    a: Model,
+    b: Annotated[str, typer.Argument(help="The other checkpoint; its agreement with the first is measured.")],
+    texts: Annotated[
+        str, typer.Option(help="Held-out text: a bundled name, file, folder or datasets id.")
+    ] = "wikipedia",
+    samples: Annotated[int, typer.Option(min=1, help="Segments to measure on.")] = 16,
+    length: Annotated[int, typer.Option(min=8, help="Tokens of a segment.")] = 512,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write a page to this HTML file.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """The same measurements on any two checkpoints, side by side."""
+    from intaglio import report, writer
+    from intaglio.carving import compare as run
+    from intaglio.recipe import Measure
+
+    with progress_bar() as progress:
+        wanted = Measure(texts=texts, samples=samples, length=length)
+        document = run(a, b, wanted=wanted, device=device, dtype=dtype, progress=progress)
+    if output is not None:
+        writer.write_text(output, report.compare_page(document))
+    if json:
+        print_json(document)
+        return
+    out.print(report.compare_table(document))
+    if output is not None:
+        out.print(f"report: {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@speaks_plainly
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
+    decoder: Annotated[str, typer.Option(help="greedy or sample.")] = "greedy",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at the most.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="(sample) divides the logits.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="(sample) keep the k most likely.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="(sample) keep the smallest set with this probability.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="(sample) of the draws.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Generate from a prompt, streaming; says what it cost."""
+    from intaglio.checkpoint import load
+    from intaglio.cli.generating import check_options
+    from intaglio.cli.generating import generate as run
+
+    check_options(decoder, temperature, top_k, top_p)
+    text = sys.stdin.read() if prompt == "-" else prompt
+
+    def write(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    found = run(
+        load(model, device=device, dtype=dtype),
+        text,
+        decoder=decoder,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        chat=chat,
+        seed=seed,
+        write=None if json else write,
+    )
+    if json:
+        print_json(found)
+        return
+    write("\n")
+    say(
+        f"{found['new_tokens']} tokens in {found['passes']} passes, {found['seconds']:.1f} s "
+        f"({found['tokens_per_second']:.1f} tokens/s, {decoder})"
+    )
+
+
+@app.command()
+@speaks_plainly
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the report goes.")] = Path("intaglio-demo"),
+    device: Device = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json: Json = False,
+) -> None:
+    """The main job, nothing to configure: a real 135M model pruned by four methods at 50 % and 2:4, measured."""
+    from intaglio import report
+    from intaglio.data import assets as bundled
+    from intaglio.demo import demo as run
+
+    bundled.fetch(("smollm2", "wikipedia"), progress=say)
+    with progress_bar() as progress:
+        document = run(output, device=device, seed=seed, progress=progress)
+    if json:
+        print_json(document)
+        return
+    out.print(report.demo_table(document))
+    out.print(report.demo_chart(document))
+    for note in document["notes"]:
+        out.print(note, markup=False, highlight=False)
+    out.print(f"report: {output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the `intaglio` command."""
+    err.soft_wrap = True
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Where output goes: results to stdout, progress and sentences to stderr."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from intaglio.errors import IntaglioError
+
+out = Console()
+err = Console(stderr=True)
+
+BAD_INPUT = 2
+DEFECT = 70
+INTERRUPTED = 130
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def say(text: str) -> None:
+    """Print one line to stderr, as it stands."""
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document to stdout and nothing else."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def speaks_plainly(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Turn what goes wrong in a command into one sentence on stderr and an exit code.
+
+    Bad input exits with 2, an interrupt with 130. Anything else is a defect of Intaglio and exits with 70; set
+    INTAGLIO_TRACEBACK=1 to see where it came from.
+    """
+
+    @functools.wraps(command)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if os.environ.get("INTAGLIO_TRACEBACK") == "1":
+            return command(*args, **kwargs)
+        try:
+            return command(*args, **kwargs)
+        except IntaglioError as error:
+            say(f"error: {error}")
+            raise typer.Exit(BAD_INPUT) from None
+        except KeyboardInterrupt:
+            say("interrupted; a carve goes on with --resume")
+            raise typer.Exit(INTERRUPTED) from None
+        except MemoryError:
+            say("error: this machine has too little memory for that; lower batch_size, samples or length")
+            raise typer.Exit(BAD_INPUT) from None
+        except BrokenPipeError:
+            # The reader went away; nothing is left to say to it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except OSError as error:
+            say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+            raise typer.Exit(BAD_INPUT) from None
+        except (typer.Exit, typer.Abort):
+            raise
+        except Exception as error:
+            text = str(error).strip().splitlines()
+            say(
+                f"error: a defect of intaglio, please report it: {type(error).__name__}: {text[0] if text else ''} "
+                "(INTAGLIO_TRACEBACK=1 shows where)"
+            )
+            raise typer.Exit(DEFECT) from None
+
+    return run
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A `Progress` callback drawn on stderr; silent where stderr is no terminal."""
+    if not err.is_terminal:
+        yield lambda done, total, what: None
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task("starting", total=None)
+        current = ""
+
+        def progress(done: int, total: int, what: str) -> None:
+            nonlocal current
+            stage = what.partition(":")[0]
+            if stage != current:
+                current = stage
+                bar.reset(task, total=total)
+            bar.update(task, completed=done, total=total, description=what)
+
+        yield progress

@@ -1,0 +1,169 @@
+"""`intaglio generate`: stock generation with streaming, and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation.streamers import TextStreamer
+
+from intaglio.anatomy import anatomy
+from intaglio.checkpoint import Checkpoint
+from intaglio.errors import IntaglioError
+
+
+class _Streamer(TextStreamer):
+    """Hands each finished piece of text to a function."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+@contextmanager
+def count_passes(model: nn.Module) -> Iterator[list[int]]:
+    """Count the forward calls of a model: the list's one number grows as they happen.
+
+    Args:
+        model: the target.
+    """
+    passes = [0]
+
+    def count(*_: Any) -> None:
+        passes[0] += 1
+
+    handle = model.register_forward_pre_hook(count)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+def encode(checkpoint: Checkpoint, prompt: str, chat: bool) -> torch.Tensor:
+    """Token ids [1, L] of a prompt, through the chat template if asked.
+
+    Args:
+        checkpoint: a decoder with a tokenizer.
+        prompt: the user's text.
+        chat: put it into the tokenizer's chat template as the user's turn.
+
+    Raises:
+        IntaglioError: an encoder, no tokenizer, no chat template, or an empty prompt.
+    """
+    if not anatomy(checkpoint.model).causal:
+        raise IntaglioError(f"{checkpoint.source} is an encoder; it does not generate")
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        raise IntaglioError(f"{checkpoint.source} has no tokenizer, so it cannot read a prompt")
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise IntaglioError(f"the tokenizer of {checkpoint.source} has no chat template; leave --chat out")
+        turns = [{"role": "user", "content": prompt}]
+        found = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        ids: torch.Tensor = found["input_ids"]
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(torch.long)
+    if ids.shape[1] == 0:
+        raise IntaglioError("the prompt is empty; give at least one token")
+    return ids
+
+
+def check_options(
+    decoder: str, temperature: float | None, top_k: int | None, top_p: float | None
+) -> dict[str, float | int]:
+    """The sampling options that were given, checked before any model loads; arguments as in `generate`.
+
+    Raises:
+        IntaglioError: an unknown decoder, a value out of range, or a sampling option for greedy.
+    """
+    if decoder not in ("greedy", "sample"):
+        raise IntaglioError(f"there is no decoder named {decoder!r}; accepted: greedy, sample")
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise IntaglioError(f"temperature is {temperature}; it must be above 0 (for 0 use the decoder greedy)")
+    if top_k is not None and top_k < 1:
+        raise IntaglioError(f"top_k is {top_k}; it must be at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise IntaglioError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    given = {name: value for name, value in options.items() if value is not None}
+    if decoder == "greedy" and given:
+        raise IntaglioError(f"{next(iter(given))} has no meaning for the decoder greedy; use --decoder sample")
+    return given
+
+
+def generate(
+    checkpoint: Checkpoint,
+    prompt: str,
+    *,
+    decoder: str = "greedy",
+    max_new_tokens: int = 128,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    chat: bool = False,
+    seed: int = 0,
+    write: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Generate from one prompt and say what it cost.
+
+    Args:
+        checkpoint: a decoder with a tokenizer.
+        prompt: the user's text.
+        decoder: `greedy` or `sample`.
+        max_new_tokens: tokens at the most. Default 128.
+        temperature: (sample) divides the logits; None: 1.
+        top_k: (sample) keep the k most likely; None: all.
+        top_p: (sample) keep the smallest set with this probability; None: all.
+        chat: use the chat template.
+        seed: (sample) of the draws.
+        write: called with each piece of text as it comes.
+
+    Returns:
+        `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, decoder`; `passes` counts the
+        forward calls, prefill included.
+
+    Raises:
+        IntaglioError: an unknown decoder, sampling options for greedy, or a prompt that leaves no room in the context.
+    """
+    given = check_options(decoder, temperature, top_k, top_p)
+    ids = encode(checkpoint, prompt, chat)
+    checkpoint.check_ids(ids)
+    room = checkpoint.context - ids.shape[1]
+    if room < max_new_tokens:
+        raise IntaglioError(
+            f"a prompt of {ids.shape[1]} tokens leaves room for {room} new ones in the context of "
+            f"{checkpoint.context}; {max_new_tokens} were asked for"
+        )
+    model: Any = checkpoint.model
+    options: dict[str, Any] = {"do_sample": decoder == "sample", "max_new_tokens": max_new_tokens, "num_beams": 1}
+    # What the checkpoint's own generation config says about sampling must not leak into what was asked for.
+    options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | given if decoder == "sample" else {
+        "temperature": None, "top_k": None, "top_p": None
+    }  # fmt: skip
+    streamer = None if write is None else _Streamer(checkpoint.tokenizer, write)
+    if model.generation_config.pad_token_id is None:
+        options["pad_token_id"] = checkpoint.tokenizer.pad_token_id or checkpoint.tokenizer.eos_token_id or 0
+    ids = ids.to(checkpoint.device)
+    with torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else None), count_passes(model) as passes:
+        torch.manual_seed(seed)
+        start = time.perf_counter()
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
+        seconds = time.perf_counter() - start
+    new = whole[0, ids.shape[1] :].tolist()
+    return {
+        "text": checkpoint.tokenizer.decode(new, skip_special_tokens=True),
+        "token_ids": new,
+        "prompt_tokens": ids.shape[1],
+        "new_tokens": len(new),
+        "passes": passes[0],
+        "seconds": seconds,
+        "tokens_per_second": len(new) / seconds,
+        "decoder": decoder,
+    }

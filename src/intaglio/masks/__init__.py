@@ -1,0 +1,61 @@
+"""Masks over attention: which positions each layer of a stock model sees, set from outside.
+
+    from intaglio.masks import Causal, Bidirectional, Window, Sinks, set_visibility
+
+    set_visibility(model, {28: Bidirectional(), 29: Bidirectional()})   # the last two layers look right
+    set_visibility(model, Causal() & (Window(64) | Sinks(4)))           # all layers: a window with sinks
+    clear_visibility(model)                                             # the stock model again
+
+Importing the package makes the attention implementations `intaglio_sdpa`, `intaglio_eager` and
+`intaglio_flex_attention` known to transformers.
+"""
+
+from __future__ import annotations
+
+from intaglio.masks.attend import RULE, SCORE, MaskRequest, register
+from intaglio.masks.rules import (
+    Alibi,
+    And,
+    Arbitrary,
+    Bidirectional,
+    BlockDiagonal,
+    Causal,
+    Dilated,
+    Not,
+    Or,
+    PrefixLM,
+    Rule,
+    Score,
+    Sinks,
+    Window,
+    rule_from_dict,
+)
+from intaglio.masks.visibility import clear_visibility, get_visibility, set_scores, set_visibility, visible
+
+__all__ = [
+    "RULE",
+    "SCORE",
+    "Alibi",
+    "And",
+    "Arbitrary",
+    "Bidirectional",
+    "BlockDiagonal",
+    "Causal",
+    "Dilated",
+    "MaskRequest",
+    "Not",
+    "Or",
+    "PrefixLM",
+    "Rule",
+    "Score",
+    "Sinks",
+    "Window",
+    "clear_visibility",
+    "get_visibility",
+    "rule_from_dict",
+    "set_scores",
+    "set_visibility",
+    "visible",
+]
+
+register()

@@ -1,0 +1,289 @@
+"""Set, read and clear the rules of a model's layers, and see what each layer sees.
+
+Dimension letters: N layers, H heads, Q query positions, K key positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from intaglio.anatomy import anatomy, attention, blocks, capture
+from intaglio.errors import IntaglioError
+from intaglio.masks.attend import BASES, PREFIX, RULE, SCORE, MaskRequest
+from intaglio.masks.rules import Rule, Score
+
+_STATE = "_intaglio_masks"
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass
+class _State:
+    """What the guard needs and `clear_visibility` puts back; an attribute of the base model.
+
+    Attributes:
+        stock: the attention implementation under ours.
+        guard: the handle of the pre-hook on the base model.
+        parameters: names of the base model's positional parameters.
+        ruled: whether any layer has a rule.
+        looks_right: whether any of them looks right.
+        cache: the generation config and its `use_cache` before it was switched off.
+    """
+
+    stock: str
+    guard: RemovableHandle
+    parameters: tuple[str, ...]
+    ruled: bool = False
+    looks_right: bool = False
+    cache: tuple[Any, Any] | None = None
+
+
+def _base(model: nn.Module) -> Any:
+    """The innermost pretrained model that holds the blocks: the one that makes the masks."""
+    first = blocks(model)[0]
+    holders = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and any(inner is first for inner in module.modules())
+    ]
+    if not holders:
+        raise IntaglioError(f"{type(model).__name__} is not a Hugging Face model, so its attention cannot be set")
+    return holders[-1]
+
+
+def _guard(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Before each forward: refuse what would silently drop the rules, or be silently wrong under them."""
+    state: _State = getattr(base, _STATE)
+    name = base.config._attn_implementation
+    if state.ruled and not (name or "").startswith(PREFIX):
+        raise IntaglioError(
+            f"the attention implementation was set to {name!r}, which drops the visibility rules; "
+            "call set_visibility again, or clear_visibility before"
+        )
+    if not state.looks_right:
+        return args, kwargs
+    given = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
+    if given.get("past_key_values") is not None:
+        raise IntaglioError(
+            "a visibility rule that looks right cannot be used with a KV cache, since earlier keys would depend on "
+            "later tokens; pass use_cache=False"
+        )
+    return (), ({**given, "use_cache": False} if "use_cache" in state.parameters else given)
+
+
+def _set_implementation(base: Any, name: str) -> None:
+    base.set_attn_implementation(name)
+    if base.config._attn_implementation != name:
+        raise IntaglioError(
+            f"{type(base).__name__} does not call transformers' attention interface, so no visibility rule can be set"
+        )
+
+
+def _install(model: nn.Module) -> _State:
+    """Switch the model to our attention and put the guard on it, unless that is done."""
+    base = _base(model)
+    current = base.config._attn_implementation
+    stock = current.removeprefix(PREFIX) if isinstance(current, str) else current
+    if stock not in BASES:
+        raise IntaglioError(
+            f"visibility rules do not work with the attention implementation {stock!r}, which reads no mask function; "
+            f"load the model with attn_implementation set to {', '.join(BASES[:-1])} or {BASES[-1]}"
+        )
+    state: _State | None = getattr(base, _STATE, None)
+    if state is None:
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        found = inspect.signature(base.forward).parameters.values()
+        names = tuple(parameter.name for parameter in found if parameter.kind in positional)
+        state = _State(stock, base.register_forward_pre_hook(_guard, with_kwargs=True), names)
+        setattr(base, _STATE, state)
+    state.stock = stock
+    _set_implementation(base, PREFIX + stock)
+    return state
+
+
+def _by_layer(model: nn.Module, given: Any, what: str) -> dict[int, Any]:
+    """The rule of each layer that has one, from what the user gave."""
+    count = len(blocks(model))
+    if not isinstance(given, Mapping):
+        return {} if given is None else dict.fromkeys(range(count), given)
+    wrong = [
+        layer for layer in given if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count
+    ]
+    if wrong:
+        raise IntaglioError(f"{what} names the layer {wrong[0]!r}; the model has the layers 0 to {count - 1}")
+    return {layer: value for layer, value in given.items() if value is not None}
+
+
+def _check_layer(config: Any, layer: int) -> None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and kinds[layer] not in _LAYER_TYPES:
+        raise IntaglioError(
+            f"layer {layer} is {kinds[layer]!r} and cannot have a visibility rule; {' and '.join(_LAYER_TYPES)} can"
+        )
+
+
+def _place(model: nn.Module, attribute: str, values: Mapping[int, Any]) -> None:
+    """Put the values on the attention modules of their layers, in place of all that were there before."""
+    base = _base(model)
+    for layer in values:
+        _check_layer(base.config, layer)
+    # Found before anything is changed, so that a refusal leaves the model as it was.
+    targets = {layer: attention(blocks(model)[layer]) for layer in values}
+    state = _install(model)
+    for module in model.modules():
+        module.__dict__.pop(attribute, None)
+    for layer, module in targets.items():
+        setattr(module, attribute, values[layer])
+    rules = get_visibility(model).values()
+    state.ruled = bool(rules) or any(SCORE in module.__dict__ for module in model.modules())
+    state.looks_right = any(rule.looks_right for rule in rules)
+    _switch_cache(model, state)
+
+
+def _switch_cache(model: nn.Module, state: _State) -> None:
+    """Have `generate` make no cache while a rule looks right."""
+    if state.cache is not None:
+        config, before = state.cache
+        config.use_cache, state.cache = before, None
+    config = getattr(model, "generation_config", None)
+    if state.looks_right and config is not None:
+        state.cache = (config, config.use_cache)
+        config.use_cache = False
+
+
+def set_visibility(model: nn.Module, rules: Mapping[int, Rule | None] | Rule | None) -> None:
+    """Say what each layer of a model sees, in place of all rules it had.
+
+    A layer without a rule keeps the model's own mask. Padding (2-D `attention_mask`, left or right) always applies. So
+    does a layer's sliding window: under any rule the layer sees what rule and window both allow, the window counted to
+    both sides. Rules are not written into the model's configuration: a reload sees as the stock model does.
+
+    A rule that looks right has no KV cache: the model is run with `use_cache=False`, `generate` too, and a cache that
+    is passed is refused. Under a rule, a 4-D `attention_mask` and packed `position_ids` are refused.
+
+    Args:
+        model: a Hugging Face model, loaded with the attention implementation sdpa, eager or flex_attention.
+        rules: layer -> rule, from 0; layers not named, or with None, keep the model's own mask. One rule alone goes to
+            every layer. `{}` or None leaves the stock masks everywhere.
+
+    Raises:
+        IntaglioError: the attention implementation reads no mask function, a layer does not exist or is of a kind that
+            has no such mask, or something that is no rule is given.
+    """
+    given = _by_layer(model, rules, "rules")
+    device = next(model.parameters()).device
+    shared: list[Rule] = []  # equal rules become one object, so that their layers share a mask
+    for layer, rule in given.items():
+        if not isinstance(rule, Rule):
+            raise IntaglioError(f"layer {layer} was given {rule!r}, which is not a visibility rule")
+        same = next((other for other in shared if other == rule), None)
+        if same is None:
+            same = rule.to(device)
+            shared.append(same)
+        given[layer] = same
+    _place(model, RULE, given)
+
+
+def set_scores(model: nn.Module, scores: Mapping[int, Score | None] | Score | None) -> None:
+    """Say what is added to each layer's attention scores before the softmax, in place of all score rules it had.
+
+    Args:
+        model: as for `set_visibility`, with which this can be combined.
+        scores: layer -> `score(b, h, q, kv) -> float tensor`, such as `Alibi`, or one for every layer. Positions count
+            from a row's first real token. Scores are taken as constants: no gradient reaches what they are made of.
+
+    Raises:
+        IntaglioError: as `set_visibility`.
+    """
+    given = _by_layer(model, scores, "scores")
+    for layer, score in given.items():
+        if not callable(score):
+            raise IntaglioError(f"layer {layer} was given {score!r}, which is not a score rule")
+    _place(model, SCORE, given)
+
+
+def get_visibility(model: nn.Module) -> dict[int, Rule]:
+    """Return the rule of every layer that has one.
+
+    Args:
+        model: a Hugging Face model.
+    """
+    found: dict[int, Rule] = {}
+    for layer, block in enumerate(blocks(model)):
+        for module in block.modules():
+            if RULE in module.__dict__:
+                found[layer] = module.__dict__[RULE]
+    return found
+
+
+def clear_visibility(model: nn.Module) -> None:
+    """Take every rule and score rule off a model and give it its stock attention implementation back.
+
+    Args:
+        model: a Hugging Face model; one without rules stays as it is.
+    """
+    base = _base(model)
+    state: _State | None = getattr(base, _STATE, None)
+    if state is None:
+        return
+    for module in model.modules():
+        module.__dict__.pop(RULE, None)
+        module.__dict__.pop(SCORE, None)
+    state.guard.remove()
+    state.looks_right = False
+    _switch_cache(model, state)
+    delattr(base, _STATE)
+    if (base.config._attn_implementation or "").startswith(PREFIX):  # the user may have set another since
+        base.set_attn_implementation(state.stock)
+
+
+@contextmanager
+def _requesting(base: Any) -> Iterator[None]:
+    """Have the model hand out mask requests, whatever its attention implementation."""
+    before = base.config._attn_implementation
+    if not (before or "").startswith(PREFIX):
+        _set_implementation(base, f"{PREFIX}sdpa")
+    try:
+        yield
+    finally:
+        if base.config._attn_implementation != before:
+            base.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def visible(model: nn.Module, length: int) -> Tensor:
+    """Return what each layer sees of a row without padding: bool [N, H, Q, K] with Q = K = length, on the CPU.
+
+    H is 1 where all heads of all layers see the same. It works on any checkpoint: without rules it shows the stock
+    masks with their windows. The model's own code makes the masks; no block is run.
+
+    Args:
+        model: a Hugging Face text model, decoder or encoder.
+        length: number of tokens; at least 1.
+
+    Raises:
+        IntaglioError: the length is out of range, or the model does not ask transformers for its masks.
+    """
+    base, parts = _base(model), anatomy(model)
+    longest = getattr(base.config, "max_position_embeddings", None) or length
+    if not 1 <= length <= longest:
+        raise IntaglioError(f"length is {length}; 1 to {longest} tokens are accepted for this model")
+    rules, heads = get_visibility(model), int(base.config.num_attention_heads)
+    with _requesting(base):
+        inputs = capture(parts, {"input_ids": torch.zeros(1, length, dtype=torch.long)})
+    layers = []
+    for layer, (args, kwargs) in enumerate(zip(inputs.args, inputs.kwargs, strict=True)):
+        request = next((value for value in (*args, *kwargs.values()) if isinstance(value, MaskRequest)), None)
+        if request is None:
+            raise IntaglioError(f"layer {layer} of {type(base).__name__} does not ask transformers for its mask")
+        layers.append(request.visible(rules.get(layer), heads)[0].cpu())
+    most = max(len(seen_HQK) for seen_HQK in layers)
+    return torch.stack([seen_HQK.expand(most, -1, -1) for seen_HQK in layers])

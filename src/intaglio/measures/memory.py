@@ -1,0 +1,61 @@
+"""Peak memory of a piece of work."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+
+@dataclass
+class Peak:
+    """Filled in when the block ends.
+
+    Args:
+        bytes: the most that was held at once: device memory on a GPU, resident memory of the process on a CPU.
+    """
+
+    bytes: int = 0
+
+
+def _reset_peak() -> bool:
+    """Start the kernel's high-water mark anew; False where that cannot be had (then the process's own peak counts)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
+
+
+def _high_water() -> int:
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measure the most memory held at once while the block runs.
+
+    On a CPU this is the resident memory of the whole process, libraries and mapped weights included.
+
+    Args:
+        device: where the work is done.
+    """
+    found = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield found
+        found.bytes = torch.cuda.max_memory_allocated(device)
+        return
+    _reset_peak()
+    yield found
+    found.bytes = max(_high_water(), psutil.Process().memory_info().rss)

@@ -1,0 +1,68 @@
+"""Prefill and decode tokens per second, batch 1, the model's own forward and cache."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from intaglio.anatomy import anatomy
+from intaglio.checkpoint import Checkpoint
+
+PREFILL = 256
+DECODE = 24
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second.
+
+    Args:
+        prefill: of a pass over `PREFILL` tokens (or the context, if that is shorter).
+        decode: of greedy steps of one token behind that prefill; None for an encoder.
+    """
+
+    prefill: float
+    decode: float | None
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def speed(checkpoint: Checkpoint, repeats: int = REPEATS) -> Speed:
+    """Time the model: one warm-up, then the median of `repeats`.
+
+    Args:
+        checkpoint: what is timed.
+        repeats: counted runs. Default 3.
+    """
+    model, device = checkpoint.model, checkpoint.device
+    causal = anatomy(model).causal
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    length = max(2, min(PREFILL, checkpoint.context - DECODE - 1))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(rows, (1, length), generator=generator).to(device)
+    options = {"use_cache": True, "logits_to_keep": 1} if causal else {}
+    prefill, decode = [], []
+    for repeat in range(repeats + 1):
+        start = _now(device)
+        output = model(input_ids=ids, **options)
+        middle = _now(device)
+        if causal:
+            cache = output.past_key_values
+            token = output.logits[:, -1:].argmax(-1)
+            for _ in range(DECODE):
+                output = model(input_ids=token, past_key_values=cache, use_cache=True)
+                token = output.logits[:, -1:].argmax(-1)
+        end = _now(device)
+        if repeat:
+            prefill.append(length / (middle - start))
+            decode.append(DECODE / (end - middle))
+    return Speed(statistics.median(prefill), statistics.median(decode) if causal else None)

@@ -1,0 +1,171 @@
+"""What a method is, the protocols it may implement, and the registry.
+
+A method is one published technique: a frozen pydantic model whose fields are its hyperparameters (so a recipe validates
+before any model loads), plus what it does. It is called once and returns. Which protocols it implements is said by the
+catalogue's `kinds` and checked by the conformance suite; there is no class per protocol to inherit from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+
+from intaglio.catalogue import ENTRIES, Entry
+from intaglio.errors import IntaglioError, did_you_mean
+
+if TYPE_CHECKING:
+    from intaglio.checkpoint import Checkpoint
+
+Change = Literal["weights", "width", "depth", "vocabulary", "attention", "cache", "activations"]
+"""A part of a checkpoint that a method edits."""
+
+Fact = Literal["linear_weights", "causal", "cache", "tokenizer", "zeros"]
+"""Something that holds of a checkpoint and that a later step may need: `linear_weights` (the blocks' projections are
+plain matrices), `causal` (a decoder that generates), `cache` (its key-value cache is stock), `tokenizer` (ids mean what
+the original's meant), `zeros` (the pattern of zeros that an earlier step made)."""
+
+Progress = Callable[[int, int, str], None]
+"""Called as `progress(done, total, what)` after each unit of long work."""
+
+
+def silent(done: int, total: int, what: str) -> None:
+    """The default `Progress`: shows nothing."""
+
+
+class Method(BaseModel):
+    """One published technique: its hyperparameters are its fields.
+
+    Subclasses name their slug: `class Wanda(Method, slug="wanda")`. A subclass adds the functions of the protocols it
+    implements (`apply` for a carving).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    slug: ClassVar[str]
+    changes: ClassVar[frozenset[Change]] = frozenset()
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    invalidates: ClassVar[frozenset[Fact]] = frozenset()
+
+    def __init_subclass__(cls, slug: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if slug is not None:
+            cls.slug = slug
+
+    @classmethod
+    def entry(cls) -> Entry:
+        """The method's line in the catalogue."""
+        return ENTRIES[cls.slug]
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> Self:
+        """The method with the constants of its paper, where the defaults here are scaled to the model in hand.
+
+        Args:
+            overrides: fields that the caller sets.
+        """
+        return cls(**overrides)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an estimate of time and memory is made from; no weights are read for it.
+
+    Args:
+        linears: `(rows, columns)` of every linear that a carving of weights would edit.
+        block_parameters: parameters of all blocks together.
+        parameters: parameters of the whole model.
+        hidden: width of the hidden state.
+        tokens: calibration tokens.
+        batch_tokens: calibration tokens that pass at a time.
+        element_size: bytes of one parameter.
+    """
+
+    linears: tuple[tuple[int, int], ...]
+    block_parameters: int
+    parameters: int
+    hidden: int
+    tokens: int
+    batch_tokens: int
+    element_size: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step is expected to take.
+
+    Args:
+        flops: floating-point operations in matrix products.
+        sorted_elements: elements that pass through a sort or a selection.
+        extra_bytes: memory at the peak, beyond the model itself.
+    """
+
+    flops: float = 0.0
+    sorted_elements: float = 0.0
+    extra_bytes: int = 0
+
+
+@runtime_checkable
+class Carving(Protocol):
+    """A method that edits a checkpoint in place and appends itself to its record.
+
+    `storage` says whether the result is plain tensors that the stock loader reads (`baked`), or needs Intaglio to put
+    live parts back (`live`).
+    """
+
+    storage: ClassVar[Literal["baked", "live"]]
+    needs_calibration: ClassVar[bool]
+
+    def apply(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Any = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 4,
+        progress: Progress = silent,
+    ) -> Checkpoint:
+        """Edit `checkpoint` and return it."""
+
+    def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
+        """Refuse, before any work, a model whose linears `(name, rows, columns)` do not fit."""
+
+    def estimate(self, workload: Workload) -> Cost:
+        """Say what `apply` will take."""
+
+
+def get(slug: str) -> type[Method]:
+    """Return the class of a method.
+
+    Args:
+        slug: its name in the catalogue.
+
+    Raises:
+        IntaglioError: no method has that name.
+    """
+    if slug not in ENTRIES:
+        raise IntaglioError(f"there is no method named {slug!r}; {did_you_mean(slug, ENTRIES)}")
+    found: type[Method] = getattr(import_module(ENTRIES[slug].module), ENTRIES[slug].name)
+    return found
+
+
+def check_order(methods: Iterable[Method]) -> None:
+    """Refuse a sequence in which a step needs what an earlier one has undone.
+
+    Args:
+        methods: the steps in order.
+
+    Raises:
+        IntaglioError: names both steps and the fact.
+    """
+    undone: dict[str, str] = {}
+    for method in methods:
+        for fact in sorted(method.requires):
+            if fact in undone:
+                raise IntaglioError(
+                    f"{method.slug} cannot follow {undone[fact]}: it needs {fact}, which {undone[fact]} does away with"
+                )
+        undone.update(dict.fromkeys(method.invalidates, method.slug))

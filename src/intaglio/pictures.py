@@ -1,0 +1,397 @@
+"""Pictures for the reports: inline SVG (heatmap, horizontal bars, before/after pairs), and bars for the terminal.
+
+Each drawing function returns one `<svg>` element as text, with `role="img"`, a `<title>` and a `<desc>`. Colours and
+fonts come from the classes of the page's style sheet, so that a picture follows its light, dark and print palettes. The
+numbers stand in the pictures as text: nothing is said by colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Literal
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text
+
+WIDTH = 900.0
+# Mean advance of a character at the pictures' two text sizes: SVG has no layout, so margins are estimated.
+LABEL_CHARACTER = 7.7
+SMALL_CHARACTER = 6.8
+LONGEST_LABEL = 34
+# The darkest cell is still light enough for the ink of a number on it, in both palettes.
+HEAT_OPACITY = 0.72
+# What an axis is made for; values beyond it are drawn at its end.
+LEAST, MOST = 1e-12, 1e15
+# Control characters and surrogates have no place in XML, even escaped.
+_FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+
+
+def clean_text(text: str) -> str:
+    """Return `text` with what no XML or HTML may hold (control characters, lone surrogates) replaced by U+FFFD.
+
+    Args:
+        text: anything a user may have written, such as a path.
+    """
+    return _FORBIDDEN.sub("\ufffd", text)
+
+
+def _shorten(text: str, longest: int = LONGEST_LABEL) -> str:
+    text = clean_text(text)
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}".rstrip("0").rstrip(".")
+
+
+def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: float | str) -> ET.Element:
+    named = {
+        key.rstrip("_").replace("_", "-"): value if isinstance(value, str) else _number(value)
+        for key, value in attributes.items()
+    }
+    child = ET.SubElement(parent, tag, named)
+    child.text = None if text is None else clean_text(text)
+    return child
+
+
+def _write(
+    parent: ET.Element,
+    text: str,
+    x: float,
+    y: float,
+    kind: str = "small",
+    anchor: Literal["start", "middle", "end"] = "start",
+) -> None:
+    _add(parent, "text", text, x=x, y=y, class_=kind, text_anchor=anchor)
+
+
+def _canvas(title: str, description: str, height: float, width: float = WIDTH) -> ET.Element:
+    # The ids must differ between the pictures of one page, and be the same each time the page is made.
+    key = sha256(f"{title}\n{description}".encode("utf-8", "replace")).hexdigest()[:10]
+    root = ET.Element(
+        "svg",
+        {
+            "viewBox": f"0 0 {_number(width)} {_number(height)}",
+            "role": "img",
+            "aria-labelledby": f"t{key} d{key}",
+            "class": "picture",
+        },
+    )
+    _add(root, "title", title, id=f"t{key}")
+    _add(root, "desc", description, id=f"d{key}")
+    return root
+
+
+def _text_of(root: ET.Element) -> str:
+    return ET.tostring(root, encoding="unicode")
+
+
+def heatmap(
+    title: str,
+    description: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Mapping[tuple[str, str], float],
+    *,
+    column_title: str,
+    summaries: Mapping[str, str] | None = None,
+) -> str:
+    """Draw shares as a grid of cells, the darker the larger, with a scale below.
+
+    A cell holds its number where it is wide enough, and always has a tooltip; a missing cell is left blank.
+
+    Args:
+        title: what the picture shows.
+        description: the same at length, for those who cannot see it.
+        rows: names, from the top.
+        columns: names, from the left.
+        values: share from 0 to 1 of each `(row, column)`; outside that range it is clamped.
+        column_title: what the columns are, such as `layer`.
+        summaries: a short text at the right end of each row. Default none.
+
+    Returns:
+        An SVG element.
+    """
+    left = 16 + LABEL_CHARACTER * max((len(_shorten(row)) for row in rows), default=0)
+    right = 16 + LABEL_CHARACTER * max((len(text) for text in (summaries or {}).values()), default=0)
+    cell = min((WIDTH - left - right) / max(1, len(columns)), 92.0)
+    tall = min(max(cell, 18.0), 26.0)
+    gap = 2.0 if cell > 8 else 0.5
+    top = 40.0
+    root = _canvas(title, description, top + tall * len(rows) + 54)
+    _write(root, column_title, left, 14)
+    longest = max((len(column) for column in columns), default=1)
+    needed = SMALL_CHARACTER * min(longest, 16) + 4
+    stride = next((n for n in (1, 2, 5, 10, 20, 50) if n * cell >= needed), 100)
+    for position, column in enumerate(columns):
+        if position % stride == 0:
+            middle = left + cell * (position + 0.5)
+            _write(root, _shorten(column, 16), middle, 32, anchor="middle")
+    for line, row in enumerate(rows):
+        y = top + tall * line
+        _write(root, _shorten(row), left - 8, y + tall / 2 + 4, "code", "end")
+        for position, column in enumerate(columns):
+            if (row, column) in values:
+                share = min(max(values[row, column], 0.0), 1.0)
+                _cell(root, left + cell * position, y, cell - gap, tall - gap, share, f"{column_title} {column}, {row}")
+        if summaries and row in summaries:
+            x = left + cell * len(columns) + 8
+            _write(root, summaries[row], x, y + tall / 2 + 4, "label")
+    _scale(root, left, top + tall * len(rows) + 18)
+    return _text_of(root)
+
+
+def _cell(root: ET.Element, x: float, y: float, wide: float, tall: float, share: float, name: str) -> None:
+    rectangle = _add(
+        root, "rect", x=x, y=y, width=wide, height=tall, rx=2, class_="cell", fill_opacity=f"{HEAT_OPACITY * share:.3f}"
+    )
+    _add(rectangle, "title", f"{name}: {100 * share:.2f} %")
+    if wide >= 46:
+        _write(root, f"{100 * share:.1f} %", x + wide / 2, y + tall / 2 + 4, "small on", "middle")
+
+
+def _scale(root: ET.Element, x: float, y: float) -> None:
+    for step in range(5):
+        at = x + 58.0 * step
+        shade = f"{HEAT_OPACITY * step / 4:.3f}"
+        _add(root, "rect", x=at, y=y, width=14, height=14, rx=2, class_="cell", fill_opacity=shade)
+        _write(root, f"{25 * step} %", at + 19, y + 11)
+
+
+_LAYER = re.compile(r"(?:^|.*?\.)layers?\.(\d+)\.(.+)")
+
+
+def layer_grid(zero_fraction: Mapping[str, float]) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
+    """Sort measurements by layer name into a grid of projection by layer.
+
+    Args:
+        zero_fraction: share of zeros of each `layers.N.<projection>`; other names are left out.
+
+    Returns:
+        `(projections in order of appearance, layers in order, {(projection, layer): share})`.
+    """
+    values: dict[tuple[str, str], float] = {}
+    for name, share in zero_fraction.items():
+        found = _LAYER.fullmatch(clean_text(name))
+        if found is not None:
+            values[found[2], found[1]] = share
+    projections = list(dict.fromkeys(row for row, _ in values))
+    layers = sorted({column for _, column in values}, key=int)
+    return projections, layers, values
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One horizontal bar.
+
+    Args:
+        label: its name, at the left.
+        value: its length on the scale; None draws no bar, only the text.
+        text: the value in words, at its end.
+        group: a heading is drawn where it changes. Default none.
+        strong: drawn in the accent colour; the text must say why.
+    """
+
+    label: str
+    value: float | None
+    text: str
+    group: str = ""
+    strong: bool = False
+
+
+def nice_range(values: Sequence[float]) -> tuple[float, float]:
+    """Return the nearest of 1, 2, 5 times a power of ten strictly below and at or above positive values.
+
+    Args:
+        values: positive numbers; an empty sequence gives (1, 10).
+    """
+    if not values:
+        return 1.0, 10.0
+    low, high = min(values), max(values)
+
+    def ladder(value: float) -> list[float]:
+        # Parsed from decimal text, so that a rung is the float its label says.
+        decade = math.floor(math.log10(value))
+        return [float(f"{m}e{e}") for e in (decade - 1, decade, decade + 1) for m in (1, 2, 5)]
+
+    return max(rung for rung in ladder(low) if rung < low), min(rung for rung in ladder(high) if rung >= high)
+
+
+def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Return round numbers from `low` to `high` for a logarithmic axis: 1, 2, 5 a decade, fewer over a long range.
+
+    Args:
+        low: left end, positive.
+        high: right end, above `low`.
+        most: how many ticks there may be.
+    """
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    choices: list[tuple[tuple[int, ...], int]] = [((1, 2, 5), 1), ((1,), 1), ((1,), 2), ((1,), 5)]
+    for multiples, stride in [*choices, ((1,), max(1, (last - first) // 4))]:
+        ticks = [float(f"{m}e{e}") for e in range(first, last + 1, stride) for m in multiples]
+        ticks = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
+        if len(ticks) <= most:
+            return ticks
+    return ticks[:most]
+
+
+def bars(
+    title: str,
+    description: str,
+    items: Sequence[Bar],
+    *,
+    axis: str,
+    scale: Literal["log", "linear"] = "linear",
+    ticks: Sequence[tuple[float, str]] | None = None,
+    reference: tuple[float, str] | None = None,
+) -> str:
+    """Draw horizontal bars over one axis.
+
+    Args:
+        title: what the picture shows.
+        description: the same at length.
+        items: the bars, from the top.
+        axis: what is measured, with its unit; a log scale is named in it.
+        scale: `linear` (default; from 0) or `log` (from the round number below the smallest value).
+        ticks: `(place, text)` on the axis; its ends are the first and the last place. Default: round numbers.
+        reference: `(place, text)` of a line through all bars. Default none.
+
+    Returns:
+        An SVG element.
+    """
+    if ticks is None:
+        wanted = [bar.value for bar in items if bar.value is not None] + ([reference[0]] if reference else [])
+        low, high = nice_range([value for value in wanted if LEAST <= value <= MOST])
+        ticks = [(t, f"{t:,g}" if t < 1e6 else f"{t:.0e}".replace("e+0", "e")) for t in log_ticks(low, high)]
+        if scale == "linear":
+            ticks = [(high * step / 5, f"{high * step / 5:,g}") for step in range(6)]
+            low = 0.0
+    else:
+        low, high = ticks[0][0], ticks[-1][0]
+    left = 16 + LABEL_CHARACTER * max((len(_shorten(bar.label)) for bar in items), default=0)
+    right = 22 + LABEL_CHARACTER * max((len(bar.text) for bar in items), default=0)
+    span = WIDTH - left - right
+
+    def place(value: float) -> float:
+        inside = min(max(value, low), high)
+        share = (inside - low) / (high - low) if scale == "linear" else math.log(inside / low) / math.log(high / low)
+        return left + span * share
+
+    line, head, top = 26.0, 26.0, 30.0
+    groups = len([1 for k, bar in enumerate(items) if bar.group and (k == 0 or items[k - 1].group != bar.group)])
+    bottom = top + line * len(items) + head * groups
+    root = _canvas(title, description, bottom + 46)
+    for value, text in ticks:
+        _add(root, "line", x1=place(value), x2=place(value), y1=top - 4, y2=bottom + 2, class_="grid")
+        _write(root, text, place(value), bottom + 18, anchor="middle")
+    _write(root, axis, left, bottom + 38)
+    y = top
+    for position, bar in enumerate(items):
+        if bar.group and (position == 0 or items[position - 1].group != bar.group):
+            _write(root, _shorten(bar.group), 0, y + 18, "heading")
+            y += head
+        end = left if bar.value is None or bar.value <= 0 else place(bar.value)
+        _write(root, _shorten(bar.label), left - 8, y + 16, "label", "end")
+        if end > left:
+            kind = "bar strong" if bar.strong else "bar"
+            _add(root, "rect", x=left, y=y + 4, width=end - left, height=line - 8, rx=2, class_=kind)
+        _write(root, bar.text, end + 8, y + 16, "label strong" if bar.strong else "label")
+        y += line
+    if reference is not None:
+        at = place(reference[0])
+        _add(root, "line", x1=at, x2=at, y1=top - 6, y2=bottom + 2, class_="reference")
+        _write(root, reference[1], at, top - 12, anchor="start" if at < left + 60 else "middle")
+    return _text_of(root)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A quantity before and after.
+
+    Args:
+        label: its name, with its direction ("lower is better").
+        before: value, at least 0; None draws no bar.
+        after: the same.
+        before_text: value in words.
+        after_text: the same.
+    """
+
+    label: str
+    before: float | None
+    after: float | None
+    before_text: str
+    after_text: str
+
+
+def pairs(title: str, description: str, items: Sequence[Pair], names: tuple[str, str] = ("before", "after")) -> str:
+    """Draw a pair of bars for each quantity, from zero; each pair has a scale of its own, given by its longer bar.
+
+    Args:
+        title: what the picture shows.
+        description: the same at length.
+        items: the quantities, from the top.
+        names: what the two bars of a pair are called. Default `before` and `after`.
+
+    Returns:
+        An SVG element.
+    """
+    left = 24 + LABEL_CHARACTER * max((len(_shorten(item.label)) for item in items), default=0)
+    name = 8 + SMALL_CHARACTER * max(len(text) for text in names)
+    right = 22 + LABEL_CHARACTER * max((len(text) for i in items for text in (i.before_text, i.after_text)), default=0)
+    span = WIDTH - left - name - right
+    root = _canvas(title, description, 54.0 * len(items) + 8)
+    for position, item in enumerate(items):
+        y = 54.0 * position + 8
+        longest = max(item.before or 0.0, item.after or 0.0)
+        _write(root, _shorten(item.label), left - 16, y + 26, "label", "end")
+        sides = ((item.before, item.before_text, "bar"), (item.after, item.after_text, "bar strong"))
+        for line, (value, text, kind) in enumerate(sides):
+            at = y + 20 * line
+            long = span * min(max(value or 0.0, 0.0) / longest, 1.0) if longest > 0 else 0.0
+            _write(root, names[line], left + name - 8, at + 14, anchor="end")
+            if long > 0:
+                _add(root, "rect", x=left + name, y=at + 2, width=long, height=16, rx=2, class_=kind)
+            _write(root, text, left + name + long + 8, at + 14, "label")
+    return _text_of(root)
+
+
+@dataclass(frozen=True)
+class TerminalBars:
+    """Bars of text on a log scale; made of `#` where the terminal has no blocks.
+
+    Args:
+        title: a line above.
+        items: the bars.
+        low: the value at which a bar has no length.
+        high: the value of the longest bar.
+    """
+
+    title: str
+    items: tuple[Bar, ...]
+    low: float
+    high: float
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield one line a bar, fitted to the width of the console."""
+        block = "#" if options.ascii_only else "█"
+        names = max((len(bar.label) for bar in self.items), default=0)
+        names = min(names, max(8, options.max_width // 2))
+        texts = max((len(bar.text) for bar in self.items), default=0)
+        room = max(1, min(60, options.max_width - names - texts - 3))
+        yield Text(self.title, style="bold")
+        for position, bar in enumerate(self.items):
+            if position and bar.group != self.items[position - 1].group:
+                yield Text("")
+            length = 0
+            if bar.value is not None and bar.value > self.low:
+                share = math.log(bar.value / self.low) / math.log(self.high / self.low)
+                length = max(1, round(room * min(share, 1.0)))
+            line = Text(f"{bar.label[:names]:<{names}} ")
+            line.append(block * length, style="cyan" if bar.strong else "bright_black")
+            line.append(f" {bar.text}", style="bold" if bar.strong else "")
+            yield line

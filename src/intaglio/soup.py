@@ -1,0 +1,308 @@
+"""Parameter averaging: uniform, weighted and greedy model soups, and an exponential moving average.
+
+A soup is the mean of the parameters of models that were fine-tuned from one checkpoint (Wortsman et al. 2022, "Model
+soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time"). Sources
+are state dicts in memory, `.safetensors` files or checkpoint directories; those on disk are read one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from intaglio.errors import IntaglioError
+
+Source = Mapping[str, Tensor] | str | os.PathLike[str]
+Tensors = nn.Module | Mapping[str, Tensor]
+_Storage = tuple[Any, ...]
+
+
+class _InMemory:
+    """A state dict."""
+
+    def __init__(self, state: Mapping[str, Tensor], label: str) -> None:
+        self.label = label
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        self._state = state
+
+    def read(self, name: str) -> Tensor:
+        return self._state[name].detach()
+
+    def storage(self, name: str) -> _Storage:
+        """Equal for names that share one tensor."""
+        return _storage(self._state[name])
+
+
+class _OnDisk:
+    """The tensors of one or several safetensors files, read when asked for."""
+
+    def __init__(self, files: Iterable[Path], label: str, stack: ExitStack) -> None:
+        self.label = label
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._handles: dict[str, Any] = {}
+        for file in files:
+            try:
+                handle = stack.enter_context(safe_open(file, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise IntaglioError(f"{file} cannot be read as a safetensors file: {error}") from None
+            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+                if name in self._handles:
+                    raise IntaglioError(f"{label} holds the tensor {name} in two files")
+                self._handles[name] = handle
+                self.shapes[name] = tuple(handle.get_slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._handles[name].get_tensor(name)
+        return tensor
+
+    def storage(self, name: str) -> _Storage:
+        """A file holds every tensor once."""
+        return (name,)
+
+
+_Reader = _InMemory | _OnDisk
+
+
+def _storage(tensor: Tensor) -> _Storage:
+    if tensor.device.type == "meta":
+        return (id(tensor),)
+    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: the path itself, those of its index, or all in the directory."""
+    if path.is_file():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+            raise IntaglioError(f"{index} is no index of safetensors files: {error}") from None
+        return [path / name for name in sorted(names)]
+    found = sorted(path.glob("*.safetensors"))
+    if not found:
+        raise IntaglioError(f"{path} is no safetensors file and no directory that holds one")
+    return found
+
+
+def _open(source: Source, index: int, stack: ExitStack) -> _Reader:
+    if isinstance(source, Mapping):
+        return _InMemory(source, f"source {index}")
+    return _OnDisk(_files(Path(source)), str(source), stack)
+
+
+def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One weight for each source, summing to 1."""
+    if not count:
+        raise IntaglioError("there is nothing to average; one or more checkpoints are accepted")
+    if weights is None:
+        return [1.0 / count] * count
+    if len(weights) != count:
+        raise IntaglioError(f"weights has {len(weights)} numbers for {count} checkpoints; one for each is accepted")
+    if any(not math.isfinite(weight) or weight < 0 for weight in weights) or not sum(weights):
+        raise IntaglioError(f"weights is {list(weights)}; finite numbers from 0, not all 0, are accepted")
+    return [weight / sum(weights) for weight in weights]
+
+
+def _aliases(readers: Sequence[_Reader]) -> dict[str, str]:
+    """Names that share their tensor with another name in every source that has them -> that name, which all have."""
+    everywhere = [name for name in readers[0].shapes if all(name in reader.shapes for reader in readers)]
+    found: dict[str, str] = {}
+    kept: dict[tuple[_Storage, ...], str] = {}
+    for name in everywhere:
+        other = kept.setdefault(tuple(reader.storage(name) for reader in readers), name)
+        if other != name:
+            found[name] = other
+    # A tied tensor has one name only in a file: the other names need not be there, but must be tied where they are.
+    for name in {name for reader in readers for name in reader.shapes} - set(everywhere):
+        holders = [reader for reader in readers if name in reader.shapes]
+        same = (other for other in kept.values() if all(r.storage(other) == r.storage(name) for r in holders))
+        other = next(same, name)
+        if other != name:
+            found[name] = other
+    return found
+
+
+def _check_names(readers: Sequence[_Reader], aliases: Mapping[str, str]) -> list[str]:
+    """The names of all tensors, in the first source's order; refuses what does not match."""
+    first = readers[0]
+    for reader in readers[1:]:
+        for one, other in ((first, reader), (reader, first)):
+            missing = next((name for name in one.shapes if name not in other.shapes and name not in aliases), None)
+            if missing is not None:
+                raise IntaglioError(f"the tensor {missing} of {one.label} is missing in {other.label}")
+        for name, shape in reader.shapes.items():
+            own = first.shapes.get(name, shape)
+            if own != shape:
+                raise IntaglioError(
+                    f"the tensor {name} has the shape {own} in {first.label} and {shape} in {reader.label}"
+                )
+    return list(dict.fromkeys(name for reader in readers for name in reader.shapes))
+
+
+def _mean(name: str, readers: Sequence[_Reader], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """The weighted mean of one tensor, as a running mean: equal inputs give their own bits back."""
+    first = readers[0].read(name)
+    if not (first.is_floating_point() or first.is_complex()):
+        for reader in readers[1:]:
+            if not torch.equal(reader.read(name).to(first.device), first):
+                raise IntaglioError(
+                    f"the tensor {name} holds {str(first.dtype).removeprefix('torch.')} values that differ between "
+                    f"{readers[0].label} and {reader.label}; only equal ones can be kept"
+                )
+        return first.clone()
+    mean: Tensor | None = None
+    total = 0.0
+    for reader, weight in zip(readers, weights, strict=True):
+        if not weight:
+            continue
+        value = reader.read(name)
+        value = value.to(device=first.device, dtype=torch.promote_types(value.dtype, dtype))
+        total += weight
+        # Equal values are kept rather than computed, so that infinities in masks survive.
+        mean = value if mean is None else torch.where(value == mean, mean, mean + (value - mean) * (weight / total))
+    assert mean is not None  # the weights sum to 1
+    return mean.to(first.dtype, copy=True)
+
+
+@torch.no_grad()
+def average(
+    sources: Sequence[Source], weights: Sequence[float] | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Return the weighted mean of the parameters of several checkpoints: `sum_i w_i theta_i`.
+
+    Names that share one tensor in the sources (tied embeddings) share one in the result; a file, which holds such a
+    tensor under one of its names only, matches a state dict with both. Of sources on disk one tensor is in memory at a
+    time. The mean of equal tensors is that tensor, bit for bit.
+
+    Args:
+        sources: state dicts, `.safetensors` files or checkpoint directories, with the same names and shapes.
+        weights: one number from 0 for each source; they are divided by their sum. Default: all equal.
+        dtype: in which the mean is computed, at least; a wider source widens it. Default float32.
+
+    Returns:
+        New tensors with the dtype and device of the first source, files on the CPU.
+
+    Raises:
+        IntaglioError: no source, weights that do not fit, a tensor that is missing or has another shape somewhere, or
+            an integer or bool tensor that is not the same everywhere; names the tensor.
+    """
+    shares = _check_weights(weights, len(sources))
+    with ExitStack() as stack:
+        readers = [_open(source, index, stack) for index, source in enumerate(sources)]
+        aliases = _aliases(readers)
+        names = _check_names(readers, aliases)
+        result = {name: _mean(name, readers, shares, dtype) for name in names if name not in aliases}
+        return {name: result[aliases.get(name, name)] for name in names}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One soup that was scored.
+
+    Attributes:
+        members: indices of the candidates in it.
+        score: what the score function returned.
+        kept: whether it became the soup so far.
+    """
+
+    members: tuple[int, ...]
+    score: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class Soup:
+    """What `greedy` chose.
+
+    Attributes:
+        state: the averaged parameters.
+        chosen: indices of the candidates in it, best first.
+        score: the soup's score.
+        log: every soup that was scored, in order: the candidates alone, then the attempts to add one.
+    """
+
+    state: dict[str, Tensor]
+    chosen: tuple[int, ...]
+    score: float
+    log: tuple[Trial, ...]
+
+
+def greedy(
+    candidates: Sequence[Source], score: Callable[[dict[str, Tensor]], float], higher_is_better: bool = True
+) -> Soup:
+    """Return the greedy soup (Wortsman et al. 2022, recipe 1): add the candidates one at a time while it does not hurt.
+
+    The candidates are ranked by their own score. Beginning with the best, each is added to the mean if the score of the
+    mean with it is at least as good as without. So the soup is never worse than the best candidate on the score that it
+    was chosen by; report it on data that the score has not seen. A candidate whose score is NaN is left out.
+
+    Args:
+        candidates: as the sources of `average`.
+        score: parameters -> number, called 2k - 1 times for k candidates. It may keep no reference to its argument.
+        higher_is_better: False for losses. Default True.
+
+    Raises:
+        IntaglioError: as `average`, or no candidate has a score.
+    """
+    sign = 1.0 if higher_is_better else -1.0
+    alone = [float(score(average([candidate]))) for candidate in candidates]
+    order = sorted((i for i in range(len(alone)) if not math.isnan(alone[i])), key=lambda i: -sign * alone[i])
+    if not order:
+        raise IntaglioError(f"none of the {len(alone)} candidates of the soup has a score that is a number")
+    log = [Trial((i,), alone[i], i == order[0]) for i in range(len(alone))]
+    chosen: tuple[int, ...] = (order[0],)
+    best = alone[order[0]]
+    state = average([candidates[order[0]]])
+    for index in order[1:]:
+        members = (*chosen, index)
+        mixed = average([candidates[i] for i in members])
+        result = float(score(mixed))
+        kept = sign * result >= sign * best
+        log.append(Trial(members, result, kept))
+        if kept:
+            chosen, best, state = members, result, mixed
+    return Soup(state, chosen, best, tuple(log))
+
+
+@torch.no_grad()
+def ema_update(average: Tensors, model: Tensors, decay: float) -> None:
+    """Move a running average towards a model, in place: `average <- decay * average + (1 - decay) * model`.
+
+    Integer and bool tensors are copied. A tensor under two names is moved once. Keep the average in float32: in
+    bfloat16 the steps of a decay near 1 are rounded away.
+
+    Args:
+        average: a module or state dict; changed.
+        model: a module or state dict with the same names and shapes.
+        decay: from 0 (copy the model) to 1 (leave the average).
+
+    Raises:
+        IntaglioError: decay is out of range, or a name or shape does not match; nothing is changed then.
+    """
+    if not 0.0 <= decay <= 1.0:
+        raise IntaglioError(f"decay is {decay}; a number from 0 to 1 is accepted")
+    target = average.state_dict() if isinstance(average, nn.Module) else average
+    source = model.state_dict() if isinstance(model, nn.Module) else model
+    _check_names([_InMemory(target, "the average"), _InMemory(source, "the model")], {})
+    done: set[_Storage] = set()
+    for name, mean in target.items():
+        if _storage(mean) in done:
+            continue
+        done.add(_storage(mean))
+        value = source[name].to(device=mean.device, dtype=mean.dtype)
+        if mean.is_floating_point() or mean.is_complex():
+            mean.lerp_(value, 1.0 - decay)
+        else:
+            mean.copy_(value)

@@ -1,0 +1,11 @@
+"""Masks over weights: which parameters live.
+
+What lives here:
+
+- `magnitude`: the smallest weights of each layer go; needs no data.
+- `wanda`: |weight| times input norm, row by row.
+- `sparsegpt`: column by column with compensation by the rest of the row.
+- `dsnot`: refines the mask of any of the three without training.
+- `amount` (private): `sparsity` or `pattern`, and the masks they ask for.
+- `pruning` (private): what every pruning step does around its own rule.
+"""

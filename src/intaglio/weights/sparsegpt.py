@@ -1,0 +1,192 @@
+"""SparseGPT (Frantar and Alistarh, ICML 2023): prune column by column, the rest of the row makes up for each loss.
+
+Dimension letters: R rows (outputs), I inputs, C columns of one block.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from intaglio.anatomy import Linear
+from intaglio.calibrate import InputStatistics
+from intaglio.checkpoint import Checkpoint
+from intaglio.errors import IntaglioError
+from intaglio.method import Cost, Method, Progress, Workload, silent
+from intaglio.weights.amount import Amount, lowest_of_groups, prune_mask
+from intaglio.weights.pruning import calibrated, refuse_integers, shapes, walk_cost
+
+DAMPENING = 0.01
+BLOCK = 128
+
+
+def inverse_factor(hessian_II: Tensor, dampening: float = DAMPENING) -> tuple[Tensor, Tensor]:
+    """U, the upper Cholesky factor of the inverse of the dampened Hessian: U^T U = (H + d mean(diag H) I)^-1.
+
+    Inputs that are always zero (H_kk = 0) get H_kk = 1 first. The factorisation runs in float64 on the CPU, so that it
+    agrees over thread counts; it is retried with ten times the dampening if the matrix is not positive definite in
+    rounding, as happens with few samples.
+
+    Args:
+        hessian_II: float32 [I, I].
+        dampening: d, a share of the mean of the diagonal. Default 0.01.
+
+    Returns:
+        U as float32 [I, I], and the dead inputs as bool [I].
+
+    Raises:
+        IntaglioError: the Hessian is not finite, or not positive definite even with dampening 1.
+    """
+    if not torch.isfinite(hessian_II).all():
+        raise IntaglioError("the calibration statistics are not finite: the inputs of a layer hold NaN or overflow")
+    hessian = hessian_II.to("cpu", torch.float64, copy=True)
+    diagonal = hessian.diagonal()
+    dead_I = diagonal == 0
+    diagonal[dead_I] = 1.0
+    mean = diagonal.mean()
+    added = 0.0
+    while dampening <= 1.0:
+        diagonal += (dampening - added) * mean
+        added = dampening
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper.float().to(hessian_II.device), dead_I.to(hessian_II.device)
+        dampening *= 10
+    raise IntaglioError("a layer's Hessian is not positive definite; give more calibration data or a larger dampening")
+
+
+def sparsegpt_score(weight_RI: Tensor, upper_II: Tensor) -> Tensor:
+    """S_rk = W_rk^2 / U_kk^2, in float32 [R, I].
+
+    Args:
+        weight_RI: the weights.
+        upper_II: from `inverse_factor`.
+    """
+    return weight_RI.float().square() / upper_II.diagonal().square()
+
+
+def sparsegpt(
+    weight_RI: Tensor, upper_II: Tensor, dead_I: Tensor, amount: float | tuple[int, int], block: int = BLOCK
+) -> Tensor:
+    """Prune one matrix with compensation.
+
+    For each block of columns the mask takes the lowest W^2/U_kk^2 of the whole block (all rows together), or, for N:M,
+    the lowest of each row's group, scored when the group's first column is reached. Then for each column i of the
+    block, with w masked to q: e = (w - q)/U_ii, and the columns from i on lose e U[i, i:]; after the block the rest of
+    the matrix loses E U[block, rest].
+
+    Args:
+        weight_RI: the dense weights, any floating dtype.
+        upper_II: U from `inverse_factor`.
+        dead_I: inputs that are always zero; their weights go first.
+        amount: a share of zeros, or (N, M).
+        block: columns of a block. Default 128.
+
+    Returns:
+        The pruned and updated weights, float32 [R, I].
+    """
+    weight_RI = weight_RI.float().clone()
+    weight_RI[:, dead_I] = 0
+    inputs = weight_RI.shape[1]
+    for low in range(0, inputs, block):
+        high = min(low + block, inputs)
+        # Columns are worked on one at a time: as rows of the transpose each lies in one piece of memory.
+        w_CR = weight_RI[:, low:high].T.contiguous()
+        upper_CC = upper_II[low:high, low:high]
+        error_CR = torch.empty_like(w_CR)
+        diagonal_C = upper_CC.diagonal().tolist()
+        mask_CR = torch.empty_like(w_CR, dtype=torch.bool)
+        if not isinstance(amount, tuple):
+            mask_CR = prune_mask(sparsegpt_score(w_CR.T, upper_CC), amount, per="layer").T.contiguous()
+        for i in range(high - low):
+            if isinstance(amount, tuple) and i % amount[1] == 0:
+                group = slice(i, i + amount[1])
+                score = (w_CR[group].T / upper_CC.diagonal()[group]).square()
+                mask_CR[group] = lowest_of_groups(score.contiguous(), *amount).T
+            error_R = torch.where(mask_CR[i], w_CR[i], 0) / diagonal_C[i]
+            w_CR[i + 1 :].addr_(upper_CC[i, i + 1 :], error_R, alpha=-1)
+            error_CR[i] = error_R
+        weight_RI[:, low:high] = w_CR.masked_fill_(mask_CR, 0).T
+        if high < inputs:
+            weight_RI[:, high:].addmm_(error_CR.T, upper_II[low:high, high:], alpha=-1)
+    return weight_RI
+
+
+class SparseGPT(Amount, Method, slug="sparsegpt"):
+    """Prune by W_rk^2 / U_kk^2 and update what is kept, so that the layer's outputs on calibration data change least.
+
+    With H = (2/n) sum_t x_t x_t^T over the calibration tokens and U the upper Cholesky factor of (H + d I)^-1, columns
+    are pruned from left to right in blocks; each pruned weight's error is spread over the columns to its right by U.
+    Weights change, unlike under Wanda: compare it as such.
+
+    The pruned share of a block of columns is exact (floor); the released code's `<= threshold` prunes one more, and
+    more under ties.
+
+    Args:
+        sparsity: share of zeros in each layer, 0 <= sparsity < 1.
+        pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+        dampening: share of the mean diagonal added to the Hessian. Default 0.01.
+        block: columns that are pruned at a time; for N:M a multiple of M. Default 128.
+
+    Raises:
+        IntaglioError: (in `apply`) the pattern does not fit a width or the block, no calibration data, statistics that
+            are not finite, a Hessian that cannot be inverted.
+
+    Source: Frantar and Alistarh, SparseGPT, ICML 2023, arXiv 2301.00774, algorithm 1 and section 3.
+    """
+
+    storage: ClassVar[Literal["baked"]] = "baked"
+    needs_calibration: ClassVar[bool] = True
+    changes = frozenset({"weights"})
+    requires = frozenset({"linear_weights"})
+
+    dampening: Annotated[float, Field(gt=0, le=1, description="share of the mean diagonal added to the Hessian")] = (
+        DAMPENING
+    )
+    block: Annotated[int, Field(ge=1, description="columns that are pruned at a time")] = BLOCK
+
+    def apply(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Any = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 4,
+        progress: Progress = silent,
+    ) -> Checkpoint:
+        """Prune and update `checkpoint` in place and return it.
+
+        Args:
+            checkpoint: what to prune.
+            calibration: segments, token ids [N, L], texts, a bundled name, a file or a folder.
+            seed: chooses the calibration documents, where text is given. Default 0.
+            batch_size: sequences that pass at a time. Default 4.
+            progress: called after each batch.
+        """
+        self.check(shapes(checkpoint))
+        amount = self.amount
+        if isinstance(amount, tuple) and self.block % amount[1]:
+            raise IntaglioError(f"the block of {self.block} columns is not a multiple of the pattern's {amount[1]}")
+        factors: dict[InputStatistics, tuple[Tensor, Tensor]] = {}
+
+        def rule(_: int, linear: Linear, statistics: InputStatistics) -> Tensor:
+            refuse_integers(linear)
+            if statistics not in factors:
+                factors.clear()  # linears that share an input come one after the other
+                factors[statistics] = inverse_factor(statistics.hessian_II, self.dampening)
+            return sparsegpt(linear.read(), *factors[statistics], amount, self.block)
+
+        return calibrated(
+            self, checkpoint, calibration, rule, hessian=True, seed=seed, batch_size=batch_size, progress=progress
+        )
+
+    def estimate(self, workload: Workload) -> Cost:
+        """Two passes, the Hessians and their inversion, and the column updates."""
+        walked = walk_cost(workload, hessian=True)
+        solve = sum(float(rows) * columns**2 + 2.0 * columns**3 for rows, columns in workload.linears)
+        return Cost(walked.flops + solve, walked.sorted_elements, walked.extra_bytes)

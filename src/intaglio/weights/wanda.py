@@ -1,0 +1,80 @@
+"""Wanda (Sun et al., ICLR 2024): prune by weight magnitude times input norm, row by row."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from intaglio.anatomy import Linear
+from intaglio.calibrate import InputStatistics
+from intaglio.checkpoint import Checkpoint
+from intaglio.method import Cost, Method, Progress, Workload, silent
+from intaglio.weights.amount import Amount, prune_mask
+from intaglio.weights.pruning import calibrated, masked, refuse_integers, shapes, walk_cost
+
+
+def wanda_score(weight_RI: Tensor, square_I: Tensor) -> Tensor:
+    """S_rk = |W_rk| * sqrt(l2_k), in float32.
+
+    Args:
+        weight_RI: the weights.
+        square_I: l2_k = (sum over tokens of x_k^2) / sequences.
+
+    Returns:
+        float32 [R, I].
+    """
+    return weight_RI.float().abs() * square_I.sqrt()
+
+
+class Wanda(Amount, Method, slug="wanda"):
+    """Prune by S_rk = |W_rk| ||x_k||_2, compared within each output row (unstructured) or each group (N:M).
+
+    ||x_k||_2 is the norm of input feature k over the calibration tokens, taken on the outputs of the already pruned
+    blocks before. Weights are not updated; kept ones keep their bits.
+
+    Args:
+        sparsity: share of zeros in each row, 0 <= sparsity < 1; floor(inputs * sparsity) of a row go.
+        pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+
+    Raises:
+        IntaglioError: (in `apply`) the pattern does not fit a width, no calibration data, NaN statistics.
+
+    Source: Sun, Liu, Bair and Kolter, A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024,
+    arXiv 2306.11695, section 3.
+    """
+
+    storage: ClassVar[Literal["baked"]] = "baked"
+    needs_calibration: ClassVar[bool] = True
+    changes = frozenset({"weights"})
+    requires = frozenset({"linear_weights"})
+
+    def apply(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Any = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 4,
+        progress: Progress = silent,
+    ) -> Checkpoint:
+        """Prune `checkpoint` in place and return it.
+
+        Args:
+            checkpoint: what to prune.
+            calibration: segments, token ids [N, L], texts, a bundled name, a file or a folder.
+            seed: chooses the calibration documents, where text is given. Default 0.
+            batch_size: sequences that pass at a time. Default 4.
+            progress: called after each batch.
+        """
+        self.check(shapes(checkpoint))
+
+        def rule(_: int, linear: Linear, statistics: InputStatistics) -> Tensor:
+            refuse_integers(linear)
+            return masked(linear, prune_mask(wanda_score(linear.read(), statistics.square_I), self.amount))
+
+        return calibrated(self, checkpoint, calibration, rule, seed=seed, batch_size=batch_size, progress=progress)
+
+    def estimate(self, workload: Workload) -> Cost:
+        """Two passes over the blocks and one selection."""
+        return walk_cost(workload)

@@ -1,0 +1,125 @@
+"""Reading a user's YAML: plain data only, and every value's line, so that an error can name its place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from intaglio.errors import IntaglioError
+
+MAX_BYTES = 1 << 20
+
+Place = tuple[str | int, ...]
+"""A path of keys and indices into a document."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed file.
+
+    Args:
+        name: of the file, for sentences.
+        value: plain dicts, lists and scalars.
+        lines: the line (from 1) on which each place stands.
+    """
+
+    name: str
+    value: Any
+    lines: dict[Place, int]
+
+    def where(self, place: Place) -> str:
+        """`FILE, line N, steps[1].wanda.sparsity`, as near to the place as the file has a line for.
+
+        Args:
+            place: path of keys and indices.
+        """
+        near = place
+        while near and near not in self.lines:
+            near = near[:-1]
+        line = self.lines.get(near)
+        text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+        return ", ".join(part for part in (self.name, f"line {line}" if line else "", text) if part)
+
+
+def read_yaml(path: Path) -> Document:
+    """Read a YAML file of plain data.
+
+    Args:
+        path: the file.
+
+    Raises:
+        IntaglioError: it is not there, too large, not UTF-8 text, not YAML, has a key twice, or uses tags, anchors or
+            aliases.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise IntaglioError(f"cannot read {path}: {error.strerror or error}") from error
+    if len(content) > MAX_BYTES:
+        raise IntaglioError(f"{path} is over {MAX_BYTES >> 20} MiB; that is no recipe")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise IntaglioError(f"{path} is not text: byte {error.start} is not UTF-8") from error
+    return parse_yaml(text, str(path))
+
+
+def parse_yaml(text: str, name: str = "recipe") -> Document:
+    """Parse YAML text of plain data; see `read_yaml`.
+
+    Args:
+        text: the YAML.
+        name: of where it came from, for sentences.
+    """
+    try:
+        for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            if isinstance(token, (yaml.TagToken, yaml.AnchorToken, yaml.AliasToken)):
+                kind = type(token).__name__.removesuffix("Token").lower()
+                raise IntaglioError(
+                    f"{name}, line {token.start_mark.line + 1}: YAML {kind}s are not accepted in a recipe; "
+                    "write plain values"
+                )
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be parsed"
+        raise IntaglioError(f"{name}{line} is not valid YAML: {problem}") from error
+    except RecursionError as error:
+        raise IntaglioError(f"{name} is nested too deeply") from error
+    lines: dict[Place, int] = {}
+    try:
+        value = None if node is None else _plain(node, (), lines, name, yaml.SafeLoader(""))
+    except RecursionError as error:
+        raise IntaglioError(f"{name} is nested too deeply") from error
+    except (ValueError, OverflowError) as error:
+        if isinstance(error, IntaglioError):
+            raise
+        raise IntaglioError(f"{name} holds a value that cannot be read: {error}") from error
+    return Document(name, value, lines)
+
+
+def _plain(node: yaml.Node, place: Place, lines: dict[Place, int], name: str, loader: yaml.SafeLoader) -> Any:
+    lines[place] = node.start_mark.line + 1
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, (*place, index), lines, name, loader) for index, item in enumerate(node.value)]
+    if isinstance(node, yaml.MappingNode):
+        found: dict[Any, Any] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise IntaglioError(f"{name}, line {line}: a key must be a word")
+            key = str(key_node.value)
+            if key in found:
+                raise IntaglioError(f"{name}, line {line}: the key {key!r} stands twice")
+            found[key] = _plain(value_node, (*place, key), lines, name, loader)
+            lines[(*place, key)] = line
+        return found
+    # "2:4" is a number in base 60 to YAML 1.1; here it is a pattern.
+    if isinstance(node, yaml.ScalarNode) and node.style is None and ":" in node.value:
+        return node.value
+    return loader.construct_object(node)

@@ -1,0 +1,113 @@
+"""What every test runs under: no network, no cache of the user's, one thread; and small checkpoints and texts to share.
+
+Fast tests see an empty `INTAGLIO_HOME`, so that none can come to need the bundled assets; tests marked `slow` see the
+user's own cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Read when the library is imported, so before any test module is.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from hypothesis import settings
+
+from tests.families import tiny_checkpoint_dir
+
+TinyDir = Callable[[str], Path]
+
+_USERS_HOME = os.environ.get("INTAGLIO_HOME")
+_WORDS = (
+    "the quick brown fox jumps over lazy dog and then sleeps in sun she said that other one is there no thing it "
+    "what name of river runs through town north width height area return def one two three number"
+).split()
+
+# Machines that run tests are shared: a deadline an example would fail at random.
+settings.register_profile("intaglio", deadline=None, print_blob=True)
+settings.load_profile("intaglio")
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Close the network for the whole session; local (Unix) sockets stay open."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX:
+            raise AssertionError(f"a test tried to connect to {address}")
+        connect(self, address)
+
+    def resolve(host: Any, *_: Any, **__: Any) -> NoReturn:
+        raise AssertionError(f"a test tried to look up {host}")
+
+    socket.socket.connect = guarded  # type: ignore[method-assign]
+    socket.getaddrinfo = resolve
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Choose the cache before any fixture of the test is made, those of the session included."""
+    if item.get_closest_marker("slow") is None:
+        os.environ["INTAGLIO_HOME"] = str(item.config.stash[_EMPTY])
+    elif _USERS_HOME is None:
+        os.environ.pop("INTAGLIO_HOME", None)
+    else:
+        os.environ["INTAGLIO_HOME"] = _USERS_HOME
+
+
+_EMPTY = pytest.StashKey[Path]()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Make the empty cache."""
+    factory = session.config._tmp_path_factory  # type: ignore[attr-defined]
+    session.config.stash[_EMPTY] = factory.mktemp("empty-home")
+
+
+@pytest.fixture(autouse=True)
+def _threads_stay() -> Iterator[None]:
+    """A resumed carve sets torch's threads; no test may change those of the next."""
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> TinyDir:
+    """`tiny_dir("llama")`: a directory with a tiny checkpoint of that family, made once; tests must not change it."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = tiny_checkpoint_dir(family, tmp_path_factory.mktemp("tiny") / family, layers=2)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def paragraphs() -> list[str]:
+    """400 different short paragraphs that the tiny tokenizers read without loss."""
+    draw = random.Random(0)
+    return [f"{n}: {' '.join(draw.choices(_WORDS, k=draw.randint(15, 40)))}." for n in range(400)]
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory: pytest.TempPathFactory, paragraphs: list[str]) -> Path:
+    """The paragraphs as a `.jsonl` file, a document each."""
+    path = tmp_path_factory.mktemp("texts") / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs), encoding="utf-8")
+    return path

@@ -1,0 +1,146 @@
+"""What every registered method promises, for each protocol it declares and on every family.
+
+A new method inherits this suite by being in the catalogue. Methods with no working defaults name an example below.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from intaglio.anatomy import anatomy
+from intaglio.catalogue import ENTRIES
+from intaglio.checkpoint import Checkpoint, load, weights_digest
+from intaglio.errors import IntaglioError
+from intaglio.method import Carving, Cost, Method, Workload, get
+from intaglio.recipe import Recipe
+from tests.families import ENCODERS, FAMILIES, tiny_model, tiny_tokenizer
+
+EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
+    slug: ({"sparsity": 0.5}, {"pattern": "2:4"}) for slug in ("magnitude", "wanda", "sparsegpt", "dsnot")
+}
+EXAMPLES["sparsegpt"] = ({"sparsity": 0.5, "block": 16}, {"pattern": "2:4", "block": 16})
+CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
+CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]
+IDS = torch.randint(8, 150, (6, 16), generator=torch.Generator().manual_seed(0))
+
+
+def example(slug: str, index: int = 0) -> Method:
+    return get(slug)(**EXAMPLES[slug][index])
+
+
+def carved(slug: str, index: int, family: str) -> Checkpoint:
+    checkpoint = Checkpoint(tiny_model(family), tiny_tokenizer(family), source="tiny")
+    return example(slug, index).apply(checkpoint, IDS, batch_size=2)  # type: ignore[attr-defined]
+
+
+def test_every_method_has_an_example() -> None:
+    assert set(EXAMPLES) == set(ENTRIES)
+
+
+@pytest.mark.parametrize("slug", CARVINGS)
+def test_it_is_a_carving(slug: str) -> None:
+    method = get(slug)
+    assert isinstance(example(slug), Carving)
+    assert method.storage in ("baked", "live")  # type: ignore[attr-defined]
+    assert method.changes
+
+
+@pytest.mark.parametrize(("slug", "index"), CASES)
+def test_schema_round_trip(slug: str, index: int) -> None:
+    method = example(slug, index)
+    recipe = Recipe.of({"steps": [{slug: method.model_dump()}]})
+    assert recipe.steps == (method,)
+    assert Recipe.of(recipe.dump()) == recipe
+    assert json.loads(json.dumps(method.model_dump())) == method.model_dump()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("slug", "index"), CASES)
+def test_apply_save_load_gives_the_same_logits_and_record(slug: str, index: int, family: str, tmp_path: Path) -> None:
+    checkpoint = carved(slug, index, family)
+    with torch.no_grad():
+        expected = checkpoint.model(IDS).logits
+    checkpoint.save(tmp_path / "out")
+    back = load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(back.model(IDS).logits, expected)
+    assert back.record == checkpoint.record
+    step = back.record.steps[-1]
+    assert (step.slug, step.parameters) == (slug, example(slug, index).model_dump())
+    if get(slug).needs_calibration:  # type: ignore[attr-defined]
+        assert step.calibration is not None
+        assert (step.calibration["samples"], step.calibration["length"]) == (6, 16)
+    if back.kind == "baked":
+        stock = (AutoModelForMaskedLM if family in ENCODERS else AutoModelForCausalLM).from_pretrained(tmp_path / "out")
+        with torch.no_grad():
+            assert torch.equal(stock.eval()(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("slug", "index"), CASES)
+def test_it_changes_something_and_only_what_it_says(slug: str, index: int, family: str) -> None:
+    before = tiny_model(family)
+    after = carved(slug, index, family).model
+    inside = {id(linear.module.weight) for _, linear in anatomy(before).all_linears()}
+    changed = 0
+    for (name, old), (_, new) in zip(before.named_parameters(), after.named_parameters(), strict=True):
+        if not torch.equal(old, new):
+            assert id(old) in inside, name
+            changed += 1
+    assert changed == len(inside)
+    assert get(slug).changes == {"weights"}
+
+
+@pytest.mark.parametrize(("slug", "index"), CASES)
+def test_it_is_deterministic_to_the_byte(slug: str, index: int, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        carved(slug, index, "gemma3").save(tmp_path / name)
+    assert weights_digest(tmp_path / "a") == weights_digest(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("slug", "index"), CASES)
+def test_half_precision_is_kept(slug: str, index: int) -> None:
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    after = example(slug, index).apply(Checkpoint(copy.deepcopy(model)), IDS).model  # type: ignore[attr-defined]
+    assert {p.dtype for p in after.parameters()} == {torch.bfloat16}
+    for _, linear in anatomy(after).all_linears():
+        assert float((linear.read() == 0).float().mean()) == 0.5
+
+
+@pytest.mark.parametrize("slug", [slug for slug in CARVINGS if get(slug).needs_calibration])  # type: ignore[attr-defined]
+def test_missing_calibration_is_refused_and_nothing_changes(slug: str) -> None:
+    model = tiny_model("llama")
+    checkpoint = Checkpoint(copy.deepcopy(model))
+    with pytest.raises(IntaglioError, match="calibration data is missing"):
+        example(slug).apply(checkpoint)  # type: ignore[attr-defined]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), checkpoint.model.parameters(), strict=True))
+    assert checkpoint.record.steps == []
+
+
+@pytest.mark.parametrize(("slug", "index"), CASES)
+def test_the_estimate_is_a_cost(slug: str, index: int) -> None:
+    workload = Workload(((64, 32), (32, 64)), 4096, 8192, 32, 128, 32, 4)
+    cost = example(slug, index).estimate(workload)  # type: ignore[attr-defined]
+    assert isinstance(cost, Cost)
+    assert cost.flops >= 0
+    assert cost.sorted_elements > 0
+    assert cost.extra_bytes > 0
+
+
+@pytest.mark.parametrize("slug", CARVINGS)
+def test_the_family_is_refused_in_one_sentence(slug: str) -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+
+    with pytest.raises(IntaglioError, match="is not supported") as caught:
+        example(slug).apply(Checkpoint(Odd()), IDS)  # type: ignore[attr-defined]
+    assert "\n" not in str(caught.value)
