@@ -21,15 +21,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.families import _TEXT as TEXT
 from tests.families import tiny_checkpoint_dir
 
 TinyDir = Callable[[str], Path]
 
+_EMPTY = pytest.StashKey[Path]()
 _USERS_HOME = os.environ.get("INTAGLIO_HOME")
-_WORDS = (
-    "the quick brown fox jumps over lazy dog and then sleeps in sun she said that other one is there no thing it "
-    "what name of river runs through town north width height area return def one two three number"
-).split()
+_WORDS = sorted(set(TEXT.split()))
 
 # Machines that run tests are shared: a deadline an example would fail at random.
 settings.register_profile("intaglio", deadline=None, print_blob=True)
@@ -62,14 +61,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.environ.pop("INTAGLIO_HOME", None)
     else:
         os.environ["INTAGLIO_HOME"] = _USERS_HOME
-
-
-_EMPTY = pytest.StashKey[Path]()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ import yaml
 
 from intaglio import report, writer
 from intaglio.anatomy import anatomy
-from intaglio.checkpoint import Checkpoint, load, load_config, model_class, parse_device, parse_dtype, versions
+from intaglio.checkpoint import RECORD, Checkpoint, load, load_config, model_class, parse_device, parse_dtype, versions
 from intaglio.data.segments import Segments, segments
 from intaglio.data.texts import calibration_and_held_out, load_texts
 from intaglio.errors import IntaglioError
@@ -84,6 +84,21 @@ def held_out_segments(checkpoint: Checkpoint, corpus: Any, wanted: Measure) -> S
     return segments(checkpoint.tokenizer, corpus, wanted.samples, min(wanted.length, checkpoint.context), seed=0)
 
 
+def check_output(out: Path, overwrite: bool) -> None:
+    """Refuse an output directory that is taken, before any work is done; see `writer.check_target`.
+
+    Args:
+        out: the directory that is to be made.
+        overwrite: whether an earlier result may be replaced. Anything else that stands there may not.
+
+    Raises:
+        IntaglioError: it is taken, or cannot be written.
+    """
+    writer.check_target(out, overwrite)
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise IntaglioError(f"{out} holds something that is no result of a carve (no {RECORD}); name another directory")
+
+
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
     """The directory beside OUT where finished steps wait, locked against a second run."""
@@ -92,6 +107,8 @@ def _scratch(out: Path) -> Iterator[Path]:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("w")
     except OSError as error:
+        with suppress(OSError):
+            path.rmdir()
         raise IntaglioError(f"cannot write {path}: {error.strerror or error}") from error
     with lock:
         try:
@@ -107,9 +124,9 @@ def _scratch(out: Path) -> Iterator[Path]:
 
 def _read_state(scratch: Path) -> dict[str, Any] | None:
     try:
-        state: dict[str, Any] = json.loads((scratch / STATE).read_text(encoding="utf-8"))
-        return state if isinstance(state.get("done"), int) else None
-    except (OSError, ValueError, AttributeError):
+        state = json.loads((scratch / STATE).read_text(encoding="utf-8"))
+        return {"digest": str(state["digest"]), "done": int(state["done"]), "threads": int(state["threads"])}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -124,8 +141,8 @@ def _start(scratch: Path, out: Path, digest: str, steps: int, resume: bool, over
                 f"the interrupted carve to {out} was of another recipe, model, device, dtype or version; "
                 "run it without resume and with overwrite to start over"
             )
-        torch.set_num_threads(int(state["threads"]))
-        return min(int(state["done"]), steps)
+        torch.set_num_threads(state["threads"])
+        return min(state["done"], steps)
     if not overwrite:
         raise IntaglioError(
             f"an interrupted carve to {out} has finished {state['done']} of {steps} steps; "
@@ -193,7 +210,7 @@ def carve(
         device: where to work. Default: the CPU.
         dtype: of the weights. Default: the checkpoint's own.
         resume: go on after the last finished step of an interrupted run.
-        overwrite: replace a directory that is there, and discard an interrupted run.
+        overwrite: replace an earlier result that is there, and discard an interrupted run.
         progress: called as work goes on.
 
     Returns:
@@ -207,7 +224,7 @@ def carve(
     name = model or recipe.model
     if name is None:
         raise IntaglioError("no model is given: name one on the command line or in the recipe")
-    writer.check_target(out, overwrite)
+    check_output(out, overwrite)
     digest = recipe.digest(json.dumps([name, str(device), str(dtype), versions()]))
     with _scratch(out) as scratch:
         done = _start(scratch, out, digest, len(recipe.steps), resume, overwrite)

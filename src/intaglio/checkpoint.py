@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from intaglio import writer
 from intaglio.data import assets
-from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.errors import IntaglioError, did_you_mean, shorten
 
 RECORD = "intaglio.json"
 BUNDLED = ("smollm2", "minilm")
@@ -34,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
@@ -240,14 +243,20 @@ def weights_digest(directory: Path) -> str:
 def _resolve(x: str | os.PathLike[str]) -> tuple[str, bool]:
     """What to hand to transformers, and whether it is a local directory."""
     text = os.fspath(x)
-    if text in BUNDLED and not Path(text).is_dir():
-        return str(assets.path(text)), True
+    if not text.strip():
+        raise IntaglioError("the model's name is empty; accepted: a bundled name, a directory, a hub id (user/name)")
     path = Path(text)
-    if path.is_dir():
+    try:
+        is_directory, exists = path.is_dir(), path.exists()
+    except OSError as error:
+        raise IntaglioError(f"the model {shorten(text)!r} cannot be read: {error.strerror}") from error
+    if is_directory:
         return str(path), True
-    if path.exists():
+    if text in BUNDLED:
+        return str(assets.path(text)), True
+    if exists:
         raise IntaglioError(f"the model {text} is a file; give the directory that holds it, with its config.json")
-    if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or not text.strip():
+    if text.startswith((".", "~", os.sep)) or text.count("/") > 1:
         raise IntaglioError(f"the model {text!r} does not exist: no such directory")
     return text, False
 
@@ -268,9 +277,11 @@ def _check_directory(path: Path) -> None:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise IntaglioError(f"{index} is not a valid index of shards: {error}") from error
+            raise IntaglioError(
+                f"{index} is not a valid index of shards: no weight_map can be read from it ({_first_line(error)})"
+            ) from error
         missing = sorted(shards - {file.name for file in files})
         if missing:
             raise IntaglioError(f"{path} is incomplete: {missing[0]} is missing")
@@ -290,8 +301,8 @@ def _read_record(path: Path) -> Record | None:
         return Record.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise IntaglioError(f"{file} is not a record of Intaglio: {place}: {first['msg']}") from error
+        place = "".join(f"{part}: " for part in [".".join(str(part) for part in first["loc"])] if part)
+        raise IntaglioError(f"{file} is not a record of Intaglio: {place}{first['msg']}") from error
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | Literal["auto"]:
@@ -357,16 +368,22 @@ def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple
     with _Quiet():
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged file makes transformers raise whatever it stumbles over
             reason = _first_line(error)
+            if "trust_remote_code" in str(error):
+                reason = "it brings code of its own (auto_map in its config.json), which is never run here"
             what = "cannot be read" if local else "is no directory here and cannot be had from the hub"
             raise IntaglioError(f"the model {os.fspath(x)!r} {what}: {reason}") from error
     return source, config
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    lines = str(error).strip().splitlines() or [""]
+    # Validators put the reason on the second line; a lone key or number says nothing without the error's name.
+    text = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0].rstrip(". ")
+    return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def model_class(config: Any, name: str) -> type[Any]:
@@ -380,7 +397,8 @@ def model_class(config: Any, name: str) -> type[Any]:
         IntaglioError: no text model of transformers has this configuration.
     """
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING):
-        if type(config) not in mapping:
+        # The last table has models of images and sound too.
+        if type(config) not in mapping or (mapping is MODEL_MAPPING and not hasattr(config, "vocab_size")):
             continue
         found = mapping[type(config)]
         found = found[0] if isinstance(found, tuple) else found
@@ -430,9 +448,11 @@ def load(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, TypeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # as for the configuration
             raise IntaglioError(f"the weights of {name!r} cannot be loaded: {_first_line(error)}") from error
-    _check_info(name, info)
+    _check_info(name, info, model.state_dict().keys())
     model.eval()
     local = Path(source) if Path(source).is_dir() else None
     checkpoint = Checkpoint(model, _load_tokenizer(source, revision), name, _read_record(local) if local else None)
@@ -442,7 +462,7 @@ def load(
     return checkpoint
 
 
-def _check_info(name: str, info: dict[str, Any]) -> None:
+def _check_info(name: str, info: dict[str, Any], model_keys: Iterable[str]) -> None:
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))
     if mismatched:
         raise IntaglioError(f"the weights of {name!r} do not fit its config.json: {mismatched[0]} has another shape")
@@ -452,6 +472,12 @@ def _check_info(name: str, info: dict[str, Any]) -> None:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise IntaglioError(f"the weights of {name!r} are incomplete: {missing[0]}{more} is not in its files")
+    # Some families leave tensors in their files that nothing needs; a whole layer more than the model has is another
+    # matter.
+    known = {_INDEX.sub("#", key) for key in model_keys}
+    left = sorted(key for key in info.get("unexpected_keys", ()) if _INDEX.sub("#", key) in known)
+    if left:
+        raise IntaglioError(f"the weights of {name!r} do not fit its config.json: it has no place for {left[0]}")
 
 
 def _load_tokenizer(source: str, revision: str | None) -> Any:
@@ -461,10 +487,10 @@ def _load_tokenizer(source: str, revision: str | None) -> Any:
     with _Quiet():
         try:
             return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # as for the configuration
             raise IntaglioError(f"the tokenizer of {source!r} cannot be loaded: {_first_line(error)}") from error
-        except Exception as error:  # the tokenizers library raises bare Exception for a damaged file
-            raise IntaglioError(f"the tokenizer of {source!r} is damaged: {_first_line(error)}") from error
 
 
 def _check_tensors(checkpoint: Checkpoint, name: str) -> None:

@@ -11,8 +11,35 @@ import difflib
 from collections.abc import Iterable
 
 
+def printable(text: str) -> str:
+    """Return text as one line that any terminal can show: line breaks, control characters and halves of characters
+    (lone surrogates) become escapes such as `\\n`.
+
+    Args:
+        text: anything, such as what a user wrote.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def shorten(text: str, most: int = 60) -> str:
+    """Return the text, or its front with three dots behind it where it is too long for a sentence.
+
+    Args:
+        text: what a user wrote.
+        most: characters. Default 60.
+    """
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
 class IntaglioError(ValueError):
-    """Bad input or an impossible request; its message is one sentence, fit to be shown to a user as it stands."""
+    """Bad input or an impossible request; its message is one sentence, fit to be shown to a user as it stands.
+
+    Args:
+        sentence: the message; what cannot be printed in it is escaped.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
 
 
 def did_you_mean(word: str, accepted: Iterable[str]) -> str:

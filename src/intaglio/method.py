@@ -43,7 +43,8 @@ class Method(BaseModel):
     implements (`apply` for a carving).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # strict: the word "0.5", yes and no are not taken for numbers, nor 1 for true.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     slug: ClassVar[str]
     changes: ClassVar[frozenset[Change]] = frozenset()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from intaglio.catalogue import ENTRIES
-from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.errors import IntaglioError, did_you_mean, shorten
 from intaglio.method import Method, check_order, get
 from intaglio.yamlfile import Document, Place, read_yaml
 
@@ -25,7 +25,7 @@ class Calibration(BaseModel):
         batch_size: segments that pass at a time; sums are grouped by it. Default 4.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     texts: Annotated[str, Field(min_length=1)] = "wikipedia"
     samples: Annotated[int, Field(ge=1, le=1_000_000)] = 128
@@ -44,7 +44,7 @@ class Measure(BaseModel):
         speed: whether to time prefill and decode. Default true.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     texts: Annotated[str, Field(min_length=1)] = "wikipedia"
     samples: Annotated[int, Field(ge=1, le=1_000_000)] = 16
@@ -63,7 +63,7 @@ class Header(BaseModel):
         measure: what is measured before and after.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: Annotated[str, Field(min_length=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -110,9 +110,9 @@ class Recipe(Header):
         value = document.value
         if not isinstance(value, dict):
             raise IntaglioError(f"{document.name} is not a recipe: it must be a mapping with the key steps")
+        header = _validate(Header, {k: v for k, v in value.items() if k != "steps"}, document, ())
         if "steps" not in value:
             raise IntaglioError(f"{document.name} is not a recipe: the key steps is missing")
-        header = _validate(Header, {k: v for k, v in value.items() if k != "steps"}, document, ())
         steps = value["steps"]
         if not isinstance(steps, list) or not steps:
             raise IntaglioError(f"{document.where(('steps',))}: a list of at least one step is needed")
@@ -155,7 +155,7 @@ def _step(step: Any, document: Document, place: Place) -> Method:
         known = (
             f"{slug!r} is a method, but no step of a recipe"
             if slug in ENTRIES
-            else f"there is no method named {slug!r}"
+            else f"there is no method named {_show(slug)}"
         )
         raise IntaglioError(f"{document.where(place)}: {known}; {did_you_mean(str(slug), _carvings())}")
     parameters = {} if parameters is None else parameters
@@ -184,8 +184,9 @@ def _sentence(cls: type[BaseModel], error: ValidationError, document: Document, 
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             owner = annotation
     if first["type"] == "extra_forbidden":
-        return f"{where}: there is no such field here; {did_you_mean(str(first['loc'][-1]), owner.model_fields)}"
-    message = first["msg"].removeprefix("Value error, ")
+        fields = [*owner.model_fields, "steps"] if owner is Header else [*owner.model_fields]
+        return f"{where}: there is no such field here; {did_you_mean(str(first['loc'][-1]), fields)}"
+    message = "it should be a mapping" if first["type"] == "model_type" else first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if first["type"] in ("missing", "value_error"):
         return f"{where}: {message}"
@@ -193,8 +194,7 @@ def _sentence(cls: type[BaseModel], error: ValidationError, document: Document, 
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shorten(repr(value))
 
 
 def json_schema() -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """The only place that writes results: into a temporary name beside the target, fsync, rename.
 
 A process killed at any moment leaves the target absent (or as it was) or whole, never half-written. Temporary names
-start with a dot and end in `.tmp-PID`; those of dead processes are swept by the next write to the same target.
+start with a dot and end in `.tmp-PID` (or `.old-PID`, for what is being replaced); those of dead processes are swept by
+the next write to the same target.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,24 +55,42 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def _beside(target: Path, what: str) -> Path:
+    """The name beside `target` that only this process uses."""
+    return target.absolute().with_name(f".{target.name}.{what}-{os.getpid()}")
+
+
+def _left(target: Path, what: str) -> list[Path]:
+    """The names beside `target` of processes that are no longer alive."""
+    found = target.absolute().parent.glob(f".{glob.escape(target.name)}.{what}-*")
+    pids = ((path, path.name.rpartition("-")[2]) for path in found)
+    return [path for path, pid in pids if pid.isdigit() and not _alive(int(pid))]
+
+
 def sweep(target: Path) -> None:
     """Remove temporary names that processes no longer alive left beside `target`.
+
+    A process that died between moving an old directory aside and putting the new one in its place left the old one
+    under such a name; it is put back.
 
     Args:
         target: the path whose leftovers are removed.
     """
-    for left in target.parent.glob(f".{target.name}.tmp-*"):
-        pid = left.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
-            else:
-                left.unlink(missing_ok=True)
+    old = _left(target, "old")
+    if old and not os.path.lexists(target):
+        os.rename(old.pop(), target)
+    for left in [*old, *_left(target, "tmp")]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _sentence(target: Path, error: OSError) -> IntaglioError:
     reason = error.strerror or str(error)
-    return IntaglioError(f"cannot write {target}: {reason}; nothing was left behind")
+    if isinstance(error, FileExistsError):  # mkdir() found something else of that name
+        reason = f"{error.filename} is not a directory"
+    return IntaglioError(f"cannot write {target}: {reason}; nothing half-written was left")
 
 
 def check_target(target: Path, overwrite: bool = False) -> None:
@@ -82,6 +103,13 @@ def check_target(target: Path, overwrite: bool = False) -> None:
     Raises:
         IntaglioError: the target is a file, or a directory that is not empty, or its parent cannot be written to.
     """
+    try:
+        _check_target(target, overwrite)
+    except OSError as error:
+        raise _sentence(target, error) from error
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise IntaglioError(f"the output {target} exists and is not a directory; name another one")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
@@ -93,6 +121,31 @@ def check_target(target: Path, overwrite: bool = False) -> None:
         raise IntaglioError(f"cannot write {target}: {parent} is not a directory")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise IntaglioError(f"cannot write {target}: no permission to write in {parent}")
+
+
+def _as_umask_says(root: Path) -> None:
+    """Give everything below `root` the mode that a plain write would have; safetensors makes files only we can read."""
+    mode = stat.S_IMODE(root.stat().st_mode)  # mkdir() applied the umask
+    for directory, below, names in os.walk(root):
+        for name in below:
+            os.chmod(Path(directory, name), mode)
+        for name in names:
+            os.chmod(Path(directory, name), mode & 0o666)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    if not target.is_dir() or not any(target.iterdir()):
+        os.rename(temporary, target)  # replaces an empty directory
+        return
+    # rename() does not replace a full one, so that is moved aside first; see `sweep` for a death in between.
+    old = _beside(target, "old")
+    os.rename(target, old)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -108,22 +161,16 @@ def directory(target: str | os.PathLike[str], overwrite: bool = False) -> Iterat
     """
     target = Path(target)
     check_target(target, overwrite)
-    temporary = target.absolute().parent / f".{target.name}.tmp-{os.getpid()}"
+    temporary = _beside(target, "tmp")
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         sweep(target)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary
+        _as_umask_says(temporary)
         fsync_tree(temporary)
-        if target.is_dir():
-            # rename() replaces an empty directory; a full one is moved aside first, so that it is never half there.
-            old = temporary.with_name(f".{target.name}.old.tmp-{os.getpid()}")
-            os.rename(target, old)
-            os.rename(temporary, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(temporary, target)
+        _put_in_place(temporary, target)
         fsync_path(target.absolute().parent)
     except OSError as error:
         raise _sentence(target, error) from error
@@ -142,7 +189,7 @@ def write_bytes(target: str | os.PathLike[str], content: bytes) -> None:
         IntaglioError: the disk refuses (full, read-only, no permission).
     """
     target = Path(target)
-    temporary = target.absolute().parent / f".{target.name}.tmp-{os.getpid()}"
+    temporary = _beside(target, "tmp")
     try:
         target.absolute().parent.mkdir(parents=True, exist_ok=True)
         sweep(target)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, shorten
 
 MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+# YAML 1.1 takes 1e-3 for a word, because it has no dot; everybody else takes it for a number.
+_NUMBER = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
+_OPENING = (
+    yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken
+)  # fmt: skip
+_CLOSING = (yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
 
 Place = tuple[str | int, ...]
 """A path of keys and indices into a document."""
@@ -40,7 +48,8 @@ class Document:
         while near and near not in self.lines:
             near = near[:-1]
         line = self.lines.get(near)
-        text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+        text = "".join(f"[{part}]" if isinstance(part, int) else f".{shorten(part)}" for part in place)
+        text = text.removeprefix(".")
         return ", ".join(part for part in (self.name, f"line {line}" if line else "", text) if part)
 
 
@@ -51,8 +60,8 @@ def read_yaml(path: Path) -> Document:
         path: the file.
 
     Raises:
-        IntaglioError: it is not there, too large, not UTF-8 text, not YAML, has a key twice, or uses tags, anchors or
-            aliases.
+        IntaglioError: it is not there, too large, not UTF-8 text, not YAML, has a key twice, is nested too deeply, or
+            uses tags, anchors or aliases.
     """
     try:
         with path.open("rb") as file:
@@ -76,11 +85,16 @@ def parse_yaml(text: str, name: str = "recipe") -> Document:
         name: of where it came from, for sentences.
     """
     try:
+        depth = 0
         for token in yaml.scan(text, Loader=yaml.SafeLoader):
+            depth += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+            if depth > MAX_DEPTH:
+                line = token.start_mark.line + 1
+                raise IntaglioError(f"{name}, line {line}: it is nested too deeply, over {MAX_DEPTH} levels")
             if isinstance(token, (yaml.TagToken, yaml.AnchorToken, yaml.AliasToken)):
-                kind = type(token).__name__.removesuffix("Token").lower()
+                kind = {yaml.TagToken: "a tag", yaml.AnchorToken: "an anchor"}.get(type(token), "an alias")
                 raise IntaglioError(
-                    f"{name}, line {token.start_mark.line + 1}: YAML {kind}s are not accepted in a recipe; "
+                    f"{name}, line {token.start_mark.line + 1}: {kind} of YAML is not accepted in a recipe; "
                     "write plain values"
                 )
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -89,17 +103,8 @@ def parse_yaml(text: str, name: str = "recipe") -> Document:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "it cannot be parsed"
         raise IntaglioError(f"{name}{line} is not valid YAML: {problem}") from error
-    except RecursionError as error:
-        raise IntaglioError(f"{name} is nested too deeply") from error
     lines: dict[Place, int] = {}
-    try:
-        value = None if node is None else _plain(node, (), lines, name, yaml.SafeLoader(""))
-    except RecursionError as error:
-        raise IntaglioError(f"{name} is nested too deeply") from error
-    except (ValueError, OverflowError) as error:
-        if isinstance(error, IntaglioError):
-            raise
-        raise IntaglioError(f"{name} holds a value that cannot be read: {error}") from error
+    value = None if node is None else _plain(node, (), lines, name, yaml.SafeLoader(""))
     return Document(name, value, lines)
 
 
@@ -115,11 +120,19 @@ def _plain(node: yaml.Node, place: Place, lines: dict[Place, int], name: str, lo
                 raise IntaglioError(f"{name}, line {line}: a key must be a word")
             key = str(key_node.value)
             if key in found:
-                raise IntaglioError(f"{name}, line {line}: the key {key!r} stands twice")
+                raise IntaglioError(f"{name}, line {line}: the key {shorten(key)!r} stands twice")
             found[key] = _plain(value_node, (*place, key), lines, name, loader)
             lines[(*place, key)] = line
         return found
-    # "2:4" is a number in base 60 to YAML 1.1; here it is a pattern.
-    if isinstance(node, yaml.ScalarNode) and node.style is None and ":" in node.value:
-        return node.value
-    return loader.construct_object(node)
+    assert isinstance(node, yaml.ScalarNode)
+    if node.style is None:
+        # "2:4" is a number in base 60 to YAML 1.1; here it is a pattern.
+        if ":" in node.value:
+            return node.value
+        if _NUMBER.fullmatch(node.value):
+            return float(node.value)
+    try:
+        return loader.construct_object(node)
+    except (ValueError, yaml.YAMLError) as error:
+        line, problem = node.start_mark.line + 1, getattr(error, "problem", None) or error
+        raise IntaglioError(f"{name}, line {line}: {shorten(node.value)} cannot be read: {problem}") from error

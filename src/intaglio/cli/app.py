@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from intaglio.cli.console import err, out, print_json, progress_bar, say, speaks_plainly
+from intaglio.cli.console import err, out, print_json, progress_bar, read_stdin, say, speaks_plainly
 
 app = typer.Typer(
     name="intaglio",
@@ -192,11 +192,10 @@ def _plan(
     overwrite: bool,
     json: bool,
 ) -> None:
-    from intaglio.carving import plan
-    from intaglio.writer import check_target
+    from intaglio.carving import check_output, plan
 
     if output is not None:
-        check_target(output, overwrite)
+        check_output(output, overwrite)
     found = plan(recipe, model=model, device=device, dtype=dtype)
     if json:
         print_json(found)
@@ -264,7 +263,7 @@ def generate(
     top_k: Annotated[int | None, typer.Option(min=1, help="(sample) keep the k most likely.")] = None,
     top_p: Annotated[float | None, typer.Option(help="(sample) keep the smallest set with this probability.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="(sample) of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="(sample) of the draws.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -275,7 +274,7 @@ def generate(
     from intaglio.cli.generating import generate as run
 
     check_options(decoder, temperature, top_k, top_p)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, printable
 
 out = Console()
 err = Console(stderr=True)
@@ -36,6 +36,18 @@ def print_json(value: Any) -> None:
     """Print one JSON document to stdout and nothing else."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
+
+
+def read_stdin() -> str:
+    """Return all of stdin as text.
+
+    Raises:
+        IntaglioError: it is not UTF-8.
+    """
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise IntaglioError(f"the prompt on stdin is not text: byte {error.start} is not UTF-8") from error
 
 
 def speaks_plainly(command: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -65,14 +77,14 @@ def speaks_plainly(command: Callable[_P, _R]) -> Callable[_P, _R]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except OSError as error:
-            say(f"error: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+            say("error: " + printable(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
             raise typer.Exit(BAD_INPUT) from None
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
-            text = str(error).strip().splitlines()
+            text = (str(error).strip().splitlines() or [""])[0]
             say(
-                f"error: a defect of intaglio, please report it: {type(error).__name__}: {text[0] if text else ''} "
+                f"error: a defect of intaglio, please report it: {type(error).__name__}: {printable(text)} "
                 "(INTAGLIO_TRACEBACK=1 shows where)"
             )
             raise typer.Exit(DEFECT) from None

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers.generation.streamers import TextStreamer
 
@@ -55,18 +56,28 @@ def encode(checkpoint: Checkpoint, prompt: str, chat: bool) -> torch.Tensor:
         chat: put it into the tokenizer's chat template as the user's turn.
 
     Raises:
-        IntaglioError: an encoder, no tokenizer, no chat template, or an empty prompt.
+        IntaglioError: an encoder, no tokenizer, no chat template or a broken one, an empty prompt, or one that is no
+            text.
     """
     if not anatomy(checkpoint.model).causal:
         raise IntaglioError(f"{checkpoint.source} is an encoder; it does not generate")
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise IntaglioError(f"{checkpoint.source} has no tokenizer, so it cannot read a prompt")
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise IntaglioError(
+            "the prompt holds half a character (a lone surrogate); only text that UTF-8 can hold is accepted"
+        )
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise IntaglioError(f"the tokenizer of {checkpoint.source} has no chat template; leave --chat out")
         turns = [{"role": "user", "content": prompt}]
-        found = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        try:
+            found = tokenizer.apply_chat_template(
+                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:
+            raise IntaglioError(f"the chat template of {checkpoint.source} cannot be used: {error}") from error
         ids: torch.Tensor = found["input_ids"]
     else:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(torch.long)

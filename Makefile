@@ -1,0 +1,52 @@
+# Two commands: `make demo` (the main job on a real model) and `make test`. Each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Two workers of one thread each are as fast as one of two, and sums are the same everywhere.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install assets demo lint format test test-slow readme bench-pruning clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Intaglio needs Python 3.11 or later; say which with PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed  ## a virtual environment with everything
+
+assets: install  ## fetch the bundled models and texts into the user's cache, once
+	$(BIN)/intaglio assets
+
+demo: install  ## prune a real 135M model four ways and look at the report
+	$(BIN)/intaglio demo
+
+lint: install  ## style, types, and which layer imports which
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## put the style right
+	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks
+
+test: lint  ## lint and the fast tests
+	$(TEST) -m "not slow"
+
+test-slow: assets  ## the tests that need the bundled models or more time
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow --durations=10
+
+readme: install  ## write the generated parts of the README anew
+	$(BIN)/python docs/readme.py
+
+bench-pruning: assets  ## against llm-compressor, in an environment of its own
+	$(BIN)/python benchmarks/pruning/run.py
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,222 @@
+"""Carve a checkpoint by a recipe: killed at any moment, OUT is absent or whole, and a resumed run ends in the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from intaglio.carving import carve, compare, plan
+from intaglio.checkpoint import RECORD, load
+from intaglio.errors import IntaglioError
+from intaglio.method import Progress
+from intaglio.recipe import Measure, Recipe
+from tests.families import tiny_checkpoint_dir
+
+STEPS = [{"wanda": {"sparsity": 0.25}}, {"sparsegpt": {"sparsity": 0.5, "block": 16}}, {"dsnot": {"pattern": "2:4"}}]
+# Everything that must be the same, byte for byte; the report holds timings.
+MEASURED = {"report.json", "report.html"}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus"
+    path.mkdir()
+    words = "the quick brown fox jumps over the lazy dog and then it sleeps in the sun by a river".split()
+    for index in range(30):
+        turned = words[index % 7 :] + words[: index % 5]
+        (path / f"{index:02}.txt").write_text(" ".join(turned * 6), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny_checkpoint_dir("gemma3", tmp_path / "model")
+
+
+def make_recipe(corpus: Path, steps: list[dict] | None = None) -> Recipe:
+    return Recipe.of(
+        {
+            "seed": 3,
+            "calibration": {"texts": str(corpus), "samples": 6, "length": 32, "batch_size": 2},
+            "measure": {"texts": str(corpus), "samples": 2, "length": 32},
+            "steps": steps or STEPS,
+        }
+    )
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.name not in MEASURED}
+
+
+def leftovers(out: Path) -> list[str]:
+    return [path.name for path in out.parent.iterdir() if path.name.startswith(f".{out.name}")]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def kill_at(call: int) -> Progress:
+    count = 0
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal count
+        count += 1
+        if count == call:
+            raise Killed
+
+    return progress
+
+
+def test_what_a_carve_leaves(model: Path, corpus: Path, tmp_path: Path) -> None:
+    document = carve(make_recipe(corpus), tmp_path / "out", model=str(model))
+    assert leftovers(tmp_path / "out") == []
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", RECORD} | MEASURED <= names
+    assert document["before"]["kl_mean"] == 0.0
+    assert document["before"]["top1_agreement"] == 1.0
+    assert document["after"]["kl_mean"] > 0
+    assert min(document["after"]["zero_fraction"].values()) >= 0.5
+    back = load(tmp_path / "out")
+    assert [step.slug for step in back.record.steps] == ["wanda", "sparsegpt", "dsnot"]
+    assert back.record.steps[0].seed == 3
+    assert back.tokenizer.chat_template
+
+
+@pytest.mark.parametrize("call", [3, 20, 30, 50, 65])
+def test_killed_anywhere_it_resumes_to_the_same_bytes(model: Path, corpus: Path, tmp_path: Path, call: int) -> None:
+    recipe, whole, broken = make_recipe(corpus), tmp_path / "whole", tmp_path / "broken"
+    carve(recipe, whole, model=str(model))
+    with pytest.raises(Killed):
+        carve(recipe, broken, model=str(model), progress=kill_at(call))
+    assert not broken.exists()
+    carve(recipe, broken, model=str(model), resume=True)
+    assert files(broken) == files(whole)
+    assert leftovers(broken) == []
+
+
+def test_finished_steps_are_not_done_again(model: Path, corpus: Path, tmp_path: Path) -> None:
+    recipe, out, seen = make_recipe(corpus), tmp_path / "out", set()
+    with pytest.raises(Killed):
+        carve(recipe, out, model=str(model), progress=kill_at(60))
+    carve(recipe, out, model=str(model), resume=True, progress=lambda done, total, what: seen.add(what.split(":")[0]))
+    assert "dsnot" in seen
+    assert "wanda" not in seen
+
+
+def test_an_interrupted_run_is_neither_forgotten_nor_mixed_up(model: Path, corpus: Path, tmp_path: Path) -> None:
+    recipe, out = make_recipe(corpus), tmp_path / "out"
+    with pytest.raises(Killed):
+        carve(recipe, out, model=str(model), progress=kill_at(60))
+    with pytest.raises(IntaglioError, match="has finished 2 of 3 steps; resume it, or overwrite it"):
+        carve(recipe, out, model=str(model))
+    other = make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}])
+    with pytest.raises(IntaglioError, match="was of another recipe"):
+        carve(other, out, model=str(model), resume=True)
+    carve(other, out, model=str(model), overwrite=True)
+    assert [step.slug for step in load(out).record.steps] == ["magnitude"]
+    assert leftovers(out) == []
+
+
+def test_resume_without_anything_to_resume_starts(model: Path, corpus: Path, tmp_path: Path) -> None:
+    carve(make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}]), tmp_path / "out", model=str(model), resume=True)
+    assert (tmp_path / "out" / RECORD).is_file()
+
+
+def test_threads_are_put_back_on_resume(model: Path, corpus: Path, tmp_path: Path) -> None:
+    recipe, threads = make_recipe(corpus), torch.get_num_threads()
+    try:
+        with pytest.raises(Killed):
+            carve(recipe, tmp_path / "out", model=str(model), progress=kill_at(60))
+        torch.set_num_threads(threads + 1)
+        carve(recipe, tmp_path / "out", model=str(model), resume=True)
+        assert load(tmp_path / "out").record.threads == threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_second_carve_to_the_same_place_is_refused(model: Path, corpus: Path, tmp_path: Path) -> None:
+    recipe, out = make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}]), tmp_path / "out"
+
+    def intrude(done: int, total: int, what: str) -> None:
+        with pytest.raises(IntaglioError, match="another carve to .* is running"):
+            carve(recipe, out, model=str(model))
+
+    carve(recipe, out, model=str(model), progress=intrude)
+
+
+def test_the_same_seed_gives_the_same_files_and_another_does_not(model: Path, corpus: Path, tmp_path: Path) -> None:
+    first = make_recipe(corpus, [{"wanda": {"sparsity": 0.5}}])
+    other = Recipe.of(first.dump() | {"seed": 4})
+    for name, recipe in (("a", first), ("b", first), ("c", other)):
+        carve(recipe, tmp_path / name, model=str(model))
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a")["model.safetensors"] != files(tmp_path / "c")["model.safetensors"]
+
+
+def test_a_carved_checkpoint_can_be_carved_again(model: Path, corpus: Path, tmp_path: Path) -> None:
+    carve(make_recipe(corpus, [{"magnitude": {"sparsity": 0.25}}]), tmp_path / "a", model=str(model))
+    carve(make_recipe(corpus, [{"wanda": {"sparsity": 0.5}}]), tmp_path / "b", model=str(tmp_path / "a"))
+    assert [step.slug for step in load(tmp_path / "b").record.steps] == ["magnitude", "wanda"]
+
+
+def test_an_encoder_is_measured_by_its_embeddings(corpus: Path, tmp_path: Path) -> None:
+    encoder = tiny_checkpoint_dir("modernbert", tmp_path / "encoder")
+    document = carve(make_recipe(corpus, [{"wanda": {"sparsity": 0.5}}]), tmp_path / "out", model=str(encoder))
+    assert document["before"]["cosine"] == pytest.approx(1.0, abs=1e-6)
+    assert 0 < document["after"]["cosine"] < 1
+    for side in (document["before"], document["after"]):
+        assert side["perplexity"] is side["kl_mean"] is side["decode_tokens_per_s"] is None
+
+
+def test_compare_measures_agreement_only_on_the_same_tokens(model: Path, corpus: Path, tmp_path: Path) -> None:
+    wanted = Measure(texts=str(corpus), samples=2, length=32)
+    carve(make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}]), tmp_path / "out", model=str(model))
+    document = compare(str(model), str(tmp_path / "out"), wanted=wanted)
+    assert document["a"]["kl_mean"] == 0.0
+    assert document["b"]["kl_mean"] > 0
+    encoder = tiny_checkpoint_dir("bert", tmp_path / "encoder")
+    assert compare(str(model), str(encoder), wanted=wanted)["b"]["kl_mean"] is None
+
+
+def test_a_plan_reads_no_weights(model: Path, corpus: Path) -> None:
+    (model / "model.safetensors").chmod(0o600)
+    found = plan(make_recipe(corpus), model=str(model))
+    assert [step["slug"] for step in found["steps"]] == ["wanda", "sparsegpt", "dsnot"]
+    assert all(step["seconds"] > 0 and step["memory_bytes"] > found["bytes"] for step in found["steps"])
+    assert found["tokens"] == 6 * 32
+    with pytest.raises(IntaglioError, match="2:3 does not fit"):
+        plan(make_recipe(corpus, [{"wanda": {"pattern": "2:3"}}]), model=str(model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.15, 0.3, 0.5, 0.8, 1.2])
+def test_kill_minus_9(model: Path, corpus: Path, tmp_path: Path, delay: float) -> None:
+    """A real process, really killed, some time after it began to work."""
+    recipe, out, whole = make_recipe(corpus), tmp_path / "out", tmp_path / "whole"
+    code = (
+        "import sys; from intaglio.carving import carve; from intaglio.recipe import Recipe; import json\n"
+        "import torch; torch.set_num_threads(1)\n"
+        "r = Recipe.of(json.loads(sys.argv[1])); print('ready', flush=True)\n"
+        "carve(r, sys.argv[2], model=sys.argv[3])\n"
+    )
+    import json
+
+    command = [sys.executable, "-c", code, json.dumps(recipe.dump()), str(out), str(model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+    carve(recipe, whole, model=str(model))
+    if not out.exists():
+        carve(recipe, out, model=str(model), resume=True)
+    assert files(out) == files(whole)
+    assert leftovers(out) == []

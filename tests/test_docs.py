@@ -1,0 +1,31 @@
+"""The generated parts of the README are current, and its recipe is a recipe."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from intaglio.recipe import Recipe
+from intaglio.yamlfile import parse_yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_readme_is_current() -> None:
+    done = subprocess.run([sys.executable, ROOT / "docs" / "readme.py", "--check"], check=False)
+    assert done.returncode == 0, "run `make readme`"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_validates(path: Path) -> None:
+    assert Recipe.read(path).steps
+
+
+def test_the_readmes_recipe_validates() -> None:
+    found = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(found) == 1
+    assert [step.slug for step in Recipe.from_document(parse_yaml(found[0])).steps] == ["dsnot"]
