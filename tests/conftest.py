@@ -10,6 +10,7 @@ import json
 import os
 import random
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,14 +22,16 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.families import _TEXT as TEXT
 from tests.families import tiny_checkpoint_dir
 
 TinyDir = Callable[[str], Path]
 
-_EMPTY = pytest.StashKey[Path]()
+_EMPTY_HOME = tempfile.TemporaryDirectory(prefix="intaglio-empty-")  # removed when the session ends
 _USERS_HOME = os.environ.get("INTAGLIO_HOME")
-_WORDS = sorted(set(TEXT.split()))
+_SENTENCE = (
+    "the quick brown fox jumps over a lazy dog and then it sleeps in the sun and she said that the other one is there "
+    "what is the name of that river which runs through the town in the north return width times height"
+)
 
 # Machines that run tests are shared: a deadline an example would fail at random.
 settings.register_profile("intaglio", deadline=None, print_blob=True)
@@ -56,17 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Choose the cache before any fixture of the test is made, those of the session included."""
     if item.get_closest_marker("slow") is None:
-        os.environ["INTAGLIO_HOME"] = str(item.config.stash[_EMPTY])
+        os.environ["INTAGLIO_HOME"] = _EMPTY_HOME.name
     elif _USERS_HOME is None:
         os.environ.pop("INTAGLIO_HOME", None)
     else:
         os.environ["INTAGLIO_HOME"] = _USERS_HOME
-
-
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Make the empty cache."""
-    factory = session.config._tmp_path_factory  # type: ignore[attr-defined]
-    session.config.stash[_EMPTY] = factory.mktemp("empty-home")
 
 
 @pytest.fixture(autouse=True)
@@ -92,8 +89,8 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> TinyDir:
 @pytest.fixture(scope="session")
 def paragraphs() -> list[str]:
     """400 different short paragraphs that the tiny tokenizers read without loss."""
-    draw = random.Random(0)
-    return [f"{n}: {' '.join(draw.choices(_WORDS, k=draw.randint(15, 40)))}." for n in range(400)]
+    draw, words = random.Random(0), _SENTENCE.split()
+    return [f"{n}: {' '.join(draw.choices(words, k=draw.randint(15, 40)))}." for n in range(400)]
 
 
 @pytest.fixture(scope="session")

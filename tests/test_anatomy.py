@@ -68,17 +68,12 @@ def test_every_matrix_of_a_block_is_in_exactly_one_linear(family: str) -> None:
 def test_a_linear_reads_what_it_wrote_and_touches_nothing_else(family: str) -> None:
     model = tiny_model(family)
     linear = anatomy(model).linears(1)[1]
-    others = [(n, l.read().clone()) for n, l in anatomy(model).all_linears() if n != f"layers.1.{linear.name}"]
+    others = [(n, other.read().clone()) for n, other in anatomy(model).all_linears() if n != f"layers.1.{linear.name}"]
     new = torch.randn(linear.shape, generator=torch.Generator().manual_seed(1))
     linear.write(new)
     assert torch.equal(linear.read(), new)
     now = dict(anatomy(model).all_linears())
     assert all(torch.equal(now[name].read(), value) for name, value in others)
-
-
-def outputs(model: torch.nn.Module, linear_name: str) -> torch.Tensor:
-    linear = {l.name: l for l in anatomy(model).linears(0)}[linear_name]
-    return torch.randn(5, linear.shape[1], generator=torch.Generator().manual_seed(2)) @ linear.read().T
 
 
 @pytest.mark.parametrize(
@@ -106,7 +101,7 @@ def test_fused_q_k_and_v_are_what_attention_gets(
         model = tiny_model(family, layers=1)
         stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
         monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", spy)
-        linear = {l.name: l for l in anatomy(model).linears(0)}[name]
+        linear = {x.name: x for x in anatomy(model).linears(0)}[name]
         linear.write(torch.zeros(linear.shape))
         bias = getattr(linear.module, "bias", None)
         if bias is not None:
@@ -122,7 +117,7 @@ def test_fused_q_k_and_v_are_what_attention_gets(
 
 def test_gate_and_up_of_phi3_are_told_apart() -> None:
     model = tiny_model("phi3", layers=1)
-    up = {l.name: l for l in anatomy(model).linears(0)}["mlp.gate_up_proj[up]"]
+    up = {x.name: x for x in anatomy(model).linears(0)}["mlp.gate_up_proj[up]"]
     gate_up = anatomy(model).blocks[0].mlp.gate_up_proj.weight
     assert torch.equal(up.read(), gate_up[len(gate_up) // 2 :])
 
@@ -149,7 +144,7 @@ def test_stacked_experts_are_refused_in_one_sentence() -> None:
         num_key_value_heads=1, num_local_experts=2, head_dim=8, max_position_embeddings=32,
     )  # fmt: skip
     with pytest.raises(
-        IntaglioError, match="'mixtral' is not supported: its blocks hold .* which is not a linear layer"
+        IntaglioError, match=r"'mixtral' is not supported: its blocks hold .* which is not a linear layer"
     ):
         anatomy(AutoModelForCausalLM.from_config(config))
 

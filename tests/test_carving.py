@@ -1,4 +1,4 @@
-"""Carve a checkpoint by a recipe: killed at any moment, OUT is absent or whole, and a resumed run ends in the same bytes."""
+"""Carve by a recipe: killed at any moment, OUT is absent or whole, and a resumed run ends in the same bytes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,31 @@ from tests.families import tiny_checkpoint_dir
 STEPS = [{"wanda": {"sparsity": 0.25}}, {"sparsegpt": {"sparsity": 0.5, "block": 16}}, {"dsnot": {"pattern": "2:4"}}]
 # Everything that must be the same, byte for byte; the report holds timings.
 MEASURED = {"report.json", "report.html"}
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "and",
+    "then",
+    "sleeps",
+    "by",
+    "a",
+    "river",
+]
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus"
     path.mkdir()
-    words = "the quick brown fox jumps over the lazy dog and then it sleeps in the sun by a river".split()
     for index in range(30):
-        turned = words[index % 7 :] + words[: index % 5]
+        turned = WORDS[index % 7 :] + WORDS[: index % 5]
         (path / f"{index:02}.txt").write_text(" ".join(turned * 6), encoding="utf-8")
     return path
 
@@ -146,7 +162,7 @@ def test_a_second_carve_to_the_same_place_is_refused(model: Path, corpus: Path, 
     recipe, out = make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}]), tmp_path / "out"
 
     def intrude(done: int, total: int, what: str) -> None:
-        with pytest.raises(IntaglioError, match="another carve to .* is running"):
+        with pytest.raises(IntaglioError, match=r"another carve to .* is running"):
             carve(recipe, out, model=str(model))
 
     carve(recipe, out, model=str(model), progress=intrude)

@@ -75,7 +75,7 @@ def test_white_inputs_give_magnitude_pruning_by_block(amount: float | tuple[int,
 
 
 def test_compensation_lowers_the_layer_loss() -> None:
-    """Statistical, not a theorem for every row: over 20 layers with correlated inputs, each less, by a fifth or more on average."""
+    """Statistical, not a theorem for every row: each of 20 layers with correlated inputs, by a fifth on average."""
     shares = []
     for seed in range(20):
         x_NI = correlated(seed, 400, 64)

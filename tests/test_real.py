@@ -1,0 +1,85 @@
+"""The real 135M checkpoint: the facts that no tiny model can show. Needs the bundled assets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import intaglio
+from intaglio.carving import carve
+from intaglio.cli.app import app
+from intaglio.demo import recipe as demo_recipe
+from intaglio.recipe import Recipe
+
+pytestmark = pytest.mark.slow
+
+SMALL = {
+    "model": "smollm2",
+    "calibration": {"samples": 4, "length": 256},
+    "measure": {"samples": 2, "length": 256, "speed": False},
+}
+
+
+def test_smollm2_loads_whole_and_answers() -> None:
+    checkpoint = intaglio.load("smollm2")
+    assert sum(p.numel() for p in checkpoint.model.parameters()) == 134_515_008
+    assert checkpoint.kind == "baked"
+    turns = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = checkpoint.tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    text = checkpoint.tokenizer.decode(checkpoint.model.generate(ids, max_new_tokens=12, do_sample=False)[0])
+    assert "The capital of France is Paris" in text
+
+
+def test_minilm_loads_as_an_encoder_and_is_measured() -> None:
+    from intaglio.anatomy import anatomy
+    from intaglio.data.segments import Segments
+    from intaglio.embed import embeddings
+
+    checkpoint = intaglio.load("minilm")
+    assert not anatomy(checkpoint.model).causal
+    texts = ["A cat sits on the mat.", "A kitten rests on a rug.", "The stock market fell sharply."]
+    batch = checkpoint.tokenizer(texts, padding=True, return_tensors="pt")
+    vectors = embeddings(checkpoint, Segments(batch["input_ids"], batch["attention_mask"].bool()))
+    near, far = torch.nn.functional.cosine_similarity(vectors[:1], vectors[1:])
+    assert near > 0.5 > far
+
+
+def test_a_carved_smollm2_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    recipe = Recipe.of(SMALL | {"steps": [{"wanda": {"pattern": "2:4"}}]})
+    document = carve(recipe, tmp_path / "out")
+    assert set(document["after"]["zero_fraction"].values()) == {0.5}
+    assert document["before"]["perplexity"] < document["after"]["perplexity"] < float("inf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template
+    ours = intaglio.load(tmp_path / "out")
+    ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, ours.model(ids).logits)
+    assert model.config.tie_word_embeddings
+
+
+def test_the_four_ways_keep_their_order(tmp_path: Path) -> None:
+    """At 50 %: magnitude ruins, Wanda does not, SparseGPT is best; far apart, so a small sample tells."""
+    perplexity = {}
+    for slug in ("magnitude", "wanda", "sparsegpt"):
+        recipe = Recipe.of(SMALL | {"steps": [{slug: {"sparsity": 0.5}}]})
+        perplexity[slug] = carve(recipe, tmp_path / slug)["after"]["perplexity"]
+    assert perplexity["sparsegpt"] < perplexity["wanda"] < 0.5 * perplexity["magnitude"]
+
+
+def test_the_demos_recipe_and_the_streamed_answer() -> None:
+    assert [step.slug for step in demo_recipe().steps] == ["magnitude", "wanda", "dsnot", "sparsegpt"] * 2
+    arguments = ["generate", "smollm2", "What is the capital of France?", "--chat", "--max-new-tokens", "12"]
+    streamed = CliRunner().invoke(app, arguments)
+    as_json = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert "The capital of France is Paris" in streamed.stdout
+    assert as_json["text"].strip() == streamed.stdout.strip()
+    assert as_json["passes"] == as_json["new_tokens"]

@@ -1,0 +1,403 @@
+"""Recipes: a valid one comes back from its own dump; anything else is one sentence with its place and what is right."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from intaglio import method
+from intaglio.catalogue import ENTRIES, Entry
+from intaglio.errors import IntaglioError
+from intaglio.recipe import Recipe, json_schema
+from intaglio.weights.dsnot import DSnoT
+from intaglio.weights.wanda import Wanda
+
+SHIPPED = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+WANDA = {"wanda": {"sparsity": 0.5}}
+
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8) | st.integers(), inner, max_size=3),
+    max_leaves=8,
+)
+WORDS = st.sampled_from(
+    [*Recipe.model_fields, "texts", "samples", "length", "batch_size", "speed", "wanda", "dsnot", "magnitude"]
+)
+# Right words in any place, so that random data gets past the first check.
+LIKELY = st.recursive(
+    PLAIN | st.sampled_from(["2:4", "wanda", "all", 0.5, 8]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4),
+    max_leaves=10,
+)
+AMOUNTS = st.fixed_dictionaries({"sparsity": st.floats(0, 1, exclude_max=True)}) | st.fixed_dictionaries(
+    {"pattern": st.integers(2, 64).flatmap(lambda m: st.integers(1, m - 1).map(lambda n: f"{n}:{m}"))}
+)
+DSNOT = st.fixed_dictionaries(
+    {},
+    optional={
+        "base": st.sampled_from(["wanda", "magnitude", "sparsegpt"]),
+        "refine": st.sampled_from(["all", "attention", "mlp"]),
+        "max_cycles": st.none() | st.integers(0, 99),
+        "threshold": st.none() | st.floats(0, 9),
+        "same_sign": st.none() | st.booleans(),
+    },
+)
+STEPS = (
+    AMOUNTS.map(lambda amount: {"wanda": amount})
+    | AMOUNTS.map(lambda amount: {"sparsegpt": amount})
+    | st.tuples(AMOUNTS, st.sampled_from(["layer", "row"])).map(lambda both: {"magnitude": both[0] | {"per": both[1]}})
+    | st.tuples(AMOUNTS, DSNOT).map(lambda both: {"dsnot": both[0] | both[1]})
+)
+SEGMENTS = {"samples": st.integers(1, 1000), "length": st.integers(8, 4096), "batch_size": st.integers(1, 64)}
+GOOD = st.fixed_dictionaries(
+    {"steps": st.lists(STEPS, min_size=1, max_size=3)},
+    optional={
+        "model": st.text(min_size=1, max_size=9),
+        "seed": st.integers(0, 2**63 - 1),
+        "calibration": st.fixed_dictionaries({}, optional={"texts": st.text(min_size=1, max_size=9), **SEGMENTS}),
+        "measure": st.fixed_dictionaries({}, optional={"speed": st.booleans(), **SEGMENTS}),
+    },
+)
+
+
+def sentence_of(read: Callable[[], Recipe]) -> str | None:
+    """The refusal, checked to be one line; None if the recipe is right."""
+    sentence = None
+    try:
+        read()
+    except IntaglioError as error:
+        sentence = str(error)
+    assert sentence is None or sentence.isprintable()
+    return sentence
+
+
+def refusal(text: str, tmp_path: Path) -> str:
+    path = tmp_path / "r.yaml"
+    path.write_text(text, encoding="utf-8")
+    sentence = sentence_of(lambda: Recipe.read(path))
+    assert sentence is not None
+    assert sentence.startswith(str(path))
+    return sentence.removeprefix(str(path))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_recipes_are_right(path: Path) -> None:
+    recipe = Recipe.read(path)
+    assert recipe.model == "smollm2"
+    assert accepts(json_schema(), yaml.safe_load(path.read_text()))
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert SHIPPED
+
+
+def test_what_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "model: smollm2\ncalibration: {samples: 8}\n"
+        "steps:\n  - dsnot: {sparsity: 5e-1, base: magnitude}\n  - wanda: {pattern: 2:4}\n"
+    )
+    recipe = Recipe.read(path)
+    assert recipe.steps == (DSnoT(sparsity=0.5, base="magnitude"), Wanda(pattern="2:4"))
+    assert (recipe.model, recipe.seed, recipe.calibration.samples, recipe.calibration.texts) == (
+        "smollm2",
+        0,
+        8,
+        "wikipedia",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        # names
+        (
+            "steps:\n  - wnda: {sparsity: 0.5}",
+            ", line 2, steps[0]: there is no method named 'wnda'; did you mean wanda?",
+        ),
+        (
+            "steps:\n  - prune: {}",
+            ", line 2, steps[0]: there is no method named 'prune'; accepted: dsnot, magnitude, sparsegpt, wanda",
+        ),
+        (
+            "steps:\n  - wanda:\n      sparsty: 0.5",
+            ", line 3, steps[0].wanda.sparsty: there is no such field here; did you mean sparsity?",
+        ),
+        (
+            "stps:\n  - wanda: {sparsity: 0.5}",
+            ", line 1, stps: there is no such field here; did you mean steps?",
+        ),
+        (
+            "steps: [wanda: {sparsity: 0.5}]\n\ncalibration: {txts: a}",
+            ", line 3, calibration.txts: there is no such field here; did you mean texts?",
+        ),
+        (
+            "steps:\n  - dsnot: {sparsity: 0.5, base: wnda}",
+            ", line 2, steps[0].dsnot.base: 'wnda' is not accepted, it should be 'wanda', 'magnitude' or 'sparsegpt'",
+        ),
+        # how much
+        (
+            "steps:\n  - wanda: {sparsity: 1.5}",
+            ", line 2, steps[0].wanda.sparsity: 1.5 is not accepted, it should be less than 1",
+        ),
+        ("steps:\n  - wanda: {sparsity: 1}", "sparsity: 1 is not accepted, it should be less than 1"),
+        ("steps:\n  - wanda: {sparsity: -0.1}", "-0.1 is not accepted, it should be greater than or equal to 0"),
+        ("steps:\n  - wanda: {sparsity: .nan}", "nan is not accepted, it should be a finite number"),
+        ("steps:\n  - wanda: {sparsity: -.inf}", "-inf is not accepted, it should be"),
+        ("steps:\n  - wanda: {sparsity: a lot}", "'a lot' is not accepted, it should be a valid number"),
+        ("steps:\n  - wanda: {sparsity: '0.5'}", "'0.5' is not accepted, it should be a valid number"),
+        ("steps:\n  - wanda: {sparsity: no}", "False is not accepted, it should be a valid number"),
+        ("steps:\n  - wanda: {sparsity: [0.5]}", "[0.5] is not accepted, it should be a valid number"),
+        ("steps:\n  - wanda: {sparsity: 0.5, pattern: '2:4'}", "steps[0].wanda: give either sparsity or pattern"),
+        ("steps:\n  - wanda: {}", ", line 2, steps[0].wanda: give either sparsity or pattern"),
+        ("steps:\n  - wanda:", ", line 2, steps[0].wanda: give either sparsity or pattern"),
+        ("steps:\n  - magnitude", ", line 2, steps[0].magnitude: give either sparsity or pattern"),
+        (
+            "steps:\n  - wanda: {pattern: 3:2}",
+            ", line 2, steps[0].wanda.pattern: '3:2' keeps 3 of 2; accepted: N:M with N from 1 to M - 1",
+        ),
+        ("steps:\n  - wanda: {pattern: 4:4}", "'4:4' keeps 4 of 4; accepted: N:M with N from 1 to M - 1"),
+        ("steps:\n  - wanda: {pattern: 0:4}", "'0:4' keeps 0 of 4; accepted"),
+        ("steps:\n  - wanda: {pattern: 2-4}", "'2-4' is not a pattern; accepted: N:M, such as 2:4"),
+        ("steps:\n  - wanda: {pattern: 24}", "pattern: 24 is not accepted, it should be a valid string"),
+        # shapes
+        ("", " is not a recipe: it must be a mapping with the key steps"),
+        ("- wanda", " is not a recipe: it must be a mapping with the key steps"),
+        ("model: smollm2", " is not a recipe: the key steps is missing"),
+        ("steps: []", ", line 1, steps: a list of at least one step is needed"),
+        ("steps:", ", line 1, steps: a list of at least one step is needed"),
+        ("steps: {wanda: {sparsity: 0.5}}", ", line 1, steps: a list of at least one step is needed"),
+        (
+            "steps:\n  - wanda: {sparsity: 0.5}\n  - wanda: {sparsity: 0.5}\n    dsnot: {sparsity: 0.5}",
+            ", line 3, steps[1]: a step is one method with its parameters, such as wanda: {sparsity: 0.5}",
+        ),
+        ("steps:\n  - [wanda, 0.5]", ", line 2, steps[0]: a step is one method with its parameters"),
+        ("steps:\n  - {}", ", line 2, steps[0]: a step is one method with its parameters"),
+        ("steps:\n  - wanda: 0.5", ", line 2, steps[0].wanda: the parameters of wanda must be a mapping"),
+        ("steps: [wanda: {sparsity: 0.5}]\ncalibration: 3", "calibration: 3 is not accepted, it should be a mapping"),
+        ("steps: [wanda: {sparsity: 0.5}]\nseed: -1", "seed: -1 is not accepted, it should be greater than"),
+        ("steps: [wanda: {sparsity: 0.5}]\nseed: 1.5", "seed: 1.5 is not accepted, it should be a valid integer"),
+        (
+            "steps: [wanda: {sparsity: 0.5}]\ncalibration: {length: 4}",
+            "calibration.length: 4 is not accepted, it should be greater than or equal to 8",
+        ),
+        ("steps: [wanda: {sparsity: 0.5}]\nmeasure: {speed: 1}", "speed: 1 is not accepted, it should be a valid bool"),
+        ("steps: [wanda: {sparsity: 0.5}]\nmodel: ''", "model: '' is not accepted"),
+        # YAML; test_yamlfile.py has the rest
+        ("steps: !!python/object/apply:os.system [ls]", ", line 1: a tag of YAML is not accepted in a recipe"),
+        ("a: &x [b]\nsteps: *x", ", line 1: an anchor of YAML is not accepted in a recipe"),
+        ("steps: [wanda: {sparsity: 0.5}]\nsteps: []", ", line 2: the key 'steps' stands twice"),
+        ('steps: [wanda: {sparsity: 0.5}]\n"a\\nb\\e": 1', "a\\nb\\x1b: there is no such field here"),
+        (f"steps: [wanda: {{sparsity: 0.5}}]\n{'x' * 500}: 1", "x...: there is no such field here"),
+        (f"steps:\n  - {'x' * 500}: 1", "x...; accepted: dsnot"),
+    ],
+)
+def test_a_recipe_that_is_wrong(text: str, sentence: str, tmp_path: Path) -> None:
+    found = refusal(text, tmp_path)
+    assert sentence in found
+    assert len(found) < 250
+
+
+def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
+    assert "Is a directory" in str(sentence_of(lambda: Recipe.read(tmp_path)))
+    assert "No such file" in str(sentence_of(lambda: Recipe.read(tmp_path / "none.yaml")))
+
+
+def test_a_method_that_is_no_carving_is_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Entry("sampler", "decoding", "Sampler", ("decoder",), "says words", "nobody, nowhere", "https://x")
+    monkeypatch.setitem(ENTRIES, "sampler", entry)
+    assert sentence_of(lambda: Recipe.of({"steps": [{"sampler": {}}]})) == (
+        "recipe, steps[0]: 'sampler' is a method, but no step of a recipe; accepted: dsnot, magnitude, sparsegpt, wanda"
+    )
+
+
+def test_a_step_that_needs_what_an_earlier_one_undid_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DSnoT, "invalidates", frozenset({"linear_weights"}))
+    dsnot = {"dsnot": {"sparsity": 0.5}}
+    assert sentence_of(lambda: Recipe.of({"steps": [WANDA, dsnot]})) is None
+    assert sentence_of(lambda: Recipe.of({"steps": [dsnot, WANDA]})) == (
+        "recipe, steps: wanda cannot follow dsnot: it needs linear_weights, which dsnot does away with"
+    )
+
+
+def test_an_unknown_slug_has_no_class() -> None:
+    with pytest.raises(IntaglioError, match=r"there is no method named 'wada'; did you mean wanda\?"):
+        method.get("wada")
+
+
+def test_a_digest_is_of_everything_that_decides_the_result() -> None:
+    base = {"steps": [WANDA]}
+    others: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"calibration": {"batch_size": 1}},
+        {"steps": [WANDA, WANDA]},
+        {"steps": [{"wanda": {"sparsity": 0.25}}]},
+    ]
+    digests = {Recipe.of(base | other).digest("a") for other in [{}, *others]}
+    assert len(digests) == 5
+    assert Recipe.of(base).digest("b") not in digests
+    assert Recipe.of(base | {"model": "b"}).digest("a") in digests  # the model that is carved counts, not the recipe's
+
+
+@settings(max_examples=60)
+@given(GOOD)
+def test_a_right_recipe_comes_back(value: dict[str, Any]) -> None:
+    recipe = Recipe.of(value)
+    assert Recipe.of(recipe.dump()) == recipe
+    assert Recipe.of(json.loads(json.dumps(recipe.dump()))) == recipe
+    assert recipe.digest("m") == Recipe.of(recipe.dump()).digest("m")
+    assert accepts(json_schema(), value)
+    assert accepts(json_schema(), recipe.dump())
+
+
+@given(PLAIN | LIKELY)
+def test_any_data_gives_a_recipe_or_one_sentence(value: Any) -> None:
+    sentence = sentence_of(lambda: Recipe.of(value))
+    if sentence is None:
+        assert Recipe.of(Recipe.of(value).dump()) == Recipe.of(value)
+    else:
+        assert sentence.startswith("recipe")
+
+
+@settings(max_examples=200)
+@given(GOOD, st.data())
+def test_a_changed_recipe_gives_a_recipe_or_one_sentence(value: dict[str, Any], data: st.DataObject) -> None:
+    places = list(_places(value))
+    *front, last = data.draw(st.sampled_from(places))
+    owner: Any = value
+    for part in front:
+        owner = owner[part]
+    what = data.draw(st.sampled_from(["replace", "delete", "add"]))
+    if what == "replace":
+        owner[last] = data.draw(LIKELY)
+    elif what == "delete":
+        del owner[last]
+    elif isinstance(owner, dict):
+        owner[data.draw(WORDS | st.text(max_size=5))] = data.draw(LIKELY)
+    else:
+        owner.append(data.draw(LIKELY))
+    sentence = sentence_of(lambda: Recipe.of(value))
+    if sentence is None:
+        # What the validator takes, the schema takes; but a bare slug, or null, says "no parameters" in YAML only.
+        assert accepts(json_schema(), value) or any(not isinstance(v, dict) for s in value["steps"] for v in s.values())
+
+
+@settings(max_examples=60)
+@given(GOOD, st.data())
+def test_a_damaged_file_gives_a_recipe_or_one_sentence(
+    tmp_path_factory: pytest.TempPathFactory, value: dict[str, Any], data: st.DataObject
+) -> None:
+    content = bytearray(yaml.safe_dump(value).encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+    path = tmp_path_factory.getbasetemp() / "damaged.yaml"
+    path.write_bytes(content)
+    sentence = sentence_of(lambda: Recipe.read(path))
+    assert sentence is None or str(path) in sentence
+
+
+def _places(value: Any, place: tuple[Any, ...] = ()) -> Any:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*place, key)
+        yield from _places(inner, (*place, key))
+
+
+# --- the JSON Schema -------------------------------------------------------------------------------------------------
+
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "object": lambda v: isinstance(v, dict),
+    "array": lambda v: isinstance(v, list),
+    "string": lambda v: isinstance(v, str),
+    "boolean": lambda v: isinstance(v, bool),
+    "null": lambda v: v is None,
+    "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "number": lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v),
+}
+# Keyword -> does a value of the right type pass? What says nothing about values maps to None.
+RULES: dict[str, Callable[[Any, Any], bool] | None] = {
+    "type": lambda v, kind: TYPES[kind](v),
+    "enum": lambda v, those: v in those,
+    "minimum": lambda v, bound: not TYPES["number"](v) or v >= bound,
+    "maximum": lambda v, bound: not TYPES["number"](v) or v <= bound,
+    "exclusiveMinimum": lambda v, bound: not TYPES["number"](v) or v > bound,
+    "exclusiveMaximum": lambda v, bound: not TYPES["number"](v) or v < bound,
+    "minLength": lambda v, bound: not isinstance(v, str) or len(v) >= bound,
+    "minItems": lambda v, bound: not isinstance(v, list) or len(v) >= bound,
+    "pattern": lambda v, regex: not isinstance(v, str) or re.search(regex, v) is not None,
+    "required": lambda v, keys: not isinstance(v, dict) or set(keys) <= set(v),
+} | dict.fromkeys(["title", "description", "default", "$defs", "$schema"])
+
+
+def accepts(schema: dict[str, Any], value: Any, whole: dict[str, Any] | None = None) -> bool:
+    """What JSON Schema says, for the keywords that ours uses; any other keyword is an error."""
+    whole = whole or schema
+    for keyword, argument in schema.items():
+        if keyword == "$ref":
+            passes = accepts(whole["$defs"][argument.removeprefix("#/$defs/")], value, whole)
+        elif keyword in ("anyOf", "oneOf"):
+            count = sum(accepts(one, value, whole) for one in argument)
+            passes = count == 1 if keyword == "oneOf" else count >= 1
+        elif keyword == "properties":
+            passes = not isinstance(value, dict) or all(
+                accepts(one, value[name], whole) for name, one in argument.items() if name in value
+            )
+        elif keyword == "additionalProperties":
+            assert argument is False
+            passes = not isinstance(value, dict) or set(value) <= set(schema["properties"])
+        elif keyword == "items":
+            passes = not isinstance(value, list) or all(accepts(argument, item, whole) for item in value)
+        else:
+            rule = RULES[keyword]
+            passes = rule is None or rule(value, argument)
+        if not passes:
+            return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {},
+        [],
+        {"steps": []},
+        {"steps": [{}]},
+        {"steps": [{"wnda": {"sparsity": 0.5}}]},
+        {"steps": [{"wanda": {"sparsity": 1}}]},
+        {"steps": [{"wanda": {"sparsity": -1}}]},
+        {"steps": [{"wanda": {"sparsity": "0.5"}}]},
+        {"steps": [{"wanda": {"sparsty": 0.5}}]},
+        {"steps": [{"wanda": {"sparsity": 0.5}, "dsnot": {"sparsity": 0.5}}]},
+        {"steps": [{"dsnot": {"sparsity": 0.5, "base": "none"}}]},
+        {"steps": [{"dsnot": {"sparsity": 0.5, "max_cycles": 1.5}}]},
+        {"steps": [WANDA], "seed": -1},
+        {"steps": [WANDA], "seed": True},
+        {"steps": [WANDA], "calibration": {"samples": 0}},
+        {"steps": [WANDA], "measure": {"speed": "yes"}},
+        {"steps": [WANDA], "stps": []},
+    ],
+)
+def test_the_schema_refuses_what_the_validator_refuses(value: Any) -> None:
+    assert sentence_of(lambda: Recipe.of(value)) is not None
+    assert not accepts(json_schema(), value)
+
+
+def test_the_schema_describes_every_step() -> None:
+    schema = json.loads(json.dumps(json_schema()))
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    carvings = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
+    offered = [choice["required"][0] for choice in schema["properties"]["steps"]["items"]["oneOf"]]
+    assert offered == carvings
+    for slug in carvings:
+        assert schema["$defs"][slug]["description"] == ENTRIES[slug].summary
+        assert set(schema["$defs"][slug]["properties"]) == set(method.get(slug).model_fields)
