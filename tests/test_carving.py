@@ -170,7 +170,7 @@ def test_a_second_carve_to_the_same_place_is_refused(model: Path, corpus: Path, 
 
 def test_the_same_seed_gives_the_same_files_and_another_does_not(model: Path, corpus: Path, tmp_path: Path) -> None:
     first = make_recipe(corpus, [{"wanda": {"sparsity": 0.5}}])
-    other = Recipe.of(first.dump() | {"seed": 4})
+    other = Recipe.of(first.dump() | {"seed": 5})  # a seed that begins with another document
     for name, recipe in (("a", first), ("b", first), ("c", other)):
         carve(recipe, tmp_path / name, model=str(model))
     assert files(tmp_path / "a") == files(tmp_path / "b")

@@ -18,7 +18,7 @@ from intaglio.catalogue import ENTRIES, ROOMS, Entry
 from intaglio.method import Carving, Method, get
 
 PACKAGE = Path(intaglio.__file__).parent
-HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "pydantic", "scipy", "pandas", "safetensors")
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "pandas", "safetensors", "tokenizers")
 MODULES = sorted(
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")

@@ -383,31 +383,30 @@ def run_blocks(parts: Anatomy, low: int, high: int, inputs: BlockInputs) -> Tens
 
 
 class HeadOnly:
-    """The part of a model after its last hidden state, frozen as it is now: turns hidden states into logits.
+    """The part of a model after its last hidden state: turns hidden states into logits.
 
-    A copy of the head's own parameters is kept (not of the blocks), so the original's predictions can be had again
+    Frozen, it keeps a copy of the head's parameters (not of the blocks), so the original's predictions can be had again
     after the blocks were carved, for the price of its final hidden states. Scalings and soft caps after the head are
     the model's own, since the model's own `forward` runs around a stand-in for its base.
 
     Args:
         parts: the model's anatomy; it must have a head.
+        frozen: keep the head as it is now (default); False follows the model.
 
     Raises:
         IntaglioError: the model has no output head.
     """
 
-    def __init__(self, parts: Anatomy) -> None:
+    def __init__(self, parts: Anatomy, frozen: bool = True) -> None:
         if parts.head is None:
             raise IntaglioError(f"{type(parts.model).__name__} has no output head, so it predicts no tokens")
         model = parts.model
-        prefix = next(name for name, module in model.named_children() if module is parts.base)
-        shell = copy.copy(model)
-        shell.__dict__["_modules"] = {
-            name: _Given(parts.base.config) if name == prefix else copy.deepcopy(module)
+        self._base = _Given(parts.base.config)
+        self._shell = copy.copy(model)
+        self._shell.__dict__["_modules"] = {
+            name: self._base if module is parts.base else (copy.deepcopy(module) if frozen else module)
             for name, module in model._modules.items()
         }
-        self._shell = shell
-        self._base = shell._modules[prefix]
 
     @torch.no_grad()
     def logits(self, hidden_BLD: Tensor) -> Tensor:

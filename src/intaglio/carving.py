@@ -221,7 +221,7 @@ def carve(
     """
     begun = time.time()
     out = Path(out)
-    name = model or recipe.model
+    name = recipe.model if model is None else model
     if name is None:
         raise IntaglioError("no model is given: name one on the command line or in the recipe")
     check_output(out, overwrite)
@@ -413,7 +413,7 @@ def plan(
     Raises:
         IntaglioError: as `carve` would, as far as can be told without weights.
     """
-    name = model or recipe.model
+    name = recipe.model if model is None else model
     if name is None:
         raise IntaglioError("no model is given: name one on the command line or in the recipe")
     where, wanted = parse_device(device), parse_dtype(dtype)
@@ -426,6 +426,7 @@ def plan(
     named = [(full, *linear.shape) for full, linear in linears]
     for step in recipe.steps:
         cast(Carving, step).check(named)
+    calibration_and_held_out(load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts))
     length = min(recipe.calibration.length, int(getattr(parts.config, "max_position_embeddings", 1 << 30)))
     parameters = sum(p.numel() for p in skeleton.parameters())
     element = torch.empty(0, dtype=kind).element_size()

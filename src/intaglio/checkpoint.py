@@ -453,6 +453,8 @@ def load(
         except Exception as error:  # as for the configuration
             raise IntaglioError(f"the weights of {name!r} cannot be loaded: {_first_line(error)}") from error
     _check_info(name, info, model.state_dict().keys())
+    if any("pooler" in key for key in info.get("missing_keys", ())):
+        model.pooler = None  # it got random weights, which would be saved
     model.eval()
     local = Path(source) if Path(source).is_dir() else None
     checkpoint = Checkpoint(model, _load_tokenizer(source, revision), name, _read_record(local) if local else None)

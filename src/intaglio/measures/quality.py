@@ -114,7 +114,7 @@ def quality(
         then_ND = None if original is None else original.embedded_ND
         cosine = None if then_ND is None else float(F.cosine_similarity(now_ND, then_ND, dim=1).mean())
         return Quality(cosine=None if cosine is None else _finite(cosine))
-    head = HeadOnly(parts)
+    head = HeadOnly(parts, frozen=False)
     total, count, divergence, agree = 0.0, 0, 0.0, 0
     losses: list[float] = []
     batches = math.ceil(data.n / batch_size)

@@ -1,0 +1,227 @@
+"""Checkpoints: what is saved is what is loaded, by us and by the stock library, and nothing is saved half."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import intaglio
+from intaglio.checkpoint import (
+    RECORD,
+    Checkpoint,
+    Record,
+    load,
+    load_config,
+    model_class,
+    parse_device,
+    parse_dtype,
+    versions,
+    weights_digest,
+)
+from intaglio.errors import IntaglioError
+from tests.conftest import TinyDir
+from tests.families import EOS, FAMILIES, MAX_POSITIONS, VOCAB, tiny_model, tiny_tokenizer
+
+IDS_BL = torch.arange(5, 45)[None]
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=IDS_BL).logits
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_saved_is_what_is_loaded(family: str, tiny_dir: TinyDir, tmp_path: Path) -> None:
+    first = load(tiny_dir(family))
+    assert not first.model.training
+    assert type(first.model) is type(tiny_model(family, layers=2))
+    first.note("wanda", {"sparsity": 0.5}, seed=3, calibration={"digest": "x"}, chosen={"swaps": 1})
+    assert first.save(tmp_path / "out") == tmp_path / "out"
+    again = load(str(tmp_path / "out"))
+    assert torch.equal(logits(again.model), logits(first.model))
+    assert weights_digest(tmp_path / "out") == weights_digest(tiny_dir(family))
+    assert again.tokenizer("the fox")["input_ids"] == first.tokenizer("the fox")["input_ids"]
+    assert again.record == first.record
+    assert again.kind == "baked"
+
+
+def test_the_stock_library_loads_what_is_saved(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    checkpoint = load(tiny_dir("llama"))
+    checkpoint.model.generation_config = GenerationConfig(eos_token_id=EOS, max_new_tokens=7)
+    checkpoint.save(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(model), logits(checkpoint.model))
+    assert model.generation_config.max_new_tokens == 7
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == checkpoint.tokenizer.chat_template
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", RECORD} <= files
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_the_record(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    checkpoint = load(tiny_dir("qwen3"), dtype="bfloat16")
+    assert checkpoint.record == Record(source=str(tiny_dir("qwen3")))
+    checkpoint.note("magnitude", {"sparsity": 0.5})
+    checkpoint.note("dsnot", {"pattern": "2:4"}, seed=7, calibration={"samples": 4})
+    checkpoint.save(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert [(step["slug"], step["parameters"], step["seed"]) for step in record["steps"]] == [
+        ("magnitude", {"sparsity": 0.5}, 0),
+        ("dsnot", {"pattern": "2:4"}, 7),
+    ]
+    assert record["versions"] == versions()
+    assert set(record["versions"]) == {"python", "intaglio", "torch", "transformers", "safetensors", "numpy"}
+    assert "unknown" not in record["versions"].values()
+    assert (record["threads"], record["dtype"], record["live"], record["format"]) == (1, "bfloat16", [], 1)
+    # A second carving keeps what came before, and where it all came from.
+    again = load(tmp_path / "out")
+    assert again.record.source == str(tiny_dir("qwen3"))
+    again.note("wanda", {})
+    assert [step.slug for step in again.record.steps] == ["magnitude", "dsnot", "wanda"]
+
+
+def test_live_parts_make_a_checkpoint_live(tiny_dir: TinyDir) -> None:
+    checkpoint = load(tiny_dir("llama"))
+    checkpoint.record.live.append({"slug": "x"})
+    assert checkpoint.kind == "live"
+
+
+def test_dtypes(tiny_dir: TinyDir) -> None:
+    assert load(tiny_dir("llama")).model.dtype == torch.float32
+    for dtype in ("bfloat16", torch.bfloat16):
+        assert load(tiny_dir("llama"), dtype=dtype).model.dtype == torch.bfloat16
+    assert parse_dtype(None) == parse_dtype("auto") == "auto"
+    assert parse_dtype("float16") == torch.float16
+    with pytest.raises(IntaglioError, match=r"the dtype 'float8' is unknown; did you mean float"):
+        parse_dtype("float8")
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_device(None) == parse_device("cpu") == torch.device("cpu")
+    with pytest.raises(IntaglioError, match="the device 'gpu' is unknown; accepted: cpu, cuda, cuda:N, mps"):
+        parse_device("gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(IntaglioError, match="the device cuda is not available on this machine"):
+        parse_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parse_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(IntaglioError, match="the device cuda:2 is not available"):
+        parse_device("cuda:2")
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "bert"])
+def test_sizes(family: str, tiny_dir: TinyDir) -> None:
+    checkpoint = load(tiny_dir(family))
+    assert checkpoint.context == MAX_POSITIONS
+    assert checkpoint.device == torch.device("cpu")
+    assert checkpoint.config.hidden_size == 32
+    tied = VOCAB * 32 * 4 if FAMILIES[family].tied else 0
+    every = sum(t.numel() * 4 for t in checkpoint.model.state_dict().values() if t.is_floating_point())
+    assert checkpoint.bytes <= every - tied
+
+
+def test_ids_are_checked(tiny_dir: TinyDir) -> None:
+    checkpoint = load(tiny_dir("llama"))
+    checkpoint.check_ids(torch.tensor([[0, VOCAB - 1]]))
+    with pytest.raises(IntaglioError, match="token id 160 is outside the model's vocabulary of 160"):
+        checkpoint.check_ids(torch.tensor([[0, VOCAB]]))
+    with pytest.raises(IntaglioError, match="token id -1 is outside"):
+        checkpoint.check_ids(torch.tensor([[0, -1]]))
+    with pytest.raises(IntaglioError, match="129 tokens are more than the model's context of 128"):
+        checkpoint.check_ids(torch.zeros(1, 129, dtype=torch.long))
+
+
+def test_a_model_without_tokenizer_is_loaded(tmp_path: Path) -> None:
+    tiny_model("llama", layers=2).save_pretrained(tmp_path / "m")
+    checkpoint = load(tmp_path / "m")
+    assert checkpoint.tokenizer is None
+    checkpoint.save(tmp_path / "out")
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_the_files_of_a_saved_checkpoint_follow_the_umask(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        load(tiny_dir("llama")).save(tmp_path / "out")
+    finally:
+        os.umask(old)
+    modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {"0o644"}, modes
+
+
+def test_a_taken_directory_is_not_written(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(IntaglioError, match="exists and is not empty"):
+        load(tiny_dir("llama")).save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    with pytest.raises(IntaglioError, match="exists and is not a directory"):
+        load(tiny_dir("llama")).save(tmp_path / "mine", overwrite=True)
+
+
+def test_shards_are_loaded(tmp_path: Path) -> None:
+    model = tiny_model("llama", layers=2)
+    model.save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    assert (tmp_path / "m" / "model.safetensors.index.json").exists()
+    assert torch.equal(logits(load(tmp_path / "m").model), logits(model))
+    assert len(weights_digest(tmp_path / "m")) == 64
+
+
+@pytest.mark.parametrize("name", ["smollm2", "minilm"])
+def test_a_bundled_name_that_was_not_fetched(name: str) -> None:
+    with pytest.raises(IntaglioError, match=rf"the bundled model '{name}' is not in .*; run `intaglio assets` first"):
+        load(name)
+
+
+def test_a_directory_wins_over_a_bundled_name(
+    tiny_dir: TinyDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_dir("llama"), tmp_path / "smollm2")
+    monkeypatch.chdir(tmp_path)
+    assert load("smollm2").config.hidden_size == 32
+
+
+def test_classes(tiny_dir: TinyDir) -> None:
+    source, config = load_config(tiny_dir("bert"))
+    assert source == str(tiny_dir("bert"))
+    assert model_class(config, "x").__name__ == "BertForMaskedLM"
+    config.architectures = ["BertModel"]  # as in sentence encoders: no head in the file
+    assert model_class(config, "x").__name__ == "BertModel"
+    config.architectures = None
+    assert model_class(load_config(tiny_dir("llama"))[1], "x").__name__ == "LlamaForCausalLM"
+
+
+def test_an_encoder_without_a_head(tmp_path: Path) -> None:
+    tiny_model("bert", layers=2).bert.save_pretrained(tmp_path / "m")
+    tiny_tokenizer("bert").save_pretrained(tmp_path / "m")
+    checkpoint = load(tmp_path / "m")
+    assert type(checkpoint.model).__name__ == "BertModel"
+    checkpoint.save(tmp_path / "out")
+    assert weights_digest(tmp_path / "out") == weights_digest(tmp_path / "m")
+
+
+def test_loading_is_silent_and_leaves_the_generator_alone(
+    tiny_dir: TinyDir, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    load(tiny_dir("llama")).save(tmp_path / "out")
+    assert torch.equal(torch.rand(1), expected)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_package_offers_it(tiny_dir: TinyDir) -> None:
+    assert intaglio.load is load
+    assert isinstance(intaglio.load(tiny_dir("llama")), Checkpoint)
