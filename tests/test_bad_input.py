@@ -510,7 +510,7 @@ def test_a_disk_that_refuses_at_any_call_of_a_carve(
         assert CliRunner().invoke(app, [*words, str(tmp_path / "whole")]).exit_code == 0
     assert calls[0] >= 2
     digest = weights_digest(tmp_path / "whole")
-    for at in sorted({1, 2, calls[0] // 2, calls[0] - 1, calls[0]}):
+    for at in sorted({1, calls[0] // 2, calls[0]}):
         place = tmp_path / f"at-{at}"
         out = place / "out"
         place.mkdir()

@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "src" / "intaglio"
 VARIANTS = ("magnitude-50", "magnitude-2:4", "wanda-50", "wanda-2:4", "sparsegpt-50", "sparsegpt-2:4")
 # What a pruning call of ours runs: when one of these changes, our finished runs no longer count.
-OURS = ("weights/**/*.py", "kernels/**/*.py", "calibrate.py", "anatomy.py", "masks.py", "checkpoint.py")
+OURS = ("weights/**/*.py", "calibrate.py", "anatomy.py", "checkpoint.py")
 
 Run = dict[str, Any]
 
@@ -149,41 +149,57 @@ class Bench:
         """Where one side's pruned checkpoint of a variant lies until it is judged."""
         return self.out / "checkpoints" / f"{variant.replace(':', 'of')}-{side}"
 
+    def _key(self, variant: str, side: str, repeat: int) -> str:
+        base = f"{self.weights}/{self.digests['calibration'][:16]}/{self.arguments.threads}"
+        return f"{base}/{self.code[side]}/{self.batch_size[side]}/{variant}/{side}/{repeat}"
+
+    def _work(self, variant: str, side: str, repeat: int, save: bool) -> Run:
+        """Run a worker once; with `save`, its checkpoint is kept beside a note of which run made it."""
+        method, how_much = amount(variant)
+        options = ["--model", str(self.model), "--calibration", str(self.calibration)]
+        options += ["--method", method, *how_much, "--batch-size", str(self.batch_size[side])]
+        target = self.checkpoint(variant, side)
+        if save:
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            options += ["--output", str(target)]
+        answer = self._execute(side, f"worker_{side}.py", options, f"{variant.replace(':', 'of')}-{side}-{repeat}")
+        if save:
+            target.with_suffix(".key").write_text(self._key(variant, side, 0))
+        return answer
+
+    def saved(self, variant: str, side: str) -> Path:
+        """Return the checkpoint of a side's first run; one that is gone or of another run is made again, untimed."""
+        target = self.checkpoint(variant, side)
+        note = target.with_suffix(".key")
+        if not (target.is_dir() and note.is_file() and note.read_text() == self._key(variant, side, 0)):
+            print(f"{variant} {side}: its checkpoint is made again to be judged; this run is not timed", flush=True)
+            self._work(variant, side, 0, save=True)
+        return target
+
     def prune(self, variant: str, side: str, repeat: int) -> Run:
         """Return one run, from the journal or by doing it; the first repeat's checkpoint is kept for the judge."""
-        base = f"{self.weights}/{self.digests['calibration'][:16]}/{self.arguments.threads}"
-        key = f"{base}/{self.code[side]}/{self.batch_size[side]}/{variant}/{side}/{repeat}"
+        key = self._key(variant, side, repeat)
         if key not in self.done:
-            method, how_much = amount(variant)
-            size = self.batch_size[side]
-            options = ["--model", str(self.model), "--calibration", str(self.calibration)]
-            options += ["--method", method, *how_much, "--batch-size", str(size)]
-            if repeat == 0:
-                target = self.checkpoint(variant, side)
-                shutil.rmtree(target, ignore_errors=True)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                options += ["--output", str(target)]
-            log = f"{variant.replace(':', 'of')}-{side}-{repeat}"
-            answer = self._execute(side, f"worker_{side}.py", options, log)
-            entry = {"key": key, "variant": variant, "side": side, "repeat": repeat, "batch_size": size}
-            self._append(entry | answer)
+            answer = self._work(variant, side, repeat, save=repeat == 0)
+            entry = {"variant": variant, "side": side, "repeat": repeat, "batch_size": self.batch_size[side]}
+            self._append({"key": key, **entry, **answer})
             shown = answer.get("unsupported") or f"{answer['seconds']:.1f} s, peak {answer['peak_mib']:.0f} MiB"
             print(f"{variant} {side} {repeat + 1}: {shown}", flush=True)
         return self.done[key]
 
-    def judge(self, name: str, runs: list[Run], checkpoints: list[Path]) -> Run | None:
-        """Return perplexities of checkpoints, from the journal or by measuring; None when the files are gone.
+    def judge(self, name: str, runs: list[Run]) -> Run:
+        """Return what `judge.py` says of the runs' checkpoints (of the dense one if there are none), measured once.
 
         Args:
             name: of the variant, or `dense`.
-            runs: the runs that made the checkpoints.
-            checkpoints: one or two directories.
+            runs: first runs of one or both sides, or none.
         """
         tail = "+".join(run["key"] for run in runs)
-        key = f"{self.weights}/{self.digests['held_out'][:16]}/{_digest([HERE / 'judge.py'])}/judge/{name}/{tail}"
+        code = _digest([HERE / "judge.py", HERE / "common.py"])
+        key = f"{self.weights}/{self.digests['held_out'][:16]}/{code}/judge/{name}/{tail}"
         if key not in self.done:
-            if not all(path.is_dir() for path in checkpoints):
-                return None
+            checkpoints = [self.saved(name, run["side"]) for run in runs] or [self.model]
             options = ["--evaluation", str(self.held_out), *map(str, checkpoints)]
             self._append({"key": key, **self._execute("ours", "judge.py", options, f"judge-{name.replace(':', 'of')}")})
         return self.done[key]
@@ -197,11 +213,10 @@ class Bench:
                     continue
                 runs.append(self.prune(variant, side, repeat))
         first = [run for run in runs if run["repeat"] == 0 and "unsupported" not in run]
-        saved = [self.checkpoint(variant, run["side"]) for run in first]
-        judged = self.judge(variant, first, saved) if saved else None
+        judged = self.judge(variant, first) if first else None
         if not self.arguments.keep:
-            for path in saved:
-                shutil.rmtree(path, ignore_errors=True)
+            for run in first:
+                shutil.rmtree(self.checkpoint(variant, run["side"]), ignore_errors=True)
         return table.summary(variant, runs, judged)
 
     def results(self) -> dict[str, Any]:
@@ -209,13 +224,13 @@ class Bench:
         names = self.arguments.variants.split(",")
         for name in names:
             amount(name)
-        dense = self.judge("dense", [], [self.model])
+        dense = self.judge("dense", [])
         asked = ("repeats", "samples", "held_out", "length", "seed", "threads", "texts", "model")
         return {
             "settings": {name: getattr(self.arguments, name) for name in asked},
             "digests": {**self.digests, "weights": self.weights, "code": self.code},
             "machine": {"processor": _processor(), "cores": os.cpu_count(), "python": platform.python_version()},
-            "dense_perplexity": dense["checkpoints"][0]["perplexity"] if dense else None,
+            "dense_perplexity": dense["checkpoints"][0]["perplexity"],
             "variants": [self.variant(name) for name in names],
         }
 

@@ -1,0 +1,385 @@
+"""The command line: what each verb prints, where, and what it costs. `demo` is tested with the real model."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from intaglio.catalogue import ENTRIES
+from intaglio.checkpoint import RECORD, Checkpoint, load, weights_digest
+from intaglio.cli.app import app
+from intaglio.cli.console import progress_bar
+from intaglio.cli.generating import count_passes, generate
+from intaglio.recipe import Recipe, json_schema
+from tests.conftest import TinyDir
+
+VERBS = ["list", "show", "schema", "carve", "compare", "generate", "assets", "demo"]
+SIDE = {
+    "perplexity",
+    "bits_per_byte",
+    "kl_mean",
+    "top1_agreement",
+    "cosine",
+    "zero_fraction",
+    "bytes",
+    "parameters",
+    "prefill_tokens_per_s",
+    "decode_tokens_per_s",
+    "peak_memory_bytes",
+}
+PROMPT = "the quick brown fox"
+
+
+def run(*words: str | Path, stdin: str | None = None) -> Any:
+    """The outcome of a command that is expected to go well."""
+    found = CliRunner().invoke(app, [str(word) for word in words], input=stdin)
+    assert found.exit_code == 0, found.stderr
+    return found
+
+
+def document(*words: str | Path) -> Any:
+    """What `--json` printed: one document on stdout, and nothing else there."""
+    found = run(*words, "--json")
+    assert found.stdout.endswith("\n")
+    return json.loads(found.stdout)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus_file: Path) -> Callable[..., Path]:
+    def write(*steps: dict[str, Any], **header: Any) -> Path:
+        calibration = {"texts": str(corpus_file), "samples": 2, "length": 32}
+        measure = {"texts": str(corpus_file), "samples": 2, "length": 32}
+        path = tmp_path / "r.yaml"
+        path.write_text(json.dumps({"calibration": calibration, "measure": measure, **header, "steps": list(steps)}))
+        return path
+
+    return write
+
+
+# --- the catalogue ---------------------------------------------------------------------------------------------------
+
+
+def test_list() -> None:
+    rows = document("list")
+    assert [set(row) for row in rows] == [{"slug", "room", "kind", "paper", "verdict"}] * len(ENTRIES)
+    assert [row["slug"] for row in rows] == list(ENTRIES)
+    assert rows[0]["kind"] == ["carving"]
+    assert {row["verdict"] for row in rows} == {None}
+    assert [row["slug"] for row in document("list", "--room", "weights")] == list(ENTRIES)
+    assert document("list", "--room", "decoding") == []
+    shown = run("list").stdout
+    assert all(slug in shown for slug in ENTRIES)
+
+
+@pytest.mark.parametrize("slug", ENTRIES)
+def test_show(slug: str) -> None:
+    found = document("show", slug)
+    assert {"slug", "room", "kind", "name", "paper", "verdict", "parameters", "description"} <= set(found)
+    assert (found["slug"], found["verdict"]) == (slug, None)
+    assert {"sparsity", "pattern"} <= set(found["parameters"])
+    shown = run("show", slug).stdout
+    assert ENTRIES[slug].name in shown
+    assert "Args:" in shown
+
+
+def test_schema() -> None:
+    assert document("schema") == json_schema()
+    assert json.loads(run("schema").stdout) == json_schema()
+
+
+def test_assets_with_nothing_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def fetch(names: Any, progress: Any) -> list[Path]:
+        asked.append(names)
+        progress("a long step")
+        return [tmp_path / "smollm2"]
+
+    monkeypatch.setattr("intaglio.data.assets.fetch", fetch)
+    assert document("assets") == [{"name": "smollm2", "path": str(tmp_path / "smollm2")}]
+    found = run("assets", "smollm2", "wikipedia")
+    assert found.stdout == f"smollm2: {tmp_path / 'smollm2'}\n"
+    assert found.stderr == "a long step\n"
+    assert asked == [None, ["smollm2", "wikipedia"]]
+
+
+def test_version_and_help() -> None:
+    assert run("--version").stdout == version("intaglio") + "\n"
+    shown = run("--help").stdout
+    assert all(verb in shown for verb in VERBS)
+    assert CliRunner().invoke(app, []).exit_code == 2  # nothing was asked for: the help, and no success
+    assert CliRunner().invoke(app, ["crave"]).exit_code == 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_helps_and_has_json(verb: str) -> None:
+    shown = run(verb, "--help").stdout
+    assert "--json" in shown
+    assert CliRunner().invoke(app, [verb, "--no-such-option"]).exit_code == 2
+
+
+# --- carve and compare -----------------------------------------------------------------------------------------------
+
+
+def test_carve(tiny_dir: TinyDir, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path, out = recipe({"wanda": {"sparsity": 0.5}}, {"magnitude": {"pattern": "2:4"}}, seed=3), tmp_path / "out"
+    found = document("carve", tiny_dir("llama"), "-r", path, "-o", out)
+    assert {"kind", "steps", "before", "after"} <= set(found)
+    assert found["kind"] == "baked"
+    assert set(found["before"]) == set(found["after"]) == SIDE
+    assert [(step["slug"], step["seed"]) for step in found["steps"]] == [("wanda", 3), ("magnitude", 3)]
+    before, after = found["before"], found["after"]
+    assert all(before[key] is not None for key in SIDE - {"cosine"})
+    assert before["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert before["top1_agreement"] == 1
+    assert after["kl_mean"] > 0.01
+    assert after["perplexity"] != before["perplexity"]
+    assert set(before["zero_fraction"].values()) == {0}
+    assert len(after["zero_fraction"]) == 14
+    assert all(share >= 0.5 for share in after["zero_fraction"].values())
+    assert (after["bytes"], after["parameters"]) == (before["bytes"], before["parameters"])
+    assert json.loads((out / "report.json").read_text()) == found
+    files = {file.name for file in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", RECORD, "report.html", "report.json"} <= files
+    assert set(os.listdir(tmp_path)) == {"out", "r.yaml"}
+    # The recipe in the report does the same again.
+    again = tmp_path / "again.yaml"
+    again.write_text(found["recipe"])
+    assert Recipe.read(again) == Recipe.read(path)
+    # Without --json: a table for people, and where things are. Replacing an earlier result has to be asked for.
+    shown = run("carve", tiny_dir("llama"), "-r", path, "-o", out, "--overwrite").stdout
+    assert f"checkpoint: {out}\nreport: {out / 'report.html'}\n" in shown
+
+
+def test_an_encoder_has_a_cosine(tiny_dir: TinyDir, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe({"magnitude": {"sparsity": 0.5}})
+    found = document("carve", tiny_dir("bert"), "-r", path, "-o", tmp_path / "out")
+    assert found["before"]["cosine"] == pytest.approx(1)
+    assert 0 < found["after"]["cosine"] < 0.999
+    nothing = {"perplexity", "bits_per_byte", "kl_mean", "top1_agreement", "decode_tokens_per_s"}
+    assert {key for key in SIDE if found["after"][key] is None} == nothing
+
+
+def test_the_model_on_the_command_line_wins(tiny_dir: TinyDir, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe({"magnitude": {"sparsity": 0.5}}, model=str(tiny_dir("qwen3")))
+    for words, family in (((), "qwen3"), ((str(tiny_dir("llama")),), "llama")):
+        out = tmp_path / family
+        found = document("carve", *words, "-r", path, "-o", out)
+        assert found["model"] == str(tiny_dir(family))
+        assert load(out).config.model_type == family
+        assert document("carve", *words, "-r", path, "--dry-run")["model"] == str(tiny_dir(family))
+
+
+def test_the_seed_on_the_command_line_wins(tiny_dir: TinyDir, recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe({"wanda": {"sparsity": 0.5}}, seed=1)
+    digests = []
+    for name, words in (("a", []), ("b", ["--seed", "2"]), ("c", ["--seed", "1"])):
+        found = document("carve", tiny_dir("llama"), "-r", path, "-o", tmp_path / name, *words)
+        assert found["steps"][0]["seed"] == (2 if name == "b" else 1)
+        digests.append(weights_digest(tmp_path / name))
+    assert digests[0] == digests[2] != digests[1]
+
+
+def test_a_dry_run_reads_no_weights_and_writes_nothing(
+    tiny_dir: TinyDir, recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("intaglio.carving.load", never)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", never)
+    steps = [{"magnitude": {"sparsity": 0.5}}, {"dsnot": {"pattern": "2:4", "base": "sparsegpt"}}]
+    words = ("carve", tiny_dir("llama"), "-r", recipe(*steps), "-o", tmp_path / "out", "--dry-run")
+    before = sorted(tmp_path.rglob("*"))
+    found = document(*words)
+    assert {"model", "parameters", "bytes", "steps", "seconds", "memory_bytes"} <= set(found)
+    assert [step["slug"] for step in found["steps"]] == ["magnitude", "dsnot"]
+    assert all(step["seconds"] > 0 and step["memory_bytes"] > found["bytes"] for step in found["steps"])
+    assert "nothing is done" in run(*words).stdout
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_compare(tiny_dir: TinyDir, recipe: Callable[..., Path], corpus_file: Path, tmp_path: Path) -> None:
+    run("carve", tiny_dir("llama"), "-r", recipe({"magnitude": {"sparsity": 0.5}}), "-o", tmp_path / "out")
+    texts = ("--texts", corpus_file, "--samples", "2", "--length", "32")
+    page = tmp_path / "page.html"
+    found = document("compare", tiny_dir("llama"), tmp_path / "out", *texts, "-o", page)
+    assert set(found["a"]) == set(found["b"]) == SIDE | {"model"}
+    assert found["a"]["kl_mean"] == pytest.approx(0, abs=1e-6)
+    assert found["b"]["kl_mean"] > 0.01
+    assert all(share == 0.5 for share in found["b"]["zero_fraction"].values())
+    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+    # Two that share no tokens of their own: agreement has no meaning.
+    found = document("compare", tiny_dir("llama"), tiny_dir("bert"), *texts)
+    assert found["b"]["kl_mean"] is None
+    assert found["b"]["cosine"] is None
+    assert "report: " in run("compare", tiny_dir("llama"), tiny_dir("llama"), *texts, "-o", page).stdout
+
+
+# --- generate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_dir: TinyDir) -> Checkpoint:
+    return load(tiny_dir("llama"))
+
+
+def stock(checkpoint: Checkpoint, tokens: int) -> list[int]:
+    ids = checkpoint.tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    model: Any = checkpoint.model
+    whole = model.generate(**ids, do_sample=False, max_new_tokens=tokens)
+    found: list[int] = whole[0, ids["input_ids"].shape[1] :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral_window", "gpt2"])
+def test_greedy_is_the_stock_librarys(family: str, tiny_dir: TinyDir) -> None:
+    found = document("generate", tiny_dir(family), PROMPT, "--max-new-tokens", "12")
+    assert {"text", "token_ids", "passes", "seconds"} <= set(found)
+    checkpoint = load(tiny_dir(family))
+    assert found["token_ids"] == stock(checkpoint, 12)
+    assert found["text"] == checkpoint.tokenizer.decode(found["token_ids"], skip_special_tokens=True)
+    assert found["passes"] == found["new_tokens"] == len(found["token_ids"])  # the prefill gives the first token
+    assert found["prompt_tokens"] == len(checkpoint.tokenizer(PROMPT)["input_ids"])
+    assert found["seconds"] > 0
+
+
+def test_passes_are_calls_of_the_model(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, forward = [0], llama.model.forward
+
+    def counted(*words: Any, **options: Any) -> Any:
+        calls[0] += 1
+        return forward(*words, **options)
+
+    monkeypatch.setattr(llama.model, "forward", counted)
+    assert generate(llama, PROMPT, max_new_tokens=9)["passes"] == calls[0]
+    with count_passes(llama.model) as passes:
+        llama.model(torch.tensor([[5]]))
+    llama.model(torch.tensor([[5]]))
+    assert passes == [1]  # the count ends with the block
+
+
+def test_the_end_of_the_text_ends_it(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    third = stock(llama, 12)[2]
+    monkeypatch.setattr(llama.model.generation_config, "eos_token_id", third)
+    found = generate(llama, PROMPT, max_new_tokens=12)
+    assert found["token_ids"][-1] == third
+    assert found["passes"] == len(found["token_ids"]) <= 3
+
+
+def test_a_seed_decides_what_is_drawn(tiny_dir: TinyDir, llama: Checkpoint) -> None:
+    def drawn(seed: int, **options: Any) -> list[int]:
+        found: list[int] = generate(llama, PROMPT, decoder="sample", seed=seed, max_new_tokens=12, **options)[
+            "token_ids"
+        ]
+        return found
+
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+    assert drawn(1, temperature=3.0) != drawn(1)
+    assert drawn(1, top_k=1) == drawn(2, top_p=1e-6) == stock(llama, 12)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    words = ("generate", tiny_dir("llama"), PROMPT, "--decoder", "sample", "--max-new-tokens", "12")
+    assert document(*words, "--seed", "1")["token_ids"] == drawn(1)
+    found = document(*words, "--seed", "2", "--temperature", "1.5", "--top-k", "20", "--top-p", "0.9")["token_ids"]
+    assert found == drawn(2, temperature=1.5, top_k=20, top_p=0.9)
+
+
+def test_the_checkpoints_own_sampling_settings_do_not_leak(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = generate(llama, PROMPT, decoder="sample", max_new_tokens=12)["token_ids"]
+    greedy = generate(llama, PROMPT, max_new_tokens=12)["token_ids"]
+    for name, value in {"do_sample": True, "temperature": 9.0, "top_k": 2, "top_p": 0.1}.items():
+        monkeypatch.setattr(llama.model.generation_config, name, value)
+    assert generate(llama, PROMPT, decoder="sample", max_new_tokens=12)["token_ids"] == expected
+    assert generate(llama, PROMPT, max_new_tokens=12)["token_ids"] == greedy
+
+
+def test_what_is_streamed_is_the_text(tiny_dir: TinyDir) -> None:
+    for chat in ([], ["--chat"]):
+        words = ("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "30", *chat)
+        found, streamed = document(*words), run(*words)
+        assert streamed.stdout == found["text"] + "\n"
+        assert f"{found['new_tokens']} tokens in {found['passes']} passes" in streamed.stderr
+    pieces: list[str] = []
+    text = generate(load(tiny_dir("llama")), PROMPT, max_new_tokens=30, write=pieces.append)["text"]
+    assert "".join(pieces) == text
+    assert sum(bool(piece) for piece in pieces) > 1  # as it comes, not at the end
+
+
+def test_a_chat_uses_the_template(tiny_dir: TinyDir, llama: Checkpoint) -> None:
+    plain = document("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "4")
+    chat = document("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "4", "--chat")
+    turns = [{"role": "user", "content": PROMPT}]
+    ids = llama.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert chat["prompt_tokens"] == len(ids) > plain["prompt_tokens"]
+
+
+def test_a_prompt_from_stdin(tiny_dir: TinyDir) -> None:
+    words = ("generate", tiny_dir("llama"), "--max-new-tokens", "4")
+    assert run(*words, "-", stdin=PROMPT).stdout == run(*words, PROMPT).stdout
+
+
+def test_the_device_and_the_dtype_are_passed_on(tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def noted(model: str, **options: Any) -> Checkpoint:
+        asked.append(options)
+        return load(model, **options)
+
+    monkeypatch.setattr("intaglio.checkpoint.load", noted)
+    run("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "2", "--device", "cpu", "--dtype", "bfloat16")
+    assert asked == [{"device": "cpu", "dtype": "bfloat16"}]
+
+
+# --- the shell -------------------------------------------------------------------------------------------------------
+
+
+def shell(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "intaglio.cli.app", *words], capture_output=True, text=True, **options)
+
+
+def test_exit_codes_reach_the_shell(tmp_path: Path) -> None:
+    done = shell("carve", "-o", str(tmp_path / "out"))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert json.loads(shell("list", "--json").stdout)
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        words = [sys.executable, "-m", "intaglio.cli.app", "list", "--json"]
+        done = subprocess.run(words, stdout=closed, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_progress_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar() as progress:
+        progress(1, 2, "wanda: block 1/2")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    screen = io.StringIO()
+    monkeypatch.setattr("intaglio.cli.console.err", Console(file=screen, force_terminal=True, width=120))
+    with progress_bar() as progress:
+        progress(1, 4, "wanda: block 1/2")
+        progress(2, 4, "wanda: block 2/2")
+        progress(1, 3, "measuring")
+    assert "measuring" in screen.getvalue()
+    assert "1/3" in screen.getvalue()
