@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from intaglio import carving
 from intaglio.carving import carve, compare, plan
 from intaglio.checkpoint import RECORD, load
 from intaglio.errors import IntaglioError
@@ -144,6 +145,26 @@ def test_an_interrupted_run_is_neither_forgotten_nor_mixed_up(model: Path, corpu
 def test_resume_without_anything_to_resume_starts(model: Path, corpus: Path, tmp_path: Path) -> None:
     carve(make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}]), tmp_path / "out", model=str(model), resume=True)
     assert (tmp_path / "out" / RECORD).is_file()
+
+
+def test_killed_just_after_out_appeared(
+    model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}]), tmp_path / "out"
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    real = carving._finish
+    monkeypatch.setattr(carving, "_finish", lambda *arguments: (real(*arguments), die()))
+    with pytest.raises(Killed):
+        carve(recipe, out, model=str(model))
+    monkeypatch.undo()
+    assert (out / RECORD).is_file()
+    assert leftovers(out) != []
+    document = carve(recipe, out, model=str(model), resume=True)
+    assert document["steps"][0]["slug"] == "magnitude"
+    assert leftovers(out) == []
 
 
 def test_threads_are_put_back_on_resume(model: Path, corpus: Path, tmp_path: Path) -> None:

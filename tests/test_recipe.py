@@ -379,6 +379,7 @@ def accepts(schema: dict[str, Any], value: Any, whole: dict[str, Any] | None = N
         {"steps": [{"wanda": {"sparsty": 0.5}}]},
         {"steps": [{"wanda": {"sparsity": 0.5}, "dsnot": {"sparsity": 0.5}}]},
         {"steps": [{"dsnot": {"sparsity": 0.5, "base": "none"}}]},
+        {"steps": [{"wanda": {"pattern": "2-4"}}]},
         {"steps": [{"dsnot": {"sparsity": 0.5, "max_cycles": 1.5}}]},
         {"steps": [WANDA], "seed": -1},
         {"steps": [WANDA], "seed": True},

@@ -99,10 +99,24 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise IntaglioError(f"{out} holds something that is no result of a carve (no {RECORD}); name another directory")
 
 
+def _scratch_path(out: Path) -> Path:
+    return out.absolute().parent / f".{out.name}.carving"
+
+
+def _finished(out: Path, digest: str) -> dict[str, Any] | None:
+    """The report of a run that was killed between the appearance of OUT and the end; its leftovers are swept."""
+    state = _read_state(_scratch_path(out))
+    if state is None or state["digest"] != digest or not (out / "report.json").is_file():
+        return None
+    shutil.rmtree(_scratch_path(out), ignore_errors=True)
+    document: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    return document
+
+
 @contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
     """The directory beside OUT where finished steps wait, locked against a second run."""
-    path = out.absolute().parent / f".{out.name}.carving"
+    path = _scratch_path(out)
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "lock").open("w")
@@ -224,8 +238,10 @@ def carve(
     name = recipe.model if model is None else model
     if name is None:
         raise IntaglioError("no model is given: name one on the command line or in the recipe")
-    check_output(out, overwrite)
     digest = recipe.digest(json.dumps([name, str(device), str(dtype), versions()]))
+    if resume and (finished := _finished(out, digest)) is not None:
+        return finished
+    check_output(out, overwrite)
     with _scratch(out) as scratch:
         done = _start(scratch, out, digest, len(recipe.steps), resume, overwrite)
         checkpoint = load(name, device=device, dtype=dtype)

@@ -56,7 +56,10 @@ class Amount(BaseModel):
         Annotated[
             str,
             AfterValidator(_checked),
-            Field(pattern=r"^[0-9]+:[0-9]+$", description="N:M, keep N of every M consecutive inputs"),
+            Field(
+                description="N:M, keep N of every M consecutive inputs",
+                json_schema_extra={"pattern": r"^[0-9]{1,4}:[0-9]{1,4}$"},
+            ),
         ]
         | None
     ) = None

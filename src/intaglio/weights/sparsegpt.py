@@ -55,8 +55,8 @@ def inverse_factor(hessian_II: Tensor, dampening: float = DAMPENING) -> tuple[Te
 def _factor(hessian_II: Tensor, dampening: float) -> Tensor | None:
     """U in float64 on the CPU, or None if the dampened Hessian is not positive definite in rounding.
 
-    With P the reversal of order and P H P = L L^T, H^-1 = (P L^-1 P)^T (P L^-1 P), and P L^-1 P is upper triangular: the
-    wanted factor from one factorisation and one triangular inverse.
+    With P the reversal of order and P H P = L L^T, H^-1 = (P L^-1 P)^T (P L^-1 P), and P L^-1 P is upper triangular:
+    the wanted factor from one factorisation and one triangular inverse.
     """
     reversed_II = hessian_II.flip(0, 1).to("cpu", torch.float64)
     diagonal = reversed_II.diagonal()
