@@ -104,7 +104,7 @@ def demo(
         "best": _best(variants),
         **about,
         "seconds": time.time() - begun,
-        "notes": ["No document that was calibrated on is among the held-out ones, by hash.", report.ZEROS],
+        "notes": ["No document that was calibrated on is among the held-out ones, by hash."],
     }
     with writer.directory(output, overwrite=ours) as temporary:
         (temporary / "report.json").write_text(writer.to_json(document), encoding="utf-8")
