@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from intaglio.cli.console import err, out, print_json, progress_bar, read_stdin, say, speaks_plainly
@@ -49,19 +50,29 @@ def list_methods(
     """The catalogue: every method, where it comes from, what its evidence says."""
     from intaglio.catalogue import ENTRIES, ROOMS
     from intaglio.errors import IntaglioError, did_you_mean
+    from intaglio.evidence.record import shipped
 
     if room is not None and room not in ROOMS:
         raise IntaglioError(f"there is no room named {room!r}; {did_you_mean(room, ROOMS)}")
     entries = [entry for entry in ENTRIES.values() if room in (None, entry.room)]
+    verdicts = {entry.slug: record.verdict for entry in entries if (record := shipped(entry.slug)) is not None}
     if json:
-        rows = [
-            {"slug": e.slug, "room": e.room, "kind": list(e.kinds), "paper": e.paper, "verdict": None} for e in entries
-        ]
-        print_json(rows)
+        print_json(
+            [
+                {
+                    "slug": e.slug,
+                    "room": e.room,
+                    "kind": list(e.kinds),
+                    "paper": e.paper,
+                    "verdict": verdicts.get(e.slug),
+                }
+                for e in entries
+            ]
+        )
         return
-    table = Table("method", "room", "what it does", "paper", "verdict")
+    table = Table("method", "room", "what it does, and its source", "verdict", box=SIMPLE_HEAD)
     for e in entries:
-        table.add_row(e.slug, e.room, e.summary, e.paper, "no evidence yet")
+        table.add_row(e.slug, e.room, f"{e.summary}\n[dim]{e.paper}[/dim]", verdicts.get(e.slug, "no evidence yet"))
     out.print(table)
 
 
@@ -72,12 +83,15 @@ def show(
 ) -> None:
     """One method: its description, parameters and evidence."""
     import inspect
+    import re
 
     from intaglio.catalogue import ENTRIES
+    from intaglio.evidence import summary
+    from intaglio.evidence.record import shipped, stale_parts
     from intaglio.method import get
 
     method = get(slug)
-    entry = ENTRIES[slug]
+    entry, record = ENTRIES[slug], shipped(slug)
     schema = method.model_json_schema()
     if json:
         print_json(
@@ -89,15 +103,25 @@ def show(
                 "summary": entry.summary,
                 "paper": entry.paper,
                 "url": entry.url,
-                "verdict": None,
+                "verdict": None if record is None else record.verdict,
+                "stale": [] if record is None else stale_parts(record),
                 "parameters": schema.get("properties", {}),
                 "description": inspect.getdoc(method),
             }
         )
         return
     out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.room}: {entry.summary}\n{entry.paper}\n{entry.url}\n")
-    out.print(inspect.getdoc(method) or "", markup=False, highlight=False)
-    out.print("\nEvidence: none recorded yet.", highlight=False)
+    # Lines that were broken for an editor are joined, so that the terminal can break them for its own width.
+    description = re.sub(r"\n {8,}|(?<=\S)\n(?=\S)", " ", inspect.getdoc(method) or "")
+    out.print(description, markup=False, highlight=False)
+    if record is None:
+        out.print(f"\nEvidence: none recorded yet; `intaglio prove {slug}` runs its claim.", highlight=False)
+        return
+    out.print(summary.legend(record), markup=False, highlight=False)
+    out.print(summary.arms(record))
+    out.print(summary.sentence(record), markup=False, highlight=False)
+    if stale := stale_parts(record):
+        out.print(f"Stale: {', '.join(stale)} changed since.", markup=False, highlight=False)
 
 
 @app.command()
@@ -200,7 +224,7 @@ def _plan(
     if json:
         print_json(found)
         return
-    table = Table("step", "parameters", "seconds", "memory", title=f"{found['model']}: plan, nothing is done")
+    table = Table("step", "parameters", "seconds", "memory", title="The plan; nothing is done", box=SIMPLE_HEAD)
     for index, step in enumerate(found["steps"], start=1):
         parameters = ", ".join(f"{k}: {v}" for k, v in step["parameters"].items() if v is not None)
         table.add_row(
@@ -210,7 +234,8 @@ def _plan(
     table.add_row("together", "", f"{found['seconds']:.0f}", _megabytes(found["memory_bytes"]), style="bold")
     out.print(table)
     out.print(
-        f"Estimated at {found['gflops']:.0f} GFLOP/s, measured just now; memory beside about 500 MB of libraries.",
+        f"{found['model']}, estimated at {found['gflops']:.0f} GFLOP/s, measured just now; memory beside about 500 MB "
+        "of libraries.",
         highlight=False,
     )
 
@@ -300,6 +325,46 @@ def generate(
         f"{found['new_tokens']} tokens in {found['passes']} passes, {found['seconds']:.1f} s "
         f"({found['tokens_per_second']:.1f} tokens/s, {decoder})"
     )
+
+
+@app.command()
+@speaks_plainly
+def prove(
+    slug: Annotated[str, typer.Argument(help="A method's slug; see `intaglio list`.")],
+    seed_base: Annotated[int, typer.Option(help="All seeds follow from it; another one gives other data.")] = 0,
+    units: Annotated[int | None, typer.Option(help="Runs to compare. [default: a pilot says]")] = None,
+    tier: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("intaglio-prove"),
+    workers: Annotated[int, typer.Option(help="Processes that share the work; the result is the same.")] = 1,
+    record: Annotated[bool, typer.Option("--record", help="Also write the shipped record (source checkout).")] = False,
+    json: Json = False,
+) -> None:
+    """Run a method's published claim: baseline and method side by side, and a verdict. Goes on where it was stopped."""
+    from intaglio.evidence import summary
+    from intaglio.evidence.record import Record
+    from intaglio.evidence.run import prove as run
+
+    with progress_bar() as progress:
+        document = run(
+            slug,
+            seed_base=seed_base,
+            units=units,
+            tier=tier,
+            directory=output,
+            workers=workers,
+            record=record,
+            progress=progress,
+        )
+    if json:
+        print_json(document)
+        return
+    found = Record.model_validate(document)
+    out.print(summary.legend(found), markup=False, highlight=False)
+    out.print(summary.arms(found))
+    if found.secondaries:
+        out.print(summary.secondaries(found))
+    out.print(summary.sentence(found), markup=False, highlight=False)
+    out.print(f"results: {output}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

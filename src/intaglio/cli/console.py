@@ -67,7 +67,7 @@ def speaks_plainly(command: Callable[_P, _R]) -> Callable[_P, _R]:
             say(f"error: {error}")
             raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt:
-            say("interrupted; a carve goes on with --resume")
+            say("interrupted; a carve goes on with --resume, prove when it is called again")
             raise typer.Exit(INTERRUPTED) from None
         except MemoryError:
             say("error: this machine has too little memory for that; lower batch_size, samples or length")

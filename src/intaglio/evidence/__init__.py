@@ -1,0 +1,13 @@
+"""Evidence: each method's published claim as an experiment that anybody can run again.
+
+What lives here, beside one file a method (`dsnot` ...):
+
+- `experiment`: what a claim is, fixed before its first run.
+- `statistics`: paired comparisons, intervals, verdicts, numbers of units.
+- `run`: `prove`, which runs an experiment and reports what falls.
+- `journal`: the units of a run as they finish; a killed run goes on.
+- `record`: what is committed and shipped of a run, and whether it is stale.
+- `sources`: hashes of the code that a record depends on.
+- `plot`, `summary`: what a record says, as a picture and in words.
+- `worlds`: models and data that experiments share, split and sealed.
+"""
