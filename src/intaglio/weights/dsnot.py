@@ -7,6 +7,7 @@ Dimension letters: R rows (outputs), I inputs, M group size.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -16,10 +17,9 @@ from torch import Tensor
 
 from intaglio.anatomy import Linear
 from intaglio.calibrate import InputStatistics
-from intaglio.checkpoint import Checkpoint
-from intaglio.method import Cost, Method, Progress, Workload, silent
+from intaglio.method import Cost, Method, Workload
 from intaglio.weights.amount import Amount, prune_mask
-from intaglio.weights.pruning import calibrated, masked, refuse_integers, shapes, walk_cost
+from intaglio.weights.pruning import Calibrated, Rule, masked, walk_cost
 from intaglio.weights.sparsegpt import DAMPENING, inverse_factor, sparsegpt_score
 from intaglio.weights.wanda import wanda_score
 
@@ -170,7 +170,7 @@ def refine(
     return Refined(mask_RI, start_R, error_R, swaps_R)
 
 
-class DSnoT(Amount, Method, slug="dsnot"):
+class DSnoT(Calibrated, Amount, Method, slug="dsnot"):
     """Refine the mask of magnitude, Wanda or SparseGPT without training and without changing a kept weight.
 
     The expected error of an output row is err = sum over its pruned entries of C = W * mu, mu the mean input summed
@@ -207,10 +207,7 @@ class DSnoT(Amount, Method, slug="dsnot"):
     exactly (the code drops the part between batches), and a row stops when candidates run out (see `refine`).
     """
 
-    storage: ClassVar[Literal["baked"]] = "baked"
-    needs_calibration: ClassVar[bool] = True
-    changes = frozenset({"weights"})
-    requires = frozenset({"linear_weights"})
+    moments: ClassVar[bool] = True
 
     base: Literal["wanda", "magnitude", "sparsegpt"] = Field("wanda", description="where the mask starts")
     refine: Literal["all", "attention", "mlp"] = Field("all", description="which layers are refined")
@@ -278,57 +275,32 @@ class DSnoT(Amount, Method, slug="dsnot"):
             same_sign=True if self.same_sign is None else self.same_sign,
         )
 
-    def apply(
-        self,
-        checkpoint: Checkpoint,
-        calibration: Any = None,
-        *,
-        seed: int = 0,
-        batch_size: int = 4,
-        progress: Progress = silent,
-    ) -> Checkpoint:
-        """Prune `checkpoint` in place and return it.
+    @property
+    def hessian(self) -> bool:
+        """Only the base `sparsegpt` needs the Hessian."""
+        return self.base == "sparsegpt"
 
-        Args:
-            checkpoint: what to prune.
-            calibration: segments, token ids [N, L], texts, a bundled name, a file or a folder.
-            seed: chooses the calibration documents, where text is given. Default 0.
-            batch_size: sequences that pass at a time. Default 4.
-            progress: called after each batch.
-        """
-        linears = shapes(checkpoint)
-        self.check(linears)
+    def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[Rule, dict[str, Any]]:
+        """Refine the base's mask where `refine` says so; notes the swaps and the summed |err| before and after."""
         narrowest = min(columns for _, _, columns in linears)
         if self.same_sign is False and (self.max_cycles or 0) > max(1, 0.05 * narrowest):
             warnings.warn(
                 f"dsnot: {self.max_cycles} cycles are over 5 % of the {narrowest} inputs of the narrowest layer; "
                 "without the same-sign test this many swaps can ruin the mask",
-                stacklevel=2,
+                stacklevel=3,
             )
         chosen: dict[str, Any] = {"swaps": 0, "error_before": 0.0, "error_after": 0.0}
 
-        def rule(_: int, linear: Linear, statistics: InputStatistics) -> Tensor:
-            refuse_integers(linear)
+        def rule(linear: Linear, statistics: InputStatistics) -> Tensor:
             found = self.mask(linear.read(), statistics, refined=self.refine in ("all", linear.part))
             chosen["swaps"] += int(found.swaps_R.sum())
             chosen["error_before"] += float(found.error_before_R.abs().sum())
             chosen["error_after"] += float(found.error_R.abs().sum())
             return masked(linear, found.mask_RI)
 
-        return calibrated(
-            self,
-            checkpoint,
-            calibration,
-            rule,
-            moments=True,
-            hessian=self.base == "sparsegpt",
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-            chosen=chosen,
-        )
+        return rule, chosen
 
     def estimate(self, workload: Workload) -> Cost:
         """Two passes, the base's selection, and four sorts of the candidates."""
-        walked = walk_cost(workload, hessian=self.base == "sparsegpt")
+        walked = walk_cost(workload, hessian=self.hessian)
         return Cost(walked.flops, 5 * walked.sorted_elements, walked.extra_bytes)

@@ -5,8 +5,9 @@ Dimension letters: R rows (outputs), I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,13 +17,14 @@ from intaglio.calibrate import Group, InputStatistics, as_segments, walk
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
-from intaglio.method import Cost, Method, Progress, Workload
+from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, silent
+from intaglio.weights.amount import Amount
 
 SAMPLES = 128
 LENGTH = 512
 
-Rule = Callable[[int, Linear, InputStatistics], Tensor]
-"""`rule(block index, linear, statistics of its input) -> its new weight [R, I]`."""
+Rule = Callable[[Linear, InputStatistics], Tensor]
+"""`rule(linear, statistics of its input) -> its new weight [R, I]`."""
 
 
 def shapes(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
@@ -44,59 +46,75 @@ def masked(linear: Linear, mask_RI: Tensor) -> Tensor:
     return linear.read().masked_fill(mask_RI, 0)
 
 
-def calibrated(
-    method: Method,
-    checkpoint: Checkpoint,
-    calibration: Any,
-    rule: Rule,
-    *,
-    moments: bool = False,
-    hessian: bool = False,
-    seed: int,
-    batch_size: int,
-    progress: Progress,
-    chosen: dict[str, Any] | None = None,
-) -> Checkpoint:
-    """Walk over the blocks, replace each linear by what `rule` makes of it, and record the step.
+class Calibrated(ABC):
+    """The calibrated half of a pruning method: `apply` walks over the blocks and replaces each linear by its `rule`.
 
-    Args:
-        method: for its name and parameters.
-        checkpoint: edited in place.
-        calibration: what `calibrate.as_segments` takes.
-        rule: makes a linear's new weight.
-        moments: whether the rule needs means and variances.
-        hessian: whether the rule needs the Hessian.
-        seed: chooses the calibration documents, where text is given.
-        batch_size: sequences that pass at a time.
-        progress: called as the walk goes on.
-        chosen: what the rule notes for the record while it runs.
+    A mixin beside `Amount` and `Method`. What it asks of the class: `rule`, and `moments` or `hessian` where the rule
+    needs more of a linear's input than its norms.
     """
-    data = as_segments(checkpoint, calibration, SAMPLES, LENGTH, seed)
 
-    def carve(index: int, group: Group) -> None:
-        for linear in group.linears:
-            linear.write(rule(index, linear, group.statistic))
+    storage: ClassVar[Literal["baked"]] = "baked"
+    needs_calibration: ClassVar[bool] = True
+    changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
+    requires: ClassVar[frozenset[Fact]] = frozenset({"linear_weights"})
+    moments: ClassVar[bool] = False
 
-    def statistic(features: int, device: torch.device) -> InputStatistics:
-        return InputStatistics(features, device, moments=moments, hessian=hessian)
+    @property
+    def hessian(self) -> bool:
+        """Whether the rule needs the Hessian of a linear's input."""
+        return False
 
-    walk(
-        checkpoint,
-        data,
-        statistic=statistic,
-        carve=carve,
-        batch_size=batch_size,
-        what=method.slug,
-        progress=progress,
-    )
-    checkpoint.note(
-        method.slug,
-        method.model_dump(),
-        seed=seed,
-        calibration=describe(data, batch_size),
-        chosen=chosen,
-    )
-    return checkpoint
+    @abstractmethod
+    def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[Rule, dict[str, Any]]:
+        """The rule for a model with these linears `(name, rows, columns)`, and what it notes for the record."""
+
+    def apply(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Any = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 4,
+        progress: Progress = silent,
+    ) -> Checkpoint:
+        """Prune `checkpoint` in place and return it.
+
+        Args:
+            checkpoint: what to prune.
+            calibration: segments, token ids [N, L], texts, a bundled name, a file or a folder.
+            seed: chooses the calibration documents, where text is given. Default 0.
+            batch_size: sequences that pass at a time. Default 4.
+            progress: called after each batch.
+
+        Raises:
+            IntaglioError: the pattern does not fit a width, no calibration data, or statistics that are not finite.
+        """
+        method = cast(Method, self)
+        linears = shapes(checkpoint)
+        cast(Amount, self).check(linears)
+        rule, chosen = self.rule(linears)
+        data = as_segments(checkpoint, calibration, SAMPLES, LENGTH, seed)
+
+        def carve(index: int, group: Group) -> None:
+            for linear in group.linears:
+                refuse_integers(linear)
+                linear.write(rule(linear, group.statistic))
+
+        def statistic(features: int, device: torch.device) -> InputStatistics:
+            return InputStatistics(features, device, moments=self.moments, hessian=self.hessian)
+
+        walk(
+            checkpoint,
+            data,
+            statistic=statistic,
+            carve=carve,
+            batch_size=batch_size,
+            what=method.slug,
+            progress=progress,
+        )
+        identity = describe(data, batch_size)
+        checkpoint.note(method.slug, method.model_dump(), seed=seed, calibration=identity, chosen=chosen)
+        return checkpoint
 
 
 def describe(data: Segments, batch_size: int) -> dict[str, Any]:

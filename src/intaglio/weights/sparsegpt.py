@@ -5,7 +5,8 @@ Dimension letters: R rows (outputs), I inputs, C columns of one block.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -13,11 +14,10 @@ from torch import Tensor
 
 from intaglio.anatomy import Linear
 from intaglio.calibrate import InputStatistics
-from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.method import Cost, Method, Progress, Workload, silent
+from intaglio.method import Cost, Method, Workload
 from intaglio.weights.amount import Amount, lowest_of_groups, prune_mask
-from intaglio.weights.pruning import calibrated, refuse_integers, shapes, walk_cost
+from intaglio.weights.pruning import Calibrated, Rule, walk_cost
 
 DAMPENING = 0.01
 BLOCK = 128
@@ -133,7 +133,7 @@ def sparsegpt(
     return weight_RI
 
 
-class SparseGPT(Amount, Method, slug="sparsegpt"):
+class SparseGPT(Calibrated, Amount, Method, slug="sparsegpt"):
     """Prune by W_rk^2 / U_kk^2 and update what is kept, so that the layer's outputs on calibration data change least.
 
     With H = (2/n) sum_t x_t x_t^T over the calibration tokens and U the upper Cholesky factor of (H + d I)^-1, columns
@@ -156,50 +156,38 @@ class SparseGPT(Amount, Method, slug="sparsegpt"):
     Source: Frantar and Alistarh, SparseGPT, ICML 2023, arXiv 2301.00774, algorithm 1 and section 3.
     """
 
-    storage: ClassVar[Literal["baked"]] = "baked"
-    needs_calibration: ClassVar[bool] = True
-    changes = frozenset({"weights"})
-    requires = frozenset({"linear_weights"})
-
     dampening: Annotated[float, Field(gt=0, le=1, description="share of the mean diagonal added to the Hessian")] = (
         DAMPENING
     )
     block: Annotated[int, Field(ge=1, description="columns that are pruned at a time")] = BLOCK
 
-    def apply(
-        self,
-        checkpoint: Checkpoint,
-        calibration: Any = None,
-        *,
-        seed: int = 0,
-        batch_size: int = 4,
-        progress: Progress = silent,
-    ) -> Checkpoint:
-        """Prune and update `checkpoint` in place and return it.
+    @property
+    def hessian(self) -> bool:
+        """The rule needs the Hessian."""
+        return True
+
+    def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
+        """Refuse a width that the pattern does not fit, and a block that would cut the pattern's groups.
 
         Args:
-            checkpoint: what to prune.
-            calibration: segments, token ids [N, L], texts, a bundled name, a file or a folder.
-            seed: chooses the calibration documents, where text is given. Default 0.
-            batch_size: sequences that pass at a time. Default 4.
-            progress: called after each batch.
+            linears: `(name, rows, columns)` of each projection.
         """
-        self.check(shapes(checkpoint))
+        super().check(linears)
         amount = self.amount
         if isinstance(amount, tuple) and self.block % amount[1]:
             raise IntaglioError(f"the block of {self.block} columns is not a multiple of the pattern's {amount[1]}")
+
+    def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[Rule, dict[str, Any]]:
+        """Prune with compensation; linears that share an input share its factor."""
         factors: dict[InputStatistics, tuple[Tensor, Tensor]] = {}
 
-        def rule(_: int, linear: Linear, statistics: InputStatistics) -> Tensor:
-            refuse_integers(linear)
+        def rule(linear: Linear, statistics: InputStatistics) -> Tensor:
             if statistics not in factors:
                 factors.clear()  # linears that share an input come one after the other
                 factors[statistics] = inverse_factor(statistics.hessian_II, self.dampening)
-            return sparsegpt(linear.read(), *factors[statistics], amount, self.block)
+            return sparsegpt(linear.read(), *factors[statistics], self.amount, self.block)
 
-        return calibrated(
-            self, checkpoint, calibration, rule, hessian=True, seed=seed, batch_size=batch_size, progress=progress
-        )
+        return rule, {}
 
     def estimate(self, workload: Workload) -> Cost:
         """Two passes, the Hessians and their inversion, and the column updates."""

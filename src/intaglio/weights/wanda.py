@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from intaglio.anatomy import Linear
 from intaglio.calibrate import InputStatistics
-from intaglio.checkpoint import Checkpoint
-from intaglio.method import Cost, Method, Progress, Workload, silent
+from intaglio.method import Cost, Method, Workload
 from intaglio.weights.amount import Amount, prune_mask
-from intaglio.weights.pruning import calibrated, masked, refuse_integers, shapes, walk_cost
+from intaglio.weights.pruning import Calibrated, Rule, masked, walk_cost
 
 
 def wanda_score(weight_RI: Tensor, square_I: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def wanda_score(weight_RI: Tensor, square_I: Tensor) -> Tensor:
     return weight_RI.float().abs() * square_I.sqrt()
 
 
-class Wanda(Amount, Method, slug="wanda"):
+class Wanda(Calibrated, Amount, Method, slug="wanda"):
     """Prune by S_rk = |W_rk| ||x_k||_2, compared within each output row (unstructured) or each group (N:M).
 
     ||x_k||_2 is the norm of input feature k over the calibration tokens, taken on the outputs of the already pruned
@@ -44,36 +44,13 @@ class Wanda(Amount, Method, slug="wanda"):
     arXiv 2306.11695, section 3.
     """
 
-    storage: ClassVar[Literal["baked"]] = "baked"
-    needs_calibration: ClassVar[bool] = True
-    changes = frozenset({"weights"})
-    requires = frozenset({"linear_weights"})
+    def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[Rule, dict[str, Any]]:
+        """Keep the weights that score highest."""
 
-    def apply(
-        self,
-        checkpoint: Checkpoint,
-        calibration: Any = None,
-        *,
-        seed: int = 0,
-        batch_size: int = 4,
-        progress: Progress = silent,
-    ) -> Checkpoint:
-        """Prune `checkpoint` in place and return it.
-
-        Args:
-            checkpoint: what to prune.
-            calibration: segments, token ids [N, L], texts, a bundled name, a file or a folder.
-            seed: chooses the calibration documents, where text is given. Default 0.
-            batch_size: sequences that pass at a time. Default 4.
-            progress: called after each batch.
-        """
-        self.check(shapes(checkpoint))
-
-        def rule(_: int, linear: Linear, statistics: InputStatistics) -> Tensor:
-            refuse_integers(linear)
+        def rule(linear: Linear, statistics: InputStatistics) -> Tensor:
             return masked(linear, prune_mask(wanda_score(linear.read(), statistics.square_I), self.amount))
 
-        return calibrated(self, checkpoint, calibration, rule, seed=seed, batch_size=batch_size, progress=progress)
+        return rule, {}
 
     def estimate(self, workload: Workload) -> Cost:
         """Two passes over the blocks and one selection."""
