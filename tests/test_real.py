@@ -68,7 +68,7 @@ def test_a_carved_smollm2_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
 
 
 def test_magnitude_is_far_behind(tmp_path: Path) -> None:
-    """At 50 % Wanda and SparseGPT keep less than 0.6 of magnitude's perplexity; so far apart that a small sample tells."""
+    """At 50 % Wanda and SparseGPT have less than 0.6 of magnitude's perplexity, on a small sample too."""
     perplexity = {}
     for slug in ("magnitude", "wanda", "sparsegpt"):
         recipe = Recipe.of(SMALL | {"steps": [{slug: {"sparsity": 0.5}}]})
