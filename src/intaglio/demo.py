@@ -36,7 +36,7 @@ def recipe(seed: int = 0) -> Recipe:
             "model": MODEL,
             "seed": seed,
             "calibration": {"texts": "wikipedia", "samples": 16, "length": 256, "batch_size": 8},
-            "measure": {"texts": "wikipedia", "samples": 8, "length": 512, "batch_size": 4},
+            "measure": {"texts": "wikipedia", "samples": 10, "length": 256, "batch_size": 8},
             "steps": [{slug: amount} for _, amount in AMOUNTS for _, slug in WAYS],
         },
         "the demo",
