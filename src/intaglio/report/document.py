@@ -1,0 +1,182 @@
+"""What a report is made from: the measurement documents, checked and cleaned before anything is told.
+
+A document is a plain dict, the same that is written as `report.json`. There are three: `carve` (`before`, `after`,
+`steps`), `compare` (`a`, `b`) and `demo` (`dense`, `variants`). A SIDE is what was measured on one checkpoint:
+`perplexity`, `bits_per_byte`, `kl_mean` (nats a token, against the original), `top1_agreement`, `cosine` (encoders),
+`zero_fraction` (layer to share), `bytes`, `prefill_tokens_per_s`, `decode_tokens_per_s`, `peak_memory_bytes`,
+`parameters`. A number that is null, missing or not finite is shown as a dash, with the reason where it is known.
+
+A step or variant may bring `defaults` (field to default value): the parameters that differ from them are shown, the
+others are folded away. Without `defaults`, those that are not null are shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from intaglio import pictures
+from intaglio.errors import IntaglioError
+
+Document = Mapping[str, Any]
+Kind = Literal["carve", "compare", "demo"]
+FORMAT = 1
+# Layers whose shares of zeros differ by less are said to have the same.
+EVEN = 0.001
+ZEROS = (
+    "Zeros alone change neither bytes nor speed: a zero is stored and multiplied like any other number. "
+    "What would: dropping whole blocks or units, packed N:M storage with kernels that use it, or fewer bits."
+)
+LIVE = (
+    "A live checkpoint: part of it is put in place when it is loaded. "
+    "The stock loader refuses it; intaglio.load is needed."
+)
+BAKED = "A baked checkpoint: plain tensors that the stock loader of transformers reads; nothing of Intaglio is needed."
+NEEDED: dict[Kind, tuple[str, ...]] = {
+    "carve": ("title", "model", "kind", "steps", "before", "after"),
+    "compare": ("title", "a", "b"),
+    "demo": ("title", "model", "dense", "variants", "best"),
+}
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None if it is none or not finite.
+
+    Args:
+        value: anything that a document may hold.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def fractions_of(side: Document) -> dict[str, float]:
+    """The share of zeros of each layer whose share is known.
+
+    Args:
+        side: see the module.
+    """
+    found = side.get("zero_fraction")
+    items = found.items() if isinstance(found, Mapping) else ()
+    return {name: share for name, value in items for share in [finite(value)] if share is not None}
+
+
+def shares_of(side: Document) -> list[float]:
+    """The shares of zeros alone.
+
+    Args:
+        side: see the module.
+    """
+    return list(fractions_of(side).values())
+
+
+def value_of(side: Document, key: str) -> float | None:
+    """One number of a SIDE, or None; of `zero_fraction` the mean over layers.
+
+    Args:
+        side: see the module.
+        key: its field.
+    """
+    if key == "zero_fraction":
+        shares = shares_of(side)
+        return math.fsum(shares) / len(shares) if shares else None
+    return finite(side.get(key))
+
+
+def is_encoder(sides: Iterable[Document]) -> bool:
+    """Whether one of these is an encoder, which has a cosine and no perplexity.
+
+    Args:
+        sides: of one document.
+    """
+    return any(value_of(side, "cosine") is not None for side in sides)
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return pictures.clean_text(value)
+    if isinstance(value, Mapping):
+        return {pictures.clean_text(str(key)): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def checked(document: Document, kind: Kind) -> dict[str, Any]:
+    """The document without what no reader can show: control characters and numbers that are not finite.
+
+    Args:
+        document: what `report.json` holds.
+        kind: which of the three it is.
+
+    Raises:
+        IntaglioError: another format, or a field is missing.
+    """
+    if not isinstance(document, Mapping):
+        raise IntaglioError(
+            f"the {kind} report is a {type(document).__name__}; accepted: what report.json holds, an object"
+        )
+    if document.get("format") != FORMAT:
+        raise IntaglioError(f"the {kind} report has format {document.get('format')!r}; accepted: {FORMAT}")
+    for field in NEEDED[kind]:
+        if document.get(field) is None:
+            raise IntaglioError(f"the {kind} report lacks {field}; accepted: a document with {', '.join(NEEDED[kind])}")
+    cleaned: dict[str, Any] = _clean(document)
+    return cleaned
+
+
+def kind_of(document: Document) -> Kind:
+    """Which of the three a document is.
+
+    Args:
+        document: see the module.
+    """
+    if "variants" in document:
+        return "demo"
+    return "compare" if "a" in document else "carve"
+
+
+def reference_of(a: Document) -> str:
+    """What B of a comparison was held against: A, unless A itself is at a distance from an original."""
+    return "the original" if value_of(a, "kl_mean") or (value_of(a, "cosine") or 1.0) < 1.0 else "A"
+
+
+def best_variants(document: Document) -> list[dict[str, Any]]:
+    """The variant that does least harm at each amount.
+
+    Args:
+        document: of a demo.
+    """
+    found = []
+    for amount, slug in document["best"].items():
+        found += [v for v in document["variants"] if v.get("amount") == amount and v.get("slug") == slug][:1]
+    return found
+
+
+def variant_name(variant: Document) -> str:
+    """What a variant is called.
+
+    Args:
+        variant: of a demo.
+    """
+    return str(variant.get("name", variant.get("slug", "not named")))
+
+
+def short_name(variant: Document) -> str:
+    """Its name without the amount.
+
+    Args:
+        variant: of a demo.
+    """
+    return variant_name(variant).removesuffix(f", {variant.get('amount')}")
+
+
+def is_best(document: Document, variant: Document) -> bool:
+    """Whether the variant does least harm at its amount.
+
+    Args:
+        document: of a demo.
+        variant: one of its.
+    """
+    return variant.get("slug") is not None and document["best"].get(variant.get("amount")) == variant["slug"]

@@ -1,0 +1,85 @@
+"""A document in one plain sentence."""
+
+from __future__ import annotations
+
+import math
+
+from intaglio.report.document import (
+    EVEN,
+    Document,
+    best_variants,
+    checked,
+    kind_of,
+    reference_of,
+    shares_of,
+    short_name,
+    value_of,
+)
+from intaglio.report.numbers import BY_KEY, cell_of, percent, plain_number
+
+
+def zeros_words(side: Document) -> str:
+    """How much of the blocks is zero, as a clause.
+
+    Args:
+        side: see `document`.
+    """
+    shares = shares_of(side)
+    if not shares:
+        return "no layer's zeros were counted"
+    low, high = min(shares), max(shares)
+    mean = math.fsum(shares) / len(shares)
+    if high - low < EVEN:
+        return f"{percent(mean)} of the block weights are zero"
+    return f"the linears of the blocks are {percent(mean)} zero on average ({percent(low)} to {percent(high)})"
+
+
+def _quality_words(before: Document, after: Document, reference: str) -> list[str]:
+    parts = []
+    cosine = value_of(after, "cosine")
+    old, new = value_of(before, "perplexity"), value_of(after, "perplexity")
+    if cosine is not None:
+        parts.append(f"embeddings have a mean cosine of {plain_number(cosine)} to {reference}'s")
+    elif old is not None and new is not None:
+        parts.append(f"perplexity {plain_number(old)} -> {plain_number(new)}")
+    else:
+        parts.append("perplexity not finite or not measured")
+    agreement = value_of(after, "top1_agreement")
+    if agreement is not None:
+        same = "unchanged" if reference == "the original" else f"the same as {reference}'s"
+        parts.append(f"{percent(agreement)} of next-token choices {same}")
+    return parts
+
+
+def summary(document: Document) -> str:
+    """Say a document in one plain sentence, ASCII but for what the document itself holds.
+
+    Args:
+        document: a carve, compare or demo document.
+
+    Raises:
+        IntaglioError: another format, or a field is missing.
+    """
+    kind = kind_of(document)
+    document = checked(document, kind)
+    if kind == "demo":
+        dense = value_of(document["dense"], "perplexity")
+        parts = [f"perplexity {plain_number(dense)} before" if dense is not None else "perplexity before not measured"]
+        for variant in best_variants(document):
+            value = value_of(variant, "perplexity")
+            words = plain_number(value) if value is not None else "not finite"
+            parts.append(f"at {variant['amount']} {short_name(variant)} does least harm ({words})")
+        parts.append("the zeros alone change neither bytes nor speed")
+    elif kind == "compare":
+        parts = _quality_words(document["a"], document["b"], reference_of(document["a"]))
+        zeros = [cell_of(document[side], BY_KEY["zero_fraction"], False, False).text for side in ("a", "b")]
+        parts.append(
+            f"zeros ({zeros[0]} of the blocks' linears in A, {zeros[1]} in B) alone change neither bytes nor speed"
+        )
+    else:
+        parts = _quality_words(document["before"], document["after"], "the original")
+        parts.append(f"{zeros_words(document['after'])}, which alone changes neither bytes nor speed")
+        if document["kind"] == "live":
+            parts.append("the checkpoint is live and needs intaglio.load")
+    sentence = "; ".join(parts) + "."
+    return sentence[0].upper() + sentence[1:]

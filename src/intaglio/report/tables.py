@@ -1,0 +1,164 @@
+"""A document as tables and bars for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from intaglio import pictures
+from intaglio.report.document import LIVE, ZEROS, Document, checked, finite, is_best, value_of, variant_name
+from intaglio.report.numbers import BY_KEY, Cell, Change, cell_of, plain_number, rows
+
+VERDICT_STYLE = {"better": "green", "worse": "red", "": ""}
+
+
+def _table(title: str, caption: str, columns: Sequence[tuple[str, Literal["left", "right"]]]) -> Table:
+    table = Table(
+        title=Text(title, style="bold"),
+        caption=Text(caption, style="dim"),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    for name, justify in columns:
+        table.add_column(Text(name), justify=justify, overflow="fold")
+    return table
+
+
+def _cell_text(cell: Cell) -> Text:
+    return Text(cell.text) if not cell.why else Text(f"{cell.text} {cell.why}", style="dim")
+
+
+def _change_text(change: Change) -> Text:
+    return Text(f"{change.text} {change.verdict}".rstrip(), style=VERDICT_STYLE[change.verdict])
+
+
+def _two_sides(title: str, caption: str, names: Sequence[str], before: Document, after: Document) -> Table:
+    table = _table(title, caption, [("measure", "left"), *((name, "right") for name in names)])
+    for row in rows(before, after):
+        table.add_row(Text(row.measure.name), _cell_text(row.before), _cell_text(row.after), _change_text(row.change))
+    return table
+
+
+def carve_table(document: Document) -> Table:
+    """Return the table measure | before | after | change of a carve document.
+
+    Args:
+        document: see the module.
+
+    Raises:
+        IntaglioError: another format, or a field is missing.
+    """
+    document = checked(document, "carve")
+    caption = f"{ZEROS} {LIVE}" if document["kind"] == "live" else ZEROS
+    return _two_sides(document["title"], caption, ("before", "after", "change"), document["before"], document["after"])
+
+
+def compare_table(document: Document) -> Table:
+    """Return the table measure | A | B | B against A of a compare document.
+
+    Args:
+        document: see the module.
+
+    Raises:
+        IntaglioError: another format, or a field is missing.
+    """
+    document = checked(document, "compare")
+    a, b = document["a"], document["b"]
+    title = f"{document['title']}\nA: {a.get('model', 'not named')}\nB: {b.get('model', 'not named')}"
+    return _two_sides(title, ZEROS, ("A", "B", "B against A"), a, b)
+
+
+DEMO_COLUMNS = ("perplexity", "top1_agreement", "kl_mean", "cosine", "zero_fraction", "bytes", "decode_tokens_per_s")
+# Headings that carry the unit and break in two, so that a row fits into 80 characters.
+NARROW = {
+    "kl_mean": ("KL,\nnats", " nats"),
+    "top1_agreement": ("same\nchoice", ""),
+    "bytes": ("size", ""),
+    "decode_tokens_per_s": ("decode,\ntok/s", " tok/s"),
+}
+
+
+def demo_table(document: Document) -> Table:
+    """Return the table of a demo document: the dense model first, a row a variant, the best of each amount marked.
+
+    Columns that no row has a number for are left out; a size that all share stands below.
+
+    Args:
+        document: see the module.
+
+    Raises:
+        IntaglioError: another format, or a field is missing.
+    """
+    document = checked(document, "demo")
+    dense, variants = document["dense"], document["variants"]
+    used = [key for key in DEMO_COLUMNS if any(value_of(side, key) is not None for side in (dense, *variants))]
+    caption = "* the best of its amount. "
+    sizes = {value_of(side, "bytes") for side in (dense, *variants)}
+    if len(sizes) == 1 and "bytes" in used:
+        used.remove("bytes")
+        caption += f"Size on disk of each: {cell_of(dense, BY_KEY['bytes'], False, False).text}. "
+    table = _table(document["title"], caption + ZEROS, [("variant", "left")])
+    for key in used:
+        heading, _ = NARROW.get(key, (BY_KEY[key].name.lower(), ""))
+        table.add_column(Text(heading), justify="right", no_wrap=True)
+    table.add_column(Text("took,\ns"), justify="right", no_wrap=True)
+
+    def cells(side: Document) -> list[Text]:
+        values = ((key, value_of(side, key)) for key in used)
+        words = (("-" if v is None else BY_KEY[k].show(v)).removesuffix(NARROW.get(k, ("", ""))[1]) for k, v in values)
+        seconds = finite(side.get("seconds"))
+        took = "-" if seconds is None else f"{seconds:,.{1 if seconds < 10 else 0}f}"
+        return [*map(Text, words), Text(took)]
+
+    table.add_row(Text("dense"), *cells(dense), end_section=True)
+    for position, variant in enumerate(variants):
+        best = is_best(document, variant)
+        name = Text(f"{variant_name(variant)}{' *' if best else ''}", style="bold" if best else "")
+        last = position + 1 < len(variants) and variants[position + 1].get("amount") != variant.get("amount")
+        table.add_row(name, *cells(variant), end_section=last)
+    return table
+
+
+def variant_bars(document: Document, key: str, name: Callable[[Document], str], mark: bool) -> list[pictures.Bar]:
+    """One measure of every variant of a demo as bars.
+
+    Args:
+        document: of a demo.
+        key: of the measure.
+        name: what a variant is called.
+        mark: whether the best of each amount is marked.
+    """
+    found = []
+    for variant in document["variants"]:
+        value, best = value_of(variant, key), mark and is_best(document, variant)
+        text = "not finite or not measured" if value is None else f"{BY_KEY[key].show(value)}{' best' if best else ''}"
+        found.append(pictures.Bar(name(variant), value, text, str(variant.get("amount", "")), best))
+    return found
+
+
+def demo_chart(document: Document) -> pictures.TerminalBars:
+    """Return the perplexities of a demo document as bars for the terminal, on a log scale; it reads without colour too.
+
+    Args:
+        document: see the module.
+
+    Raises:
+        IntaglioError: another format, or a field is missing.
+    """
+    document = checked(document, "demo")
+    dense = value_of(document["dense"], "perplexity")
+    text = "not finite or not measured" if dense is None else plain_number(dense)
+    items = (
+        pictures.Bar("dense", dense, text, "dense"),
+        *variant_bars(document, "perplexity", variant_name, mark=True),
+    )
+    drawn = [bar.value for bar in items if bar.value is not None and pictures.LEAST <= bar.value <= pictures.MOST]
+    low, high = pictures.nice_range(drawn)
+    return pictures.TerminalBars(f"Perplexity, log scale from {low:,g} (lower is better)", items, low, high)
