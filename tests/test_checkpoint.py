@@ -24,10 +24,10 @@ from intaglio.checkpoint import (
     model_class,
     parse_device,
     parse_dtype,
-    versions,
     weights_digest,
 )
 from intaglio.errors import IntaglioError
+from intaglio.machine import PACKAGES, versions
 from tests.conftest import TinyDir
 from tests.families import EOS, FAMILIES, MAX_POSITIONS, VOCAB, tiny_model, tiny_tokenizer
 
@@ -81,7 +81,7 @@ def test_the_record(tiny_dir: TinyDir, tmp_path: Path) -> None:
         ("dsnot", {"pattern": "2:4"}, 7),
     ]
     assert record["versions"] == versions()
-    assert set(record["versions"]) == {"python", "intaglio", "torch", "transformers", "safetensors", "numpy"}
+    assert set(record["versions"]) == {"python", *PACKAGES}
     assert "unknown" not in record["versions"].values()
     assert (record["threads"], record["dtype"], record["live"], record["format"]) == (1, "bfloat16", [], 1)
     # A second carving keeps what came before, and where it all came from.

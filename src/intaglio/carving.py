@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +17,11 @@ import yaml
 
 from intaglio import report, writer
 from intaglio.anatomy import anatomy
-from intaglio.checkpoint import RECORD, Checkpoint, load, load_config, model_class, parse_device, parse_dtype, versions
+from intaglio.checkpoint import RECORD, Checkpoint, load, load_config, model_class, parse_device, parse_dtype
 from intaglio.data.segments import Segments, segments
 from intaglio.data.texts import calibration_and_held_out, load_texts
 from intaglio.errors import IntaglioError
+from intaglio.machine import versions
 from intaglio.measures.quality import Reference, reference
 from intaglio.measures.side import measure
 from intaglio.method import Carving, Method, Progress, Workload, silent
@@ -117,18 +117,7 @@ def _finished(out: Path, digest: str) -> dict[str, Any] | None:
 def _scratch(out: Path) -> Iterator[Path]:
     """The directory beside OUT where finished steps wait, locked against a second run."""
     path = _scratch_path(out)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "lock").open("w")
-    except OSError as error:
-        with suppress(OSError):
-            path.rmdir()
-        raise IntaglioError(f"cannot write {path}: {error.strerror or error}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise IntaglioError(f"another carve to {out} is running") from None
+    with writer.locked(path / "lock", f"another carve to {out} is running"):
         try:
             yield path
         finally:

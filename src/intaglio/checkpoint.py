@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import re
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 from intaglio import writer
 from intaglio.data import assets
 from intaglio.errors import IntaglioError, did_you_mean, shorten
+from intaglio.machine import versions
 
 RECORD = "intaglio.json"
 BUNDLED = ("smollm2", "minilm")
@@ -58,17 +57,6 @@ class StepRecord(BaseModel):
     seed: int = 0
     calibration: dict[str, Any] | None = None
     chosen: dict[str, Any] = Field(default_factory=dict)
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides what a carve gives."""
-    found = {"python": platform.python_version()}
-    for name in ("intaglio", "torch", "transformers", "safetensors", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # run from a source tree that was not installed
-            found[name] = "unknown"
-    return found
 
 
 class Record(BaseModel):

@@ -7,6 +7,7 @@ the next write to the same target.
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import json
 import os
@@ -15,7 +16,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from intaglio.errors import IntaglioError
 
@@ -204,6 +205,55 @@ def write_bytes(target: str | os.PathLike[str], content: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, busy: str) -> Iterator[IO[bytes]]:
+    """Open a file for reading and appending, made if it is not there, that one process at a time may have.
+
+    The lock goes with the process, however it ends.
+
+    Args:
+        path: the file; its parents are made.
+        busy: the sentence that is raised when another process has it.
+
+    Raises:
+        IntaglioError: another process has it, or the disk refuses.
+    """
+    made = not path.parent.exists()
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+b")
+    except OSError as error:
+        if made:
+            with suppress(OSError):
+                path.parent.rmdir()
+        raise IntaglioError(f"cannot write {path}: {error.strerror or error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise IntaglioError(busy) from None
+        yield file
+
+
+def append(file: IO[bytes], path: Path, content: bytes) -> None:
+    """Add to an open file; when this returns it is on the disk.
+
+    Args:
+        file: opened for appending, see `locked`.
+        path: of the file, for the sentence.
+        content: what is added.
+
+    Raises:
+        IntaglioError: the disk refuses.
+    """
+    try:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise IntaglioError(f"cannot write {path}: {error.strerror}; what was there before is kept") from error
 
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:

@@ -266,7 +266,7 @@ def test_a_journal_of_something_else_is_refused(tmp_path: Path, monkeypatch: pyt
     proved(toy(), tmp_path, units=4)
     refused(lambda: proved(toy(delta=0.4), tmp_path, units=4), "begun with other choices", "remove that directory")
     with monkeypatch.context() as changed:
-        changed.setattr(record, "versions", lambda: {"python": "2.7"})
+        changed.setattr("intaglio.evidence.run.versions", lambda also: {"python": "2.7"})
         refused(lambda: proved(toy(), tmp_path, units=4), 'begun with other versions ({"intaglio": ', '"python": "2.7"')
     with monkeypatch.context() as changed:
         changed.setattr(sources, "of_slug", lambda slug: {"intaglio.weights.wanda": "0"})

@@ -6,9 +6,7 @@ newline is on the disk; a torn last line is dropped.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
+from intaglio import writer
 from intaglio.errors import IntaglioError, shorten
 from intaglio.evidence.experiment import Stage
 from intaglio.evidence.record import Run, first_problem
@@ -49,12 +48,7 @@ class Journal:
 
     def _append(self, value: dict[str, Any]) -> None:
         line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-        try:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise IntaglioError(f"cannot write {self.path}: {error.strerror}; what finished before is kept") from error
+        writer.append(self._file, self.path, line)
 
 
 @contextmanager
@@ -69,16 +63,7 @@ def open_journal(directory: Path, header: dict[str, Any]) -> Iterator[Journal]:
         IntaglioError: another process has it, it is of another run, damaged, or cannot be written.
     """
     path = directory / NAME
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+b")
-    except OSError as error:
-        raise IntaglioError(f"cannot write {path}: {error.strerror}") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise IntaglioError(f"another process is running the experiment in {directory}") from None
+    with writer.locked(path, f"another process is running the experiment in {directory}") as file:
         file.seek(0)
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]

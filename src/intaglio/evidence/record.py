@@ -6,8 +6,6 @@ Shipped records lie in `results/SLUG.json`, beside `preregistered/SLUG.json`, wh
 from __future__ import annotations
 
 import json
-import platform
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +19,6 @@ from intaglio.evidence.experiment import Cost, Design, Direction, Kind, Outcome,
 RESULTS = Path(__file__).parent / "results"
 PREREGISTERED = Path(__file__).parent / "preregistered"
 MOST_BYTES = 50_000_000
-_PACKAGES = ("intaglio", "torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy")
 
 
 class _Strict(BaseModel):
@@ -181,17 +178,6 @@ class Record(_Strict):
         if {self.baseline, self.method} - self.arms.keys():
             raise ValueError("the compared arms are not among the arms")
         return self
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides what a run gives, without importing any of it."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "none"
-    return found
 
 
 def first_problem(error: ValidationError) -> str:

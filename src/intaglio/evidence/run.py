@@ -30,6 +30,7 @@ from intaglio.evidence import statistics as stats
 from intaglio.evidence.experiment import FEWEST_RUNS, MOST_INDEX, Cost, Direction, Experiment, Outcome, Stage, Unit
 from intaglio.evidence.journal import Journal, Key, open_journal
 from intaglio.evidence.record import ArmSummary, Compared, Pilot, Record, Run
+from intaglio.machine import versions
 from intaglio.method import Progress, silent
 
 DIRECTORY = "intaglio-prove"
@@ -101,7 +102,7 @@ def prove(
         "choices": chosen.digest,
         "seed_base": seed_base,
         "units": units,
-        "versions": records.versions(),
+        "versions": versions(["scipy"]),
         "code": sources.together(sources.of_slug(slug)),
     }
     folder = Path(directory) / _folder(chosen, seed_base, units)
@@ -357,7 +358,7 @@ def _record(
         seed_base=base,
         seeds={stage: sorted({run.seed for run in runs if run.stage == stage}) for stage in wanted},
         threads=experiment.threads,
-        versions=records.versions(),
+        versions=versions(["scipy"]),
         command=command,
         made=time.strftime("%Y-%m-%d", time.gmtime()),
         preregistration=experiment.preregistration(),
