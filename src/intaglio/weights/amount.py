@@ -1,4 +1,4 @@
-"""How much to prune: `sparsity` (a share of zeros) or `pattern` (N:M), and the exact masks they ask for.
+"""How much to prune and where: `sparsity` (a share of zeros) or `pattern` (N:M), layers left out, and the exact masks.
 
 Dimension letters: R rows (outputs), I inputs, M group size, G groups a row.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self
 
 import torch
@@ -42,11 +43,13 @@ def _checked(pattern: str) -> str:
 
 
 class Amount(BaseModel):
-    """The two ways of saying how much to prune; exactly one is given.
+    """The two ways of saying how much to prune (exactly one is given), and which layers are left alone.
 
     Args:
         sparsity: share of zeros in each layer, from 0 up to (not including) 1.
         pattern: `N:M`, keep N of every M consecutive inputs of each row.
+        ignore: layers that keep all their weights, by name or shell pattern (`*.down_proj`, `layers.0.*`).
+            Default: none.
     """
 
     sparsity: (
@@ -63,6 +66,7 @@ class Amount(BaseModel):
         ]
         | None
     ) = None
+    ignore: list[str] = Field([], description="layers left alone, by name or shell pattern such as *.down_proj")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -78,8 +82,28 @@ class Amount(BaseModel):
         assert self.sparsity is not None
         return self.sparsity
 
+    def taken(self, linears: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+        """The linears that `ignore` does not name, in the same order.
+
+        Args:
+            linears: `(name, rows, columns)` of each projection.
+
+        Raises:
+            IntaglioError: an entry of `ignore` names none of them, or together they name all.
+        """
+        for pattern in self.ignore:
+            if not any(_named(name, pattern) for name, _, _ in linears):
+                raise IntaglioError(
+                    f"ignore: {pattern!r} names no layer of this model; its first is {linears[0][0]}, and * and ? stand"
+                    " for any characters"
+                )
+        left = [linear for linear in linears if not any(_named(linear[0], pattern) for pattern in self.ignore)]
+        if not left:
+            raise IntaglioError("ignore: names every layer of this model, so nothing would be pruned")
+        return left
+
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
-        """Refuse a model whose widths the pattern does not fit.
+        """Refuse a model whose widths the pattern does not fit, or whose layers are not called what `ignore` says.
 
         Args:
             linears: `(name, rows, columns)` of each projection.
@@ -87,8 +111,14 @@ class Amount(BaseModel):
         Raises:
             IntaglioError: names the first that does not fit.
         """
+        taken = self.taken(linears)
         if self.pattern is not None:
-            check_widths(linears, parse_pattern(self.pattern)[1], f"the pattern {self.pattern}")
+            check_widths(taken, parse_pattern(self.pattern)[1], f"the pattern {self.pattern}")
+
+
+def _named(name: str, pattern: str) -> bool:
+    # A part of a fused projection has brackets in its name, which are a pattern's too.
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def pruned_count(size: int, sparsity: float) -> int:

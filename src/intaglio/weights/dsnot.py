@@ -19,7 +19,7 @@ from intaglio.anatomy import Linear
 from intaglio.calibrate import InputStatistics
 from intaglio.method import Cost, Method, Workload
 from intaglio.weights.amount import Amount, prune_mask
-from intaglio.weights.pruning import Calibrated, Rule, masked, walk_cost
+from intaglio.weights.pruning import Pruning, Rule, masked, walk_cost
 from intaglio.weights.sparsegpt import DAMPENING, inverse_factor, sparsegpt_score
 from intaglio.weights.wanda import wanda_score
 
@@ -170,7 +170,7 @@ def refine(
     return Refined(mask_RI, start_R, error_R, swaps_R)
 
 
-class DSnoT(Calibrated, Amount, Method, slug="dsnot"):
+class DSnoT(Pruning, Amount, Method, slug="dsnot"):
     """Refine the mask of magnitude, Wanda or SparseGPT without training and without changing a kept weight.
 
     The expected error of an output row is err = sum over its pruned entries of C = W * mu, mu the mean input summed

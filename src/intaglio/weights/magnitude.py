@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
-from intaglio.anatomy import anatomy
-from intaglio.checkpoint import Checkpoint
-from intaglio.method import Cost, Method, Progress, Workload, silent
+from intaglio.anatomy import Linear
+from intaglio.calibrate import InputStatistics
+from intaglio.method import Cost, Method, Workload
 from intaglio.weights.amount import Amount, prune_mask
-from intaglio.weights.pruning import masked, refuse_integers, shapes
+from intaglio.weights.pruning import Pruning, Rule, masked
 
 
-class Magnitude(Amount, Method, slug="magnitude"):
+class Magnitude(Pruning, Amount, Method, slug="magnitude"):
     """Prune by S = |W|, without data.
 
     Unstructured: one threshold a layer (`per="layer"`, as the pruning papers run it) or a share of every row
@@ -32,41 +34,17 @@ class Magnitude(Amount, Method, slug="magnitude"):
     baseline of Wanda (Sun et al., ICLR 2024), section 4.
     """
 
-    storage: ClassVar[Literal["baked"]] = "baked"
     needs_calibration: ClassVar[bool] = False
-    changes = frozenset({"weights"})
-    requires = frozenset({"linear_weights"})
 
     per: Literal["layer", "row"] = Field("layer", description="compare weights within a layer or within a row")
 
-    def apply(
-        self,
-        checkpoint: Checkpoint,
-        calibration: Any = None,
-        *,
-        seed: int = 0,
-        batch_size: int = 4,
-        progress: Progress = silent,
-    ) -> Checkpoint:
-        """Prune `checkpoint` in place and return it.
+    def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[Rule, dict[str, Any]]:
+        """Keep the largest weights; nothing is known of the input, nor needed."""
 
-        Args:
-            checkpoint: what to prune.
-            calibration: not used: magnitudes need no data.
-            seed: not used.
-            batch_size: not used.
-            progress: called after each block.
-        """
-        self.check(shapes(checkpoint))
-        parts = anatomy(checkpoint.model)
-        for index in range(len(parts.blocks)):
-            for linear in parts.linears(index):
-                refuse_integers(linear)
-                score_RI = linear.read().abs().float()
-                linear.write(masked(linear, prune_mask(score_RI, self.amount, self.per)))
-            progress(index + 1, len(parts.blocks), f"{self.slug}: block {index + 1}/{len(parts.blocks)}")
-        checkpoint.note(self.slug, self.model_dump(), seed=seed)
-        return checkpoint
+        def rule(linear: Linear, nothing: InputStatistics) -> Tensor:
+            return masked(linear, prune_mask(linear.read().abs().float(), self.amount, self.per))
+
+        return rule, {}
 
     def estimate(self, workload: Workload) -> Cost:
         """One selection over all weights."""

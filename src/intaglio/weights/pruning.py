@@ -46,11 +46,11 @@ def masked(linear: Linear, mask_RI: Tensor) -> Tensor:
     return linear.read().masked_fill(mask_RI, 0)
 
 
-class Calibrated(ABC):
-    """The calibrated half of a pruning method: `apply` walks over the blocks and replaces each linear by its `rule`.
+class Pruning(ABC):
+    """What pruning methods share: `apply` walks over the blocks and replaces each linear's weight by what `rule` gives.
 
     A mixin beside `Amount` and `Method`. What it asks of the class: `rule`, and `moments` or `hessian` where the rule
-    needs more of a linear's input than its norms.
+    needs more of a linear's input than its norms. A class whose rule looks at no data says `needs_calibration = False`.
     """
 
     storage: ClassVar[Literal["baked"]] = "baked"
@@ -81,38 +81,50 @@ class Calibrated(ABC):
 
         Args:
             checkpoint: what to prune.
-            calibration: segments, token ids [N, L], texts, a bundled name, a file or a folder.
+            calibration: segments, token ids [N, L], texts, a bundled name, a file or a folder; not looked at by a
+                method that needs none.
             seed: chooses the calibration documents, where text is given. Default 0.
             batch_size: sequences that pass at a time. Default 4.
-            progress: called after each batch.
+            progress: called after each batch, or after each block where no data is needed.
 
         Raises:
-            IntaglioError: the pattern does not fit a width, no calibration data, or statistics that are not finite.
+            IntaglioError: the pattern does not fit a width, `ignore` names no layer, no calibration data, or statistics
+                that are not finite.
         """
-        method = cast(Method, self)
-        linears = shapes(checkpoint)
-        cast(Amount, self).check(linears)
+        method, amount = cast(Method, self), cast(Amount, self)
+        amount.check(shapes(checkpoint))
+        linears = amount.taken(shapes(checkpoint))
+        names = {name for name, _, _ in linears}
         rule, chosen = self.rule(linears)
-        data = as_segments(checkpoint, calibration, SAMPLES, LENGTH, seed)
-
-        def carve(index: int, group: Group) -> None:
-            for linear in group.linears:
-                refuse_integers(linear)
-                linear.write(rule(linear, group.statistic))
 
         def statistic(features: int, device: torch.device) -> InputStatistics:
             return InputStatistics(features, device, moments=self.moments, hessian=self.hessian)
 
-        walk(
-            checkpoint,
-            data,
-            statistic=statistic,
-            carve=carve,
-            batch_size=batch_size,
-            what=method.slug,
-            progress=progress,
-        )
-        identity = describe(data, batch_size)
+        def carve(index: int, group: Group) -> None:
+            for linear in group.linears:
+                if f"layers.{index}.{linear.name}" in names:
+                    refuse_integers(linear)
+                    linear.write(rule(linear, group.statistic))
+
+        identity = None
+        if self.needs_calibration:
+            data = as_segments(checkpoint, calibration, SAMPLES, LENGTH, seed)
+            identity = describe(data, batch_size)
+            walk(
+                checkpoint,
+                data,
+                statistic=statistic,
+                carve=carve,
+                batch_size=batch_size,
+                what=method.slug,
+                progress=progress,
+            )
+        else:
+            parts = anatomy(checkpoint.model)
+            for index in range(len(parts.blocks)):
+                for linear in parts.linears(index):
+                    carve(index, Group([linear], statistic(linear.shape[1], checkpoint.device)))
+                progress(index + 1, len(parts.blocks), f"{method.slug}: block {index + 1}/{len(parts.blocks)}")
         checkpoint.note(method.slug, method.model_dump(), seed=seed, calibration=identity, chosen=chosen)
         return checkpoint
 

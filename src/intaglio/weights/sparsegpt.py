@@ -17,7 +17,7 @@ from intaglio.calibrate import InputStatistics
 from intaglio.errors import IntaglioError
 from intaglio.method import Cost, Method, Workload
 from intaglio.weights.amount import Amount, lowest_of_groups, prune_mask
-from intaglio.weights.pruning import Calibrated, Rule, walk_cost
+from intaglio.weights.pruning import Pruning, Rule, walk_cost
 
 DAMPENING = 0.01
 BLOCK = 128
@@ -133,7 +133,7 @@ def sparsegpt(
     return weight_RI
 
 
-class SparseGPT(Calibrated, Amount, Method, slug="sparsegpt"):
+class SparseGPT(Pruning, Amount, Method, slug="sparsegpt"):
     """Prune by W_rk^2 / U_kk^2 and update what is kept, so that the layer's outputs on calibration data change least.
 
     With H = (2/n) sum_t x_t x_t^T over the calibration tokens and U the upper Cholesky factor of (H + d I)^-1, columns

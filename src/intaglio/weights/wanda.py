@@ -11,7 +11,7 @@ from intaglio.anatomy import Linear
 from intaglio.calibrate import InputStatistics
 from intaglio.method import Cost, Method, Workload
 from intaglio.weights.amount import Amount, prune_mask
-from intaglio.weights.pruning import Calibrated, Rule, masked, walk_cost
+from intaglio.weights.pruning import Pruning, Rule, masked, walk_cost
 
 
 def wanda_score(weight_RI: Tensor, square_I: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def wanda_score(weight_RI: Tensor, square_I: Tensor) -> Tensor:
     return weight_RI.float().abs() * square_I.sqrt()
 
 
-class Wanda(Calibrated, Amount, Method, slug="wanda"):
+class Wanda(Pruning, Amount, Method, slug="wanda"):
     """Prune by S_rk = |W_rk| ||x_k||_2, compared within each output row (unstructured) or each group (N:M).
 
     ||x_k||_2 is the norm of input feature k over the calibration tokens, taken on the outputs of the already pruned
