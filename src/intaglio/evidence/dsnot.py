@@ -210,9 +210,10 @@ def experiment(world: SmolLM2Wikipedia) -> Experiment:
         run_unit=Carve(world),
         pilot_runs=5,
         units=world.documents_run,
-        # An arm takes about 45 s on two quiet cores: 12 draws of 9 arms and 5 pilot draws of 2 stay below 2 hours.
-        most_runs=12,
-        threads=2,
+        # An arm takes about 80 s on one core: 10 draws of 9 arms and 5 pilot draws of 2 are an hour with two workers.
+        # One thread an arm: two threads of two processes on two cores wait for each other most of the time.
+        most_runs=10,
+        threads=1,
         settings={
             "world": asdict(world),
             "methods": {arm: method.model_dump() for arm, (method, _) in METHODS.items()},
