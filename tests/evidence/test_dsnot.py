@@ -201,5 +201,5 @@ def test_processes_can_share_it() -> None:
 def test_the_worlds_sizes_are_what_the_claim_says() -> None:
     world = SmolLM2Wikipedia()
     assert (world.model, world.texts) == ("smollm2", "wikipedia")
-    assert (world.samples, world.length) == (16, 256)
+    assert (world.samples, world.length) == (32, 256)
     assert EXPERIMENTS["cpu"].units == world.documents_run

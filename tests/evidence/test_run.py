@@ -139,6 +139,29 @@ def test_diverged_units(diverged: int, verdict: str, tmp_path: Path) -> None:
     assert document["effect"] == pytest.approx(np.mean(np.subtract(baseline, filled)))
 
 
+def test_arms_of_secondaries_alone_run_in_the_first_runs_only(tmp_path: Path, calls: Path) -> None:
+    document = proved(toy(Toy(calls=str(calls)), secondary_runs=3), tmp_path / "few", units=7)
+    assert len([path for path in calls.iterdir() if "-other-" in path.name]) == 3
+    assert {arm: summary["runs"] for arm, summary in document["arms"].items()} == {
+        "baseline": 7,
+        "method": 7,
+        "other": 3,
+    }
+    assert {second["name"]: second["runs"] for second in document["secondaries"]} == {"other": 3, "twice": 7}
+    # The primary claim is what it is without the limit; a secondary is what a run of that size says.
+    whole = proved(toy(), tmp_path / "all", units=7)
+    small = proved(toy(), tmp_path / "small", units=3)
+    assert (document["effect"], document["interval"]) == (whole["effect"], whole["interval"])
+    assert document["secondaries"][0]["effect"] == small["secondaries"][0]["effect"]
+    assert document["secondaries"][1]["effect"] == whole["secondaries"][1]["effect"]
+    assert (document["arms"]["other"], document["cost"]["other"]) == (small["arms"]["other"], small["cost"]["other"])
+
+
+def test_too_few_runs_of_secondary_arms_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 runs of the secondary arms give no interval"):
+        toy(secondary_runs=1)
+
+
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, calls: Path) -> None:
     unbroken = proved(toy(), tmp_path / "unbroken")
     for kill_at in (0, 3, 10, 14):  # in the pilot, at its end, in the run
@@ -193,12 +216,12 @@ def test_results_do_not_depend_on_the_order_in_which_units_finish(
 ) -> None:
     experiment = toy(Toy(units=3), most_runs=8)
     plain = proved(experiment, tmp_path / "a")
-    ordered = run._outcomes
+    ordered = run.outcomes
 
     def backwards(experiment: Experiment, tasks: Any, workers: int) -> Any:
         return ordered(experiment, list(reversed(tasks)), workers)
 
-    monkeypatch.setattr(run, "_outcomes", backwards)
+    monkeypatch.setattr(run, "outcomes", backwards)
     assert numbers(proved(experiment, tmp_path / "b")) == numbers(plain)
 
 
@@ -370,7 +393,7 @@ def test_only_what_was_registered_first_is_recorded(
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(record, "PREREGISTERED", tmp_path / "preregistered")
     checkout = tmp_path / "checkout"
-    monkeypatch.setattr(run, "_check_checkout", lambda: None)
+    monkeypatch.setattr(run, "check_checkout", lambda: None)
     experiment = toy(Toy(calls=str(calls)))
     refused(lambda: proved(experiment, checkout, units=4, record=True), "was committed", "cannot be recorded")
     assert not list(calls.iterdir())
@@ -384,7 +407,7 @@ def test_only_what_was_registered_first_is_recorded(
 
 def test_records_are_written_in_a_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PACKAGE", tmp_path / "lib" / "site-packages" / "intaglio")
-    refused(run._check_checkout, "in a source checkout only")
+    refused(run.check_checkout, "in a source checkout only")
 
 
 def test_the_preregistration_is_every_choice() -> None:

@@ -144,6 +144,8 @@ class Experiment:
         pilot_runs: runs of the pilot. Default 5.
         units: of a run, for the crossed design, where the run has other than the pilot.
         most_runs: what the tier's time allows; a pilot that asks for more gets this many, and the record says so.
+        secondary_runs: arms that only secondaries compare run in the first so many runs, so that the tier's time
+            goes to the claim. Default None: in all.
         threads: of torch in every process; part of what makes numbers equal. None: torch is not touched.
         settings: every other choice: sizes, splits, hyperparameters.
         why: what changed in claim, tier or delta against the issue that named them, and why. Default: nothing did.
@@ -172,6 +174,7 @@ class Experiment:
     pilot_runs: int = 5
     units: int | None = None
     most_runs: int = 1000
+    secondary_runs: int | None = None
     threads: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
@@ -188,9 +191,22 @@ class Experiment:
             raise ValueError(f"{self.slug}: a crossed design says how many units a run has, and no other does")
         if not FEWEST_RUNS[self.design] <= self.pilot_runs <= self.most_runs <= MOST_INDEX:
             raise ValueError(f"{self.slug}: the pilot has {self.pilot_runs} runs and at most {self.most_runs} follow")
+        if self.secondary_runs is not None and self.secondary_runs < FEWEST_RUNS[self.design]:
+            raise ValueError(f"{self.slug}: {self.secondary_runs} runs of the secondary arms give no interval")
         unknown = set(self.equal) - set(Cost.model_fields)
         if unknown:
             raise ValueError(f"{self.slug}: a cost has no {', '.join(sorted(unknown))}")
+
+    def runs_of(self, arm: str, runs: int) -> int:
+        """In how many of the runs an arm takes part: always the first.
+
+        Args:
+            arm: of `arms`.
+            runs: of the primary claim.
+        """
+        if self.secondary_runs is None or arm in (self.baseline, self.method):
+            return runs
+        return min(runs, self.secondary_runs)
 
     def preregistration(self) -> dict[str, Any]:
         """Every choice, ready for JSON: what is committed before the first run."""
@@ -223,6 +239,7 @@ class Experiment:
             "pilot_runs": self.pilot_runs,
             "units": self.units,
             "most_runs": self.most_runs,
+            "secondary_runs": self.secondary_runs,
             "threads": self.threads,
             "settings": dict(self.settings),
             "why": self.why,

@@ -49,11 +49,13 @@ class ArmSummary(_Strict):
 
     Args:
         what: what it is.
+        runs: that it took part in.
         mean: of the primary metric over all units; None for an arm that has no such value.
         diverged: share of its units.
     """
 
     what: str
+    runs: int
     mean: float | None
     diverged: float
 
@@ -67,6 +69,7 @@ class Compared(_Strict):
         direction: which way of it is better.
         baseline: an arm.
         method: the other.
+        runs: compared: those that both arms took part in.
         effect: larger = the method is better.
         interval: 95 %, not corrected.
         p: two-sided, for "the effect is 0".
@@ -79,6 +82,7 @@ class Compared(_Strict):
     direction: Direction
     baseline: str
     method: str
+    runs: int
     effect: float
     interval: tuple[float, float]
     p: float
@@ -132,6 +136,7 @@ class Record(_Strict):
         versions: of what decides the numbers.
         command: that gives this record again.
         made: the day, ISO.
+        renewed: the day when one run of every arm, run again with changed code, gave the same values; None if never.
         preregistration: every choice.
         preregistration_digest: SHA-256 of it.
         sources: `{module: syntax-tree hash}` of what the run depends on.
@@ -166,6 +171,7 @@ class Record(_Strict):
     versions: dict[str, str]
     command: str
     made: str
+    renewed: str | None = None
     preregistration: dict[str, Any]
     preregistration_digest: str
     sources: dict[str, str]

@@ -106,12 +106,17 @@ def prove(
         "code": sources.together(sources.of_slug(slug)),
     }
     folder = Path(directory) / _folder(chosen, seed_base, units)
-    with open_journal(folder, header) as journal, _threads(chosen.threads):
+    with open_journal(folder, header) as journal, with_threads(chosen.threads):
         pilot = None
         if units is None:
             pilot = _pilot(chosen, journal, seed_base, workers, progress)
             units = pilot.most if pilot.asked is None else min(pilot.asked, pilot.most)
-        tasks = [(arm, Unit("run", index, seed_base)) for index in range(units) for arm in chosen.arms]
+        tasks = [
+            (arm, Unit("run", index, seed_base))
+            for index in range(units)
+            for arm in chosen.arms
+            if index < chosen.runs_of(arm, units)
+        ]
         _finish(chosen, journal, tasks, workers, progress)
         command = _command(chosen, seed_base, None if pilot else units)
         found = _record(chosen, journal, seed_base, units, pilot, command)
@@ -145,7 +150,7 @@ def register(slug: str, tier: str = "cpu") -> Path:
         tier: of the claim. Default `cpu`.
     """
     chosen = experiment_of(slug, tier)
-    _check_checkout()
+    check_checkout()
     path = records.PREREGISTERED / f"{slug}.json"
     writer.write_json(path, {"digest": chosen.digest, **chosen.preregistration()})
     return path
@@ -165,7 +170,7 @@ def _check(experiment: Experiment, seed_base: int, units: int | None, workers: i
         if not torch.cuda.is_available():
             raise IntaglioError("the tier gpu needs a CUDA device, and this machine has none")
     if record:
-        _check_checkout()
+        check_checkout()
         committed = records.preregistered(experiment.slug)
         if committed is None or committed.get("digest") != experiment.digest:
             raise IntaglioError(
@@ -174,7 +179,12 @@ def _check(experiment: Experiment, seed_base: int, units: int | None, workers: i
             )
 
 
-def _check_checkout() -> None:
+def check_checkout() -> None:
+    """Refuse to write what is committed from an installed package.
+
+    Raises:
+        IntaglioError: this is no source checkout.
+    """
     root = sources.PACKAGE.parent.parent
     if not (root / "pyproject.toml").is_file() or not (root / ".git").exists():
         raise IntaglioError(
@@ -193,7 +203,12 @@ def _command(experiment: Experiment, seed_base: int, units: int | None) -> str:
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def with_threads(threads: int | None) -> Iterator[None]:
+    """Run the block with this many of torch's threads.
+
+    Args:
+        threads: None leaves them as they are.
+    """
     if threads is None:
         yield
         return
@@ -225,7 +240,7 @@ def _finish(experiment: Experiment, journal: Journal, tasks: Sequence[Task], wor
     stage = tasks[0][1].stage
     if done and waiting:
         progress(done, len(tasks), f"{stage}: {done} of {len(tasks)} were finished before")
-    for run in _outcomes(experiment, waiting, workers):
+    for run in outcomes(experiment, waiting, workers):
         journal.add(run)
         done += 1
         progress(done, len(tasks), f"{stage}: {run.arm}, {experiment.factors[0]} {run.index + 1}")
@@ -233,7 +248,14 @@ def _finish(experiment: Experiment, journal: Journal, tasks: Sequence[Task], wor
         _check_pairs(experiment, [journal.runs[stage, index, arm] for arm, unit in tasks if unit.index == index])
 
 
-def _outcomes(experiment: Experiment, tasks: Sequence[Task], workers: int) -> Iterator[Run]:
+def outcomes(experiment: Experiment, tasks: Sequence[Task], workers: int) -> Iterator[Run]:
+    """Run arms, in the order in which they finish.
+
+    Args:
+        experiment: whose.
+        tasks: `(arm, unit)` of each.
+        workers: processes that share the work; 1 for this one.
+    """
     if workers == 1 or len(tasks) < 2:
         yield from (_one(experiment, task) for task in tasks)
         return
@@ -258,7 +280,7 @@ def _begin(experiment: Experiment) -> None:
 
 
 def _in_worker(task: Task) -> Run:
-    with _threads(_here[0].threads):
+    with with_threads(_here[0].threads):
         return _one(_here[0], task)
 
 
@@ -350,9 +372,12 @@ def _record(
         design=experiment.design,
         baseline=experiment.baseline,
         method=experiment.method,
-        arms={arm: _summary(experiment, journal, count, arm) for arm in order},
+        arms={arm: _summary(experiment, journal, experiment.runs_of(arm, count), arm) for arm in order},
         parity=experiment.parity,
-        cost={arm: _mean_cost([journal.runs["run", i, arm].outcome.cost for i in range(count)]) for arm in order},
+        cost={
+            arm: _mean_cost(journal.runs["run", i, arm].outcome.cost for i in range(experiment.runs_of(arm, count)))
+            for arm in order
+        },
         secondaries=_secondaries(experiment, journal, count),
         pilot=pilot,
         seed_base=base,
@@ -370,11 +395,12 @@ def _record(
 
 def _summary(experiment: Experiment, journal: Journal, count: int, arm: str) -> ArmSummary:
     if experiment.metric not in journal.runs["run", 0, arm].outcome.values:
-        return ArmSummary(what=experiment.arms[arm], mean=None, diverged=0.0)
+        return ArmSummary(what=experiment.arms[arm], runs=count, mean=None, diverged=0.0)
     flat = np.concatenate(_rows(journal.runs, "run", count, arm, experiment.metric))
     finite = flat[np.isfinite(flat)]
     return ArmSummary(
         what=experiment.arms[arm],
+        runs=count,
         mean=float(finite.mean()) if len(finite) else None,
         diverged=float(1 - len(finite) / len(flat)),
     )
@@ -385,8 +411,9 @@ def _secondaries(experiment: Experiment, journal: Journal, count: int) -> list[C
     for second in experiment.secondaries:
         metric = second.metric or experiment.metric
         direction = second.direction if second.metric else experiment.direction
-        paired = _paired(experiment, journal, "run", count, second.baseline, second.method, metric, direction)
-        found.append((second, metric, direction, paired, stats.interval(experiment.design, paired.rows)))
+        both = min(experiment.runs_of(arm, count) for arm in (second.baseline, second.method))
+        paired = _paired(experiment, journal, "run", both, second.baseline, second.method, metric, direction)
+        found.append((second, both, metric, direction, paired, stats.interval(experiment.design, paired.rows)))
     corrected = stats.holm([interval.p for *_, interval in found])
     return [
         Compared(
@@ -395,13 +422,14 @@ def _secondaries(experiment: Experiment, journal: Journal, count: int) -> list[C
             direction=direction,
             baseline=second.baseline,
             method=second.method,
+            runs=both,
             effect=interval.effect,
             interval=(interval.low, interval.high),
             p=interval.p,
             p_holm=p,
             diverged=paired.method_diverged,
         )
-        for (second, metric, direction, paired, interval), p in zip(found, corrected, strict=True)
+        for (second, both, metric, direction, paired, interval), p in zip(found, corrected, strict=True)
     ]
 
 

@@ -83,8 +83,10 @@ def secondaries(record: Record) -> Table:
     Args:
         record: of a run.
     """
-    table = Table("secondary", "effect", "95 % interval", "p (Holm)", caption="larger is better for the method")
+    table = Table("secondary", "runs", "effect", "95 % interval", "p (Holm)", caption="larger is better for the method")
     for second in record.secondaries:
         low, high = second.interval
-        table.add_row(second.name, f"{second.effect:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{second.p_holm:.2g}")
+        table.add_row(
+            second.name, str(second.runs), f"{second.effect:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{second.p_holm:.2g}"
+        )
     return table

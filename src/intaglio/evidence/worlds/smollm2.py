@@ -46,18 +46,18 @@ class SmolLM2Wikipedia:
     Args:
         model: what is loaded; tests put a tiny checkpoint here. Default the bundled `smollm2`.
         texts: default the bundled `wikipedia`.
-        samples: calibration documents of a draw, one window each. Default 16.
+        samples: calibration documents of a draw, one window each. Default 32.
         length: tokens of a calibration window. Default 256.
-        documents_run: evaluation documents of a run. Default 32.
+        documents_run: evaluation documents of a run. Default 24.
         documents_pilot: of the pilot. Default 10.
         tokens: of an evaluation window. Default 256.
     """
 
     model: str = "smollm2"
     texts: str = "wikipedia"
-    samples: int = 16
+    samples: int = 32
     length: int = 256
-    documents_run: int = 32
+    documents_run: int = 24
     documents_pilot: int = 10
     tokens: int = 256
 
