@@ -337,13 +337,26 @@ def prove(
     output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("intaglio-prove"),
     workers: Annotated[int, typer.Option(help="Processes that share the work; the result is the same.")] = 1,
     record: Annotated[bool, typer.Option("--record", help="Also write the shipped record (source checkout).")] = False,
+    renew: Annotated[
+        bool, typer.Option("--renew", help="Run one run again; the same values clear a stale record (source checkout).")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run a method's published claim: baseline and method side by side, and a verdict. Goes on where it was stopped."""
     from intaglio.evidence import summary
     from intaglio.evidence.record import Record
+    from intaglio.evidence.renew import renew as again
     from intaglio.evidence.run import prove as run
 
+    if renew:
+        with progress_bar() as progress:
+            renewed = again(slug, workers=workers, progress=progress)
+        if json:
+            print_json(renewed)
+        else:
+            same = "its values are the same with the changed" if renewed["changed"] else "not stale; nothing was run:"
+            out.print(f"{slug}: {same} {', '.join(renewed['changed'])}".rstrip(" :"), markup=False, highlight=False)
+        return
     with progress_bar() as progress:
         document = run(
             slug,

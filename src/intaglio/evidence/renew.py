@@ -1,0 +1,95 @@
+"""Renew a stale record: run a part of it again, and accept the changed code only if every raw value is the same.
+
+A record is stale as soon as a file that it depends on does something else, and most such changes touch nothing that
+the numbers come from. One run of every arm tells: its raw values, the digests of its data and its counted costs must
+equal those on record to the last bit. If they do, the record takes on the hashes of today's code and says when; if one
+differs, the record stays stale and the claim has to be proven anew.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from intaglio import writer
+from intaglio.errors import IntaglioError
+from intaglio.evidence import record as records
+from intaglio.evidence import sources
+from intaglio.evidence.experiment import Experiment, Unit
+from intaglio.evidence.record import Record, Run, stale_parts
+from intaglio.evidence.run import check_checkout, experiment_of, outcomes, with_threads
+from intaglio.machine import versions
+from intaglio.method import Progress, silent
+
+INDEX = 0
+"""Which run is done again: always the same, so that none can be picked."""
+COUNTED = ("tokens", "flops", "parameters")
+"""Costs that the code decides; seconds and memory are the machine's."""
+
+
+def renew(
+    slug: str, *, workers: int = 1, experiment: Experiment | None = None, progress: Progress = silent
+) -> dict[str, Any]:
+    """Run one run of every arm again, and renew the record's hashes if its values are the same.
+
+    Args:
+        slug: the method.
+        workers: processes that share the work. Default 1: this one.
+        experiment: in the place of the slug's own (tests).
+        progress: called after each arm.
+
+    Returns:
+        `{slug, changed: [module], renewed}`: what had changed since the record was made, and the day; `changed` is
+        empty and `renewed` as it was when the record is not stale.
+
+    Raises:
+        IntaglioError: there is no record, its experiment was another one, or a value differs.
+    """
+    check_checkout()
+    found = records.shipped(slug)
+    if found is None:
+        raise IntaglioError(f"there is no record of {slug} to renew; intaglio prove {slug} --record makes one")
+    changed = stale_parts(found)
+    if not changed:
+        return {"slug": slug, "changed": [], "renewed": found.renewed}
+    chosen = experiment if experiment is not None else experiment_of(slug, found.tier)
+    if chosen.digest != found.preregistration_digest:
+        raise IntaglioError(f"the experiment of {slug} is not the one on record: the claim has to be proven anew")
+    then = {run.arm: run for run in found.runs if (run.stage, run.index) == ("run", INDEX)}
+    tasks = [(arm, Unit("run", INDEX, found.seed_base)) for arm in chosen.arms]
+    with with_threads(found.threads):
+        for done, now in enumerate(outcomes(chosen, tasks, workers), 1):
+            _check_same(then[now.arm], now, changed)
+            progress(done, len(tasks), f"renew: {now.arm}")
+    today = time.strftime("%Y-%m-%d", time.gmtime())
+    fresh = {"renewed": today, "sources": sources.of_slug(slug), "versions": versions(["scipy"])}
+    document = Record.model_validate(found.model_dump() | fresh).model_dump(mode="json")
+    writer.write_json(records.RESULTS / f"{slug}.json", document)
+    return {"slug": slug, "changed": list(changed), "renewed": today}
+
+
+def _check_same(then: Run, now: Run, changed: tuple[str, ...]) -> None:
+    what = _difference(then, now)
+    if what:
+        raise IntaglioError(
+            f"{then.arm} of run {then.index} does not give what is on record ({what}); changed since: "
+            f"{', '.join(changed)}; the record stays stale and the claim has to be proven anew"
+        )
+
+
+def _difference(then: Run, now: Run) -> str:
+    """The first difference of two runs in words, or an empty string."""
+    if then.seed != now.seed:
+        return f"seed {then.seed}, now {now.seed}"
+    if then.outcome.shared != now.outcome.shared:
+        return "other data"
+    for metric in sorted(then.outcome.values.keys() | now.outcome.values.keys()):
+        old, new = then.outcome.values.get(metric, {}), now.outcome.values.get(metric, {})
+        for unit in sorted(old.keys() | new.keys()):
+            if old.get(unit) != new.get(unit):
+                return f"{metric} of {unit}: {old.get(unit)}, now {new.get(unit)}"
+    for name in COUNTED:
+        was, is_now = getattr(then.outcome.cost, name), getattr(now.outcome.cost, name)
+        if was != is_now:
+            return f"{name}: {was}, now {is_now}"
+    return ""
