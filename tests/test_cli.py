@@ -383,3 +383,26 @@ def test_progress_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         progress(1, 3, "measuring")
     assert "measuring" in screen.getvalue()
     assert "1/3" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("nosuch",), "error: no such command 'nosuch'; intaglio --help says what there is"),
+        (("prove",), "error: missing argument 'slug'; intaglio prove --help says what there is"),
+        (("list", "--rom", "x"), "error: no such option: --rom"),
+        (("generate", "m", "p", "--top-k", "0"), "error: invalid value for '--top-k': Input should be greater"),
+    ],
+)
+def test_a_wrong_command_line_is_one_sentence(words: tuple[str, ...], sentence: str) -> None:
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 2
+    assert found.stderr.startswith(sentence)
+    assert found.stderr.count("\n") == 1
+    assert found.stdout == ""
+
+
+def test_without_a_verb_the_verbs_are_listed() -> None:
+    found = CliRunner().invoke(app, [])
+    assert found.exit_code == 2
+    assert all(verb in found.stderr for verb in ("carve", "prove", "demo"))

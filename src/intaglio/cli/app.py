@@ -10,10 +10,11 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from intaglio.cli.console import err, out, print_json, progress_bar, read_stdin, say, speaks_plainly
+from intaglio.cli.console import Verbs, err, out, print_json, progress_bar, read_stdin, say, speaks_plainly
 
 app = typer.Typer(
     name="intaglio",
+    cls=Verbs,
     help="Carve pretrained transformers: published methods on stock checkpoints, measured before and after.",
     no_args_is_help=True,
     add_completion=False,

@@ -6,13 +6,14 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer.core import TyperGroup
 
 from intaglio.errors import IntaglioError, printable
 
@@ -22,6 +23,9 @@ err = Console(stderr=True)
 BAD_INPUT = 2
 DEFECT = 70
 INTERRUPTED = 130
+
+# Newer versions of typer bring a click of their own; this is the UsageError of whichever it uses.
+USAGE: Any = typer.BadParameter.__mro__[1]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -90,6 +94,37 @@ def speaks_plainly(command: Callable[_P, _R]) -> Callable[_P, _R]:
             raise typer.Exit(DEFECT) from None
 
     return run
+
+
+class Verbs(TyperGroup):
+    """The group of all verbs: what is wrong with the words of a command line is one sentence too, without its usage."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command line; see click."""
+        run = functools.partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
+        if not standalone_mode:
+            return run()
+        try:
+            result = run()
+        except USAGE as error:
+            what = error.format_message().rstrip(".")
+            if what.count("\n") > 1:  # no verb was given: the list of verbs
+                err.print(what, markup=False, highlight=False)
+            else:
+                where = error.ctx.command_path if error.ctx else "intaglio"
+                say(f"error: {printable(what[:1].lower() + what[1:])}; {where} --help says what there is")
+            sys.exit(BAD_INPUT)
+        except typer.Abort:
+            sys.exit(INTERRUPTED)
+        sys.exit(result if isinstance(result, int) else 0)
 
 
 @contextmanager
