@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import AfterValidator, BaseModel, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from intaglio.anatomy import check_widths
@@ -51,6 +51,16 @@ class Amount(BaseModel):
         ignore: layers that keep all their weights, by name or shell pattern (`*.down_proj`, `layers.0.*`).
             Default: none.
     """
+
+    # What the validator below says, for editors that read the JSON Schema.
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["sparsity"], "properties": {"sparsity": {"type": "number"}}},
+                {"required": ["pattern"], "properties": {"pattern": {"type": "string"}}},
+            ]
+        }
+    )
 
     sparsity: (
         Annotated[float, Field(ge=0, lt=1, description="share of zeros in each layer, 0 <= sparsity < 1")] | None
