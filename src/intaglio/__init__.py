@@ -9,6 +9,7 @@ Every name below is loaded when it is first used, so that importing the package 
 
 - `load`, `Checkpoint`: a model, its tokenizer and the record of what was done to it
 - `Recipe`, `carve`, `compare`, `plan`: recipes and what runs them
+- `new`, `train`, `CausalLM`: small models from scratch, and the one training loop
 - `load_texts`, `Corpus`, `Segments`: data
 - `IntaglioError`: the one error a user can cause
 - every method of the catalogue by its name (`Magnitude`, `Wanda`, `SparseGPT`, `DSnoT`)
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
     from intaglio.data.segments import Segments
     from intaglio.data.texts import Corpus, load_texts
     from intaglio.errors import IntaglioError
+    from intaglio.fresh import new
     from intaglio.recipe import Recipe
+    from intaglio.trainer.causal import CausalLM
+    from intaglio.trainer.loop import train
 
 _HOMES = {
+    "CausalLM": "trainer.causal",
     "Checkpoint": "checkpoint",
     "Corpus": "data.texts",
     "IntaglioError": "errors",
@@ -39,11 +44,14 @@ _HOMES = {
     "compare": "carving",
     "load": "checkpoint",
     "load_texts": "data.texts",
+    "new": "fresh",
     "plan": "carving",
+    "train": "trainer.loop",
 }
 _METHODS = {entry.name: entry.module for entry in ENTRIES.values()}
 
 __all__ = [
+    "CausalLM",
     "Checkpoint",
     "Corpus",
     "IntaglioError",
@@ -53,7 +61,9 @@ __all__ = [
     "compare",
     "load",
     "load_texts",
+    "new",
     "plan",
+    "train",
     *_METHODS,
 ]
 

@@ -1,9 +1,10 @@
-"""What a result was made with, without importing any of it."""
+"""What a result is made with: versions, told without importing anything, and torch's threads."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("intaglio", "torch", "transformers", "tokenizers", "safetensors", "numpy")
@@ -23,3 +24,23 @@ def versions(also: Sequence[str] = ()) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
+
+
+@contextmanager
+def with_threads(threads: int | None) -> Iterator[None]:
+    """Run the block with this many of torch's threads.
+
+    Args:
+        threads: None leaves them as they are.
+    """
+    if threads is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -208,14 +208,14 @@ def write_bytes(target: str | os.PathLike[str], content: bytes) -> None:
 
 
 @contextmanager
-def locked(path: Path, busy: str) -> Iterator[IO[bytes]]:
+def locked(path: Path, busy: str | None = None) -> Iterator[IO[bytes]]:
     """Open a file for reading and appending, made if it is not there, that one process at a time may have.
 
     The lock goes with the process, however it ends.
 
     Args:
         path: the file; its parents are made.
-        busy: the sentence that is raised when another process has it.
+        busy: the sentence that is raised when another process has it. Default None: wait until it has not.
 
     Raises:
         IntaglioError: another process has it, or the disk refuses.
@@ -231,9 +231,9 @@ def locked(path: Path, busy: str) -> Iterator[IO[bytes]]:
         raise IntaglioError(f"cannot write {path}: {error.strerror or error}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
         except OSError:
-            raise IntaglioError(busy) from None
+            raise IntaglioError(busy or f"cannot lock {path}") from None
         yield file
 
 

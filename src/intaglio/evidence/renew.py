@@ -17,8 +17,8 @@ from intaglio.evidence import record as records
 from intaglio.evidence import sources
 from intaglio.evidence.experiment import Experiment, Unit
 from intaglio.evidence.record import Record, Run, stale_parts
-from intaglio.evidence.run import check_checkout, experiment_of, outcomes, with_threads
-from intaglio.machine import versions
+from intaglio.evidence.run import COUNTING, check_checkout, experiment_of, outcomes
+from intaglio.machine import versions, with_threads
 from intaglio.method import Progress, silent
 
 INDEX = 0
@@ -62,7 +62,7 @@ def renew(
             _check_same(then[now.arm], now, changed)
             progress(done, len(tasks), f"renew: {now.arm}")
     today = time.strftime("%Y-%m-%d", time.gmtime())
-    fresh = {"renewed": today, "sources": sources.of_slug(slug), "versions": versions(["scipy"])}
+    fresh = {"renewed": today, "sources": sources.of_slug(slug), "versions": versions(COUNTING)}
     document = Record.model_validate(found.model_dump() | fresh).model_dump(mode="json")
     writer.write_json(records.RESULTS / f"{slug}.json", document)
     return {"slug": slug, "changed": list(changed), "renewed": today}

@@ -13,7 +13,6 @@ import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,10 +29,12 @@ from intaglio.evidence import statistics as stats
 from intaglio.evidence.experiment import FEWEST_RUNS, MOST_INDEX, Cost, Direction, Experiment, Outcome, Stage, Unit
 from intaglio.evidence.journal import Journal, Key, open_journal
 from intaglio.evidence.record import ArmSummary, Compared, Pilot, Record, Run
-from intaglio.machine import versions
+from intaglio.machine import versions, with_threads
 from intaglio.method import Progress, silent
 
 DIRECTORY = "intaglio-prove"
+COUNTING = ("scipy", "scikit-learn")
+"""What intervals and worlds are reckoned with, beside what carves."""
 Task = tuple[str, Unit]
 Runs = Mapping[Key, Run]
 
@@ -102,7 +103,7 @@ def prove(
         "choices": chosen.digest,
         "seed_base": seed_base,
         "units": units,
-        "versions": versions(["scipy"]),
+        "versions": versions(COUNTING),
         "code": sources.together(sources.of_slug(slug)),
     }
     folder = Path(directory) / _folder(chosen, seed_base, units)
@@ -200,26 +201,6 @@ def _folder(experiment: Experiment, seed_base: int, units: int | None) -> str:
 def _command(experiment: Experiment, seed_base: int, units: int | None) -> str:
     words = ["intaglio", "prove", experiment.slug, "--seed-base", str(seed_base), "--tier", experiment.tier]
     return shlex.join(words if units is None else [*words, "--units", str(units)])
-
-
-@contextmanager
-def with_threads(threads: int | None) -> Iterator[None]:
-    """Run the block with this many of torch's threads.
-
-    Args:
-        threads: None leaves them as they are.
-    """
-    if threads is None:
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _pilot(experiment: Experiment, journal: Journal, base: int, workers: int, progress: Progress) -> Pilot:
@@ -383,7 +364,7 @@ def _record(
         seed_base=base,
         seeds={stage: sorted({run.seed for run in runs if run.stage == stage}) for stage in wanted},
         threads=experiment.threads,
-        versions=versions(["scipy"]),
+        versions=versions(COUNTING),
         command=command,
         made=time.strftime("%Y-%m-%d", time.gmtime()),
         preregistration=experiment.preregistration(),

@@ -1,0 +1,245 @@
+"""`new`: small models of stock architectures with random weights, and a tokenizer of bytes or of a user's texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.data.texts import Corpus, load_texts
+from intaglio.errors import IntaglioError, did_you_mean, shorten
+
+SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "mask_token": "<|mask|>"}
+BYTES = 256
+TRAINED = 4096
+"""Entries of a vocabulary that is trained on texts, where none is said."""
+
+TIED = 65536
+"""Vocabularies up to this size share one table between input and output."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What an architecture asks of its configuration beyond the sizes.
+
+    Args:
+        model_type: transformers' name.
+        feed_forward: inner width over width, by the family's habit.
+        encoder: a masked language model, which sees both sides.
+        extra: `(context, depth, head size) -> fields` of its own.
+    """
+
+    model_type: str
+    feed_forward: float
+    encoder: bool = False
+    extra: Callable[[int, int, int], dict[str, Any]] = lambda context, depth, head: {"head_dim": head}
+
+
+def _gemma3(context: int, depth: int, head: int) -> dict[str, Any]:
+    # Five layers of a window, then one that sees all; a shallow model has its last layer see all.
+    full = {index for index in range(depth) if index % 6 == 5} or {depth - 1}
+    kinds = ["full_attention" if index in full else "sliding_attention" for index in range(depth)]
+    window = max(8, context // 4)
+    return {"head_dim": head, "query_pre_attn_scalar": head, "layer_types": kinds, "sliding_window": window}
+
+
+def _modernbert(context: int, depth: int, head: int) -> dict[str, Any]:
+    return {"local_attention": max(8, context // 8 // 2 * 2)}
+
+
+FAMILIES = {
+    "llama": Family("llama", 8 / 3),
+    "qwen3": Family("qwen3", 3.0),
+    "mistral": Family("mistral", 3.5, extra=lambda context, depth, head: {"head_dim": head, "sliding_window": None}),
+    "gemma3": Family("gemma3_text", 6.0, extra=_gemma3),
+    "bert": Family("bert", 4.0, encoder=True, extra=lambda context, depth, head: {}),
+    "modernbert": Family("modernbert", 1.5, encoder=True, extra=_modernbert),
+}
+
+
+def new(
+    family: str,
+    *,
+    width: int,
+    depth: int,
+    vocab: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    context: int = 512,
+    seed: int = 0,
+    tokenizer: Any = "bytes",
+    **overrides: Any,
+) -> Checkpoint:
+    """Make a model of a stock architecture with random weights: something to train from scratch.
+
+    The weights are drawn by transformers' own rule from `seed`; the global generator is left as it was. Saved by
+    `Checkpoint.save`, the stock loader reads it.
+
+    Args:
+        family: `llama`, `qwen3`, `mistral` (without a window), `gemma3` (text), `bert` or `modernbert`.
+        width: of the hidden state, a multiple of `heads`.
+        depth: layers.
+        vocab: rows of the embedding, at least the tokenizer's entries; with texts as `tokenizer`, the size of the
+            vocabulary that is trained. Default: as many as the tokenizer has; 4,096 for texts.
+        heads: of attention. Default: such that a head has 64 numbers from a width of 512 on, 32 below.
+        kv_heads: of keys and values, a divisor of `heads`. Default: `heads`.
+        context: longest input in tokens. Default 512.
+        seed: of the weights. Default 0.
+        tokenizer: `bytes` (256 bytes and four special tokens; reads any text without loss), a tokenizer, or texts to
+            train a byte-level BPE on (whatever `load_texts` takes). Default `bytes`.
+        **overrides: fields of the configuration, over the family's own (inner width, windows, ties ...).
+
+    Returns:
+        The model in evaluation mode with its tokenizer.
+
+    Raises:
+        IntaglioError: an unknown family or field, or sizes that do not fit each other.
+    """
+    if family not in FAMILIES:
+        raise IntaglioError(f"there is no family {family!r} to make a model of; {did_you_mean(str(family), FAMILIES)}")
+    sizes = {"width": width, "depth": depth, "vocab": vocab, "heads": heads, "kv_heads": kv_heads, "context": context}
+    for name, value in sizes.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise IntaglioError(f"{name} is {shorten(repr(value))}; it must be a whole number of at least 1")
+    heads = _heads(width) if heads is None else heads
+    if width % heads or width // heads % 2:
+        raise IntaglioError(f"width is {width}, no even multiple of heads, {heads}")
+    if heads % (kv_heads or heads):
+        raise IntaglioError(f"kv_heads is {kv_heads}, which does not divide heads, {heads}")
+    spec = FAMILIES[family]
+    if spec.encoder and kv_heads not in (None, heads):
+        raise IntaglioError(f"kv_heads is {kv_heads}; {family} has as many as heads, {heads}")
+    tokens = _tokenizer(tokenizer, vocab, context, spec.encoder)
+    rows = _rows(tokens, vocab)
+    fields = {
+        "vocab_size": rows,
+        "hidden_size": width,
+        "intermediate_size": -(-round(width * spec.feed_forward) // 8) * 8,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": rows <= TIED,
+        **{f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("pad", "bos", "eos")},
+        **({} if spec.encoder else {"num_key_value_heads": kv_heads or heads}),
+        **spec.extra(context, depth, width // heads),
+    }
+    if spec.encoder:
+        fields |= {"cls_token_id": tokens.cls_token_id, "sep_token_id": tokens.sep_token_id}
+    model = _model(spec, fields, overrides, seed)
+    return Checkpoint(model, tokens, source=f"new {family}")
+
+
+def _heads(width: int) -> int:
+    """The number of heads whose size comes nearest to the habit, among those that leave an even size."""
+    habit = 64 if width >= 512 else 32
+    fitting = [heads for heads in range(1, width + 1) if width % heads == 0 and width // heads % 2 == 0]
+    if not fitting:
+        raise IntaglioError(f"width is {width}; it must be even")
+    return min(fitting, key=lambda heads: (abs(width // heads - habit), heads))
+
+
+def _model(spec: Family, fields: dict[str, Any], overrides: dict[str, Any], seed: int) -> Any:
+    plain = AutoConfig.for_model(spec.model_type)
+    unknown = [name for name in overrides if not hasattr(plain, name)]
+    if unknown:
+        known = [name for name in plain.to_dict() if not name.startswith("_")]
+        raise IntaglioError(f"{spec.model_type} has no field {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
+    auto = AutoModelForMaskedLM if spec.encoder else AutoModelForCausalLM
+    try:
+        config = AutoConfig.for_model(spec.model_type, **{**fields, **overrides})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return auto.from_config(config).eval()
+    except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise IntaglioError(f"no {spec.model_type} can be made of these sizes: {reason}") from error
+
+
+def _rows(tokenizer: Any, vocab: int | None) -> int:
+    entries = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if vocab is not None and vocab < entries:
+        raise IntaglioError(f"vocab is {vocab}; the tokenizer has {entries} entries, at least so many are needed")
+    return vocab or entries
+
+
+def _tokenizer(wanted: Any, vocab: int | None, context: int, encoder: bool) -> Any:
+    if hasattr(wanted, "get_vocab"):
+        return wanted
+    if isinstance(wanted, str) and wanted == "bytes":
+        return byte_tokenizer(context, encoder=encoder)
+    if isinstance(wanted, (str, os.PathLike, Corpus)) or (isinstance(wanted, Sequence) and wanted):
+        return trained_tokenizer(load_texts(wanted), TRAINED if vocab is None else vocab, context, encoder=encoder)
+    raise IntaglioError(f"tokenizer is {shorten(repr(wanted))}; accepted: bytes, texts to train one on, a tokenizer")
+
+
+def byte_letters() -> list[str]:
+    """Return the letter that byte-level tokenizers write for each of the 256 bytes.
+
+    Printable bytes are written as themselves, the others as the letters from U+0100 on, in order (Radford et al.,
+    Language Models are Unsupervised Multitask Learners, 2019).
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(BYTES)]
+
+
+def byte_tokenizer(context: int, *, encoder: bool = False) -> PreTrainedTokenizerFast:
+    """Return a tokenizer whose tokens are the 256 bytes: byte b is id b; the special tokens follow from 256.
+
+    Args:
+        context: longest input in tokens, noted in it.
+        encoder: whether texts are put between the begin and end tokens, as encoders want. Default False.
+    """
+    backend = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(byte_letters())}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return _finished(backend, context, encoder)
+
+
+def trained_tokenizer(texts: Corpus, vocab: int, context: int, *, encoder: bool = False) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer trained on texts; it reads any text without loss.
+
+    Args:
+        texts: what it is trained on.
+        vocab: entries, special tokens included, at least 260; few texts may give fewer.
+        context: longest input in tokens, noted in it.
+        encoder: whether texts are put between the begin and end tokens. Default False.
+
+    Raises:
+        IntaglioError: a vocabulary too small for the bytes.
+    """
+    least = BYTES + len(SPECIAL)
+    if vocab < least:
+        raise IntaglioError(f"vocab is {vocab}; a tokenizer trained on texts needs at least {least} entries")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab - len(SPECIAL), initial_alphabet=byte_letters(), show_progress=False)
+    backend.train_from_iterator(texts.documents, trainer)
+    return _finished(backend, context, encoder)
+
+
+def _finished(backend: Tokenizer, context: int, encoder: bool) -> PreTrainedTokenizerFast:
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(SPECIAL.values()))
+    special = dict(SPECIAL)
+    if encoder:
+        special |= {"cls_token": SPECIAL["bos_token"], "sep_token": SPECIAL["eos_token"]}
+        begin, end = SPECIAL["bos_token"], SPECIAL["eos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A {end}",
+            pair=f"{begin} $A {end} $B:1 {end}:1",
+            special_tokens=[(token, backend.token_to_id(token)) for token in (begin, end)],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=context,
+        clean_up_tokenization_spaces=False,
+        # A text that spells out a special token is text.
+        split_special_tokens=True,
+        **special,
+    )

@@ -1,0 +1,47 @@
+"""The one training loop: any objective that fits a model, resumed exactly, on `transformers.Trainer`.
+
+    import intaglio
+    from intaglio.trainer import CausalLM, train
+
+    ckpt = intaglio.new("llama", width=128, depth=4, context=256)
+    done = train(ckpt, texts, objective=CausalLM(length=256), steps=500, batch_size=16, directory="run/")
+    print(done.history[-1].loss)
+
+- `loop`: `train`, and what it returns.
+- `settings`: the numbers of a run, validated.
+- `protocols`: what an objective, a shaper and a selector are.
+- `causal`: rows for next-token prediction, packed without leaks; the objective `CausalLM`.
+- `rows`: from a user's data to rows, in memory or as a stream.
+- `pairs`: instruction pairs, from a file too.
+- `draws`: randomness keyed by (seed, epoch, example id).
+- `lora`: adapters through PEFT, merged at the end; zeros of pruned layers stay.
+- `zeros`: the same for full training.
+- `select`: a selector's choice among the examples.
+- `keep`: what is left as it was found.
+- `stock`: `transformers.Trainer` with our loss and trustworthy checkpoints.
+- `state`: the directory of a resumable run.
+"""
+
+from __future__ import annotations
+
+from intaglio.trainer.causal import CausalLM
+from intaglio.trainer.draws import Draws
+from intaglio.trainer.loop import Logged, Trained, train
+from intaglio.trainer.lora import Lora
+from intaglio.trainer.protocols import Batch, Example, Loss, Objective, Prepares, Selector, Shaper
+
+__all__ = [
+    "Batch",
+    "CausalLM",
+    "Draws",
+    "Example",
+    "Logged",
+    "Lora",
+    "Loss",
+    "Objective",
+    "Prepares",
+    "Selector",
+    "Shaper",
+    "Trained",
+    "train",
+]

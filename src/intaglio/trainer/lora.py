@@ -1,0 +1,151 @@
+"""LoRA through PEFT, merged when the run ends; on pruned layers the zeros stay.
+
+    W' = W + scale B A              (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022)
+    W' = W + mask * (scale B A)     where W is pruned: mask is where W is not zero, in training as in merging
+
+Dimension letters: O outputs, I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.trainer.draws import generator
+from intaglio.trainer.zeros import linear_modules, pruned_mask
+
+ADAPTER = "default"
+
+
+class Lora(BaseModel):
+    """Low-rank adapters instead of full training.
+
+    Args:
+        r: rank. Default 16.
+        alpha: scale times r. Default: twice r.
+        dropout: on the adapters' inputs. Default 0.
+        targets: last parts of the names of the layers that get one, such as `q_proj`. Default: every linear layer but
+            the output head.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    r: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[int, Field(ge=1)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: list[str] | None = None
+
+    def names(self, model: nn.Module) -> list[str]:
+        """Return the names of the layers that get an adapter.
+
+        Args:
+            model: what is trained.
+
+        Raises:
+            IntaglioError: a target is no linear layer of the model.
+        """
+        every = linear_modules(model)
+        last = {name.rpartition(".")[2] for name in every}
+        unknown = [target for target in self.targets or () if target not in last]
+        if unknown or self.targets == []:
+            target = unknown[0] if unknown else "nothing"
+            raise IntaglioError(f"lora: no linear layer is named {target!r}; {did_you_mean(target, last)}")
+        return [name for name in every if self.targets is None or name.rpartition(".")[2] in self.targets]
+
+
+@contextmanager
+def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) -> Iterator[None]:
+    """Put adapters into a model, and merge them when the block ends; after an error they are only taken out.
+
+    Args:
+        model: changed in place; everything but the adapters is frozen inside.
+        lora: None: nothing is done.
+        keep_mask: whether the zeros of pruned layers stay.
+        seed: of the adapters' first values.
+
+    Raises:
+        IntaglioError: PEFT is not installed, or a target does not exist.
+    """
+    if lora is None:
+        yield
+        return
+    layers = _inject(model, lora, seed)
+    masks = {name: pruned_mask(_base(layer).weight) if keep_mask else None for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if masks[name] is not None:
+            _mask_forward(layer, masks[name])
+    try:
+        yield
+        for name, layer in layers.items():
+            _merge(layer, masks[name])
+    finally:
+        for name, layer in layers.items():
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, layer.base_layer)
+        vars(model).pop("peft_config", None)
+
+
+def _base(layer: Any) -> Any:
+    return layer.base_layer
+
+
+def _inject(model: nn.Module, lora: Lora, seed: int) -> dict[str, Any]:
+    names = lora.names(model)
+    try:
+        from peft import LoraConfig, inject_adapter_in_model  # optional, and slow to import
+    except ImportError:
+        raise IntaglioError("lora needs the package peft: pip install 'intaglio[train]'") from None
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha or 2 * lora.r,
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in names),
+    )
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    layers = {name: model.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+        # PEFT draws from the global generator, in the dtype of the layer.
+        a, b = (getattr(layer, part)[ADAPTER] for part in ("lora_A", "lora_B"))
+        a.float(), b.float()
+        bound = a.weight.shape[1] ** -0.5
+        drawn = torch.rand(a.weight.shape, generator=generator(seed, "lora", name))
+        with torch.no_grad():
+            a.weight.copy_((2 * drawn - 1) * bound)
+    return layers
+
+
+def _delta(layer: Any, mask_OI: Tensor | None) -> Tensor:
+    """What the adapter adds to the weight, laid out as the weight is, zero where the mask is False."""
+    delta: Tensor = layer.get_delta_weight(ADAPTER)
+    return delta if mask_OI is None else delta * mask_OI
+
+
+def _mask_forward(layer: Any, mask_OI: Tensor | None) -> None:
+    """Have PEFT ask us for the layer's output: its hook for variants of LoRA."""
+    from peft.tuners.lora.layer import LoraVariant
+
+    class Masked(LoraVariant):
+        @staticmethod
+        def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **more: Any) -> Tensor:
+            delta = _delta(module, mask_OI)
+            x = module.lora_dropout[active_adapter](x.to(delta.dtype))
+            added = x @ delta if isinstance(module.base_layer, Conv1D) else F.linear(x, delta)
+            return result + added
+
+    layer.lora_variant[ADAPTER] = Masked()
+
+
+@torch.no_grad()
+def _merge(layer: Any, mask_OI: Tensor | None) -> None:
+    weight = layer.base_layer.weight
+    merged = (weight.float() + _delta(layer, mask_OI).float()).to(weight.dtype)
+    weight.copy_(merged)

@@ -1,0 +1,112 @@
+"""Instruction pairs: a prompt and the answer to learn, from a file or from a user's own examples."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.errors import IntaglioError, shorten
+from intaglio.trainer.protocols import Example
+from intaglio.trainer.rows import token_ids
+
+NAMES = (("prompt", "answer"), ("prompt", "completion"), ("instruction", "output"))
+"""What the two halves may be called; an `input` beside an instruction stands below it."""
+
+
+def load_pairs(path: str | os.PathLike[str]) -> list[Example]:
+    """Return the pairs of a file with one JSON object a line.
+
+    Args:
+        path: each line has `prompt` and `answer` (or `completion`), or `instruction`, perhaps `input`, and `output`.
+
+    Raises:
+        IntaglioError: the file cannot be read or is empty, or a line is malformed (it is named).
+    """
+    file = Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise IntaglioError(f"cannot read the instructions {file}: {reason}") from None
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise IntaglioError(f"line {number} of {file} is not JSON: {error}") from None
+        prompt, answer = halves(value, f"line {number} of {file}")
+        pairs.append({"prompt": prompt, "answer": answer})
+    if not pairs:
+        raise IntaglioError(
+            f"the instructions {file} are empty; one JSON object a line with prompt and answer is needed"
+        )
+    return pairs
+
+
+def halves(value: Any, what: str) -> tuple[str, str]:
+    """Return the prompt and the answer of a pair.
+
+    Args:
+        value: what was read.
+        what: names it in a sentence.
+
+    Raises:
+        IntaglioError: a half is missing, is no text or, of the answer, empty.
+    """
+    if not isinstance(value, Mapping):
+        raise IntaglioError(f"{what} is {shorten(repr(value))}; an object with prompt and answer is accepted")
+    for question, reply in NAMES:
+        if question in value and reply in value:
+            break
+    else:
+        known = ", ".join(sorted(key for key in value if key != "id")) or "nothing"
+        raise IntaglioError(f"{what} has no prompt and answer (nor instruction and output); it has: {known}")
+    prompt, answer, below = value[question], value[reply], value.get("input", "")
+    for name, text in ((question, prompt), (reply, answer), ("input", below)):
+        if not isinstance(text, str):
+            raise IntaglioError(f"{what}: its {name} is {shorten(repr(text))}; only a string is accepted")
+    if not answer.strip():
+        raise IntaglioError(f"{what}: its {reply} is empty; there is nothing to learn from it")
+    return (f"{prompt}\n{below}" if below and question == "instruction" else prompt), answer
+
+
+def as_pair(
+    checkpoint: Checkpoint, example: Example, number: int, length: int, *, chat: bool
+) -> tuple[list[int], list[int], list[int]]:
+    """Return the token ids of a prompt, of its answer, cut so that all fits, and of the end-of-text token.
+
+    Args:
+        checkpoint: its tokenizer is used.
+        example: see `halves`.
+        number: of the example, from 0.
+        length: most tokens of all three.
+        chat: whether the prompt is put into the tokenizer's chat template, if it has one.
+
+    Raises:
+        IntaglioError: the example is malformed, or its prompt leaves no room for an answer.
+    """
+    what = f"example {number} of the training data"
+    question, reply = halves(example, what)
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        raise IntaglioError("the checkpoint has no tokenizer, so it cannot be trained on instruction pairs")
+    if chat and getattr(tokenizer, "chat_template", None):
+        turn = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    else:
+        prompt = token_ids(checkpoint, question, what, end=False)
+    stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    room = length - len(prompt) - len(stop)
+    if room < 1 or not prompt:
+        raise IntaglioError(
+            f"{what}: its prompt is {len(prompt)} tokens; from 1 to {length - 1 - len(stop)} fit beside an answer"
+        )
+    answer = tokenizer(reply, add_special_tokens=False, verbose=False)["input_ids"]
+    return list(prompt), list(answer[:room]), stop

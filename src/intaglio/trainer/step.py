@@ -1,0 +1,216 @@
+"""`train` as a step of a recipe: an objective, shapers, a selector, LoRA and a budget, named in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from intaglio.catalogue import ENTRIES
+from intaglio.checkpoint import Checkpoint
+from intaglio.data.segments import Segments
+from intaglio.data.texts import Corpus, load_texts
+from intaglio.errors import IntaglioError, did_you_mean, shorten
+from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, get, silent
+from intaglio.trainer.pairs import load_pairs
+from intaglio.trainer.settings import Settings
+
+ROW = 512
+"""Tokens of a row in estimates."""
+
+
+class Train(Settings, Method, slug="train"):
+    """A training step; the settings are those of `intaglio.train`.
+
+    Args:
+        objective: `{slug: fields}`. Default: next-token prediction.
+        shape: shapers, `[{slug: fields}, ...]`. Default: none.
+        select: a selector, `{slug: fields}`. Default: every example.
+        texts: what is trained on: a bundled name, a file, a folder or a hub id. Default: the recipe's calibration
+            texts. Documents that are measured on are left out.
+        instructions: in place of texts, a file of instruction pairs, one JSON object a line.
+        length: tokens of a row, for next-token prediction. Default: the model's context, at most 1,024.
+        evaluate: whether the objective's loss is taken on the held-out segments while training. Default False.
+        seed: default: the recipe's.
+    """
+
+    storage: ClassVar[Literal["baked"]] = "baked"
+    needs_calibration: ClassVar[bool] = False
+
+    objective: dict[str, Any] | None = None
+    shape: list[dict[str, Any]] = Field(default_factory=list)
+    select: dict[str, Any] | None = None
+    texts: Annotated[str, Field(min_length=1)] | None = None
+    instructions: Annotated[str, Field(min_length=1)] | None = None
+    length: Annotated[int, Field(ge=2)] | None = None
+    evaluate: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None  # type: ignore[assignment]
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _objective(cls, value: Any) -> Any:
+        return None if value is None else _named(value, "objective")
+
+    @field_validator("select", mode="before")
+    @classmethod
+    def _select(cls, value: Any) -> Any:
+        return None if value is None else _named(value, "selector")
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _shape(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            raise ValueError("a list of shapers is needed, such as [progressive_nm: {}]")
+        return [_named(item, "shaper") for item in value]
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.texts is not None and self.instructions is not None:
+            raise ValueError("texts and instructions are given; one of them says what is trained on")
+        if self.length is not None and self.objective is not None:
+            raise ValueError("length belongs to next-token prediction; give it to the objective")
+        if self.instructions is not None and self.objective is None:
+            raise ValueError("instructions need an objective that reads them, such as meap: {mode: finetuning}")
+        if self.patience is not None and not self.evaluate:
+            raise ValueError("patience needs evaluate: true")
+        return self
+
+    @property
+    def parts(self) -> list[Method]:
+        """Every method of the step."""
+        given = [self.objective, *self.shape, self.select]
+        return [_made(named) for named in given if named is not None]
+
+    # What a step changes and needs is what its parts do, so these hide the class's own.
+    @property
+    def changes(self) -> frozenset[Change]:  # type: ignore[override]
+        """Weights, and what the parts change."""
+        own: frozenset[Change] = frozenset({"weights"})
+        return own.union(*(part.changes for part in self.parts))
+
+    @property
+    def requires(self) -> frozenset[Fact]:  # type: ignore[override]
+        """What the parts need; next-token prediction needs a decoder."""
+        own: frozenset[Fact] = frozenset({"causal"} if self.objective is None else ())
+        return own.union(*(part.requires for part in self.parts))
+
+    @property
+    def invalidates(self) -> frozenset[Fact]:  # type: ignore[override]
+        """What the parts do away with, and the zeros if they are given up."""
+        own: frozenset[Fact] = frozenset(() if self.keep_mask else {"zeros"})
+        return own.union(*(part.invalidates for part in self.parts))
+
+    def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
+        """Refuse LoRA targets that the model has no linear layer for.
+
+        Args:
+            linears: `(name, rows, columns)`; the parts of a fused layer have their role behind its name.
+
+        Raises:
+            IntaglioError: names the target.
+        """
+        names = {name.partition("[")[0].rpartition(".")[2] for name, _, _ in linears}
+        targets = [] if self.lora is None else self.lora.targets or []
+        for target in targets:
+            if target not in names:
+                raise IntaglioError(f"lora: no linear layer is named {target!r}; {did_you_mean(target, names)}")
+
+    def estimate(self, workload: Workload) -> Cost:
+        """Return about what the step takes: 6 operations a parameter and token, and the optimizer's two moments.
+
+        Args:
+            workload: of the model; a row counts as 512 tokens, an epoch as the calibration tokens, where neither is
+                known before the texts are read.
+        """
+        tokens: float = self.tokens or (self.steps or 0) * self.batch_size * self.accumulate * (self.length or ROW)
+        if self.epochs is not None:
+            tokens = self.epochs * workload.tokens
+        trained = sum(self.lora.r * (a + b) for a, b in workload.linears) if self.lora else workload.parameters
+        return Cost(flops=6.0 * workload.parameters * tokens, extra_bytes=int(16 * trained))
+
+    def apply(
+        self,
+        checkpoint: Checkpoint,
+        calibration: Corpus | None = None,
+        *,
+        seed: int = 0,
+        held_out: Segments | None = None,
+        held_out_hashes: frozenset[str] = frozenset(),
+        directory: Path | None = None,
+        resume: bool = False,
+        progress: Progress = silent,
+    ) -> Checkpoint:
+        """Train `checkpoint` in place and return it.
+
+        Args:
+            checkpoint: what is trained.
+            calibration: the texts to train on where the step names none.
+            seed: where the step has none.
+            held_out: what is evaluated on, if asked for.
+            held_out_hashes: documents that are never trained on.
+            directory: for the state of the run; None: it cannot be resumed.
+            resume: whether to go on with what `directory` holds.
+            progress: called after each optimizer step.
+
+        Raises:
+            IntaglioError: no texts, or as `intaglio.train`.
+        """
+        from intaglio.trainer.causal import CausalLM
+        from intaglio.trainer.loop import train
+
+        settings = {name: getattr(self, name) for name in Settings.model_fields}
+        train(
+            checkpoint,
+            self._data(calibration, held_out_hashes),
+            objective=CausalLM(self.length) if self.objective is None else _made(self.objective),  # type: ignore[arg-type]
+            shape=[_made(named) for named in self.shape],  # type: ignore[misc]
+            select=None if self.select is None else _made(self.select),  # type: ignore[arg-type]
+            evaluate=held_out if self.evaluate else None,
+            directory=directory,
+            resume=resume,
+            progress=progress,
+            **{**settings, "seed": seed if self.seed is None else self.seed},
+        )
+        return checkpoint
+
+    def _data(self, calibration: Corpus | None, held_out_hashes: frozenset[str]) -> Any:
+        if self.instructions is not None:
+            return load_pairs(self.instructions)
+        texts = calibration if self.texts is None else load_texts(self.texts)
+        if texts is None:
+            raise IntaglioError("training data is missing: name texts or instructions")
+        return texts.without(held_out_hashes)
+
+
+def _made(named: Mapping[str, Any]) -> Method:
+    slug, fields = next(iter(named.items()))
+    return get(slug)(**fields)
+
+
+def _named(value: Any, kind: str) -> dict[str, Any]:
+    """`{slug: every field}` of a method of a kind, from what the file has."""
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise ValueError(f"one {kind} with its parameters is needed, such as {{SLUG: {{}}}}")
+    slug, fields = next(iter(value.items()))
+    known = [name for name, entry in ENTRIES.items() if kind in entry.kinds]
+    if slug not in known:
+        raise ValueError(f"there is no {kind} named {shorten(repr(slug))}; {did_you_mean(str(slug), known)}")
+    if not isinstance(fields or {}, Mapping):
+        raise ValueError(f"the parameters of {slug} must be a mapping")
+    try:
+        return {slug: get(slug).model_validate(dict(fields or {})).model_dump()}
+    except ValidationError as error:
+        raise ValueError(f"{slug}: {_first(get(slug), error)}") from None
+
+
+def _first(cls: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"there is no field {name!r}; {did_you_mean(name, cls.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input", "it")
+    return f"{name} is {shorten(repr(first['input']))}; {message}" if name else message

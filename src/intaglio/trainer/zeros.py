@@ -1,0 +1,91 @@
+"""Zeros that a carving made stay zeros while a model is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from intaglio.trainer.protocols import Batch
+
+LEAST = 0.05
+"""The share of zeros from which on a matrix counts as pruned; trained weights hit zero by chance far more seldom."""
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model by name, its output head left out.
+
+    Args:
+        model: a stock model.
+    """
+    head_of: Any = getattr(model, "get_output_embeddings", None)
+    head = None if head_of is None else head_of()
+    found = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    return {name: module for name, module in found.items() if module is not head}
+
+
+def pruned_mask(weight: Tensor) -> Tensor | None:
+    """Return where a pruned matrix is not zero, bool in its shape; None if it is not pruned.
+
+    Args:
+        weight: a matrix.
+    """
+    mask = weight.detach() != 0
+    return mask if float(mask.float().mean()) <= 1 - LEAST else None
+
+
+class KeepZeros:
+    """A shaper that sets the zeros of pruned linear layers to zero again after each step.
+
+    So the optimizer moves only what a carving left: gradient descent projected onto the pattern.
+    """
+
+    def __init__(self) -> None:
+        self._zeros: list[tuple[Tensor, Tensor]] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Note the zeros of the layers that will be trained.
+
+        Args:
+            model: what is trained.
+        """
+        for name in linear_modules(model):
+            weight = model.get_parameter(f"{name}.weight")
+            mask = pruned_mask(weight) if weight.requires_grad else None
+            if mask is not None:
+                self._zeros.append((weight, ~mask))
+
+    @torch.no_grad()
+    def on_step(self, t: int) -> None:
+        """Set the zeros again.
+
+        Args:
+            t: the step.
+        """
+        for weight, zero in self._zeros:
+            weight.masked_fill_(zero, 0)
+
+    def before_step(self, t: int, next_batch: Batch) -> None:
+        """Do nothing."""
+
+    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Mapping[str, Tensor]:
+        """Return nothing."""
+        return {}
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return none."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: the zeros are those of the model that the run began with."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def detach(self, model: nn.Module) -> None:
+        """Forget the model."""
+        self._zeros.clear()

@@ -1,0 +1,41 @@
+"""Small models and runs that the tests of the trainer share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.trainer import CausalLM, Trained, train
+from tests.families import tiny_model, tiny_tokenizer
+
+TEXTS = [f"the quick brown fox number {n} jumps over the lazy dog and sleeps in the sun" for n in range(30)]
+ARGUMENTS: dict[str, Any] = {"steps": 8, "batch_size": 2, "log_every": 1, "learning_rate": 1e-3, "warmup": 2}
+
+
+def checkpoint(family: str = "llama", layers: int = 2, **more: Any) -> Checkpoint:
+    """A tiny random model with its tokenizer."""
+    return Checkpoint(tiny_model(family, layers=layers, **more), tiny_tokenizer(family), "tiny")
+
+
+def run(ckpt: Checkpoint, data: Any = None, **more: Any) -> Trained:
+    """A short run of next-token training on rows of 24 tokens."""
+    data = TEXTS if data is None else data
+    return train(ckpt, data, **{"objective": CausalLM(length=24), **ARGUMENTS, **more})
+
+
+def weights(ckpt: Checkpoint) -> dict[str, Tensor]:
+    """A copy of the weights."""
+    return {name: value.clone() for name, value in ckpt.model.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two copies are equal bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def far(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The greatest difference of two copies."""
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
