@@ -1,0 +1,17 @@
+"""The plain drafters: what every method that drafts is measured against, and may build on.
+
+They live here and not in the room `decoding` because a room's files are the methods of the catalogue, and because
+drafters of several rooms, the benchmarks and the evidence share them.
+
+- `lookup.py`: `PromptLookup`, what followed the last tokens when they stood in the context before
+- `ngrams.py`: `NGramStore`, n-grams counted in a corpus, saved as safetensors
+- `draft_model.py`: `DraftModel`, a smaller model with its own cache, a chain or a tree, with draft probabilities
+"""
+
+from __future__ import annotations
+
+from intaglio.verify.drafters.draft_model import DraftModel
+from intaglio.verify.drafters.lookup import PromptLookup
+from intaglio.verify.drafters.ngrams import NGramStore
+
+__all__ = ["DraftModel", "NGramStore", "PromptLookup"]

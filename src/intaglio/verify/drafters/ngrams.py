@@ -1,0 +1,307 @@
+"""A store of n-grams counted in a corpus: a draft from what usually follows.
+
+Dimension letters: C contexts, T most likely successors.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from intaglio import writer
+from intaglio.errors import IntaglioError
+from intaglio.verify.drafters.lookup import check_count
+from intaglio.verify.protocols import Run, Session, Step, by_row
+from intaglio.verify.tree import TokenTree
+
+_FORMAT = "intaglio n-gram store 1"
+_CHUNK = 1 << 20
+_BACK_OFF = 0.4
+"""Weight of a successor seen after one token less of context: stupid backoff (Brants et al., EMNLP 2007)."""
+
+
+class _Counts:
+    """How often each (context, next token) was seen, bounded in memory.
+
+    Args:
+        vocabulary: token ids are below this.
+        context: tokens of a context.
+        most: pairs kept when a chunk is merged in.
+    """
+
+    def __init__(self, vocabulary: int, context: int, most: int) -> None:
+        self._vocabulary = vocabulary
+        self._context = context
+        self._most = most
+        self.pairs = np.zeros(0, dtype=np.int64)
+        self.counts = np.zeros(0, dtype=np.int64)
+
+    def add(self, sequences: Sequence[np.ndarray]) -> None:
+        """Count every window of each sequence; the rarest pairs go where there are too many."""
+        found = [self.pairs]
+        weights = [self.counts]
+        for ids in sequences:
+            windows = len(ids) - self._context
+            if windows < 1:
+                continue
+            pairs = np.zeros(windows, dtype=np.int64)
+            for offset in range(self._context + 1):
+                pairs = pairs * self._vocabulary + ids[offset : offset + windows]
+            found.append(pairs)
+            weights.append(np.ones(windows, dtype=np.int64))
+        self.pairs, inverse = np.unique(np.concatenate(found), return_inverse=True)
+        self.counts = np.bincount(inverse, np.concatenate(weights), len(self.pairs)).astype(np.int64)
+        if len(self.pairs) > self._most:
+            kept = np.sort(np.argsort(-self.counts, kind="stable")[: self._most])
+            self.pairs, self.counts = self.pairs[kept], self.counts[kept]
+
+    def table(self, contexts: int, top: int) -> dict[str, np.ndarray]:
+        """The most frequent contexts with their most frequent successors."""
+        keys, tokens = np.divmod(self.pairs, self._vocabulary)
+        names, first = np.unique(keys, return_index=True)
+        totals = np.add.reduceat(self.counts, first) if len(first) else np.zeros(0, dtype=np.int64)
+        # Within a context: the most frequent first, the smaller id on a tie.
+        order = np.lexsort((tokens, -self.counts, keys))
+        rank = np.arange(len(keys)) - np.repeat(first, np.diff(np.append(first, len(keys))))
+        kept = np.sort(np.argsort(-totals, kind="stable")[:contexts])
+        place = np.full(len(names), -1)
+        place[kept] = np.arange(len(kept))
+        row = np.repeat(place, np.diff(np.append(first, len(keys))))
+        chosen = (rank < top) & (row >= 0)
+        following = np.full((len(kept), top), -1, dtype=np.int32)
+        counts = np.zeros((len(kept), top), dtype=np.int32)
+        following[row[chosen], rank[chosen]] = tokens[order][chosen]
+        counts[row[chosen], rank[chosen]] = np.minimum(self.counts[order][chosen], np.iinfo(np.int32).max)
+        return {"keys": names[kept], "totals": totals[kept], "following": following, "counts": counts}
+
+
+class NGramStore:
+    """Drafts from n-grams of a corpus, the longest context that is known first.
+
+    The tree is grown best first: the value of a node is the product of the relative frequencies along its path, 0.4
+    for each token of context that had to be given up. The store never changes, so equal contexts give equal trees.
+
+    Made by `build` or `load`.
+
+    Args:
+        tables: for each context length, from 1, the arrays `keys` int64 [C] (contexts as numbers in base `vocabulary`,
+            increasing), `totals` int64 [C], `following` int32 [C, T] (-1: none), `counts` int32 [C, T].
+        vocabulary: number of token ids.
+        nodes: most drafted nodes of a tree. Default 15, so that a pass reads 16 tokens.
+        length: depth of the tree at the most. Default 8.
+
+    Raises:
+        IntaglioError: a setting below 1.
+    """
+
+    needs_hidden = False
+
+    def __init__(
+        self, tables: Sequence[dict[str, np.ndarray]], vocabulary: int, nodes: int = 15, length: int = 8
+    ) -> None:
+        check_count("nodes", nodes)
+        check_count("length", length)
+        self.tables = list(tables)
+        self.vocabulary = vocabulary
+        self.nodes = nodes
+        self.length = length
+
+    @classmethod
+    def build(
+        cls,
+        sequences: Iterable[Sequence[int]],
+        vocabulary: int,
+        *,
+        order: int = 3,
+        contexts: int = 500_000,
+        top: int = 8,
+        nodes: int = 15,
+        length: int = 8,
+    ) -> NGramStore:
+        """Count the n-grams of tokenised texts.
+
+        Memory is bounded by about `8 * contexts` pairs while counting (the rarest are given up when there are more, so
+        counts of a very long corpus are lower bounds) and by `contexts * (top + 2)` numbers for each context length
+        afterwards.
+
+        Args:
+            sequences: token ids of each text; n-grams never cross from one text to the next.
+            vocabulary: number of token ids of the target.
+            order: tokens of the longest n-gram, the one that follows included. Default 3.
+            contexts: contexts kept of each length, the most frequent. Default 500,000.
+            top: successors kept of each. Default 8.
+            nodes: as the constructor.
+            length: as the constructor.
+
+        Raises:
+            IntaglioError: a setting that is too small, an order whose n-grams do not fit 63 bits, a token id outside
+                the vocabulary, or no n-gram at all.
+        """
+        for name, value, least in (("order", order, 2), ("contexts", contexts, 1), ("top", top, 1)):
+            check_count(name, value, least)
+        if vocabulary**order >= 2**63:
+            raise IntaglioError(
+                f"order is {order}; with a vocabulary of {vocabulary} at most {_largest(vocabulary)} fits"
+            )
+        counters = [_Counts(vocabulary, n, 8 * contexts) for n in range(1, order)]
+        for chunk in _chunks(sequences, vocabulary):
+            for counter in counters:
+                counter.add(chunk)
+        if not len(counters[0].pairs):
+            raise IntaglioError("the corpus holds no two tokens in a row, so no n-gram can be counted")
+        return cls([counter.table(contexts, top) for counter in counters], vocabulary, nodes, length)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the store as one safetensors file, atomically.
+
+        Args:
+            path: the file.
+
+        Raises:
+            IntaglioError: the disk refuses.
+        """
+        tensors = {f"{n}.{name}": array for n, table in enumerate(self.tables, 1) for name, array in table.items()}
+        # One entry: several would be written in another order each time.
+        writer.write_bytes(path, save(tensors, {_FORMAT: f"{self.vocabulary} {len(self.tables) + 1}"}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, nodes: int = 15, length: int = 8) -> NGramStore:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            nodes: as the constructor.
+            length: as the constructor.
+
+        Raises:
+            IntaglioError: no such file, or one that is no n-gram store.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise IntaglioError(f"there is no n-gram store {path}")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        except SafetensorError as error:
+            raise IntaglioError(f"{path} is no n-gram store: {error}") from error
+        names = ("keys", "totals", "following", "counts")
+        try:
+            vocabulary, order = map(int, metadata[_FORMAT].split())
+            tables = [{name: arrays[f"{n}.{name}"] for name in names} for n in range(1, order)]
+        except (KeyError, ValueError):
+            tables = []
+        if not tables or not all(map(_sound, tables)):
+            raise IntaglioError(f"{path} is no n-gram store; make one with NGramStore.build(...).save")
+        return cls(tables, vocabulary, nodes, length)
+
+    def following(self, context: Sequence[int]) -> list[tuple[int, float]]:
+        """The likely next tokens with their values, the most likely first; the longest known context decides.
+
+        Args:
+            context: the tokens so far.
+        """
+        weight = 1.0
+        for n in range(min(len(self.tables), len(context)), 0, -1):
+            table, key = self.tables[n - 1], 0
+            for token in context[-n:]:
+                key = key * self.vocabulary + token
+            row = int(np.searchsorted(table["keys"], key))
+            if row < len(table["keys"]) and table["keys"][row] == key:
+                scale = weight / float(table["totals"][row])
+                pairs = zip(table["following"][row].tolist(), table["counts"][row].tolist(), strict=True)
+                return [(token, scale * count) for token, count in pairs if token >= 0]
+            weight *= _BACK_OFF
+        return []
+
+    def start(self, run: Run) -> Session:
+        """Begin a run; see `Drafter.start`.
+
+        Raises:
+            IntaglioError: the store was counted with another vocabulary than the target's.
+        """
+        found = run.model.get_input_embeddings().num_embeddings
+        if found != self.vocabulary:
+            raise IntaglioError(
+                f"the n-gram store was counted over {self.vocabulary} token ids; the target has {found}, so it was "
+                "made with another tokenizer"
+            )
+        return by_row(run, lambda prompt: _Tail(self, prompt))
+
+
+class _Tail:
+    """One row: its last tokens, as many as a context needs."""
+
+    def __init__(self, store: NGramStore, prompt: Sequence[int]) -> None:
+        self._store = store
+        self._most = len(store.tables)
+        self._ids = list(prompt[-self._most :])
+
+    def observe(self, step: Step) -> None:
+        self._ids = [*self._ids, *step.tokens][-self._most :]
+
+    def propose(self, room: int) -> TokenTree:
+        store = self._store
+        most = min(store.length, room)
+        tokens, parents, depths, contexts = [self._ids[-1]], [-1], [0], [self._ids]
+        # (minus the value, order of discovery, token, parent): the order makes ties, so trees, the same every time.
+        heap: list[tuple[float, int, int, int]] = []
+        found = itertools.count()
+
+        def open_node(node: int, value: float) -> None:
+            if depths[node] < most:
+                for token, share in store.following(contexts[node]):
+                    heapq.heappush(heap, (-value * share, next(found), token, node))
+
+        open_node(0, 1.0)
+        while heap and len(tokens) <= store.nodes:
+            value, _, token, parent = heapq.heappop(heap)
+            tokens.append(token)
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+            contexts.append([*contexts[parent], token][-self._most :])
+            open_node(len(tokens) - 1, -value)
+        return TokenTree(tokens, parents)
+
+
+def _largest(vocabulary: int) -> int:
+    """The longest n-gram whose number fits 63 bits."""
+    return max(n for n in range(1, 64) if vocabulary**n < 2**63)
+
+
+def _sound(table: dict[str, np.ndarray]) -> bool:
+    contexts = len(table["keys"])
+    return (
+        table["totals"].shape == (contexts,)
+        and table["following"].ndim == 2
+        and table["following"].shape == table["counts"].shape
+        and len(table["following"]) == contexts
+    )
+
+
+def _chunks(sequences: Iterable[Sequence[int]], vocabulary: int) -> Iterable[list[np.ndarray]]:
+    """The texts as arrays, about a million tokens at a time."""
+    chunk: list[np.ndarray] = []
+    held = 0
+    for sequence in sequences:
+        ids = np.asarray(sequence, dtype=np.int64)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+            wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise IntaglioError(
+                f"the corpus holds the token id {wrong}; the vocabulary has the ids 0 to {vocabulary - 1}, so it was "
+                "made with another tokenizer"
+            )
+        chunk.append(ids)
+        held += len(ids)
+        if held >= _CHUNK:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk

@@ -1,0 +1,59 @@
+"""What a run cost: passes, nodes, accepted tokens, and where the time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Statistics:
+    """Counts and seconds of one call of `generate`.
+
+    Attributes:
+        passes: forward passes of the target, the prefill included.
+        row_passes: the same, counted once for each row that was still going; equals `passes` with one row.
+        nodes: drafted nodes verified, the roots not counted.
+        tokens: tokens emitted.
+        accepted: drafted tokens emitted.
+        lengths: accepted drafted tokens of each tree pass and row.
+        seconds: the whole call.
+        model_seconds: inside the target's passes.
+        drafter_seconds: inside the drafter's `start`, `propose` and `observe`.
+    """
+
+    passes: int = 0
+    row_passes: int = 0
+    nodes: int = 0
+    tokens: int = 0
+    accepted: int = 0
+    lengths: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    model_seconds: float = 0.0
+    drafter_seconds: float = 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens emitted by a pass and row, the prefill included."""
+        return self.tokens / self.row_passes if self.row_passes else 0.0
+
+    @property
+    def accepted_share(self) -> float:
+        """Share of the drafted nodes verified that were accepted."""
+        return self.accepted / self.nodes if self.nodes else 0.0
+
+    @property
+    def drafted_share(self) -> float:
+        """Share of the tokens emitted that had been drafted."""
+        return self.accepted / self.tokens if self.tokens else 0.0
+
+    @property
+    def loop_seconds(self) -> float:
+        """Seconds outside the target and the drafter: masks, acceptance, processors, criteria, cache, streaming."""
+        return self.seconds - self.model_seconds - self.drafter_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything above as plain numbers, ready for JSON."""
+        names = ("passes", "row_passes", "nodes", "tokens", "accepted", "lengths", "tokens_per_pass", "accepted_share",
+                 "drafted_share", "seconds", "model_seconds", "drafter_seconds", "loop_seconds")  # fmt: skip
+        return {name: getattr(self, name) for name in names}
