@@ -14,7 +14,8 @@ import torch
 
 from intaglio import carving
 from intaglio.carving import carve, compare, plan
-from intaglio.checkpoint import RECORD, load
+from intaglio.checkpoint import RECORD, load, weights_digest
+from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
 from intaglio.method import Progress
 from intaglio.recipe import Measure, Recipe
@@ -69,7 +70,8 @@ def make_recipe(corpus: Path, steps: list[dict] | None = None) -> Recipe:
 
 
 def files(out: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in sorted(out.iterdir()) if file.name not in MEASURED}
+    found = sorted(file for file in out.rglob("*") if file.is_file() and file.name not in MEASURED)
+    return {file.relative_to(out).as_posix(): file.read_bytes() for file in found}
 
 
 def leftovers(out: Path) -> list[str]:
@@ -179,6 +181,62 @@ def test_threads_are_put_back_on_resume(model: Path, corpus: Path, tmp_path: Pat
         torch.set_num_threads(threads)
 
 
+FIT = {"fit": {"aded": {"nodes": 7}}}
+
+
+def test_a_fit_attaches_and_leaves_the_weights_alone(model: Path, corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    document = carve(make_recipe(corpus, [FIT]), out, model=str(model))
+    assert document["title"] == f"{model} fitted aded"
+    assert document["before"]["perplexity"] == document["after"]["perplexity"]
+    assert weights_digest(out) == weights_digest(model)
+    (step,) = load(out).record.steps
+    assert (step.slug, step.verb, step.seed, step.parameters["nodes"]) == ("aded", "fit", 3, 7)
+    assert step.chosen["entries"] >= step.chosen["rows"] > 0
+    # The table is of the documents that nothing is measured on.
+    train, held_out = load_texts(str(corpus)).split()
+    assert step.chosen["documents"] == len(train) < len(train) + len(held_out)
+    assert load(out).decoder("aded").nodes == 7
+
+
+@pytest.mark.parametrize("call", [20, 64, 70, 78])
+def test_a_fit_too_is_put_aside_and_resumed(model: Path, corpus: Path, tmp_path: Path, call: int) -> None:
+    recipe, whole, broken = make_recipe(corpus, [{"wanda": {"sparsity": 0.5}}, FIT]), tmp_path / "a", tmp_path / "b"
+    count = 0
+
+    def counted(*_: object) -> None:
+        nonlocal count
+        count += 1
+
+    carve(recipe, whole, model=str(model), progress=counted)
+    assert "attachments/aded.safetensors" in files(whole)
+    with pytest.raises(Killed):
+        carve(recipe, broken, model=str(model), progress=kill_at(min(call * count // 80, count)))
+    assert not broken.exists()
+    carve(recipe, broken, model=str(model), resume=True)
+    assert files(broken) == files(whole)
+    assert leftovers(broken) == []
+    assert "aded" in load(broken).attachments
+
+
+def test_a_carve_behind_a_fit_makes_it_stale(model: Path, corpus: Path, tmp_path: Path) -> None:
+    carve(make_recipe(corpus, [FIT]), tmp_path / "a", model=str(model))
+    carve(make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}]), tmp_path / "b", model=str(tmp_path / "a"))
+    with pytest.raises(IntaglioError, match="aded was fitted before magnitude changed the weights; fit it again"):
+        load(tmp_path / "b").decoder("aded")
+    carve(make_recipe(corpus, [FIT]), tmp_path / "c", model=str(tmp_path / "b"))
+    assert load(tmp_path / "c").decoder("aded").nodes == 7
+
+
+def test_a_fit_for_an_encoder_is_refused_before_any_work(corpus: Path, tmp_path: Path) -> None:
+    encoder = tiny_checkpoint_dir("bert", tmp_path / "encoder")
+    for run in (lambda: carve(make_recipe(corpus, [FIT]), tmp_path / "out", model=str(encoder)),
+                lambda: plan(make_recipe(corpus, [FIT]), model=str(encoder))):  # fmt: skip
+        with pytest.raises(IntaglioError, match=r"aded needs a model that generates; .* is an encoder"):
+            run()
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_carve_to_the_same_place_is_refused(model: Path, corpus: Path, tmp_path: Path) -> None:
     recipe, out = make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}]), tmp_path / "out"
 
@@ -225,8 +283,9 @@ def test_compare_measures_agreement_only_on_the_same_tokens(model: Path, corpus:
 
 def test_a_plan_reads_no_weights(model: Path, corpus: Path) -> None:
     (model / "model.safetensors").chmod(0o600)
-    found = plan(make_recipe(corpus), model=str(model))
-    assert [step["slug"] for step in found["steps"]] == ["wanda", "sparsegpt", "dsnot"]
+    found = plan(make_recipe(corpus, [*STEPS, FIT]), model=str(model))
+    assert [step["slug"] for step in found["steps"]] == ["wanda", "sparsegpt", "dsnot", "aded"]
+    assert [step["verb"] for step in found["steps"]] == ["carve"] * 3 + ["fit"]
     assert all(step["seconds"] > 0 and step["memory_bytes"] > found["bytes"] for step in found["steps"])
     assert found["tokens"] == 6 * 32
     with pytest.raises(IntaglioError, match="2:3 does not fit"):
@@ -237,7 +296,7 @@ def test_a_plan_reads_no_weights(model: Path, corpus: Path) -> None:
 @pytest.mark.parametrize("delay", [0.0, 0.15, 0.3, 0.5, 0.8, 1.2])
 def test_kill_minus_9(model: Path, corpus: Path, tmp_path: Path, delay: float) -> None:
     """A real process, really killed, some time after it began to work."""
-    recipe, out, whole = make_recipe(corpus), tmp_path / "out", tmp_path / "whole"
+    recipe, out, whole = make_recipe(corpus, [*STEPS, FIT]), tmp_path / "out", tmp_path / "whole"
     code = (
         "import sys; from intaglio.carving import carve; from intaglio.recipe import Recipe; import json\n"
         "import torch; torch.set_num_threads(1)\n"

@@ -26,6 +26,7 @@ from intaglio.checkpoint import (
     parse_dtype,
     weights_digest,
 )
+from intaglio.decoding.aded import ADED
 from intaglio.errors import IntaglioError
 from intaglio.machine import PACKAGES, versions
 from tests.conftest import TinyDir
@@ -130,6 +131,88 @@ def test_sizes(family: str, tiny_dir: TinyDir) -> None:
     tied = VOCAB * 32 * 4 if FAMILIES[family].tied else 0
     every = sum(t.numel() * 4 for t in checkpoint.model.state_dict().values() if t.is_floating_point())
     assert checkpoint.bytes <= every - tied
+
+
+def attached(tiny_dir: TinyDir, path: Path) -> Checkpoint:
+    """A checkpoint with a table, saved and loaded."""
+    checkpoint = ADED(nodes=7, least=0.0).fit(
+        load(tiny_dir("llama")), ["the quick brown fox jumps over the lazy dog"] * 2
+    )
+    checkpoint.save(path)
+    return load(path)
+
+
+def test_an_attachment_stays_with_its_checkpoint(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    first = attached(tiny_dir, tmp_path / "a")
+    found = first.attachments["aded"]
+    assert found.base == weights_digest(tmp_path / "a") == weights_digest(tiny_dir("llama"))
+    assert found.step == 0
+    first.save(tmp_path / "b")
+    again = load(tmp_path / "b").attachments["aded"]
+    assert (again.parameters, again.about, again.base) == (found.parameters, found.about, found.base)
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in found.tensors.items())
+    both = [tmp_path / name / "attachments" / "aded.safetensors" for name in "ab"]
+    assert both[0].read_bytes() == both[1].read_bytes()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "b")  # the stock library does not mind
+
+
+def test_a_decoder_comes_with_what_was_fitted(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    checkpoint = attached(tiny_dir, tmp_path / "a")
+    decoder = checkpoint.decoder("aded", length=3)
+    assert (decoder.nodes, decoder.length) == (7, 3)
+    ids = checkpoint.tokenizer("the quick", return_tensors="pt", return_token_type_ids=False)
+    options: dict[str, Any] = {**ids, "do_sample": False, "max_new_tokens": 9}
+    expected = checkpoint.model.generate(**options)
+    assert torch.equal(checkpoint.model.generate(**options, custom_generate=decoder), expected)
+    assert decoder.table(checkpoint.model).keys_R.tolist() == checkpoint.attachments["aded"].tensors["keys"].tolist()
+    # Fitted here and not saved yet.
+    fresh = ADED().fit(load(tiny_dir("llama")), ["the quick brown fox"])
+    assert len(fresh.decoder("aded").table(fresh.model)) > 0
+
+
+def test_an_attachment_of_other_weights_is_refused(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    attached(tiny_dir, tmp_path / "a")
+    tiny_model("llama", layers=2, seed=1).save_pretrained(tmp_path / "a")
+    with pytest.raises(IntaglioError, match=r"aded of .* belongs to other weights than those beside it; fit it again"):
+        load(tmp_path / "a").decoder("aded")
+    # Neither saving it again nor another dtype makes it fit.
+    for dtype in (None, "bfloat16"):
+        load(tmp_path / "a", dtype=dtype).save(tmp_path / f"b-{dtype}")
+        with pytest.raises(IntaglioError, match="belongs to other weights"):
+            load(tmp_path / f"b-{dtype}").decoder("aded")
+
+
+def test_an_attachment_that_a_carving_left_behind_is_refused(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    checkpoint = attached(tiny_dir, tmp_path / "a")
+    checkpoint.note("magnitude", {})
+    with pytest.raises(IntaglioError, match="aded was fitted before magnitude changed the weights; fit it again"):
+        checkpoint.decoder("aded")
+
+
+def test_decoders_that_are_not_there(tiny_dir: TinyDir) -> None:
+    checkpoint = load(tiny_dir("llama"))
+    with pytest.raises(IntaglioError, match=r"nothing of aded is attached to .*; a recipe with the step fit: \{aded:"):
+        checkpoint.decoder("aded")
+    with pytest.raises(IntaglioError, match="wanda is no decoder that is fitted to a checkpoint; accepted: aded"):
+        checkpoint.decoder("wanda")
+    with pytest.raises(IntaglioError, match=r"there is no method named 'adad'; did you mean aded"):
+        checkpoint.decoder("adad")
+
+
+def test_damaged_attachments(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    attached(tiny_dir, tmp_path / "a")
+    path = tmp_path / "a" / "attachments" / "aded.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(IntaglioError, match="is damaged or truncated"):
+        load(tmp_path / "a")
+    shutil.copy(tmp_path / "a" / "model.safetensors", path)
+    with pytest.raises(IntaglioError, match="is no attachment of Intaglio; a fit step of a recipe makes one"):
+        load(tmp_path / "a")
+    path.rename(path.with_name("other.safetensors"))
+    path.with_name("other.safetensors").write_bytes(content)
+    with pytest.raises(IntaglioError, match=r"is the attachment of aded; its name must be aded\.safetensors"):
+        load(tmp_path / "a")
 
 
 def test_ids_are_checked(tiny_dir: TinyDir) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,9 +22,15 @@ from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import RECORD, Checkpoint, load, weights_digest
 from intaglio.cli.app import app
 from intaglio.cli.console import progress_bar
+from intaglio.cli.drafting import Painter
 from intaglio.cli.generating import count_passes, generate
+from intaglio.decoding.aded import ADED, Table
+from intaglio.evidence.record import all_shipped
+from intaglio.method import get
 from intaglio.recipe import Recipe, json_schema
+from intaglio.verify.protocols import Step
 from tests.conftest import TinyDir
+from tests.families import tiny_model
 
 VERBS = ["list", "show", "schema", "carve", "compare", "generate", "assets", "demo"]
 SIDE = {
@@ -75,10 +82,12 @@ def test_list() -> None:
     rows = document("list")
     assert [set(row) for row in rows] == [{"slug", "room", "kind", "paper", "verdict"}] * len(ENTRIES)
     assert [row["slug"] for row in rows] == list(ENTRIES)
-    assert rows[0]["kind"] == ["carving"]
-    assert {row["verdict"] for row in rows} == {None}
-    assert [row["slug"] for row in document("list", "--room", "weights")] == list(ENTRIES)
-    assert document("list", "--room", "decoding") == []
+    assert {row["slug"]: row["kind"] for row in rows}["wanda"] == ["carving"]
+    records = all_shipped()
+    assert {row["slug"]: row["verdict"] for row in rows if row["verdict"]} == {s: r.verdict for s, r in records.items()}
+    weights = [slug for slug, entry in ENTRIES.items() if entry.room == "weights"]
+    assert [row["slug"] for row in document("list", "--room", "weights")] == weights
+    assert document("list", "--room", "probes") == []
     shown = run("list").stdout
     assert all(slug in shown for slug in ENTRIES)
 
@@ -87,8 +96,10 @@ def test_list() -> None:
 def test_show(slug: str) -> None:
     found = document("show", slug)
     assert {"slug", "room", "kind", "name", "paper", "verdict", "parameters", "description"} <= set(found)
-    assert (found["slug"], found["verdict"]) == (slug, None)
-    assert {"sparsity", "pattern"} <= set(found["parameters"])
+    record = all_shipped().get(slug)
+    assert (found["slug"], found["verdict"]) == (slug, record and record.verdict)
+    fields = get(slug).model_fields
+    assert set(found["parameters"]) == {name for name in fields if not fields[name].exclude}
     shown = run("show", slug).stdout
     assert ENTRIES[slug].name in shown
     assert "Args:" in shown
@@ -343,6 +354,147 @@ def test_the_device_and_the_dtype_are_passed_on(tiny_dir: TinyDir, monkeypatch: 
     monkeypatch.setattr("intaglio.checkpoint.load", noted)
     run("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "2", "--device", "cpu", "--dtype", "bfloat16")
     assert asked == [{"device": "cpu", "dtype": "bfloat16"}]
+
+
+# --- decoders that draft ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_dir: TinyDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with an attached table of what it says itself."""
+    checkpoint = load(tiny_dir("llama"))
+    ids = checkpoint.tokenizer(PROMPT)["input_ids"] + stock(checkpoint, 30)
+    ADED(corpus=[ids], nodes=9).fit(checkpoint)
+    return checkpoint.save(tmp_path_factory.mktemp("fitted") / "llama")
+
+
+def drafting_words(decoder: str, tiny_dir: TinyDir, corpus_file: Path) -> list[str]:
+    settings = {
+        "aded": [f"corpus={corpus_file}", "least=0", "search=best"],
+        "prompt_lookup": ["nodes=7"],
+        "ngram": [f"corpus={corpus_file}", "nodes=7"],
+        "draft_model": [f"model={tiny_dir('llama')}", "length=3"],
+    }
+    return ["--decoder", decoder, *(word for setting in settings[decoder] for word in ("--set", setting))]
+
+
+@pytest.mark.parametrize("decoder", ["aded", "prompt_lookup", "ngram", "draft_model"])
+def test_a_decoder_that_drafts(decoder: str, tiny_dir: TinyDir, llama: Checkpoint, corpus_file: Path) -> None:
+    words = ("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "12")
+    drafts = drafting_words(decoder, tiny_dir, corpus_file)
+    found = document(*words, *drafts)
+    assert found["token_ids"] == stock(llama, 12)
+    assert found["decoder"] == decoder
+    assert found["tokens_per_pass"] == found["new_tokens"] / found["passes"]
+    assert 0 <= found["accepted_share"] <= 1
+    shown = run(*words, *drafts)
+    assert shown.stdout == found["text"] + "\n"
+    assert f"{found['tokens_per_pass']:.2f} tokens a pass, {found['accepted_share']:.0%} of the drafts accepted" in (
+        shown.stderr
+    )
+    if decoder == "draft_model":  # itself: all but the first token of each pass is drafted, and right
+        assert found["accepted_share"] == 1
+        assert found["tokens_per_pass"] == 3  # 1 + 4 + 4 + 3 in four passes
+
+
+def test_what_is_attached_needs_nothing_else(fitted: Path, llama: Checkpoint) -> None:
+    words = ("generate", fitted, PROMPT, "--max-new-tokens", "20", "--decoder", "aded")
+    found = document(*words)
+    assert found["token_ids"] == stock(llama, 20)
+    assert found["tokens_per_pass"] > 2
+    assert "started empty" not in run(*words).stderr
+    assert document(*words, "--set", "nodes=1")["tokens_per_pass"] < found["tokens_per_pass"]
+
+
+def test_a_table_that_starts_empty_is_said(tiny_dir: TinyDir) -> None:
+    shown = run("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "2", "--decoder", "aded")
+    assert "aded had no corpus and started empty; --set corpus=FILE gives it one" in shown.stderr
+
+
+def test_a_drafting_decoder_samples_if_asked(fitted: Path) -> None:
+    words = ("generate", fitted, PROMPT, "--max-new-tokens", "12", "--decoder", "aded")
+    drawn = [document(*words, "--temperature", "2", "--seed", seed)["token_ids"] for seed in ("1", "1", "2")]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert document(*words, "--top-k", "1")["token_ids"] == document(*words)["token_ids"]
+
+
+def test_drafts_are_coloured(fitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("generate", fitted, PROMPT, "--max-new-tokens", "20", "--decoder", "aded", "--show-drafts")
+    text = document(*words[:-1])["text"]
+    assert run(*words).stdout == text + "\n"  # no terminal, no colours
+    screen = io.StringIO()
+    monkeypatch.setattr("intaglio.cli.console.out", Console(file=screen, force_terminal=True, color_system="standard"))
+    run(*words)
+    pieces = re.split(r"(\x1b\[1;32m.*?\x1b\[0m)", screen.getvalue(), flags=re.DOTALL)
+    green = "".join(pieces[1::2])
+    assert len(pieces) > 2
+    assert re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue()) == text
+    assert 0 < len(re.sub(r"\x1b\[[0-9;]*m", "", green)) < len(text)
+
+
+def test_half_characters_wait_for_their_other_half() -> None:
+    class Bytes:
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return bytes(ids).decode("utf-8", "replace")
+
+    seen: list[tuple[str, bool]] = []
+    painter = Painter(Bytes(), lambda piece, drafted: seen.append((piece, drafted)))
+    step = {"row": 0, "tree": None, "path": (), "hidden": None, "logits": torch.zeros(1, 1)}
+    painter(Step(tokens=[*"a\u00e9".encode()], drafted=1, done=False, **step))  # type: ignore[arg-type]
+    painter(Step(tokens=[*b"\nb", 0xC3], drafted=3, done=True, **step))  # type: ignore[arg-type]
+    assert seen == [("a", True), ("\u00e9", False), ("\n", True), ("b", True), ("\ufffd", True)]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--set", "nodes"], "--set 'nodes' is not accepted; write key=value, such as nodes=7"),
+        (["--set", "nodes=1", "--set", "nodes=2"], "--set nodes stands twice; give it once"),
+        (["--set", "node=1"], "--set, node: there is no such field here; did you mean nodes?"),
+        (["--set", "tokenizer=x"], "--set, tokenizer: there is no such field here; accepted: adaptive, boost"),
+        (["--set", "nodes=0"], "--set, nodes: '0' is not accepted, it should be greater than or equal to 1"),
+        (["--set", "nodes=many"], "--set, nodes: 'many' is not accepted, it should be a valid integer"),
+        (["--set", "search=beam"], "--set, search: 'beam' is not accepted, it should be 'mcts', 'greedy', 'full' or"),
+        (["--set", "corpus="], "--set, corpus: the corpus is empty; accepted: texts"),
+        (["--set", "corpus=nowhere.txt"], "the texts 'nowhere.txt' are no file, no folder and no bundled name"),
+        (["--set", "corpus=no.safetensors"], "there is no tri-gram table no.safetensors"),
+        (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; leave one"),
+        (["--decoder", "greedy", "--set", "nodes=1"], "the decoder greedy has nothing to set (--set nodes); aded"),
+        (["--decoder", "sample", "--show-drafts"], "the decoder sample drafts nothing that --show-drafts could show"),
+        (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, prompt_lookup"),
+        (["--decoder", "ngram"], "the decoder ngram needs a corpus; give it with --set corpus=..."),
+        (["--decoder", "ngram", "--set", "order=1", "--set", "corpus={corpus}"], "order is 1; it must be at least 2"),
+        (["--decoder", "prompt_lookup", "--set", "nodes=0"], "nodes is 0; it must be at least 1"),
+        (["--decoder", "prompt_lookup", "--set", "corpus=x"], "there is no such field here; accepted: candidates"),
+        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "length=0"], "length: 0 is not accepted"),
+        (
+            ["--decoder", "draft_model", "--set", "model={other}"],
+            "the draft model knows 99 token ids and the target 160",
+        ),
+        (["--set", "corpus={table}"], "the table was counted over 10 token ids; the target has 160"),
+    ],
+)
+def test_drafting_that_is_asked_for_wrongly(
+    words: list[str], says: str, tiny_dir: TinyDir, corpus_file: Path, tmp_path: Path
+) -> None:
+    Table.build([[1, 2, 3]], 10).save(tmp_path / "t.safetensors")
+    tiny_model("llama", layers=1, vocab_size=99).save_pretrained(tmp_path / "other")
+    places = {"{corpus}": corpus_file, "{tiny}": tiny_dir("llama"), "{other}": tmp_path / "other",
+              "{table}": tmp_path / "t.safetensors"}  # fmt: skip
+    for name, place in places.items():
+        words = [word.replace(name, str(place)) for word in words]
+    given = ["generate", str(tiny_dir("llama")), PROMPT, "--decoder", "aded", "--max-new-tokens", "2", *words]
+    found = CliRunner().invoke(app, given)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert says in found.stderr
+    errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert found.stderr.splitlines()[-1:] == errors
+
+
+def test_an_encoder_does_not_draft(tiny_dir: TinyDir) -> None:
+    found = CliRunner().invoke(app, ["generate", str(tiny_dir("bert")), PROMPT, "--decoder", "aded"])
+    assert found.exit_code == 2
+    assert "is an encoder; it does not generate" in found.stderr
 
 
 # --- the shell -------------------------------------------------------------------------------------------------------

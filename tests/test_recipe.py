@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from intaglio import method
 from intaglio.catalogue import ENTRIES, Entry
+from intaglio.decoding.aded import ADED
 from intaglio.errors import IntaglioError
-from intaglio.recipe import Recipe, json_schema
+from intaglio.recipe import Fit, Recipe, json_schema
 from intaglio.weights.dsnot import DSnoT
 from intaglio.weights.wanda import Wanda
 
@@ -30,7 +31,7 @@ PLAIN = st.recursive(
     max_leaves=8,
 )
 WORDS = st.sampled_from(
-    [*Recipe.model_fields, "texts", "samples", "length", "batch_size", "speed", "wanda", "dsnot", "magnitude"]
+    [*Recipe.model_fields, "texts", "samples", "length", "batch_size", "speed", "wanda", "dsnot", "magnitude", "fit"]
 )
 # Right words in any place, so that random data gets past the first check.
 LIKELY = st.recursive(
@@ -57,9 +58,24 @@ STEPS = (
     | st.tuples(AMOUNTS, st.sampled_from(["layer", "row"])).map(lambda both: {"magnitude": both[0] | {"per": both[1]}})
     | st.tuples(AMOUNTS, DSNOT).map(lambda both: {"dsnot": both[0] | both[1]})
 )
+ADED_FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "corpus": st.none() | st.text(min_size=1, max_size=9) | st.lists(st.lists(st.integers(0, 99)), min_size=1),
+        "search": st.sampled_from(["mcts", "greedy", "full", "best"]),
+        "nodes": st.integers(1, 1024),
+        "least": st.floats(0, 1),
+        "adaptive": st.booleans(),
+    },
+)
+FITS = ADED_FIELDS.map(lambda fields: {"fit": {"aded": fields}})
 SEGMENTS = {"samples": st.integers(1, 1000), "length": st.integers(8, 4096), "batch_size": st.integers(1, 64)}
 GOOD = st.fixed_dictionaries(
-    {"steps": st.lists(STEPS, min_size=1, max_size=3)},
+    {
+        "steps": st.tuples(st.lists(STEPS, max_size=3), st.lists(FITS, max_size=1))
+        .map(lambda both: both[0] + both[1])
+        .filter(bool)
+    },
     optional={
         "model": st.text(min_size=1, max_size=9),
         "seed": st.integers(0, 2**63 - 1),
@@ -126,7 +142,8 @@ def test_what_is_read(tmp_path: Path) -> None:
         ),
         (
             "steps:\n  - prune: {}",
-            ", line 2, steps[0]: there is no method named 'prune'; accepted: dsnot, magnitude, sparsegpt, wanda",
+            ", line 2, steps[0]: there is no method named 'prune'; "
+            "accepted: dsnot, fit, magnitude, sparsegpt, train, wanda",
         ),
         (
             "steps:\n  - wanda:\n      sparsty: 0.5",
@@ -192,6 +209,33 @@ def test_what_is_read(tmp_path: Path) -> None:
         ),
         ("steps: [wanda: {sparsity: 0.5}]\nmeasure: {speed: 1}", "speed: 1 is not accepted, it should be a valid bool"),
         ("steps: [wanda: {sparsity: 0.5}]\nmodel: ''", "model: '' is not accepted"),
+        # what is fitted
+        ("steps: [aded: {}]", ", line 1, steps[0]: aded is fitted, not applied; write fit: {aded: {}}"),
+        (
+            "steps:\n  - fit: {wanda: {sparsity: 0.5}}",
+            ", line 2, steps[0].fit: 'wanda' is a method, but not one that is fitted; accepted: aded",
+        ),
+        ("steps:\n  - fit: {adad: {}}", "steps[0].fit: there is no method named 'adad'; did you mean aded?"),
+        ("steps:\n  - fit", "steps[0].fit: fit names one method with its parameters, such as fit: {aded: {}}"),
+        ("steps:\n  - fit: [aded]", "steps[0].fit: fit names one method with its parameters"),
+        ("steps:\n  - fit: {aded: 3}", "steps[0].fit.aded: the parameters of aded must be a mapping"),
+        (
+            "steps:\n  - fit:\n      aded: {node: 3}",
+            ", line 3, steps[0].fit.aded.node: there is no such field here; did you mean nodes?",
+        ),
+        (
+            "steps: [fit: {aded: {nodes: 0}}]",
+            "steps[0].fit.aded.nodes: 0 is not accepted, it should be greater than or equal to 1",
+        ),
+        ("steps: [fit: {aded: {corpus: 3}}]", "fit.aded.corpus: a corpus cannot be int; accepted: texts (a name"),
+        ("steps: [fit: {aded: {corpus: ''}}]", "fit.aded.corpus: the corpus is empty; accepted: texts (a name"),
+        ("steps: [fit: {aded: {corpus: [a, [1]]}}]", "corpus[0] is neither a text nor token ids; accepted: texts"),
+        ("steps: [fit: {aded: {tokenizer: a}}]", "fit.aded.tokenizer: there is no such field here; accepted: adaptive"),
+        (
+            "steps:\n  - fit: {aded: {}}\n  - wanda: {sparsity: 0.5}",
+            ", line 1, steps: wanda cannot follow the fit of aded, which belongs to the weights as they were; put fit "
+            "behind the steps that change them",
+        ),
         # YAML; test_yamlfile.py has the rest
         ("steps: !!python/object/apply:os.system [ls]", ", line 1: a tag of YAML is not accepted in a recipe"),
         ("a: &x [b]\nsteps: *x", ", line 1: an anchor of YAML is not accepted in a recipe"),
@@ -207,6 +251,17 @@ def test_a_recipe_that_is_wrong(text: str, sentence: str, tmp_path: Path) -> Non
     assert len(found) < 250
 
 
+def test_what_is_fitted(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("steps:\n  - wanda: {sparsity: 0.5}\n  - fit:\n      aded: {corpus: notes/, nodes: 7}\n")
+    recipe = Recipe.read(path)
+    assert recipe.steps == (Wanda(sparsity=0.5), Fit(ADED(corpus="notes/", nodes=7)))
+    assert [step.slug for step in recipe.steps] == ["wanda", "aded"]
+    assert recipe.dump()["steps"][1] == {"fit": {"aded": ADED(corpus="notes/", nodes=7).model_dump()}}
+    assert Recipe.of(recipe.dump()) == recipe
+    assert Recipe.of({"steps": [{"fit": "aded"}]}).steps == (Fit(ADED()),)
+
+
 def test_a_directory_is_no_recipe(tmp_path: Path) -> None:
     assert "Is a directory" in str(sentence_of(lambda: Recipe.read(tmp_path)))
     assert "No such file" in str(sentence_of(lambda: Recipe.read(tmp_path / "none.yaml")))
@@ -216,7 +271,8 @@ def test_a_method_that_is_no_carving_is_no_step(monkeypatch: pytest.MonkeyPatch)
     entry = Entry("sampler", "decoding", "Sampler", ("decoder",), "says words", "nobody, nowhere", "https://x")
     monkeypatch.setitem(ENTRIES, "sampler", entry)
     assert sentence_of(lambda: Recipe.of({"steps": [{"sampler": {}}]})) == (
-        "recipe, steps[0]: 'sampler' is a method, but no step of a recipe; accepted: dsnot, magnitude, sparsegpt, wanda"
+        "recipe, steps[0]: 'sampler' is a method, but no step of a recipe; accepted: dsnot, fit, magnitude, "
+        "sparsegpt, train, wanda"
     )
 
 
@@ -389,6 +445,13 @@ def accepts(schema: dict[str, Any], value: Any, whole: dict[str, Any] | None = N
         {"steps": [WANDA], "calibration": {"samples": 0}},
         {"steps": [WANDA], "measure": {"speed": "yes"}},
         {"steps": [WANDA], "stps": []},
+        {"steps": [{"aded": {}}]},
+        {"steps": [{"fit": {}}]},
+        {"steps": [{"fit": {"wanda": {"sparsity": 0.5}}}]},
+        {"steps": [{"fit": {"aded": {"nodes": 0}}}]},
+        {"steps": [{"fit": {"aded": {"corpus": ""}}}]},
+        {"steps": [{"fit": {"aded": {"corpus": 3}}}]},
+        {"steps": [{"fit": {"aded": {"tokenizer": "a"}}}]},
     ],
 )
 def test_the_schema_refuses_what_the_validator_refuses(value: Any) -> None:
@@ -401,7 +464,10 @@ def test_the_schema_describes_every_step() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     carvings = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
     offered = [choice["required"][0] for choice in schema["properties"]["steps"]["items"]["oneOf"]]
-    assert offered == carvings
-    for slug in carvings:
+    assert offered == [*carvings, "fit", "train"]
+    fitted = schema["properties"]["steps"]["items"]["oneOf"][-2]["properties"]["fit"]["oneOf"]
+    assert [choice["required"][0] for choice in fitted] == [slug for slug, entry in ENTRIES.items() if entry.fitted]
+    for slug in [*carvings, "aded"]:
         assert schema["$defs"][slug]["description"] == ENTRIES[slug].summary
-        assert set(schema["$defs"][slug]["properties"]) == set(method.get(slug).model_fields)
+        fields = method.get(slug).model_fields
+        assert set(schema["$defs"][slug]["properties"]) == {name for name in fields if not fields[name].exclude}

@@ -16,18 +16,20 @@ import torch
 import yaml
 
 from intaglio import report, writer
-from intaglio.anatomy import anatomy
+from intaglio.anatomy import Anatomy, anatomy
+from intaglio.attachments import Fitting
 from intaglio.checkpoint import RECORD, Checkpoint, load, load_config, model_class, parse_device, parse_dtype
 from intaglio.data.segments import Segments, segments
-from intaglio.data.texts import calibration_and_held_out, load_texts
+from intaglio.data.texts import Corpus, calibration_and_held_out, load_texts
 from intaglio.errors import IntaglioError
 from intaglio.machine import versions
 from intaglio.measures.quality import Reference, reference
 from intaglio.measures.side import measure
-from intaglio.method import Carving, Method, Progress, Workload, silent
-from intaglio.recipe import Measure, Recipe
+from intaglio.method import Carving, Cost, Method, Progress, Workload, silent
+from intaglio.recipe import Fit, Measure, Recipe, Step, accepted_fields, method_of
 
 STATE = "state.json"
+TRAINING = "training"
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,14 @@ class Data:
     Args:
         calibration: what steps are calibrated on; None if no step needs it.
         held_out: what is measured on. No document is in both.
+        texts: the documents that `calibration` is cut from: what fits and training see.
+        sealed: hashes of the documents that `held_out` is cut from: nothing is trained on them.
     """
 
     calibration: Segments | None
     held_out: Segments
+    texts: Corpus
+    sealed: frozenset[str]
 
 
 def prepare_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
@@ -58,7 +64,7 @@ def prepare_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
     calibration, held_out = calibration_and_held_out(
         load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts)
     )
-    needed = any(cast(Carving, step).needs_calibration for step in recipe.steps)
+    needed = any(not isinstance(step, Fit) and cast(Carving, step).needs_calibration for step in recipe.steps)
     return Data(
         calibration=segments(
             checkpoint.tokenizer,
@@ -70,6 +76,8 @@ def prepare_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
         if needed
         else None,
         held_out=held_out_segments(checkpoint, held_out, recipe.measure),
+        texts=calibration,
+        sealed=frozenset(held_out.hashes),
     )
 
 
@@ -121,8 +129,14 @@ def _scratch(out: Path) -> Iterator[Path]:
         try:
             yield path
         finally:
-            if not (path / STATE).exists():
+            if not _worth_keeping(path):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _worth_keeping(scratch: Path) -> bool:
+    """Whether a step is finished, or training has saved its state."""
+    state = _read_state(scratch)
+    return state is not None and (state["done"] > 0 or any(scratch.glob(f"{TRAINING}-*/checkpoint-*")))
 
 
 def _read_state(scratch: Path) -> dict[str, Any] | None:
@@ -156,34 +170,61 @@ def _start(scratch: Path, out: Path, digest: str, steps: int, resume: bool, over
     return 0
 
 
-def check_fit(steps: tuple[Method, ...], checkpoint: Checkpoint) -> None:
+def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
     """Refuse, before any work, a model that a step does not fit.
 
     Args:
         steps: of the recipe.
-        checkpoint: what they are for.
+        parts: of the model.
+        name: of the model, for the sentence.
 
     Raises:
         IntaglioError: names the step and the layer.
     """
-    named = [(name, *linear.shape) for name, linear in anatomy(checkpoint.model).all_linears()]
+    named = [(full, *linear.shape) for full, linear in parts.all_linears()]
     for step in steps:
-        cast(Carving, step).check(named)
+        if "causal" in method_of(step).requires and not parts.causal:
+            raise IntaglioError(f"{step.slug} needs a model that generates; {name} is an encoder")
+        if not isinstance(step, Fit):
+            cast(Carving, step).check(named)
 
 
-def apply_step(step: Method, checkpoint: Checkpoint, recipe: Recipe, data: Data, progress: Progress) -> None:
+def apply_step(
+    step: Step,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    data: Data,
+    progress: Progress,
+    directory: Path | None = None,
+    resume: bool = False,
+) -> None:
     """Apply one step of a recipe in place.
 
     Args:
-        step: the method.
-        checkpoint: edited.
+        step: a carving, a fit, or training.
+        checkpoint: edited, or attached to.
         recipe: for seed and batch size.
         data: for calibration.
         progress: called as it goes on.
+        directory: where training keeps what it needs to go on after it was killed. Default: nowhere.
+        resume: whether training goes on with what is there. Default False.
     """
-    cast(Carving, step).apply(
+    if _trains(step):
+        cast(Any, step).apply(
+            checkpoint,
+            data.texts,
+            seed=recipe.seed,
+            held_out=data.held_out,
+            held_out_hashes=data.sealed,
+            directory=directory,
+            resume=resume,
+            progress=progress,
+        )
+        return
+    run: Any = cast(Fitting, step.method).fit if isinstance(step, Fit) else cast(Carving, step).apply
+    run(
         checkpoint,
-        data.calibration,
+        data.texts if isinstance(step, Fit) else data.calibration,
         seed=recipe.seed,
         batch_size=recipe.calibration.batch_size,
         progress=progress,
@@ -234,22 +275,25 @@ def carve(
     with _scratch(out) as scratch:
         done = _start(scratch, out, digest, len(recipe.steps), resume, overwrite)
         checkpoint = load(name, device=device, dtype=dtype)
-        check_fit(recipe.steps, checkpoint)
+        check_fit(recipe.steps, anatomy(checkpoint.model), name)
         data = prepare_data(recipe, checkpoint)
         original, before = _before(checkpoint, data, recipe, progress)
+        rows = _vocabulary(checkpoint)
         seconds: list[float | None] = [None] * done
         if done:
             checkpoint = load(scratch / f"step-{done}", device=device, dtype=dtype)
             checkpoint.source = name
         for index, step in enumerate(recipe.steps[done:], start=done):
             start = time.time()
-            apply_step(step, checkpoint, recipe, data, progress)
+            if _trains(step):  # it resumes by itself, if the state says that there is something to resume
+                _note(scratch, index, digest)
+            apply_step(step, checkpoint, recipe, data, progress, scratch / f"{TRAINING}-{index}", resume)
             seconds.append(time.time() - start)
             _put_aside(checkpoint, scratch, index + 1, digest)
         after = measure(
             checkpoint,
             data.held_out,
-            original,
+            original if _vocabulary(checkpoint) == rows else None,  # there is no agreement between two vocabularies
             batch_size=recipe.measure.batch_size,
             timed=recipe.measure.speed,
             progress=progress,
@@ -272,8 +316,22 @@ def _before(checkpoint: Checkpoint, data: Data, recipe: Recipe, progress: Progre
 def _put_aside(checkpoint: Checkpoint, scratch: Path, done: int, digest: str) -> None:
     """Save the state after a step; the state file names it only when it is whole."""
     checkpoint.save(scratch / f"step-{done}", overwrite=True)
-    writer.write_json(scratch / STATE, {"digest": digest, "done": done, "threads": torch.get_num_threads()})
+    _note(scratch, done, digest)
     shutil.rmtree(scratch / f"step-{done - 1}", ignore_errors=True)
+    shutil.rmtree(scratch / f"{TRAINING}-{done - 1}", ignore_errors=True)
+
+
+def _vocabulary(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def _note(scratch: Path, done: int, digest: str) -> None:
+    """Write how many steps are done."""
+    writer.write_json(scratch / STATE, {"digest": digest, "done": done, "threads": torch.get_num_threads()})
+
+
+def _trains(step: Step) -> bool:
+    return step.slug == "train"
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -290,13 +348,28 @@ def _finish(out: Path, last: Path, document: dict[str, Any], overwrite: bool) ->
         (temporary / "report.html").write_text(report.carve_page(document), encoding="utf-8")
 
 
-def defaults(step: Method) -> dict[str, Any]:
+def defaults(method: Method) -> dict[str, Any]:
     """The default of each of a method's fields, so that a report can show what was set.
 
     Args:
-        step: the method.
+        method: of a step.
     """
-    return {name: field.get_default() for name, field in type(step).model_fields.items()}
+    fields = type(method).model_fields
+    return {name: fields[name].get_default(call_default_factory=True) for name in accepted_fields(type(method))}
+
+
+def what_was_done(steps: tuple[Step, ...]) -> str:
+    """The steps in a few words: `carved by wanda, dsnot; fitted aded`.
+
+    Args:
+        steps: of the recipe.
+    """
+    fitted = ", ".join(step.slug for step in steps if isinstance(step, Fit))
+    carved = ", ".join(step.slug for step in steps if not isinstance(step, Fit) and not _trains(step))
+    trained = any(map(_trains, steps))
+    return "; ".join(
+        [f"carved by {carved}"] * bool(carved) + ["trained"] * trained + [f"fitted {fitted}"] * bool(fitted)
+    )
 
 
 def provenance(checkpoint: Checkpoint, wanted: Measure, held_out: Segments) -> dict[str, Any]:
@@ -334,11 +407,11 @@ def _document(
     made = checkpoint.record.steps[-len(recipe.steps) :]
     return {
         "format": report.FORMAT,
-        "title": f"{name} carved by {', '.join(step.slug for step in recipe.steps)}",
+        "title": f"{name} {what_was_done(recipe.steps)}",
         "model": name,
         "kind": checkpoint.kind,
         "steps": [
-            record.model_dump() | {"defaults": defaults(step), "seconds": took}
+            _with_curve(record.model_dump()) | {"defaults": defaults(method_of(step)), "seconds": took}
             for record, step, took in zip(made, recipe.steps, seconds, strict=True)
         ],
         "before": before,
@@ -347,6 +420,12 @@ def _document(
         "recipe": yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True),
         "seconds": total,
     }
+
+
+def _with_curve(step: dict[str, Any]) -> dict[str, Any]:
+    """A step's record with its training curve, `[[step, loss], ...]`, beside what it chose rather than in it."""
+    curve = step["chosen"].pop("curve", None)
+    return step if curve is None else step | {"curve": curve}
 
 
 def compare(
@@ -412,7 +491,7 @@ def plan(
         dtype: of the weights. Default: the checkpoint's own.
 
     Returns:
-        `{model, parameters, bytes, steps: [{slug, parameters, seconds, memory_bytes}], measure_seconds, seconds,
+        `{model, parameters, bytes, steps: [{slug, verb, parameters, seconds, memory_bytes}], measure_seconds, seconds,
         memory_bytes, gflops}`. Seconds come from a product and a selection timed on this machine just now.
 
     Raises:
@@ -427,16 +506,13 @@ def plan(
     with torch.device("meta"):
         skeleton = model_class(config, name)(config)
     parts = anatomy(skeleton)
-    linears = parts.all_linears()
-    named = [(full, *linear.shape) for full, linear in linears]
-    for step in recipe.steps:
-        cast(Carving, step).check(named)
-    calibration_and_held_out(load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts))
+    check_fit(recipe.steps, parts, name)
+    texts, _ = calibration_and_held_out(load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts))
     length = min(recipe.calibration.length, int(getattr(parts.config, "max_position_embeddings", 1 << 30)))
     parameters = sum(p.numel() for p in skeleton.parameters())
     element = torch.empty(0, dtype=kind).element_size()
     workload = Workload(
-        linears=tuple(linear.shape for _, linear in linears),
+        linears=tuple(linear.shape for _, linear in parts.all_linears()),
         block_parameters=sum(p.numel() for block in parts.blocks for p in block.parameters()),
         parameters=parameters,
         hidden=int(parts.config.hidden_size),
@@ -449,10 +525,13 @@ def plan(
     measure_seconds = 2 * 2.0 * (parameters + workload.block_parameters) * measured / flops_per_s
     steps = []
     for step in recipe.steps:
-        cost = cast(Carving, step).estimate(workload)
+        cost = _estimate(step, workload, texts)
         took = cost.flops / flops_per_s + cost.sorted_elements / elements_per_s
         memory = parameters * element + cost.extra_bytes
-        steps.append({"slug": step.slug, "parameters": step.model_dump(), "seconds": took, "memory_bytes": memory})
+        fields = method_of(step).model_dump()
+        steps.append(
+            {"slug": step.slug, "verb": _verb(step), "parameters": fields, "seconds": took, "memory_bytes": memory}
+        )
     # Beyond the weights: one float32 table of logits and its log-softmax, twice (the original's too), and the head's
     # copy.
     head = parts.config.vocab_size * workload.hidden * element
@@ -468,6 +547,16 @@ def plan(
         "memory_bytes": max([measuring, *(step["memory_bytes"] for step in steps)]),
         "gflops": flops_per_s / 1e9,
     }
+
+
+def _verb(step: Step) -> str:
+    return "train" if _trains(step) else "fit" if isinstance(step, Fit) else "carve"
+
+
+def _estimate(step: Step, workload: Workload, texts: Corpus) -> Cost:
+    if isinstance(step, Fit):
+        return cast(Fitting, step.method).estimate_fit(workload, texts)
+    return cast(Carving, step).estimate(workload)
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:

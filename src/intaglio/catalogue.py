@@ -47,6 +47,7 @@ class Entry:
         summary: what it does, one clause.
         paper: authors, title and venue of the source.
         url: where the source can be read.
+        fitted: whether a `fit` step builds or trains what it owns.
     """
 
     slug: str
@@ -56,6 +57,7 @@ class Entry:
     summary: str
     paper: str
     url: str
+    fitted: bool = False
 
     @property
     def module(self) -> str:
@@ -66,6 +68,16 @@ class Entry:
 ENTRIES: dict[str, Entry] = {
     entry.slug: entry
     for entry in (
+        Entry(
+            slug="aded",
+            room="decoding",
+            name="ADED",
+            kinds=("decoder", "drafter"),
+            summary="drafts by tree search over a tri-gram table that learns from what the target says; lossless",
+            paper="Liu et al., Adaptive Draft-Verification for Efficient Large Language Model Decoding, AAAI 2025",
+            url="https://arxiv.org/abs/2407.12021",
+            fitted=True,
+        ),
         Entry(
             slug="dsnot",
             room="weights",
@@ -83,6 +95,15 @@ ENTRIES: dict[str, Entry] = {
             summary="removes the smallest weights of each layer; needs no data",
             paper="Han et al., Learning both Weights and Connections for Efficient Neural Networks, NeurIPS 2015",
             url="https://arxiv.org/abs/1506.02626",
+        ),
+        Entry(
+            slug="meap",
+            room="objectives",
+            name="MEAP",
+            kinds=("objective",),
+            summary="hides a small share of the input tokens while training, then predicts every next token as usual",
+            paper="Zhuang et al., Mask-Enhanced Autoregressive Prediction: Pay Less Attention to Learn More, ICML 2025",
+            url="https://arxiv.org/abs/2502.07490",
         ),
         Entry(
             slug="sparsegpt",

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -23,9 +23,12 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as transformers_logging
 
 from intaglio import writer
+from intaglio.attachments import FOLDER, Attachment, Fitting, read_attachments
+from intaglio.catalogue import ENTRIES
 from intaglio.data import assets
 from intaglio.errors import IntaglioError, did_you_mean, shorten
 from intaglio.machine import versions
+from intaglio.method import get
 
 RECORD = "intaglio.json"
 BUNDLED = ("smollm2", "minilm")
@@ -48,6 +51,7 @@ class StepRecord(BaseModel):
         seed: the seed it was given.
         calibration: digest, samples, length and batch size of its calibration data, or None.
         chosen: values the method derived from the model in hand (scaled thresholds, zero fractions ...).
+        verb: `carve`, which edits the model, or `fit`, which attaches something to it.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -57,6 +61,7 @@ class StepRecord(BaseModel):
     seed: int = 0
     calibration: dict[str, Any] | None = None
     chosen: dict[str, Any] = Field(default_factory=dict)
+    verb: Literal["carve", "fit"] = "carve"
 
 
 class Record(BaseModel):
@@ -91,13 +96,25 @@ class Checkpoint:
         tokenizer: its tokenizer, or None (then only token ids can be given as data).
         source: where it came from, for the record.
         record: what was done to it before; None: nothing.
+        attachments: what was fitted to it, by slug; None: nothing.
+        directory: where weights and attachments were read from, if from a directory.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, source: str = "", record: Record | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        source: str = "",
+        record: Record | None = None,
+        attachments: dict[str, Attachment] | None = None,
+        directory: Path | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.source = source
         self.record = record or Record(source=source)
+        self.attachments = attachments or {}
+        self._directory = directory
 
     @property
     def kind(self) -> Literal["baked", "live"]:
@@ -132,6 +149,7 @@ class Checkpoint:
         seed: int = 0,
         calibration: dict[str, Any] | None = None,
         chosen: dict[str, Any] | None = None,
+        verb: Literal["carve", "fit"] = "carve",
     ) -> None:
         """Append a finished step to the record.
 
@@ -141,13 +159,64 @@ class Checkpoint:
             seed: the seed it was given.
             calibration: what identifies its calibration data.
             chosen: values it derived.
+            verb: whether it edited the model (`carve`, default) or attached something to it (`fit`).
         """
         self.record.steps.append(
-            StepRecord(slug=slug, parameters=parameters, seed=seed, calibration=calibration, chosen=chosen or {})
+            StepRecord(
+                slug=slug, parameters=parameters, seed=seed, calibration=calibration, chosen=chosen or {}, verb=verb
+            )
         )
         self.record.versions = versions()
         self.record.threads = torch.get_num_threads()
         self.record.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    def attach(
+        self, slug: str, tensors: dict[str, Tensor], parameters: dict[str, Any], about: dict[str, Any] | None = None
+    ) -> None:
+        """Keep what a method fitted to these weights; called right after `note`.
+
+        Args:
+            slug: the method; what it attached before is replaced.
+            tensors: the content.
+            parameters: its hyperparameters.
+            about: what else it wants to know when it reads it again.
+        """
+        self.attachments[slug] = Attachment(slug, tensors, parameters, len(self.record.steps) - 1, about or {})
+
+    def decoder(self, slug: str, **fields: Any) -> Any:
+        """A decoder with what was fitted to this checkpoint, ready for `generate(custom_generate=...)`.
+
+        Args:
+            slug: the method, such as `aded`.
+            **fields: win over the hyperparameters that it was fitted with.
+
+        Raises:
+            IntaglioError: no such decoder, nothing was fitted, or it was fitted to other weights.
+        """
+        method = get(slug)
+        if not (ENTRIES[slug].fitted and {"decoder", "drafter"} & set(ENTRIES[slug].kinds)):
+            known = [s for s, entry in ENTRIES.items() if entry.fitted and {"decoder", "drafter"} & set(entry.kinds)]
+            raise IntaglioError(f"{slug} is no decoder that is fitted to a checkpoint; {did_you_mean(slug, known)}")
+        if slug not in self.attachments:
+            raise IntaglioError(
+                f"nothing of {slug} is attached to {self.source or 'this checkpoint'}; a recipe with the step "
+                f"fit: {{{slug}: {{}}}} does that"
+            )
+        self._check_base(self.attachments[slug])
+        restored: Fitting = cast(type[Fitting], method).restore(self.attachments[slug], self, **fields)
+        return restored
+
+    def _check_base(self, attachment: Attachment) -> None:
+        later = [step.slug for step in self.record.steps[attachment.step + 1 :] if step.verb == "carve"]
+        if later:
+            raise IntaglioError(
+                f"the attachment {attachment.slug} was fitted before {later[0]} changed the weights; fit it again"
+            )
+        if self._directory is not None and attachment.base not in ("", weights_digest(self._directory)):
+            raise IntaglioError(
+                f"the attachment {attachment.slug} of {self._directory} belongs to other weights than those beside it; "
+                "fit it again"
+            )
 
     def check_ids(self, ids: Tensor) -> None:
         """Refuse token ids that the model has no embedding for, or more of them in a row than it takes.
@@ -183,7 +252,7 @@ class Checkpoint:
         """Write the checkpoint's files into a directory that is already there (the writer's temporary one).
 
         Args:
-            directory: receives weights, config, generation config, tokenizer and record.
+            directory: receives weights, config, generation config, tokenizer, attachments and record.
 
         Raises:
             OSError: the disk refuses.
@@ -196,6 +265,12 @@ class Checkpoint:
                 raise OSError(0, str(error)) from error
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(directory)
+        if self.attachments:
+            base = weights_digest(directory)
+            self.attachments = {slug: attachment.of(base) for slug, attachment in self.attachments.items()}
+            (directory / FOLDER).mkdir()
+            for attachment in self.attachments.values():
+                attachment.write(directory / FOLDER)
         (directory / RECORD).write_text(writer.to_json(self.record.model_dump()), encoding="utf-8")
 
 
@@ -415,7 +490,7 @@ def load(
         device: where to put it. Default: the CPU.
 
     Returns:
-        The model in evaluation mode, with its tokenizer (None if it has none) and record.
+        The model in evaluation mode, with its tokenizer (None if it has none), record and attachments.
 
     Raises:
         IntaglioError: one sentence on what is missing, damaged, unsupported or refused (pickles, remote code).
@@ -445,7 +520,14 @@ def load(
         model.pooler = None  # it got random weights, which would be saved
     model.eval()
     local = Path(source) if Path(source).is_dir() else None
-    checkpoint = Checkpoint(model, _load_tokenizer(source, revision), name, _read_record(local) if local else None)
+    checkpoint = Checkpoint(
+        model,
+        load_tokenizer(source, revision),
+        name,
+        _read_record(local) if local else None,
+        read_attachments(local) if local else None,
+        local,
+    )
     checkpoint.record.source = checkpoint.record.source or name
     _check_tensors(checkpoint, name)
     model.to(target)
@@ -470,7 +552,16 @@ def _check_info(name: str, info: dict[str, Any], model_keys: Iterable[str]) -> N
         raise IntaglioError(f"the weights of {name!r} do not fit its config.json: it has no place for {left[0]}")
 
 
-def _load_tokenizer(source: str, revision: str | None) -> Any:
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The tokenizer of a checkpoint, or None where it has none.
+
+    Args:
+        source: a directory or a hub id.
+        revision: of a hub id.
+
+    Raises:
+        IntaglioError: it cannot be read.
+    """
     path = Path(source)
     if path.is_dir() and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         return None

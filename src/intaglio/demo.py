@@ -13,7 +13,7 @@ from intaglio.checkpoint import load
 from intaglio.measures.quality import reference
 from intaglio.measures.side import measure
 from intaglio.method import Method, Progress, silent
-from intaglio.recipe import Recipe
+from intaglio.recipe import Recipe, method_of
 
 MODEL = "smollm2"
 AMOUNTS: tuple[tuple[str, dict[str, Any]], ...] = (("50 %", {"sparsity": 0.5}), ("2:4", {"pattern": "2:4"}))
@@ -36,7 +36,7 @@ def recipe(seed: int = 0) -> Recipe:
             "model": MODEL,
             "seed": seed,
             "calibration": {"texts": "wikipedia", "samples": 16, "length": 256, "batch_size": 8},
-            "measure": {"texts": "wikipedia", "samples": 10, "length": 256, "batch_size": 8},
+            "measure": {"texts": "wikipedia", "samples": 8, "length": 256, "batch_size": 8},
             "steps": [{slug: amount} for _, amount in AMOUNTS for _, slug in WAYS],
         },
         "the demo",
@@ -79,7 +79,7 @@ def demo(
     about = provenance(checkpoint, wanted, data.held_out)
     names = [(name, amount) for amount, _ in AMOUNTS for name, _ in WAYS]
     variants = []
-    for index, ((name, amount), step) in enumerate(zip(names, shared.steps, strict=True)):
+    for index, ((name, amount), step) in enumerate(zip(names, map(method_of, shared.steps), strict=True)):
         label = f"{name} {amount}"
         checkpoint = load(MODEL, device=device)
         seconds = _timed(step, checkpoint, shared, data, _labelled(progress, f"{index + 1}/{len(names)} {label}"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -71,16 +73,45 @@ class Header(BaseModel):
     measure: Measure = Measure()
 
 
-class Recipe(Header):
-    """An ordered list of methods and what they share.
+@dataclass(frozen=True)
+class Fit:
+    """A step `fit: {SLUG: {...}}`: builds or trains what a method owns and attaches it; the weights stay as they are.
 
     Args:
-        steps: the methods, in order.
+        method: what is fitted.
+    """
+
+    method: Method
+
+    @property
+    def slug(self) -> str:
+        """The method's."""
+        return self.method.slug
+
+
+Step = Method | Fit
+"""One step of a recipe: a carving, or something that is done with a method."""
+
+
+def method_of(step: Step) -> Method:
+    """The method of a step, whatever is done with it.
+
+    Args:
+        step: of a recipe.
+    """
+    return step.method if isinstance(step, Fit) else step
+
+
+class Recipe(Header):
+    """An ordered list of steps and what they share.
+
+    Args:
+        steps: in order: carvings, each a method, and fits.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
-    steps: tuple[Method, ...]
+    steps: tuple[Step, ...]
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -116,18 +147,19 @@ class Recipe(Header):
         steps = value["steps"]
         if not isinstance(steps, list) or not steps:
             raise IntaglioError(f"{document.where(('steps',))}: a list of at least one step is needed")
-        methods = tuple(_step(step, document, ("steps", index)) for index, step in enumerate(steps))
+        read = tuple(_step(step, document, ("steps", index)) for index, step in enumerate(steps))
         try:
-            check_order(methods)
+            check_order(map(method_of, read))
+            _check_fits_last(read)
         except IntaglioError as error:
             raise IntaglioError(f"{document.where(('steps',))}: {error}") from error
-        return cls(**{name: getattr(header, name) for name in Header.model_fields}, steps=methods)
+        return cls(**{name: getattr(header, name) for name in Header.model_fields}, steps=read)
 
     def dump(self) -> dict[str, Any]:
         """The recipe as plain data, every default written out; `Recipe.of` takes it back."""
         header = {name: getattr(self, name) for name in Header.model_fields}
         plain = {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in header.items()}
-        return {**plain, "steps": [{step.slug: step.model_dump()} for step in self.steps]}
+        return {**plain, "steps": [_plain(step) for step in self.steps]}
 
     def digest(self, model: str) -> str:
         """A hash of everything that decides the result.
@@ -139,39 +171,129 @@ class Recipe(Header):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _plain(step: Step) -> dict[str, Any]:
+    """A step as the YAML file would hold it, every default written out."""
+    named = {step.slug: method_of(step).model_dump()}
+    return {"fit": named} if isinstance(step, Fit) else named
+
+
+def _check_fits_last(steps: tuple[Step, ...]) -> None:
+    """What is fitted belongs to the weights as they are then."""
+    fitted = None
+    for step in steps:
+        if isinstance(step, Fit):
+            fitted = step.slug
+        elif fitted is not None:
+            raise IntaglioError(
+                f"{step.slug} cannot follow the fit of {fitted}, which belongs to the weights as they were; put fit "
+                "behind the steps that change them"
+            )
+
+
 def _carvings() -> list[str]:
     return [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 
 
-def _step(step: Any, document: Document, place: Place) -> Method:
-    if isinstance(step, str):
-        step = {step: {}}
-    if not isinstance(step, dict) or len(step) != 1:
-        raise IntaglioError(
-            f"{document.where(place)}: a step is one method with its parameters, such as wanda: {{sparsity: 0.5}}"
-        )
-    slug, parameters = next(iter(step.items()))
-    if slug not in _carvings():
-        known = (
-            f"{slug!r} is a method, but no step of a recipe"
-            if slug in ENTRIES
-            else f"there is no method named {_show(slug)}"
-        )
-        raise IntaglioError(f"{document.where(place)}: {known}; {did_you_mean(str(slug), _carvings())}")
-    parameters = {} if parameters is None else parameters
-    if not isinstance(parameters, dict):
+def _fitted() -> list[str]:
+    return [slug for slug, entry in ENTRIES.items() if entry.fitted]
+
+
+def _step(step: Any, document: Document, place: Place) -> Step:
+    verb, value = _only_item(
+        step, document, place, "a step is one method with its parameters", "wanda: {sparsity: 0.5}"
+    )
+    reader = _VERBS.get(verb) if isinstance(verb, str) else None
+    if reader is not None:
+        return reader(value, document, (*place, verb))
+    return _method(verb, value, document, place, _carvings())
+
+
+def _fit(value: Any, document: Document, place: Place) -> Fit:
+    slug, fields = _only_item(value, document, place, "fit names one method with its parameters", "fit: {aded: {}}")
+    return Fit(_method(slug, fields, document, place, _fitted()))
+
+
+def _train(value: Any, document: Document, place: Place) -> Method:
+    from intaglio.trainer.step import Train  # imports transformers, which most recipes do not need here
+
+    if not isinstance(value, dict):
+        raise IntaglioError(f"{document.where(place)}: train takes a mapping, such as train: {{steps: 500}}")
+    return _validate(Train, value, document, place)
+
+
+_VERBS: dict[str, Callable[[Any, Document, Place], Step]] = {"fit": _fit, "train": _train}
+"""Steps that are no carving: what to do with a method, and what reads it."""
+
+
+def _only_item(value: Any, document: Document, place: Place, what: str, example: str) -> tuple[Any, Any]:
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, dict) or len(value) != 1:
+        raise IntaglioError(f"{document.where(place)}: {what}, such as {example}")
+    found: tuple[Any, Any] = next(iter(value.items()))
+    return found
+
+
+def _method(slug: Any, fields: Any, document: Document, place: Place, accepted: list[str]) -> Method:
+    """The method that a step names, if it can stand there."""
+    if slug not in accepted:
+        fits = place[-1:] == ("fit",)
+        if slug in ENTRIES and (fits or slug not in _fitted()):
+            known = f"{slug!r} is a method, but " + ("not one that is fitted" if fits else "no step of a recipe")
+        elif slug in ENTRIES:
+            raise IntaglioError(f"{document.where(place)}: {slug} is fitted, not applied; write fit: {{{slug}: {{}}}}")
+        else:
+            known = f"there is no method named {_show(slug)}"
+        names = accepted if fits else [*accepted, *_VERBS]
+        raise IntaglioError(f"{document.where(place)}: {known}; {did_you_mean(str(slug), names)}")
+    fields = {} if fields is None else fields
+    if not isinstance(fields, dict):
         raise IntaglioError(f"{document.where((*place, slug))}: the parameters of {slug} must be a mapping")
-    return _validate(get(slug), parameters, document, (*place, slug))
+    return _validate(get(slug), fields, document, (*place, slug))
+
+
+def accepted_fields(cls: type[BaseModel]) -> list[str]:
+    """The fields that can be set in a file or on the command line; the others take objects of Python.
+
+    Args:
+        cls: a method or another model.
+    """
+    return [name for name, found in cls.model_fields.items() if not found.exclude]
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
+def from_words(cls: type[_Model], words: dict[str, str], name: str) -> _Model:
+    """A model whose fields were given as words on the command line; each word is read as its field's type.
+
+    Args:
+        cls: a method or another model.
+        words: `{field: word}`.
+        name: of the option, for sentences.
+
+    Raises:
+        IntaglioError: one sentence on the first field that is wrong.
+    """
+    return _checked(cls, words, Document(name, words, {}), (), cls.model_validate_strings)
+
+
 def _validate(cls: type[_Model], value: Any, document: Document, place: Place) -> _Model:
+    return _checked(cls, value, document, place, cls.model_validate)
+
+
+def _checked(cls: type[_Model], value: Any, document: Document, place: Place, read: Callable[[Any], _Model]) -> _Model:
+    for name in value:
+        if name in cls.model_fields and name not in accepted_fields(cls):
+            raise IntaglioError(_no_such_field(document.where((*place, name)), name, accepted_fields(cls)))
     try:
-        return cls.model_validate(value)
+        return read(value)
     except ValidationError as error:
         raise IntaglioError(_sentence(cls, error, document, place)) from error
+
+
+def _no_such_field(where: str, name: str, fields: list[str]) -> str:
+    return f"{where}: there is no such field here; {did_you_mean(name, fields)}"
 
 
 def _sentence(cls: type[BaseModel], error: ValidationError, document: Document, place: Place) -> str:
@@ -184,8 +306,8 @@ def _sentence(cls: type[BaseModel], error: ValidationError, document: Document, 
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             owner = annotation
     if first["type"] == "extra_forbidden":
-        fields = [*owner.model_fields, "steps"] if owner is Header else [*owner.model_fields]
-        return f"{where}: there is no such field here; {did_you_mean(str(first['loc'][-1]), fields)}"
+        fields = [*accepted_fields(owner), "steps"] if owner is Header else accepted_fields(owner)
+        return _no_such_field(where, str(first["loc"][-1]), fields)
     message = "it should be a mapping" if first["type"] == "model_type" else first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if first["type"] in ("missing", "value_error"):
@@ -197,30 +319,54 @@ def _show(value: Any) -> str:
     return shorten(repr(value))
 
 
+def _one_key(key: str, value: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a mapping with one key."""
+    return {"type": "object", "properties": {key: value}, "required": [key], "additionalProperties": False}
+
+
+def _train_schema(definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a training step; those of the methods that it can name join the definitions."""
+    from intaglio.trainer.step import Train
+
+    own = Train.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(own.pop("$defs", {}))
+    own.pop("title", None)
+    for field, kind in (("objective", "objective"), ("select", "selector")):
+        own["properties"][field] = {"oneOf": _schemas_of(kind, definitions), "description": f"one {kind}"}
+    own["properties"]["shape"]["items"] = {"oneOf": _schemas_of("shaper", definitions)}
+    own["description"] = "trains the weights"
+    return own
+
+
+def _schemas_of(kind: str, definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    slugs = [slug for slug, entry in ENTRIES.items() if kind in entry.kinds]
+    for slug in slugs:
+        definitions[slug] = get(slug).model_json_schema(ref_template="#/$defs/{model}")
+        definitions.update(definitions[slug].pop("$defs", {}))
+    # Nothing is accepted where no method of the kind is there yet.
+    return [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in slugs] or [{"not": {}}]
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe file, every method's parameters included."""
     schema = Header.model_json_schema()
     definitions = schema.setdefault("$defs", {})
-    choices = []
-    for slug in _carvings():
-        method = get(slug)
-        own = method.model_json_schema(ref_template="#/$defs/{model}")
+    for slug in dict.fromkeys([*_carvings(), *_fitted()]):
+        own = get(slug).model_json_schema(ref_template="#/$defs/{model}")
         definitions.update(own.pop("$defs", {}))
         own.pop("title", None)
         own["description"] = ENTRIES[slug].summary
         definitions[slug] = own
-        one: dict[str, Any] = {
-            "type": "object",
-            "properties": {slug: {"$ref": f"#/$defs/{slug}"}},
-            "required": [slug],
-            "additionalProperties": False,
-        }
-        choices.append(one)
+    choices = [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in _carvings()]
+    fitted = [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in _fitted()]
+    about = "builds or trains what a method owns and attaches it; the weights stay as they are"
+    choices.append(_one_key("fit", {"oneOf": fitted, "description": about}))
+    choices.append(_one_key("train", _train_schema(definitions)))
     schema["properties"]["steps"] = {
         "type": "array",
         "minItems": 1,
         "items": {"oneOf": choices},
-        "description": "the methods, in order: each item is one slug with its parameters",
+        "description": "in order: each item is one slug with its parameters, fit with one, or train",
     }
     schema["required"] = ["steps"]
     schema["title"] = "Intaglio recipe"

@@ -10,7 +10,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from intaglio.cli.console import Verbs, err, out, print_json, progress_bar, read_stdin, say, speaks_plainly
+from intaglio.cli.console import Verbs, err, out, paint, print_json, progress_bar, read_stdin, say, speaks_plainly
 
 app = typer.Typer(
     name="intaglio",
@@ -228,9 +228,8 @@ def _plan(
     table = Table("step", "parameters", "seconds", "memory", title="The plan; nothing is done", box=SIMPLE_HEAD)
     for index, step in enumerate(found["steps"], start=1):
         parameters = ", ".join(f"{k}: {v}" for k, v in step["parameters"].items() if v is not None)
-        table.add_row(
-            f"{index}. {step['slug']}", parameters, f"{step['seconds']:.0f}", _megabytes(step["memory_bytes"])
-        )
+        label = step["slug"] if step["verb"] in ("carve", step["slug"]) else f"{step['verb']} {step['slug']}"
+        table.add_row(f"{index}. {label}", parameters, f"{step['seconds']:.0f}", _megabytes(step["memory_bytes"]))
     table.add_row("measuring, before and after", "", f"{found['measure_seconds']:.0f}", "")
     table.add_row("together", "", f"{found['seconds']:.0f}", _megabytes(found["memory_bytes"]), style="bold")
     out.print(table)
@@ -283,31 +282,47 @@ def compare(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
-    decoder: Annotated[str, typer.Option(help="greedy or sample.")] = "greedy",
+    decoder: Annotated[
+        str, typer.Option(help="greedy, sample; or one that drafts: aded, prompt_lookup, ngram, draft_model.")
+    ] = "greedy",
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="(drafting) a setting as key=value, such as corpus=FILE; may stand several times."),
+    ] = None,
+    show_drafts: Annotated[
+        bool, typer.Option("--show-drafts", help="(drafting) colour the tokens that were drafted and accepted.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at the most.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="(sample) divides the logits.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="(sample) keep the k most likely.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="(sample) keep the smallest set with this probability.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="(sampling) divides the logits.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="(sampling) keep the k most likely.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="(sampling) keep the smallest set with this probability.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="(sample) of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="(sampling) of the draws.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Generate from a prompt, streaming; says what it cost."""
     from intaglio.checkpoint import load
-    from intaglio.cli.generating import check_options
+    from intaglio.cli.drafting import read_settings, starts_empty
+    from intaglio.cli.generating import check_drafting, check_options
     from intaglio.cli.generating import generate as run
+    from intaglio.errors import IntaglioError
 
+    settings = read_settings(set_ or [])
     check_options(decoder, temperature, top_k, top_p)
+    check_drafting(decoder, settings, show_drafts)
+    if json and show_drafts:
+        raise IntaglioError("--show-drafts colours text, which --json does not print; leave one of the two out")
     text = read_stdin() if prompt == "-" else prompt
+    checkpoint = load(model, device=device, dtype=dtype)
 
     def write(piece: str) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
     found = run(
-        load(model, device=device, dtype=dtype),
+        checkpoint,
         text,
         decoder=decoder,
         max_new_tokens=max_new_tokens,
@@ -316,16 +331,23 @@ def generate(
         top_p=top_p,
         chat=chat,
         seed=seed,
+        settings=settings,
         write=None if json else write,
+        paint=paint if show_drafts else None,
     )
     if json:
         print_json(found)
         return
     write("\n")
-    say(
+    if starts_empty(decoder, settings, checkpoint.attachments):
+        say(f"{decoder} had no corpus and started empty; --set corpus=FILE gives it one")
+    line = (
         f"{found['new_tokens']} tokens in {found['passes']} passes, {found['seconds']:.1f} s "
         f"({found['tokens_per_second']:.1f} tokens/s, {decoder})"
     )
+    if found["accepted_share"] is not None:
+        line += f": {found['tokens_per_pass']:.2f} tokens a pass, {found['accepted_share']:.0%} of the drafts accepted"
+    say(line)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from typer.core import TyperGroup
 
 from intaglio.errors import IntaglioError, printable
@@ -34,6 +35,17 @@ _R = TypeVar("_R")
 def say(text: str) -> None:
     """Print one line to stderr, as it stands."""
     err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def paint(piece: str, marked: bool) -> None:
+    """Print a piece of text to stdout as it comes, in green if it is marked; plain where nobody sees colours.
+
+    Args:
+        piece: any text.
+        marked: whether it stands out.
+    """
+    out.print(Text(piece, style="bold green" if marked else ""), end="", soft_wrap=True)
+    out.file.flush()
 
 
 def print_json(value: Any) -> None:

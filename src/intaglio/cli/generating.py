@@ -1,9 +1,9 @@
-"""`intaglio generate`: stock generation with streaming, and what it cost."""
+"""`intaglio generate`: generation with streaming, by stock decoders and by those that draft, and what it cost."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,9 @@ from transformers.generation.streamers import TextStreamer
 
 from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
+from intaglio.cli import drafting
 from intaglio.errors import IntaglioError
+from intaglio.verify.loop import Speculative
 
 
 class _Streamer(TextStreamer):
@@ -26,6 +28,10 @@ class _Streamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._write(text)
+
+
+STOCK = ("greedy", "sample")
+"""Decoders that are stock `generate` itself."""
 
 
 @contextmanager
@@ -94,8 +100,9 @@ def check_options(
     Raises:
         IntaglioError: an unknown decoder, a value out of range, or a sampling option for greedy.
     """
-    if decoder not in ("greedy", "sample"):
-        raise IntaglioError(f"there is no decoder named {decoder!r}; accepted: greedy, sample")
+    known = [*STOCK, *drafting.names()]
+    if decoder not in known:
+        raise IntaglioError(f"there is no decoder named {decoder!r}; accepted: {', '.join(known)}")
     if temperature is not None and not 0 < temperature < float("inf"):
         raise IntaglioError(f"temperature is {temperature}; it must be above 0 (for 0 use the decoder greedy)")
     if top_k is not None and top_k < 1:
@@ -109,6 +116,22 @@ def check_options(
     return given
 
 
+def check_drafting(decoder: str, settings: Mapping[str, str], show_drafts: bool) -> None:
+    """Refuse settings and options that a decoder has no use for, before any model loads; arguments as in `generate`.
+
+    Raises:
+        IntaglioError: something set for a stock decoder, or drafts asked of it, or settings that are wrong.
+    """
+    if decoder not in STOCK:
+        drafting.check_settings(decoder, settings)
+        return
+    others = ", ".join(drafting.names())
+    if settings:
+        raise IntaglioError(f"the decoder {decoder} has nothing to set (--set {next(iter(settings))}); {others} have")
+    if show_drafts:
+        raise IntaglioError(f"the decoder {decoder} drafts nothing that --show-drafts could show; {others} do")
+
+
 def generate(
     checkpoint: Checkpoint,
     prompt: str,
@@ -120,30 +143,38 @@ def generate(
     top_p: float | None = None,
     chat: bool = False,
     seed: int = 0,
+    settings: Mapping[str, str] | None = None,
     write: Callable[[str], None] | None = None,
+    paint: Callable[[str, bool], None] | None = None,
 ) -> dict[str, Any]:
     """Generate from one prompt and say what it cost.
 
     Args:
         checkpoint: a decoder with a tokenizer.
         prompt: the user's text.
-        decoder: `greedy` or `sample`.
+        decoder: `greedy`, `sample`, or one that drafts, which is greedy unless a sampling option is given.
         max_new_tokens: tokens at the most. Default 128.
         temperature: (sample) divides the logits; None: 1.
         top_k: (sample) keep the k most likely; None: all.
         top_p: (sample) keep the smallest set with this probability; None: all.
         chat: use the chat template.
         seed: (sample) of the draws.
+        settings: (one that drafts) its settings as words; see `drafting.read_settings`.
         write: called with each piece of text as it comes.
+        paint: (one that drafts) called in its place, with each piece and whether it was drafted.
 
     Returns:
-        `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, decoder`; `passes` counts the
-        forward calls, prefill included.
+        `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, tokens_per_pass,
+        accepted_share, decoder`; `passes` counts the target's forward passes, prefill included, and `accepted_share`
+        is the share of the drafted tokens verified that were accepted (None where nothing drafts).
 
     Raises:
-        IntaglioError: an unknown decoder, sampling options for greedy, or a prompt that leaves no room in the context.
+        IntaglioError: an unknown decoder, sampling options for greedy, settings that are wrong, or a prompt that leaves
+            no room in the context.
     """
+    settings = settings or {}
     given = check_options(decoder, temperature, top_k, top_p)
+    check_drafting(decoder, settings, paint is not None)
     ids = encode(checkpoint, prompt, chat)
     checkpoint.check_ids(ids)
     room = checkpoint.context - ids.shape[1]
@@ -153,28 +184,39 @@ def generate(
             f"{checkpoint.context}; {max_new_tokens} were asked for"
         )
     model: Any = checkpoint.model
-    options: dict[str, Any] = {"do_sample": decoder == "sample", "max_new_tokens": max_new_tokens, "num_beams": 1}
+    sampled = decoder == "sample" or bool(given)
+    options: dict[str, Any] = {"do_sample": sampled, "max_new_tokens": max_new_tokens, "num_beams": 1}
     # What the checkpoint's own generation config says about sampling must not leak into what was asked for.
-    options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | given if decoder == "sample" else {
+    options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | given if sampled else {
         "temperature": None, "top_k": None, "top_p": None
     }  # fmt: skip
-    streamer = None if write is None else _Streamer(checkpoint.tokenizer, write)
+    streamer = None if write is None or paint is not None else _Streamer(checkpoint.tokenizer, write)
+    loop = None
+    if decoder in STOCK:
+        options["streamer"] = streamer
+    else:
+        shown = None if paint is None else drafting.Painter(checkpoint.tokenizer, paint)
+        loop = Speculative(drafting.make_drafter(decoder, settings, checkpoint), streamer=streamer, on_step=shown)
+        options["custom_generate"] = loop
     if model.generation_config.pad_token_id is None:
         options["pad_token_id"] = checkpoint.tokenizer.pad_token_id or checkpoint.tokenizer.eos_token_id or 0
     ids = ids.to(checkpoint.device)
-    with torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else None), count_passes(model) as passes:
+    with torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else None), count_passes(model) as calls:
         torch.manual_seed(seed)
         start = time.perf_counter()
-        whole = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         seconds = time.perf_counter() - start
     new = whole[0, ids.shape[1] :].tolist()
+    passes = calls[0] if loop is None else loop.statistics.passes
     return {
         "text": checkpoint.tokenizer.decode(new, skip_special_tokens=True),
         "token_ids": new,
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(new),
-        "passes": passes[0],
+        "passes": passes,
         "seconds": seconds,
         "tokens_per_second": len(new) / seconds,
+        "tokens_per_pass": len(new) / passes,
+        "accepted_share": None if loop is None else loop.statistics.accepted_share,
         "decoder": decoder,
     }

@@ -13,6 +13,8 @@ from intaglio.checkpoint import Checkpoint
 
 PREFILL = 256
 DECODE = 24
+WARM = 2
+"""Steps of the run that is not counted: enough to have touched every weight in both shapes."""
 REPEATS = 3
 
 
@@ -37,7 +39,7 @@ def _now(device: torch.device) -> float:
 
 @torch.no_grad()
 def speed(checkpoint: Checkpoint, repeats: int = REPEATS) -> Speed:
-    """Time the model: one warm-up, then the median of `repeats`.
+    """Time the model: a short run that is not counted, then the median of `repeats`.
 
     Args:
         checkpoint: what is timed.
@@ -51,18 +53,18 @@ def speed(checkpoint: Checkpoint, repeats: int = REPEATS) -> Speed:
     ids = torch.randint(rows, (1, length), generator=generator).to(device)
     options = {"use_cache": True, "logits_to_keep": 1} if causal else {}
     prefill, decode = [], []
-    for repeat in range(repeats + 1):
+    for steps in (WARM, *[DECODE] * repeats):
         start = _now(device)
         output = model(input_ids=ids, **options)
         middle = _now(device)
         if causal:
             cache = output.past_key_values
             token = output.logits[:, -1:].argmax(-1)
-            for _ in range(DECODE):
+            for _ in range(steps):
                 output = model(input_ids=token, past_key_values=cache, use_cache=True)
                 token = output.logits[:, -1:].argmax(-1)
         end = _now(device)
-        if repeat:
-            prefill.append(length / (middle - start))
-            decode.append(DECODE / (end - middle))
+        prefill.append(length / (middle - start))
+        decode.append(steps / (end - middle))
+    del prefill[0], decode[0]
     return Speed(statistics.median(prefill), statistics.median(decode) if causal else None)

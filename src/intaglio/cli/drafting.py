@@ -1,0 +1,160 @@
+"""The decoders of `intaglio generate` that draft: their names, their settings from `--set key=value`, their colours."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from intaglio.attachments import Attachment
+from intaglio.catalogue import ENTRIES
+from intaglio.checkpoint import Checkpoint, load
+from intaglio.data.texts import load_texts
+from intaglio.errors import IntaglioError
+from intaglio.method import get
+from intaglio.recipe import from_words
+from intaglio.verify.drafters.draft_model import DraftModel
+from intaglio.verify.drafters.lookup import PromptLookup
+from intaglio.verify.drafters.ngrams import NGramStore
+from intaglio.verify.protocols import Drafter, Step
+
+
+def _settings(name: str, function: Callable[..., Any], *without: str, **more: Any) -> type[BaseModel]:
+    """A model with the arguments of a function that have defaults, but for some, and more of its own."""
+    hints, arguments = get_type_hints(function), inspect.signature(function).parameters.values()
+    fields = {
+        a.name: (hints[a.name], a.default) for a in arguments if a.name not in without and a.default is not a.empty
+    }
+    options: Any = more | fields
+    made: type[BaseModel] = create_model(name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **options)
+    return made
+
+
+PLAIN: dict[str, type[BaseModel]] = {
+    "prompt_lookup": _settings("PromptLookup", PromptLookup.__init__),
+    "ngram": _settings("NGram", NGramStore.build, corpus=(str, ...)),
+    "draft_model": _settings("DraftModel", DraftModel.__init__, "widths", model=(str, ...), length=(int, 5)),
+}
+"""Drafters that are no method of the catalogue, and what can be set; a chain of `length` for the draft model."""
+
+
+def names() -> list[str]:
+    """The decoders that draft."""
+    return [*(slug for slug, entry in ENTRIES.items() if "drafter" in entry.kinds), *PLAIN]
+
+
+def read_settings(words: Sequence[str]) -> dict[str, str]:
+    """`{key: value}` of the words given with `--set`.
+
+    Args:
+        words: each `key=value`.
+
+    Raises:
+        IntaglioError: a word without `=`, or a key that stands twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        key, sign, value = word.partition("=")
+        if not (key and sign):
+            raise IntaglioError(f"--set {word!r} is not accepted; write key=value, such as nodes=7")
+        if key in found:
+            raise IntaglioError(f"--set {key} stands twice; give it once")
+        found[key] = value
+    return found
+
+
+def check_settings(decoder: str, settings: Mapping[str, str]) -> BaseModel:
+    """The settings of a decoder as its types say.
+
+    Args:
+        decoder: one of `names()`.
+        settings: from `read_settings`.
+
+    Raises:
+        IntaglioError: one sentence on the first that is wrong.
+    """
+    wanted: type[BaseModel] = PLAIN[decoder] if decoder in PLAIN else get(decoder)
+    for name, field in wanted.model_fields.items():
+        if field.is_required() and name not in settings:
+            raise IntaglioError(f"the decoder {decoder} needs a {name}; give it with --set {name}=...")
+    return from_words(wanted, dict(settings), "--set")
+
+
+def make_drafter(decoder: str, settings: Mapping[str, str], checkpoint: Checkpoint) -> Drafter:
+    """The drafter, ready: with what the checkpoint has attached, unless a corpus is set.
+
+    Args:
+        decoder: one of `names()`.
+        settings: from `read_settings`.
+        checkpoint: the target.
+
+    Raises:
+        IntaglioError: settings, corpus, attachment or draft model that are no good.
+    """
+    found = check_settings(decoder, settings)
+    given: dict[str, Any] = {name: getattr(found, name) for name in settings}
+    if decoder == "prompt_lookup":
+        return PromptLookup(**given)
+    if decoder == "ngram":
+        texts = load_texts(given.pop("corpus"))
+        ids = checkpoint.tokenizer(list(texts.documents), add_special_tokens=False, verbose=False)["input_ids"]
+        return NGramStore.build(ids, checkpoint.model.get_input_embeddings().num_embeddings, **given)  # type: ignore[operator]
+    if decoder == "draft_model":
+        model = load(
+            given.pop("model"), device=checkpoint.device, dtype=next(checkpoint.model.parameters()).dtype
+        ).model
+        length = given.pop("length", 5)
+        if length < 1:
+            raise IntaglioError(f"--set, length: {length} is not accepted, it should be at least 1")
+        return DraftModel(model, (1,) * length, **given)
+    if decoder in checkpoint.attachments and given.get("corpus") is None:
+        drafter: Drafter = checkpoint.decoder(decoder, **given)
+        return drafter
+    method: Any = get(decoder)
+    drafter = method(**given, tokenizer=checkpoint.tokenizer)
+    return drafter
+
+
+def starts_empty(decoder: str, settings: Mapping[str, str], attachments: Mapping[str, Attachment]) -> bool:
+    """Whether a fitted method has neither an attachment nor a corpus.
+
+    Args:
+        decoder: one of `names()`.
+        settings: from `read_settings`.
+        attachments: of the checkpoint.
+    """
+    return decoder in ENTRIES and ENTRIES[decoder].fitted and "corpus" not in settings and decoder not in attachments
+
+
+class Painter:
+    """Hands text on token by token, and says of each piece whether it was drafted; an `on_step` callback.
+
+    Args:
+        tokenizer: of the target.
+        paint: called with a piece of text and whether its tokens were drafted and accepted.
+    """
+
+    def __init__(self, tokenizer: Any, paint: Callable[[str, bool], None]) -> None:
+        self._tokenizer = tokenizer
+        self._paint = paint
+        self._ids: list[int] = []  # since the last line end
+        self._shown = 0
+
+    def __call__(self, step: Step) -> None:
+        """Show what a pass emitted.
+
+        Args:
+            step: of the one row.
+        """
+        for place, token in enumerate(step.tokens):
+            self._ids.append(token)
+            text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            # Half a character waits for its other half, unless nothing follows.
+            last = step.done and place == len(step.tokens) - 1
+            if len(text) > self._shown and (last or not text.endswith("\ufffd")):
+                self._paint(text[self._shown :], place < step.drafted)
+                self._shown = len(text)
+                if text.endswith("\n"):
+                    self._ids, self._shown = [], 0

@@ -1,0 +1,353 @@
+"""ADED (Liu et al., AAAI 2025): lossless drafting by tree search over a tri-gram table that adapts while decoding.
+
+model.generate(**inputs, custom_generate=ADED(corpus=texts))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+import numpy as np
+import torch
+from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PrivateAttr, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from intaglio.attachments import Attachment
+from intaglio.checkpoint import Checkpoint, load_tokenizer
+from intaglio.data.texts import Corpus
+from intaglio.decoding.aded.corpus import count_tokens, make_table, read_corpus
+from intaglio.decoding.aded.memory import Memory
+from intaglio.decoding.aded.search import best_first, full, greedy, likely, mcts, most_visited, trim
+from intaglio.decoding.aded.table import ENTRIES, Table
+from intaglio.errors import IntaglioError
+from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, silent
+from intaglio.verify.loop import Speculative, SpeculativeOutput
+from intaglio.verify.protocols import Drafter, Run, Session, Step, by_row
+from intaglio.verify.statistics import Statistics
+from intaglio.verify.tree import TokenTree, root_only, trie
+
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": "integer"}}}
+_CORPUS = {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"type": "string"}}, _IDS, {"type": "null"}]}
+_LEARNT = 100_000
+"""Learnt rows kept from run to run at the most."""
+
+
+class ADED(Method, slug="aded"):
+    """Draft from a table M[(a, b)][c] of how likely c follows a, b; let the target verify; let the table learn.
+
+    Every step, with s the tokens so far, the last one x* not yet read by the target:
+
+    1. *Adapt.* For each tri-gram inside the last `window` tokens of s: M[(s_i, s_i+1)][s_i+2] += `boost`, at most
+       `cap`.
+    2. *Search* from the key (s_-2, x*), `iterations` times: descend by the largest
+
+           PUCT = S/n + (c1 + ln((N + c2 + 1) / c2)) p sqrt(N) / (1 + n)        (infinite where n = 0)
+
+       (S: sum of rewards, n: visits, p = M[parent's key][token], N: the parent's visits) down to a node that has no
+       children yet or lies `length` keys deep; give it all of its successors as children and go on in the last; from
+       there draw tokens in proportion to M. The reward, 1 + the sum of M along the path, goes to the whole path.
+    3. *Draft.* The `candidates` most visited nodes are candidate continuations, each with its most likely next token.
+       They are trimmed and merged into a tree of at most `nodes` tokens, which one pass of the target verifies.
+
+    The output is the target's own, whatever the table holds. The table of the corpus is never changed: what is learnt
+    belongs to one row of one run (or to this object, with `carry_over`).
+
+    The defaults are scaled to small targets on a CPU, where a pass over 8 tokens costs about 1.5 passes over one and
+    over 16 about 1.7: at most 15 nodes, and paths that are unlikely by the table are not verified (`least`). A small
+    tree holds few branches, so it goes deeper (`length`), and what was just said has to outrank the corpus sooner
+    (`boost`). `ADED.paper()` has the constants of the paper and its released code.
+
+    Args:
+        corpus: what M is counted in: the name of a bundled corpus, a text file or a folder; a list of texts; a list of
+            sequences of token ids; a `Table` or the file of one. Read at the first use. Default: none, so M holds only
+            what is learnt.
+        entries: most entries of the table; the rarest are given up. Default 2,000,000 (at most 48 MB).
+        top: successors of a row that are taken from the corpus, without renormalising; learnt rows may grow beyond.
+            Default 12.
+        adaptive: whether the table learns. Default true.
+        window: tokens whose tri-grams are boosted at a step. Default 16.
+        boost: what a tri-gram gains. Default 0.2; paper 0.04.
+        cap: the largest weight that it can gain. Default 3.
+        carry_over: keep what is learnt from run to run, the newest 100,000 rows. Default false.
+        search: `mcts`; or what it is held against: `greedy` (one chain), `full` (all the table knows, level by level)
+            or `best` (best first by the product of the shares). Default `mcts`.
+        reward: `path` as above, or `official`: the released code looks up the token that the key already ends in, so
+            that nearly every reward is 1. Default `path`.
+        iterations: of the search. Default 64; paper 150.
+        length: keys of a path at the most, the root's included; so drafts have at most as many tokens. Default 6;
+            paper 4.
+        c1: weight of the priors. Default 32.
+        c2: visits after which that weight begins to grow. Default 8.
+        candidates: nodes taken from the search. Default 24.
+        trim: `visits`: the candidates are merged in the order of their visits until `nodes` are there; `distinct`:
+            candidates with many distinct tokens go until these sum to `choices`, then the shortest are merged first, as
+            in the paper. Default `visits`.
+        choices: the sum for `distinct`. Default 64.
+        nodes: most drafted tokens of a tree. Default 15; paper 64.
+        least: a path is cut where the product of its shares (weight over the row's sum) falls below. Default 0.1;
+            paper 0.
+        seed: of the search's draws, for each row apart. Default 0.
+        tokenizer: the target's, for a corpus of texts. Default: the one beside the target's weights.
+        streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
+        on_step: called with each row's `Step` after every pass.
+        generator: what the target's draws come from (sampling). Default: torch's global generator.
+
+    Raises:
+        IntaglioError: (at the first use) a corpus of another tokenizer or vocabulary, texts without a tokenizer, and
+            all that `Speculative` refuses.
+
+    Source: Liu, Lei, Zhang and Xu, Adaptive Draft-Verification for Efficient Large Language Model Decoding, AAAI 2025,
+    arXiv 2407.12021, with the released code's constants. Sampling verifies one draw a node, as `verify.sampling` says,
+    so its law is the target's.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    requires: ClassVar[frozenset[Fact]] = frozenset({"causal", "cache", "tokenizer"})
+    changes: ClassVar[frozenset[Change]] = frozenset()
+    needs_hidden: ClassVar[bool] = False
+
+    corpus: Annotated[Any, BeforeValidator(read_corpus), WithJsonSchema(_CORPUS)] = None
+    entries: Annotated[int, Field(ge=1, le=100_000_000)] = ENTRIES
+    top: Annotated[int, Field(ge=1, le=10_000)] = 12
+    adaptive: bool = True
+    window: Annotated[int, Field(ge=3, le=10_000)] = 16
+    boost: Annotated[float, Field(gt=0, le=100)] = 0.2
+    cap: Annotated[float, Field(gt=0, le=100)] = 3.0
+    carry_over: bool = False
+    search: Literal["mcts", "greedy", "full", "best"] = "mcts"
+    reward: Literal["path", "official"] = "path"
+    iterations: Annotated[int, Field(ge=1, le=100_000)] = 64
+    length: Annotated[int, Field(ge=1, le=64)] = 6
+    c1: Annotated[float, Field(ge=0, le=1e6)] = 32.0
+    c2: Annotated[float, Field(gt=0, le=1e6)] = 8.0
+    candidates: Annotated[int, Field(ge=1, le=10_000)] = 24
+    trim: Literal["visits", "distinct"] = "visits"
+    choices: Annotated[int, Field(ge=1, le=10_000)] = 64
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 15
+    least: Annotated[float, Field(ge=0, le=1)] = 0.1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
+    streamer: SkipJsonSchema[InstanceOf[BaseStreamer] | None] = Field(None, exclude=True, repr=False)
+    on_step: SkipJsonSchema[Callable[[Step], None] | None] = Field(None, exclude=True, repr=False)
+    generator: SkipJsonSchema[InstanceOf[torch.Generator] | None] = Field(None, exclude=True, repr=False)
+
+    _table: Table | None = PrivateAttr(None)
+    _learnt: dict[int, dict[int, float]] = PrivateAttr(default_factory=dict)
+    _statistics: Statistics = PrivateAttr(default_factory=Statistics)
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> Self:
+        """The constants of the paper and its released code: 150 iterations, 4 keys, trees of 64 nodes, boosts of 0.04.
+
+        Args:
+            overrides: fields that the caller sets.
+        """
+        constants: dict[str, Any] = {
+            "top": 12, "window": 16, "boost": 0.04, "cap": 3.0, "iterations": 150, "length": 4, "c1": 32.0, "c2": 8.0,
+            "candidates": 24, "trim": "distinct", "choices": 64, "nodes": 64, "least": 0.0,
+        }  # fmt: skip
+        return cls(**constants | overrides)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What the last `generate` call cost."""
+        return self._statistics
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Tensor | SpeculativeOutput:
+        """Called by `model.generate(..., custom_generate=self)`; see `Speculative`.
+
+        Args:
+            model: the target.
+            input_ids: the prompts [B, P].
+            logits_processor: as `generate` made them.
+            stopping_criteria: as `generate` made them.
+            generation_config: the merged one.
+            **model_kwargs: what `generate` prepared for the model.
+        """
+        loop = Speculative(cast(Drafter, self), streamer=self.streamer, on_step=self.on_step, generator=self.generator)
+        try:
+            return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
+        finally:
+            self._statistics = loop.statistics
+
+    def start(self, run: Run) -> Session:
+        """Begin a run; see `Drafter.start`.
+
+        Args:
+            run: what is known before the first pass.
+
+        Raises:
+            IntaglioError: the corpus cannot be read, or is another tokenizer's.
+        """
+        table = self.table(run.model)
+        return by_row(run, lambda prompt: Drafting(self, table, prompt, self._learnt if self.carry_over else None))
+
+    def table(self, model: Any) -> Table:
+        """The table of the corpus, made at the first use and kept.
+
+        Args:
+            model: the target.
+
+        Raises:
+            IntaglioError: as `start`.
+        """
+        vocabulary = int(model.get_input_embeddings().num_embeddings)
+        if self._table is None or self._table.vocabulary != vocabulary:
+            tokenizer, source = self.tokenizer, str(getattr(model, "name_or_path", ""))
+            if tokenizer is None and self.corpus is not None and source:
+                tokenizer = load_tokenizer(source)
+            self._table, _ = make_table(self.corpus, vocabulary, tokenizer, self.entries)
+            self._learnt.clear()
+        return self._table
+
+    def fit(
+        self,
+        checkpoint: Checkpoint,
+        texts: Any = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 4,
+        progress: Progress = silent,
+    ) -> Checkpoint:
+        """Build the table and attach it to a checkpoint, whose weights stay as they are.
+
+        Args:
+            checkpoint: a decoder with its tokenizer.
+            texts: what M is counted in, unless the field `corpus` names something.
+            seed: noted in the record; nothing is drawn.
+            batch_size: not used.
+            progress: called as texts are read.
+
+        Raises:
+            IntaglioError: neither corpus nor texts, or one that cannot be read.
+        """
+        corpus = read_corpus(texts) if self.corpus is None else self.corpus
+        if corpus is None:
+            raise IntaglioError("a table has to be counted in something; give aded a corpus")
+        vocabulary = int(checkpoint.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        tokenizer = self.tokenizer or checkpoint.tokenizer
+        table, about = make_table(corpus, vocabulary, tokenizer, self.entries, progress)
+        named = self.corpus if isinstance(self.corpus, str) else None
+        parameters = self.model_dump() | {"corpus": named}
+        checkpoint.note(
+            self.slug,
+            parameters,
+            seed=seed,
+            chosen={**about, "rows": len(table), "entries": len(table.tokens_E), "bytes": table.bytes},
+            verb="fit",
+        )
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in table.arrays().items()}
+        checkpoint.attach(self.slug, tensors, parameters, table.about())
+        return checkpoint
+
+    @classmethod
+    def restore(cls, attachment: Attachment, checkpoint: Checkpoint, **fields: Any) -> Self:
+        """The decoder out of what `fit` attached.
+
+        Args:
+            attachment: of the checkpoint.
+            checkpoint: whose tokenizer the table must have.
+            **fields: win over the fields that it was fitted with.
+
+        Raises:
+            IntaglioError: the attachment is no table.
+        """
+        arrays = {name: tensor.numpy() for name, tensor in attachment.tensors.items()}
+        table = Table.of(arrays, attachment.about, f"the attachment {attachment.slug}")
+        given = {"corpus": table, "tokenizer": checkpoint.tokenizer}
+        return cls(**attachment.parameters | given | fields)
+
+    def estimate_fit(self, workload: Workload, texts: Corpus) -> Cost:
+        """Reading texts and counting: a few passes over the corpus's tokens, no product.
+
+        Args:
+            workload: not used.
+            texts: what is read, unless the field `corpus` names something.
+        """
+        tokens = count_tokens(texts if self.corpus is None else self.corpus)
+        # Tokenising a token takes about as long as a selection over a hundred numbers.
+        return Cost(sorted_elements=100.0 * tokens, extra_bytes=24 * min(tokens, 4 * self.entries))
+
+
+class Drafting:
+    """ADED at work on one row; a `RowSession`.
+
+    Args:
+        settings: the method.
+        table: of the corpus.
+        prompt: token ids.
+        learnt: rows learnt before, which are changed. Default None: none, and they end with the row.
+    """
+
+    def __init__(
+        self, settings: ADED, table: Table, prompt: Sequence[int], learnt: dict[int, dict[int, float]] | None = None
+    ) -> None:
+        self.memory = Memory(table, settings.top, learnt, None if learnt is None else _LEARNT)
+        self._settings = settings
+        self._ids = list(prompt[-settings.window :])
+        self._rng = Random(settings.seed)
+
+    def observe(self, step: Step) -> None:
+        """Take in what was said.
+
+        Args:
+            step: its tokens.
+        """
+        self._ids = [*self._ids, *step.tokens][-self._settings.window :]
+
+    def propose(self, room: int) -> TokenTree:
+        """Adapt, search and draft.
+
+        Args:
+            room: most drafted tokens in a row that can be used.
+        """
+        settings = self._settings
+        if settings.adaptive:
+            self.memory.adapt(self._ids, settings.boost, settings.cap)
+        if room < 1 or len(self._ids) < 2:
+            return root_only(self._ids[-1])
+        return trie(self._ids[-1], self.paths(), settings.nodes)
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """The continuations to verify, in the order in which they are merged."""
+        settings, memory = self._settings, self.memory
+        root = self._ids[-2] * memory.vocabulary + self._ids[-1]
+        if memory.row(root) is None:
+            return []
+        if settings.search == "greedy":
+            found = greedy(memory, root, settings.length)
+        elif settings.search == "full":
+            found = full(memory, root, settings.length, settings.nodes)
+        elif settings.search == "best":
+            found = best_first(memory, root, settings.length, settings.nodes)
+        else:
+            tree = mcts(
+                memory,
+                root,
+                iterations=settings.iterations,
+                length=settings.length,
+                c1=settings.c1,
+                c2=settings.c2,
+                reward=settings.reward,
+                rng=self._rng,
+            )
+            found = most_visited(memory, tree, settings.candidates)
+        found = likely(memory, root, found, settings.least)
+        return trim(found, settings.choices) if settings.trim == "distinct" else found
+
+
+__all__ = ["ADED", "Table"]
