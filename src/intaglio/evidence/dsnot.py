@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from intaglio.anatomy import Linear, anatomy, final_hidden
 from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Stage, Unit
-from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia, Windows
+from intaglio.evidence.worlds.sealing import Windows
+from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
 from intaglio.measures.memory import peak_memory
 from intaglio.measures.quality import quality
 from intaglio.method import Carving, Method, Workload

@@ -1,4 +1,17 @@
-"""Worlds: a model and data that experiments share, seeded, split and sealed.
+"""Worlds: models and data that experiments share, seeded, split and sealed.
 
 - `smollm2`: SmolLM2-135M-Instruct with Wikipedia, for what is carved without training.
+- `source_code`: bytes of Python source and a small Llama, new or trained once and cached.
+- `haystack`: a synthetic language with facts hidden in filler and questions at the end.
+- `digits`: handwritten digits as images and as sequences, with wrong labels where asked for.
+- `docstrings`: summaries of functions that search for code or text.
+- `movielens`: what users watched in order of time, the last film held out.
+
+What they share:
+
+- `sealing`: sets by hash, draws by key.
+- `made`: what is made once and found again in the user's cache; `trained`, models among it.
+
+In all of them `training(seed)` follows from the seed alone, settings are chosen on `validation`, and another seed base
+measures on other samples of a set that nothing was chosen on.
 """

@@ -9,7 +9,6 @@ Dimension letters: N documents, T tokens of a window.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,23 +19,11 @@ from intaglio.data.segments import Segments, special_affixes
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError
 from intaglio.evidence.experiment import Stage
+from intaglio.evidence.worlds.sealing import Windows, keyed
 
 Part = Literal["calibration", "pilot", "evaluation"]
 BOUNDS: dict[Part, tuple[int, int]] = {"calibration": (0, 500), "pilot": (500, 600), "evaluation": (600, 1000)}
 """Which remainders of a document's hash modulo 1000 are in which set."""
-
-
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """One window of tokens out of each of some documents.
-
-    Args:
-        segments: token ids [N, T].
-        names: the first 12 digits of each document's hash.
-    """
-
-    segments: Segments
-    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -101,13 +88,9 @@ class SmolLM2Wikipedia:
                 f"the texts {self.texts!r} have {len(long_enough)} {part} documents of {length} tokens; {count} are"
                 " needed"
             )
-        drawn = sorted(long_enough, key=lambda document: _keyed(key, document[0]))[:count]
-        rows = [prefix + _cut(ids, inner, _keyed(f"{key}:place", name)) + suffix for name, ids in drawn]
+        drawn = sorted(long_enough, key=lambda document: keyed(key, document[0]))[:count]
+        rows = [prefix + _cut(ids, inner, keyed(f"{key}:place", name)) + suffix for name, ids in drawn]
         return Windows(Segments.of(rows), tuple(name[:12] for name, _ in drawn))
-
-
-def _keyed(key: str, name: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{key}:{name}".encode("ascii")).digest()[:8])
 
 
 def _cut(ids: Sequence[int], length: int, draw: int) -> list[int]:
