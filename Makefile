@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow readme bench-pruning clean
+.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -27,17 +27,18 @@ demo: install  ## prune a real 135M model four ways and look at the report
 	$(BIN)/intaglio demo
 
 lint: install  ## style, types, and which layer imports which
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: install  ## put the style right
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks docs
+	$(BIN)/ruff format src tests benchmarks docs
 
 test: lint  ## lint and the fast tests
 	$(TEST) -m "not slow"
+	@$(BIN)/python docs/stale.py
 
 test-slow: assets  ## the tests that need the bundled models or more time
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow --durations=10
@@ -45,8 +46,17 @@ test-slow: assets  ## the tests that need the bundled models or more time
 readme: install  ## write the generated parts of the README anew
 	$(BIN)/python docs/readme.py
 
+docs: install  ## build the site into site/; a broken link fails
+	$(BIN)/python -m mkdocs build --strict
+
+docs-serve: install  ## show the site on this machine, anew after each change
+	$(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8000
+
 bench-pruning: assets  ## against llm-compressor, in an environment of its own
 	$(BIN)/python benchmarks/pruning/run.py
+
+bench-decoding: assets  ## speculative decoding against the modes of transformers
+	$(BIN)/python benchmarks/decoding/run.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

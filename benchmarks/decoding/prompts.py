@@ -1,0 +1,71 @@
+"""Twenty prompts of four kinds, and the corpus that resembles two of them; nothing of a prompt is in the corpus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from intaglio.data.python_source import source_files
+from intaglio.data.texts import load_texts
+from intaglio.errors import IntaglioError
+
+CHAT = (
+    "Explain how a binary search works and when it is better than a linear one.",
+    "What should I keep in mind when I plant tomatoes on a balcony?",
+    "Write a polite email that asks a landlord to repair the heating.",
+    "Compare travelling by train with travelling by plane.",
+    "Tell me how bread is made, step by step.",
+)
+CODE = ("calendar", "configparser", "fractions", "shelve", "textwrap")
+"""Modules of the standard library whose first tokens are the prompts; the corpus is without them."""
+KINDS = ("chat", "code", "summary", "retrieval")
+EACH = 5
+
+Prompt = dict[str, Any]
+
+
+def prompts(tokenizer: Any, texts: str = "wikipedia", context: int = 1500) -> list[Prompt]:
+    """Return `{kind, name, ids}` of each prompt.
+
+    Args:
+        tokenizer: of the target, with a chat template.
+        texts: articles; the held-out part is used.
+        context: tokens of articles in a retrieval prompt.
+
+    Raises:
+        IntaglioError: too few held-out articles of 400 tokens.
+    """
+    _, held_out = load_texts(texts).split()
+    articles = [tokenizer(text, verbose=False)["input_ids"] for text in held_out.documents]
+    articles = [ids for ids in articles if len(ids) >= 400]
+    if len(articles) < EACH + 3:
+        raise IntaglioError(f"the texts {texts!r} have {len(articles)} held-out articles of 400 tokens; 8 are needed")
+    others = articles[EACH:]
+
+    def turn(text: str) -> list[int]:
+        found: list[int] = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        return found
+
+    modules = {file.module: file.text for file in source_files()}
+    found = [{"kind": "chat", "name": text, "ids": turn(text)} for text in CHAT]
+    found += [{"kind": "code", "name": name, "ids": tokenizer(modules[name])["input_ids"][:160]} for name in CODE]
+    for place in range(EACH):
+        text = tokenizer.decode(articles[place][:350])
+        found.append({"kind": "summary", "name": text[:40], "ids": turn(f"Summarize this text.\n\n{text}")})
+    for place in range(EACH):
+        group = [others[(3 * place + more) % len(others)] for more in range(3)]
+        parts = [tokenizer.decode(ids[: context // 3]) for ids in group]
+        question = f"What does the text say about {parts[1][:40].strip()}? Answer with sentences of the text."
+        found.append({"kind": "retrieval", "name": parts[1][:40], "ids": turn("\n\n".join([*parts, question]))})
+    return found
+
+
+def corpus(texts: str = "wikipedia") -> list[str]:
+    """Return the documents of the table: the articles that no prompt is of, and the modules likewise.
+
+    Args:
+        texts: as for `prompts`.
+    """
+    articles, _ = load_texts(texts).split()
+    return [*articles.documents, *(file.text for file in source_files() if file.module not in CODE)]
