@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from generate.evidence import of, short
+from generate.text import cell
+
 from intaglio import writer
 from intaglio.catalogue import ENTRIES
 
@@ -13,10 +16,14 @@ START, END = "<!-- catalogue: written by `make readme` -->", "<!-- end of catalo
 
 
 def catalogue_table() -> str:
-    """The catalogue as a Markdown table."""
+    """The catalogue as a Markdown table, with the verdicts of the committed records.
+
+    Whether a record is stale is not said here: a changed file would make the README one too.
+    """
     rows = ["| method | room | what it does | source | verdict |", "| --- | --- | --- | --- | --- |"]
     rows += [
-        f"| `{e.slug}` | {e.room} | {e.summary} | [{e.paper}]({e.url}) | no evidence yet |" for e in ENTRIES.values()
+        f"| `{e.slug}` | {e.room} | {cell(e.summary)} | [{cell(e.paper)}]({e.url}) | {cell(short(of(e.slug)))} |"
+        for e in ENTRIES.values()
     ]
     return "\n".join(rows)
 

@@ -1,0 +1,99 @@
+"""The guides are true: their recipes validate, their commands parse, their Python compiles, their constants agree."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from generate import cards, notes, pages
+from generate import evidence as shown
+
+import intaglio
+from intaglio.catalogue import ENTRIES
+from intaglio.cli.app import app
+from intaglio.evidence import experiment
+from intaglio.evidence.experiment import Unit
+from intaglio.recipe import Recipe
+from intaglio.yamlfile import parse_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+GUIDES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = GUIDES | {"index.md": pages.home()} | {f"{s}.md": cards.card(s, shown.of(s), notes.read(s)) for s in ENTRIES}
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    found = re.compile(rf"^```{language}\n(.*?)^```", re.MULTILINE | re.DOTALL)
+    return [(name, code) for name, text in PAGES.items() for code in found.findall(text)]
+
+
+def commands() -> list[str]:
+    """Every `intaglio ...` line of a shell block or of running text."""
+    lines = [line for _, code in blocks("sh") for line in code.splitlines()]
+    spans = [code for text in PAGES.values() for code in re.findall(r"`(intaglio [a-z][^`\n]*)`", text)]
+    return sorted({line for line in lines + spans if line.startswith("intaglio ")})
+
+
+@pytest.mark.parametrize(("name", "code"), blocks("yaml"))
+def test_recipes_validate(name: str, code: str) -> None:
+    assert Recipe.from_document(parse_yaml(code)).steps, name
+
+
+@pytest.mark.parametrize(("name", "code"), blocks("python"))
+def test_python_compiles_and_names_what_there_is(name: str, code: str) -> None:
+    tree = ast.parse(code, name)
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "intaglio"
+    }
+    assert used <= set(intaglio.__all__)
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_accepted(command: str) -> None:
+    words = shlex.split(command)[1:]
+    # In running text a verb may stand alone, or with a name in the place of a value.
+    root = typer.main.get_command(app)
+    verb = root.get_command(typer.Context(root), words[0])  # type: ignore[attr-defined]
+    assert verb is not None, words[0]
+    if len(words) > 1:
+        with verb.make_context(
+            words[0], [word for word in words[1:] if word not in ("A", "B")] or ["--help"], resilient_parsing=True
+        ):
+            pass
+    known = {option for parameter in verb.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in words if word.startswith("-")} - {"-"} <= known
+
+
+def test_there_is_something_to_check() -> None:
+    assert len(commands()) > 5
+    steps = [slug for slug, entry in ENTRIES.items() if entry.fitted or "carving" in entry.kinds]
+    assert {name for name, _ in blocks("yaml")} >= {"recipes.md", "index.md", *(f"{slug}.md" for slug in steps)}
+    assert {name for name, _ in blocks("python")} >= {"recipes.md", "evidence.md"}
+
+
+def test_the_rules_are_those_of_the_code() -> None:
+    text = re.sub(r"\s+", " ", GUIDES["evidence.md"])
+    least = experiment.LEAST_RUNS
+    for said in (
+        f"{experiment.LEVEL:.0%}".replace("%", " % interval"),
+        f"at the upper {experiment.BOUND:.0%}".replace("%", " % bound"),
+        f"half-width of at most {experiment.TARGET:g} delta",
+        f"({least['independent']} runs for the independent design, {least['crossed']} for the crossed, "
+        f"{least['clustered']} for the clustered)",
+        f"more than {experiment.MOST_DIVERGED:.0%}".replace("%", " %"),
+        f"2 ({experiment.MOST_INDEX} *base* + *i*)",
+    ):
+        assert said in text, said
+    base, index = 3, 7
+    assert Unit("run", index, base).seed == 2 * (experiment.MOST_INDEX * base + index)
+    assert Unit("pilot", index, base).seed == Unit("run", index, base).seed + 1
+
+
+def test_what_is_made_names_no_machine() -> None:
+    for name, text in PAGES.items():
+        assert not re.search(r"(?<![\w.])/(work|tmp|root|home)/", text), name

@@ -1,0 +1,95 @@
+"""Notes: when to use a method, in words; the numbers are the record's business."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from generate import notes
+
+from intaglio.catalogue import ENTRIES
+from intaglio.evidence.record import Record, all_shipped
+
+SHIPPED = sorted(path.stem for path in notes.NOTES.glob("*.md"))
+
+
+def test_notes_are_of_methods() -> None:
+    assert SHIPPED
+    assert set(SHIPPED) <= set(ENTRIES)
+
+
+@pytest.mark.parametrize("slug", SHIPPED)
+def test_a_note_says_when_to_use_its_method(slug: str) -> None:
+    assert "Use it when" in notes.read(slug)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "lower by 0.031",
+        "in 12 draws",
+        "a 3 % gain",
+        "-0.02",
+        "30 seconds",
+        "from 24.5 to 12",
+        "two thirds of it",
+        "twice",
+    ],
+)
+def test_numbers_are_found(text: str) -> None:
+    assert notes.numbers(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["SmolLM2-135M at 2:4", "`sparsity: 0.5`", "[paper](https://arxiv.org/abs/2310.08915)", "L2"]
+)
+def test_names_and_patterns_are_no_numbers(text: str) -> None:
+    assert notes.numbers(text) == []
+
+
+def test_a_number_of_the_record_in_a_note_stops_the_build(tmp_path: Path, record: Record) -> None:
+    low, high = record.interval
+    for value in (record.effect, low, high, *(arm.mean for arm in record.arms.values()), record.cost["method"].tokens):
+        for text in (f"{value:.4f}", f"{value:+.2f}", f"{value:.0f} nats"):
+            (tmp_path / "wanda.md").write_text(f"## Use it when\n\nThe effect of {text} is enough.\n")
+            with pytest.raises(ValueError, match="numbers come from the record"):
+                notes.read("wanda", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "No heading.",
+        "## Use it when\n",
+        "## Anything\n\nx",
+        "## Use it when\n\nx\n\n## Use it when\n\ny\n",
+        "x\n\n## Use it when\n\ny",
+    ],
+)
+def test_other_sections_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "wanda.md").write_text(text)
+    with pytest.raises(
+        ValueError, match="accepted, each once: Use it when, Look elsewhere when, If the verdict is holds"
+    ):
+        notes.read("wanda", tmp_path)
+
+
+def test_a_method_needs_no_note(tmp_path: Path) -> None:
+    assert notes.read("wanda", tmp_path) == {}
+
+
+def unexplained(records: dict[str, Record], folder: Path) -> list[str]:
+    """Methods whose claim failed, and whose card does not say why."""
+    return [
+        slug
+        for slug, found in records.items()
+        if found.verdict == "fails" and notes.OF_VERDICTS["fails"] not in notes.read(slug, folder)
+    ]
+
+
+def test_a_claim_that_fails_is_explained(tmp_path: Path, record: Record) -> None:
+    assert unexplained(all_shipped(), notes.NOTES) == []
+    failed = {"wanda": record.model_copy(update={"verdict": "fails"})}
+    assert unexplained(failed, tmp_path) == ["wanda"]
+    (tmp_path / "wanda.md").write_text("## If the verdict is fails\n\nThe toy is a toy.\n")
+    assert unexplained(failed, tmp_path) == []
