@@ -227,7 +227,7 @@ def _plan(
         return
     table = Table("step", "parameters", "seconds", "memory", title="The plan; nothing is done", box=SIMPLE_HEAD)
     for index, step in enumerate(found["steps"], start=1):
-        parameters = ", ".join(f"{k}: {v}" for k, v in step["parameters"].items() if v is not None)
+        parameters = ", ".join(f"{k}: {v}" for k, v in step["parameters"].items() if v not in (None, []))
         label = step["slug"] if step["verb"] in ("carve", step["slug"]) else f"{step['verb']} {step['slug']}"
         table.add_row(f"{index}. {label}", parameters, f"{step['seconds']:.0f}", _megabytes(step["memory_bytes"]))
     table.add_row("measuring, before and after", "", f"{found['measure_seconds']:.0f}", "")
