@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 
 from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus
@@ -67,8 +68,7 @@ def test_a_data_set_on_the_disk_is_read_item_by_item_in_a_keyed_order() -> None:
 
 
 def test_a_datasets_data_set_is_accepted() -> None:
-    datasets = pytest.importorskip("datasets")
-    found = order(rows_of(datasets.Dataset.from_dict({"input_ids": TABLE})), 20)
+    found = order(rows_of(Dataset.from_dict({"input_ids": TABLE})), 20)
     assert sorted(token for _, token in found) == list(range(3, 23))
 
 
