@@ -241,4 +241,4 @@ def test_the_cached_model_has_learned() -> None:
     world = SourceCode()
     losses = quality(world.trained(), world.documents("run").segments, batch_size=16).losses
     bits = sum(losses) / len(losses) / 0.6931471805599453
-    assert 1.2 < bits < 2.6, (bits, time.monotonic() - began)
+    assert 1.7 < bits < 2.3, (bits, time.monotonic() - began)

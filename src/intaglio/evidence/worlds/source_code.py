@@ -43,7 +43,8 @@ _DECIDES = ("packages", "width", "depth", "context", "tokens", "steps", "batch")
 class SourceCode:
     """The world: which source, a model's size, how it is trained, and how much is measured on.
 
-    Training with the defaults takes 7 to 9 minutes of processor time, about 4 minutes on two quiet cores.
+    Training with the defaults takes about 6 minutes on two quiet cores. With the library of Python 3.11 the model then
+    predicts files that it has not seen with 1.97 bits a byte.
 
     Args:
         packages: whose source; installed packages beside `stdlib` give more. Default the standard library.
