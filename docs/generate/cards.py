@@ -9,6 +9,7 @@ from generate import evidence as shown
 from generate import facts, notes
 from generate.evidence import Evidence
 from generate.text import cell, environment
+from intaglio import about
 from intaglio.catalogue import ENTRIES, ROOMS, Entry
 from intaglio.method import get
 
@@ -27,7 +28,7 @@ def card(slug: str, evidence: Evidence, note: dict[str, str]) -> str:
     entry, method = ENTRIES[slug], get(slug)
     recipe = facts.example(slug)
     given = facts.given(recipe) if recipe else {}
-    paper = facts.paper_values(method, given)
+    paper = about.paper_values(method, given)
     values: dict[str, Any] = {
         "entry": entry,
         "room": ROOMS[entry.room],
@@ -36,10 +37,10 @@ def card(slug: str, evidence: Evidence, note: dict[str, str]) -> str:
         "requires": sorted(method.requires),
         "invalidates": sorted(method.invalidates),
         "facts_page": FACTS,
-        "description": facts.describe(inspect.getdoc(method) or ""),
+        "description": about.describe(inspect.getdoc(method) or ""),
         "recipe": facts.as_yaml(recipe) if recipe else "",
         "call": facts.call(slug, given),
-        "parameters": facts.parameters(method, paper),
+        "parameters": about.parameters(method, paper),
         "paper": paper,
         "advice": [(heading, note[heading]) for heading in notes.ALWAYS if heading in note],
         "evidence": evidence,

@@ -12,9 +12,10 @@ from typing import Any
 from pydantic import BaseModel
 
 import intaglio
-from generate import cards, facts, notes, style
+from generate import cards, notes, style
 from generate import evidence as shown
 from generate.text import ROOT, cell, relink
+from intaglio import about
 from intaglio.catalogue import ENTRIES
 from intaglio.evidence import record as records
 from intaglio.recipe import Header
@@ -116,15 +117,15 @@ def recipe_fields() -> str:
 def _field_rows(above: str, kind: type[BaseModel]) -> list[str]:
     """A row for each field, those of nested models at the end."""
     schema = kind.model_json_schema()
-    said = facts.describe(inspect.getdoc(kind) or "").lists["Args"]
+    said = about.describe(inspect.getdoc(kind) or "").lists["Args"]
     rows, nested = [], []
     for name, field in kind.model_fields.items():
         if isinstance(field.default, BaseModel):
             nested += _field_rows(f"{above}{name}.", type(field.default))
             accepted, default = "mapping, below", ""
         else:
-            accepted = facts.accepted(schema["properties"][name], schema.get("$defs", {}))
-            default = f"`{facts.written(field.default)}`"
+            accepted = about.accepted(schema["properties"][name], schema.get("$defs", {}))
+            default = f"`{about.written(field.default)}`"
         rows.append(f"| `{above}{name}` | {cell(accepted)} | {default} | {cell(said[name])} |")
     return rows + nested
 

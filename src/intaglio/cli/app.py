@@ -84,9 +84,9 @@ def show(
 ) -> None:
     """One method: its description, parameters and evidence."""
     import inspect
-    import re
 
     from intaglio.catalogue import ENTRIES
+    from intaglio.cli import showing
     from intaglio.evidence import summary
     from intaglio.evidence.record import shipped, stale_parts
     from intaglio.method import get
@@ -112,12 +112,11 @@ def show(
         )
         return
     out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.room}: {entry.summary}\n{entry.paper}\n{entry.url}\n")
-    # Lines that were broken for an editor are joined, so that the terminal can break them for its own width.
-    description = re.sub(r"\n {8,}|(?<=\S)\n(?=\S)", " ", inspect.getdoc(method) or "")
-    out.print(description, markup=False, highlight=False)
+    out.print(showing.description(method))
     if record is None:
-        out.print(f"\nEvidence: none recorded yet; `intaglio prove {slug}` runs its claim.", highlight=False)
+        out.print(f"\n[bold]Evidence[/bold]: none recorded yet; `intaglio prove {slug}` runs its claim.", highlight=False)
         return
+    out.print("\n[bold]Evidence[/bold]")
     out.print(summary.legend(record), markup=False, highlight=False)
     out.print(summary.arms(record))
     out.print(summary.sentence(record), markup=False, highlight=False)
