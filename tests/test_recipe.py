@@ -64,7 +64,7 @@ ADED_FIELDS = st.fixed_dictionaries(
         "corpus": st.none() | st.text(min_size=1, max_size=9) | st.lists(st.lists(st.integers(0, 99)), min_size=1),
         "search": st.sampled_from(["mcts", "greedy", "full", "best"]),
         "nodes": st.integers(1, 1024),
-        "least": st.floats(0, 1),
+        "node_cost": st.floats(0, 1),
         "adaptive": st.booleans(),
     },
 )

@@ -57,7 +57,7 @@ class World(Hashable, Protocol):
 
 def _aded(**fields: Any) -> ADED:
     """ADED with every pass's rows used: what is unlikely is verified too, as prompt lookup does."""
-    return ADED(nodes=ROWS, least=0.0, **fields)
+    return ADED(nodes=ROWS, draft_cost=0.0, node_cost=0.0, **fields)
 
 
 METHODS: dict[str, tuple[ADED | None, str]] = {

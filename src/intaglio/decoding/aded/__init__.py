@@ -22,7 +22,7 @@ from intaglio.checkpoint import Checkpoint, load_tokenizer
 from intaglio.data.texts import Corpus
 from intaglio.decoding.aded.corpus import count_tokens, make_table, read_corpus
 from intaglio.decoding.aded.memory import Memory
-from intaglio.decoding.aded.search import best_first, full, greedy, likely, mcts, most_visited, trim
+from intaglio.decoding.aded.search import best_first, full, greedy, mcts, most_visited, shares, trim, worthwhile
 from intaglio.decoding.aded.table import ENTRIES, Table
 from intaglio.errors import IntaglioError
 from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, silent
@@ -54,23 +54,31 @@ class ADED(Method, slug="aded"):
        there draw tokens in proportion to M. The reward, 1 + the sum of M along the path, goes to the whole path.
     3. *Draft.* The `candidates` most visited nodes are candidate continuations, each with its most likely next token.
        They are trimmed and merged into a tree of at most `nodes` tokens, which one pass of the target verifies.
+       Of these only as many as promise to be worth their cost are verified.
 
     The output is the target's own, whatever the table holds. The table of the corpus is never changed: what is learnt
     belongs to one row of one run (or to this object, with `carry_over`).
 
     The defaults are scaled to small targets on a CPU, where a pass over 8 tokens costs about 1.5 passes over one and
-    over 16 about 1.7: at most 15 nodes, and paths that are unlikely by the table are not verified (`least`). A small
-    tree holds few branches, so it goes deeper (`length`), and what was just said has to outrank the corpus sooner
-    (`boost`). `ADED.paper()` has the constants of the paper and its released code.
+    over 16 about 1.7: at most 15 nodes, and no more than promise to be worth it (`draft_cost`, `node_cost`; on a GPU,
+    where rows cost nothing, set both to 0). A small tree holds few branches, so it goes deeper (`length`), and what was
+    just said has to outrank the corpus sooner (`boost`). What the prompt says is learnt like what the target says
+    (`prompt`), and a pair of tokens that the corpus has once is not certain (`discount`). `ADED.paper()` has the
+    constants of the paper and its released code.
 
     Args:
         corpus: what M is counted in: the name of a bundled corpus, a text file or a folder; a list of texts; a list of
             sequences of token ids; a `Table` or the file of one. Read at the first use. Default: none, so M holds only
             what is learnt.
         entries: most entries of the table; the rarest are given up. Default 2,000,000 (at most 48 MB).
+        discount: added to a row's total when the weights are made: in a small corpus what followed two tokens once is
+            no certainty. Default 2; paper 0.
         top: successors of a row that are taken from the corpus, without renormalising; learnt rows may grow beyond.
             Default 12.
         adaptive: whether the table learns. Default true.
+        prompt: whether it learns from the whole prompt before the first step, as though each token of it had been said
+            (every tri-gram is in the window for `window` - 2 steps). Default true; paper false: of the prompt, only
+            what lies in the window.
         window: tokens whose tri-grams are boosted at a step. Default 16.
         boost: what a tri-gram gains. Default 0.2; paper 0.04.
         cap: the largest weight that it can gain. Default 3.
@@ -90,8 +98,9 @@ class ADED(Method, slug="aded"):
             in the paper. Default `visits`.
         choices: the sum for `distinct`. Default 64.
         nodes: most drafted tokens of a tree. Default 15; paper 64.
-        least: a path is cut where the product of its shares (weight over the row's sum) falls below. Default 0.1;
-            paper 0.
+        draft_cost: what any draft adds to the cost of a pass, in passes over one token. Default 0.35; paper 0.
+        node_cost: what each drafted token adds to it. Of the tree, the part is verified that promises the most tokens,
+            by the table, for what its pass costs; none where that is a pass without. Default 0.04; paper 0: all of it.
         seed: of the search's draws, for each row apart. Default 0.
         tokenizer: the target's, for a corpus of texts. Default: the one beside the target's weights.
         streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
@@ -114,8 +123,10 @@ class ADED(Method, slug="aded"):
 
     corpus: Annotated[Any, BeforeValidator(read_corpus), WithJsonSchema(_CORPUS)] = None
     entries: Annotated[int, Field(ge=1, le=100_000_000)] = ENTRIES
+    discount: Annotated[float, Field(ge=0, le=1000)] = 2.0
     top: Annotated[int, Field(ge=1, le=10_000)] = 12
     adaptive: bool = True
+    prompt: bool = True
     window: Annotated[int, Field(ge=3, le=10_000)] = 16
     boost: Annotated[float, Field(gt=0, le=100)] = 0.2
     cap: Annotated[float, Field(gt=0, le=100)] = 3.0
@@ -130,7 +141,8 @@ class ADED(Method, slug="aded"):
     trim: Literal["visits", "distinct"] = "visits"
     choices: Annotated[int, Field(ge=1, le=10_000)] = 64
     nodes: Annotated[int, Field(ge=1, le=1024)] = 15
-    least: Annotated[float, Field(ge=0, le=1)] = 0.1
+    draft_cost: Annotated[float, Field(ge=0, le=100)] = 0.35
+    node_cost: Annotated[float, Field(ge=0, le=100)] = 0.04
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
     streamer: SkipJsonSchema[InstanceOf[BaseStreamer] | None] = Field(None, exclude=True, repr=False)
@@ -149,8 +161,9 @@ class ADED(Method, slug="aded"):
             overrides: fields that the caller sets.
         """
         constants: dict[str, Any] = {
-            "top": 12, "window": 16, "boost": 0.04, "cap": 3.0, "iterations": 150, "length": 4, "c1": 32.0, "c2": 8.0,
-            "candidates": 24, "trim": "distinct", "choices": 64, "nodes": 64, "least": 0.0,
+            "top": 12, "prompt": False, "window": 16, "boost": 0.04, "cap": 3.0, "iterations": 150, "length": 4, "c1": 32.0, "c2": 8.0,
+            "candidates": 24, "trim": "distinct", "choices": 64, "nodes": 64,
+            "discount": 0.0, "draft_cost": 0.0, "node_cost": 0.0,
         }  # fmt: skip
         return cls(**constants | overrides)
 
@@ -210,7 +223,7 @@ class ADED(Method, slug="aded"):
             tokenizer, source = self.tokenizer, str(getattr(model, "name_or_path", ""))
             if tokenizer is None and self.corpus is not None and source:
                 tokenizer = load_tokenizer(source)
-            self._table, _ = make_table(self.corpus, vocabulary, tokenizer, self.entries)
+            self._table, _ = make_table(self.corpus, vocabulary, tokenizer, self.entries, self.discount)
             self._learnt.clear()
         return self._table
 
@@ -240,7 +253,7 @@ class ADED(Method, slug="aded"):
             raise IntaglioError("a table has to be counted in something; give aded a corpus")
         vocabulary = int(checkpoint.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         tokenizer = self.tokenizer or checkpoint.tokenizer
-        table, about = make_table(corpus, vocabulary, tokenizer, self.entries, progress)
+        table, about = make_table(corpus, vocabulary, tokenizer, self.entries, self.discount, progress)
         named = self.corpus if isinstance(self.corpus, str) else None
         parameters = self.model_dump() | {"corpus": named}
         checkpoint.note(
@@ -298,6 +311,8 @@ class Drafting:
     ) -> None:
         self.memory = Memory(table, settings.top, learnt, None if learnt is None else _LEARNT)
         self._settings = settings
+        if settings.adaptive and settings.prompt:
+            self.memory.adapt(prompt, settings.boost * (settings.window - 2), settings.cap)
         self._ids = list(prompt[-settings.window :])
         self._rng = Random(settings.seed)
 
@@ -320,12 +335,18 @@ class Drafting:
             self.memory.adapt(self._ids, settings.boost, settings.cap)
         if room < 1 or len(self._ids) < 2:
             return root_only(self._ids[-1])
-        return trie(self._ids[-1], self.paths(), settings.nodes)
+        tree = trie(self._ids[-1], self.paths(), settings.nodes)
+        if len(tree) == 1 or not (settings.draft_cost or settings.node_cost):
+            return tree
+        return worthwhile(tree, shares(self.memory, self._root, tree), settings.draft_cost, settings.node_cost)
+
+    @property
+    def _root(self) -> int:
+        return self._ids[-2] * self.memory.vocabulary + self._ids[-1]
 
     def paths(self) -> list[tuple[int, ...]]:
         """The continuations to verify, in the order in which they are merged."""
-        settings, memory = self._settings, self.memory
-        root = self._ids[-2] * memory.vocabulary + self._ids[-1]
+        settings, memory, root = self._settings, self.memory, self._root
         if memory.row(root) is None:
             return []
         if settings.search == "greedy":
@@ -346,7 +367,6 @@ class Drafting:
                 rng=self._rng,
             )
             found = most_visited(memory, tree, settings.candidates)
-        found = likely(memory, root, found, settings.least)
         return trim(found, settings.choices) if settings.trim == "distinct" else found
 
 
