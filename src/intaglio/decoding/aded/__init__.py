@@ -60,10 +60,10 @@ class ADED(Method, slug="aded"):
     belongs to one row of one run (or to this object, with `carry_over`).
 
     The defaults are scaled to small targets on a CPU, where a pass over 8 tokens costs about 1.5 passes over one and
-    over 16 about 1.7: at most 15 nodes, and no more than promise to be worth it (`draft_cost`, `node_cost`; on a GPU,
+    over 16 about 1.7: at most 15 nodes, and no more than promise to be worth it (`draft_cost`, `token_cost`; on a GPU,
     where rows cost nothing, set both to 0). A small tree holds few branches, so it goes deeper (`length`), and what was
-    just said has to outrank the corpus sooner (`boost`). What the prompt says is learnt like what the target says
-    (`prompt`), and a pair of tokens that the corpus has once is not certain (`discount`). `ADED.paper()` has the
+    just said has to outrank the corpus sooner (`boost`). The whole prompt is learnt from, not its end alone (`prompt`),
+    and what followed two tokens once in the corpus is not certain to follow them (`discount`). `ADED.paper()` has the
     constants of the paper and its released code.
 
     Args:
@@ -72,13 +72,12 @@ class ADED(Method, slug="aded"):
             what is learnt.
         entries: most entries of the table; the rarest are given up. Default 2,000,000 (at most 48 MB).
         discount: added to a row's total when the weights are made: in a small corpus what followed two tokens once is
-            no certainty. Default 2; paper 0.
+            no certainty. Default 1; paper 0.
         top: successors of a row that are taken from the corpus, without renormalising; learnt rows may grow beyond.
             Default 12.
         adaptive: whether the table learns. Default true.
-        prompt: whether it learns from the whole prompt before the first step, as though each token of it had been said
-            (every tri-gram is in the window for `window` - 2 steps). Default true; paper false: of the prompt, only
-            what lies in the window.
+        prompt: boosts that every tri-gram of the whole prompt gets before the first step. Default 3; paper 0: of the
+            prompt, only what lies in the window is learnt.
         window: tokens whose tri-grams are boosted at a step. Default 16.
         boost: what a tri-gram gains. Default 0.2; paper 0.04.
         cap: the largest weight that it can gain. Default 3.
@@ -88,7 +87,7 @@ class ADED(Method, slug="aded"):
         reward: `path` as above, or `official`: the released code looks up the token that the key already ends in, so
             that nearly every reward is 1. Default `path`.
         iterations: of the search. Default 64; paper 150.
-        length: keys of a path at the most, the root's included; so drafts have at most as many tokens. Default 6;
+        length: keys of a path at the most, the root's included; so drafts have at most as many tokens. Default 8;
             paper 4.
         c1: weight of the priors. Default 32.
         c2: visits after which that weight begins to grow. Default 8.
@@ -99,7 +98,7 @@ class ADED(Method, slug="aded"):
         choices: the sum for `distinct`. Default 64.
         nodes: most drafted tokens of a tree. Default 15; paper 64.
         draft_cost: what any draft adds to the cost of a pass, in passes over one token. Default 0.35; paper 0.
-        node_cost: what each drafted token adds to it. Of the tree, the part is verified that promises the most tokens,
+        token_cost: what each drafted token adds to it. Of the tree, the part is verified that promises the most tokens,
             by the table, for what its pass costs; none where that is a pass without. Default 0.04; paper 0: all of it.
         seed: of the search's draws, for each row apart. Default 0.
         tokenizer: the target's, for a corpus of texts. Default: the one beside the target's weights.
@@ -123,10 +122,10 @@ class ADED(Method, slug="aded"):
 
     corpus: Annotated[Any, BeforeValidator(read_corpus), WithJsonSchema(_CORPUS)] = None
     entries: Annotated[int, Field(ge=1, le=100_000_000)] = ENTRIES
-    discount: Annotated[float, Field(ge=0, le=1000)] = 2.0
+    discount: Annotated[float, Field(ge=0, le=1000)] = 1.0
     top: Annotated[int, Field(ge=1, le=10_000)] = 12
     adaptive: bool = True
-    prompt: bool = True
+    prompt: Annotated[int, Field(ge=0, le=10_000)] = 3
     window: Annotated[int, Field(ge=3, le=10_000)] = 16
     boost: Annotated[float, Field(gt=0, le=100)] = 0.2
     cap: Annotated[float, Field(gt=0, le=100)] = 3.0
@@ -134,7 +133,7 @@ class ADED(Method, slug="aded"):
     search: Literal["mcts", "greedy", "full", "best"] = "mcts"
     reward: Literal["path", "official"] = "path"
     iterations: Annotated[int, Field(ge=1, le=100_000)] = 64
-    length: Annotated[int, Field(ge=1, le=64)] = 6
+    length: Annotated[int, Field(ge=1, le=64)] = 8
     c1: Annotated[float, Field(ge=0, le=1e6)] = 32.0
     c2: Annotated[float, Field(gt=0, le=1e6)] = 8.0
     candidates: Annotated[int, Field(ge=1, le=10_000)] = 24
@@ -142,7 +141,7 @@ class ADED(Method, slug="aded"):
     choices: Annotated[int, Field(ge=1, le=10_000)] = 64
     nodes: Annotated[int, Field(ge=1, le=1024)] = 15
     draft_cost: Annotated[float, Field(ge=0, le=100)] = 0.35
-    node_cost: Annotated[float, Field(ge=0, le=100)] = 0.04
+    token_cost: Annotated[float, Field(ge=0, le=100)] = 0.04
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
     streamer: SkipJsonSchema[InstanceOf[BaseStreamer] | None] = Field(None, exclude=True, repr=False)
@@ -161,9 +160,9 @@ class ADED(Method, slug="aded"):
             overrides: fields that the caller sets.
         """
         constants: dict[str, Any] = {
-            "top": 12, "prompt": False, "window": 16, "boost": 0.04, "cap": 3.0, "iterations": 150, "length": 4, "c1": 32.0, "c2": 8.0,
-            "candidates": 24, "trim": "distinct", "choices": 64, "nodes": 64,
-            "discount": 0.0, "draft_cost": 0.0, "node_cost": 0.0,
+            "discount": 0.0, "top": 12, "prompt": 0, "window": 16, "boost": 0.04, "cap": 3.0, "iterations": 150,
+            "length": 4, "c1": 32.0, "c2": 8.0, "candidates": 24, "trim": "distinct", "choices": 64, "nodes": 64,
+            "draft_cost": 0.0, "token_cost": 0.0,
         }  # fmt: skip
         return cls(**constants | overrides)
 
@@ -312,7 +311,7 @@ class Drafting:
         self.memory = Memory(table, settings.top, learnt, None if learnt is None else _LEARNT)
         self._settings = settings
         if settings.adaptive and settings.prompt:
-            self.memory.adapt(prompt, settings.boost * (settings.window - 2), settings.cap)
+            self.memory.adapt(prompt, settings.boost * settings.prompt, settings.cap)
         self._ids = list(prompt[-settings.window :])
         self._rng = Random(settings.seed)
 
@@ -336,9 +335,9 @@ class Drafting:
         if room < 1 or len(self._ids) < 2:
             return root_only(self._ids[-1])
         tree = trie(self._ids[-1], self.paths(), settings.nodes)
-        if len(tree) == 1 or not (settings.draft_cost or settings.node_cost):
+        if len(tree) == 1 or not (settings.draft_cost or settings.token_cost):
             return tree
-        return worthwhile(tree, shares(self.memory, self._root, tree), settings.draft_cost, settings.node_cost)
+        return worthwhile(tree, shares(self.memory, self._root, tree), settings.draft_cost, settings.token_cost)
 
     @property
     def _root(self) -> int:

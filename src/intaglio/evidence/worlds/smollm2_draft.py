@@ -46,8 +46,8 @@ _SAYING = ("model", "texts", "said", "prompt", "new", "temperature")
 class SmolLM2Draft:
     """The world: what is said, and how the draft model learns it.
 
-    With the defaults SmolLM2 says about 45,000 tokens and the draft reads them three times: some 20 minutes on two quiet
-    cores.
+    With the defaults SmolLM2 says about 45,000 tokens and the draft reads them three times: about 20 minutes on two
+    quiet cores.
 
     Args:
         model: the target; tests put a tiny checkpoint here. Default the bundled `smollm2`.
@@ -162,7 +162,7 @@ class SmolLM2Draft:
     def new_draft(self) -> Checkpoint:
         """The draft model before it is trained: embedding, norm, first and last layers of the target."""
         target = self.target()
-        config = copy.deepcopy(target.model.config)
+        config: Any = copy.deepcopy(target.model.config)
         layers = len(anatomy(target.model).blocks)
         config.num_hidden_layers = self.depth
         with torch.random.fork_rng(devices=[]):
