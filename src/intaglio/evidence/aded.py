@@ -264,8 +264,8 @@ def experiment(world: SmolLM2Wikipedia, new: int = NEW) -> Experiment:
         arms={arm: what for arm, (_, what) in METHODS.items()},
         baseline="lookup",
         method="aded",
-        parity=f"Every arm may verify {ROWS} drafted tokens a pass and emits the same text; no arm is tuned on these "
-        "prompts or on articles of their set.",
+        parity=f"Every arm may verify {ROWS} drafted tokens a pass and emits the same text. The settings of both "
+        "compared arms were chosen on articles of the calibration set, none on articles of the sets that are measured on.",
         secondaries=(
             Secondary("before the text loops", "lookup", "aded", FRESH, "higher"),
             Secondary("shifted text: Python files, the table still of Wikipedia", "lookup", "aded", SHIFTED, "higher"),
