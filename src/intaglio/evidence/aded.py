@@ -265,7 +265,8 @@ def experiment(world: SmolLM2Wikipedia, new: int = NEW) -> Experiment:
         baseline="lookup",
         method="aded",
         parity=f"Every arm may verify {ROWS} drafted tokens a pass and emits the same text. The settings of both "
-        "compared arms were chosen on articles of the calibration set, none on articles of the sets that are measured on.",
+        "compared arms were chosen on articles of the calibration set, none on articles of the sets that are measured "
+        "on.",
         secondaries=(
             Secondary("before the text loops", "lookup", "aded", FRESH, "higher"),
             Secondary("shifted text: Python files, the table still of Wikipedia", "lookup", "aded", SHIFTED, "higher"),
