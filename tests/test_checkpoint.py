@@ -135,7 +135,7 @@ def test_sizes(family: str, tiny_dir: TinyDir) -> None:
 
 def attached(tiny_dir: TinyDir, path: Path) -> Checkpoint:
     """A checkpoint with a table, saved and loaded."""
-    checkpoint = ADED(nodes=7, least=0.0).fit(
+    checkpoint = ADED(nodes=7, draft_cost=0.0).fit(
         load(tiny_dir("llama")), ["the quick brown fox jumps over the lazy dog"] * 2
     )
     checkpoint.save(path)

@@ -371,7 +371,7 @@ def fitted(tiny_dir: TinyDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def drafting_words(decoder: str, tiny_dir: TinyDir, corpus_file: Path) -> list[str]:
     settings = {
-        "aded": [f"corpus={corpus_file}", "least=0", "search=best"],
+        "aded": [f"corpus={corpus_file}", "draft_cost=0", "token_cost=0", "search=best"],
         "prompt_lookup": ["nodes=7"],
         "ngram": [f"corpus={corpus_file}", "nodes=7"],
         "draft_model": [f"model={tiny_dir('llama')}", "length=3"],

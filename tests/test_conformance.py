@@ -26,7 +26,11 @@ EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
     slug: ({"sparsity": 0.5}, {"pattern": "2:4"}) for slug in ("magnitude", "wanda", "sparsegpt", "dsnot")
 }
 EXAMPLES["sparsegpt"] = ({"sparsity": 0.5, "block": 16}, {"pattern": "2:4", "block": 16})
-EXAMPLES["aded"] = ({}, {"search": "best", "nodes": 7}, {"trim": "distinct", "least": 0.0, "carry_over": True})
+EXAMPLES["aded"] = (
+    {},
+    {"search": "best", "nodes": 7},
+    {"trim": "distinct", "draft_cost": 0.0, "token_cost": 0.0, "carry_over": True},
+)
 EXAMPLES["meap"] = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
 CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]

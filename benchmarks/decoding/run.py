@@ -2,7 +2,7 @@
 
     python benchmarks/decoding/run.py --out bench-out                 # twenty prompts, 128 new tokens, three repeats
     python benchmarks/decoding/run.py --prompts 4 --repeats 1 --new 32 --modes greedy,aded
-    python benchmarks/decoding/run.py --draft DIR                     # also modes with a draft model
+    python benchmarks/decoding/run.py --draft none                    # without the modes that need a draft model
 
 Every finished run is a line of `runs.jsonl` in the output directory; a run that is there already is not done again, so
 a stopped benchmark goes on where it was. `results.json` and `results.md` are written at the end. Run it on a quiet
@@ -31,6 +31,7 @@ from intaglio import writer
 from intaglio.cli.generating import count_passes
 from intaglio.decoding.aded import ADED
 from intaglio.errors import IntaglioError
+from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
 from intaglio.verify.drafters.draft_model import DraftModel
 from intaglio.verify.drafters.lookup import PromptLookup
 from intaglio.verify.loop import Speculative
@@ -50,7 +51,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Decoding: ADED against the modes of transformers.")
     parser.add_argument("--model", default="smollm2", help="checkpoint directory or bundled name")
     parser.add_argument("--texts", default="wikipedia", help="bundled name, file or folder")
-    parser.add_argument("--draft", help="directory of a draft model; without it the modes that need one are left out")
+    parser.add_argument(
+        "--draft", default="smollm2-draft", help="directory of a draft model; none leaves out the modes that need one; "
+        "default: two layers trained on what SmolLM2 says itself, made once (about 20 minutes) and found again",
+    )  # fmt: skip
     parser.add_argument("--modes", default=",".join([*STOCK, *OURS]), help="separated by commas; default: %(default)s")
     parser.add_argument("--prompts", type=int, default=20, help="how many, spread over the four kinds")
     parser.add_argument("--new", type=int, default=128, help="new tokens")
@@ -100,7 +104,7 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Callable
     wanted = arguments.modes.split(",")
     if unknown := sorted({*wanted} - {*STOCK, *OURS}):
         raise IntaglioError(f"the mode {unknown[0]!r} is unknown; accepted: {', '.join([*STOCK, *OURS])}")
-    draft = intaglio.load(arguments.draft).model if arguments.draft else None
+    draft = _draft(arguments.draft) if {*wanted} & {*WITH_DRAFT} else None
     made: dict[str, Callable[[], dict[str, Any]]] = {
         "greedy": dict,
         "prompt_lookup_num_tokens": lambda: {"prompt_lookup_num_tokens": 10},
@@ -114,6 +118,17 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Callable
         aded.table(checkpoint.model)
         made["aded"] = lambda: {"custom_generate": aded}
     return {mode: made[mode] for mode in wanted if draft is not None or mode not in WITH_DRAFT}
+
+
+def _draft(name: str) -> Any:
+    if name == "none":
+        return None
+    return (SmolLM2Draft().load(_say) if name == "smollm2-draft" else intaglio.load(name)).model
+
+
+def _say(done: int, total: int, what: str) -> None:
+    if done == total or not done % 50:
+        print(f"the draft model: {what}, {done} of {total}", file=sys.stderr)
 
 
 def _run(checkpoint: Any, ids: list[int], new: int, options: dict[str, Any]) -> Run:
@@ -165,7 +180,8 @@ def main() -> None:
             names = list(modes)
             for mode in [*names[repeat % len(names) :], *names[: repeat % len(names)]]:
                 own = code if mode in OURS else ""
-                key = json.dumps([prompt["ids"], mode, repeat, own, arguments.draft or "", settings])
+                draft = arguments.draft if mode in WITH_DRAFT else ""
+                key = json.dumps([prompt["ids"], mode, repeat, own, draft, settings])
                 key = hashlib.sha256(key.encode()).hexdigest()[:24]
                 if key not in journal.done:
                     run = _run(checkpoint, prompt["ids"], arguments.new, modes[mode]())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -17,19 +17,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.streamers import TextStreamer
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.texts import Corpus
 from intaglio.decoding.aded import ADED, Drafting, Table
 from intaglio.decoding.aded.memory import Memory
-from intaglio.decoding.aded.search import best_first, full, greedy, likely, mcts, most_visited, puct, trim
+from intaglio.decoding.aded.search import best_first, full, greedy, mcts, most_visited, puct, shares, trim, worthwhile
 from intaglio.errors import IntaglioError
 from intaglio.verify.loop import Speculative
 from intaglio.verify.reader import Reader, stack
-from intaglio.verify.tree import TokenTree
+from intaglio.verify.tree import TokenTree, trie
 from tests.conftest import TinyDir
 from tests.families import DECODERS, VOCAB, tiny_model, tiny_tokenizer
+from tests.verify.test_sampling import p_value
 
 V = 10
 a, b, c, d, e = range(1, 6)
@@ -113,6 +115,12 @@ def test_a_bounded_table_keeps_the_most_frequent() -> None:
     assert len(table.tokens_E) == 2
 
 
+def test_a_discount_trusts_what_stands_once_less() -> None:
+    table = Table.build([[1, 2, 3]] * 3 + [[1, 2, 4]] + [[5, 6, 7]], V, discount=1.0)
+    assert table.row(key(1, 2), 9) == ([3, 4], pytest.approx([3 / 5, 1 / 5]))
+    assert table.row(key(5, 6), 9) == ([7], [0.5])
+
+
 def test_a_table_comes_back_from_its_file(tmp_path: Path) -> None:
     table = Table.build([[1, 2, 3, 1, 2, 4]], V, tokenizer="t")
     table.save(tmp_path / "t.safetensors")
@@ -157,6 +165,19 @@ def test_an_empty_table_learns_from_the_prompt() -> None:
     # Once a step while it stays in the window.
     assert found.memory.learnt[key(a, b)] == {c: 0.08, d: 0.08}
     assert found.memory.learnt[key(b, d)] == {e: 0.04}
+
+
+def test_the_whole_prompt_is_learnt_as_if_it_had_stood_in_the_window_for_some_steps() -> None:
+    prompt = [a, b, c, *[9] * 30]
+    found = drafting(ADED(prompt=3), prompt).memory.learnt
+    assert found[key(a, b)] == {c: pytest.approx(3 * 0.2)}
+    assert found[key(9, 9)] == {9: 3.0}
+    said_so = drafting(ADED(prompt=0), prompt[:2])
+    said_so.observe(said(c))
+    for _ in range(3):
+        said_so.propose(8)
+    assert said_so.memory.learnt[key(a, b)] == {c: pytest.approx(3 * 0.2)}
+    assert drafting(ADED.paper(), prompt).memory.learnt == drafting(ADED(adaptive=False), prompt).memory.learnt == {}
 
 
 def test_a_trigram_is_boosted_as_often_as_it_stands_in_the_window() -> None:
@@ -351,8 +372,50 @@ def test_the_other_searches() -> None:
     assert full(table, root, 9, 3) == [(3,), (4,), (3, 5)]
     assert best_first(table, root, 9, 99) == [(3,), (3, 5), (4,), (4, 6)]
     assert best_first(table, root, 9, 2) == [(3,), (3, 5)]
-    assert likely(table, root, [(4, 6), (3, 5), (3, 9)], 0.5) == [(3, 5), (3,)]
-    assert likely(table, root, [(4, 6)], 0.0) == [(4, 6)]
+
+
+def test_what_is_verified_is_worth_its_cost() -> None:
+    table = memory([[1, 2, 3, 5]] * 3 + [[1, 2, 4, 6]])
+    tree = trie(2, [(4, 6), (3, 5), (3, 9)], 9)  # nodes 4, 6, 3, 5, 9
+    found = shares(table, key(1, 2), tree)
+    assert found == pytest.approx([1, 0.25, 0.25, 0.75, 0.75, 0])
+    # With the first costs: 1.75 tokens for 1.3, 2.5 for 1.4, 2.75 for 1.5, 3 for 1.6, 3 for 1.7.
+    for costs, kept in (
+        ((0.2, 0.1), [2, 4, 6, 3, 5]), ((0.2, 0.2), [2, 3, 5]), ((0.6, 0.1), [2, 4, 6, 3, 5]), ((0.0, 0.74), [2, 3, 5]),
+        ((1.8, 0.1), [2]), ((0.0, 0.76), [2]),
+    ):  # fmt: skip
+        assert list(worthwhile(tree, found, *costs).tokens) == kept, costs
+
+
+@settings(max_examples=40)
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), max_size=12),
+    st.floats(0, 2),
+    st.floats(0, 0.5),
+    st.randoms(use_true_random=False),
+)
+def test_the_verified_part_is_the_best_of_all_parts(
+    paths: list[tuple[int, ...]], draft_cost: float, token_cost: float, draws: Random
+) -> None:
+    tree = trie(9, paths, 7)
+    likely = [1.0]
+    for node in range(1, len(tree)):
+        likely.append(likely[tree.parents[node]] * draws.random())
+
+    def worth(nodes: Sequence[int]) -> float:
+        return (1 + sum(likely[node] for node in nodes)) / (1 + (draft_cost + token_cost * len(nodes) if nodes else 0))
+
+    parts = [
+        part
+        for count in range(len(tree))
+        for part in combinations(range(1, len(tree)), count)
+        if all(tree.parents[node] in (0, *part) for node in part)
+    ]
+    found = worthwhile(tree, likely, draft_cost, token_cost)
+    kept = {tuple(found.tokens[n] for n in found.path(node)) for node in range(1, len(found))}
+    nodes = [node for node in range(1, len(tree)) if tuple(tree.tokens[n] for n in tree.path(node)) in kept]
+    assert len(nodes) == len(found) - 1
+    assert worth(nodes) == pytest.approx(max(map(worth, parts)))
 
 
 @settings(max_examples=40)
@@ -364,7 +427,7 @@ def test_a_draft_stays_in_its_bounds(sequences: list[list[int]], ids: list[int],
         nodes=data.draw(st.integers(1, 20)),
         length=data.draw(st.integers(1, 5)),
         choices=data.draw(st.integers(1, 20)),
-        least=data.draw(st.sampled_from([0.0, 0.3])),
+        draft_cost=data.draw(st.sampled_from([0.0, 0.3])),
     )
     tree = drafting(found, ids, [*sequences, [1, 2, 3]]).propose(99)
     assert tree.tokens[0] == ids[-1]
@@ -377,6 +440,8 @@ def test_a_draft_stays_in_its_bounds(sequences: list[list[int]], ids: list[int],
 # --- the target's own output -----------------------------------------------------------------------------------------
 
 PROMPT = [9, 30, 31, 32, 9, 30, 31, 32, 9, 30]
+FREE: dict[str, Any] = {"draft_cost": 0.0, "token_cost": 0.0}
+"""Verify whatever is drafted."""
 TABLES: dict[str, Any] = {
     "none": None,
     "adversarial": [[x, y, z] for x in range(9, 40, 7) for y in range(9, 40, 3) for z in (5, 6, 7)],
@@ -392,7 +457,7 @@ def test_greedy_output_is_stock_for_any_table(family: str) -> None:
     expected = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=14)
     own = [row[mask_row.bool().tolist().index(True) :].tolist() for row, mask_row in zip(expected, mask, strict=False)]
     for corpus in (*TABLES.values(), own):
-        decoder = ADED(corpus=corpus, least=0.0)
+        decoder = ADED(corpus=corpus, **FREE)
         found = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=14, custom_generate=decoder)
         assert torch.equal(found, expected)
         if corpus is own:  # a table of the output itself is mostly right
@@ -413,35 +478,43 @@ def test_every_variant_is_lossless(search: Any, constants: str) -> None:
     assert decoder.statistics.accepted > 0
 
 
-def test_sampling_keeps_the_law() -> None:
-    from scipy.stats import chi2
+WARPS: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "temperature": ({"temperature": 1.5}, [TemperatureLogitsWarper(1.5)]),
+    "top_k": ({"temperature": 1.2, "top_k": 5}, [TemperatureLogitsWarper(1.2), TopKLogitsWarper(5)]),
+    "top_p": ({"top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+}
 
+
+@pytest.mark.parametrize(
+    ("warp", "draws"),
+    [("temperature", 1_000), *(pytest.param(warp, 40_000, marks=pytest.mark.slow) for warp in WARPS)],
+)
+def test_sampling_keeps_the_joint_law_of_the_first_two_tokens(warp: str, draws: int) -> None:
     model = tiny_model("llama", layers=1, vocab_size=8, dtype=torch.float64, eos_token_id=None)
-    ids = torch.tensor([[3, 4, 5, 3, 4]])
-    with torch.no_grad():
-        first_V = torch.softmax(model(ids).logits[0, -1].float() / 1.5, -1)
-        after = torch.cat([ids.expand(8, -1), torch.arange(8)[:, None]], 1)
-        second_VV = torch.softmax(model(after).logits[:, -1].float() / 1.5, -1)
-    law = (first_V[:, None] * second_VV).double().reshape(-1).numpy()
-    counts, draws = np.zeros(64), 0
-    decoder = ADED(corpus=[[4, x, y] for x in range(8) for y in range(8)], least=0.0)
-    rows = 250
+    ids, rows = torch.tensor([[3, 4, 5, 3, 4]]), 250
+    given, warps = WARPS[warp]
+    options: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} | given
+    law = _joint_law(model, ids, LogitsProcessorList(warps)).reshape(-1)
+    counts = np.zeros(64)
+    # A small search: what is drafted matters little here, as long as it branches.
+    decoder = ADED(corpus=[[4, x, y] for x in range(8) for y in range(8)], iterations=8, length=2, **FREE)
+    accepted = 0
     torch.manual_seed(0)
-    for _ in range(4):
-        found = model.generate(
-            ids.expand(rows, -1), do_sample=True, temperature=1.5, top_k=0, top_p=1.0, max_new_tokens=3,
-            custom_generate=decoder,
-        )  # fmt: skip
-        pairs = found[:, 5] * 8 + found[:, 6]
-        counts += np.bincount(pairs.numpy(), minlength=64)
-        draws += rows
-    expected = law * draws
-    few = expected < 5
-    seen, wanted = np.append(counts[~few], counts[few].sum()), np.append(expected[~few], expected[few].sum())
-    wanted = wanted.clip(1e-9)
-    statistic = float(((seen - wanted) ** 2 / wanted).sum())
-    assert chi2.sf(statistic, len(wanted) - 1) > 1e-4
-    assert decoder.statistics.accepted > 0
+    for _ in range(draws // rows):
+        found = model.generate(ids.expand(rows, -1), max_new_tokens=3, custom_generate=decoder, **options)
+        counts += np.bincount((found[:, 5] * 8 + found[:, 6]).numpy(), minlength=64)
+        accepted += decoder.statistics.accepted
+    assert accepted > draws / 10
+    assert p_value(counts, law) > 1e-4
+
+
+@torch.no_grad()
+def _joint_law(model: Any, ids: torch.Tensor, warps: LogitsProcessorList) -> np.ndarray:
+    """Of the first two new tokens [V, V]."""
+    after = torch.cat([ids.expand(8, -1), torch.arange(8)[:, None]], 1)
+    laws = [torch.softmax(warps(seen, model(seen).logits[:, -1].float()), -1).double() for seen in (ids, after)]
+    joint: np.ndarray = (laws[0][0][:, None] * laws[1]).numpy()
+    return joint
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -467,7 +540,7 @@ def test_nothing_leaks_from_run_to_run_unless_asked() -> None:
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10}
     passes = {}
     for carry in (False, True):
-        decoder = ADED(carry_over=carry, least=0.0)
+        decoder = ADED(carry_over=carry, **FREE)
         for _ in range(3):
             model.generate(torch.tensor([PROMPT]), custom_generate=decoder, **options)
             passes.setdefault(carry, []).append(decoder.statistics.passes)
@@ -481,9 +554,9 @@ def test_texts_are_read_by_the_targets_tokenizer(tiny_dir: TinyDir, tmp_path: Pa
     path = tmp_path / "corpus.txt"
     path.write_text("\n\n".join(texts))
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
-    expected = Table.build([tokenizer(text)["input_ids"] for text in texts], VOCAB).arrays()
+    expected = Table.build([tokenizer(text)["input_ids"] for text in texts], VOCAB, discount=ADED().discount).arrays()
     ids = [tokenizer(text)["input_ids"] for text in texts]
-    table = Table.build(ids, VOCAB)
+    table = Table.build(ids, VOCAB, discount=ADED().discount)
     table.save(tmp_path / "t.safetensors")
     # The model knows where its tokenizer is; one in memory does not, and is told.
     for decoder in (
@@ -543,7 +616,8 @@ def test_the_papers_constants() -> None:
     paper = ADED.paper(seed=3)
     assert (paper.iterations, paper.length, paper.candidates, paper.choices, paper.nodes) == (150, 4, 24, 64, 64)
     assert (paper.boost, paper.cap, paper.window, paper.top) == (0.04, 3.0, 16, 12)
-    assert (paper.c1, paper.c2, paper.trim, paper.least, paper.seed) == (32.0, 8.0, "distinct", 0.0, 3)
+    assert (paper.c1, paper.c2, paper.trim, paper.seed) == (32.0, 8.0, "distinct", 3)
+    assert (paper.prompt, paper.discount, paper.draft_cost, paper.token_cost) == (0, 0.0, 0.0, 0.0)
 
 
 def test_streaming_and_the_callback(capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,7 +171,7 @@ def test_drawn_children_come_with_their_law_in_the_order_drawn() -> None:
     steps: list[Step] = []
     decoder = Speculative(DraftModel(target("mistral"), (3, 2), temperature=0.5), on_step=steps.append)
     model.generate(prompt(6), custom_generate=decoder, do_sample=True, max_new_tokens=9, eos_token_id=None, top_k=20)
-    trees = [step.tree for step in steps if step.tree is not None]
+    trees = [step.tree for step in steps if step.tree is not None and len(step.tree) > 1]  # the last may have no room
     assert trees
     for tree in trees:
         assert tree.q is not None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 import intaglio
 from intaglio.data.texts import load_texts
+from intaglio.decoding.aded import ADED
 from intaglio.verify import Speculative
 from intaglio.verify.drafters import NGramStore
 from tests.verify.toys import mixed
@@ -23,6 +26,7 @@ def test_first_differences_occur_only_at_near_ties() -> None:
     model = checkpoint.model
     texts = [checkpoint.tokenizer(text, verbose=False)["input_ids"] for text in load_texts("wikipedia").documents[:40]]
     store = NGramStore.build(texts[20:], model.config.vocab_size)
+    aded = ADED(corpus=texts[20:])
     shown = torch.tensor([token for text in texts[:20] for token in text])
     # Prompts from all over the first twenty articles; the store has counted the others.
     prompts = shown[: len(shown) // PROMPTS * PROMPTS].reshape(PROMPTS, -1)[:, :LENGTH]
@@ -31,9 +35,10 @@ def test_first_differences_occur_only_at_near_ties() -> None:
         ids = prompts[start : start + ROWS]
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0}
         expected = model.generate(ids, **options)
-        # By turns what a corpus knows, and trees that hold the right tokens often enough to be accepted.
-        drafter = store if start // ROWS % 2 else mixed(expected[:, LENGTH:].tolist(), seed=start, nodes=6, right=0.8)
-        decoder = Speculative(drafter)
+        # By turns what a corpus knows, what is learnt too, and trees that hold the right tokens often.
+        right = mixed(expected[:, LENGTH:].tolist(), seed=start, nodes=6, right=0.8)
+        drafters: list[Any] = [store, aded, right]
+        decoder = Speculative(drafters[start // ROWS % 3])
         found = model.generate(ids, custom_generate=decoder, **options)
         passes, tokens = passes + decoder.statistics.row_passes, tokens + decoder.statistics.tokens
         for ours, stock in zip(found, expected, strict=True):

@@ -11,7 +11,8 @@
 - `protocols.py`: what a drafter is: `Drafter`, `Session`, `PassingSession`, and what it is told: `Run`, `Step`, `Pass`
 - `tree.py`: `TokenTree`, the guesses that one pass verifies
 - `walk.py`: which nodes are accepted; `sampling.py`: the rule for drawn ones, and why it keeps the target's law
-- `reader.py`: a model with its cache: positions, masks by layer type, ragged rows; `cache.py`: keeping its rows
+- `reader.py`: a model with its cache: positions, masks by layer type, ragged rows; `cache.py`: keeping its rows;
+  `attention.py`: grouped heads under a mask
 - `request.py`: what `generate` asks for and what is refused; `rows.py`: a row as it grows, and what ends it
 - `statistics.py`: what a run cost
 - `drafters/`: the plain drafters

@@ -23,7 +23,8 @@ from transformers.cache_utils import DynamicCache
 from intaglio.anatomy import CACHE, anatomy
 from intaglio.errors import IntaglioError
 from intaglio.masks import get_visibility
-from intaglio.verify.cache import check_cache, is_windowed, move_rows, moves
+from intaglio.verify.attention import NAME, configs, grouped
+from intaglio.verify.cache import check_cache, is_windowed, move_rows, moves, roomy
 from intaglio.verify.tree import TokenTree
 
 _BOOL = ("sdpa", "intaglio_sdpa")
@@ -95,7 +96,8 @@ class Reader:
             raise IntaglioError(
                 f"{config.model_type} is no causal language model; speculative decoding needs a decoder"
             )
-        self.implementation: str = config._attn_implementation
+        # Another thread may be in a pass of the same model.
+        self.implementation: str = "sdpa" if config._attn_implementation == NAME else config._attn_implementation
         if self.implementation not in (*_BOOL, *_ADDITIVE):
             raise IntaglioError(
                 f"the model's attention is {self.implementation!r}, which takes no tree mask; load it with sdpa "
@@ -107,13 +109,14 @@ class Reader:
             )
         self.model = model
         self.base = parts.base
-        self.cache = DynamicCache() if cache is None else cache
+        self.cache = roomy() if cache is None else cache
         check_cache(self.cache)
         self.lengths: list[int] = []
         self.pads: list[int] = []
         self.pending = 0
         self.hidden_BQD: Tensor | None = None
         self._hidden = hidden
+        self._grouped = configs(model, model.device)
         self._kinds = _kinds(parts.config, parts.windows)
         self._seen_positions_BR: list[Tensor] = []
         self._keeps_few = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -132,7 +135,8 @@ class Reader:
         """One forward pass; the last hidden state is noted on the way where it is wanted."""
         arguments |= {CACHE: self.cache, "use_cache": True}
         if not self._hidden:
-            logits: Tensor = self.model(**arguments).logits
+            with grouped(self._grouped):
+                logits: Tensor = self.model(**arguments).logits
             return logits
 
         def note(module: Any, args: Any, output: Any) -> None:
@@ -140,7 +144,8 @@ class Reader:
 
         handle = self.base.register_forward_hook(note)
         try:
-            logits = self.model(**arguments).logits
+            with grouped(self._grouped):
+                logits = self.model(**arguments).logits
             return logits
         finally:
             handle.remove()

@@ -17,7 +17,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from intaglio.anatomy import CACHES
 from intaglio.errors import IntaglioError
-from intaglio.verify.cache import check_cache, is_windowed
+from intaglio.verify.cache import check_cache, is_windowed, roomy
 
 _KNOWN = frozenset({"attention_mask", "position_ids", *CACHES, "use_cache", "logits_to_keep"})
 
@@ -98,7 +98,9 @@ def _cache(given: Any, rows: int, use_cache: Any) -> DynamicCache:
         if given.get_seq_length():
             raise IntaglioError(f"a cache that holds tokens was given with {rows} rows; it is accepted with one row")
         # Rows of unlike lengths leave holes, which a cache of the window cannot have, and nobody else could read.
-        return DynamicCache()
+        return roomy()
+    if not (is_windowed(given) or getattr(given, "_is_user_defined", False)):
+        return roomy()
     if is_windowed(given) and any(
         layer.is_initialized and layer.record_past for layer in given.layers if layer.is_sliding
     ):

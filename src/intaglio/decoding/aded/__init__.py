@@ -22,7 +22,7 @@ from intaglio.checkpoint import Checkpoint, load_tokenizer
 from intaglio.data.texts import Corpus
 from intaglio.decoding.aded.corpus import count_tokens, make_table, read_corpus
 from intaglio.decoding.aded.memory import Memory
-from intaglio.decoding.aded.search import best_first, full, greedy, likely, mcts, most_visited, trim
+from intaglio.decoding.aded.search import best_first, full, greedy, mcts, most_visited, shares, trim, worthwhile
 from intaglio.decoding.aded.table import ENTRIES, Table
 from intaglio.errors import IntaglioError
 from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, silent
@@ -54,23 +54,30 @@ class ADED(Method, slug="aded"):
        there draw tokens in proportion to M. The reward, 1 + the sum of M along the path, goes to the whole path.
     3. *Draft.* The `candidates` most visited nodes are candidate continuations, each with its most likely next token.
        They are trimmed and merged into a tree of at most `nodes` tokens, which one pass of the target verifies.
+       Of these only as many as promise to be worth their cost are verified.
 
     The output is the target's own, whatever the table holds. The table of the corpus is never changed: what is learnt
     belongs to one row of one run (or to this object, with `carry_over`).
 
     The defaults are scaled to small targets on a CPU, where a pass over 8 tokens costs about 1.5 passes over one and
-    over 16 about 1.7: at most 15 nodes, and paths that are unlikely by the table are not verified (`least`). A small
-    tree holds few branches, so it goes deeper (`length`), and what was just said has to outrank the corpus sooner
-    (`boost`). `ADED.paper()` has the constants of the paper and its released code.
+    over 16 about 1.7: at most 15 nodes, and no more than promise to be worth it (`draft_cost`, `token_cost`; on a GPU,
+    where rows cost nothing, set both to 0). A small tree holds few branches, so it goes deeper (`length`), and what was
+    just said has to outrank the corpus sooner (`boost`). The whole prompt is learnt from, not its end alone (`prompt`),
+    and what followed two tokens once in the corpus is not certain to follow them (`discount`). `ADED.paper()` has the
+    constants of the paper and its released code.
 
     Args:
         corpus: what M is counted in: the name of a bundled corpus, a text file or a folder; a list of texts; a list of
             sequences of token ids; a `Table` or the file of one. Read at the first use. Default: none, so M holds only
             what is learnt.
         entries: most entries of the table; the rarest are given up. Default 2,000,000 (at most 48 MB).
+        discount: added to a row's total when the weights are made: in a small corpus what followed two tokens once is
+            no certainty. Default 1; paper 0.
         top: successors of a row that are taken from the corpus, without renormalising; learnt rows may grow beyond.
             Default 12.
         adaptive: whether the table learns. Default true.
+        prompt: boosts that every tri-gram of the whole prompt gets before the first step. Default 3; paper 0: of the
+            prompt, only what lies in the window is learnt.
         window: tokens whose tri-grams are boosted at a step. Default 16.
         boost: what a tri-gram gains. Default 0.2; paper 0.04.
         cap: the largest weight that it can gain. Default 3.
@@ -80,7 +87,7 @@ class ADED(Method, slug="aded"):
         reward: `path` as above, or `official`: the released code looks up the token that the key already ends in, so
             that nearly every reward is 1. Default `path`.
         iterations: of the search. Default 64; paper 150.
-        length: keys of a path at the most, the root's included; so drafts have at most as many tokens. Default 6;
+        length: keys of a path at the most, the root's included; so drafts have at most as many tokens. Default 8;
             paper 4.
         c1: weight of the priors. Default 32.
         c2: visits after which that weight begins to grow. Default 8.
@@ -90,8 +97,9 @@ class ADED(Method, slug="aded"):
             in the paper. Default `visits`.
         choices: the sum for `distinct`. Default 64.
         nodes: most drafted tokens of a tree. Default 15; paper 64.
-        least: a path is cut where the product of its shares (weight over the row's sum) falls below. Default 0.1;
-            paper 0.
+        draft_cost: what any draft adds to the cost of a pass, in passes over one token. Default 0.35; paper 0.
+        token_cost: what each drafted token adds to it. Of the tree, the part is verified that promises the most tokens,
+            by the table, for what its pass costs; none where that is a pass without. Default 0.04; paper 0: all of it.
         seed: of the search's draws, for each row apart. Default 0.
         tokenizer: the target's, for a corpus of texts. Default: the one beside the target's weights.
         streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
@@ -114,8 +122,10 @@ class ADED(Method, slug="aded"):
 
     corpus: Annotated[Any, BeforeValidator(read_corpus), WithJsonSchema(_CORPUS)] = None
     entries: Annotated[int, Field(ge=1, le=100_000_000)] = ENTRIES
+    discount: Annotated[float, Field(ge=0, le=1000)] = 1.0
     top: Annotated[int, Field(ge=1, le=10_000)] = 12
     adaptive: bool = True
+    prompt: Annotated[int, Field(ge=0, le=10_000)] = 3
     window: Annotated[int, Field(ge=3, le=10_000)] = 16
     boost: Annotated[float, Field(gt=0, le=100)] = 0.2
     cap: Annotated[float, Field(gt=0, le=100)] = 3.0
@@ -123,14 +133,15 @@ class ADED(Method, slug="aded"):
     search: Literal["mcts", "greedy", "full", "best"] = "mcts"
     reward: Literal["path", "official"] = "path"
     iterations: Annotated[int, Field(ge=1, le=100_000)] = 64
-    length: Annotated[int, Field(ge=1, le=64)] = 6
+    length: Annotated[int, Field(ge=1, le=64)] = 8
     c1: Annotated[float, Field(ge=0, le=1e6)] = 32.0
     c2: Annotated[float, Field(gt=0, le=1e6)] = 8.0
     candidates: Annotated[int, Field(ge=1, le=10_000)] = 24
     trim: Literal["visits", "distinct"] = "visits"
     choices: Annotated[int, Field(ge=1, le=10_000)] = 64
     nodes: Annotated[int, Field(ge=1, le=1024)] = 15
-    least: Annotated[float, Field(ge=0, le=1)] = 0.1
+    draft_cost: Annotated[float, Field(ge=0, le=100)] = 0.35
+    token_cost: Annotated[float, Field(ge=0, le=100)] = 0.04
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
     streamer: SkipJsonSchema[InstanceOf[BaseStreamer] | None] = Field(None, exclude=True, repr=False)
@@ -149,8 +160,9 @@ class ADED(Method, slug="aded"):
             overrides: fields that the caller sets.
         """
         constants: dict[str, Any] = {
-            "top": 12, "window": 16, "boost": 0.04, "cap": 3.0, "iterations": 150, "length": 4, "c1": 32.0, "c2": 8.0,
-            "candidates": 24, "trim": "distinct", "choices": 64, "nodes": 64, "least": 0.0,
+            "discount": 0.0, "top": 12, "prompt": 0, "window": 16, "boost": 0.04, "cap": 3.0, "iterations": 150,
+            "length": 4, "c1": 32.0, "c2": 8.0, "candidates": 24, "trim": "distinct", "choices": 64, "nodes": 64,
+            "draft_cost": 0.0, "token_cost": 0.0,
         }  # fmt: skip
         return cls(**constants | overrides)
 
@@ -210,7 +222,7 @@ class ADED(Method, slug="aded"):
             tokenizer, source = self.tokenizer, str(getattr(model, "name_or_path", ""))
             if tokenizer is None and self.corpus is not None and source:
                 tokenizer = load_tokenizer(source)
-            self._table, _ = make_table(self.corpus, vocabulary, tokenizer, self.entries)
+            self._table, _ = make_table(self.corpus, vocabulary, tokenizer, self.entries, self.discount)
             self._learnt.clear()
         return self._table
 
@@ -240,7 +252,7 @@ class ADED(Method, slug="aded"):
             raise IntaglioError("a table has to be counted in something; give aded a corpus")
         vocabulary = int(checkpoint.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         tokenizer = self.tokenizer or checkpoint.tokenizer
-        table, about = make_table(corpus, vocabulary, tokenizer, self.entries, progress)
+        table, about = make_table(corpus, vocabulary, tokenizer, self.entries, self.discount, progress)
         named = self.corpus if isinstance(self.corpus, str) else None
         parameters = self.model_dump() | {"corpus": named}
         checkpoint.note(
@@ -298,6 +310,8 @@ class Drafting:
     ) -> None:
         self.memory = Memory(table, settings.top, learnt, None if learnt is None else _LEARNT)
         self._settings = settings
+        if settings.adaptive and settings.prompt:
+            self.memory.adapt(prompt, settings.boost * settings.prompt, settings.cap)
         self._ids = list(prompt[-settings.window :])
         self._rng = Random(settings.seed)
 
@@ -320,12 +334,18 @@ class Drafting:
             self.memory.adapt(self._ids, settings.boost, settings.cap)
         if room < 1 or len(self._ids) < 2:
             return root_only(self._ids[-1])
-        return trie(self._ids[-1], self.paths(), settings.nodes)
+        tree = trie(self._ids[-1], self.paths(), settings.nodes)
+        if len(tree) == 1 or not (settings.draft_cost or settings.token_cost):
+            return tree
+        return worthwhile(tree, shares(self.memory, self._root, tree), settings.draft_cost, settings.token_cost)
+
+    @property
+    def _root(self) -> int:
+        return self._ids[-2] * self.memory.vocabulary + self._ids[-1]
 
     def paths(self) -> list[tuple[int, ...]]:
         """The continuations to verify, in the order in which they are merged."""
-        settings, memory = self._settings, self.memory
-        root = self._ids[-2] * memory.vocabulary + self._ids[-1]
+        settings, memory, root = self._settings, self.memory, self._root
         if memory.row(root) is None:
             return []
         if settings.search == "greedy":
@@ -346,7 +366,6 @@ class Drafting:
                 rng=self._rng,
             )
             found = most_visited(memory, tree, settings.candidates)
-        found = likely(memory, root, found, settings.least)
         return trim(found, settings.choices) if settings.trim == "distinct" else found
 
 

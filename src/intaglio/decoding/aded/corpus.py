@@ -65,7 +65,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 
 def make_table(
-    corpus: Any, vocabulary: int, tokenizer: Any, entries: int, progress: Progress = silent
+    corpus: Any, vocabulary: int, tokenizer: Any, entries: int, discount: float, progress: Progress = silent
 ) -> tuple[Table, dict[str, Any]]:
     """Build, read or take the table, and say what it was made of.
 
@@ -74,6 +74,7 @@ def make_table(
         vocabulary: number of token ids of the target.
         tokenizer: the target's, or None where it is not known (then texts are refused).
         entries: most entries of a table that is built.
+        discount: of a table that is built.
         progress: called as texts are tokenised.
 
     Returns:
@@ -105,8 +106,9 @@ def make_table(
                 "model's tokenizer"
             )
         about = {"texts": texts.name, "documents": len(texts), "digest": texts.digest}
-        return Table.build(_tokenise(texts, tokenizer, progress), vocabulary, entries=entries, tokenizer=digest), about
-    return Table.build(corpus, vocabulary, entries=entries), {"sequences": len(corpus)}
+        read = _tokenise(texts, tokenizer, progress)
+        return Table.build(read, vocabulary, entries=entries, discount=discount, tokenizer=digest), about
+    return Table.build(corpus, vocabulary, entries=entries, discount=discount), {"sequences": len(corpus)}
 
 
 def count_tokens(corpus: Any) -> int:

@@ -14,6 +14,7 @@ from random import Random
 from typing import Literal
 
 from intaglio.decoding.aded.memory import Memory, Row
+from intaglio.verify.tree import TokenTree
 
 Path = tuple[int, ...]
 
@@ -230,7 +231,7 @@ def full(memory: Memory, root: int, length: int, nodes: int) -> list[Path]:
 
 
 def best_first(memory: Memory, root: int, length: int, nodes: int) -> list[Path]:
-    """The paths with the largest products of shares (`likely`), the largest first.
+    """The paths with the largest products of shares (`shares`), the largest first.
 
     Args:
         memory: the table.
@@ -253,33 +254,47 @@ def best_first(memory: Memory, root: int, length: int, nodes: int) -> list[Path]
     return found
 
 
-def likely(memory: Memory, root: int, paths: Sequence[Path], least: float) -> list[Path]:
-    """The paths, cut where the product of the shares on them falls below a bound.
+def shares(memory: Memory, root: int, tree: TokenTree) -> list[float]:
+    """How likely the table holds each node of a draft: the product of the shares on its path; 1 for the root.
 
     A share is a weight over the sum of its row, or the weight itself where the sum is below 1: so a row of few learnt
     entries is trusted no more than it was learnt.
 
     Args:
         memory: the table.
-        root: the key the paths start from.
-        paths: in order.
-        least: the bound; 0 cuts nothing.
+        root: the key that the draft starts from.
+        tree: the draft.
     """
-    if not least:
-        return list(paths)
-    found: dict[Path, None] = {}
-    for path in paths:
-        key, share, kept = root, 1.0, 0
-        for token in path:
-            row = memory.row(key)
-            share *= 0.0 if row is None else row.weight(token) / row.scale
-            if share < least:
-                break
-            key = key % memory.vocabulary * memory.vocabulary + token
-            kept += 1
-        found[path[:kept]] = None
-    found.pop((), None)
-    return list(found)
+    keys, found = [root], [1.0]
+    for node in range(1, len(tree)):
+        parent, token = tree.parents[node], tree.tokens[node]
+        row = memory.row(keys[parent])
+        found.append(0.0 if row is None else found[parent] * row.weight(token) / row.scale)
+        keys.append(keys[parent] % memory.vocabulary * memory.vocabulary + token)
+    return found
+
+
+def worthwhile(tree: TokenTree, shares: Sequence[float], draft_cost: float, token_cost: float) -> TokenTree:
+    """The part of a draft that promises the most tokens for what its pass costs, or the root alone.
+
+    A pass over the k likeliest nodes is expected to give 1 + the sum of their shares, and costs
+    1 + draft_cost + token_cost k passes over one token.
+
+    Args:
+        tree: the draft, chosen without chance.
+        shares: how likely each node is, none more than its parent.
+        draft_cost: what any draft adds to the cost of a pass.
+        token_cost: what each of its tokens adds.
+    """
+    order = sorted(range(1, len(tree)), key=lambda node: (-shares[node], node))
+    tokens, best, count = 1.0, 1.0, 0
+    for k, node in enumerate(order, 1):
+        tokens += shares[node]
+        if tokens > best * (1 + draft_cost + token_cost * k):
+            best, count = tokens / (1 + draft_cost + token_cost * k), k
+    kept = [0, *sorted(order[:count])]
+    place = {node: index for index, node in enumerate(kept)}
+    return TokenTree([tree.tokens[node] for node in kept], [place.get(tree.parents[node], -1) for node in kept])
 
 
 def trim(paths: Sequence[Path], choices: int) -> list[Path]:

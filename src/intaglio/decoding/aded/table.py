@@ -1,6 +1,9 @@
 """The tri-gram table: for every two tokens in a row, what followed them in a corpus, and how often.
 
-    M[(a, b)][c] = count(a, b, c) / sum over c' of count(a, b, c')
+    M[(a, b)][c] = count(a, b, c) / (discount + sum over c' of count(a, b, c'))
+
+With a discount of 0 this is the paper's. In a small corpus most pairs stand once, so that most weights would be 1; with
+a discount of 1 what followed a pair the only time has the weight 1/2.
 
 Dimension letters: R rows (pairs of tokens), E entries of all rows together.
 """
@@ -19,8 +22,7 @@ from safetensors.numpy import save
 from intaglio import writer
 from intaglio.attachments import described, description
 from intaglio.errors import IntaglioError
-from intaglio.verify.drafters.ngrams import _chunks as chunks
-from intaglio.verify.drafters.ngrams import _Counts as Counts
+from intaglio.verify.drafters.counting import Counts, chunks
 
 FORMAT = "intaglio trigram table 1"
 ENTRIES = 2_000_000
@@ -86,7 +88,13 @@ class Table:
 
     @classmethod
     def build(
-        cls, sequences: Iterable[Sequence[int]], vocabulary: int, *, entries: int = ENTRIES, tokenizer: str = ""
+        cls,
+        sequences: Iterable[Sequence[int]],
+        vocabulary: int,
+        *,
+        entries: int = ENTRIES,
+        discount: float = 0.0,
+        tokenizer: str = "",
     ) -> Table:
         """Count the tri-grams of tokenised texts; equal texts give equal tables.
 
@@ -95,6 +103,7 @@ class Table:
             vocabulary: number of token ids of the target.
             entries: most entries; the rarest tri-grams are given up, also while counting, where there are more.
                 Default 2,000,000. A row that lost some keeps the weights it had.
+            discount: added to the total of every row. Default 0.
             tokenizer: kept with the table.
 
         Raises:
@@ -110,7 +119,7 @@ class Table:
         keys_E, tokens_E = np.divmod(counter.pairs, vocabulary)
         counts_E = counter.counts
         _, rows_E = np.unique(keys_E, return_inverse=True)
-        weights_E = counts_E / np.bincount(rows_E, counts_E)[rows_E]
+        weights_E = counts_E / (np.bincount(rows_E, counts_E)[rows_E] + discount)
         if len(counts_E) > entries:
             kept = np.sort(np.argsort(-counts_E, kind="stable")[:entries])
             keys_E, tokens_E, weights_E = keys_E[kept], tokens_E[kept], weights_E[kept]

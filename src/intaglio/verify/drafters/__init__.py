@@ -5,6 +5,7 @@ drafters of several rooms, the benchmarks and the evidence share them.
 
 - `lookup.py`: `PromptLookup`, what followed the last tokens when they stood in the context before
 - `ngrams.py`: `NGramStore`, n-grams counted in a corpus, saved as safetensors
+- `counting.py`: how n-grams are counted, also for other tables
 - `draft_model.py`: `DraftModel`, a smaller model with its own cache, a chain or a tree, with draft probabilities
 """
 

@@ -17,69 +17,14 @@ from safetensors.numpy import save
 
 from intaglio import writer
 from intaglio.errors import IntaglioError
+from intaglio.verify.drafters.counting import Counts, chunks
 from intaglio.verify.drafters.lookup import check_count
 from intaglio.verify.protocols import Run, Session, Step, by_row
 from intaglio.verify.tree import TokenTree
 
 _FORMAT = "intaglio n-gram store 1"
-_CHUNK = 1 << 20
 _BACK_OFF = 0.4
 """Weight of a successor seen after one token less of context: stupid backoff (Brants et al., EMNLP 2007)."""
-
-
-class _Counts:
-    """How often each (context, next token) was seen, bounded in memory.
-
-    Args:
-        vocabulary: token ids are below this.
-        context: tokens of a context.
-        most: pairs kept when a chunk is merged in.
-    """
-
-    def __init__(self, vocabulary: int, context: int, most: int) -> None:
-        self._vocabulary = vocabulary
-        self._context = context
-        self._most = most
-        self.pairs = np.zeros(0, dtype=np.int64)
-        self.counts = np.zeros(0, dtype=np.int64)
-
-    def add(self, sequences: Sequence[np.ndarray]) -> None:
-        """Count every window of each sequence; the rarest pairs go where there are too many."""
-        found = [self.pairs]
-        weights = [self.counts]
-        for ids in sequences:
-            windows = len(ids) - self._context
-            if windows < 1:
-                continue
-            pairs = np.zeros(windows, dtype=np.int64)
-            for offset in range(self._context + 1):
-                pairs = pairs * self._vocabulary + ids[offset : offset + windows]
-            found.append(pairs)
-            weights.append(np.ones(windows, dtype=np.int64))
-        self.pairs, inverse = np.unique(np.concatenate(found), return_inverse=True)
-        self.counts = np.bincount(inverse, np.concatenate(weights), len(self.pairs)).astype(np.int64)
-        if len(self.pairs) > self._most:
-            kept = np.sort(np.argsort(-self.counts, kind="stable")[: self._most])
-            self.pairs, self.counts = self.pairs[kept], self.counts[kept]
-
-    def table(self, contexts: int, top: int) -> dict[str, np.ndarray]:
-        """The most frequent contexts with their most frequent successors."""
-        keys, tokens = np.divmod(self.pairs, self._vocabulary)
-        names, first = np.unique(keys, return_index=True)
-        totals = np.add.reduceat(self.counts, first) if len(first) else np.zeros(0, dtype=np.int64)
-        # Within a context: the most frequent first, the smaller id on a tie.
-        order = np.lexsort((tokens, -self.counts, keys))
-        rank = np.arange(len(keys)) - np.repeat(first, np.diff(np.append(first, len(keys))))
-        kept = np.sort(np.argsort(-totals, kind="stable")[:contexts])
-        place = np.full(len(names), -1)
-        place[kept] = np.arange(len(kept))
-        row = np.repeat(place, np.diff(np.append(first, len(keys))))
-        chosen = (rank < top) & (row >= 0)
-        following = np.full((len(kept), top), -1, dtype=np.int32)
-        counts = np.zeros((len(kept), top), dtype=np.int32)
-        following[row[chosen], rank[chosen]] = tokens[order][chosen]
-        counts[row[chosen], rank[chosen]] = np.minimum(self.counts[order][chosen], np.iinfo(np.int32).max)
-        return {"keys": names[kept], "totals": totals[kept], "following": following, "counts": counts}
 
 
 class NGramStore:
@@ -150,8 +95,8 @@ class NGramStore:
             raise IntaglioError(
                 f"order is {order}; with a vocabulary of {vocabulary} at most {_largest(vocabulary)} fits"
             )
-        counters = [_Counts(vocabulary, n, 8 * contexts) for n in range(1, order)]
-        for chunk in _chunks(sequences, vocabulary):
+        counters = [Counts(vocabulary, n, 8 * contexts) for n in range(1, order)]
+        for chunk in chunks(sequences, vocabulary):
             for counter in counters:
                 counter.add(chunk)
         if not len(counters[0].pairs):
@@ -284,24 +229,3 @@ def _sound(table: dict[str, np.ndarray]) -> bool:
         and table["following"].shape == table["counts"].shape
         and len(table["following"]) == contexts
     )
-
-
-def _chunks(sequences: Iterable[Sequence[int]], vocabulary: int) -> Iterable[list[np.ndarray]]:
-    """The texts as arrays, about a million tokens at a time."""
-    chunk: list[np.ndarray] = []
-    held = 0
-    for sequence in sequences:
-        ids = np.asarray(sequence, dtype=np.int64)
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-            wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-            raise IntaglioError(
-                f"the corpus holds the token id {wrong}; the vocabulary has the ids 0 to {vocabulary - 1}, so it was "
-                "made with another tokenizer"
-            )
-        chunk.append(ids)
-        held += len(ids)
-        if held >= _CHUNK:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk
