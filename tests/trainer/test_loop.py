@@ -15,6 +15,7 @@ import intaglio
 from intaglio.errors import IntaglioError
 from intaglio.trainer import CausalLM, Draws, Example, Loss, train
 from intaglio.trainer.causal import causal_batch, next_token_loss
+from intaglio.trainer.history import columns
 from tests.families import DECODERS
 from tests.trainer.helpers import TEXTS, checkpoint, far, run, same, weights
 
@@ -105,6 +106,59 @@ def test_what_the_objective_owns_is_trained_and_its_parts_are_logged() -> None:
         assert line.loss == pytest.approx(sum(line.parts.values()), rel=1e-5)
 
 
+def test_a_frozen_model_stays_and_what_the_objective_owns_is_attached(tmp_path: Any) -> None:
+    objective, ckpt = Owning(), checkpoint(dtype=torch.bfloat16)
+    objective.slug = "owning"
+    before = weights(ckpt)
+    run(ckpt, objective=objective, freeze=True, steps=3, learning_rate=1e-2)
+    assert same(before, weights(ckpt))
+    assert all(p.requires_grad for p in ckpt.model.parameters())
+    attached = ckpt.attachments["owning"]
+    assert torch.equal(attached.tensors["scale.weight"], objective.scale.weight)
+    assert float(objective.scale.weight.detach()) != 0.5
+    ckpt.save(tmp_path / "out")
+    back = intaglio.load(tmp_path / "out")
+    assert torch.equal(back.attachments["owning"].tensors["scale.bias"], objective.scale.bias)
+    with pytest.raises(IntaglioError, match="nothing is left to train"):
+        run(checkpoint(), freeze=True)
+
+
+def test_a_fit_may_leave_no_note() -> None:
+    objective, ckpt = Owning(), checkpoint()
+    objective.slug = "owning"
+    run(ckpt, objective=objective, freeze=True, steps=1, note=False)
+    assert (ckpt.record.steps, ckpt.attachments) == ([], {})
+
+
+def test_a_run_shows_how_it_goes_while_it_goes(tmp_path: Any) -> None:
+    pages: list[str] = []
+
+    def look(done: int, total: int, what: str) -> None:
+        if (tmp_path / "run" / "progress.html").is_file():
+            pages.append((tmp_path / "run" / "progress.html").read_text(encoding="utf-8"))
+
+    run(checkpoint(), directory=tmp_path / "run", progress=look, evaluate=TEXTS[:3])
+    assert "Step 2 of 8" in pages[0]
+    assert "to go" in pages[0]
+    last = (tmp_path / "run" / "progress.html").read_text(encoding="utf-8")
+    assert "Step 8 of 8" in last
+    assert "held out" in last
+    assert "<script" not in last
+
+
+def test_tensorboard_gets_every_part_where_the_user_wants_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    run(checkpoint(), objective=Owning(), report_to=["tensorboard"], steps=3, evaluate=TEXTS[:2], evaluate_every=1)
+    run(checkpoint(), report_to=["tensorboard"], steps=3, log_directory="elsewhere")
+    for folder, parts in (("runs", {"train/part/nll", "train/part/penalty"}), ("elsewhere", set())):
+        events = EventAccumulator(str(tmp_path / folder)).Reload()
+        names = set(events.Tags()["scalars"])
+        assert names >= parts | {"train/loss", "train/learning_rate"}
+        assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+
+
 def test_draws_are_keyed_by_seed_epoch_and_example() -> None:
     by_key: dict[tuple[int, int], float] = {}
     for batch_size, accumulate in ((2, 1), (1, 2)):
@@ -158,7 +212,7 @@ def test_the_record_says_what_was_done() -> None:
     assert (step.slug, step.seed) == ("train", 3)
     assert step.parameters["objective"] == {"CausalLM": {"length": 24, "pack": True}}
     assert step.parameters["steps"] == 8
-    curve = [[line.step, line.loss] for line in done.history]
+    curve = columns(done.history)
     data = step.chosen.pop("data")
     assert step.chosen == {"steps": 8, "tokens": done.tokens, "curve": curve}
     assert (data["rows"], len(data["digest"])) == (49, 64)

@@ -157,7 +157,7 @@ def all_examples(checkpoint: Checkpoint, data: Any) -> list[Example] | None:
     data = _opened(data)
     if not isinstance(data, (list, tuple)):
         return None
-    return [as_example(checkpoint, number, item) for number, item in enumerate(data)]
+    return [as_example(checkpoint, number, item, keep_text=True) for number, item in enumerate(data)]
 
 
 def _on_disk(data: Any) -> bool:
@@ -204,7 +204,7 @@ def _segment_rows(segments: Segments) -> list[Example]:
     ]
 
 
-def as_example(checkpoint: Checkpoint, number: int, item: Any) -> Example:
+def as_example(checkpoint: Checkpoint, number: int, item: Any, *, keep_text: bool = False) -> Example:
     """Return an item of the user's data as an example with its `id`, its text turned into `input_ids`.
 
     A text ends with the tokenizer's end-of-text token, where it has one.
@@ -213,6 +213,7 @@ def as_example(checkpoint: Checkpoint, number: int, item: Any) -> Example:
         checkpoint: its tokenizer is used.
         number: of the item, from 0.
         item: a text; token ids; or a dict with `input_ids`, with `text`, or with whatever the objective reads.
+        keep_text: whether a text stays beside its tokens, for those who read it. Default False.
 
     Raises:
         IntaglioError: the item is something else, or a text without a tokenizer.
@@ -224,7 +225,7 @@ def as_example(checkpoint: Checkpoint, number: int, item: Any) -> Example:
     if not isinstance(item, dict):
         raise IntaglioError(f"example {number} of the training data is {type(item).__name__}; accepted: a text, a dict")
     if "input_ids" not in item and "text" in item:
-        rest = {key: value for key, value in item.items() if key != "text"}
+        rest = {key: value for key, value in item.items() if keep_text or key != "text"}
         item = {**rest, "input_ids": token_ids(checkpoint, item["text"], f"example {number} of the training data")}
     return {**item, "id": number}
 
