@@ -328,7 +328,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     out, script = tmp_path / "out.safetensors", tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     arguments = [str(out), "killed", str(tmp_path / "run")]
     subprocess.run([*command, *arguments], check=True, env=environment, capture_output=True)
     arguments[1] = "resumed"

@@ -66,6 +66,7 @@ def columns(lines: Sequence[Logged]) -> dict[str, list[Any]]:
     }
     for prefix in ("parts", "evaluation"):
         values = [getattr(line, prefix) for line in lines]
-        for name in dict.fromkeys(name for line in values for name in line):
+        # Sorted: after a resume they come in another order.
+        for name in sorted({name for line in values for name in line}):
             found[f"{prefix.removesuffix('s')}/{name}"] = [line.get(name) for line in values]
     return found
