@@ -18,6 +18,7 @@ from intaglio.recipe import Recipe, json_schema
 from intaglio.trainer.pairs import apart
 from tests.families import tiny_checkpoint_dir
 from tests.test_carving import Killed, corpus, files, leftovers, make_recipe  # noqa: F401
+from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS
 
 TRAIN: dict[str, Any] = {"steps": 6, "batch_size": 2, "length": 24, "save_every": 1, "log_every": 1}

@@ -20,6 +20,7 @@ from tests.test_carving import Killed, corpus, files, make_recipe  # noqa: F401
 from tests.test_carving_train import TRAIN, kill_training
 from tests.test_conformance import EXAMPLES
 from tests.trainer import toys
+from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 from tests.trainer.test_resume import Killed as TrainingKilled
 from tests.trainer.test_resume import killer

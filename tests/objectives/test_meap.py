@@ -22,6 +22,7 @@ from intaglio.trainer.causal import causal_batch, next_token_loss, targets
 from intaglio.trainer.draws import generator
 from intaglio.trainer.pairs import load_pairs
 from tests.families import VOCAB, tiny_model, tiny_tokenizer
+from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 DRAWS = Draws(0)
