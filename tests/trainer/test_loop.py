@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 import intaglio
+from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.trainer import CausalLM, Draws, Example, Loss, train
+from intaglio.trainer import CausalLM, Draws, Example, Loss, Run, train
 from intaglio.trainer.causal import causal_batch, next_token_loss
 from intaglio.trainer.history import columns
 from tests.families import DECODERS
 from tests.trainer.helpers import TEXTS, checkpoint, far, run, same, weights
+from tests.trainer.test_resume import Killed, killer
 
 
 class Owning:
@@ -157,6 +159,71 @@ def test_tensorboard_gets_every_part_where_the_user_wants_it(tmp_path: Any, monk
         names = set(events.Tags()["scalars"])
         assert names >= parts | {"train/loss", "train/learning_rate"}
         assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+
+
+class Digits:
+    """Classification of vectors that are no tokens."""
+
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict()
+
+    def collate(self, examples: Sequence[Example], rng: Draws) -> dict[str, Any]:
+        return {"x": torch.stack([e["x"] for e in examples]), "y": torch.tensor([e["y"] for e in examples])}
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Loss:
+        scores = model(batch["x"])
+        return Loss(nn.functional.cross_entropy(scores, batch["y"]), outputs=scores)
+
+
+class Memory:
+    """Remembers what was said of each example, as early-learning regularization does."""
+
+    def attach(self, run: Run) -> None:
+        assert run.rows is not None
+        self.table = torch.zeros(run.rows, 3)
+
+    def before_step(self, t: int, next_batch: dict[str, Any]) -> None: ...
+
+    def on_step(self, t: int) -> None: ...
+
+    def extra_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Loss:
+        said = outputs.softmax(-1)
+        self.table[batch["id"]] = 0.7 * self.table[batch["id"]] + 0.3 * said.detach()
+        term = (1 - (self.table[batch["id"]] * said).sum(-1)).log().mean()
+        return Loss(3 * term, {"memory": term})
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"table": self.table}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.table = state["table"]
+
+    def detach(self, run: Run) -> None: ...
+
+
+def test_rows_need_not_be_tokens_nor_models_language_models(tmp_path: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(4, generator=draw) + n % 3, "y": n % 3} for n in range(30)]
+    settings = {"objective": Digits(), "optimizer": "sgd", "learning_rate": 0.05, "epochs": 5, "steps": None}
+
+    def ran(**more: Any) -> tuple[Any, Memory, dict[str, Any]]:
+        torch.manual_seed(1)
+        memory, ckpt = Memory(), Checkpoint(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
+        return run(ckpt, data, shape=[memory], **settings, **more), memory, weights(ckpt)
+
+    whole, memory, end = ran()
+    assert (whole.steps, whole.tokens) == (75, 150)
+    assert whole.history[-1].loss < whole.history[0].loss
+    assert torch.allclose(memory.table.sum(1), torch.full((30,), 1 - 0.7**5))
+    with pytest.raises(Killed):
+        ran(directory=tmp_path, save_every=10, progress=killer(47))
+    again, other, there = ran(directory=tmp_path, save_every=10)
+    assert again.history == whole.history
+    assert torch.equal(memory.table, other.table)
+    assert same(there, end)
 
 
 def test_draws_are_keyed_by_seed_epoch_and_example() -> None:

@@ -66,16 +66,17 @@ def train(
     progress: Progress = silent,
     **settings: Any,
 ) -> Trained:
-    """Train a checkpoint's model in place with AdamW, and append a line to its record.
+    """Train a checkpoint's model in place, and append a line to its record.
 
     The same arguments give the same weights, bit for bit on a CPU; so does a run that was killed and is called again
     with the same `directory`. Nothing random is drawn from global generators but dropout, whose state is kept.
 
     Args:
         checkpoint: its model is trained where it is; its mode and `requires_grad` are left as they were.
-        data: texts, examples (dicts with `input_ids`, perhaps `labels`), token ids [N, T], `Segments`, a `Corpus` or a
-            name for `load_texts`: these are held in memory and shuffled anew each epoch. Anything else that yields
-            examples (a `datasets` data set, a generator) is read as it goes, and may be larger than memory.
+        data: texts, examples (dicts with `input_ids`, perhaps `labels`, or with whatever the objective reads), token
+            ids [N, T], `Segments`, a `Corpus` or a name for `load_texts`: these are held in memory and shuffled anew
+            each epoch. Anything else that yields examples (a `datasets` data set, a generator) is read as it goes, and
+            may be larger than memory.
         objective: what is predicted. Default `CausalLM()`.
         shape: shapers, called in this order; what they made is baked in at the end. Default: none.
         select: chooses among the examples first (they must be in memory). Default: all of them.
@@ -89,14 +90,17 @@ def train(
         note: whether the run is noted in the record and what the objective owns is attached to the checkpoint. A `fit`,
             which leaves the weights alone and attaches what it trained itself, says False. Default True.
         progress: called after each optimizer step.
-        steps, tokens, epochs: how long to train; exactly one. `tokens` and `epochs` are rounded to whole steps;
-            `epochs` needs data in memory.
+        steps: how long to train, in optimizer steps; exactly one of steps, tokens and epochs is given.
+        tokens: the same in tokens of the rows, rounded to whole steps.
+        epochs: the same in passes over data in memory, rounded up to whole steps.
         batch_size: rows that pass at a time, over all processes. Default 8.
         accumulate: batches of an optimizer step. Default 1.
         learning_rate: at its highest. Default 3e-4.
         schedule: `cosine` (default), `linear` (both to zero) or `constant`, after the warm-up.
         final_share: of the learning rate, at the end of `cosine`. Default 0.
         warmup: steps (a whole number) or share of the steps (below 1) in which the rate rises from 0. Default 0.05.
+        optimizer: `adamw` (default) or `sgd`.
+        momentum: of SGD. Default 0.9.
         betas: of AdamW. Default (0.9, 0.999).
         weight_decay: of matrices. Default 0.
         clip: largest norm of the gradient; 0: any. Default 1.

@@ -95,7 +95,7 @@ class Prepares(Protocol):
     """An objective that makes its rows out of the user's examples once, before the loop: packing, instruction pairs."""
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: Draws) -> Iterable[Example]:
-        """Return the rows to train on, lazily where the examples are a stream; each has `input_ids`.
+        """Return the rows to train on, lazily where the examples are a stream.
 
         Args:
             checkpoint: what is trained; its vocabulary may be made larger here.

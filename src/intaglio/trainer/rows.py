@@ -1,6 +1,7 @@
 """From what a user gives as data to rows: in memory, in an order keyed by the seed, or read from a stream.
 
-A *row* is an example that is ready to be collated: a dict with `input_ids`. Dimension letters: T tokens of a row.
+A *row* is an example that is ready to be collated: a dict, with `input_ids` where it is of tokens. One without counts
+as one token. Dimension letters: T tokens of a row.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def read_rows(checkpoint: Checkpoint, data: Any, objective: Objective, draws: Dr
         table = list(read(data))
         if not table:
             raise IntaglioError("the training data is empty; give at least one example with two tokens")
-        return Rows(table, lambda: iter(table), _digest(table), sum(map(_length, table)) / len(table))
+        return Rows(table, lambda: iter(table), _digest(table), sum(map(row_tokens, table)) / len(table))
     return _stream(data, read, draws)
 
 
@@ -186,7 +187,7 @@ def _stream(data: Any, read: Callable[[Iterable[Any]], Iterator[Example]], draws
 
     if not head:
         raise IntaglioError("the training data is empty; give at least one example with two tokens")
-    return Rows(None, again, _digest(head), sum(map(_length, head)) / len(head))
+    return Rows(None, again, _digest(head), sum(map(row_tokens, head)) / len(head))
 
 
 def _ordered(data: Any, draws: Draws, epoch: int) -> Iterator[Any]:
@@ -252,10 +253,10 @@ def token_ids(checkpoint: Checkpoint, text: Any, what: str, *, end: bool = True)
 
 
 def _checked(checkpoint: Checkpoint, number: int, row: Example) -> Example:
-    """The row with its ids as an int64 tensor [T], or a sentence on what is wrong with it."""
+    """The row with its ids, if it has any, as an int64 tensor [T], or a sentence on what is wrong with it."""
     what = f"row {number} of the training data"
     if "input_ids" not in row:
-        raise IntaglioError(f"{what} has no input_ids; it has: {', '.join(sorted(map(str, row))) or 'nothing'}")
+        return row  # pictures, pairs of texts: its objective knows what it needs
     ids_T = as_ids(row["input_ids"], what)
     try:
         checkpoint.check_ids(ids_T)
@@ -285,8 +286,13 @@ def as_ids(value: Any, what: str) -> Tensor:
     return ids_T.to(torch.int64)
 
 
-def _length(row: Example) -> int:
-    return int(row["input_ids"].shape[0])
+def row_tokens(row: Example) -> int:
+    """How many tokens a row counts as.
+
+    Args:
+        row: with `input_ids`, or something else, which counts as one.
+    """
+    return len(row["input_ids"]) if "input_ids" in row else 1
 
 
 def _digest(rows: Sequence[Example]) -> str:

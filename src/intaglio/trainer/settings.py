@@ -28,6 +28,8 @@ class Settings(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     warmup: Annotated[int | float, Field(ge=0)] = 0.05
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: Share = 0.9
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0

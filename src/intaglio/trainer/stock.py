@@ -27,6 +27,7 @@ from intaglio.trainer import state as run_state
 from intaglio.trainer.draws import Draws
 from intaglio.trainer.early import EarlyReport
 from intaglio.trainer.protocols import Batch, Example, Loss, Objective, Run, Shaper
+from intaglio.trainer.rows import row_tokens
 from intaglio.trainer.settings import Settings
 from intaglio.trainer.sharded import gathered, spread
 
@@ -116,7 +117,7 @@ class Collator:
         Args:
             examples: rows.
         """
-        tokens = sum(len(example["input_ids"]) for example in examples)
+        tokens = sum(map(row_tokens, examples))
         batch = dict(self.objective.collate(examples, self.draws))
         weight = float(batch.pop("weight", len(examples)))
         ids = torch.tensor([example["id"] for example in examples])
@@ -184,7 +185,7 @@ class Loop(Trainer):
         return SequentialSampler(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW; matrices decay, vectors (norms, biases) do not; shapers may have groups of their own."""
+        """AdamW or SGD; matrices decay, vectors (norms, biases) do not; shapers may have groups of their own."""
         if self.optimizer is None:
             own = {id(p) for group in self.workplace.groups for p in group["params"]}
             trained = [p for p in (model or self.model).parameters() if p.requires_grad and id(p) not in own]
@@ -193,12 +194,12 @@ class Loop(Trainer):
                 {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.settings.weight_decay},
                 {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
             ]
-            self.optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]],
-                lr=self.settings.learning_rate,
-                betas=self.settings.betas,
-                fused=True,
-            )
+            groups = [group for group in groups if group["params"]]
+            rate, chosen = self.settings.learning_rate, self.settings
+            if chosen.optimizer == "sgd":
+                self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=chosen.momentum, fused=True)
+            else:
+                self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=chosen.betas, fused=True)
             self.workplace.run.optimizer = self.optimizer
         return self.optimizer
 
