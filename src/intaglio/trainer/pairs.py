@@ -28,7 +28,7 @@ def docstring_pairs() -> list[Example]:
     """Return pairs out of the running interpreter's standard library, in the order of their hashes.
 
     The prompt asks for a function that does what a docstring's summary says, the answer is its code. Answers are long
-    (about 150 tokens in the middle), so most can be hidden in part.
+    (about 400 characters in the middle), so most can be hidden in part.
     """
     found = {pair.id: pair for pair in pairs(source_files(), "code")}
     return [
