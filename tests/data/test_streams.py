@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import tracemalloc
 from pathlib import Path
@@ -55,7 +54,7 @@ def test_a_large_file_is_never_in_memory(tmp_path: Path) -> None:
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < file.stat().st_size / 50
-    assert list(itertools.islice(TextStream(str(file)), 1))[0].startswith("0 ")
+    assert next(iter(TextStream(str(file)))).startswith("0 ")
 
 
 def test_a_data_set_of_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
