@@ -155,6 +155,19 @@ def test_a_share_of_the_data_is_evaluated_on_and_not_trained_on(corpus: Path, mo
         apart(TEXTS[:1], 0.5)
 
 
+def test_a_log_for_tensorboard_stays_when_the_step_is_done(
+    corpus: Path,  # noqa: F811
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    step = {"train": {**TRAIN, "report_to": ["tensorboard"]}}
+    carve(recipe(corpus.absolute(), step, {"train": {**TRAIN, "log_directory": "elsewhere"}}), "out", model=str(model))
+    assert list((tmp_path / "runs").glob("events.*"))
+    assert not (tmp_path / "elsewhere").exists()  # it was not asked for
+
+
 def test_a_plan_and_the_schema_know_training(corpus: Path, model: Path) -> None:  # noqa: F811
     found = plan(recipe(corpus, {"train": TRAIN}), model=str(model))
     assert (found["steps"][0]["slug"], found["steps"][0]["verb"]) == ("train", "train")
