@@ -12,11 +12,14 @@ import torch
 from intaglio import report
 from intaglio.carving import carve, plan
 from intaglio.checkpoint import load
-from intaglio.data.texts import load_texts
+from intaglio.data.texts import document_hash, load_texts
 from intaglio.errors import IntaglioError
 from intaglio.recipe import Recipe, json_schema
+from intaglio.trainer.pairs import apart
 from tests.families import tiny_checkpoint_dir
 from tests.test_carving import Killed, corpus, files, leftovers, make_recipe  # noqa: F401
+from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
+from tests.trainer.helpers import TEXTS
 
 TRAIN: dict[str, Any] = {"steps": 6, "batch_size": 2, "length": 24, "save_every": 1, "log_every": 1}
 
@@ -47,11 +50,13 @@ def test_a_pruned_model_is_trained_and_stays_pruned(corpus: Path, model: Path, t
     document = carve(recipe(corpus, *steps), tmp_path / "out", model=str(model))
     assert set(document["after"]["zero_fraction"].values()) == {0.5}
     assert document["title"] == f"{model} carved by wanda; trained"
-    assert [point[0] for point in document["steps"][1]["curve"]] == [1, 2, 3, 4, 5, 6]
+    curve = document["steps"][1]["curve"]
+    assert curve["step"] == [1, 2, 3, 4, 5, 6]
+    assert {len(column) for column in curve.values()} == {6}
     assert "curve" not in document["steps"][1]["chosen"]
     assert document["after"]["perplexity"] > 0
     assert document["after"]["kl_mean"] is None  # the vocabulary has grown
-    assert report.carve_page(document)
+    assert "Training curves" in report.carve_page(document)
     back = load(tmp_path / "out")
     assert [step.slug for step in back.record.steps] == ["wanda", "train"]
     assert back.tokenizer.mask_token == "<|mask|>"
@@ -127,19 +132,40 @@ def test_what_is_measured_on_is_never_trained_on(
 
     monkeypatch.setattr(loop, "train", train)
     _, held_out = load_texts(corpus).split()
-    for step in (TRAIN, {**TRAIN, "texts": str(corpus)}):
+    named = {**TRAIN, "texts": str(corpus)}
+    for step in (TRAIN, named, {**named, "stream": True}):
         with pytest.raises(Killed):
             carve(recipe(corpus, {"train": step}), tmp_path / "out", model=str(model), overwrite=True)
     for data in seen:
-        assert len(data) > 0
-        assert not set(data.hashes) & set(held_out.hashes)
+        hashes = {document_hash(text) for text in data}
+        assert len(hashes) > 0
+        assert not hashes & set(held_out.hashes)
 
 
-def test_evaluation_on_the_held_out_segments(corpus: Path, model: Path, tmp_path: Path) -> None:  # noqa: F811
-    step = {**TRAIN, "evaluate": True, "evaluate_every": 2, "patience": 1, "learning_rate": 1e-12}
+def test_a_share_of_the_data_is_evaluated_on_and_not_trained_on(corpus: Path, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    step = {**TRAIN, "evaluate": 0.2, "evaluate_every": 2, "patience": 1, "learning_rate": 1e-12}
     document = carve(recipe(corpus, {"train": step}), tmp_path / "out", model=str(model))
     # The loss does not fall at that rate, or by rounding only.
     assert document["steps"][0]["chosen"]["steps"] in (2, 4, 6)
+    assert document["steps"][0]["curve"]["evaluation/loss"][1] > 0
+    trained, evaluated = apart(TEXTS, 0.2)
+    assert sorted(trained + evaluated) == sorted(TEXTS)
+    assert apart(TEXTS[::-1], 0.2) == (trained[::-1], evaluated[::-1])
+    with pytest.raises(IntaglioError, match="of 1 examples that leaves"):
+        apart(TEXTS[:1], 0.5)
+
+
+def test_a_log_for_tensorboard_stays_when_the_step_is_done(
+    corpus: Path,  # noqa: F811
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    step = {"train": {**TRAIN, "report_to": ["tensorboard"]}}
+    carve(recipe(corpus.absolute(), step, {"train": {**TRAIN, "log_directory": "elsewhere"}}), "out", model=str(model))
+    assert list((tmp_path / "runs").glob("events.*"))
+    assert not (tmp_path / "elsewhere").exists()  # it was not asked for
 
 
 def test_a_plan_and_the_schema_know_training(corpus: Path, model: Path) -> None:  # noqa: F811
@@ -153,6 +179,49 @@ def test_a_plan_and_the_schema_know_training(corpus: Path, model: Path) -> None:
     assert train["properties"]["objective"]["oneOf"][0]["required"] == ["meap"]
     assert "meap" in schema["$defs"]
     assert "Lora" in schema["$defs"]
+
+
+NEW: dict[str, Any] = {"width": 16, "depth": 1, "context": 32, "tokenizer": "texts", "vocab": 280}
+
+
+def test_a_recipe_trains_from_scratch_and_resumes_to_the_same_bytes(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    wanted = Recipe.of({**recipe(corpus, {"train": TRAIN}).dump(), "new": NEW})
+    document = carve(wanted, tmp_path / "whole")
+    assert document["model"] == "new llama"
+    assert document["after"]["kl_mean"] is None  # there is nothing to agree with
+    assert document["after"]["perplexity"] < document["before"]["perplexity"]
+    assert report.carve_page(document)
+    back = load(tmp_path / "whole")
+    assert back.model.get_input_embeddings().weight.shape == (280, 16)
+    with pytest.raises(Killed):
+        carve(wanted, tmp_path / "broken", progress=kill_training(4))
+    carve(wanted, tmp_path / "broken", resume=True)
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+    found = plan(wanted)
+    assert found["parameters"] == sum(p.numel() for p in back.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("new", "sentence"),
+    [
+        ({"width": 16}, "field required"),
+        ({**NEW, "widht": 3}, "there is no such field here; did you mean width"),
+        ({**NEW, "tokenizer": "bytes"}, "vocab belongs to a vocabulary that is trained"),
+        ({**NEW, "family": "lama"}, "there is no family 'lama' to make a model of; did you mean llama"),
+        ({**NEW, "width": 15}, "width is 15"),
+    ],
+)
+def test_bad_models_from_scratch_are_one_sentence(
+    corpus: Path,  # noqa: F811
+    tmp_path: Path,
+    new: dict[str, Any],
+    sentence: str,
+) -> None:
+    with pytest.raises(IntaglioError, match=sentence) as caught:
+        carve(Recipe.of({**recipe(corpus, {"train": TRAIN}).dump(), "new": new}), tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(IntaglioError, match="model and new are given"):
+        Recipe.of({**recipe(corpus, {"train": TRAIN}).dump(), "new": NEW, "model": "smollm2"})
 
 
 def test_a_recipe_with_training_round_trips(corpus: Path) -> None:  # noqa: F811
@@ -177,7 +246,10 @@ def test_a_recipe_with_training_round_trips(corpus: Path) -> None:  # noqa: F811
         ({"steps": 1, "texts": "a", "instructions": "b"}, "one of them says what is trained on"),
         ({"steps": 1, "instructions": "b"}, "instructions need an objective that reads them"),
         ({"steps": 1, "length": 8, "objective": "meap"}, "length belongs to next-token prediction"),
-        ({"steps": 1, "patience": 2}, "patience needs evaluate: true"),
+        ({"steps": 1, "patience": 2}, "patience needs evaluate, a share of the data such as 0.05"),
+        ({"steps": 1, "stream": True}, "stream needs texts to read"),
+        ({"steps": 1, "stream": True, "texts": "a", "evaluate": 0.1}, "evaluate needs the texts in memory"),
+        ({"epochs": 1, "stream": True, "texts": "a"}, "epochs needs the texts in memory"),
     ],
 )
 def test_bad_steps_are_one_sentence(corpus: Path, step: Any, sentence: str) -> None:  # noqa: F811

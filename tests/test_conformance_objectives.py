@@ -15,6 +15,7 @@ from intaglio.method import get
 from intaglio.trainer import Loss, Objective
 from tests.families import DECODERS, ENCODERS, tiny_model
 from tests.test_conformance import EXAMPLES
+from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 from tests.trainer.test_resume import Killed, killer
 

@@ -18,7 +18,10 @@ from generate.text import ROOT, cell, relink
 from intaglio import about
 from intaglio.catalogue import ENTRIES
 from intaglio.evidence import record as records
-from intaglio.recipe import Header
+from intaglio.recipe import Header, New
+from intaglio.trainer.loop import train
+from intaglio.trainer.lora import Lora
+from intaglio.trainer.step import Train
 
 NOT_AT_HOME = ("Methods", "Against the peer", "Adding a method")
 """Sections of the README that have a page of their own here."""
@@ -34,6 +37,17 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Masks over attention",
         "Visibility rules for stock models, set from outside, a layer at a time.",
         ("intaglio.masks", "intaglio.masks.rules", "intaglio.masks.visibility"),
+    ),
+    "api/training.md": (
+        "Training",
+        "The one loop, what it trains with, and what a shaper or a selector has to offer.",
+        (
+            "intaglio.trainer.protocols",
+            "intaglio.trainer.causal",
+            "intaglio.trainer.lora",
+            "intaglio.trainer.pairs",
+            "intaglio.trainer.history",
+        ),
     ),
     "api/soup.md": ("Parameter averaging", "Soups of checkpoints, and moving averages.", ("intaglio.soup",)),
     "api/evidence.md": (
@@ -114,10 +128,33 @@ def recipe_fields() -> str:
     )
 
 
+def new_fields() -> str:
+    """The keys of a model from scratch."""
+    return "\n".join(["| key | type | default | what it is |", "| --- | --- | --- | --- |", *_field_rows("", New)])
+
+
+def train_fields() -> str:
+    """The keys of a training step: its own, and those of `intaglio.train`."""
+    said = {**_said(train), **_said(Train)}
+    schema = Train.model_json_schema()
+    rows = []
+    for name, field in Train.model_fields.items():
+        accepted = about.accepted(schema["properties"][name], schema.get("$defs", {}))
+        default = about.written(field.get_default(call_default_factory=True))
+        rows.append(f"| `{name}` | {cell(accepted)} | `{default}` | {cell(said[name])} |")
+    return "\n".join(
+        ["| key | type | default | what it is |", "| --- | --- | --- | --- |", *rows, *_field_rows("lora.", Lora)]
+    )
+
+
+def _said(documented: Any) -> Mapping[str, str]:
+    return about.describe(inspect.getdoc(documented) or "").lists["Args"]
+
+
 def _field_rows(above: str, kind: type[BaseModel]) -> list[str]:
     """A row for each field, those of nested models at the end."""
     schema = kind.model_json_schema()
-    said = about.describe(inspect.getdoc(kind) or "").lists["Args"]
+    said = _said(kind)
     rows, nested = [], []
     for name, field in kind.model_fields.items():
         if isinstance(field.default, BaseModel):
@@ -125,12 +162,16 @@ def _field_rows(above: str, kind: type[BaseModel]) -> list[str]:
             accepted, default = "mapping, below", ""
         else:
             accepted = about.accepted(schema["properties"][name], schema.get("$defs", {}))
-            default = f"`{about.written(field.default)}`"
+            default = "required" if field.is_required() else f"`{about.written(field.default)}`"
         rows.append(f"| `{above}{name}` | {cell(accepted)} | {default} | {cell(said[name])} |")
     return rows + nested
 
 
-SLOTS: dict[str, Callable[[], str]] = {"recipe keys": recipe_fields}
+SLOTS: dict[str, Callable[[], str]] = {
+    "recipe keys": recipe_fields,
+    "new keys": new_fields,
+    "training keys": train_fields,
+}
 
 
 def fill(markdown: str) -> str:

@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from intaglio.checkpoint import RECORD, Checkpoint, load, load_config, model_cla
 from intaglio.data.segments import Segments, segments
 from intaglio.data.texts import Corpus, calibration_and_held_out, load_texts
 from intaglio.errors import IntaglioError
+from intaglio.fresh import TRAINED, new
 from intaglio.machine import versions
 from intaglio.measures.quality import Reference, reference
 from intaglio.measures.side import measure
@@ -197,6 +199,7 @@ def apply_step(
     progress: Progress,
     directory: Path | None = None,
     resume: bool = False,
+    original: Callable[[], Checkpoint] | None = None,
 ) -> None:
     """Apply one step of a recipe in place.
 
@@ -208,14 +211,15 @@ def apply_step(
         progress: called as it goes on.
         directory: where training keeps what it needs to go on after it was killed. Default: nowhere.
         resume: whether training goes on with what is there. Default False.
+        original: loads the checkpoint as it was before the recipe, for selectors that compare.
     """
     if _trains(step):
         cast(Any, step).apply(
             checkpoint,
             data.texts,
             seed=recipe.seed,
-            held_out=data.held_out,
             held_out_hashes=data.sealed,
+            original=original,
             directory=directory,
             resume=resume,
             progress=progress,
@@ -265,20 +269,19 @@ def carve(
     """
     begun = time.time()
     out = Path(out)
-    name = recipe.model if model is None else model
-    if name is None:
-        raise IntaglioError("no model is given: name one on the command line or in the recipe")
+    name = _name(recipe, model)
     digest = recipe.digest(json.dumps([name, str(device), str(dtype), versions()]))
     if resume and (finished := _finished(out, digest)) is not None:
         return finished
     check_output(out, overwrite)
     with _scratch(out) as scratch:
         done = _start(scratch, out, digest, len(recipe.steps), resume, overwrite)
-        checkpoint = load(name, device=device, dtype=dtype)
+        checkpoint = _begin(recipe, model, device, dtype)
         check_fit(recipe.steps, anatomy(checkpoint.model), name)
         data = prepare_data(recipe, checkpoint)
         original, before = _before(checkpoint, data, recipe, progress)
         rows = _vocabulary(checkpoint)
+        again = partial(_begin, recipe, model, device, dtype)
         seconds: list[float | None] = [None] * done
         if done:
             checkpoint = load(scratch / f"step-{done}", device=device, dtype=dtype)
@@ -287,13 +290,15 @@ def carve(
             start = time.time()
             if _trains(step):  # it resumes by itself, if the state says that there is something to resume
                 _note(scratch, index, digest)
-            apply_step(step, checkpoint, recipe, data, progress, scratch / f"{TRAINING}-{index}", resume)
+            training = scratch / f"{TRAINING}-{index}"
+            apply_step(step, checkpoint, recipe, data, progress, training, resume, again)
             seconds.append(time.time() - start)
             _put_aside(checkpoint, scratch, index + 1, digest)
         after = measure(
             checkpoint,
             data.held_out,
-            original if _vocabulary(checkpoint) == rows else None,  # there is no agreement between two vocabularies
+            # There is no agreement between two vocabularies, nor any with a model of random weights.
+            original if _vocabulary(checkpoint) == rows and not _is_new(recipe, model) else None,
             batch_size=recipe.measure.batch_size,
             timed=recipe.measure.speed,
             progress=progress,
@@ -302,6 +307,48 @@ def carve(
         _finish(out, scratch / f"step-{len(recipe.steps)}", document, overwrite)
         shutil.rmtree(scratch, ignore_errors=True)
     return document
+
+
+def _is_new(recipe: Recipe, model: str | None) -> bool:
+    return model is None and recipe.new is not None
+
+
+def _name(recipe: Recipe, model: str | None) -> str:
+    """What is carved, in words."""
+    name = recipe.model if model is None else model
+    if name is None and recipe.new is not None:
+        return f"new {recipe.new.family}"
+    if name is None:
+        raise IntaglioError("no model is given: name one on the command line or in the recipe")
+    return name
+
+
+def _begin(recipe: Recipe, model: str | None, device: str | None, dtype: str | None) -> Checkpoint:
+    """What the steps begin with: a checkpoint that is loaded, or a model from scratch."""
+    if recipe.new is None or model is not None:
+        return load(_name(recipe, model), device=device, dtype=dtype)
+    fields = recipe.new.model_dump()
+    if recipe.new.tokenizer == "texts":  # of those that are calibrated on alone
+        fields["tokenizer"], _ = calibration_and_held_out(
+            load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts)
+        )
+    made = new(**fields, seed=recipe.seed % 2**32)
+    kind = parse_dtype(dtype)
+    made.model.to(parse_device(device), kind if isinstance(kind, torch.dtype) else None)
+    return made
+
+
+def _skeleton(recipe: Recipe, model: str | None) -> Any:
+    """The model without its weights."""
+    with torch.device("meta"):
+        if recipe.new is None or model is not None:
+            name = _name(recipe, model)
+            _, config = load_config(name)
+            return model_class(config, name)(config)
+        fields = recipe.new.model_dump() | {"tokenizer": "bytes"}
+        if recipe.new.tokenizer == "texts":
+            fields["vocab"] = recipe.new.vocab or TRAINED
+        return new(**fields).model
 
 
 def _before(checkpoint: Checkpoint, data: Data, recipe: Recipe, progress: Progress) -> tuple[Reference, dict[str, Any]]:
@@ -423,7 +470,7 @@ def _document(
 
 
 def _with_curve(step: dict[str, Any]) -> dict[str, Any]:
-    """A step's record with its training curve, `[[step, loss], ...]`, beside what it chose rather than in it."""
+    """A step's record with its training curves, see `intaglio.curves`, beside what it chose rather than in it."""
     curve = step["chosen"].pop("curve", None)
     return step if curve is None else step | {"curve": curve}
 
@@ -497,14 +544,10 @@ def plan(
     Raises:
         IntaglioError: as `carve` would, as far as can be told without weights.
     """
-    name = recipe.model if model is None else model
-    if name is None:
-        raise IntaglioError("no model is given: name one on the command line or in the recipe")
+    name = _name(recipe, model)
     where, wanted = parse_device(device), parse_dtype(dtype)
-    _, config = load_config(name)
-    kind = wanted if isinstance(wanted, torch.dtype) else (getattr(config, "dtype", None) or torch.float32)
-    with torch.device("meta"):
-        skeleton = model_class(config, name)(config)
+    skeleton = _skeleton(recipe, model)
+    kind = wanted if isinstance(wanted, torch.dtype) else (getattr(skeleton.config, "dtype", None) or torch.float32)
     parts = anatomy(skeleton)
     check_fit(recipe.steps, parts, name)
     texts, _ = calibration_and_held_out(load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts))

@@ -49,7 +49,15 @@ def _number(value: float) -> str:
     return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
-def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: float | str) -> ET.Element:
+def add(parent: ET.Element, tag: str, text: str | None = None, **attributes: float | str) -> ET.Element:
+    """Add an element and return it.
+
+    Args:
+        parent: gets it.
+        tag: its name.
+        text: inside it. Default none.
+        **attributes: a final `_` is cut off, others become `-`.
+    """
     named = {
         key.rstrip("_").replace("_", "-"): value if isinstance(value, str) else _number(value)
         for key, value in attributes.items()
@@ -59,7 +67,7 @@ def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: fl
     return child
 
 
-def _write(
+def write(
     parent: ET.Element,
     text: str,
     x: float,
@@ -67,10 +75,28 @@ def _write(
     kind: str = "small",
     anchor: Literal["start", "middle", "end"] = "start",
 ) -> None:
-    _add(parent, "text", text, x=x, y=y, class_=kind, text_anchor=anchor)
+    """Add a text.
+
+    Args:
+        parent: gets it.
+        text: what it says.
+        x: its place.
+        y: of its baseline.
+        kind: its class. Default `small`.
+        anchor: which end of it is at `x`. Default `start`.
+    """
+    add(parent, "text", text, x=x, y=y, class_=kind, text_anchor=anchor)
 
 
-def _canvas(title: str, description: str, height: float, width: float = WIDTH) -> ET.Element:
+def canvas(title: str, description: str, height: float, width: float = WIDTH) -> ET.Element:
+    """An empty picture.
+
+    Args:
+        title: what it shows.
+        description: the same at length.
+        height: in its own units.
+        width: Default 900.
+    """
     # The ids must differ between the pictures of one page, and be the same each time the page is made.
     key = sha256(f"{title}\n{description}".encode("utf-8", "replace")).hexdigest()[:10]
     root = ET.Element(
@@ -82,12 +108,17 @@ def _canvas(title: str, description: str, height: float, width: float = WIDTH) -
             "class": "picture",
         },
     )
-    _add(root, "title", title, id=f"t{key}")
-    _add(root, "desc", description, id=f"d{key}")
+    add(root, "title", title, id=f"t{key}")
+    add(root, "desc", description, id=f"d{key}")
     return root
 
 
-def _text_of(root: ET.Element) -> str:
+def text_of(root: ET.Element) -> str:
+    """The picture as text.
+
+    Args:
+        root: from `canvas`.
+    """
     return ET.tostring(root, encoding="unicode")
 
 
@@ -123,44 +154,44 @@ def heatmap(
     tall = min(max(cell, 18.0), 26.0)
     gap = 2.0 if cell > 8 else 0.5
     top = 40.0
-    root = _canvas(title, description, top + tall * len(rows) + 54)
-    _write(root, column_title, left, 14)
+    root = canvas(title, description, top + tall * len(rows) + 54)
+    write(root, column_title, left, 14)
     longest = max((len(column) for column in columns), default=1)
     needed = SMALL_CHARACTER * min(longest, 16) + 4
     stride = next((n for n in (1, 2, 5, 10, 20, 50) if n * cell >= needed), 100)
     for position, column in enumerate(columns):
         if position % stride == 0:
             middle = left + cell * (position + 0.5)
-            _write(root, _shorten(column, 16), middle, 32, anchor="middle")
+            write(root, _shorten(column, 16), middle, 32, anchor="middle")
     for line, row in enumerate(rows):
         y = top + tall * line
-        _write(root, _shorten(row), left - 8, y + tall / 2 + 4, "code", "end")
+        write(root, _shorten(row), left - 8, y + tall / 2 + 4, "code", "end")
         for position, column in enumerate(columns):
             if (row, column) in values:
                 share = min(max(values[row, column], 0.0), 1.0)
                 _cell(root, left + cell * position, y, cell - gap, tall - gap, share, f"{column_title} {column}, {row}")
         if summaries and row in summaries:
             x = left + cell * len(columns) + 8
-            _write(root, summaries[row], x, y + tall / 2 + 4, "label")
+            write(root, summaries[row], x, y + tall / 2 + 4, "label")
     _scale(root, left, top + tall * len(rows) + 18)
-    return _text_of(root)
+    return text_of(root)
 
 
 def _cell(root: ET.Element, x: float, y: float, wide: float, tall: float, share: float, name: str) -> None:
-    rectangle = _add(
+    rectangle = add(
         root, "rect", x=x, y=y, width=wide, height=tall, rx=2, class_="cell", fill_opacity=f"{HEAT_OPACITY * share:.3f}"
     )
-    _add(rectangle, "title", f"{name}: {100 * share:.2f} %")
+    add(rectangle, "title", f"{name}: {100 * share:.2f} %")
     if wide >= 46:
-        _write(root, f"{100 * share:.1f} %", x + wide / 2, y + tall / 2 + 4, "small on", "middle")
+        write(root, f"{100 * share:.1f} %", x + wide / 2, y + tall / 2 + 4, "small on", "middle")
 
 
 def _scale(root: ET.Element, x: float, y: float) -> None:
     for step in range(5):
         at = x + 58.0 * step
         shade = f"{HEAT_OPACITY * step / 4:.3f}"
-        _add(root, "rect", x=at, y=y, width=14, height=14, rx=2, class_="cell", fill_opacity=shade)
-        _write(root, f"{25 * step} %", at + 19, y + 11)
+        add(root, "rect", x=at, y=y, width=14, height=14, rx=2, class_="cell", fill_opacity=shade)
+        write(root, f"{25 * step} %", at + 19, y + 11)
 
 
 _LAYER = re.compile(r"(?:^|.*?\.)layers?\.(\d+)\.(.+)")
@@ -220,6 +251,21 @@ def nice_range(values: Sequence[float]) -> tuple[float, float]:
         return [float(f"{m}e{e}") for e in (decade - 1, decade, decade + 1) for m in (1, 2, 5)]
 
     return max(rung for rung in ladder(low) if rung < low), min(rung for rung in ladder(high) if rung >= high)
+
+
+def ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """Round numbers from at or below `low` to at or above `high`, at equal steps of 1, 2 or 5 times a power of ten.
+
+    Args:
+        low: left end.
+        high: right end, above `low`.
+        most: steps at the most.
+    """
+    rough = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next((m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9)), 10 * power)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
@@ -285,28 +331,28 @@ def bars(
     line, head, top = 26.0, 26.0, 30.0
     groups = len([1 for k, bar in enumerate(items) if bar.group and (k == 0 or items[k - 1].group != bar.group)])
     bottom = top + line * len(items) + head * groups
-    root = _canvas(title, description, bottom + 46)
+    root = canvas(title, description, bottom + 46)
     for value, text in ticks:
-        _add(root, "line", x1=place(value), x2=place(value), y1=top - 4, y2=bottom + 2, class_="grid")
-        _write(root, text, place(value), bottom + 18, anchor="middle")
-    _write(root, axis, left, bottom + 38)
+        add(root, "line", x1=place(value), x2=place(value), y1=top - 4, y2=bottom + 2, class_="grid")
+        write(root, text, place(value), bottom + 18, anchor="middle")
+    write(root, axis, left, bottom + 38)
     y = top
     for position, bar in enumerate(items):
         if bar.group and (position == 0 or items[position - 1].group != bar.group):
-            _write(root, _shorten(bar.group), 0, y + 18, "heading")
+            write(root, _shorten(bar.group), 0, y + 18, "heading")
             y += head
         end = left if bar.value is None or bar.value <= 0 else place(bar.value)
-        _write(root, _shorten(bar.label), left - 8, y + 16, "label", "end")
+        write(root, _shorten(bar.label), left - 8, y + 16, "label", "end")
         if end > left:
             kind = "bar strong" if bar.strong else "bar"
-            _add(root, "rect", x=left, y=y + 4, width=end - left, height=line - 8, rx=2, class_=kind)
-        _write(root, bar.text, end + 8, y + 16, "label strong" if bar.strong else "label")
+            add(root, "rect", x=left, y=y + 4, width=end - left, height=line - 8, rx=2, class_=kind)
+        write(root, bar.text, end + 8, y + 16, "label strong" if bar.strong else "label")
         y += line
     if reference is not None:
         at = place(reference[0])
-        _add(root, "line", x1=at, x2=at, y1=top - 6, y2=bottom + 2, class_="reference")
-        _write(root, reference[1], at, top - 12, anchor="start" if at < left + 60 else "middle")
-    return _text_of(root)
+        add(root, "line", x1=at, x2=at, y1=top - 6, y2=bottom + 2, class_="reference")
+        write(root, reference[1], at, top - 12, anchor="start" if at < left + 60 else "middle")
+    return text_of(root)
 
 
 @dataclass(frozen=True)
@@ -344,20 +390,20 @@ def pairs(title: str, description: str, items: Sequence[Pair], names: tuple[str,
     name = 8 + SMALL_CHARACTER * max(len(text) for text in names)
     right = 22 + LABEL_CHARACTER * max((len(text) for i in items for text in (i.before_text, i.after_text)), default=0)
     span = WIDTH - left - name - right
-    root = _canvas(title, description, 54.0 * len(items) + 8)
+    root = canvas(title, description, 54.0 * len(items) + 8)
     for position, item in enumerate(items):
         y = 54.0 * position + 8
         longest = max(item.before or 0.0, item.after or 0.0)
-        _write(root, _shorten(item.label), left - 16, y + 26, "label", "end")
+        write(root, _shorten(item.label), left - 16, y + 26, "label", "end")
         sides = ((item.before, item.before_text, "bar"), (item.after, item.after_text, "bar strong"))
         for line, (value, text, kind) in enumerate(sides):
             at = y + 20 * line
             long = span * min(max(value or 0.0, 0.0) / longest, 1.0) if longest > 0 else 0.0
-            _write(root, names[line], left + name - 8, at + 14, anchor="end")
+            write(root, names[line], left + name - 8, at + 14, anchor="end")
             if long > 0:
-                _add(root, "rect", x=left + name, y=at + 2, width=long, height=16, rx=2, class_=kind)
-            _write(root, text, left + name + long + 8, at + 14, "label")
-    return _text_of(root)
+                add(root, "rect", x=left + name, y=at + 2, width=long, height=16, rx=2, class_=kind)
+            write(root, text, left + name + long + 8, at + 14, "label")
+    return text_of(root)
 
 
 @dataclass(frozen=True)

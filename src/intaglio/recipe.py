@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from intaglio.catalogue import ENTRIES
 from intaglio.errors import IntaglioError, did_you_mean, shorten
@@ -55,11 +55,44 @@ class Measure(BaseModel):
     speed: bool = True
 
 
+class New(BaseModel):
+    """A small model from scratch, as `intaglio.new` makes it from the recipe's seed.
+
+    Args:
+        family: `llama`, `qwen3`, `mistral`, `gemma3`, `bert` or `modernbert`. Default `llama`.
+        width: of the hidden state.
+        depth: layers.
+        heads: of attention. Default: by width.
+        kv_heads: of keys and values. Default: `heads`.
+        context: longest input in tokens. Default 512.
+        tokenizer: `bytes`, or `texts`: a vocabulary trained on the recipe's calibration texts. Default `bytes`.
+        vocab: entries of a vocabulary that is trained. Default 4,096.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    family: str = "llama"
+    width: Annotated[int, Field(ge=2, le=65_536)]
+    depth: Annotated[int, Field(ge=1, le=1024)]
+    heads: Annotated[int, Field(ge=1)] | None = None
+    kv_heads: Annotated[int, Field(ge=1)] | None = None
+    context: Annotated[int, Field(ge=8, le=1_000_000)] = 512
+    tokenizer: Literal["bytes", "texts"] = "bytes"
+    vocab: Annotated[int, Field(ge=260, le=1_000_000)] | None = None
+
+    @model_validator(mode="after")
+    def _vocabulary(self) -> Self:
+        if self.vocab is not None and self.tokenizer == "bytes":
+            raise ValueError("vocab belongs to a vocabulary that is trained; add tokenizer: texts")
+        return self
+
+
 class Header(BaseModel):
     """What the steps of a recipe share.
 
     Args:
         model: a bundled name, a directory or a hub id; a model on the command line wins over it.
+        new: in place of a model, a small one from scratch.
         seed: of everything random. Default 0.
         calibration: the data that steps are calibrated on.
         measure: what is measured before and after.
@@ -68,9 +101,16 @@ class Header(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: Annotated[str, Field(min_length=1)] | None = None
+    new: New | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     calibration: Calibration = Calibration()
     measure: Measure = Measure()
+
+    @model_validator(mode="after")
+    def _one_model(self) -> Self:
+        if self.model is not None and self.new is not None:
+            raise ValueError("model and new are given; one of them says what is carved")
+        return self
 
 
 @dataclass(frozen=True)
@@ -303,8 +343,9 @@ def _sentence(cls: type[BaseModel], error: ValidationError, document: Document, 
     owner: type[BaseModel] = cls
     for part in first["loc"][:-1]:
         annotation = owner.model_fields[str(part)].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            owner = annotation
+        for kind in (annotation, *get_args(annotation)):  # a field that may be left out is a union with None
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                owner = kind
     if first["type"] == "extra_forbidden":
         fields = [*accepted_fields(owner), "steps"] if owner is Header else accepted_fields(owner)
         return _no_such_field(where, str(first["loc"][-1]), fields)

@@ -16,12 +16,13 @@ from pydantic import ValidationError
 import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.objectives.meap import MEAP, attention_shift, draw_positions, hidden, mask_count
+from intaglio.objectives.meap import MEAP, attention_shift, draw_positions, hidden, mask_count, mask_inputs
 from intaglio.trainer import CausalLM, Draws
 from intaglio.trainer.causal import causal_batch, next_token_loss, targets
 from intaglio.trainer.draws import generator
 from intaglio.trainer.pairs import load_pairs
 from tests.families import VOCAB, tiny_model, tiny_tokenizer
+from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 DRAWS = Draws(0)
@@ -150,6 +151,22 @@ def test_the_worked_example() -> None:
     assert torch.equal(terms[0][0, 6], terms[1][0, 6])
     expected = -sum(terms[0][t, 6 + t] for t in range(4)) / 4
     assert torch.allclose(next_token_loss(ckpt.model, batch).total, expected, atol=1e-6)
+
+
+def test_as_a_transform_it_goes_before_any_causal_model() -> None:
+    ckpt, rng = checkpoint(), generator("transform")
+    special = torch.zeros_like(IDS, dtype=torch.bool)
+    special[:, 0] = True
+    special[0, 10:] = True
+    masked = mask_inputs(IDS, 3, ratio=0.3, rng=rng, special_BT=special)
+    where = masked != IDS
+    assert where.sum(1).tolist() == [2] + [4] * 11  # of 8 and of 14 inputs with a target
+    assert not where[:, [0, 14, 15]].any()
+    assert not where[0, 8:].any()
+    loss = ckpt.model(input_ids=masked, labels=IDS).loss
+    rows = [{"input_ids": row, "labels": clean} for row, clean in zip(masked, IDS, strict=True)]
+    assert torch.allclose(loss, next_token_loss(ckpt.model, causal_batch(rows)).total, atol=1e-6)
+    assert mask_inputs(IDS[:, :2], 3, ratio=0.5, rng=rng).equal(IDS[:, :2])
 
 
 def test_each_position_is_hidden_equally_often() -> None:

@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 import intaglio
+from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.trainer import CausalLM, Draws, Example, Loss, train
+from intaglio.trainer import CausalLM, Draws, Example, Loss, Run, train
 from intaglio.trainer.causal import causal_batch, next_token_loss
+from intaglio.trainer.history import columns
 from tests.families import DECODERS
 from tests.trainer.helpers import TEXTS, checkpoint, far, run, same, weights
+from tests.trainer.test_resume import Killed, killer
 
 
 class Owning:
@@ -105,6 +108,124 @@ def test_what_the_objective_owns_is_trained_and_its_parts_are_logged() -> None:
         assert line.loss == pytest.approx(sum(line.parts.values()), rel=1e-5)
 
 
+def test_a_frozen_model_stays_and_what_the_objective_owns_is_attached(tmp_path: Any) -> None:
+    objective, ckpt = Owning(), checkpoint(dtype=torch.bfloat16)
+    objective.slug = "owning"
+    before = weights(ckpt)
+    run(ckpt, objective=objective, freeze=True, steps=3, learning_rate=1e-2)
+    assert same(before, weights(ckpt))
+    assert all(p.requires_grad for p in ckpt.model.parameters())
+    attached = ckpt.attachments["owning"]
+    assert torch.equal(attached.tensors["scale.weight"], objective.scale.weight)
+    assert float(objective.scale.weight.detach()) != 0.5
+    ckpt.save(tmp_path / "out")
+    back = intaglio.load(tmp_path / "out")
+    assert torch.equal(back.attachments["owning"].tensors["scale.bias"], objective.scale.bias)
+    with pytest.raises(IntaglioError, match="nothing is left to train"):
+        run(checkpoint(), freeze=True)
+
+
+def test_a_fit_may_leave_no_note() -> None:
+    objective, ckpt = Owning(), checkpoint()
+    objective.slug = "owning"
+    run(ckpt, objective=objective, freeze=True, steps=1, note=False)
+    assert (ckpt.record.steps, ckpt.attachments) == ([], {})
+
+
+def test_a_run_shows_how_it_goes_while_it_goes(tmp_path: Any) -> None:
+    pages: list[str] = []
+
+    def look(done: int, total: int, what: str) -> None:
+        if (tmp_path / "run" / "progress.html").is_file():
+            pages.append((tmp_path / "run" / "progress.html").read_text(encoding="utf-8"))
+
+    run(checkpoint(), directory=tmp_path / "run", progress=look, evaluate=TEXTS[:3])
+    assert "Step 2 of 8" in pages[0]
+    assert "to go" in pages[0]
+    last = (tmp_path / "run" / "progress.html").read_text(encoding="utf-8")
+    assert "Step 8 of 8" in last
+    assert "held out" in last
+    assert "<script" not in last
+
+
+def test_tensorboard_gets_every_part_where_the_user_wants_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.chdir(tmp_path)
+    run(checkpoint(), objective=Owning(), report_to=["tensorboard"], steps=3, evaluate=TEXTS[:2], evaluate_every=1)
+    run(checkpoint(), report_to=["tensorboard"], steps=3, log_directory="elsewhere")
+    for folder, parts in (("runs", {"train/part/nll", "train/part/penalty"}), ("elsewhere", set())):
+        events = EventAccumulator(str(tmp_path / folder)).Reload()
+        names = set(events.Tags()["scalars"])
+        assert names >= parts | {"train/loss", "train/learning_rate"}
+        assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
+
+
+class Digits:
+    """Classification of vectors that are no tokens."""
+
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict()
+
+    def collate(self, examples: Sequence[Example], rng: Draws) -> dict[str, Any]:
+        return {"x": torch.stack([e["x"] for e in examples]), "y": torch.tensor([e["y"] for e in examples])}
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Loss:
+        scores = model(batch["x"])
+        return Loss(nn.functional.cross_entropy(scores, batch["y"]), outputs=scores)
+
+
+class Memory:
+    """Remembers what was said of each example, as early-learning regularization does."""
+
+    def attach(self, run: Run) -> None:
+        assert run.rows is not None
+        self.table = torch.zeros(run.rows, 3)
+
+    def before_step(self, t: int, next_batch: dict[str, Any]) -> None: ...
+
+    def on_step(self, t: int) -> None: ...
+
+    def extra_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Loss:
+        said = outputs.softmax(-1)
+        self.table[batch["id"]] = 0.7 * self.table[batch["id"]] + 0.3 * said.detach()
+        term = (1 - (self.table[batch["id"]] * said).sum(-1)).log().mean()
+        return Loss(3 * term, {"memory": term})
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"table": self.table}
+
+    def load_state_dict(self, state: Any) -> None:
+        self.table = state["table"]
+
+    def detach(self, run: Run) -> None: ...
+
+
+def test_rows_need_not_be_tokens_nor_models_language_models(tmp_path: Any) -> None:
+    draw = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(4, generator=draw) + n % 3, "y": n % 3} for n in range(30)]
+    settings = {"objective": Digits(), "optimizer": "sgd", "learning_rate": 0.05, "epochs": 5, "steps": None}
+
+    def ran(**more: Any) -> tuple[Any, Memory, dict[str, Any]]:
+        torch.manual_seed(1)
+        memory, ckpt = Memory(), Checkpoint(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
+        return run(ckpt, data, shape=[memory], **settings, **more), memory, weights(ckpt)
+
+    whole, memory, end = ran()
+    assert (whole.steps, whole.tokens) == (75, 150)
+    assert whole.history[-1].loss < whole.history[0].loss
+    assert torch.allclose(memory.table.sum(1), torch.full((30,), 1 - 0.7**5))
+    with pytest.raises(Killed):
+        ran(directory=tmp_path, save_every=10, progress=killer(47))
+    again, other, there = ran(directory=tmp_path, save_every=10)
+    assert again.history == whole.history
+    assert torch.equal(memory.table, other.table)
+    assert same(there, end)
+
+
 def test_draws_are_keyed_by_seed_epoch_and_example() -> None:
     by_key: dict[tuple[int, int], float] = {}
     for batch_size, accumulate in ((2, 1), (1, 2)):
@@ -158,7 +279,7 @@ def test_the_record_says_what_was_done() -> None:
     assert (step.slug, step.seed) == ("train", 3)
     assert step.parameters["objective"] == {"CausalLM": {"length": 24, "pack": True}}
     assert step.parameters["steps"] == 8
-    curve = [[line.step, line.loss] for line in done.history]
+    curve = columns(done.history)
     data = step.chosen.pop("data")
     assert step.chosen == {"steps": 8, "tokens": done.tokens, "curve": curve}
     assert (data["rows"], len(data["digest"])) == (49, 64)

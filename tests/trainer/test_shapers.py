@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.trainer import CausalLM, Example, Lora
+from intaglio.trainer import CausalLM, Draws, Example, Lora, Loss, Run
 from intaglio.trainer import state as run_state
 from intaglio.trainer.zeros import linear_modules
 from tests.trainer.helpers import TEXTS, checkpoint, far, run, same, weights
@@ -45,8 +45,9 @@ class Pruning:
         self.rates = [0.5]
         self.temperature = nn.Parameter(torch.ones(()))
 
-    def attach(self, model: nn.Module) -> None:
-        linear = model.get_submodule(MLP)
+    def attach(self, run: Run) -> None:
+        self.run = run
+        linear = run.checkpoint.model.get_submodule(MLP)
         self.mask = Halve(linear.weight)
         parametrize.register_parametrization(linear, "weight", self.mask)
         self.calls.append("attach")
@@ -60,11 +61,12 @@ class Pruning:
         self.rates.append(0.5 / t)
         self.calls.append(f"on {t}")
 
-    def extra_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Mapping[str, Tensor]:
+    def extra_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Loss:
+        assert batch["id"].tolist() == [int(n) for n in batch["id"] if 0 <= n < self.run.rows]
         assert outputs.shape[:2] == batch["input_ids"].shape
         norm = model.get_submodule("model.norm").weight
         pull = self.temperature * (norm.mean() - self.centre).square() * 1e-3
-        return {"pull": pull + sum(self.rates) * 0}
+        return Loss(pull + sum(self.rates) * 0, {"pull": pull, "rate": self.rates[-1]})
 
     def param_groups(self) -> list[dict[str, Any]]:
         return [{"params": [self.temperature], "lr": 0.1, "weight_decay": 0.0}]
@@ -75,8 +77,9 @@ class Pruning:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.centre, self.rates = state["centre"], state["rates"]
 
-    def detach(self, model: nn.Module) -> None:
-        parametrize.remove_parametrizations(model.get_submodule(MLP), "weight", leave_parametrized=True)
+    def detach(self, run: Run) -> None:
+        linear = run.checkpoint.model.get_submodule(MLP)
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
         self.calls.append("detach")
 
 
@@ -132,9 +135,9 @@ class Picks:
         self.picks, self.budget = picks, 0.5
 
     def select(
-        self, dataset: Sequence[Example], model: Checkpoint, original: Checkpoint | None, budget: float
+        self, dataset: Sequence[Example], model: Checkpoint, original: Checkpoint | None, budget: float, rng: Draws
     ) -> Sequence[Any]:
-        assert budget == 0.5
+        assert (budget, rng.seed) == (0.5, 0)
         assert [example["id"] for example in dataset] == list(range(len(dataset)))
         return self.picks
 
@@ -325,7 +328,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     out, script = tmp_path / "out.safetensors", tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
-    environment = {**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     arguments = [str(out), "killed", str(tmp_path / "run")]
     subprocess.run([*command, *arguments], check=True, env=environment, capture_output=True)
     arguments[1] = "resumed"

@@ -5,11 +5,10 @@ Classes are those of the reports' style sheet; standing alone it brings their co
 
 from __future__ import annotations
 
-import math
 import xml.etree.ElementTree as ET
 
 from intaglio.evidence.record import Record
-from intaglio.pictures import LABEL_CHARACTER, WIDTH, clean_text
+from intaglio.pictures import LABEL_CHARACTER, WIDTH, clean_text, ticks
 
 ROW = 30.0
 LONGEST = 46
@@ -42,21 +41,6 @@ def _add(parent: ET.Element, tag: str, text: str | None = None, **attributes: fl
 
 def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
-
-
-def ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, at equal steps of 1, 2 or 5 times a power of ten.
-
-    Args:
-        low: left end.
-        high: right end, above `low`.
-        most: steps at the most.
-    """
-    rough = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next((m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9)), 10 * power)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
 def effects(record: Record, alone: bool = True) -> str:

@@ -88,8 +88,38 @@ def hidden(ids_T: Tensor, positions: Tensor, mask_id: int) -> Tensor:
     return masked_T
 
 
+def mask_inputs(
+    ids_BT: Tensor, mask_id: int, *, ratio: float, rng: torch.Generator, special_BT: Tensor | None = None
+) -> Tensor:
+    """Return inputs with tokens hidden, int64 [B, T]: the method as a transform before any causal model.
+
+        model(input_ids=mask_inputs(ids, mask_id, ratio=0.15, rng=rng), labels=ids)
+
+    The stock models shift labels themselves, so of n tokens the first n - 1 are inputs with a target; M of the first
+    n - 2 are hidden, each row its own.
+
+    Args:
+        ids_BT: clean ids, one document a row.
+        mask_id: id of the mask token.
+        ratio: share P of the inputs that is hidden.
+        rng: source of the draws.
+        special_BT: True where nothing may be hidden and nothing is counted: padding, begin of text. Default: nowhere.
+    """
+    if special_BT is None:
+        special_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    rows = []
+    for ids_T, special_T in zip(ids_BT, special_BT, strict=True):
+        real = (~special_T).nonzero().flatten()
+        rows.append(hidden(ids_T, draw_positions(real[:-2], mask_count(len(real) - 1, ratio), rng), mask_id))
+    return torch.stack(rows)
+
+
 class MEAP(Method, slug="meap"):
     """Mask-enhanced autoregressive prediction, for pretraining and for supervised fine-tuning.
+
+    In a recipe: `train: {objective: {meap: {}}, steps: 500}` or, on instruction pairs,
+    `train: {objective: {meap: {mode: finetuning}}, instructions: pairs.jsonl, steps: 500}`. From Python:
+    `intaglio.train(checkpoint, texts, objective=intaglio.MEAP(), steps=500)`.
 
     Source: Zhuang et al., Mask-Enhanced Autoregressive Prediction: Pay Less Attention to Learn More, ICML 2025.
 

@@ -6,7 +6,7 @@
 
 from intaglio.report.document import BAKED, FORMAT, LIVE, ZEROS
 from intaglio.report.numbers import MEASURES, Cell, Change, Measure, Row, rows
-from intaglio.report.page import carve_page, compare_page, demo_page
+from intaglio.report.page import carve_page, compare_page, demo_page, training_page
 from intaglio.report.sentence import summary
 from intaglio.report.tables import carve_table, compare_table, demo_chart, demo_table
 
@@ -29,4 +29,5 @@ __all__ = [
     "demo_table",
     "rows",
     "summary",
+    "training_page",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from intaglio import pictures
+from intaglio import curves, pictures
 from intaglio.report.document import (
     BAKED,
     EVEN,
@@ -182,7 +182,24 @@ def _step(step: Document) -> dict[str, Any]:
         "calibrated": "calibration" in step,
         "seed": step.get("seed"),
         "seconds": step.get("seconds"),
+        "curves": Markup(curves.curves(step["curve"])) if curves.is_columns(step.get("curve")) else Markup(),
     }
+
+
+def training_page(title: str, told: str, columns: curves.Columns, notes: Mapping[str, str]) -> str:
+    """Return how a run goes as a self-contained HTML page: written while it is still going on.
+
+    Args:
+        title: of the page.
+        told: how far it is, in a sentence.
+        columns: see `curves`; at least two lines.
+        notes: what else there is to say, by name.
+    """
+    return (
+        _environment()
+        .get_template("training.html.j2")
+        .render(document={"title": title}, summary=told, curves=Markup(curves.curves(columns)), notes=notes)
+    )
 
 
 def carve_page(document: Document) -> str:

@@ -19,16 +19,19 @@
 - `select`: a selector's choice among the examples.
 - `keep`: what is left as it was found.
 - `stock`: `transformers.Trainer` with our loss and trustworthy checkpoints.
+- `sharded`: plain tensors out of what FSDP has spread, and back.
 - `state`: the directory of a resumable run.
+- `history`, `early`: what a run logged; a page that shows it while the run goes on.
 """
 
 from __future__ import annotations
 
 from intaglio.trainer.causal import CausalLM
 from intaglio.trainer.draws import Draws
-from intaglio.trainer.loop import Logged, Trained, train
+from intaglio.trainer.history import Logged
+from intaglio.trainer.loop import Trained, train
 from intaglio.trainer.lora import Lora
-from intaglio.trainer.protocols import Batch, Example, Loss, Objective, Prepares, Selector, Shaper
+from intaglio.trainer.protocols import Batch, Example, Loss, Objective, Prepares, Run, Selector, Shaper
 
 __all__ = [
     "Batch",
@@ -40,6 +43,7 @@ __all__ = [
     "Loss",
     "Objective",
     "Prepares",
+    "Run",
     "Selector",
     "Shaper",
     "Trained",

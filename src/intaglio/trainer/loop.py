@@ -7,12 +7,11 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -22,35 +21,17 @@ from intaglio.method import Progress, silent
 from intaglio.trainer import state as run_state
 from intaglio.trainer.causal import CausalLM
 from intaglio.trainer.draws import EVALUATION, Draws
+from intaglio.trainer.early import EarlyReport
+from intaglio.trainer.history import Logged, columns, history
 from intaglio.trainer.keep import kept_gradients, kept_modes, kept_randomness
 from intaglio.trainer.lora import adapted
-from intaglio.trainer.protocols import Objective, Selector, Shaper
+from intaglio.trainer.protocols import Loss, Objective, Run, Selector, Shaper
 from intaglio.trainer.rows import Rows, all_examples, read_rows
 from intaglio.trainer.select import chosen as selected
 from intaglio.trainer.settings import Settings
+from intaglio.trainer.sharded import unshard
 from intaglio.trainer.stock import Collator, Evaluate, Follow, Loop, Workplace
 from intaglio.trainer.zeros import KeepZeros
-
-
-@dataclass(frozen=True)
-class Logged:
-    """One line of the history.
-
-    Args:
-        step: optimizer steps done.
-        loss: mean of the total since the line before, in the objective's unit (nats a token for `CausalLM`).
-        parts: means of the objective's parts.
-        learning_rate: of the step.
-        gradient_norm: of the step, before clipping.
-        evaluation: what `evaluate` gave after this step; empty where it was not called.
-    """
-
-    step: int
-    loss: float
-    parts: Mapping[str, float]
-    learning_rate: float
-    gradient_norm: float
-    evaluation: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -81,37 +62,45 @@ def train(
     evaluate: Callable[[Checkpoint], Mapping[str, float]] | Any = None,
     directory: str | os.PathLike[str] | None = None,
     resume: bool = True,
+    note: bool = True,
     progress: Progress = silent,
     **settings: Any,
 ) -> Trained:
-    """Train a checkpoint's model in place with AdamW, and append a line to its record.
+    """Train a checkpoint's model in place, and append a line to its record.
 
     The same arguments give the same weights, bit for bit on a CPU; so does a run that was killed and is called again
     with the same `directory`. Nothing random is drawn from global generators but dropout, whose state is kept.
 
     Args:
         checkpoint: its model is trained where it is; its mode and `requires_grad` are left as they were.
-        data: texts, examples (dicts with `input_ids`, perhaps `labels`), token ids [N, T], `Segments`, a `Corpus` or a
-            name for `load_texts`: these are held in memory and shuffled anew each epoch. Anything else that yields
-            examples (a `datasets` data set, a generator) is read as it goes, and may be larger than memory.
+        data: texts, examples (dicts with `input_ids`, perhaps `labels`, or with whatever the objective reads), token
+            ids [N, T], `Segments`, a `Corpus` or a name for `load_texts`: these are held in memory and shuffled anew
+            each epoch. Anything else that yields examples (a `datasets` data set, a generator) is read as it goes, and
+            may be larger than memory.
         objective: what is predicted. Default `CausalLM()`.
         shape: shapers, called in this order; what they made is baked in at the end. Default: none.
         select: chooses among the examples first (they must be in memory). Default: all of them.
         original: the checkpoint before it was carved, for a selector that compares. Default: none.
         evaluate: held-out data, on which the mean of the objective's loss is taken; or a function of the checkpoint
             that returns numbers by name. Default: none.
-        directory: where a run keeps what it needs to go on after it was killed. Default: nowhere.
+        directory: where a run keeps what it needs to go on after it was killed, and `progress.html`, an early report
+            with the curves so far. Default: nowhere.
         resume: whether to go on with the run in `directory`, if there is one (its arguments, data and model must be
             the same). False starts anew. Default True.
+        note: whether the run is noted in the record and what the objective owns is attached to the checkpoint. A `fit`,
+            which leaves the weights alone and attaches what it trained itself, says False. Default True.
         progress: called after each optimizer step.
-        steps, tokens, epochs: how long to train; exactly one. `tokens` and `epochs` are rounded to whole steps;
-            `epochs` needs data in memory.
+        steps: how long to train, in optimizer steps; exactly one of steps, tokens and epochs is given.
+        tokens: the same in tokens of the rows, rounded to whole steps.
+        epochs: the same in passes over data in memory, rounded up to whole steps.
         batch_size: rows that pass at a time, over all processes. Default 8.
         accumulate: batches of an optimizer step. Default 1.
         learning_rate: at its highest. Default 3e-4.
         schedule: `cosine` (default), `linear` (both to zero) or `constant`, after the warm-up.
         final_share: of the learning rate, at the end of `cosine`. Default 0.
         warmup: steps (a whole number) or share of the steps (below 1) in which the rate rises from 0. Default 0.05.
+        optimizer: `adamw` (default) or `sgd`.
+        momentum: of SGD. Default 0.9.
         betas: of AdamW. Default (0.9, 0.999).
         weight_decay: of matrices. Default 0.
         clip: largest norm of the gradient; 0: any. Default 1.
@@ -120,14 +109,19 @@ def train(
         gradient_checkpointing: whether activations are computed again for the gradient, which saves memory. Default
             False.
         lora: `Lora` or its fields: trains low-rank adapters alone and merges them at the end. Default: all weights.
+        freeze: whether the model stays as it is, and only what the objective and the shapers own is trained. Default
+            False.
         keep_mask: whether the zeros of pruned linear layers stay zeros (with `shape`, which may choose zeros of its
             own, only under LoRA). Default True.
         patience: stop after so many evaluations in a row without a new least value of `watch`. Default: never.
         watch: the name of that value. Default `loss`.
-        report_to: where Trainer sends the log too, such as `tensorboard` (into `directory`). Default: nowhere.
+        report_to: where Trainer sends the log too, such as `tensorboard` or `wandb`. Default: nowhere.
+        log_directory: of TensorBoard. Default: `runs`, in `directory` if there is one.
         log_every: steps between two lines of the history. Default: a hundredth of the steps.
         save_every: steps between two states in `directory`. Default: a tenth of the steps.
         evaluate_every: steps between two evaluations. Default: a tenth of the steps. The last step is always one.
+
+    An objective with a slug that owns modules leaves their tensors behind as the checkpoint's attachment of that name.
 
     Returns:
         The history and what the run cost.
@@ -142,7 +136,7 @@ def train(
     _check(checkpoint, goal, shapers, chosen)
     model, before = checkpoint.model, "" if directory is None else run_state.model_digest(checkpoint.model)
     if chosen.lora is not None:
-        chosen.lora.names(model)  # refused before any work
+        chosen.lora.check(model)  # refused before any work
     draws = Draws(chosen.seed)
     rows = read_rows(checkpoint, _selected(checkpoint, data, select, original, chosen.seed), goal, draws)
     arguments = {
@@ -155,36 +149,47 @@ def train(
     identity = {"format": 1, "model": before, "data": rows.digest, "arguments": arguments | {"steps": steps}}
     path = None if directory is None else Path(directory)
     folder = tempfile.TemporaryDirectory(prefix="intaglio-train-")
+    run = Run(checkpoint, steps, None if rows.table is None else len(rows.table), chosen.seed, _not_yet)
     with kept_modes(model), kept_gradients(model), kept_randomness(), folder as scratch, ExitStack() as stack:
         trainer_arguments = _arguments(checkpoint, chosen, steps, path or Path(scratch), saved=path is not None)
         begun = None if path is None else _claim(path, identity, resume)
+        stack.enter_context(_logged_to(chosen, path))
         judge = _judge(checkpoint, evaluate, goal, chosen)
+        if chosen.freeze:
+            model.requires_grad_(False)
         stack.enter_context(adapted(model, chosen.lora, keep_mask=chosen.keep_mask, seed=chosen.seed))
         stack.enter_context(_checkpointing(model, chosen.gradient_checkpointing))
-        stack.enter_context(_attached(model, shapers))
+        stack.enter_context(_attached(run, shapers))
         step_rows = chosen.batch_size * chosen.accumulate
+        workplace = Workplace(run, goal, shapers)
+        if not any(p.requires_grad for p in workplace.parameters()):
+            raise IntaglioError("nothing is left to train: every parameter is frozen, and the objective owns none")
         loop = Loop(
-            Workplace(model, goal, shapers),
+            workplace,
             chosen,
             path,
             args=trainer_arguments,
             train_dataset=rows.slots(steps * step_rows, step_rows, draws),
             data_collator=Collator(goal, draws),
         )
-        loop.add_callback(Follow(loop, progress, judge, chosen.evaluate_every or max(1, steps // 10)))
+        early = None if path is None or not loop.args.should_save else EarlyReport(path, checkpoint.source, arguments)
+        loop.add_callback(Follow(loop, progress, judge, chosen.evaluate_every or max(1, steps // 10), early))
         loop.run(begun)
-        done = Trained(_history(loop.state.log_history), loop.state.global_step, loop.total_tokens(), loop.sums.seconds)
-    checkpoint.note(
-        "train",
-        run_state.plain(arguments),
-        seed=chosen.seed,
-        chosen={
-            "data": {"digest": rows.digest, "rows": None if rows.table is None else len(rows.table)},
-            "steps": done.steps,
-            "tokens": done.tokens,
-            "curve": [[line.step, line.loss] for line in done.history],
-        },
-    )
+        unshard(workplace)  # before shapers and adapters bake
+        done = Trained(history(loop.state.log_history), loop.state.global_step, loop.total_tokens(), loop.sums.seconds)
+    if note:
+        checkpoint.note(
+            "train",
+            run_state.plain(arguments),
+            seed=chosen.seed,
+            chosen={
+                "data": {"digest": rows.digest, "rows": run.rows},
+                "steps": done.steps,
+                "tokens": done.tokens,
+                "curve": columns(done.history),
+            },
+        )
+        _attach_owned(checkpoint, goal)
     return done
 
 
@@ -202,14 +207,41 @@ def _selected(
     return selected(select, examples, checkpoint, original, seed)
 
 
+def _not_yet(batch: Any) -> Loss:
+    raise IntaglioError("the loss of a batch can be asked for once every shaper is attached")
+
+
+def _attach_owned(checkpoint: Checkpoint, objective: Objective) -> None:
+    """Keep what the objective owns with the weights it was trained beside."""
+    owned, slug = objective.modules().state_dict(), getattr(objective, "slug", None)
+    if owned and slug is not None:
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in owned.items()}
+        checkpoint.attach(slug, tensors, run_state.describe(objective)[slug])
+
+
 @contextmanager
-def _attached(model: nn.Module, shapers: Sequence[Shaper]) -> Iterator[None]:
+def _attached(run: Run, shapers: Sequence[Shaper]) -> Iterator[None]:
     """Attach shapers, and detach those that were, in the opposite order."""
     with ExitStack() as stack:
         for shaper in shapers:
-            shaper.attach(model)
-            stack.callback(shaper.detach, model)
+            shaper.attach(run)
+            stack.callback(shaper.detach, run)
         yield
+
+
+@contextmanager
+def _logged_to(settings: Settings, directory: Path | None) -> Iterator[None]:
+    """Tell TensorBoard's callback where to write: it reads the environment."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    before = os.environ.get(name)
+    if settings.log_directory is not None or before is None:
+        os.environ[name] = settings.log_directory or str((directory or Path()) / "runs")
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 @contextmanager
@@ -236,7 +268,7 @@ def _check(checkpoint: Checkpoint, objective: Objective, shapers: Sequence[Shape
     if not isinstance(objective, Objective):
         raise IntaglioError(f"objective is {type(objective).__name__}; it needs modules, collate and loss")
     half = [n for n, p in checkpoint.model.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]
-    if half and settings.lora is None:
+    if half and settings.lora is None and not settings.freeze:
         raise IntaglioError(
             f"{half[0]} is {checkpoint.model.get_parameter(half[0]).dtype}, too coarse for small updates; load the "
             "model with dtype='float32' (and train with precision='bfloat16' for speed)"
@@ -367,22 +399,3 @@ def _held_out_loss(checkpoint: Checkpoint, rows: list[Any], objective: Objective
         total += float(objective.loss(checkpoint.model, batch).total) * made["weight"]
         weights += made["weight"]
     return total / weights if weights else 0.0
-
-
-def _history(log: list[dict[str, Any]]) -> tuple[Logged, ...]:
-    return tuple(
-        Logged(
-            step=int(line["step"]),
-            loss=line["loss"],
-            parts=_named(line, "part/"),
-            learning_rate=line["learning_rate"],
-            gradient_norm=line["grad_norm"],
-            evaluation=_named(line, "evaluation/"),
-        )
-        for line in log
-        if "loss" in line
-    )
-
-
-def _named(line: dict[str, Any], prefix: str) -> dict[str, float]:
-    return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}

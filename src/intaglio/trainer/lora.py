@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import torch
@@ -60,6 +61,19 @@ class Lora(BaseModel):
             raise IntaglioError(f"lora: no linear layer is named {target!r}; {did_you_mean(target, last)}")
         return [name for name in every if self.targets is None or name.rpartition(".")[2] in self.targets]
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse what could not be adapted, before any work.
+
+        Args:
+            model: what is trained.
+
+        Raises:
+            IntaglioError: PEFT is not installed, or a target is no linear layer of the model.
+        """
+        if find_spec("peft") is None:
+            raise IntaglioError("lora needs the package peft: pip install 'intaglio[train]'")
+        self.names(model)
+
 
 @contextmanager
 def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) -> Iterator[None]:
@@ -98,11 +112,9 @@ def _base(layer: Any) -> Any:
 
 
 def _inject(model: nn.Module, lora: Lora, seed: int) -> dict[str, Any]:
+    from peft import LoraConfig, inject_adapter_in_model  # optional, and slow to import
+
     names = lora.names(model)
-    try:
-        from peft import LoraConfig, inject_adapter_in_model  # optional, and slow to import
-    except ImportError:
-        raise IntaglioError("lora needs the package peft: pip install 'intaglio[train]'") from None
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha or 2 * lora.r,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.data.docstrings import pairs
+from intaglio.data.python_source import source_files
 from intaglio.errors import IntaglioError, shorten
 from intaglio.trainer.protocols import Example
 from intaglio.trainer.rows import token_ids
@@ -17,22 +20,67 @@ NAMES = (("prompt", "answer"), ("prompt", "completion"), ("instruction", "output
 """What the two halves may be called; an `input` beside an instruction stands below it."""
 
 
+DOCSTRINGS = "docstrings"
+"""The bundled pairs, by name."""
+
+
+def docstring_pairs() -> list[Example]:
+    """Return pairs out of the running interpreter's standard library, in the order of their hashes.
+
+    The prompt asks for a function that does what a docstring's summary says, the answer is its code. Answers are long
+    (about 400 characters in the middle), so most can be hidden in part.
+    """
+    found = {pair.id: pair for pair in pairs(source_files(), "code")}
+    return [
+        {
+            "prompt": f"Write the Python function {pair.name} of the module {pair.module}. {pair.query}",
+            "answer": pair.document,
+        }
+        for _, pair in sorted(found.items())
+    ]
+
+
+def apart(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
+    """Return examples to train on and examples to evaluate on, by the hash of what they say.
+
+    Args:
+        examples: pairs or texts.
+        share: that is evaluated on, about.
+
+    Raises:
+        IntaglioError: there are too few for one of the two.
+    """
+    parts: tuple[list[Any], list[Any]] = ([], [])
+    for example in examples:
+        digest = hashlib.sha256(f"evaluate:{json.dumps(example, sort_keys=True, default=repr)}".encode()).digest()
+        parts[int.from_bytes(digest[:4], "big") < share * 2**32].append(example)
+    if not all(parts):
+        raise IntaglioError(
+            f"evaluate is {share}; of {len(examples)} examples that leaves {len(parts[0])} to train on and "
+            f"{len(parts[1])} to evaluate on"
+        )
+    return parts
+
+
 def load_pairs(path: str | os.PathLike[str]) -> list[Example]:
     """Return the pairs of a file with one JSON object a line.
 
     Args:
         path: each line has `prompt` and `answer` (or `completion`), or `instruction`, perhaps `input`, and `output`.
+            The name `docstrings` stands for the bundled pairs, see `docstring_pairs`.
 
     Raises:
         IntaglioError: the file cannot be read or is empty, or a line is malformed (it is named).
     """
+    if os.fspath(path) == DOCSTRINGS:
+        return docstring_pairs()
     file = Path(path)
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise IntaglioError(f"cannot read the instructions {file}: {reason}") from None
-    pairs = []
+    found = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -41,12 +89,12 @@ def load_pairs(path: str | os.PathLike[str]) -> list[Example]:
         except (ValueError, RecursionError) as error:
             raise IntaglioError(f"line {number} of {file} is not JSON: {error}") from None
         prompt, answer = halves(value, f"line {number} of {file}")
-        pairs.append({"prompt": prompt, "answer": answer})
-    if not pairs:
+        found.append({"prompt": prompt, "answer": answer})
+    if not found:
         raise IntaglioError(
             f"the instructions {file} are empty; one JSON object a line with prompt and answer is needed"
         )
-    return pairs
+    return found
 
 
 def halves(value: Any, what: str) -> tuple[str, str]:

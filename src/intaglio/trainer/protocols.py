@@ -6,11 +6,12 @@ one works with any model that its loss fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from intaglio.checkpoint import Checkpoint
@@ -28,17 +29,39 @@ the number of tokens that are predicted. Without it, batches count by their rows
 
 @dataclass(frozen=True)
 class Loss:
-    """What an objective says about one batch.
+    """What an objective says about one batch, or a shaper adds to it.
 
     Args:
         total: the scalar that is minimised, a mean over the batch.
-        parts: named scalars that are logged beside it; they need no gradient.
+        parts: named scalars that are logged beside it; they need no gradient, and may be plain numbers.
         outputs: the model's outputs, for shapers that look at them.
     """
 
     total: Tensor
-    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Tensor | float] = field(default_factory=dict)
     outputs: Any = None
+
+
+@dataclass
+class Run:
+    """What a shaper may know of the run that it shapes.
+
+    Args:
+        checkpoint: what is trained. A shaper that leaves a live part behind notes it here.
+        steps: optimizer steps of the whole run, from which schedules are reckoned.
+        rows: rows of the data, whose ids are 0 to rows - 1; None for a stream.
+        seed: of the run.
+        loss: `loss(batch)`, the objective's loss of a batch with its gradient, in the run's precision and without what
+            shapers add: for a shaper that takes steps of its own.
+        optimizer: the loop's; None until every shaper is attached. Its groups may be changed in `before_step`.
+    """
+
+    checkpoint: Checkpoint
+    steps: int
+    rows: int | None
+    seed: int
+    loss: Callable[[Batch], Loss]
+    optimizer: torch.optim.Optimizer | None = None
 
 
 @runtime_checkable
@@ -72,7 +95,7 @@ class Prepares(Protocol):
     """An objective that makes its rows out of the user's examples once, before the loop: packing, instruction pairs."""
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: Draws) -> Iterable[Example]:
-        """Return the rows to train on, lazily where the examples are a stream; each has `input_ids`.
+        """Return the rows to train on, lazily where the examples are a stream.
 
         Args:
             checkpoint: what is trained; its vocabulary may be made larger here.
@@ -83,10 +106,13 @@ class Prepares(Protocol):
 
 @runtime_checkable
 class Shaper(Protocol):
-    """What shapes training from beside: schedules, regularizers, masks and quantizers while training."""
+    """What shapes training from beside: schedules, regularizers, masks and quantizers while training.
 
-    def attach(self, model: nn.Module) -> None:
-        """Get ready on a model, before the optimizer is made."""
+    Every process of a run has the same state: what a shaper learns from a batch, it learns from those of all processes.
+    """
+
+    def attach(self, run: Run) -> None:
+        """Get ready, before the optimizer is made; a resumed run attaches anew and then loads the state."""
 
     def on_step(self, t: int) -> None:
         """Called after optimizer step `t` (from 1)."""
@@ -94,20 +120,26 @@ class Shaper(Protocol):
     def before_step(self, t: int, next_batch: Batch) -> None:
         """Called before the first forward of optimizer step `t` (from 1), with the batch it begins with."""
 
-    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Mapping[str, Tensor]:
-        """Named scalars that are added to the loss and logged; empty for none."""
+    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss | None:
+        """What is added to the objective's loss of a batch, or None; never called while evaluating.
+
+        Args:
+            model: the model.
+            batch: the objective's, and `id`, int64 [B]: which rows are in it.
+            outputs: the objective's, see `Loss`.
+        """
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameters with settings of their own, as `torch.optim` takes them; empty for none."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact resume needs and that is no parameter of the model: tensors and plain data."""
+        """Everything that an exact resume needs and that the model does not hold: tensors and plain data."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Put back what `state_dict` gave, after `attach`."""
 
-    def detach(self, model: nn.Module) -> None:
-        """Bake the result into plain tensors and leave the model stock."""
+    def detach(self, run: Run) -> None:
+        """Bake the result into plain tensors and leave the model stock, or note in the record what stays live."""
 
 
 @runtime_checkable
@@ -123,13 +155,14 @@ class Selector(Protocol):
         """See the class."""
 
     def select(
-        self, dataset: Sequence[Example], model: Checkpoint, original: Checkpoint | None, budget: float
+        self, dataset: Sequence[Example], model: Checkpoint, original: Checkpoint | None, budget: float, rng: Draws
     ) -> Sequence[int] | Sequence[float]:
         """Return the indices of the chosen examples, or a weight (a float) for every example.
 
         Args:
-            dataset: the examples.
-            model: what will be trained.
+            dataset: the examples with their `id`: texts with `text` and `input_ids`, pairs with `prompt` and `answer`.
+            model: what will be trained; left as it is.
             original: the checkpoint before it was carved, where a method compares; None if there is none.
             budget: the share of the examples to keep, above 0 and at most 1.
+            rng: the source of anything random.
         """

@@ -1,6 +1,7 @@
 """From what a user gives as data to rows: in memory, in an order keyed by the seed, or read from a stream.
 
-A *row* is an example that is ready to be collated: a dict with `input_ids`. Dimension letters: T tokens of a row.
+A *row* is an example that is ready to be collated: a dict, with `input_ids` where it is of tokens. One without counts
+as one token. Dimension letters: T tokens of a row.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ def read_rows(checkpoint: Checkpoint, data: Any, objective: Objective, draws: Dr
         table = list(read(data))
         if not table:
             raise IntaglioError("the training data is empty; give at least one example with two tokens")
-        return Rows(table, lambda: iter(table), _digest(table), sum(map(_length, table)) / len(table))
+        return Rows(table, lambda: iter(table), _digest(table), sum(map(row_tokens, table)) / len(table))
     return _stream(data, read, draws)
 
 
@@ -157,7 +158,7 @@ def all_examples(checkpoint: Checkpoint, data: Any) -> list[Example] | None:
     data = _opened(data)
     if not isinstance(data, (list, tuple)):
         return None
-    return [as_example(checkpoint, number, item) for number, item in enumerate(data)]
+    return [as_example(checkpoint, number, item, keep_text=True) for number, item in enumerate(data)]
 
 
 def _on_disk(data: Any) -> bool:
@@ -186,7 +187,7 @@ def _stream(data: Any, read: Callable[[Iterable[Any]], Iterator[Example]], draws
 
     if not head:
         raise IntaglioError("the training data is empty; give at least one example with two tokens")
-    return Rows(None, again, _digest(head), sum(map(_length, head)) / len(head))
+    return Rows(None, again, _digest(head), sum(map(row_tokens, head)) / len(head))
 
 
 def _ordered(data: Any, draws: Draws, epoch: int) -> Iterator[Any]:
@@ -204,7 +205,7 @@ def _segment_rows(segments: Segments) -> list[Example]:
     ]
 
 
-def as_example(checkpoint: Checkpoint, number: int, item: Any) -> Example:
+def as_example(checkpoint: Checkpoint, number: int, item: Any, *, keep_text: bool = False) -> Example:
     """Return an item of the user's data as an example with its `id`, its text turned into `input_ids`.
 
     A text ends with the tokenizer's end-of-text token, where it has one.
@@ -213,6 +214,7 @@ def as_example(checkpoint: Checkpoint, number: int, item: Any) -> Example:
         checkpoint: its tokenizer is used.
         number: of the item, from 0.
         item: a text; token ids; or a dict with `input_ids`, with `text`, or with whatever the objective reads.
+        keep_text: whether a text stays beside its tokens, for those who read it. Default False.
 
     Raises:
         IntaglioError: the item is something else, or a text without a tokenizer.
@@ -224,7 +226,7 @@ def as_example(checkpoint: Checkpoint, number: int, item: Any) -> Example:
     if not isinstance(item, dict):
         raise IntaglioError(f"example {number} of the training data is {type(item).__name__}; accepted: a text, a dict")
     if "input_ids" not in item and "text" in item:
-        rest = {key: value for key, value in item.items() if key != "text"}
+        rest = {key: value for key, value in item.items() if keep_text or key != "text"}
         item = {**rest, "input_ids": token_ids(checkpoint, item["text"], f"example {number} of the training data")}
     return {**item, "id": number}
 
@@ -251,10 +253,10 @@ def token_ids(checkpoint: Checkpoint, text: Any, what: str, *, end: bool = True)
 
 
 def _checked(checkpoint: Checkpoint, number: int, row: Example) -> Example:
-    """The row with its ids as an int64 tensor [T], or a sentence on what is wrong with it."""
+    """The row with its ids, if it has any, as an int64 tensor [T], or a sentence on what is wrong with it."""
     what = f"row {number} of the training data"
     if "input_ids" not in row:
-        raise IntaglioError(f"{what} has no input_ids; it has: {', '.join(sorted(map(str, row))) or 'nothing'}")
+        return row  # pictures, pairs of texts: its objective knows what it needs
     ids_T = as_ids(row["input_ids"], what)
     try:
         checkpoint.check_ids(ids_T)
@@ -284,8 +286,13 @@ def as_ids(value: Any, what: str) -> Tensor:
     return ids_T.to(torch.int64)
 
 
-def _length(row: Example) -> int:
-    return int(row["input_ids"].shape[0])
+def row_tokens(row: Example) -> int:
+    """How many tokens a row counts as.
+
+    Args:
+        row: with `input_ids`, or something else, which counts as one.
+    """
+    return len(row["input_ids"]) if "input_ids" in row else 1
 
 
 def _digest(rows: Sequence[Example]) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.trainer.draws import generator
+from intaglio.trainer.draws import Draws, generator
 from intaglio.trainer.protocols import Example, Selector
 
 
@@ -25,13 +25,13 @@ def chosen(
         examples: all of them.
         checkpoint: what is trained.
         original: the checkpoint before it was carved, or None.
-        seed: of the resampling.
+        seed: of the selector's draws and of the resampling.
 
     Raises:
         IntaglioError: the selector chose nothing, or no example that there is.
     """
     name = getattr(selector, "slug", type(selector).__name__)
-    picked: list[Any] = list(selector.select(examples, checkpoint, original, selector.budget))
+    picked: list[Any] = list(selector.select(examples, checkpoint, original, selector.budget, Draws(seed)))
     if picked and all(isinstance(value, float) for value in picked):
         picked = _resampled(picked, len(examples), seed, name)
     if not picked:

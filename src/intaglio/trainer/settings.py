@@ -28,6 +28,8 @@ class Settings(BaseModel):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     warmup: Annotated[int | float, Field(ge=0)] = 0.05
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: Share = 0.9
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip: Annotated[float, Field(ge=0)] = 1.0
@@ -35,10 +37,12 @@ class Settings(BaseModel):
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     lora: Lora | None = None
+    freeze: bool = False
     keep_mask: bool = True
     patience: Positive | None = None
     watch: str = "loss"
     report_to: list[str] = Field(default_factory=list)
+    log_directory: Annotated[str, Field(min_length=1)] | None = None
     log_every: Positive | None = None
     save_every: Positive | None = None
     evaluate_every: Positive | None = None
@@ -53,6 +57,8 @@ class Settings(BaseModel):
             raise ValueError(f"warmup is {self.warmup}; a share of the steps below 1, or a whole number of steps")
         if self.final_share and self.schedule != "cosine":
             raise ValueError(f"final_share is {self.final_share}; only the schedule cosine ends above zero by a share")
+        if self.freeze and self.lora is not None:
+            raise ValueError("freeze and lora are given; adapters freeze the model by themselves")
         return self
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -10,11 +10,11 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import Checkpoint
-from intaglio.data.segments import Segments
+from intaglio.data.streams import TextStream
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError, did_you_mean, shorten
 from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, get, silent
-from intaglio.trainer.pairs import load_pairs
+from intaglio.trainer.pairs import apart, load_pairs
 from intaglio.trainer.settings import Settings
 
 ROW = 512
@@ -30,9 +30,12 @@ class Train(Settings, Method, slug="train"):
         select: a selector, `{slug: fields}`. Default: every example.
         texts: what is trained on: a bundled name, a file, a folder or a hub id. Default: the recipe's calibration
             texts. Documents that are measured on are left out.
-        instructions: in place of texts, a file of instruction pairs, one JSON object a line.
+        stream: whether `texts` are read in their order as they are needed, for corpora larger than memory. Default: no.
+        instructions: in place of texts, a file of instruction pairs, one JSON object a line; or `docstrings`, pairs out
+            of Python's standard library.
         length: tokens of a row, for next-token prediction. Default: the model's context, at most 1,024.
-        evaluate: whether the objective's loss is taken on the held-out segments while training. Default False.
+        evaluate: share of the documents or pairs that is not trained on, but has the objective's loss taken on it while
+            training. What the recipe measures on stays out of both. Default 0.
         seed: default: the recipe's.
     """
 
@@ -43,9 +46,10 @@ class Train(Settings, Method, slug="train"):
     shape: list[dict[str, Any]] = Field(default_factory=list)
     select: dict[str, Any] | None = None
     texts: Annotated[str, Field(min_length=1)] | None = None
+    stream: bool = False
     instructions: Annotated[str, Field(min_length=1)] | None = None
     length: Annotated[int, Field(ge=2)] | None = None
-    evaluate: bool = False
+    evaluate: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None  # type: ignore[assignment]
 
     @field_validator("objective", mode="before")
@@ -74,7 +78,12 @@ class Train(Settings, Method, slug="train"):
         if self.instructions is not None and self.objective is None:
             raise ValueError("instructions need an objective that reads them, such as meap: {mode: finetuning}")
         if self.patience is not None and not self.evaluate:
-            raise ValueError("patience needs evaluate: true")
+            raise ValueError("patience needs evaluate, a share of the data such as 0.05")
+        if self.stream and self.texts is None:
+            raise ValueError("stream needs texts to read; name a file, a folder or a data set")
+        for name, given in (("epochs", self.epochs), ("select", self.select), ("evaluate", self.evaluate)):
+            if self.stream and given:
+                raise ValueError(f"{name} needs the texts in memory; leave stream out")
         return self
 
     @property
@@ -118,17 +127,35 @@ class Train(Settings, Method, slug="train"):
                 raise IntaglioError(f"lora: no linear layer is named {target!r}; {did_you_mean(target, names)}")
 
     def estimate(self, workload: Workload) -> Cost:
-        """Return about what the step takes: 6 operations a parameter and token, and the optimizer's two moments.
+        """Return about what the step takes.
+
+        A parameter and token costs 6 operations, 4 under LoRA or where the model is frozen (no gradient of weights), 2
+        more with gradient checkpointing. Memory: the optimizer's two moments and the gradient of what is trained, and
+        the activations of a batch.
 
         Args:
-            workload: of the model; a row counts as 512 tokens, an epoch as the calibration tokens, where neither is
-                known before the texts are read.
+            workload: of the model. A row that is not said counts as 512 tokens, an epoch as the calibration tokens, as
+                neither is known before the texts are read.
         """
-        tokens: float = self.tokens or (self.steps or 0) * self.batch_size * self.accumulate * (self.length or ROW)
+        named = next(iter(self.objective.values())) if self.objective else {}
+        length = self.length or named.get("length") or ROW
+        tokens: float = self.tokens or (self.steps or 0) * self.batch_size * self.accumulate * length
         if self.epochs is not None:
             tokens = self.epochs * workload.tokens
-        trained = sum(self.lora.r * (a + b) for a, b in workload.linears) if self.lora else workload.parameters
-        return Cost(flops=6.0 * workload.parameters * tokens, extra_bytes=int(16 * trained))
+        trained = workload.parameters
+        if self.lora or self.freeze:
+            trained = sum(self.lora.r * (a + b) for a, b in workload.linears) if self.lora else 0
+        operations = (4 if self.lora or self.freeze else 6) + 2 * self.gradient_checkpointing
+        batch = self.batch_size * length
+        # Each linear keeps its input for its gradient; without it only the blocks' inputs stay.
+        per_token = sum(columns for _, columns in workload.linears) / (8 if self.gradient_checkpointing else 1)
+        head = (
+            3 * 4 * (workload.parameters - workload.block_parameters) / workload.hidden
+        )  # logits, their copy, gradient
+        return Cost(
+            flops=operations * workload.parameters * tokens,
+            extra_bytes=int(12 * trained + batch * (2 * workload.element_size * per_token + head)),
+        )
 
     def apply(
         self,
@@ -136,8 +163,8 @@ class Train(Settings, Method, slug="train"):
         calibration: Corpus | None = None,
         *,
         seed: int = 0,
-        held_out: Segments | None = None,
         held_out_hashes: frozenset[str] = frozenset(),
+        original: Callable[[], Checkpoint] | None = None,
         directory: Path | None = None,
         resume: bool = False,
         progress: Progress = silent,
@@ -148,8 +175,9 @@ class Train(Settings, Method, slug="train"):
             checkpoint: what is trained.
             calibration: the texts to train on where the step names none.
             seed: where the step has none.
-            held_out: what is evaluated on, if asked for.
             held_out_hashes: documents that are never trained on.
+            original: loads the checkpoint as it was before the recipe, for a selector that compares; asked for only by
+                a step that selects.
             directory: for the state of the run; None: it cannot be resumed.
             resume: whether to go on with what `directory` holds.
             progress: called after each optimizer step.
@@ -161,27 +189,40 @@ class Train(Settings, Method, slug="train"):
         from intaglio.trainer.loop import train
 
         settings = {name: getattr(self, name) for name in Settings.model_fields}
+        data, evaluated = self._data(calibration, held_out_hashes)
         train(
             checkpoint,
-            self._data(calibration, held_out_hashes),
+            data,
             objective=CausalLM(self.length) if self.objective is None else _made(self.objective),  # type: ignore[arg-type]
             shape=[_made(named) for named in self.shape],  # type: ignore[misc]
             select=None if self.select is None else _made(self.select),  # type: ignore[arg-type]
-            evaluate=held_out if self.evaluate else None,
+            original=original() if original is not None and self.select is not None else None,
+            evaluate=evaluated,
             directory=directory,
             resume=resume,
             progress=progress,
-            **{**settings, "seed": seed if self.seed is None else self.seed},
+            **{
+                **settings,
+                "seed": seed if self.seed is None else self.seed,
+                # Not in the directory, which is gone after the step.
+                "log_directory": self.log_directory or ("runs" if "tensorboard" in self.report_to else None),
+            },
         )
         return checkpoint
 
-    def _data(self, calibration: Corpus | None, held_out_hashes: frozenset[str]) -> Any:
+    def _data(self, calibration: Corpus | None, sealed: frozenset[str]) -> tuple[Any, Any]:
+        """What is trained on, and what is evaluated on, if anything."""
         if self.instructions is not None:
-            return load_pairs(self.instructions)
-        texts = calibration if self.texts is None else load_texts(self.texts)
-        if texts is None:
-            raise IntaglioError("training data is missing: name texts or instructions")
-        return texts.without(held_out_hashes)
+            whole: list[Any] = load_pairs(self.instructions)
+        elif self.stream:
+            assert self.texts is not None  # checked when the step was read
+            return TextStream(self.texts, sealed), None
+        else:
+            texts = calibration if self.texts is None else load_texts(self.texts)
+            if texts is None:
+                raise IntaglioError("training data is missing: name texts or instructions")
+            whole = list(texts.without(sealed).documents)
+        return apart(whole, self.evaluate) if self.evaluate else (whole, None)
 
 
 def _made(named: Mapping[str, Any]) -> Method:

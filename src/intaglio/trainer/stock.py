@@ -25,8 +25,11 @@ from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.method import Progress
 from intaglio.trainer import state as run_state
 from intaglio.trainer.draws import Draws
-from intaglio.trainer.protocols import Batch, Example, Objective, Shaper
+from intaglio.trainer.early import EarlyReport
+from intaglio.trainer.protocols import Batch, Example, Loss, Objective, Run, Shaper
+from intaglio.trainer.rows import row_tokens
 from intaglio.trainer.settings import Settings
+from intaglio.trainer.sharded import gathered, spread
 
 WEIGHTS = "model.safetensors"
 SHAPERS = "shapers.safetensors"
@@ -34,48 +37,55 @@ Evaluate = Callable[[], Mapping[str, float]]
 
 
 class Workplace(nn.Module):
-    """Everything that is trained as one module, whose forward is the loss: so that DDP and autocast see all of it.
+    """Everything that is trained as one module, whose forward is the loss: so that DDP, FSDP and autocast see it all.
 
     Args:
-        model: what is trained.
+        run: whose model is trained.
         objective: gives the loss; its own modules are trained too.
         shapers: add to the loss; parameters of their own are trained too.
     """
 
     accepts_loss_kwargs = False  # read by Trainer
 
-    def __init__(self, model: nn.Module, objective: Objective, shapers: Sequence[Shaper] = ()) -> None:
+    def __init__(self, run: Run, objective: Objective, shapers: Sequence[Shaper] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model = run.checkpoint.model
         self.owned = objective.modules()
         self.groups = [group for shaper in shapers for group in shaper.param_groups()]
         inside = {id(parameter) for parameter in self.parameters()}
         grouped = [parameter for group in self.groups for parameter in group["params"]]
         self.shaped = nn.ParameterList([parameter for parameter in grouped if id(parameter) not in inside])
-        self._objective, self.shapers = objective, tuple(shapers)
+        self.run, self._objective, self.shapers = run, objective, tuple(shapers)
+        # Where FSDP cuts, and what it must not tear apart; it looks for these on what it is given.
+        self._no_split_modules = getattr(self.model, "_no_split_modules", None)
+        for name in ("get_input_embeddings", "get_output_embeddings", "tie_weights"):
+            if hasattr(self.model, name):
+                setattr(self, name, getattr(self.model, name))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the total loss and its parts.
 
         Args:
             batch: from the objective's `collate`.
+            ids: of the rows in it, int64 [B]; None: the objective's loss alone.
         """
         loss = self._objective.loss(self.model, batch)
         total, parts = loss.total, dict(loss.parts)
-        for shaper in self.shapers:
-            for name, value in shaper.extra_loss(self.model, batch, loss.outputs).items():
-                total, parts[name] = total + value, value
-        return total, {name: value.detach() for name, value in parts.items()}
+        for shaper in () if ids is None else self.shapers:
+            extra = shaper.extra_loss(self.model, {**batch, "id": ids}, loss.outputs)
+            if extra is not None:
+                total, parts = total + extra.total, {**parts, **extra.parts}
+        return total, {name: value.detach() if isinstance(value, Tensor) else value for name, value in parts.items()}
 
     def saved(self) -> dict[str, Tensor]:
         """What a checkpoint of the run holds: trained parameters and buffers, each shared tensor once.
 
-        What is frozen comes from the model that the run began with.
+        What is frozen comes from the model that the run began with. Every process of a sharded run must ask.
         """
         kept = set(self.state_dict())
         found: dict[str, Tensor] = {n: p for n, p in self.named_parameters() if p.requires_grad}
         found |= {n: b for n, b in self.named_buffers() if n in kept}
-        return {name: value.detach().contiguous() for name, value in found.items()}
+        return {name: gathered(value.detach()).contiguous() for name, value in found.items()}
 
     @torch.no_grad()
     def restore(self, saved: Mapping[str, Tensor]) -> None:
@@ -86,7 +96,7 @@ class Workplace(nn.Module):
         """
         here = dict(self.named_parameters()) | dict(self.named_buffers())
         for name, value in saved.items():
-            here[name].copy_(value)
+            here[name].copy_(spread(value, here[name]))
 
 
 @dataclass
@@ -102,14 +112,16 @@ class Collator:
     draws: Draws
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """Return `{"batch": ..., "tokens": ..., "weight": ...}`.
+        """Return `{"batch": ..., "ids": ..., "tokens": ..., "weight": ...}`.
 
         Args:
             examples: rows.
         """
-        tokens = sum(len(example["input_ids"]) for example in examples)
+        tokens = sum(map(row_tokens, examples))
         batch = dict(self.objective.collate(examples, self.draws))
-        return {"tokens": tokens, "weight": float(batch.pop("weight", len(examples))), "batch": batch}
+        weight = float(batch.pop("weight", len(examples)))
+        ids = torch.tensor([example["id"] for example in examples])
+        return {"tokens": tokens, "weight": weight, "batch": batch, "ids": ids}
 
 
 @dataclass
@@ -162,13 +174,18 @@ class Loop(Trainer):
         self.evaluation: dict[str, float] = {}
         self.patience = Patience(settings.patience, settings.watch)
         self._opened = -1
+        workplace.run.loss = self._objective_loss
+
+    def _objective_loss(self, batch: Batch) -> Loss:
+        with self.compute_loss_context_manager():
+            return self.workplace._objective.loss(self.workplace.model, batch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler | None:
         # The data set of a run is already in order; a stream has no length and takes no sampler.
         return SequentialSampler(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW; matrices decay, vectors (norms, biases) do not; shapers may have groups of their own."""
+        """AdamW or SGD; matrices decay, vectors (norms, biases) do not; shapers may have groups of their own."""
         if self.optimizer is None:
             own = {id(p) for group in self.workplace.groups for p in group["params"]}
             trained = [p for p in (model or self.model).parameters() if p.requires_grad and id(p) not in own]
@@ -177,12 +194,13 @@ class Loop(Trainer):
                 {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.settings.weight_decay},
                 {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
             ]
-            self.optimizer = torch.optim.AdamW(
-                [group for group in groups if group["params"]],
-                lr=self.settings.learning_rate,
-                betas=self.settings.betas,
-                fused=True,
-            )
+            groups = [group for group in groups if group["params"]]
+            rate, chosen = self.settings.learning_rate, self.settings
+            if chosen.optimizer == "sgd":
+                self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=chosen.momentum, fused=True)
+            else:
+                self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=chosen.betas, fused=True)
+            self.workplace.run.optimizer = self.optimizer
         return self.optimizer
 
     def get_batch_samples(self, *arguments: Any, **more: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -206,11 +224,11 @@ class Loop(Trainer):
         if step != self._opened:
             self._opened = step
             for shaper in self.workplace.shapers:
-                shaper.before_step(step, inputs["batch"])
-        total, parts = model(inputs["batch"])
+                shaper.before_step(step, {**inputs["batch"], "id": inputs["ids"]})
+        total, parts = model(inputs["batch"], inputs["ids"])
         names = ["loss", *(f"part/{name}" for name in parts)]
         # One transfer for all: on a GPU each waits for the device.
-        values = torch.stack([total.detach().float(), *(value.float() for value in parts.values())]).tolist()
+        values = torch.stack([_scalar(value, total) for value in (total, *parts.values())]).tolist()
         if not math.isfinite(values[0]):
             raise IntaglioError(f"the loss is {values[0]} at step {step}; {self._advice()}")
         self.sums.add({name: value * inputs["share"] for name, value in zip(names, values, strict=True)})
@@ -251,11 +269,18 @@ class Loop(Trainer):
         """Tokens of the run so far, over all processes."""
         return self.sums.tokens_before + int(self._over_processes([float(self.sums.tokens)], "sum")[0])
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained, the same file however it is spread over processes.
+
+        Args:
+            output_dir: where to.
+            _internal_call: read by Trainer.
+        """
+        saved = self.workplace.saved()
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_file(self.workplace.saved(), folder / WEIGHTS)
+            save_file(saved, folder / WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         step = self.state.global_step
@@ -352,6 +377,10 @@ class Patience:
         self.best, self.waited = math.inf if state[0] is None else state[0], state[1]
 
 
+def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, device=like.device).detach().float()
+
+
 def _finite(value: Tensor) -> bool:
     return not value.is_floating_point() or bool(torch.isfinite(value).all())
 
@@ -364,10 +393,13 @@ class Follow(TrainerCallback):
         progress: called after each step.
         evaluate: called at its steps; None: never.
         every: steps between two evaluations; the last step is always evaluated.
+        early: writes the early report; None: nothing does.
     """
 
-    def __init__(self, loop: Loop, progress: Progress, evaluate: Evaluate | None, every: int) -> None:
-        self.loop, self.progress, self.evaluate, self.every = loop, progress, evaluate, every
+    def __init__(
+        self, loop: Loop, progress: Progress, evaluate: Evaluate | None, every: int, early: EarlyReport | None = None
+    ) -> None:
+        self.loop, self.progress, self.evaluate, self.every, self.early = loop, progress, evaluate, every, early
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> Any:
         """See the class."""
@@ -386,3 +418,11 @@ class Follow(TrainerCallback):
         loss = sums.values["loss"] / sums.count
         self.progress(state.global_step, state.max_steps, f"train: loss {loss:.3f}")
         return control
+
+    def on_log(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        """Write the early report."""
+        if self.early is not None:
+            sums = self.loop.sums
+            # Of this process, times their number: an exact sum would have the processes wait for each other.
+            tokens = sums.tokens_before + sums.tokens * args.world_size
+            self.early.update(state.log_history, state.global_step, state.max_steps, tokens, sums.seconds)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from intaglio.trainer.protocols import Batch
+from intaglio.trainer.protocols import Batch, Run
+from intaglio.trainer.sharded import spread
 
 LEAST = 0.05
 """The share of zeros from which on a matrix counts as pruned; trained weights hit zero by chance far more seldom."""
@@ -44,19 +45,21 @@ class KeepZeros:
     """
 
     def __init__(self) -> None:
-        self._zeros: list[tuple[Tensor, Tensor]] = []
+        self._model: nn.Module | None = None
+        self._zeros: dict[str, Tensor] = {}
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, run: Run) -> None:
         """Note the zeros of the layers that will be trained.
 
         Args:
-            model: what is trained.
+            run: whose model is trained.
         """
-        for name in linear_modules(model):
-            weight = model.get_parameter(f"{name}.weight")
+        self._model = run.checkpoint.model
+        for name in linear_modules(self._model):
+            weight = self._model.get_parameter(f"{name}.weight")
             mask = pruned_mask(weight) if weight.requires_grad else None
             if mask is not None:
-                self._zeros.append((weight, ~mask))
+                self._zeros[f"{name}.weight"] = ~mask
 
     @torch.no_grad()
     def on_step(self, t: int) -> None:
@@ -65,15 +68,19 @@ class KeepZeros:
         Args:
             t: the step.
         """
-        for weight, zero in self._zeros:
+        for name, zero in self._zeros.items():
+            assert self._model is not None  # there are zeros
+            # By name: sharding puts another parameter into the model.
+            weight = self._model.get_parameter(name)
+            if zero.shape == weight.shape and type(zero) is not type(weight.data):
+                zero = self._zeros[name] = spread(zero, weight)
             weight.masked_fill_(zero, 0)
 
     def before_step(self, t: int, next_batch: Batch) -> None:
         """Do nothing."""
 
-    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Mapping[str, Tensor]:
-        """Return nothing."""
-        return {}
+    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> None:
+        """Add nothing."""
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return none."""
@@ -86,6 +93,7 @@ class KeepZeros:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Do nothing."""
 
-    def detach(self, model: nn.Module) -> None:
+    def detach(self, run: Run) -> None:
         """Forget the model."""
+        self._model = None
         self._zeros.clear()

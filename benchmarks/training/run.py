@@ -1,0 +1,122 @@
+"""What the training loop costs: `intaglio.train` beside a bare loop and beside `transformers.Trainer`, alternated.
+
+    python benchmarks/training/run.py                          # five repeats of each, small and large
+    python benchmarks/training/run.py --repeats 1 --sizes small
+
+Each training is a fresh process (`worker.py`). `results.json` and `results.md` are written at the end. Run it on a
+quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+
+from intaglio import writer
+
+HERE = Path(__file__).resolve().parent
+LOOPS = ("bare", "trainer", "ours")
+MOST_MS, MOST_MEMORY = 1.5, 1.05
+"""Targets: milliseconds a step above a bare loop at a million parameters; peak memory over Trainer's."""
+
+Run = dict[str, Any]
+
+
+def _one(loop: str, size: str, threads: int) -> Run:
+    command = [sys.executable, str(HERE / "worker.py"), "--loop", loop, "--size", size, "--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the worker of {loop} failed:\n{done.stderr[-2000:]}")
+    found: Run = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def summary(runs: list[Run]) -> dict[str, Any]:
+    """Return medians of each loop by size, and ours against the others.
+
+    Args:
+        runs: what the workers printed, in the order in which they ran.
+    """
+    found: dict[str, Any] = {}
+    for size in dict.fromkeys(run["size"] for run in runs):
+        loops = {
+            loop: {
+                name: median(run[name] for run in runs if (run["size"], run["loop"]) == (size, loop))
+                for name in ("parameters", "ms", "cpu_ms", "peak_bytes", "loss")
+            }
+            for loop in LOOPS
+        }
+        ours, bare, trainer = loops["ours"], loops["bare"], loops["trainer"]
+        found[size] = {
+            "loops": loops,
+            "ms above bare": ours["ms"] - bare["ms"],
+            "cpu ms above bare": ours["cpu_ms"] - bare["cpu_ms"],
+            "time over bare": ours["ms"] / bare["ms"],
+            "time over trainer": ours["ms"] / trainer["ms"],
+            "memory over trainer": ours["peak_bytes"] / trainer["peak_bytes"],
+            "same loss": abs(ours["loss"] - bare["loss"]) < 1e-3,
+        }
+    return found
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Return the table for people.
+
+    Args:
+        found: from `summary`.
+    """
+    lines = [
+        "| size | loop | ms a step | processor ms | peak MiB | last loss |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for size, one in found.items():
+        for loop, numbers in one["loops"].items():
+            lines.append(
+                f"| {numbers['parameters'] / 1e6:.1f}M | {loop} | {numbers['ms']:.2f} | {numbers['cpu_ms']:.2f} | "
+                f"{numbers['peak_bytes'] / 2**20:.0f} | {numbers['loss']:.4f} |"
+            )
+        lines.append(
+            f"| {size} | ours | {one['ms above bare']:+.2f} ms to bare | {one['cpu ms above bare']:+.2f} to bare | "
+            f"{one['memory over trainer']:.3f} of trainer's | {'same' if one['same loss'] else 'DIFFERS'} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the training loop costs.")
+    parser.add_argument("--sizes", default="small,large", help="separated by commas; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    arguments = parser.parse_args()
+    runs = []
+    for size in arguments.sizes.split(","):
+        for repeat in range(arguments.repeats):
+            # Another one begins each time, so that none is always first.
+            for loop in (*LOOPS[repeat % 3 :], *LOOPS[: repeat % 3]):
+                runs.append(_one(loop, size, arguments.threads))
+                print(f"{size} {loop}: {runs[-1]['ms']:.2f} ms a step", file=sys.stderr)
+    found = summary(runs)
+    about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": arguments.threads}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    writer.write_json(arguments.out / "results.json", {"about": about, "summary": found, "runs": runs})
+    writer.write_text(arguments.out / "results.md", markdown(found))
+    print(markdown(found))
+    for size, one in found.items():
+        if size == "small":
+            met = one["ms above bare"] <= MOST_MS
+            print(f"at most {MOST_MS} ms above a bare loop at a million parameters: {'met' if met else 'MISSED'}")
+        met = one["memory over trainer"] <= MOST_MEMORY
+        print(f"{size}: at most {MOST_MEMORY} of Trainer's peak memory: {'met' if met else 'MISSED'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What every registered shaper and selector promises; a new one inherits this by being registered."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from intaglio.carving import carve
+from intaglio.catalogue import ENTRIES
+from intaglio.checkpoint import Checkpoint, load
+from intaglio.method import get
+from intaglio.recipe import Recipe, json_schema
+from intaglio.trainer import CausalLM, Draws, Selector, Shaper
+from intaglio.trainer.rows import all_examples
+from tests.families import DECODERS, tiny_checkpoint_dir, tiny_model
+from tests.test_carving import Killed, corpus, files, make_recipe  # noqa: F401
+from tests.test_carving_train import TRAIN, kill_training
+from tests.test_conformance import EXAMPLES
+from tests.trainer import toys
+from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
+from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
+from tests.trainer.test_resume import Killed as TrainingKilled
+from tests.trainer.test_resume import killer
+
+TOYS: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "shaper": {"toy_shaper": [{"sparsity": 0.5}]},
+    "selector": {"toy_selector": [{"budget": 0.2}]},
+}
+
+
+def cases(kind: str) -> list[tuple[str, int]]:
+    slugs = [slug for slug, entry in ENTRIES.items() if kind in entry.kinds]
+    return [(slug, n) for slug in [*slugs, *TOYS[kind]] for n in range(len(TOYS[kind].get(slug) or EXAMPLES[slug]))]
+
+
+SHAPERS, SELECTORS = cases("shaper"), cases("selector")
+
+
+@pytest.fixture(autouse=True)
+def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
+    toys.register(monkeypatch)
+
+
+def made(slug: str, index: int) -> Any:
+    examples = {**TOYS["shaper"], **TOYS["selector"]}.get(slug) or EXAMPLES[slug]
+    return get(slug)(**examples[index])
+
+
+@pytest.mark.parametrize(("slug", "index"), [*SHAPERS, *SELECTORS])
+def test_it_is_what_its_kind_says_and_plain_data(slug: str, index: int) -> None:
+    method = made(slug, index)
+    assert isinstance(method, Shaper if "shaper" in ENTRIES[slug].kinds else Selector)
+    assert type(method).model_validate(json.loads(json.dumps(method.model_dump()))) == method
+
+
+@pytest.mark.parametrize(
+    ("slug", "index", "family"),
+    [(*case, name) for case in SHAPERS for name in DECODERS if case[1] == 0 or name == "llama"],
+)
+def test_a_shaper_saved_and_resumed_is_equal(slug: str, index: int, family: str, tmp_path: Path) -> None:
+    if slug == "toy_shaper" and family in ("gpt2",):
+        pytest.skip("its layers lie the other way round, and the toy does not care to know")
+    arguments: dict[str, Any] = {"steps": 3, "save_every": 1, "warmup": 0}
+    whole, killed, again = (checkpoint(family, layers=1) for _ in range(3))
+    before = weights(whole)
+    unbroken = run(whole, shape=[made(slug, index)], **arguments)
+    with pytest.raises(TrainingKilled):
+        run(killed, shape=[made(slug, index)], directory=tmp_path, progress=killer(2), **arguments)
+    resumed = run(again, shape=[made(slug, index)], directory=tmp_path, **arguments)
+    assert resumed.history == unbroken.history
+    assert same(weights(again), weights(whole))
+    assert not same(weights(whole), before)
+    if whole.kind == "baked":
+        stock = tiny_model(family, layers=1)
+        for model in (whole.model, killed.model):
+            assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+            assert sorted(model.state_dict()) == sorted(stock.state_dict())
+
+
+@pytest.mark.parametrize(("slug", "index"), SHAPERS)
+def test_a_shaper_in_a_recipe_resumes_to_the_same_bytes(
+    slug: str,
+    index: int,
+    corpus: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    model = str(tiny_checkpoint_dir("llama", tmp_path / "model", layers=1))
+    step = {"train": {**TRAIN, "shape": [{slug: made(slug, index).model_dump()}]}}
+    wanted = make_recipe(corpus, [step])
+    assert Recipe.of(wanted.dump()) == wanted
+    carve(wanted, tmp_path / "whole", model=model)
+    with pytest.raises(Killed):
+        carve(wanted, tmp_path / "broken", model=model, progress=kill_training(4))
+    carve(wanted, tmp_path / "broken", model=model, resume=True)
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+    assert load(tmp_path / "whole").record.steps[0].parameters["shape"] == [{slug: made(slug, index).model_dump()}]
+
+
+def chosen(slug: str, index: int, seed: int, original: Checkpoint | None = None) -> list[Any]:
+    method, ckpt = made(slug, index), checkpoint()
+    before = weights(ckpt)
+    examples = all_examples(ckpt, TEXTS)
+    assert examples is not None
+    found = list(method.select(examples, ckpt, original, method.budget, Draws(seed)))
+    assert same(weights(ckpt), before)
+    return found
+
+
+@pytest.mark.parametrize(("slug", "index"), SELECTORS)
+def test_a_selector_chooses_the_same_again_and_keeps_to_its_budget(slug: str, index: int) -> None:
+    found = chosen(slug, index, 0, checkpoint(seed=1))
+    assert found == chosen(slug, index, 0, checkpoint(seed=1))
+    assert found
+    if all(isinstance(value, int) for value in found):
+        assert len(set(found)) == len(found) <= max(1, round(made(slug, index).budget * len(TEXTS)))
+        assert set(found) <= set(range(len(TEXTS)))
+    else:
+        assert len(found) == len(TEXTS)
+
+
+@pytest.mark.parametrize(("slug", "index"), SELECTORS)
+def test_a_selector_in_a_recipe_sees_the_model_before_it_was_carved(
+    slug: str,
+    index: int,
+    corpus: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_checkpoint_dir("llama", tmp_path / "model", layers=1)
+    seen: list[Any] = []
+    plain = get(slug).select  # type: ignore[attr-defined]
+
+    def select(self: Any, dataset: Any, model: Any, original: Any, budget: float, rng: Any) -> Any:
+        seen.append((weights(original), weights(model), all("text" in example for example in dataset)))
+        return plain(self, dataset, model, original, budget, rng)
+
+    monkeypatch.setattr(get(slug), "select", select)
+    steps = [{"magnitude": {"sparsity": 0.5}}, {"train": {**TRAIN, "select": {slug: made(slug, index).model_dump()}}}]
+    document = carve(make_recipe(corpus, steps), tmp_path / "out", model=str(model))
+    ((before, carved, texts),) = seen
+    assert same(before, weights(load(model)))
+    assert not same(before, carved)
+    assert texts
+    assert document["steps"][1]["chosen"]["steps"] == TRAIN["steps"]
+
+
+def test_the_schema_and_python_know_them() -> None:
+    schema = json_schema()
+    (train,) = [
+        c["properties"]["train"] for c in schema["properties"]["steps"]["items"]["oneOf"] if "train" in c["properties"]
+    ]
+    shapes = [choice["required"][0] for choice in train["properties"]["shape"]["items"]["oneOf"]]
+    assert "toy_shaper" in shapes
+    assert "toy_selector" in [choice["required"][0] for choice in train["properties"]["select"]["oneOf"]]
+    ckpt = checkpoint()
+    run(ckpt, objective=CausalLM(length=24), shape=[toys.ToyShaper()], select=toys.ToySelector(), steps=2)
+    assert ckpt.record.steps[0].parameters["select"] == {"toy_selector": {"budget": 0.25}}
