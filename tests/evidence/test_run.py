@@ -19,7 +19,7 @@ import pytest
 from intaglio.errors import IntaglioError
 from intaglio.evidence import plot, record, run, sources
 from intaglio.evidence import statistics as stats
-from intaglio.evidence.experiment import Experiment, Secondary, Unit
+from intaglio.evidence.experiment import Experiment, Secondary, Unit, digest
 from intaglio.evidence.journal import NAME
 from intaglio.evidence.record import Record
 from intaglio.evidence.run import prove
@@ -362,7 +362,9 @@ def unsound(records: dict[str, Record]) -> list[str]:
         said = (of_slug.effect, *of_slug.interval, of_slug.verdict)
         registered = record.preregistered(slug)
         sound = (interval.effect, interval.low, interval.high) == pytest.approx(said[:3]) and verdict == said[3]
-        if not sound or registered is None or registered["digest"] != of_slug.preregistration_digest:
+        digests = {registered and registered["digest"], digest(of_slug.preregistration)}
+        seeds = all(Unit(r.stage, r.index, of_slug.seed_base).seed == r.seed for r in of_slug.runs)
+        if not sound or not seeds or digests != {of_slug.preregistration_digest}:
             found.append(slug)
     return found
 
@@ -385,6 +387,13 @@ def test_a_record_with_a_typed_in_number_is_found(
     typed = {"effect": made["effect"] + 0.01, "verdict": "fails" if made["verdict"] != "fails" else "holds"}
     for field, value in typed.items():
         assert unsound({"wanda": records["wanda"].model_copy(update={field: value})}) == ["wanda"]
+    first, *others = records["wanda"].runs
+    elsewhere: list[Document] = [
+        {"runs": [first.model_copy(update={"seed": first.seed + 2}), *others]},
+        {"preregistration": records["wanda"].preregistration | {"delta": 0.4}},
+    ]
+    for change in elsewhere:
+        assert unsound({"wanda": records["wanda"].model_copy(update=change)}) == ["wanda"]
 
 
 def test_only_what_was_registered_first_is_recorded(
