@@ -87,6 +87,31 @@ def test_the_verdict_can_be_reckoned_again_from_the_raw_values(tmp_path: Path) -
     assert [other["p_holm"], twice["p_holm"]] == pytest.approx(stats.holm([other["p"], twice["p"]]))
 
 
+RATES = [
+    # planted effect in deltas, verdict, and its share of 60 whole experiments: the most, or the least
+    (1.0, "holds", "<=", 0.1),
+    (1.0, "fails", "<=", 0.1),
+    (0.0, "holds", "<=", 0.0),
+    (2.0, "holds", ">=", 0.8),
+    (-1.0, "holds", "<=", 0.0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("units", [1, 4, 0], ids=["independent", "crossed", "clustered"])
+def test_rates_of_whole_experiments(units: int, tmp_path: Path) -> None:
+    """`prove` itself, from pilot to verdict, over seed bases: the arms' values, not their differences, are drawn."""
+    verdicts: dict[float, list[str]] = {}
+    for planted in {row[0] for row in RATES}:
+        experiment = toy(Toy(0.5 * planted, units=units, noise=0.6), pilot_runs=8, most_runs=400)
+        verdicts[planted] = [
+            proved(experiment, tmp_path / f"{planted}", seed_base=base)["verdict"] for base in range(60)
+        ]
+    for planted, verdict, way, bound in RATES:
+        share = verdicts[planted].count(verdict) / 60
+        assert share <= bound if way == "<=" else share >= bound, (planted, verdict, share)
+
+
 def test_higher_can_be_better(tmp_path: Path) -> None:
     assert proved(toy(Toy(-1.0), direction="higher"), tmp_path)["effect"] == pytest.approx(1.0, abs=0.3)
 

@@ -35,8 +35,8 @@ def outlook(record: Record) -> str:
     if found.of_runs is not None and found.of_units is not None:
         sentences.insert(
             1,
-            f"Of its square {found.of_runs:.0%} comes from which {run}s there were and {found.of_units:.0%} from which"
-            f" {unit[0]}s.",
+            f"Of the variance behind it {100 * found.of_runs:.0f} % comes from which {run}s there were and"
+            f" {100 * found.of_units:.0f} % from which {unit[0]}s.",
         )
     return " ".join(sentences)
 
