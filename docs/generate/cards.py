@@ -11,6 +11,7 @@ from generate.evidence import Evidence
 from generate.text import cell, environment
 from intaglio import about
 from intaglio.catalogue import ENTRIES, ROOMS, Entry
+from intaglio.evidence.outlook import outlook
 from intaglio.method import get
 
 FACTS = "../api/methods.html#intaglio.method.Fact"
@@ -66,9 +67,11 @@ def _evidence_values(evidence: Evidence, note: dict[str, str]) -> dict[str, Any]
             "perplexity": shown.in_perplexity(record),
             "picture": shown.picture(record),
             "meaning": note.get(notes.OF_VERDICTS[record.verdict], ""),
+            "outlook": outlook(record),
             "price": shown.price(record),
             "columns": shown.arm_columns(record),
             "arms": shown.arm_rows(record),
+            "tuned": shown.tuned_rows(record),
             "secondaries": shown.secondary_rows(record),
             "pilot": shown.pilot_sentence(record),
             "runs": shown.run_rows(record),

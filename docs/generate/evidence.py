@@ -113,6 +113,7 @@ def claim_rows(claim: Mapping[str, Any]) -> list[tuple[str, str]]:
     }[claim["design"]]
     few = claim.get("secondary_runs")
     first = f"; arms that only secondary comparisons need take part in the first {few}" if few else ""
+    tuning = claim.get("tuning")
     kind = "better by more than" if claim["kind"] == "better" else "not worse by more than"
     rows = [
         ("Method", f"`{claim['method']}`: {arms[claim['method']]}"),
@@ -128,6 +129,10 @@ def claim_rows(claim: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         ("Needs", {"cpu": "a CPU", "gpu": "a GPU"}[claim["tier"]]),
     ]
+    if tuning:
+        tried = {arm: ", ".join(f"`{choice}`" for choice in choices) for arm, choices in tuning["choices"].items()}
+        trials = f"each on validation data, in {tuning['runs']} runs on seeds of their own"
+        rows.append(("Tuned", f"{'; '.join(f'`{arm}`: {choices}' for arm, choices in tried.items())}; {trials}"))
     return rows + ([("Before the first run", claim["why"])] if claim["why"] else [])
 
 
@@ -292,6 +297,22 @@ class SecondaryRow:
     reads: str
 
 
+def tuned_rows(record: Record) -> list[tuple[str, str, str, str]]:
+    """`(arm, choice, mean on validation data, whether it was chosen)`, in the order in which choices were registered.
+
+    Args:
+        record: of a run.
+    """
+    rows = []
+    for arm, choices in record.preregistration.get("tuning", {}).get("choices", {}).items():
+        found = record.tuned[arm]
+        for choice, what in choices.items():
+            mean = found.means[choice]
+            said = "diverged" if mean is None else f"{mean:.4f}"
+            rows.append((arm, f"{choice}: {what}", said, "chosen" if choice == found.chosen else ""))
+    return rows
+
+
 def secondary_rows(record: Record) -> list[SecondaryRow]:
     """Every secondary comparison.
 
@@ -307,8 +328,8 @@ def secondary_rows(record: Record) -> list[SecondaryRow]:
                 name=second.name,
                 arms=f"`{second.method}` against `{second.baseline}`",
                 metric=f"{second.metric}, {second.runs} runs",
-                effect=f"{second.effect:+.4f}",
-                interval=f"{second.interval[0]:+.4f} to {second.interval[1]:+.4f}",
+                effect=summary.signed(second.effect),
+                interval=" to ".join(summary.signed(end) for end in second.interval),
                 p=_p(second.p_holm),
                 reads=f"`{better}` is better" if shown else "no difference shown",
             )

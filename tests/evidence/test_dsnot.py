@@ -131,9 +131,14 @@ def test_the_split_is_sealed(small: Small) -> None:
     parts = {part: set(world.part(part).hashes) for part in ("calibration", "pilot", "evaluation")}  # type: ignore[arg-type]
     assert all(parts.values())
     assert sum(map(len, parts.values())) == len(set.union(*parts.values())) == 400
-    short = {name: {digest[:12] for digest in hashes} for name, hashes in parts.items()}
+    inner = {part: set(world.part(part).hashes) for part in ("fitting", "validation")}  # type: ignore[arg-type]
+    assert inner["fitting"] | inner["validation"] == parts["calibration"]
+    assert not inner["fitting"] & inner["validation"]
+    short = {name: {digest[:12] for digest in hashes} for name, hashes in (parts | inner).items()}
     for seed in range(20):
         assert set(world.calibration(seed).names) <= short["calibration"]
+        assert set(world.calibration(seed, "tuning").names) <= short["fitting"]
+        assert set(world.documents("tuning", seed).names) <= short["validation"]
         assert set(world.documents("pilot", seed).names) <= short["pilot"]
         assert set(world.documents("run", seed).names) <= short["evaluation"]
 

@@ -19,7 +19,7 @@ import pytest
 from intaglio.errors import IntaglioError
 from intaglio.evidence import plot, record, run, sources
 from intaglio.evidence import statistics as stats
-from intaglio.evidence.experiment import Experiment, Secondary, Unit
+from intaglio.evidence.experiment import Experiment, Secondary, Unit, digest
 from intaglio.evidence.journal import NAME
 from intaglio.evidence.record import Record
 from intaglio.evidence.run import prove
@@ -85,6 +85,31 @@ def test_the_verdict_can_be_reckoned_again_from_the_raw_values(tmp_path: Path) -
     assert twice["effect"] == pytest.approx(2 * document["effect"])
     assert other["effect"] == pytest.approx(document["effect"])
     assert [other["p_holm"], twice["p_holm"]] == pytest.approx(stats.holm([other["p"], twice["p"]]))
+
+
+RATES = [
+    # planted effect in deltas, verdict, and its share of 60 whole experiments: the most, or the least
+    (1.0, "holds", "<=", 0.1),
+    (1.0, "fails", "<=", 0.1),
+    (0.0, "holds", "<=", 0.0),
+    (2.0, "holds", ">=", 0.8),
+    (-1.0, "holds", "<=", 0.0),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("units", [1, 4, 0], ids=["independent", "crossed", "clustered"])
+def test_rates_of_whole_experiments(units: int, tmp_path: Path) -> None:
+    """`prove` itself, from pilot to verdict, over seed bases: the arms' values, not their differences, are drawn."""
+    verdicts: dict[float, list[str]] = {}
+    for planted in {row[0] for row in RATES}:
+        experiment = toy(Toy(0.5 * planted, units=units, noise=0.6), pilot_runs=8, most_runs=400)
+        verdicts[planted] = [
+            proved(experiment, tmp_path / f"{planted}", seed_base=base)["verdict"] for base in range(60)
+        ]
+    for planted, verdict, way, bound in RATES:
+        share = verdicts[planted].count(verdict) / 60
+        assert share <= bound if way == "<=" else share >= bound, (planted, verdict, share)
 
 
 def test_higher_can_be_better(tmp_path: Path) -> None:
@@ -362,7 +387,9 @@ def unsound(records: dict[str, Record]) -> list[str]:
         said = (of_slug.effect, *of_slug.interval, of_slug.verdict)
         registered = record.preregistered(slug)
         sound = (interval.effect, interval.low, interval.high) == pytest.approx(said[:3]) and verdict == said[3]
-        if not sound or registered is None or registered["digest"] != of_slug.preregistration_digest:
+        digests = {registered and registered["digest"], digest(of_slug.preregistration)}
+        seeds = all(Unit(r.stage, r.index, of_slug.seed_base).seed == r.seed for r in of_slug.runs)
+        if not sound or not seeds or digests != {of_slug.preregistration_digest}:
             found.append(slug)
     return found
 
@@ -385,6 +412,13 @@ def test_a_record_with_a_typed_in_number_is_found(
     typed = {"effect": made["effect"] + 0.01, "verdict": "fails" if made["verdict"] != "fails" else "holds"}
     for field, value in typed.items():
         assert unsound({"wanda": records["wanda"].model_copy(update={field: value})}) == ["wanda"]
+    first, *others = records["wanda"].runs
+    elsewhere: list[Document] = [
+        {"runs": [first.model_copy(update={"seed": first.seed + 2}), *others]},
+        {"preregistration": records["wanda"].preregistration | {"delta": 0.4}},
+    ]
+    for change in elsewhere:
+        assert unsound({"wanda": records["wanda"].model_copy(update=change)}) == ["wanda"]
 
 
 def test_only_what_was_registered_first_is_recorded(

@@ -318,3 +318,31 @@ def test_a_pilot_without_spread_asks_for_the_least() -> None:
     assert s.units_needed(np.ones(5), 0.1) == 5
     assert s.clusters_needed([np.ones(3)] * 5, 0.1) == 10
     assert s.draws_needed(np.ones((4, 5)), 0.1, units=8) == 4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_as_large_as_is_said_has_the_width_that_is_wanted(case: str) -> None:
+    """A run that is too small says how large it should be; runs of that size have about the width."""
+    design, _, _, units, *spread, delta = CASES[case]
+    rng = np.random.default_rng(3)
+    parts = (spread[0], spread[1], spread[2])
+    widths = []
+    for _ in range(60):
+        said = s.larger(design, rows(rng, design, 10, max(1, units // 2), parts, heavy=False), delta / 3)
+        assert said is not None
+        assert said.runs >= 10
+        assert (said.units is None) == (design != "crossed")
+        widths.append(s.interval(design, rows(rng, design, said.runs, said.units or 1, parts, False)).half_width)
+    # Of very unequal clusters ten seldom have one of the largest.
+    assert np.median(widths) == pytest.approx(0.2 * delta, rel=0.4 if design == "clustered" else 0.2)
+
+
+def test_it_is_said_where_the_width_comes_from() -> None:
+    runs = np.tile(np.linspace(-3, 3, 6)[:, None], (1, 8))
+    found, turned = s.larger("crossed", list(runs), 0.5), s.larger("crossed", list(runs.T), 0.5)
+    assert found is not None
+    assert turned is not None
+    assert (found.of_runs, found.of_units) == pytest.approx((1, 0))
+    assert (turned.of_runs, turned.of_units) == pytest.approx((0, 1))
+    wide = s.larger("independent", [np.array([x]) for x in (-1.0, 1.0) * 4], 1e-9)
+    assert wide is None

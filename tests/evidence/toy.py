@@ -30,6 +30,7 @@ class Toy:
         hard: kills the process instead.
         unfair: the arms do not share their data.
         tokens: by arm.
+        better: by choice: the loss is lower by that much; NaN does not finish.
     """
 
     effect: float = 1.0
@@ -41,6 +42,7 @@ class Toy:
     hard: bool = False
     unfair: bool = False
     tokens: tuple[tuple[str, int], ...] = ()
+    better: tuple[tuple[str, float], ...] = ()
 
     def __call__(self, arm: str, unit: Unit, seed: int) -> Outcome:
         if self.calls:
@@ -48,12 +50,13 @@ class Toy:
                 if self.hard:
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise KeyboardInterrupt
-            (Path(self.calls) / f"{unit.stage}-{unit.index}-{arm}-{seed}").touch(exist_ok=False)
+            (Path(self.calls) / f"{unit.stage}-{unit.index}-{arm}{unit.choice}-{seed}").touch(exist_ok=False)
         rng = np.random.default_rng(seed)
         count = self.units or int(rng.integers(1, 6))
         base = 3 + rng.normal(size=count) + 0.1 * rng.normal()
         shift = self.effect + self.noise * rng.normal(size=count)
-        values: list[float | None] = list(base - shift if arm == "method" else base)
+        chosen = dict(self.better).get(unit.choice, 0.0)
+        values: list[float | None] = list((base - shift if arm == "method" else base) - chosen)
         if arm == "method" and unit.stage == "run" and unit.index < self.diverged:
             values[0] = float("nan") if unit.index % 2 else None
         shared = {"data": hashlib.sha256(str((seed, arm if self.unfair else "")).encode()).hexdigest()}

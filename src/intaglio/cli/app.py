@@ -51,12 +51,13 @@ def list_methods(
     """The catalogue: every method, where it comes from, what its evidence says."""
     from intaglio.catalogue import ENTRIES, ROOMS
     from intaglio.errors import IntaglioError, did_you_mean
-    from intaglio.evidence.record import shipped
+    from intaglio.evidence.record import is_stale, preregistered, shipped
 
     if room is not None and room not in ROOMS:
         raise IntaglioError(f"there is no room named {room!r}; {did_you_mean(room, ROOMS)}")
     entries = [entry for entry in ENTRIES.values() if room in (None, entry.room)]
-    verdicts = {entry.slug: record.verdict for entry in entries if (record := shipped(entry.slug)) is not None}
+    records = {entry.slug: record for entry in entries if (record := shipped(entry.slug)) is not None}
+    verdicts = {slug: record.verdict for slug, record in records.items()}
     if json:
         print_json(
             [
@@ -73,7 +74,9 @@ def list_methods(
         return
     table = Table("method", "room", "what it does, and its source", "verdict", box=SIMPLE_HEAD)
     for e in entries:
-        table.add_row(e.slug, e.room, f"{e.summary}\n[dim]{e.paper}[/dim]", verdicts.get(e.slug, "no evidence yet"))
+        said: str = verdicts.get(e.slug, "not yet run" if preregistered(e.slug) else "no evidence yet")
+        stale = " (stale)" if e.slug in records and is_stale(records[e.slug]) else ""
+        table.add_row(e.slug, e.room, f"{e.summary}\n[dim]{e.paper}[/dim]", said + stale)
     out.print(table)
 
 
@@ -106,6 +109,7 @@ def show(
                 "url": entry.url,
                 "verdict": None if record is None else record.verdict,
                 "stale": [] if record is None else stale_parts(record),
+                "evidence": None if record is None else summary.document(record),
                 "parameters": schema.get("properties", {}),
                 "description": inspect.getdoc(method),
             }
@@ -114,14 +118,17 @@ def show(
     out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.room}: {entry.summary}\n{entry.paper}\n{entry.url}\n")
     out.print(showing.description(method))
     if record is None:
-        out.print(f"\n[bold]Evidence[/bold]: none recorded yet; `intaglio prove {slug}` runs its claim.", highlight=False)
+        out.print(f"\n[bold]Evidence[/bold]: {summary.without(slug)}", highlight=False)
         return
     out.print("\n[bold]Evidence[/bold]")
     out.print(summary.legend(record), markup=False, highlight=False)
     out.print(summary.arms(record))
+    if record.secondaries:
+        out.print(summary.secondaries(record))
     out.print(summary.sentence(record), markup=False, highlight=False)
     if stale := stale_parts(record):
-        out.print(f"Stale: {', '.join(stale)} changed since.", markup=False, highlight=False)
+        again = f"`intaglio prove {slug} --renew` clears it if the values are the same"
+        out.print(f"Stale: {', '.join(stale)} changed since; {again}.", markup=False, highlight=False)
 
 
 @app.command()
@@ -355,7 +362,7 @@ def prove(
     slug: Annotated[str, typer.Argument(help="A method's slug; see `intaglio list`.")],
     seed_base: Annotated[int, typer.Option(help="All seeds follow from it; another one gives other data.")] = 0,
     units: Annotated[int | None, typer.Option(help="Runs to compare. [default: a pilot says]")] = None,
-    tier: Annotated[str, typer.Option(help="cpu or gpu.")] = "cpu",
+    tier: Annotated[str | None, typer.Option(help="cpu or gpu. [default: the claim's]")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("intaglio-prove"),
     workers: Annotated[int, typer.Option(help="Processes that share the work; the result is the same.")] = 1,
     record: Annotated[bool, typer.Option("--record", help="Also write the shipped record (source checkout).")] = False,
@@ -365,11 +372,15 @@ def prove(
     json: Json = False,
 ) -> None:
     """Run a method's published claim: baseline and method side by side, and a verdict. Goes on where it was stopped."""
+    from intaglio.errors import IntaglioError
     from intaglio.evidence import summary
+    from intaglio.evidence.outlook import outlook
     from intaglio.evidence.record import Record
     from intaglio.evidence.renew import renew as again
     from intaglio.evidence.run import prove as run
 
+    if renew and (record or units is not None or seed_base or tier):
+        raise IntaglioError("--renew does one run of the record again, as it was made; leave out the other options")
     if renew:
         with progress_bar() as progress:
             renewed = again(slug, workers=workers, progress=progress)
@@ -398,7 +409,7 @@ def prove(
     out.print(summary.arms(found))
     if found.secondaries:
         out.print(summary.secondaries(found))
-    out.print(summary.sentence(found), markup=False, highlight=False)
+    out.print(f"{summary.sentence(found)} {outlook(found)}".rstrip(), markup=False, highlight=False)
     out.print(f"results: {output}", markup=False, highlight=False, soft_wrap=True)
 
 

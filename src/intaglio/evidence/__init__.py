@@ -7,7 +7,7 @@ What lives here, beside one file a method (`dsnot` ...):
 - `run`: `prove`, which runs an experiment and reports what falls.
 - `journal`: the units of a run as they finish; a killed run goes on.
 - `record`: what is committed and shipped of a run, and whether it is stale.
-- `sources`: hashes of the code that a record depends on.
-- `plot`, `summary`: what a record says, as a picture and in words.
+- `sources`: hashes of the code that a record depends on; `parsed`: files taken apart for it.
+- `plot`, `summary`: what a record says, as a picture and in words; `outlook`: what would decide a claim left open.
 - `worlds`: models and data that experiments share, split and sealed.
 """

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Stage = Literal["pilot", "run"]
+Stage = Literal["tuning", "pilot", "run"]
+"""`tuning` chooses settings on validation data, `pilot` sizes the run; neither's seeds or data are the run's."""
 Tier = Literal["cpu", "gpu"]
 Kind = Literal["better", "as good as"]
 Direction = Literal["lower", "higher"]
@@ -34,6 +35,8 @@ LEAST_RUNS: Mapping[Design, int] = {"independent": 5, "clustered": 10, "crossed"
 FEWEST_RUNS: Mapping[Design, int] = {"independent": 2, "clustered": 4, "crossed": 2}
 """With fewer there is no interval at all."""
 MOST_INDEX = 100_000
+MOST_EARLY = MOST_INDEX // 2
+"""Runs of a pilot, or of a tuning, at the most: their seeds share the odd numbers."""
 
 
 class Cost(BaseModel):
@@ -78,24 +81,46 @@ class Unit:
     """Which run: the seed follows from it.
 
     Args:
-        stage: `pilot` or `run`.
+        stage: `tuning`, `pilot` or `run`.
         index: from 0.
         base: the seed base that the user gave.
+        choice: which of the arm's settings: one of `Tuning.choices` while tuning, then the one that was chosen. Default
+            "": the arm has none to choose from.
     """
 
     stage: Stage
     index: int
     base: int = 0
+    choice: str = ""
 
     @property
     def seed(self) -> int:
-        """A number that no other stage, index (below 100,000) or base has: pilots are odd, runs are even."""
-        return 2 * (MOST_INDEX * self.base + self.index) + (self.stage == "pilot")
+        """A number that no other stage, index (below 100,000) or base has: runs are even, the others odd. It does not
+        depend on the choice, so that choices are tried on the same data."""
+        index = self.index + (MOST_EARLY if self.stage == "tuning" else 0)
+        return 2 * (MOST_INDEX * self.base + index) + (self.stage != "run")
 
 
 Runner = Callable[[str, Unit, int], Outcome]
 """`run_unit(arm, unit, seed) -> Outcome`. It draws everything from the seed alone (never from the arm), so that the
 arms of a run are pairs; it can be pickled, so that processes can share the work."""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings that arms choose from on validation data, before the pilot, each arm with the same number of trials.
+
+    The choice with the best mean of the primary metric over all tuning runs is used from then on; of equal ones the
+    first. A diverged value counts as the worst that any choice of the arm had.
+
+    Args:
+        choices: `{arm: {choice: what it is}}`; the baseline and the method are among the arms, and all have equally
+            many choices. Arms that are left out have nothing to choose.
+        runs: in which each choice is tried. Default 1.
+    """
+
+    choices: Mapping[str, Mapping[str, str]]
+    runs: int = 1
 
 
 @dataclass(frozen=True)
@@ -148,6 +173,7 @@ class Experiment:
             goes to the claim. Default None: in all.
         threads: of torch in every process; part of what makes numbers equal. None: torch is not touched.
         settings: every other choice: sizes, splits, hyperparameters.
+        tuning: what the arms choose on validation data. Default None: nothing is tuned.
         why: what changed in claim, tier or delta against the issue that named them, and why. Default: nothing did.
 
     Raises:
@@ -178,6 +204,7 @@ class Experiment:
     threads: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""
+    tuning: Tuning | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.delta < float("inf"):
@@ -189,13 +216,23 @@ class Experiment:
             raise ValueError(f"{self.slug}: an arm is held against itself")
         if (self.design == "crossed") != (self.units is not None):
             raise ValueError(f"{self.slug}: a crossed design says how many units a run has, and no other does")
-        if not FEWEST_RUNS[self.design] <= self.pilot_runs <= self.most_runs <= MOST_INDEX:
+        if not FEWEST_RUNS[self.design] <= self.pilot_runs <= min(self.most_runs, MOST_EARLY) <= MOST_INDEX:
             raise ValueError(f"{self.slug}: the pilot has {self.pilot_runs} runs and at most {self.most_runs} follow")
         if self.secondary_runs is not None and self.secondary_runs < FEWEST_RUNS[self.design]:
             raise ValueError(f"{self.slug}: {self.secondary_runs} runs of the secondary arms give no interval")
+        if self.tuning is not None:
+            self._check_tuning(self.tuning)
         unknown = set(self.equal) - set(Cost.model_fields)
         if unknown:
             raise ValueError(f"{self.slug}: a cost has no {', '.join(sorted(unknown))}")
+
+    def _check_tuning(self, tuning: Tuning) -> None:
+        if not {self.baseline, self.method} <= tuning.choices.keys() <= self.arms.keys():
+            raise ValueError(f"{self.slug}: what is tuned are arms, the baseline and the method among them")
+        if len({len(choices) for choices in tuning.choices.values()}) > 1 or not all(tuning.choices.values()):
+            raise ValueError(f"{self.slug}: every arm that is tuned has the same number of choices")
+        if not 1 <= tuning.runs <= MOST_EARLY:
+            raise ValueError(f"{self.slug}: {tuning.runs} tuning runs choose nothing")
 
     def runs_of(self, arm: str, runs: int) -> int:
         """In how many of the runs an arm takes part: always the first.
@@ -243,6 +280,8 @@ class Experiment:
             "threads": self.threads,
             "settings": dict(self.settings),
             "why": self.why,
+            # Absent where nothing is tuned.
+            **({} if self.tuning is None else {"tuning": asdict(self.tuning)}),
             "seeds": f"2 * ({MOST_INDEX} * seed base + index), plus 1 for the pilot",
             "rules": {
                 "level": LEVEL,

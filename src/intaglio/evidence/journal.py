@@ -44,7 +44,7 @@ class Journal:
             run: what finished.
         """
         self._append(run.model_dump())
-        self.runs[run.stage, run.index, run.arm] = run
+        self.runs[run.key] = run
 
     def _append(self, value: dict[str, Any]) -> None:
         line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
@@ -88,7 +88,7 @@ def _take_in(journal: Journal, content: bytes, header: dict[str, Any]) -> None:
                 f"line {number} of {journal.path} is damaged: {first_problem(error)}; remove that directory to start"
                 " over"
             ) from error
-        journal.runs[run.stage, run.index, run.arm] = run
+        journal.runs[run.key] = run
 
 
 def _check_header(path: Path, line: str, header: dict[str, Any]) -> None:

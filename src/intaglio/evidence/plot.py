@@ -1,4 +1,4 @@
-"""The effects of a record with their intervals against delta, as one SVG that can stand alone or in a page.
+"""The effects of a record with their intervals, as one SVG that can stand alone or in a page.
 
 Classes are those of the reports' style sheet; standing alone it brings their colours with it, light and dark.
 """
@@ -6,6 +6,7 @@ Classes are those of the reports' style sheet; standing alone it brings their co
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
+from dataclasses import dataclass
 
 from intaglio.evidence.record import Record
 from intaglio.pictures import LABEL_CHARACTER, WIDTH, clean_text, ticks
@@ -26,6 +27,7 @@ _STYLE = """
 _MARKS = """
 .picture .reach { stroke: var(--bar); stroke-width: 5; stroke-linecap: round; }
 .picture .reach.strong { stroke: var(--accent); }
+.picture .zero { stroke: var(--muted); stroke-width: 1; }
 .picture .at { fill: var(--ink); }
 """
 
@@ -43,8 +45,21 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
+@dataclass(frozen=True)
+class _Row:
+    """An effect with its interval."""
+
+    name: str
+    effect: float
+    low: float
+    high: float
+    strong: bool = False
+
+
 def effects(record: Record, alone: bool = True) -> str:
     """Draw the primary effect, and under it the secondaries of the same metric, each with its 95 % interval.
+
+    They have an axis each: a secondary effect is often far larger than the one that is asked about.
 
     Args:
         record: of a run.
@@ -53,19 +68,10 @@ def effects(record: Record, alone: bool = True) -> str:
     Returns:
         An SVG element.
     """
-    rows = [(f"{record.method} against {record.baseline}", record.effect, *record.interval, True)]
-    rows += [(s.name, s.effect, *s.interval, False) for s in record.secondaries if s.metric == record.metric]
+    primary = _Row(f"{record.method} against {record.baseline}", record.effect, *record.interval, strong=True)
+    others = [_Row(s.name, s.effect, *s.interval) for s in record.secondaries if s.metric == record.metric]
     margin = record.delta if record.kind == "better" else -record.delta
-    marks = ticks(min(0.0, margin, *(row[2] for row in rows)), max(0.0, margin, *(row[3] for row in rows)))
-    low, high = marks[0], marks[-1]
-    left = 28 + LABEL_CHARACTER * max(len(_short(row[0])) for row in rows)
-    right = 130.0
-    span = WIDTH - left - right
-
-    def place(value: float) -> float:
-        return left + span * (value - low) / (high - low)
-
-    top, bottom = 34.0, 34.0 + ROW * len(rows)
+    left = 28 + LABEL_CHARACTER * max(len(_short(row.name)) for row in [primary, *others])
     title = f"{record.slug}: {record.verdict}"
     description = (
         f"Effect on {record.metric} in {record.unit}, larger is better for the method: {record.effect:.4g}, 95 %"
@@ -75,7 +81,6 @@ def effects(record: Record, alone: bool = True) -> str:
         "svg",
         {
             "xmlns": "http://www.w3.org/2000/svg",
-            "viewBox": f"0 0 {_number(WIDTH)} {_number(bottom + 52)}",
             "role": "img",
             "aria-label": f"{title}. {description}",
             "class": "picture",
@@ -84,19 +89,41 @@ def effects(record: Record, alone: bool = True) -> str:
     _add(root, "title", title)
     _add(root, "desc", description)
     _add(root, "style", (_STYLE if alone else "") + _MARKS)
-    for mark in marks:
-        _add(root, "line", x1=place(mark), x2=place(mark), y1=top - 4, y2=bottom + 2, class_="grid")
-        _add(root, "text", f"{mark:g}", x=place(mark), y=bottom + 18, class_="small", text_anchor="middle")
-    axis = f"effect on {record.metric}, {record.unit}, larger is better; 95 % intervals"
-    _add(root, "text", axis, x=left, y=bottom + 40, class_="small")
-    at = place(margin)
-    _add(root, "line", x1=at, x2=at, y1=top - 8, y2=bottom + 2, class_="reference")
-    _add(root, "text", f"{margin:g} must be passed", x=at, y=top - 14, class_="small", text_anchor="middle")
-    for line, (name, effect, start, end, strong) in enumerate(rows):
-        y = top + ROW * line + ROW / 2
-        more = " strong" if strong else ""
-        _add(root, "text", _short(name), x=left - 10, y=y + 4, class_=f"label{more}", text_anchor="end")
-        _add(root, "line", x1=place(start), x2=place(end) + 0.01, y1=y, y2=y, class_=f"reach{more}")
-        _add(root, "circle", cx=place(effect), cy=y, r=4, class_="at")
-        _add(root, "text", f"{effect:+.4f}", x=WIDTH - right + 14, y=y + 4, class_=f"label{more}")
+    unit = f"effect on {record.metric}, {record.unit}, larger is better; 95 % intervals"
+    bottom = _panel(root, [primary], left, 34.0, unit, (margin, f"{margin:g} must be passed"))
+    if others:
+        bottom = _panel(root, others, left, bottom + 30, "secondary comparisons, the same unit on another scale")
+    root.set("viewBox", f"0 0 {_number(WIDTH)} {_number(bottom + 12)}")
     return ET.tostring(root, encoding="unicode")
+
+
+def _panel(
+    root: ET.Element, rows: list[_Row], left: float, top: float, axis: str, reference: tuple[float, str] | None = None
+) -> float:
+    """Rows on one axis with 0 in it; gives back where the panel ends."""
+    ends = [0.0, *(end for row in rows for end in (row.low, row.high)), *([reference[0]] if reference else [])]
+    reach = (max(ends) - min(ends)) or 1.0
+    marks = ticks(min(ends), min(ends) + reach)
+    right = 130.0
+    span, bottom = WIDTH - left - right, top + ROW * len(rows)
+
+    def place(value: float) -> float:
+        return left + span * (value - marks[0]) / (marks[-1] - marks[0])
+
+    for mark in marks:
+        line = "zero" if mark == 0 else "grid"
+        _add(root, "line", x1=place(mark), x2=place(mark), y1=top - 4, y2=bottom + 2, class_=line)
+        _add(root, "text", f"{mark:g}", x=place(mark), y=bottom + 18, class_="small", text_anchor="middle")
+    _add(root, "text", axis, x=left, y=bottom + 40, class_="small")
+    if reference is not None:
+        at = place(reference[0])
+        _add(root, "line", x1=at, x2=at, y1=top - 8, y2=bottom + 2, class_="reference")
+        _add(root, "text", reference[1], x=at, y=top - 14, class_="small", text_anchor="middle")
+    for number, row in enumerate(rows):
+        y = top + ROW * number + ROW / 2
+        more = " strong" if row.strong else ""
+        _add(root, "text", _short(row.name), x=left - 10, y=y + 4, class_=f"label{more}", text_anchor="end")
+        _add(root, "line", x1=place(row.low), x2=place(row.high) + 0.01, y1=y, y2=y, class_=f"reach{more}")
+        _add(root, "circle", cx=place(row.effect), cy=y, r=4, class_="at")
+        _add(root, "text", f"{row.effect:+.4f}", x=WIDTH - right + 14, y=y + 4, class_=f"label{more}")
+    return bottom + 40

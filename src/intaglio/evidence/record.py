@@ -30,10 +30,11 @@ class Run(_Strict):
     """One arm of one run, as it stands in the journal and in the record.
 
     Args:
-        stage: `pilot` or `run`.
+        stage: `tuning`, `pilot` or `run`.
         index: of the run, from 0.
         seed: that everything was drawn from.
         arm: which.
+        choice: of its settings; "" where it has none to choose from.
         outcome: raw values, cost, and what the arms share; a diverged value is null.
     """
 
@@ -41,7 +42,13 @@ class Run(_Strict):
     index: int
     seed: int
     arm: str
+    choice: str = ""
     outcome: Outcome
+
+    @property
+    def key(self) -> tuple[Stage, int, str]:
+        """What no other run of an experiment has; while tuning, an arm runs once for each of its choices."""
+        return self.stage, self.index, f"{self.arm}: {self.choice}" if self.stage == "tuning" else self.arm
 
 
 class ArmSummary(_Strict):
@@ -90,6 +97,20 @@ class Compared(_Strict):
     diverged: float
 
 
+class Tuned(_Strict):
+    """What an arm chose on validation data.
+
+    Args:
+        chosen: the best choice.
+        means: of the primary metric for each choice, over the values that did not diverge; None if all did.
+        diverged: share of each choice's values.
+    """
+
+    chosen: str
+    means: dict[str, float | None]
+    diverged: dict[str, float]
+
+
 class Pilot(_Strict):
     """How the number of runs was fixed.
 
@@ -129,6 +150,7 @@ class Record(_Strict):
         parity: what is equal over the arms.
         cost: of each arm, mean over runs.
         secondaries: other comparisons.
+        tuned: what each arm chose; empty where nothing is tuned.
         pilot: None where the user gave the number of runs.
         seed_base: that seeds follow from.
         seeds: of each stage.
@@ -164,6 +186,7 @@ class Record(_Strict):
     parity: str
     cost: dict[str, Cost]
     secondaries: list[Compared]
+    tuned: dict[str, Tuned] = {}
     pilot: Pilot | None
     seed_base: int = Field(ge=0)
     seeds: dict[Stage, list[int]]

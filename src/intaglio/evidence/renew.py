@@ -17,8 +17,8 @@ from intaglio.evidence import record as records
 from intaglio.evidence import sources
 from intaglio.evidence.experiment import Experiment, Unit
 from intaglio.evidence.record import Record, Run, stale_parts
-from intaglio.evidence.run import COUNTING, check_checkout, experiment_of, outcomes
-from intaglio.machine import versions, with_threads
+from intaglio.evidence.run import check_checkout, check_machine, choice_of, experiment_of, made_with, outcomes
+from intaglio.machine import with_threads
 from intaglio.method import Progress, silent
 
 INDEX = 0
@@ -55,14 +55,15 @@ def renew(
     chosen = experiment if experiment is not None else experiment_of(slug, found.tier)
     if chosen.digest != found.preregistration_digest:
         raise IntaglioError(f"the experiment of {slug} is not the one on record: the claim has to be proven anew")
+    check_machine(chosen)
     then = {run.arm: run for run in found.runs if (run.stage, run.index) == ("run", INDEX)}
-    tasks = [(arm, Unit("run", INDEX, found.seed_base)) for arm in chosen.arms]
+    tasks = [(arm, Unit("run", INDEX, found.seed_base, choice_of(arm, found.tuned))) for arm in chosen.arms]
     with with_threads(found.threads):
         for done, now in enumerate(outcomes(chosen, tasks, workers), 1):
             _check_same(then[now.arm], now, changed)
             progress(done, len(tasks), f"renew: {now.arm}")
     today = time.strftime("%Y-%m-%d", time.gmtime())
-    fresh = {"renewed": today, "sources": sources.of_slug(slug), "versions": versions(COUNTING)}
+    fresh = {"renewed": today, "sources": sources.of_slug(slug), "versions": made_with(chosen)}
     document = Record.model_validate(found.model_dump() | fresh).model_dump(mode="json")
     writer.write_json(records.RESULTS / f"{slug}.json", document)
     return {"slug": slug, "changed": list(changed), "renewed": today}

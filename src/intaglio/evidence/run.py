@@ -28,7 +28,7 @@ from intaglio.evidence import record as records
 from intaglio.evidence import statistics as stats
 from intaglio.evidence.experiment import FEWEST_RUNS, MOST_INDEX, Cost, Direction, Experiment, Outcome, Stage, Unit
 from intaglio.evidence.journal import Journal, Key, open_journal
-from intaglio.evidence.record import ArmSummary, Compared, Pilot, Record, Run
+from intaglio.evidence.record import ArmSummary, Compared, Pilot, Record, Run, Tuned
 from intaglio.machine import versions, with_threads
 from intaglio.method import Progress, silent
 
@@ -39,24 +39,26 @@ Task = tuple[str, Unit]
 Runs = Mapping[Key, Run]
 
 
-def experiment_of(slug: str, tier: str = "cpu") -> Experiment:
+def experiment_of(slug: str, tier: str | None = None) -> Experiment:
     """The experiment of a method.
 
     Args:
         slug: the method.
-        tier: `cpu` (default) or `gpu`.
+        tier: `cpu` or `gpu`. Default None: the one that the claim is made for.
 
     Raises:
         IntaglioError: there is no such method, it has no experiment, or none for that tier.
     """
     if slug not in ENTRIES:
         raise IntaglioError(f"there is no method named {slug!r}; {did_you_mean(slug, ENTRIES)}")
-    if tier not in ("cpu", "gpu"):
+    if tier not in ("cpu", "gpu", None):
         raise IntaglioError(f"the tier {tier!r} is unknown; accepted: cpu, gpu")
     name = f"intaglio.evidence.{slug}"
     if find_spec(name) is None:
         raise IntaglioError(f"{slug} has no experiment yet, so nothing can be proved about it")
     found = cast(dict[str, Experiment], import_module(name).EXPERIMENTS)
+    if tier is None:
+        return next(iter(found.values()))
     if tier not in found:
         raise IntaglioError(f"the claim of {slug} is not made for the tier {tier}; accepted: {', '.join(found)}")
     return found[tier]
@@ -67,7 +69,7 @@ def prove(
     *,
     seed_base: int = 0,
     units: int | None = None,
-    tier: str = "cpu",
+    tier: str | None = None,
     directory: str | os.PathLike[str] = DIRECTORY,
     workers: int = 1,
     record: bool = False,
@@ -76,15 +78,16 @@ def prove(
 ) -> dict[str, Any]:
     """Run a method's claim: baseline and method side by side, and a verdict.
 
-    A pilot on seeds of its own fixes the number of runs, unless `units` does. What has finished is kept: called again
-    with the same arguments it goes on where it was. Writes `result.json`, `effect.svg` and `runs.jsonl` into a folder
+    Where arms have settings to choose from, these are tried on validation data first. A pilot on seeds of its own fixes
+    the number of runs, unless `units` does. What has finished is kept: called again with the same arguments it goes on
+    where it was. Writes `result.json`, `effect.svg` and `runs.jsonl` into a folder
     of `directory` named after the slug, the seed base, and tier and units where they are not the default.
 
     Args:
         slug: the method.
         seed_base: that all seeds follow from, 0 or above. Default 0.
         units: runs to compare, in the place of the pilot. Default None: the pilot says.
-        tier: `cpu` (default) or `gpu`.
+        tier: `cpu` or `gpu`. Default None: the one that the claim is made for.
         directory: where results go. Default `./intaglio-prove`.
         workers: processes that share the work. Default 1: this one.
         record: also write the record that is shipped; in a source checkout only. Default False.
@@ -103,24 +106,25 @@ def prove(
         "choices": chosen.digest,
         "seed_base": seed_base,
         "units": units,
-        "versions": versions(COUNTING),
+        "versions": made_with(chosen),
         "code": sources.together(sources.of_slug(slug)),
     }
     folder = Path(directory) / _folder(chosen, seed_base, units)
     with open_journal(folder, header) as journal, with_threads(chosen.threads):
+        tuned = _tuned(chosen, journal, seed_base, workers, progress)
         pilot = None
         if units is None:
-            pilot = _pilot(chosen, journal, seed_base, workers, progress)
+            pilot = _pilot(chosen, journal, seed_base, tuned, workers, progress)
             units = pilot.most if pilot.asked is None else min(pilot.asked, pilot.most)
         tasks = [
-            (arm, Unit("run", index, seed_base))
+            (arm, Unit("run", index, seed_base, choice_of(arm, tuned)))
             for index in range(units)
             for arm in chosen.arms
             if index < chosen.runs_of(arm, units)
         ]
         _finish(chosen, journal, tasks, workers, progress)
         command = _command(chosen, seed_base, None if pilot else units)
-        found = _record(chosen, journal, seed_base, units, pilot, command)
+        found = _record(chosen, journal, seed_base, units, tuned, pilot, command)
     document = found.model_dump(mode="json")
     writer.write_json(folder / "result.json", document)
     writer.write_text(folder / "effect.svg", plot.effects(found) + "\n")
@@ -129,26 +133,35 @@ def prove(
     return document
 
 
+def paired(record: Record) -> stats.Paired:
+    """The differences of a record's primary comparison, from its raw values.
+
+    Args:
+        record: any.
+    """
+    runs = {run.key: run for run in record.runs}
+    baseline = _rows(runs, "run", record.units, record.baseline, record.metric)
+    method = _rows(runs, "run", record.units, record.method, record.metric)
+    return stats.pair(baseline, method, record.direction)
+
+
 def reckoned(record: Record) -> tuple[stats.Interval, stats.Verdict]:
     """What the raw values of a record say now: equal to what it says itself, or one of the two is wrong.
 
     Args:
         record: any.
     """
-    runs = {(run.stage, run.index, run.arm): run for run in record.runs}
-    baseline = _rows(runs, "run", record.units, record.baseline, record.metric)
-    method = _rows(runs, "run", record.units, record.method, record.metric)
-    paired = stats.pair(baseline, method, record.direction)
-    found = stats.interval(record.design, paired.rows)
-    return found, stats.verdict(found, record.delta, record.kind, paired.method_diverged)
+    differences = paired(record)
+    found = stats.interval(record.design, differences.rows)
+    return found, stats.verdict(found, record.delta, record.kind, differences.method_diverged)
 
 
-def register(slug: str, tier: str = "cpu") -> Path:
+def register(slug: str, tier: str | None = None) -> Path:
     """Write the preregistration of an experiment, to be committed before its first run.
 
     Args:
         slug: the method.
-        tier: of the claim. Default `cpu`.
+        tier: of the claim. Default None: the first that the experiment has.
     """
     chosen = experiment_of(slug, tier)
     check_checkout()
@@ -165,11 +178,7 @@ def _check(experiment: Experiment, seed_base: int, units: int | None, workers: i
     fewest = FEWEST_RUNS[experiment.design]
     if units is not None and not fewest <= units <= MOST_INDEX:
         raise IntaglioError(f"units is {units}; an interval needs at least {fewest}, and {MOST_INDEX:,} are the most")
-    if experiment.tier == "gpu":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise IntaglioError("the tier gpu needs a CUDA device, and this machine has none")
+    check_machine(experiment)
     if record:
         check_checkout()
         committed = records.preregistered(experiment.slug)
@@ -178,6 +187,36 @@ def _check(experiment: Experiment, seed_base: int, units: int | None, workers: i
                 f"the experiment of {experiment.slug} is not the one that was committed in"
                 f" {records.PREREGISTERED.name}/{experiment.slug}.json before its first run, so it cannot be recorded"
             )
+
+
+def check_machine(experiment: Experiment) -> None:
+    """Refuse an experiment whose tier this machine lacks.
+
+    Args:
+        experiment: any.
+
+    Raises:
+        IntaglioError: it needs a CUDA device, and there is none.
+    """
+    if experiment.tier == "gpu":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise IntaglioError("the tier gpu needs a CUDA device, and this machine has none")
+
+
+def made_with(experiment: Experiment) -> dict[str, str]:
+    """What decides the numbers beside our code: versions, and the device where it is no CPU.
+
+    Args:
+        experiment: any.
+    """
+    found = versions(COUNTING)
+    if experiment.tier == "gpu":
+        import torch
+
+        found["device"] = torch.cuda.get_device_name()
+    return found
 
 
 def check_checkout() -> None:
@@ -203,9 +242,62 @@ def _command(experiment: Experiment, seed_base: int, units: int | None) -> str:
     return shlex.join(words if units is None else [*words, "--units", str(units)])
 
 
-def _pilot(experiment: Experiment, journal: Journal, base: int, workers: int, progress: Progress) -> Pilot:
+def choice_of(arm: str, tuned: Mapping[str, Tuned]) -> str:
+    """The settings that an arm chose; "" where it had none to choose from.
+
+    Args:
+        arm: of an experiment.
+        tuned: what its arms chose.
+    """
+    return tuned[arm].chosen if arm in tuned else ""
+
+
+def _tuned(experiment: Experiment, journal: Journal, base: int, workers: int, progress: Progress) -> dict[str, Tuned]:
+    """Try every choice of every arm on validation data, and take the best of each arm."""
+    tuning = experiment.tuning
+    if tuning is None:
+        return {}
+    tasks = [
+        (arm, Unit("tuning", index, base, choice))
+        for index in range(tuning.runs)
+        for arm, choices in tuning.choices.items()
+        for choice in choices
+    ]
+    _finish(experiment, journal, tasks, workers, progress)
+    found = {}
+    for arm, choices in tuning.choices.items():
+        values = {
+            choice: np.concatenate(_rows(journal.runs, "tuning", tuning.runs, f"{arm}: {choice}", experiment.metric))
+            for choice in choices
+        }
+        found[arm] = Tuned(
+            chosen=stats.best(values, experiment.direction),
+            means={choice: _mean(flat) for choice, flat in values.items()},
+            diverged={choice: float((~np.isfinite(flat)).mean()) for choice, flat in values.items()},
+        )
+    return found
+
+
+def _mean(flat: stats.Array) -> float | None:
+    """Of the finite values; None if there are none."""
+    finite = flat[np.isfinite(flat)]
+    return float(finite.mean()) if len(finite) else None
+
+
+def _pilot(
+    experiment: Experiment,
+    journal: Journal,
+    base: int,
+    tuned: Mapping[str, Tuned],
+    workers: int,
+    progress: Progress,
+) -> Pilot:
     arms = (experiment.baseline, experiment.method)
-    tasks = [(arm, Unit("pilot", index, base)) for index in range(experiment.pilot_runs) for arm in arms]
+    tasks = [
+        (arm, Unit("pilot", index, base, choice_of(arm, tuned)))
+        for index in range(experiment.pilot_runs)
+        for arm in arms
+    ]
     _finish(experiment, journal, tasks, workers, progress)
     paired = _paired(
         experiment, journal, "pilot", experiment.pilot_runs, *arms, experiment.metric, experiment.direction
@@ -216,7 +308,7 @@ def _pilot(experiment: Experiment, journal: Journal, base: int, workers: int, pr
 
 def _finish(experiment: Experiment, journal: Journal, tasks: Sequence[Task], workers: int, progress: Progress) -> None:
     """Run what is not in the journal yet, then check that the arms of each run are pairs."""
-    waiting = [(arm, unit) for arm, unit in tasks if (unit.stage, unit.index, arm) not in journal.runs]
+    waiting = [(arm, unit) for arm, unit in tasks if _key(arm, unit) not in journal.runs]
     done = len(tasks) - len(waiting)
     stage = tasks[0][1].stage
     if done and waiting:
@@ -226,7 +318,11 @@ def _finish(experiment: Experiment, journal: Journal, tasks: Sequence[Task], wor
         done += 1
         progress(done, len(tasks), f"{stage}: {run.arm}, {experiment.factors[0]} {run.index + 1}")
     for index in {unit.index for _, unit in tasks}:
-        _check_pairs(experiment, [journal.runs[stage, index, arm] for arm, unit in tasks if unit.index == index])
+        _check_pairs(experiment, [journal.runs[_key(arm, unit)] for arm, unit in tasks if unit.index == index])
+
+
+def _key(arm: str, unit: Unit) -> Key:
+    return unit.stage, unit.index, f"{arm}: {unit.choice}" if unit.stage == "tuning" else arm
 
 
 def outcomes(experiment: Experiment, tasks: Sequence[Task], workers: int) -> Iterator[Run]:
@@ -273,7 +369,7 @@ def _one(experiment: Experiment, task: Task) -> Run:
         for metric, of_units in outcome.values.items()
     }
     clean = Outcome(values=values, cost=outcome.cost, shared=outcome.shared)
-    return Run(stage=unit.stage, index=unit.index, seed=unit.seed, arm=arm, outcome=clean)
+    return Run(stage=unit.stage, index=unit.index, seed=unit.seed, arm=arm, choice=unit.choice, outcome=clean)
 
 
 def _finite(value: float | None) -> float | None:
@@ -322,11 +418,19 @@ def _paired(
 
 
 def _record(
-    experiment: Experiment, journal: Journal, base: int, count: int, pilot: Pilot | None, command: str
+    experiment: Experiment,
+    journal: Journal,
+    base: int,
+    count: int,
+    tuned: dict[str, Tuned],
+    pilot: Pilot | None,
+    command: str,
 ) -> Record:
     order = list(experiment.arms)
-    runs = sorted(journal.runs.values(), key=lambda run: (run.stage, run.index, order.index(run.arm)))
     wanted: dict[Stage, int] = {"pilot": pilot.runs if pilot else 0, "run": count}
+    if experiment.tuning is not None:
+        wanted["tuning"] = experiment.tuning.runs
+    runs = sorted(journal.runs.values(), key=lambda run: (run.stage, run.index, order.index(run.arm), run.choice))
     runs = [run for run in runs if run.index < wanted[run.stage]]
     primary = _paired(
         experiment, journal, "run", count, experiment.baseline, experiment.method, experiment.metric,
@@ -360,11 +464,12 @@ def _record(
             for arm in order
         },
         secondaries=_secondaries(experiment, journal, count),
+        tuned=tuned,
         pilot=pilot,
         seed_base=base,
         seeds={stage: sorted({run.seed for run in runs if run.stage == stage}) for stage in wanted},
         threads=experiment.threads,
-        versions=versions(COUNTING),
+        versions=made_with(experiment),
         command=command,
         made=time.strftime("%Y-%m-%d", time.gmtime()),
         preregistration=experiment.preregistration(),
@@ -378,12 +483,11 @@ def _summary(experiment: Experiment, journal: Journal, count: int, arm: str) -> 
     if experiment.metric not in journal.runs["run", 0, arm].outcome.values:
         return ArmSummary(what=experiment.arms[arm], runs=count, mean=None, diverged=0.0)
     flat = np.concatenate(_rows(journal.runs, "run", count, arm, experiment.metric))
-    finite = flat[np.isfinite(flat)]
     return ArmSummary(
         what=experiment.arms[arm],
         runs=count,
-        mean=float(finite.mean()) if len(finite) else None,
-        diverged=float(1 - len(finite) / len(flat)),
+        mean=_mean(flat),
+        diverged=float((~np.isfinite(flat)).mean()),
     )
 
 

@@ -21,7 +21,7 @@ scipy is needed: `pip install 'intaglio[evidence]'`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -283,6 +283,24 @@ def pair(baseline: Sequence[Array], method: Sequence[Array], direction: Literal[
     )
 
 
+def best(values: Mapping[str, Array], direction: Literal["lower", "higher"]) -> str:
+    """The choice with the best mean; of equal ones the first. A diverged value counts as the worst of all.
+
+    Args:
+        values: of each choice, tried on the same data; a diverged one is NaN or infinite.
+        direction: which way of the metric is better.
+    """
+    finite = np.concatenate([flat[np.isfinite(flat)] for flat in values.values()])
+    sign = 1.0 if direction == "lower" else -1.0
+    worst = float((sign * finite).max()) if len(finite) else 0.0
+    means = {
+        choice: float(np.where(np.isfinite(flat), sign * flat, worst).mean()) + 0.0 for choice, flat in values.items()
+    }
+    # One that never finished anything is no choice, even where nothing else was worse.
+    some = {choice for choice, flat in values.items() if np.isfinite(flat).any()} or set(means)
+    return min((choice for choice in means if choice in some), key=lambda choice: means[choice])
+
+
 def holm(p: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, in the order given: the k-th smallest of m times (m - k + 1), made monotone, at most 1.
 
@@ -323,6 +341,61 @@ def _least(half_width: Callable[[int], float], fewest: int, delta: float) -> int
     return high
 
 
+@dataclass(frozen=True)
+class Larger:
+    """What would make an interval narrow enough, if the spreads are as a run saw them.
+
+    Args:
+        runs: that many.
+        units: (crossed) over that many units each; None for other designs.
+        of_runs: (crossed) share of the squared width that comes from which runs there were; None for other designs.
+        of_units: (crossed) the same for the units. What is left of 1 is neither's alone.
+    """
+
+    runs: int
+    units: int | None = None
+    of_runs: float | None = None
+    of_units: float | None = None
+
+
+def larger(design: Design, rows: Sequence[Array], delta: float) -> Larger | None:
+    """How large a run would have a half-width of 0.6 delta, by a finished run's spreads as they stand.
+
+    Of the crossed design both factors grow alike, from as many as there were. Not smaller than the run was.
+
+    Args:
+        design: how the rows hang together.
+        rows: the differences of each run, as `interval` takes them.
+        delta: the least effect that matters.
+
+    Returns:
+        None where it would take more than ten million runs.
+    """
+    if design == "clustered":
+        sizes_G = np.array([len(cluster) for cluster in rows], dtype=float)
+        _, variance = _ratio(sizes_G, np.array([float(cluster.sum()) for cluster in rows]))
+        found = _least(_cluster_width(sizes_G, variance * len(rows)), len(rows), delta)
+        return None if found is None else Larger(found)
+    table_CD = np.stack([np.asarray(row, dtype=float) for row in rows])
+    c, d = table_CD.shape
+    if design == "independent":
+        spread = float(table_CD[:, 0].var(ddof=1))
+        found = _least(lambda n: t_quantile(n - 1) * math.sqrt(spread / n), c, delta)
+        return None if found is None else Larger(found)
+    seen = _parts(table_CD)
+    of_runs, of_units = (max(0.0, part - seen.rest) for part in (seen.runs, seen.units))
+
+    def half_width(n: int) -> float:
+        many = max(2, round(d * n / c))
+        both = seen.rest * c * d / (n * many)
+        variance, degrees = _Parts(of_runs * c / n + both, of_units * d / many + both, both).total(n, many)
+        return t_quantile(degrees) * math.sqrt(variance)
+
+    found = _least(half_width, c, delta)
+    whole = (of_runs + of_units + seen.rest) or 1.0
+    return None if found is None else Larger(found, max(2, round(d * found / c)), of_runs / whole, of_units / whole)
+
+
 def units_needed(differences_N: Array, delta: float) -> int:
     """Units of an independent run, so that the half-width of its interval is expected to be at most 0.6 delta.
 
@@ -354,11 +427,14 @@ def clusters_needed(clusters: Sequence[Array], delta: float) -> int:
     _, variance = _ratio(sizes_G, sums_G)
     g = len(sizes_G)
     one = upper_variance(variance * g, g - 1)
-    effective = float(sizes_G.sum() ** 2 / (sizes_G**2).sum()) / g
-    found = _least(
-        lambda n: t_quantile(max(1.0, effective * n / 2 - 1)) * math.sqrt(one / n), LEAST_RUNS["clustered"], delta
-    )
+    found = _least(_cluster_width(sizes_G, one), LEAST_RUNS["clustered"], delta)
     return MOST_UNITS if found is None else found
+
+
+def _cluster_width(sizes_G: Array, one: float) -> Callable[[int], float]:
+    """The half-width that n clusters of such sizes are expected to have, from the variance of one."""
+    effective = float(sizes_G.sum() ** 2 / (sizes_G**2).sum()) / len(sizes_G)
+    return lambda n: t_quantile(max(1.0, effective * n / 2 - 1)) * math.sqrt(one / n)
 
 
 def draws_needed(differences_CD: Array, delta: float, units: int) -> int | None:

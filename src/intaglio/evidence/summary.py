@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from intaglio.evidence.record import Record
+from intaglio.evidence.record import Record, preregistered
 
 MEANS = {
     "holds": "the interval lies above what matters",
@@ -13,6 +16,38 @@ MEANS = {
     "inconclusive": "the interval is narrow, but what matters lies inside it",
 }
 FAILED_TO_FINISH = "too many of the method's units diverged"
+
+
+ASKED = ("claim", "kind", "metric", "unit", "tier", "delta", "effect", "interval", "units", "sizes", "made", "renewed")
+
+
+def document(record: Record) -> dict[str, Any]:
+    """The answer without its raw values, as JSON.
+
+    Args:
+        record: of a run.
+    """
+    return record.model_dump(mode="json", include=set(ASKED))
+
+
+def without(slug: str) -> str:
+    """What there is to say of a method that has no record.
+
+    Args:
+        slug: of the method.
+    """
+    if (claim := preregistered(slug)) is None:
+        return "none; its claim was not stated as an experiment yet."
+    return f"not yet run. {claim['claim']} `intaglio prove {slug}` runs it."
+
+
+def signed(value: float) -> str:
+    """An effect with its sign, to four places or, where it is smaller, to two digits.
+
+    Args:
+        value: in the metric's unit.
+    """
+    return f"{value:+.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:+.2g}"
 
 
 def sentence(record: Record) -> str:
@@ -57,21 +92,26 @@ def arms(record: Record) -> Table:
     Args:
         record: of a run.
     """
+    diverged = any(arm.diverged for arm in record.arms.values())
+    costs = ("tokens", "GFLOPs", "non-zero, M", "s", "peak, MB")
+    title = f"{record.metric}, {record.unit}"
     table = Table(
-        "arm", record.metric, "diverged", "tokens", "GFLOPs", "non-zero", "seconds", "memory", caption=record.parity
-    )  # fmt: skip
+        "arm", "mean", *(["diverged"] if diverged else []), *costs, title=title, caption=record.parity, box=SIMPLE_HEAD
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
     table.columns[0].no_wrap = True
     for name, arm in record.arms.items():
         cost = record.cost[name]
         table.add_row(
             name,
             "" if arm.mean is None else f"{arm.mean:.4f}",
-            f"{arm.diverged:.0%}",
+            *([f"{arm.diverged:.0%}"] if diverged else []),
             f"{cost.tokens:,}",
             f"{cost.flops / 1e9:,.0f}",
-            f"{cost.parameters / 1e6:,.1f} M",
-            f"{cost.seconds:.1f}",
-            f"{cost.peak_bytes / 1e6:,.0f} MB",
+            f"{cost.parameters / 1e6:,.1f}",
+            f"{cost.seconds:,.1f}",
+            f"{cost.peak_bytes / 1e6:,.0f}",
             style="bold" if name in (record.baseline, record.method) else "",
         )
     return table
@@ -83,10 +123,17 @@ def secondaries(record: Record) -> Table:
     Args:
         record: of a run.
     """
-    table = Table("secondary", "runs", "effect", "95 % interval", "p (Holm)", caption="larger is better for the method")
+    table = Table(
+        "secondary", "runs", "effect", "95 % interval", "p (Holm)",
+        caption="larger is better for the method", box=SIMPLE_HEAD,
+    )  # fmt: skip
     for second in record.secondaries:
         low, high = second.interval
         table.add_row(
-            second.name, str(second.runs), f"{second.effect:+.4f}", f"{low:+.4f} to {high:+.4f}", f"{second.p_holm:.2g}"
+            second.name,
+            str(second.runs),
+            signed(second.effect),
+            f"{signed(low)} to {signed(high)}",
+            f"{second.p_holm:.2g}",
         )
     return table

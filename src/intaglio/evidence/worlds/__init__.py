@@ -1,6 +1,7 @@
 """Worlds: models and data that experiments share, seeded, split and sealed.
 
 - `smollm2`: SmolLM2-135M-Instruct with Wikipedia, for what is carved without training.
+- `prompts`: beginnings and chat turns of five kinds for SmolLM2, for what generates.
 - `source_code`: bytes of Python source and a small Llama, new or trained once and cached.
 - `haystack`: a synthetic language with facts hidden in filler and questions at the end.
 - `digits`: handwritten digits as images and as sequences, with wrong labels where asked for.
@@ -12,6 +13,6 @@ What they share:
 - `sealing`: sets by hash, draws by key.
 - `made`: what is made once and found again in the user's cache; `trained`, models among it.
 
-In all of them `training(seed)` follows from the seed alone, settings are chosen on `validation`, and another seed base
-measures on other samples of a set that nothing was chosen on.
+In all of them `training(seed)` follows from the seed alone, settings are chosen on `validation` (which is what the
+stage `tuning` is measured on), and another seed base measures on other samples of a set that nothing was chosen on.
 """

@@ -157,12 +157,14 @@ class Digits:
         return self._drawn("validation", self.validation_images, seed).noisy(self.noise, seed)
 
     def images(self, stage: Stage, base: int = 0) -> Images:
-        """What every run of a stage is measured on, with clean labels.
+        """What every run of a stage is measured on, with clean labels (those of `validation` while tuning).
 
         Args:
             stage: pilots have images of their own.
             base: another seed base gives others of the set.
         """
+        if stage == "tuning":
+            return self.validation(base)
         return self._drawn(MEASURED[stage], self.pilot_images if stage == "pilot" else self.run_images, base)
 
     def _drawn(self, part: Part, count: int, seed: int) -> Images:

@@ -139,9 +139,7 @@ class Docstrings:
             base: another seed base gives other queries and documents of the set.
             packages: only theirs; `world.learned` measures at home. Default: those asked about.
         """
-        sizes = (
-            (self.queries_pilot, self.documents_pilot) if stage == "pilot" else (self.queries_run, self.documents_run)
-        )
+        sizes = (self.queries_run, self.documents_run) if stage == "run" else (self.queries_pilot, self.documents_pilot)
         return self._drawn(MEASURED[stage], *sizes, base, packages)
 
     def _drawn(

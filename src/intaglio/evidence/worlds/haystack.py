@@ -217,7 +217,7 @@ class Haystack:
             depth: where the first question's fact stands; see `draw`.
             length: tokens, where not the world's.
         """
-        count = self.documents_pilot if stage == "pilot" else self.documents_run
+        count = self.documents_run if stage == "run" else self.documents_pilot
         return self.draw(MEASURED[stage], count, base, depth=depth, length=length)
 
     def draw(

@@ -126,7 +126,8 @@ class MovieLens:
         return tuple(Question(user, items[:-2], items[-2]) for user, items in self.load().sequences.items())
 
     def questions(self, stage: Stage, base: int = 0) -> tuple[Question, ...]:
-        """What every run of a stage is measured on: the last item of some users, after all of the others.
+        """What every run of a stage is measured on: the last item of some users, after all of the others; while tuning,
+        the questions of `validation`.
 
         Args:
             stage: pilots have users of their own.
@@ -135,6 +136,8 @@ class MovieLens:
         Raises:
             IntaglioError: there are fewer users than are asked for.
         """
+        if stage == "tuning":
+            return self.validation()
         sequences = self.load().sequences
         part = MEASURED[stage]
         users = [user for user in sequences if part_of(f"user {user}", BOUNDS) == part]

@@ -23,7 +23,7 @@ from intaglio.evidence.experiment import Stage
 Part = Literal["train", "validation", "pilot", "evaluation"]
 """Four sets that share nothing: what methods learn from, what their settings are chosen on, what pilots are measured
 on, what runs are measured on."""
-MEASURED: Mapping[Stage, Part] = {"pilot": "pilot", "run": "evaluation"}
+MEASURED: Mapping[Stage, Part] = {"tuning": "validation", "pilot": "pilot", "run": "evaluation"}
 """What a stage is measured on."""
 Bounds = Mapping[Part, tuple[int, int]]
 

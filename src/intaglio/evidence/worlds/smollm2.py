@@ -1,7 +1,14 @@
 """SmolLM2-135M-Instruct with English Wikipedia: a real model for what is carved without training.
 
 Articles are sealed by their hash into three sets that share none: calibration, evaluation of pilots, evaluation of
-runs. The evaluation articles are none of those that Intaglio's own development measured on (`Corpus.split` holds out
+runs. What chooses settings does so within the first of them, which is cut in two for that: `fitting` and `validation`.
+
+    world = SmolLM2Wikipedia()
+    checkpoint = world.load()                                       # copy it before it is carved
+    Wanda(sparsity=0.5).apply(copy, world.calibration(seed).segments)
+    losses = quality(copy, world.documents("run").segments).losses  # nats a token
+
+The evaluation articles are none of those that Intaglio's own development measured on (`Corpus.split` holds out
 hashes below 200 of 1000; here these are among the calibration articles).
 
 Dimension letters: N documents, T tokens of a window.
@@ -21,8 +28,14 @@ from intaglio.errors import IntaglioError
 from intaglio.evidence.experiment import Stage
 from intaglio.evidence.worlds.sealing import Windows, keyed
 
-Part = Literal["calibration", "pilot", "evaluation"]
-BOUNDS: dict[Part, tuple[int, int]] = {"calibration": (0, 500), "pilot": (500, 600), "evaluation": (600, 1000)}
+Part = Literal["calibration", "fitting", "validation", "pilot", "evaluation"]
+BOUNDS: dict[Part, tuple[int, int]] = {
+    "calibration": (0, 500),
+    "fitting": (0, 400),
+    "validation": (400, 500),
+    "pilot": (500, 600),
+    "evaluation": (600, 1000),
+}
 """Which remainders of a document's hash modulo 1000 are in which set."""
 
 
@@ -53,28 +66,40 @@ class SmolLM2Wikipedia:
         return _load(self.model)
 
     def part(self, part: Part) -> Corpus:
-        """The documents of one of the three sealed sets.
+        """The documents of a sealed set.
 
         Args:
             part: which.
         """
         return _sealed(self.texts, part)
 
-    def calibration(self, seed: int) -> Windows:
+    def calibration(self, seed: int, stage: Stage = "run") -> Windows:
         """A calibration draw: as the pruning papers have it, a window at random out of each of some random documents.
 
         Args:
-            seed: decides documents and places, and nothing else does.
+            seed: decides documents and places.
+            stage: while tuning, none of the documents of `validation` is drawn. Default `run`.
         """
-        return self._windows("calibration", self.samples, self.length, f"calibration:{seed}")
+        part: Part = "fitting" if stage == "tuning" else "calibration"
+        return self._windows(part, self.samples, self.length, f"calibration:{seed}")
+
+    def validation(self, seed: int = 0) -> Windows:
+        """Documents to choose settings on, as many as a pilot has.
+
+        Args:
+            seed: decides documents and places. Default 0.
+        """
+        return self._windows("validation", self.documents_pilot, self.tokens, f"validation:{seed}")
 
     def documents(self, stage: Stage, base: int = 0) -> Windows:
         """What every run of a stage is measured on.
 
         Args:
-            stage: pilots have documents of their own.
+            stage: pilots have documents of their own; while tuning it is those of `validation`.
             base: another seed base gives other documents of the set, and other places in them.
         """
+        if stage == "tuning":
+            return self.validation(base)
         if stage == "pilot":
             return self._windows("pilot", self.documents_pilot, self.tokens, f"pilot:{base}")
         return self._windows("evaluation", self.documents_run, self.tokens, f"evaluation:{base}")

@@ -126,7 +126,7 @@ class SourceCode:
             stage: pilots have files of their own.
             base: another seed base gives other files of the set, and other places in them.
         """
-        count = self.documents_pilot if stage == "pilot" else self.documents_run
+        count = self.documents_run if stage == "run" else self.documents_pilot
         return self._windows(MEASURED[stage], count, self.tokens, base)
 
     def new(self, seed: int, **changes: Any) -> Checkpoint:
