@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
+from intaglio.anatomy import CACHE
 from intaglio.attachments import Fitting
 from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import Checkpoint, load
@@ -57,7 +58,7 @@ def test_what_it_cannot_do_is_one_sentence(slug: str, index: int) -> None:
     refused: list[tuple[Any, dict[str, Any], str]] = [
         (full, {"num_beams": 2}, "num_beams is 2"),
         (full, {"use_cache": False}, "cache"),
-        (window, {"past_key_values": StaticCache(window.config, max_cache_len=32)}, "a StaticCache was given"),
+        (window, {CACHE: StaticCache(window.config, max_cache_len=32)}, "a StaticCache was given"),
         (full, {"max_new_tokens": 500}, "context"),
     ]
     for model, options, says in refused:
@@ -66,9 +67,9 @@ def test_what_it_cannot_do_is_one_sentence(slug: str, index: int) -> None:
         assert "\n" not in str(caught.value)
     quantized = QuantizedCache.__new__(QuantizedCache)  # making one needs another package
     with pytest.raises(IntaglioError, match="QuantizedCache"):
-        decoder(full, ids, [], [], _config(full), past_key_values=quantized)
+        decoder(full, ids, [], [], _config(full), **{CACHE: quantized})
     with pytest.raises(IntaglioError, match="is no causal language model") as caught:
-        decoder(tiny_model("bert", layers=1), ids, [], [], _config(full), past_key_values=DynamicCache())
+        decoder(tiny_model("bert", layers=1), ids, [], [], _config(full), **{CACHE: DynamicCache()})
     assert "\n" not in str(caught.value)
 
 

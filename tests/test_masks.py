@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
-from intaglio.anatomy import attention, blocks
+from intaglio.anatomy import CACHE, CACHES, attention, blocks
 from intaglio.errors import IntaglioError
 from intaglio.masks import (
     Alibi,
@@ -256,7 +256,7 @@ def test_generate_with_caches_equals_generate_without(family: str, base: str) ->
     set_visibility(model, LEFT_LOOKING)
     ids, logits = generated(model, inputs, use_cache=False)
     options: list[dict[str, Any]] = [
-        {}, {"past_key_values": DynamicCache()}, {"cache_implementation": "static"},
+        {}, {CACHE: DynamicCache()}, {"cache_implementation": "static"},
     ]  # fmt: skip
     for option in options:
         cached_ids, cached_logits = generated(model, inputs, **option)
@@ -271,7 +271,7 @@ def test_a_static_cache_filled_by_hand() -> None:
     whole = model(input_ids=ids, use_cache=False).logits
     cache = StaticCache(model.config, max_cache_len=32)
     for start, end in ((0, 6), (6, 7), (7, 12), (12, L)):
-        part = model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True).logits
+        part = model(input_ids=ids[:, start:end], **{CACHE: cache}, use_cache=True).logits
         torch.testing.assert_close(part, whole[:, start:end], rtol=0, atol=2e-5)
 
 
@@ -297,15 +297,16 @@ def test_a_rule_that_looks_right_has_no_cache() -> None:
             assert logits[:, [2]].shape == (B, 1)
             logits[:, 2] = -torch.inf  # min_new_tokens keeps the end token away
             assert torch.equal(logits.argmax(-1), ids[:, step])
-    assert model(**inputs).past_key_values is None
-    assert model(inputs["input_ids"], inputs["attention_mask"], use_cache=True).past_key_values is None
-    with pytest.raises(IntaglioError, match="looks right cannot be used with a KV cache"):
-        model(**inputs, past_key_values=DynamicCache())
+    assert getattr(model(**inputs), CACHE) is None
+    assert getattr(model(inputs["input_ids"], inputs["attention_mask"], use_cache=True), CACHE) is None
+    for name in CACHES:  # the old name is still taken by a newer transformers
+        with pytest.raises(IntaglioError, match="looks right cannot be used with a KV cache"):
+            model(**inputs, **{name: DynamicCache()})
     with pytest.raises(IntaglioError, match="pass use_cache=False"):
         model.generate(**inputs, max_new_tokens=2, use_cache=True)
     set_visibility(model, Causal())
     assert model.generation_config.use_cache == before
-    assert model(**inputs).past_key_values is not None
+    assert getattr(model(**inputs), CACHE) is not None
     set_visibility(model, Bidirectional())
     clear_visibility(model)
     assert model.generation_config.use_cache == before

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration, TextStreamer
 from transformers.cache_utils import LinearAttentionLayer, QuantizedCache
 
+from intaglio.anatomy import CACHE
 from intaglio.errors import IntaglioError
 from intaglio.masks import Bidirectional, clear_visibility, set_visibility
 from intaglio.verify import Pass, Run, Speculative, Step, TokenTree, chain, root_only
@@ -43,7 +44,7 @@ def test_options_of_generate(options: dict[str, Any], sentence: str) -> None:
         model = target("llama")
         decoder = Speculative(nothing())
         with pytest.raises(IntaglioError, match=sentence):
-            decoder(model, prompt(3), [], [], _prepared(model), past_key_values=DynamicCache(), **options)
+            decoder(model, prompt(3), [], [], _prepared(model), **{CACHE: DynamicCache()}, **options)
         return
     with pytest.raises(IntaglioError, match=sentence):
         run(target("gemma3"), **options)
@@ -67,7 +68,7 @@ def test_an_assistant_or_a_streamer_given_to_generate_is_not_dropped_silently() 
 def test_caches_whose_rows_cannot_be_kept() -> None:
     model = target("mistral_window")
     with pytest.raises(IntaglioError, match="a StaticCache was given"):
-        run(model, past_key_values=StaticCache(config=model.config, max_cache_len=20))
+        run(model, **{CACHE: StaticCache(config=model.config, max_cache_len=20)})
     quantized = QuantizedCache.__new__(QuantizedCache)
     with pytest.raises(IntaglioError, match="a QuantizedCache was given"):
         Reader(model, quantized)
@@ -76,15 +77,15 @@ def test_caches_whose_rows_cannot_be_kept() -> None:
     with pytest.raises(IntaglioError, match="the cache holds a LinearAttentionLayer"):
         Reader(model, hybrid)
     used = DynamicCache()
-    model.generate(**ragged([3, 5]), past_key_values=used, do_sample=False, max_new_tokens=2, eos_token_id=None)
+    model.generate(**ragged([3, 5]), **{CACHE: used}, do_sample=False, max_new_tokens=2, eos_token_id=None)
     inputs = ragged([6, 8])
     with pytest.raises(IntaglioError, match="a cache that holds tokens was given with 2 rows"):
-        run(model, past_key_values=used, **inputs)
+        run(model, **{CACHE: used}, **inputs)
     recording = DynamicCache(config=model.config)
-    run(model, past_key_values=recording)
+    run(model, **{CACHE: recording})
     recording.activate_past_recording()
     with pytest.raises(IntaglioError, match="already recording"):
-        run(model, past_key_values=recording, input_ids=prompt(12))
+        run(model, **{CACHE: recording}, input_ids=prompt(12))
 
 
 def test_models_that_are_no_decoder_or_take_no_mask() -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from intaglio.anatomy import CACHE
 from intaglio.verify import Speculative, TokenTree
 from tests.families import EXTRA_FAMILIES, tiny_tokenizer
 from tests.verify.toys import DESIGN_DECODERS, Made, mixed, nothing, oracle, prompt, ragged, target, wrong
@@ -48,7 +49,7 @@ def test_one_row(family: str, implementation: str) -> None:
     some = compare(model, mixed(right, seed=1), inputs, expected, **options)
     assert 0 < some.accepted < 16 - some.passes + 1
     # A cache that keeps every row, where the one that generate makes drops what lies outside the window.
-    compare(model, mixed(right, seed=2), inputs, expected, past_key_values=DynamicCache(), **options)
+    compare(model, mixed(right, seed=2), inputs, expected, **{CACHE: DynamicCache()}, **options)
 
 
 @pytest.mark.parametrize(
@@ -206,17 +207,17 @@ def test_a_given_cache_is_filled_and_continued() -> None:
         model, first = target(family), prompt(9)
         for make in (DynamicCache, lambda model=model: DynamicCache(config=model.config)):
             stock, ours = make(), make()
-            expected = model.generate(first, do_sample=False, max_new_tokens=10, past_key_values=stock)
+            expected = model.generate(first, do_sample=False, max_new_tokens=10, **{CACHE: stock})
             drafter = oracle(answers(expected, {"input_ids": first}))
-            compare(model, drafter, {"input_ids": first}, expected, max_new_tokens=10, past_key_values=ours)
+            compare(model, drafter, {"input_ids": first}, expected, max_new_tokens=10, **{CACHE: ours})
             assert ours.get_seq_length() == stock.get_seq_length()
             for mine, theirs in zip(ours.layers, stock.layers, strict=True):
                 torch.testing.assert_close(mine.keys, theirs.keys, rtol=0, atol=5e-5)
                 assert not mine.keys.is_inference()
             more = torch.cat([expected, prompt(3, seed=1)], 1)
-            again = model.generate(more, do_sample=False, max_new_tokens=10, past_key_values=stock)
+            again = model.generate(more, do_sample=False, max_new_tokens=10, **{CACHE: stock})
             drafter = mixed(answers(again, {"input_ids": more}), seed=0)
-            compare(model, drafter, {"input_ids": more}, again, max_new_tokens=10, past_key_values=ours)
+            compare(model, drafter, {"input_ids": more}, again, max_new_tokens=10, **{CACHE: ours})
 
 
 def test_the_output_is_an_ordinary_tensor_and_more_than_ids_on_request() -> None:
@@ -235,7 +236,7 @@ def test_the_output_is_an_ordinary_tensor_and_more_than_ids_on_request() -> None
         for mine, theirs in zip(ours[name], stock[name], strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-5)
     assert ours.statistics is decoder.statistics
-    assert ours.past_key_values.get_seq_length() == stock.past_key_values.get_seq_length() == 20
+    assert ours[CACHE].get_seq_length() == stock[CACHE].get_seq_length() == 20
 
 
 def test_a_run_without_drafts_costs_a_pass_a_token() -> None:

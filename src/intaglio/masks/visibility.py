@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from intaglio.anatomy import anatomy, attention, blocks, capture
+from intaglio.anatomy import CACHES, anatomy, attention, blocks, capture
 from intaglio.errors import IntaglioError
 from intaglio.masks.attend import BASES, PREFIX, RULE, SCORE, MaskRequest
 from intaglio.masks.rules import Rule, Score
@@ -71,7 +71,7 @@ def _guard(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     if not state.looks_right:
         return args, kwargs
     given = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
-    if given.get("past_key_values") is not None:
+    if any(given.get(name) is not None for name in CACHES):
         raise IntaglioError(
             "a visibility rule that looks right cannot be used with a KV cache, since earlier keys would depend on "
             "later tokens; pass use_cache=False"

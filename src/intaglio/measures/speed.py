@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from intaglio.anatomy import anatomy
+from intaglio.anatomy import CACHE, anatomy
 from intaglio.checkpoint import Checkpoint
 
 PREFILL = 256
@@ -58,10 +58,10 @@ def speed(checkpoint: Checkpoint, repeats: int = REPEATS) -> Speed:
         output = model(input_ids=ids, **options)
         middle = _now(device)
         if causal:
-            cache = output.past_key_values
+            cache = {CACHE: output[CACHE]}
             token = output.logits[:, -1:].argmax(-1)
             for _ in range(steps):
-                output = model(input_ids=token, past_key_values=cache, use_cache=True)
+                output = model(input_ids=token, use_cache=True, **cache)
                 token = output.logits[:, -1:].argmax(-1)
         end = _now(device)
         prefill.append(length / (middle - start))

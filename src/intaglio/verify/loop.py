@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from intaglio.anatomy import CACHE
 from intaglio.errors import IntaglioError
 from intaglio.verify.cache import is_windowed, release, stop_recording
 from intaglio.verify.protocols import Drafter, Pass, PassingSession, Run, Step
@@ -51,7 +52,7 @@ class Speculative:
     Decoders of every stock kind with full or sliding attention under SDPA or eager attention, any batch size with
     padding in front, greedy or sampling, with every logits processor and stopping criterion that `generate` builds or
     is given (stop strings as `stopping_criteria=[StopStringCriteria(tokenizer, ...)]`, since `generate` keeps the
-    tokenizer to itself). A cache given as `past_key_values` is filled and continued (one row).
+    tokenizer to itself). A cache given to `generate` is filled and continued (one row).
 
     Args:
         drafter: where guesses come from.
@@ -134,8 +135,8 @@ class Speculative:
             sequences=sequences,
             scores=None if scores is None else tuple(score.clone() for score in scores),
             logits=None if logits is None else tuple(logit.clone() for logit in logits),
-            past_key_values=request.cache if rows == 1 else None,
             statistics=self.statistics,
+            **{CACHE: request.cache if rows == 1 else None},
         )
 
 

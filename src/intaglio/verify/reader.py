@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from intaglio.anatomy import anatomy
+from intaglio.anatomy import CACHE, anatomy
 from intaglio.errors import IntaglioError
 from intaglio.masks import get_visibility
 from intaglio.verify.cache import check_cache, is_windowed, move_rows, moves
@@ -130,8 +130,9 @@ class Reader:
 
     def _call(self, **arguments: Any) -> Tensor:
         """One forward pass; the last hidden state is noted on the way where it is wanted."""
+        arguments |= {CACHE: self.cache, "use_cache": True}
         if not self._hidden:
-            logits: Tensor = self.model(**arguments, past_key_values=self.cache, use_cache=True).logits
+            logits: Tensor = self.model(**arguments).logits
             return logits
 
         def note(module: Any, args: Any, output: Any) -> None:
@@ -139,7 +140,7 @@ class Reader:
 
         handle = self.base.register_forward_hook(note)
         try:
-            logits = self.model(**arguments, past_key_values=self.cache, use_cache=True).logits
+            logits = self.model(**arguments).logits
             return logits
         finally:
             handle.remove()

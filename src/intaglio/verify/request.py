@@ -15,10 +15,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from intaglio.anatomy import CACHES
 from intaglio.errors import IntaglioError
 from intaglio.verify.cache import check_cache, is_windowed
 
-_KNOWN = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
+_KNOWN = frozenset({"attention_mask", "position_ids", *CACHES, "use_cache", "logits_to_keep"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +137,7 @@ def read_request(
         if name not in _KNOWN and value is not None:
             raise IntaglioError(f"generate was given {name}, which speculative decoding does not hand on to the model")
     rows, length = input_ids.shape
-    cache = _cache(given.get("past_key_values"), rows, given.get("use_cache"))
+    cache = _cache(next((given[name] for name in CACHES if name in given), None), rows, given.get("use_cache"))
     stops: set[int] = set()
     limits, others = [int(config.max_length)], []
     for criterion in criteria:
