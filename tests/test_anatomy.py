@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from intaglio.anatomy import HeadOnly, anatomy, capture, final_hidden, linears, run_blocks
+from intaglio.errors import IntaglioError
 from tests.families import DECODERS, FAMILIES, VOCAB, tiny_model
 
 IDS = torch.randint(8, 150, (3, 14), generator=torch.Generator().manual_seed(0))
@@ -154,3 +155,14 @@ def test_linears_come_in_the_order_of_the_modules() -> None:
     names = [linear.name for linear in linears(anatomy(model).blocks[0], model.config)]
     expected = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     assert names == expected
+
+
+def test_blocks_that_share_weights_are_refused() -> None:
+    model = tiny_model("llama", layers=2)
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(IntaglioError, match=r"'llama' is not supported: its blocks share weights \(mlp.up_proj\)"):
+        anatomy(model)
+    model = tiny_model("llama", layers=2)
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(IntaglioError, match="its blocks share weights"):
+        anatomy(model)

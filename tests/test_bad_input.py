@@ -10,6 +10,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +20,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from intaglio import writer
@@ -123,6 +127,11 @@ def poison(value: float) -> Damage:
     return lambda model: edit_weights(model, edit)
 
 
+def smaller_tokenizer(model: Path) -> None:
+    tokenizer = Tokenizer(WordLevel({f"w{index}": index for index in range(40)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model)
+
+
 def wider_tokenizer(model: Path) -> None:
     tokenizer = tiny_tokenizer("llama")
     tokenizer.add_tokens(["<new>"])
@@ -186,6 +195,10 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "a tokenizer of another model": (
         wider_tokenizer,
         ("does not match its model: its ids go up to 160, the model has 160 embeddings",),
+    ),
+    "a tokenizer of a smaller model": (
+        smaller_tokenizer,
+        ("the tokenizer of", "does not match its model: it knows 40 tokens, the model has 160 embeddings"),
     ),
     "half a tokenizer": (
         lambda model: (model / "tokenizer.json").write_text('{"version": "1.0", "model"'),
@@ -563,6 +576,21 @@ def test_a_page_that_cannot_be_written(tiny_dir: TinyDir, corpus_file: Path, tmp
 )
 def test_a_prompt_that_cannot_be(options: list[str], says: str, tiny_dir: TinyDir, tmp_path: Path) -> None:
     assert says in cli_refusal(tmp_path, "generate", tiny_dir("llama"), *options)
+
+
+def test_a_prompt_beyond_what_the_tokenizer_expects_is_one_sentence(model: Path) -> None:
+    edit_json(model / "tokenizer_config.json", model_max_length=128)
+    command = [sys.executable, "-m", "intaglio", "generate", str(model), "the fox " * 100]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+
+
+def test_a_warning_is_one_line(tiny_dir: TinyDir, recipe: Write, tmp_path: Path) -> None:
+    made = recipe({"dsnot": {"sparsity": 0.5, "max_cycles": 9, "same_sign": False}})
+    found = CliRunner().invoke(app, ["carve", str(tiny_dir("llama")), "-r", str(made), "-o", str(tmp_path / "out")])
+    assert found.exit_code == 0
+    assert found.stderr.startswith("warning: dsnot: 9 cycles are over 5 % of the")
+    assert found.stderr.count("\n") == 1
 
 
 def test_a_prompt_that_is_no_text(tiny_dir: TinyDir, tmp_path: Path) -> None:

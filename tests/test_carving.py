@@ -144,6 +144,31 @@ def test_an_interrupted_run_is_neither_forgotten_nor_mixed_up(model: Path, corpu
     assert leftovers(out) == []
 
 
+@pytest.mark.parametrize("what", ["text", "model"])
+def test_other_texts_or_weights_of_the_same_name_are_not_mixed_in(
+    what: str, model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    recipe, out = make_recipe(corpus), tmp_path / "out"
+    with pytest.raises(Killed):
+        carve(recipe, out, model=str(model), progress=kill_at(60))
+    if what == "text":
+        (corpus / "00.txt").write_text("the dog runs by a river and sleeps " * 20)
+    else:
+        os.utime(model / "model.safetensors", ns=(1, 1))
+    with pytest.raises(IntaglioError, match="was of another recipe, model, text"):
+        carve(recipe, out, model=str(model), resume=True)
+
+
+def test_a_run_that_has_ended_is_left_as_it_is_by_resume(model: Path, corpus: Path, tmp_path: Path) -> None:
+    recipe, out = make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}]), tmp_path / "out"
+    document = carve(recipe, out, model=str(model))
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert carve(recipe, out, model=str(model), resume=True) == document
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(IntaglioError, match="exists and is not empty"):
+        carve(make_recipe(corpus, [{"magnitude": {"sparsity": 0.25}}]), out, model=str(model), resume=True)
+
+
 def test_resume_without_anything_to_resume_starts(model: Path, corpus: Path, tmp_path: Path) -> None:
     carve(make_recipe(corpus, [{"magnitude": {"sparsity": 0.5}}]), tmp_path / "out", model=str(model), resume=True)
     assert (tmp_path / "out" / RECORD).is_file()
@@ -177,6 +202,7 @@ def test_threads_are_put_back_on_resume(model: Path, corpus: Path, tmp_path: Pat
         torch.set_num_threads(threads + 1)
         carve(recipe, tmp_path / "out", model=str(model), resume=True)
         assert load(tmp_path / "out").record.threads == threads
+        assert torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
 
@@ -281,6 +307,31 @@ def test_compare_measures_agreement_only_on_the_same_tokens(model: Path, corpus:
     assert compare(str(model), str(encoder), wanted=wanted)["b"]["kl_mean"] is None
 
 
+@pytest.mark.parametrize(("family", "field"), [("llama", "kl_mean"), ("bert", "cosine")])
+def test_compare_of_other_sizes_has_no_agreement(family: str, field: str, corpus: Path, tmp_path: Path) -> None:
+    one = tiny_checkpoint_dir(family, tmp_path / "one")
+    other = tiny_checkpoint_dir(family, tmp_path / "other")
+    checkpoint = load(other)
+    if family == "llama":  # a padded embedding
+        checkpoint.model.resize_token_embeddings(checkpoint.vocabulary + 16)
+    else:
+        config = type(checkpoint.config)(
+            **{**checkpoint.config.to_dict(), "hidden_size": 2 * checkpoint.config.hidden_size}
+        )
+        checkpoint.model = type(checkpoint.model)(config).eval()
+    checkpoint.save(other, overwrite=True)
+    document = compare(str(one), str(other), wanted=Measure(texts=str(corpus), samples=2, length=32, speed=False))
+    assert document["a"][field] is not None
+    assert document["b"][field] is None
+
+
+def test_a_model_that_knows_less_than_nothing_is_noted(model: Path, corpus: Path, tmp_path: Path) -> None:
+    checkpoint, side = load(model), {"perplexity": 1e6}
+    assert "worse than a blind guess among its" in carving.blind_guess(checkpoint, side)[0]
+    for perplexity in (None, 1.0, float(checkpoint.vocabulary)):
+        assert carving.blind_guess(checkpoint, {"perplexity": perplexity}) == []
+
+
 def test_a_plan_reads_no_weights(model: Path, corpus: Path) -> None:
     (model / "model.safetensors").chmod(0o600)
     found = plan(make_recipe(corpus, [*STEPS, FIT]), model=str(model))
@@ -288,6 +339,7 @@ def test_a_plan_reads_no_weights(model: Path, corpus: Path) -> None:
     assert [step["verb"] for step in found["steps"]] == ["carve"] * 3 + ["fit"]
     assert all(step["seconds"] > 0 and step["memory_bytes"] > found["bytes"] for step in found["steps"])
     assert found["tokens"] == 6 * 32
+    assert found["libraries_bytes"] > 1e8
     with pytest.raises(IntaglioError, match="2:3 does not fit"):
         plan(make_recipe(corpus, [{"wanda": {"pattern": "2:3"}}]), model=str(model))
 

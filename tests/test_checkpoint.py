@@ -244,6 +244,29 @@ def test_the_files_of_a_saved_checkpoint_follow_the_umask(tiny_dir: TinyDir, tmp
     assert set(modes.values()) == {"0o644"}, modes
 
 
+def test_a_model_of_sentence_transformers_stays_one(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    place = shutil.copytree(tiny_dir("bert"), tmp_path / "in")
+    beside = {
+        "modules.json": json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "../secret"}]),
+        "sentence_bert_config.json": '{"max_seq_length": 128}',
+        "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
+        "../secret/config.json": "{}",
+        "1_Pooling/pytorch_model.bin": "a pickle",
+    }
+    for name, text in beside.items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(text)
+    checkpoint = load(place)
+    shutil.rmtree(place)
+    checkpoint.save(tmp_path / "out")
+    kept = {name for name in beside if (tmp_path / "out" / name).exists()} - {"../secret/config.json"}
+    assert kept == {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
+    assert set(checkpoint.companions) == kept
+    (tmp_path / "out" / "modules.json").write_text("{")
+    with pytest.raises(IntaglioError, match="is no list of modules"):
+        load(tmp_path / "out")
+
+
 def test_a_taken_directory_is_not_written(tiny_dir: TinyDir, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("x")
     with pytest.raises(IntaglioError, match="exists and is not empty"):

@@ -509,6 +509,8 @@ def test_exit_codes_reach_the_shell(tmp_path: Path) -> None:
     done = shell("carve", "-o", str(tmp_path / "out"))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert json.loads(shell("list", "--json").stdout)
+    as_module = subprocess.run([sys.executable, "-m", "intaglio", "--version"], capture_output=True, text=True)
+    assert as_module.stdout.strip() == version("intaglio")
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:

@@ -20,6 +20,7 @@ from rich.console import Console, RenderableType
 
 from intaglio import pictures, report
 from intaglio.errors import IntaglioError
+from intaglio.report.document import value_of
 
 PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 DIGEST = "sha256:9f2c1e7a4b0d8835"
@@ -482,6 +483,8 @@ def test_layer_grid_holds_each_numbered_layer(fractions: dict[str, float]) -> No
 @given(st.sampled_from(report.MEASURES), st.floats(0.01, 1e6), st.floats(0.01, 1e6))
 def test_verdicts_follow_the_direction(measure: report.Measure, old: float, new: float) -> None:
     def verdict(before: float, after: float) -> str:
+        if measure.points:  # a share
+            before, after = before / 1e6, after / 1e6
         values = ({"layers.0.a": v} if measure.key == "zero_fraction" else v for v in (before, after))
         found = report.rows(*(side(**{measure.key: value}) for value in values))
         return next(row.change.verdict for row in found if row.measure.key == measure.key)
@@ -498,8 +501,8 @@ def test_changes_within_noise_are_called_that() -> None:
     def change(key: str, value: float) -> report.Change:
         return next(row.change for row in report.rows(side(), side(**{key: value})) if row.measure.key == key)
 
-    assert change("decode_tokens_per_s", 21.7 * 1.04) == report.Change("+4.0 %, within noise", rises=True)
-    assert change("decode_tokens_per_s", 21.7 * 1.06) == report.Change("+6.0 %", "better", True)
+    assert change("decode_tokens_per_s", 21.7 * 1.24) == report.Change("+24.0 %, within noise", rises=True)
+    assert change("decode_tokens_per_s", 21.7 * 1.26) == report.Change("+26.0 %", "better", True)
     assert change("perplexity", 18.5523 * 1.04) == report.Change("+4.0 %", "worse", True)
     assert change("perplexity", 18.5524) == report.Change("+under 0.1 %", "worse", True)
     assert change("perplexity", 18.5523 * 20) == report.Change("x 20.00", "worse", True)
@@ -684,3 +687,12 @@ def test_the_module_needs_neither_torch_nor_the_layers_above() -> None:
         "assert others <= {'intaglio.pictures', 'intaglio.errors', 'intaglio.writer'}, others"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_share_that_is_none_is_not_shown() -> None:
+    odd = side() | {
+        "zero_fraction": {"layers.0.mlp.up_proj": 1e306, "layers.0.mlp.down_proj": 0.5},
+        "top1_agreement": -2,
+    }
+    assert value_of(odd, "zero_fraction") == 0.5
+    assert value_of(odd, "top1_agreement") is None

@@ -276,6 +276,21 @@ def _window(block: nn.Module, config: Any, index: int) -> int | None:
     return int(window) if window else None
 
 
+def _refuse_shared(found: Sequence[nn.Module], config: Any) -> None:
+    """Refuse blocks that hold one weight together: carving the one would carve the other, for other inputs."""
+    owners: dict[int, nn.Module] = {}
+    for block in found:
+        norms(block)
+        for linear in linears(block, config):
+            if (
+                owners.setdefault(id(linear.module.weight), linear.module) is not linear.module
+                or found.count(block) > 1
+            ):
+                raise IntaglioError(
+                    f"the model family {config.model_type!r} is not supported: its blocks share weights ({linear.name})"
+                )
+
+
 def anatomy(model: nn.Module) -> Anatomy:
     """Take a model apart by name.
 
@@ -292,9 +307,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     if embedding is None:
         raise IntaglioError(f"the model family {config.model_type!r} is not supported: it has no token embedding")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    for block in found:
-        norms(block)
-        linears(block, config)
+    _refuse_shared(found, config)
     return Anatomy(
         model=model,
         base=base,

@@ -13,25 +13,40 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 import yaml
 
 from intaglio import report, writer
 from intaglio.anatomy import Anatomy, anatomy
 from intaglio.attachments import Fitting
-from intaglio.checkpoint import RECORD, Checkpoint, load, load_config, model_class, parse_device, parse_dtype
+from intaglio.checkpoint import (
+    RECORD,
+    Checkpoint,
+    files_stamp,
+    load,
+    load_config,
+    model_class,
+    parse_device,
+    parse_dtype,
+)
 from intaglio.data.segments import Segments, segments
 from intaglio.data.texts import Corpus, calibration_and_held_out, load_texts
 from intaglio.errors import IntaglioError
 from intaglio.fresh import TRAINED, new
-from intaglio.machine import versions
-from intaglio.measures.quality import Reference, reference
-from intaglio.measures.side import measure
+from intaglio.machine import versions, with_threads
+from intaglio.measures.quality import ELEMENTS
+from intaglio.measures.side import Yardstick
+from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
 from intaglio.method import Carving, Cost, Method, Progress, Workload, silent
 from intaglio.recipe import Fit, Measure, Recipe, Step, accepted_fields, method_of
 
 STATE = "state.json"
 TRAINING = "training"
+LAUNCH = 0.00025
+"""Seconds that a block of one decoding step takes beside reading its weights."""
+TIMED = 0.3
+"""Seconds that each rate of the machine is timed for."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +66,33 @@ class Data:
     sealed: frozenset[str]
 
 
-def prepare_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
-    """Cut calibration and held-out segments; no document is in both.
+def read_texts(recipe: Recipe) -> tuple[Corpus, Corpus]:
+    """What a recipe calibrates on and what it measures on; no document is in both.
 
     Args:
         recipe: names the texts.
-        checkpoint: whose tokenizer and context are used.
 
     Raises:
-        IntaglioError: no tokenizer, missing or empty texts, or too few of them.
+        IntaglioError: missing or empty texts, or too few of them.
     """
-    if checkpoint.tokenizer is None:
-        raise IntaglioError(f"{checkpoint.source} has no tokenizer, so no text can be measured")
-    calibration, held_out = calibration_and_held_out(
-        load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts)
-    )
+    return calibration_and_held_out(load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts))
+
+
+def prepare_data(recipe: Recipe, checkpoint: Checkpoint, texts: tuple[Corpus, Corpus]) -> Data:
+    """Cut calibration and held-out segments.
+
+    Args:
+        recipe: how many of which length.
+        checkpoint: whose tokenizer and context are used.
+        texts: from `read_texts`.
+
+    Raises:
+        IntaglioError: no tokenizer, or too few texts.
+    """
+    calibration, held_out = texts
     needed = any(not isinstance(step, Fit) and cast(Carving, step).needs_calibration for step in recipe.steps)
     return Data(
+        held_out=held_out_segments(checkpoint, held_out, recipe.measure),
         calibration=segments(
             checkpoint.tokenizer,
             calibration,
@@ -77,7 +102,6 @@ def prepare_data(recipe: Recipe, checkpoint: Checkpoint) -> Data:
         )
         if needed
         else None,
-        held_out=held_out_segments(checkpoint, held_out, recipe.measure),
         texts=calibration,
         sealed=frozenset(held_out.hashes),
     )
@@ -90,7 +114,12 @@ def held_out_segments(checkpoint: Checkpoint, corpus: Any, wanted: Measure) -> S
         checkpoint: whose tokenizer and context are used.
         corpus: held-out documents.
         wanted: samples and length.
+
+    Raises:
+        IntaglioError: no tokenizer, or too few texts.
     """
+    if checkpoint.tokenizer is None:
+        raise IntaglioError(f"{checkpoint.source} has no tokenizer, so no text can be measured")
     return segments(checkpoint.tokenizer, corpus, wanted.samples, min(wanted.length, checkpoint.context), seed=0)
 
 
@@ -114,12 +143,14 @@ def _scratch_path(out: Path) -> Path:
 
 
 def _finished(out: Path, digest: str) -> dict[str, Any] | None:
-    """The report of a run that was killed between the appearance of OUT and the end; its leftovers are swept."""
-    state = _read_state(_scratch_path(out))
-    if state is None or state["digest"] != digest or not (out / "report.json").is_file():
+    """The report of the very same run, if it has ended; what it left when it was killed at its end is swept."""
+    try:
+        document: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        if document["digest"] != digest:
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     shutil.rmtree(_scratch_path(out), ignore_errors=True)
-    document: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     return document
 
 
@@ -149,19 +180,18 @@ def _read_state(scratch: Path) -> dict[str, Any] | None:
         return None
 
 
-def _start(scratch: Path, out: Path, digest: str, steps: int, resume: bool, overwrite: bool) -> int:
-    """How many steps are done already; leftovers that cannot be used are refused or cleared."""
+def _start(scratch: Path, out: Path, digest: str, steps: int, resume: bool, overwrite: bool) -> tuple[int, int | None]:
+    """How many steps are done already, and with how many threads; leftovers of no use are refused or cleared."""
     state = _read_state(scratch)
     if state is None:
-        return 0
+        return 0, None
     if resume:
         if state["digest"] != digest:
             raise IntaglioError(
-                f"the interrupted carve to {out} was of another recipe, model, device, dtype or version; "
+                f"the interrupted carve to {out} was of another recipe, model, text, device, dtype or version; "
                 "run it without resume and with overwrite to start over"
             )
-        torch.set_num_threads(state["threads"])
-        return min(state["done"], steps)
+        return min(state["done"], steps), state["threads"]
     if not overwrite:
         raise IntaglioError(
             f"an interrupted carve to {out} has finished {state['done']} of {steps} steps; "
@@ -169,7 +199,7 @@ def _start(scratch: Path, out: Path, digest: str, steps: int, resume: bool, over
         )
     shutil.rmtree(scratch / f"step-{state['done']}", ignore_errors=True)
     (scratch / STATE).unlink(missing_ok=True)
-    return 0
+    return 0, None
 
 
 def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
@@ -257,7 +287,7 @@ def carve(
         model: what to carve; wins over the recipe's.
         device: where to work. Default: the CPU.
         dtype: of the weights. Default: the checkpoint's own.
-        resume: go on after the last finished step of an interrupted run.
+        resume: go on after the last finished step of an interrupted run; one that has ended is left as it is.
         overwrite: replace an earlier result that is there, and discard an interrupted run.
         progress: called as work goes on.
 
@@ -269,41 +299,45 @@ def carve(
     """
     begun = time.time()
     out = Path(out)
-    name = _name(recipe, model)
-    digest = recipe.digest(json.dumps([name, str(device), str(dtype), versions()]))
+    name, fresh = _name(recipe, model), _is_new(recipe, model)
+    texts = read_texts(recipe)
+    stamp = "" if fresh else files_stamp(name)
+    identity = [name, stamp, *(corpus.digest for corpus in texts), str(device), str(dtype), versions()]
+    digest = recipe.digest(json.dumps(identity))
     if resume and (finished := _finished(out, digest)) is not None:
         return finished
     check_output(out, overwrite)
     with _scratch(out) as scratch:
-        done = _start(scratch, out, digest, len(recipe.steps), resume, overwrite)
-        checkpoint = _begin(recipe, model, device, dtype)
-        check_fit(recipe.steps, anatomy(checkpoint.model), name)
-        data = prepare_data(recipe, checkpoint)
-        original, before = _before(checkpoint, data, recipe, progress)
-        rows = _vocabulary(checkpoint)
-        again = partial(_begin, recipe, model, device, dtype)
-        seconds: list[float | None] = [None] * done
-        if done:
-            checkpoint = load(scratch / f"step-{done}", device=device, dtype=dtype)
-            checkpoint.source = name
-        for index, step in enumerate(recipe.steps[done:], start=done):
-            start = time.time()
-            if _trains(step):  # it resumes by itself, if the state says that there is something to resume
-                _note(scratch, index, digest)
-            training = scratch / f"{TRAINING}-{index}"
-            apply_step(step, checkpoint, recipe, data, progress, training, resume, again)
-            seconds.append(time.time() - start)
-            _put_aside(checkpoint, scratch, index + 1, digest)
-        after = measure(
-            checkpoint,
-            data.held_out,
-            # There is no agreement between two vocabularies, nor any with a model of random weights.
-            original if _vocabulary(checkpoint) == rows and not _is_new(recipe, model) else None,
-            batch_size=recipe.measure.batch_size,
-            timed=recipe.measure.speed,
-            progress=progress,
-        )
-        document = _document(recipe, checkpoint, name, data, before, after, seconds, time.time() - begun)
+        done, threads = _start(scratch, out, digest, len(recipe.steps), resume, overwrite)
+        with with_threads(threads):
+            again = partial(_begin, recipe, texts[0], model, device, dtype)
+            checkpoint = again()
+            check_fit(recipe.steps, anatomy(checkpoint.model), name)
+            data = prepare_data(recipe, checkpoint, texts)
+            yardstick = make_yardstick(checkpoint, data.held_out, recipe.measure, progress)
+            before = yardstick.measure(checkpoint)
+            notes = [] if fresh else blind_guess(checkpoint, before)
+            seconds: list[float | None] = [None] * done
+            if done:
+                del checkpoint  # two models at once may not fit
+                checkpoint = load(scratch / f"step-{done}", device=device, dtype=dtype)
+                checkpoint.source = name
+            for index, step in enumerate(recipe.steps[done:], start=done):
+                start = time.time()
+                if _trains(step):  # it resumes by itself, if the state says that there is something to resume
+                    _note(scratch, index, digest)
+                training = scratch / f"{TRAINING}-{index}"
+                apply_step(step, checkpoint, recipe, data, progress, training, resume, again)
+                seconds.append(time.time() - start)
+                _put_aside(checkpoint, scratch, index + 1, digest)
+            # Nobody wants to know how far a trained model agrees with the random weights it began as.
+            after = yardstick.measure(checkpoint, alone=fresh)
+            document = {
+                **_document(recipe, checkpoint, name, data, before, after, seconds),
+                "digest": digest,
+                "seconds": time.time() - begun,
+                "notes": notes,
+            }
         _finish(out, scratch / f"step-{len(recipe.steps)}", document, overwrite)
         shutil.rmtree(scratch, ignore_errors=True)
     return document
@@ -314,7 +348,7 @@ def _is_new(recipe: Recipe, model: str | None) -> bool:
 
 
 def _name(recipe: Recipe, model: str | None) -> str:
-    """What is carved, in words."""
+    """What is carved, in words: the model on the command line, or else the recipe's."""
     name = recipe.model if model is None else model
     if name is None and recipe.new is not None:
         return f"new {recipe.new.family}"
@@ -323,15 +357,13 @@ def _name(recipe: Recipe, model: str | None) -> str:
     return name
 
 
-def _begin(recipe: Recipe, model: str | None, device: str | None, dtype: str | None) -> Checkpoint:
+def _begin(recipe: Recipe, texts: Corpus, model: str | None, device: str | None, dtype: str | None) -> Checkpoint:
     """What the steps begin with: a checkpoint that is loaded, or a model from scratch."""
     if recipe.new is None or model is not None:
         return load(_name(recipe, model), device=device, dtype=dtype)
     fields = recipe.new.model_dump()
     if recipe.new.tokenizer == "texts":  # of those that are calibrated on alone
-        fields["tokenizer"], _ = calibration_and_held_out(
-            load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts)
-        )
+        fields["tokenizer"] = texts
     made = new(**fields, seed=recipe.seed % 2**32)
     kind = parse_dtype(dtype)
     made.model.to(parse_device(device), kind if isinstance(kind, torch.dtype) else None)
@@ -351,13 +383,37 @@ def _skeleton(recipe: Recipe, model: str | None) -> Any:
         return new(**fields).model
 
 
-def _before(checkpoint: Checkpoint, data: Data, recipe: Recipe, progress: Progress) -> tuple[Reference, dict[str, Any]]:
-    wanted = recipe.measure
-    original = reference(checkpoint, data.held_out, wanted.batch_size)
-    side = measure(
-        checkpoint, data.held_out, original, batch_size=wanted.batch_size, timed=wanted.speed, progress=progress
+def make_yardstick(
+    original: Checkpoint, held_out: Segments, wanted: Measure, progress: Progress = silent, repeats: int = REPEATS
+) -> Yardstick:
+    """What a recipe's `measure` asks for.
+
+    Args:
+        original: what agreement is with.
+        held_out: what is measured on.
+        wanted: batch size, and whether speed is timed.
+        progress: called after each batch.
+        repeats: counted runs of the timing.
+    """
+    return Yardstick(
+        original, held_out, batch_size=wanted.batch_size, timed=wanted.speed, repeats=repeats, progress=progress
     )
-    return original, side
+
+
+def blind_guess(checkpoint: Checkpoint, side: dict[str, Any]) -> list[str]:
+    """A note on a model that knows less of the text than nothing, which no trained model with its own tokenizer does.
+
+    Args:
+        checkpoint: what was measured, before anything was done to it.
+        side: its measurements.
+    """
+    perplexity, rows = side["perplexity"], checkpoint.vocabulary
+    if perplexity is None or perplexity <= rows:
+        return []
+    return [
+        f"Before anything was done the model predicted the held-out text worse than a blind guess among its {rows:,} "
+        f"tokens would (perplexity {perplexity:,.0f}): it is not trained, or its tokenizer is another model's."
+    ]
 
 
 def _put_aside(checkpoint: Checkpoint, scratch: Path, done: int, digest: str) -> None:
@@ -366,10 +422,6 @@ def _put_aside(checkpoint: Checkpoint, scratch: Path, done: int, digest: str) ->
     _note(scratch, done, digest)
     shutil.rmtree(scratch / f"step-{done - 1}", ignore_errors=True)
     shutil.rmtree(scratch / f"{TRAINING}-{done - 1}", ignore_errors=True)
-
-
-def _vocabulary(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
 
 def _note(scratch: Path, done: int, digest: str) -> None:
@@ -449,7 +501,6 @@ def _document(
     before: dict[str, Any],
     after: dict[str, Any],
     seconds: list[float | None],
-    total: float,
 ) -> dict[str, Any]:
     made = checkpoint.record.steps[-len(recipe.steps) :]
     return {
@@ -465,7 +516,6 @@ def _document(
         "after": after,
         **provenance(checkpoint, recipe.measure, data.held_out),
         "recipe": yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True),
-        "seconds": total,
     }
 
 
@@ -501,22 +551,14 @@ def compare(
         `{a: side, b: side, ...}` as `report.compare_page` takes it.
     """
     wanted = wanted or Measure()
-    first = load(a, device=device, dtype=dtype)
     _, held_out = load_texts(wanted.texts).split()
-    if first.tokenizer is None:
-        raise IntaglioError(f"{a} has no tokenizer, so no text can be measured")
-    data_a = held_out_segments(first, held_out, wanted)
-    original = reference(first, data_a, wanted.batch_size)
-    options: dict[str, Any] = {"batch_size": wanted.batch_size, "timed": wanted.speed, "progress": progress}
-    side_a = measure(first, data_a, original, **options)
-    about = provenance(first, wanted, data_a)
+    first = load(a, device=device, dtype=dtype)
+    yardstick = make_yardstick(first, held_out_segments(first, held_out, wanted), wanted, progress)
+    side_a = yardstick.measure(first)
+    about = provenance(first, wanted, yardstick.held_out)
     del first
     second = load(b, device=device, dtype=dtype)
-    if second.tokenizer is None:
-        raise IntaglioError(f"{b} has no tokenizer, so no text can be measured")
-    data_b = held_out_segments(second, held_out, wanted)
-    same = data_a.digest == data_b.digest and (original.head is not None) == anatomy(second.model).causal
-    side_b = measure(second, data_b, original if same else None, **options)
+    side_b = yardstick.measure(second, held_out_segments(second, held_out, wanted))
     return {
         "format": report.FORMAT,
         "title": f"{a} beside {b}",
@@ -539,7 +581,8 @@ def plan(
 
     Returns:
         `{model, parameters, bytes, steps: [{slug, verb, parameters, seconds, memory_bytes}], measure_seconds, seconds,
-        memory_bytes, gflops}`. Seconds come from a product and a selection timed on this machine just now.
+        memory_bytes, libraries_bytes, gflops}`. Seconds come from work timed on this machine just now. Memory is the
+        peak beside `libraries_bytes`, which the process holds already.
 
     Raises:
         IntaglioError: as `carve` would, as far as can be told without weights.
@@ -550,7 +593,7 @@ def plan(
     kind = wanted if isinstance(wanted, torch.dtype) else (getattr(skeleton.config, "dtype", None) or torch.float32)
     parts = anatomy(skeleton)
     check_fit(recipe.steps, parts, name)
-    texts, _ = calibration_and_held_out(load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts))
+    texts, _ = read_texts(recipe)
     length = min(recipe.calibration.length, int(getattr(parts.config, "max_position_embeddings", 1 << 30)))
     parameters = sum(p.numel() for p in skeleton.parameters())
     element = torch.empty(0, dtype=kind).element_size()
@@ -563,22 +606,17 @@ def plan(
         batch_tokens=recipe.calibration.batch_size * length,
         element_size=element,
     )
-    flops_per_s, elements_per_s = machine_rates(where, kind)
-    measured = recipe.measure.samples * min(recipe.measure.length, length)
-    measure_seconds = 2 * 2.0 * (parameters + workload.block_parameters) * measured / flops_per_s
-    steps = []
+    rates = machine_rates(where, kind)
+    measure_seconds, held, measuring = _measuring(recipe.measure, workload, parts, rates)
+    steps: list[dict[str, Any]] = []
     for step in recipe.steps:
         cost = _estimate(step, workload, texts)
-        took = cost.flops / flops_per_s + cost.sorted_elements / elements_per_s
-        memory = parameters * element + cost.extra_bytes
+        took = cost.flops / rates.flops + cost.sorted_elements / rates.elements
+        memory = held + cost.extra_bytes
         fields = method_of(step).model_dump()
         steps.append(
             {"slug": step.slug, "verb": _verb(step), "parameters": fields, "seconds": took, "memory_bytes": memory}
         )
-    # Beyond the weights: one float32 table of logits and its log-softmax, twice (the original's too), and the head's
-    # copy.
-    head = parts.config.vocab_size * workload.hidden * element
-    measuring = parameters * element + head + 4 * (1 << 26)
     return {
         "model": name,
         "parameters": parameters,
@@ -588,8 +626,34 @@ def plan(
         "measure_seconds": measure_seconds,
         "seconds": measure_seconds + sum(step["seconds"] for step in steps),
         "memory_bytes": max([measuring, *(step["memory_bytes"] for step in steps)]),
-        "gflops": flops_per_s / 1e9,
+        "libraries_bytes": psutil.Process().memory_info().rss,
+        "gflops": rates.flops / 1e9,
     }
+
+
+def _measuring(wanted: Measure, workload: Workload, parts: Anatomy, rates: Rates) -> tuple[float, int, int]:
+    """Seconds of measuring before and after; bytes that are held all the time, and at the peak of measuring."""
+    width, element = workload.hidden, workload.element_size
+    length = min(wanted.length, int(getattr(parts.config, "max_position_embeddings", None) or wanted.length))
+    tokens = wanted.samples * length
+    held = workload.parameters * element
+    peak = held
+    # The blocks run for the reference, before and after.
+    flops = 3 * 2.0 * workload.block_parameters * tokens
+    if parts.causal:
+        vocabulary = int(parts.config.vocab_size)
+        flops += 4 * 2.0 * vocabulary * width * tokens  # the original's predictions and the model's own, twice
+        held += (vocabulary + tokens) * width * element  # the head's copy and the original's hidden states
+        # Logits of one segment; of a piece of it log-probabilities of both models and what their divergence takes.
+        peak = held + 4 * vocabulary * (length + 6 * min(length, max(1, ELEMENTS // vocabulary)))
+    seconds = flops / rates.flops
+    if wanted.speed:
+        passes = 2 * (REPEATS + 1)
+        seconds += passes * 2.0 * workload.block_parameters * PREFILL / rates.flops
+        if parts.causal:
+            step = workload.parameters * element / rates.bytes + LAUNCH * len(parts.blocks)
+            seconds += 2 * (REPEATS * DECODE + WARM) * step
+    return seconds, held, peak
 
 
 def _verb(step: Step) -> str:
@@ -602,21 +666,39 @@ def _estimate(step: Step, workload: Workload, texts: Corpus) -> Cost:
     return cast(Carving, step).estimate(workload)
 
 
-def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Floating-point operations a second of a matrix product, and elements a second of a selection, timed now.
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second.
+
+    Args:
+        flops: floating-point operations of a transformer's pass.
+        elements: elements that pass through a selection.
+        bytes: bytes of weights that a matrix-vector product reads.
+    """
+
+    flops: float
+    elements: float
+    bytes: float
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Time a matrix product, a selection and a matrix-vector product, each for a fraction of a second.
 
     Args:
         device: where.
-        dtype: of the product.
+        dtype: of the products.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 768, generator=generator).to(device, dtype)
     y = torch.randn(768, 768, generator=generator).to(device, dtype)
     score = torch.randn(256, 768, generator=generator).to(device)
+    matrix = torch.ones(4096, 4096, dtype=dtype, device=device)  # beyond most caches
+    vector = torch.ones(4096, dtype=dtype, device=device)
 
-    def best(work: Any) -> float:
-        found = float("inf")
-        for _ in range(5):
+    def best(work: Callable[[], Any]) -> float:
+        # The best of many: on a busy machine most of them are interrupted.
+        found, begun = float("inf"), time.perf_counter()
+        while time.perf_counter() - begun < TIMED:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             start = time.perf_counter()
@@ -627,5 +709,8 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, floa
         return found
 
     # A transformer's pass reaches about half of what a lone product does.
-    flops = 0.5 * 2 * 512 * 768 * 768 / best(lambda: x @ y)
-    return flops, score.numel() / best(lambda: score.kthvalue(384, dim=1))
+    return Rates(
+        flops=0.5 * 2 * 512 * 768 * 768 / best(lambda: x @ y),
+        elements=score.numel() / best(lambda: score.kthvalue(384, dim=1)),
+        bytes=matrix.numel() * matrix.element_size() / best(lambda: matrix @ vector),
+    )

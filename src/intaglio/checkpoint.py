@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_MAPPING,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from intaglio import writer
@@ -27,7 +29,7 @@ from intaglio.attachments import FOLDER, Attachment, Fitting, read_attachments
 from intaglio.catalogue import ENTRIES
 from intaglio.data import assets
 from intaglio.errors import IntaglioError, did_you_mean, shorten
-from intaglio.machine import versions
+from intaglio.machine import silenced, versions
 from intaglio.method import get
 
 RECORD = "intaglio.json"
@@ -38,6 +40,10 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+LEAST_USED = 2 / 3
+"""Share of the embeddings that a model's own tokenizer has tokens for, at least: padding is a few percent of them."""
+_SENTENCES = ("config_sentence_transformers.json", "sentence_bert_config.json")
+_FOLDER = re.compile(r"\w[\w-]*")
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
@@ -98,6 +104,7 @@ class Checkpoint:
         record: what was done to it before; None: nothing.
         attachments: what was fitted to it, by slug; None: nothing.
         directory: where weights and attachments were read from, if from a directory.
+        companions: other files that are saved beside the weights, by their path; see `read_companions`.
     """
 
     def __init__(
@@ -108,12 +115,14 @@ class Checkpoint:
         record: Record | None = None,
         attachments: dict[str, Attachment] | None = None,
         directory: Path | None = None,
+        companions: dict[str, bytes] | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.source = source
         self.record = record or Record(source=source)
         self.attachments = attachments or {}
+        self.companions = companions or {}
         self._directory = directory
 
     @property
@@ -135,6 +144,11 @@ class Checkpoint:
     def context(self) -> int:
         """The longest input in tokens."""
         return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding; a tokenizer may know fewer tokens."""
+        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
 
     @property
     def bytes(self) -> int:
@@ -227,8 +241,7 @@ class Checkpoint:
         Raises:
             IntaglioError: says which id or which length.
         """
-        rows = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-        low, high = int(ids.min()), int(ids.max())
+        rows, low, high = self.vocabulary, int(ids.min()), int(ids.max())
         if low < 0 or high >= rows:
             raise IntaglioError(f"token id {high if high >= rows else low} is outside the model's vocabulary of {rows}")
         if ids.shape[-1] > self.context:
@@ -257,7 +270,7 @@ class Checkpoint:
         Raises:
             OSError: the disk refuses.
         """
-        with _Quiet():
+        with _quiet():
             try:
                 self.model.save_pretrained(directory)  # type: ignore[operator]
             except SafetensorError as error:
@@ -265,6 +278,9 @@ class Checkpoint:
                 raise OSError(0, str(error)) from error
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(directory)
+        for place, content in self.companions.items():
+            (directory / place).parent.mkdir(exist_ok=True)
+            (directory / place).write_bytes(content)
         if self.attachments:
             base = weights_digest(directory)
             self.attachments = {slug: attachment.of(base) for slug, attachment in self.attachments.items()}
@@ -274,18 +290,16 @@ class Checkpoint:
         (directory / RECORD).write_text(writer.to_json(self.record.model_dump()), encoding="utf-8")
 
 
-class _Quiet:
-    """Silence transformers' progress bars and load reports; what matters in them is checked and raised here."""
-
-    def __enter__(self) -> None:
-        self._verbosity = transformers_logging.get_verbosity()
-        self._bars = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        transformers_logging.set_verbosity(self._verbosity)
-        if self._bars:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence progress bars, load reports and retries; what matters in them is checked and raised here."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with silenced("transformers", "huggingface_hub"):
+            yield
+    finally:
+        if bars:
             transformers_logging.enable_progress_bar()
 
 
@@ -301,6 +315,20 @@ def weights_digest(directory: Path) -> str:
             while block := stream.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def files_stamp(x: str | os.PathLike[str]) -> str:
+    """What tells a model's files from other ones without reading them: names, sizes and times of change.
+
+    Args:
+        x: as in `load`. A hub id has no files here, and gives an empty text.
+    """
+    source, local = _resolve(x)
+    if not local:
+        return ""
+    files = sorted(file for file in Path(source).iterdir() if file.is_file())
+    told = [(file.name, found.st_size, found.st_mtime_ns) for file in files for found in [file.stat()]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _resolve(x: str | os.PathLike[str]) -> tuple[str, bool]:
@@ -428,7 +456,7 @@ def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple
         raise IntaglioError(
             f"the model {source!r} is no directory and no bundled name ({names}); a hub id is user/name"
         )
-    with _Quiet():
+    with _quiet():
         try:
             config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         except MemoryError:
@@ -499,7 +527,7 @@ def load(
     target, wanted = parse_device(device), parse_dtype(dtype)
     source, config = load_config(x, revision)
     cls = model_class(config, name)
-    with _Quiet():
+    with _quiet():
         try:
             model, info = cls.from_pretrained(
                 source,
@@ -527,6 +555,7 @@ def load(
         _read_record(local) if local else None,
         read_attachments(local) if local else None,
         local,
+        read_companions(source, revision),
     )
     checkpoint.record.source = checkpoint.record.source or name
     _check_tensors(checkpoint, name)
@@ -542,14 +571,52 @@ def _check_info(name: str, info: dict[str, Any], model_keys: Iterable[str]) -> N
     # A pooler is missing from many masked-LM encoders and feeds nothing here; anything else would be random.
     missing = [key for key in missing if "pooler" not in key]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise IntaglioError(f"the weights of {name!r} are incomplete: {missing[0]}{more} is not in its files")
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise IntaglioError(f"the weights of {name!r} are incomplete: {missing[0]}{more} not in its files")
     # Some families leave tensors in their files that nothing needs; a whole layer more than the model has is another
     # matter.
     known = {_INDEX.sub("#", key) for key in model_keys}
     left = sorted(key for key in info.get("unexpected_keys", ()) if _INDEX.sub("#", key) in known)
     if left:
         raise IntaglioError(f"the weights of {name!r} do not fit its config.json: it has no place for {left[0]}")
+
+
+def read_companions(source: str, revision: str | None = None) -> dict[str, bytes]:
+    """What makes a checkpoint a model of sentence-transformers: its modules' list, settings and small weights.
+
+    A carved one stays such a model. Other kinds of checkpoints have none of these files.
+
+    Args:
+        source: a directory or a hub id.
+        revision: of a hub id.
+
+    Raises:
+        IntaglioError: the list of modules cannot be read.
+    """
+
+    def read(place: str) -> bytes | None:
+        with _quiet():
+            file = cached_file(
+                source,
+                place,
+                revision=revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        return None if file is None else Path(file).read_bytes()
+
+    modules = read("modules.json")
+    if modules is None:
+        return {}
+    try:
+        folders = [str(module["path"]) for module in json.loads(modules) if module["path"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntaglioError(f"modules.json of {source!r} is no list of modules: {_first_line(error)}") from error
+    # Names only: a path that leads out of the checkpoint is not followed.
+    inside = [folder for folder in folders if _FOLDER.fullmatch(folder)]
+    places = [*_SENTENCES, *(f"{folder}/{name}" for folder in inside for name in ("config.json", "model.safetensors"))]
+    found = {place: content for place in places for content in [read(place)] if content is not None}
+    return {"modules.json": modules, **found}
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> Any:
@@ -565,7 +632,7 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     path = Path(source)
     if path.is_dir() and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         return None
-    with _Quiet():
+    with _quiet():
         try:
             return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         except MemoryError:
@@ -582,10 +649,14 @@ def _check_tensors(checkpoint: Checkpoint, name: str) -> None:
                 continue
             raise IntaglioError(f"the weights of {name!r} hold NaN or infinite values: {key}")
     if checkpoint.tokenizer is not None:
-        rows = int(checkpoint.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
-        highest = max(checkpoint.tokenizer.get_vocab().values(), default=-1)
+        rows, highest = checkpoint.vocabulary, max(checkpoint.tokenizer.get_vocab().values(), default=-1)
         if highest >= rows:
             raise IntaglioError(
                 f"the tokenizer of {name!r} does not match its model: its ids go up to {highest}, the model has {rows} "
                 "embeddings"
+            )
+        if highest + 1 < LEAST_USED * rows:
+            raise IntaglioError(
+                f"the tokenizer of {name!r} does not match its model: it knows {highest + 1} tokens, the model has "
+                f"{rows} embeddings"
             )

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from intaglio import report, writer
-from intaglio.carving import Data, apply_step, defaults, prepare_data, provenance
+from intaglio.carving import Data, apply_step, defaults, make_yardstick, prepare_data, provenance, read_texts
 from intaglio.checkpoint import load
-from intaglio.measures.quality import reference
-from intaglio.measures.side import measure
 from intaglio.method import Method, Progress, silent
 from intaglio.recipe import Recipe, method_of
 
@@ -71,22 +69,19 @@ def demo(
     writer.check_target(output, overwrite=ours)
     shared = recipe(seed)
     checkpoint = load(MODEL, device=device)
-    data = prepare_data(shared, checkpoint)
-    wanted = shared.measure
-    original = reference(checkpoint, data.held_out, wanted.batch_size)
-    options: dict[str, Any] = {"batch_size": wanted.batch_size, "repeats": 1}
-    dense = measure(checkpoint, data.held_out, original, **options)
-    about = provenance(checkpoint, wanted, data.held_out)
+    data = prepare_data(shared, checkpoint, read_texts(shared))
+    yardstick = make_yardstick(checkpoint, data.held_out, shared.measure, repeats=1)
+    dense = yardstick.measure(checkpoint)
+    about = provenance(checkpoint, shared.measure, data.held_out)
     names = [(name, amount) for amount, _ in AMOUNTS for name, _ in WAYS]
     variants = []
     for index, ((name, amount), step) in enumerate(zip(names, map(method_of, shared.steps), strict=True)):
         label = f"{name} {amount}"
         checkpoint = load(MODEL, device=device)
         seconds = _timed(step, checkpoint, shared, data, _labelled(progress, f"{index + 1}/{len(names)} {label}"))
-        side = measure(checkpoint, data.held_out, original, **options)
         variants.append(
             {
-                **side,
+                **yardstick.measure(checkpoint),
                 "name": f"{name}, {amount}",
                 "slug": step.slug,
                 "amount": amount,

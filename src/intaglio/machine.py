@@ -1,7 +1,8 @@
-"""What a result is made with: versions, told without importing anything, and torch's threads."""
+"""What a result is made with: versions, told without importing anything, torch's threads, libraries that keep still."""
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,3 +45,21 @@ def with_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def silenced(*names: str) -> Iterator[None]:
+    """Let these loggers say nothing but errors while the block runs.
+
+    Args:
+        names: of the loggers.
+    """
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

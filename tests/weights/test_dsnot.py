@@ -18,6 +18,7 @@ from intaglio.method import Method
 from intaglio.weights.amount import prune_mask
 from intaglio.weights.dsnot import DSnoT, Refined, refine, scaled_cycles, scaled_threshold
 from intaglio.weights.magnitude import Magnitude
+from intaglio.weights.sparsegpt import inverse_factor
 from intaglio.weights.wanda import Wanda, wanda_score
 from tests.families import tiny_model
 
@@ -322,3 +323,15 @@ def test_the_record_tells_what_the_refinement_did() -> None:
     chosen = checkpoint.record.steps[-1].chosen
     assert chosen["swaps"] > 0
     assert chosen["error_after"] < chosen["error_before"]
+
+
+def test_linears_that_share_an_input_share_its_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def counted(hessian_II: torch.Tensor, dampening: float) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(hessian_II.shape)
+        return inverse_factor(hessian_II, dampening)
+
+    monkeypatch.setattr("intaglio.weights.sparsegpt.inverse_factor", counted)
+    DSnoT(sparsity=0.5, base="sparsegpt").apply(Checkpoint(tiny_model("llama", layers=2)), IDS)
+    assert len(calls) == 2 * 4  # q, k and v; o; gate and up; down

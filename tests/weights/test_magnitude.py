@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 
 from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
+from intaglio.errors import IntaglioError
 from intaglio.weights.magnitude import Magnitude
 from tests.families import tiny_model
 
@@ -37,3 +39,12 @@ def test_embedding_head_and_norms_are_untouched() -> None:
     inside = {id(linear.module.weight) for _, linear in anatomy(dense).all_linears()}
     for (name, old), (_, new) in zip(dense.named_parameters(), carved.named_parameters(), strict=True):
         assert id(old) in inside or torch.equal(old, new), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_packed_weights_are_refused(dtype: torch.dtype) -> None:
+    model = tiny_model("llama", layers=2)
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(IntaglioError, match=r"layers.1.mlp.up_proj stores its weight as (float8|int8).*was quantized"):
+        Magnitude(sparsity=0.5).apply(Checkpoint(model))

@@ -129,3 +129,13 @@ def test_a_block_that_cuts_groups_is_refused() -> None:
     ids = torch.randint(8, 150, (2, 16))
     with pytest.raises(IntaglioError, match="block of 6 columns is not a multiple of the pattern's 4"):
         SparseGPT(pattern="2:4", block=6).apply(Checkpoint(tiny_model("llama")), ids)
+
+
+def test_the_block_fits_the_pattern_by_default() -> None:
+    columns = {"2:4": 128, "2:3": 126, "5:7": 126, "100:200": 200}
+    for pattern, expected in columns.items():
+        method = SparseGPT(pattern=pattern)
+        assert method.columns == expected
+        method.check([("a", 8, 4 * 3 * 7 * 200)])
+    assert SparseGPT(sparsity=0.5).columns == 128
+    assert SparseGPT(sparsity=0.5, block=7).columns == 7

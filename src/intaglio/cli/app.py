@@ -211,6 +211,8 @@ def carve(
         return
     out.print(report.carve_table(document))
     out.print(report.summary(document), markup=False, highlight=False)
+    for note in document["notes"]:
+        out.print(note, markup=False, highlight=False)
     out.print(f"checkpoint: {output}\nreport: {output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -240,8 +242,8 @@ def _plan(
     table.add_row("together", "", f"{found['seconds']:.0f}", _megabytes(found["memory_bytes"]), style="bold")
     out.print(table)
     out.print(
-        f"{found['model']}, estimated at {found['gflops']:.0f} GFLOP/s, measured just now; memory beside about 500 MB "
-        "of libraries.",
+        f"{found['model']}, estimated at {found['gflops']:.0f} GFLOP/s, measured just now; memory beside "
+        f"{_megabytes(found['libraries_bytes'])} of libraries.",
         highlight=False,
     )
 

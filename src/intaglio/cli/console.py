@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -66,6 +67,20 @@ def read_stdin() -> str:
         raise IntaglioError(f"the prompt on stdin is not text: byte {error.start} is not UTF-8") from error
 
 
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Say a warning as one line on stderr; what libraries tell their own callers is left out."""
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        say(f"warning: {printable(str(message))}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.showwarning = show
+        yield
+
+
 def speaks_plainly(command: Callable[_P, _R]) -> Callable[_P, _R]:
     """Turn what goes wrong in a command into one sentence on stderr and an exit code.
 
@@ -78,7 +93,8 @@ def speaks_plainly(command: Callable[_P, _R]) -> Callable[_P, _R]:
         if os.environ.get("INTAGLIO_TRACEBACK") == "1":
             return command(*args, **kwargs)
         try:
-            return command(*args, **kwargs)
+            with _warnings_in_one_line():
+                return command(*args, **kwargs)
         except IntaglioError as error:
             say(f"error: {error}")
             raise typer.Exit(BAD_INPUT) from None

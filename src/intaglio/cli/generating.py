@@ -80,13 +80,18 @@ def encode(checkpoint: Checkpoint, prompt: str, chat: bool) -> torch.Tensor:
         turns = [{"role": "user", "content": prompt}]
         try:
             found = tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                turns,
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+                tokenizer_kwargs={"verbose": False},
             )
         except TemplateError as error:
             raise IntaglioError(f"the chat template of {checkpoint.source} cannot be used: {error}") from error
         ids: torch.Tensor = found["input_ids"]
     else:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(torch.long)
+        # Not verbose: a prompt beyond the context is refused by us, in one sentence.
+        ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(torch.long)
     if ids.shape[1] == 0:
         raise IntaglioError("the prompt is empty; give at least one token")
     return ids

@@ -20,7 +20,7 @@ from intaglio.errors import IntaglioError
 from intaglio.method import Progress, silent
 
 # Logits are made for as many positions at a time as keep one float32 table below this many elements.
-_ELEMENTS = 1 << 24
+ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,28 @@ class Reference:
         head: turns them into logits, as the original did (decoders).
         embedded_ND: pooled embeddings (encoders).
         digest: of the data they were made from.
+        tokens: rows of the token embedding.
     """
 
     hidden: tuple[Tensor, ...] = ()
     head: HeadOnly | None = None
     embedded_ND: Tensor | None = None
     digest: str = ""
+    tokens: int = 0
+
+    def fits(self, checkpoint: Checkpoint, data: Segments) -> bool:
+        """Whether agreement with it has a meaning: the same tokens of one vocabulary, or embeddings of one width.
+
+        Args:
+            checkpoint: what would be measured.
+            data: what it would be measured on.
+        """
+        parts = anatomy(checkpoint.model)
+        if self.digest != data.digest or (self.head is not None) != parts.causal:
+            return False
+        if self.embedded_ND is not None:
+            return self.embedded_ND.shape[1] == parts.config.hidden_size
+        return self.tokens == checkpoint.vocabulary
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ def reference(checkpoint: Checkpoint, data: Segments, batch_size: int = 4) -> Re
     if not parts.causal:
         return Reference(embedded_ND=embeddings(checkpoint, data, batch_size=batch_size), digest=data.digest)
     hidden = tuple(final_hidden(parts, batch) for batch in data.batches(batch_size))
-    return Reference(hidden=hidden, head=HeadOnly(parts), digest=data.digest)
+    return Reference(hidden=hidden, head=HeadOnly(parts), digest=data.digest, tokens=checkpoint.vocabulary)
 
 
 @torch.no_grad()
@@ -148,9 +164,9 @@ def _row(
     step = last
     while low < last:
         logits_TV = head.logits(hidden_LD[None, low : min(low + step, last)])[0].float()
-        if step * logits_TV.shape[1] > _ELEMENTS and step > 1:
+        if step * logits_TV.shape[1] > ELEMENTS and step > 1:
             # Now that the vocabulary is known, go on in pieces that fit.
-            step = max(1, _ELEMENTS // logits_TV.shape[1])
+            step = max(1, ELEMENTS // logits_TV.shape[1])
             logits_TV = logits_TV[:step]
         high = low + len(logits_TV)
         log_p_TV = F.log_softmax(logits_TV, dim=-1)

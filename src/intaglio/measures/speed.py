@@ -47,10 +47,9 @@ def speed(checkpoint: Checkpoint, repeats: int = REPEATS) -> Speed:
     """
     model, device = checkpoint.model, checkpoint.device
     causal = anatomy(model).causal
-    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     length = max(2, min(PREFILL, checkpoint.context - DECODE - 1))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(rows, (1, length), generator=generator).to(device)
+    ids = torch.randint(checkpoint.vocabulary, (1, length), generator=generator).to(device)
     options = {"use_cache": True, "logits_to_keep": 1} if causal else {}
     prefill, decode = [], []
     for steps in (WARM, *[DECODE] * repeats):

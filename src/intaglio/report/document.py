@@ -51,6 +51,16 @@ def finite(value: Any) -> float | None:
     return float(value)
 
 
+def share(value: Any) -> float | None:
+    """The number, or None if it is no share: not from 0 to 1.
+
+    Args:
+        value: anything that a document may hold.
+    """
+    number = finite(value)
+    return number if number is not None and 0 <= number <= 1 else None
+
+
 def fractions_of(side: Document) -> dict[str, float]:
     """The share of zeros of each layer whose share is known.
 
@@ -59,7 +69,7 @@ def fractions_of(side: Document) -> dict[str, float]:
     """
     found = side.get("zero_fraction")
     items = found.items() if isinstance(found, Mapping) else ()
-    return {name: share for name, value in items for share in [finite(value)] if share is not None}
+    return {name: known for name, value in items for known in [share(value)] if known is not None}
 
 
 def shares_of(side: Document) -> list[float]:
@@ -81,7 +91,7 @@ def value_of(side: Document, key: str) -> float | None:
     if key == "zero_fraction":
         shares = shares_of(side)
         return math.fsum(shares) / len(shares) if shares else None
-    return finite(side.get(key))
+    return share(side.get(key)) if key == "top1_agreement" else finite(side.get(key))
 
 
 def is_encoder(sides: Iterable[Document]) -> bool:

@@ -30,7 +30,18 @@ from intaglio.report.document import (
     value_of,
     variant_name,
 )
-from intaglio.report.numbers import BY_KEY, Row, cell_of, duration, measures_of, percent, plain_number, rows
+from intaglio.report.numbers import (
+    BY_KEY,
+    MEMORY_NOISE,
+    SPEED_NOISE,
+    Row,
+    cell_of,
+    duration,
+    measures_of,
+    percent,
+    plain_number,
+    rows,
+)
 from intaglio.report.sentence import summary, zeros_words
 from intaglio.report.tables import variant_bars
 
@@ -68,8 +79,14 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"typeset": _typeset, "words": _json, "duration": duration}
+    environment.filters |= {
+        "typeset": _typeset,
+        "words": _json,
+        "duration": duration,
+        "percent": lambda share: f"{100 * share:.0f} %",
+    }
     environment.globals |= {"ZEROS": ZEROS, "LIVE": LIVE, "BAKED": BAKED}
+    environment.globals |= {"SPEED_NOISE": SPEED_NOISE, "MEMORY_NOISE": MEMORY_NOISE}
     return environment
 
 

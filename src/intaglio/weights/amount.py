@@ -159,7 +159,7 @@ def lowest(score_RI: Tensor, count: int) -> Tensor:
     below_RI = score_RI < cut_R1
     ties_RI = score_RI == cut_R1
     wanted_R1 = count - below_RI.sum(1, keepdim=True)
-    return below_RI | (ties_RI & (ties_RI.cumsum(1) <= wanted_R1))
+    return below_RI | (ties_RI & (ties_RI.cumsum(1, dtype=torch.int32) <= wanted_R1))
 
 
 def lowest_of_groups(score_RI: Tensor, keep: int, of: int) -> Tensor:

@@ -18,9 +18,9 @@ from torch import Tensor
 from intaglio.anatomy import Linear
 from intaglio.calibrate import InputStatistics
 from intaglio.method import Cost, Method, Workload
-from intaglio.weights.amount import Amount, prune_mask
+from intaglio.weights.amount import Amount, lowest, prune_mask
 from intaglio.weights.pruning import Pruning, Rule, masked, walk_cost
-from intaglio.weights.sparsegpt import DAMPENING, inverse_factor, sparsegpt_score
+from intaglio.weights.sparsegpt import DAMPENING, Factor, sparsegpt_score
 from intaglio.weights.wanda import wanda_score
 
 PAPER_CYCLES = 50
@@ -66,20 +66,28 @@ class Refined:
 
 
 class _Pointers:
-    """For each row a list of candidates in the order in which they are to be taken, and how far it has been used."""
+    """For each row a list of candidates in the order in which they are to be taken, and how far it has been used.
 
-    def __init__(self, key_RI: Tensor, candidate_RI: Tensor, descending: bool = False) -> None:
-        worst = float("-inf") if descending else float("inf")
-        ordered = key_RI.masked_fill(~candidate_RI, worst).sort(dim=1, descending=descending, stable=True)
-        self._order_RI = ordered.indices
+    Args:
+        key_RI: order of the candidates, smallest first; among equals the first inputs first.
+        candidate_RI: True at candidates.
+        most: how many of a row will be asked for at the most: only these are put in order.
+    """
+
+    def __init__(self, key_RI: Tensor, candidate_RI: Tensor, most: int) -> None:
+        key_RI = key_RI.masked_fill(~candidate_RI, float("inf"))
+        rows, inputs = key_RI.shape
+        most = min(most, inputs)
+        first_RK = lowest(key_RI, most).nonzero()[:, 1].view(rows, most)
+        self._order_RK = first_RK.gather(1, key_RI.gather(1, first_RK).sort(dim=1, stable=True).indices)
         self._count_R = candidate_RI.sum(1)
         self._used_R = torch.zeros_like(self._count_R)
 
     def take(self, rows_R: Tensor) -> tuple[Tensor, Tensor]:
         """The next candidate of every row and whether there was one; rows where `rows_R` is True use theirs up."""
         there_R = self._used_R < self._count_R
-        at_R = self._used_R.clamp(max=self._order_RI.shape[1] - 1)
-        index_R = self._order_RI.gather(1, at_R[:, None]).squeeze(1)
+        at_R = self._used_R.clamp(max=self._order_RK.shape[1] - 1)
+        index_R = self._order_RK.gather(1, at_R[:, None]).squeeze(1)
         self._used_R += rows_R & there_R
         return index_R, there_R
 
@@ -128,11 +136,11 @@ def refine(
     start_R = error_R.clone()
     grow_key_RI = contribution_RI / variance_I.clamp(min=SMALLEST_VARIANCE) ** variance_power
     positive_RI, negative_RI = contribution_RI > 0, contribution_RI < 0
-    grow_positive = _Pointers(grow_key_RI, mask_RI & positive_RI, descending=True)
-    grow_negative = _Pointers(grow_key_RI, mask_RI & negative_RI)
+    grow_positive = _Pointers(-grow_key_RI, mask_RI & positive_RI, cycles)
+    grow_negative = _Pointers(grow_key_RI, mask_RI & negative_RI, cycles)
     if group is None:
-        prune_negative = _Pointers(prune_key_RI, ~mask_RI & negative_RI)
-        prune_positive = _Pointers(prune_key_RI, ~mask_RI & positive_RI)
+        prune_negative = _Pointers(prune_key_RI, ~mask_RI & negative_RI, cycles)
+        prune_positive = _Pointers(prune_key_RI, ~mask_RI & positive_RI, cycles)
     else:
         free_RI = prune_key_RI.masked_fill(mask_RI, float("inf"))
         offset_M = torch.arange(group, device=weight_RI.device)
@@ -186,6 +194,7 @@ class DSnoT(Pruning, Amount, Method, slug="dsnot"):
     Args:
         sparsity: share of zeros in each row, 0 <= sparsity < 1.
         pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+        ignore: layers that keep all their weights, by name or shell pattern. Default: none.
         base: where the mask starts: `wanda` (default), `magnitude` or `sparsegpt`.
         refine: which layers are refined: `all` (default), `attention` or `mlp`; the others keep the base's mask.
         max_cycles: swaps a row at the most; None (default) scales with the width; 0 gives the base's mask.
@@ -233,30 +242,34 @@ class DSnoT(Pruning, Amount, Method, slug="dsnot"):
         }
         return cls(**(values | overrides))
 
-    def base_score(self, weight_RI: Tensor, statistics: InputStatistics) -> Tensor:
+    def base_score(self, weight_RI: Tensor, statistics: InputStatistics, factor: Factor | None = None) -> Tensor:
         """The score of the base, float32 [R, I]: |W|, |W| sqrt(l2) or W^2/U_kk^2.
 
         Args:
             weight_RI: dense weights.
             statistics: of the layer's input.
+            factor: (base `sparsegpt`) keeps U for the next linear with the same input. Default: computed anew.
         """
         if self.base == "magnitude":
             return weight_RI.float().abs()
         if self.base == "wanda":
             return wanda_score(weight_RI, statistics.square_I)
-        upper_II, dead_I = inverse_factor(statistics.hessian_II, self.dampening)
+        upper_II, dead_I = (factor or Factor(self.dampening)).of(statistics)
         return sparsegpt_score(weight_RI.masked_fill(dead_I, 0), upper_II)
 
-    def mask(self, weight_RI: Tensor, statistics: InputStatistics, refined: bool = True) -> Refined:
+    def mask(
+        self, weight_RI: Tensor, statistics: InputStatistics, refined: bool = True, factor: Factor | None = None
+    ) -> Refined:
         """The mask of one matrix.
 
         Args:
             weight_RI: dense weights.
             statistics: of the layer's input, with moments (and the Hessian for the base `sparsegpt`).
             refined: False gives the base's mask as it is.
+            factor: see `base_score`.
         """
         amount = self.amount
-        score_RI = self.base_score(weight_RI, statistics)
+        score_RI = self.base_score(weight_RI, statistics, factor)
         mask_RI = prune_mask(score_RI, amount)
         group = amount[1] if isinstance(amount, tuple) else None
         cycles = scaled_cycles(weight_RI.shape[1]) if self.max_cycles is None else self.max_cycles
@@ -290,9 +303,10 @@ class DSnoT(Pruning, Amount, Method, slug="dsnot"):
                 stacklevel=3,
             )
         chosen: dict[str, Any] = {"swaps": 0, "error_before": 0.0, "error_after": 0.0}
+        factor = Factor(self.dampening)
 
         def rule(linear: Linear, statistics: InputStatistics) -> Tensor:
-            found = self.mask(linear.read(), statistics, refined=self.refine in ("all", linear.part))
+            found = self.mask(linear.read(), statistics, self.refine in ("all", linear.part), factor)
             chosen["swaps"] += int(found.swaps_R.sum())
             chosen["error_before"] += float(found.error_before_R.abs().sum())
             chosen["error_after"] += float(found.error_R.abs().sum())
@@ -301,6 +315,6 @@ class DSnoT(Pruning, Amount, Method, slug="dsnot"):
         return rule, chosen
 
     def estimate(self, workload: Workload) -> Cost:
-        """Two passes, the base's selection, and four sorts of the candidates."""
+        """Two passes, the base's selection, and four of candidates."""
         walked = walk_cost(workload, hessian=self.hessian)
         return Cost(walked.flops, 5 * walked.sorted_elements, walked.extra_bytes)

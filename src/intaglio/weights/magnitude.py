@@ -25,6 +25,7 @@ class Magnitude(Pruning, Amount, Method, slug="magnitude"):
     Args:
         sparsity: share of zeros in each layer, 0 <= sparsity < 1.
         pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+        ignore: layers that keep all their weights, by name or shell pattern. Default: none.
         per: what weights are compared with, `layer` (default) or `row`.
 
     Raises:

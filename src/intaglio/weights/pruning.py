@@ -14,7 +14,7 @@ from torch import Tensor
 
 from intaglio.anatomy import Linear, anatomy
 from intaglio.calibrate import Group, InputStatistics, as_segments, walk
-from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint import DTYPES, Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, silent
@@ -95,6 +95,7 @@ class Pruning(ABC):
         amount.check(shapes(checkpoint))
         linears = amount.taken(shapes(checkpoint))
         names = {name for name, _, _ in linears}
+        refuse_packed(checkpoint)
         rule, chosen = self.rule(linears)
 
         def statistic(features: int, device: torch.device) -> InputStatistics:
@@ -103,7 +104,6 @@ class Pruning(ABC):
         def carve(index: int, group: Group) -> None:
             for linear in group.linears:
                 if f"layers.{index}.{linear.name}" in names:
-                    refuse_integers(linear)
                     linear.write(rule(linear, group.statistic))
 
         identity = None
@@ -157,15 +157,19 @@ def walk_cost(workload: Workload, *, hessian: bool = False) -> Cost:
     return Cost(flops=flops, sorted_elements=float(sum(r * c for r, c in workload.linears)), extra_bytes=int(extra))
 
 
-def refuse_integers(linear: Linear) -> None:
-    """Refuse a weight that is not a floating-point matrix (packed or quantized storage).
+def refuse_packed(checkpoint: Checkpoint) -> None:
+    """Refuse weights that are no plain numbers: packed or quantized ones mean something only with their scales.
 
     Args:
-        linear: whose weight is looked at.
+        checkpoint: whose linears are looked at.
 
     Raises:
-        IntaglioError: names the dtype.
+        IntaglioError: names the first such linear and its dtype.
     """
-    dtype = linear.read().dtype
-    if not dtype.is_floating_point:
-        raise IntaglioError(f"{linear.name} stores its weight as {dtype}; pruning needs floating-point weights")
+    for name, linear in anatomy(checkpoint.model).all_linears():
+        dtype = linear.module.weight.dtype
+        if dtype not in DTYPES.values():
+            raise IntaglioError(
+                f"{name} stores its weight as {str(dtype).removeprefix('torch.')}; pruning needs {', '.join(DTYPES)}: "
+                "carve the checkpoint that was quantized"
+            )

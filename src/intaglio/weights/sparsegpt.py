@@ -70,6 +70,30 @@ def _factor(hessian_II: Tensor, dampening: float) -> Tensor | None:
     return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
 
 
+class Factor:
+    """`inverse_factor` of what enters a linear, computed once for the linears that share an input (q, k and v).
+
+    Args:
+        dampening: see `inverse_factor`.
+    """
+
+    def __init__(self, dampening: float) -> None:
+        self._dampening = dampening
+        self._last: tuple[InputStatistics, tuple[Tensor, Tensor]] | None = None
+
+    def of(self, statistics: InputStatistics) -> tuple[Tensor, Tensor]:
+        """U [I, I] and the dead inputs [I].
+
+        Args:
+            statistics: with the Hessian; the same object for linears that share an input, which come one after the
+                other.
+        """
+        if self._last is None or self._last[0] is not statistics:
+            self._last = None  # its memory first
+            self._last = (statistics, inverse_factor(statistics.hessian_II, self._dampening))
+        return self._last[1]
+
+
 def sparsegpt_score(weight_RI: Tensor, upper_II: Tensor) -> Tensor:
     """S_rk = W_rk^2 / U_kk^2, in float32 [R, I].
 
@@ -141,13 +165,15 @@ class SparseGPT(Pruning, Amount, Method, slug="sparsegpt"):
     Weights change, unlike under Wanda: compare it as such.
 
     The pruned share of a block of columns is exact (floor); the released code's `<= threshold` prunes one more, and
-    more under ties.
+    more under ties. Weights of inputs that are always zero are set to zero whatever the amount, as there.
 
     Args:
         sparsity: share of zeros in each layer, 0 <= sparsity < 1.
         pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
         dampening: share of the mean diagonal added to the Hessian. Default 0.01.
-        block: columns that are pruned at a time; for N:M a multiple of M. Default 128.
+        block: columns that are pruned at a time; for N:M a multiple of M. None (default): 128, or the multiple of M
+            next below it.
+        ignore: layers that keep all their weights, by name or shell pattern. Default: none.
 
     Raises:
         IntaglioError: (in `apply`) the pattern does not fit a width or the block, no calibration data, statistics that
@@ -159,12 +185,20 @@ class SparseGPT(Pruning, Amount, Method, slug="sparsegpt"):
     dampening: Annotated[float, Field(gt=0, le=1, description="share of the mean diagonal added to the Hessian")] = (
         DAMPENING
     )
-    block: Annotated[int, Field(ge=1, description="columns that are pruned at a time")] = BLOCK
+    block: Annotated[int, Field(ge=1, description="columns that are pruned at a time")] | None = None
 
     @property
     def hessian(self) -> bool:
         """The rule needs the Hessian."""
         return True
+
+    @property
+    def columns(self) -> int:
+        """Columns of a block."""
+        if self.block is not None:
+            return self.block
+        group = self.amount[1] if isinstance(self.amount, tuple) else 1
+        return max(BLOCK // group, 1) * group
 
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
         """Refuse a width that the pattern does not fit, and a block that would cut the pattern's groups.
@@ -174,18 +208,15 @@ class SparseGPT(Pruning, Amount, Method, slug="sparsegpt"):
         """
         super().check(linears)
         amount = self.amount
-        if isinstance(amount, tuple) and self.block % amount[1]:
+        if isinstance(amount, tuple) and self.columns % amount[1]:
             raise IntaglioError(f"the block of {self.block} columns is not a multiple of the pattern's {amount[1]}")
 
     def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[Rule, dict[str, Any]]:
-        """Prune with compensation; linears that share an input share its factor."""
-        factors: dict[InputStatistics, tuple[Tensor, Tensor]] = {}
+        """Prune with compensation."""
+        factor = Factor(self.dampening)
 
         def rule(linear: Linear, statistics: InputStatistics) -> Tensor:
-            if statistics not in factors:
-                factors.clear()  # linears that share an input come one after the other
-                factors[statistics] = inverse_factor(statistics.hessian_II, self.dampening)
-            return sparsegpt(linear.read(), *factors[statistics], self.amount, self.block)
+            return sparsegpt(linear.read(), *factor.of(statistics), self.amount, self.columns)
 
         return rule, {}
 

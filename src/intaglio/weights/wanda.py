@@ -36,6 +36,7 @@ class Wanda(Pruning, Amount, Method, slug="wanda"):
     Args:
         sparsity: share of zeros in each row, 0 <= sparsity < 1; floor(inputs * sparsity) of a row go.
         pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+        ignore: layers that keep all their weights, by name or shell pattern. Default: none.
 
     Raises:
         IntaglioError: (in `apply`) the pattern does not fit a width, no calibration data, NaN statistics.
