@@ -174,7 +174,7 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     ),
     "more layers": (
         lambda model: edit_json(model / "config.json", num_hidden_layers=3),
-        ("are incomplete: model.layers.2.", " and 8 more is not in its files"),
+        ("are incomplete: model.layers.2.", " and 8 more are not in its files"),
     ),
     "fewer layers": (
         lambda model: edit_json(model / "config.json", num_hidden_layers=1),

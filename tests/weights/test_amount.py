@@ -38,6 +38,15 @@ def test_lowest_is_a_stable_sort(values: list[list[int]], data: st.DataObject) -
     assert torch.equal(lowest(score_RI, count), by_stable_sort(score_RI, count))
 
 
+@given(st.integers(0, 1000), st.integers(0, 64))
+def test_lowest_is_one_sort_however_few_are_wanted(seed: int, count: int) -> None:
+    score_RI = torch.randint(0, 5, (3, 64), generator=torch.Generator().manual_seed(seed)).float()
+    score_RI[:, ::5] = float("inf")
+    expected = torch.zeros_like(score_RI, dtype=torch.bool)
+    expected.scatter_(1, score_RI.sort(dim=1, stable=True).indices[:, :count], True)
+    assert torch.equal(lowest(score_RI, count), expected)
+
+
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(2, 8), st.data())
 def test_groups_keep_exactly_n_of_m_stably(rows: int, groups: int, of: int, data: st.DataObject) -> None:
     keep = data.draw(st.integers(1, of - 1))

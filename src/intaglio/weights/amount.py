@@ -155,7 +155,10 @@ def lowest(score_RI: Tensor, count: int) -> Tensor:
     """
     if count <= 0:
         return torch.zeros_like(score_RI, dtype=torch.bool)
-    cut_R1 = score_RI.kthvalue(count, dim=1, keepdim=True).values
+    if count * 8 <= score_RI.shape[1]:  # a few are found about ten times faster so
+        cut_R1 = score_RI.topk(count, dim=1, largest=False).values.amax(1, keepdim=True)
+    else:
+        cut_R1 = score_RI.kthvalue(count, dim=1, keepdim=True).values
     below_RI = score_RI < cut_R1
     ties_RI = score_RI == cut_R1
     wanted_R1 = count - below_RI.sum(1, keepdim=True)
