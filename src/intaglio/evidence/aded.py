@@ -37,7 +37,7 @@ SHIFTED = "tokens a pass, shifted text"
 SECONDS = "seconds a token"
 ROWS = 15
 """Drafted tokens that an arm may verify in a pass."""
-NEW = 96
+NEW = 64
 LONGEST_LOOP = 32
 """Tokens of a period that counts as a loop."""
 
@@ -80,7 +80,7 @@ class Continue:
 
     Args:
         world: gives target, corpus and prompts.
-        new: tokens that are generated. Default 96.
+        new: tokens that are generated. Default 64.
     """
 
     world: World
@@ -249,7 +249,7 @@ def experiment(world: SmolLM2Wikipedia, new: int = NEW) -> Experiment:
 
     Args:
         world: target and texts.
-        new: tokens that are generated. Default 96.
+        new: tokens that are generated. Default 64.
     """
     return Experiment(
         slug="aded",
@@ -282,7 +282,7 @@ def experiment(world: SmolLM2Wikipedia, new: int = NEW) -> Experiment:
         run_unit=Continue(world, new),
         pilot_runs=min(world.documents_pilot, 10),
         most_runs=min(world.documents_run, 60),
-        secondary_runs=16,
+        secondary_runs=10,
         threads=1,
         settings={
             "world": asdict(world),
