@@ -68,7 +68,6 @@ METHODS: dict[str, tuple[ADED | None, str]] = {
     "aded-window": (_aded(prompt=0), "the same learning from the window alone, as in the paper, not the whole prompt"),
     "aded-best": (_aded(search="best"), "the same with best-first search in the place of tree search"),
     "aded-greedy": (_aded(search="greedy"), "the same with one greedy chain"),
-    "aded-full": (_aded(search="full"), "the same with full traversal"),
 }
 """`{arm: (settings, what it is)}`; prompt lookup has settings of its own."""
 LOOKUPS = {"lookup": {"candidates": 1, "length": ROWS}, "lookup-tree": {"candidates": 3, "length": 10}}
@@ -277,13 +276,14 @@ def experiment(world: SmolLM2Wikipedia, new: int = NEW) -> Experiment:
             Secondary("learning from the whole prompt", "aded-window", "aded"),
             Secondary("tree search against best-first search", "aded-best", "aded"),
             Secondary("tree search against one greedy chain", "aded-greedy", "aded"),
-            Secondary("tree search against full traversal", "aded-full", "aded"),
         ),
         run_unit=Continue(world, new),
-        pilot_runs=min(world.documents_pilot, 10),
-        most_runs=min(world.documents_run, 60),
+        pilot_runs=min(world.documents_pilot, 6),
+        most_runs=world.documents_run,
         secondary_runs=10,
         threads=1,
+        why="Claim, tier and delta are those that were asked for. An earlier registration (96 new tokens, 60 prompts) "
+        "stopped after its pilot, since the world has 38 articles to measure on; nothing of that pilot was used.",
         settings={
             "world": asdict(world),
             "new tokens": new,
@@ -295,5 +295,5 @@ def experiment(world: SmolLM2Wikipedia, new: int = NEW) -> Experiment:
     )
 
 
-EXPERIMENTS = {"cpu": experiment(SmolLM2Wikipedia(documents_run=60, documents_pilot=10, tokens=64))}
+EXPERIMENTS = {"cpu": experiment(SmolLM2Wikipedia(documents_run=38, documents_pilot=10, tokens=64))}
 """By tier."""
