@@ -165,28 +165,35 @@ def loop_start(ids: Sequence[int]) -> int:
 
 
 def shifted_prompt(target: Checkpoint, unit: Unit, length: int) -> list[int]:
-    """The first tokens of a Python file of the standard library, another one for each prompt.
+    """The first tokens of a Python file of the standard library, others for each prompt of a stage.
 
     Args:
         target: whose tokenizer is used.
-        unit: stage, index and base decide the file.
+        unit: stage and base decide the order of the files, index which of them.
         length: tokens.
+
+    Raises:
+        IntaglioError: there are not so many files.
     """
-    for name in _drawn_files(f"{unit.stage}:{unit.base}:{unit.index}"):
-        ids: list[int] = target.tokenizer(name, add_special_tokens=False, verbose=False)["input_ids"][:length]
+    found: dict[tuple[int, ...], None] = {}
+    for text in _drawn_files(f"{unit.stage}:{unit.base}"):
+        # So many characters hold the tokens, and a licence that many files begin with counts once.
+        ids = target.tokenizer(text[: 16 * length], add_special_tokens=False, verbose=False)["input_ids"][:length]
         if len(ids) == length:
-            return ids
-    raise IntaglioError(f"no Python file has {length} tokens")
+            found[tuple(ids)] = None
+        if len(found) > unit.index:
+            return list(ids)
+    raise IntaglioError(f"Python file {unit.index} was asked for; {len(found)} begin with {length} tokens of their own")
 
 
 @lru_cache(maxsize=4)
 def _drawn_files(key: str) -> tuple[str, ...]:
-    """A few files in an order that the key decides."""
+    """All files in an order that the key decides."""
 
     def drawn(name: str) -> bytes:
         return hashlib.sha256(f"{key}:{name}".encode()).digest()
 
-    return tuple(file.text for file in sorted(source_files(), key=lambda file: drawn(file.hash))[:20])
+    return tuple(file.text for file in sorted(source_files(), key=lambda file: drawn(file.hash)))
 
 
 def make(arm: str, target: Checkpoint, world: World) -> Drafter:
