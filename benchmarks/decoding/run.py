@@ -148,8 +148,13 @@ def _run(checkpoint: Any, ids: list[int], new: int, options: dict[str, Any]) -> 
     run: Run = {"seconds": seconds, "new_tokens": len(found), "passes": passes[0], "ids": found}
     statistics = getattr(options.get("custom_generate"), "statistics", None)
     if statistics is not None:
-        outside = (statistics.seconds - statistics.model_seconds) / statistics.seconds
-        run |= {"passes": statistics.passes, "outside_share": outside, "accepted_share": statistics.accepted_share}
+        run |= {
+            "passes": statistics.passes,
+            "rows": statistics.nodes + statistics.row_passes,
+            "accepted_share": statistics.accepted_share,
+            "drafting_share": statistics.drafter_seconds / statistics.seconds,
+            "loop_share": statistics.loop_seconds / statistics.seconds,
+        }
     return run
 
 
