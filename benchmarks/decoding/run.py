@@ -41,7 +41,7 @@ SOURCE = HERE.parents[1] / "src" / "intaglio"
 # What a run of ours depends on: when one of these changes, finished runs no longer count.
 CODE = ("decoding/aded/*.py", "verify/**/*.py")
 STOCK = ("greedy", "prompt_lookup_num_tokens", "assistant_model")
-OURS = ("aded", "aded-no-corpus", "prompt_lookup", "draft_model")
+OURS = ("aded", "aded-best", "aded-no-corpus", "prompt_lookup", "draft_model")
 WITH_DRAFT = ("assistant_model", "draft_model")
 
 Run = dict[str, Any]
@@ -113,10 +113,12 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Callable
         "prompt_lookup": lambda: {"custom_generate": Speculative(PromptLookup())},
         "draft_model": lambda: {"custom_generate": Speculative(DraftModel(draft))},
     }
-    if "aded" in wanted:
+    if {"aded", "aded-best"} & {*wanted}:
         aded = ADED(corpus=prompts.corpus(arguments.texts), tokenizer=checkpoint.tokenizer)
         aded.table(checkpoint.model)
         made["aded"] = lambda: {"custom_generate": aded}
+        best = aded.model_copy(update={"search": "best"})
+        made["aded-best"] = lambda: {"custom_generate": best}
     return {mode: made[mode] for mode in wanted if draft is not None or mode not in WITH_DRAFT}
 
 
@@ -146,8 +148,13 @@ def _run(checkpoint: Any, ids: list[int], new: int, options: dict[str, Any]) -> 
     run: Run = {"seconds": seconds, "new_tokens": len(found), "passes": passes[0], "ids": found}
     statistics = getattr(options.get("custom_generate"), "statistics", None)
     if statistics is not None:
-        outside = (statistics.seconds - statistics.model_seconds) / statistics.seconds
-        run |= {"passes": statistics.passes, "outside_share": outside, "accepted_share": statistics.accepted_share}
+        run |= {
+            "passes": statistics.passes,
+            "rows": statistics.nodes + statistics.row_passes,
+            "accepted_share": statistics.accepted_share,
+            "drafting_share": statistics.drafter_seconds / statistics.seconds,
+            "loop_share": statistics.loop_seconds / statistics.seconds,
+        }
     return run
 
 

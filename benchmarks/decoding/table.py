@@ -7,6 +7,8 @@ from typing import Any
 
 Run = dict[str, Any]
 BASE = "greedy"
+SHARES = ("drafting_share", "loop_share")
+"""Of the time of a call: in the drafter, and in the loop outside drafter and model."""
 
 
 def per_prompt(runs: list[Run]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -24,7 +26,7 @@ def per_prompt(runs: list[Run]) -> dict[tuple[str, str], dict[str, Any]]:
             "repeats": len(group),
             "seconds": median(run["seconds"] for run in group),
             "tokens_per_pass": group[0]["new_tokens"] / group[0]["passes"],
-            "outside_share": median(run["outside_share"] for run in group) if "outside_share" in group[0] else None,
+            **{name: median(run[name] for run in group) if name in group[0] else None for name in SHARES},
             "ids": group[0]["ids"],
         }
         for key, group in groups.items()
@@ -51,14 +53,14 @@ def results(runs: list[Run]) -> dict[str, Any]:
             pairs = [(found[name, mode], found[name, BASE]) for name in names if (name, BASE) in found]
             if not pairs:
                 continue
-            outside = [one["outside_share"] for one, _ in pairs if one["outside_share"] is not None]
+            shares = {name: [one[name] for one, _ in pairs if one[name] is not None] for name in SHARES}
             table[mode][kind] = {
                 "prompts": len(pairs),
                 "tokens_per_pass": mean(one["tokens_per_pass"] for one, _ in pairs),
                 "speed": median(
                     (base["seconds"] / len(base["ids"])) / (one["seconds"] / len(one["ids"])) for one, base in pairs
                 ),
-                "outside_share": median(outside) if outside else None,
+                **{name: median(values) if values else None for name, values in shares.items()},
                 "differ": sum(one["ids"] != base["ids"] for one, base in pairs),
             }
     return table
@@ -73,13 +75,12 @@ def markdown(table: dict[str, Any]) -> str:
     kinds = list(next(iter(table.values())))
     lines = [
         f"| mode | {' | '.join(f'{kind}: tokens a pass' for kind in kinds)} | "
-        f"{' | '.join(f'{kind}: speed' for kind in kinds)} | outside the model | other text |",
-        f"| --- |{' --- |' * (2 * len(kinds) + 2)}",
+        f"{' | '.join(f'{kind}: speed' for kind in kinds)} | drafting | loop | other text |",
+        f"| --- |{' --- |' * (2 * len(kinds) + 3)}",
     ]
     for mode, by_kind in table.items():
         rates = [f"{by_kind[kind]['tokens_per_pass']:.2f}" if kind in by_kind else "–" for kind in kinds]
         speeds = [f"{by_kind[kind]['speed']:.2f}" if kind in by_kind else "–" for kind in kinds]
-        outside = by_kind["all"]["outside_share"]
-        share = "–" if outside is None else f"{outside:.1%}"
-        lines.append(f"| {mode} | {' | '.join([*rates, *speeds])} | {share} | {by_kind['all']['differ']} |")
+        shares = ["–" if (share := by_kind["all"][name]) is None else f"{share:.1%}" for name in SHARES]
+        lines.append(f"| {mode} | {' | '.join([*rates, *speeds, *shares])} | {by_kind['all']['differ']} |")
     return "\n".join(lines) + "\n"

@@ -32,7 +32,7 @@ def test_end_to_end(small: SmolLM2Wikipedia, tmp_path: Path) -> None:
     document = prove("aded", experiment=quick, directory=tmp_path)
     assert document["verdict"] in ("holds", "fails", "underpowered", "inconclusive")
     assert set(document["arms"]) == set(METHODS)
-    assert len(document["secondaries"]) == 10
+    assert len(document["secondaries"]) == 9
     for run in document["runs"]:
         values = run["outcome"]["values"]
         assert set(values) == {TOKENS, FRESH, SHIFTED, SECONDS}

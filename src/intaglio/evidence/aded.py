@@ -37,7 +37,7 @@ SHIFTED = "tokens a pass, shifted text"
 SECONDS = "seconds a token"
 ROWS = 15
 """Drafted tokens that an arm may verify in a pass."""
-NEW = 96
+NEW = 64
 LONGEST_LOOP = 32
 """Tokens of a period that counts as a loop."""
 
@@ -68,7 +68,6 @@ METHODS: dict[str, tuple[ADED | None, str]] = {
     "aded-window": (_aded(prompt=0), "the same learning from the window alone, as in the paper, not the whole prompt"),
     "aded-best": (_aded(search="best"), "the same with best-first search in the place of tree search"),
     "aded-greedy": (_aded(search="greedy"), "the same with one greedy chain"),
-    "aded-full": (_aded(search="full"), "the same with full traversal"),
 }
 """`{arm: (settings, what it is)}`; prompt lookup has settings of its own."""
 LOOKUPS = {"lookup": {"candidates": 1, "length": ROWS}, "lookup-tree": {"candidates": 3, "length": 10}}
@@ -80,7 +79,7 @@ class Continue:
 
     Args:
         world: gives target, corpus and prompts.
-        new: tokens that are generated. Default 96.
+        new: tokens that are generated. Default 64.
     """
 
     world: World
@@ -166,28 +165,35 @@ def loop_start(ids: Sequence[int]) -> int:
 
 
 def shifted_prompt(target: Checkpoint, unit: Unit, length: int) -> list[int]:
-    """The first tokens of a Python file of the standard library, another one for each prompt.
+    """The first tokens of a Python file of the standard library, others for each prompt of a stage.
 
     Args:
         target: whose tokenizer is used.
-        unit: stage, index and base decide the file.
+        unit: stage and base decide the order of the files, index which of them.
         length: tokens.
+
+    Raises:
+        IntaglioError: there are not so many files.
     """
-    for name in _drawn_files(f"{unit.stage}:{unit.base}:{unit.index}"):
-        ids: list[int] = target.tokenizer(name, add_special_tokens=False, verbose=False)["input_ids"][:length]
+    found: dict[tuple[int, ...], None] = {}
+    for text in _drawn_files(f"{unit.stage}:{unit.base}"):
+        # So many characters hold the tokens, and a licence that many files begin with counts once.
+        ids = target.tokenizer(text[: 16 * length], add_special_tokens=False, verbose=False)["input_ids"][:length]
         if len(ids) == length:
-            return ids
-    raise IntaglioError(f"no Python file has {length} tokens")
+            found[tuple(ids)] = None
+        if len(found) > unit.index:
+            return list(ids)
+    raise IntaglioError(f"Python file {unit.index} was asked for; {len(found)} begin with {length} tokens of their own")
 
 
 @lru_cache(maxsize=4)
 def _drawn_files(key: str) -> tuple[str, ...]:
-    """A few files in an order that the key decides."""
+    """All files in an order that the key decides."""
 
     def drawn(name: str) -> bytes:
         return hashlib.sha256(f"{key}:{name}".encode()).digest()
 
-    return tuple(file.text for file in sorted(source_files(), key=lambda file: drawn(file.hash))[:20])
+    return tuple(file.text for file in sorted(source_files(), key=lambda file: drawn(file.hash)))
 
 
 def make(arm: str, target: Checkpoint, world: World) -> Drafter:
@@ -249,7 +255,7 @@ def experiment(world: SmolLM2Wikipedia, new: int = NEW) -> Experiment:
 
     Args:
         world: target and texts.
-        new: tokens that are generated. Default 96.
+        new: tokens that are generated. Default 64.
     """
     return Experiment(
         slug="aded",
@@ -277,13 +283,14 @@ def experiment(world: SmolLM2Wikipedia, new: int = NEW) -> Experiment:
             Secondary("learning from the whole prompt", "aded-window", "aded"),
             Secondary("tree search against best-first search", "aded-best", "aded"),
             Secondary("tree search against one greedy chain", "aded-greedy", "aded"),
-            Secondary("tree search against full traversal", "aded-full", "aded"),
         ),
         run_unit=Continue(world, new),
-        pilot_runs=min(world.documents_pilot, 10),
-        most_runs=min(world.documents_run, 60),
-        secondary_runs=16,
+        pilot_runs=min(world.documents_pilot, 6),
+        most_runs=world.documents_run,
+        secondary_runs=10,
         threads=1,
+        why="Claim, tier and delta are those that were asked for. An earlier registration (96 new tokens, 60 prompts) "
+        "stopped after its pilot, since the world has 38 articles to measure on; nothing of that pilot was used.",
         settings={
             "world": asdict(world),
             "new tokens": new,
@@ -295,5 +302,5 @@ def experiment(world: SmolLM2Wikipedia, new: int = NEW) -> Experiment:
     )
 
 
-EXPERIMENTS = {"cpu": experiment(SmolLM2Wikipedia(documents_run=60, documents_pilot=10, tokens=64))}
+EXPERIMENTS = {"cpu": experiment(SmolLM2Wikipedia(documents_run=38, documents_pilot=10, tokens=64))}
 """By tier."""

@@ -2,6 +2,7 @@
 
 - `smollm2`: SmolLM2-135M-Instruct with Wikipedia, for what is carved without training.
 - `prompts`: beginnings and chat turns of five kinds for SmolLM2, for what generates.
+- `smollm2_draft`: a two-layer draft model for it, trained on what it says itself, once and cached.
 - `source_code`: bytes of Python source and a small Llama, new or trained once and cached.
 - `haystack`: a synthetic language with facts hidden in filler and questions at the end.
 - `digits`: handwritten digits as images and as sequences, with wrong labels where asked for.
