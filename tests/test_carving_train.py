@@ -150,7 +150,9 @@ def test_a_share_of_the_data_is_evaluated_on_and_not_trained_on(corpus: Path, mo
     assert document["steps"][0]["curve"]["evaluation/loss"][1] > 0
     trained, evaluated = apart(TEXTS, 0.2)
     assert sorted(trained + evaluated) == sorted(TEXTS)
+    assert len(evaluated) == 6
     assert apart(TEXTS[::-1], 0.2) == (trained[::-1], evaluated[::-1])
+    assert len(apart(TEXTS, 0.0001)[1]) == 1
     with pytest.raises(IntaglioError, match="of 1 examples that leaves"):
         apart(TEXTS[:1], 0.5)
 

@@ -41,25 +41,26 @@ def docstring_pairs() -> list[Example]:
 
 
 def apart(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """Return examples to train on and examples to evaluate on, by the hash of what they say.
+    """Return examples to train on and examples to evaluate on: those with the least hashes of what they say.
 
     Args:
         examples: pairs or texts.
-        share: that is evaluated on, about.
+        share: that is evaluated on, at least one of them.
 
     Raises:
-        IntaglioError: there are too few for one of the two.
+        IntaglioError: none would be left to train on.
     """
-    parts: tuple[list[Any], list[Any]] = ([], [])
-    for example in examples:
-        digest = hashlib.sha256(f"evaluate:{json.dumps(example, sort_keys=True, default=repr)}".encode()).digest()
-        parts[int.from_bytes(digest[:4], "big") < share * 2**32].append(example)
-    if not all(parts):
+    count = max(1, round(share * len(examples)))
+    if count >= len(examples):
         raise IntaglioError(
-            f"evaluate is {share}; of {len(examples)} examples that leaves {len(parts[0])} to train on and "
-            f"{len(parts[1])} to evaluate on"
+            f"evaluate is {share}; of {len(examples)} examples that leaves {len(examples) - count} to train on"
         )
-    return parts
+    keys = [hashlib.sha256(json.dumps(one, sort_keys=True, default=repr).encode()).digest() for one in examples]
+    held_out = set(sorted(range(len(examples)), key=lambda place: keys[place])[:count])
+    return (
+        [one for place, one in enumerate(examples) if place not in held_out],
+        [examples[place] for place in sorted(held_out)],
+    )
 
 
 def load_pairs(path: str | os.PathLike[str]) -> list[Example]:

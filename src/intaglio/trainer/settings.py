@@ -27,7 +27,7 @@ class Settings(BaseModel):
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    warmup: Annotated[int | float, Field(ge=0)] = 0.05
+    warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)] = 0.05
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: Share = 0.9
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
