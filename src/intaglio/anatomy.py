@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,11 @@ from transformers.pytorch_utils import Conv1D
 from intaglio.errors import IntaglioError
 
 Part = Literal["attention", "mlp"]
+
+CACHES = ("cache", "past_key_values")
+"""What the key-value cache is called, as a model's argument and in what it returns: since transformers 5.24, before."""
+CACHE = CACHES[0 if "cache" in {f.name for f in fields(BaseModelOutputWithPastAndCrossAttentions)} else 1]
+"""What the installed version calls it."""
 
 _ATTENTION_WORDS = ("attn", "attention")
 # Last name of a projection -> the roles of the equal or grouped parts that are fused in it, in the order of its rows.

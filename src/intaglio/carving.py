@@ -23,13 +23,16 @@ from intaglio.data.segments import Segments, segments
 from intaglio.data.texts import Corpus, calibration_and_held_out, load_texts
 from intaglio.errors import IntaglioError
 from intaglio.machine import versions
+from intaglio.masks import predicts_next
 from intaglio.measures.quality import Reference, reference
 from intaglio.measures.side import measure
-from intaglio.method import Carving, Cost, Method, Progress, Workload, silent
+from intaglio.method import Carving, ChecksModel, Cost, Method, Progress, Resumes, Workload, silent
 from intaglio.recipe import Fit, Measure, Recipe, Step, accepted_fields, method_of
 
 STATE = "state.json"
 TRAINING = "training"
+TRIALS = "trial-*"
+"""What a step that trains several times leaves in its directory."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ def _scratch(out: Path) -> Iterator[Path]:
 def _worth_keeping(scratch: Path) -> bool:
     """Whether a step is finished, or training has saved its state."""
     state = _read_state(scratch)
-    return state is not None and (state["done"] > 0 or any(scratch.glob(f"{TRAINING}-*/checkpoint-*")))
+    begun = (f"{TRAINING}-*/checkpoint-*", f"{TRAINING}-*/{TRIALS}")
+    return state is not None and (state["done"] > 0 or any(path for how in begun for path in scratch.glob(how)))
 
 
 def _read_state(scratch: Path) -> dict[str, Any] | None:
@@ -187,6 +191,8 @@ def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
             raise IntaglioError(f"{step.slug} needs a model that generates; {name} is an encoder")
         if not isinstance(step, Fit):
             cast(Carving, step).check(named)
+            if isinstance(step, ChecksModel):
+                step.check_model(parts)
 
 
 def apply_step(
@@ -228,6 +234,7 @@ def apply_step(
         seed=recipe.seed,
         batch_size=recipe.calibration.batch_size,
         progress=progress,
+        **({"directory": directory, "resume": resume} if _goes_on(step) else {}),
     )
 
 
@@ -285,7 +292,7 @@ def carve(
             checkpoint.source = name
         for index, step in enumerate(recipe.steps[done:], start=done):
             start = time.time()
-            if _trains(step):  # it resumes by itself, if the state says that there is something to resume
+            if _goes_on(step):  # it resumes by itself, if the state says that there is something to resume
                 _note(scratch, index, digest)
             apply_step(step, checkpoint, recipe, data, progress, scratch / f"{TRAINING}-{index}", resume)
             seconds.append(time.time() - start)
@@ -332,6 +339,11 @@ def _note(scratch: Path, done: int, digest: str) -> None:
 
 def _trains(step: Step) -> bool:
     return step.slug == "train"
+
+
+def _goes_on(step: Step) -> bool:
+    """Whether a step keeps a state of its own while it runs, and goes on with that."""
+    return _trains(step) or (isinstance(step, Resumes) and step.long)
 
 
 def _link_or_copy(source: str, target: str) -> None:
@@ -468,7 +480,7 @@ def compare(
     if second.tokenizer is None:
         raise IntaglioError(f"{b} has no tokenizer, so no text can be measured")
     data_b = held_out_segments(second, held_out, wanted)
-    same = data_a.digest == data_b.digest and (original.head is not None) == anatomy(second.model).causal
+    same = data_a.digest == data_b.digest and (original.head is not None) == predicts_next(anatomy(second.model))
     side_b = measure(second, data_b, original if same else None, **options)
     return {
         "format": report.FORMAT,

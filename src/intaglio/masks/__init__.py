@@ -19,6 +19,7 @@ from intaglio.masks.rules import (
     Arbitrary,
     Bidirectional,
     BlockDiagonal,
+    Blocks,
     Causal,
     Dilated,
     Not,
@@ -27,10 +28,20 @@ from intaglio.masks.rules import (
     Rule,
     Score,
     Sinks,
+    Wide,
     Window,
     rule_from_dict,
 )
-from intaglio.masks.visibility import clear_visibility, get_visibility, set_scores, set_visibility, visible
+from intaglio.masks.visibility import (
+    clear_visibility,
+    get_visibility,
+    looks_right,
+    predicts_next,
+    refuse_to_generate,
+    set_scores,
+    set_visibility,
+    visible,
+)
 
 __all__ = [
     "RULE",
@@ -40,6 +51,7 @@ __all__ = [
     "Arbitrary",
     "Bidirectional",
     "BlockDiagonal",
+    "Blocks",
     "Causal",
     "Dilated",
     "MaskRequest",
@@ -49,9 +61,13 @@ __all__ = [
     "Rule",
     "Score",
     "Sinks",
+    "Wide",
     "Window",
     "clear_visibility",
     "get_visibility",
+    "looks_right",
+    "predicts_next",
+    "refuse_to_generate",
     "rule_from_dict",
     "set_scores",
     "set_visibility",

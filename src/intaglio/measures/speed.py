@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from intaglio.anatomy import anatomy
+from intaglio.anatomy import CACHE, anatomy
 from intaglio.checkpoint import Checkpoint
+from intaglio.masks import predicts_next
 
 PREFILL = 256
 DECODE = 24
@@ -24,7 +25,7 @@ class Speed:
 
     Args:
         prefill: of a pass over `PREFILL` tokens (or the context, if that is shorter).
-        decode: of greedy steps of one token behind that prefill; None for an encoder.
+        decode: of greedy steps of one token behind that prefill; None for what does not predict the next token.
     """
 
     prefill: float
@@ -46,7 +47,7 @@ def speed(checkpoint: Checkpoint, repeats: int = REPEATS) -> Speed:
         repeats: counted runs. Default 3.
     """
     model, device = checkpoint.model, checkpoint.device
-    causal = anatomy(model).causal
+    causal = predicts_next(anatomy(model))
     rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     length = max(2, min(PREFILL, checkpoint.context - DECODE - 1))
     generator = torch.Generator().manual_seed(0)
@@ -58,10 +59,10 @@ def speed(checkpoint: Checkpoint, repeats: int = REPEATS) -> Speed:
         output = model(input_ids=ids, **options)
         middle = _now(device)
         if causal:
-            cache = output.past_key_values
+            cache = {CACHE: output[CACHE]}
             token = output.logits[:, -1:].argmax(-1)
             for _ in range(steps):
-                output = model(input_ids=token, past_key_values=cache, use_cache=True)
+                output = model(input_ids=token, use_cache=True, **cache)
                 token = output.logits[:, -1:].argmax(-1)
         end = _now(device)
         prefill.append(length / (middle - start))

@@ -145,6 +145,7 @@ def train(
         chosen.lora.names(model)  # refused before any work
     draws = Draws(chosen.seed)
     rows = read_rows(checkpoint, _selected(checkpoint, data, select, original, chosen.seed), goal, draws)
+    model = checkpoint.model  # an objective may have given it another head
     arguments = {
         "objective": run_state.describe(goal),
         "shape": [run_state.describe(shaper) for shaper in shape],
@@ -159,7 +160,8 @@ def train(
         trainer_arguments = _arguments(checkpoint, chosen, steps, path or Path(scratch), saved=path is not None)
         begun = None if path is None else _claim(path, identity, resume)
         judge = _judge(checkpoint, evaluate, goal, chosen)
-        stack.enter_context(adapted(model, chosen.lora, keep_mask=chosen.keep_mask, seed=chosen.seed))
+        owned = list(goal.modules().values())
+        stack.enter_context(adapted(model, chosen.lora, keep_mask=chosen.keep_mask, seed=chosen.seed, full=owned))
         stack.enter_context(_checkpointing(model, chosen.gradient_checkpointing))
         stack.enter_context(_attached(model, shapers))
         step_rows = chosen.batch_size * chosen.accumulate

@@ -8,12 +8,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from intaglio.catalogue import ENTRIES
+from intaglio.catalogue import Kind
 from intaglio.checkpoint import Checkpoint
+from intaglio.data.labelled import as_labelled, read_labelled
 from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError, did_you_mean, shorten
-from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, get, silent
+from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, get, silent, slugs
 from intaglio.trainer.pairs import load_pairs
 from intaglio.trainer.settings import Settings
 
@@ -31,6 +32,9 @@ class Train(Settings, Method, slug="train"):
         texts: what is trained on: a bundled name, a file, a folder or a hub id. Default: the recipe's calibration
             texts. Documents that are measured on are left out.
         instructions: in place of texts, a file of instruction pairs, one JSON object a line.
+        labels: in place of texts, a file of labelled words, one JSON object a line (`words` and `labels`, or `text`,
+            `spans` and `labels`), for token_classification; without an objective its words are trained on as text.
+        validation: another such file, on which the labels are scored while training.
         length: tokens of a row, for next-token prediction. Default: the model's context, at most 1,024.
         evaluate: whether the objective's loss is taken on the held-out segments while training. Default False.
         seed: default: the recipe's.
@@ -44,6 +48,8 @@ class Train(Settings, Method, slug="train"):
     select: dict[str, Any] | None = None
     texts: Annotated[str, Field(min_length=1)] | None = None
     instructions: Annotated[str, Field(min_length=1)] | None = None
+    labels: Annotated[str, Field(min_length=1)] | None = None
+    validation: Annotated[str, Field(min_length=1)] | None = None
     length: Annotated[int, Field(ge=2)] | None = None
     evaluate: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None  # type: ignore[assignment]
@@ -67,14 +73,28 @@ class Train(Settings, Method, slug="train"):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.texts is not None and self.instructions is not None:
-            raise ValueError("texts and instructions are given; one of them says what is trained on")
+        given = [name for name in ("texts", "instructions", "labels") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; one of them says what is trained on")
+        labels = self.objective is not None and "token_classification" in self.objective
+        if labels and self.labels is None:
+            raise ValueError("token_classification needs labels, a file of labelled words")
+        if self.labels is not None and not labels and self.objective is not None:
+            raise ValueError("labels need the objective token_classification, or none: then the words alone are read")
+        if (self.validation is not None or self.evaluate) and labels != (self.validation is not None):
+            raise ValueError(
+                "token_classification is scored on a file of labels: name one as validation"
+                if labels
+                else "validation is a file of labels; it needs the objective token_classification"
+            )
         if self.length is not None and self.objective is not None:
             raise ValueError("length belongs to next-token prediction; give it to the objective")
         if self.instructions is not None and self.objective is None:
             raise ValueError("instructions need an objective that reads them, such as meap: {mode: finetuning}")
-        if self.patience is not None and not self.evaluate:
-            raise ValueError("patience needs evaluate: true")
+        if self.patience is not None and not self.evaluate and self.validation is None:
+            raise ValueError("patience needs evaluate: true, or validation")
+        if self.patience is not None and labels and self.watch == "loss":
+            raise ValueError("patience watches the loss, which validation does not give; set watch: error")
         return self
 
     @property
@@ -167,7 +187,7 @@ class Train(Settings, Method, slug="train"):
             objective=CausalLM(self.length) if self.objective is None else _made(self.objective),  # type: ignore[arg-type]
             shape=[_made(named) for named in self.shape],  # type: ignore[misc]
             select=None if self.select is None else _made(self.select),  # type: ignore[arg-type]
-            evaluate=held_out if self.evaluate else None,
+            evaluate=self._judge(held_out),
             directory=directory,
             resume=resume,
             progress=progress,
@@ -175,9 +195,19 @@ class Train(Settings, Method, slug="train"):
         )
         return checkpoint
 
+    def _judge(self, held_out: Segments | None) -> Any:
+        if self.validation is None:
+            return held_out if self.evaluate else None
+        from intaglio.trainer.labels import judge
+
+        return judge(read_labelled(self.validation), batch_size=self.batch_size)
+
     def _data(self, calibration: Corpus | None, held_out_hashes: frozenset[str]) -> Any:
         if self.instructions is not None:
             return load_pairs(self.instructions)
+        if self.labels is not None:
+            examples = read_labelled(self.labels)
+            return examples if self.objective is not None else [as_labelled(e, self.labels).text for e in examples]
         texts = calibration if self.texts is None else load_texts(self.texts)
         if texts is None:
             raise IntaglioError("training data is missing: name texts or instructions")
@@ -189,14 +219,14 @@ def _made(named: Mapping[str, Any]) -> Method:
     return get(slug)(**fields)
 
 
-def _named(value: Any, kind: str) -> dict[str, Any]:
+def _named(value: Any, kind: Kind) -> dict[str, Any]:
     """`{slug: every field}` of a method of a kind, from what the file has."""
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
         raise ValueError(f"one {kind} with its parameters is needed, such as {{SLUG: {{}}}}")
     slug, fields = next(iter(value.items()))
-    known = [name for name, entry in ENTRIES.items() if kind in entry.kinds]
+    known = slugs(kind)
     if slug not in known:
         raise ValueError(f"there is no {kind} named {shorten(repr(slug))}; {did_you_mean(str(slug), known)}")
     if not isinstance(fields or {}, Mapping):
