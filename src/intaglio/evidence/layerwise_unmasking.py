@@ -31,14 +31,14 @@ from intaglio.trainer.labels import TokenClassification, judge
 F1 = "macro-F1"
 ACCURACY = "accuracy"
 GROUPS = 4
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 """Learning rates that arms without a choice of groups try."""
 RATE = 2e-3
 """The one that the arm which tries configurations trains all of them with."""
 SEEDS = 2
 """Seeds of fine-tuning that the other arms try for each rate: as many trials as there are configurations."""
-TRIED = ("0000", "0001", "0011", "0111", "1111", "1000", "1100", "0101")
-"""Half of the 16 configurations: none, from the output downwards, all, from the input upwards, every other group."""
+TRIED = ("0000", "0001", "0011", "0111", "1111", "1000")
+"""Six of the 16 configurations: none, from the output downwards to all, and the group nearest the input."""
 
 
 class World(Hashable, Protocol):
@@ -63,24 +63,24 @@ class Budget:
         batch: passages of a step.
     """
 
-    training: int = 480
+    training: int = 800
     validation: int = 120
     test: int = 300
-    steps: int = 48
+    steps: int = 100
     batch: int = 8
 
 
 ARMS: dict[str, tuple[Place, str]] = {
     "causal": (
         "last",
-        "plain causal, labels on the last sub-token of a name; 8 trials: 4 learning rates with 2 seeds",
+        "plain causal, labels on the last sub-token of a name; 6 trials: 3 learning rates with 2 seeds",
     ),
     "chosen": (
         "first",
-        "the subset of 4 groups that validation chooses, labels on the first sub-token; 8 trials: 8 of the 16 subsets",
+        "the subset of 4 groups that validation chooses, labels on the first sub-token; 6 trials: 6 of the 16 subsets",
     ),
-    "all": ("first", "all groups unmasked, labels on the first sub-token; 8 trials: 4 learning rates with 2 seeds"),
-    "causal-first": ("first", "plain causal, labels on the first sub-token; 4 trials: 4 learning rates"),
+    "all": ("first", "all groups unmasked, labels on the first sub-token; 6 trials: 3 learning rates with 2 seeds"),
+    "causal-first": ("first", "plain causal, labels on the first sub-token; 3 trials: 3 learning rates"),
     "inference": ("first", "that arm's model, the group nearest the output unmasked at inference only"),
 }
 """`{arm: (where labels stand, what it is)}`."""
@@ -219,7 +219,7 @@ def experiment(world: Roles, budget: Budget = Budget()) -> Experiment:
         arms={arm: what for arm, (_, what) in ARMS.items()},
         baseline="causal",
         method="chosen",
-        parity="Both arms of the claim train equally often (8 fine-tunings) on the same passages with the same number "
+        parity="Both arms of the claim train equally often (6 fine-tunings) on the same passages with the same number "
         "of steps, choose on the same validation passages, and have the same number of parameters.",
         equal=("parameters",),
         secondaries=(
@@ -231,7 +231,7 @@ def experiment(world: Roles, budget: Budget = Budget()) -> Experiment:
         run_unit=Label(world, budget),
         pilot_runs=5,
         most_runs=8,
-        secondary_runs=4,
+        secondary_runs=3,
         threads=1,
         settings={
             "world": asdict(world),
@@ -244,7 +244,9 @@ def experiment(world: Roles, budget: Budget = Budget()) -> Experiment:
             "labels": list(ROLES),
         },
         why="Claim, delta and tier are as named. The world has more right context than most labelling tasks, and the "
-        "model is fine-tuned in full, not by low-rank adapters, as it is small.",
+        "model is fine-tuned in full, not by low-rank adapters, as it is small. Single fine-tunings on validation "
+        "passages, before any run, showed that 40 steps are too few for an unmasked model to adapt, and set the steps "
+        "of all arms.",
     )
 
 

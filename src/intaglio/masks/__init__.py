@@ -6,6 +6,11 @@
     set_visibility(model, Causal() & (Window(64) | Sinks(4)))           # all layers: a window with sinks
     clear_visibility(model)                                             # the stock model again
 
+- `rules`: the rules themselves; `named`: by name, as recipes write them.
+- `attend`: how a rule gets into stock attention layers; `visibility`: set, read, cleared, guarded.
+- `step`: the step `visibility` of a recipe, and rules as a live part of a checkpoint.
+- `picture`: what each layer sees, drawn.
+
 Importing the package makes the attention implementations `intaglio_sdpa`, `intaglio_eager` and
 `intaglio_flex_attention` known to transformers.
 """

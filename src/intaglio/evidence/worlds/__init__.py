@@ -2,6 +2,7 @@
 
 - `smollm2`: SmolLM2-135M-Instruct with Wikipedia, for what is carved without training.
 - `source_code`: bytes of Python source and a small Llama, new or trained once and cached.
+- `roles`: names in Python source with their roles, and a small Llama that was trained on such text.
 - `haystack`: a synthetic language with facts hidden in filler and questions at the end.
 - `digits`: handwritten digits as images and as sequences, with wrong labels where asked for.
 - `docstrings`: summaries of functions that search for code or text.
