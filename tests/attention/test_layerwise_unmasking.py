@@ -23,6 +23,7 @@ from intaglio.attention.layerwise_unmasking import (
 from intaglio.attention.layerwise_unmasking.adapt import adapt
 from intaglio.attention.layerwise_unmasking.search import DONE, Trial, best_of
 from intaglio.checkpoint import Checkpoint, load
+from intaglio.classifier import to_classifier
 from intaglio.errors import IntaglioError
 from intaglio.masks import Bidirectional, Causal, Window, get_visibility, visible
 from intaglio.masks.step import Visibility
@@ -32,6 +33,7 @@ from tests.families import DECODERS, ENCODERS, FAMILIES, WINDOW, tiny_model, tin
 
 T = 12
 IDS = torch.randint(8, 150, (2, T), generator=torch.Generator().manual_seed(3))
+DESIGN_DECODERS = [name for name in DECODERS if name not in ("llama_tied", "gpt2")]
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog", "sleeps", "sun", "town", "river"]
 
 
@@ -100,12 +102,13 @@ def reach(checkpoint: Checkpoint, layer: int, position: int) -> list[bool]:
     return (gradient[0].abs().sum(-1) != 0).tolist()
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", DESIGN_DECODERS)
 def test_the_jacobian_looks_right_from_the_first_unlocked_layer_on_and_nowhere_below(family: str) -> None:
     at, past = 4, [True] * 5
     window = FAMILIES[family].windowed
+    locked = unmasked("0000", family)
     for layer in range(4):
-        assert reach(unmasked("0000", family), layer, at) == past + [False] * (T - 5)
+        assert reach(locked, layer, at) == past + [False] * (T - 5)
     for bits, first in (("0100", 1), ("0001", 3), ("1000", 0)):
         checkpoint = unmasked(bits, family)
         for layer in range(4):
@@ -159,7 +162,7 @@ def test_all_configurations_have_the_same_parameters() -> None:
     counts = set()
     for bits in configurations(2):
         checkpoint = unmasked(bits)
-        train(checkpoint, examples(8, 0), objective=TokenClassification(), **SETTINGS)
+        to_classifier(checkpoint, ["early", "late"])
         counts.add(sum(p.numel() for p in checkpoint.model.parameters()))
     assert len(counts) == 1
 
@@ -277,18 +280,18 @@ def test_a_search_keeps_the_best_and_leaves_it_trained(tmp_path: Path) -> None:
 
 def test_of_equals_the_one_with_fewer_groups_unmasked_is_kept() -> None:
     rows = [{"words": ["a", "b"], "labels": ["x", "y"]}] * 4
-    found = search(tiny(), rows, rows, method=LayerwiseUnmasking(groups=2), tried=["11", "10", "01"], steps=1)
+    found = search(tiny(), rows, rows, method=LayerwiseUnmasking(groups=2), tried=["11", "01"], steps=1)
     errors = {trial.bits: trial.scores["error"] for trial in found.trials}
     least = min(errors.values())
     tied = [bits for bits, error in errors.items() if error == least]
-    assert found.bits == min(tied, key=lambda bits: (bits.count("1"), ["11", "10", "01"].index(bits)))
+    assert found.bits == min(tied, key=lambda bits: (bits.count("1"), ["11", "01"].index(bits)))
 
 
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("at", [2, 5])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_a_killed_search_goes_on(tmp_path: Path, at: int) -> None:
     data, validation = examples(12, 0), examples(6, 1)
     arguments: dict[str, Any] = {"method": LayerwiseUnmasking(groups=1), "save_every": 1, **SETTINGS}
@@ -345,7 +348,7 @@ def test_what_cannot_be_tried_is_refused(tried: list[str], words: str) -> None:
 def test_trials_may_differ_in_their_settings() -> None:
     trials = [Trial("slow", "00", {"learning_rate": 1e-9}), Trial("fast", "00", {"learning_rate": 1e-2})]
     checkpoint = tiny()
-    found = best_of(checkpoint, examples(40, 0), examples(20, 1), trials, lambda bits: {}, steps=20, batch_size=8)
+    found = best_of(checkpoint, examples(40, 0), examples(20, 1), trials, lambda bits: {}, steps=5, batch_size=8)
     assert [trial.settings for trial in found.trials] == [trial.settings for trial in trials]
     assert found.trials[0].tokens == found.trials[1].tokens > 0
     assert found.trials[0].scores != found.trials[1].scores
