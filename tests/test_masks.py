@@ -30,6 +30,7 @@ from intaglio.masks import (
     PrefixLM,
     Rule,
     Sinks,
+    Wide,
     Window,
     clear_visibility,
     get_visibility,
@@ -284,10 +285,9 @@ def test_the_request_keeps_the_offset_it_was_made_with() -> None:
     assert request(attention_mask=kept) is kept
 
 
-def test_a_rule_that_looks_right_has_no_cache() -> None:
+def test_a_prefix_generates_without_a_cache() -> None:
     model, inputs = tiny_model("llama"), batch("left")
-    before = model.generation_config.use_cache
-    set_visibility(model, {2: Bidirectional()})
+    set_visibility(model, {2: PrefixLM(6)})
     ids, _ = generated(model, inputs)  # makes no cache
     with torch.no_grad():
         for step in range(L, L + 7):
@@ -297,6 +297,12 @@ def test_a_rule_that_looks_right_has_no_cache() -> None:
             assert logits[:, [2]].shape == (B, 1)
             logits[:, 2] = -torch.inf  # min_new_tokens keeps the end token away
             assert torch.equal(logits.argmax(-1), ids[:, step])
+
+
+def test_a_rule_that_looks_right_has_no_cache() -> None:
+    model, inputs = tiny_model("llama"), batch("left")
+    before = model.generation_config.use_cache
+    set_visibility(model, {2: PrefixLM(6)})
     assert getattr(model(**inputs), CACHE) is None
     assert getattr(model(inputs["input_ids"], inputs["attention_mask"], use_cache=True), CACHE) is None
     for name in CACHES:  # the old name is still taken by a newer transformers
@@ -305,11 +311,50 @@ def test_a_rule_that_looks_right_has_no_cache() -> None:
     with pytest.raises(IntaglioError, match="pass use_cache=False"):
         model.generate(**inputs, max_new_tokens=2, use_cache=True)
     set_visibility(model, Causal())
-    assert model.generation_config.use_cache == before
     assert getattr(model(**inputs), CACHE) is not None
-    set_visibility(model, Bidirectional())
-    clear_visibility(model)
-    assert model.generation_config.use_cache == before
+    assert model.generate(**inputs, max_new_tokens=2).shape == (B, L + 2)
+    assert model.generation_config.use_cache == before  # the checkpoint's own settings are never touched
+
+
+def test_generation_is_refused_where_a_new_token_would_change_what_earlier_ones_saw() -> None:
+    model, inputs = tiny_model("llama"), batch("left")
+    set_visibility(model, {1: PrefixLM(14)})
+    with pytest.raises(
+        IntaglioError, match="both ways among the first 14 tokens, and the prompt has 13; give a longer"
+    ):
+        model.generate(**inputs, max_new_tokens=2)
+    with pytest.raises(IntaglioError, match="and the prompt has 5"):
+        model.generate(inputs["input_ids"][:, :5], max_new_tokens=2)
+    for rule in (Bidirectional(), Window(3), ~Causal(), PrefixLM(3) | Window(2)):
+        set_visibility(model, {1: PrefixLM(2), 2: rule})
+        for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            with pytest.raises(IntaglioError, match="this model cannot generate: layer 2 sees later tokens") as caught:
+                twin.generate(**inputs, max_new_tokens=2)
+            assert "\n" not in str(caught.value)
+    twin = copy.deepcopy(model)
+    clear_visibility(twin)
+    assert twin.generate(**inputs, max_new_tokens=2).shape == (B, L + 2)
+    with pytest.raises(IntaglioError, match="cannot generate"):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+def test_a_wide_rule_looks_past_the_window() -> None:
+    model, inputs = tiny_model("mistral_window"), batch()
+    set_visibility(model, {0: Wide(Bidirectional()), 1: Bidirectional(), 2: Wide(Causal() & Window(12))})
+    seen = visible(model, L)[:, 0]
+    assert seen[0].all()
+    assert seen[1].sum(-1).tolist() == [min(q + WINDOW, L) - max(q - WINDOW + 1, 0) for q in range(L)]
+    assert seen[2].sum(-1).tolist() == [min(q + 1, 12) for q in range(L)]
+    assert rule_from_dict(Wide(Causal()).to_dict()) == Wide(Causal())
+    with pytest.raises(IntaglioError, match="the rule 'wide' takes rule, not nothing"):
+        rule_from_dict({"kind": "wide"})
+    masks = {0: filled(_everything, None, "none")}
+    stock = tiny_model("mistral_window")
+    with handed_over(stock, masks), torch.no_grad():
+        expected = stock(**inputs).logits
+    set_visibility(model, {0: Wide(Bidirectional())})
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, expected)
 
 
 def test_the_guard() -> None:

@@ -36,7 +36,14 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "api/masks.md": (
         "Masks over attention",
         "Visibility rules for stock models, set from outside, a layer at a time.",
-        ("intaglio.masks", "intaglio.masks.rules", "intaglio.masks.visibility"),
+        (
+            "intaglio.masks",
+            "intaglio.masks.rules",
+            "intaglio.masks.named",
+            "intaglio.masks.visibility",
+            "intaglio.masks.step",
+            "intaglio.masks.picture",
+        ),
     ),
     "api/training.md": (
         "Training",

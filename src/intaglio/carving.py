@@ -38,7 +38,7 @@ from intaglio.machine import versions, with_threads
 from intaglio.measures.quality import ELEMENTS
 from intaglio.measures.side import Yardstick
 from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
-from intaglio.method import Carving, Cost, Method, Progress, Workload, silent
+from intaglio.method import Carving, ChecksModel, Cost, Method, Progress, Resumes, Workload, silent
 from intaglio.recipe import Fit, Measure, Recipe, Step, accepted_fields, method_of
 
 STATE = "state.json"
@@ -47,6 +47,8 @@ LAUNCH = 0.00025
 """Seconds that a block of one decoding step takes beside reading its weights."""
 TIMED = 0.3
 """Seconds that each rate of the machine is timed for."""
+TRIALS = "trial-*"
+"""What a step that trains several times leaves in its directory."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,8 @@ def _scratch(out: Path) -> Iterator[Path]:
 def _worth_keeping(scratch: Path) -> bool:
     """Whether a step is finished, or training has saved its state."""
     state = _read_state(scratch)
-    return state is not None and (state["done"] > 0 or any(scratch.glob(f"{TRAINING}-*/checkpoint-*")))
+    begun = (f"{TRAINING}-*/checkpoint-*", f"{TRAINING}-*/{TRIALS}")
+    return state is not None and (state["done"] > 0 or any(path for how in begun for path in scratch.glob(how)))
 
 
 def _read_state(scratch: Path) -> dict[str, Any] | None:
@@ -219,6 +222,8 @@ def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
             raise IntaglioError(f"{step.slug} needs a model that generates; {name} is an encoder")
         if not isinstance(step, Fit):
             cast(Carving, step).check(named)
+            if isinstance(step, ChecksModel):
+                step.check_model(parts)
 
 
 def apply_step(
@@ -262,6 +267,7 @@ def apply_step(
         seed=recipe.seed,
         batch_size=recipe.calibration.batch_size,
         progress=progress,
+        **({"directory": directory, "resume": resume} if _goes_on(step) else {}),
     )
 
 
@@ -324,7 +330,7 @@ def carve(
                 checkpoint.source = name
             for index, step in enumerate(recipe.steps[done:], start=done):
                 start = time.time()
-                if _trains(step):  # it resumes by itself, if the state says that there is something to resume
+                if _goes_on(step):  # it resumes by itself, if the state says that there is something to resume
                     _note(scratch, index, digest)
                 training = scratch / f"{TRAINING}-{index}"
                 apply_step(step, checkpoint, recipe, data, progress, training, resume, again)
@@ -431,6 +437,11 @@ def _note(scratch: Path, done: int, digest: str) -> None:
 
 def _trains(step: Step) -> bool:
     return step.slug == "train"
+
+
+def _goes_on(step: Step) -> bool:
+    """Whether a step keeps a state of its own while it runs, and goes on with that."""
+    return _trains(step) or (isinstance(step, Resumes) and step.long)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -88,6 +88,16 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2310.08915",
         ),
         Entry(
+            slug="layerwise_unmasking",
+            room="attention",
+            name="LayerwiseUnmasking",
+            kinds=("carving", "visibility"),
+            summary="takes the causal mask off groups of layers, so that a decoder labels tokens seeing both ways",
+            paper="Dukić and Šnajder, Looking Right is Sometimes Right: Investigating the Capabilities of "
+            "Decoder-only LLMs for Sequence Labeling, Findings of ACL 2024",
+            url="https://arxiv.org/abs/2401.14556",
+        ),
+        Entry(
             slug="magnitude",
             room="weights",
             name="Magnitude",

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -27,12 +27,16 @@ from transformers.utils import logging as transformers_logging
 from intaglio import writer
 from intaglio.attachments import FOLDER, Attachment, Fitting, read_attachments
 from intaglio.catalogue import ENTRIES
+from intaglio.classifier import classifier_class, is_classifier
 from intaglio.data import assets
 from intaglio.errors import IntaglioError, did_you_mean, shorten
 from intaglio.machine import silenced, versions
-from intaglio.method import get
+from intaglio.method import Live, get
 
 RECORD = "intaglio.json"
+LIVE_TYPE, LIVE_WEIGHTS = "intaglio_", "live.safetensors"
+"""What goes before the `model_type` of a live checkpoint, and what its weights are called: neither the automatic
+classes of transformers nor those of one family find what they look for."""
 BUNDLED = ("smollm2", "minilm")
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -184,6 +188,16 @@ class Checkpoint:
         self.record.threads = torch.get_num_threads()
         self.record.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
+    def keep_live(self, slug: str, part: dict[str, Any] | None) -> None:
+        """Note what must be put back after a load, in the place of what the same method noted before.
+
+        Args:
+            slug: the method, a `Live` one.
+            part: data for its `put_back`, ready for JSON; None: nothing.
+        """
+        others = [known for known in self.record.live if known.get("slug") != slug]
+        self.record.live = others + ([] if part is None else [{"slug": slug, **part}])
+
     def attach(
         self, slug: str, tensors: dict[str, Tensor], parameters: dict[str, Any], about: dict[str, Any] | None = None
     ) -> None:
@@ -248,7 +262,10 @@ class Checkpoint:
             raise IntaglioError(f"{ids.shape[-1]} tokens are more than the model's context of {self.context}")
 
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-        """Write an ordinary Hugging Face checkpoint and `intaglio.json`, atomically.
+        """Write a Hugging Face checkpoint and `intaglio.json`, atomically.
+
+        A baked one is an ordinary one. A live one has a `model_type` of its own, so that the stock loader stops with an
+        error in the place of running another model; `intaglio.load` reads it.
 
         Args:
             path: the directory to make.
@@ -281,6 +298,8 @@ class Checkpoint:
         for place, content in self.companions.items():
             (directory / place).parent.mkdir(exist_ok=True)
             (directory / place).write_bytes(content)
+        if self.kind == "live":
+            _hide_from_stock(directory)
         if self.attachments:
             base = weights_digest(directory)
             self.attachments = {slug: attachment.of(base) for slug, attachment in self.attachments.items()}
@@ -288,6 +307,20 @@ class Checkpoint:
             for attachment in self.attachments.values():
                 attachment.write(directory / FOLDER)
         (directory / RECORD).write_text(writer.to_json(self.record.model_dump()), encoding="utf-8")
+
+
+def _hide_from_stock(directory: Path) -> None:
+    """Give a saved checkpoint the type and the file names of a live one."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model_type"] = LIVE_TYPE + config["model_type"]
+    file.write_text(writer.to_json(config), encoding="utf-8")
+    for name, other in (
+        ("model.safetensors", LIVE_WEIGHTS),
+        ("model.safetensors.index.json", f"{LIVE_WEIGHTS}.index.json"),
+    ):
+        if (directory / name).is_file():
+            (directory / name).rename(directory / other)
 
 
 @contextmanager
@@ -365,8 +398,7 @@ def _check_directory(path: Path) -> None:
                 "convert it to safetensors first"
             )
         raise IntaglioError(f"{path} holds no weights: no *.safetensors file")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
+    for index in path.glob("*.safetensors.index.json"):
         try:
             shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -458,8 +490,10 @@ def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple
         )
     with _quiet():
         try:
-            config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-        except MemoryError:
+            config = _live_config(source, revision)
+            if config is None:
+                config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        except (MemoryError, IntaglioError):
             raise
         except Exception as error:  # a damaged file makes transformers raise whatever it stumbles over
             reason = _first_line(error)
@@ -470,6 +504,23 @@ def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple
     return source, config
 
 
+def _live_config(source: str, revision: str | None) -> Any:
+    """The configuration of a live checkpoint, with the type and the files that it really has; None for any other."""
+    values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or not kind.startswith(LIVE_TYPE):
+        return None
+    values["model_type"] = kind.removeprefix(LIVE_TYPE)
+    if values["model_type"] not in CONFIG_MAPPING:
+        raise IntaglioError(f"the model type {values['model_type']!r} is not known to the installed transformers")
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    sharded = cached_file(
+        source, f"{LIVE_WEIGHTS}.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    config.transformers_weights = LIVE_WEIGHTS if sharded is None else f"{LIVE_WEIGHTS}.index.json"
+    return config
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     # Validators put the reason on the second line; a lone key or number says nothing without the error's name.
@@ -478,7 +529,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def model_class(config: Any, name: str) -> type[Any]:
-    """The transformers class for a configuration: with its language-model head where the checkpoint says it has one.
+    """The transformers class for a configuration: with the head that the checkpoint says it has.
 
     Args:
         config: from `load_config`.
@@ -487,6 +538,8 @@ def model_class(config: Any, name: str) -> type[Any]:
     Raises:
         IntaglioError: no text model of transformers has this configuration.
     """
+    if is_classifier(config):
+        return classifier_class(config)
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING):
         # The last table has models of images and sound too.
         if type(config) not in mapping or (mapping is MODEL_MAPPING and not hasattr(config, "vocab_size")):
@@ -547,12 +600,14 @@ def load(
     if any("pooler" in key for key in info.get("missing_keys", ())):
         model.pooler = None  # it got random weights, which would be saved
     model.eval()
+    live = vars(model.config).pop("transformers_weights", None) is not None
     local = Path(source) if Path(source).is_dir() else None
+    record = _hub_record(source, revision) if live and local is None else _read_record(local) if local else None
     checkpoint = Checkpoint(
         model,
         load_tokenizer(source, revision),
         name,
-        _read_record(local) if local else None,
+        record,
         read_attachments(local) if local else None,
         local,
         read_companions(source, revision),
@@ -560,7 +615,34 @@ def load(
     checkpoint.record.source = checkpoint.record.source or name
     _check_tensors(checkpoint, name)
     model.to(target)
+    _put_live_back(checkpoint, name, live)
     return checkpoint
+
+
+def _hub_record(source: str, revision: str | None) -> Record | None:
+    file = cached_file(source, RECORD, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else _read_record(Path(file).parent)
+
+
+def _put_live_back(checkpoint: Checkpoint, name: str, live: bool) -> None:
+    """Put the live parts of a record back: the one place where this module reaches up to methods, by their slugs."""
+    parts = checkpoint.record.live
+    if live != bool(parts):
+        words = ("is marked as live", "names no live part"), ("names live parts", "is not marked as live")
+        has, lacks = words[0 if live else 1]
+        raise IntaglioError(
+            f"the checkpoint {name!r} is incomplete: its {'config.json' if live else RECORD} {has} and its "
+            f"{RECORD if live else 'config.json'} {lacks}"
+        )
+    for part in parts:
+        slug = part.get("slug")
+        method = get(slug) if isinstance(slug, str) else None
+        if method is None or not isinstance(method, Live):
+            raise IntaglioError(f"the checkpoint {name!r} has a live part of {slug!r}, which is no live method")
+        try:
+            cast(type[Live], method).put_back(part, checkpoint)
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntaglioError(f"the live part of {slug} in {name!r} cannot be put back: {error}") from error
 
 
 def _check_info(name: str, info: dict[str, Any], model_keys: Iterable[str]) -> None:

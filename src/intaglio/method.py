@@ -7,17 +7,18 @@ catalogue's `kinds` and checked by the conformance suite; there is no class per 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
-from intaglio.catalogue import ENTRIES, Entry
+from intaglio.catalogue import ENTRIES, Entry, Kind
 from intaglio.errors import IntaglioError, did_you_mean
 
 if TYPE_CHECKING:
+    from intaglio.anatomy import Anatomy
     from intaglio.checkpoint import Checkpoint
 
 Change = Literal["weights", "width", "depth", "vocabulary", "attention", "cache", "activations"]
@@ -138,18 +139,75 @@ class Carving(Protocol):
         """Say what `apply` will take."""
 
 
+@runtime_checkable
+class ChecksModel(Protocol):
+    """A carving that can tell from a model's anatomy, before any work, that it does not fit."""
+
+    def check_model(self, parts: Anatomy) -> None:
+        """Refuse a model."""
+
+
+@runtime_checkable
+class Resumes(Protocol):
+    """A carving that may be long enough to go on after it was killed; `apply` then takes `directory` and `resume`."""
+
+    @property
+    def long(self) -> bool:
+        """Whether it is, as its fields are."""
+
+
+@runtime_checkable
+class Live(Protocol):
+    """A method whose result is data in the record that must be put back after a load; see `Checkpoint.keep_live`."""
+
+    @classmethod
+    def put_back(cls, part: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+        """Put a live part back into a model that was just loaded."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a recipe can name beside the published methods: machinery that several of them need.
+
+    Args:
+        module: where its class is.
+        name: of the class.
+        kinds: the protocols it implements.
+    """
+
+    module: str
+    name: str
+    kinds: tuple[Kind, ...]
+
+
+SHARED: dict[str, Shared] = {
+    "token_classification": Shared("intaglio.trainer.labels", "TokenClassification", ("objective",)),
+    "visibility": Shared("intaglio.masks.step", "Visibility", ("carving", "visibility")),
+}
+
+
+def slugs(kind: Kind) -> list[str]:
+    """Return the names of all methods of a kind, shared machinery behind the published ones.
+
+    Args:
+        kind: a protocol.
+    """
+    return [slug for table in (ENTRIES, SHARED) for slug, entry in table.items() if kind in entry.kinds]
+
+
 def get(slug: str) -> type[Method]:
     """Return the class of a method.
 
     Args:
-        slug: its name in the catalogue.
+        slug: its name in the catalogue, or in `SHARED`.
 
     Raises:
         IntaglioError: no method has that name.
     """
-    if slug not in ENTRIES:
+    entry: Entry | Shared | None = ENTRIES.get(slug) or SHARED.get(slug)
+    if entry is None:
         raise IntaglioError(f"there is no method named {slug!r}; {did_you_mean(slug, ENTRIES)}")
-    found: type[Method] = getattr(import_module(ENTRIES[slug].module), ENTRIES[slug].name)
+    found: type[Method] = getattr(import_module(entry.module), entry.name)
     return found
 
 

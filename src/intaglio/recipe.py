@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from intaglio.catalogue import ENTRIES
+from intaglio.catalogue import ENTRIES, Kind
 from intaglio.errors import IntaglioError, did_you_mean, shorten
-from intaglio.method import Method, check_order, get
+from intaglio.method import Method, check_order, get, slugs
 from intaglio.yamlfile import Document, Place, read_yaml
 
 
@@ -231,7 +231,7 @@ def _check_fits_last(steps: tuple[Step, ...]) -> None:
 
 
 def _carvings() -> list[str]:
-    return [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
+    return slugs("carving")
 
 
 def _fitted() -> list[str]:
@@ -372,20 +372,21 @@ def _train_schema(definitions: dict[str, Any]) -> dict[str, Any]:
     own = Train.model_json_schema(ref_template="#/$defs/{model}")
     definitions.update(own.pop("$defs", {}))
     own.pop("title", None)
-    for field, kind in (("objective", "objective"), ("select", "selector")):
+    kinds: dict[str, Kind] = {"objective": "objective", "select": "selector"}
+    for field, kind in kinds.items():
         own["properties"][field] = {"oneOf": _schemas_of(kind, definitions), "description": f"one {kind}"}
     own["properties"]["shape"]["items"] = {"oneOf": _schemas_of("shaper", definitions)}
     own["description"] = "trains the weights"
     return own
 
 
-def _schemas_of(kind: str, definitions: dict[str, Any]) -> list[dict[str, Any]]:
-    slugs = [slug for slug, entry in ENTRIES.items() if kind in entry.kinds]
-    for slug in slugs:
+def _schemas_of(kind: Kind, definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    found = slugs(kind)
+    for slug in found:
         definitions[slug] = get(slug).model_json_schema(ref_template="#/$defs/{model}")
         definitions.update(definitions[slug].pop("$defs", {}))
     # Nothing is accepted where no method of the kind is there yet.
-    return [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in slugs] or [{"not": {}}]
+    return [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in found] or [{"not": {}}]
 
 
 def json_schema() -> dict[str, Any]:
@@ -396,7 +397,8 @@ def json_schema() -> dict[str, Any]:
         own = get(slug).model_json_schema(ref_template="#/$defs/{model}")
         definitions.update(own.pop("$defs", {}))
         own.pop("title", None)
-        own["description"] = ENTRIES[slug].summary
+        if slug in ENTRIES:
+            own["description"] = ENTRIES[slug].summary
         definitions[slug] = own
     choices = [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in _carvings()]
     fitted = [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in _fitted()]

@@ -360,6 +360,32 @@ def generate(
 
 @app.command()
 @speaks_plainly
+def inspect(
+    model: Model,
+    masks: Annotated[bool, typer.Option("--masks", help="What each layer sees: who may look at whom.")] = False,
+    length: Annotated[int, typer.Option(min=1, help="(masks) tokens that are shown.")] = 32,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it into this SVG file.")] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Read a model, a stock one too: with --masks, what each of its layers sees."""
+    from intaglio.errors import IntaglioError
+
+    if not masks:
+        raise IntaglioError("nothing is asked for: --masks shows what each layer sees")
+    from intaglio.cli import inspecting
+
+    found, data = inspecting.masks(model, length, output, device)
+    if json:
+        print_json(data)
+        return
+    out.print(inspecting.masks_table(model, found, length))
+    if output is not None:
+        out.print(f"picture: {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@speaks_plainly
 def prove(
     slug: Annotated[str, typer.Argument(help="A method's slug; see `intaglio list`.")],
     seed_base: Annotated[int, typer.Option(help="All seeds follow from it; another one gives other data.")] = 0,

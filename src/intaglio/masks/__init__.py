@@ -6,6 +6,11 @@
     set_visibility(model, Causal() & (Window(64) | Sinks(4)))           # all layers: a window with sinks
     clear_visibility(model)                                             # the stock model again
 
+- `rules`: the rules themselves; `named`: by name, as recipes write them.
+- `attend`: how a rule gets into stock attention layers; `visibility`: set, read, cleared, guarded.
+- `step`: the step `visibility` of a recipe, and rules as a live part of a checkpoint.
+- `picture`: what each layer sees, drawn.
+
 Importing the package makes the attention implementations `intaglio_sdpa`, `intaglio_eager` and
 `intaglio_flex_attention` known to transformers.
 """
@@ -19,6 +24,7 @@ from intaglio.masks.rules import (
     Arbitrary,
     Bidirectional,
     BlockDiagonal,
+    Blocks,
     Causal,
     Dilated,
     Not,
@@ -27,10 +33,20 @@ from intaglio.masks.rules import (
     Rule,
     Score,
     Sinks,
+    Wide,
     Window,
     rule_from_dict,
 )
-from intaglio.masks.visibility import clear_visibility, get_visibility, set_scores, set_visibility, visible
+from intaglio.masks.visibility import (
+    clear_visibility,
+    get_visibility,
+    looks_right,
+    predicts_next,
+    refuse_to_generate,
+    set_scores,
+    set_visibility,
+    visible,
+)
 
 __all__ = [
     "RULE",
@@ -40,6 +56,7 @@ __all__ = [
     "Arbitrary",
     "Bidirectional",
     "BlockDiagonal",
+    "Blocks",
     "Causal",
     "Dilated",
     "MaskRequest",
@@ -49,9 +66,13 @@ __all__ = [
     "Rule",
     "Score",
     "Sinks",
+    "Wide",
     "Window",
     "clear_visibility",
     "get_visibility",
+    "looks_right",
+    "predicts_next",
+    "refuse_to_generate",
     "rule_from_dict",
     "set_scores",
     "set_visibility",

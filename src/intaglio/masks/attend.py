@@ -90,7 +90,8 @@ class MaskRequest:
             skipped = 0 if shift_B is None else int(shift_B.min())
             last = int(given.get("q_offset", 0)) + given["q_length"] - skipped
         rule.check(given["batch_size"], heads, last)
-        window, inclusive = given.get("local_size"), self.stock_looks_right
+        window = None if rule.widens else given.get("local_size")
+        inclusive = self.stock_looks_right
 
         def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
             shift = 0 if shift_B is None else shift_B[b]

@@ -17,6 +17,7 @@ Dimension letters: B batch rows, H heads, Q query positions, K key positions, L 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -62,6 +63,28 @@ class Rule:
     def looks_right(self) -> bool:
         """Whether some query may see a later key. False is a promise; True may be too careful."""
         return True
+
+    @property
+    def settled(self) -> int | None:
+        """After how many tokens of a text a further one changes nothing that earlier tokens see; None: never.
+
+        With a number a model can go on from a prompt of at least so many tokens, without a cache.
+        """
+        return None if self.looks_right else 0
+
+    @property
+    def reach(self) -> float | None:
+        """How many positions on one side, the query's own included, the rule names by a number; None: it names none.
+
+        Infinite where it names tokens that may be any distance away. A layer's own window that is smaller would cut
+        them off in silence.
+        """
+        return None
+
+    @property
+    def widens(self) -> bool:
+        """Whether the rule holds beyond a layer's own sliding window, which otherwise applies too."""
+        return False
 
     @property
     def shift_invariant(self) -> bool:
@@ -216,6 +239,36 @@ class Window(Rule, kind="window"):
     def looks_right(self) -> bool:
         return self.size > 1
 
+    @property
+    def reach(self) -> float | None:
+        return self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Rule, kind="blocks"):
+    """Tokens see one another only inside the same block of `size` positions, counted from the row's first token.
+
+    Args:
+        size: positions of a block; at least 1.
+    """
+
+    size: int
+    per_head = False
+
+    def __post_init__(self) -> None:
+        _check_count(self, "size")
+
+    def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return torch.div(q, self.size, rounding_mode="floor") == torch.div(kv, self.size, rounding_mode="floor")
+
+    @property
+    def looks_right(self) -> bool:
+        return self.size > 1
+
+    @property
+    def reach(self) -> float | None:
+        return self.size
+
 
 @dataclasses.dataclass(frozen=True)
 class Dilated(Rule, kind="dilated"):
@@ -243,6 +296,10 @@ class Dilated(Rule, kind="dilated"):
     @property
     def looks_right(self) -> bool:
         return self.size > 1
+
+    @property
+    def reach(self) -> float | None:
+        return (self.size - 1) * self.step + 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,8 +331,20 @@ class PrefixLM(Rule, kind="prefix_lm"):
         return (kv <= q) | (kv < prefix)
 
     @property
+    def _longest(self) -> int:
+        return self.prefix if isinstance(self.prefix, int) else max(self.prefix)
+
+    @property
     def looks_right(self) -> bool:
-        return (self.prefix if isinstance(self.prefix, int) else max(self.prefix)) > 1
+        return self._longest > 1
+
+    @property
+    def settled(self) -> int | None:
+        return self._longest if self.looks_right else 0
+
+    @property
+    def reach(self) -> float | None:
+        return self._longest if self.looks_right else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,6 +367,14 @@ class Sinks(Rule, kind="sinks"):
     @property
     def looks_right(self) -> bool:
         return self.count > 1
+
+    @property
+    def settled(self) -> int | None:
+        return self.count if self.looks_right else 0
+
+    @property
+    def reach(self) -> float | None:
+        return math.inf
 
 
 class _Table(Rule):
@@ -413,6 +490,11 @@ class Arbitrary(_Table, kind="arbitrary"):
         return bool(self.visible.triu(1).any())
 
     @property
+    def reach(self) -> float | None:
+        seen = self.visible.reshape(-1, self.length, self.length).any(0).nonzero()
+        return int((seen[:, 0] - seen[:, 1]).abs().max()) + 1 if len(seen) else None
+
+    @property
     def per_head(self) -> bool:
         return self.visible.dim() > 2 and self.visible.shape[-3] > 1
 
@@ -442,6 +524,10 @@ class _Composite(Rule):
     @property
     def bounded(self) -> bool:
         return any(rule.bounded for rule in self.rules)
+
+    @property
+    def widens(self) -> bool:
+        return any(rule.widens for rule in self.rules)
 
     def check(self, rows: int, heads: int, length: int) -> None:
         for rule in self.rules:
@@ -482,6 +568,14 @@ class And(_Composite, kind="and"):
     def looks_right(self) -> bool:
         return all(rule.looks_right for rule in self.rules)
 
+    @property
+    def settled(self) -> int | None:
+        return min((rule.settled for rule in self.rules if rule.settled is not None), default=None)
+
+    @property
+    def reach(self) -> float | None:
+        return min((rule.reach for rule in self.rules if rule.reach is not None), default=None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Or(_Composite, kind="or"):
@@ -502,6 +596,15 @@ class Or(_Composite, kind="or"):
     @property
     def looks_right(self) -> bool:
         return any(rule.looks_right for rule in self.rules)
+
+    @property
+    def settled(self) -> int | None:
+        known = [rule.settled for rule in self.rules if rule.settled is not None]
+        return max(known) if len(known) == len(self.rules) else None
+
+    @property
+    def reach(self) -> float | None:
+        return max((rule.reach for rule in self.rules if rule.reach is not None), default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -543,6 +646,49 @@ class Not(Rule, kind="not"):
     def _from_fields(cls, fields: Mapping[str, Any]) -> Self:
         if set(fields) != {"rule"}:
             raise IntaglioError(f"the rule 'not' takes rule, not {', '.join(sorted(fields)) or 'nothing'}")
+        return cls(rule_from_dict(fields["rule"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Wide(Rule, kind="wide"):
+    """The same rule without the sliding window that a layer may have; run without a cache, which keeps the window.
+
+    Args:
+        rule: what is seen.
+    """
+
+    rule: Rule
+    widens = True
+
+    def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return self.rule(b, h, q, kv)
+
+    @property
+    def shift_invariant(self) -> bool:
+        return self.rule.shift_invariant
+
+    @property
+    def per_head(self) -> bool:
+        return self.rule.per_head
+
+    @property
+    def bounded(self) -> bool:
+        return self.rule.bounded
+
+    def check(self, rows: int, heads: int, length: int) -> None:
+        self.rule.check(rows, heads, length)
+
+    def to(self, device: torch.device | str) -> Rule:
+        moved = self.rule.to(device)
+        return self if moved is self.rule else Wide(moved)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "rule": self.rule.to_dict()}
+
+    @classmethod
+    def _from_fields(cls, fields: Mapping[str, Any]) -> Self:
+        if set(fields) != {"rule"}:
+            raise IntaglioError(f"the rule 'wide' takes rule, not {', '.join(sorted(fields)) or 'nothing'}")
         return cls(rule_from_dict(fields["rule"]))
 
 

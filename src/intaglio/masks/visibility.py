@@ -5,6 +5,7 @@ Dimension letters: N layers, H heads, Q query positions, K key positions.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from intaglio.anatomy import CACHES, anatomy, attention, blocks, capture
+from intaglio.anatomy import CACHES, Anatomy, anatomy, attention, blocks, capture
 from intaglio.errors import IntaglioError
 from intaglio.masks.attend import BASES, PREFIX, RULE, SCORE, MaskRequest
 from intaglio.masks.rules import Rule, Score
@@ -35,7 +36,6 @@ class _State:
         parameters: names of the base model's positional parameters.
         ruled: whether any layer has a rule.
         looks_right: whether any of them looks right.
-        cache: the generation config and its `use_cache` before it was switched off.
     """
 
     stock: str
@@ -43,7 +43,6 @@ class _State:
     parameters: tuple[str, ...]
     ruled: bool = False
     looks_right: bool = False
-    cache: tuple[Any, Any] | None = None
 
 
 def _base(model: nn.Module) -> Any:
@@ -145,18 +144,71 @@ def _place(model: nn.Module, attribute: str, values: Mapping[int, Any]) -> None:
     rules = get_visibility(model).values()
     state.ruled = bool(rules) or any(SCORE in module.__dict__ for module in model.modules())
     state.looks_right = any(rule.looks_right for rule in rules)
-    _switch_cache(model, state)
+    _guard_generate(model, state.looks_right)
 
 
-def _switch_cache(model: nn.Module, state: _State) -> None:
-    """Have `generate` make no cache while a rule looks right."""
-    if state.cache is not None:
-        config, before = state.cache
-        config.use_cache, state.cache = before, None
-    config = getattr(model, "generation_config", None)
-    if state.looks_right and config is not None:
-        state.cache = (config, config.use_cache)
-        config.use_cache = False
+def _guard_generate(model: nn.Module, wanted: bool) -> None:
+    """Stand before the model's own `generate` while a rule looks right, and step aside when none does."""
+    model.__dict__.pop("generate", None)
+    if wanted and hasattr(model, "generate"):
+        # A partial, unlike a bound method, is copied and pickled along with the model that it belongs to.
+        model.__dict__["generate"] = functools.partial(_generate, model)
+
+
+def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """`generate` of a model with a rule that looks right: without a cache where that is right, else a sentence."""
+    refuse_to_generate(model, _shortest(args, kwargs))
+    return type(model).generate(model, *args, **{"use_cache": False, **kwargs})
+
+
+def _shortest(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Real tokens of the shortest prompt, as far as the arguments of `generate` say."""
+    given = kwargs.get("attention_mask")
+    if isinstance(given, Tensor) and given.dim() == 2:
+        return int(given.sum(-1).min())
+    inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
+    return int(inputs.shape[1]) if isinstance(inputs, Tensor) else None
+
+
+def refuse_to_generate(model: nn.Module, tokens: int | None = None) -> None:
+    """Refuse to go on from a prompt under rules by which a new token would change what earlier ones saw.
+
+    Args:
+        model: a Hugging Face model, with or without rules.
+        tokens: of the shortest prompt. Default None: not known.
+
+    Raises:
+        IntaglioError: a rule never settles, or only after more tokens than the prompt has.
+    """
+    for layer, rule in get_visibility(model).items():
+        if rule.settled is None:
+            raise IntaglioError(
+                f"this model cannot generate: layer {layer} sees later tokens, so each new token would change what"
+                " earlier ones saw; use it to read whole texts, or clear_visibility first"
+            )
+        if tokens is not None and tokens < rule.settled:
+            raise IntaglioError(
+                f"layer {layer} sees both ways among the first {rule.settled} tokens, and the prompt has {tokens}; give"
+                " a longer prompt or a rule with a shorter prefix"
+            )
+
+
+def looks_right(model: nn.Module) -> bool:
+    """Return whether some layer of a model has a rule that sees later tokens.
+
+    Args:
+        model: a Hugging Face model.
+    """
+    return any(rule.looks_right for rule in get_visibility(model).values())
+
+
+def predicts_next(parts: Anatomy) -> bool:
+    """Return whether a model predicts the next token: a decoder with its head, and no layer that sees that token.
+
+    Args:
+        parts: of the model.
+    """
+    return parts.causal and parts.head is not None and not looks_right(parts.model)
 
 
 def set_visibility(model: nn.Module, rules: Mapping[int, Rule | None] | Rule | None) -> None:
@@ -166,8 +218,9 @@ def set_visibility(model: nn.Module, rules: Mapping[int, Rule | None] | Rule | N
     does a layer's sliding window: under any rule the layer sees what rule and window both allow, the window counted to
     both sides. Rules are not written into the model's configuration: a reload sees as the stock model does.
 
-    A rule that looks right has no KV cache: the model is run with `use_cache=False`, `generate` too, and a cache that
-    is passed is refused. Under a rule, a 4-D `attention_mask` and packed `position_ids` are refused.
+    A rule that looks right has no KV cache: the model is run with `use_cache=False`, and a cache that is passed is
+    refused. `generate` is refused too, unless the rule settles (`Rule.settled`) within the prompt, as a prefix does;
+    then it runs without a cache. Under a rule, a 4-D `attention_mask` and packed `position_ids` are refused.
 
     Args:
         model: a Hugging Face model, loaded with the attention implementation sdpa, eager or flex_attention.
@@ -238,8 +291,7 @@ def clear_visibility(model: nn.Module) -> None:
         module.__dict__.pop(RULE, None)
         module.__dict__.pop(SCORE, None)
     state.guard.remove()
-    state.looks_right = False
-    _switch_cache(model, state)
+    _guard_generate(model, False)
     delattr(base, _STATE)
     if (base.config._attn_implementation or "").startswith(PREFIX):  # the user may have set another since
         base.set_attn_implementation(state.stock)

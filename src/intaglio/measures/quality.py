@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from intaglio.anatomy import HeadOnly, anatomy, final_hidden
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments, segment_bytes
-from intaglio.embed import embeddings
+from intaglio.embed import embeddings, pool
 from intaglio.errors import IntaglioError
+from intaglio.masks import predicts_next
 from intaglio.method import Progress, silent
 
 # Logits are made for as many positions at a time as keep one float32 table below this many elements.
@@ -28,9 +29,9 @@ class Reference:
     """What is kept of an original to compare a carved model with: not its blocks, only what came out of them.
 
     Args:
-        hidden: final hidden states of each batch [B, L, D] (decoders).
-        head: turns them into logits, as the original did (decoders).
-        embedded_ND: pooled embeddings (encoders).
+        hidden: final hidden states of each batch [B, L, D] (what predicts the next token).
+        head: turns them into logits, as the original did (likewise).
+        embedded_ND: pooled embeddings (encoders, and decoders that see later tokens or have no head).
         digest: of the data they were made from.
         tokens: rows of the token embedding.
     """
@@ -65,7 +66,7 @@ class Quality:
         bits_per_byte: negative log2-likelihood over the UTF-8 bytes of the scored text; compares tokenizers fairly.
         kl_mean: mean over positions of KL(original || model), in nats.
         top1_agreement: share of positions at which both have the same most likely next token.
-        cosine: (encoders) mean cosine between the pooled embeddings of both.
+        cosine: (what does not predict the next token) mean cosine between the pooled embeddings of both.
         losses: mean negative log-likelihood of each segment, in nats a token: the unit of paired comparisons.
     """
 
@@ -93,7 +94,7 @@ def reference(checkpoint: Checkpoint, data: Segments, batch_size: int = 4) -> Re
         batch_size: segments that pass at a time; the same as in `quality`.
     """
     parts = anatomy(checkpoint.model)
-    if not parts.causal:
+    if not predicts_next(parts):
         return Reference(embedded_ND=embeddings(checkpoint, data, batch_size=batch_size), digest=data.digest)
     hidden = tuple(final_hidden(parts, batch) for batch in data.batches(batch_size))
     return Reference(hidden=hidden, head=HeadOnly(parts), digest=data.digest, tokens=checkpoint.vocabulary)
@@ -125,9 +126,11 @@ def quality(
     if original is not None and original.digest != data.digest:
         raise IntaglioError("agreement needs both models on the same tokens: the reference was made from other data")
     parts = anatomy(checkpoint.model)
-    if not parts.causal:
+    if not predicts_next(parts):  # an encoder, a decoder without its head, or one that sees what it would predict
         now_ND = embeddings(checkpoint, data, batch_size=batch_size)
         then_ND = None if original is None else original.embedded_ND
+        if original is not None and original.hidden:
+            then_ND = torch.cat([pool(hidden_BLD, None).cpu() for hidden_BLD in original.hidden])
         cosine = None if then_ND is None else float(F.cosine_similarity(now_ND, then_ND, dim=1).mean())
         return Quality(cosine=None if cosine is None else _finite(cosine))
     head = HeadOnly(parts, frozen=False)

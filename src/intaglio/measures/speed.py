@@ -10,6 +10,7 @@ import torch
 
 from intaglio.anatomy import CACHE, anatomy
 from intaglio.checkpoint import Checkpoint
+from intaglio.masks import predicts_next
 
 PREFILL = 256
 DECODE = 24
@@ -24,7 +25,7 @@ class Speed:
 
     Args:
         prefill: of a pass over `PREFILL` tokens (or the context, if that is shorter).
-        decode: of greedy steps of one token behind that prefill; None for an encoder.
+        decode: of greedy steps of one token behind that prefill; None for what does not predict the next token.
     """
 
     prefill: float
@@ -46,7 +47,7 @@ def speed(checkpoint: Checkpoint, repeats: int = REPEATS) -> Speed:
         repeats: counted runs. Default 3.
     """
     model, device = checkpoint.model, checkpoint.device
-    causal = anatomy(model).causal
+    causal = predicts_next(anatomy(model))
     length = max(2, min(PREFILL, checkpoint.context - DECODE - 1))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(checkpoint.vocabulary, (1, length), generator=generator).to(device)

@@ -11,6 +11,7 @@
 - `settings`: the numbers of a run, validated.
 - `protocols`: what an objective, a shaper and a selector are.
 - `causal`: rows for next-token prediction, packed without leaks; the objective `CausalLM`.
+- `labels`: words with labels; the objective `token_classification`.
 - `rows`: from a user's data to rows, in memory or as a stream.
 - `pairs`: instruction pairs, from a file too.
 - `draws`: randomness keyed by (seed, epoch, example id).

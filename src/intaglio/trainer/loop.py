@@ -139,6 +139,7 @@ def train(
         chosen.lora.check(model)  # refused before any work
     draws = Draws(chosen.seed)
     rows = read_rows(checkpoint, _selected(checkpoint, data, select, original, chosen.seed), goal, draws)
+    model = checkpoint.model  # an objective may have given it another head
     arguments = {
         "objective": run_state.describe(goal),
         "shape": [run_state.describe(shaper) for shaper in shape],
@@ -157,7 +158,8 @@ def train(
         judge = _judge(checkpoint, evaluate, goal, chosen)
         if chosen.freeze:
             model.requires_grad_(False)
-        stack.enter_context(adapted(model, chosen.lora, keep_mask=chosen.keep_mask, seed=chosen.seed))
+        owned = list(goal.modules().values())
+        stack.enter_context(adapted(model, chosen.lora, keep_mask=chosen.keep_mask, seed=chosen.seed, full=owned))
         stack.enter_context(_checkpointing(model, chosen.gradient_checkpointing))
         stack.enter_context(_attached(run, shapers))
         step_rows = chosen.batch_size * chosen.accumulate

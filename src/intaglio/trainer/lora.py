@@ -8,7 +8,7 @@ Dimension letters: O outputs, I inputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -44,16 +44,18 @@ class Lora(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: list[str] | None = None
 
-    def names(self, model: nn.Module) -> list[str]:
+    def names(self, model: nn.Module, full: Sequence[nn.Module] = ()) -> list[str]:
         """Return the names of the layers that get an adapter.
 
         Args:
             model: what is trained.
+            full: modules that are trained in full, and get none. Default: none.
 
         Raises:
             IntaglioError: a target is no linear layer of the model.
         """
-        every = linear_modules(model)
+        whole = {id(module) for owned in full for module in owned.modules()}
+        every = {name: module for name, module in linear_modules(model).items() if id(module) not in whole}
         last = {name.rpartition(".")[2] for name in every}
         unknown = [target for target in self.targets or () if target not in last]
         if unknown or self.targets == []:
@@ -76,7 +78,9 @@ class Lora(BaseModel):
 
 
 @contextmanager
-def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) -> Iterator[None]:
+def adapted(
+    model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int, full: Sequence[nn.Module] = ()
+) -> Iterator[None]:
     """Put adapters into a model, and merge them when the block ends; after an error they are only taken out.
 
     Args:
@@ -84,6 +88,7 @@ def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) 
         lora: None: nothing is done.
         keep_mask: whether the zeros of pruned layers stay.
         seed: of the adapters' first values.
+        full: modules of the model that are trained in full beside the adapters, such as a new head. Default: none.
 
     Raises:
         IntaglioError: PEFT is not installed, or a target does not exist.
@@ -91,7 +96,9 @@ def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) 
     if lora is None:
         yield
         return
-    layers = _inject(model, lora, seed)
+    layers = _inject(model, lora, seed, full)
+    for module in full:
+        module.requires_grad_(True)
     masks = {name: pruned_mask(_base(layer).weight) if keep_mask else None for name, layer in layers.items()}
     for name, layer in layers.items():
         if masks[name] is not None:
@@ -111,10 +118,10 @@ def _base(layer: Any) -> Any:
     return layer.base_layer
 
 
-def _inject(model: nn.Module, lora: Lora, seed: int) -> dict[str, Any]:
+def _inject(model: nn.Module, lora: Lora, seed: int, full: Sequence[nn.Module]) -> dict[str, Any]:
     from peft import LoraConfig, inject_adapter_in_model  # optional, and slow to import
 
-    names = lora.names(model)
+    names = lora.names(model, full)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha or 2 * lora.r,

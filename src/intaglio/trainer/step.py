@@ -8,12 +8,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from intaglio.catalogue import ENTRIES
+from intaglio.catalogue import Kind
 from intaglio.checkpoint import Checkpoint
+from intaglio.data.labelled import as_labelled, read_labelled
 from intaglio.data.streams import TextStream
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError, did_you_mean, shorten
-from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, get, silent
+from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, get, silent, slugs
 from intaglio.trainer.pairs import apart, load_pairs
 from intaglio.trainer.settings import Settings
 
@@ -33,6 +34,9 @@ class Train(Settings, Method, slug="train"):
         stream: whether `texts` are read in their order as they are needed, for corpora larger than memory. Default: no.
         instructions: in place of texts, a file of instruction pairs, one JSON object a line; or `docstrings`, pairs out
             of Python's standard library.
+        labels: in place of texts, a file of labelled words, one JSON object a line (`words` and `labels`, or `text`,
+            `spans` and `labels`), for token_classification; without an objective its words are trained on as text.
+        validation: another such file, on which the labels are scored while training.
         length: tokens of a row, for next-token prediction. Default: the model's context, at most 1,024.
         evaluate: share of the documents or pairs that is not trained on, but has the objective's loss taken on it while
             training. What the recipe measures on stays out of both. Default 0.
@@ -48,6 +52,8 @@ class Train(Settings, Method, slug="train"):
     texts: Annotated[str, Field(min_length=1)] | None = None
     stream: bool = False
     instructions: Annotated[str, Field(min_length=1)] | None = None
+    labels: Annotated[str, Field(min_length=1)] | None = None
+    validation: Annotated[str, Field(min_length=1)] | None = None
     length: Annotated[int, Field(ge=2)] | None = None
     evaluate: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None  # type: ignore[assignment]
@@ -71,18 +77,32 @@ class Train(Settings, Method, slug="train"):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.texts is not None and self.instructions is not None:
-            raise ValueError("texts and instructions are given; one of them says what is trained on")
+        given = [name for name in ("texts", "instructions", "labels") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are given; one of them says what is trained on")
+        labels = self.objective is not None and "token_classification" in self.objective
+        if labels and self.labels is None:
+            raise ValueError("token_classification needs labels, a file of labelled words")
+        if self.labels is not None and not labels and self.objective is not None:
+            raise ValueError("labels need the objective token_classification, or none: then the words alone are read")
+        if (self.validation is not None or self.evaluate) and labels != (self.validation is not None):
+            raise ValueError(
+                "token_classification is scored on a file of labels: name one as validation"
+                if labels
+                else "validation is a file of labels; it needs the objective token_classification"
+            )
         if self.length is not None and self.objective is not None:
             raise ValueError("length belongs to next-token prediction; give it to the objective")
         if self.instructions is not None and self.objective is None:
             raise ValueError("instructions need an objective that reads them, such as meap: {mode: finetuning}")
-        if self.patience is not None and not self.evaluate:
-            raise ValueError("patience needs evaluate, a share of the data such as 0.05")
+        if self.patience is not None and not self.evaluate and self.validation is None:
+            raise ValueError("patience needs evaluate, a share of the data such as 0.05, or validation")
+        if self.patience is not None and labels and self.watch == "loss":
+            raise ValueError("patience watches the loss, which validation does not give; set watch: error")
         if self.stream and self.texts is None:
             raise ValueError("stream needs texts to read; name a file, a folder or a data set")
-        for name, given in (("epochs", self.epochs), ("select", self.select), ("evaluate", self.evaluate)):
-            if self.stream and given:
+        for name, value in (("epochs", self.epochs), ("select", self.select), ("evaluate", self.evaluate)):
+            if self.stream and value:
                 raise ValueError(f"{name} needs the texts in memory; leave stream out")
         return self
 
@@ -212,8 +232,16 @@ class Train(Settings, Method, slug="train"):
 
     def _data(self, calibration: Corpus | None, sealed: frozenset[str]) -> tuple[Any, Any]:
         """What is trained on, and what is evaluated on, if anything."""
+        if self.validation is not None:
+            from intaglio.trainer.labels import judge
+
+            return read_labelled(str(self.labels)), judge(read_labelled(self.validation), batch_size=self.batch_size)
         if self.instructions is not None:
             whole: list[Any] = load_pairs(self.instructions)
+        elif self.labels is not None:
+            whole = read_labelled(self.labels)
+            if self.objective is None:
+                whole = [as_labelled(example, self.labels).text for example in whole]
         elif self.stream:
             assert self.texts is not None  # checked when the step was read
             return TextStream(self.texts, sealed), None
@@ -230,14 +258,14 @@ def _made(named: Mapping[str, Any]) -> Method:
     return get(slug)(**fields)
 
 
-def _named(value: Any, kind: str) -> dict[str, Any]:
+def _named(value: Any, kind: Kind) -> dict[str, Any]:
     """`{slug: every field}` of a method of a kind, from what the file has."""
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
         raise ValueError(f"one {kind} with its parameters is needed, such as {{SLUG: {{}}}}")
     slug, fields = next(iter(value.items()))
-    known = [name for name, entry in ENTRIES.items() if kind in entry.kinds]
+    known = slugs(kind)
     if slug not in known:
         raise ValueError(f"there is no {kind} named {shorten(repr(slug))}; {did_you_mean(str(slug), known)}")
     if not isinstance(fields or {}, Mapping):

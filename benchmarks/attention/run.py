@@ -1,0 +1,239 @@
+"""Visibility rules against the stock model, and against llm2vec and billm, alternated on the same tokens.
+
+    python benchmarks/attention/run.py                        # the stock model, then the peers in their own environment
+    python benchmarks/attention/run.py --parts stock --repeats 3
+    python benchmarks/attention/run.py --parts gpu            # block-sparse against dense, on an accelerator
+
+Writes `results.json` and `results.md` into the output directory. Run it on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import common
+import gpu
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import intaglio
+from intaglio import writer
+from intaglio.errors import IntaglioError
+from intaglio.masks import Bidirectional, Causal, Sinks, Window, clear_visibility, set_visibility
+
+HERE = Path(__file__).resolve().parent
+RULES = ("no rule", "mixed", "all both ways")
+PARTS = ("stock", "peers", "gpu")
+TARGETS = {"no rule": 1.05, "mixed": 1.10}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Visibility rules against the stock model and against peers.")
+    parser.add_argument("--model", default="smollm2", help="checkpoint directory or bundled name, a Llama")
+    parser.add_argument("--parts", default="stock,peers", help=f"of {', '.join(PARTS)}; default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer-python", type=Path, help="the interpreter of an environment with the peers")
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    return parser.parse_args()
+
+
+def set_rules(model: Any, variant: str) -> None:
+    """Set what a variant sees.
+
+    Args:
+        model: a decoder.
+        variant: of `RULES`, or `stock`.
+    """
+    depth = model.config.num_hidden_layers
+    if variant == "stock":
+        clear_visibility(model)
+    elif variant == "no rule":
+        set_visibility(model, {})
+    elif variant == "mixed":
+        thirds = depth // 3
+        sliding = dict.fromkeys(range(thirds), Causal() & (Window(64) | Sinks(4)))
+        set_visibility(model, {**sliding, **dict.fromkeys(range(2 * thirds, depth), Bidirectional())})
+    else:
+        set_visibility(model, Bidirectional())
+
+
+def against_stock(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Median seconds of each variant, all on the same weights in one process, taking turns.
+
+    Args:
+        arguments: of the command line.
+    """
+    torch.set_num_threads(arguments.threads)
+    model: Any = intaglio.load(arguments.model, dtype="float32").model
+    body, ids = model.base_model, common.token_ids(model.config.vocab_size, arguments.tokens)
+    names = ["stock", *RULES]
+    seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in common.KINDS} for name in names}
+    for repeat in range(-1, arguments.repeats):  # the first round is not counted
+        for kind in common.KINDS:
+            for place in range(len(names)):
+                name = names[(place + repeat) % len(names)]
+                set_rules(model, name)
+                took = common.timed(body, ids, kind)
+                if repeat >= 0:
+                    seconds[name][kind].append(took)
+        print(f"round {repeat + 1} of {arguments.repeats}", file=sys.stderr)
+    return {name: {kind: statistics.median(took) for kind, took in of.items()} for name, of in seconds.items()}
+
+
+def peer_python(arguments: argparse.Namespace) -> Path:
+    """The interpreter of the peers' environment, made at the first run.
+
+    Args:
+        arguments: of the command line.
+    """
+    if arguments.peer_python is not None:
+        return Path(arguments.peer_python)
+    place = HERE / ".venv-peer"
+    python = place / "bin" / "python"
+    if not (place / "installed").is_file():
+        venv.create(place, with_pip=True)
+        wanted = str(HERE / "peer-requirements.txt")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", wanted], check=True)
+        (place / "installed").touch()
+    return python
+
+
+def old_config(arguments: argparse.Namespace) -> Path:
+    """The checkpoint with a configuration that the peers' transformers reads as ours does: it knew other names.
+
+    Args:
+        arguments: of the command line.
+    """
+    source, config = intaglio.checkpoint.load_config(arguments.model)
+    place = arguments.out / "model"
+    place.mkdir(parents=True, exist_ok=True)
+    for path in Path(source).iterdir():
+        if path.name != "config.json" and not (place / path.name).exists():
+            (place / path.name).symlink_to(path.resolve())
+    values = config.to_dict()
+    rope = values.get("rope_parameters") or {}
+    values |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None, "torch_dtype": "float32"}
+    values.pop("dtype", None)
+    writer.write_json(place / "config.json", values)
+    return place
+
+
+def _worker(python: Path, script: str, model: Path, variant: str, start: int, arguments: argparse.Namespace) -> Any:
+    hidden = arguments.out / f"{script}-{variant}-{start}.safetensors"
+    command = [
+        str(python), str(HERE / script), "--model", str(model), "--variant", variant, "--start", str(start),
+        "--tokens", str(arguments.tokens), "--threads", str(arguments.threads), "--hidden", str(hidden),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    if done.returncode:
+        raise IntaglioError(f"{script} {variant} failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1]), hidden
+
+
+def against_peers(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Median seconds and the greatest difference of hidden states, each side in fresh processes that take turns.
+
+    Args:
+        arguments: of the command line.
+    """
+    python, model = peer_python(arguments), old_config(arguments)
+    depth = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    pairs = {"stock": ("stock", 0), "llm2vec": ("llm2vec", 0), "billm": ("billm", depth - depth // 3)}
+    found: dict[str, dict[str, Any]] = {}
+    for name, (variant, start) in pairs.items():
+        sides: dict[str, list[Any]] = {"ours": [], "peer": []}
+        try:
+            for repeat in range(max(1, arguments.repeats // 2)):
+                for side in ("ours", "peer") if repeat % 2 else ("peer", "ours"):
+                    script = f"worker_{side}.py"
+                    runner = Path(sys.executable) if side == "ours" else python
+                    sides[side].append(_worker(runner, script, model, variant, start, arguments))
+        except IntaglioError as error:
+            found[name] = {"failed": str(error)}
+            continue
+        ours, peer = (load_file(sides[side][-1][1])[common.HIDDEN] for side in ("ours", "peer"))
+        found[name] = {
+            "first layer": start,
+            "difference": float((ours - peer).abs().max()),
+            "scale": float(peer.abs().max()),
+            **{
+                side: {kind: statistics.median(run[kind] for run, _ in runs) for kind in common.KINDS}
+                for side, runs in sides.items()
+            },
+        }
+    return found
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The tables for people.
+
+    Args:
+        results: of the parts that were run.
+    """
+    lines: list[str] = []
+    if "stock" in results:
+        lines += ["| rules | forward s | step s | forward | step | target |", "| --- | --- | --- | --- | --- | --- |"]
+        stock = results["stock"]["stock"]
+        for name, took in results["stock"].items():
+            seconds = [f"{took[kind]:.3f}" for kind in common.KINDS]
+            ratios = [f"{took[kind] / stock[kind]:.2f}" for kind in common.KINDS]
+            target = f"{TARGETS[name]:.2f}" if name in TARGETS else "–"
+            lines.append(f"| {name} | {' | '.join([*seconds, *ratios, target])} |")
+        lines.append("")
+    if "peers" in results:
+        lines += [
+            "| peer | both ways from layer | forward s: ours, peer | step s: ours, peer | forward | step | differ by |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for name, one in results["peers"].items():
+            if "failed" in one:
+                lines.append(f"| {name} | {one['failed']} | – | – | – | – | – |")
+                continue
+            cells = [f"{one['ours'][kind]:.3f}, {one['peer'][kind]:.3f}" for kind in common.KINDS]
+            ratios = [f"{one['ours'][kind] / one['peer'][kind]:.2f}" for kind in common.KINDS]
+            where = "none (stock)" if name == "stock" else one["first layer"]
+            differ = f"{one['difference']:.1e} of {one['scale']:.0f}"
+            lines.append(f"| {name} | {where} | {' | '.join([*cells, *ratios, differ])} |")
+        lines.append("")
+    if "gpu" in results:
+        lines += gpu.markdown(results["gpu"])
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = _arguments()
+    parts = arguments.parts.split(",")
+    if unknown := sorted({*parts} - {*PARTS}):
+        raise IntaglioError(f"the part {unknown[0]!r} is unknown; accepted: {', '.join(PARTS)}")
+    results: dict[str, Any] = {
+        "torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.processor(),
+        "tokens": arguments.tokens, "threads": arguments.threads, "repeats": arguments.repeats,
+    }  # fmt: skip
+    if "stock" in parts:
+        results["stock"] = against_stock(arguments)
+    if "peers" in parts:
+        results["peers"] = against_peers(arguments)
+    if "gpu" in parts:
+        results["gpu"] = gpu.measure()
+    writer.write_json(arguments.out / "results.json", results)
+    writer.write_text(arguments.out / "results.md", markdown(results))
+    print(markdown(results))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except IntaglioError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,58 @@
+"""`intaglio inspect`: what is read out of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from intaglio import writer
+from intaglio.checkpoint import load
+from intaglio.errors import IntaglioError
+from intaglio.masks.picture import Group, as_json, drawing, groups, svg
+
+
+def masks(model: str, length: int, output: Path | None, device: str | None) -> tuple[list[Group], dict[str, Any]]:
+    """Read what each layer of a model sees, and draw it if asked for.
+
+    Args:
+        model: a bundled name, a directory or a hub id.
+        length: tokens.
+        output: an SVG file to write; None: none.
+        device: where to work.
+
+    Returns:
+        The groups of layers, and the same as plain data.
+
+    Raises:
+        IntaglioError: the model cannot be loaded or read, or the file is no `.svg`.
+    """
+    if output is not None and output.suffix.lower() != ".svg":
+        raise IntaglioError(f"the picture {output} must be an .svg file")
+    checkpoint = load(model, device=device)
+    found = groups(checkpoint.model, length)
+    if output is not None:
+        writer.write_text(output, svg(model, found))
+    data = {"model": model, "kind": checkpoint.kind, "length": length, "groups": as_json(found)}
+    return found, data
+
+
+def masks_table(model: str, found: list[Group], length: int) -> Table:
+    """The groups as a table with a small drawing of each.
+
+    Args:
+        model: its name.
+        found: groups.
+        length: tokens.
+    """
+    caption = (
+        f"Among {length} tokens; queries down, keys across, the first 24 drawn (█ two queries see the key, ▀▄ one)."
+    )
+    table = Table(
+        "layers", "see", "share", "", title=f"What each layer of {model} sees", caption=caption, box=SIMPLE_HEAD
+    )
+    for group in found:
+        table.add_row(group.where, group.name, f"{group.share:.0%}", drawing(group))
+    return table
