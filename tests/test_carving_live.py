@@ -203,7 +203,7 @@ def _never(done: int, total: int, what: str) -> None:
         ({"train": {"steps": 1, "labels": "a", "objective": {"meap": {}}}}, "labels need the objective"),
         ({"train": {"steps": 1, "validation": "a"}}, "validation is a file of labels; it needs the objective"),
         (
-            {"train": {"steps": 1, "labels": "a", "objective": "token_classification", "evaluate": True}},
+            {"train": {"steps": 1, "labels": "a", "objective": "token_classification", "evaluate": 0.1}},
             "is scored on a file of labels: name one as validation",
         ),
         (

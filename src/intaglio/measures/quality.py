@@ -50,11 +50,12 @@ class Reference:
             data: what it would be measured on.
         """
         parts = anatomy(checkpoint.model)
-        if self.digest != data.digest or (self.head is not None) != parts.causal:
+        if self.digest != data.digest:
             return False
-        if self.embedded_ND is not None:
-            return self.embedded_ND.shape[1] == parts.config.hidden_size
-        return self.tokens == checkpoint.vocabulary
+        if predicts_next(parts):
+            return self.head is not None and self.tokens == checkpoint.vocabulary
+        kept = self.hidden[0] if self.embedded_ND is None else self.embedded_ND
+        return int(kept.shape[-1]) == parts.config.hidden_size
 
 
 @dataclass(frozen=True)
