@@ -95,7 +95,9 @@ def value_of(side: Document, key: str) -> float | None:
 
 
 def is_encoder(sides: Iterable[Document]) -> bool:
-    """Whether one of these is an encoder, which has a cosine and no perplexity.
+    """Whether one of these predicts no next token (an encoder, a decoder that labels words or sees both ways).
+
+    It then has a cosine and no perplexity.
 
     Args:
         sides: of one document.

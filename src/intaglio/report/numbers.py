@@ -90,7 +90,7 @@ class Measure:
         better: which way is better; None for neither.
         noise: a relative change below this is called noise. Default 0: the number is exact.
         points: the change is a difference of shares, not a ratio.
-        text: a property of text generation, which an encoder lacks.
+        text: a property of text generation, which a model that predicts no next token lacks.
     """
 
     key: str
@@ -181,7 +181,7 @@ def cell_of(side: Document, measure: Measure, encoder: bool, original: bool) -> 
     if value is not None:
         return Cell(measure.show(value))
     if encoder and measure.text:
-        return Cell("-", f"no {_lower(measure.name)}: an encoder")
+        return Cell("-", f"no {_lower(measure.name)}: predicts no next token")
     if original and measure.key in ("kl_mean", "top1_agreement", "cosine"):
         return Cell("-", "the original")
     if measure.key == "zero_fraction":
