@@ -371,6 +371,7 @@ def fitted(tiny_dir: TinyDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drafting_words(decoder: str, tiny_dir: TinyDir, corpus_file: Path) -> list[str]:
     settings = {
         "aded": [f"corpus={corpus_file}", "draft_cost=0", "token_cost=0", "search=best"],
+        "dyspec": [f"draft={tiny_dir('llama')}", "budget=8"],
         "prompt_lookup": ["nodes=7"],
         "ngram": [f"corpus={corpus_file}", "nodes=7"],
         "draft_model": [f"model={tiny_dir('llama')}", "length=3"],
@@ -378,7 +379,7 @@ def drafting_words(decoder: str, tiny_dir: TinyDir, corpus_file: Path) -> list[s
     return ["--decoder", decoder, *(word for setting in settings[decoder] for word in ("--set", setting))]
 
 
-@pytest.mark.parametrize("decoder", ["aded", "prompt_lookup", "ngram", "draft_model"])
+@pytest.mark.parametrize("decoder", ["aded", "dyspec", "prompt_lookup", "ngram", "draft_model"])
 def test_a_decoder_that_drafts(decoder: str, tiny_dir: TinyDir, llama: Checkpoint, corpus_file: Path) -> None:
     words = ("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "12")
     drafts = drafting_words(decoder, tiny_dir, corpus_file)
@@ -461,7 +462,7 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; leave one"),
         (["--decoder", "greedy", "--set", "nodes=1"], "the decoder greedy has nothing to set (--set nodes); aded"),
         (["--decoder", "sample", "--show-drafts"], "the decoder sample drafts nothing that --show-drafts could show"),
-        (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, prompt_lookup"),
+        (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, dyspec"),
         (["--decoder", "ngram"], "the decoder ngram needs a corpus; give it with --set corpus=..."),
         (["--decoder", "ngram", "--set", "order=1", "--set", "corpus={corpus}"], "order is 1; it must be at least 2"),
         (["--decoder", "prompt_lookup", "--set", "nodes=0"], "nodes is 0; it must be at least 1"),
@@ -470,6 +471,16 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (
             ["--decoder", "draft_model", "--set", "model={other}"],
             "the draft model knows 99 token ids and the target 160",
+        ),
+        (["--decoder", "dyspec"], "the decoder dyspec needs a draft; give it with --set draft=..."),
+        (["--decoder", "dyspec", "--set", "draft={other}"], "the draft model knows 99 token ids and the target 160"),
+        (
+            ["--decoder", "dyspec", "--set", "draft={tiny}", "--set", "budget=4000"],
+            "the budget is 4000 nodes; a prompt of",
+        ),
+        (
+            ["--decoder", "dyspec", "--set", "draft={tiny}", "--set", "algorithm=threshold", "--set", "threshold=2"],
+            "--set, threshold: '2' is not accepted, it should be less than or equal to 1",
         ),
         (["--set", "corpus={table}"], "the table was counted over 10 token ids; the target has 160"),
     ],

@@ -26,7 +26,7 @@ def card(slug: str, evidence: Evidence, note: dict[str, str]) -> str:
     """
     entry, method = ENTRIES[slug], get(slug)
     recipe = facts.example(slug)
-    given = facts.given(recipe) if recipe else {}
+    given = facts.given(recipe) if recipe else facts.needed(method)
     paper = facts.paper_values(method, given)
     values: dict[str, Any] = {
         "entry": entry,
