@@ -398,6 +398,16 @@ def test_a_decoder_that_drafts(decoder: str, tiny_dir: TinyDir, llama: Checkpoin
         assert found["tokens_per_pass"] == 3  # 1 + 4 + 4 + 3 in four passes
 
 
+@pytest.mark.parametrize("words", [["widths=2,1,1"], ["acceptance=0.6,0.3", "nodes=6"]])
+def test_fixed_trees_of_a_draft_model(words: list[str], tiny_dir: TinyDir, llama: Checkpoint) -> None:
+    settings = [word for setting in (f"model={tiny_dir('llama')}", *words) for word in ("--set", setting)]
+    found = document(
+        "generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "12", "--decoder", "draft_model", *settings
+    )
+    assert found["token_ids"] == stock(llama, 12)
+    assert found["tokens_per_pass"] == 3  # its first choice is always right: 1 + 4 + 4 + 3 or 1 + 5 + 5 + 1
+
+
 def test_what_is_attached_needs_nothing_else(fitted: Path, llama: Checkpoint) -> None:
     words = ("generate", fitted, PROMPT, "--max-new-tokens", "20", "--decoder", "aded")
     found = document(*words)
@@ -467,10 +477,21 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (["--decoder", "ngram", "--set", "order=1", "--set", "corpus={corpus}"], "order is 1; it must be at least 2"),
         (["--decoder", "prompt_lookup", "--set", "nodes=0"], "nodes is 0; it must be at least 1"),
         (["--decoder", "prompt_lookup", "--set", "corpus=x"], "there is no such field here; accepted: candidates"),
-        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "length=0"], "length: 0 is not accepted"),
+        (
+            ["--decoder", "draft_model", "--set", "model={tiny}", "--set", "length=0"],
+            "--set length is 0; it must be at least 1",
+        ),
         (
             ["--decoder", "draft_model", "--set", "model={other}"],
             "the draft model knows 99 token ids and the target 160",
+        ),
+        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "widths=2,x"], "widths: '2,x' is not accepted"),
+        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "widths=0"], "a width is 0; it must be"),
+        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "nodes=3"], "nodes belongs to acceptance"),
+        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "acceptance=2"], "lie between 0 and 1"),
+        (
+            ["--decoder", "draft_model", "--set", "model={tiny}", "--set", "widths=2", "--set", "length=2"],
+            "length, widths and acceptance each say what the tree is like; give one",
         ),
         (["--decoder", "dyspec"], "the decoder dyspec needs a draft; give it with --set draft=..."),
         (["--decoder", "dyspec", "--set", "draft={other}"], "the draft model knows 99 token ids and the target 160"),

@@ -26,7 +26,6 @@ from intaglio.verify.drafters.growing import (
     check_draft_model,
     draft_law,
 )
-from intaglio.verify.drafters.lookup import check_count
 from intaglio.verify.drafters.ngrams import NGramStore
 from intaglio.verify.drafters.shapes import Shape, by_widths
 from intaglio.verify.protocols import Run, Session
@@ -67,10 +66,6 @@ class DraftModel:
         confidence: float = 0.0,
         temperature: float | None = None,
     ) -> None:
-        if shape is None:
-            check_count("the number of widths", len(widths))
-            for width in widths:
-                check_count("a width", width)
         if not 0 <= confidence <= 1:
             raise IntaglioError(f"confidence is {confidence}; 0 to 1 is accepted")
         if temperature is not None and not temperature > 0:

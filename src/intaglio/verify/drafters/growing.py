@@ -254,6 +254,7 @@ class ModelDraft:
     """
 
     def __init__(self, model: Any, run: Run) -> None:
+        self._device = run.model.device
         self._reader = Reader(model)
         self._reader.prefill(*pad_left(run.prompts, model.device))
         self.calls = Calls(passes=1)
@@ -290,7 +291,7 @@ class ModelDraft:
         found = []
         for place, (row_index, nodes) in enumerate(zip(self._rows, wanted, strict=True)):
             slots = [self._known[row_index].slots[node] - pending for node in nodes]
-            found.append(logits_BQV[place, slots])
+            found.append(logits_BQV[place, slots].to(self._device))
         return found
 
     def _entries(self, row: int, nodes: Sequence[int], pending: int) -> list[tuple[int, int, list[int]]]:

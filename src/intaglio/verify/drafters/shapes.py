@@ -111,7 +111,13 @@ def by_widths(widths: Sequence[int]) -> Shape:
 
     Args:
         widths: of each level.
+
+    Raises:
+        IntaglioError: no widths, or one below 1.
     """
+    check_count("the number of widths", len(widths))
+    for width in widths:
+        check_count("a width", width)
     parents, level = [-1], [0]
     for width in widths:
         below = []
