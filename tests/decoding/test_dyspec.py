@@ -470,6 +470,17 @@ def test_learnt_chances_change_the_trees() -> None:
     assert shapes[0] != shapes[1]
 
 
+def test_nothing_learnt_outlives_a_run_unless_asked() -> None:
+    model, tried = target("llama"), dict[bool, list[int]]()
+    for carry in (False, True):
+        decoder = DySpec(draft=cousin("llama"), budget=6, calibrate=True, carry_over=carry)
+        for _ in range(2):
+            model.generate(prompt(6), do_sample=False, max_new_tokens=9, eos_token_id=None, custom_generate=decoder)
+            tried.setdefault(carry, []).append(sum(decoder._learnt.tried))
+    assert tried[False] == [0, 0]
+    assert 0 < tried[True][0] < tried[True][1]
+
+
 # --- how it is called, and what is refused ---------------------------------------------------------------------------
 
 
@@ -491,6 +502,7 @@ def test_the_papers_constants() -> None:
         ({"draft": "x", "algorithm": "threshold", "threshold": 0.0}, "greater than 0"),
         ({"draft": "x", "algorithm": "threshold", "threshold": 1.5}, "less than or equal to 1"),
         ({"draft": "x", "threshold": 0.1}, "threshold belongs to algorithm: threshold"),
+        ({"draft": "x", "carry_over": True}, "carry_over keeps what calibrate learns"),
         ({"draft": "x", "temperature": 0.0}, "greater than 0"),
         ({"draft": "x", "draw": "beam"}, "'auto', 'sample' or 'top'"),
         ({"draft": tiny_model("llama", layers=1), "ngram": True}, "give it their name"),

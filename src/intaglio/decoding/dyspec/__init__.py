@@ -58,6 +58,7 @@ class DySpec(Drafting, Method, slug="dyspec"):
 
     *heap* (algorithm 1): fill the most valuable slot of the tree until `budget` nodes are there. A slot is worth no
     more than the one that it came from, so this is the tree with the largest sum of values.
+
     *threshold* (algorithm 2): level by level, fill every slot with v >= `threshold`; at most `budget` nodes. One draft
     pass a level: for large budgets.
 
@@ -89,6 +90,7 @@ class DySpec(Drafting, Method, slug="dyspec"):
             them, which keeps its law too); `auto` samples where the target does. Default `auto`; paper `sample`.
         calibrate: use, in the place of R[y], how often tokens of such a probability were accepted earlier in the run.
             Not in the paper. Default false.
+        carry_over: (calibrate) keep what is learnt from run to run. Default false.
         order: of the nodes in the pass: `grown`, or `blocks`: depth first, so that a block-sparse attention kernel can
             skip blocks. Default `grown`.
         seed: of the draws for a greedy target, for each row apart. Default 0.
@@ -103,8 +105,8 @@ class DySpec(Drafting, Method, slug="dyspec"):
             short a context, a budget beyond the context that is left, and all that `Speculative` refuses.
 
     Source: Xiong, Zhang, Li, Wu and Zou, DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure, World
-    Wide Web Journal 2025, arXiv 2410.11744, algorithms 1 to 3. Its printed algorithm 2 stops a row at v < t the wrong
-    way round and draws its levels from a normal law; both are read as misprints.
+    Wide Web Journal 2025, arXiv 2410.11744, algorithms 1 to 3. Its printed algorithm 2 goes on while v < t and draws
+    from a normal law; both are read as misprints.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({"causal", "cache", "tokenizer"})
@@ -122,12 +124,14 @@ class DySpec(Drafting, Method, slug="dyspec"):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     draw: Literal["auto", "sample", "top"] = "auto"
     calibrate: bool = False
+    carry_over: bool = False
     order: Literal["grown", "blocks"] = "grown"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
 
     _opened: tuple[Any, Any] | None = PrivateAttr(None)
     _calls: Calls = PrivateAttr(default_factory=Calls)
+    _learnt: Acceptance = PrivateAttr(default_factory=Acceptance)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -135,6 +139,8 @@ class DySpec(Drafting, Method, slug="dyspec"):
             raise ValueError("threshold belongs to algorithm: threshold; the heap stops at the budget")
         if self.ngram and not isinstance(self.draft, str):
             raise ValueError("ngram counts over texts that draft names; give it their name")
+        if self.carry_over and not self.calibrate:
+            raise ValueError("carry_over keeps what calibrate learns; give both")
         return self
 
     @classmethod
@@ -165,7 +171,7 @@ class DySpec(Drafting, Method, slug="dyspec"):
         budget = self._room(run)
         draft = open_draft(self._open(run.model), run)
         self._calls = draft.calls
-        return _Session(self, run, draft, budget)
+        return _Session(self, run, draft, budget, self._learnt if self.carry_over else Acceptance())
 
     def _room(self, run: Run) -> int:
         """The budget, checked against the context that is left."""
@@ -225,9 +231,10 @@ class _Session(GrowingSession):
         run: the run.
         draft: gives the laws.
         budget: nodes.
+        learnt: chances of acceptance, learnt on where asked to.
     """
 
-    def __init__(self, settings: DySpec, run: Run, draft: Draft, budget: int) -> None:
+    def __init__(self, settings: DySpec, run: Run, draft: Draft, budget: int, learnt: Acceptance) -> None:
         temperature = settings.temperature
         if temperature is None and not run.sampling:
             temperature = _PAPER
@@ -237,7 +244,7 @@ class _Session(GrowingSession):
         self._run = run
         self._budget = budget
         self._drawn = settings.draw == "sample" or (settings.draw == "auto" and run.sampling)
-        self._chance = Acceptance()
+        self._chance = learnt
         self._growers: dict[int, Grower] = {}
         # What the user's generator draws is the target's affair; a greedy target's draft draws from its own.
         self._generators: dict[int, torch.Generator] = {}
