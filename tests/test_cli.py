@@ -372,6 +372,7 @@ def fitted(tiny_dir: TinyDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drafting_words(decoder: str, tiny_dir: TinyDir, corpus_file: Path) -> list[str]:
     settings = {
         "aded": [f"corpus={corpus_file}", "draft_cost=0", "token_cost=0", "search=best"],
+        "dyspec": [f"draft={tiny_dir('llama')}", "budget=8"],
         "prompt_lookup": ["nodes=7"],
         "ngram": [f"corpus={corpus_file}", "nodes=7"],
         "draft_model": [f"model={tiny_dir('llama')}", "length=3"],
@@ -379,7 +380,7 @@ def drafting_words(decoder: str, tiny_dir: TinyDir, corpus_file: Path) -> list[s
     return ["--decoder", decoder, *(word for setting in settings[decoder] for word in ("--set", setting))]
 
 
-@pytest.mark.parametrize("decoder", ["aded", "prompt_lookup", "ngram", "draft_model"])
+@pytest.mark.parametrize("decoder", ["aded", "dyspec", "prompt_lookup", "ngram", "draft_model"])
 def test_a_decoder_that_drafts(decoder: str, tiny_dir: TinyDir, llama: Checkpoint, corpus_file: Path) -> None:
     words = ("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "12")
     drafts = drafting_words(decoder, tiny_dir, corpus_file)
@@ -396,6 +397,16 @@ def test_a_decoder_that_drafts(decoder: str, tiny_dir: TinyDir, llama: Checkpoin
     if decoder == "draft_model":  # itself: all but the first token of each pass is drafted, and right
         assert found["accepted_share"] == 1
         assert found["tokens_per_pass"] == 3  # 1 + 4 + 4 + 3 in four passes
+
+
+@pytest.mark.parametrize("words", [["widths=2,1,1"], ["acceptance=0.6,0.3", "nodes=6"]])
+def test_fixed_trees_of_a_draft_model(words: list[str], tiny_dir: TinyDir, llama: Checkpoint) -> None:
+    settings = [word for setting in (f"model={tiny_dir('llama')}", *words) for word in ("--set", setting)]
+    found = document(
+        "generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "12", "--decoder", "draft_model", *settings
+    )
+    assert found["token_ids"] == stock(llama, 12)
+    assert found["tokens_per_pass"] == 3  # its first choice is always right: 1 + 4 + 4 + 3 or 1 + 5 + 5 + 1
 
 
 def test_what_is_attached_needs_nothing_else(fitted: Path, llama: Checkpoint) -> None:
@@ -462,15 +473,36 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; leave one"),
         (["--decoder", "greedy", "--set", "nodes=1"], "the decoder greedy has nothing to set (--set nodes); aded"),
         (["--decoder", "sample", "--show-drafts"], "the decoder sample drafts nothing that --show-drafts could show"),
-        (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, prompt_lookup"),
+        (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, dyspec"),
         (["--decoder", "ngram"], "the decoder ngram needs a corpus; give it with --set corpus=..."),
         (["--decoder", "ngram", "--set", "order=1", "--set", "corpus={corpus}"], "order is 1; it must be at least 2"),
         (["--decoder", "prompt_lookup", "--set", "nodes=0"], "nodes is 0; it must be at least 1"),
         (["--decoder", "prompt_lookup", "--set", "corpus=x"], "there is no such field here; accepted: candidates"),
-        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "length=0"], "length: 0 is not accepted"),
+        (
+            ["--decoder", "draft_model", "--set", "model={tiny}", "--set", "length=0"],
+            "--set length is 0; it must be at least 1",
+        ),
         (
             ["--decoder", "draft_model", "--set", "model={other}"],
             "the draft model knows 99 token ids and the target 160",
+        ),
+        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "widths=2,x"], "widths: '2,x' is not accepted"),
+        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "widths=0"], "a width is 0; it must be"),
+        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "nodes=3"], "nodes belongs to acceptance"),
+        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "acceptance=2"], "lie between 0 and 1"),
+        (
+            ["--decoder", "draft_model", "--set", "model={tiny}", "--set", "widths=2", "--set", "length=2"],
+            "length, widths and acceptance each say what the tree is like; give one",
+        ),
+        (["--decoder", "dyspec"], "the decoder dyspec needs a draft; give it with --set draft=..."),
+        (["--decoder", "dyspec", "--set", "draft={other}"], "the draft model knows 99 token ids and the target 160"),
+        (
+            ["--decoder", "dyspec", "--set", "draft={tiny}", "--set", "budget=4000"],
+            "the budget is 4000 nodes; a prompt of",
+        ),
+        (
+            ["--decoder", "dyspec", "--set", "draft={tiny}", "--set", "algorithm=threshold", "--set", "threshold=2"],
+            "--set, threshold: '2' is not accepted, it should be less than or equal to 1",
         ),
         (["--set", "corpus={table}"], "the table was counted over 10 token ids; the target has 160"),
     ],

@@ -21,7 +21,8 @@ from intaglio.errors import IntaglioError
 from intaglio.masks import visible
 from intaglio.method import Carving, Cost, Method, Workload, get
 from intaglio.recipe import Recipe
-from tests.families import DECODERS, ENCODERS, FAMILIES, tiny_model, tiny_tokenizer
+from intaglio.verify.drafters.ngrams import NGramStore
+from tests.families import DECODERS, ENCODERS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 
 EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
     slug: ({"sparsity": 0.5}, {"pattern": "2:4"}) for slug in ("magnitude", "wanda", "sparsegpt", "dsnot")
@@ -33,6 +34,10 @@ EXAMPLES["aded"] = (
     {"trim": "distinct", "draft_cost": 0.0, "token_cost": 0.0, "carry_over": True},
 )
 EXAMPLES["layerwise_unmasking"] = ({"configuration": "01"}, {"configuration": "0110", "window": "none"}, {"groups": 2})
+EXAMPLES["dyspec"] = (
+    {"draft": tiny_model("llama", seed=1, layers=1, dtype=torch.float64), "budget": 9},
+    {"draft": NGramStore.build([list(range(5, 40)) * 2], VOCAB), "algorithm": "threshold", "order": "blocks"},
+)
 EXAMPLES["meap"] = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
 CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]

@@ -30,6 +30,7 @@ import intaglio
 from intaglio import writer
 from intaglio.cli.generating import count_passes
 from intaglio.decoding.aded import ADED
+from intaglio.decoding.dyspec import DySpec
 from intaglio.errors import IntaglioError
 from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
 from intaglio.verify.drafters.draft_model import DraftModel
@@ -39,10 +40,10 @@ from intaglio.verify.loop import Speculative
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "src" / "intaglio"
 # What a run of ours depends on: when one of these changes, finished runs no longer count.
-CODE = ("decoding/aded/*.py", "verify/**/*.py")
+CODE = ("decoding/aded/*.py", "decoding/dyspec/*.py", "verify/**/*.py")
 STOCK = ("greedy", "prompt_lookup_num_tokens", "assistant_model")
-OURS = ("aded", "aded-best", "aded-no-corpus", "prompt_lookup", "draft_model")
-WITH_DRAFT = ("assistant_model", "draft_model")
+OURS = ("aded", "aded-best", "aded-no-corpus", "prompt_lookup", "draft_model", "dyspec")
+WITH_DRAFT = ("assistant_model", "draft_model", "dyspec")
 
 Run = dict[str, Any]
 
@@ -112,6 +113,7 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Callable
         "aded-no-corpus": lambda: {"custom_generate": ADED()},
         "prompt_lookup": lambda: {"custom_generate": Speculative(PromptLookup())},
         "draft_model": lambda: {"custom_generate": Speculative(DraftModel(draft))},
+        "dyspec": lambda: {"custom_generate": DySpec(draft=draft)},
     }
     if {"aded", "aded-best"} & {*wanted}:
         aded = ADED(corpus=prompts.corpus(arguments.texts), tokenizer=checkpoint.tokenizer)

@@ -28,7 +28,7 @@ def card(slug: str, evidence: Evidence, note: dict[str, str]) -> str:
     """
     entry, method = ENTRIES[slug], get(slug)
     recipe = facts.example(slug)
-    given = facts.given(recipe) if recipe else {}
+    given = facts.given(recipe) if recipe else about.needed(method)
     paper = about.paper_values(method, given)
     values: dict[str, Any] = {
         "entry": entry,

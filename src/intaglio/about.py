@@ -82,6 +82,15 @@ class Parameter:
     description: str
 
 
+def needed(method: type[Method]) -> dict[str, Any]:
+    """The fields that have no default, each with its name in capitals in the place of a value.
+
+    Args:
+        method: its class; it takes any text there.
+    """
+    return {name: name.upper() for name, field in method.model_fields.items() if field.is_required()}
+
+
 def paper_values(method: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
     """The paper's values of the fields in which `Method.paper` differs from the defaults.
 

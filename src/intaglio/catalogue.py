@@ -88,6 +88,16 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2310.08915",
         ),
         Entry(
+            slug="dyspec",
+            room="decoding",
+            name="DySpec",
+            kinds=("decoder", "drafter"),
+            summary="grows a draft model's token tree where the draft itself expects to be accepted; lossless",
+            paper="Xiong et al., DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure, "
+            "World Wide Web Journal 2025",
+            url="https://arxiv.org/abs/2410.11744",
+        ),
+        Entry(
             slug="layerwise_unmasking",
             room="attention",
             name="LayerwiseUnmasking",

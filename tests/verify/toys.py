@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import random
 from collections.abc import Callable, Sequence
@@ -24,6 +25,17 @@ def target(family: str, implementation: str = "sdpa", dtype: torch.dtype = torch
         family, more = "qwen3", {"sliding_window": 8, "use_sliding_window": True, "layer_types": kinds}
     model = tiny_model(family, layers=4 if family == "gemma3" else 2, dtype=dtype, **more)
     model.set_attn_implementation(implementation)
+    return model
+
+
+@functools.lru_cache
+def cousin(family: str, noise: float = 0.03, dtype: torch.dtype = torch.float64) -> Any:
+    """The target with its weights moved a little: a draft model that is often right and often wrong."""
+    model = copy.deepcopy(target(family, dtype=dtype))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn(parameter.shape, generator=generator))
     return model
 
 

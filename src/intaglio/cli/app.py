@@ -291,7 +291,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
     decoder: Annotated[
-        str, typer.Option(help="greedy, sample; or one that drafts: aded, prompt_lookup, ngram, draft_model.")
+        str, typer.Option(help="greedy, sample; or one that drafts: aded, dyspec, prompt_lookup, ngram, draft_model.")
     ] = "greedy",
     set_: Annotated[
         list[str] | None,

@@ -16,8 +16,9 @@ from intaglio.errors import IntaglioError
 from intaglio.method import get
 from intaglio.recipe import from_words
 from intaglio.verify.drafters.draft_model import DraftModel
-from intaglio.verify.drafters.lookup import PromptLookup
+from intaglio.verify.drafters.lookup import PromptLookup, check_count
 from intaglio.verify.drafters.ngrams import NGramStore
+from intaglio.verify.drafters.shapes import Shape, best, by_widths, chain
 from intaglio.verify.protocols import Drafter, Step
 
 
@@ -35,9 +36,21 @@ def _settings(name: str, function: Callable[..., Any], *without: str, **more: An
 PLAIN: dict[str, type[BaseModel]] = {
     "prompt_lookup": _settings("PromptLookup", PromptLookup.__init__),
     "ngram": _settings("NGram", NGramStore.build, corpus=(str, ...)),
-    "draft_model": _settings("DraftModel", DraftModel.__init__, "widths", model=(str, ...), length=(int, 5)),
+    "draft_model": _settings(
+        "DraftModel",
+        DraftModel.__init__,
+        "widths",
+        "shape",
+        model=(str, ...),
+        length=(int, 5),
+        widths=(str | None, None),
+        acceptance=(str | None, None),
+        nodes=(int, 15),
+    ),
 }
-"""Drafters that are no method of the catalogue, and what can be set; a chain of `length` for the draft model."""
+"""Drafters that are no method of the catalogue, and what can be set. The draft model's tree is a chain of `length`, or
+has `widths` (such as 4,2,1) children level by level, or is the best of `nodes` for the `acceptance` of the draft's
+first, second, ... choice (such as 0.5,0.2,0.1)."""
 
 
 def names() -> list[str]:
@@ -105,16 +118,37 @@ def make_drafter(decoder: str, settings: Mapping[str, str], checkpoint: Checkpoi
         model = load(
             given.pop("model"), device=checkpoint.device, dtype=next(checkpoint.model.parameters()).dtype
         ).model
-        length = given.pop("length", 5)
-        if length < 1:
-            raise IntaglioError(f"--set, length: {length} is not accepted, it should be at least 1")
-        return DraftModel(model, (1,) * length, **given)
+        shape = _shape(given)
+        return DraftModel(model, shape=shape.parents, **given)
     if decoder in checkpoint.attachments and given.get("corpus") is None:
         drafter: Drafter = checkpoint.decoder(decoder, **given)
         return drafter
     method: Any = get(decoder)
     drafter = method(**given, tokenizer=checkpoint.tokenizer)
     return drafter
+
+
+def _shape(given: dict[str, Any]) -> Shape:
+    """Take what says the shape of a draft model's tree out of its settings."""
+    length, widths, acceptance = (given.pop(name, None) for name in ("length", "widths", "acceptance"))
+    nodes = given.pop("nodes", None)
+    if sum(value is not None for value in (length, widths, acceptance)) > 1:
+        raise IntaglioError("--set length, widths and acceptance each say what the tree is like; give one of them")
+    if nodes is not None and acceptance is None:
+        raise IntaglioError("--set nodes belongs to acceptance: the best tree of so many nodes; give both")
+    if acceptance is not None:
+        return best(_numbers("acceptance", acceptance, float), 15 if nodes is None else nodes)
+    if widths is not None:
+        return by_widths(_numbers("widths", widths, int))
+    check_count("--set length", length := 5 if length is None else length)
+    return chain(length)
+
+
+def _numbers(name: str, words: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(word) for word in words.split(",")]
+    except ValueError:
+        raise IntaglioError(f"--set, {name}: {words!r} is not accepted, it should be numbers with commas") from None
 
 
 def starts_empty(decoder: str, settings: Mapping[str, str], attachments: Mapping[str, Attachment]) -> bool:

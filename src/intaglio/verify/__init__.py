@@ -7,7 +7,7 @@
     model.generate(**inputs, custom_generate=decoder, max_new_tokens=128)
     print(decoder.statistics.tokens_per_pass)
 
-- `loop.py`: `Speculative`, the `custom_generate` callable
+- `loop.py`: `Speculative`, the `custom_generate` callable; `decoder.py`: the same as a part of a method
 - `protocols.py`: what a drafter is: `Drafter`, `Session`, `PassingSession`, and what it is told: `Run`, `Step`, `Pass`
 - `tree.py`: `TokenTree`, the guesses that one pass verifies
 - `walk.py`: which nodes are accepted; `sampling.py`: the rule for drawn ones, and why it keeps the target's law

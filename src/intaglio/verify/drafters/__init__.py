@@ -6,7 +6,10 @@ drafters of several rooms, the benchmarks and the evidence share them.
 - `lookup.py`: `PromptLookup`, what followed the last tokens when they stood in the context before
 - `ngrams.py`: `NGramStore`, n-grams counted in a corpus, saved as safetensors
 - `counting.py`: how n-grams are counted, also for other tables
-- `draft_model.py`: `DraftModel`, a smaller model with its own cache, a chain or a tree, with draft probabilities
+- `draft_model.py`: `DraftModel`, a smaller model with its own cache, a chain or a fixed tree, with draft probabilities
+- `shapes.py`: fixed trees: chains, widths, and the best shape for given chances of acceptance
+- `ranks.py`: those chances, from other texts
+- `growing.py`: what drafters with a draft have in common: trees that grow, the draft's cache, its laws
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ import heapq
 import itertools
 import os
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -166,18 +168,62 @@ class NGramStore:
             weight *= _BACK_OFF
         return []
 
+    @cached_property
+    def _frequencies(self) -> np.ndarray:
+        """The share of each token among those that something follows, float64 [V]."""
+        found = np.zeros(self.vocabulary)
+        found[self.tables[0]["keys"]] = self.tables[0]["totals"]
+        return found / found.sum()
+
+    def law(self, context: Sequence[int]) -> np.ndarray:
+        """The next token's distribution, float64 [V]: every known context tells, the longest most.
+
+        p_0 is the tokens' own frequency, and with N the count of the last n tokens and T the number of their successors
+        (both of those that were kept)
+
+            p_n(t) = (count(t) + T p_{n-1}(t)) / (N + T)
+
+        (Witten and Bell, The Zero-Frequency Problem, 1991, method C).
+
+        Args:
+            context: the tokens so far.
+        """
+        found: np.ndarray = self._frequencies.copy()
+        key, scale = 0, 1
+        for n, table in enumerate(self.tables[: len(context)], 1):
+            key, scale = key + context[-n] * scale, scale * self.vocabulary
+            row = int(np.searchsorted(table["keys"], key))
+            if row < len(table["keys"]) and table["keys"][row] == key:
+                known = table["following"][row] >= 0
+                tokens, counts = table["following"][row][known], table["counts"][row][known]
+                total = counts.sum() + len(tokens)
+                found *= len(tokens) / total
+                found[tokens] += counts / total
+        return found
+
+    def check(self, model: Any) -> None:
+        """Refuse a target with another vocabulary.
+
+        Args:
+            model: the target.
+
+        Raises:
+            IntaglioError: the store was counted over other token ids.
+        """
+        found = model.get_input_embeddings().num_embeddings
+        if found != self.vocabulary:
+            raise IntaglioError(
+                f"the n-gram store was counted over {self.vocabulary} token ids; the target has {found}, so it was "
+                "made with another tokenizer"
+            )
+
     def start(self, run: Run) -> Session:
         """Begin a run; see `Drafter.start`.
 
         Raises:
             IntaglioError: the store was counted with another vocabulary than the target's.
         """
-        found = run.model.get_input_embeddings().num_embeddings
-        if found != self.vocabulary:
-            raise IntaglioError(
-                f"the n-gram store was counted over {self.vocabulary} token ids; the target has {found}, so it was "
-                "made with another tokenizer"
-            )
+        self.check(run.model)
         return by_row(run, lambda prompt: _Tail(self, prompt))
 
 
