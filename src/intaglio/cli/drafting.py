@@ -18,6 +18,7 @@ from intaglio.recipe import from_words
 from intaglio.verify.drafters.draft_model import DraftModel
 from intaglio.verify.drafters.lookup import PromptLookup
 from intaglio.verify.drafters.ngrams import NGramStore
+from intaglio.verify.loop import Speculative
 from intaglio.verify.protocols import Drafter, Step
 
 
@@ -115,6 +116,32 @@ def make_drafter(decoder: str, settings: Mapping[str, str], checkpoint: Checkpoi
     method: Any = get(decoder)
     drafter = method(**given, tokenizer=checkpoint.tokenizer)
     return drafter
+
+
+def make_decoder(
+    decoder: str,
+    settings: Mapping[str, str],
+    checkpoint: Checkpoint,
+    streamer: Any = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Any:
+    """What is given to `generate(custom_generate=...)`: the verify loop, or a method that may do without verifying.
+
+    Args:
+        decoder: one of `names()`.
+        settings: from `read_settings`.
+        checkpoint: the target.
+        streamer: gets prompt and tokens.
+        on_step: called with each row's `Step`.
+
+    Raises:
+        IntaglioError: as `make_drafter`.
+    """
+    drafter: Any = make_drafter(decoder, settings, checkpoint)
+    if getattr(drafter, "lossless", True):
+        return Speculative(drafter, streamer=streamer, on_step=on_step)
+    more = {"tokenizer": checkpoint.tokenizer, "streamer": streamer, "on_step": on_step}
+    return drafter.model_copy(update=more)
 
 
 def starts_empty(decoder: str, settings: Mapping[str, str], attachments: Mapping[str, Attachment]) -> bool:
