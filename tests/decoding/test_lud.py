@@ -14,9 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 from transformers.generation.stopping_criteria import MaxTimeCriteria, StopStringCriteria
 from transformers.generation.streamers import TextStreamer
 
+from intaglio.carving import carve
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.decoding.lud import CAP, LUD, NOTE, TOKEN, reconfiguration
 from intaglio.decoding.lud.accept import Guard, RepeatsText, accepted, repeats_id
@@ -24,10 +26,11 @@ from intaglio.decoding.lud.statistics import UnitStatistics
 from intaglio.decoding.lud.units import confident, identify, rests, spans, units, units_of
 from intaglio.errors import IntaglioError
 from intaglio.fresh import new
+from intaglio.recipe import Recipe
 from intaglio.trainer import CausalLM, Draws, train
 from intaglio.trainer.causal import IGNORED, packed
 from intaglio.verify import Speculative, Step
-from tests.families import DECODERS, EOS, VOCAB, tiny_model, tiny_tokenizer
+from tests.families import DECODERS, EOS, VOCAB, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
 from tests.trainer.helpers import checkpoint, run, same, weights
 from tests.verify.toys import DESIGN_DECODERS, prompt, ragged, target
 
@@ -405,6 +408,18 @@ def test_a_draw_is_stocks_where_one_token_comes_at_a_time(verify: bool) -> None:
     assert torch.equal(model.generate(**batch, **options, custom_generate=lud(beta=1.01, verify=verify)), expected)
 
 
+def test_verified_draws_are_stocks_draws() -> None:
+    model, ids = target("llama"), prompt(9)
+    options: dict[str, Any] = {"do_sample": True, "temperature": 0.3, "max_new_tokens": 30, "eos_token_id": None}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = model.generate(ids, **options)
+        torch.manual_seed(seed)
+        decoder = lud(beta=0.0, verify=True, guard="none")
+        assert torch.equal(model.generate(ids, **options, custom_generate=decoder), expected)
+        assert decoder.statistics.nodes > 30
+
+
 def test_only_the_first_slot_is_drawn() -> None:
     model, ids = target("llama"), prompt(8)
     options: dict[str, Any] = {"do_sample": True, "temperature": 1.5, "max_new_tokens": 24, "eos_token_id": None}
@@ -532,6 +547,27 @@ def test_training_makes_it_sure_and_right() -> None:
     ckpt.model.generate(ids, do_sample=False, max_new_tokens=40, eos_token_id=None, custom_generate=decoder)
     assert decoder.statistics.agreement > 0.9
     assert decoder.statistics.speed_up > 3
+
+
+def test_a_recipe_makes_a_checkpoint_that_decodes(tmp_path: Path, corpus_file: Path) -> None:
+    source = tiny_checkpoint_dir("qwen3", tmp_path / "tiny", layers=1)
+    texts = {"texts": str(corpus_file), "samples": 2, "length": 16}
+    objective = {"lud": {"alpha": 0.0, "length": 16}}
+    recipe = Recipe.of(
+        {
+            "calibration": texts,
+            "measure": texts | {"speed": False},
+            "steps": [{"train": {"objective": objective, "steps": 2}}],
+        }
+    )
+    carve(recipe, tmp_path / "out", model=str(source))
+    back, decoder = load(tmp_path / "out"), LUD(beta=0.0)
+    assert back.kind == "baked"
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").generate(
+        prompt(6), **GREEDY, custom_generate=decoder
+    )
+    assert torch.equal(found, back.model.generate(prompt(6), **GREEDY, custom_generate=LUD(beta=0.0)))
+    assert decoder.statistics.speed_up > 1
 
 
 # --- what it refuses -------------------------------------------------------------------------------------------------

@@ -27,28 +27,26 @@ METRICS = {lud.COUNTED, lud.RATE, lud.FRESH, lud.AGREEMENT, lud.SAME, lud.PROSE,
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def small(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Continue:
     """A runner on 60 made-up files, with a cache of its own."""
-    root = tmp_path_factory.mktemp("source")
+    root = cache / "source"
+    root.mkdir(exist_ok=True)
     draw = random.Random(0)
     for number in range(60):
         words = " ".join(draw.choice(["alpha", "beta", "gamma", "value"]) for _ in range(6))
         (root / f"m{number}.py").write_text(f'"""{words} {number}."""\n{words.split()[0]} = {number}\n')
+    monkeypatch.setenv("INTAGLIO_HOME", str(cache))
+    monkeypatch.setattr(trained, "THREADS", 1)
+    monkeypatch.setattr(lud, "BETAS", (0.0, 0.99))
     world = SourceCode(
         folder=str(root), width=16, depth=1, context=32, steps=2, batch=2, documents_run=4, documents_pilot=2, tokens=24
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INTAGLIO_HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setattr(trained, "_loaded", {})
-        patch.setattr(trained, "THREADS", 1)
-        patch.setattr(lud, "BETAS", (0.0, 0.99))
-        yield Continue(world, steps=2, prompt=8, new=6, trials=1)
-
-
-@pytest.fixture(autouse=True)
-def home(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module's cache, though every fast test gets an empty one."""
-    monkeypatch.setenv("INTAGLIO_HOME", str(Path(small.tuned("lud")._directory).parent.parent))
+    return Continue(world, steps=2, prompt=8, new=6, trials=1)
 
 
 def test_end_to_end(small: Continue, tmp_path: Path) -> None:
@@ -87,11 +85,12 @@ def test_what_is_tuned_and_what_is_not(small: Continue) -> None:
     assert small.tuned("plain").record.steps[-1].parameters["steps"] == 2 * lud.SEEN // lud.LENGTH
 
 
-def test_the_threshold_is_kept_and_chosen_by_what_is_claimed(small: Continue) -> None:
+def test_the_threshold_is_kept_and_chosen_by_what_is_claimed(small: Continue, cache: Path) -> None:
     found = small.threshold("lud")
-    folders = Path(small.tuned("lud")._directory).parent.glob("lud_threshold-*")  # type: ignore[arg-type]
     (kept,) = (
-        folder / "threshold.json" for folder in folders if json.loads((folder / CHOICES).read_text())["arm"] == "lud"
+        file.with_name("threshold.json")
+        for file in cache.glob(f"worlds/lud_threshold-*/{CHOICES}")
+        if json.loads(file.read_text())["arm"] == "lud"
     )
     said = json.loads(kept.read_text())
     means = dict(said["means"])
