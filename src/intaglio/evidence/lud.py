@@ -52,7 +52,7 @@ NATS = "nats a byte"
 CAP = 4
 ANCHORS = 32
 LENGTH = 256
-STEPS = 400
+STEPS = 1000
 SEEN = LENGTH + ANCHORS * (CAP - 1)
 """Tokens that a row of LUD's training has at the most, PADs counted."""
 BETAS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -104,7 +104,7 @@ class Continue:
 
     Args:
         world: gives model and files.
-        steps: optimizer steps of LUD's tuning; plain tuning gets as many tokens. Default 400.
+        steps: optimizer steps of LUD's tuning; plain tuning gets as many tokens. Default 1,000.
         prompt: bytes. Default 64.
         new: tokens that are generated. Default 192.
         trials: prompts that a threshold is chosen on. Default 20.

@@ -31,7 +31,7 @@ from intaglio.decoding.lud.accept import Guard, RepeatsText, repeats_id
 from intaglio.decoding.lud.drafting import Drafting
 from intaglio.decoding.lud.loop import Settings, Spans
 from intaglio.decoding.lud.statistics import UnitStatistics
-from intaglio.decoding.lud.units import confident, rests, spans, units_of
+from intaglio.decoding.lud.units import READ, confident, rests, spans, units_of
 from intaglio.errors import IntaglioError
 from intaglio.method import Change, Fact, Method
 from intaglio.trainer.causal import (
@@ -61,8 +61,6 @@ NOTE = "lexical_units"
 """Where a tuned model's configuration says which id PAD has, how long units were, and in which vocabulary."""
 CAP = 4
 BETA, VERIFIED_BETA = 0.9, 0.3
-READ = 2048
-"""Tokens that are read at a time to find units in."""
 
 
 class LUD(Method, slug="lud"):

@@ -15,6 +15,9 @@ from intaglio.trainer.causal import IGNORED, causal_batch, starts
 from intaglio.trainer.keep import kept_modes
 from intaglio.trainer.protocols import Example
 
+READ = 2048
+"""Tokens that are read at a time to find units in: their scores are the most that is held."""
+
 Unit = tuple[int, int]
 """Places of its first and last token in the row."""
 
@@ -50,11 +53,10 @@ def identify(probabilities: Sequence[float], alpha: float, cap: int) -> list[Uni
     return units([p >= alpha for p in probabilities], [True] * len(probabilities), cap)
 
 
-@torch.no_grad()
 def confident(model: Any, rows: Sequence[Example], alpha: float, top1: bool) -> list[Tensor]:
     """Return for each row which tokens the model predicts with confidence, bool [T]; never the first of a document.
 
-    The model reads them in evaluation mode.
+    The model reads them in evaluation mode, a few rows at a time.
 
     Args:
         model: a causal model.
@@ -62,14 +64,22 @@ def confident(model: Any, rows: Sequence[Example], alpha: float, top1: bool) -> 
         alpha: least probability.
         top1: whether the token must be the most likely one too.
     """
-    plain = [{**row, "labels": row["input_ids"]} for row in rows]
-    batch = causal_batch(plain)
+    size = max(1, READ // max(len(row["input_ids"]) for row in rows))
+    found = []
+    with kept_modes(model):
+        model.eval()
+        for start in range(0, len(rows), size):
+            found += _confident(model, rows[start : start + size], alpha, top1)
+    return found
+
+
+@torch.no_grad()
+def _confident(model: Any, rows: Sequence[Example], alpha: float, top1: bool) -> list[Tensor]:
+    batch = causal_batch([{**row, "labels": row["input_ids"]} for row in rows])
     target_BT = batch.pop("target").to(model.device)
     del batch["weight"]
     inputs = {name: value.to(model.device) for name, value in batch.items()}
-    with kept_modes(model):
-        model.eval()
-        logits_BTV = model(**inputs, use_cache=False).logits
+    logits_BTV = model(**inputs, use_cache=False).logits
     scored_BT = target_BT != IGNORED
     index_BT1 = target_BT.clamp(min=0)[..., None]
     chosen_BT = logits_BTV.gather(-1, index_BT1)[..., 0].float() - logits_BTV.float().logsumexp(-1)
