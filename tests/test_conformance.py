@@ -27,13 +27,13 @@ EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
 }
 EXAMPLES["sparsegpt"] = ({"sparsity": 0.5, "block": 16}, {"pattern": "2:4", "block": 16})
 EXAMPLES["aded"] = ({}, {"search": "best", "nodes": 7}, {"trim": "distinct", "least": 0.0, "carry_over": True})
+EXAMPLES["meap"] = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
 # Lossless where it verifies, or is never sure enough; PAD is a token that is there, so that it decodes untrained too.
 EXAMPLES["lud"] = (
     {"length": 24, "pad_token": 3, "alpha": 0.0, "verify": True, "beta": 0.0},
     {"length": 24, "pad_token": 3, "alpha": 0.0, "verify": True, "cap": 3, "layout": "truncated", "identify": "before"},
     {"length": 24, "pad_token": 3, "alpha": 0.0, "beta": 1.01, "pack": False},
 )
-EXAMPLES["meap"] = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
 CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]
 IDS = torch.randint(8, 150, (6, 16), generator=torch.Generator().manual_seed(0))
