@@ -87,13 +87,19 @@ class Arm:
         return not (self.chosen or self.settings)
 
 
+FREE = (("guard", "none"),)
+"""Tokens are bytes here, which repeat by right: spaces of an indentation, doubled letters, rules of dashes."""
 ARMS = {
     "unaided": Arm("lud", "the tuned model, one token a pass", chosen=False),
-    "lud": Arm("lud", "the same model with lexical units, its threshold chosen on other files"),
-    "start": Arm("start", "the same, tuned from the starts of units alone"),
-    "untrained": Arm("plain", "a model tuned for the next token alone, with PADs that it has never seen"),
-    "no-guard": Arm("lud", "as lud, without the guard against repetition", settings=(("guard", "none"),)),
-    "verified": Arm("lud", "as lud, and the model verifies", settings=(("beta", 0.3), ("verify", True)), chosen=False),
+    "lud": Arm(
+        "lud", "the same model with lexical units, its threshold chosen on other files; no guard", settings=FREE
+    ),
+    "start": Arm("start", "the same, tuned from the starts of units alone", settings=FREE),
+    "untrained": Arm("plain", "tuned for the next token alone, with PADs that it has never seen", settings=FREE),
+    "guarded": Arm("lud", "as lud, with the guard against repetition"),
+    "verified": Arm(
+        "lud", "as lud, and the model verifies", settings=(("beta", 0.3), *FREE, ("verify", True)), chosen=False
+    ),
     "plain": Arm("plain", "the model tuned for the next token alone, one token a pass", chosen=False),
 }
 
@@ -364,7 +370,7 @@ def experiment(runner: Continue) -> Experiment:
             Secondary("prose: docstrings", "unaided", "lud", PROSE, "higher"),
             Secondary("training of PADs", "untrained", "lud"),
             Secondary("tuning from all places of a unit against its start", "start", "lud"),
-            Secondary("the guard", "no-guard", "lud"),
+            Secondary("without the guard against with it", "guarded", "lud"),
             Secondary("verified: the model's own text", "unaided", "verified"),
             Secondary("verified: seconds a token", "unaided", "verified", SECONDS),
             Secondary("next-byte loss against plain tuning", "plain", "lud", NATS),

@@ -111,7 +111,8 @@ class LUD(Method, slug="lud"):
         grow: (training) whether a token that the vocabulary lacks is added to it. Default true.
         beta: (decoding) least confidence; above 1: one token a pass. Default 0.9; with `verify` 0.3.
         guard: (decoding) stop before a token that repeats its predecessor: its id, or its `text` too (or goes on from
-            it; needs a tokenizer), or `none`. Default `text`.
+            it; needs a tokenizer), or `none`, for vocabularies of bytes or characters, which repeat by right. Default
+            `text`.
         verify: (decoding) whether the model verifies in the next pass what slots said, which the paper does not: the
             output is then the model's own. Default false.
         tokenizer: the model's, for the guard. Default: none, and the guard looks at ids.
