@@ -25,9 +25,11 @@ from intaglio.cli.console import progress_bar
 from intaglio.cli.drafting import Painter
 from intaglio.cli.generating import count_passes, generate
 from intaglio.decoding.aded import ADED, Table
+from intaglio.decoding.lud import LUD
 from intaglio.evidence.record import all_shipped
 from intaglio.method import get
 from intaglio.recipe import Recipe, json_schema
+from intaglio.trainer import train
 from intaglio.verify.protocols import Step
 from tests.conftest import TinyDir
 from tests.families import tiny_model
@@ -418,6 +420,44 @@ def test_what_is_attached_needs_nothing_else(fitted: Path, llama: Checkpoint) ->
     assert document(*words, "--set", "nodes=1")["tokens_per_pass"] < found["tokens_per_pass"]
 
 
+@pytest.fixture(scope="module")
+def tuned(tiny_dir: TinyDir, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that was trained for lexical units, though for a few steps only."""
+    checkpoint = load(tiny_dir("llama"))
+    train(checkpoint, [PROMPT] * 4, objective=LUD(length=16, alpha=0.0), steps=2, batch_size=2)
+    return checkpoint.save(tmp_path_factory.mktemp("tuned") / "llama")
+
+
+def test_what_is_not_lossless_says_so_with_all_three_numbers(tuned: Path) -> None:
+    words = ("generate", tuned, PROMPT, "--max-new-tokens", "20", "--decoder", "lud")
+    found = document(*words, "--set", "beta=0")
+    assert found["tokens_per_pass"] > 2
+    assert set(found["lossy"]) == {"threshold", "agreement", "speed_up"}
+    assert found["lossy"]["threshold"] == 0
+    assert 0 < found["lossy"]["agreement"] < 1
+    assert found["lossy"]["speed_up"] > 0
+    shown = run(*words, "--set", "beta=0")
+    assert shown.stdout == found["text"] + "\n"
+    assert "not lossless: at threshold 0 " in shown.stderr
+    assert f"{found['lossy']['agreement']:.1%} agreement with the unaided model, " in shown.stderr
+    assert "times its speed" in shown.stderr
+    own = stock(load(tuned), 20)
+    for settings in (["verify=true"], ["verify=true", "beta=0"], ["beta=1.01"]):
+        same = document(*words, *(word for setting in settings for word in ("--set", setting)))
+        assert same["token_ids"] == own
+        assert (same["lossy"] is None) == (settings[0] == "verify=true")
+    assert "lossless" not in run(*words, "--set", "verify=true").stderr
+    assert run(*words, "--set", "beta=0", "--show-drafts").stdout == found["text"] + "\n"
+
+
+def test_a_model_that_was_not_tuned_is_refused(tiny_dir: TinyDir) -> None:
+    words = ["generate", str(tiny_dir("llama")), PROMPT, "--max-new-tokens", "2", "--decoder", "lud"]
+    found = CliRunner().invoke(app, words)
+    assert (found.exit_code, found.stdout) == (2, "")
+    assert "has no PAD token that was trained for lexical units" in found.stderr
+    assert document("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "2")["lossy"] is None
+
+
 def test_a_table_that_starts_empty_is_said(tiny_dir: TinyDir) -> None:
     shown = run("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "2", "--decoder", "aded")
     assert "aded had no corpus and started empty; --set corpus=FILE gives it one" in shown.stderr
@@ -473,7 +513,7 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; leave one"),
         (["--decoder", "greedy", "--set", "nodes=1"], "the decoder greedy has nothing to set (--set nodes); aded"),
         (["--decoder", "sample", "--show-drafts"], "the decoder sample drafts nothing that --show-drafts could show"),
-        (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, dyspec"),
+        (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, dyspec, lud"),
         (["--decoder", "ngram"], "the decoder ngram needs a corpus; give it with --set corpus=..."),
         (["--decoder", "ngram", "--set", "order=1", "--set", "corpus={corpus}"], "order is 1; it must be at least 2"),
         (["--decoder", "prompt_lookup", "--set", "nodes=0"], "nodes is 0; it must be at least 1"),

@@ -39,6 +39,12 @@ EXAMPLES["dyspec"] = (
     {"draft": NGramStore.build([list(range(5, 40)) * 2], VOCAB), "algorithm": "threshold", "order": "blocks"},
 )
 EXAMPLES["meap"] = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
+# Lossless where it verifies, or is never sure enough; PAD is a token that is there, so that it decodes untrained too.
+EXAMPLES["lud"] = (
+    {"length": 24, "pad_token": 3, "alpha": 0.0, "verify": True, "beta": 0.0},
+    {"length": 24, "pad_token": 3, "alpha": 0.0, "verify": True, "cap": 3, "layout": "truncated", "identify": "before"},
+    {"length": 24, "pad_token": 3, "alpha": 0.0, "beta": 1.01, "pack": False},
+)
 CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]
 PRUNING = [case for case in CASES if get(case[0])(**EXAMPLES[case[0]][case[1]]).changes == {"weights"}]

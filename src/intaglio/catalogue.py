@@ -108,6 +108,17 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2401.14556",
         ),
         Entry(
+            slug="lud",
+            room="decoding",
+            name="LUD",
+            kinds=("objective", "decoder", "drafter"),
+            summary="trains a model to say the rest of a lexical unit in one pass, and decodes so; lossless only if it "
+            "verifies",
+            paper="Sun et al., Decoding at the Speed of Thought: Harnessing Parallel Decoding of Lexical Units for "
+            "LLMs, LREC-COLING 2024",
+            url="https://arxiv.org/abs/2405.15208",
+        ),
+        Entry(
             slug="magnitude",
             room="weights",
             name="Magnitude",

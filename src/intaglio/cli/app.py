@@ -291,7 +291,10 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
     decoder: Annotated[
-        str, typer.Option(help="greedy, sample; or one that drafts: aded, dyspec, prompt_lookup, ngram, draft_model.")
+        str,
+        typer.Option(
+            help="greedy, sample; or one that drafts: aded, dyspec, lud, prompt_lookup, ngram, draft_model, ..."
+        ),
     ] = "greedy",
     set_: Annotated[
         list[str] | None,
@@ -353,7 +356,13 @@ def generate(
         f"{found['new_tokens']} tokens in {found['passes']} passes, {found['seconds']:.1f} s "
         f"({found['tokens_per_second']:.1f} tokens/s, {decoder})"
     )
-    if found["accepted_share"] is not None:
+    lossy = found["lossy"]
+    if lossy is not None:
+        line += (
+            f": {found['tokens_per_pass']:.2f} tokens a pass; not lossless: at threshold {lossy['threshold']:g} "
+            f"{lossy['agreement']:.1%} agreement with the unaided model, {lossy['speed_up']:.2f} times its speed"
+        )
+    elif found["accepted_share"] is not None:
         line += f": {found['tokens_per_pass']:.2f} tokens a pass, {found['accepted_share']:.0%} of the drafts accepted"
     say(line)
 

@@ -19,6 +19,7 @@ from intaglio.verify.drafters.draft_model import DraftModel
 from intaglio.verify.drafters.lookup import PromptLookup, check_count
 from intaglio.verify.drafters.ngrams import NGramStore
 from intaglio.verify.drafters.shapes import Shape, best, by_widths, chain
+from intaglio.verify.loop import Speculative
 from intaglio.verify.protocols import Drafter, Step
 
 
@@ -149,6 +150,32 @@ def _numbers(name: str, words: str, kind: Callable[[str], Any]) -> list[Any]:
         return [kind(word) for word in words.split(",")]
     except ValueError:
         raise IntaglioError(f"--set, {name}: {words!r} is not accepted, it should be numbers with commas") from None
+
+
+def make_decoder(
+    decoder: str,
+    settings: Mapping[str, str],
+    checkpoint: Checkpoint,
+    streamer: Any = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Any:
+    """What is given to `generate(custom_generate=...)`: the verify loop, or a method that may do without verifying.
+
+    Args:
+        decoder: one of `names()`.
+        settings: from `read_settings`.
+        checkpoint: the target.
+        streamer: gets prompt and tokens.
+        on_step: called with each row's `Step`.
+
+    Raises:
+        IntaglioError: as `make_drafter`.
+    """
+    drafter: Any = make_drafter(decoder, settings, checkpoint)
+    if getattr(drafter, "lossless", True):
+        return Speculative(drafter, streamer=streamer, on_step=on_step)
+    more = {"tokenizer": checkpoint.tokenizer, "streamer": streamer, "on_step": on_step}
+    return drafter.model_copy(update=more)
 
 
 def starts_empty(decoder: str, settings: Mapping[str, str], attachments: Mapping[str, Attachment]) -> bool:

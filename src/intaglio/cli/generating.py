@@ -16,7 +16,6 @@ from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.cli import drafting
 from intaglio.errors import IntaglioError
-from intaglio.verify.loop import Speculative
 
 
 class _Streamer(TextStreamer):
@@ -170,8 +169,10 @@ def generate(
 
     Returns:
         `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, tokens_per_pass,
-        accepted_share, decoder`; `passes` counts the target's forward passes, prefill included, and `accepted_share`
-        is the share of the drafted tokens verified that were accepted (None where nothing drafts).
+        accepted_share, lossy, decoder`; `passes` counts the target's forward passes, prefill included, and
+        `accepted_share` is the share of the drafted tokens verified that were accepted (None where nothing drafts).
+        `lossy` is None where the output is the target's own, else `threshold`, `agreement` with the unaided target and
+        `speed_up` in seconds over it, for which it is run too.
 
     Raises:
         IntaglioError: an unknown decoder, sampling options for greedy, settings that are wrong, or a prompt that leaves
@@ -201,17 +202,24 @@ def generate(
         options["streamer"] = streamer
     else:
         shown = None if paint is None else drafting.Painter(checkpoint.tokenizer, paint)
-        loop = Speculative(drafting.make_drafter(decoder, settings, checkpoint), streamer=streamer, on_step=shown)
+        loop = drafting.make_decoder(decoder, settings, checkpoint, streamer, shown)
         options["custom_generate"] = loop
     if model.generation_config.pad_token_id is None:
         options["pad_token_id"] = checkpoint.tokenizer.pad_token_id or checkpoint.tokenizer.eos_token_id or 0
     ids = ids.to(checkpoint.device)
     with torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else None), count_passes(model) as calls:
         torch.manual_seed(seed)
-        start = time.perf_counter()
-        whole = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        seconds = time.perf_counter() - start
-    new = whole[0, ids.shape[1] :].tolist()
+        whole, seconds = _timed(model, ids, options)
+        new = whole[0, ids.shape[1] :].tolist()
+        lossy = None
+        if loop is not None and not getattr(loop, "lossless", True):
+            torch.manual_seed(seed)
+            unaided, took = _timed(model, ids, options | {"custom_generate": None})
+            lossy = {
+                "threshold": loop.statistics.threshold,
+                "agreement": loop.statistics.agreement,
+                "speed_up": (len(new) / seconds) / ((unaided.shape[1] - ids.shape[1]) / took),
+            }
     passes = calls[0] if loop is None else loop.statistics.passes
     return {
         "text": checkpoint.tokenizer.decode(new, skip_special_tokens=True),
@@ -223,5 +231,13 @@ def generate(
         "tokens_per_second": len(new) / seconds,
         "tokens_per_pass": len(new) / passes,
         "accepted_share": None if loop is None else loop.statistics.accepted_share,
+        "lossy": lossy,
         "decoder": decoder,
     }
+
+
+def _timed(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Prompt and new tokens [1, L], and the seconds they took."""
+    start = time.perf_counter()
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    return whole, time.perf_counter() - start

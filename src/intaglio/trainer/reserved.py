@@ -1,0 +1,79 @@
+"""A token of the vocabulary that stands for no text: found by name or id, or added with a row of its own.
+
+Dimension letters: V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.errors import IntaglioError
+from intaglio.trainer.draws import generator
+
+
+def reserve(checkpoint: Checkpoint, token: str | int | None, *, name: str, field: str, grow: bool, seed: int) -> int:
+    """Return the id of a token that stands for no text, adding it if need be, and ban it from generation.
+
+    A new input row is drawn from a normal distribution with the mean and deviation of the other rows: a row of zeros,
+    or far from the others, learns slowly. Input and output stay tied if they were; an untied output row is the mean.
+
+    Args:
+        checkpoint: its tokenizer and model may grow by one.
+        token: name or id; None for `name`.
+        name: of the token where none is given.
+        field: what the user calls it, for sentences.
+        grow: whether a token that the vocabulary lacks may be added.
+        seed: of the new row.
+
+    Raises:
+        IntaglioError: it is missing and may not be added, its id is outside the vocabulary, or it ends or begins texts.
+    """
+    model: Any = checkpoint.model
+    tokenizer = checkpoint.tokenizer
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    if isinstance(token, int):
+        if not 0 <= token < rows:
+            raise IntaglioError(f"{field} is {token}; the model has ids from 0 to {rows - 1}")
+        found = token
+    elif tokenizer is None:
+        raise IntaglioError(f"the checkpoint has no tokenizer; name a token that stands for no text by id: {field}: ID")
+    else:
+        known = tokenizer.get_vocab().get(token or name)
+        if known is None and not grow:
+            raise IntaglioError(f"the vocabulary has no token {token or name!r} and may not grow; name one of its own")
+        found = _added(checkpoint, token or name, rows, seed) if known is None else int(known)
+    for end in ("eos_token_id", "bos_token_id"):
+        if tokenizer is not None and found == getattr(tokenizer, end, None):
+            raise IntaglioError(f"{field} is {found}, which begins or ends texts; name a token that stands for no text")
+    return _banned(model, found)
+
+
+def _added(checkpoint: Checkpoint, name: str, rows: int, seed: int) -> int:
+    tokenizer, model = checkpoint.tokenizer, checkpoint.model
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False)], special_tokens=True)
+    found = int(tokenizer.convert_tokens_to_ids(name))
+    if found >= rows:
+        model.resize_token_embeddings(found + 1, mean_resizing=False)  # type: ignore[operator]
+    known = min(rows, found)
+    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        noise_D = torch.randn(embedding.shape[1], generator=generator(seed, name)).to(embedding)
+        if head is not None and head.weight is not embedding:
+            head.weight[found] = head.weight[:known].float().mean(0)
+        others_VD = embedding[:known].float()
+        embedding[found] = others_VD.mean(0) + others_VD.std(0) * noise_D
+    return found
+
+
+def _banned(model: Any, token: int) -> int:
+    """Never generate it: it is no target, so its logit is trained by nothing but the softmax."""
+    settings = getattr(model, "generation_config", None)
+    if settings is not None:
+        settings.suppress_tokens = sorted({*(settings.suppress_tokens or ()), token})
+    return token
