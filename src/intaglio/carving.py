@@ -206,8 +206,8 @@ def apply_step(
         recipe: for seed and batch size.
         data: for calibration.
         progress: called as it goes on.
-        directory: where training keeps what it needs to go on after it was killed. Default: nowhere.
-        resume: whether training goes on with what is there. Default False.
+        directory: where training and fits keep what they need to go on after they were killed. Default: nowhere.
+        resume: whether they go on with what is there. Default False.
     """
     if _trains(step):
         cast(Any, step).apply(
@@ -221,14 +221,13 @@ def apply_step(
             progress=progress,
         )
         return
-    run: Any = cast(Fitting, step.method).fit if isinstance(step, Fit) else cast(Carving, step).apply
-    run(
-        checkpoint,
-        data.texts if isinstance(step, Fit) else data.calibration,
-        seed=recipe.seed,
-        batch_size=recipe.calibration.batch_size,
-        progress=progress,
-    )
+    options: dict[str, Any] = {
+        "seed": recipe.seed, "batch_size": recipe.calibration.batch_size, "progress": progress
+    }  # fmt: skip
+    if isinstance(step, Fit):
+        cast(Fitting, step.method).fit(checkpoint, data.texts, directory=directory, resume=resume, **options)
+    else:
+        cast(Carving, step).apply(checkpoint, data.calibration, **options)
 
 
 def carve(
@@ -285,7 +284,7 @@ def carve(
             checkpoint.source = name
         for index, step in enumerate(recipe.steps[done:], start=done):
             start = time.time()
-            if _trains(step):  # it resumes by itself, if the state says that there is something to resume
+            if _trains(step) or isinstance(step, Fit):  # they resume by themselves, if the state says so
                 _note(scratch, index, digest)
             apply_step(step, checkpoint, recipe, data, progress, scratch / f"{TRAINING}-{index}", resume)
             seconds.append(time.time() - start)
