@@ -109,23 +109,32 @@ def make_drafter(decoder: str, settings: Mapping[str, str], checkpoint: Checkpoi
         if length < 1:
             raise IntaglioError(f"--set, length: {length} is not accepted, it should be at least 1")
         return DraftModel(model, (1,) * length, **given)
-    if decoder in checkpoint.attachments and given.get("corpus") is None:
-        drafter: Drafter = checkpoint.decoder(decoder, **given)
-        return drafter
     method: Any = get(decoder)
-    drafter = method(**given, tokenizer=checkpoint.tokenizer)
+    drafter: Drafter
+    if decoder in checkpoint.attachments and given.get("corpus") is None:
+        drafter = checkpoint.decoder(decoder, **given)
+    elif _reads_corpus(decoder):
+        drafter = method(**given, tokenizer=checkpoint.tokenizer)
+    elif ENTRIES[decoder].fitted and not given.get("untrained"):
+        drafter = checkpoint.decoder(decoder, **given)  # says that nothing is attached, and what would do that
+    else:
+        drafter = method(**given)
     return drafter
 
 
+def _reads_corpus(decoder: str) -> bool:
+    return decoder in ENTRIES and "corpus" in get(decoder).model_fields
+
+
 def starts_empty(decoder: str, settings: Mapping[str, str], attachments: Mapping[str, Attachment]) -> bool:
-    """Whether a fitted method has neither an attachment nor a corpus.
+    """Whether a method that reads a corpus has neither an attachment nor one.
 
     Args:
         decoder: one of `names()`.
         settings: from `read_settings`.
         attachments: of the checkpoint.
     """
-    return decoder in ENTRIES and ENTRIES[decoder].fitted and "corpus" not in settings and decoder not in attachments
+    return _reads_corpus(decoder) and "corpus" not in settings and decoder not in attachments
 
 
 class Painter:
