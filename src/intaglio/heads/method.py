@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, Field, PrivateAttr
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from torch import nn
 
 from intaglio.attachments import Attachment
@@ -34,56 +34,55 @@ class TrainedHeads(BaseModel):
     """The settings that every method with trained heads has.
 
     A subclass adds those of its heads, names them in `architecture`, and makes heads (`make`) and sessions (`begin`).
-
-    Args:
-        nodes: most drafted tokens of a tree. Default 15, so that a pass reads 16 tokens.
-        tree: the nodes of the static tree, each by the ranks of its path (`[[0], [1], [0, 0]]`). Default: the best tree
-            of `nodes` nodes for the chances of each rank that were measured at the end of the training.
-        drawn: under sampling, whether candidates are drawn from the heads and verified by recursive rejection
-            (default), or are the most likely ones, of which the target's own draw may hit one.
-        draft_temperature: of the heads when they draw. Default: the target's.
-        own_text: whether heads are trained on what the model itself writes behind the first tokens of the texts
-            (default), or on the texts as they are.
-        samples: texts that are used at the most. Default 1,000.
-        prompt: tokens of a text that the model goes on from. Default 32.
-        text_temperature: of what it writes; 0 is greedy. Default 0.7.
-        chat: whether prompts are put into the chat template. Default false.
-        length: tokens of a training row, and of a text with its prompt. Default: 256, or the context where it is
-            shorter.
-        epochs: passes over the rows. Default 2.
-        steps: optimizer steps, in the place of `epochs`.
-        batch_size: rows of a batch. Default 8.
-        accumulate: batches of an optimizer step. Default 1.
-        learning_rate: at its highest, cosine to 0.
-        warmup: share of the steps in which the rate rises. Default 0.01.
-        save_every: optimizer steps between two states that a killed run goes on from. Default: a tenth of them.
-        untrained: let heads draft that were never trained (`seed` draws them): the output is the same, only slower.
-            Default false: that is refused.
-        seed: of untrained heads.
+    This stands before `verify.decoder.Drafting` in a method's bases, which makes it a decoder.
     """
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
     architecture: ClassVar[tuple[str, ...]] = ()
     needs_hidden: ClassVar[bool] = True
 
     nodes: Annotated[int, Field(ge=1, le=1024)] = 15
+    """Most drafted tokens of a tree. Default 15, so that a pass reads 16 tokens."""
     tree: list[list[Annotated[int, Field(ge=0)]]] | None = None
+    """The nodes of the static tree, each by the ranks of its path (`[[0], [1], [0, 0]]`). Default: the best tree of
+    `nodes` nodes for the chances of each rank that were measured at the end of the training."""
     drawn: bool = True
+    """Under sampling, whether candidates are drawn from the heads and verified by recursive rejection (default), or are
+    the most likely ones, of which the target's own draw may hit one."""
     draft_temperature: Annotated[float, Field(gt=0, le=100)] | None = None
+    """Of the heads when they draw. Default: the target's."""
     own_text: bool = True
+    """Whether heads are trained on what the model itself writes behind the first tokens of the texts (default), or on
+    the texts as they are."""
     samples: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
+    """Texts that are used at the most. Default 1,000."""
     prompt: Annotated[int, Field(ge=1, le=100_000)] = 32
+    """Tokens of a text that the model goes on from. Default 32."""
     text_temperature: Annotated[float, Field(ge=0, le=100)] = 0.7
+    """Of what it writes; 0 is greedy. Default 0.7."""
     chat: bool = False
+    """Whether prompts are put into the chat template. Default false."""
     length: Annotated[int, Field(ge=4, le=100_000)] | None = None
+    """Tokens of a training row, and of a text with its prompt. Default: 256, or the context where it is shorter."""
     epochs: Annotated[float, Field(gt=0)] = 2.0
+    """Passes over the rows. Default 2."""
     steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps, in the place of `epochs`."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Rows of a batch. Default 8."""
     accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
+    """Batches of an optimizer step. Default 1."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """At its highest, cosine to 0."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Share of the steps in which the rate rises. Default 0.01."""
     save_every: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps between two states that a killed run goes on from. Default: a tenth of them."""
     untrained: bool = False
+    """Let heads draft that were never trained (`seed` draws them): the output is the same, only slower. Default false:
+    that is refused."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Of untrained heads."""
     if TYPE_CHECKING:  # of `Drafting`, which stands beside this in a method's bases
         slug: ClassVar[str]
         generator: torch.Generator | None

@@ -51,10 +51,12 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
         feature: weight of MSE(h_{j+1}, z^0). Default 0, as in the released code; the paper has such a term.
         distil: weight of KL(target || head). Default 0, as in the released code; the paper has such a term.
         encoders: `all`; or for comparisons `no_trigram` (u of one token) or `no_context` (no F). Default `all`.
-        nodes, tree: as `TrainedHeads`; `Chimera.paper()` has the tree of the released code.
-        learning_rate: default 2e-4.
+        learning_rate: at its highest, cosine to 0. Default 2e-4.
+        streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
+        on_step: called with each row's `Step` after every pass.
+        generator: what draws come from (sampling). Default: torch's global generator.
 
-    The other arguments are those of `TrainedHeads` (sampling, text and training) and `Drafting`.
+    The other arguments (trees, sampling, text and training) are those of `intaglio.heads.method.TrainedHeads`.
 
     Raises:
         IntaglioError: heads of another checkpoint, and all that `Speculative` refuses.

@@ -45,8 +45,9 @@ class TriGram(nn.Module):
         super().__init__()
         inputs = tokens * width
         self.tokens = tokens
-        self.mix = nn.Linear(inputs, inputs)
-        self.down = nn.Linear(inputs, width, bias=False)
+        # Without the usual start, which would be drawn from the global generator.
+        self.mix = nn.utils.skip_init(nn.Linear, inputs, inputs)
+        self.down = nn.utils.skip_init(nn.Linear, inputs, width, bias=False)
         with torch.no_grad():
             self.mix.weight.zero_()
             self.mix.bias.zero_()

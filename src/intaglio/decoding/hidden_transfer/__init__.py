@@ -50,8 +50,11 @@ class HiddenTransfer(TrainedHeads, Drafting, Method, slug="hidden_transfer"):
         state: weight of the mean squared distance between p_n,i and the true state h_{n+i}^{t_i}. Default 0.
         draft_rows: which nodes have pseudo states: `all` (default); or `path`, the deepest path alone: fewer rows, and
             where it fails, one pass without a draft.
+        streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
+        on_step: called with each row's `Step` after every pass.
+        generator: what draws come from (sampling). Default: torch's global generator.
 
-    The other arguments are those of `TrainedHeads` (trees, sampling, text and training) and `Drafting`.
+    The other arguments (trees, sampling, text and training) are those of `intaglio.heads.method.TrainedHeads`.
 
     Raises:
         IntaglioError: transfer layers that the model does not have, heads of another checkpoint, and all that
