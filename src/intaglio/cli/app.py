@@ -114,7 +114,9 @@ def show(
     out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.room}: {entry.summary}\n{entry.paper}\n{entry.url}\n")
     out.print(showing.description(method))
     if record is None:
-        out.print(f"\n[bold]Evidence[/bold]: none recorded yet; `intaglio prove {slug}` runs its claim.", highlight=False)
+        out.print(
+            f"\n[bold]Evidence[/bold]: none recorded yet; `intaglio prove {slug}` runs its claim.", highlight=False
+        )
         return
     out.print("\n[bold]Evidence[/bold]")
     out.print(summary.legend(record), markup=False, highlight=False)

@@ -159,9 +159,9 @@ def medusa_heads(target: Checkpoint, arm: Arm) -> MedusaHeads:
         arm: with `medusa` and `like`.
     """
     assert arm.like is not None
-    chosen = dict(arm.medusa or {})
-    budget = size(arm.like.make(target.model, SEED))
-    return MedusaHeads(target.model, **chosen, **matched(target.model, int(chosen["heads"]), budget), seed=SEED)
+    chosen: dict[str, Any] = dict(arm.medusa or {})
+    chosen |= matched(target.model, chosen["heads"], size(arm.like.make(target.model, SEED)))
+    return MedusaHeads(target.model, **chosen, seed=SEED)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -40,6 +40,7 @@ class TrainedHeads(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
     architecture: ClassVar[tuple[str, ...]] = ()
     needs_hidden: ClassVar[bool] = True
+    slug: ClassVar[str]
 
     nodes: Annotated[int, Field(ge=1, le=1024)] = 15
     """Most drafted tokens of a tree. Default 15, so that a pass reads 16 tokens."""
@@ -83,9 +84,6 @@ class TrainedHeads(BaseModel):
     that is refused."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of untrained heads."""
-    if TYPE_CHECKING:  # of `Drafting`, which stands beside this in a method's bases
-        slug: ClassVar[str]
-        generator: torch.Generator | None
 
     _heads: Any = PrivateAttr(None)
     _about: dict[str, Any] = PrivateAttr(default_factory=dict)

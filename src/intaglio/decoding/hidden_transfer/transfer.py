@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from intaglio.anatomy import CACHE, Anatomy, BlockInputs, HeadOnly, after_blocks, anatomy, capture, run_block
 from intaglio.errors import IntaglioError
@@ -116,7 +117,7 @@ class TransferHeads(nn.Module):
             model: frozen.
             batch: from `head_batch`.
         """
-        reader = Reader(model, hidden=True)
+        reader = Reader(model, DynamicCache(), hidden=True)  # a stock cache: gradients pass through its rows
         parts = anatomy(model)
         with torch.no_grad(), recorded(parts, self.layers) as states:
             reader.prefill(batch["input_ids"])
