@@ -206,8 +206,8 @@ def apply_step(
         recipe: for seed and batch size.
         data: for calibration.
         progress: called as it goes on.
-        directory: where training and fits keep what they need to go on after they were killed. Default: nowhere.
-        resume: whether they go on with what is there. Default False.
+        directory: where training keeps what it needs to go on after it was killed. Default: nowhere.
+        resume: whether training goes on with what is there. Default False.
     """
     if _trains(step):
         cast(Any, step).apply(
