@@ -27,6 +27,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
 }
 EXAMPLES["sparsegpt"] = ({"sparsity": 0.5, "block": 16}, {"pattern": "2:4", "block": 16})
 EXAMPLES["aded"] = ({}, {"search": "best", "nodes": 7}, {"trim": "distinct", "least": 0.0, "carry_over": True})
+EXAMPLES["meap"] = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
 # Heads that were never trained draft badly, but must not change a token.
 HEADS = {"untrained": True, "steps": 2, "batch_size": 2, "prompt": 4, "length": 16}
 EXAMPLES["chimera"] = (
@@ -39,7 +40,6 @@ EXAMPLES["hidden_transfer"] = (
     {**HEADS, "ahead": 2, "layers": [0, 1], "draft_rows": "path", "goal": "text", "decay": 0.9, "state": 0.1},
     {**HEADS, "tree": [[0], [1], [0, 0]], "drawn": False, "own_text": False},
 )
-EXAMPLES["meap"] = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
 CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]
 IDS = torch.randint(8, 150, (6, 16), generator=torch.Generator().manual_seed(0))
