@@ -24,7 +24,6 @@ def arms(blocks: int) -> dict[str, Arm]:
     """
     whole = HiddenTransfer(ahead=AHEAD)
     early = HiddenTransfer(ahead=AHEAD, layers=[round(blocks / 3)] * AHEAD)
-    late = HiddenTransfer(ahead=AHEAD, layers=[blocks - 1] * AHEAD)
     linear = HiddenTransfer(ahead=AHEAD, layers=[blocks] * AHEAD)
     return {
         "medusa": Arm(
@@ -35,7 +34,6 @@ def arms(blocks: int) -> dict[str, Arm]:
         ),
         "hidden_transfer": Arm(f"Hidden Transfer: {AHEAD} steps, layers as by default", whole),
         "early": Arm("the same with all transfers after a third of the blocks", early),
-        "late": Arm("the same with all transfers before the last block", late),
         "linear": Arm("the same behind the last block: linear heads, nothing is refined", linear),
     }
 
@@ -74,7 +72,6 @@ def experiment(world: SmolLM2Wikipedia, training: Training, blocks: int = 30, ne
             Secondary("seconds a token", "medusa", "hidden_transfer", SECONDS),
             Secondary("refinement: against linear heads", "linear", "hidden_transfer"),
             Secondary("the layers: against early transfers", "early", "hidden_transfer"),
-            Secondary("the layers: against late transfers", "late", "hidden_transfer"),
         ),
         run_unit=Continue(world, training, "hidden_transfer", tuple(chosen.items()), new),
         pilot_runs=min(world.documents_pilot, 10),

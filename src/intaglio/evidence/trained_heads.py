@@ -69,23 +69,23 @@ class Training:
     """What every arm of an experiment is trained on and with.
 
     Args:
-        texts: that the target writes. Default 320.
+        texts: that the target writes. Default 400.
         prompt: tokens of each that are given. Default 32.
         length: tokens of each. Default 160.
-        epochs: over them. Default 2.
+        epochs: over them. Default 1.
         batch_size: rows of a step. Default 8.
         rates: learning rates that are tried.
-        trial: steps of a trial. Default 10.
+        trial: steps of a trial. Default 6.
         threads: of torch while heads are trained: part of what makes their last bits. Default 2.
     """
 
-    texts: int = 320
+    texts: int = 400
     prompt: int = 32
     length: int = 160
-    epochs: int = 2
+    epochs: int = 1
     batch_size: int = 8
     rates: tuple[float, ...] = (3e-4, 1e-3)
-    trial: int = 10
+    trial: int = 6
     threads: int = 2
 
     def examples(self, world: World) -> list[Example]:

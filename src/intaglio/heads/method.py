@@ -26,8 +26,6 @@ from intaglio.verify.reader import Reader
 
 HELD_OUT = 20
 """One in so many texts is not trained on."""
-BATCH = 8
-"""Prompts that are continued together; another number would draw another text."""
 
 
 class TrainedHeads(BaseModel):
@@ -61,6 +59,8 @@ class TrainedHeads(BaseModel):
     """Tokens of a text that the model goes on from. Default 32."""
     text_temperature: Annotated[float, Field(ge=0, le=100)] = 0.7
     """Of what it writes; 0 is greedy. Default 0.7."""
+    text_batch: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Texts that it writes at a time; another number draws other texts. Default 16; give more on an accelerator."""
     chat: bool = False
     """Whether prompts are put into the chat template. Default false."""
     length: Annotated[int, Field(ge=4, le=100_000)] | None = None
@@ -271,7 +271,7 @@ class TrainedHeads(BaseModel):
                 prompts,
                 tokens=max(1, length - max(map(len, prompts), default=0)),
                 temperature=self.text_temperature,
-                batch_size=BATCH,
+                batch_size=self.text_batch,
                 seed=seed,
                 progress=progress,
             )

@@ -70,7 +70,7 @@ def own_text(
     *,
     tokens: int,
     temperature: float = 0.7,
-    batch_size: int = 8,
+    batch_size: int = 16,
     seed: int = 0,
     progress: Progress = silent,
 ) -> list[Example]:
@@ -81,7 +81,7 @@ def own_text(
         prompts: token ids of each.
         tokens: new ones at the most; a text ends at the model's own stop token.
         temperature: of the draws; 0 is greedy. Default 0.7.
-        batch_size: prompts that are continued together. Default 8.
+        batch_size: prompts that are continued together. Default 16.
         seed: of the draws.
         progress: called after each batch.
 
