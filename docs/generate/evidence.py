@@ -105,7 +105,7 @@ def claim_rows(claim: Mapping[str, Any]) -> list[tuple[str, str]]:
         claim: the registration.
     """
     arms, rules = claim["arms"], claim["rules"]
-    run, unit = claim["factors"]
+    run, unit = (*claim["factors"], "")[:2]  # where runs are independent there is no other factor
     design = {
         "independent": f"one value a {run}",
         "clustered": f"units of its own a {run}: {unit}s, not equally many",

@@ -1,4 +1,4 @@
-"""Hidden Transfer (Wu et al., 2024): pseudo states of future tokens, carried through the target's later blocks.
+"""HiddenTransfer (Wu et al., 2024): pseudo states of future tokens, carried through the target's later blocks.
 
     decoder = intaglio.load("out").decoder("hidden_transfer")       # after a recipe with fit: {hidden_transfer: {}}
     model.generate(**inputs, custom_generate=decoder)
@@ -60,7 +60,7 @@ class HiddenTransfer(TrainedHeads, Drafting, Method, slug="hidden_transfer"):
         IntaglioError: transfer layers that the model does not have, heads of another checkpoint, and all that
             `Speculative` refuses.
 
-    Source: Wu et al., Parallel Decoding via Hidden Transfer for Lossless Large Language Model Acceleration, arXiv
+    Source: Wu et al., Parallel Decoding via Hidden Transfer for Lossless Large Language Model Acceleration, 2024, arXiv
     2404.12022. No code was released: number of steps, layers, identity start, learning rate and data are choices that
     fit the abstract. Sampling verifies candidates that were drawn, by recursive rejection (`drawn`), so its law is the
     target's.
