@@ -203,6 +203,20 @@ def test_the_plan_says_what_a_fit_takes(slug: str, corpus_file: Path, tmp_path: 
     assert carving.defaults(get(slug)())["nodes"] == 15
 
 
+@pytest.mark.parametrize("slug", METHODS)
+def test_half_precision(slug: str) -> None:
+    checkpoint = tiny(dtype=torch.bfloat16)
+    model: Any = checkpoint.model
+    get(slug)(**QUICK).fit(checkpoint, [{"input_ids": IDS}] * 4)  # type: ignore[attr-defined]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    decoder = checkpoint.decoder(slug)
+    ids = torch.tensor([IDS])
+    for options in ({"do_sample": False}, {"do_sample": True, "temperature": 0.8, "top_k": 5}):
+        found = model.generate(ids, max_new_tokens=12, eos_token_id=None, custom_generate=decoder, **options)
+        assert found.shape == (1, len(IDS) + 12)
+        assert decoder.statistics.nodes > 0
+
+
 def test_a_fingerprint_is_of_the_numbers() -> None:
     model = tiny_model("llama", layers=1)
     assert fingerprint(model) == fingerprint(tiny_model("llama", layers=1, dtype=torch.float64))

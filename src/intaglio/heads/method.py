@@ -15,6 +15,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError
 from intaglio.heads.fingerprint import fingerprint
+from intaglio.heads.losses import ROWS
 from intaglio.heads.objective import LENGTH, measured_chances, train_heads
 from intaglio.heads.own_text import own_text, prompts_of
 from intaglio.heads.shape import Picker, Shape, assumed, likely
@@ -120,6 +121,14 @@ class TrainedHeads(BaseModel):
 
     def head_flops(self, workload: Workload) -> float:
         """Operations of the heads' training a token, beyond the model's own pass.
+
+        Args:
+            workload: of the model.
+        """
+        raise NotImplementedError
+
+    def head_bytes(self, workload: Workload) -> float:
+        """Bytes that the heads' training keeps of each token of a batch for the gradient.
 
         Args:
             workload: of the model.
@@ -328,8 +337,19 @@ class TrainedHeads(BaseModel):
             trained = float(self.steps * self.batch_size * self.accumulate * length)
         # A token that is written alone takes about ten times as long as one that is read among others.
         flops = 2.0 * workload.parameters * (10 * written + trained) + self.head_flops(workload) * trained
-        tokens = self.batch_size * length
-        return Cost(flops=flops, extra_bytes=int(64 * tokens * workload.hidden * 4 + (1 << 28)))
+        # A piece of the loss holds the logits of its rows, and as much again a few times for the gradient.
+        vocabulary = (workload.parameters - workload.block_parameters) / workload.hidden
+        piece = 12.0 * ROWS * (self.levels + 1) * vocabulary
+        return Cost(flops=flops, extra_bytes=int(piece + self.batch_size * length * self.head_bytes(workload)))
+
+
+def blocks_of(workload: Workload) -> int:
+    """About how many blocks a model has: one of the width D has some 12 D^2 parameters.
+
+    Args:
+        workload: of the model.
+    """
+    return max(1, round(workload.block_parameters / (12 * workload.hidden**2)))
 
 
 def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:

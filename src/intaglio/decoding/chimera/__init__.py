@@ -16,7 +16,7 @@ from torch import nn
 
 from intaglio.decoding.chimera.drafting import Draft
 from intaglio.decoding.chimera.session import Branches
-from intaglio.heads.method import TrainedHeads
+from intaglio.heads.method import TrainedHeads, blocks_of
 from intaglio.heads.shape import CHIMERA, Picker, Shape
 from intaglio.method import Change, Fact, Method, Workload
 from intaglio.verify.decoder import Drafting
@@ -137,9 +137,16 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
             workload: of the model.
         """
         outside = workload.parameters - workload.block_parameters
-        blocks = max(1, round(workload.block_parameters / (12 * workload.hidden**2)))
-        layer, trigram = workload.block_parameters / blocks, 12.0 * workload.hidden**2
+        layer, trigram = workload.block_parameters / blocks_of(workload), 12.0 * workload.hidden**2
         return self.heads * (12.0 * layer + 4.0 * outside + 6.0 * trigram)
+
+    def head_bytes(self, workload: Workload) -> float:
+        """What F keeps of 2 M rows for the gradient, some 30 states of the width each, and as much again for tri-grams.
+
+        Args:
+            workload: of the model.
+        """
+        return self.heads * (2 * 120.0 + 120.0) * workload.hidden
 
 
 __all__ = ["Chimera"]

@@ -18,7 +18,7 @@ from intaglio.anatomy import anatomy
 from intaglio.decoding.hidden_transfer.passing import Passing
 from intaglio.decoding.hidden_transfer.transfer import TransferHeads, check_layers, default_layers
 from intaglio.errors import IntaglioError
-from intaglio.heads.method import TrainedHeads
+from intaglio.heads.method import TrainedHeads, blocks_of
 from intaglio.heads.shape import Picker, Shape
 from intaglio.method import Change, Fact, Method, Workload
 from intaglio.verify.decoder import Drafting
@@ -139,6 +139,14 @@ class HiddenTransfer(TrainedHeads, Drafting, Method, slug="hidden_transfer"):
         """
         outside = workload.parameters - workload.block_parameters
         return self.ahead * (2.0 * workload.block_parameters + 4.0 * outside) + 2.0 * outside
+
+    def head_bytes(self, workload: Workload) -> float:
+        """What about a third of the blocks keep of k rows for the gradient: some 20 states of the width each.
+
+        Args:
+            workload: of the model.
+        """
+        return self.ahead * blocks_of(workload) / 3 * 80.0 * workload.hidden
 
 
 __all__ = ["HiddenTransfer"]

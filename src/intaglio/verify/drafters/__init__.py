@@ -6,6 +6,8 @@ drafters of several rooms, the benchmarks and the evidence share them.
 - `lookup.py`: `PromptLookup`, what followed the last tokens when they stood in the context before
 - `ngrams.py`: `NGramStore`, n-grams counted in a corpus, saved as safetensors
 - `draft_model.py`: `DraftModel`, a smaller model with its own cache, a chain or a tree, with draft probabilities
+- `medusa.py`: `Medusa`, heads on the last hidden state, the baseline of trained heads; imported from there, as it comes
+  with what trains them
 """
 
 from __future__ import annotations
