@@ -240,3 +240,18 @@ def test_texts_as_they_are() -> None:
     checkpoint = tiny()
     method: Any = get("hidden_transfer")(**QUICK | {"own_text": False, "samples": 1})
     assert len(method._examples(checkpoint, load_texts(TEXTS), 0, lambda *_: None)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", METHODS)
+def test_smollm2_says_the_same(slug: str) -> None:
+    checkpoint = load("smollm2")
+    model: Any = checkpoint.model
+    ids = checkpoint.tokenizer("The river that runs through the town", return_tensors="pt")["input_ids"]
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "pad_token_id": 0}
+    decoder: Any = get(slug)(untrained=True)
+    expected = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=decoder, **options)
+    assert torch.equal(found, expected)
+    assert decoder.statistics.nodes > 0
+    assert sum(parameter.numel() for parameter in decoder._heads.parameters()) * 2 <= 24e6  # bytes in bfloat16
