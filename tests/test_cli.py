@@ -513,7 +513,7 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; leave one"),
         (["--decoder", "greedy", "--set", "nodes=1"], "the decoder greedy has nothing to set (--set nodes); aded"),
         (["--decoder", "sample", "--show-drafts"], "the decoder sample drafts nothing that --show-drafts could show"),
-        (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, dyspec, lud"),
+        (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, chimera, dyspec"),
         (["--decoder", "ngram"], "the decoder ngram needs a corpus; give it with --set corpus=..."),
         (["--decoder", "ngram", "--set", "order=1", "--set", "corpus={corpus}"], "order is 1; it must be at least 2"),
         (["--decoder", "prompt_lookup", "--set", "nodes=0"], "nodes is 0; it must be at least 1"),

@@ -45,6 +45,18 @@ EXAMPLES["lud"] = (
     {"length": 24, "pad_token": 3, "alpha": 0.0, "verify": True, "cap": 3, "layout": "truncated", "identify": "before"},
     {"length": 24, "pad_token": 3, "alpha": 0.0, "beta": 1.01, "pack": False},
 )
+# Heads that were never trained draft badly, but must not change a token.
+HEADS = {"untrained": True, "steps": 2, "batch_size": 2, "prompt": 4, "length": 16}
+EXAMPLES["chimera"] = (
+    HEADS,
+    {**HEADS, "heads": 2, "rank": 2, "head_sharing": True, "start_from": "copy", "feature": 1.0, "distil": 1.0},
+    {**HEADS, "tree": [[0], [1], [0, 0]], "encoders": "no_context", "own_text": False},
+)
+EXAMPLES["hidden_transfer"] = (
+    HEADS,
+    {**HEADS, "ahead": 2, "layers": [0, 1], "draft_rows": "path", "goal": "text", "decay": 0.9, "state": 0.1},
+    {**HEADS, "tree": [[0], [1], [0, 0]], "drawn": False, "own_text": False},
+)
 CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]
 PRUNING = [case for case in CASES if get(case[0])(**EXAMPLES[case[0]][case[1]]).changes == {"weights"}]

@@ -358,28 +358,30 @@ def _pass_through(parts: Anatomy, inputs: list[tuple[tuple[Any, ...], dict[str, 
 
 
 @torch.no_grad()
-def capture(parts: Anatomy, batch: Mapping[str, Tensor]) -> BlockInputs:
+def capture(parts: Anatomy, batch: Mapping[str, Any]) -> BlockInputs:
     """Run the model around its blocks: what enters block 0, and the masks and positions that every block gets.
 
     The arguments are taken for each block apart, since layers may differ (sliding and full attention).
 
     Args:
         parts: the model's anatomy.
-        batch: `input_ids` [B, L] and, where there is padding, `attention_mask` [B, L].
+        batch: `input_ids` [B, L] and, where there is padding, `attention_mask` [B, L]; anything else that the base
+            takes goes through as it is, so a mask by layer type and a cache, which the blocks will then fill, do too.
     """
     device = next(parts.base.parameters()).device
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    batch = {name: value.to(device) for name, value in batch.items()}
-    extra = {"use_cache": False} if parts.causal else {}
+    extra: dict[str, Any] = {"use_cache": False} if parts.causal else {}
+    given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     with _pass_through(parts, calls):
-        parts.base(**batch, **extra)
-    mask = batch.get("attention_mask")
+        parts.base(**extra | given)
+    mask = given.get("attention_mask")
+    padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     hidden = calls[0][0][0] if calls[0][0] else calls[0][1]["hidden_states"]
     return BlockInputs(
         hidden_BLD=hidden,
         args=[args[1:] for args, _ in calls],
         kwargs=[{k: v for k, v in kwargs.items() if k != "hidden_states"} for _, kwargs in calls],
-        mask_BL=None if mask is None else mask.bool(),
+        mask_BL=None if padding is None else padding.bool(),
     )
 
 
@@ -395,9 +397,38 @@ def run_blocks(parts: Anatomy, low: int, high: int, inputs: BlockInputs) -> Tens
     """
     hidden = inputs.hidden_BLD
     for index in range(low, high):
-        output = parts.blocks[index](hidden, *inputs.args[index], **inputs.kwargs[index])
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = run_block(parts.blocks[index], index, hidden, inputs)
     return hidden
+
+
+def run_block(block: nn.Module, index: int, hidden_BLD: Tensor, inputs: BlockInputs) -> Tensor:
+    """Run one block on a hidden state and return the one after it [B, L, D]; gradients pass.
+
+    Args:
+        block: the block, or another of its architecture.
+        index: whose arguments it gets.
+        hidden_BLD: what enters it.
+        inputs: from `capture`.
+    """
+    output = block(hidden_BLD, *inputs.args[index], **inputs.kwargs[index])
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
+
+
+def after_blocks(parts: Anatomy, hidden_RD: Tensor) -> Tensor:
+    """Logits [R, V] of what the last block gave: final norm, head and whatever the model does besides; gradients pass.
+
+    The model's own `forward` runs around blocks that pass on what they get, the last of them `hidden_RD`.
+
+    Args:
+        parts: the model's anatomy.
+        hidden_RD: hidden states after the last block, one a row.
+    """
+    ids = torch.zeros((len(hidden_RD), 1), dtype=torch.long, device=hidden_RD.device)
+    with _pass_through(parts, []):
+        parts.blocks[-1].forward = lambda *args, **kwargs: hidden_RD[:, None]
+        logits: Tensor = parts.model(input_ids=ids, use_cache=False).logits
+    return logits[:, 0]
 
 
 class HeadOnly:

@@ -128,9 +128,15 @@ class Fitting(Protocol):
         *,
         seed: int = 0,
         batch_size: int = 4,
+        directory: Path | None = None,
+        resume: bool = False,
         progress: Progress = silent,
     ) -> Checkpoint:
-        """Make it, note the step (`verb="fit"`), attach it to `checkpoint` and return that."""
+        """Make it, note the step (`verb="fit"`), attach it to `checkpoint` and return that.
+
+        What takes long keeps its state in `directory`, and goes on with what is there if `resume`; the rest ignores
+        both.
+        """
 
     @classmethod
     def restore(cls, attachment: Attachment, checkpoint: Checkpoint, **fields: Any) -> Self:

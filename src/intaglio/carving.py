@@ -260,15 +260,15 @@ def apply_step(
             progress=progress,
         )
         return
-    run: Any = cast(Fitting, step.method).fit if isinstance(step, Fit) else cast(Carving, step).apply
-    run(
-        checkpoint,
-        data.texts if isinstance(step, Fit) else data.calibration,
-        seed=recipe.seed,
-        batch_size=recipe.calibration.batch_size,
-        progress=progress,
-        **({"directory": directory, "resume": resume} if _goes_on(step) else {}),
-    )
+    options: dict[str, Any] = {
+        "seed": recipe.seed, "batch_size": recipe.calibration.batch_size, "progress": progress
+    }  # fmt: skip
+    if _goes_on(step):
+        options |= {"directory": directory, "resume": resume}
+    if isinstance(step, Fit):
+        cast(Fitting, step.method).fit(checkpoint, data.texts, **options)
+    else:
+        cast(Carving, step).apply(checkpoint, data.calibration, **options)
 
 
 def carve(
@@ -441,7 +441,7 @@ def _trains(step: Step) -> bool:
 
 def _goes_on(step: Step) -> bool:
     """Whether a step keeps a state of its own while it runs, and goes on with that."""
-    return _trains(step) or (isinstance(step, Resumes) and step.long)
+    return _trains(step) or isinstance(step, Fit) or (isinstance(step, Resumes) and step.long)
 
 
 def _link_or_copy(source: str, target: str) -> None:

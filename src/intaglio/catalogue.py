@@ -79,6 +79,17 @@ ENTRIES: dict[str, Entry] = {
             fitted=True,
         ),
         Entry(
+            slug="chimera",
+            room="decoding",
+            name="Chimera",
+            kinds=("decoder", "drafter"),
+            summary="drafts with one trained layer over the target's hidden states and tri-grams of tokens; lossless",
+            paper="Zeng et al., Chimera: A Lossless Decoding Method for Accelerating Large Language Models Inference "
+            "by Fusing all Tokens, 2024",
+            url="https://arxiv.org/abs/2402.15758",
+            fitted=True,
+        ),
+        Entry(
             slug="dsnot",
             room="weights",
             name="DSnoT",
@@ -96,6 +107,17 @@ ENTRIES: dict[str, Entry] = {
             paper="Xiong et al., DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure, "
             "World Wide Web Journal 2025",
             url="https://arxiv.org/abs/2410.11744",
+        ),
+        Entry(
+            slug="hidden_transfer",
+            room="decoding",
+            name="HiddenTransfer",
+            kinds=("decoder", "drafter"),
+            summary="drafts inside the target's pass, by trained maps to pseudo states of future tokens; lossless",
+            paper="Wu et al., Parallel Decoding via Hidden Transfer for Lossless Large Language Model Acceleration, "
+            "2024",
+            url="https://arxiv.org/abs/2404.12022",
+            fitted=True,
         ),
         Entry(
             slug="layerwise_unmasking",

@@ -121,12 +121,18 @@ def make_drafter(decoder: str, settings: Mapping[str, str], checkpoint: Checkpoi
         ).model
         shape = _shape(given)
         return DraftModel(model, shape=shape.parents, **given)
-    if decoder in checkpoint.attachments and given.get("corpus") is None:
-        drafter: Drafter = checkpoint.decoder(decoder, **given)
-        return drafter
     method: Any = get(decoder)
-    drafter = method(**given, tokenizer=checkpoint.tokenizer)
+    drafter: Drafter
+    attached = decoder in checkpoint.attachments and given.get("corpus") is None
+    if attached or (ENTRIES[decoder].fitted and not _reads_corpus(decoder) and not given.get("untrained")):
+        drafter = checkpoint.decoder(decoder, **given)  # where nothing is attached, says what would do that
+    else:
+        drafter = method(**given, **_tokenizer(method, checkpoint))
     return drafter
+
+
+def _tokenizer(method: Any, checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"tokenizer": checkpoint.tokenizer} if "tokenizer" in method.model_fields else {}
 
 
 def _shape(given: dict[str, Any]) -> Shape:
@@ -178,15 +184,19 @@ def make_decoder(
     return drafter.model_copy(update=more)
 
 
+def _reads_corpus(decoder: str) -> bool:
+    return decoder in ENTRIES and "corpus" in get(decoder).model_fields
+
+
 def starts_empty(decoder: str, settings: Mapping[str, str], attachments: Mapping[str, Attachment]) -> bool:
-    """Whether a fitted method has neither an attachment nor a corpus.
+    """Whether a method that reads a corpus has neither an attachment nor one.
 
     Args:
         decoder: one of `names()`.
         settings: from `read_settings`.
         attachments: of the checkpoint.
     """
-    return decoder in ENTRIES and ENTRIES[decoder].fitted and "corpus" not in settings and decoder not in attachments
+    return _reads_corpus(decoder) and "corpus" not in settings and decoder not in attachments
 
 
 class Painter:

@@ -6,6 +6,7 @@ model.generate(**inputs, custom_generate=ADED(corpus=texts))
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from random import Random
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
@@ -233,6 +234,8 @@ class ADED(Method, slug="aded"):
         *,
         seed: int = 0,
         batch_size: int = 4,
+        directory: Path | None = None,
+        resume: bool = False,
         progress: Progress = silent,
     ) -> Checkpoint:
         """Build the table and attach it to a checkpoint, whose weights stay as they are.
@@ -242,6 +245,8 @@ class ADED(Method, slug="aded"):
             texts: what M is counted in, unless the field `corpus` names something.
             seed: noted in the record; nothing is drawn.
             batch_size: not used.
+            directory: not used: counting takes too little to be resumed.
+            resume: not used.
             progress: called as texts are read.
 
         Raises:

@@ -10,6 +10,8 @@ drafters of several rooms, the benchmarks and the evidence share them.
 - `shapes.py`: fixed trees: chains, widths, and the best shape for given chances of acceptance
 - `ranks.py`: those chances, from other texts
 - `growing.py`: what drafters with a draft have in common: trees that grow, the draft's cache, its laws
+- `medusa.py`: `Medusa`, heads on the last hidden state, the baseline of trained heads; imported from there, as it comes
+  with what trains them
 """
 
 from __future__ import annotations

@@ -1,0 +1,31 @@
+"""Which model heads belong to: a hash over a few numbers of every parameter, cheap enough for every run.
+
+The numbers are rounded to bfloat16 first, so a model loaded in another precision is the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+SAMPLES = 32
+"""Numbers taken of each parameter, evenly spaced."""
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """Return 64 hexadecimal digits that another model, or the same one carved or trained since, does not share.
+
+    Args:
+        model: a model with its parameters.
+    """
+    total = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        places = torch.linspace(0, len(flat) - 1, min(SAMPLES, len(flat)), dtype=torch.float64).long()
+        found = flat[places.to(flat.device)].to(torch.bfloat16).cpu().contiguous().view(torch.uint8)
+        total.update(f"{name}:{list(parameter.shape)}:".encode())
+        total.update(found.numpy().tobytes())
+    return total.hexdigest()
