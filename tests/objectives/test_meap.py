@@ -374,8 +374,8 @@ def test_draws_take_all_where_there_are_few() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"grow": False}, "the vocabulary has no mask token '<|mask|>' and may not grow"),
-        ({"mask_token": "<m>", "grow": False}, "has no mask token '<m>' and may not grow"),
+        ({"grow": False}, "the vocabulary has no token '<|mask|>' and may not grow"),
+        ({"mask_token": "<m>", "grow": False}, "has no token '<m>' and may not grow"),
         ({"mask_token": VOCAB}, f"mask_token is {VOCAB}; the model has ids from 0 to {VOCAB - 1}"),
         ({"mode": "finetuning"}, "has no prompt and answer"),
     ],
@@ -393,7 +393,7 @@ def test_fields_out_of_range_and_missing_tokenizers_are_refused() -> None:
         with pytest.raises(ValidationError):
             MEAP(**fields)
     bare = Checkpoint(tiny_model("llama", layers=1))
-    with pytest.raises(IntaglioError, match="say by its id which token hides others"):
+    with pytest.raises(IntaglioError, match="name a token that stands for no text by id: mask_token: ID"):
         prepared(bare)
     assert prepared(bare, mask_token=3)[0].mask_id == 3
     with pytest.raises(IntaglioError, match="needs a causal decoder"):

@@ -20,11 +20,9 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PrivateAttr
-from tokenizers import AddedToken
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.errors import IntaglioError
 from intaglio.method import Change, Fact, Method
 from intaglio.trainer.causal import (
     IGNORED,
@@ -42,6 +40,7 @@ from intaglio.trainer.draws import Draws, generator
 from intaglio.trainer.keep import kept_modes
 from intaglio.trainer.pairs import as_pair
 from intaglio.trainer.protocols import Batch, Example, Loss
+from intaglio.trainer.reserved import reserve
 
 TOKEN = "<|mask|>"
 """The mask token's name where it has to be added."""
@@ -196,7 +195,15 @@ class MEAP(Method, slug="meap"):
         """
         length = row_length(checkpoint, self.length)
         check_causal(checkpoint, packing=self.pack)
-        self._mask_id = mask_row(checkpoint, self.mask_token, grow=self.grow, seed=rng.seed)
+        self._mask_id = reserve(
+            checkpoint,
+            self.mask_token,
+            name=TOKEN,
+            field="mask_token",
+            grow=self.grow,
+            seed=rng.seed,
+            role="mask_token",
+        )
         self._bos_id = getattr(checkpoint.tokenizer, "bos_token_id", None) if self.keep_bos else None
         if self.mode == "finetuning":
             samples = self._samples(checkpoint, examples, length, rng)
@@ -281,65 +288,6 @@ class MEAP(Method, slug="meap"):
             batch: from `collate`.
         """
         return next_token_loss(model, batch)
-
-
-def mask_row(checkpoint: Checkpoint, token: str | int | None, *, grow: bool, seed: int) -> int:
-    """Return the id of the mask token, adding it to the vocabulary if need be, and ban it from generation.
-
-    A new row is drawn from a normal distribution with the mean and deviation of the other rows: a row of zeros, or far
-    from the others, learns slowly. Input and output stay tied if they were; an untied output row is the mean row.
-
-    Args:
-        checkpoint: its tokenizer and model may grow by one.
-        token: name or id; None for the tokenizer's own mask token, or a new one.
-        grow: whether a missing token may be added.
-        seed: of the new row.
-
-    Raises:
-        IntaglioError: the token is missing and may not be added, or the id is outside the vocabulary.
-    """
-    model: Any = checkpoint.model
-    rows = int(model.get_input_embeddings().weight.shape[0])
-    if isinstance(token, int):
-        if not 0 <= token < rows:
-            raise IntaglioError(f"mask_token is {token}; the model has ids from 0 to {rows - 1}")
-        return _banned(model, token)
-    tokenizer = checkpoint.tokenizer
-    if tokenizer is None:
-        raise IntaglioError("the checkpoint has no tokenizer; say by its id which token hides others: mask_token: ID")
-    name = token or tokenizer.mask_token or TOKEN
-    found = tokenizer.get_vocab().get(name)
-    if found is None:
-        if not grow:
-            raise IntaglioError(f"the vocabulary has no mask token {name!r} and may not grow; name one of its tokens")
-        found = _added(checkpoint, name, rows, seed)
-    return _banned(model, int(found))
-
-
-def _added(checkpoint: Checkpoint, name: str, rows: int, seed: int) -> int:
-    tokenizer, model = checkpoint.tokenizer, checkpoint.model
-    tokenizer.add_special_tokens({"mask_token": AddedToken(name, special=True, normalized=False)})
-    found = int(tokenizer.convert_tokens_to_ids(name))
-    if found >= rows:
-        model.resize_token_embeddings(found + 1, mean_resizing=False)  # type: ignore[operator]
-    known = min(rows, found)
-    embedding: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    with torch.no_grad():
-        noise_D = torch.randn(embedding.shape[1], generator=generator(seed, "mask row")).to(embedding)
-        if head is not None and head.weight is not embedding:
-            head.weight[found] = head.weight[:known].float().mean(0)
-        others_VD = embedding[:known].float()
-        embedding[found] = others_VD.mean(0) + others_VD.std(0) * noise_D
-    return found
-
-
-def _banned(model: Any, token: int) -> int:
-    """Never generate the mask token: it is no target, so its logit is trained by nothing but the softmax."""
-    settings = getattr(model, "generation_config", None)
-    if settings is not None:
-        settings.suppress_tokens = sorted({*(settings.suppress_tokens or ()), token})
-    return token
 
 
 @torch.no_grad()

@@ -16,7 +16,16 @@ from intaglio.errors import IntaglioError
 from intaglio.trainer.draws import generator
 
 
-def reserve(checkpoint: Checkpoint, token: str | int | None, *, name: str, field: str, grow: bool, seed: int) -> int:
+def reserve(
+    checkpoint: Checkpoint,
+    token: str | int | None,
+    *,
+    name: str,
+    field: str,
+    grow: bool,
+    seed: int,
+    role: str | None = None,
+) -> int:
     """Return the id of a token that stands for no text, adding it if need be, and ban it from generation.
 
     A new input row is drawn from a normal distribution with the mean and deviation of the other rows: a row of zeros,
@@ -24,11 +33,12 @@ def reserve(checkpoint: Checkpoint, token: str | int | None, *, name: str, field
 
     Args:
         checkpoint: its tokenizer and model may grow by one.
-        token: name or id; None for `name`.
+        token: name or id; None for the tokenizer's own token of that role, or else `name`.
         name: of the token where none is given.
         field: what the user calls it, for sentences.
         grow: whether a token that the vocabulary lacks may be added.
         seed: of the new row.
+        role: what tokenizers call it, such as `mask_token`; an added one gets that role. Default None: no such role.
 
     Raises:
         IntaglioError: it is missing and may not be added, its id is outside the vocabulary, or it ends or begins texts.
@@ -43,19 +53,24 @@ def reserve(checkpoint: Checkpoint, token: str | int | None, *, name: str, field
     elif tokenizer is None:
         raise IntaglioError(f"the checkpoint has no tokenizer; name a token that stands for no text by id: {field}: ID")
     else:
-        known = tokenizer.get_vocab().get(token or name)
+        wanted = token or (role and getattr(tokenizer, role)) or name
+        known = tokenizer.get_vocab().get(wanted)
         if known is None and not grow:
-            raise IntaglioError(f"the vocabulary has no token {token or name!r} and may not grow; name one of its own")
-        found = _added(checkpoint, token or name, rows, seed) if known is None else int(known)
+            raise IntaglioError(f"the vocabulary has no token {wanted!r} and may not grow; name one of its own")
+        found = _added(checkpoint, wanted, rows, seed, role) if known is None else int(known)
     for end in ("eos_token_id", "bos_token_id"):
         if tokenizer is not None and found == getattr(tokenizer, end, None):
             raise IntaglioError(f"{field} is {found}, which begins or ends texts; name a token that stands for no text")
     return _banned(model, found)
 
 
-def _added(checkpoint: Checkpoint, name: str, rows: int, seed: int) -> int:
+def _added(checkpoint: Checkpoint, name: str, rows: int, seed: int, role: str | None) -> int:
     tokenizer, model = checkpoint.tokenizer, checkpoint.model
-    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False)], special_tokens=True)
+    new = AddedToken(name, special=True, normalized=False)
+    if role is None:
+        tokenizer.add_tokens([new], special_tokens=True)
+    else:
+        tokenizer.add_special_tokens({role: new})
     found = int(tokenizer.convert_tokens_to_ids(name))
     if found >= rows:
         model.resize_token_embeddings(found + 1, mean_resizing=False)  # type: ignore[operator]

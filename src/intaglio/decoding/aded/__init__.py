@@ -5,18 +5,16 @@ model.generate(**inputs, custom_generate=ADED(corpus=texts))
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PrivateAttr, WithJsonSchema
+from pydantic import BeforeValidator, Field, InstanceOf, PrivateAttr, WithJsonSchema
 from pydantic.json_schema import SkipJsonSchema
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from intaglio.attachments import Attachment
 from intaglio.checkpoint import Checkpoint, load_tokenizer
@@ -27,9 +25,8 @@ from intaglio.decoding.aded.search import best_first, full, greedy, mcts, most_v
 from intaglio.decoding.aded.table import ENTRIES, Table
 from intaglio.errors import IntaglioError
 from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, silent
-from intaglio.verify.loop import Speculative, SpeculativeOutput
-from intaglio.verify.protocols import Drafter, Run, Session, Step, by_row
-from intaglio.verify.statistics import Statistics
+from intaglio.verify import decoder
+from intaglio.verify.protocols import Run, Session, Step, by_row
 from intaglio.verify.tree import TokenTree, root_only, trie
 
 _TEXT = {"type": "string", "minLength": 1}
@@ -39,7 +36,7 @@ _LEARNT = 100_000
 """Learnt rows kept from run to run at the most."""
 
 
-class ADED(Method, slug="aded"):
+class ADED(decoder.Drafting, Method, slug="aded"):
     """Draft from a table M[(a, b)][c] of how likely c follows a, b; let the target verify; let the table learn.
 
     Every step, with s the tokens so far, the last one x* not yet read by the target:
@@ -116,7 +113,6 @@ class ADED(Method, slug="aded"):
     so its law is the target's.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     requires: ClassVar[frozenset[Fact]] = frozenset({"causal", "cache", "tokenizer"})
     changes: ClassVar[frozenset[Change]] = frozenset()
     needs_hidden: ClassVar[bool] = False
@@ -145,13 +141,9 @@ class ADED(Method, slug="aded"):
     token_cost: Annotated[float, Field(ge=0, le=100)] = 0.04
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
-    streamer: SkipJsonSchema[InstanceOf[BaseStreamer] | None] = Field(None, exclude=True, repr=False)
-    on_step: SkipJsonSchema[Callable[[Step], None] | None] = Field(None, exclude=True, repr=False)
-    generator: SkipJsonSchema[InstanceOf[torch.Generator] | None] = Field(None, exclude=True, repr=False)
 
     _table: Table | None = PrivateAttr(None)
     _learnt: dict[int, dict[int, float]] = PrivateAttr(default_factory=dict)
-    _statistics: Statistics = PrivateAttr(default_factory=Statistics)
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
@@ -166,36 +158,6 @@ class ADED(Method, slug="aded"):
             "draft_cost": 0.0, "token_cost": 0.0,
         }  # fmt: skip
         return cls(**constants | overrides)
-
-    @property
-    def statistics(self) -> Statistics:
-        """What the last `generate` call cost."""
-        return self._statistics
-
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Tensor | SpeculativeOutput:
-        """Called by `model.generate(..., custom_generate=self)`; see `Speculative`.
-
-        Args:
-            model: the target.
-            input_ids: the prompts [B, P].
-            logits_processor: as `generate` made them.
-            stopping_criteria: as `generate` made them.
-            generation_config: the merged one.
-            **model_kwargs: what `generate` prepared for the model.
-        """
-        loop = Speculative(cast(Drafter, self), streamer=self.streamer, on_step=self.on_step, generator=self.generator)
-        try:
-            return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
-        finally:
-            self._statistics = loop.statistics
 
     def start(self, run: Run) -> Session:
         """Begin a run; see `Drafter.start`.
