@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from intaglio import carving
-from intaglio.carving import carve, compare, plan
+from intaglio.carving import carve, compare, plan, run
+from intaglio.carving.begin import blind_guess
 from intaglio.checkpoint import RECORD, load, weights_digest
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
@@ -182,8 +182,8 @@ def test_killed_just_after_out_appeared(
     def die(*_: object) -> None:
         raise Killed
 
-    real = carving._finish
-    monkeypatch.setattr(carving, "_finish", lambda *arguments: (real(*arguments), die()))
+    real = run.finish
+    monkeypatch.setattr(run, "finish", lambda *arguments: (real(*arguments), die()))
     with pytest.raises(Killed):
         carve(recipe, out, model=str(model))
     monkeypatch.undo()
@@ -256,10 +256,10 @@ def test_a_carve_behind_a_fit_makes_it_stale(model: Path, corpus: Path, tmp_path
 
 def test_a_fit_for_an_encoder_is_refused_before_any_work(corpus: Path, tmp_path: Path) -> None:
     encoder = tiny_checkpoint_dir("bert", tmp_path / "encoder")
-    for run in (lambda: carve(make_recipe(corpus, [FIT]), tmp_path / "out", model=str(encoder)),
+    for what in (lambda: carve(make_recipe(corpus, [FIT]), tmp_path / "out", model=str(encoder)),
                 lambda: plan(make_recipe(corpus, [FIT]), model=str(encoder))):  # fmt: skip
         with pytest.raises(IntaglioError, match=r"aded needs a model that generates; .* is an encoder"):
-            run()
+            what()
     assert not (tmp_path / "out").exists()
 
 
@@ -327,9 +327,9 @@ def test_compare_of_other_sizes_has_no_agreement(family: str, field: str, corpus
 
 def test_a_model_that_knows_less_than_nothing_is_noted(model: Path, corpus: Path, tmp_path: Path) -> None:
     checkpoint, side = load(model), {"perplexity": 1e6}
-    assert "worse than a blind guess among its" in carving.blind_guess(checkpoint, side)[0]
+    assert "worse than a blind guess among its" in blind_guess(checkpoint, side)[0]
     for perplexity in (None, 1.0, float(checkpoint.vocabulary)):
-        assert carving.blind_guess(checkpoint, {"perplexity": perplexity}) == []
+        assert blind_guess(checkpoint, {"perplexity": perplexity}) == []
 
 
 def test_a_plan_reads_no_weights(model: Path, corpus: Path) -> None:

@@ -212,7 +212,7 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("intaglio.carving.load", never)
+    monkeypatch.setattr("intaglio.carving.begin.load", never)
     monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", never)
     steps = [{"magnitude": {"sparsity": 0.5}}, {"dsnot": {"pattern": "2:4", "base": "sparsegpt"}}]
     words = ("carve", tiny_dir("llama"), "-r", recipe(*steps), "-o", tmp_path / "out", "--dry-run")

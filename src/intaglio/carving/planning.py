@@ -1,0 +1,179 @@
+"""What a carve would do and take, told from the configuration alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import psutil
+import torch
+
+from intaglio.anatomy import Anatomy, anatomy
+from intaglio.attachments import Fitting
+from intaglio.carving.begin import name_of, skeleton
+from intaglio.carving.data import read_texts
+from intaglio.carving.steps import check_fit, trains
+from intaglio.checkpoint import (
+    parse_device,
+    parse_dtype,
+)
+from intaglio.data.texts import Corpus
+from intaglio.measures.quality import ELEMENTS
+from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
+from intaglio.method import Carving, Cost, Workload
+from intaglio.recipe import Fit, Measure, Recipe, Step, method_of
+
+LAUNCH = 0.00025
+"""Seconds that a block of one decoding step takes beside reading its weights."""
+TIMED = 0.3
+"""Seconds that each rate of the machine is timed for."""
+
+
+def plan(
+    recipe: Recipe, *, model: str | None = None, device: str | None = None, dtype: str | None = None
+) -> dict[str, Any]:
+    """What a carve would do and take, from the model's configuration alone: no weights are read.
+
+    Args:
+        recipe: what would be done.
+        model: what would be carved; wins over the recipe's.
+        device: where.
+        dtype: of the weights. Default: the checkpoint's own.
+
+    Returns:
+        `{model, parameters, bytes, steps: [{slug, verb, parameters, seconds, memory_bytes}], measure_seconds, seconds,
+        memory_bytes, libraries_bytes, gflops}`. Seconds come from work timed on this machine just now. Memory is the
+        peak beside `libraries_bytes`, which the process holds already.
+
+    Raises:
+        IntaglioError: as `carve` would, as far as can be told without weights.
+    """
+    name = name_of(recipe, model)
+    where, wanted = parse_device(device), parse_dtype(dtype)
+    weightless = skeleton(recipe, model)
+    kind = wanted if isinstance(wanted, torch.dtype) else (getattr(weightless.config, "dtype", None) or torch.float32)
+    parts = anatomy(weightless)
+    check_fit(recipe.steps, parts, name)
+    texts, _ = read_texts(recipe)
+    length = min(recipe.calibration.length, int(getattr(parts.config, "max_position_embeddings", 1 << 30)))
+    parameters = sum(p.numel() for p in weightless.parameters())
+    element = torch.empty(0, dtype=kind).element_size()
+    workload = Workload(
+        linears=tuple(linear.shape for _, linear in parts.all_linears()),
+        block_parameters=sum(p.numel() for block in parts.blocks for p in block.parameters()),
+        parameters=parameters,
+        hidden=int(parts.config.hidden_size),
+        tokens=recipe.calibration.samples * length,
+        batch_tokens=recipe.calibration.batch_size * length,
+        element_size=element,
+    )
+    rates = machine_rates(where, kind)
+    measure_seconds, held, measuring = _measuring(recipe.measure, workload, parts, rates)
+    steps: list[dict[str, Any]] = []
+    for step in recipe.steps:
+        cost = _estimate(step, workload, texts)
+        took = cost.flops / rates.flops + cost.sorted_elements / rates.elements
+        memory = held + cost.extra_bytes
+        fields = method_of(step).model_dump()
+        steps.append(
+            {"slug": step.slug, "verb": _verb(step), "parameters": fields, "seconds": took, "memory_bytes": memory}
+        )
+    return {
+        "model": name,
+        "parameters": parameters,
+        "bytes": parameters * element,
+        "tokens": workload.tokens,
+        "steps": steps,
+        "measure_seconds": measure_seconds,
+        "seconds": measure_seconds + sum(step["seconds"] for step in steps),
+        "memory_bytes": max([measuring, *(step["memory_bytes"] for step in steps)]),
+        "libraries_bytes": psutil.Process().memory_info().rss,
+        "gflops": rates.flops / 1e9,
+    }
+
+
+def _measuring(wanted: Measure, workload: Workload, parts: Anatomy, rates: Rates) -> tuple[float, int, int]:
+    """Seconds of measuring before and after; bytes that are held all the time, and at the peak of measuring."""
+    width, element = workload.hidden, workload.element_size
+    length = min(wanted.length, int(getattr(parts.config, "max_position_embeddings", None) or wanted.length))
+    tokens = wanted.samples * length
+    held = workload.parameters * element
+    peak = held
+    # The blocks run for the reference, before and after.
+    flops = 3 * 2.0 * workload.block_parameters * tokens
+    if parts.causal:
+        vocabulary = int(parts.config.vocab_size)
+        flops += 4 * 2.0 * vocabulary * width * tokens  # the original's predictions and the model's own, twice
+        held += (vocabulary + tokens) * width * element  # the head's copy and the original's hidden states
+        # Logits of one segment; of a piece of it log-probabilities of both models and what their divergence takes.
+        peak = held + 4 * vocabulary * (length + 6 * min(length, max(1, ELEMENTS // vocabulary)))
+    seconds = flops / rates.flops
+    if wanted.speed:
+        passes = 2 * (REPEATS + 1)
+        seconds += passes * 2.0 * workload.block_parameters * PREFILL / rates.flops
+        if parts.causal:
+            step = workload.parameters * element / rates.bytes + LAUNCH * len(parts.blocks)
+            seconds += 2 * (REPEATS * DECODE + WARM) * step
+    return seconds, held, peak
+
+
+def _verb(step: Step) -> str:
+    return "train" if trains(step) else "fit" if isinstance(step, Fit) else "carve"
+
+
+def _estimate(step: Step, workload: Workload, texts: Corpus) -> Cost:
+    if isinstance(step, Fit):
+        return cast(Fitting, step.method).estimate_fit(workload, texts)
+    return cast(Carving, step).estimate(workload)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second.
+
+    Args:
+        flops: floating-point operations of a transformer's pass.
+        elements: elements that pass through a selection.
+        bytes: bytes of weights that a matrix-vector product reads.
+    """
+
+    flops: float
+    elements: float
+    bytes: float
+
+
+def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Time a matrix product, a selection and a matrix-vector product, each for a fraction of a second.
+
+    Args:
+        device: where.
+        dtype: of the products.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 768, generator=generator).to(device, dtype)
+    y = torch.randn(768, 768, generator=generator).to(device, dtype)
+    score = torch.randn(256, 768, generator=generator).to(device)
+    matrix = torch.ones(4096, 4096, dtype=dtype, device=device)  # beyond most caches
+    vector = torch.ones(4096, dtype=dtype, device=device)
+
+    def best(work: Callable[[], Any]) -> float:
+        # The best of many: on a busy machine most of them are interrupted.
+        found, begun = float("inf"), time.perf_counter()
+        while time.perf_counter() - begun < TIMED:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            found = min(found, time.perf_counter() - start)
+        return found
+
+    # A transformer's pass reaches about half of what a lone product does.
+    return Rates(
+        flops=0.5 * 2 * 512 * 768 * 768 / best(lambda: x @ y),
+        elements=score.numel() / best(lambda: score.kthvalue(384, dim=1)),
+        bytes=matrix.numel() * matrix.element_size() / best(lambda: matrix @ vector),
+    )

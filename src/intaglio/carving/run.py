@@ -1,0 +1,157 @@
+"""Run a recipe: checkpoint in, checkpoint out, measured before and after; and compare two checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from intaglio import report
+from intaglio.anatomy import anatomy
+from intaglio.carving.begin import begin, blind_guess, is_new, name_of
+from intaglio.carving.data import held_out_segments, make_yardstick, prepare_data, read_texts
+from intaglio.carving.scratch import (
+    TRAINING,
+    check_output,
+    finish,
+    finished_report,
+    note_done,
+    put_aside,
+    scratch_directory,
+    start_or_resume,
+)
+from intaglio.carving.steps import apply_step, check_fit, goes_on
+from intaglio.carving.told import make_document, provenance
+from intaglio.checkpoint import (
+    files_stamp,
+    load,
+)
+from intaglio.data.texts import load_texts
+from intaglio.machine import versions, with_threads
+from intaglio.method import Progress, silent
+from intaglio.recipe import Measure, Recipe
+
+
+def carve(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Load, measure, run the steps, measure again, and write checkpoint and report.
+
+    After each step the checkpoint is put aside, so a run that was killed resumes after the last finished step and ends
+    with the same weights, config and tokenizer files as an unbroken one.
+
+    Args:
+        recipe: what to do.
+        out: the directory to make.
+        model: what to carve; wins over the recipe's.
+        device: where to work. Default: the CPU.
+        dtype: of the weights. Default: the checkpoint's own.
+        resume: go on after the last finished step of an interrupted run; one that has ended is left as it is.
+        overwrite: replace an earlier result that is there, and discard an interrupted run.
+        progress: called as work goes on.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        IntaglioError: one sentence on what cannot be done; then `out` is as it was.
+    """
+    begun = time.time()
+    out = Path(out)
+    name, fresh = name_of(recipe, model), is_new(recipe, model)
+    texts = read_texts(recipe)
+    stamp = "" if fresh else files_stamp(name)
+    identity = [name, stamp, *(corpus.digest for corpus in texts), str(device), str(dtype), versions()]
+    digest = recipe.digest(json.dumps(identity))
+    if resume and (finished := finished_report(out, digest)) is not None:
+        return finished
+    check_output(out, overwrite)
+    with scratch_directory(out) as scratch:
+        done, threads = start_or_resume(scratch, out, digest, len(recipe.steps), resume, overwrite)
+        with with_threads(threads):
+            again = partial(begin, recipe, texts[0], model, device, dtype)
+            checkpoint = again()
+            check_fit(recipe.steps, anatomy(checkpoint.model), name)
+            data = prepare_data(recipe, checkpoint, texts)
+            yardstick = make_yardstick(checkpoint, data.held_out, recipe.measure, progress)
+            before = yardstick.measure(checkpoint)
+            notes = [] if fresh else blind_guess(checkpoint, before)
+            seconds: list[float | None] = [None] * done
+            if done:
+                del checkpoint  # two models at once may not fit
+                checkpoint = load(scratch / f"step-{done}", device=device, dtype=dtype)
+                checkpoint.source = name
+            for index, step in enumerate(recipe.steps[done:], start=done):
+                start = time.time()
+                if goes_on(step):  # it resumes by itself, if the state says that there is something to resume
+                    note_done(scratch, index, digest)
+                training = scratch / f"{TRAINING}-{index}"
+                apply_step(step, checkpoint, recipe, data, progress, training, resume, again)
+                seconds.append(time.time() - start)
+                put_aside(checkpoint, scratch, index + 1, digest)
+            # Nobody wants to know how far a trained model agrees with the random weights it began as.
+            after = yardstick.measure(checkpoint, alone=fresh)
+            document = {
+                **make_document(recipe, checkpoint, name, data, before, after, seconds),
+                "digest": digest,
+                "seconds": time.time() - begun,
+                "notes": notes,
+            }
+        finish(out, scratch / f"step-{len(recipe.steps)}", document, overwrite)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return document
+
+
+def compare(
+    a: str,
+    b: str,
+    *,
+    wanted: Measure | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure two checkpoints on the same held-out text; `b`'s agreement is with `a`.
+
+    With equal tokenizers both see the same tokens. With different ones, tokens and agreement are not comparable: each
+    is measured on its own tokens of the same documents, agreement is None, and bits per byte is the fair number.
+
+    Args:
+        a: the first checkpoint.
+        b: the second.
+        wanted: what to measure on. Default: 16 segments of 512 tokens of the bundled Wikipedia.
+        device: where to work.
+        dtype: of the weights.
+        progress: called as work goes on.
+
+    Returns:
+        `{a: side, b: side, ...}` as `report.compare_page` takes it.
+    """
+    wanted = wanted or Measure()
+    _, held_out = load_texts(wanted.texts).split()
+    first = load(a, device=device, dtype=dtype)
+    yardstick = make_yardstick(first, held_out_segments(first, held_out, wanted), wanted, progress)
+    side_a = yardstick.measure(first)
+    about = provenance(first, wanted, yardstick.held_out)
+    del first
+    second = load(b, device=device, dtype=dtype)
+    side_b = yardstick.measure(second, held_out_segments(second, held_out, wanted))
+    return {
+        "format": report.FORMAT,
+        "title": f"{a} beside {b}",
+        "a": {"model": a, **side_a},
+        "b": {"model": b, **side_b},
+        **about,
+    }

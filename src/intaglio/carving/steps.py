@@ -1,0 +1,101 @@
+"""The steps of a recipe: whether they fit a model, and one of them applied."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+from intaglio.anatomy import Anatomy
+from intaglio.attachments import Fitting
+from intaglio.carving.data import Data
+from intaglio.checkpoint import (
+    Checkpoint,
+)
+from intaglio.errors import IntaglioError
+from intaglio.method import Carving, ChecksModel, Progress, Resumes
+from intaglio.recipe import Fit, Recipe, Step, method_of
+
+
+def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
+    """Refuse, before any work, a model that a step does not fit.
+
+    Args:
+        steps: of the recipe.
+        parts: of the model.
+        name: of the model, for the sentence.
+
+    Raises:
+        IntaglioError: names the step and the layer.
+    """
+    named = [(full, *linear.shape) for full, linear in parts.all_linears()]
+    for step in steps:
+        if "causal" in method_of(step).requires and not parts.causal:
+            raise IntaglioError(f"{step.slug} needs a model that generates; {name} is an encoder")
+        if not isinstance(step, Fit):
+            cast(Carving, step).check(named)
+            if isinstance(step, ChecksModel):
+                step.check_model(parts)
+
+
+def apply_step(
+    step: Step,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    data: Data,
+    progress: Progress,
+    directory: Path | None = None,
+    resume: bool = False,
+    original: Callable[[], Checkpoint] | None = None,
+) -> None:
+    """Apply one step of a recipe in place.
+
+    Args:
+        step: a carving, a fit, or training.
+        checkpoint: edited, or attached to.
+        recipe: for seed and batch size.
+        data: for calibration.
+        progress: called as it goes on.
+        directory: where training keeps what it needs to go on after it was killed. Default: nowhere.
+        resume: whether training goes on with what is there. Default False.
+        original: loads the checkpoint as it was before the recipe, for selectors that compare.
+    """
+    if trains(step):
+        cast(Any, step).apply(
+            checkpoint,
+            data.texts,
+            seed=recipe.seed,
+            held_out_hashes=data.sealed,
+            original=original,
+            directory=directory,
+            resume=resume,
+            progress=progress,
+        )
+        return
+    options: dict[str, Any] = {
+        "seed": recipe.seed, "batch_size": recipe.calibration.batch_size, "progress": progress
+    }  # fmt: skip
+    if goes_on(step):
+        options |= {"directory": directory, "resume": resume}
+    if isinstance(step, Fit):
+        cast(Fitting, step.method).fit(checkpoint, data.texts, **options)
+    else:
+        cast(Carving, step).apply(checkpoint, data.calibration, **options)
+
+
+def trains(step: Step) -> bool:
+    """Whether it is a training step.
+
+    Args:
+        step: of a recipe.
+    """
+    return step.slug == "train"
+
+
+def goes_on(step: Step) -> bool:
+    """Whether a step keeps a state of its own while it runs, and goes on with that.
+
+    Args:
+        step: of a recipe.
+    """
+    return trains(step) or isinstance(step, Fit) or (isinstance(step, Resumes) and step.long)

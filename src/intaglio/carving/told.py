@@ -1,0 +1,108 @@
+"""What a report says of a run beside the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import yaml
+
+from intaglio import report
+from intaglio.carving.data import Data
+from intaglio.carving.steps import trains
+from intaglio.checkpoint import (
+    Checkpoint,
+)
+from intaglio.data.segments import Segments
+from intaglio.machine import versions
+from intaglio.method import Method
+from intaglio.recipe import Fit, Measure, Recipe, Step, accepted_fields, method_of
+
+
+def defaults(method: Method) -> dict[str, Any]:
+    """The default of each of a method's fields, so that a report can show what was set.
+
+    Args:
+        method: of a step.
+    """
+    fields = type(method).model_fields
+    return {name: fields[name].get_default(call_default_factory=True) for name in accepted_fields(type(method))}
+
+
+def what_was_done(steps: tuple[Step, ...]) -> str:
+    """The steps in a few words: `carved by wanda, dsnot; fitted aded`.
+
+    Args:
+        steps: of the recipe.
+    """
+    fitted = ", ".join(step.slug for step in steps if isinstance(step, Fit))
+    carved = ", ".join(step.slug for step in steps if not isinstance(step, Fit) and not trains(step))
+    trained = any(map(trains, steps))
+    return "; ".join(
+        [f"carved by {carved}"] * bool(carved) + ["trained"] * trained + [f"fitted {fitted}"] * bool(fitted)
+    )
+
+
+def provenance(checkpoint: Checkpoint, wanted: Measure, held_out: Segments) -> dict[str, Any]:
+    """What every report says about how it was measured.
+
+    Args:
+        checkpoint: gives device and dtype.
+        wanted: what was asked for.
+        held_out: what was measured on.
+    """
+    return {
+        "measure": {
+            "texts": wanted.texts,
+            "samples": held_out.n,
+            "length": held_out.length,
+            "digest": held_out.digest,
+        },
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "device": str(checkpoint.device),
+        "dtype": str(next(checkpoint.model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def make_document(
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    name: str,
+    data: Data,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    seconds: list[float | None],
+) -> dict[str, Any]:
+    """What `report.json` holds, but for the times of the whole run.
+
+    Args:
+        recipe: what was run.
+        checkpoint: what came out.
+        name: what it was made from.
+        data: what it was made and measured with.
+        before: the measurements before the steps.
+        after: those behind them.
+        seconds: that each step took; None for one of an earlier run.
+    """
+    made = checkpoint.record.steps[-len(recipe.steps) :]
+    return {
+        "format": report.FORMAT,
+        "title": f"{name} {what_was_done(recipe.steps)}",
+        "model": name,
+        "kind": checkpoint.kind,
+        "steps": [
+            _with_curve(record.model_dump()) | {"defaults": defaults(method_of(step)), "seconds": took}
+            for record, step, took in zip(made, recipe.steps, seconds, strict=True)
+        ],
+        "before": before,
+        "after": after,
+        **provenance(checkpoint, recipe.measure, data.held_out),
+        "recipe": yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True),
+    }
+
+
+def _with_curve(step: dict[str, Any]) -> dict[str, Any]:
+    """A step's record with its training curves, see `intaglio.curves`, beside what it chose rather than in it."""
+    curve = step["chosen"].pop("curve", None)
+    return step if curve is None else step | {"curve": curve}
