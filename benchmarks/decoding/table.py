@@ -11,11 +11,12 @@ SHARES = ("drafting_share", "loop_share")
 """Of the time of a call: in the drafter, and in the loop outside drafter and model."""
 
 
-def per_prompt(runs: list[Run]) -> dict[tuple[str, str], dict[str, Any]]:
+def per_prompt(runs: list[Run], clock: str = "seconds") -> dict[tuple[str, str], dict[str, Any]]:
     """Return, for each (prompt, mode), the median seconds over its repeats and what does not vary.
 
     Args:
         runs: lines of the journal.
+        clock: `seconds` on the wall or `cpu_seconds`.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -24,7 +25,7 @@ def per_prompt(runs: list[Run]) -> dict[tuple[str, str], dict[str, Any]]:
         key: {
             "kind": group[0]["kind"],
             "repeats": len(group),
-            "seconds": median(run["seconds"] for run in group),
+            "seconds": median(run[clock] for run in group),
             "tokens_per_pass": group[0]["new_tokens"] / group[0]["passes"],
             **{name: median(run[name] for run in group) if name in group[0] else None for name in SHARES},
             "ids": group[0]["ids"],
@@ -33,7 +34,7 @@ def per_prompt(runs: list[Run]) -> dict[tuple[str, str], dict[str, Any]]:
     }
 
 
-def results(runs: list[Run]) -> dict[str, Any]:
+def results(runs: list[Run], clock: str = "seconds") -> dict[str, Any]:
     """Return, for each mode and kind of prompt, tokens a pass and the speed against stock greedy.
 
     The ratio of a prompt is that of its median seconds a token; a kind's is the median over its prompts. `differ`
@@ -41,8 +42,9 @@ def results(runs: list[Run]) -> dict[str, Any]:
 
     Args:
         runs: lines of the journal.
+        clock: as `per_prompt`.
     """
-    found = per_prompt(runs)
+    found = per_prompt(runs, clock)
     modes = list(dict.fromkeys(mode for _, mode in found))
     kinds = [*dict.fromkeys(one["kind"] for one in found.values()), "all"]
     table: dict[str, Any] = {}

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from intaglio.errors import IntaglioError
 from intaglio.evidence import aded
-from intaglio.evidence.aded import EXPERIMENTS, FRESH, METHODS, ROWS, SECONDS, SHIFTED, TOKENS, Generated, loop_start
+from intaglio.evidence.aded import EXPERIMENTS, FRESH, METHODS, ROWS, SECONDS, SHIFTED, TOKENS
+from intaglio.evidence.continuing import Generated, loop_start
 from intaglio.evidence.experiment import Unit
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia

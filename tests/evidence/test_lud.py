@@ -15,7 +15,7 @@ import torch
 from intaglio.decoding.lud import LUD
 from intaglio.errors import IntaglioError
 from intaglio.evidence import lud
-from intaglio.evidence.aded import Generated
+from intaglio.evidence.continuing import Generated
 from intaglio.evidence.experiment import Unit
 from intaglio.evidence.lud import AGREED, ARMS, BETAS, COUNTED, RATE, SAME, TUNED, Continue, Decoded, docstrings
 from intaglio.evidence.run import experiment_of, prove

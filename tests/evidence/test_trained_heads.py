@@ -72,7 +72,7 @@ def test_all_arms_say_the_same_and_heads_are_trained_once(
     trainer = trained_heads.Trainer(small, training, "test", two)
     for arm in two:
         drafter, own = trainer.drafter(arm)
-        found = trained_heads.decode(target, drafter, prompt, 8)
+        found = trained_heads.go_on(target, drafter, prompt, 8)
         assert list(found.ids) == stock
         assert found.rows <= len(prompt) + (len(found.steps) - 1) * (NODES + 1)
         assert own > 0

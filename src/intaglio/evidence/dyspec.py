@@ -25,7 +25,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.python_source import source_files
 from intaglio.decoding.dyspec import DySpec
 from intaglio.errors import IntaglioError
-from intaglio.evidence.aded import Generated, loop_start, parameters
+from intaglio.evidence.continuing import Generated, loop_start, parameters
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Unit, digest
 from intaglio.evidence.worlds.sealing import keyed
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia

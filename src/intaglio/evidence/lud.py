@@ -27,7 +27,7 @@ import torch
 from intaglio.checkpoint import Checkpoint
 from intaglio.decoding.lud import LUD, TOKEN
 from intaglio.errors import IntaglioError
-from intaglio.evidence.aded import Generated, loop_start, parameters
+from intaglio.evidence.continuing import Generated, loop_start, parameters
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Unit
 from intaglio.evidence.worlds.made import code_of, made
 from intaglio.evidence.worlds.sealing import MEASURED, Part, draw

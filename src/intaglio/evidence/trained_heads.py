@@ -12,7 +12,6 @@ shifted text. Dimension letters: V vocabulary, D width.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -26,7 +25,7 @@ from intaglio.attachments import Attachment, read_attachments
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
-from intaglio.evidence.aded import Generated, loop_start, parameters, shifted_prompt
+from intaglio.evidence.continuing import go_on, loop_start, parameters, shifted_prompt
 from intaglio.evidence.experiment import Cost, Outcome, Stage, Unit
 from intaglio.evidence.worlds.made import code_of, made
 from intaglio.evidence.worlds.smollm2 import Part, Windows
@@ -38,8 +37,7 @@ from intaglio.machine import with_threads
 from intaglio.measures.memory import peak_memory
 from intaglio.trainer.protocols import Example
 from intaglio.verify.drafters.medusa import Medusa, MedusaHeads
-from intaglio.verify.loop import Speculative
-from intaglio.verify.protocols import Drafter, Step
+from intaglio.verify.protocols import Drafter
 
 TOKENS = "tokens a pass"
 FRESH = "tokens a pass before a loop"
@@ -335,7 +333,7 @@ class Continue:
         shifted = shifted_prompt(target, unit, len(prompt))
         drafter, own = _drafter(self.world, self.training, self.name, self.arms, arm)
         with peak_memory(target.device) as peak:
-            same, other = (decode(target, drafter, ids, self.new) for ids in (prompt, shifted))
+            same, other = (go_on(target, drafter, ids, self.new) for ids in (prompt, shifted))
         values = {TOKENS: same.rate(), FRESH: same.rate(loop_start(same.ids)), SHIFTED: other.rate(),
                   SECONDS: same.seconds / len(same.ids)}  # fmt: skip
         rows = same.rows + other.rows
@@ -380,30 +378,3 @@ def extra_flops(target: Checkpoint, arm: Arm, rows: int, own: int) -> float:
     parts = anatomy(target.model)
     block = sum(p.numel() for p in parts.blocks[-1].parameters())
     return 2.0 * rows * (own + sum(block * (len(parts.blocks) - layer) for layer in layers(len(parts.blocks))))
-
-
-def decode(target: Checkpoint, drafter: Drafter, prompt: Sequence[int], new: int) -> Generated:
-    """Go on greedily from a prompt; stop tokens are ignored, so that every prompt gives as many tokens.
-
-    Args:
-        target: the target.
-        drafter: an arm's.
-        prompt: token ids.
-        new: tokens.
-    """
-    steps: list[int] = []
-    rows = [0]
-
-    def note(step: Step) -> None:
-        steps.append(len(step.tokens))
-        rows[0] += len(prompt) if step.tree is None else len(step.tree)
-
-    ids = torch.tensor([list(prompt)], device=target.device)
-    model: Any = target.model
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None,
-                               "max_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}  # fmt: skip
-    start = time.perf_counter()
-    loop = Speculative(drafter, on_step=note)
-    whole = model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=loop, **options)
-    seconds = time.perf_counter() - start
-    return Generated(tuple(whole[0, len(prompt) :].tolist()), tuple(steps), rows[0], seconds)
