@@ -47,7 +47,7 @@ def test_all_arms_say_the_same_and_stay_in_their_rows(small: SmolLM2Wikipedia) -
         torch.tensor([prompt]), do_sample=False, max_new_tokens=10, eos_token_id=None, pad_token_id=0
     )[0, len(prompt) :].tolist()
     for arm in METHODS:
-        found = aded._generate(target, aded.make(arm, target, small), prompt, 10)
+        found = aded.go_on(target, aded.make(arm, target, small), prompt, 10)
         assert list(found.ids) == stock
         assert sum(found.steps) == len(found.ids)
         assert found.rows <= len(prompt) + (len(found.steps) - 1) * (ROWS + 1)
