@@ -160,8 +160,7 @@ def train(
         trainer_arguments = _arguments(checkpoint, chosen, steps, path or Path(scratch), saved=path is not None)
         begun = None if path is None else _claim(path, identity, resume)
         judge = _judge(checkpoint, evaluate, goal, chosen)
-        owned = list(goal.modules().values())
-        stack.enter_context(adapted(model, chosen.lora, keep_mask=chosen.keep_mask, seed=chosen.seed, full=owned))
+        stack.enter_context(adapted(model, chosen.lora, keep_mask=chosen.keep_mask, seed=chosen.seed))
         stack.enter_context(_checkpointing(model, chosen.gradient_checkpointing))
         stack.enter_context(_attached(model, shapers))
         step_rows = chosen.batch_size * chosen.accumulate
