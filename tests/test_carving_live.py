@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, LlamaForTokenClassification
+from typer.testing import CliRunner
 
 from intaglio import report
 from intaglio.carving import carve, compare, plan
 from intaglio.checkpoint import RECORD, load
+from intaglio.cli.app import app
 from intaglio.errors import IntaglioError
 from intaglio.masks import Bidirectional, get_visibility
 from intaglio.recipe import Measure, Recipe, json_schema
@@ -250,6 +252,28 @@ def test_comparing_with_what_sees_to_the_right(corpus: Path, model: Path, tmp_pa
     assert found["a"]["perplexity"] > 1
     assert found["b"]["perplexity"] is None
     assert report.compare_table(found)
+
+
+def test_what_predicts_no_next_token_is_not_fitted_or_trained_so(
+    corpus: Path,  # noqa: F811
+    model: Path,
+    labels: Path,
+    tmp_path: Path,
+) -> None:
+    carve(make_recipe(corpus, [UNMASK]), tmp_path / "live", model=str(model))
+    carve(make_recipe(corpus, [label_step(labels)]), tmp_path / "labels", model=str(model))
+    train = {"train": {"steps": 1, "length": 24}}
+    for made in ("live", "labels"):
+        for step in (train, {"fit": {"aded": {}}}):
+            with pytest.raises(IntaglioError, match=r"needs a model that generates; .* labels tokens or sees"):
+                carve(make_recipe(corpus, [step]), tmp_path / "out", model=str(tmp_path / made), progress=_never)
+    carve(
+        make_recipe(corpus, [{"visibility": {"rule": "stock"}}, train]), tmp_path / "out", model=str(tmp_path / "live")
+    )
+    assert load(tmp_path / "out").kind == "baked"
+    found = CliRunner().invoke(app, ["generate", str(tmp_path / "labels"), "the fox"])
+    assert found.exit_code == 2
+    assert found.stderr.strip().endswith("labels has no language-model head; it does not generate")
 
 
 def _changed(path: Path, change: Any) -> None:

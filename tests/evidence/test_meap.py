@@ -156,7 +156,7 @@ def test_the_committed_claim_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatc
     assert pickle.loads(pickle.dumps(chosen)).digest == chosen.digest
     assert experiment_of("meap", "gpu") is chosen
     with pytest.raises(IntaglioError, match="not made for the tier cpu; accepted: gpu"):
-        prove("meap")
+        prove("meap", tier="cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(IntaglioError, match="the tier gpu needs a CUDA device, and this machine has none"):
         prove("meap", tier="gpu")

@@ -33,6 +33,11 @@ def test_it_is_an_objective() -> None:
     assert isinstance(TokenClassification(), Objective)
     assert isinstance(TokenClassification(), Prepares)
     assert len(TokenClassification().modules()) == 0
+    ckpt = checkpoint()
+    train(ckpt, ROWS, objective=TokenClassification(), **SETTINGS)
+    for refused in (lambda: train(ckpt, ["the quick brown fox"] * 4, **SETTINGS),):
+        with pytest.raises(IntaglioError, match="needs a language-model head; LlamaForTokenClassification has none"):
+            refused()
 
 
 @pytest.mark.parametrize("family", DESIGN_FAMILIES)

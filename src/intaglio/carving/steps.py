@@ -13,6 +13,7 @@ from intaglio.checkpoint import (
     Checkpoint,
 )
 from intaglio.errors import IntaglioError
+from intaglio.masks import predicts_next
 from intaglio.method import Carving, ChecksModel, Progress, Resumes
 from intaglio.recipe import Fit, Recipe, Step, method_of
 
@@ -29,9 +30,13 @@ def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
         IntaglioError: names the step and the layer.
     """
     named = [(full, *linear.shape) for full, linear in parts.all_linears()]
+    able = predicts_next(parts)
     for step in steps:
-        if "causal" in method_of(step).requires and not parts.causal:
-            raise IntaglioError(f"{step.slug} needs a model that generates; {name} is an encoder")
+        if "causal" in method_of(step).requires and not able:
+            what = "is an encoder" if not parts.causal else "labels tokens or sees later ones"
+            raise IntaglioError(f"{step.slug} needs a model that generates; {name} {what}")
+        # A rule may be taken back by a step; a head is not.
+        able = able or ("attention" in method_of(step).changes and parts.causal and parts.head is not None)
         if not isinstance(step, Fit):
             cast(Carving, step).check(named)
             if isinstance(step, ChecksModel):

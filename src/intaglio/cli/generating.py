@@ -64,8 +64,10 @@ def encode(checkpoint: Checkpoint, prompt: str, chat: bool) -> torch.Tensor:
         IntaglioError: an encoder, no tokenizer, no chat template or a broken one, an empty prompt, or one that is no
             text.
     """
-    if not anatomy(checkpoint.model).causal:
-        raise IntaglioError(f"{checkpoint.source} is an encoder; it does not generate")
+    parts = anatomy(checkpoint.model)
+    if not parts.causal or parts.head is None:
+        what = "has no language-model head" if parts.causal else "is an encoder"
+        raise IntaglioError(f"{checkpoint.source} {what}; it does not generate")
     tokenizer = checkpoint.tokenizer
     if tokenizer is None:
         raise IntaglioError(f"{checkpoint.source} has no tokenizer, so it cannot read a prompt")

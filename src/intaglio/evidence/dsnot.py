@@ -66,7 +66,7 @@ METHODS: dict[str, tuple[Method, str]] = {
         "the smallest weights of each row, 70 % (DSnoT's start, not refined; plain magnitude takes whole layers)",
     ),
     "dsnot-magnitude": (DSnoT(sparsity=0.7, base="magnitude"), "that refined by DSnoT, 70 %"),
-    "sparsegpt": (SparseGPT(sparsity=0.7), "SparseGPT, 70 %; it also changes the weights that it keeps"),
+    "sparsegpt": (SparseGPT(sparsity=0.7, block=128), "SparseGPT, 70 %; it also changes the weights that it keeps"),
 }
 """`{arm: (method, what it is)}`."""
 

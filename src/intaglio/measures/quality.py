@@ -134,6 +134,8 @@ def quality(
             then_ND = torch.cat([pool(hidden_BLD, None).cpu() for hidden_BLD in original.hidden])
         cosine = None if then_ND is None else float(F.cosine_similarity(now_ND, then_ND, dim=1).mean())
         return Quality(cosine=None if cosine is None else _finite(cosine))
+    if original is not None and original.head is None:
+        original = None  # it predicted no next token, so there is nothing to agree with
     head = HeadOnly(parts, frozen=False)
     total, count, divergence, agree = 0.0, 0, 0.0, 0
     losses: list[float] = []

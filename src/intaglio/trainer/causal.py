@@ -246,8 +246,11 @@ def check_causal(checkpoint: Checkpoint, *, packing: bool) -> None:
         IntaglioError: it does.
     """
     model, name = checkpoint.model, type(checkpoint.model).__name__
-    if not anatomy(model).causal:
+    parts = anatomy(model)
+    if not parts.causal:
         raise IntaglioError(f"next-token training needs a causal decoder; {name} is an encoder")
+    if parts.head is None:
+        raise IntaglioError(f"next-token training needs a language-model head; {name} has none")
     with kept_modes(model):
         model.eval()
         _probe(checkpoint, packing, name)

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
@@ -50,8 +50,6 @@ class TokenClassification(Method, slug=SLUG):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     length: Annotated[int, Field(ge=2)] | None = None
 
-    _head: nn.Module | None = PrivateAttr(None)
-
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: Draws) -> Iterable[Example]:
         """Make the model a token classifier, unless it is one, and put labels on tokens.
 
@@ -73,7 +71,6 @@ class TokenClassification(Method, slug=SLUG):
         else:
             names = tuple(self.labels or labels_of(checkpoint.model))
         to_classifier(checkpoint, names, dropout=self.dropout, place=self.place, seed=rng.seed)
-        self._head = head_of(checkpoint.model)
         return self._rows(checkpoint, texts, names, length)
 
     def _rows(
@@ -91,8 +88,8 @@ class TokenClassification(Method, slug=SLUG):
                     yield {"input_ids": row.ids_T, "target": target_T}
 
     def modules(self) -> nn.ModuleDict:
-        """The head, which is trained in full under LoRA too; empty before `prepare`."""
-        return nn.ModuleDict({} if self._head is None else {"head": self._head})
+        """None: the head is the model's own."""
+        return nn.ModuleDict()
 
     def collate(self, examples: Sequence[Example], rng: Draws) -> Batch:
         """Return `input_ids`, `attention_mask` and `target` [B, T], padded on the right.

@@ -158,8 +158,7 @@ def train(
         judge = _judge(checkpoint, evaluate, goal, chosen)
         if chosen.freeze:
             model.requires_grad_(False)
-        owned = list(goal.modules().values())
-        stack.enter_context(adapted(model, chosen.lora, keep_mask=chosen.keep_mask, seed=chosen.seed, full=owned))
+        stack.enter_context(adapted(model, chosen.lora, keep_mask=chosen.keep_mask, seed=chosen.seed))
         stack.enter_context(_checkpointing(model, chosen.gradient_checkpointing))
         stack.enter_context(_attached(run, shapers))
         step_rows = chosen.batch_size * chosen.accumulate

@@ -8,7 +8,7 @@ Dimension letters: O outputs, I inputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from intaglio.classifier import head_of
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.trainer.draws import generator
 from intaglio.trainer.zeros import linear_modules, pruned_mask
@@ -34,7 +35,7 @@ class Lora(BaseModel):
         alpha: scale times r. Default: twice r.
         dropout: on the adapters' inputs. Default 0.
         targets: last parts of the names of the layers that get one, such as `q_proj`. Default: every linear layer but
-            the output head.
+            the head.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -44,18 +45,16 @@ class Lora(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: list[str] | None = None
 
-    def names(self, model: nn.Module, full: Sequence[nn.Module] = ()) -> list[str]:
+    def names(self, model: nn.Module) -> list[str]:
         """Return the names of the layers that get an adapter.
 
         Args:
             model: what is trained.
-            full: modules that are trained in full, and get none. Default: none.
 
         Raises:
             IntaglioError: a target is no linear layer of the model.
         """
-        whole = {id(module) for owned in full for module in owned.modules()}
-        every = {name: module for name, module in linear_modules(model).items() if id(module) not in whole}
+        every = linear_modules(model)
         last = {name.rpartition(".")[2] for name in every}
         unknown = [target for target in self.targets or () if target not in last]
         if unknown or self.targets == []:
@@ -78,17 +77,14 @@ class Lora(BaseModel):
 
 
 @contextmanager
-def adapted(
-    model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int, full: Sequence[nn.Module] = ()
-) -> Iterator[None]:
+def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) -> Iterator[None]:
     """Put adapters into a model, and merge them when the block ends; after an error they are only taken out.
 
     Args:
-        model: changed in place; everything but the adapters is frozen inside.
+        model: changed in place; everything but the adapters, and the head of a token classifier, is frozen inside.
         lora: None: nothing is done.
         keep_mask: whether the zeros of pruned layers stay.
         seed: of the adapters' first values.
-        full: modules of the model that are trained in full beside the adapters, such as a new head. Default: none.
 
     Raises:
         IntaglioError: PEFT is not installed, or a target does not exist.
@@ -96,9 +92,10 @@ def adapted(
     if lora is None:
         yield
         return
-    layers = _inject(model, lora, seed, full)
-    for module in full:
-        module.requires_grad_(True)
+    layers = _inject(model, lora, seed)
+    head = head_of(model)
+    if head is not None:  # it is new
+        head.requires_grad_(True)
     masks = {name: pruned_mask(_base(layer).weight) if keep_mask else None for name, layer in layers.items()}
     for name, layer in layers.items():
         if masks[name] is not None:
@@ -118,10 +115,10 @@ def _base(layer: Any) -> Any:
     return layer.base_layer
 
 
-def _inject(model: nn.Module, lora: Lora, seed: int, full: Sequence[nn.Module]) -> dict[str, Any]:
+def _inject(model: nn.Module, lora: Lora, seed: int) -> dict[str, Any]:
     from peft import LoraConfig, inject_adapter_in_model  # optional, and slow to import
 
-    names = lora.names(model, full)
+    names = lora.names(model)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha or 2 * lora.r,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from intaglio.classifier import head_of
 from intaglio.trainer.protocols import Batch, Run
 from intaglio.trainer.sharded import spread
 
@@ -17,15 +18,15 @@ LEAST = 0.05
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a model by name, its output head left out.
+    """Return the linear layers of a model by name, its output or labelling head left out.
 
     Args:
         model: a stock model.
     """
-    head_of: Any = getattr(model, "get_output_embeddings", None)
-    head = None if head_of is None else head_of()
+    output: Any = getattr(model, "get_output_embeddings", None)
+    heads = (None if output is None else output(), head_of(model))
     found = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-    return {name: module for name, module in found.items() if module is not head}
+    return {name: module for name, module in found.items() if not any(module is head for head in heads)}
 
 
 def pruned_mask(weight: Tensor) -> Tensor | None:
