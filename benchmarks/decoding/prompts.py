@@ -57,7 +57,9 @@ def prompts(tokenizer: Any, texts: str = "wikipedia", context: int = 1500) -> li
         group = [others[(3 * place + more) % len(others)] for more in range(3)]
         parts = [tokenizer.decode(ids[: context // 3]) for ids in group]
         question = f"What does the text say about {parts[1][:40].strip()}? Answer with sentences of the text."
-        found.append({"kind": "retrieval", "name": parts[1][:40], "ids": turn("\n\n".join([*parts, question]))})
+        found.append(
+            {"kind": "retrieval", "name": f"{place + 1}: {parts[1][:40]}", "ids": turn("\n\n".join([*parts, question]))}
+        )
     return found
 
 

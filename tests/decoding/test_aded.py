@@ -54,7 +54,7 @@ def drafting(settings: ADED, prompt: Sequence[int], corpus: Sequence[Sequence[in
 
 
 def said(*tokens: int) -> Any:
-    return SimpleNamespace(tokens=tokens)
+    return SimpleNamespace(tokens=tokens, drafted=0)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -385,6 +385,19 @@ def test_what_is_verified_is_worth_its_cost() -> None:
         ((1.8, 0.1), [2]), ((0.0, 0.76), [2]),
     ):  # fmt: skip
         assert list(worthwhile(tree, found, *costs).tokens) == kept, costs
+
+
+def test_what_promises_too_much_is_trusted_less_and_tried_again_later() -> None:
+    row = drafting(ADED(adaptive=False, discount=0.0, length=3), [1, 2], CHAIN)
+    sizes = []
+    for _ in range(60):  # the table is sure of 3, 4, 5, and never right
+        sizes.append(len(row.propose(9)))
+        row.observe(said(1, 2))
+    assert sizes[0] > 1
+    assert 1 in sizes[:5]
+    quiet = sizes.index(1)
+    assert any(size > 1 for size in sizes[quiet:])
+    assert sum(size > 1 for size in sizes) < 20
 
 
 @settings(max_examples=40)

@@ -10,8 +10,9 @@ import pytest
 
 from intaglio.errors import IntaglioError
 from intaglio.evidence import record, renew, run
+from intaglio.evidence.experiment import Outcome
 from intaglio.evidence.run import prove
-from tests.evidence.toy import Toy, toy
+from tests.evidence.toy import COST, Toy, toy
 
 
 @pytest.fixture
@@ -73,6 +74,15 @@ def test_one_other_value_keeps_it_stale(shipped: Path) -> None:
         renew.renew("wanda", experiment=toy())
     assert shipped.read_bytes() == content
     assert stale()
+
+
+def test_measured_times_are_left_out() -> None:
+    def once(seconds: float, value: float) -> record.Run:
+        values = {"loss": {"u": value}, "seconds a token": {"u": seconds}}
+        return record.Run(stage="run", index=0, seed=0, arm="a", outcome=Outcome(values=values, cost=COST))
+
+    assert renew._difference(once(1.0, 2.0), once(3.0, 2.0)) == ""
+    assert "loss of u: 2.0, now 2.5" in renew._difference(once(1.0, 2.0), once(1.0, 2.5))
 
 
 @pytest.mark.parametrize(

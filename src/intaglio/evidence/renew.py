@@ -2,7 +2,8 @@
 
 A record is stale as soon as a file that it depends on does something else, and most such changes touch nothing that
 the numbers come from. One run of every arm tells: its raw values, the digests of its data and its counted costs must
-equal those on record to the last bit. If they do, the record takes on the hashes of today's code and says when; if one
+equal those on record to the last bit (a metric whose name begins with "seconds" is measured, and never the same twice:
+it is left out). If they do, the record takes on the hashes of today's code and says when; if one
 differs, the record stays stale and the claim has to be proven anew.
 """
 
@@ -25,6 +26,8 @@ INDEX = 0
 """Which run is done again: always the same, so that none can be picked."""
 COUNTED = ("tokens", "flops", "parameters")
 """Costs that the code decides; seconds and memory are the machine's."""
+MEASURED = "seconds"
+"""What the name of a metric begins with that is the machine's too."""
 
 
 def renew(
@@ -85,6 +88,8 @@ def _difference(then: Run, now: Run) -> str:
     if then.outcome.shared != now.outcome.shared:
         return "other data"
     for metric in sorted(then.outcome.values.keys() | now.outcome.values.keys()):
+        if metric.startswith(MEASURED):
+            continue
         old, new = then.outcome.values.get(metric, {}), now.outcome.values.get(metric, {})
         for unit in sorted(old.keys() | new.keys()):
             if old.get(unit) != new.get(unit):

@@ -36,6 +36,10 @@ _LEARNT = 100_000
 """Learnt rows kept from run to run at the most."""
 
 
+_MEMORY, _PRIOR = 0.95, 2.0
+"""How what shares promised and what was accepted fades from step to step, and how many tokens count as kept before."""
+
+
 class ADED(decoder.Drafting, Method, slug="aded"):
     """Draft from a table M[(a, b)][c] of how likely c follows a, b; let the target verify; let the table learn.
 
@@ -97,7 +101,8 @@ class ADED(decoder.Drafting, Method, slug="aded"):
         nodes: most drafted tokens of a tree. Default 15; paper 64.
         draft_cost: what any draft adds to the cost of a pass, in passes over one token. Default 0.35; paper 0.
         token_cost: what each drafted token adds to it. Of the tree, the part is verified that promises the most tokens,
-            by the table, for what its pass costs; none where that is a pass without. Default 0.04; paper 0: all of it.
+            by the table, for what its pass costs; none where that is a pass without. What the table promises is scaled
+            by how much of its promises was kept in the last steps. Default 0.04; paper 0: all of it.
         seed: of the search's draws, for each row apart. Default 0.
         tokenizer: the target's, for a corpus of texts. Default: the one beside the target's weights.
         streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
@@ -281,6 +286,7 @@ class Drafting:
             self.memory.adapt(prompt, settings.boost * settings.prompt, settings.cap)
         self._ids = list(prompt[-settings.window :])
         self._rng = Random(settings.seed)
+        self._promised = self._accepted = 0.0  # of late
 
     def observe(self, step: Step) -> None:
         """Take in what was said.
@@ -289,6 +295,7 @@ class Drafting:
             step: its tokens.
         """
         self._ids = [*self._ids, *step.tokens][-self._settings.window :]
+        self._accepted = _MEMORY * self._accepted + step.drafted
 
     def propose(self, room: int) -> TokenTree:
         """Adapt, search and draft.
@@ -304,7 +311,11 @@ class Drafting:
         tree = trie(self._ids[-1], self.paths(), settings.nodes)
         if len(tree) == 1 or not (settings.draft_cost or settings.token_cost):
             return tree
-        return worthwhile(tree, shares(self.memory, self._root, tree), settings.draft_cost, settings.token_cost)
+        likely = shares(self.memory, self._root, tree)
+        trust = (self._accepted + _PRIOR) / (self._promised + _PRIOR)
+        tree = worthwhile(tree, likely, settings.draft_cost, settings.token_cost, trust)
+        self._promised = _MEMORY * self._promised + sum(shares(self.memory, self._root, tree)) - 1
+        return tree
 
     @property
     def _root(self) -> int:

@@ -274,10 +274,12 @@ def shares(memory: Memory, root: int, tree: TokenTree) -> list[float]:
     return found
 
 
-def worthwhile(tree: TokenTree, shares: Sequence[float], draft_cost: float, token_cost: float) -> TokenTree:
+def worthwhile(
+    tree: TokenTree, shares: Sequence[float], draft_cost: float, token_cost: float, trust: float = 1.0
+) -> TokenTree:
     """The part of a draft that promises the most tokens for what its pass costs, or the root alone.
 
-    A pass over the k likeliest nodes is expected to give 1 + the sum of their shares, and costs
+    A pass over the k likeliest nodes is expected to give 1 + trust times the sum of their shares, and costs
     1 + draft_cost + token_cost k passes over one token.
 
     Args:
@@ -285,11 +287,12 @@ def worthwhile(tree: TokenTree, shares: Sequence[float], draft_cost: float, toke
         shares: how likely each node is, none more than its parent.
         draft_cost: what any draft adds to the cost of a pass.
         token_cost: what each of its tokens adds.
+        trust: how many tokens were accepted for each that shares promised. Default 1.
     """
     order = sorted(range(1, len(tree)), key=lambda node: (-shares[node], node))
     tokens, best, count = 1.0, 1.0, 0
     for k, node in enumerate(order, 1):
-        tokens += shares[node]
+        tokens += trust * shares[node]
         if tokens > best * (1 + draft_cost + token_cost * k):
             best, count = tokens / (1 + draft_cost + token_cost * k), k
     kept = [0, *sorted(order[:count])]
