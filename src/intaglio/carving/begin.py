@@ -6,14 +6,7 @@ from typing import Any
 
 import torch
 
-from intaglio.checkpoint import (
-    Checkpoint,
-    load,
-    load_config,
-    model_class,
-    parse_device,
-    parse_dtype,
-)
+from intaglio.checkpoint import Checkpoint, load, load_config, model_class, parse_device, parse_dtype
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
 from intaglio.fresh import TRAINED, new

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-from intaglio.checkpoint import (
-    Checkpoint,
-)
+from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments, segments
 from intaglio.data.texts import Corpus, calibration_and_held_out, load_texts
 from intaglio.errors import IntaglioError

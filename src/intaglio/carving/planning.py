@@ -15,10 +15,7 @@ from intaglio.attachments import Fitting
 from intaglio.carving.begin import name_of, skeleton
 from intaglio.carving.data import read_texts
 from intaglio.carving.steps import check_fit, trains
-from intaglio.checkpoint import (
-    parse_device,
-    parse_dtype,
-)
+from intaglio.checkpoint import parse_device, parse_dtype
 from intaglio.data.texts import Corpus
 from intaglio.measures.quality import ELEMENTS
 from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM

@@ -26,10 +26,7 @@ from intaglio.carving.scratch import (
 )
 from intaglio.carving.steps import apply_step, check_fit, goes_on
 from intaglio.carving.told import make_document, provenance
-from intaglio.checkpoint import (
-    files_stamp,
-    load,
-)
+from intaglio.checkpoint import files_stamp, load
 from intaglio.data.texts import load_texts
 from intaglio.machine import versions, with_threads
 from intaglio.method import Progress, silent

@@ -13,10 +13,7 @@ from typing import Any
 import torch
 
 from intaglio import report, writer
-from intaglio.checkpoint import (
-    RECORD,
-    Checkpoint,
-)
+from intaglio.checkpoint import RECORD, Checkpoint
 from intaglio.errors import IntaglioError
 
 STATE = "state.json"

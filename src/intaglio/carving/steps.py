@@ -9,9 +9,7 @@ from typing import Any, cast
 from intaglio.anatomy import Anatomy
 from intaglio.attachments import Fitting
 from intaglio.carving.data import Data
-from intaglio.checkpoint import (
-    Checkpoint,
-)
+from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
 from intaglio.method import Carving, ChecksModel, Progress, Resumes

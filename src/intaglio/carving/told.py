@@ -10,9 +10,7 @@ import yaml
 from intaglio import report
 from intaglio.carving.data import Data
 from intaglio.carving.steps import trains
-from intaglio.checkpoint import (
-    Checkpoint,
-)
+from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.machine import versions
 from intaglio.method import Method
@@ -20,13 +18,15 @@ from intaglio.recipe import Fit, Measure, Recipe, Step, accepted_fields, method_
 
 
 def defaults(method: Method) -> dict[str, Any]:
-    """The default of each of a method's fields, so that a report can show what was set.
+    """The default of each of a method's fields that has one, so that a report can show what was set.
 
     Args:
         method: of a step.
     """
-    fields = type(method).model_fields
-    return {name: fields[name].get_default(call_default_factory=True) for name in accepted_fields(type(method))}
+    fields = {name: type(method).model_fields[name] for name in accepted_fields(type(method))}
+    return {
+        name: field.get_default(call_default_factory=True) for name, field in fields.items() if not field.is_required()
+    }
 
 
 def what_was_done(steps: tuple[Step, ...]) -> str:
@@ -52,12 +52,7 @@ def provenance(checkpoint: Checkpoint, wanted: Measure, held_out: Segments) -> d
         held_out: what was measured on.
     """
     return {
-        "measure": {
-            "texts": wanted.texts,
-            "samples": held_out.n,
-            "length": held_out.length,
-            "digest": held_out.digest,
-        },
+        "measure": {"texts": wanted.texts, "samples": held_out.n, "length": held_out.length, "digest": held_out.digest},
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "device": str(checkpoint.device),
