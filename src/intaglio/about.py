@@ -109,7 +109,7 @@ def paper_values(method: type[Method], given: Mapping[str, Any]) -> dict[str, An
 
 
 def parameters(method: type[Method], paper: Mapping[str, Any]) -> list[Parameter]:
-    """The fields of a method.
+    """The fields of a method, those that only Python can set last.
 
     Args:
         method: its class.
@@ -119,7 +119,7 @@ def parameters(method: type[Method], paper: Mapping[str, Any]) -> list[Parameter
     properties, definitions = schema.get("properties", {}), schema.get("$defs", {})
     said = describe(inspect.getdoc(method) or "").lists.get("Args", {})
     rows = []
-    for name, field in method.model_fields.items():
+    for name, field in sorted(method.model_fields.items(), key=lambda item: bool(item[1].exclude)):
         of_field = properties.get(name)
         default = "required" if field.is_required() else written(field.get_default(call_default_factory=True))
         rows.append(
