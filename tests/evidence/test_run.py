@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from intaglio.errors import IntaglioError
@@ -518,3 +520,40 @@ def test_the_journal_is_on_the_disk_after_each_unit(tmp_path: Path, monkeypatch:
 
     proved(toy(), tmp_path, units=4, progress=look)
     assert lines == list(range(2, 14))
+
+
+LONG = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+import multiprocessing
+from intaglio.evidence.run import _begin
+
+def work(path):
+    with open(path, "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=(None,)) as pool:
+        pool.submit(work, sys.argv[1]).result()
+"""
+
+
+def test_workers_end_with_the_process_that_asked(tmp_path: Path) -> None:
+    script, note = tmp_path / "long.py", tmp_path / "pid"
+    script.write_text(LONG)
+    asked = subprocess.Popen([sys.executable, script, note])
+    try:
+        until = time.monotonic() + 60
+        while not (note.is_file() and note.read_text()):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    finally:
+        asked.kill()
+        asked.wait()
+    worker = int(note.read_text())
+    until = time.monotonic() + 60
+    while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until, "the worker goes on"
+        time.sleep(0.05)

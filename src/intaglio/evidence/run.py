@@ -10,6 +10,7 @@ import math
 import multiprocessing
 import os
 import shlex
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -354,6 +355,15 @@ _here: list[Experiment] = []  # the experiment of a worker process
 
 def _begin(experiment: Experiment) -> None:
     _here.append(experiment)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A unit can take many minutes, and nobody waits for it once the process that asked for it was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _in_worker(task: Task) -> Run:
