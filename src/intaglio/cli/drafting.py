@@ -114,7 +114,7 @@ def make_drafter(decoder: str, settings: Mapping[str, str], checkpoint: Checkpoi
     if decoder == "ngram":
         texts = load_texts(given.pop("corpus"))
         ids = checkpoint.tokenizer(list(texts.documents), add_special_tokens=False, verbose=False)["input_ids"]
-        return NGramStore.build(ids, checkpoint.model.get_input_embeddings().num_embeddings, **given)  # type: ignore[operator]
+        return NGramStore.build(ids, checkpoint.vocabulary, **given)
     if decoder == "draft_model":
         model = load(
             given.pop("model"), device=checkpoint.device, dtype=next(checkpoint.model.parameters()).dtype

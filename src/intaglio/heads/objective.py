@@ -74,7 +74,7 @@ class HeadObjective:
             rng: unused, nothing is random here.
         """
         length = row_length(checkpoint, min(LENGTH, checkpoint.context) if self.length is None else self.length)
-        vocabulary = int(checkpoint.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        vocabulary = checkpoint.vocabulary
         return cut(documents(examples, vocabulary), length)
 
     def collate(self, examples: Sequence[Example], rng: Draws) -> Batch:

@@ -208,7 +208,7 @@ class MEAP(Method, slug="meap"):
         if self.mode == "finetuning":
             samples = self._samples(checkpoint, examples, length, rng)
             return filled(samples, length) if self.pack else samples
-        vocabulary = int(checkpoint.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        vocabulary = checkpoint.vocabulary
         whole = documents(examples, vocabulary)
         return packed(whole, length) if self.pack else cut(whole, length)
 

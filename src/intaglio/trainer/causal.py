@@ -258,7 +258,7 @@ def check_causal(checkpoint: Checkpoint, *, packing: bool) -> None:
 
 def _probe(checkpoint: Checkpoint, packing: bool, name: str) -> None:
     half = min(4, checkpoint.context // 2)
-    rows = int(checkpoint.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    rows = checkpoint.vocabulary
     first_T, second_T = torch.randint(rows, (2, half), generator=generator("probe"))
     other_T = (first_T + 1) % rows
 
@@ -304,7 +304,7 @@ class CausalLM:
         """
         length = row_length(checkpoint, self.length)
         check_causal(checkpoint, packing=self.pack)
-        vocabulary = int(checkpoint.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        vocabulary = checkpoint.vocabulary
         whole = documents(examples, vocabulary)
         return packed(whole, length) if self.pack else cut(whole, length)
 

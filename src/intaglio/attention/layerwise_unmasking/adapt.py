@@ -42,7 +42,7 @@ class SeeingLM:
             examples: with `input_ids`.
             rng: not used.
         """
-        rows = int(checkpoint.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        rows = checkpoint.vocabulary
         return cut(documents(examples, rows), row_length(checkpoint, self.length))
 
     def modules(self) -> nn.ModuleDict:
