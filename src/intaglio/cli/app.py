@@ -406,6 +406,10 @@ def prove(
     renew: Annotated[
         bool, typer.Option("--renew", help="Run one run again; the same values clear a stale record (source checkout).")
     ] = False,
+    beside: Annotated[
+        bool,
+        typer.Option("--beside", help="(--renew) Compare with what the code on record gives on this machine."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Run a method's published claim: baseline and method side by side, and a verdict. Goes on where it was stopped."""
@@ -418,9 +422,11 @@ def prove(
 
     if renew and (record or units is not None or seed_base or tier):
         raise IntaglioError("--renew does one run of the record again, as it was made; leave out the other options")
+    if beside and not renew:
+        raise IntaglioError("--beside says what --renew compares with; it stands beside it")
     if renew:
         with progress_bar() as progress:
-            renewed = again(slug, workers=workers, progress=progress)
+            renewed = again(slug, beside=beside, workers=workers, progress=progress)
         if json:
             print_json(renewed)
         else:

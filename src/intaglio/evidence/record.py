@@ -159,6 +159,8 @@ class Record(_Strict):
         command: that gives this record again.
         made: the day, ISO.
         renewed: the day when one run of every arm, run again with changed code, gave the same values; None if never.
+        beside: the revision whose code was run beside the changed one for that, on a machine or with libraries that do
+            not give the values on record; None where the values on record were given again.
         preregistration: every choice.
         preregistration_digest: SHA-256 of it.
         sources: `{module: syntax-tree hash}` of what the run depends on.
@@ -195,6 +197,7 @@ class Record(_Strict):
     command: str
     made: str
     renewed: str | None = None
+    beside: str | None = None
     preregistration: dict[str, Any]
     preregistration_digest: str
     sources: dict[str, str]
