@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "src" / "intaglio"
 VARIANTS = ("magnitude-50", "magnitude-2:4", "wanda-50", "wanda-2:4", "sparsegpt-50", "sparsegpt-2:4")
 # What a pruning call of ours runs: when one of these changes, our finished runs no longer count.
-OURS = ("weights/**/*.py", "calibrate.py", "anatomy.py", "checkpoint.py")
+OURS = ("weights/**/*.py", "calibrate.py", "anatomy.py", "checkpoint/*.py")
 
 Run = dict[str, Any]
 

@@ -1,0 +1,44 @@
+"""Checkpoint: a model, its tokenizer, and the record of what was done to it (`intaglio.json`).
+
+    from intaglio.checkpoint import load
+
+    checkpoint = load("smollm2")
+    checkpoint.save("out/")
+
+- `kept`: `Checkpoint`, what every method is applied to, and how it is saved.
+- `loading`: `load`; configuration, class and tokenizer alone; dtypes and devices by name.
+- `record`: `Record` and its `StepRecord`s, and reading them.
+- `files`: where a name leads, what is refused unread, digests and stamps, what lies beside the weights.
+"""
+
+from __future__ import annotations
+
+from intaglio.checkpoint.files import LIVE_WEIGHTS, files_stamp, weights_digest
+from intaglio.checkpoint.kept import Checkpoint
+from intaglio.checkpoint.loading import (
+    DTYPES,
+    load,
+    load_config,
+    load_tokenizer,
+    model_class,
+    parse_device,
+    parse_dtype,
+)
+from intaglio.checkpoint.record import RECORD, Record, StepRecord
+
+__all__ = [
+    "DTYPES",
+    "LIVE_WEIGHTS",
+    "RECORD",
+    "Checkpoint",
+    "Record",
+    "StepRecord",
+    "files_stamp",
+    "load",
+    "load_config",
+    "load_tokenizer",
+    "model_class",
+    "parse_device",
+    "parse_dtype",
+    "weights_digest",
+]

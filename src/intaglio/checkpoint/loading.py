@@ -1,0 +1,311 @@
+"""From a name to a checkpoint: configuration, class, weights, tokenizer; and whether they fit one another."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_MAPPING,
+)
+from transformers.utils import cached_file
+
+from intaglio.attachments import read_attachments
+from intaglio.checkpoint.files import (
+    BUNDLED,
+    LIVE_TYPE,
+    LIVE_WEIGHTS,
+    check_directory,
+    first_line,
+    quiet,
+    read_companions,
+    resolve,
+)
+from intaglio.checkpoint.kept import Checkpoint
+from intaglio.checkpoint.record import RECORD, hub_record, read_record
+from intaglio.classifier import classifier_class, is_classifier
+from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.method import Live, get
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+LEAST_USED = 2 / 3
+"""Share of the embeddings that a model's own tokenizer has tokens for, at least: padding is a few percent of them."""
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def load(
+    x: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> Checkpoint:
+    """Load a checkpoint: weights (safetensors only), tokenizer and record.
+
+    Args:
+        x: a bundled name (`smollm2`, `minilm`), a directory, or a hub id (`user/name`).
+        revision: branch, tag or commit of a hub id. Default: its main branch.
+        dtype: of the weights, a name or a torch dtype. Default: the checkpoint's own.
+        device: where to put it. Default: the CPU.
+
+    Returns:
+        The model in evaluation mode, with its tokenizer (None if it has none), record and attachments.
+
+    Raises:
+        IntaglioError: one sentence on what is missing, damaged, unsupported or refused (pickles, remote code).
+    """
+    name = os.fspath(x)
+    target, wanted = parse_device(device), parse_dtype(dtype)
+    source, config = load_config(x, revision)
+    cls = model_class(config, name)
+    with quiet():
+        try:
+            model, info = cls.from_pretrained(
+                source,
+                config=config,
+                revision=revision,
+                dtype=wanted,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # as for the configuration
+            raise IntaglioError(f"the weights of {name!r} cannot be loaded: {first_line(error)}") from error
+    _check_info(name, info, model.state_dict().keys())
+    if any("pooler" in key for key in info.get("missing_keys", ())):
+        model.pooler = None  # it got random weights, which would be saved
+    model.eval()
+    live = vars(model.config).pop("transformers_weights", None) is not None
+    local = Path(source) if Path(source).is_dir() else None
+    record = hub_record(source, revision) if live and local is None else read_record(local) if local else None
+    checkpoint = Checkpoint(
+        model,
+        load_tokenizer(source, revision),
+        name,
+        record,
+        read_attachments(local) if local else None,
+        local,
+        read_companions(source, revision),
+    )
+    checkpoint.record.source = checkpoint.record.source or name
+    _check_tensors(checkpoint, name)
+    model.to(target)
+    _put_live_back(checkpoint, name, live)
+    return checkpoint
+
+
+def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple[str, Any]:
+    """Resolve a model's name and read its configuration alone.
+
+    Args:
+        x: a bundled name, a directory or a hub id.
+        revision: of a hub id.
+
+    Returns:
+        What to load from, and the configuration.
+
+    Raises:
+        IntaglioError: there is no such model, or it is no safetensors checkpoint of a known family.
+    """
+    source, local = resolve(x)
+    if local:
+        check_directory(Path(source))
+    elif revision is None and "/" not in source:
+        names = ", ".join(BUNDLED)
+        raise IntaglioError(
+            f"the model {source!r} is no directory and no bundled name ({names}); a hub id is user/name"
+        )
+    with quiet():
+        try:
+            config = _live_config(source, revision)
+            if config is None:
+                config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        except (MemoryError, IntaglioError):
+            raise
+        except Exception as error:  # a damaged file makes transformers raise whatever it stumbles over
+            reason = first_line(error)
+            if "trust_remote_code" in str(error):
+                reason = "it brings code of its own (auto_map in its config.json), which is never run here"
+            what = "cannot be read" if local else "is no directory here and cannot be had from the hub"
+            raise IntaglioError(f"the model {os.fspath(x)!r} {what}: {reason}") from error
+    return source, config
+
+
+def _live_config(source: str, revision: str | None) -> Any:
+    """The configuration of a live checkpoint, with the type and the files that it really has; None for any other."""
+    values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or not kind.startswith(LIVE_TYPE):
+        return None
+    values["model_type"] = kind.removeprefix(LIVE_TYPE)
+    if values["model_type"] not in CONFIG_MAPPING:
+        raise IntaglioError(f"the model type {values['model_type']!r} is not known to the installed transformers")
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
+    sharded = cached_file(
+        source, f"{LIVE_WEIGHTS}.index.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    config.transformers_weights = LIVE_WEIGHTS if sharded is None else f"{LIVE_WEIGHTS}.index.json"
+    return config
+
+
+def model_class(config: Any, name: str) -> type[Any]:
+    """The transformers class for a configuration: with the head that the checkpoint says it has.
+
+    Args:
+        config: from `load_config`.
+        name: of the model, for the sentence.
+
+    Raises:
+        IntaglioError: no text model of transformers has this configuration.
+    """
+    if is_classifier(config):
+        return classifier_class(config)
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING):
+        # The last table has models of images and sound too.
+        if type(config) not in mapping or (mapping is MODEL_MAPPING and not hasattr(config, "vocab_size")):
+            continue
+        found = mapping[type(config)]
+        found = found[0] if isinstance(found, tuple) else found
+        listed = getattr(config, "architectures", None) or []
+        # A BERT is in the causal table too; what the checkpoint itself says it is decides.
+        if mapping is MODEL_MAPPING or not listed or any(arch == found.__name__ for arch in listed):
+            return found
+    raise IntaglioError(
+        f"the model {name!r} has the type {config.model_type!r}, which is no text model of transformers"
+    )
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> Any:
+    """The tokenizer of a checkpoint, or None where it has none.
+
+    Args:
+        source: a directory or a hub id.
+        revision: of a hub id.
+
+    Raises:
+        IntaglioError: it cannot be read.
+    """
+    path = Path(source)
+    if path.is_dir() and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        except MemoryError:
+            raise
+        except Exception as error:  # as for the configuration
+            raise IntaglioError(f"the tokenizer of {source!r} cannot be loaded: {first_line(error)}") from error
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | Literal["auto"]:
+    """Return a torch dtype from its name; None means the checkpoint's own.
+
+    Args:
+        dtype: `float32`, `bfloat16`, `float16`, `float64`, a torch dtype, or None.
+
+    Raises:
+        IntaglioError: another name.
+    """
+    if dtype is None or dtype == "auto":
+        return "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise IntaglioError(f"the dtype {dtype!r} is unknown; {did_you_mean(dtype, DTYPES)}")
+    return DTYPES[dtype]
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """Return a torch device that this machine has; None means the CPU.
+
+    Args:
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, or None.
+
+    Raises:
+        IntaglioError: an unknown name, or a device that is not there.
+    """
+    if device is None:
+        return torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise IntaglioError(f"the device {device!r} is unknown; accepted: cpu, cuda, cuda:N, mps") from None
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(found.type, False) or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        raise IntaglioError(f"the device {device} is not available on this machine")
+    return found
+
+
+def _put_live_back(checkpoint: Checkpoint, name: str, live: bool) -> None:
+    """Put the live parts of a record back: the one place where this module reaches up to methods, by their slugs."""
+    parts = checkpoint.record.live
+    if live != bool(parts):
+        words = ("is marked as live", "names no live part"), ("names live parts", "is not marked as live")
+        has, lacks = words[0 if live else 1]
+        raise IntaglioError(
+            f"the checkpoint {name!r} is incomplete: its {'config.json' if live else RECORD} {has} and its "
+            f"{RECORD if live else 'config.json'} {lacks}"
+        )
+    for part in parts:
+        slug = part.get("slug")
+        method = get(slug) if isinstance(slug, str) else None
+        if method is None or not isinstance(method, Live):
+            raise IntaglioError(f"the checkpoint {name!r} has a live part of {slug!r}, which is no live method")
+        try:
+            cast(type[Live], method).put_back(part, checkpoint)
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntaglioError(f"the live part of {slug} in {name!r} cannot be put back: {error}") from error
+
+
+def _check_info(name: str, info: dict[str, Any], model_keys: Iterable[str]) -> None:
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))
+    if mismatched:
+        raise IntaglioError(f"the weights of {name!r} do not fit its config.json: {mismatched[0]} has another shape")
+    missing = sorted(info.get("missing_keys", ()))
+    # A pooler is missing from many masked-LM encoders and feeds nothing here; anything else would be random.
+    missing = [key for key in missing if "pooler" not in key]
+    if missing:
+        more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
+        raise IntaglioError(f"the weights of {name!r} are incomplete: {missing[0]}{more} not in its files")
+    # Some families leave tensors in their files that nothing needs; a whole layer more than the model has is another
+    # matter.
+    known = {_INDEX.sub("#", key) for key in model_keys}
+    left = sorted(key for key in info.get("unexpected_keys", ()) if _INDEX.sub("#", key) in known)
+    if left:
+        raise IntaglioError(f"the weights of {name!r} do not fit its config.json: it has no place for {left[0]}")
+
+
+def _check_tensors(checkpoint: Checkpoint, name: str) -> None:
+    for key, parameter in checkpoint.model.named_parameters():
+        if parameter.is_floating_point() and parameter.numel() and not torch.isfinite(parameter.detach().sum()):
+            # The sum of finite values can overflow in half precision: look closely before refusing.
+            if torch.isfinite(parameter.detach()).all():
+                continue
+            raise IntaglioError(f"the weights of {name!r} hold NaN or infinite values: {key}")
+    if checkpoint.tokenizer is not None:
+        rows, highest = checkpoint.vocabulary, max(checkpoint.tokenizer.get_vocab().values(), default=-1)
+        if highest >= rows:
+            raise IntaglioError(
+                f"the tokenizer of {name!r} does not match its model: its ids go up to {highest}, the model has {rows} "
+                "embeddings"
+            )
+        if highest + 1 < LEAST_USED * rows:
+            raise IntaglioError(
+                f"the tokenizer of {name!r} does not match its model: it knows {highest + 1} tokens, the model has "
+                f"{rows} embeddings"
+            )

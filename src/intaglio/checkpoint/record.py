@@ -1,0 +1,93 @@
+"""The record of what was done to a checkpoint (`intaglio.json`), and reading it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from transformers.utils import cached_file
+
+from intaglio.errors import IntaglioError
+
+RECORD = "intaglio.json"
+
+
+class StepRecord(BaseModel):
+    """What one step did: enough to do it again.
+
+    Args:
+        slug: the method.
+        parameters: its hyperparameters, defaults written out.
+        seed: the seed it was given.
+        calibration: digest, samples, length and batch size of its calibration data, or None.
+        chosen: values the method derived from the model in hand (scaled thresholds, zero fractions ...).
+        verb: `carve`, which edits the model, or `fit`, which attaches something to it.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    slug: str
+    parameters: dict[str, Any]
+    seed: int = 0
+    calibration: dict[str, Any] | None = None
+    chosen: dict[str, Any] = Field(default_factory=dict)
+    verb: Literal["carve", "fit"] = "carve"
+
+
+class Record(BaseModel):
+    """The content of `intaglio.json`.
+
+    Args:
+        format: of this file.
+        source: what the checkpoint was loaded from.
+        steps: what was done to it, in order.
+        versions: of the libraries, when it was last carved.
+        threads: of torch, which decide the last bits of some sums.
+        dtype: of the weights.
+        live: parts that must be put back after a load; empty for a baked checkpoint.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    source: str = ""
+    steps: list[StepRecord] = Field(default_factory=list)
+    versions: dict[str, str] = Field(default_factory=dict)
+    threads: int = 0
+    dtype: str = ""
+    live: list[dict[str, Any]] = Field(default_factory=list)
+
+
+def read_record(path: Path) -> Record | None:
+    """The record in a directory, or None where it has none.
+
+    Args:
+        path: of the directory.
+
+    Raises:
+        IntaglioError: the file is no record.
+    """
+    file = path / RECORD
+    if not file.is_file():
+        return None
+    try:
+        return Record.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"{part}: " for part in [".".join(str(part) for part in first["loc"])] if part)
+        raise IntaglioError(f"{file} is not a record of Intaglio: {place}{first['msg']}") from error
+
+
+def hub_record(source: str, revision: str | None) -> Record | None:
+    """The record of a model on the hub, or None where it has none.
+
+    Args:
+        source: a hub id.
+        revision: branch, tag or commit; None: its main branch.
+
+    Raises:
+        IntaglioError: the file is no record.
+    """
+    file = cached_file(source, RECORD, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if file is None else read_record(Path(file).parent)
