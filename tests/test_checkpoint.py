@@ -12,20 +12,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers.utils import cached_file
 
 import intaglio
 from intaglio.checkpoint import (
+    LIVE_WEIGHTS,
     RECORD,
     Checkpoint,
     Record,
     load,
     load_config,
+    load_tokenizer,
     model_class,
     parse_device,
     parse_dtype,
     weights_digest,
 )
+from intaglio.checkpoint.files import files_stamp, pinned
 from intaglio.decoding.aded import ADED
 from intaglio.errors import IntaglioError
 from intaglio.machine import PACKAGES, versions
@@ -296,6 +300,104 @@ def test_a_directory_wins_over_a_bundled_name(
     shutil.copytree(tiny_dir("llama"), tmp_path / "smollm2")
     monkeypatch.chdir(tmp_path)
     assert load("smollm2").config.hidden_size == 32
+
+
+@pytest.mark.parametrize(
+    ("x", "revision", "found"),
+    [
+        ("user/name", None, ("user/name", None)),
+        ("user/name", "v1", ("user/name", "v1")),
+        ("user/name@v1", None, ("user/name", "v1")),
+        ("user/name@v1", "v1", ("user/name", "v1")),
+        (Path("user/name@v1"), None, ("user/name", "v1")),
+        ("user/name@refs/pr/3", None, ("user/name", "refs/pr/3")),
+        ("name@v1@2", None, ("name", "v1@2")),
+        ("./user@home", None, ("./user@home", None)),
+        ("/runs/user@home", None, ("/runs/user@home", None)),
+        ("runs/1/user@home", None, ("runs/1/user@home", None)),
+    ],
+)
+def test_a_name_and_its_revision(x: Any, revision: str | None, found: tuple[str, str | None]) -> None:
+    assert pinned(x, revision) == found
+
+
+def test_revisions_that_are_refused() -> None:
+    for name, revision, says in (
+        ("user/name@v1", "v2", "the model 'user/name@v1' is given together with another revision, 'v2'; name one of"),
+        ("user/name@", None, "the model 'user/name@' names no revision after its @; accepted: user/name@revision"),
+        ("smollm2@v1", None, "the model 'smollm2@v1' is a bundled name with a revision; only a hub id has one"),
+        ("@v1", None, "the model's name is empty"),
+    ):
+        for read in (load, load_config):
+            with pytest.raises(IntaglioError, match=says):
+                read(name, revision=revision)
+
+
+def test_a_directory_with_an_at_sign(tiny_dir: TinyDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(tiny_dir("llama"), tmp_path / "user" / "name@v1")
+    monkeypatch.chdir(tmp_path)
+    assert load("user/name@v1").record.source == "user/name@v1"
+    assert files_stamp("user/name@v1") == files_stamp(tmp_path / "user" / "name@v1") != ""
+    with pytest.raises(IntaglioError, match="the model 'user@v1' is a directory with a revision; only a hub id has"):
+        load("user@v1")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the hub with two revisions of `user/name`, `v1` and `refs/pr/3`; there is no main branch."""
+    place = tmp_path / "hub" / "models--user--name"
+    for commit, revision in (("1" * 40, "v1"), ("3" * 40, "refs/pr/3")):
+        (place / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
+        (place / "refs" / revision).write_text(commit)
+        tiny_model("llama", layers=2, seed=int(commit[0])).save_pretrained(place / "snapshots" / commit)
+        tiny_tokenizer("llama").save_pretrained(place / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place.parent))
+    return place
+
+
+def test_a_pinned_model_of_the_hub(hub: Path, tmp_path: Path) -> None:
+    for pin, commit in (("v1", "1" * 40), ("refs/pr/3", "3" * 40)):
+        name = f"user/name@{pin}"
+        for checkpoint in (load(name), load("user/name", revision=pin)):
+            assert torch.equal(logits(checkpoint.model), logits(load(hub / "snapshots" / commit).model))
+            assert (checkpoint.source, checkpoint.record.source) == (name, name)
+            assert load_tokenizer(checkpoint.model.name_or_path).get_vocab() == checkpoint.tokenizer.get_vocab()
+        assert load_config(name)[0] == "user/name"
+        assert files_stamp(name) == ""
+    checkpoint.save(tmp_path / "out")
+    assert load(tmp_path / "out").record.source == name
+    assert "user/name@" not in (tmp_path / "out" / "config.json").read_text()
+    for name in ("user/name@v2", "user/name"):
+        with pytest.raises(
+            IntaglioError, match=f"the model '{name}' is no directory here and cannot be had from the hub"
+        ):
+            load(name)
+
+
+def test_every_file_of_a_pinned_model_is_asked_for_by_its_revision(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, set[str | None]] = {}
+
+    def noting(name: str, ask: Any) -> Any:
+        def noted(*words: Any, **options: Any) -> Any:
+            asked.setdefault(name, set()).add(options.get("revision"))
+            return ask(*words, **options)
+
+        return noted
+
+    for owner in (AutoConfig, AutoTokenizer, LlamaForCausalLM):
+        monkeypatch.setattr(owner, "from_pretrained", noting(owner.__name__, owner.from_pretrained))
+    for module in ("files", "loading", "record"):
+        place = f"intaglio.checkpoint.{module}.cached_file"
+        monkeypatch.setattr(place, noting(module, cached_file))
+    config = hub / "snapshots" / ("1" * 40) / "config.json"
+    load("user/name@v1")
+    assert asked == {name: {"v1"} for name in ("AutoConfig", "AutoTokenizer", "LlamaForCausalLM", "files")}
+    # A live one has more files.
+    config.write_text(config.read_text().replace('"model_type": "', '"model_type": "intaglio_'))
+    config.with_name("model.safetensors").rename(config.with_name(LIVE_WEIGHTS))
+    with pytest.raises(IntaglioError, match="names no live part"):
+        load("user/name@v1")
+    assert asked["loading"] == asked["record"] == {"v1"}
 
 
 def test_classes(tiny_dir: TinyDir) -> None:

@@ -91,7 +91,8 @@ class Header(BaseModel):
     """What the steps of a recipe share.
 
     Args:
-        model: a bundled name, a directory or a hub id; a model on the command line wins over it.
+        model: a bundled name, a directory or a hub id, pinned by `user/name@revision`; a model on the command line wins
+            over it.
         new: in place of a model, a small one from scratch.
         seed: of everything random. Default 0.
         calibration: the data that steps are calibrated on.

@@ -27,11 +27,40 @@ _FOLDER = re.compile(r"\w[\w-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
+def pinned(x: str | os.PathLike[str], revision: str | None = None) -> tuple[str, str | None]:
+    """A model's name without the revision that pins it, and that revision: `user/name@revision` taken apart.
+
+    Args:
+        x: a bundled name, a directory or a hub id, pinned or not.
+        revision: the same, given apart. Default: none.
+
+    Returns:
+        The name, and the revision or None.
+
+    Raises:
+        IntaglioError: two revisions that differ, none after the @, or one of what has no revisions.
+    """
+    text = os.fspath(x)
+    name, at, pin = text.partition("@")
+    # A path may have an @ of its own, a hub id cannot.
+    if not at or os.path.exists(text) or text.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        return text, revision
+    told = repr(shorten(text))
+    if not pin.strip():
+        raise IntaglioError(f"the model {told} names no revision after its @; accepted: user/name@revision")
+    if os.path.isdir(name) or name in BUNDLED:
+        what = "directory" if os.path.isdir(name) else "bundled name"
+        raise IntaglioError(f"the model {told} is a {what} with a revision; only a hub id has one (user/name@revision)")
+    if revision not in (None, pin):
+        raise IntaglioError(f"the model {told} is given together with another revision, {revision!r}; name one of them")
+    return name, pin
+
+
 def resolve(x: str | os.PathLike[str]) -> tuple[str, bool]:
     """What to hand to transformers, and whether it is a local directory.
 
     Args:
-        x: a bundled name, a directory or a hub id.
+        x: a bundled name, a directory or a hub id, without a revision.
 
     Raises:
         IntaglioError: it is empty, a file, or a path that leads nowhere.
@@ -151,7 +180,8 @@ def files_stamp(x: str | os.PathLike[str]) -> str:
     Args:
         x: as in `load`. A hub id has no files here, and gives an empty text.
     """
-    source, local = resolve(x)
+    name, _ = pinned(x)
+    source, local = resolve(name)
     if not local:
         return ""
     files = sorted(file for file in Path(source).iterdir() if file.is_file())

@@ -24,6 +24,7 @@ from intaglio.checkpoint.files import (
     LIVE_WEIGHTS,
     check_directory,
     first_line,
+    pinned,
     quiet,
     read_companions,
     resolve,
@@ -55,8 +56,8 @@ def load(
     """Load a checkpoint: weights (safetensors only), tokenizer and record.
 
     Args:
-        x: a bundled name (`smollm2`, `minilm`), a directory, or a hub id (`user/name`).
-        revision: branch, tag or commit of a hub id. Default: its main branch.
+        x: a bundled name (`smollm2`, `minilm`), a directory, or a hub id (`user/name`, pinned: `user/name@revision`).
+        revision: branch, tag or commit of a hub id, given apart. Default: the one after its @, or its main branch.
         dtype: of the weights, a name or a torch dtype. Default: the checkpoint's own.
         device: where to put it. Default: the CPU.
 
@@ -68,6 +69,7 @@ def load(
     """
     name = os.fspath(x)
     target, wanted = parse_device(device), parse_dtype(dtype)
+    _, revision = pinned(x, revision)
     source, config = load_config(x, revision)
     cls = model_class(config, name)
     with quiet():
@@ -92,17 +94,21 @@ def load(
     model.eval()
     live = vars(model.config).pop("transformers_weights", None) is not None
     local = Path(source) if Path(source).is_dir() else None
+    origin = name
+    if local is None and revision is not None:
+        # Decoders that know the model alone find its tokenizer by this name.
+        origin = model.name_or_path = f"{source}@{revision}"
     record = hub_record(source, revision) if live and local is None else read_record(local) if local else None
     checkpoint = Checkpoint(
         model,
         load_tokenizer(source, revision),
-        name,
+        origin,
         record,
         read_attachments(local) if local else None,
         local,
         read_companions(source, revision),
     )
-    checkpoint.record.source = checkpoint.record.source or name
+    checkpoint.record.source = checkpoint.record.source or origin
     _check_tensors(checkpoint, name)
     model.to(target)
     _put_live_back(checkpoint, name, live)
@@ -113,16 +119,17 @@ def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple
     """Resolve a model's name and read its configuration alone.
 
     Args:
-        x: a bundled name, a directory or a hub id.
-        revision: of a hub id.
+        x: a bundled name, a directory or a hub id, which may be pinned (`user/name@revision`).
+        revision: of a hub id, given apart. Default: the one after its @, or its main branch.
 
     Returns:
-        What to load from, and the configuration.
+        What to load from, without a revision, and the configuration.
 
     Raises:
         IntaglioError: there is no such model, or it is no safetensors checkpoint of a known family.
     """
-    source, local = resolve(x)
+    name, revision = pinned(x, revision)
+    source, local = resolve(name)
     if local:
         check_directory(Path(source))
     elif revision is None and "/" not in source:
@@ -194,12 +201,13 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     """The tokenizer of a checkpoint, or None where it has none.
 
     Args:
-        source: a directory or a hub id.
-        revision: of a hub id.
+        source: a directory or a hub id, which may be pinned (`user/name@revision`).
+        revision: of a hub id, given apart. Default: the one after its @, or its main branch.
 
     Raises:
         IntaglioError: it cannot be read.
     """
+    source, revision = pinned(source, revision)
     path = Path(source)
     if path.is_dir() and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         return None

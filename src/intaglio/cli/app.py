@@ -28,7 +28,12 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="Of the weights: float32, bfloat16, float16. [default: the checkpoint's own]"),
 ]
-Model = Annotated[str, typer.Argument(help="A bundled name (smollm2, minilm), a directory, or a hub id (user/name).")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A bundled name (smollm2, minilm), a directory, or a hub id (user/name or user/name@revision)."
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -163,7 +168,9 @@ def assets(
 def carve(
     model: Annotated[
         str | None,
-        typer.Argument(help="A bundled name, a directory or a hub id; wins over the recipe's model."),
+        typer.Argument(
+            help="A bundled name, a directory or a hub id (user/name or user/name@revision); wins over the recipe's."
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="A YAML recipe.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The directory to make.")] = None,

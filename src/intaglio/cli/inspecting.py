@@ -18,7 +18,7 @@ def masks(model: str, length: int, output: Path | None, device: str | None) -> t
     """Read what each layer of a model sees, and draw it if asked for.
 
     Args:
-        model: a bundled name, a directory or a hub id.
+        model: a bundled name, a directory or a hub id, which may be pinned (`user/name@revision`).
         length: tokens.
         output: an SVG file to write; None: none.
         device: where to work.
