@@ -1,6 +1,10 @@
 """One loop, one training, one line of JSON: milliseconds a step, peak memory, last loss.
 
     python benchmarks/training/worker.py --loop ours --size small
+    python benchmarks/training/worker.py --loop ours --size small --between
+
+With `--between` the loop and a bare one take turns step by step in one process, and the median of the paired
+differences is told as well: it changes far less than the difference of two medians when the machine is not quiet.
 
 All loops train the same weights on the same rows in the same order with the same optimizer: fused AdamW, a constant
 rate, the gradient clipped to norm 1, float32. The last loss says whether they did the same.
@@ -11,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -31,46 +34,86 @@ SIZES: dict[str, dict[str, int]] = {
 RATE = 1e-3
 
 
+class Bare:
+    """What anybody would write in ten lines.
+
+    Args:
+        model: trained in place.
+        ids_NT: rows.
+        size: an entry of `SIZES`.
+    """
+
+    def __init__(self, model: Any, ids_NT: torch.Tensor, size: dict[str, int]) -> None:
+        decayed = [p for p in model.parameters() if p.ndim > 1]
+        others = [p for p in model.parameters() if p.ndim <= 1]
+        self._optimizer = torch.optim.AdamW(
+            [{"params": decayed}, {"params": others}], lr=RATE, betas=(0.9, 0.999), weight_decay=0.0, fused=True
+        )
+        self._model, self._batches = model.train(), iter(ids_NT.split(size["batch"]))
+        self.losses: list[torch.Tensor] = []
+
+    def step(self) -> None:
+        """One step on the next rows."""
+        batch = next(self._batches)
+        loss = self._model(input_ids=batch, labels=batch, use_cache=False).loss
+        self.losses.append(loss.detach())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
 class Clock:
     """Notes when each step ends; the wall and the processor's time of the process.
 
     Args:
         skip: first steps that do not count.
+        between: a bare loop that takes a step of its own after each; None: none does.
     """
 
-    def __init__(self, skip: int) -> None:
-        self._skip, self._marks = skip, [(time.perf_counter(), time.process_time())]
+    def __init__(self, skip: int, between: Bare | None = None) -> None:
+        self._skip, self._between = skip, between
+        self._spans: list[tuple[float, ...]] = []
+        self._bare: list[tuple[float, ...]] = []
+        self._began = _now()
 
     def tick(self, *_: Any) -> None:
         """End a step."""
-        self._marks.append((time.perf_counter(), time.process_time()))
+        self._spans.append(_since(self._began))
+        if self._between is not None:
+            began = _now()
+            self._between.step()
+            self._bare.append(_since(began))
+        self._began = _now()
 
-    def milliseconds(self) -> tuple[float, float]:
-        """Medians over the steps: wall, processor."""
-        kept = self._marks[self._skip :]
-        spans = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(kept)]
-        return 1000 * median(s[0] for s in spans), 1000 * median(s[1] for s in spans)
+    def told(self) -> dict[str, float]:
+        """Milliseconds of a step, medians: wall and processor, and what they are above the bare step beside them."""
+        kept = self._spans[self._skip :]
+        found = {name: 1000 * median(span[i] for span in kept) for i, name in enumerate(("ms", "cpu_ms"))}
+        pairs = list(zip(kept, self._bare[self._skip :], strict=False))
+        for i, name in enumerate(("above_bare_ms", "cpu_above_bare_ms") if pairs else ()):
+            found[name] = 1000 * median(span[i] - bare[i] for span, bare in pairs)
+        return found
+
+
+def _now() -> tuple[float, float]:
+    # The processor's time takes long to read on some machines: read outside of what is timed, here and in `_since`.
+    processor = time.process_time()
+    return time.perf_counter(), processor
+
+
+def _since(began: tuple[float, float]) -> tuple[float, ...]:
+    wall = time.perf_counter() - began[0]
+    return wall, time.process_time() - began[1]
 
 
 def bare(model: Any, ids_NT: torch.Tensor, size: dict[str, int], clock: Clock) -> float:
-    """What anybody would write in ten lines."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed}, {"params": others}], lr=RATE, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-    )
-    model.train()
-    every, losses = max(1, size["steps"] // 100), []
-    for step in range(size["steps"]):
-        batch = ids_NT[step * size["batch"] : (step + 1) * size["batch"]]
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
-        losses.append(loss.detach())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    """`Bare` to the end."""
+    loop, every = Bare(model, ids_NT, size), max(1, size["steps"] // 100)
+    for _ in range(size["steps"]):
+        loop.step()
         clock.tick()
-    return float(torch.stack(losses[-every:]).mean())  # as the others log it
+    return float(torch.stack(loop.losses[-every:]).mean())  # as the others log it
 
 
 class Ticking(TrainerCallback):
@@ -120,27 +163,31 @@ def ours(model: Any, ids_NT: torch.Tensor, size: dict[str, int], clock: Clock) -
 LOOPS = {"bare": bare, "trainer": stock, "ours": ours}
 
 
+def _new(size: dict[str, int]) -> Any:
+    return intaglio.new("llama", width=size["width"], depth=size["depth"], context=size["length"]).model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="One training by one loop.")
     parser.add_argument("--loop", choices=LOOPS, required=True)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--between", action="store_true", help="a step of a bare loop after each of this one's")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     size = SIZES[arguments.size]
-    model = intaglio.new("llama", width=size["width"], depth=size["depth"], context=size["length"]).model
+    model = _new(size)
     draws = torch.Generator().manual_seed(0)
     ids_NT = torch.randint(256, (size["steps"] * size["batch"], size["length"]), generator=draws)
-    clock = Clock(size["skip"])
+    clock = Clock(size["skip"], Bare(_new(size), ids_NT, size) if arguments.between else None)
     with peak_memory(torch.device("cpu")) as peak:
         loss = LOOPS[arguments.loop](model, ids_NT, size, clock)
-    wall, processor = clock.milliseconds()
     found = {
         "loop": arguments.loop,
         "size": arguments.size,
+        "between": arguments.between,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "ms": wall,
-        "cpu_ms": processor,
+        **clock.told(),
         "peak_bytes": peak.bytes,
         "loss": loss,
     }

@@ -160,9 +160,10 @@ def targets(row: Example) -> Tensor:
         row: `input_ids`, and `labels` where not every token is predicted.
     """
     labels_T = row["labels"] if row.get("labels") is not None else row["input_ids"]
-    target_T = torch.full_like(labels_T, IGNORED)
-    target_T[:-1] = labels_T[1:]
-    target_T[starts(row)[1:] - 1] = IGNORED
+    target_T = F.pad(labels_T[1:], (0, 1), value=IGNORED)
+    lengths = row.get("lengths")
+    if lengths is not None and len(lengths) > 1:
+        target_T[starts(row)[1:] - 1] = IGNORED
     return target_T
 
 
@@ -179,6 +180,8 @@ def positions(row: Example) -> Tensor:
 
 
 def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    if len({len(row) for row in rows}) == 1:
+        return torch.stack(list(rows))
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
@@ -195,16 +198,17 @@ def causal_batch(rows: Sequence[Example]) -> Batch:
     batch: Batch = {
         "input_ids": _padded([row["input_ids"] for row in rows], 0),
         "target": target_BT,
-        "weight": int((target_BT != IGNORED).sum()),
+        "weight": int(torch.count_nonzero(target_BT != IGNORED)),
     }
-    lengths_B = torch.tensor([len(row["input_ids"]) for row in rows])
-    place_T = torch.arange(batch["input_ids"].shape[1])
-    if any(len(starts(row)) > 1 for row in rows):
-        # Padding counts from 0 again, whatever stands before it, so that it begins a document.
-        after_BT = place_T - lengths_B[:, None]
-        batch["position_ids"] = torch.where(after_BT >= 0, after_BT, _padded([positions(row) for row in rows], 0))
-    elif len(set(lengths_B.tolist())) > 1:
-        batch["attention_mask"] = (place_T < lengths_B[:, None]).to(torch.int64)
+    lengths = [len(row["input_ids"]) for row in rows]
+    several = any(row.get("lengths") is not None and len(row["lengths"]) > 1 for row in rows)
+    if several or len(set(lengths)) > 1:
+        after_BT = torch.arange(max(lengths)) - torch.tensor(lengths)[:, None]
+        if several:
+            # Padding counts from 0 again, whatever stands before it, so that it begins a document.
+            batch["position_ids"] = torch.where(after_BT >= 0, after_BT, _padded([positions(row) for row in rows], 0))
+        else:
+            batch["attention_mask"] = (after_BT < 0).to(torch.int64)
     return batch
 
 

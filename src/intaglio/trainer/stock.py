@@ -77,6 +77,27 @@ class Workplace(nn.Module):
                 total, parts = total + extra.total, {**parts, **extra.parts}
         return total, {name: value.detach() if isinstance(value, Tensor) else value for name, value in parts.items()}
 
+    def train(self, mode: bool = True) -> Workplace:
+        """Set the mode; nothing to do where it is set already, which Trainer asks before each batch.
+
+        Args:
+            mode: True to train, False to evaluate.
+        """
+        if self.training is not mode or self.model.training is not mode:
+            super().train(mode)
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients, through the optimizer, which knows what is trained without a walk over all modules.
+
+        Args:
+            set_to_none: as in torch.
+        """
+        if self.run.optimizer is None:
+            super().zero_grad(set_to_none)
+        else:
+            self.run.optimizer.zero_grad(set_to_none)
+
     def saved(self) -> dict[str, Tensor]:
         """What a checkpoint of the run holds: trained parameters and buffers, each shared tensor once.
 
