@@ -327,6 +327,7 @@ def test_revisions_that_are_refused() -> None:
         ("user/name@", None, "the model 'user/name@' names no revision after its @; accepted: user/name@revision"),
         ("smollm2@v1", None, "the model 'smollm2@v1' is a bundled name with a revision; only a hub id has one"),
         ("@v1", None, "the model's name is empty"),
+        ("smollm2", "v1", "the model 'smollm2' is a bundled name, which has no revision 'v1'; only a hub id has"),
     ):
         for read in (load, load_config):
             with pytest.raises(IntaglioError, match=says):
@@ -340,6 +341,8 @@ def test_a_directory_with_an_at_sign(tiny_dir: TinyDir, tmp_path: Path, monkeypa
     assert files_stamp("user/name@v1") == files_stamp(tmp_path / "user" / "name@v1") != ""
     with pytest.raises(IntaglioError, match="the model 'user@v1' is a directory with a revision; only a hub id has"):
         load("user@v1")
+    with pytest.raises(IntaglioError, match="user/name@v1' is a directory, which has no revision 'v1'; only a hub id"):
+        load("user/name@v1", revision="v1")
 
 
 @pytest.fixture

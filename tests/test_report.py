@@ -430,6 +430,11 @@ def test_hostile_strings_do_not_reach_the_terminal(table: Callable, document: Ca
     text.encode("utf-8")
 
 
+def test_a_carving_that_sets_nothing_to_zero_says_so() -> None:
+    same = carve(side(), side())
+    assert report.summary(same).endswith("no weight of the blocks was set to zero.")
+
+
 NUMBER = st.one_of(
     st.none(),
     st.just(0),
@@ -465,7 +470,7 @@ def test_any_numbers_make_a_page_a_table_and_a_sentence(one: dict[str, Any], oth
         assert not re.search(r"(?<![a-z])(nan|inf)(?![a-z])", printed(item, 120))
     for document in documents:
         sentence = report.summary(document)
-        assert sentence.endswith("neither bytes nor speed.")
+        assert sentence.endswith((" neither bytes nor speed.", " was set to zero.", " zeros were counted."))
         assert "\n" not in sentence
 
 

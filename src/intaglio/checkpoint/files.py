@@ -42,10 +42,13 @@ def pinned(x: str | os.PathLike[str], revision: str | None = None) -> tuple[str,
     """
     text = os.fspath(x)
     name, at, pin = text.partition("@")
+    told = repr(shorten(text))
     # A path may have an @ of its own, a hub id cannot.
     if not at or os.path.exists(text) or text.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        if revision is not None and (os.path.isdir(text) or text in BUNDLED):
+            what = "directory" if os.path.isdir(text) else "bundled name"
+            raise IntaglioError(f"the model {told} is a {what}, which has no revision {revision!r}; only a hub id has")
         return text, revision
-    told = repr(shorten(text))
     if not pin.strip():
         raise IntaglioError(f"the model {told} names no revision after its @; accepted: user/name@revision")
     if os.path.isdir(name) or name in BUNDLED:

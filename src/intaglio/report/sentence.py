@@ -78,7 +78,13 @@ def summary(document: Document) -> str:
         )
     else:
         parts = _quality_words(document["before"], document["after"], "the original")
-        parts.append(f"{zeros_words(document['after'])}, which alone changes neither bytes nor speed")
+        shares = shares_of(document["after"])
+        if not shares:
+            parts.append(zeros_words(document["after"]))
+        elif shares == shares_of(document["before"]):
+            parts.append("no weight of the blocks was set to zero")
+        else:
+            parts.append(f"{zeros_words(document['after'])}, which alone changes neither bytes nor speed")
         if document["kind"] == "live":
             parts.append("the checkpoint is live and needs intaglio.load")
     sentence = "; ".join(parts) + "."
