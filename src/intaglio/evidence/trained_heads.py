@@ -1,9 +1,10 @@
 """What claims about trained heads share: the text they learn from, training, tuning, and decoding.
 
-Every arm is trained on the same text, written by the target itself behind the first tokens of Wikipedia articles of the
-calibration set, for as many tokens; its learning rate is the best of the same few, each tried for the same few steps,
-by what its own best tree is expected to accept on texts that no arm is trained on. Every arm verifies trees of as many
-nodes, made from its own measured chances on those texts. Heads are stored in bfloat16.
+Every arm is trained on the same text, written by the target itself behind the first tokens of pieces of Wikipedia
+articles of the calibration set (there are far fewer articles than texts), for as many tokens; its learning rate is the
+best of the same few, each tried for the same few steps, by what its own best tree is expected to accept on texts that
+no arm is trained on. Every arm verifies trees of as many nodes, made from its own measured chances on those texts.
+Heads are stored in bfloat16.
 
 A run is a prompt: the first tokens of a Wikipedia article of the evaluation set, and those of a Python file for the
 shifted text. Dimension letters: V vocabulary, D width.
@@ -67,7 +68,8 @@ class Training:
     """What every arm of an experiment is trained on and with.
 
     Args:
-        texts: that the target writes. Default 400.
+        texts: that the target writes, one a piece of about 2,000 characters of the world's documents where there are
+            fewer documents. Default 400.
         prompt: tokens of each that are given. Default 32.
         length: tokens of each. Default 160.
         epochs: over them. Default 1.
@@ -91,9 +93,16 @@ class Training:
 
         Args:
             world: whose calibration set prompts are taken from.
+
+        Raises:
+            IntaglioError: the set gives fewer prompts than texts are to be written.
         """
         target = world.load()
         prompts = prompts_of(target, world.part("calibration"), self.prompt, self.texts)
+        if len(prompts) < self.texts:
+            raise IntaglioError(
+                f"the calibration set gives {len(prompts)} prompts; {self.texts} texts are to be written"
+            )
         return own_text(target, prompts, tokens=self.length - self.prompt, seed=SEED)
 
 
@@ -431,6 +440,7 @@ def against_medusa(
         settings={
             "world": asdict(world),
             "training": {**asdict(training), "rates": list(training.rates)},
+            "texts begin with": "the first tokens of pieces of about 2,000 characters of the calibration articles",
             "new tokens": new,
             "nodes": NODES,
             "arms": {arm: chosen.plain() for arm, chosen in arms.items()},
