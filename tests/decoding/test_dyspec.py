@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from transformers.generation.streamers import TextStreamer
 
 from intaglio.checkpoint import Checkpoint, load
+from intaglio.cli.drafting import check_settings
 from intaglio.decoding.dyspec import AcceptanceTable, DySpec, growth
 from intaglio.decoding.dyspec.acceptance import BINS, EDGES, Acceptance, counted
 from intaglio.decoding.dyspec.growth import Grower
@@ -560,6 +561,21 @@ def test_acceptance_fitted_beforehand() -> None:
     assert drawn.fit_acceptance(model, texts) == drawn.fit_acceptance(model, texts) != table
     with pytest.raises(IntaglioError, match="has a prompt of 0"):
         chain.fit_acceptance(model, [([1, 2], 0)])
+
+
+def test_a_table_from_a_file(tmp_path: Path) -> None:
+    table = AcceptanceTable(tried=(5,) * BINS, accepted=(1,) * BINS)
+    file = tmp_path / "table.json"
+    file.write_text(table.model_dump_json())
+    assert DySpec(draft="x", acceptance=file).acceptance == table  # type: ignore[arg-type]
+    assert check_settings("dyspec", {"draft": "x", "acceptance": str(file)}).model_dump()["acceptance"] == (
+        table.model_dump()
+    )
+    file.write_text("{")
+    for name, says in ((file, "is no JSON file with a table"), (tmp_path / "none", "cannot read the table .*No such")):
+        with pytest.raises(IntaglioError, match=says) as caught:
+            check_settings("dyspec", {"draft": "x", "acceptance": str(name)})
+        assert "\n" not in str(caught.value)
 
 
 def test_what_is_learnt_is_added_to_the_table() -> None:

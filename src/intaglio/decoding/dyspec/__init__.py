@@ -9,8 +9,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -46,6 +48,18 @@ def _read_draft(value: Any) -> Any:
     if value == "":
         raise ValueError(f"the draft is empty; accepted: {_ACCEPTED}")
     return value
+
+
+def _read_table(value: Any) -> Any:
+    """What a JSON file holds, where one is named."""
+    if not isinstance(value, (str, os.PathLike)):
+        return value
+    try:
+        return json.loads(Path(value).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the table {str(value)!r}: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{str(value)!r} is no JSON file with a table from fit_acceptance") from None
 
 
 class DySpec(Drafting, Method, slug="dyspec"):
@@ -93,8 +107,8 @@ class DySpec(Drafting, Method, slug="dyspec"):
         calibrate: use, in the place of R[y], how often tokens of such a probability were accepted earlier in the run.
             Not in the paper. Default false.
         carry_over: (calibrate) keep what is learnt from run to run. Default false.
-        acceptance: counts from `fit_acceptance`, used in the same place from the first step on; with `calibrate`, what
-            is learnt is added to them. Not in the paper. Default: none.
+        acceptance: counts from `fit_acceptance`, or the JSON file of them, used in the same place from the first step
+            on; with `calibrate`, what is learnt is added to them. Not in the paper. Default: none.
         order: of the nodes in the pass: `grown`, or `blocks`: depth first, so that a block-sparse attention kernel can
             skip blocks. Default `grown`.
         seed: of the draws for a greedy target, for each row apart. Default 0.
@@ -129,7 +143,7 @@ class DySpec(Drafting, Method, slug="dyspec"):
     draw: Literal["auto", "sample", "top"] = "auto"
     calibrate: bool = False
     carry_over: bool = False
-    acceptance: AcceptanceTable | None = None
+    acceptance: Annotated[AcceptanceTable | None, BeforeValidator(_read_table)] = None
     order: Literal["grown", "blocks"] = "grown"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
@@ -184,6 +198,7 @@ class DySpec(Drafting, Method, slug="dyspec"):
 
             table = decoder.fit_acceptance(model, texts)
             DySpec(draft=small, acceptance=table)
+            Path("table.json").write_text(table.model_dump_json())      # and then acceptance="table.json"
 
         A pass of the draft a text. At each token of the target's, as many children as the budget allows are tried.
 
