@@ -39,6 +39,11 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (
             "intaglio.masks",
             "intaglio.masks.rules",
+            "intaglio.masks.rules.base",
+            "intaglio.masks.rules.positions",
+            "intaglio.masks.rules.tables",
+            "intaglio.masks.rules.combined",
+            "intaglio.masks.rules.scores",
             "intaglio.masks.named",
             "intaglio.masks.visibility",
             "intaglio.masks.step",

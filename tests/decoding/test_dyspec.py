@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import count, pairwise
@@ -20,14 +21,16 @@ from pydantic import ValidationError
 from transformers.generation.streamers import TextStreamer
 
 from intaglio.checkpoint import Checkpoint, load
-from intaglio.decoding.dyspec import DySpec, growth
-from intaglio.decoding.dyspec.acceptance import Acceptance
+from intaglio.cli.drafting import check_settings
+from intaglio.decoding.dyspec import AcceptanceTable, DySpec, growth
+from intaglio.decoding.dyspec.acceptance import BINS, EDGES, Acceptance, counted
 from intaglio.decoding.dyspec.growth import Grower
 from intaglio.decoding.dyspec.residual import Residual
 from intaglio.errors import IntaglioError
 from intaglio.verify import Speculative, Step, TokenTree
 from intaglio.verify.drafters import NGramStore
 from intaglio.verify.drafters.growing import Growing
+from intaglio.verify.drafters.ranks import draft_ranks
 from tests.conftest import TinyDir
 from tests.families import DECODERS, tiny_model, tiny_tokenizer
 from tests.verify.test_sampling import Toy, p_value
@@ -459,6 +462,130 @@ def test_chances_are_learnt_from_what_was_tried() -> None:
     assert found.accepted[found.tried.index(3)] == 2
 
 
+BIN = st.integers(0, 60).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n)))
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> AcceptanceTable:
+    bins = draw(st.lists(BIN, min_size=BINS, max_size=BINS))
+    return AcceptanceTable(tried=tuple(n for n, _ in bins), accepted=tuple(k for _, k in bins))
+
+
+@given(tables(), st.lists(st.floats(0, 1), min_size=2, max_size=12))
+def test_chances_never_fall_and_stay_chances(table: AcceptanceTable, shares: list[float]) -> None:
+    found = Acceptance(table)
+    at = sorted([*shares, *EDGES, *(math.nextafter(edge, 0) for edge in EDGES)])
+    chances = [found(share) for share in at]
+    assert all(0 <= chance <= 1 for chance in chances)
+    assert all(a <= b + 1e-12 for a, b in pairwise(chances))
+    assert found.table() == table
+
+
+@given(st.integers(0, BINS - 1), BIN, st.floats(0, 1))
+def test_bins_without_a_trial_give_the_draft_probability(seen: int, counts: tuple[int, int], share: float) -> None:
+    tried, accepted = (tuple(value if place == seen else 0 for place in range(BINS)) for value in counts)
+    found = Acceptance(AcceptanceTable(tried=tried, accepted=accepted))
+    low, high = ((counts[1] + 8 * edge) / (counts[0] + 8) for edge in ((0.0, *EDGES)[seen], (*EDGES, 1.0)[seen]))
+    place = bisect(EDGES, share)
+    if not counts[0]:
+        assert found(share) == share
+    elif place == seen:
+        assert found(share) == pytest.approx((counts[1] + 8 * share) / (counts[0] + 8))
+    else:  # as far as what was seen allows
+        assert found(share) == pytest.approx(min(share, low) if place < seen else max(share, high))
+
+
+def test_bins_that_contradict_each_other_are_pooled() -> None:
+    tried, accepted = [0] * BINS, [0] * BINS
+    tried[4], accepted[4] = 10, 9  # 0.2 to 0.35: nearly all
+    tried[6], accepted[6] = 20, 2  # 0.5 to 0.65: hardly any
+    found = Acceptance(AcceptanceTable(tried=tuple(tried), accepted=tuple(accepted)))
+    for share in (0.2, 0.3, 0.4, 0.6):
+        assert found(share) == pytest.approx((11 + 16 * share) / 46)
+    assert (found(0.1), found(0.7)) == pytest.approx((0.1, 0.7))
+    tried[6], accepted[6] = 2, 2
+    found = Acceptance(AcceptanceTable(tried=tuple(tried), accepted=tuple(accepted)))
+    for share in (0.2, 0.3, 0.6):
+        assert found(share) == pytest.approx((11 + 16 * share) / 28)
+
+
+def test_bins_without_a_trial_are_held_between_their_neighbours() -> None:
+    tried, accepted = [0] * BINS, [0] * BINS
+    tried[3], accepted[3] = 8, 6  # 0.1 to 0.2
+    tried[8], accepted[8] = 8, 8  # 0.8 to 0.9
+    found = Acceptance(AcceptanceTable(tried=tuple(tried), accepted=tuple(accepted)))
+    assert found(0.15) == pytest.approx((6 + 8 * 0.15) / 16)
+    assert found(0.85) == pytest.approx((8 + 8 * 0.85) / 16)
+    below, above = (6 + 8 * 0.2) / 16, (8 + 8 * 0.9) / 16
+    shares = (0.05, 0.3, 0.7, 0.93, 0.99)
+    assert [found(share) for share in shares] == pytest.approx([0.05, below, 0.7, above, 0.99])
+
+
+def test_a_greedy_text_is_counted_child_by_child() -> None:
+    laws = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
+
+    def table(most: int) -> AcceptanceTable:
+        return counted([(laws, [0, 2, 1])], most, lambda law_V: Residual(law_V, False, None))
+
+    def of(*pairs: tuple[float, bool]) -> AcceptanceTable:
+        found = Acceptance()
+        for share, hit in pairs:
+            found.count(share, hit)
+        return found.table()
+
+    # The second token is the third choice: .5, then .3 of .5, then all that is left; the third is none of the draft's.
+    assert table(9) == of((0.5, True), (0.5, False), (0.6, False), (1.0, True), (1.0, False))
+    assert table(2) == of((0.5, True), (0.5, False), (0.6, False), (1.0, False))
+    with pytest.raises(IntaglioError, match="at least one text with a continuation"):
+        counted([], 3, lambda law_V: Residual(law_V, False, None))
+
+
+def test_acceptance_fitted_beforehand() -> None:
+    model, draft = target("llama"), cousin("llama")
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": None}
+    expected = model.generate(prompt(6), **options)
+    texts = [(expected[0].tolist(), 7)]  # the first new token is the prefill's
+    chain = DySpec(draft=draft, budget=1, depth=1)
+    table = chain.fit_acceptance(model, texts)
+    assert sum(table.tried) == 19  # a token of the draft's at each
+    assert sum(table.accepted) == sum(rank == 0 for rank in draft_ranks(draft, texts[0]))
+    shapes = []
+    for acceptance in (None, table, AcceptanceTable.model_validate_json(table.model_dump_json())):
+        steps: list[Step] = []
+        decoder = DySpec(draft=draft, budget=9, acceptance=acceptance, on_step=steps.append)
+        assert torch.equal(model.generate(prompt(6), custom_generate=decoder, **options), expected)
+        shapes.append([list(step.tree.tokens) for step in steps if step.tree is not None])
+    assert shapes[0] != shapes[1] == shapes[2]
+    # Drawn children are counted as they are drawn.
+    drawn = DySpec(draft=draft, budget=1, draw="sample", seed=3)
+    assert drawn.fit_acceptance(model, texts) == drawn.fit_acceptance(model, texts) != table
+    with pytest.raises(IntaglioError, match="has a prompt of 0"):
+        chain.fit_acceptance(model, [([1, 2], 0)])
+
+
+def test_a_table_from_a_file(tmp_path: Path) -> None:
+    table = AcceptanceTable(tried=(5,) * BINS, accepted=(1,) * BINS)
+    file = tmp_path / "table.json"
+    file.write_text(table.model_dump_json())
+    assert DySpec(draft="x", acceptance=file).acceptance == table  # type: ignore[arg-type]
+    assert check_settings("dyspec", {"draft": "x", "acceptance": str(file)}).model_dump()["acceptance"] == (
+        table.model_dump()
+    )
+    file.write_text("{")
+    for name, says in ((file, "is no JSON file with a table"), (tmp_path / "none", "cannot read the table .*No such")):
+        with pytest.raises(IntaglioError, match=says) as caught:
+            check_settings("dyspec", {"draft": "x", "acceptance": str(name)})
+        assert "\n" not in str(caught.value)
+
+
+def test_what_is_learnt_is_added_to_the_table() -> None:
+    model, table = target("llama"), AcceptanceTable(tried=(5,) * BINS, accepted=(1,) * BINS)
+    decoder = DySpec(draft=cousin("llama"), budget=6, calibrate=True, carry_over=True, acceptance=table)
+    model.generate(prompt(6), do_sample=False, max_new_tokens=9, eos_token_id=None, custom_generate=decoder)
+    assert sum(decoder._learnt.tried) > 5 * BINS
+    assert decoder.acceptance == table
+
+
 def test_learnt_chances_change_the_trees() -> None:
     model, shapes = target("llama"), []
     for calibrate in (False, True):
@@ -503,6 +630,9 @@ def test_the_papers_constants() -> None:
         ({"draft": "x", "algorithm": "threshold", "threshold": 1.5}, "less than or equal to 1"),
         ({"draft": "x", "threshold": 0.1}, "threshold belongs to algorithm: threshold"),
         ({"draft": "x", "carry_over": True}, "carry_over keeps what calibrate learns"),
+        ({"draft": "x", "acceptance": {"tried": [1] * 10, "accepted": [0] * 10}}, "at least 11 items"),
+        ({"draft": "x", "acceptance": {"tried": [1] * 11, "accepted": [-1] * 11}}, "greater than or equal to 0"),
+        ({"draft": "x", "acceptance": {"tried": [1] * 11, "accepted": [2] * 11}}, "bin 0 has 2 tokens accepted of 1"),
         ({"draft": "x", "temperature": 0.0}, "greater than 0"),
         ({"draft": "x", "draw": "beam"}, "'auto', 'sample' or 'top'"),
         ({"draft": tiny_model("llama", layers=1), "ngram": True}, "give it their name"),

@@ -7,11 +7,13 @@ import dataclasses
 import pickle
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.decoding.dyspec import DySpec
 from intaglio.errors import IntaglioError
 from intaglio.evidence import dyspec
 from intaglio.evidence.dyspec import DRAFTS, EXPERIMENTS, FRESH, METHODS, NODES, SECONDS, TOKENS, Drafted, Part
@@ -60,7 +62,7 @@ def test_end_to_end(tmp_path: Path) -> None:
     document = prove("dyspec", experiment=quick, directory=tmp_path)
     assert document["verdict"] in ("holds", "fails", "underpowered", "inconclusive")
     assert set(document["arms"]) == set(METHODS)
-    assert len(document["secondaries"]) == 13
+    assert len(document["secondaries"]) == 14
     for run in document["runs"]:
         values = run["outcome"]["values"]
         assert set(values) == {TOKENS, FRESH, DRAFTS, SECONDS}
@@ -99,6 +101,18 @@ def test_the_fixed_tree_is_the_best_on_the_fitting_prompts_alone() -> None:
     assert warm.expected(chances) >= dyspec.shape(world, "widths", NODES, True, new).expected(chances)
 
 
+def test_acceptance_is_fitted_on_the_same_text_as_the_trees() -> None:
+    world, new = Tiny(), 12
+    drafter = cast(DySpec, dyspec.make("dyspec-fitted", world, new))
+    table = drafter.acceptance
+    assert table is not None
+    ranks = [rank for of_text in dyspec._ranks(world, new) for rank in of_text]
+    # A choice is tried where all before it were wrong.
+    assert sum(table.tried) == sum(min(rank + 1, NODES) for rank in ranks)
+    assert sum(table.accepted) == sum(rank < NODES for rank in ranks)
+    assert [name for name, arm in METHODS.items() if arm.fitted] == ["dyspec-fitted"]
+
+
 def test_the_sets_of_prompts_share_nothing(corpus_file: Path, tmp_path: Path) -> None:
     model = str(tiny_checkpoint_dir("llama", tmp_path / "tiny", layers=1))
     world = Drafted(
@@ -125,6 +139,11 @@ def test_the_claim() -> None:
     assert chosen is EXPERIMENTS["cpu"]
     assert (chosen.baseline, chosen.method, chosen.delta, chosen.tier) == ("fixed", "dyspec", 0.1, "cpu")
     assert (chosen.metric, chosen.direction, chosen.design) == (TOKENS, "higher", "independent")
+    first = chosen.secondaries[0]
+    assert (first.baseline, first.method, first.metric) == ("fixed", "dyspec-fitted", TOKENS)
+    assert METHODS["dyspec-fitted"] == dataclasses.replace(
+        METHODS["dyspec"], what=METHODS["dyspec-fitted"].what, fitted=True
+    )
     assert METHODS["fixed"].nodes == METHODS["dyspec"].nodes == NODES == 32
     assert not any(METHODS[arm].warm for arm in ("fixed", "dyspec"))
     there = pickle.loads(pickle.dumps(chosen))

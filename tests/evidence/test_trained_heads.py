@@ -12,11 +12,13 @@ import torch
 
 from intaglio.decoding.chimera import Chimera
 from intaglio.decoding.hidden_transfer import HiddenTransfer
+from intaglio.errors import IntaglioError
 from intaglio.evidence import chimera, hidden_transfer, trained_heads
 from intaglio.evidence.experiment import Experiment, Unit
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.trained_heads import NODES, SECONDS, TOKENS, Arm, Training, accepted, matched, medusa_heads, size
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
+from intaglio.heads.own_text import prompts_of
 from intaglio.heads.shape import assumed
 from intaglio.verify.drafters.medusa import MedusaHeads
 from tests.families import tiny_checkpoint_dir, tiny_model
@@ -31,7 +33,9 @@ def small(tmp_path_factory: pytest.TempPathFactory, corpus_file: Path) -> SmolLM
 
 
 @pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("slow"):
+        return  # those see the bundled texts
     monkeypatch.setenv("INTAGLIO_HOME", str(tmp_path / "home"))
     trained_heads._ready.clear()
 
@@ -81,6 +85,21 @@ def test_all_arms_say_the_same_and_heads_are_trained_once(
     assert trainer.drafter("chimera")[1] > 0
     with pytest.raises(Exception, match="prompt 3 was asked for; the world has 3"):
         trained_heads.Continue(small, training, "test", tuple(two.items()), 4)("chimera", Unit("run", 3), 0)
+
+
+def test_as_many_texts_are_written_as_the_claim_says(small: SmolLM2Wikipedia) -> None:
+    assert len(dataclasses.replace(QUICK, texts=5).examples(small)) == 5
+    with pytest.raises(IntaglioError, match=r"gives \d+ prompts; 9999 texts are to be written"):
+        dataclasses.replace(QUICK, texts=9999).examples(small)
+
+
+@pytest.mark.slow
+def test_the_articles_give_as_many_prompts_as_the_claims_ask_for() -> None:
+    training, texts = Training(), trained_heads.WORLD.part("calibration")
+    assert len(texts) < training.texts
+    prompts = prompts_of(trained_heads.WORLD.load(), texts, training.prompt, training.texts)
+    assert [len(ids) for ids in prompts] == [training.prompt] * training.texts
+    assert len(set(map(tuple, prompts))) == training.texts
 
 
 @pytest.mark.parametrize("vocabulary", [160, 4000])

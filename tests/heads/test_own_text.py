@@ -12,7 +12,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
 from intaglio.heads import own_text as module
-from intaglio.heads.own_text import own_text, prompts_of
+from intaglio.heads.own_text import own_text, prompts_of, to_go_on_from
 from tests.families import EOS, tiny_model, tiny_tokenizer
 
 PROMPTS = [[9, 30, 31], [32, 9], [30, 31, 32, 9], [40], [41, 42]]
@@ -86,6 +86,21 @@ def test_prompts_are_the_first_tokens_of_documents(checkpoint: Checkpoint) -> No
     checkpoint.tokenizer.chat_template = None
     with pytest.raises(IntaglioError, match="has no chat template; leave chat out"):
         prompts_of(checkpoint, texts, 3, 2, chat=True)
+
+
+def test_long_documents_give_as_many_prompts_as_are_asked_for(checkpoint: Checkpoint) -> None:
+    paragraphs = [f"the quick brown fox {' jumps' * number}" + " and then the dog sleeps" * 60 for number in range(9)]
+    long, other = "\n\n".join(paragraphs[:6]), "\n\n".join(paragraphs[6:])
+    texts = Corpus("articles", (long, other))
+    assert to_go_on_from(texts, 2) is texts  # there are enough documents
+    pieces = to_go_on_from(texts, 3)
+    assert sorted(pieces.documents) == sorted(paragraphs)
+    for most, count in ((2, 2), (3, 3), (7, 7), (99, 9)):
+        assert len(prompts_of(checkpoint, texts, 4, most)) == count
+    assert len(prompts_of(checkpoint, texts, 4, 7, chat=True)) == 2  # a user's turn is whole
+    starts = prompts_of(checkpoint, texts, 40, 7)
+    whole = [checkpoint.tokenizer(text)["input_ids"][:40] for text in paragraphs]
+    assert all(ids in whole for ids in starts)
 
 
 def test_what_cannot_be_continued(checkpoint: Checkpoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from intaglio.verify import attention
-from intaglio.verify.cache import ROOM, roomy
-from intaglio.verify.reader import Reader, stack
+from intaglio.verify.cache import ROOM, drop_last, is_windowed, roomy
+from intaglio.verify.reader import Reader, as_taken, stack
+from intaglio.verify.statistics import Statistics
 from intaglio.verify.tree import TokenTree
 from tests.verify.toys import prompt, target
 
@@ -113,3 +115,42 @@ def test_a_roomy_layer_writes_in_place_and_can_be_copied() -> None:
     assert cache.layers[0].keys.data_ptr() != place
     assert other.get_seq_length() == 5 + ROOM
     assert torch.equal(other.layers[0].keys, cache.layers[0].keys[:, :, :-1])
+
+
+def test_the_last_slots_are_dropped_and_no_more() -> None:
+    config = target("mistral_window").config
+    for cache in (DynamicCache(config=config), roomy()):
+        layers = cache.layers
+        for index in range(2):
+            cache.update(torch.arange(6.0).view(1, 1, 6, 1), torch.arange(6.0).view(1, 1, 6, 1), index)
+        if is_windowed(cache):
+            cache.activate_past_recording()
+            for index in range(2):
+                cache.update(torch.arange(6.0, 10).view(1, 1, 4, 1), torch.arange(6.0, 10).view(1, 1, 4, 1), index)
+        before = [layer.keys.flatten().tolist() for layer in layers[:2]]
+        length = cache.get_seq_length()
+        drop_last(cache.layers, 0)
+        assert cache.get_seq_length() == length
+        drop_last(cache.layers[1:2], 3)
+        assert [layer.keys.flatten().tolist() for layer in layers[:2]] == [before[0], before[1][:-3]]
+        assert (cache.get_seq_length(0), cache.get_seq_length(1)) == (length, length - 3)
+        drop_last(cache.layers, 1)
+        assert layers[1].values.flatten().tolist() == before[1][:-4]
+    drop_last(DynamicCache(config=config).layers, 2)  # nothing is there
+
+
+def test_a_mask_as_attention_takes_it() -> None:
+    seen = torch.tensor([[True, False]])
+    for name in ("sdpa", "intaglio_sdpa", "flex_attention"):
+        assert as_taken(seen, name, torch.float32) is seen
+    for name in ("eager", "intaglio_eager"):
+        assert as_taken(seen, name, torch.bfloat16).tolist() == [[0.0, torch.finfo(torch.bfloat16).min]]
+
+
+def test_a_pass_is_booked() -> None:
+    found = Statistics()
+    start = time.perf_counter()
+    for rows in (3, 2):
+        found.book(rows, start, torch.device("cpu"))
+    assert (found.passes, found.row_passes) == (2, 5)
+    assert 0 < found.model_seconds <= 2 * (time.perf_counter() - start)

@@ -4,7 +4,8 @@ A run is a prompt: a piece of a Wikipedia article or of a Python file, by turns.
 model and go on from the same prompts, greedily but for those that say otherwise. The fixed trees are fitted on prompts
 of the same kinds that no run goes on from, and that the draft model was not trained on: the target's text there says
 which of the draft's choices was right at each token, and from that follows exactly how many passes any fixed tree would
-have taken.
+have taken. DySpec itself is not fitted: it takes the draft's probabilities for chances of acceptance. Whether that is
+why it wins or loses is told by an arm whose chances are counted on the same text.
 
 Greedy text of a small model falls into loops, so tokens a pass are also given up to where the text begins to repeat
 itself.
@@ -16,14 +17,13 @@ import time
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any, Literal, Protocol, cast
 
 import torch
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.python_source import source_files
-from intaglio.decoding.dyspec import DySpec
+from intaglio.decoding.dyspec import AcceptanceTable, DySpec
 from intaglio.errors import IntaglioError
 from intaglio.evidence.continuing import Generated, loop_start, parameters
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Unit, digest
@@ -32,11 +32,11 @@ from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
 from intaglio.measures.memory import peak_memory
 from intaglio.verify.drafters.draft_model import DraftModel
-from intaglio.verify.drafters.growing import Law, draft_law
+from intaglio.verify.drafters.growing import law_of
 from intaglio.verify.drafters.ranks import Text, draft_ranks, sampled_shares, shares
 from intaglio.verify.drafters.shapes import Shape, best, by_widths, chain, widths_within
 from intaglio.verify.loop import Speculative
-from intaglio.verify.protocols import Drafter, Run, Step
+from intaglio.verify.protocols import Drafter, Step
 
 TOKENS = "tokens a pass"
 FRESH = "tokens a pass before a loop"
@@ -155,6 +155,8 @@ class Arm:
         warm: tokens are drawn at temperature 0.6. Default false: greedy.
         tree: `fixed`, the best of all fixed trees on the fitting prompts; `widths`, the best with as many children at
             every node of a level; `chain`. Default "": DySpec.
+        fitted: DySpec's chances of acceptance are counted on the fitting prompts. Default false: they are the draft's
+            probabilities.
         fields: of DySpec, as pairs; everything else is its default.
     """
 
@@ -162,6 +164,7 @@ class Arm:
     nodes: int = NODES
     warm: bool = False
     tree: Literal["", "fixed", "widths", "chain"] = ""
+    fitted: bool = False
     fields: tuple[tuple[str, Any], ...] = ()
 
 
@@ -172,11 +175,14 @@ _BEST = (
 METHODS: dict[str, Arm] = {
     "fixed": Arm(f"{_BEST}; {NODES} nodes", tree="fixed"),
     "dyspec": Arm(f"DySpec's heap, {NODES} nodes, its other defaults (the likeliest children in order)"),
-    "dyspec-drawn": Arm(
-        "the same with children drawn at temperature 0.6, as in the paper", fields=(("draw", "sample"),)
+    "dyspec-fitted": Arm(
+        "the same with chances of acceptance counted, by the draft's probability, on the prompts that the fixed trees "
+        "are fitted on",
+        fitted=True,
     ),
-    "dyspec-threshold": Arm("the same by the threshold 1/32, level by level", fields=(("algorithm", "threshold"),)),
-    "dyspec-learnt": Arm("the same with acceptance learnt on the way", fields=(("calibrate", True),)),
+    "dyspec-drawn": Arm("DySpec with children drawn at temperature 0.6, as in the paper", fields=(("draw", "sample"),)),
+    "dyspec-threshold": Arm("DySpec by the threshold 1/32, level by level", fields=(("algorithm", "threshold"),)),
+    "dyspec-learnt": Arm("DySpec with acceptance learnt on the way", fields=(("calibrate", True),)),
     "chain": Arm(f"one chain of {NODES} tokens", tree="chain"),
     "k-ary": Arm("SpecInfer's trees: the best widths on the fitting prompts", tree="widths"),
     "fixed-16": Arm("the best fixed tree of 16 nodes", 16, tree="fixed"),
@@ -256,7 +262,10 @@ def make(arm: str, world: World, new: int) -> Drafter:
     spec, draft = METHODS[arm], world.draft().model
     if spec.tree:
         return DraftModel(draft, shape=shape(world, spec.tree, spec.nodes, spec.warm, new).parents)
-    return cast(Drafter, DySpec(draft=draft, budget=spec.nodes, **dict(spec.fields)))
+    fields = dict(spec.fields)
+    if spec.fitted:
+        fields["acceptance"] = _acceptance(world, spec.nodes, new)
+    return cast(Drafter, DySpec(draft=draft, budget=spec.nodes, **fields))
 
 
 @lru_cache(maxsize=16)
@@ -290,22 +299,28 @@ def _chances(world: World, warm: bool, new: int) -> tuple[float, ...]:
     """How often each of the draft's choices is the right one on the fitting prompts."""
     if not warm:
         return tuple(shares(_ranks(world, new), RANKS))
-    draws, law = torch.Generator().manual_seed(0), _law(world)
+    draws, law = torch.Generator().manual_seed(0), law_of(WARM)
     target, draft = world.target().model, world.draft().model
     return tuple(sampled_shares(target, draft, list(_said(world, True, new)), law, law, RANKS, draws))
 
 
-def _law(world: World) -> Law:
-    """What both models draw from at temperature 0.6."""
-    config = SimpleNamespace(temperature=WARM, top_k=0, top_p=1.0)
-    return draft_law(Run(world.target().model, ((0,),), True, config, 1))
+@lru_cache(maxsize=4)
+def _acceptance(world: World, nodes: int, new: int) -> AcceptanceTable:
+    """What became of the draft's choices on the fitting prompts, by their probability."""
+    decoder = DySpec(draft=world.draft().model, budget=nodes)
+    return decoder.fit_acceptance(world.target().model, _drafted(world, new))
 
 
 @lru_cache(maxsize=2)
 def _ranks(world: World, new: int) -> list[list[int]]:
     draft = world.draft().model
+    return [draft_ranks(draft, text) for text in _drafted(world, new)]
+
+
+def _drafted(world: World, new: int) -> list[Text]:
+    """What the target says greedily after the fitting prompts, as far as it can be drafted."""
     # The first new token is the prefill's: no tree is tried for it.
-    return [draft_ranks(draft, (ids, start + 1)) for ids, start in _said(world, False, new)]
+    return [(ids, start + 1) for ids, start in _said(world, False, new)]
 
 
 @lru_cache(maxsize=4)
@@ -382,6 +397,7 @@ def experiment(world: Any, new: int = NEW) -> Experiment:
         "say 16 or 64; the greedy ones emit the same text. Fixed trees are fitted on prompts of the same kinds, none "
         "of them a run's; DySpec is not fitted.",
         secondaries=(
+            Secondary("acceptance fitted on the same prompts as the trees", "fixed", "dyspec-fitted", TOKENS, "higher"),
             Secondary("before the text loops", "fixed", "dyspec", FRESH, "higher"),
             Secondary("draft passes a token", "fixed", "dyspec", DRAFTS),
             Secondary("seconds a token", "fixed", "dyspec", SECONDS),

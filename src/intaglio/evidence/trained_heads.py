@@ -1,9 +1,10 @@
 """What claims about trained heads share: the text they learn from, training, tuning, and decoding.
 
-Every arm is trained on the same text, written by the target itself behind the first tokens of Wikipedia articles of the
-calibration set, for as many tokens; its learning rate is the best of the same few, each tried for the same few steps,
-by what its own best tree is expected to accept on texts that no arm is trained on. Every arm verifies trees of as many
-nodes, made from its own measured chances on those texts. Heads are stored in bfloat16.
+Every arm is trained on the same text, written by the target itself behind the first tokens of pieces of Wikipedia
+articles of the calibration set (there are far fewer articles than texts), for as many tokens; its learning rate is the
+best of the same few, each tried for the same few steps, by what its own best tree is expected to accept on texts that
+no arm is trained on. Every arm verifies trees of as many nodes, made from its own measured chances on those texts.
+Heads are stored in bfloat16.
 
 A run is a prompt: the first tokens of a Wikipedia article of the evaluation set, and those of a Python file for the
 shifted text. Dimension letters: V vocabulary, D width.
@@ -26,9 +27,9 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
 from intaglio.evidence.continuing import go_on, loop_start, parameters, shifted_prompt
-from intaglio.evidence.experiment import Cost, Outcome, Stage, Unit
+from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Stage, Unit
 from intaglio.evidence.worlds.made import code_of, made
-from intaglio.evidence.worlds.smollm2 import Part, Windows
+from intaglio.evidence.worlds.smollm2 import Part, SmolLM2Wikipedia, Windows
 from intaglio.heads.method import TrainedHeads, split
 from intaglio.heads.objective import measured_chances, train_heads
 from intaglio.heads.own_text import own_text, prompts_of
@@ -67,7 +68,8 @@ class Training:
     """What every arm of an experiment is trained on and with.
 
     Args:
-        texts: that the target writes. Default 400.
+        texts: that the target writes, one a piece of about 2,000 characters of the world's documents where there are
+            fewer documents. Default 400.
         prompt: tokens of each that are given. Default 32.
         length: tokens of each. Default 160.
         epochs: over them. Default 1.
@@ -91,9 +93,16 @@ class Training:
 
         Args:
             world: whose calibration set prompts are taken from.
+
+        Raises:
+            IntaglioError: the set gives fewer prompts than texts are to be written.
         """
         target = world.load()
         prompts = prompts_of(target, world.part("calibration"), self.prompt, self.texts)
+        if len(prompts) < self.texts:
+            raise IntaglioError(
+                f"the calibration set gives {len(prompts)} prompts; {self.texts} texts are to be written"
+            )
         return own_text(target, prompts, tokens=self.length - self.prompt, seed=SEED)
 
 
@@ -378,3 +387,66 @@ def extra_flops(target: Checkpoint, arm: Arm, rows: int, own: int) -> float:
     parts = anatomy(target.model)
     block = sum(p.numel() for p in parts.blocks[-1].parameters())
     return 2.0 * rows * (own + sum(block * (len(parts.blocks) - layer) for layer in layers(len(parts.blocks))))
+
+
+def against_medusa(
+    slug: str,
+    name: str,
+    arms: Mapping[str, Arm],
+    secondaries: tuple[Secondary, ...],
+    parity: str,
+    world: SmolLM2Wikipedia,
+    training: Training,
+    new: int = NEW,
+) -> Experiment:
+    """The claim of a method with trained heads: more tokens a pass than Medusa heads.
+
+    Args:
+        slug: the method's, and the name of its arm.
+        name: the method's in the claim.
+        arms: by name; `medusa` and the method's own are among them.
+        secondaries: behind those that all such claims share.
+        parity: as in `Experiment`.
+        world: target and texts.
+        training: of all arms.
+        new: tokens that are generated. Default 96.
+    """
+    return Experiment(
+        slug=slug,
+        claim=f"On SmolLM2-135M going on greedily from Wikipedia articles, {name} emits more tokens a pass than Medusa "
+        f"heads of as many parameters, by more than 0.1, when both verify {NODES} drafted tokens a pass and were "
+        "trained on the same text.",
+        metric=TOKENS,
+        unit="tokens a pass",
+        direction="higher",
+        delta=0.1,
+        design="independent",
+        factors=("prompt",),
+        arms={arm: chosen.what for arm, chosen in arms.items()},
+        baseline="medusa",
+        method=slug,
+        parity=parity,
+        equal=("tokens",),
+        secondaries=(
+            Secondary("before the text loops", "medusa", slug, FRESH, "higher"),
+            Secondary("shifted text: Python files", "medusa", slug, SHIFTED, "higher"),
+            Secondary("seconds a token", "medusa", slug, SECONDS),
+            *secondaries,
+        ),
+        run_unit=Continue(world, training, slug, tuple(arms.items()), new),
+        pilot_runs=min(world.documents_pilot, 10),
+        most_runs=min(world.documents_run, 60),
+        threads=1,
+        settings={
+            "world": asdict(world),
+            "training": {**asdict(training), "rates": list(training.rates)},
+            "texts begin with": "the first tokens of pieces of about 2,000 characters of the calibration articles",
+            "new tokens": new,
+            "nodes": NODES,
+            "arms": {arm: chosen.plain() for arm, chosen in arms.items()},
+        },
+    )
+
+
+WORLD = SmolLM2Wikipedia(documents_run=60, documents_pilot=10, tokens=64)
+"""Of the claims."""

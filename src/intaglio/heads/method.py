@@ -17,7 +17,7 @@ from intaglio.errors import IntaglioError
 from intaglio.heads.fingerprint import fingerprint
 from intaglio.heads.losses import ROWS
 from intaglio.heads.objective import LENGTH, measured_chances, train_heads
-from intaglio.heads.own_text import own_text, prompts_of
+from intaglio.heads.own_text import own_text, prompts_of, to_go_on_from
 from intaglio.heads.shape import Picker, Shape, assumed, likely
 from intaglio.method import Cost, Progress, Workload, silent
 from intaglio.trainer.protocols import Example
@@ -55,7 +55,8 @@ class TrainedHeads(BaseModel):
     """Whether heads are trained on what the model itself writes behind the first tokens of the texts (default), or on
     the texts as they are."""
     samples: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
-    """Texts that are used at the most. Default 1,000."""
+    """Texts that are used at the most. Where the model writes and there are fewer documents, it goes on from pieces of
+    about 2,000 characters of them, but with `chat`. Default 1,000."""
     prompt: Annotated[int, Field(ge=1, le=100_000)] = 32
     """Tokens of a text that the model goes on from. Default 32."""
     text_temperature: Annotated[float, Field(ge=0, le=100)] = 0.7
@@ -330,7 +331,8 @@ class TrainedHeads(BaseModel):
             texts: what prompts are taken from.
         """
         length = LENGTH if self.length is None else self.length
-        rows = min(self.samples, len(texts))
+        pieces = self.own_text and not self.chat
+        rows = min(self.samples, len(to_go_on_from(texts, self.samples) if pieces else texts))
         written = rows * max(0, length - self.prompt) if self.own_text else 0
         trained = self.epochs * rows * length
         if self.steps is not None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from intaglio import writer
 from intaglio.checkpoint import Checkpoint
 from intaglio.data import assets
-from intaglio.data.texts import Corpus
+from intaglio.data.texts import Corpus, cut_at_blank_lines
 from intaglio.errors import IntaglioError
 from intaglio.method import Progress, silent
 from intaglio.trainer.causal import IGNORED
@@ -33,12 +33,27 @@ FOLDER = "own-text"
 FORMAT = 1
 
 
+def to_go_on_from(texts: Corpus, most: int) -> Corpus:
+    """The texts that prompts are taken from: the documents, or pieces of them where prompts would be fewer than wanted.
+
+    A corpus of some long articles would otherwise give one prompt an article, however many are asked for.
+
+    Args:
+        texts: documents.
+        most: prompts; with fewer documents, each is cut at blank lines into pieces of about 2,000 characters.
+    """
+    if len(texts) >= most:
+        return texts
+    return Corpus(texts.name, tuple(piece for text in texts.documents for piece in cut_at_blank_lines(text)))
+
+
 def prompts_of(checkpoint: Checkpoint, texts: Corpus, tokens: int, most: int, chat: bool = False) -> list[list[int]]:
     """Prompts: the first tokens of documents, in the order of the documents' hashes.
 
     Args:
         checkpoint: its tokenizer is used.
-        texts: documents; with fewer tokens than a prompt has they are taken whole.
+        texts: documents, or with fewer than `most` of them their pieces (`to_go_on_from`; never with `chat`); with
+            fewer tokens than a prompt has they are taken whole.
         tokens: of a prompt at the most, before the chat template.
         most: prompts.
         chat: whether each is put into the tokenizer's chat template as a user's turn.
@@ -51,6 +66,7 @@ def prompts_of(checkpoint: Checkpoint, texts: Corpus, tokens: int, most: int, ch
         raise IntaglioError(f"{checkpoint.source or 'the checkpoint'} has no tokenizer, so it can read no prompts")
     if chat and not getattr(tokenizer, "chat_template", None):
         raise IntaglioError(f"the tokenizer of {checkpoint.source} has no chat template; leave chat out")
+    texts = texts if chat else to_go_on_from(texts, most)
     # By hash: the first so many documents of a corpus are often about one thing.
     drawn = sorted(zip(texts.hashes, texts.documents, strict=True))[:most]
     found: list[list[int]] = []

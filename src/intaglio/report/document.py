@@ -2,9 +2,10 @@
 
 A document is a plain dict, the same that is written as `report.json`. There are three: `carve` (`before`, `after`,
 `steps`), `compare` (`a`, `b`) and `demo` (`dense`, `variants`). A SIDE is what was measured on one checkpoint:
-`perplexity`, `bits_per_byte`, `kl_mean` (nats a token, against the original), `top1_agreement`, `cosine` (encoders),
-`zero_fraction` (layer to share), `bytes`, `prefill_tokens_per_s`, `decode_tokens_per_s`, `peak_memory_bytes`,
-`parameters`. A number that is null, missing or not finite is shown as a dash, with the reason where it is known.
+`perplexity`, `bits_per_byte`, `kl_mean` (nats a token, against the original), `top1_agreement`, `cosine` (see
+`has_cosine`), `zero_fraction` (layer to share), `bytes`, `prefill_tokens_per_s`, `decode_tokens_per_s`,
+`peak_memory_bytes`, `parameters`. A number that is null, missing or not finite is shown as a dash, with the reason
+where it is known.
 
 A step or variant may bring `defaults` (field to default value): the parameters that differ from them are shown, the
 others are folded away. Without `defaults`, those that are not null are shown.
@@ -94,10 +95,10 @@ def value_of(side: Document, key: str) -> float | None:
     return share(side.get(key)) if key == "top1_agreement" else finite(side.get(key))
 
 
-def is_encoder(sides: Iterable[Document]) -> bool:
-    """Whether one of these predicts no next token (an encoder, a decoder that labels words or sees both ways).
+def has_cosine(sides: Iterable[Document]) -> bool:
+    """Whether one of these has a cosine in the place of a perplexity, as it predicts no next token.
 
-    It then has a cosine and no perplexity.
+    An encoder does not, nor does a decoder that labels words or sees both ways.
 
     Args:
         sides: of one document.

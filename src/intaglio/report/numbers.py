@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from intaglio.report.document import Document, finite, is_encoder, value_of
+from intaglio.report.document import Document, finite, has_cosine, value_of
 
 
 def plain_number(value: float) -> str:
@@ -168,19 +168,19 @@ def _lower(name: str) -> str:
     return name if name[1].isupper() else name[0].lower() + name[1:]
 
 
-def cell_of(side: Document, measure: Measure, encoder: bool, original: bool) -> Cell:
+def cell_of(side: Document, measure: Measure, cosine: bool, original: bool) -> Cell:
     """One measure of a SIDE in words.
 
     Args:
         side: see `document`.
         measure: which.
-        encoder: whether the document is of encoders.
+        cosine: whether a side of the document has one (`has_cosine`).
         original: whether the side is what others are held against.
     """
     value = value_of(side, measure.key)
     if value is not None:
         return Cell(measure.show(value))
-    if encoder and measure.text:
+    if cosine and measure.text:
         return Cell("-", f"no {_lower(measure.name)}: predicts no next token")
     if original and measure.key in ("kl_mean", "top1_agreement", "cosine"):
         return Cell("-", "the original")
@@ -219,21 +219,21 @@ def measures_of(sides: Sequence[Document]) -> list[Measure]:
     Args:
         sides: of one document.
     """
-    encoder = is_encoder(sides)
-    return [measure for measure in MEASURES if encoder or measure.key != "cosine"]
+    cosine = has_cosine(sides)
+    return [measure for measure in MEASURES if cosine or measure.key != "cosine"]
 
 
 def rows(before: Document, after: Document) -> list[Row]:
-    """Return every measure of two SIDEs, in order, with what changed; `cosine` only for encoders.
+    """Return every measure of two SIDEs, in order, with what changed; `cosine` only where one has it.
 
     Args:
         before: the SIDE that is the reference.
         after: the other.
     """
-    encoder = is_encoder((before, after))
+    cosine = has_cosine((before, after))
     found = []
     for measure in measures_of((before, after)):
-        old, new = cell_of(before, measure, encoder, original=True), cell_of(after, measure, encoder, original=False)
+        old, new = cell_of(before, measure, cosine, original=True), cell_of(after, measure, cosine, original=False)
         if old.why and old.why == new.why:
             found.append(Row(measure, Cell("-"), Cell("-"), Change(old.why)))
         else:

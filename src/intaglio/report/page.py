@@ -22,8 +22,8 @@ from intaglio.report.document import (
     best_variants,
     checked,
     fractions_of,
+    has_cosine,
     is_best,
-    is_encoder,
     reference_of,
     shares_of,
     short_name,
@@ -325,14 +325,14 @@ def demo_page(document: Document) -> str:
     document = checked(document, "demo")
     dense, variants = document["dense"], document["variants"]
     sides = (dense, *variants)
-    encoder = is_encoder(sides)
+    cosine = has_cosine(sides)
     told = [measure for measure in measures_of(sides) if measure.key != "parameters"]
     measures = [measure for measure in told if any(value_of(side, measure.key) is not None for side in sides)]
     lines = [
         {
             "name": "Dense" if side is dense else short_name(side),
             "amount": "" if side is dense else str(side.get("amount", "")),
-            "cells": [cell_of(side, measure, encoder, original=side is dense) for measure in measures],
+            "cells": [cell_of(side, measure, cosine, original=side is dense) for measure in measures],
             "seconds": side.get("seconds"),
             "best": side is not dense and is_best(document, side),
         }

@@ -14,13 +14,14 @@
 - `reader.py`: a model with its cache: positions, masks by layer type, ragged rows; `cache.py`: keeping its rows;
   `attention.py`: grouped heads under a mask
 - `request.py`: what `generate` asks for and what is refused; `rows.py`: a row as it grows, and what ends it
-- `statistics.py`: what a run cost
+- `output.py`: what is returned, and the streamer; `statistics.py`: what a run cost
 - `drafters/`: the plain drafters
 """
 
 from __future__ import annotations
 
-from intaglio.verify.loop import Speculative, SpeculativeOutput
+from intaglio.verify.loop import Speculative
+from intaglio.verify.output import SpeculativeOutput
 from intaglio.verify.protocols import Drafter, Pass, PassingSession, RowSession, Run, Session, Step, by_row
 from intaglio.verify.statistics import Statistics
 from intaglio.verify.tree import TokenTree, chain, root_only, trie

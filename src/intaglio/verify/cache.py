@@ -13,7 +13,7 @@ Dimension letters: B rows, H heads, K slots, D width of a head, M rows moved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -110,6 +110,22 @@ def stop_recording(cache: DynamicCache) -> None:
     for layer in cache.layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.record_past = False
+
+
+def drop_last(layers: Iterable[Any], count: int) -> None:
+    """Drop the last slots of some layers, and nothing else.
+
+    `crop` would also cut a windowed layer down to its window, and a later crop could not have the rows back.
+
+    Args:
+        layers: of a dynamic cache; recording, where they are windowed. Those that hold nothing stay so.
+        count: slots, at least 0.
+    """
+    for layer in layers:
+        if count and layer.is_initialized and layer.keys.numel():
+            layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length -= count
 
 
 def _filled(cache: DynamicCache) -> list[Any]:

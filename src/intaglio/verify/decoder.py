@@ -11,7 +11,8 @@ from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from intaglio.verify.loop import Speculative, SpeculativeOutput
+from intaglio.verify.loop import Speculative
+from intaglio.verify.output import SpeculativeOutput
 from intaglio.verify.protocols import Drafter, Step
 from intaglio.verify.statistics import Statistics
 

@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from intaglio.anatomy import CACHE
 from intaglio.errors import IntaglioError
-from intaglio.verify.cache import is_windowed, release, stop_recording
+from intaglio.verify.output import SpeculativeOutput, as_asked, gathered, going, streaming
 from intaglio.verify.protocols import Drafter, Pass, PassingSession, Run, Step
 from intaglio.verify.reader import Reader, stack
 from intaglio.verify.request import Request, read_request
@@ -33,17 +30,6 @@ from intaglio.verify.rows import Row, end_together
 from intaglio.verify.statistics import Statistics
 from intaglio.verify.tree import TokenTree, root_only
 from intaglio.verify.walk import Chooser, walk
-
-
-@dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `return_dict_in_generate=True` returns: stock fields, and the run's statistics.
-
-    Attributes:
-        statistics: counts and seconds of the run.
-    """
-
-    statistics: Statistics | None = None
 
 
 class Speculative:
@@ -107,37 +93,16 @@ class Speculative:
         """
         request = read_request(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         rows = request.ids_BP.shape[0]
-        if rows > 1 and self.streamer is not None:
-            raise IntaglioError(f"a streamer was given with {rows} rows; it is accepted with one row")
         config = generation_config
         if rows > 1 and config.return_dict_in_generate and (config.output_scores or config.output_logits):
             raise IntaglioError(
                 f"output_scores or output_logits was asked for with {rows} rows, which end after unlike numbers of "
                 "passes; it is accepted with one row"
             )
-        try:
-            if self.streamer is not None:
-                self.streamer.put(request.ids_BP.cpu())
-            with torch.inference_mode():
-                state = _State(self, model, request)
-                ids_BL = state.run()
-        finally:
-            if self.streamer is not None:
-                self.streamer.end()
-        sequences = ids_BL.clone()  # out of inference mode, so that the user may compute with them
-        if not config.return_dict_in_generate:
-            if getattr(request.cache, "_is_user_defined", False):
-                release(request.cache)
-            return sequences
-        release(request.cache)
-        scores, logits = state.chooser.scores, state.chooser.logits
-        return SpeculativeOutput(
-            sequences=sequences,
-            scores=None if scores is None else tuple(score.clone() for score in scores),
-            logits=None if logits is None else tuple(logit.clone() for logit in logits),
-            statistics=self.statistics,
-            **{CACHE: request.cache if rows == 1 else None},
-        )
+        with streaming(self.streamer, request.ids_BP), torch.inference_mode():
+            state = _State(self, model, request)
+            ids_BL = state.run()
+        return as_asked(request, ids_BL, self.statistics, state.chooser.scores, state.chooser.logits)
 
 
 class _State:
@@ -186,39 +151,19 @@ class _State:
         self._counts.drafter_seconds += time.perf_counter() - start
         return found
 
-    def _passed(self, rows: int, start: float) -> None:
-        """Book one pass of the target that began at `start`."""
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._counts.model_seconds += time.perf_counter() - start
-        self._counts.passes += 1
-        self._counts.row_passes += rows
-
     def run(self) -> Tensor:
         """Generate, and return the padded rows [B, L]."""
         self._prefill()
-        live = self._rows
-        while True:
-            going = [row for row in live if not row.done]
-            if not going:
-                break
-            if len(going) < len(live):
-                self._reader.select([place for place, row in enumerate(live) if not row.done])
-            live = going
-            self._pass(live)
-        if is_windowed(self._request.cache):
-            stop_recording(self._request.cache)
-        longest = max(row.length for row in self._rows)
-        for row in self._rows:
-            self._ids_BL[row.index, row.length :] = self._request.pad
-        self._counts.tokens = sum(row.length for row in self._rows) - self._request.ids_BP.numel()
+        for rows in going(self._rows, self._reader):
+            self._pass(rows)
+        found_BL = gathered(self._request, self._rows, self._ids_BL, self._counts)
         self._counts.seconds = time.perf_counter() - self._began
-        return self._ids_BL[:, :longest]
+        return found_BL
 
     def _prefill(self) -> None:
         start = time.perf_counter()
         logits_BV = self._reader.prefill(self._request.ids_BP, self._request.mask_BP)
-        self._passed(len(self._rows), start)
+        self._counts.book(len(self._rows), start, self._model.device)
         self.chooser.prepare(logits_BV[:, None])
         steps = []
         for row in self._rows:
@@ -264,7 +209,7 @@ class _State:
         else:
             indices = [row.index for row in rows]
             logits_BQV = self._forward(Pass(self._model, indices, trees, inputs, self._reader))
-        self._passed(len(rows), start)
+        self._counts.book(len(rows), start, self._model.device)
         self._reader.added(inputs)
         self.chooser.prepare(logits_BQV)
         steps, kept = [], []

@@ -235,20 +235,13 @@ class Reader:
             if kind.window is not None:
                 positions_BK = self._slot_positions(positions_BQ)[:, offset : offset + length]
                 seen = seen & (positions_BQ[:, :, None] - positions_BK[:, None] < kind.window)
-            found[name] = self._as_taken(seen[:, None])
+            found[name] = as_taken(seen[:, None], self.implementation, self.model.dtype)
         return found if len(found) > 1 else next(iter(found.values()))
 
     def _slot_positions(self, positions_BQ: Tensor) -> Tensor:
         """The position that each slot holds: cache, pending and new."""
         slots = torch.arange(self.width, device=positions_BQ.device) - self._column(self.pads)
         return torch.cat([slots, *self._seen_positions_BR, positions_BQ], 1)
-
-    def _as_taken(self, seen: Tensor) -> Tensor:
-        if self.implementation in _BOOL:
-            return seen
-        dtype = self.model.dtype
-        hidden = torch.finfo(dtype).min
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, hidden)
 
     def run(self, inputs: Inputs) -> Tensor:
         """Call the model; the new slots are pending from `added` on.
@@ -323,6 +316,19 @@ class Reader:
         self.lengths = [self.lengths[row] for row in rows]
         self.pads = [self.pads[row] for row in rows]
         self.cache.crop(self.width - before)
+
+
+def as_taken(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """Visibility as an attention implementation takes it: as it is, or additive for an eager one.
+
+    Args:
+        seen: what each token may see, bool, of any shape.
+        implementation: name of the attention, as in the model's configuration.
+        dtype: of the model.
+    """
+    if implementation not in _ADDITIVE:
+        return seen
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def stack(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 
 @dataclass
@@ -31,6 +34,20 @@ class Statistics:
     seconds: float = 0.0
     model_seconds: float = 0.0
     drafter_seconds: float = 0.0
+
+    def book(self, rows: int, start: float, device: torch.device) -> None:
+        """Book one pass of the target that has just been called.
+
+        Args:
+            rows: that it read.
+            start: `time.perf_counter()` before the call, seconds.
+            device: of the target; where it works on behind the call, the end is waited for.
+        """
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        self.model_seconds += time.perf_counter() - start
+        self.passes += 1
+        self.row_passes += rows
 
     @property
     def tokens_per_pass(self) -> float:

@@ -30,6 +30,7 @@ from intaglio.heads.losses import in_pieces, kl, nothing
 from intaglio.heads.vocabulary import Vocabulary, rank_of
 from intaglio.trainer.causal import IGNORED
 from intaglio.trainer.protocols import Batch, Loss
+from intaglio.verify.reader import as_taken
 
 
 class TriGram(nn.Module):
@@ -206,7 +207,7 @@ class Draft(nn.Module):
             {
                 "input_ids": torch.zeros_like(positions_BN),
                 "position_ids": positions_BN,
-                "attention_mask": _as_taken(parts, visible_BNK[:, None]),
+                "attention_mask": _mask(parts, visible_BNK[:, None]),
                 CACHE: cache,
                 "use_cache": True,
             },
@@ -314,14 +315,10 @@ def _later(values: Tensor, places: int, length: int, fill: Any) -> Tensor:
     return found
 
 
-def _as_taken(parts: Anatomy, seen_B1NK: Tensor) -> Any:
+def _mask(parts: Anatomy, seen_B1NK: Tensor) -> Any:
     """A mask as the model takes it, for whichever layer type F is of."""
     config: Any = parts.config
-    mask: Any = seen_B1NK
-    if config._attn_implementation in ("eager", "intaglio_eager"):
-        dtype = next(parts.base.parameters()).dtype
-        mask = torch.zeros(seen_B1NK.shape, dtype=dtype, device=seen_B1NK.device)
-        mask.masked_fill_(~seen_B1NK, torch.finfo(dtype).min)
+    mask = as_taken(seen_B1NK, config._attn_implementation, next(parts.base.parameters()).dtype)
     names = set(getattr(config, "layer_types", None) or ())
     return dict.fromkeys(names, mask) if len(names) > 1 else mask
 

@@ -4,13 +4,15 @@
 
 - `growth.py`: the two algorithms: a heap of slots, and a threshold level by level
 - `residual.py`: a law without the tokens that siblings took
-- `acceptance.py`: the optional estimate of how often a token is accepted, learnt on the way
+- `acceptance.py`: the optional estimate of how often a token is accepted, learnt on the way or beforehand
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -20,14 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from intaglio.checkpoint import Checkpoint, load, load_tokenizer
 from intaglio.data.texts import load_texts
-from intaglio.decoding.dyspec.acceptance import Acceptance
+from intaglio.decoding.dyspec.acceptance import Acceptance, AcceptanceTable, counted
 from intaglio.decoding.dyspec.growth import Grower
+from intaglio.decoding.dyspec.residual import Residual
 from intaglio.errors import IntaglioError
 from intaglio.method import Change, Fact, Method
 from intaglio.verify.decoder import Drafting
 from intaglio.verify.drafters.draft_model import open_draft
-from intaglio.verify.drafters.growing import Calls, Draft, Growing, GrowingSession, Growth, draft_law
+from intaglio.verify.drafters.growing import Calls, Draft, Growing, GrowingSession, Growth, draft_law, law_of
 from intaglio.verify.drafters.ngrams import NGramStore
+from intaglio.verify.drafters.ranks import Text, laws
 from intaglio.verify.protocols import Run, Session, Step
 
 _ACCEPTED = "a model's name or directory, a model, a checkpoint, an n-gram store or the file of one"
@@ -44,6 +48,18 @@ def _read_draft(value: Any) -> Any:
     if value == "":
         raise ValueError(f"the draft is empty; accepted: {_ACCEPTED}")
     return value
+
+
+def _read_table(value: Any) -> Any:
+    """What a JSON file holds, where one is named."""
+    if not isinstance(value, (str, os.PathLike)):
+        return value
+    try:
+        return json.loads(Path(value).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read the table {str(value)!r}: {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+        raise ValueError(f"{str(value)!r} is no JSON file with a table from fit_acceptance") from None
 
 
 class DySpec(Drafting, Method, slug="dyspec"):
@@ -91,6 +107,8 @@ class DySpec(Drafting, Method, slug="dyspec"):
         calibrate: use, in the place of R[y], how often tokens of such a probability were accepted earlier in the run.
             Not in the paper. Default false.
         carry_over: (calibrate) keep what is learnt from run to run. Default false.
+        acceptance: counts from `fit_acceptance`, or the JSON file of them, used in the same place from the first step
+            on; with `calibrate`, what is learnt is added to them. Not in the paper. Default: none.
         order: of the nodes in the pass: `grown`, or `blocks`: depth first, so that a block-sparse attention kernel can
             skip blocks. Default `grown`.
         seed: of the draws for a greedy target, for each row apart. Default 0.
@@ -125,13 +143,14 @@ class DySpec(Drafting, Method, slug="dyspec"):
     draw: Literal["auto", "sample", "top"] = "auto"
     calibrate: bool = False
     carry_over: bool = False
+    acceptance: Annotated[AcceptanceTable | None, BeforeValidator(_read_table)] = None
     order: Literal["grown", "blocks"] = "grown"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
 
     _opened: tuple[Any, Any] | None = PrivateAttr(None)
     _calls: Calls = PrivateAttr(default_factory=Calls)
-    _learnt: Acceptance = PrivateAttr(default_factory=Acceptance)
+    _learnt: Acceptance = PrivateAttr()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -141,6 +160,7 @@ class DySpec(Drafting, Method, slug="dyspec"):
             raise ValueError("ngram counts over texts that draft names; give it their name")
         if self.carry_over and not self.calibrate:
             raise ValueError("carry_over keeps what calibrate learns; give both")
+        self._learnt = Acceptance(self.acceptance)
         return self
 
     @classmethod
@@ -171,7 +191,36 @@ class DySpec(Drafting, Method, slug="dyspec"):
         budget = self._room(run)
         draft = open_draft(self._open(run.model), run)
         self._calls = draft.calls
-        return _Session(self, run, draft, budget, self._learnt if self.carry_over else Acceptance())
+        return _Session(self, run, draft, budget, self._learnt if self.carry_over else Acceptance(self.acceptance))
+
+    def fit_acceptance(self, target: Any, texts: Sequence[Text]) -> AcceptanceTable:
+        """Count, in the draft's order of a node's children, how often tokens of each probability are the right ones.
+
+            table = decoder.fit_acceptance(model, texts)
+            DySpec(draft=small, acceptance=table)
+            Path("table.json").write_text(table.model_dump_json())      # and then acceptance="table.json"
+
+        A pass of the draft a text. At each token of the target's, as many children as the budget allows are tried.
+
+        Args:
+            target: what is drafted for, a causal language model.
+            texts: token ids that it wrote greedily, each with the number of those in front that are the prompt.
+
+        Raises:
+            IntaglioError: no texts, one without a prompt or without a continuation, or a draft that cannot be loaded.
+        """
+        draft = self._open(target)
+        law = law_of(self._heat(False), self.top_k, self.top_p)
+        draws = torch.Generator(target.device).manual_seed(self.seed)
+        return counted(
+            ((laws(draft, text, law), text[0][text[1] :]) for text in texts),
+            self.budget or _BUDGET,
+            lambda law_V: Residual(law_V, self.draw == "sample", draws),
+        )
+
+    def _heat(self, sampling: bool) -> float | None:
+        """The draft's temperature; None for the target's."""
+        return _PAPER if self.temperature is None and not sampling else self.temperature
 
     def _room(self, run: Run) -> int:
         """The budget, checked against the context that is left."""
@@ -235,10 +284,7 @@ class _Session(GrowingSession):
     """
 
     def __init__(self, settings: DySpec, run: Run, draft: Draft, budget: int, learnt: Acceptance) -> None:
-        temperature = settings.temperature
-        if temperature is None and not run.sampling:
-            temperature = _PAPER
-        law = draft_law(run, temperature, settings.top_k, settings.top_p)
+        law = draft_law(run, settings._heat(run.sampling), settings.top_k, settings.top_p)
         super().__init__(draft, law, self._begin, depth_first=settings.order == "blocks")
         self._settings = settings
         self._run = run
@@ -256,7 +302,7 @@ class _Session(GrowingSession):
             depth=min(tree.room, settings.depth or self._budget),
             drawn=self._drawn,
             generator=self._run.generator if self._run.sampling else self._own(row),
-            chance=self._chance if settings.calibrate else float,
+            chance=self._chance if settings.calibrate or settings.acceptance is not None else float,
         )
         if settings.algorithm == "heap":
             return grower.heap(tree)
@@ -277,4 +323,4 @@ class _Session(GrowingSession):
         super().observe(steps)
 
 
-__all__ = ["DySpec"]
+__all__ = ["AcceptanceTable", "DySpec"]

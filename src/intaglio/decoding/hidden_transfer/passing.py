@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from intaglio.anatomy import Anatomy, BlockInputs, after_blocks, anatomy, run_block
 from intaglio.decoding.hidden_transfer.transfer import TransferHeads, arguments, pseudo_positions, pseudo_visible
 from intaglio.heads.shape import Picker, Shape
+from intaglio.verify.cache import drop_last
 from intaglio.verify.protocols import Pass, Run, Step
 from intaglio.verify.reader import Inputs, Reader
 from intaglio.verify.tree import TokenTree, root_only
@@ -126,7 +126,7 @@ def carry(
         if index < blocks:
             count = heads.present(index)
             hidden_BND = run_block(parts.blocks[index], index, hidden_BND, stages[count])
-            drop_last(reader.cache, index, count * most)
+            drop_last(reader.cache.layers[index : index + 1], count * most)
     real_BQD, pseudo_BND = hidden_BND[:, :nodes], hidden_BND[:, nodes:]
     return real_BQD, pseudo_BND.unflatten(1, (heads.steps, most))
 
@@ -150,19 +150,3 @@ def _stages(
         mask = reader.masks(whole_BNK, positions_BN)
         found[count] = arguments(parts, reader, torch.zeros_like(positions_BN), positions_BN, mask)
     return found
-
-
-def drop_last(cache: DynamicCache, index: int, rows: int) -> None:
-    """Take the last rows of one layer away, without trimming a windowed one to its window.
-
-    Args:
-        cache: a dynamic cache.
-        index: of the layer.
-        rows: how many.
-    """
-    layer = cache.layers[index]
-    if not rows or not layer.is_initialized or not layer.keys.numel():
-        return
-    layer.keys, layer.values = layer.keys[:, :, :-rows], layer.values[:, :, :-rows]
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length -= rows

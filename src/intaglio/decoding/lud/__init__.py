@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from intaglio.anatomy import CACHE
 from intaglio.checkpoint import Checkpoint
 from intaglio.decoding.lud import reconfiguration
 from intaglio.decoding.lud.accept import Guard, RepeatsText, repeats_id
@@ -49,8 +48,8 @@ from intaglio.trainer.draws import Draws
 from intaglio.trainer.pairs import as_pair
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.reserved import reserve
-from intaglio.verify.cache import release
-from intaglio.verify.loop import Speculative, SpeculativeOutput
+from intaglio.verify.loop import Speculative
+from intaglio.verify.output import SpeculativeOutput, as_asked, streaming
 from intaglio.verify.protocols import Drafter, Run, Session, Step
 from intaglio.verify.reader import Reader
 from intaglio.verify.request import read_request
@@ -405,26 +404,11 @@ class LUD(Method, slug="lud"):
     def _lossy(self, given: tuple[Any, ...], model_kwargs: dict[str, Any]) -> Tensor | SpeculativeOutput:
         model, ids_BP, processors, criteria, config = given
         request = read_request(model, ids_BP, processors, criteria, config, model_kwargs)
-        rows = len(request.ids_BP)
-        if rows > 1 and self.streamer is not None:
-            raise IntaglioError(f"a streamer was given with {rows} rows; it is accepted with one row")
         pad, cap = self._tuned(model)
         settings = Settings(pad, cap - 1, self.threshold, self._guard(), self.generator, self.streamer, self.on_step)
-        try:
-            if self.streamer is not None:
-                self.streamer.put(request.ids_BP.cpu())
-            with torch.inference_mode():
-                ids_BL = Spans(settings, model, request, self._statistics).run()
-        finally:
-            if self.streamer is not None:
-                self.streamer.end()
-        sequences = ids_BL.clone()  # out of inference mode, so that the user may compute with them
-        if config.return_dict_in_generate or getattr(request.cache, "_is_user_defined", False):
-            release(request.cache)
-        if not config.return_dict_in_generate:
-            return sequences
-        cache = request.cache if rows == 1 else None
-        return SpeculativeOutput(sequences=sequences, statistics=self._statistics, **{CACHE: cache})
+        with streaming(self.streamer, request.ids_BP), torch.inference_mode():
+            ids_BL = Spans(settings, model, request, self._statistics).run()
+        return as_asked(request, ids_BL, self._statistics)
 
 
 def _rows(model: Any) -> int:

@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from intaglio.decoding.lud.accept import Repeats, accepted
-from intaglio.decoding.lud.slots import best, confidence, context_of, drop_last, with_slots, within
+from intaglio.decoding.lud.slots import best, confidence, context_of, with_slots, within
+from intaglio.verify.cache import drop_last
 from intaglio.verify.protocols import Pass, Run, Step
 from intaglio.verify.reader import stack
 from intaglio.verify.tree import TokenTree, chain
@@ -58,7 +59,7 @@ class Drafting:
         room = [self._context - 1 - length + pad for length, pad in zip(reader.lengths, reader.pads, strict=True)]
         arrays = within(with_slots(stack(call.trees), nodes_BQ, self._pad, self._slots), room)
         logits_BSV = reader.run(reader.lay(*arrays))
-        drop_last(reader.cache, own * self._slots)
+        drop_last(reader.cache.layers, own * self._slots)
         for place, (row, tree) in enumerate(zip(call.rows, call.trees, strict=True)):
             tokens, sure = best(logits_BSV[place, own : own + len(tree) * self._slots])
             cuts = [slice(node * self._slots, (node + 1) * self._slots) for node in range(len(tree))]

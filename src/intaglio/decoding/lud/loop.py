@@ -24,7 +24,7 @@ from intaglio.decoding.lud.accept import Repeats, accepted
 from intaglio.decoding.lud.slots import confidence, context_of, with_slots, within
 from intaglio.decoding.lud.statistics import UnitStatistics
 from intaglio.errors import IntaglioError
-from intaglio.verify.cache import is_windowed, stop_recording
+from intaglio.verify.output import gathered, going
 from intaglio.verify.protocols import Step
 from intaglio.verify.reader import Reader, stack
 from intaglio.verify.request import Request
@@ -101,32 +101,16 @@ class Spans:
     def run(self) -> Tensor:
         """Generate, and return the padded rows [B, L]."""
         self._prefill()
-        live = self._rows
-        while going := [row for row in live if not row.done]:
-            if len(going) < len(live):
-                self._reader.select([place for place, row in enumerate(live) if not row.done])
-            live = going
-            self._pass(live)
-        if is_windowed(self._request.cache):
-            stop_recording(self._request.cache)
-        longest = max(row.length for row in self._rows)
-        for row in self._rows:
-            self._ids_BL[row.index, row.length :] = self._request.pad
-        self._counts.tokens = sum(row.length for row in self._rows) - self._request.ids_BP.numel()
+        for rows in going(self._rows, self._reader):
+            self._pass(rows)
+        found_BL = gathered(self._request, self._rows, self._ids_BL, self._counts)
         self._counts.seconds = time.perf_counter() - self._began
-        return self._ids_BL[:, :longest]
-
-    def _passed(self, rows: int, start: float) -> None:
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize()
-        self._counts.model_seconds += time.perf_counter() - start
-        self._counts.passes += 1
-        self._counts.row_passes += rows
+        return found_BL
 
     def _prefill(self) -> None:
         start = time.perf_counter()
         logits_BV = self._reader.prefill(self._request.ids_BP, self._request.mask_BP)
-        self._passed(len(self._rows), start)
+        self._counts.book(len(self._rows), start, self._model.device)
         self._first.prepare(logits_BV[:, None])
         for row in self._rows:
             token, _ = self._first.choose(row, row.index, _ALONE, 0, logits_BV[row.index])
@@ -143,7 +127,7 @@ class Spans:
         arrays = within(with_slots(read, np.array(last)[:, None], self._settings.pad, slots), room)
         start = time.perf_counter()
         logits_BQV = reader.extend(*arrays)
-        self._passed(len(rows), start)
+        self._counts.book(len(rows), start, self._model.device)
         reader.keep([range(len(tokens)) for tokens in unread])
         for chooser in {self._first, self._likeliest}:
             chooser.prepare(logits_BQV)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Tokens [B, Q], depths [B, Q] and who sees whom [B, Q, Q], as `verify.reader.stack` gives them."""
@@ -55,22 +54,6 @@ def within(arrays: Arrays, room_B: list[int]) -> Arrays:
     """
     tokens, depths, seen = arrays
     return tokens, np.minimum(depths, np.array(room_B)[:, None]), seen
-
-
-def drop_last(cache: DynamicCache, count: int) -> None:
-    """Drop the last slots of every layer, and nothing else.
-
-    `crop` would also cut a windowed layer down to its window, and a later crop could not have the rows back.
-
-    Args:
-        cache: recording, where it is windowed.
-        count: how many.
-    """
-    for layer in cache.layers:
-        if count and layer.is_initialized and layer.keys.numel():
-            layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                layer.cumulative_length -= count
 
 
 def confidence(logits_V: Tensor, token: int) -> float:

@@ -206,17 +206,29 @@ def draft_law(run: Run, temperature: float | None = None, top_k: int | None = No
         top_k: keep the k most likely; None for the target's, or all where it is greedy.
         top_p: keep the smallest set with this probability; None likewise.
     """
-    warpers: list[Any] = []
     given = run.config if run.sampling else None
-    heat = getattr(given, "temperature", None) if temperature is None else temperature
-    most = getattr(given, "top_k", None) if top_k is None else top_k
-    mass = getattr(given, "top_p", None) if top_p is None else top_p
-    if heat is not None and heat != 1.0:
-        warpers.append(TemperatureLogitsWarper(float(heat)))
-    if most:
-        warpers.append(TopKLogitsWarper(most))
-    if mass is not None and mass < 1.0:
-        warpers.append(TopPLogitsWarper(mass))
+    return law_of(
+        getattr(given, "temperature", None) if temperature is None else temperature,
+        getattr(given, "top_k", None) if top_k is None else top_k,
+        getattr(given, "top_p", None) if top_p is None else top_p,
+    )
+
+
+def law_of(temperature: float | None = None, top_k: int | None = None, top_p: float | None = None) -> Law:
+    """A function from logits to a distribution, in the order in which `generate` warps them.
+
+    Args:
+        temperature: above 0. Default None: 1.
+        top_k: keep the k most likely. Default None: all.
+        top_p: keep the smallest set with this probability. Default None: all.
+    """
+    warpers: list[Any] = []
+    if temperature is not None and temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p is not None and top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
 
     def law(logits: Tensor) -> Tensor:
         scores = logits.float()

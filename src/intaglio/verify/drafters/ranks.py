@@ -1,6 +1,6 @@
 """Which of a draft's choices is the right one: what the best fixed tree is fitted on.
 
-Both functions read whole texts, a pass of each model a text, and generate nothing.
+The functions read whole texts, a pass of each model a text, and generate nothing.
 
 Dimension letters: L tokens of a text, K ranks, V vocabulary.
 """
@@ -90,10 +90,7 @@ def sampled_shares(
     """
     accepted, tried = np.zeros(most, dtype=np.int64), 0
     for text in texts:
-        ids, start = _checked(text)
-        p_LV, q_LV = (
-            law(_logits(model, ids)[start - 1 : -1]).cpu() for model, law in ((target, target_law), (draft, draft_law))
-        )
+        p_LV, q_LV = (laws(model, text, law).cpu() for model, law in ((target, target_law), (draft, draft_law)))
         for p_V, q_V in zip(p_LV, q_LV, strict=True):
             children = torch.multinomial(q_V, min(most, int((q_V > 0).sum())), generator=generator).tolist()
             tree = TokenTree([0, *children], [-1] + [0] * len(children), {0: q_V})
@@ -105,6 +102,22 @@ def sampled_shares(
         raise IntaglioError("chances of acceptance need at least one text with a continuation")
     found: list[float] = (accepted / tried).tolist()
     return found
+
+
+@torch.no_grad()
+def laws(model: Any, text: Text, law: Law) -> Tensor:
+    """What a model says before each token behind the prompt [L, V].
+
+    Args:
+        model: a causal language model, or an `NGramStore`.
+        text: with at least one token before and behind the place where the prompt ends.
+        law: what the distributions are made of the logits by.
+
+    Raises:
+        IntaglioError: a text without a prompt or without a continuation.
+    """
+    ids, start = _checked(text)
+    return law(_logits(model, ids)[start - 1 : -1])
 
 
 def _checked(text: Text) -> tuple[list[int], int]:

@@ -1,0 +1,46 @@
+"""Visibility rules: which key position a query position may see, as data.
+
+A rule is a frozen object called with index tensors, `rule(b, h, q, kv) -> bool tensor`: batch row, head, query position
+and key position, shaped so that they broadcast (dense masks) or scalar (the tracing of a block-sparse kernel). Rules
+are put together with `&`, `|` and `~`, compare by value, pickle, and turn into plain data and back (`to_dict`,
+`rule_from_dict`).
+
+    Causal() & (Window(64) | Sinks(4))        # a sliding window that always keeps the first four tokens
+
+Positions count from a row's first real token. A window of the model itself and padding are no part of a rule: they are
+taken into account where the rule is applied.
+
+- `base.py`: what every rule is; `combined.py`: what `&`, `|` and `~` make of rules
+- `positions.py`: rules that follow from positions alone; `tables.py`: those that are looked up in a tensor
+- `scores.py`: what is added to scores instead
+
+Dimension letters: B batch rows, H heads, Q query positions, K key positions, L positions.
+"""
+
+from __future__ import annotations
+
+from intaglio.masks.rules.base import Rule, rule_from_dict
+from intaglio.masks.rules.combined import And, Not, Or, Wide
+from intaglio.masks.rules.positions import Bidirectional, Blocks, Causal, Dilated, PrefixLM, Sinks, Window
+from intaglio.masks.rules.scores import Alibi, Score
+from intaglio.masks.rules.tables import Arbitrary, BlockDiagonal
+
+__all__ = [
+    "Alibi",
+    "And",
+    "Arbitrary",
+    "Bidirectional",
+    "BlockDiagonal",
+    "Blocks",
+    "Causal",
+    "Dilated",
+    "Not",
+    "Or",
+    "PrefixLM",
+    "Rule",
+    "Score",
+    "Sinks",
+    "Wide",
+    "Window",
+    "rule_from_dict",
+]
