@@ -88,6 +88,16 @@ def test_prompts_are_the_first_tokens_of_documents(checkpoint: Checkpoint) -> No
         prompts_of(checkpoint, texts, 3, 2, chat=True)
 
 
+def test_prompts_of_several_places(checkpoint: Checkpoint) -> None:
+    texts = Corpus("x", ("the quick brown fox jumps over\nthe lazy dog", "word", "and then the dog sleeps in the sun"))
+    first = prompts_of(checkpoint, texts, 3, 9)
+    found = prompts_of(checkpoint, texts, 3, 9, places=2)
+    assert found[:3] == first == prompts_of(checkpoint, texts, 3, 3, places=2)
+    later = {checkpoint.tokenizer.decode(ids).replace(" ", "") for ids in found[3:]}
+    assert len(later) == len(found) - 3 == 2  # a lone word has no second place
+    assert any(text.startswith("thelazy"[: len(text)]) for text in later)
+
+
 def test_what_cannot_be_continued(checkpoint: Checkpoint) -> None:
     with pytest.raises(IntaglioError, match="there are no prompts to continue"):
         own_text(checkpoint, [], tokens=4)

@@ -55,7 +55,9 @@ class TrainedHeads(BaseModel):
     """Whether heads are trained on what the model itself writes behind the first tokens of the texts (default), or on
     the texts as they are."""
     samples: Annotated[int, Field(ge=1, le=10_000_000)] = 1000
-    """Texts that are used at the most. Default 1,000."""
+    """Texts that are used at the most, or prompts where a text gives several. Default 1,000."""
+    places: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Places of a text that the model goes on from, evenly spaced. Default 1: its beginning."""
     prompt: Annotated[int, Field(ge=1, le=100_000)] = 32
     """Tokens of a text that the model goes on from. Default 32."""
     text_temperature: Annotated[float, Field(ge=0, le=100)] = 0.7
@@ -275,7 +277,7 @@ class TrainedHeads(BaseModel):
                     f"prompt is {self.prompt} and length {length}; a text has room for what the model writes only if "
                     "length is larger"
                 )
-            prompts = prompts_of(checkpoint, corpus, self.prompt, self.samples, self.chat)
+            prompts = prompts_of(checkpoint, corpus, self.prompt, self.samples, self.chat, self.places)
             return own_text(
                 checkpoint,
                 prompts,
@@ -331,7 +333,7 @@ class TrainedHeads(BaseModel):
             texts: what prompts are taken from.
         """
         length = LENGTH if self.length is None else self.length
-        rows = min(self.samples, len(texts))
+        rows = min(self.samples, len(texts) * (self.places if self.own_text else 1))
         written = rows * max(0, length - self.prompt) if self.own_text else 0
         trained = self.epochs * rows * length
         if self.steps is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,8 +34,10 @@ FOLDER = "own-text"
 FORMAT = 1
 
 
-def prompts_of(checkpoint: Checkpoint, texts: Corpus, tokens: int, most: int, chat: bool = False) -> list[list[int]]:
-    """Prompts: the first tokens of documents, in the order of the documents' hashes.
+def prompts_of(
+    checkpoint: Checkpoint, texts: Corpus, tokens: int, most: int, chat: bool = False, places: int = 1
+) -> list[list[int]]:
+    """Prompts: the first tokens of documents, in the order of the documents' hashes; then those of later places.
 
     Args:
         checkpoint: its tokenizer is used.
@@ -42,6 +45,7 @@ def prompts_of(checkpoint: Checkpoint, texts: Corpus, tokens: int, most: int, ch
         tokens: of a prompt at the most, before the chat template.
         most: prompts.
         chat: whether each is put into the tokenizer's chat template as a user's turn.
+        places: of a document that prompts begin at, evenly spaced, each put off to the next line or word. Default 1.
 
     Raises:
         IntaglioError: no tokenizer, or no chat template.
@@ -52,9 +56,10 @@ def prompts_of(checkpoint: Checkpoint, texts: Corpus, tokens: int, most: int, ch
     if chat and not getattr(tokenizer, "chat_template", None):
         raise IntaglioError(f"the tokenizer of {checkpoint.source} has no chat template; leave chat out")
     # By hash: the first so many documents of a corpus are often about one thing.
-    drawn = sorted(zip(texts.hashes, texts.documents, strict=True))[:most]
+    drawn = sorted(zip(texts.hashes, texts.documents, strict=True))
     found: list[list[int]] = []
-    for _, text in drawn:
+    pieces = (text[_beginning(text, n / places) :] for n in range(places) for _, text in drawn)
+    for text in islice(pieces, most):
         ids = tokenizer(text[: 64 * tokens], add_special_tokens=not chat, verbose=False)["input_ids"][:tokens]
         if chat:
             turns = [{"role": "user", "content": tokenizer.decode(ids, skip_special_tokens=True)}]
@@ -62,6 +67,14 @@ def prompts_of(checkpoint: Checkpoint, texts: Corpus, tokens: int, most: int, ch
         if ids:
             found.append([int(token) for token in ids])
     return found
+
+
+def _beginning(text: str, share: float) -> int:
+    """Where a line begins behind so large a share of a text, or a word, or where nothing is left."""
+    if not share:
+        return 0
+    start = int(share * len(text))
+    return text.find("\n", start) + 1 or text.find(" ", start) + 1 or len(text)
 
 
 def own_text(
