@@ -38,8 +38,8 @@ class Shipped:
         bytes: of the tensors.
         parameters: the hyperparameters that they were fitted with.
         about: what the method wants to know when it reads them.
-        acceptance: what they were worth on held-out prompts: `prompts`, `new_tokens` of each, `tokens_a_pass` over all
-            of them and by kind (`kinds`).
+        acceptance: what they were worth on held-out prompts, greedily: `prompts`, `new_tokens` of each, `nodes` of a
+            tree, `tokens_a_pass` over all of them and by kind (`kinds`).
         folder: that the files are in.
     """
 
@@ -103,6 +103,30 @@ def _read(path: Path) -> Shipped:
         raise IntaglioError(f"{path} does not describe heads that come with the package: it is damaged") from error
 
 
+def small(attachment: Attachment) -> Attachment:
+    """Heads as they are shipped: in bfloat16.
+
+    Args:
+        attachment: what a fit step made.
+
+    Raises:
+        IntaglioError: more than 24 MB.
+    """
+    import torch
+
+    tensors = {
+        name: tensor.to(torch.bfloat16).contiguous() if tensor.is_floating_point() else tensor
+        for name, tensor in attachment.tensors.items()
+    }
+    found = Attachment(attachment.slug, tensors, attachment.parameters, 0, attachment.about, attachment.base)
+    if found.bytes > MOST:
+        raise IntaglioError(
+            f"the heads of {found.slug} have {found.bytes / 1e6:.1f} MB in bfloat16; at most {MOST / 1e6:.0f} MB are "
+            "shipped"
+        )
+    return found
+
+
 def ship(
     attachment: Attachment,
     model: str,
@@ -122,18 +146,7 @@ def ship(
     Raises:
         IntaglioError: more than 24 MB, or the disk refuses.
     """
-    import torch
-
-    tensors = {
-        name: tensor.to(torch.bfloat16).contiguous() if tensor.is_floating_point() else tensor
-        for name, tensor in attachment.tensors.items()
-    }
-    found = Attachment(attachment.slug, tensors, attachment.parameters, 0, attachment.about, attachment.base)
-    if found.bytes > MOST:
-        raise IntaglioError(
-            f"the heads of {found.slug} have {found.bytes / 1e6:.1f} MB in bfloat16; at most {MOST / 1e6:.0f} MB are "
-            "shipped"
-        )
+    found = small(attachment)
     target = (ROOT if root is None else root) / model
     own = Shipped(
         found.slug, model, fingerprints, found.base, found.bytes, found.parameters, found.about, acceptance, target
@@ -149,4 +162,4 @@ def ship(
     return own
 
 
-__all__ = ["MOST", "ROOT", "SHARD", "Shipped", "ship", "shipped"]
+__all__ = ["MOST", "ROOT", "SHARD", "Shipped", "ship", "shipped", "small"]
