@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from intaglio.data.python_source import source_files
@@ -29,7 +30,7 @@ def prompts(tokenizer: Any, texts: str = "wikipedia", context: int = 1500) -> li
     Args:
         tokenizer: of the target, with a chat template.
         texts: articles; the held-out part is used.
-        context: tokens of articles in a retrieval prompt.
+        context: tokens of articles in a retrieval prompt: of three articles, or of one more for each 500 beyond 1,500.
 
     Raises:
         IntaglioError: too few held-out articles of 400 tokens.
@@ -49,13 +50,17 @@ def prompts(tokenizer: Any, texts: str = "wikipedia", context: int = 1500) -> li
 
     modules = {file.module: file.text for file in source_files()}
     found = [{"kind": "chat", "name": text, "ids": turn(text)} for text in CHAT]
-    found += [{"kind": "code", "name": name, "ids": tokenizer(modules[name])["input_ids"][:160]} for name in CODE]
+    found += [
+        {"kind": "code", "name": name, "ids": tokenizer(modules[name], verbose=False)["input_ids"][:160]}
+        for name in CODE
+    ]
     for place in range(EACH):
         text = tokenizer.decode(articles[place][:350])
         found.append({"kind": "summary", "name": text[:40], "ids": turn(f"Summarize this text.\n\n{text}")})
+    pieces = max(3, -(-context // 500))
     for place in range(EACH):
-        group = [others[(3 * place + more) % len(others)] for more in range(3)]
-        parts = [tokenizer.decode(ids[: context // 3]) for ids in group]
+        group = [others[(3 * place + more) % len(others)] for more in range(pieces)]
+        parts = [tokenizer.decode(ids[: context // pieces]) for ids in group]
         question = f"What does the text say about {parts[1][:40].strip()}? Answer with sentences of the text."
         found.append(
             {"kind": "retrieval", "name": f"{place + 1}: {parts[1][:40]}", "ids": turn("\n\n".join([*parts, question]))}
@@ -71,3 +76,32 @@ def corpus(texts: str = "wikipedia") -> list[str]:
     """
     articles, _ = load_texts(texts).split()
     return [*articles.documents, *(file.text for file in source_files() if file.module not in CODE)]
+
+
+def chosen(found: list[Prompt], count: int, kinds: Sequence[str] = KINDS) -> list[Prompt]:
+    """The first prompts of each kind in turn.
+
+    Args:
+        found: from `prompts`.
+        count: how many.
+        kinds: that are wanted.
+    """
+    by_kind = [[prompt for prompt in found if prompt["kind"] == kind] for kind in kinds]
+    return [prompt for group in zip(*by_kind, strict=True) for prompt in group][:count]
+
+
+def groups(found: list[Prompt], rows: int) -> list[list[Prompt]]:
+    """Batches of prompts of one kind, the kinds in turn; what fills no batch is left out, unless a kind fills none:
+    then its prompts stand in it several times.
+
+    Args:
+        found: from `chosen`.
+        rows: of a batch.
+    """
+    batches: list[tuple[int, list[Prompt]]] = []
+    for kind in dict.fromkeys(prompt["kind"] for prompt in found):
+        own = [prompt for prompt in found if prompt["kind"] == kind]
+        if len(own) < rows:
+            own = [own[place % len(own)] for place in range(rows)]
+        batches += [(at, own[at : at + rows]) for at in range(0, len(own) - rows + 1, rows)]
+    return [batch for _, batch in sorted(batches, key=lambda pair: pair[0])]

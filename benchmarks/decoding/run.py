@@ -1,8 +1,15 @@
-"""Decoding: ADED against stock greedy, prompt lookup and assisted generation, alternated on the same prompts.
+"""Decoding: every drafter against stock `generate` and its own assisted modes, alternated on the same prompts.
 
-    python benchmarks/decoding/run.py --out bench-out                 # twenty prompts, 128 new tokens, three repeats
-    python benchmarks/decoding/run.py --prompts 4 --repeats 1 --new 32 --modes greedy,aded
-    python benchmarks/decoding/run.py --draft none                    # without the modes that need a draft model
+    python benchmarks/decoding/run.py                                 # twenty prompts, 64 new tokens, greedy
+    python benchmarks/decoding/run.py --batch 1,4 --temperatures 0,0.6
+    python benchmarks/decoding/run.py --prompts 4 --new 8 --draft none --modes greedy,aded
+    python benchmarks/decoding/run.py --lud DIR                       # with a model trained by recipes/lud.yaml
+
+Trees have the same number of nodes in every mode that has such a setting (`--nodes`); `draft_model` drafts a chain of
+five. `hidden_transfer` and `chimera` use what is attached to the model or comes with the package, `medusa` heads in
+`--medusa DIR`; a mode without its heads, draft or trained model is left out with a sentence. The assisted modes of
+transformers take no batches, so at `--batch 4` there is stock `generate` alone to compare with; `greedy` is that, and
+samples where the temperature is above 0.
 
 Every finished run is a line of `runs.jsonl` in the output directory; a run that is there already is not done again, so
 a stopped benchmark goes on where it was. `results.json` and `results.md` are written at the end. Run it on a quiet
@@ -16,8 +23,9 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +33,73 @@ import prompts
 import table
 import torch
 import transformers
+from once import Run, gap, once
 
 import intaglio
 from intaglio import writer
-from intaglio.cli.generating import count_passes
+from intaglio.attachments import Attachment, read_attachments
+from intaglio.checkpoint import files_stamp
 from intaglio.decoding.aded import ADED
 from intaglio.decoding.dyspec import DySpec
+from intaglio.decoding.lud import LUD
 from intaglio.errors import IntaglioError
 from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
+from intaglio.heads.shape import assumed, likely
 from intaglio.verify.drafters.draft_model import DraftModel
 from intaglio.verify.drafters.lookup import PromptLookup
+from intaglio.verify.drafters.medusa import Medusa, MedusaHeads
 from intaglio.verify.loop import Speculative
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "src" / "intaglio"
 # What a run of ours depends on: when one of these changes, finished runs no longer count.
-CODE = ("decoding/aded/*.py", "decoding/dyspec/*.py", "verify/**/*.py")
+CODE = ("decoding/**/*.py", "heads/*.py", "verify/**/*.py")
 STOCK = ("greedy", "prompt_lookup_num_tokens", "assistant_model")
-OURS = ("aded", "aded-best", "aded-no-corpus", "prompt_lookup", "draft_model", "dyspec")
+OURS = ("aded", "prompt_lookup", "draft_model", "dyspec", "lud", "hidden_transfer", "chimera", "medusa")
+MORE = ("aded-best", "aded-no-corpus")
 WITH_DRAFT = ("assistant_model", "draft_model", "dyspec")
 
-Run = dict[str, Any]
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to generate.
+
+    Args:
+        options: gives what is handed to `generate`.
+        checkpoint: the target.
+        key: what its runs depend on beside the settings of all.
+        batches: whether it takes more than one prompt at a time.
+        lossless: whether its greedy text is stock greedy's.
+    """
+
+    options: Callable[[], dict[str, Any]]
+    checkpoint: Any
+    key: str = ""
+    batches: bool = True
+    lossless: bool = True
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Decoding: ADED against the modes of transformers.")
+    parser = argparse.ArgumentParser(description="Decoding: drafters against the modes of transformers.")
     parser.add_argument("--model", default="smollm2", help="checkpoint directory or bundled name")
     parser.add_argument("--texts", default="wikipedia", help="bundled name, file or folder")
     parser.add_argument(
         "--draft", default="smollm2-draft", help="directory of a draft model; none leaves out the modes that need one; "
         "default: two layers trained on what SmolLM2 says itself, made once (about 20 minutes) and found again",
     )  # fmt: skip
-    parser.add_argument("--modes", default=",".join([*STOCK, *OURS]), help="separated by commas; default: %(default)s")
-    parser.add_argument("--prompts", type=int, default=20, help="how many, spread over the four kinds")
-    parser.add_argument("--new", type=int, default=128, help="new tokens")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--lud", help="directory of a model that was trained with the objective lud")
+    parser.add_argument("--medusa", help="directory whose attachments hold Medusa heads for the model")
+    parser.add_argument("--modes", default=",".join([*STOCK, *OURS]),
+                        help=f"separated by commas; default: %(default)s; also: {', '.join(MORE)}")  # fmt: skip
+    parser.add_argument("--batch", default="1", help="prompts at a time, separated by commas; default: %(default)s")
+    parser.add_argument("--temperatures", default="0", help="separated by commas; 0 is greedy; default: %(default)s")
+    parser.add_argument("--nodes", type=int, default=15, help="drafted tokens of a tree; default: %(default)s")
+    parser.add_argument("--kinds", default=",".join(prompts.KINDS), help="of prompts; default: %(default)s")
+    parser.add_argument("--context", type=int, default=1500, help="tokens of a retrieval prompt; default: %(default)s")
+    parser.add_argument("--prompts", type=int, default=20, help="how many, spread over the kinds; default: %(default)s")
+    parser.add_argument("--new", type=int, default=64, help="new tokens; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     return parser.parse_args()
 
@@ -100,34 +139,89 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Callable[[], dict[str, Any]]]:
-    """What each mode hands to `generate`; whatever is slow to make is made once."""
-    wanted = arguments.modes.split(",")
-    if unknown := sorted({*wanted} - {*STOCK, *OURS}):
-        raise IntaglioError(f"the mode {unknown[0]!r} is unknown; accepted: {', '.join([*STOCK, *OURS])}")
-    draft = _draft(arguments.draft) if {*wanted} & {*WITH_DRAFT} else None
-    made: dict[str, Callable[[], dict[str, Any]]] = {
-        "greedy": dict,
-        "prompt_lookup_num_tokens": lambda: {"prompt_lookup_num_tokens": 10},
-        "assistant_model": lambda: {"assistant_model": draft},
-        "aded-no-corpus": lambda: {"custom_generate": ADED()},
-        "prompt_lookup": lambda: {"custom_generate": Speculative(PromptLookup())},
-        "draft_model": lambda: {"custom_generate": Speculative(DraftModel(draft))},
-        "dyspec": lambda: {"custom_generate": DySpec(draft=draft)},
-    }
+def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Mode]:
+    """The modes that can run; whatever is slow to make is made once."""
+    wanted = list(dict.fromkeys([table.BASE, *_listed("--modes", arguments.modes, [*STOCK, *OURS, *MORE])]))
+    code = _digest(sorted(path for pattern in CODE for path in SOURCE.glob(pattern)))
+    ours = f"{code} {arguments.nodes}"
+    draft = None
+    if arguments.draft != "none" and {*wanted} & {*WITH_DRAFT}:
+        draft = (
+            SmolLM2Draft().load(_say) if arguments.draft == "smollm2-draft" else intaglio.load(arguments.draft)
+        ).model
+    aded = None
     if {"aded", "aded-best"} & {*wanted}:
-        aded = ADED(corpus=prompts.corpus(arguments.texts), tokenizer=checkpoint.tokenizer)
+        aded = ADED(corpus=prompts.corpus(arguments.texts), tokenizer=checkpoint.tokenizer, nodes=arguments.nodes)
         aded.table(checkpoint.model)
-        made["aded"] = lambda: {"custom_generate": aded}
-        best = aded.model_copy(update={"search": "best"})
-        made["aded-best"] = lambda: {"custom_generate": best}
-    return {mode: made[mode] for mode in wanted if draft is not None or mode not in WITH_DRAFT}
+    found: dict[str, Mode] = {}
+    for mode in wanted:
+        try:
+            found[mode] = _mode(mode, arguments, checkpoint, ours, draft, aded)
+        except IntaglioError as error:
+            print(f"{mode} is left out: {error}", flush=True)
+    return found
 
 
-def _draft(name: str) -> Any:
-    if name == "none":
-        return None
-    return (SmolLM2Draft().load(_say) if name == "smollm2-draft" else intaglio.load(name)).model
+def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, draft: Any, aded: Any) -> Mode:
+    nodes = arguments.nodes
+    if mode in WITH_DRAFT and draft is None:
+        raise IntaglioError("there is no draft model; give one with --draft")
+    if mode == "greedy":
+        return Mode(dict, checkpoint)
+    if mode == "prompt_lookup_num_tokens":
+        return Mode(lambda: {"prompt_lookup_num_tokens": 10}, checkpoint, batches=False)
+    if mode == "assistant_model":
+        return Mode(lambda: {"assistant_model": draft}, checkpoint, arguments.draft, batches=False)
+    if mode == "lud":
+        if arguments.lud is None:
+            raise IntaglioError("there is no model that was trained with the objective lud; give one with --lud")
+        tuned = intaglio.load(arguments.lud)
+        lud = LUD(tokenizer=tuned.tokenizer)
+        return Mode(_with(lud), tuned, f"{ours} {files_stamp(arguments.lud)}", lossless=False)
+    if mode in ("hidden_transfer", "chimera"):
+        decoder = checkpoint.decoder(mode, nodes=nodes)
+        return Mode(_with(decoder), checkpoint, f"{ours} {_of_heads(decoder._heads, decoder.shape)}")
+    if mode == "medusa":
+        heads, shape = _medusa(arguments, checkpoint)
+        return Mode(_with(Speculative(Medusa(heads, shape))), checkpoint, f"{ours} {_of_heads(heads, shape)}")
+    made: dict[str, Callable[[], Any]] = {
+        "aded": lambda: aded,
+        "aded-best": lambda: aded.model_copy(update={"search": "best"}),
+        "aded-no-corpus": lambda: ADED(nodes=nodes),
+        "prompt_lookup": lambda: Speculative(PromptLookup(nodes=nodes)),
+        "draft_model": lambda: Speculative(DraftModel(draft)),
+        "dyspec": lambda: DySpec(draft=draft, budget=nodes),
+    }
+    return Mode(_with(made[mode]()), checkpoint, f"{ours} {arguments.draft if mode in WITH_DRAFT else ''}")
+
+
+def _with(decoder: Any) -> Callable[[], dict[str, Any]]:
+    return lambda: {"custom_generate": decoder}
+
+
+def _medusa(arguments: argparse.Namespace, checkpoint: Any) -> tuple[MedusaHeads, Any]:
+    """Medusa's heads as they are stored: what they are like is read off their tensors."""
+    attached = read_attachments(Path(arguments.medusa)) if arguments.medusa else checkpoint.attachments
+    found: Attachment | None = attached.get("medusa")
+    if found is None:
+        raise IntaglioError("there are no heads; name a directory whose attachments hold some with --medusa")
+    tensors = {name: tensor.float() for name, tensor in found.tensors.items()}
+    count, layers = tensors["weights_KLDD"].shape[:2]
+    full, change = tensors.get("vocabulary.full_MVX"), tensors.get("vocabulary.out_Vr")
+    rank = None if full is not None else 0 if change is None else change.shape[1]
+    heads = MedusaHeads(checkpoint.model, heads=count, layers=layers, rank=rank)
+    try:
+        heads.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise IntaglioError("the heads belong to another model than this") from error
+    return heads.requires_grad_(False), likely(arguments.nodes, found.about.get("chances") or assumed(count))
+
+
+def _of_heads(heads: Any, shape: Any) -> str:
+    total = hashlib.sha256(repr(shape.paths).encode())
+    for tensor in heads.state_dict().values():
+        total.update(tensor.float().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 def _say(done: int, total: int, what: str) -> None:
@@ -135,35 +229,21 @@ def _say(done: int, total: int, what: str) -> None:
         print(f"the draft model: {what}, {done} of {total}", file=sys.stderr)
 
 
-def _run(checkpoint: Any, ids: list[int], new: int, options: dict[str, Any]) -> Run:
-    """One call of `generate`, timed."""
-    prompt = torch.tensor([ids])
-    greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    pad = checkpoint.tokenizer.pad_token_id or checkpoint.tokenizer.eos_token_id or 0
-    with count_passes(checkpoint.model) as passes:
-        start, begun = time.perf_counter(), time.process_time()
-        whole = checkpoint.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new, pad_token_id=pad, **greedy, **options
-        )
-        seconds, cpu = time.perf_counter() - start, time.process_time() - begun
-    found = whole[0, len(ids) :].tolist()
-    run: Run = {"seconds": seconds, "cpu_seconds": cpu, "new_tokens": len(found), "passes": passes[0], "ids": found}
-    statistics = getattr(options.get("custom_generate"), "statistics", None)
-    if statistics is not None:
-        run |= {
-            "passes": statistics.passes,
-            "rows": statistics.nodes + statistics.row_passes,
-            "accepted_share": statistics.accepted_share,
-            "drafting_share": statistics.drafter_seconds / statistics.seconds,
-            "loop_share": statistics.loop_seconds / statistics.seconds,
-        }
-    return run
+def _listed(option: str, words: str, accepted: list[str]) -> list[str]:
+    found = words.split(",")
+    if unknown := [word for word in found if word not in accepted]:
+        raise IntaglioError(f"{option} has {unknown[0]!r}; accepted: {', '.join(accepted)}")
+    return found
 
 
-def _chosen(all_prompts: list[prompts.Prompt], count: int) -> list[prompts.Prompt]:
-    """The first prompts of each kind in turn."""
-    by_kind = [[prompt for prompt in all_prompts if prompt["kind"] == kind] for kind in prompts.KINDS]
-    return [prompt for group in zip(*by_kind, strict=True) for prompt in group][:count]
+def _numbers(option: str, words: str, kind: Callable[[str], Any], least: float) -> list[Any]:
+    try:
+        found = [kind(word) for word in words.split(",")]
+    except ValueError:
+        raise IntaglioError(f"{option} has {words!r}, which should be numbers with commas") from None
+    if min(found) < least:
+        raise IntaglioError(f"{option} has {min(found)}; from {least:g} on is accepted")
+    return found
 
 
 def _digest(paths: list[Path]) -> str:
@@ -175,35 +255,84 @@ def _digest(paths: list[Path]) -> str:
 
 def main() -> None:
     arguments = _arguments()
+    batches = _numbers("--batch", arguments.batch, int, 1)
+    temperatures = _numbers("--temperatures", arguments.temperatures, float, 0)
+    kinds = _listed("--kinds", arguments.kinds, list(prompts.KINDS))
     torch.set_num_threads(arguments.threads)
     checkpoint = intaglio.load(arguments.model)
     modes = _modes(arguments, checkpoint)
-    code = _digest(sorted(path for pattern in CODE for path in SOURCE.glob(pattern)))
-    settings = {"model": arguments.model, "texts": arguments.texts, "new": arguments.new, "threads": arguments.threads,
-                "torch": torch.__version__, "transformers": transformers.__version__}  # fmt: skip
-    journal = Journal(arguments.out / "runs.jsonl")
-    kept = []
-    for prompt in _chosen(prompts.prompts(checkpoint.tokenizer, arguments.texts), arguments.prompts):
-        for repeat in range(arguments.repeats):
-            # Alternated, and begun with another mode each time, so that no mode has the machine's better moments.
-            names = list(modes)
-            for mode in [*names[repeat % len(names) :], *names[: repeat % len(names)]]:
-                own = code if mode in OURS else ""
-                draft = arguments.draft if mode in WITH_DRAFT else ""
-                key = json.dumps([prompt["ids"], mode, repeat, own, draft, settings])
-                key = hashlib.sha256(key.encode()).hexdigest()[:24]
-                if key not in journal.done:
-                    run = _run(checkpoint, prompt["ids"], arguments.new, modes[mode]())
-                    about = {"key": key, "kind": prompt["kind"], "prompt": prompt["name"], "mode": mode}
-                    journal.append({**about, "repeat": repeat, **run})
-                    rate = run["new_tokens"] / run["passes"]
-                    print(f"{prompt['kind']}: {mode}, {run['seconds']:.1f} s, {rate:.2f} tokens a pass", flush=True)
-                kept.append(journal.done[key])
+    all_prompts = prompts.prompts(checkpoint.tokenizer, arguments.texts, arguments.context)
+    chosen = prompts.chosen(all_prompts, arguments.prompts, kinds)
+    settings = {"model": arguments.model, "files": files_stamp(arguments.model), "texts": arguments.texts,
+                "new": arguments.new, "threads": arguments.threads, "torch": torch.__version__,
+                "transformers": transformers.__version__}  # fmt: skip
+    told = {
+        "nodes": arguments.nodes,
+        "prompts": len(chosen),
+        "context": arguments.context,
+        "repeats": arguments.repeats,
+    }
     # One thread's CPU time is the same on a busy machine, nearly.
-    found = table.results(kept, clock="cpu_seconds" if arguments.threads == 1 else "seconds")
-    writer.write_json(arguments.out / "results.json", {"settings": settings, "modes": found})
-    writer.write_text(arguments.out / "results.md", table.markdown(found))
-    print(table.markdown(found))
+    clock = "cpu_seconds" if arguments.threads == 1 else "seconds"
+    journal, tables, texts = Journal(arguments.out / "runs.jsonl"), [], []
+    for temperature in temperatures:
+        for batch in batches:
+            some = {name: mode for name, mode in modes.items() if batch == 1 or mode.batches}
+            groups = prompts.groups(chosen, batch)
+            runs = [
+                run
+                for number, group in enumerate(groups)
+                for run in _alternated(
+                    arguments, journal, some, group, temperature, settings, f"{number + 1}/{len(groups)}"
+                )
+            ]
+            found = table.results(runs, clock)
+            tables.append({"batch": batch, "temperature": temperature, "modes": found})
+            texts.append(table.markdown(found, batch, temperature))
+    writer.write_json(arguments.out / "results.json", {"settings": settings | told, "tables": tables})
+    writer.write_text(arguments.out / "results.md", "\n".join(texts))
+    print("\n" + "\n".join(texts))
+
+
+def _alternated(
+    arguments: argparse.Namespace,
+    journal: Journal,
+    modes: dict[str, Mode],
+    group: list[prompts.Prompt],
+    temperature: float,
+    settings: dict[str, Any],
+    where: str,
+) -> list[Run]:
+    """The runs of one batch of prompts, from the journal or done now."""
+    rows, name = [prompt["ids"] for prompt in group], " + ".join(prompt["name"] for prompt in group)
+    about = {"kind": group[0]["kind"], "prompt": name, "batch": len(rows), "temperature": temperature}
+    kept: list[Run] = []
+    for repeat in range(arguments.repeats):
+        # Begun with another mode each time, so that no mode has the machine's better moments.
+        names = list(modes)
+        for mode in [*names[repeat % len(names) :], *names[: repeat % len(names)]]:
+            one = modes[mode]
+            key = json.dumps([rows, mode, repeat, one.key, temperature, settings])
+            key = hashlib.sha256(key.encode()).hexdigest()[:24]
+            if key not in journal.done:
+                run = once(one.checkpoint, rows, arguments.new, one.options(), temperature, seed=repeat)
+                journal.append({"key": key, **about, "mode": mode, "repeat": repeat, **run})
+                rate = run["new_tokens"] / run["row_passes"]
+                print(
+                    f"batch {len(rows)}, temperature {temperature:g}, {where}, {about['kind']}: {mode}, "
+                    f"{run['seconds']:.1f} s, {rate:.2f} tokens a pass",
+                    flush=True,
+                )
+            kept.append(dict(journal.done[key]))
+    if not temperature:
+        stock = next(run for run in kept if run["mode"] == table.BASE)
+        for run in kept:
+            if modes[run["mode"]].lossless:
+                part = partial(gap, modes[table.BASE].checkpoint)
+                run["gaps"] = [
+                    part(*three) for three in zip(rows, stock["ids"], run["ids"], strict=True) if three[1] != three[2]
+                ]
+    return kept
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
-"""From finished runs to ratios of medians and the two tables (JSON and Markdown)."""
+"""From finished runs to the tables (JSON and Markdown): tokens a pass, then tokens per second."""
 
 from __future__ import annotations
 
-from statistics import mean, median
+from statistics import geometric_mean, mean, median
 from typing import Any
 
 Run = dict[str, Any]
 BASE = "greedy"
+"""Stock `generate` without help; above temperature 0 it samples."""
+TIED = 1e-3
+"""Where the target's two highest logits are closer, another text than stock greedy's is rounding."""
+ALL = "geometric mean"
 SHARES = ("drafting_share", "loop_share")
 """Of the time of a call: in the drafter, and in the loop outside drafter and model."""
 
 
 def per_prompt(runs: list[Run], clock: str = "seconds") -> dict[tuple[str, str], dict[str, Any]]:
-    """Return, for each (prompt, mode), the median seconds over its repeats and what does not vary.
+    """Return, for each (prompt, mode), the median tokens per second over its repeats, and means of what is counted.
 
     Args:
-        runs: lines of the journal.
+        runs: of one batch size and temperature; `prompt` names a batch of them.
         clock: `seconds` on the wall or `cpu_seconds`.
     """
     groups: dict[tuple[str, str], list[Run]] = {}
@@ -24,65 +28,97 @@ def per_prompt(runs: list[Run], clock: str = "seconds") -> dict[tuple[str, str],
     return {
         key: {
             "kind": group[0]["kind"],
-            "repeats": len(group),
-            "seconds": median(run[clock] for run in group),
-            "tokens_per_pass": group[0]["new_tokens"] / group[0]["passes"],
-            **{name: median(run[name] for run in group) if name in group[0] else None for name in SHARES},
-            "ids": group[0]["ids"],
+            "tokens_per_second": median(run["new_tokens"] / run[clock] for run in group),
+            "tokens_per_pass": sum(run["new_tokens"] for run in group) / sum(run["row_passes"] for run in group),
+            **{name: median(run[name] for run in group) for name in SHARES if name in group[0]},
+            **{name: mean(run[name] for run in group) for name in ("agreement", "threshold") if name in group[0]},
+            "gaps": group[0].get("gaps", []),
         }
         for key, group in groups.items()
     }
 
 
 def results(runs: list[Run], clock: str = "seconds") -> dict[str, Any]:
-    """Return, for each mode and kind of prompt, tokens a pass and the speed against stock greedy.
+    """Return, for each mode and kind of prompt, tokens a pass, tokens per second and the ratio to stock.
 
-    The ratio of a prompt is that of its median seconds a token; a kind's is the median over its prompts. `differ`
-    counts prompts whose text is not that of stock greedy (two logits that are nearly tied can change places).
+    Of the prompts of a kind, tokens a pass are the mean, speed is the median, its ratio that of each prompt. `ALL` is
+    the geometric mean over the kinds, and what is counted is summed: `differ`, the prompts whose text is not stock
+    greedy's, and `unexplained`, those of them where the target's two highest logits are not nearly tied.
 
     Args:
-        runs: lines of the journal.
+        runs: of one batch size and temperature.
         clock: as `per_prompt`.
     """
     found = per_prompt(runs, clock)
-    modes = list(dict.fromkeys(mode for _, mode in found))
-    kinds = [*dict.fromkeys(one["kind"] for one in found.values()), "all"]
+    kinds = list(dict.fromkeys(one["kind"] for one in found.values()))
     table: dict[str, Any] = {}
-    for mode in modes:
-        table[mode] = {}
-        for kind in kinds:
-            names = [name for name, m in found if m == mode and kind in ("all", found[name, m]["kind"])]
-            pairs = [(found[name, mode], found[name, BASE]) for name in names if (name, BASE) in found]
-            if not pairs:
-                continue
-            shares = {name: [one[name] for one, _ in pairs if one[name] is not None] for name in SHARES}
-            table[mode][kind] = {
-                "prompts": len(pairs),
+    for mode in dict.fromkeys(mode for _, mode in found):
+        own = [(one, found[name, BASE]) for (name, m), one in found.items() if m == mode and (name, BASE) in found]
+        by_kind = {
+            kind: {
                 "tokens_per_pass": mean(one["tokens_per_pass"] for one, _ in pairs),
-                "speed": median(
-                    (base["seconds"] / len(base["ids"])) / (one["seconds"] / len(one["ids"])) for one, base in pairs
-                ),
-                **{name: median(values) if values else None for name, values in shares.items()},
-                "differ": sum(one["ids"] != base["ids"] for one, base in pairs),
+                "tokens_per_second": median(one["tokens_per_second"] for one, _ in pairs),
+                "speed": median(one["tokens_per_second"] / base["tokens_per_second"] for one, base in pairs),
             }
+            for kind in kinds
+            if (pairs := [(one, base) for one, base in own if one["kind"] == kind])
+        }
+        if not by_kind:
+            continue
+        names = ("tokens_per_pass", "tokens_per_second", "speed")
+        whole: dict[str, Any] = {name: geometric_mean(one[name] for one in by_kind.values()) for name in names}
+        for name in (*SHARES, "agreement", "threshold"):
+            values = [one[name] for one, _ in own if name in one]
+            whole[name] = mean(values) if values else None
+        gaps = [gap for one, _ in own for gap in one["gaps"]]
+        whole |= {"differ": len(gaps), "unexplained": sum(gap >= TIED for gap in gaps)}
+        table[mode] = {**by_kind, ALL: whole}
     return table
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """Return the table for people.
+def markdown(table: dict[str, Any], batch: int, temperature: float) -> str:
+    """Return the two tables for people.
 
     Args:
         table: from `results`.
+        batch: its batch size.
+        temperature: its temperature.
     """
-    kinds = list(next(iter(table.values())))
-    lines = [
-        f"| mode | {' | '.join(f'{kind}: tokens a pass' for kind in kinds)} | "
-        f"{' | '.join(f'{kind}: speed' for kind in kinds)} | drafting | loop | other text |",
-        f"| --- |{' --- |' * (2 * len(kinds) + 3)}",
-    ]
+    kinds = list(dict.fromkeys(kind for by_kind in table.values() for kind in by_kind if kind != ALL))
+    what = f"batch {batch}, " + (f"temperature {temperature:g}" if temperature else "greedy")
+    lossy = any(by_kind[ALL]["agreement"] is not None for by_kind in table.values())
+    kept = ["other text"] * (not temperature) + ["agreement"] * lossy
+    passes = _head(f"Tokens a pass, {what}", ["mode", *kinds, ALL, *kept])
+    names = ["mode", *kinds, ALL, "tokens/s", "drafting", "loop"]
+    speed = _head(f"Tokens per second over {BASE}'s, {what}", names)
     for mode, by_kind in table.items():
-        rates = [f"{by_kind[kind]['tokens_per_pass']:.2f}" if kind in by_kind else "–" for kind in kinds]
-        speeds = [f"{by_kind[kind]['speed']:.2f}" if kind in by_kind else "–" for kind in kinds]
-        shares = ["–" if (share := by_kind["all"][name]) is None else f"{share:.1%}" for name in SHARES]
-        lines.append(f"| {mode} | {' | '.join([*rates, *speeds, *shares])} | {by_kind['all']['differ']} |")
-    return "\n".join(lines) + "\n"
+        whole = by_kind[ALL]
+        cells = [_number(by_kind, kind, "tokens_per_pass") for kind in (*kinds, ALL)]
+        if not temperature:
+            cells.append(_other(whole))
+        if lossy:
+            share = whole["agreement"]
+            cells.append("–" if share is None else f"{share:.1%} at {whole['threshold']:g}")
+        passes.append(f"| {mode} | {' | '.join(cells)} |")
+        cells = [_number(by_kind, kind, "speed") for kind in (*kinds, ALL)]
+        cells += [f"{whole['tokens_per_second']:.1f}"]
+        cells += ["–" if whole[name] is None else f"{whole[name]:.1%}" for name in SHARES]
+        speed.append(f"| {mode} | {' | '.join(cells)} |")
+    return "\n".join([*passes, "", *speed]) + "\n"
+
+
+def _head(title: str, names: list[str]) -> list[str]:
+    return [f"{title}:", "", f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+
+
+def _number(by_kind: dict[str, Any], kind: str, name: str) -> str:
+    return f"{by_kind[kind][name]:.2f}" if kind in by_kind else "–"
+
+
+def _other(whole: dict[str, Any]) -> str:
+    """How many prompts gave another text, and how many of them for no reason that is known."""
+    if whole["agreement"] is not None:
+        return "–"
+    if not whole["unexplained"]:
+        return f"{whole['differ']}"
+    return f"{whole['differ']}, {whole['unexplained']} not tied"

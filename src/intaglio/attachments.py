@@ -1,19 +1,24 @@
 """Attachments: what a decoder, a drafter or a dictionary owns, kept beside the weights it was made for.
 
     OUT/attachments/SLUG.safetensors
+    OUT/attachments/SLUG.safetensors.index.json, SLUG-00001-of-00002.safetensors, ...      (the same in shards)
 
-A `fit` step makes one. The weights are not touched; the file says to which weights it belongs.
+A `fit` step makes one. The weights are not touched; the file says to which weights it belongs, and so does every shard.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 from intaglio.errors import IntaglioError
 from intaglio.method import Cost, Progress, Workload, silent
+from intaglio.shards import INDEX, read_index
+from intaglio.writer import to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,16 +59,51 @@ class Attachment:
         """
         return self if self.base else replace(self, base=base)
 
-    def write(self, folder: Path) -> None:
-        """Write `SLUG.safetensors` into a folder that is there.
+    @property
+    def bytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def write(self, folder: Path, most: int | None = None) -> None:
+        """Write `SLUG.safetensors` into a folder that is there, or shards and their index.
 
         Args:
             folder: `attachments` of a directory that the writer made.
+            most: bytes of tensors in a file. Default: no limit, so one file.
+
+        Raises:
+            IntaglioError: a tensor is larger than a file may be.
         """
         from safetensors.torch import save_file
 
         own = {"slug": self.slug, "base": self.base, "step": self.step, "parameters": self.parameters}
-        save_file(self.tensors, folder / f"{self.slug}.safetensors", described({**self.about, "attachment": own}))
+        metadata = described({**self.about, "attachment": own})
+        parts = [self.tensors] if most is None else _parts(self.tensors, most)
+        if len(parts) == 1:
+            save_file(parts[0], folder / f"{self.slug}.safetensors", metadata)
+            return
+        where: dict[str, str] = {}
+        for number, part in enumerate(parts, start=1):
+            name = f"{self.slug}-{number:05d}-of-{len(parts):05d}.safetensors"
+            save_file(part, folder / name, metadata)
+            where |= dict.fromkeys(part, name)
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(where.items()))}
+        (folder / f"{self.slug}{INDEX}").write_text(to_json(index), encoding="utf-8")
+
+
+def _parts(tensors: Mapping[str, Tensor], most: int) -> list[dict[str, Tensor]]:
+    """Tensors in the order of their names, as many to a part as it may hold."""
+    parts: list[dict[str, Tensor]] = [{}]
+    room = most
+    for name, tensor in sorted(tensors.items()):
+        if tensor.nbytes > most:
+            raise IntaglioError(f"the tensor {name} has {tensor.nbytes} bytes; a file may hold {most} at the most")
+        if tensor.nbytes > room:
+            parts.append({})
+            room = most
+        parts[-1][name] = tensor
+        room -= tensor.nbytes
+    return parts
 
 
 def described(about: dict[str, Any]) -> dict[str, str]:
@@ -95,25 +135,63 @@ def read_attachments(directory: Path) -> dict[str, Attachment]:
         directory: holds the weights.
 
     Raises:
-        IntaglioError: a file is no attachment, or damaged.
+        IntaglioError: a file is no attachment, or damaged; or a shard is missing.
     """
+    folder = directory / FOLDER
+    sharded = {index.name.removesuffix(INDEX): read_index(index) for index in sorted(folder.glob(f"*{INDEX}"))}
+    shards = {shard for where in sharded.values() for shard in where.values()}
+    whole = {path.stem for path in folder.glob("*.safetensors") if path.name not in shards}
+    return {slug: read_attachment(folder, slug) for slug in sorted(whole | sharded.keys())}
+
+
+def read_attachment(folder: Path, slug: str) -> Attachment:
+    """One attachment, in one file or in shards.
+
+    Args:
+        folder: that it is in.
+        slug: of the method.
+
+    Raises:
+        IntaglioError: it is none, or damaged; or a shard is missing.
+    """
+    index = folder / f"{slug}{INDEX}"
+    if not index.is_file():
+        path = folder / f"{slug}.safetensors"
+        shard = _SHARD.fullmatch(path.name)
+        if shard is not None:
+            raise IntaglioError(f"{folder} is incomplete: {shard[1]}{INDEX} is missing")
+        return _read(path, slug)
+    where = read_index(index)
+    if (folder / f"{slug}.safetensors").is_file():
+        raise IntaglioError(f"{folder} has {slug} twice, in one file and in shards; remove one of the two")
+    parts = [_read(folder / name, slug) for name in sorted(set(where.values()))]
+    tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    if any(replace(part, tensors={}) != replace(parts[0], tensors={}) for part in parts) or (
+        tensors.keys() != where.keys() or len(tensors) != sum(len(part.tensors) for part in parts)
+    ):
+        raise IntaglioError(f"the shards that {index} names do not belong together; one of them is of another fit")
+    return replace(parts[0], tensors=tensors)
+
+
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
+
+
+def _read(path: Path, slug: str) -> Attachment:
+    """What one file says and holds."""
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, Attachment] = {}
-    for path in sorted((directory / FOLDER).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = description(file.metadata())
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            own = about.pop("attachment")
-            slug = own["slug"]
-            found[slug] = Attachment(slug, tensors, own["parameters"], int(own["step"]), about, own["base"])
-        except (SafetensorError, OSError) as error:
-            raise IntaglioError(f"{path} is damaged or truncated: {error}") from error
-        except (KeyError, TypeError, ValueError):
-            raise IntaglioError(f"{path} is no attachment of Intaglio; a fit step of a recipe makes one") from None
-        if slug != path.stem:
-            raise IntaglioError(f"{path} is the attachment of {slug}; its name must be {slug}.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = description(file.metadata())
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        own = about.pop("attachment")
+        found = Attachment(own["slug"], tensors, own["parameters"], int(own["step"]), about, own["base"])
+    except (SafetensorError, OSError) as error:
+        raise IntaglioError(f"{path} is damaged or truncated: {error}") from error
+    except (KeyError, TypeError, ValueError):
+        raise IntaglioError(f"{path} is no attachment of Intaglio; a fit step of a recipe makes one") from None
+    if found.slug != slug:
+        raise IntaglioError(f"{path} is the attachment of {found.slug}; its name must be {found.slug}.safetensors")
     return found
 
 

@@ -54,3 +54,15 @@ def did_you_mean(word: str, accepted: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"accepted: {', '.join(names)}" if names else "nothing is accepted here"
+
+
+def first_line(error: BaseException) -> str:
+    """The reason that an error gives, as a clause.
+
+    Args:
+        error: what a library raised.
+    """
+    lines = str(error).strip().splitlines() or [""]
+    # Validators put the reason on the second line; a lone key or number says nothing without the error's name.
+    text = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0].rstrip(". ")
+    return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -13,7 +13,7 @@ from intaglio.anatomy import anatomy, final_hidden
 from intaglio.decoding.chimera import Chimera
 from intaglio.decoding.chimera.drafting import Chain, Draft, chain_visible, edges, source_block, trigrams
 from intaglio.decoding.chimera.session import Branches
-from intaglio.heads.fingerprint import fingerprint
+from intaglio.fingerprint import fingerprint
 from intaglio.heads.objective import frozen, head_batch
 from intaglio.heads.shape import CHIMERA, Picker, Shape
 from intaglio.verify.protocols import Run, Step

@@ -208,7 +208,7 @@ def test_output_is_stock_for_random_maps(family: str) -> None:
 
 
 def _mark(model: Any) -> str:
-    from intaglio.heads.fingerprint import fingerprint
+    from intaglio.fingerprint import fingerprint
 
     return fingerprint(model)
 

@@ -16,7 +16,7 @@ from intaglio.cli.app import app
 from intaglio.cli.generating import generate
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
-from intaglio.heads.fingerprint import fingerprint
+from intaglio.fingerprint import fingerprint
 from intaglio.heads.method import TrainedHeads, split
 from intaglio.method import get
 from intaglio.recipe import Recipe

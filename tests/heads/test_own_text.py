@@ -11,8 +11,7 @@ import torch
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
-from intaglio.heads import own_text as module
-from intaglio.heads.own_text import own_text, prompts_of, to_go_on_from
+from intaglio.heads.own_text import own_text, prompts_of, to_go_on_from, until
 from tests.families import EOS, tiny_model, tiny_tokenizer
 
 PROMPTS = [[9, 30, 31], [32, 9], [30, 31, 32, 9], [40], [41, 42]]
@@ -62,8 +61,8 @@ def test_killed_it_goes_on_and_is_found_again(checkpoint: Checkpoint, tmp_path: 
 
 
 def test_a_text_ends_at_the_stop_token(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert module._until([5, EOS, 7], [EOS]) == [5, EOS]
-    assert module._until([5, 7], [EOS]) == [5, 7]
+    assert until([5, EOS, 7], [EOS]) == [5, EOS]
+    assert until([5, 7], [EOS]) == [5, 7]
     model: Any = checkpoint.model
     with torch.no_grad():
         model.lm_head.weight[EOS] = 0

@@ -15,8 +15,9 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from intaglio.data import assets
-from intaglio.errors import IntaglioError, shorten
+from intaglio.errors import IntaglioError, first_line, shorten
 from intaglio.machine import silenced
+from intaglio.shards import INDEX, read_index
 
 BUNDLED = ("smollm2", "minilm")
 LIVE_TYPE, LIVE_WEIGHTS = "intaglio_", "live.safetensors"
@@ -107,16 +108,8 @@ def check_directory(path: Path) -> None:
                 "convert it to safetensors first"
             )
         raise IntaglioError(f"{path} holds no weights: no *.safetensors file")
-    for index in path.glob("*.safetensors.index.json"):
-        try:
-            shards = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise IntaglioError(
-                f"{index} is not a valid index of shards: no weight_map can be read from it ({first_line(error)})"
-            ) from error
-        missing = sorted(shards - {file.name for file in files})
-        if missing:
-            raise IntaglioError(f"{path} is incomplete: {missing[0]} is missing")
+    for index in path.glob(f"*{INDEX}"):
+        read_index(index)
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
@@ -203,15 +196,3 @@ def quiet() -> Iterator[None]:
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """The reason that an error gives, as a clause.
-
-    Args:
-        error: what a library raised.
-    """
-    lines = str(error).strip().splitlines() or [""]
-    # Validators put the reason on the second line; a lone key or number says nothing without the error's name.
-    text = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0].rstrip(". ")
-    return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -17,8 +17,10 @@ from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint.files import LIVE_TYPE, LIVE_WEIGHTS, quiet, weights_digest
 from intaglio.checkpoint.record import RECORD, Record, StepRecord
 from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.fingerprint import fingerprint
 from intaglio.machine import versions
 from intaglio.method import get
+from intaglio.shipped import shipped
 
 
 class Checkpoint:
@@ -137,6 +139,8 @@ class Checkpoint:
     def decoder(self, slug: str, **fields: Any) -> Any:
         """A decoder with what was fitted to this checkpoint, ready for `generate(custom_generate=...)`.
 
+        Where nothing was fitted, heads that come with the package are taken, if they belong to these very weights.
+
         Args:
             slug: the method, such as `aded`.
             **fields: win over the hyperparameters that it was fitted with.
@@ -148,14 +152,32 @@ class Checkpoint:
         if not (ENTRIES[slug].fitted and {"decoder", "drafter"} & set(ENTRIES[slug].kinds)):
             known = [s for s, entry in ENTRIES.items() if entry.fitted and {"decoder", "drafter"} & set(entry.kinds)]
             raise IntaglioError(f"{slug} is no decoder that is fitted to a checkpoint; {did_you_mean(slug, known)}")
-        if slug not in self.attachments:
-            raise IntaglioError(
-                f"nothing of {slug} is attached to {self.source or 'this checkpoint'}; a recipe with the step "
-                f"fit: {{{slug}: {{}}}} does that"
-            )
-        self._check_base(self.attachments[slug])
-        restored: Fitting = cast(type[Fitting], method).restore(self.attachments[slug], self, **fields)
+        if slug in self.attachments:
+            found = self.attachments[slug]
+            self._check_base(found)
+        else:
+            found = self._shipped(slug)
+        restored: Fitting = cast(type[Fitting], method).restore(found, self, **fields)
         return restored
+
+    def _shipped(self, slug: str) -> Attachment:
+        """The heads of a method that come with the package for this very model."""
+        heads = shipped(slug)
+        if heads and not any(step.verb == "carve" for step in self.record.steps):
+            own = fingerprint(self.model)
+            for one in heads:
+                if own in one.fingerprints.values():
+                    return one.attachment(own)
+        others = (
+            f"; the heads that come with the package, for {', '.join(one.model for one in heads)} as it is, belong to "
+            "other weights"
+            if heads
+            else ""
+        )
+        raise IntaglioError(
+            f"nothing of {slug} is attached to {self.source or 'this checkpoint'}; a recipe with the step "
+            f"fit: {{{slug}: {{}}}} does that{others}"
+        )
 
     def _check_base(self, attachment: Attachment) -> None:
         later = [step.slug for step in self.record.steps[attachment.step + 1 :] if step.verb == "carve"]

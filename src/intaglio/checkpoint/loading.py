@@ -23,7 +23,6 @@ from intaglio.checkpoint.files import (
     LIVE_TYPE,
     LIVE_WEIGHTS,
     check_directory,
-    first_line,
     pinned,
     quiet,
     read_companions,
@@ -32,7 +31,7 @@ from intaglio.checkpoint.files import (
 from intaglio.checkpoint.kept import Checkpoint
 from intaglio.checkpoint.record import RECORD, hub_record, read_record
 from intaglio.classifier import classifier_class, is_classifier
-from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.errors import IntaglioError, did_you_mean, first_line
 from intaglio.method import Live, get
 
 DTYPES: dict[str, torch.dtype] = {

@@ -98,8 +98,9 @@ def show(
     from intaglio.evidence import summary
     from intaglio.evidence.record import shipped, stale_parts
     from intaglio.method import get
+    from intaglio.shipped import shipped as shipped_heads
 
-    method = get(slug)
+    method, heads = get(slug), shipped_heads(slug)
     entry, record = ENTRIES[slug], shipped(slug)
     schema = method.model_json_schema()
     if json:
@@ -115,6 +116,7 @@ def show(
                 "verdict": None if record is None else record.verdict,
                 "stale": [] if record is None else stale_parts(record),
                 "evidence": None if record is None else summary.document(record),
+                "shipped": [one.told() for one in heads],
                 "parameters": schema.get("properties", {}),
                 "description": inspect.getdoc(method),
             }
@@ -122,6 +124,8 @@ def show(
         return
     out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.room}: {entry.summary}\n{entry.paper}\n{entry.url}\n")
     out.print(showing.description(method))
+    for one in heads:
+        out.print(f"\n[bold]Shipped[/bold]: {one.sentence()}", highlight=False)
     if record is None:
         out.print(f"\n[bold]Evidence[/bold]: {summary.without(slug)}", highlight=False)
         return

@@ -8,6 +8,5 @@ The methods are elsewhere (`intaglio.decoding.chimera`, `intaglio.decoding.hidde
 - `losses`: losses over a vocabulary, a few rows at a time
 - `vocabulary`: the frozen output head with a trained change: full matrices or a shared low-rank one
 - `shape`: static sparse trees, and how candidates fill them
-- `fingerprint`: which model heads belong to
 - `method`: the settings, `fit`, `restore` and `generate` of a method that owns such heads
 """

@@ -14,7 +14,7 @@ from intaglio.attachments import Attachment
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError
-from intaglio.heads.fingerprint import fingerprint
+from intaglio.fingerprint import fingerprint
 from intaglio.heads.losses import ROWS
 from intaglio.heads.objective import LENGTH, measured_chances, train_heads
 from intaglio.heads.own_text import own_text, prompts_of, to_go_on_from
@@ -168,7 +168,7 @@ class TrainedHeads(BaseModel):
                 )
             self._heads = self.make(model, self.seed)
             self._about["model"] = own
-        if self._about.get("model") != own:
+        if own not in (self._about.get("model"), self._about.get("float16")):
             raise IntaglioError(
                 f"the heads of {slug} were trained for another checkpoint than this {type(model).__name__}; fit them "
                 "again"
@@ -248,6 +248,7 @@ class TrainedHeads(BaseModel):
         )
         about = {
             "model": fingerprint(checkpoint.model),
+            "float16": fingerprint(checkpoint.model, torch.float16),  # loaded so, it rounds otherwise
             "chances": measured_chances(checkpoint, heads, held_out, length),
         }
         checkpoint.attach(slug, tensors, parameters, about)

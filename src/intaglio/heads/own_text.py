@@ -172,7 +172,7 @@ def _continue(
     warm = temperature > 0
     options: dict[str, Any] = {"temperature": temperature if warm else None, "top_k": 0 if warm else None,
                                "top_p": 1.0 if warm else None}  # fmt: skip
-    stops = _stops(model)
+    stops = stop_ids(model)
     with torch.random.fork_rng(devices=[] if ids_BP.device.type == "cpu" else None), kept_modes(model):
         torch.manual_seed(int(torch.randint(1 << 62, (), generator=rng)))
         model.eval()
@@ -186,15 +186,26 @@ def _continue(
             pad_token_id=next(iter(stops), 0),
             **options,
         )
-    return [_until(row, stops) for row in whole_BL[:, most:].tolist()]
+    return [until(row, stops) for row in whole_BL[:, most:].tolist()]
 
 
-def _stops(model: Any) -> list[int]:
+def stop_ids(model: Any) -> list[int]:
+    """The tokens that end a text.
+
+    Args:
+        model: with a generation config.
+    """
     found = model.generation_config.eos_token_id
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
-def _until(ids: list[int], stops: Sequence[int]) -> list[int]:
+def until(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """The tokens up to the first that ends a text, with that.
+
+    Args:
+        ids: of a text.
+        stops: from `stop_ids`.
+    """
     for place, token in enumerate(ids):
         if token in stops:
             return ids[: place + 1]

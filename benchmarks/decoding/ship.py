@@ -1,0 +1,95 @@
+"""Ship trained heads with the package: measured on held-out prompts, in bfloat16, at most 24 MB.
+
+    intaglio carve -r recipes/chimera-heads.yaml -o out
+    python benchmarks/decoding/ship.py out                            # into src/intaglio/shipped/smollm2
+    python benchmarks/decoding/ship.py out --prompts 4 --new 16 --into /tmp/shipped
+
+The prompts are those of `prompts.py`: no article of them is one that the recipes train on, if the heads were trained on
+the texts that `--texts` names. What is shipped belongs to the model as it is, loaded in float32, bfloat16 or float16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import prompts
+import torch
+from once import once
+
+import intaglio
+from intaglio import shipped
+from intaglio.attachments import Attachment, read_attachments
+from intaglio.checkpoint.record import read_record
+from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.fingerprint import fingerprint
+from intaglio.heads.method import TrainedHeads
+from intaglio.method import get
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Ship trained heads with the package.")
+    parser.add_argument("directory", type=Path, metavar="DIR", help="a checkpoint with trained heads attached")
+    parser.add_argument("--slug", help="whose heads; default: the only ones there")
+    parser.add_argument("--model", help="what they belong to; default: what DIR was made of")
+    parser.add_argument("--texts", default="wikipedia", help="bundled name, file or folder; default: %(default)s")
+    parser.add_argument("--prompts", type=int, default=20, help="how many, spread over the kinds; default: %(default)s")
+    parser.add_argument("--new", type=int, default=64, help="new tokens; default: %(default)s")
+    parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--into", type=Path, default=shipped.ROOT, help="default: the package's own folder")
+    return parser.parse_args()
+
+
+def _heads(directory: Path, slug: str | None) -> Attachment:
+    """The trained heads of a directory."""
+    there = {name: found for name, found in read_attachments(directory).items() if issubclass(get(name), TrainedHeads)}
+    if slug is not None and slug not in there:
+        raise IntaglioError(f"{directory} has no heads of {slug}; {did_you_mean(slug, there)}")
+    if slug is None and len(there) != 1:
+        raise IntaglioError(
+            f"{directory} has the heads of {', '.join(there) or 'nothing'}; name one method with --slug"
+        )
+    return there[slug or next(iter(there))]
+
+
+def main() -> None:
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    found = shipped.small(_heads(arguments.directory, arguments.slug))
+    record = read_record(arguments.directory)
+    model = arguments.model or (record.source if record is not None else "")
+    checkpoint = intaglio.load(model)
+    if fingerprint(checkpoint.model) != found.about.get("model"):
+        raise IntaglioError(
+            f"the heads in {arguments.directory} belong to other weights than those of {model} as it is"
+        )
+    method = get(found.slug)
+    decoder = method.restore(found, checkpoint)  # type: ignore[attr-defined]
+    tokens: dict[str, int] = defaultdict(int)
+    passes: dict[str, int] = defaultdict(int)
+    chosen = prompts.chosen(prompts.prompts(checkpoint.tokenizer, arguments.texts), arguments.prompts)
+    for number, prompt in enumerate(chosen, start=1):
+        run = once(checkpoint, [prompt["ids"]], arguments.new, {"custom_generate": decoder})
+        tokens[prompt["kind"]] += run["new_tokens"]
+        passes[prompt["kind"]] += run["row_passes"]
+        rate = run["new_tokens"] / run["row_passes"]
+        print(f"{number}/{len(chosen)}, {prompt['kind']}: {run['seconds']:.1f} s, {rate:.2f} tokens a pass", flush=True)
+    acceptance = {
+        "prompts": len(chosen),
+        "new_tokens": arguments.new,
+        "nodes": len(decoder.shape),
+        "tokens_a_pass": round(sum(tokens.values()) / sum(passes.values()), 4),
+        "kinds": {kind: round(tokens[kind] / passes[kind], 4) for kind in tokens},
+    }
+    prints = {"float32": fingerprint(checkpoint.model), "float16": fingerprint(checkpoint.model, torch.float16)}
+    one = shipped.ship(found, Path(model).name, prints, acceptance, arguments.into)
+    print(f"{found.slug}, in {one.folder}: {one.sentence()}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except IntaglioError as error:
+        sys.exit(f"error: {error}")
