@@ -179,7 +179,8 @@ def make_decoder(
     """
     drafter: Any = make_drafter(decoder, settings, checkpoint)
     if getattr(drafter, "lossless", True):
-        return Speculative(drafter, streamer=streamer, on_step=on_step)
+        prepack = getattr(drafter, "prepack", None)
+        return Speculative(drafter, streamer=streamer, on_step=on_step, prepack=prepack)
     more = {"tokenizer": checkpoint.tokenizer, "streamer": streamer, "on_step": on_step}
     return drafter.model_copy(update=more)
 

@@ -110,7 +110,9 @@ def parameters(target: Checkpoint) -> int:
     return sum(p.numel() for p in target.model.parameters())
 
 
-def go_on(target: Checkpoint, drafter: Drafter, prompt: Sequence[int], new: int) -> Generated:
+def go_on(
+    target: Checkpoint, drafter: Drafter, prompt: Sequence[int], new: int, prepack: bool | None = False
+) -> Generated:
     """Go on from a prompt, greedily and past every stop token, so that each prompt gives as many tokens.
 
     Args:
@@ -118,6 +120,7 @@ def go_on(target: Checkpoint, drafter: Drafter, prompt: Sequence[int], new: int)
         drafter: where guesses come from.
         prompt: token ids.
         new: tokens.
+        prepack: as in `Speculative`. Default False: the products that stock `generate` takes.
     """
     steps: list[int] = []
     rows = [0]
@@ -126,7 +129,7 @@ def go_on(target: Checkpoint, drafter: Drafter, prompt: Sequence[int], new: int)
         steps.append(len(step.tokens))
         rows[0] += len(prompt) if step.tree is None else len(step.tree)
 
-    loop = Speculative(drafter, on_step=note)
+    loop = Speculative(drafter, on_step=note, prepack=prepack)
     ids = torch.tensor([list(prompt)], device=target.device)
     model: Any = target.model
     options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None,

@@ -342,7 +342,7 @@ class Continue:
         shifted = shifted_prompt(target, unit, len(prompt))
         drafter, own = _drafter(self.world, self.training, self.name, self.arms, arm)
         with peak_memory(target.device) as peak:
-            same, other = (go_on(target, drafter, ids, self.new) for ids in (prompt, shifted))
+            same, other = (go_on(target, drafter, ids, self.new, prepack=None) for ids in (prompt, shifted))
         values = {TOKENS: same.rate(), FRESH: same.rate(loop_start(same.ids)), SHIFTED: other.rate(),
                   SECONDS: same.seconds / len(same.ids)}  # fmt: skip
         rows = same.rows + other.rows

@@ -12,7 +12,7 @@
 - `tree.py`: `TokenTree`, the guesses that one pass verifies
 - `walk.py`: which nodes are accepted; `sampling.py`: the rule for drawn ones, and why it keeps the target's law
 - `reader.py`: a model with its cache: positions, masks by layer type, ragged rows; `cache.py`: keeping its rows;
-  `attention.py`: grouped heads under a mask
+  `attention.py`: grouped heads under a mask; `prepack.py`: linears with their weights laid out for few tokens
 - `request.py`: what `generate` asks for and what is refused; `rows.py`: a row as it grows, and what ends it
 - `output.py`: what is returned, and the streamer; `statistics.py`: what a run cost
 - `drafters/`: the plain drafters

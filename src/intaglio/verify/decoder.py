@@ -26,6 +26,8 @@ class Drafting(BaseModel):
         streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
         on_step: called with each row's `Step` after every pass.
         generator: what draws come from (sampling). Default: torch's global generator.
+        prepack: whether passes on a CPU use copies of the weights that are laid out beforehand; see `Speculative`.
+            Default None: where it pays.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -34,12 +36,24 @@ class Drafting(BaseModel):
     on_step: SkipJsonSchema[Callable[[Step], None] | None] = Field(None, exclude=True, repr=False)
     generator: SkipJsonSchema[InstanceOf[torch.Generator] | None] = Field(None, exclude=True, repr=False)
 
+    prepack: SkipJsonSchema[bool | None] = Field(None, exclude=True, repr=False)
+
     _statistics: Statistics = PrivateAttr(default_factory=Statistics)
 
     @property
     def statistics(self) -> Statistics:
         """What the last `generate` call cost."""
         return self._statistics
+
+    def loop(self) -> Speculative:
+        """The verify loop with this as its drafter."""
+        return Speculative(
+            cast(Drafter, self),
+            streamer=self.streamer,
+            on_step=self.on_step,
+            generator=self.generator,
+            prepack=self.prepack,
+        )
 
     def __call__(
         self,
@@ -60,7 +74,7 @@ class Drafting(BaseModel):
             generation_config: the merged one.
             **model_kwargs: what `generate` prepared for the model.
         """
-        loop = Speculative(cast(Drafter, self), streamer=self.streamer, on_step=self.on_step, generator=self.generator)
+        loop = self.loop()
         try:
             return loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs)
         finally:

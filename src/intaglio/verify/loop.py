@@ -23,6 +23,7 @@ from torch import Tensor
 
 from intaglio.errors import IntaglioError
 from intaglio.verify.output import SpeculativeOutput, as_asked, gathered, going, streaming
+from intaglio.verify.prepack import prepacked
 from intaglio.verify.protocols import Drafter, Pass, PassingSession, Run, Step
 from intaglio.verify.reader import Reader, stack
 from intaglio.verify.request import Request, read_request
@@ -47,6 +48,9 @@ class Speculative:
         on_step: called with each row's `Step` after every pass, the prefill first; `step.drafted` of the tokens were
             drafted.
         generator: what draws come from. Default None: torch's global generator, as in stock `generate`.
+        prepack: whether the passes on a CPU use copies of the linears' weights, laid out for a few tokens at a time (as
+            much memory again as the weights take; they are kept for the next call). True: wherever that can be done.
+            False: never, as stock `generate`. Default None: from 32 new tokens on, if there is memory for them.
 
     Attributes:
         statistics: of the last run.
@@ -59,11 +63,13 @@ class Speculative:
         streamer: Any = None,
         on_step: Callable[[Step], None] | None = None,
         generator: torch.Generator | None = None,
+        prepack: bool | None = None,
     ) -> None:
         self.drafter = drafter
         self.streamer = streamer
         self.on_step = on_step
         self.generator = generator
+        self.prepack = prepack
         self.statistics = Statistics()
 
     def __call__(
@@ -120,7 +126,8 @@ class _State:
         self._request = request
         self._counts = decoder.statistics = Statistics()
         self._model = model
-        self._reader = Reader(model, request.cache, hidden=decoder.drafter.needs_hidden)
+        own = prepacked(model, decoder.prepack, request.room)
+        self._reader = Reader(model, request.cache, hidden=decoder.drafter.needs_hidden, prepacked=own)
         shape = (request.ids_BP.shape[0], request.max_length)
         self._ids_BL = torch.full(shape, request.pad, device=request.ids_BP.device)
         self._rows = [Row(index, buffer_L, request) for index, buffer_L in enumerate(self._ids_BL)]
@@ -140,14 +147,16 @@ class _State:
             prompts=tuple(tuple(ids) for ids in real),
             sampling=bool(request.config.do_sample),
             config=request.config,
-            limit=request.max_length - request.ids_BP.shape[1],
+            limit=request.room,
             generator=self._decoder.generator,
+            prepack=self._decoder.prepack,
         )
 
     def _timed(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call the drafter, on its own account."""
         start = time.perf_counter()
-        found = function(*args)
+        with self._reader.linears:  # heads that draft call the target's own last linear
+            found = function(*args)
         self._counts.drafter_seconds += time.perf_counter() - start
         return found
 
@@ -208,7 +217,8 @@ class _State:
             logits_BQV = self._reader.run(inputs)
         else:
             indices = [row.index for row in rows]
-            logits_BQV = self._forward(Pass(self._model, indices, trees, inputs, self._reader))
+            with self._reader.linears:
+                logits_BQV = self._forward(Pass(self._model, indices, trees, inputs, self._reader))
         self._counts.book(len(rows), start, self._model.device)
         self._reader.added(inputs)
         self.chooser.prepare(logits_BQV)

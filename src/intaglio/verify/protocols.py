@@ -40,6 +40,7 @@ class Run:
         limit: most new tokens a row.
         generator: what the loop draws from; None for torch's global generator. A drafter that draws uses it too, and
             one that draws nothing must leave it alone.
+        prepack: whether a model that drafts is run from weights laid out beforehand; see `prepack.prepacked`.
     """
 
     model: Any
@@ -48,6 +49,7 @@ class Run:
     config: Any
     limit: int
     generator: torch.Generator | None = None
+    prepack: bool | None = False
 
 
 @dataclass(frozen=True, eq=False)

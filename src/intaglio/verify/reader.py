@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from intaglio.errors import IntaglioError
 from intaglio.masks import get_visibility
 from intaglio.verify.attention import NAME, configs, grouped
 from intaglio.verify.cache import check_cache, is_windowed, move_rows, moves, roomy
+from intaglio.verify.prepack import Prepacked
 from intaglio.verify.tree import TokenTree
 
 _BOOL = ("sdpa", "intaglio_sdpa")
@@ -75,19 +77,27 @@ class Reader:
         model: a stock causal language model.
         cache: a dynamic cache, empty or with rows; None makes one that keeps every row.
         hidden: whether the last hidden states of each pass are wanted (`hidden_BQD`). Default False.
+        prepacked: the context that its passes are made in (`prepack.prepacked`). Default: none.
 
     Attributes:
         lengths: slots of each row that are in use, padding included.
         pads: empty slots in front of each row.
         pending: slots added by `extend` since the last `keep`.
         hidden_BQD: the last pass's hidden states after the final norm.
+        linears: the context that passes are made in, for what calls parts of the model itself.
 
     Raises:
         IntaglioError: an encoder or encoder-decoder, a model whose attention takes no mask (flash) or carries rules of
             its own, or a cache that cannot be kept by rows.
     """
 
-    def __init__(self, model: Any, cache: DynamicCache | None = None, hidden: bool = False) -> None:
+    def __init__(
+        self,
+        model: Any,
+        cache: DynamicCache | None = None,
+        hidden: bool = False,
+        prepacked: Prepacked | None = None,
+    ) -> None:
         config = model.config
         if getattr(config, "is_encoder_decoder", False):
             raise IntaglioError(f"{config.model_type} is an encoder-decoder; speculative decoding needs a decoder")
@@ -116,6 +126,7 @@ class Reader:
         self.pending = 0
         self.hidden_BQD: Tensor | None = None
         self._hidden = hidden
+        self.linears: AbstractContextManager[None] = prepacked or nullcontext()
         self._grouped = configs(model, model.device)
         self._kinds = _kinds(parts.config, parts.windows)
         self._seen_positions_BR: list[Tensor] = []
@@ -135,7 +146,7 @@ class Reader:
         """One forward pass; the last hidden state is noted on the way where it is wanted."""
         arguments |= {CACHE: self.cache, "use_cache": True}
         if not self._hidden:
-            with grouped(self._grouped):
+            with grouped(self._grouped), self.linears:
                 logits: Tensor = self.model(**arguments).logits
             return logits
 
@@ -144,7 +155,7 @@ class Reader:
 
         handle = self.base.register_forward_hook(note)
         try:
-            with grouped(self._grouped):
+            with grouped(self._grouped), self.linears:
                 logits = self.model(**arguments).logits
             return logits
         finally:

@@ -51,6 +51,11 @@ class Request:
     pad: int
     together: bool
 
+    @property
+    def room(self) -> int:
+        """Most new tokens of a row."""
+        return self.max_length - self.ids_BP.shape[1]
+
 
 def _dropped() -> dict[str, Any]:
     """Arguments of `generate` that it keeps from a custom decoder without a word, as far as they were given.

@@ -61,12 +61,12 @@ class ADED(decoder.Drafting, Method, slug="aded"):
     The output is the target's own, whatever the table holds. The table of the corpus is never changed: what is learnt
     belongs to one row of one run (or to this object, with `carry_over`).
 
-    The defaults are scaled to small targets on a CPU, where a pass over 8 tokens costs about 1.5 passes over one and
-    over 16 about 1.7: at most 15 nodes, and no more than promise to be worth it (`draft_cost`, `token_cost`; on a GPU,
-    where rows cost nothing, set both to 0). A small tree holds few branches, so it goes deeper (`length`), and what was
-    just said has to outrank the corpus sooner (`boost`). The whole prompt is learnt from, not its end alone (`prompt`),
-    and what followed two tokens once in the corpus is not certain to follow them (`discount`). `ADED.paper()` has the
-    constants of the paper and its released code.
+    The defaults are scaled to small targets on a CPU, where (with `prepack`) a pass over 4 tokens costs as much as one
+    over a single token, over 8 about 1.2 and over 16 about 1.5 times that: at most 15 nodes, and no more than promise
+    to be worth it (`token_cost`; on a GPU, where rows cost nothing, set it to 0). A small tree holds few branches, so it
+    goes deeper (`length`), and what was just said has to outrank the corpus sooner (`boost`). The whole prompt is learnt
+    from, not its end alone (`prompt`), and what followed two tokens once in the corpus is not certain to follow them
+    (`discount`). `ADED.paper()` has the constants of the paper and its released code.
 
     Args:
         corpus: what M is counted in: the name of a bundled corpus, a text file or a folder; a list of texts; a list of
@@ -99,10 +99,11 @@ class ADED(decoder.Drafting, Method, slug="aded"):
             in the paper. Default `visits`.
         choices: the sum for `distinct`. Default 64.
         nodes: most drafted tokens of a tree. Default 15; paper 64.
-        draft_cost: what any draft adds to the cost of a pass, in passes over one token. Default 0.35; paper 0.
+        draft_cost: what any draft adds to the cost of a pass, in passes over one token. Default 0; without
+            `prepack` about 0.35.
         token_cost: what each drafted token adds to it. Of the tree, the part is verified that promises the most tokens,
             by the table, for what its pass costs; none where that is a pass without. What the table promises is scaled
-            by how much of its promises was kept in the last steps. Default 0.04; paper 0: all of it.
+            by how much of its promises was kept in the last steps. Default 0.035; paper 0: all of it.
         seed: of the search's draws, for each row apart. Default 0.
         tokenizer: the target's, for a corpus of texts. Default: the one beside the target's weights.
         streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
@@ -142,8 +143,8 @@ class ADED(decoder.Drafting, Method, slug="aded"):
     trim: Literal["visits", "distinct"] = "visits"
     choices: Annotated[int, Field(ge=1, le=10_000)] = 64
     nodes: Annotated[int, Field(ge=1, le=1024)] = 15
-    draft_cost: Annotated[float, Field(ge=0, le=100)] = 0.35
-    token_cost: Annotated[float, Field(ge=0, le=100)] = 0.04
+    draft_cost: Annotated[float, Field(ge=0, le=100)] = 0.0
+    token_cost: Annotated[float, Field(ge=0, le=100)] = 0.035
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
 

@@ -119,6 +119,7 @@ class LUD(Method, slug="lud"):
         on_step: called after every pass with each row's `Step`; without `verify` with its own token first and then with
             what slots gave.
         generator: what draws come from. Default: torch's global generator.
+        prepack: whether passes on a CPU use weights laid out beforehand; see `Speculative`. Default: where it pays.
 
     Raises:
         IntaglioError: the model was not trained so, or with another vocabulary or shorter units; and all that training
@@ -155,6 +156,7 @@ class LUD(Method, slug="lud"):
     streamer: SkipJsonSchema[InstanceOf[BaseStreamer] | None] = Field(None, exclude=True, repr=False)
     on_step: SkipJsonSchema[Callable[[Step], None] | None] = Field(None, exclude=True, repr=False)
     generator: SkipJsonSchema[InstanceOf[torch.Generator] | None] = Field(None, exclude=True, repr=False)
+    prepack: SkipJsonSchema[bool | None] = Field(None, exclude=True, repr=False)
 
     _pad: int = PrivateAttr(-1)
     _context: int = PrivateAttr(0)
@@ -391,7 +393,13 @@ class LUD(Method, slug="lud"):
         return self._verified(given, model_kwargs) if self.verify else self._lossy(given, model_kwargs)
 
     def _verified(self, given: tuple[Any, ...], model_kwargs: dict[str, Any]) -> Tensor | SpeculativeOutput:
-        loop = Speculative(cast(Drafter, self), streamer=self.streamer, on_step=self.on_step, generator=self.generator)
+        loop = Speculative(
+            cast(Drafter, self),
+            streamer=self.streamer,
+            on_step=self.on_step,
+            generator=self.generator,
+            prepack=self.prepack,
+        )
         try:
             found = loop(*given, **model_kwargs)
         finally:
@@ -405,7 +413,8 @@ class LUD(Method, slug="lud"):
         model, ids_BP, processors, criteria, config = given
         request = read_request(model, ids_BP, processors, criteria, config, model_kwargs)
         pad, cap = self._tuned(model)
-        settings = Settings(pad, cap - 1, self.threshold, self._guard(), self.generator, self.streamer, self.on_step)
+        settings = Settings(pad, cap - 1, self.threshold, self._guard(), self.generator, self.streamer, self.on_step,
+                            self.prepack)  # fmt: skip
         with streaming(self.streamer, request.ids_BP), torch.inference_mode():
             ids_BL = Spans(settings, model, request, self._statistics).run()
         return as_asked(request, ids_BL, self._statistics)

@@ -25,6 +25,7 @@ from intaglio.decoding.lud.slots import confidence, context_of, with_slots, with
 from intaglio.decoding.lud.statistics import UnitStatistics
 from intaglio.errors import IntaglioError
 from intaglio.verify.output import gathered, going
+from intaglio.verify.prepack import prepacked
 from intaglio.verify.protocols import Step
 from intaglio.verify.reader import Reader, stack
 from intaglio.verify.request import Request
@@ -47,6 +48,7 @@ class Settings:
         generator: what first tokens are drawn from when sampling.
         streamer: gets the tokens of each pass.
         on_step: called with the model's own token of each pass and row, then with what the slots gave, if anything.
+        prepack: as in `Speculative`.
     """
 
     pad: int
@@ -56,6 +58,7 @@ class Settings:
     generator: torch.Generator | None = None
     streamer: Any = None
     on_step: Any = None
+    prepack: bool | None = None
 
 
 @dataclass(eq=False)
@@ -89,7 +92,8 @@ class Spans:
                 "output_scores or output_logits was asked for; what a slot says is no score of the model's, so lexical "
                 "units give none"
             )
-        self._reader = Reader(model, request.cache)
+        own = prepacked(model, settings.prepack, request.room)
+        self._reader = Reader(model, request.cache, prepacked=own)
         self._context = context_of(model)
         self._ids_BL = torch.full((len(request.ids_BP), request.max_length), request.pad, device=request.ids_BP.device)
         self._rows = [Row(index, buffer_L, request) for index, buffer_L in enumerate(self._ids_BL)]

@@ -27,6 +27,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 
 from intaglio.errors import IntaglioError
 from intaglio.verify.drafters.ngrams import NGramStore
+from intaglio.verify.prepack import prepacked
 from intaglio.verify.protocols import Run, Step
 from intaglio.verify.reader import Reader
 from intaglio.verify.tree import TokenTree
@@ -267,7 +268,7 @@ class ModelDraft:
 
     def __init__(self, model: Any, run: Run) -> None:
         self._device = run.model.device
-        self._reader = Reader(model)
+        self._reader = Reader(model, prepacked=prepacked(model, run.prepack, run.limit))
         self._reader.prefill(*pad_left(run.prompts, model.device))
         self.calls = Calls(passes=1)
         self._known = {row: _Row() for row in range(len(run.prompts))}
