@@ -388,7 +388,7 @@ def test_what_is_verified_is_worth_its_cost() -> None:
 
 
 def test_what_promises_too_much_is_trusted_less_and_tried_again_later() -> None:
-    row = drafting(ADED(adaptive=False, discount=0.0, length=3, draft_cost=0.35), [1, 2], CHAIN)
+    row = drafting(ADED(adaptive=False, discount=0.0, length=3, draft_cost=0.35, token_cost=0.04), [1, 2], CHAIN)
     sizes = []
     for _ in range(60):  # the table is sure of 3, 4, 5, and never right
         sizes.append(len(row.propose(9)))

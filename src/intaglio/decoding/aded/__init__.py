@@ -63,10 +63,10 @@ class ADED(decoder.Drafting, Method, slug="aded"):
 
     The defaults are scaled to small targets on a CPU, where (with `prepack`) a pass over 4 tokens costs as much as one
     over a single token, over 8 about 1.2 and over 16 about 1.5 times that: at most 15 nodes, and no more than promise
-    to be worth it (`token_cost`; on a GPU, where rows cost nothing, set it to 0). A small tree holds few branches, so it
-    goes deeper (`length`), and what was just said has to outrank the corpus sooner (`boost`). The whole prompt is learnt
-    from, not its end alone (`prompt`), and what followed two tokens once in the corpus is not certain to follow them
-    (`discount`). `ADED.paper()` has the constants of the paper and its released code.
+    to be worth it (`token_cost`; on a GPU, where rows cost nothing, set it to 0). A small tree holds few branches, so
+    it goes deeper (`length`), and what was just said has to outrank the corpus sooner (`boost`). The whole prompt is
+    learnt from, not its end alone (`prompt`), and what followed two tokens once in the corpus is not certain to follow
+    them (`discount`). `ADED.paper()` has the constants of the paper and its released code.
 
     Args:
         corpus: what M is counted in: the name of a bundled corpus, a text file or a folder; a list of texts; a list of
