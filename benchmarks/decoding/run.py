@@ -6,10 +6,11 @@
     python benchmarks/decoding/run.py --lud DIR                       # with a model trained by recipes/lud.yaml
 
 Trees have the same number of nodes in every mode that has such a setting (`--nodes`); `draft_model` drafts a chain of
-five. `hidden_transfer` and `chimera` use what is attached to the model or comes with the package, `medusa` heads in
-`--medusa DIR`; a mode without its heads, draft or trained model is left out with a sentence. The assisted modes of
-transformers take no batches, so at `--batch 4` there is stock `generate` alone to compare with; `greedy` is that, and
-samples where the temperature is above 0.
+five, and `undrafted` is our loop without any draft, which tells what the loop itself is worth. `hidden_transfer` and
+`chimera` use what is attached to the model or comes with the package, `medusa` heads in `--medusa DIR`; a mode without
+its heads, draft or trained model is left out with a sentence. The assisted modes of transformers take no batches, so at
+`--batch 4` there is stock `generate` alone to compare with; `greedy` is that, and samples where the temperature is
+above 0.
 
 Every finished run is a line of `runs.jsonl` in the output directory; a run that is there already is not done again, so
 a stopped benchmark goes on where it was. `results.json` and `results.md` are written at the end. Run it on a quiet
@@ -33,7 +34,8 @@ import prompts
 import table
 import torch
 import transformers
-from once import Run, gap, once
+from once import Run as Timed
+from once import gap, once
 
 import intaglio
 from intaglio import writer
@@ -49,15 +51,39 @@ from intaglio.verify.drafters.draft_model import DraftModel
 from intaglio.verify.drafters.lookup import PromptLookup
 from intaglio.verify.drafters.medusa import Medusa, MedusaHeads
 from intaglio.verify.loop import Speculative
+from intaglio.verify.prepack import WORTH
+from intaglio.verify.protocols import Run, Session, Step, by_row
+from intaglio.verify.tree import TokenTree, root_only
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "src" / "intaglio"
 # What a run of ours depends on: when one of these changes, finished runs no longer count.
 CODE = ("decoding/**/*.py", "heads/*.py", "verify/**/*.py")
 STOCK = ("greedy", "prompt_lookup_num_tokens", "assistant_model")
-OURS = ("aded", "prompt_lookup", "draft_model", "dyspec", "lud", "hidden_transfer", "chimera", "medusa")
+OURS = ("undrafted", "aded", "prompt_lookup", "draft_model", "dyspec", "lud", "hidden_transfer", "chimera", "medusa")
 MORE = ("aded-best", "aded-no-corpus")
 WITH_DRAFT = ("assistant_model", "draft_model", "dyspec")
+
+
+class Undrafted:
+    """A drafter that drafts nothing."""
+
+    needs_hidden = False
+
+    def start(self, run: Run) -> Session:
+        """A session of roots alone."""
+        return by_row(run, lambda prompt: _Roots(0))
+
+
+@dataclass
+class _Roots:
+    last: int
+
+    def propose(self, room: int) -> TokenTree:
+        return root_only(self.last)
+
+    def observe(self, step: Step) -> None:
+        self.last = step.tokens[-1]
 
 
 @dataclass(frozen=True)
@@ -113,7 +139,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.done: dict[str, Run] = {}
+        self.done: dict[str, Timed] = {}
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
             try:
                 entry = json.loads(line)
@@ -123,7 +149,7 @@ class Journal:
                 continue
             self.done[entry["key"]] = entry
 
-    def append(self, entry: Run) -> None:
+    def append(self, entry: Timed) -> None:
         """Add one finished run.
 
         Args:
@@ -188,6 +214,7 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
         "aded": lambda: aded,
         "aded-best": lambda: aded.model_copy(update={"search": "best"}),
         "aded-no-corpus": lambda: ADED(nodes=nodes),
+        "undrafted": lambda: Speculative(Undrafted()),
         "prompt_lookup": lambda: Speculative(PromptLookup(nodes=nodes)),
         "draft_model": lambda: Speculative(DraftModel(draft)),
         "dyspec": lambda: DySpec(draft=draft, budget=nodes),
@@ -275,6 +302,9 @@ def main() -> None:
     # One thread's CPU time is the same on a busy machine, nearly.
     clock = "cpu_seconds" if arguments.threads == 1 else "seconds"
     journal, tables, texts = Journal(arguments.out / "runs.jsonl"), [], []
+    for mode in modes.values():
+        # Not counted: the first call of a model lays its weights out.
+        once(mode.checkpoint, [chosen[0]["ids"]], WORTH, mode.options())
     for temperature in temperatures:
         for batch in batches:
             some = {name: mode for name, mode in modes.items() if batch == 1 or mode.batches}
@@ -302,11 +332,11 @@ def _alternated(
     temperature: float,
     settings: dict[str, Any],
     where: str,
-) -> list[Run]:
+) -> list[Timed]:
     """The runs of one batch of prompts, from the journal or done now."""
     rows, name = [prompt["ids"] for prompt in group], " + ".join(prompt["name"] for prompt in group)
     about = {"kind": group[0]["kind"], "prompt": name, "batch": len(rows), "temperature": temperature}
-    kept: list[Run] = []
+    kept: list[Timed] = []
     for repeat in range(arguments.repeats):
         # Begun with another mode each time, so that no mode has the machine's better moments.
         names = list(modes)
