@@ -109,6 +109,7 @@ class ADED(decoder.Drafting, Method, slug="aded"):
         streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
         on_step: called with each row's `Step` after every pass.
         generator: what the target's draws come from (sampling). Default: torch's global generator.
+        prepack: whether passes on a CPU use weights laid out beforehand; see `Speculative`. Default: where it pays.
 
     Raises:
         IntaglioError: (at the first use) a corpus of another tokenizer or vocabulary, texts without a tokenizer, and

@@ -55,6 +55,7 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
         streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
         on_step: called with each row's `Step` after every pass.
         generator: what draws come from (sampling). Default: torch's global generator.
+        prepack: whether passes on a CPU use weights laid out beforehand; see `Speculative`. Default: where it pays.
 
     The other arguments (trees, sampling, text and training) are those of `intaglio.heads.method.TrainedHeads`.
 

@@ -117,6 +117,7 @@ class DySpec(Drafting, Method, slug="dyspec"):
         streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
         on_step: called with each row's `Step` after every pass.
         generator: what draws come from (sampling). Default: torch's global generator.
+        prepack: whether passes on a CPU use weights laid out beforehand; see `Speculative`. Default: where it pays.
 
     Raises:
         IntaglioError: (at the first use) a draft that cannot be loaded, has another tokenizer or vocabulary or too
