@@ -435,6 +435,21 @@ def test_a_carving_that_sets_nothing_to_zero_says_so() -> None:
     assert report.summary(same).endswith("no weight of the blocks was set to zero.")
 
 
+@pytest.mark.parametrize(
+    ("after", "baked", "said"),
+    [
+        ({}, True, ("+100.0 %, the same work: noise", "")),
+        ({}, False, ("+100.0 %", "better")),
+        ({"bytes": 1}, True, ("+100.0 %", "better")),
+        ({"parameters": 1}, True, ("+100.0 %", "better")),
+    ],
+)
+def test_a_speed_changes_only_where_the_work_does(after: dict[str, Any], baked: bool, said: tuple[str, str]) -> None:
+    found = report.rows(side(), side(decode_tokens_per_s=2 * 21.7, **after), baked)
+    change = next(row.change for row in found if row.measure.key == "decode_tokens_per_s")
+    assert (change.text, change.verdict) == said
+
+
 NUMBER = st.one_of(
     st.none(),
     st.just(0),

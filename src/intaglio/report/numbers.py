@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from intaglio.report.document import Document, finite, has_cosine, value_of
@@ -223,14 +223,17 @@ def measures_of(sides: Sequence[Document]) -> list[Measure]:
     return [measure for measure in MEASURES if cosine or measure.key != "cosine"]
 
 
-def rows(before: Document, after: Document) -> list[Row]:
+def rows(before: Document, after: Document, baked: bool = False) -> list[Row]:
     """Return every measure of two SIDEs, in order, with what changed; `cosine` only where one has it.
 
     Args:
         before: the SIDE that is the reference.
         after: the other.
+        baked: whether stock code runs both. With equally many parameters and bytes they then do the same work, and what
+            their speeds differ by is the machine's. Default False.
     """
     cosine = has_cosine((before, after))
+    alike = baked and all(before.get(key) == after.get(key) is not None for key in ("parameters", "bytes"))
     found = []
     for measure in measures_of((before, after)):
         old, new = cell_of(before, measure, cosine, original=True), cell_of(after, measure, cosine, original=False)
@@ -238,5 +241,7 @@ def rows(before: Document, after: Document) -> list[Row]:
             found.append(Row(measure, Cell("-"), Cell("-"), Change(old.why)))
         else:
             change = _change(measure, value_of(before, measure.key), value_of(after, measure.key))
+            if alike and measure.noise == SPEED_NOISE and change.verdict:
+                change = replace(change, text=f"{change.text}, the same work: noise", verdict="")
             found.append(Row(measure, old, new, change))
     return found

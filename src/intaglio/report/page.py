@@ -237,7 +237,7 @@ def carve_page(document: Document) -> str:
         "carve.html.j2",
         document,
         headlines=_headlines(before, after, "the original"),
-        rows=rows(before, after),
+        rows=rows(before, after, document["kind"] == "baked"),
         names=("Before", "After", "Change"),
         maps=maps,
         pairs=_pairs(before, after, ("before", "after")),

@@ -39,9 +39,11 @@ def _change_text(change: Change) -> Text:
     return Text(f"{change.text} {change.verdict}".rstrip(), style=VERDICT_STYLE[change.verdict])
 
 
-def _two_sides(title: str, caption: str, names: Sequence[str], before: Document, after: Document) -> Table:
+def _two_sides(
+    title: str, caption: str, names: Sequence[str], before: Document, after: Document, baked: bool = False
+) -> Table:
     table = _table(title, caption, [("measure", "left"), *((name, "right") for name in names)])
-    for row in rows(before, after):
+    for row in rows(before, after, baked):
         table.add_row(Text(row.measure.name), _cell_text(row.before), _cell_text(row.after), _change_text(row.change))
     return table
 
@@ -57,7 +59,8 @@ def carve_table(document: Document) -> Table:
     """
     document = checked(document, "carve")
     caption = f"{ZEROS} {LIVE}" if document["kind"] == "live" else ZEROS
-    return _two_sides(document["title"], caption, ("before", "after", "change"), document["before"], document["after"])
+    names, baked = ("before", "after", "change"), document["kind"] == "baked"
+    return _two_sides(document["title"], caption, names, document["before"], document["after"], baked)
 
 
 def compare_table(document: Document) -> Table:
