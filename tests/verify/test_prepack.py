@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from intaglio.verify import Speculative
+from intaglio.verify import Speculative, prepack
 from intaglio.verify.drafters import PromptLookup
 from intaglio.verify.prepack import MOST, WORTH, Prepacked, prepacked
 from tests.families import DECODERS, tiny_model
@@ -122,8 +122,24 @@ def test_when_copies_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prepacked(model, None, WORTH) is None
     assert prepacked(model, True, WORTH) is not None
     monkeypatch.undo()
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert prepacked(model, True, WORTH) is None
+    with monkeypatch.context() as without:
+        without.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert prepacked(model, True, WORTH) is None
+
+
+@pytest.mark.parametrize(
+    "operator", [lambda *given: given[0].sum(), lambda *given: torch.zeros(3, 5), lambda x: x, None]
+)  # fmt: skip
+def test_a_torch_without_the_operators_is_run_as_ever(operator: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepack._works.cache_clear()
+    found = SimpleNamespace(_reorder_linear_weight=lambda *given: given[0])
+    if operator is not None:
+        found._linear_pointwise = operator
+    monkeypatch.setattr(torch.ops, "mkldnn", found)
+    try:
+        assert prepacked(nn.Linear(4, 4), True, WORTH) is None
+    finally:
+        prepack._works.cache_clear()
 
 
 @pytest.mark.parametrize("family", DECODERS)
