@@ -17,6 +17,9 @@ from intaglio.report.document import (
 )
 from intaglio.report.numbers import BY_KEY, cell_of, percent, plain_number
 
+UNSEEN = 0.0005
+"""A share of zeros that is told as 0.0 %."""
+
 
 def zeros_words(side: Document) -> str:
     """How much of the blocks is zero, as a clause.
@@ -78,11 +81,11 @@ def summary(document: Document) -> str:
         )
     else:
         parts = _quality_words(document["before"], document["after"], "the original")
-        shares = shares_of(document["after"])
-        if not shares:
+        old, new = (value_of(document[side], "zero_fraction") for side in ("before", "after"))
+        if new is None:
             parts.append(zeros_words(document["after"]))
-        elif shares == shares_of(document["before"]):
-            parts.append("no weight of the blocks was set to zero")
+        elif old is not None and new - old < UNSEEN:
+            parts.append("no zeros were added to the blocks")
         else:
             parts.append(f"{zeros_words(document['after'])}, which alone changes neither bytes nor speed")
         if document["kind"] == "live":
