@@ -13,16 +13,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, InstanceOf, PrivateAttr
 from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.decoding.lud import reconfiguration
@@ -48,9 +47,9 @@ from intaglio.trainer.draws import Draws
 from intaglio.trainer.pairs import as_pair
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.reserved import reserve
-from intaglio.verify.loop import Speculative
+from intaglio.verify import decoder
 from intaglio.verify.output import SpeculativeOutput, as_asked, streaming
-from intaglio.verify.protocols import Drafter, Run, Session, Step
+from intaglio.verify.protocols import Run, Session
 from intaglio.verify.reader import Reader
 from intaglio.verify.request import read_request
 
@@ -62,7 +61,7 @@ CAP = 4
 BETA, VERIFIED_BETA = 0.9, 0.3
 
 
-class LUD(Method, slug="lud"):
+class LUD(decoder.Drafting, Method, slug="lud"):
     """Lexical unit decoding: training that lets a model predict the rest of a unit at once, and decoding that uses it.
 
     **Not lossless**: without `verify` the model's second, third, ... token of a pass is taken unseen. Whatever reports
@@ -153,10 +152,6 @@ class LUD(Method, slug="lud"):
     guard: Literal["text", "id", "none"] = "text"
     verify: bool = False
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
-    streamer: SkipJsonSchema[InstanceOf[BaseStreamer] | None] = Field(None, exclude=True, repr=False)
-    on_step: SkipJsonSchema[Callable[[Step], None] | None] = Field(None, exclude=True, repr=False)
-    generator: SkipJsonSchema[InstanceOf[torch.Generator] | None] = Field(None, exclude=True, repr=False)
-    prepack: SkipJsonSchema[bool | None] = Field(None, exclude=True, repr=False)
 
     _pad: int = PrivateAttr(-1)
     _context: int = PrivateAttr(0)
@@ -393,13 +388,7 @@ class LUD(Method, slug="lud"):
         return self._verified(given, model_kwargs) if self.verify else self._lossy(given, model_kwargs)
 
     def _verified(self, given: tuple[Any, ...], model_kwargs: dict[str, Any]) -> Tensor | SpeculativeOutput:
-        loop = Speculative(
-            cast(Drafter, self),
-            streamer=self.streamer,
-            on_step=self.on_step,
-            generator=self.generator,
-            prepack=self.prepack,
-        )
+        loop = self.loop()
         try:
             found = loop(*given, **model_kwargs)
         finally:
