@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.pytorch_utils import Conv1D
 
 from intaglio.errors import IntaglioError
+from intaglio.replaced import ReplacedLinear
 
 Part = Literal["attention", "mlp"]
 
@@ -134,7 +135,7 @@ def attention(block: nn.Module) -> nn.Module:
         for name, module in block.named_modules()
         if name
         and any(word in name.lower().rpartition(".")[2] or name.endswith(".self") for word in _ATTENTION_WORDS)
-        and any(isinstance(child, (nn.Linear, Conv1D)) for child in module.children())
+        and any(isinstance(child, (nn.Linear, Conv1D, ReplacedLinear)) for child in module.children())
         and (hasattr(module, "is_causal") or hasattr(module, "scaling"))
     ]
     if not candidates:
@@ -170,6 +171,8 @@ def _fused_rows(name: str, module: nn.Module, config: Any) -> list[tuple[str, Te
 def linears(block: nn.Module, config: Any) -> list[Linear]:
     """The projections of one block, in the order of its modules, fused ones taken apart.
 
+    Those that a method has replaced (`ReplacedLinear`) are not among them: they have no plain weight.
+
     Args:
         block: one of `blocks(model)`.
         config: the model's (text) configuration.
@@ -179,8 +182,12 @@ def linears(block: nn.Module, config: Any) -> list[Linear]:
     """
     found: list[Linear] = []
     covered: set[int] = set()
+    inside: set[int] = set()
     for name, module in block.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)):
+        if isinstance(module, ReplacedLinear):
+            inside.update(map(id, module.modules()))
+            covered.update(map(id, module.parameters()))
+        if id(module) in inside or not isinstance(module, (nn.Linear, Conv1D)):
             continue
         covered.add(id(module.weight))
         part = _part(name)
@@ -196,7 +203,7 @@ def linears(block: nn.Module, config: Any) -> list[Linear]:
                 f"the model family {config.model_type!r} is not supported: its blocks hold {name} "
                 f"{tuple(parameter.shape)}, which is not a linear layer"
             )
-    if not found:
+    if not found and not inside:
         raise IntaglioError(
             f"the model family {config.model_type!r} is not supported: its blocks have no linear layers"
         )

@@ -18,6 +18,8 @@ from intaglio.catalogue import ENTRIES, Entry, Kind
 from intaglio.errors import IntaglioError, did_you_mean
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from intaglio.anatomy import Anatomy
     from intaglio.checkpoint import Checkpoint
 
@@ -163,6 +165,20 @@ class Live(Protocol):
     @classmethod
     def put_back(cls, part: Mapping[str, Any], checkpoint: Checkpoint) -> None:
         """Put a live part back into a model that was just loaded."""
+
+
+@runtime_checkable
+class Rebuilds(Protocol):
+    """A `Live` method whose part has modules of its own in the model (`intaglio.replaced`)."""
+
+    @classmethod
+    def rebuild(cls, part: Mapping[str, Any], model: nn.Module) -> None:
+        """Put the modules, empty, into a model that has no weights yet: they are read into it next.
+
+        Args:
+            part: as it was given to `keep_live`.
+            model: on the meta device.
+        """
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@
 
 - `kept`: `Checkpoint`, what every method is applied to, and how it is saved.
 - `loading`: `load`; configuration, class and tokenizer alone; dtypes and devices by name.
+- `rebuilding`: weights of live parts, read into modules that are not the stock ones.
 - `record`: `Record` and its `StepRecord`s, and reading them.
 - `files`: where a name leads, what is refused unread, digests and stamps, what lies beside the weights.
 """

@@ -29,6 +29,7 @@ from intaglio.checkpoint.files import (
     resolve,
 )
 from intaglio.checkpoint.kept import Checkpoint
+from intaglio.checkpoint.rebuilding import forget, rebuilding
 from intaglio.checkpoint.record import RECORD, hub_record, read_record
 from intaglio.classifier import classifier_class, is_classifier
 from intaglio.errors import IntaglioError, did_you_mean, first_line
@@ -71,6 +72,10 @@ def load(
     _, revision = pinned(x, revision)
     source, config = load_config(x, revision)
     cls = model_class(config, name)
+    live = vars(config).get("transformers_weights") is not None
+    local = Path(source) if Path(source).is_dir() else None
+    record = hub_record(source, revision) if live and local is None else read_record(local) if local else None
+    rebuild = rebuilding(name, record.live) if live and record is not None else {}
     with quiet():
         try:
             model, info = cls.from_pretrained(
@@ -82,8 +87,9 @@ def load(
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **rebuild,
             )
-        except MemoryError:
+        except (MemoryError, IntaglioError):
             raise
         except Exception as error:  # as for the configuration
             raise IntaglioError(f"the weights of {name!r} cannot be loaded: {first_line(error)}") from error
@@ -91,13 +97,13 @@ def load(
     if any("pooler" in key for key in info.get("missing_keys", ())):
         model.pooler = None  # it got random weights, which would be saved
     model.eval()
-    live = vars(model.config).pop("transformers_weights", None) is not None
-    local = Path(source) if Path(source).is_dir() else None
+    vars(model.config).pop("transformers_weights", None)
+    if rebuild:
+        forget(model)
     origin = name
     if local is None and revision is not None:
         # Decoders that know the model alone find its tokenizer by this name.
         origin = model.name_or_path = f"{source}@{revision}"
-    record = hub_record(source, revision) if live and local is None else read_record(local) if local else None
     checkpoint = Checkpoint(
         model,
         load_tokenizer(source, revision),

@@ -1,0 +1,109 @@
+"""Projections whose weight is no plain matrix any more: what the rooms put in the place of a block's linears.
+
+A carving or a shaper puts such modules into the model and notes a live part in the record (`Checkpoint.keep_live`); its
+class builds the same modules again, empty, before a reload reads the weights (`intaglio.method.Rebuilds`). `anatomy`
+knows them by their base class: it counts them as projections, and leaves them out of what it offers for carving.
+
+Dimension letters: B any leading dimensions, I input features, O output features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from intaglio.errors import IntaglioError
+
+
+class ReplacedLinear(nn.Module):
+    """A projection from I to O features that stands in the place of an `nn.Linear` or `Conv1D`.
+
+    Args:
+        in_features: I.
+        out_features: O.
+    """
+
+    slug: ClassVar[str]
+    """Of the method that made it, for sentences."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+
+    def dense(self) -> Tensor:
+        """The matrix [O, I] that it multiplies with, in float32.
+
+        Raises:
+            IntaglioError: it is not a matrix product.
+        """
+        raise IntaglioError(f"the projections of {self.slug} are no matrix products")
+
+    def extra_repr(self) -> str:
+        """As `nn.Linear` says it."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Joined(ReplacedLinear):
+    """Replaced projections in the place of one fused module: each gives its own rows of the output.
+
+    Args:
+        parts: the projections, all of I inputs.
+        rows: the output rows of each, int64, together every row once.
+    """
+
+    def __init__(self, parts: Sequence[ReplacedLinear], rows: Sequence[Tensor]) -> None:
+        super().__init__(parts[0].in_features, sum(map(len, rows)))
+        self.parts = nn.ModuleList(parts)
+        places_O = torch.empty(self.out_features, dtype=torch.int64, device="cpu")
+        places_O[torch.cat([row.cpu() for row in rows])] = torch.arange(self.out_features, device="cpu")
+        # As numbers, not as a buffer: a model's skeleton has no memory for buffers, and nothing would fill it.
+        self._in_order = bool(torch.equal(places_O, torch.arange(self.out_features, device="cpu")))
+        self._places = places_O.tolist()
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        """Return what the parts give, in the order of the fused rows [B, O].
+
+        Args:
+            x_BI: the input.
+        """
+        y_BO = torch.cat([part(x_BI) for part in self.parts], dim=-1)
+        return y_BO if self._in_order else y_BO[..., self._places]
+
+    def dense(self) -> Tensor:
+        """See the base."""
+        found_OI = torch.cat([part.dense() for part in self.parts])  # type: ignore[operator]
+        return found_OI if self._in_order else found_OI[self._places]
+
+
+def module_names(model: nn.Module) -> dict[int, str]:
+    """Where every module of a model stands: `{id(module): name}`, as `model.get_submodule` takes the names.
+
+    Args:
+        model: any model.
+    """
+    return {id(module): name for name, module in model.named_modules()}
+
+
+def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of others.
+
+    Args:
+        model: holds them.
+        modules: by name, as `model.get_submodule` takes it.
+
+    Raises:
+        IntaglioError: the model has no such place.
+    """
+    for name, module in modules.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError as error:
+            raise IntaglioError(f"the model has no module {name}") from error
+        module.train(old.training)
+        model.set_submodule(name, module)
+
+
+__all__ = ["Joined", "ReplacedLinear", "module_names", "put"]
