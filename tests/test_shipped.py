@@ -32,13 +32,13 @@ def heads_for(checkpoint: Checkpoint, **fields: Any) -> Attachment:
     method = HiddenTransfer(**fields)
     tensors = {name: torch.randn(value.shape) / 100 for name, value in method.make(checkpoint.model, 0)
                .state_dict().items()}  # fmt: skip
-    about = {"model": fingerprint(checkpoint.model), "chances": [[0.5, 0.2], [0.3, 0.1], [0.2, 0.1]]}
+    prints = {"model": fingerprint(checkpoint.model), "float16": fingerprint(checkpoint.model, torch.float16)}
+    about = {**prints, "chances": [[0.5, 0.2], [0.3, 0.1], [0.2, 0.1]]}
     return Attachment("hidden_transfer", tensors, method.model_dump(), 0, about, "base")
 
 
 def ship_for(checkpoint: Checkpoint, root: Path, **fields: Any) -> package.Shipped:
-    prints = {"float32": fingerprint(checkpoint.model), "float16": fingerprint(checkpoint.model, torch.float16)}
-    return ship(heads_for(checkpoint, **fields), "tiny", prints, ACCEPTANCE, root)
+    return ship(heads_for(checkpoint, **fields), "tiny", ACCEPTANCE, root)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_they_are_written_small_and_beside_others(model: Path, root: Path, monke
     again = ship_for(checkpoint, root, ahead=2)
     names = sorted(path.name for path in (root / "tiny").iterdir())
     assert names == ["chimera.json", "hidden_transfer.json", "hidden_transfer.safetensors"]
-    assert again.attachment(fingerprint(checkpoint.model)).tensors["change_kDD"].dtype == torch.bfloat16
+    assert again.attachment().tensors["change_kDD"].dtype == torch.bfloat16
     monkeypatch.setattr(package, "MOST", 100)
     with pytest.raises(IntaglioError, match=r"have 0\.0 MB in bfloat16; at most 0 MB are shipped"):
         ship_for(checkpoint, root)
@@ -186,7 +186,8 @@ def test_what_is_shipped_is_whole() -> None:
         if description.name.endswith(".index.json"):
             continue
         (one,) = [found for found in shipped(description.stem) if found.model == description.parent.name]
-        print_of = next(iter(one.fingerprints.values()))
-        assert one.attachment(print_of).bytes == one.bytes <= MOST
+        assert one.fits(one.about["model"]) and one.fits(one.about["float16"])
+        assert not one.fits("")
+        assert one.attachment().bytes == one.bytes <= MOST
         assert all(path.stat().st_size < 16_000_000 for path in description.parent.iterdir())
         assert one.acceptance["tokens_a_pass"] > 1

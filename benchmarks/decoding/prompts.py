@@ -59,7 +59,8 @@ def prompts(tokenizer: Any, texts: str = "wikipedia", context: int = 1500) -> li
         found.append({"kind": "summary", "name": text[:40], "ids": turn(f"Summarize this text.\n\n{text}")})
     pieces = max(3, -(-context // 500))
     for place in range(EACH):
-        group = [others[(3 * place + more) % len(others)] for more in range(pieces)]
+        # Beginnings spread over the articles, so that no two prompts are the same where there are few.
+        group = [others[(place * len(others) // EACH + more) % len(others)] for more in range(pieces)]
         parts = [tokenizer.decode(ids[: context // pieces]) for ids in group]
         question = f"What does the text say about {parts[1][:40].strip()}? Answer with sentences of the text."
         found.append(

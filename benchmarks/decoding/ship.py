@@ -83,8 +83,7 @@ def main() -> None:
         "tokens_a_pass": round(sum(tokens.values()) / sum(passes.values()), 4),
         "kinds": {kind: round(tokens[kind] / passes[kind], 4) for kind in tokens},
     }
-    prints = {"float32": fingerprint(checkpoint.model), "float16": fingerprint(checkpoint.model, torch.float16)}
-    one = shipped.ship(found, Path(model).name, prints, acceptance, arguments.into)
+    one = shipped.ship(found, Path(model).name, acceptance, arguments.into)
     print(f"{found.slug}, in {one.folder}: {one.sentence()}")
 
 

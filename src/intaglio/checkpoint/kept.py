@@ -166,8 +166,8 @@ class Checkpoint:
         if heads and not any(step.verb == "carve" for step in self.record.steps):
             own = fingerprint(self.model)
             for one in heads:
-                if own in one.fingerprints.values():
-                    return one.attachment(own)
+                if one.fits(own):
+                    return one.attachment()
         others = (
             f"; the heads that come with the package, for {', '.join(one.model for one in heads)} as it is, belong to "
             "other weights"

@@ -33,11 +33,11 @@ class Shipped:
     Args:
         slug: of the method.
         model: the model's name.
-        fingerprints: of the model that they belong to, by the precision that it is loaded in (`fingerprint`).
         base: digest of the weights' files that they were fitted to.
         bytes: of the tensors.
         parameters: the hyperparameters that they were fitted with.
-        about: what the method wants to know when it reads them.
+        about: what the method wants to know when it reads them: among it `model` and `float16`, the fingerprints of the
+            model that they belong to (the other one: of the same model loaded in that precision).
         acceptance: what they were worth on held-out prompts, greedily: `prompts`, `new_tokens` of each, `nodes` of a
             tree, `tokens_a_pass` over all of them and by kind (`kinds`).
         folder: that the files are in.
@@ -45,7 +45,6 @@ class Shipped:
 
     slug: str
     model: str
-    fingerprints: dict[str, str]
     base: str
     bytes: int
     parameters: dict[str, Any]
@@ -66,11 +65,16 @@ class Shipped:
             f"tokens a pass on {found['prompts']} held-out prompts ({kinds})"
         )
 
-    def attachment(self, fingerprint: str) -> Attachment:
-        """The heads, as if they were attached to the model.
+    def fits(self, fingerprint: str) -> bool:
+        """Whether the heads belong to a model.
 
         Args:
-            fingerprint: of the model as it is loaded, one of `fingerprints`.
+            fingerprint: of the model as it is loaded.
+        """
+        return fingerprint in (self.about.get("model"), self.about.get("float16"))
+
+    def attachment(self) -> Attachment:
+        """The heads, as if they were attached to the model.
 
         Raises:
             IntaglioError: a file is missing or damaged, or holds other heads than its description says.
@@ -78,9 +82,7 @@ class Shipped:
         found = read_attachment(self.folder, self.slug)
         if (found.parameters, found.base, found.bytes) != (self.parameters, self.base, self.bytes):
             raise IntaglioError(f"the heads in {self.folder} are not those that {self.slug}.json describes")
-        return Attachment(
-            self.slug, found.tensors, self.parameters, -1, {**self.about, "model": fingerprint}, self.base
-        )
+        return Attachment(self.slug, found.tensors, self.parameters, -1, self.about, self.base)
 
 
 def shipped(slug: str, root: Path | None = None) -> list[Shipped]:
@@ -130,7 +132,6 @@ def small(attachment: Attachment) -> Attachment:
 def ship(
     attachment: Attachment,
     model: str,
-    fingerprints: dict[str, str],
     acceptance: dict[str, Any],
     root: Path | None = None,
 ) -> Shipped:
@@ -139,7 +140,6 @@ def ship(
     Args:
         attachment: what a fit step made.
         model: the model's name: of the folder.
-        fingerprints: as in `Shipped`.
         acceptance: as in `Shipped`.
         root: as in `shipped`.
 
@@ -148,9 +148,7 @@ def ship(
     """
     found = small(attachment)
     target = (ROOT if root is None else root) / model
-    own = Shipped(
-        found.slug, model, fingerprints, found.base, found.bytes, found.parameters, found.about, acceptance, target
-    )
+    own = Shipped(found.slug, model, found.base, found.bytes, found.parameters, found.about, acceptance, target)
     with writer.directory(target, overwrite=True) as folder:
         for path in target.glob("*") if target.is_dir() else ():
             if path.name.partition(".")[0].partition("-")[0] != found.slug:
