@@ -186,7 +186,8 @@ def test_what_is_shipped_is_whole() -> None:
         if description.name.endswith(".index.json"):
             continue
         (one,) = [found for found in shipped(description.stem) if found.model == description.parent.name]
-        assert one.fits(one.about["model"]) and one.fits(one.about["float16"])
+        assert one.fits(one.about["model"])
+        assert one.fits(one.about["float16"])
         assert not one.fits("")
         assert one.attachment().bytes == one.bytes <= MOST
         assert all(path.stat().st_size < 16_000_000 for path in description.parent.iterdir())
