@@ -232,11 +232,12 @@ def _medusa(arguments: argparse.Namespace, checkpoint: Any) -> tuple[MedusaHeads
     found: Attachment | None = attached.get("medusa")
     if found is None:
         raise IntaglioError("there are no heads; name a directory whose attachments hold some with --medusa")
-    tensors = {name: tensor.float() for name, tensor in found.tensors.items()}
+    tensors = found.tensors
     count, layers = tensors["weights_KLDD"].shape[:2]
     full, change = tensors.get("vocabulary.full_MVX"), tensors.get("vocabulary.out_Vr")
     rank = None if full is not None else 0 if change is None else change.shape[1]
-    heads = MedusaHeads(checkpoint.model, heads=count, layers=layers, rank=rank)
+    words = tensors.get("words.tokens_K")
+    heads = MedusaHeads(checkpoint.model, heads=count, layers=layers, rank=rank, tokens_K=words)
     try:
         heads.load_state_dict(tensors)
     except RuntimeError as error:

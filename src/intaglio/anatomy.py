@@ -9,7 +9,7 @@ Dimension letters: B batch, L sequence, D width, O output features, I input feat
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -422,7 +422,7 @@ def run_block(block: nn.Module, index: int, hidden_BLD: Tensor, inputs: BlockInp
     return found
 
 
-def after_blocks(parts: Anatomy, hidden_RD: Tensor) -> Tensor:
+def after_blocks(parts: Anatomy, hidden_RD: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Logits [R, V] of what the last block gave: final norm, head and whatever the model does besides; gradients pass.
 
     The model's own `forward` runs around blocks that pass on what they get, the last of them `hidden_RD`.
@@ -430,12 +430,29 @@ def after_blocks(parts: Anatomy, hidden_RD: Tensor) -> Tensor:
     Args:
         parts: the model's anatomy.
         hidden_RD: hidden states after the last block, one a row.
+        head: what is called in the place of the output projection, such as one onto some tokens only. Default: itself.
     """
     ids = torch.zeros((len(hidden_RD), 1), dtype=torch.long, device=hidden_RD.device)
-    with _pass_through(parts, []):
+    with _pass_through(parts, []), _forward(parts.head, head):
         parts.blocks[-1].forward = lambda *args, **kwargs: hidden_RD[:, None]
         logits: Tensor = parts.model(input_ids=ids, use_cache=False).logits
     return logits[:, 0]
+
+
+@contextmanager
+def _forward(module: nn.Module | None, call: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    """Call something else in the place of a module inside; nothing where either is None."""
+    if module is None or call is None:
+        yield
+        return
+    before = vars(module).get("forward")
+    module.forward = call
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 class HeadOnly:

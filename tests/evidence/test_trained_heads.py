@@ -111,7 +111,7 @@ def test_medusa_gets_as_many_parameters(vocabulary: int) -> None:
         assert size(found) <= budget + heads * 64  # one layer is always there, with its bias
         assert size(found) > 0.95 * budget
     arm = Arm("", medusa={"heads": 3}, like=HiddenTransfer())
-    assert medusa_heads(_checkpoint(model), arm).vocabulary.rank == 0
+    assert medusa_heads(_checkpoint(model), arm, []).vocabulary.rank == 0
 
 
 def _checkpoint(model: Any) -> Any:

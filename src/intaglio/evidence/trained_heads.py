@@ -3,8 +3,8 @@
 Every arm is trained on the same text, written by the target itself behind the first tokens of pieces of Wikipedia
 articles of the calibration set (there are far fewer articles than texts), for as many tokens; its learning rate is the
 best of the same few, each tried for the same few steps, by what its own best tree is expected to accept on texts that
-no arm is trained on. Every arm verifies trees of as many nodes, made from its own measured chances on those texts.
-Heads are stored in bfloat16.
+no arm is trained on. Every arm verifies trees of as many nodes, made from its own measured chances on those texts,
+and may guess the same tokens: the frequent ones of the text. Heads are stored in bfloat16.
 
 A run is a prompt: the first tokens of a Wikipedia article of the evaluation set, and those of a Python file for the
 shifted text. Dimension letters: V vocabulary, D width.
@@ -19,8 +19,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import torch
-
 from intaglio.anatomy import anatomy
 from intaglio.attachments import Attachment, read_attachments
 from intaglio.checkpoint import Checkpoint
@@ -30,7 +28,7 @@ from intaglio.evidence.continuing import go_on, loop_start, parameters, shifted_
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Stage, Unit
 from intaglio.evidence.worlds.made import code_of, made
 from intaglio.evidence.worlds.smollm2 import Part, SmolLM2Wikipedia, Windows
-from intaglio.heads.method import TrainedHeads, split
+from intaglio.heads.method import TrainedHeads, split, stored
 from intaglio.heads.objective import measured_chances, train_heads
 from intaglio.heads.own_text import own_text, prompts_of
 from intaglio.heads.shape import likely
@@ -131,7 +129,7 @@ class Arm:
         }
 
 
-def matched(model: Any, heads: int, budget: int) -> dict[str, int]:
+def matched(model: Any, heads: int, budget: int, words: int | None = None) -> dict[str, int]:
     """Layers and rank of Medusa heads that have nearly as many parameters as a budget allows, and no more.
 
     As many layers as fit beside a vocabulary change of at least the rank 32 if the budget leaves room for that; what is
@@ -141,8 +139,10 @@ def matched(model: Any, heads: int, budget: int) -> dict[str, int]:
         model: the target.
         heads: K.
         budget: parameters.
+        words: tokens that may be guessed. Default: all.
     """
     vocabulary, width = model.get_output_embeddings().weight.shape
+    vocabulary = words or vocabulary
     layer, rank = heads * (width**2 + width), vocabulary + heads * width
     reserved = 32 * rank if budget - layer >= 32 * rank else 0
     layers = max(1, (budget - reserved) // layer)
@@ -158,17 +158,20 @@ def size(heads: Any) -> int:
     return sum(parameter.numel() for parameter in heads.parameters())
 
 
-def medusa_heads(target: Checkpoint, arm: Arm) -> MedusaHeads:
+def medusa_heads(target: Checkpoint, arm: Arm, examples: Sequence[Example]) -> MedusaHeads:
     """Untrained Medusa heads of an arm.
 
     Args:
         target: the target.
         arm: with `medusa` and `like`.
+        examples: what they will be trained on, from which follows what they may guess.
     """
     assert arm.like is not None
+    tokens_K = arm.like.words(target, examples)
+    words = None if tokens_K is None else len(tokens_K)
     chosen: dict[str, Any] = dict(arm.medusa or {})
-    chosen |= matched(target.model, chosen["heads"], size(arm.like.make(target.model, SEED)))
-    return MedusaHeads(target.model, **chosen, seed=SEED)
+    chosen |= matched(target.model, chosen["heads"], size(arm.like.make(target.model, SEED, tokens_K)), words)
+    return MedusaHeads(target.model, **chosen, tokens_K=tokens_K, seed=SEED)
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,7 @@ class Trainer:
             method.fit(shadow, examples, seed=SEED, directory=directory, resume=True)
             (found,) = shadow.attachments.values()
             return found
-        heads = medusa_heads(target, chosen)
+        heads = medusa_heads(target, chosen, examples)
         trained_on, held_out = split(examples)
         train_heads(
             shadow,
@@ -254,9 +257,8 @@ class Trainer:
             seed=SEED,
             **({"steps": steps} if steps is not None else {"epochs": float(training.epochs)}),
         )
-        tensors = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in heads.state_dict().items()}
         chances = measured_chances(shadow, heads, held_out, training.length)
-        return Attachment("medusa", tensors, dict(chosen.medusa or {}), 0, {"chances": chances})
+        return Attachment("medusa", stored(heads), dict(chosen.medusa or {}), 0, {"chances": chances})
 
     def drafter(self, arm: str) -> tuple[Drafter, int]:
         """An arm ready to draft, and the number of its parameters.
@@ -297,13 +299,13 @@ def _drafter(
     if key not in _ready:
         chosen, target = dict(arms)[arm], world.load()
         found = Trainer(world, training, name, dict(arms)).heads(arm)
-        parameters_of = sum(tensor.numel() for tensor in found.tensors.values())
+        parameters_of = sum(tensor.numel() for tensor in found.tensors.values() if tensor.is_floating_point())
         if chosen.method is not None:
             method: Any = type(chosen.method)
             _ready[key] = (cast(Drafter, method.restore(found, target, nodes=NODES)), parameters_of)
         else:
-            heads = medusa_heads(target, chosen)
-            heads.load_state_dict({k: v.float() for k, v in found.tensors.items()})
+            heads = medusa_heads(target, chosen, training.examples(world))
+            heads.load_state_dict(found.tensors)
             _ready[key] = (Medusa(heads, likely(NODES, found.about["chances"])), parameters_of)
     return _ready[key]
 

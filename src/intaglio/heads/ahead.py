@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from intaglio.heads.losses import in_pieces, kl, nothing
+from intaglio.heads.vocabulary import Words
 from intaglio.trainer.causal import IGNORED
 from intaglio.trainer.protocols import Batch, Loss
 
@@ -60,6 +61,7 @@ def ahead_loss(
     goal: Goal,
     weights: Sequence[float],
     ranks: int = 1,
+    words: Words | None = None,
 ) -> Loss:
     """The sum over heads of their weighted means.
 
@@ -67,17 +69,20 @@ def ahead_loss(
         batch: from `head_batch`.
         states: of each head, [B, T, X] by the place that it looks from.
         hidden_BTD: the model's last hidden states, after its final norm.
-        score: logits [R, K, V] of states [R, K, X].
+        score: logits [R, K, W] of states [R, K, X], W the tokens that may be guessed.
         teach: the model's logits [R, V] of hidden states [R, D].
         parameters: what `score` uses.
         goal: what is learnt.
         weights: of the heads.
         ranks: of each head that are looked at. Default 1.
+        words: the tokens that may be guessed. Where another one is right, a guess is wrong; from the text nothing is
+            learnt there, from the model its distribution over those that may be guessed. Default: all.
 
     Returns:
         parts `loss_k` and `right_k`, the share of predictions whose most likely token is the model's (the text's);
         as outputs, see `Hits`.
     """
+    words = words or Words()
     moved_BTKX = torch.stack([ahead(state, place) for place, state in enumerate(states, 1)], 2)
     valid_BTK = torch.stack([reachable(batch, place, goal) for place in range(1, len(states) + 1)], 2)
     wanted_BT = valid_BTK.any(-1)
@@ -93,10 +98,11 @@ def ahead_loss(
         if goal == "model":
             with torch.no_grad():
                 teacher_RV = teach(hidden_RD)
-            best_R = teacher_RV.argmax(-1)
+            best_R = words.places(teacher_RV.argmax(-1))
+            teacher_RV = words.narrow(teacher_RV)
             losses_RK = torch.stack([kl(teacher_RV, logits_RV) for logits_RV in logits_RKV.unbind(1)], 1)
         else:
-            best_R = target_R
+            best_R = target_R = words.places(target_R)
             flat = F.cross_entropy(
                 logits_RKV.flatten(0, 1).float(),
                 target_R[:, None].expand(-1, len(states)).flatten(),

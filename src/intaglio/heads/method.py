@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
-from torch import nn
+from torch import Tensor, nn
 
 from intaglio.attachments import Attachment
 from intaglio.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from intaglio.heads.losses import ROWS
 from intaglio.heads.objective import LENGTH, measured_chances, train_heads
 from intaglio.heads.own_text import own_text, prompts_of, to_go_on_from
 from intaglio.heads.shape import Picker, Shape, assumed, likely
+from intaglio.heads.vocabulary import MOST_WORDS, words_of
 from intaglio.method import Cost, Progress, Workload, silent
 from intaglio.trainer.protocols import Example
 from intaglio.verify.drafters.draft_model import draft_law
@@ -51,6 +52,10 @@ class TrainedHeads(BaseModel):
     the most likely ones, of which the target's own draw may hit one."""
     draft_temperature: Annotated[float, Field(gt=0, le=100)] | None = None
     """Of the heads when they draw. Default: the target's."""
+    vocabulary: Annotated[int, Field(ge=1)] | None = None
+    """Tokens that the heads may guess: the most frequent ones of what they are trained on. Default: 8,192 where the
+    model has more than twice as many, else all. Output does not depend on it; the time of a draft and of the training
+    does."""
     own_text: bool = True
     """Whether heads are trained on what the model itself writes behind the first tokens of the texts (default), or on
     the texts as they are."""
@@ -97,12 +102,13 @@ class TrainedHeads(BaseModel):
         """Levels of a tree that the heads can fill."""
         raise NotImplementedError
 
-    def make(self, model: nn.Module, seed: int) -> Any:
+    def make(self, model: nn.Module, seed: int, tokens_K: Tensor | None = None) -> Any:
         """Untrained heads for a model, in float32 on the CPU.
 
         Args:
             model: the target.
             seed: of what is drawn.
+            tokens_K: the tokens that may be guessed; see `intaglio.heads.vocabulary.Words`. Default: all.
 
         Raises:
             IntaglioError: a setting that does not fit the model.
@@ -136,6 +142,16 @@ class TrainedHeads(BaseModel):
         """
         raise NotImplementedError
 
+    def guessed(self, workload: Workload) -> float:
+        """How many tokens the heads may guess.
+
+        Args:
+            workload: of the model.
+        """
+        whole = _vocabulary(workload)
+        most = self.vocabulary or (MOST_WORDS if whole > 2 * MOST_WORDS else whole)
+        return min(most, whole)
+
     # --- drafting ---------------------------------------------------------------------------------------------------
 
     @property
@@ -155,7 +171,7 @@ class TrainedHeads(BaseModel):
             IntaglioError: there are no heads, they belong to another model, or the tree does not fit them.
         """
         heads = self._heads_for(run.model).to(device=run.model.device, dtype=run.model.dtype).eval()
-        picker = Picker(draft_law(run, self.draft_temperature), run.sampling and self.drawn, run.generator)
+        picker = Picker(draft_law(run, self.draft_temperature), run.sampling and self.drawn, run.generator, heads.words)
         return self.begin(heads, run, picker, self.shape)
 
     def _heads_for(self, model: nn.Module) -> Any:
@@ -166,7 +182,8 @@ class TrainedHeads(BaseModel):
                     f"{slug} has no heads; a recipe with the step fit: {{{slug}: {{}}}} trains them, and "
                     f"load(...).decoder({slug!r}) has them"
                 )
-            self._heads = self.make(model, self.seed)
+            rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+            self._heads = self.make(model, self.seed, words_of((), rows, self.vocabulary))
             self._about["model"] = own
         if own not in (self._about.get("model"), self._about.get("float16")):
             raise IntaglioError(
@@ -206,9 +223,10 @@ class TrainedHeads(BaseModel):
         """
         slug = self.slug
         Reader(checkpoint.model)  # an encoder, or attention that takes no mask: refused before any work
-        heads = self.make(checkpoint.model, seed)
+        self.make(checkpoint.model, seed)  # settings that do not fit the model: refused before any work, too
         self._check_tree()
         examples = self._examples(checkpoint, texts, seed, progress)
+        heads = self.make(checkpoint.model, seed, self.words(checkpoint, examples))
         length = self._length(checkpoint)
         trained_on, held_out = split(examples)
         trained, noted = train_heads(
@@ -229,9 +247,7 @@ class TrainedHeads(BaseModel):
             **({"steps": self.steps} if self.steps is not None else {"epochs": self.epochs}),
         )
         # Stored in bfloat16, and used as they are stored, so that a reload drafts the very same trees.
-        tensors = {
-            name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in heads.state_dict().items()
-        }
+        tensors = stored(heads)
         parameters = self.model_dump()
         last = trained.history[-1]
         checkpoint.note(
@@ -253,6 +269,16 @@ class TrainedHeads(BaseModel):
         }
         checkpoint.attach(slug, tensors, parameters, about)
         return checkpoint
+
+    def words(self, checkpoint: Checkpoint, examples: Sequence[Example]) -> Tensor | None:
+        """The tokens that the heads may guess; None for all. See `vocabulary`.
+
+        Args:
+            checkpoint: a decoder.
+            examples: what the heads are trained on, with `input_ids`.
+        """
+        texts = ([int(token) for token in example["input_ids"]] for example in examples)
+        return words_of(texts, checkpoint.vocabulary, self.vocabulary)
 
     def _check_tree(self) -> None:
         if self.tree is not None:
@@ -304,7 +330,7 @@ class TrainedHeads(BaseModel):
         Raises:
             IntaglioError: a field that the heads were not fitted with, or an attachment that is not theirs.
         """
-        for name in cls.architecture:
+        for name in ("vocabulary", *cls.architecture):
             fitted = attachment.parameters.get(name)
             if name in fields and fields[name] != fitted:
                 raise IntaglioError(
@@ -312,7 +338,7 @@ class TrainedHeads(BaseModel):
                     f"again for another"
                 )
         found = cls(**attachment.parameters | fields)
-        heads = found.make(checkpoint.model, 0)
+        heads = found.make(checkpoint.model, 0, _words_in(attachment, checkpoint))
         wanted = {name: tuple(value.shape) for name, value in heads.state_dict().items()}
         there = {name: tuple(value.shape) for name, value in attachment.tensors.items()}
         if wanted != there:
@@ -320,7 +346,7 @@ class TrainedHeads(BaseModel):
                 f"the attachment {attachment.slug} does not fit {type(checkpoint.model).__name__}; it belongs to "
                 "another checkpoint"
             )
-        heads.load_state_dict({name: value.float() for name, value in attachment.tensors.items()})
+        heads.load_state_dict(attachment.tensors)  # each is copied into what is there: float32, int64
         found._heads, found._about = heads.requires_grad_(False), dict(attachment.about)
         return found
 
@@ -341,9 +367,34 @@ class TrainedHeads(BaseModel):
         # A token that is written alone takes about ten times as long as one that is read among others.
         flops = 2.0 * workload.parameters * (10 * written + trained) + self.head_flops(workload) * trained
         # A piece of the loss holds the logits of its rows, and as much again a few times for the gradient.
-        vocabulary = (workload.parameters - workload.block_parameters) / workload.hidden
-        piece = 12.0 * ROWS * (self.levels + 1) * vocabulary
+        piece = 12.0 * ROWS * (self.levels * self.guessed(workload) + _vocabulary(workload))
         return Cost(flops=flops, extra_bytes=int(piece + self.batch_size * length * self.head_bytes(workload)))
+
+
+def stored(heads: nn.Module) -> dict[str, Tensor]:
+    """The content of heads as it is kept: numbers in bfloat16, token ids as they are.
+
+    Args:
+        heads: trained ones.
+    """
+    own = {name: value.detach().cpu().contiguous() for name, value in heads.state_dict().items()}
+    return {name: value.to(torch.bfloat16) if value.is_floating_point() else value for name, value in own.items()}
+
+
+def _words_in(attachment: Attachment, checkpoint: Checkpoint) -> Tensor | None:
+    """The tokens that may be guessed, which an attachment holds; another model's may not have them."""
+    found = attachment.tensors.get("words.tokens_K")
+    if found is not None and (found.dim() != 1 or not len(found) or int(found.max()) >= checkpoint.vocabulary):
+        raise IntaglioError(
+            f"the attachment {attachment.slug} does not fit {type(checkpoint.model).__name__}; it belongs to another "
+            "checkpoint"
+        )
+    return found
+
+
+def _vocabulary(workload: Workload) -> float:
+    """Rows of what lies outside the blocks: the vocabulary, twice where the head is not tied."""
+    return (workload.parameters - workload.block_parameters) / workload.hidden
 
 
 def blocks_of(workload: Workload) -> int:

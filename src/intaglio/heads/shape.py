@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
+from intaglio.heads.vocabulary import Words
 from intaglio.verify.tree import TokenTree
 
 Path = tuple[int, ...]
@@ -174,24 +175,26 @@ class Picker:
         law: from logits [..., V] to the distribution drafted from.
         drawn: whether candidates are drawn, without replacement; else they are the most likely.
         generator: what they are drawn from; None for torch's global generator.
+        words: the tokens that may be guessed, of which the logits are. Default: all.
     """
 
     law: Callable[[Tensor], Tensor]
     drawn: bool
     generator: torch.Generator | None = None
+    words: Words = field(default_factory=Words)
 
-    def pick(self, logits_RV: Tensor, counts: Sequence[int]) -> tuple[list[list[int]], list[Tensor | None]]:
+    def pick(self, logits_RK: Tensor, counts: Sequence[int]) -> tuple[list[list[int]], list[Tensor | None]]:
         """Candidates of each row, and what they were drawn from.
 
         Args:
-            logits_RV: a draft's logits.
+            logits_RK: a draft's logits of the tokens that it may guess.
             counts: how many candidates each row gets at the most.
         """
         if not self.drawn:
-            most = min(max(counts), logits_RV.shape[-1])
-            best = logits_RV.topk(most, -1).indices.tolist()
+            most = min(max(counts), logits_RK.shape[-1])
+            best = self.words.tokens(logits_RK.topk(most, -1).indices).tolist()
             return [row[:count] for row, count in zip(best, counts, strict=True)], [None] * len(counts)
-        laws_RV = self.law(logits_RV)
+        laws_RV = self.law(self.words.wide(logits_RK))
         found = [
             torch.multinomial(law_V, min(count, int((law_V > 0).sum())), generator=self.generator).tolist()
             for law_V, count in zip(laws_RV, counts, strict=True)
@@ -206,7 +209,7 @@ class Picker:
 
         Args:
             root: the last token emitted.
-            logits_KV: of each level.
+            logits_KV: of each level, of the tokens that may be guessed.
             shape: the static tree.
             room: most levels that can be used.
         """

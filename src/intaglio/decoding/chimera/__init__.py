@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from intaglio.decoding.chimera.drafting import Draft
 from intaglio.decoding.chimera.session import Branches
@@ -101,12 +101,13 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
         """M."""
         return self.heads
 
-    def make(self, model: nn.Module, seed: int) -> Draft:
+    def make(self, model: nn.Module, seed: int, tokens_K: Tensor | None = None) -> Draft:
         """Untrained modules.
 
         Args:
             model: the target.
             seed: of what is drawn.
+            tokens_K: the tokens that may be guessed. Default: all.
         """
         return Draft(
             model,
@@ -117,6 +118,7 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
             sharing=self.head_sharing,
             feature=self.feature,
             distil=self.distil,
+            tokens_K=tokens_K,
             seed=seed,
         )
 
@@ -137,9 +139,9 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
         Args:
             workload: of the model.
         """
-        outside = workload.parameters - workload.block_parameters
+        head = self.guessed(workload) * workload.hidden
         layer, trigram = workload.block_parameters / blocks_of(workload), 12.0 * workload.hidden**2
-        return self.heads * (12.0 * layer + 4.0 * outside + 6.0 * trigram)
+        return self.heads * (12.0 * layer + 4.0 * head + 6.0 * trigram)
 
     def head_bytes(self, workload: Workload) -> float:
         """What F keeps of 2 M rows for the gradient, some 30 states of the width each, and as much again for tri-grams.

@@ -27,7 +27,7 @@ from intaglio.anatomy import CACHE, Anatomy, HeadOnly, anatomy, capture, final_h
 from intaglio.errors import IntaglioError
 from intaglio.heads.ahead import hits, named
 from intaglio.heads.losses import in_pieces, kl, nothing
-from intaglio.heads.vocabulary import Vocabulary, rank_of
+from intaglio.heads.vocabulary import Vocabulary, Words, rank_of
 from intaglio.trainer.causal import IGNORED
 from intaglio.trainer.protocols import Batch, Loss
 from intaglio.verify.reader import as_taken
@@ -131,6 +131,7 @@ class Draft(nn.Module):
         sharing: whether head 0 serves all depths.
         feature: weight a of MSE(h_{j+1}, z^0_{j+1}).
         distil: weight b of KL(the model at j + 1 + m || head m).
+        tokens_K: the tokens that may be guessed; see `Words`. Default: all.
         seed: of what is drawn.
     """
 
@@ -145,6 +146,7 @@ class Draft(nn.Module):
         sharing: bool = False,
         feature: float = 0.0,
         distil: float = 0.0,
+        tokens_K: Tensor | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -153,6 +155,8 @@ class Draft(nn.Module):
             raise IntaglioError(f"{type(model).__name__} has no output head, so nothing can be guessed for it")
         generator = torch.Generator().manual_seed(seed)
         weight_VD: Tensor = parts.head.weight  # type: ignore[assignment]
+        self.words = Words(weight_VD, tokens_K)
+        weight_VD = self.words.matrix(weight_VD)
         vocabulary, width = weight_VD.shape
         self.heads, self.sharing, self.feature, self.distil = heads, sharing, feature, distil
         self.ranks = 1
@@ -227,7 +231,7 @@ class Draft(nn.Module):
         return visible_BNK & (positions_BN[:, :, None] - positions_BK[:, None] < self.window)
 
     def score(self, hidden_RD: Tensor, z_RD: Tensor, depth: int, weight_VD: Tensor) -> Tensor:
-        """Logits [R, V] of the head of a depth.
+        """Logits [R, W] of the head of a depth, of the tokens that may be guessed.
 
         Args:
             hidden_RD: the last true hidden state h_j.
@@ -236,10 +240,13 @@ class Draft(nn.Module):
             weight_VD: the model's output matrix.
         """
         head = 0 if self.sharing else min(depth, self.heads - 1)
-        return self.vocabulary(torch.cat([hidden_RD, z_RD.to(hidden_RD.dtype)], -1), head, weight_VD)
+        both_RX = torch.cat([hidden_RD, z_RD.to(hidden_RD.dtype)], -1)
+        return self.vocabulary(both_RX, head, self.words.matrix(weight_VD))
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """sum_m CE(logits_m(j), x_{j+2+m}), and what `feature` and `distil` add; j from 1.
+
+        Where the text has a token that may not be guessed, the guess is wrong and nothing is learnt.
 
         Args:
             model: frozen.
@@ -289,16 +296,17 @@ class Draft(nn.Module):
             hidden_RD: Tensor, z_RD: Tensor, target_R: Tensor, teacher_RD: Tensor, taught_R: Tensor
         ) -> tuple[Tensor, Tensor, Tensor | None]:
             logits_RV = self.score(hidden_RD, z_RD, depth, weight_VD)
+            target_R = self.words.places(target_R)
             losses_R = F.cross_entropy(logits_RV.float(), target_R, ignore_index=IGNORED, reduction="none")
             loss = losses_R.sum() / count
             if self.distil:
                 with torch.no_grad():
-                    teacher_RV = head.logits(teacher_RD.to(weight_VD.dtype)[:, None])[:, 0]
+                    teacher_RV = self.words.narrow(head.logits(teacher_RD.to(weight_VD.dtype)[:, None])[:, 0])
                 distance_R = torch.where(taught_R, kl(teacher_RV, logits_RV), 0.0)
                 loss = loss + self.distil * distance_R.sum() / taught
             right_Rr = hits(logits_RV, target_R, self.ranks)
             sums = torch.cat([losses_R.detach().sum()[None], right_Rr.float().sum(0)])
-            return loss, sums, logits_RV.detach().argmax(-1)
+            return loss, sums, self.words.tokens(logits_RV.detach().argmax(-1))
 
         given = [hidden_BTD[:, :places], z_BJD, target_BJ, teacher_BJD, taught_BJ]
         flat = [tensor.flatten(0, 1) for tensor in given]

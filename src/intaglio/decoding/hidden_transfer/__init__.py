@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from intaglio.anatomy import anatomy
 from intaglio.decoding.hidden_transfer.passing import Passing
@@ -106,15 +106,16 @@ class HiddenTransfer(TrainedHeads, Drafting, Method, slug="hidden_transfer"):
         check_layers(layers, self.ahead, blocks)
         return layers
 
-    def make(self, model: nn.Module, seed: int) -> TransferHeads:
+    def make(self, model: nn.Module, seed: int, tokens_K: Tensor | None = None) -> TransferHeads:
         """Maps that transfer states as they are.
 
         Args:
             model: the target.
             seed: not used: nothing is drawn.
+            tokens_K: the tokens that may be guessed. Default: all.
         """
         layers = self.transfer_layers(len(anatomy(model).blocks))
-        return TransferHeads(model, layers, goal=self.goal, decay=self.decay, state=self.state)
+        return TransferHeads(model, layers, goal=self.goal, decay=self.decay, state=self.state, tokens_K=tokens_K)
 
     def begin(self, heads: Any, run: Run, picker: Picker, shape: Shape) -> Session:
         """See `TrainedHeads.begin`.
@@ -139,7 +140,8 @@ class HiddenTransfer(TrainedHeads, Drafting, Method, slug="hidden_transfer"):
             workload: of the model.
         """
         outside = workload.parameters - workload.block_parameters
-        return self.ahead * (2.0 * workload.block_parameters + 4.0 * outside) + 2.0 * outside
+        head = self.guessed(workload) * workload.hidden
+        return self.ahead * (2.0 * workload.block_parameters + 4.0 * head) + 2.0 * outside
 
     def head_bytes(self, workload: Workload) -> float:
         """What about a third of the blocks keep of k rows for the gradient: some 20 states of the width each.

@@ -75,7 +75,7 @@ class Passing:
         trees = {row: root_only(self._last[row]) for row in rows}
         if known:
             states_RkD = torch.stack([self._drafts[row] for row in known])
-            logits_RkV = after_blocks(self._parts, states_RkD.flatten(0, 1)).unflatten(0, states_RkD.shape[:2])
+            logits_RkV = self._heads.score(self._parts, states_RkD.flatten(0, 1)).unflatten(0, states_RkD.shape[:2])
             rooms = dict(zip(rows, room, strict=True))
             for row, logits_kV in zip(known, logits_RkV, strict=True):
                 trees[row] = self._picker.cartesian(self._last[row], logits_kV, self._shape, rooms[row])

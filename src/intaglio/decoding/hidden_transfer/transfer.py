@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicCache
 from intaglio.anatomy import CACHE, Anatomy, BlockInputs, HeadOnly, after_blocks, anatomy, capture, run_block
 from intaglio.errors import IntaglioError
 from intaglio.heads.ahead import Goal, ahead, ahead_loss, reachable
+from intaglio.heads.vocabulary import Words
 from intaglio.trainer.protocols import Batch, Loss
 from intaglio.verify.reader import Reader
 
@@ -71,13 +72,22 @@ class TransferHeads(nn.Module):
         goal: `model` (KL divergence from the model's own distribution, as in the paper) or `text`.
         decay: each step weighs this much of the one before. Default 1.
         state: weight of the mean squared distance between pseudo state and true state. Default 0.
+        tokens_K: the tokens that may be guessed; see `Words`. Default: all.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[int], *, goal: Goal = "model", decay: float = 1.0, state: float = 0.0
+        self,
+        model: nn.Module,
+        layers: Sequence[int],
+        *,
+        goal: Goal = "model",
+        decay: float = 1.0,
+        state: float = 0.0,
+        tokens_K: Tensor | None = None,
     ) -> None:
         super().__init__()
         parts = anatomy(model)
+        self.words = Words(None if parts.head is None else parts.head.weight, tokens_K)  # type: ignore[arg-type]
         check_layers(layers, len(layers), len(parts.blocks))
         self.layers, self.goal, self.decay, self.state = tuple(layers), goal, decay, state
         self.ranks = 1  # of each step that `loss` looks at
@@ -88,6 +98,19 @@ class TransferHeads(nn.Module):
     def steps(self) -> int:
         """k."""
         return len(self.layers)
+
+    def score(self, parts: Anatomy, states_RD: Tensor) -> Tensor:
+        """Logits [R, W] of pseudo states after the last block, of the tokens that may be guessed.
+
+        Args:
+            parts: of the target.
+            states_RD: the states.
+        """
+        if self.words.tokens_K is None:
+            return after_blocks(parts, states_RD)
+        bias: Tensor | None = getattr(parts.head, "bias", None)
+        narrow = None if bias is None else self.words.narrow(bias)
+        return after_blocks(parts, states_RD, lambda x: F.linear(x, self.words.weight_KD.to(x.dtype), narrow))
 
     def transfer(self, step: int, hidden: Tensor) -> Tensor:
         """The pseudo states of one step, of the shape and dtype of the states they come from.
@@ -127,7 +150,7 @@ class TransferHeads(nn.Module):
         head = HeadOnly(parts, frozen=False)
 
         def score(states_RKD: Tensor) -> Tensor:
-            return after_blocks(parts, states_RKD.flatten(0, 1)).unflatten(0, states_RKD.shape[:2])
+            return self.score(parts, states_RKD.flatten(0, 1)).unflatten(0, states_RKD.shape[:2])
 
         loss = ahead_loss(
             batch,
@@ -139,6 +162,7 @@ class TransferHeads(nn.Module):
             goal=self.goal,
             ranks=self.ranks,
             weights=[self.decay**step for step in range(self.steps)],
+            words=self.words,
         )
         if not self.state:
             return loss

@@ -24,7 +24,7 @@ from intaglio.anatomy import HeadOnly, anatomy, final_hidden
 from intaglio.errors import IntaglioError
 from intaglio.heads.ahead import Goal, ahead_loss
 from intaglio.heads.shape import Picker, Shape, assumed, likely
-from intaglio.heads.vocabulary import Vocabulary
+from intaglio.heads.vocabulary import Vocabulary, Words
 from intaglio.trainer.protocols import Batch, Loss
 from intaglio.verify.drafters.draft_model import draft_law
 from intaglio.verify.drafters.lookup import check_count
@@ -43,6 +43,7 @@ class MedusaHeads(nn.Module):
             its own. Default 0.
         goal: `text` (cross-entropy, as in the paper) or `model` (KL divergence). Default `text`.
         decay: each head weighs this much of the one before. Default 0.8, as in the paper.
+        tokens_K: the tokens that may be guessed; see `Words`. Default: all.
         seed: of what is drawn.
     """
 
@@ -55,6 +56,7 @@ class MedusaHeads(nn.Module):
         rank: int | None = 0,
         goal: Goal = "text",
         decay: float = 0.8,
+        tokens_K: Tensor | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -68,7 +70,9 @@ class MedusaHeads(nn.Module):
         self.heads, self.goal, self.decay = heads, goal, decay
         self.weights_KLDD = nn.Parameter(torch.zeros(heads, layers, width, width))
         self.biases_KLD = nn.Parameter(torch.zeros(heads, layers, width))
-        self.vocabulary = Vocabulary(weight_VD, heads, 1, rank, torch.Generator().manual_seed(seed))
+        self.words = Words(weight_VD, tokens_K)
+        generator = torch.Generator().manual_seed(seed)
+        self.vocabulary = Vocabulary(self.words.matrix(weight_VD), heads, 1, rank, generator)
         self.ranks = 1  # of each head that `loss` looks at
 
     def states(self, hidden: Tensor) -> list[Tensor]:
@@ -86,12 +90,13 @@ class MedusaHeads(nn.Module):
         return found
 
     def score(self, states_RKD: Tensor, weight_VD: Tensor) -> Tensor:
-        """Logits [R, K, V].
+        """Logits [R, K, W] of the tokens that may be guessed.
 
         Args:
             states_RKD: of each head.
             weight_VD: the model's output matrix.
         """
+        weight_VD = self.words.matrix(weight_VD)
         return torch.stack([self.vocabulary(x_RD, m, weight_VD) for m, x_RD in enumerate(states_RKD.unbind(1))], 1)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
@@ -116,6 +121,7 @@ class MedusaHeads(nn.Module):
             goal=self.goal,
             ranks=self.ranks,
             weights=[self.decay**m for m in range(self.heads)],
+            words=self.words,
         )
 
 
@@ -154,7 +160,7 @@ class Medusa:
                 "another checkpoint"
             )
         heads = self.heads.to(device=run.model.device, dtype=run.model.dtype).eval()
-        picker = Picker(draft_law(run, self.temperature), run.sampling and self.drawn, run.generator)
+        picker = Picker(draft_law(run, self.temperature), run.sampling and self.drawn, run.generator, heads.words)
 
         def levels(hidden_RD: Tensor) -> Tensor:
             return heads.score(torch.stack(heads.states(hidden_RD), 1), weight_VD)
@@ -166,7 +172,7 @@ class FromLast:
     """A session that drafts from the target's last hidden state alone.
 
     Args:
-        levels: logits [R, K, V] of each level from hidden states [R, D].
+        levels: logits [R, K, W] of each level from hidden states [R, D].
         picker: takes candidates.
         shape: the static tree.
     """
