@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
@@ -84,6 +84,9 @@ class TrainedHeads(BaseModel):
     """At its highest, cosine to 0."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the steps in which the rate rises. Default 0.01."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the training's passes: `bfloat16` (autocast, the heads stay in float32) is faster on processors that have it.
+    Default `float32`."""
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between two states that a killed run goes on from. Default: a tenth of them."""
     untrained: bool = False
@@ -242,6 +245,7 @@ class TrainedHeads(BaseModel):
             accumulate=self.accumulate,
             learning_rate=self.learning_rate,
             warmup=self.warmup,
+            precision=self.precision,
             save_every=self.save_every,
             seed=seed % (1 << 32),
             **({"steps": self.steps} if self.steps is not None else {"epochs": self.epochs}),
