@@ -17,7 +17,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from intaglio.anatomy import anatomy
 from intaglio.attachments import Attachment, read_attachments
@@ -74,6 +74,7 @@ class Training:
         batch_size: rows of a step. Default 8.
         rates: learning rates that are tried.
         trial: steps of a trial. Default 6.
+        precision: of the training's passes, in every arm. Default `bfloat16`.
         threads: of torch while heads are trained: part of what makes their last bits. Default 2.
     """
 
@@ -84,6 +85,7 @@ class Training:
     batch_size: int = 8
     rates: tuple[float, ...] = (3e-4, 1e-3)
     trial: int = 6
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
     threads: int = 2
 
     def examples(self, world: World) -> list[Example]:
@@ -236,7 +238,8 @@ class Trainer:
         shadow = Checkpoint(target.model, target.tokenizer, target.source)
         if chosen.method is not None:
             update = {"learning_rate": rate, "steps": steps, "epochs": float(training.epochs),
-                      "batch_size": training.batch_size, "length": training.length}  # fmt: skip
+                      "batch_size": training.batch_size, "length": training.length,
+                      "precision": training.precision}  # fmt: skip
             method: Any = chosen.method.model_copy(update=update)
             method.fit(shadow, examples, seed=SEED, directory=directory, resume=True)
             (found,) = shadow.attachments.values()
@@ -254,6 +257,7 @@ class Trainer:
             batch_size=training.batch_size,
             learning_rate=rate,
             warmup=0.01,
+            precision=training.precision,
             seed=SEED,
             **({"steps": steps} if steps is not None else {"epochs": float(training.epochs)}),
         )
