@@ -84,6 +84,7 @@ class Workload:
         tokens: calibration tokens.
         batch_tokens: calibration tokens that pass at a time.
         element_size: bytes of one parameter.
+        blocks: transformer blocks. Default 1: not told apart.
     """
 
     linears: tuple[tuple[int, int], ...]
@@ -93,6 +94,7 @@ class Workload:
     tokens: int
     batch_tokens: int
     element_size: int
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,14 @@ class ChecksModel(Protocol):
 
 
 @runtime_checkable
+class ChangesDepth(Protocol):
+    """A carving that leaves a model with fewer blocks, so that later steps are held against what is left."""
+
+    def left(self, parts: Anatomy) -> Anatomy:
+        """The anatomy behind the step, as far as it can be told before any work."""
+
+
+@runtime_checkable
 class Resumes(Protocol):
     """A carving that may be long enough to go on after it was killed; `apply` then takes `directory` and `resume`."""
 
@@ -182,6 +192,7 @@ class Shared:
 
 SHARED: dict[str, Shared] = {
     "token_classification": Shared("intaglio.trainer.labels", "TokenClassification", ("objective",)),
+    "drop_blocks": Shared("intaglio.weights.drop_blocks", "DropBlocks", ("carving",)),
     "visibility": Shared("intaglio.masks.step", "Visibility", ("carving", "visibility")),
 }
 
