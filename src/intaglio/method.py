@@ -51,6 +51,8 @@ class Method(BaseModel):
     changes: ClassVar[frozenset[Change]] = frozenset()
     requires: ClassVar[frozenset[Fact]] = frozenset()
     invalidates: ClassVar[frozenset[Fact]] = frozenset()
+    restores: ClassVar[frozenset[Fact]] = frozenset()
+    """What it gives back, where steps that changed nothing but what it changes itself had done away with it."""
 
     def __init_subclass__(cls, slug: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -222,20 +224,74 @@ def get(slug: str) -> type[Method]:
     return found
 
 
-def check_order(methods: Iterable[Method]) -> None:
+class Declares(Protocol):
+    """What an order of steps is judged by: a method, or what is known of one that was applied before."""
+
+    @property
+    def slug(self) -> str:
+        """Its name."""
+
+    @property
+    def changes(self) -> frozenset[Change]:
+        """What it edits."""
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """What it needs."""
+
+    @property
+    def invalidates(self) -> frozenset[Fact]:
+        """What it does away with."""
+
+    @property
+    def restores(self) -> frozenset[Fact]:
+        """What it gives back."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A step of an earlier run, as a checkpoint's record has it.
+
+    Args:
+        slug: the method.
+        changes: what it edited.
+        invalidates: what it did away with.
+        restores: what it gave back.
+        requires: nothing: it is done.
+    """
+
+    slug: str
+    changes: frozenset[Change] = frozenset()
+    invalidates: frozenset[Fact] = frozenset()
+    restores: frozenset[Fact] = frozenset()
+    requires: frozenset[Fact] = frozenset()
+
+
+def check_order(methods: Iterable[Declares], earlier: Iterable[Declares] = ()) -> None:
     """Refuse a sequence in which a step needs what an earlier one has undone.
 
     Args:
         methods: the steps in order.
+        earlier: what was done before them to the checkpoint that they begin with. Default: nothing.
 
     Raises:
         IntaglioError: names both steps and the fact.
     """
-    undone: dict[str, str] = {}
-    for method in methods:
+    undone: dict[Fact, list[Declares]] = {}
+    done = tuple(earlier)
+    for method in (*done, *methods):
         for fact in sorted(method.requires):
-            if fact in undone:
-                raise IntaglioError(
-                    f"{method.slug} cannot follow {undone[fact]}: it needs {fact}, which {undone[fact]} does away with"
+            if undone.get(fact):
+                last = undone[fact][-1]
+                whose = (
+                    f"{last.slug}, which the checkpoint's record names"
+                    if any(last is one for one in done)
+                    else last.slug
                 )
-        undone.update(dict.fromkeys(method.invalidates, method.slug))
+                raise IntaglioError(
+                    f"{method.slug} cannot follow {whose}: it needs {fact}, which {last.slug} does away with"
+                )
+        for fact in method.restores:
+            undone[fact] = [one for one in undone.get(fact, []) if not one.changes <= method.changes]
+        for fact in method.invalidates:
+            undone.setdefault(fact, []).append(method)

@@ -14,6 +14,7 @@ from intaglio.anatomy import Anatomy, anatomy
 from intaglio.attachments import Fitting
 from intaglio.carving.begin import name_of, skeleton
 from intaglio.carving.data import read_texts
+from intaglio.carving.earlier import check_earlier
 from intaglio.carving.steps import check_fit, trains
 from intaglio.checkpoint import parse_device, parse_dtype
 from intaglio.data.texts import Corpus
@@ -40,15 +41,17 @@ def plan(
         dtype: of the weights. Default: the checkpoint's own.
 
     Returns:
-        `{model, parameters, bytes, steps: [{slug, verb, parameters, seconds, memory_bytes}], left, measure_seconds,
-        seconds, memory_bytes, libraries_bytes, gflops}`. `left` are the parameters behind the steps. Seconds come from work timed on this machine just now. Memory is the
-        peak beside `libraries_bytes`, which the process holds already.
+        `{model, parameters, bytes, tokens, steps: [{slug, verb, parameters, seconds, memory_bytes}], left,
+        measure_seconds, seconds, memory_bytes, libraries_bytes, gflops}`. `left` are the parameters behind the steps.
+        Seconds come from work timed on this machine just now. Memory is the peak beside `libraries_bytes`, which the
+        process holds already.
 
     Raises:
         IntaglioError: as `carve` would, as far as can be told without weights.
     """
     name = name_of(recipe, model)
     where, wanted = parse_device(device), parse_dtype(dtype)
+    check_earlier(recipe, model)
     weightless = skeleton(recipe, model)
     kind = wanted if isinstance(wanted, torch.dtype) else (getattr(weightless.config, "dtype", None) or torch.float32)
     parts = anatomy(weightless)

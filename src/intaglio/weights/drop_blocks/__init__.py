@@ -144,9 +144,9 @@ class DropBlocks(Method, slug="drop_blocks"):
         if self.layers is not None:
             gone = self._named(parts)
         else:
-            gone = list(self._runs(parts, range(len(parts.blocks)))[-1]) if self.contiguous else self._free(parts)
+            gone = list(self._runs(parts, range(len(parts.blocks)))[0]) if self.contiguous else self._free(parts)
             assert self.count is not None  # checked when the step was read
-            gone = gone[-self.count :]  # as good as any to find out whether the family allows it
+            gone = gone[: self.count]  # which they will be is not known; without the first ones, most others move
         plan_cut(parts, [index for index in range(len(parts.blocks)) if index not in gone])
 
     def left(self, parts: Anatomy) -> Anatomy:
