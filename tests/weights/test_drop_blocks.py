@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,7 @@ def silence(model: Any, *which: int) -> None:
 def test_influence_by_hand(family: str) -> None:
     checkpoint = tiny(family)
     seen = states(checkpoint.model)
-    expected = [
-        1 - float(F.cosine_similarity(a, b, dim=-1).double().mean()) for a, b in zip(seen, seen[1:], strict=False)
-    ]
+    expected = [1 - float(F.cosine_similarity(a, b, dim=-1).double().mean()) for a, b in pairwise(seen)]
     drop(checkpoint, count=1)
     bars = chosen(checkpoint)["bars"]["items"]
     assert bars == pytest.approx({f"block {i}": v for i, v in enumerate(expected) if f"block {i}" in bars}, abs=1e-6)
@@ -129,7 +128,7 @@ def test_distance_by_hand() -> None:
     assert measured(checkpoint) == pytest.approx(expected, abs=1e-6)
     start = expected.index(min(expected))
     assert chosen(checkpoint)["dropped"] == [start, start + 1]
-    assert list(chosen(checkpoint)["bars"]["items"])[0] == "blocks 0 to 1"
+    assert next(iter(chosen(checkpoint)["bars"]["items"])) == "blocks 0 to 1"
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
@@ -384,8 +383,11 @@ def test_with_pruning_training_and_fitting_in_one_recipe(corpus: Path, tmp_path:
     ],
 )
 def test_later_steps_are_held_against_what_is_left(
-    after: dict[str, Any], words: str, corpus: Path, tmp_path: Path
-) -> None:  # noqa: F811
+    after: dict[str, Any],
+    words: str,
+    corpus: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     tiny().save(tmp_path / "model")
     for first in ({"count": 2}, {"layers": [0, 1]}):
         recipe = make_recipe(corpus, [{"drop_blocks": first}, after])

@@ -337,6 +337,6 @@ def _refuse_live(checkpoint: Checkpoint) -> None:
     for part in checkpoint.record.live:
         if part.get("slug") != VISIBILITY and part.keys() - {"slug"}:
             raise IntaglioError(
-                f"drop_blocks cannot follow {part.get('slug')}, whose live part belongs to the blocks as they are; drop "
-                "blocks first"
+                f"drop_blocks cannot follow {part.get('slug')}, whose live part belongs to the blocks as they are; "
+                "drop blocks first"
             )
