@@ -11,12 +11,13 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from intaglio.anatomy import anatomy
 from intaglio.carving import begin, carve, plan, run
 from intaglio.carving.earlier import applied
-from intaglio.checkpoint import RECORD, Record, StepRecord, load
+from intaglio.checkpoint import RECORD, Record, StepRecord, load, loading
+from intaglio.checkpoint.record import hub_record
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
-from intaglio.anatomy import anatomy
 from intaglio.method import Applied, Change, Fact, Method, check_order, get, slugs
 from intaglio.recipe import Fit, Recipe, Step, method_of
 from tests.families import tiny_checkpoint_dir
@@ -106,7 +107,9 @@ def test_two_steps_are_refused_exactly_where_one_needs_what_the_other_undoes() -
         if facts:
             assert found is not None
             before, after = METHODS[first].slug, METHODS[second].slug
-            words = {f"{after} cannot follow {before}: it needs {fact}, which {before} does away with" for fact in facts}
+            words = {
+                f"{after} cannot follow {before}: it needs {fact}, which {before} does away with" for fact in facts
+            }
             assert any(found.endswith(one) for one in words), found
             refused += 1
     assert refused  # there are such pairs
@@ -127,7 +130,7 @@ def test_a_step_in_between_changes_nothing_unless_it_gives_back() -> None:
 
 
 def test_the_stock_mask_gives_back_what_rules_took_and_nothing_else() -> None:
-    unmask, stock, some = ({"visibility": {"rule": rule}} for rule in ("bidirectional", "stock", "stock"))
+    unmask, stock = ({"visibility": {"rule": rule}} for rule in ("bidirectional", "stock"))
     groups, fit = {"layerwise_unmasking": {"groups": 2}}, {"fit": {"aded": {}}}
     some = {"visibility": {"rule": "stock", "layers": [0]}}
     for step in (unmask, groups):
@@ -231,24 +234,21 @@ def test_an_unmasked_checkpoint_that_was_saved(corpus: Path, model: Path, tmp_pa
     found = load(tmp_path / "b")
     assert predicts_next(anatomy(found.model))
     assert [step.slug for step in found.record.steps] == ["visibility", "visibility", "aded"]
-    carve(make_recipe(corpus, [{"visibility": {"rule": "stock", "layers": [0, 1]}}]), tmp_path / "c", model=str(tmp_path / "a"))
+    carve(
+        make_recipe(corpus, [{"visibility": {"rule": "stock", "layers": [0, 1]}}]),
+        tmp_path / "c",
+        model=str(tmp_path / "a"),
+    )
     carve(make_recipe(corpus, [fit]), tmp_path / "d", model=str(tmp_path / "c"))  # nothing of it is live
-    ids = torch.arange(8, 14)[None]
-    how = {"max_new_tokens": 6, "do_sample": False}
-    model_ = found.model
-    assert torch.equal(model_.generate(ids, custom_generate=found.decoder("aded"), **how), model_.generate(ids, **how))
+    ids, how = torch.arange(8, 14)[None], {"max_new_tokens": 6, "do_sample": False}
+    drafted = found.model.generate(ids, custom_generate=found.decoder("aded"), **how)
+    assert torch.equal(drafted, found.model.generate(ids, **how))
 
 
-def test_the_record_of_a_model_on_the_hub_need_not_be_there(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    from intaglio.checkpoint import loading
-
+def test_the_record_of_a_model_on_the_hub_need_not_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(loading, "load_config", lambda x: ("user/name", None))
     monkeypatch.setattr(loading, "hub_record", lambda *a, **k: asked.append((a, k)))
     assert loading.load_record("user/name@abc") is None
     assert asked == [(("user/name", "abc"), {"needed": False})]
-    assert loading.hub_record is not None
-    monkeypatch.undo()
-    from intaglio.checkpoint.record import hub_record
-
     assert hub_record("user/name", "abc", needed=False) is None  # no network in a test

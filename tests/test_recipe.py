@@ -242,7 +242,7 @@ def test_what_is_read(tmp_path: Path) -> None:
         ("steps: [wanda: {sparsity: 0.5}]\nsteps: []", ", line 2: the key 'steps' stands twice"),
         ('steps: [wanda: {sparsity: 0.5}]\n"a\\nb\\e": 1', "a\\nb\\x1b: there is no such field here"),
         (f"steps: [wanda: {{sparsity: 0.5}}]\n{'x' * 500}: 1", "x...: there is no such field here"),
-        (f"steps:\n  - {'x' * 500}: 1", "x...; accepted: dsnot"),
+        (f"steps:\n  - {'x' * 500}: 1", "x...; accepted: drop_blocks"),
     ],
 )
 def test_a_recipe_that_is_wrong(text: str, sentence: str, tmp_path: Path) -> None:
