@@ -274,6 +274,13 @@ def test_patterns_that_no_longer_hold_leave_the_configuration() -> None:
     assert checkpoint.config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
 
 
+def test_lists_that_only_happen_to_be_as_long_stay() -> None:
+    checkpoint = tiny("qwen3", layers=2, eos_token_id=[2, 3])
+    DropBlocks(layers=0).apply(checkpoint)
+    assert checkpoint.config.eos_token_id == [2, 3]
+    assert checkpoint.config.layer_types == ["full_attention"]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_deterministic_to_the_byte(way: dict[str, Any], tmp_path: Path) -> None:
     for name in ("a", "b"):
