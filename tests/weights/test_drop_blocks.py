@@ -131,7 +131,7 @@ def test_distance_by_hand() -> None:
     assert next(iter(chosen(checkpoint)["bars"]["items"])) == "blocks 0 to 1"
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt_neox"])
 def test_the_rise_of_the_loss_is_what_perplexity_rises_by(family: str) -> None:
     checkpoint = tiny(family)
     data = Segments.of(IDS)
@@ -157,7 +157,7 @@ def test_measured_anew_is_the_same_as_one_step_after_the_other(way: dict[str, An
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox", "phi3"])
+@pytest.mark.parametrize("family", ["gemma3", "gpt_neox"])
 def test_blocks_that_do_nothing_go_and_nothing_changes(family: str, way: dict[str, Any]) -> None:
     checkpoint = tiny(family)
     silence(checkpoint.model, 1, 2)
@@ -204,7 +204,7 @@ def test_keep() -> None:
 # what is left
 
 
-@pytest.mark.parametrize("gone", [[0], [3], [1, 2], [0, 2, 3]])
+@pytest.mark.parametrize("gone", [[1], [0, 2, 3]])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_family_is_what_the_stock_loader_reads(family: str, gone: list[int], tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_it_generates_with_a_cache_as_without(family: str) -> None:
     assert all(layer.keys is not None for layer in cache.layers)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.sets(st.integers(0, 5), min_size=1, max_size=5))
 def test_those_that_are_named_go_and_the_others_keep_order_and_values(gone: set[int]) -> None:
     checkpoint = tiny("gemma3", layers=6)
@@ -281,7 +281,7 @@ def test_lists_that_only_happen_to_be_as_long_stay() -> None:
     assert checkpoint.config.layer_types == ["full_attention"]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WAYS[2:4])
 def test_it_is_deterministic_to_the_byte(way: dict[str, Any], tmp_path: Path) -> None:
     for name in ("a", "b"):
         checkpoint = tiny("mistral_window", dtype=torch.bfloat16)
