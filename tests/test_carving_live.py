@@ -263,9 +263,15 @@ def test_what_predicts_no_next_token_is_not_fitted_or_trained_so(
     carve(make_recipe(corpus, [UNMASK]), tmp_path / "live", model=str(model))
     carve(make_recipe(corpus, [label_step(labels)]), tmp_path / "labels", model=str(model))
     train = {"train": {"steps": 1, "length": 24}}
-    for made in ("live", "labels"):
+    shutil.copytree(tmp_path / "labels", tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / RECORD).unlink()  # labels too, but nobody says since when
+    for made, words in (
+        ("live", r"cannot follow layerwise_unmasking, which the checkpoint's record names: it needs ca"),
+        ("labels", r"cannot follow train, which the checkpoint's record names: it needs causal"),
+        ("elsewhere", r"needs a model that generates; .* labels tokens or sees"),
+    ):
         for step in (train, {"fit": {"aded": {}}}):
-            with pytest.raises(IntaglioError, match=r"needs a model that generates; .* labels tokens or sees"):
+            with pytest.raises(IntaglioError, match=words):
                 carve(make_recipe(corpus, [step]), tmp_path / "out", model=str(tmp_path / made), progress=_never)
     carve(
         make_recipe(corpus, [{"visibility": {"rule": "stock"}}, train]), tmp_path / "out", model=str(tmp_path / "live")

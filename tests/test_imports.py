@@ -15,7 +15,7 @@ import pytest
 
 import intaglio
 from intaglio.catalogue import ENTRIES, ROOMS, Entry
-from intaglio.method import Carving, Method, get
+from intaglio.method import SHARED, Carving, Method, get
 
 PACKAGE = Path(intaglio.__file__).parent
 HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "pandas", "safetensors", "tokenizers")
@@ -127,7 +127,13 @@ def test_every_method_of_every_room_is_in_the_catalogue() -> None:
         for path in (PACKAGE / room).rglob("*.py")
         for name, slug in methods_in(path)
     }
-    assert found == {slug: (entry.room, entry.name) for slug, entry in ENTRIES.items()}
+    shared = {
+        slug: (room, entry.name)
+        for slug, entry in SHARED.items()
+        for room in [entry.module.split(".")[1]]
+        if room in ROOMS
+    }
+    assert found == {slug: (entry.room, entry.name) for slug, entry in ENTRIES.items()} | shared
 
 
 def test_the_catalogue_is_in_order() -> None:

@@ -143,7 +143,7 @@ def test_what_is_read(tmp_path: Path) -> None:
         (
             "steps:\n  - prune: {}",
             ", line 2, steps[0]: there is no method named 'prune'; "
-            "accepted: dsnot, fit, layerwise_unmasking, magnitude, sparsegpt, train, visibility, wanda",
+            "accepted: drop_blocks, dsnot, fit, layerwise_unmasking, magnitude, sparsegpt, train, visibility, wanda",
         ),
         (
             "steps:\n  - wanda:\n      sparsty: 0.5",
@@ -242,7 +242,7 @@ def test_what_is_read(tmp_path: Path) -> None:
         ("steps: [wanda: {sparsity: 0.5}]\nsteps: []", ", line 2: the key 'steps' stands twice"),
         ('steps: [wanda: {sparsity: 0.5}]\n"a\\nb\\e": 1', "a\\nb\\x1b: there is no such field here"),
         (f"steps: [wanda: {{sparsity: 0.5}}]\n{'x' * 500}: 1", "x...: there is no such field here"),
-        (f"steps:\n  - {'x' * 500}: 1", "x...; accepted: dsnot"),
+        (f"steps:\n  - {'x' * 500}: 1", "x...; accepted: drop_blocks"),
     ],
 )
 def test_a_recipe_that_is_wrong(text: str, sentence: str, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_method_that_is_no_carving_is_no_step(monkeypatch: pytest.MonkeyPatch)
     entry = Entry("sampler", "decoding", "Sampler", ("decoder",), "says words", "nobody, nowhere", "https://x")
     monkeypatch.setitem(ENTRIES, "sampler", entry)
     assert sentence_of(lambda: Recipe.of({"steps": [{"sampler": {}}]})) == (
-        "recipe, steps[0]: 'sampler' is a method, but no step of a recipe; accepted: dsnot, fit, "
+        "recipe, steps[0]: 'sampler' is a method, but no step of a recipe; accepted: drop_blocks, dsnot, fit, "
         "layerwise_unmasking, magnitude, sparsegpt, train, visibility, wanda"
     )
 
@@ -480,7 +480,7 @@ def test_the_schema_describes_every_step() -> None:
     assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     carvings = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
     offered = [choice["required"][0] for choice in schema["properties"]["steps"]["items"]["oneOf"]]
-    assert offered == [*carvings, "visibility", "fit", "train"]
+    assert offered == [*carvings, "drop_blocks", "visibility", "fit", "train"]
     fitted = schema["properties"]["steps"]["items"]["oneOf"][-2]["properties"]["fit"]["oneOf"]
     assert [choice["required"][0] for choice in fitted] == [slug for slug, entry in ENTRIES.items() if entry.fitted]
     for slug in [*carvings, "aded"]:

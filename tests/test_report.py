@@ -277,6 +277,32 @@ def test_parameters_that_differ_from_the_defaults_come_first_and_all_are_folded(
     assert re.findall(r"<li><b>(\w+)</b>", shown) == ["sparsity", "base", "variance_power"]
 
 
+def test_what_a_step_measured_is_drawn_and_what_cannot_be_is_said() -> None:
+    document = carve()
+    items = {"block 0": 0.75, "block 1 <b>": 0.0, "block 2": -0.01, "block 3": float("nan")}
+    bars = {
+        "title": "Influence of each block",
+        "axis": "1 - cosine",
+        "items": items,
+        "marked": ["block 2"],
+        "mark": "gone",
+    }
+    document["steps"][0]["bars"] = bars
+    picture = next(found for found in drawings(report.carve_page(document)) if "Influence" in "".join(found.itertext()))
+    words = [element.text for element in picture.iter() if element.text]
+    assert {"0.750", "0", "-0.010, gone", "not finite", "block 1 <b>"} <= set(words)
+    assert sum(element.tag.endswith("rect") for element in picture.iter()) == 1
+    for odd in (None, [], {"items": {}}, {"items": [1]}):
+        document["steps"][0]["bars"] = odd
+        assert "Influence" not in report.carve_page(document)
+
+
+def test_fewer_bytes_are_said() -> None:
+    said = report.summary(carve(after=side(share=0.0, bytes=269_000_000)))
+    assert "; the weights take 50.0 % fewer bytes; no zeros were added to the blocks." in said
+    assert "fewer bytes" not in report.summary(carve())
+
+
 def test_live_checkpoints_say_what_is_needed() -> None:
     document = carve(kind="live")
     assert report.LIVE in Page(report.carve_page(document)).text

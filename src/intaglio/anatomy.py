@@ -98,8 +98,8 @@ class Linear:
             stored[self.rows.to(stored.device)] = weight_OI.to(stored.dtype)
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, in order.
+def block_list(model: nn.Module) -> nn.ModuleList:
+    """The list that holds the transformer blocks, the model's own object.
 
     Args:
         model: a Hugging Face model, with or without a head.
@@ -118,7 +118,19 @@ def blocks(model: nn.Module) -> list[nn.Module]:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         what = "no list of transformer blocks" if not found else f"{len(found)} lists of transformer blocks"
         raise IntaglioError(f"the model family {kind!r} is not supported: {what} could be identified in it")
-    return list(found[0])
+    return found[0]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks, in order.
+
+    Args:
+        model: a Hugging Face model, with or without a head.
+
+    Raises:
+        IntaglioError: the blocks cannot be told: no such list, or several.
+    """
+    return list(block_list(model))
 
 
 def attention(block: nn.Module) -> nn.Module:

@@ -2,14 +2,15 @@
 
 For each block: run it on what the carved blocks before it produce and collect statistics of what enters its linears;
 carve it; run it again and hand its new outputs to the next block. Two passes over each block, no backward, and the
-memory of one hidden state a batch, whatever the depth.
+memory of one hidden state a batch, whatever the depth. What only looks at a model passes through its blocks a batch at
+a time (`through_blocks`).
 
 Dimension letters: B batch, L sequence, N tokens, I input features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -282,7 +283,34 @@ def _walk(
             inputs.hidden_BLD = run_blocks(parts, index, index + 1, inputs)
             done += 1
             progress(done, total, f"{what}: block {index + 1}/{last + 1}")
-        if not all(torch.isfinite(inputs.hidden_BLD).all() for inputs in held):
-            raise IntaglioError(
-                f"the activations after block {index} are not finite: the weights or the calibration data overflow"
-            )
+        for inputs in held:
+            _refuse_overflow(inputs.hidden_BLD, index)
+
+
+def _refuse_overflow(hidden_BLD: Tensor, index: int) -> None:
+    if not torch.isfinite(hidden_BLD).all():
+        raise IntaglioError(
+            f"the activations after block {index} are not finite: the weights or the calibration data overflow"
+        )
+
+
+def through_blocks(parts: Anatomy, inputs: BlockInputs, order: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Run blocks one after the other on one batch and show what goes into each and what comes out.
+
+    Args:
+        parts: the model's anatomy.
+        inputs: from `capture`; its hidden state is the next block's input whenever this yields.
+        order: the blocks to run; the others are left out.
+
+    Yields:
+        `(block, input [B, L, D], output [B, L, D])`.
+
+    Raises:
+        IntaglioError: an output is not finite.
+    """
+    for index in order:
+        before_BLD = inputs.hidden_BLD
+        after_BLD = run_blocks(parts, index, index + 1, inputs)
+        _refuse_overflow(after_BLD, index)
+        yield index, before_BLD, after_BLD
+        inputs.hidden_BLD = after_BLD

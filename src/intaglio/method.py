@@ -53,6 +53,8 @@ class Method(BaseModel):
     changes: ClassVar[frozenset[Change]] = frozenset()
     requires: ClassVar[frozenset[Fact]] = frozenset()
     invalidates: ClassVar[frozenset[Fact]] = frozenset()
+    restores: ClassVar[frozenset[Fact]] = frozenset()
+    """What it gives back, where steps that changed nothing but what it changes itself had done away with it."""
 
     def __init_subclass__(cls, slug: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -86,6 +88,7 @@ class Workload:
         tokens: calibration tokens.
         batch_tokens: calibration tokens that pass at a time.
         element_size: bytes of one parameter.
+        blocks: transformer blocks. Default 1: not told apart.
     """
 
     linears: tuple[tuple[int, int], ...]
@@ -95,6 +98,7 @@ class Workload:
     tokens: int
     batch_tokens: int
     element_size: int
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,14 @@ class ChecksModel(Protocol):
 
 
 @runtime_checkable
+class ChangesDepth(Protocol):
+    """A carving that leaves a model with fewer blocks, so that later steps are held against what is left."""
+
+    def left(self, parts: Anatomy) -> Anatomy:
+        """The anatomy behind the step, as far as it can be told before any work."""
+
+
+@runtime_checkable
 class Resumes(Protocol):
     """A carving that may be long enough to go on after it was killed; `apply` then takes `directory` and `resume`."""
 
@@ -198,6 +210,7 @@ class Shared:
 
 SHARED: dict[str, Shared] = {
     "token_classification": Shared("intaglio.trainer.labels", "TokenClassification", ("objective",)),
+    "drop_blocks": Shared("intaglio.weights.drop_blocks", "DropBlocks", ("carving",)),
     "visibility": Shared("intaglio.masks.step", "Visibility", ("carving", "visibility")),
 }
 
@@ -227,20 +240,74 @@ def get(slug: str) -> type[Method]:
     return found
 
 
-def check_order(methods: Iterable[Method]) -> None:
+class Declares(Protocol):
+    """What an order of steps is judged by: a method, or what is known of one that was applied before."""
+
+    @property
+    def slug(self) -> str:
+        """Its name."""
+
+    @property
+    def changes(self) -> frozenset[Change]:
+        """What it edits."""
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """What it needs."""
+
+    @property
+    def invalidates(self) -> frozenset[Fact]:
+        """What it does away with."""
+
+    @property
+    def restores(self) -> frozenset[Fact]:
+        """What it gives back."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A step of an earlier run, as a checkpoint's record has it.
+
+    Args:
+        slug: the method.
+        changes: what it edited.
+        invalidates: what it did away with.
+        restores: what it gave back.
+        requires: nothing: it is done.
+    """
+
+    slug: str
+    changes: frozenset[Change] = frozenset()
+    invalidates: frozenset[Fact] = frozenset()
+    restores: frozenset[Fact] = frozenset()
+    requires: frozenset[Fact] = frozenset()
+
+
+def check_order(methods: Iterable[Declares], earlier: Iterable[Declares] = ()) -> None:
     """Refuse a sequence in which a step needs what an earlier one has undone.
 
     Args:
         methods: the steps in order.
+        earlier: what was done before them to the checkpoint that they begin with. Default: nothing.
 
     Raises:
         IntaglioError: names both steps and the fact.
     """
-    undone: dict[str, str] = {}
-    for method in methods:
+    undone: dict[Fact, list[Declares]] = {}
+    done = tuple(earlier)
+    for method in (*done, *methods):
         for fact in sorted(method.requires):
-            if fact in undone:
-                raise IntaglioError(
-                    f"{method.slug} cannot follow {undone[fact]}: it needs {fact}, which {undone[fact]} does away with"
+            if undone.get(fact):
+                last = undone[fact][-1]
+                whose = (
+                    f"{last.slug}, which the checkpoint's record names"
+                    if any(last is one for one in done)
+                    else last.slug
                 )
-        undone.update(dict.fromkeys(method.invalidates, method.slug))
+                raise IntaglioError(
+                    f"{method.slug} cannot follow {whose}: it needs {fact}, which {last.slug} does away with"
+                )
+        for fact in method.restores:
+            undone[fact] = [one for one in undone.get(fact, []) if not one.changes <= method.changes]
+        for fact in method.invalidates:
+            undone.setdefault(fact, []).append(method)

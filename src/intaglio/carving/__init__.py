@@ -3,6 +3,7 @@
 - `run`: `carve` and `compare`.
 - `planning`: what a carve would do and take, without weights.
 - `begin`: what the steps begin with.
+- `earlier`: what was done to it before, and whether the steps can follow that.
 - `data`: what is calibrated and measured on.
 - `steps`: whether a step fits, and one applied.
 - `scratch`: where finished steps wait until the output appears.

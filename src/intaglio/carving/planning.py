@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import psutil
@@ -14,12 +14,13 @@ from intaglio.anatomy import Anatomy, anatomy
 from intaglio.attachments import Fitting
 from intaglio.carving.begin import name_of, skeleton
 from intaglio.carving.data import read_texts
+from intaglio.carving.earlier import check_earlier
 from intaglio.carving.steps import check_fit, trains
 from intaglio.checkpoint import parse_device, parse_dtype
 from intaglio.data.texts import Corpus
 from intaglio.measures.quality import ELEMENTS
 from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
-from intaglio.method import Carving, Cost, Workload
+from intaglio.method import Carving, ChangesDepth, Cost, Workload
 from intaglio.recipe import Fit, Measure, Recipe, Step, method_of
 
 LAUNCH = 0.00025
@@ -40,15 +41,17 @@ def plan(
         dtype: of the weights. Default: the checkpoint's own.
 
     Returns:
-        `{model, parameters, bytes, steps: [{slug, verb, parameters, seconds, memory_bytes}], measure_seconds, seconds,
-        memory_bytes, libraries_bytes, gflops}`. Seconds come from work timed on this machine just now. Memory is the
-        peak beside `libraries_bytes`, which the process holds already.
+        `{model, parameters, bytes, tokens, steps: [{slug, verb, parameters, seconds, memory_bytes}], left,
+        measure_seconds, seconds, memory_bytes, libraries_bytes, gflops}`. `left` are the parameters behind the steps.
+        Seconds come from work timed on this machine just now. Memory is the peak beside `libraries_bytes`, which the
+        process holds already.
 
     Raises:
         IntaglioError: as `carve` would, as far as can be told without weights.
     """
     name = name_of(recipe, model)
     where, wanted = parse_device(device), parse_dtype(dtype)
+    check_earlier(recipe, model)
     weightless = skeleton(recipe, model)
     kind = wanted if isinstance(wanted, torch.dtype) else (getattr(weightless.config, "dtype", None) or torch.float32)
     parts = anatomy(weightless)
@@ -59,12 +62,13 @@ def plan(
     element = torch.empty(0, dtype=kind).element_size()
     workload = Workload(
         linears=tuple(linear.shape for _, linear in parts.all_linears()),
-        block_parameters=sum(p.numel() for block in parts.blocks for p in block.parameters()),
+        block_parameters=_in_blocks(parts),
         parameters=parameters,
         hidden=int(parts.config.hidden_size),
         tokens=recipe.calibration.samples * length,
         batch_tokens=recipe.calibration.batch_size * length,
         element_size=element,
+        blocks=len(parts.blocks),
     )
     rates = machine_rates(where, kind)
     measure_seconds, held, measuring = _measuring(recipe.measure, workload, parts, rates)
@@ -77,18 +81,38 @@ def plan(
         steps.append(
             {"slug": step.slug, "verb": _verb(step), "parameters": fields, "seconds": took, "memory_bytes": memory}
         )
+        if isinstance(step, ChangesDepth):
+            parts = step.left(parts)
+            workload = _shortened(workload, parts)
     return {
         "model": name,
         "parameters": parameters,
         "bytes": parameters * element,
         "tokens": workload.tokens,
         "steps": steps,
+        "left": workload.parameters,
         "measure_seconds": measure_seconds,
         "seconds": measure_seconds + sum(step["seconds"] for step in steps),
         "memory_bytes": max([measuring, *(step["memory_bytes"] for step in steps)]),
         "libraries_bytes": psutil.Process().memory_info().rss,
         "gflops": rates.flops / 1e9,
     }
+
+
+def _in_blocks(parts: Anatomy) -> int:
+    return sum(p.numel() for block in parts.blocks for p in block.parameters())
+
+
+def _shortened(workload: Workload, parts: Anatomy) -> Workload:
+    """The sizes of a model with fewer blocks."""
+    inside = _in_blocks(parts)
+    return replace(
+        workload,
+        linears=tuple(linear.shape for _, linear in parts.all_linears()),
+        block_parameters=inside,
+        parameters=workload.parameters - workload.block_parameters + inside,
+        blocks=len(parts.blocks),
+    )
 
 
 def _measuring(wanted: Measure, workload: Workload, parts: Anatomy, rates: Rates) -> tuple[float, int, int]:

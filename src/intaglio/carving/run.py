@@ -14,6 +14,7 @@ from intaglio import report
 from intaglio.anatomy import anatomy
 from intaglio.carving.begin import begin, blind_guess, is_new, name_of
 from intaglio.carving.data import held_out_segments, make_yardstick, prepare_data, read_texts
+from intaglio.carving.earlier import check_earlier
 from intaglio.carving.scratch import (
     TRAINING,
     check_output,
@@ -68,6 +69,7 @@ def carve(
     begun = time.time()
     out = Path(out)
     name, fresh = name_of(recipe, model), is_new(recipe, model)
+    check_earlier(recipe, model)
     texts = read_texts(recipe)
     stamp = "" if fresh else files_stamp(name)
     identity = [name, stamp, *(corpus.digest for corpus in texts), str(device), str(dtype), versions()]

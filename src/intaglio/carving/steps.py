@@ -12,12 +12,12 @@ from intaglio.carving.data import Data
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
-from intaglio.method import Carving, ChecksModel, Progress, Resumes
+from intaglio.method import Carving, ChangesDepth, ChecksModel, Progress, Resumes
 from intaglio.recipe import Fit, Recipe, Step, method_of
 
 
 def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
-    """Refuse, before any work, a model that a step does not fit.
+    """Refuse, before any work, a model that a step does not fit, as the steps before it will have left it.
 
     Args:
         steps: of the recipe.
@@ -27,7 +27,6 @@ def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
     Raises:
         IntaglioError: names the step and the layer.
     """
-    named = [(full, *linear.shape) for full, linear in parts.all_linears()]
     able = predicts_next(parts)
     for step in steps:
         if "causal" in method_of(step).requires and not able:
@@ -36,9 +35,11 @@ def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
         # A rule may be taken back by a step; a head is not.
         able = able or ("attention" in method_of(step).changes and parts.causal and parts.head is not None)
         if not isinstance(step, Fit):
-            cast(Carving, step).check(named)
+            cast(Carving, step).check([(full, *linear.shape) for full, linear in parts.all_linears()])
             if isinstance(step, ChecksModel):
                 step.check_model(parts)
+            if isinstance(step, ChangesDepth):
+                parts = step.left(parts)
 
 
 def apply_step(

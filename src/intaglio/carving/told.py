@@ -87,7 +87,7 @@ def make_document(
         "model": name,
         "kind": checkpoint.kind,
         "steps": [
-            _with_curve(record.model_dump()) | {"defaults": defaults(method_of(step)), "seconds": took}
+            _with_pictures(record.model_dump()) | {"defaults": defaults(method_of(step)), "seconds": took}
             for record, step, took in zip(made, recipe.steps, seconds, strict=True)
         ],
         "before": before,
@@ -97,7 +97,10 @@ def make_document(
     }
 
 
-def _with_curve(step: dict[str, Any]) -> dict[str, Any]:
-    """A step's record with its training curves, see `intaglio.curves`, beside what it chose rather than in it."""
-    curve = step["chosen"].pop("curve", None)
-    return step if curve is None else step | {"curve": curve}
+def _with_pictures(step: dict[str, Any]) -> dict[str, Any]:
+    """A step's record with what is drawn of it beside what it chose rather than in it.
+
+    That is `curve`, training curves (see `intaglio.curves`), and `bars` (see `report.document`).
+    """
+    drawn = {name: step["chosen"].pop(name) for name in ("curve", "bars") if name in step["chosen"]}
+    return step | drawn

@@ -6,7 +6,7 @@
     checkpoint.save("out/")
 
 - `kept`: `Checkpoint`, what every method is applied to, and how it is saved.
-- `loading`: `load`; configuration, class and tokenizer alone; dtypes and devices by name.
+- `loading`: `load`; configuration, record, class and tokenizer alone; dtypes and devices by name.
 - `rebuilding`: weights of live parts, read into modules that are not the stock ones.
 - `record`: `Record` and its `StepRecord`s, and reading them.
 - `files`: where a name leads, what is refused unread, digests and stamps, what lies beside the weights.
@@ -20,6 +20,7 @@ from intaglio.checkpoint.loading import (
     DTYPES,
     load,
     load_config,
+    load_record,
     load_tokenizer,
     model_class,
     parse_device,
@@ -37,6 +38,7 @@ __all__ = [
     "files_stamp",
     "load",
     "load_config",
+    "load_record",
     "load_tokenizer",
     "model_class",
     "parse_device",

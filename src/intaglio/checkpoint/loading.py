@@ -30,7 +30,7 @@ from intaglio.checkpoint.files import (
 )
 from intaglio.checkpoint.kept import Checkpoint
 from intaglio.checkpoint.rebuilding import forget, rebuilding
-from intaglio.checkpoint.record import RECORD, hub_record, read_record
+from intaglio.checkpoint.record import RECORD, Record, hub_record, read_record
 from intaglio.classifier import classifier_class, is_classifier
 from intaglio.errors import IntaglioError, did_you_mean, first_line
 from intaglio.method import Live, get
@@ -156,6 +156,22 @@ def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple
             what = "cannot be read" if local else "is no directory here and cannot be had from the hub"
             raise IntaglioError(f"the model {os.fspath(x)!r} {what}: {reason}") from error
     return source, config
+
+
+def load_record(x: str | os.PathLike[str]) -> Record | None:
+    """What was done to a checkpoint, read without its weights; None where it has no record.
+
+    Args:
+        x: a bundled name, a directory or a hub id, which may be pinned (`user/name@revision`).
+
+    Raises:
+        IntaglioError: there is no such model, or its record cannot be read.
+    """
+    source, _ = load_config(x)
+    if Path(source).is_dir():
+        return read_record(Path(source))
+    with quiet():
+        return hub_record(source, pinned(x)[1], needed=False)
 
 
 def _live_config(source: str, revision: str | None) -> Any:

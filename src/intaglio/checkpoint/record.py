@@ -79,15 +79,24 @@ def read_record(path: Path) -> Record | None:
         raise IntaglioError(f"{file} is not a record of Intaglio: {place}{first['msg']}") from error
 
 
-def hub_record(source: str, revision: str | None) -> Record | None:
+def hub_record(source: str, revision: str | None, needed: bool = True) -> Record | None:
     """The record of a model on the hub, or None where it has none.
 
     Args:
         source: a hub id.
         revision: branch, tag or commit; None: its main branch.
+        needed: whether a hub that cannot be reached is an error (default) or counts as no record.
 
     Raises:
         IntaglioError: the file is no record.
+        OSError: the hub cannot be reached, or does not give the model.
     """
-    file = cached_file(source, RECORD, revision=revision, _raise_exceptions_for_missing_entries=False)
+    file = cached_file(
+        source,
+        RECORD,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=needed,
+        _raise_exceptions_for_gated_repo=needed,
+    )
     return None if file is None else read_record(Path(file).parent)

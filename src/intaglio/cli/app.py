@@ -257,6 +257,13 @@ def _plan(
         f"{_megabytes(found['libraries_bytes'])} of libraries.",
         highlight=False,
     )
+    if found["left"] < found["parameters"]:
+        share = found["left"] / found["parameters"]
+        out.print(
+            f"{found['left'] / 1e6:,.1f} of {found['parameters'] / 1e6:,.1f} million parameters are left, "
+            f"{_megabytes(found['bytes'] * share)} of {_megabytes(found['bytes'])}.",
+            highlight=False,
+        )
 
 
 def _megabytes(size: float) -> str:

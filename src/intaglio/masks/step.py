@@ -162,6 +162,11 @@ class Visibility(Method, slug=SLUG):
             return frozenset()
         return frozenset({"cache", "causal"} if rule.looks_right else {"cache"})
 
+    @property
+    def restores(self) -> frozenset[Fact]:  # type: ignore[override]
+        """Where every layer gets the model's own mask back, what rules had done away with."""
+        return frozenset({"cache", "causal"} if self.made is None and self.layers == "all" else ())
+
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
         """Accept any linears: they stay as they are."""
 

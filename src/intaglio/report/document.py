@@ -8,7 +8,8 @@ A document is a plain dict, the same that is written as `report.json`. There are
 where it is known.
 
 A step or variant may bring `defaults` (field to default value): the parameters that differ from them are shown, the
-others are folded away. Without `defaults`, those that are not null are shown.
+others are folded away. Without `defaults`, those that are not null are shown. A step may bring `bars`, what it measured
+of parts of the model: `title`, `axis`, `items` (name to value), and which of these are `marked`, by the word `mark`.
 """
 
 from __future__ import annotations

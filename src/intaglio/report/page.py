@@ -21,6 +21,7 @@ from intaglio.report.document import (
     Document,
     best_variants,
     checked,
+    finite,
     fractions_of,
     has_cosine,
     is_best,
@@ -200,7 +201,24 @@ def _step(step: Document) -> dict[str, Any]:
         "seed": step.get("seed"),
         "seconds": step.get("seconds"),
         "curves": Markup(curves.curves(step["curve"])) if curves.is_columns(step.get("curve")) else Markup(),
+        "bars": _bars(step.get("bars")),
     }
+
+
+def _bars(found: Any) -> Markup:
+    """What a step measured of parts of the model, as bars; nothing where it brought none."""
+    values = found.get("items") if isinstance(found, Mapping) else None
+    if not isinstance(values, Mapping) or not values:
+        return Markup()
+    marked, mark = found.get("marked") or [], str(found.get("mark", "marked"))
+    items = []
+    for name, value in values.items():
+        number, strong = finite(value), name in marked
+        text = "not finite" if number is None else plain_number(number)
+        items.append(pictures.Bar(str(name), number, f"{text}, {mark}" if strong else text, strong=strong))
+    words = "; ".join(f"{bar.label}: {bar.text}" for bar in items) + "."
+    title, axis = str(found.get("title", "What was measured")), str(found.get("axis", ""))
+    return Markup(pictures.bars(title, words, items, axis=axis))
 
 
 def training_page(title: str, told: str, columns: curves.Columns, notes: Mapping[str, str]) -> str:

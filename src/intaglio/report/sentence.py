@@ -81,6 +81,9 @@ def summary(document: Document) -> str:
         )
     else:
         parts = _quality_words(document["before"], document["after"], "the original")
+        large, small = (value_of(document[side], "bytes") for side in ("before", "after"))
+        if large and small is not None and small < large:
+            parts.append(f"the weights take {percent(1 - small / large)} fewer bytes")
         old, new = (value_of(document[side], "zero_fraction") for side in ("before", "after"))
         if new is None:
             parts.append(zeros_words(document["after"]))

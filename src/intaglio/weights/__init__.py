@@ -2,6 +2,7 @@
 
 What lives here:
 
+- `drop_blocks`: whole blocks go, by their measured influence or by name; the checkpoint is smaller (a shared step).
 - `magnitude`: the smallest weights of each layer go; needs no data.
 - `wanda`: |weight| times input norm, row by row.
 - `sparsegpt`: column by column with compensation by the rest of the row.
