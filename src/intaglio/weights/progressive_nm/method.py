@@ -125,7 +125,7 @@ class ProgressiveNM(Amount, Method, slug="progressive_nm"):
                 )
         try:
             for amount in self._amounts():
-                self._schedule(amount, 1)
+                self.schedule(1, amount)
         except IntaglioError as error:
             raise ValueError(str(error)) from None
         return self
@@ -145,9 +145,16 @@ class ProgressiveNM(Amount, Method, slug="progressive_nm"):
     def _amounts(self) -> list[Any]:
         return [self.amount, *([] if self.attention is None else [parse_pattern(self.attention)])]
 
-    def _schedule(self, amount: Any, steps: int) -> Schedule:
+    def schedule(self, steps: int, amount: Any = None) -> Schedule:
+        """The recipe over a run.
+
+        Args:
+            steps: of the run.
+            amount: the final one. Default: that of the fields.
+        """
         frames = {_start(start): parse_pattern(pattern) for start, pattern in (self.custom or {}).items()}
-        return Schedule(amount, steps, self.recipe, self.dense, self.finetune, self.decay, frames)
+        wanted = self.amount if amount is None else amount
+        return Schedule(wanted, steps, self.recipe, self.dense, self.finetune, self.decay, frames)
 
     def chosen(self, parts: Anatomy) -> list[tuple[str, Linear]]:
         """The projections that are pruned, in order.
@@ -178,7 +185,7 @@ class ProgressiveNM(Amount, Method, slug="progressive_nm"):
 
     def _of(self, linear: Linear, steps: int) -> Schedule:
         own = self.attention is not None and linear.part == "attention"
-        return self._schedule(self._amounts()[-1] if own else self.amount, steps)
+        return self.schedule(steps, self._amounts()[-1] if own else None)
 
     def layers(self, parts: Anatomy, steps: int) -> list[Layer]:
         """What is pruned by which schedule, a layer that holds several projections once.
