@@ -15,8 +15,21 @@ from intaglio.errors import IntaglioError
 from intaglio.evidence import progressive_nm, record
 from intaglio.evidence.experiment import Unit
 from intaglio.evidence.progressive_nm import (
-    ARMS, BITS, EXPERIMENTS, INNER, NOISE, SPENT, SPENT_DENSE, STEPS, Sizes, Sparse, experiment, method_of, sizes,
-    spent, steps_within,
+    ARMS,
+    BITS,
+    EXPERIMENTS,
+    INNER,
+    NOISE,
+    SPENT,
+    SPENT_DENSE,
+    STEPS,
+    Sizes,
+    Sparse,
+    experiment,
+    method_of,
+    sizes,
+    spent,
+    steps_within,
 )  # fmt: skip
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.source_code import SourceCode
