@@ -320,8 +320,8 @@ def experiment(run: Sparse) -> Experiment:
         },
         why="Claim, delta and tier are as named. The method's arm is the paper's headline, MdGf-Exponential, with the"
         " gradient of the chain rule, chosen before any run: so the paper states its mechanism (restricting the flow"
-        " of gradients to pruned weights by degrees), while its released code hands the whole gradient on; that is an arm"
-        " of its own. Operations are counted as each rule needs them, the convention of work on sparse training:"
+        " of gradients to pruned weights by degrees), while its released code hands the whole gradient on, in an arm of"
+        " its own here. Operations are counted as each rule needs them, the convention of work on sparse training:"
         " fine-tuning under the chain rule is cheaper than a step of SR-STE, all that comes before it dearer. The count"
         " with the gradients of all weights is told beside it.",
     )
