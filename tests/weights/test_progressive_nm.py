@@ -553,6 +553,24 @@ def test_the_sparsifier_refuses_in_one_sentence(arguments: dict[str, Any], messa
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
 
 
+def test_a_shared_weight_is_refused() -> None:
+    model = tiny_model("gemma3", layers=1)
+    with pytest.raises(IntaglioError, match=r"lm_head shares its weight with model\.embed_tokens\.weight"):
+        sparsifier(model)
+    sparsifier(model, ignore=["lm_head"])
+
+
+@pytest.mark.slow
+def test_a_compiled_model_follows_z() -> None:
+    torch.manual_seed(0)
+    layer, x = linear(torch.randn(4, 16)), torch.randn(3, 16)
+    nm = sparsifier(nn.Sequential(layer))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for t in (20, 40, 60, 90):
+        nm.step(t)
+        assert torch.equal(compiled(x), layer(x))
+
+
 def test_a_second_parametrization_is_refused() -> None:
     model = Net()
     sparsifier(model, ignore=["head"])

@@ -238,7 +238,8 @@ class NMSparsifier:
         frames: of the recipe `custom`: `{start: (N, M)}`, a start below 1 being a share of the steps.
 
     Raises:
-        IntaglioError: a name fits no layer, a pattern does not fit a layer, or the recipe does not fit the pattern.
+        IntaglioError: a name fits no layer, a pattern does not fit a layer, a layer shares its weight with another
+            module, or the recipe does not fit the pattern.
     """
 
     def __init__(
@@ -348,4 +349,12 @@ def _chosen(model: nn.Module, targets: Sequence[str], ignore: Sequence[str]) -> 
     ]
     if not chosen:
         raise IntaglioError("targets and ignore leave no layer to prune")
+    holders: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders.setdefault(id(parameter), []).append(name)
+    for name, module in chosen:
+        names = [] if parametrize.is_parametrized(module, "weight") else holders[id(module.weight)]
+        others = [other for other in names if other != f"{name}.weight"]
+        if others:
+            raise IntaglioError(f"{name} shares its weight with {others[0]}, which would be pruned too; ignore {name}")
     return chosen
