@@ -57,6 +57,12 @@ EXAMPLES["hidden_transfer"] = (
     {**HEADS, "ahead": 2, "layers": [0, 1], "draft_rows": "path", "goal": "text", "decay": 0.9, "state": 0.1},
     {**HEADS, "tree": [[0], [1], [0, 0]], "drawn": False, "own_text": False},
 )
+EXAMPLES["progressive_nm"] = (
+    {"pattern": "1:8"},
+    {"pattern": "2:4", "recipe": "sr-ste", "targets": ["mlp", "q", "k", "v", "o"], "attention": "1:4"},
+    {"pattern": "1:4", "recipe": "custom", "custom": {"0": "3:4", "1": "2:4"}, "masked_momentum": True, "dense": 0.0},
+    {"sparsity": 0.75, "recipe": "mdgf-linear", "masked_momentum": True, "along": "outputs", "finetune": 0.4},
+)
 CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]
 PRUNING = [case for case in CASES if get(case[0])(**EXAMPLES[case[0]][case[1]]).changes == {"weights"}]

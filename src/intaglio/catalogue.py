@@ -159,6 +159,16 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2502.07490",
         ),
         Entry(
+            slug="progressive_nm",
+            room="weights",
+            name="ProgressiveNM",
+            kinds=("shaper",),
+            summary="trains with N:M zeros that come by degrees: pruned weights fade out, or the pattern is tightened",
+            paper="Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, "
+            "CPAL 2025",
+            url="https://arxiv.org/abs/2402.04744",
+        ),
+        Entry(
             slug="sparsegpt",
             room="weights",
             name="SparseGPT",

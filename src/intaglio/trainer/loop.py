@@ -150,7 +150,8 @@ def train(
     identity = {"format": 1, "model": before, "data": rows.digest, "arguments": arguments | {"steps": steps}}
     path = None if directory is None else Path(directory)
     folder = tempfile.TemporaryDirectory(prefix="intaglio-train-")
-    run = Run(checkpoint, steps, None if rows.table is None else len(rows.table), chosen.seed, _not_yet)
+    length = None if rows.table is None else len(rows.table)
+    run = Run(checkpoint, steps, length, chosen.seed, _not_yet, chosen.accumulate)
     with kept_modes(model), kept_gradients(model), kept_randomness(), folder as scratch, ExitStack() as stack:
         trainer_arguments = _arguments(checkpoint, chosen, steps, path or Path(scratch), saved=path is not None)
         begun = None if path is None else _claim(path, identity, resume)

@@ -53,6 +53,7 @@ class Run:
         seed: of the run.
         loss: `loss(batch)`, the objective's loss of a batch with its gradient, in the run's precision and without what
             shapers add: for a shaper that takes steps of its own.
+        accumulate: batches of an optimizer step, whose gradients are averaged. Default 1.
         optimizer: the loop's; None until every shaper is attached. Its groups may be changed in `before_step`.
     """
 
@@ -61,6 +62,7 @@ class Run:
     rows: int | None
     seed: int
     loss: Callable[[Batch], Loss]
+    accumulate: int = 1
     optimizer: torch.optim.Optimizer | None = None
 
 

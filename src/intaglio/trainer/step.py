@@ -8,13 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from intaglio.anatomy import Anatomy
 from intaglio.catalogue import Kind
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.labelled import as_labelled, read_labelled
 from intaglio.data.streams import TextStream
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError, did_you_mean, shorten
-from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, get, silent, slugs
+from intaglio.method import Change, ChecksModel, Cost, Fact, Method, Progress, Workload, get, silent, slugs
 from intaglio.trainer.pairs import apart, load_pairs
 from intaglio.trainer.settings import Settings
 
@@ -95,6 +96,10 @@ class Train(Settings, Method, slug="train"):
             raise ValueError("length belongs to next-token prediction; give it to the objective")
         if self.instructions is not None and self.objective is None:
             raise ValueError("instructions need an objective that reads them, such as meap: {mode: finetuning}")
+        whole = [part.slug for part in self.parts if getattr(part, "trains_weights", False)]
+        if whole and (self.lora is not None or self.freeze):
+            held = "freeze holds them still" if self.freeze else "lora trains adapters alone"
+            raise ValueError(f"{whole[0]} trains the weights themselves, and {held}; leave one of the two out")
         if self.patience is not None and not self.evaluate and self.validation is None:
             raise ValueError("patience needs evaluate, a share of the data such as 0.05, or validation")
         if self.patience is not None and labels and self.watch == "loss":
@@ -145,6 +150,19 @@ class Train(Settings, Method, slug="train"):
         for target in targets:
             if target not in names:
                 raise IntaglioError(f"lora: no linear layer is named {target!r}; {did_you_mean(target, names)}")
+
+    def check_model(self, parts: Anatomy) -> None:
+        """Refuse a model that a part of the step does not fit.
+
+        Args:
+            parts: of the model.
+
+        Raises:
+            IntaglioError: names the layer.
+        """
+        for part in self.parts:
+            if isinstance(part, ChecksModel):
+                part.check_model(parts)
 
     def estimate(self, workload: Workload) -> Cost:
         """Return about what the step takes.
