@@ -1,5 +1,6 @@
-"""Kernels: products that stock torch has no fast form of, for more than one method; each with a slow form in plain torch
-that says what it computes, and that runs wherever the fast one cannot.
+"""Kernels: products that stock torch has no fast form of, as machinery for methods.
+
+Each has a slow form in plain torch, which says what it computes and runs wherever the fast one cannot.
 
 What lives here:
 

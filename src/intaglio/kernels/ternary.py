@@ -4,17 +4,18 @@
     y_BO = linear(x_BI, packed_OJ, weight_scale)        # activations to int8 by the token, product, scaled back
 
 Layout. A row of I weights becomes J bytes, J = 16 ceil(I / 64): the width is filled up to 4J with zeros. Byte j of a row
-holds the weights of the columns j, J + j, 2J + j and 3J + j, each as weight + 1, from the lowest two bits to the highest:
+holds the weights of the columns j, J + j, 2J + j and 3J + j, each as weight + 1, from the lowest two bits to the
+highest:
 
     packed[o, j] = sum_k (weight[o, kJ + j] + 1) 4^k
 
 So a run of bytes, shifted by 2k and masked, is a run of weights that meets a run of activations: no shuffling. With the
-codes 0, 1, 2 in place of -1, 0, 1 a product of unsigned and signed bytes gives sum_i (w_i + 1) x_i, from which sum_i x_i
-is taken. The width itself is not in the tensor: an activation brings it, and `unpack` is told.
+codes 0, 1, 2 in place of -1, 0, 1 a product of unsigned and signed bytes gives sum_i (w_i + 1) x_i, from which sum_i
+x_i is taken. The width itself is not in the tensor: an activation brings it, and `unpack` is told.
 
-Which code runs: on a CPU numba's, if numba is installed (`pip install 'intaglio[kernels]'`); on a CUDA device Triton's; else
-torch's, which unpacks some rows of the weight at a time and multiplies them as floating point: the same numbers, but slower
-than a dense weight. Integer results are exact in all of them.
+Which code runs: on a CPU numba's, if numba is installed (`pip install 'intaglio[kernels]'`); on a CUDA device Triton's;
+else torch's, which unpacks some rows of the weight at a time and multiplies them as floating point: the same numbers,
+but slower than a dense weight. Integer results are exact in all of them.
 
 Dimension letters: B rows of activations (tokens), I inputs, O outputs, J bytes of a packed row.
 """
@@ -23,7 +24,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib.util import find_spec
-from math import prod
 
 import torch
 from torch import Tensor
@@ -67,7 +67,8 @@ def pack(weight_OI: Tensor) -> Tensor:
         )
     if int(weight_OI.min()) < -1 or int(weight_OI.max()) > 1:
         raise IntaglioError(
-            f"weight: values from {int(weight_OI.min())} to {int(weight_OI.max())} cannot be packed in two bits: -1, 0 and 1 can."
+            f"weight: values from {int(weight_OI.min())} to {int(weight_OI.max())} cannot be packed in two bits: "
+            "-1, 0 and 1 can."
         )
     outputs, width = weight_OI.shape
     filled = torch.nn.functional.pad(weight_OI, (0, 4 * packed_width(width) - width)) + 1
@@ -106,7 +107,8 @@ def quantize(x: Tensor, bits: int = 8, peak: int | None = None, eps: float = EPS
 
         s = peak / max(max_i |x_i|, eps),   q = clamp(round(x s), -2^(bits-1), 2^(bits-1) - 1)
 
-    with halves to the even integer. A row with a value that is not finite has q = 0 and s = NaN.
+    with halves to the even integer, and the quotient as torch takes that of a number and a tensor: the reciprocal times
+    peak. A row with a value that is not finite has q = 0 and s = NaN.
 
     Args:
         x: [..., I], floating point; taken as float32.
@@ -125,7 +127,7 @@ def quantize(x: Tensor, bits: int = 8, peak: int | None = None, eps: float = EPS
     x = x.float()
     largest = x.abs().amax(-1, keepdim=True)
     finite = largest.isfinite()
-    scale = torch.where(finite, peak / largest.clamp(min=eps), torch.nan)
+    scale = torch.where(finite, largest.clamp(min=eps).reciprocal() * peak, torch.nan)
     q = (x * scale).round().clamp(low, high).masked_fill(~finite, 0)
     return q.to(torch.int8), scale
 
@@ -173,8 +175,8 @@ def linear(
         y = (sum_i x_i w_i) / s_w + bias          without bits
 
     With bits all code gives the same float32 numbers to the last bit, those of `F.linear(q, w) / (s_w * s_x) + bias`.
-    Without, numba takes a row of x in 31-bit fixed point, relative to the row's largest magnitude, so that the sum itself is
-    exact, where torch and Triton add in float32.
+    Without, numba takes a row of x in 31-bit fixed point, relative to the row's largest magnitude, so that the sum
+    itself is exact, where torch and Triton add in float32.
 
     Args:
         x: [..., I], floating point. Computed in float32.
@@ -193,23 +195,22 @@ def linear(
     """
     if not x.ndim or not x.is_floating_point():
         raise IntaglioError(f"x: {_told(x)} cannot be multiplied: floating point of at least one dimension can.")
-    _check_packed(packed_OJ, x.shape[-1], x)
+    shape, outputs = x.shape, len(packed_OJ)
+    _check_packed(packed_OJ, shape[-1], x)
     if x.requires_grad and torch.is_grad_enabled():
         raise IntaglioError("x: packed weights pass no gradient on: call the model under torch.no_grad().")
-    outputs = len(packed_OJ)
     if not isinstance(weight_scale, Tensor):
-        weight_scale = torch.tensor([weight_scale], dtype=torch.float32, device=x.device)
-    for name, given, sizes in (("weight_scale", weight_scale, (1, outputs)), ("bias", bias_O, (outputs,))):
-        if given is not None and (given.numel() not in sizes or given.device != x.device):
-            raise IntaglioError(
-                f"{name}: {_told(given)} on {given.device} does not fit {outputs} outputs on {x.device}."
-            )
+        weight_scale = torch.tensor([weight_scale], device=x.device)
+    _check_fits("weight_scale", weight_scale, (1, outputs), x)
+    if bias_O is not None:
+        _check_fits("bias", bias_O, (outputs,), x)
     limits = None if bits is None else _range(bits, peak)
-    x_BI = x.detach().reshape(-1, x.shape[-1])
-    scale_S = weight_scale.detach().reshape(-1).float()
-    bias_O = None if bias_O is None else bias_O.detach().float()
-    y_BO = _linear(x_BI, packed_OJ, scale_S, bias_O, bits, limits, eps)
-    return y_BO.to(x.dtype).view(*x.shape[:-1], outputs)
+    # A small product takes some microseconds, and what torch is asked for beside it a quarter to one each.
+    x_BI = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    y_BO = _linear(x_BI.float(), packed_OJ, weight_scale.float(), bias_O, bits or 0, limits, eps)
+    if x.dtype != torch.float32:
+        y_BO = y_BO.to(x.dtype)
+    return y_BO if len(shape) == 2 else y_BO.view(*shape[:-1], outputs)
 
 
 def _linear(
@@ -217,19 +218,20 @@ def _linear(
     packed_OJ: Tensor,
     scale_S: Tensor,
     bias_O: Tensor | None,
-    bits: int | None,
+    bits: int,
     limits: tuple[int, int, int] | None,
     eps: float,
 ) -> Tensor:
+    bias_O = None if bias_O is None else bias_O.detach().float()
     fast = _kernel(x_BI)
     if fast == "numba":
         from intaglio.kernels import ternary_numba
 
-        return ternary_numba.linear(x_BI.float(), packed_OJ, scale_S, bias_O, limits, eps)
+        return ternary_numba.linear(x_BI, packed_OJ, scale_S, bias_O, limits, eps)
+    x_BI, scale_S = x_BI.detach(), scale_S.detach().view(-1)
     if limits is None:
-        factors_BI, divisor = x_BI.float(), scale_S
+        factors_BI, divisor = x_BI, scale_S
     else:
-        assert bits is not None
         factors_BI, scale_B1 = quantize(x_BI, bits, limits[2], eps)
         divisor = scale_S * scale_B1
     if fast == "triton" and len(x_BI) <= _most_rows():
@@ -242,7 +244,7 @@ def _linear(
 
 
 def _dense(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
-    """The product in torch, some rows of the weight at a time; of integers exact, in float64 where float32 has too few bits."""
+    """The product in torch, some rows of the weight at a time; of integers exact, as float64 where float32 is too short."""
     width = x_BI.shape[1]
     exact = x_BI.is_floating_point() or 128 * width <= _EXACT
     dtype = torch.float32 if exact else torch.float64
@@ -292,18 +294,15 @@ def _check_packed(packed_OJ: Tensor, width: int, x: Tensor | None = None) -> Non
         raise IntaglioError(f"x: it is on {x.device}, the packed weights on {packed_OJ.device}; both must be on one.")
 
 
+def _check_fits(name: str, given: Tensor, sizes: tuple[int, ...], x: Tensor) -> None:
+    if given.numel() not in sizes or given.device != x.device:
+        accepted = " or ".join(map(str, dict.fromkeys(sizes)))
+        raise IntaglioError(f"{name}: {_told(given)} on {given.device} does not fit: {accepted} on {x.device} would.")
+
+
 def _widths(J: int) -> str:
     return "no" if J < 1 or J % (_GROUP // 4) else f"{4 * J - _GROUP + 1} to {4 * J}"
 
 
 def _told(tensor: Tensor) -> str:
     return f"{'x'.join(map(str, tensor.shape)) or 'a scalar'} of {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def packed_bytes(shape: tuple[int, int]) -> int:
-    """Return the bytes of a packed weight.
-
-    Args:
-        shape: (O, I).
-    """
-    return prod((shape[0], packed_width(shape[1])))

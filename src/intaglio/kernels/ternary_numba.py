@@ -1,15 +1,16 @@
 """The ternary product on a CPU. See `ternary` for what is computed and `ternary_simd` for the inner loop.
 
-A call makes integers of the activations, multiplies, and scales back, all of it in one compiled function. Rows of the weight
-are shared out over torch's number of threads where a product is worth it; results do not depend on it. Without quantization
-the activations become 31-bit fixed point, whose four digits in base 256 (each from -128 to 127) are four rows of integers.
+A call makes integers of the activations, multiplies, and scales back, all of it in one compiled function. Rows of the
+weight are shared out over torch's number of threads where a product is worth it; results do not depend on it. Without
+quantization the activations become 31-bit fixed point, whose four digits in base 256 (each from -128 to 127) are four
+rows of integers.
 
-Tensors are passed as addresses, which costs a tenth of what numba takes to look at an array: a product of SmolLM2's size is a
-matter of ten microseconds. The first call compiles (about two seconds; as long again the first with several threads), and
-nothing is kept on disk.
+Tensors are passed as addresses, which costs a tenth of what numba takes to look at an array: a product of SmolLM2's
+size is a matter of ten microseconds. The first call compiles (about two seconds; as long again the first with several
+threads), and nothing is kept on disk.
 
-Dimension letters: B rows of activations, I inputs, O outputs, J bytes of a packed row; D rows of integers (B, or 4B digits).
-"""
+Dimension letters: B rows of activations, I inputs, O outputs, J bytes of a packed row; D rows of integers (B, or 4B
+digits)."""
 
 from __future__ import annotations
 
@@ -66,11 +67,8 @@ def linear(
     """Apply a linear layer; see `ternary.linear`, which has checked the arguments.
 
     Args:
-        x_BI: float32 [B, I].
-        packed_OJ: uint8 [O, J].
-        scale_S: float32, one or O.
-        bias_O: float32 [O], or None.
-        limits: the least and the greatest integer, and the one that a row's largest magnitude goes to; None: not quantized.
+        x_BI: float32 [B, I]. packed_OJ: uint8 [O, J]. scale_S: float32, one or O. bias_O: float32 [O], or None. limits:
+        the least and the greatest integer, and the one that a row's largest magnitude goes to; None: not quantized.
         eps: see `ternary.quantize`.
 
     Returns:
@@ -95,15 +93,15 @@ def _call(
     x_BI, packed_OJ = x_BI.contiguous(), packed_OJ.contiguous()
     scale_S = None if scale_S is None else scale_S.contiguous()
     bias_O = None if bias_O is None else bias_O.contiguous()
-    (B, width), (O, J) = x_BI.shape, packed_OJ.shape
+    (B, width), (outputs, J) = x_BI.shape, packed_OJ.shape
     D = _DIGITS * B if kind == _FLOATING else B
-    room = torch.empty(D * (4 * J + 4 * (O + ROWS) + 12) + 2 * _LINE, dtype=torch.uint8)
+    room = torch.empty(D * (4 * J + 4 * (outputs + ROWS) + 12) + 2 * _LINE, dtype=torch.uint8)
     given = (
-        kind, x_BI.data_ptr(), B, width, packed_OJ.data_ptr(), O, J, y_BO.data_ptr(),
-        0 if scale_S is None else scale_S.data_ptr(), 1 if scale_S is None else len(scale_S),
+        kind, x_BI.data_ptr(), B, width, packed_OJ.data_ptr(), outputs, J, y_BO.data_ptr(),
+        0 if scale_S is None else scale_S.data_ptr(), 1 if scale_S is None else scale_S.numel(),
         0 if bias_O is None else bias_O.data_ptr(), *limits, eps, room.data_ptr(),
     )  # fmt: skip
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + D * O * J * 4 // _WORTH)
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + D * outputs * J * 4 // _WORTH)
     if threads > 1 and _may_share():
         _together(*given, threads)
     else:
@@ -112,33 +110,43 @@ def _call(
 
 @lru_cache(maxsize=1)
 def _may_share() -> bool:
-    """Whether several threads of Python's may use those of numba's at once: its own pool, the last choice, ends the process then."""
+    """Whether threads may be used at all: numba's own pool, its last choice, ends the process if two launches meet."""
     numba.get_num_threads()  # makes numba choose
     return numba.threading_layer() != "workqueue"
 
 
-# What follows is compiled. Addresses are integers, and pointers are indexed: arrays would take several times as long to compile.
+# What follows is compiled. Addresses are integers, and pointers are indexed: arrays take several times as long to compile.
 _compiled = njit(nogil=True, error_model="numpy")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _pointer(_context, address, of):  # type: ignore[no-untyped-def]
+@intrinsic
+def _pointer(_context, address, of):
     """An address as a pointer to numbers of this type."""
 
-    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def emit(context, builder, signature, values):
         return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(of.dtype)(types.int64, of), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _as_float(_context, bits):  # type: ignore[no-untyped-def]
+@intrinsic
+def _as_float(_context, bits):
     """The float32 of these bits."""
     return types.float32(types.int32), lambda _c, builder, _s, values: builder.bitcast(values[0], ir.FloatType())
 
 
+@intrinsic
+def _nearest(_context, x):
+    """The nearest integer, the even one of two, as a float; np.rint would be a call for each number."""
+
+    def emit(_context, builder, _signature, values):
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [values[0].type]), values)
+
+    return x(x), emit
+
+
 @_compiled
-def _largest(bits, width):  # type: ignore[no-untyped-def]
+def _largest(bits, width):
     """The bits of the greatest magnitude of a row: ordered as integers, with those of what is not finite highest."""
     found = np.int32(0)
     for i in range(width):
@@ -148,7 +156,7 @@ def _largest(bits, width):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _copied(x, q, width):  # type: ignore[no-untyped-def]
+def _copied(x, q, width):
     total = np.int32(0)
     for i in range(width):
         q[i] = x[i]
@@ -157,10 +165,10 @@ def _copied(x, q, width):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _rounded(x, q, width, scale, low, high):  # type: ignore[no-untyped-def]
+def _rounded(x, q, width, scale, low, high):
     total = np.int32(0)
     for i in range(width):
-        whole = np.rint(x[i] * scale)
+        whole = _nearest(x[i] * scale)
         whole = low if whole < low else whole
         whole = np.int32(high if whole > high else whole)
         q[i] = np.int8(whole)
@@ -169,11 +177,11 @@ def _rounded(x, q, width, scale, low, high):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _digits(x, q, width, filled, scale, totals):  # type: ignore[no-untyped-def]
+def _digits(x, q, width, filled, scale, totals):
     """Digits in base 256 of the fixed-point numbers round(x scale), a row for each, from the lowest."""
     t0, t1, t2, t3 = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
     for i in range(width):
-        left = np.int32(np.rint(np.float64(x[i]) * scale))
+        left = np.int32(_nearest(np.float64(x[i]) * scale))
         d0 = np.int8(left)  # the lowest eight bits with their sign
         left = np.int32(left - d0) >> np.int32(8)
         d1 = np.int8(left)
@@ -189,7 +197,7 @@ def _digits(x, q, width, filled, scale, totals):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, scales):  # type: ignore[no-untyped-def]
+def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, scales):
     """Make the integers [D, 4J], the sum of each row [D] (int32), and the scale of each token [B] (float64)."""
     total_D, scale_B = _pointer(totals, np.int32), _pointer(scales, np.float64)
     size = 1 if kind == _GIVEN else 4
@@ -213,7 +221,7 @@ def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, sc
                 total_D[each * b + d] = np.int32(0)
             scale_B[b] = np.nan
         elif kind == _QUANTIZED:
-            scale = np.float32(peak) / max(largest, np.float32(eps))
+            scale = np.float32(1) / max(largest, np.float32(eps)) * np.float32(peak)
             scale_B[b] = scale
             total_D[b] = _rounded(x_I, q, width, scale, np.float32(low), np.float32(high))
         else:
@@ -224,8 +232,8 @@ def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, sc
 
 
 @_compiled
-def _multiply(digits, D, packed, outputs, J, sums, stride, first, end):  # type: ignore[no-untyped-def]
-    """Multiply the rows `first` to `end` of the weight with all rows of integers. `stride`: bytes between rows of sums."""
+def _multiply(digits, D, packed, outputs, J, sums, stride, first, end):
+    """Multiply rows `first` to `end` of the weight with all rows of integers; `stride` bytes are between rows of sums."""
     last = packed + (outputs - 1) * J
     many = max(4, _CACHE // (4 * J) // 4 * 4)
     for start in range(0, D, many):
@@ -243,7 +251,7 @@ def _multiply(digits, D, packed, outputs, J, sums, stride, first, end):  # type:
 
 
 @_compiled
-def _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, token_scales, first, end):  # type: ignore[no-untyped-def]
+def _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, token_scales, first, end):
     """Take sum_i x_i from the sums, divide by the scales and add the bias, for the outputs `first` to `end`."""
     total_D, token_scale_B = _pointer(totals, np.int32), _pointer(token_scales, np.float64)
     scale_S, bias_O = _pointer(scale, np.float32), _pointer(bias, np.float32)
@@ -275,8 +283,8 @@ def _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, toke
 
 
 @_compiled
-def _parts(D, J, outputs, room):  # type: ignore[no-untyped-def]
-    """Where the integers, the sums, the scales of tokens and the rows' totals begin; and the bytes between rows of sums."""
+def _parts(D, J, outputs, room):
+    """Where integers, sums, scales of tokens and totals of rows begin, and the bytes between rows of sums."""
     stride = 4 * ROWS * ((outputs + ROWS - 1) // ROWS)
     digits = (room + _LINE - 1) // _LINE * _LINE
     sums = digits + D * 4 * J
@@ -285,25 +293,25 @@ def _parts(D, J, outputs, room):  # type: ignore[no-untyped-def]
 
 
 @_compiled
-def _alone(kind, x, B, width, packed, O, J, y, scale, scales, bias, low, high, peak, eps, room):  # type: ignore[no-untyped-def]
+def _alone(kind, x, B, width, packed, outputs, J, y, scale, scales, bias, low, high, peak, eps, room):
     D = B * _DIGITS if kind == _FLOATING else B
-    digits, sums, own, totals, stride = _parts(D, J, O, room)
+    digits, sums, own, totals, stride = _parts(D, J, outputs, room)
     _prepare(kind, x, B, width, 4 * J, low, high, peak, eps, digits, totals, own)
-    _multiply(digits, D, packed, O, J, sums, stride, 0, O)
-    _finish(kind, B, O, y, scale, scales, bias, sums, stride, totals, own, 0, O)
+    _multiply(digits, D, packed, outputs, J, sums, stride, 0, outputs)
+    _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, own, 0, outputs)
 
 
 @njit(nogil=True, error_model="numpy", parallel=True)
-def _together(kind, x, B, width, packed, O, J, y, scale, scales, bias, low, high, peak, eps, room, threads):  # type: ignore[no-untyped-def]
+def _together(kind, x, B, width, packed, outputs, J, y, scale, scales, bias, low, high, peak, eps, room, threads):
     D = B * _DIGITS if kind == _FLOATING else B
-    digits, sums, own, totals, stride = _parts(D, J, O, room)
+    digits, sums, own, totals, stride = _parts(D, J, outputs, room)
     _prepare(kind, x, B, width, 4 * J, low, high, peak, eps, digits, totals, own)
     before = numba.get_num_threads()
     numba.set_num_threads(threads)
     # Sixteen outputs are a line of the cache, which two threads had better not write to.
-    part = ((O + threads - 1) // threads + 15) // 16 * 16
+    part = ((outputs + threads - 1) // threads + 15) // 16 * 16
     for share in prange(threads):
-        first, end = share * part, min(O, (share + 1) * part)
-        _multiply(digits, D, packed, O, J, sums, stride, first, end)
-        _finish(kind, B, O, y, scale, scales, bias, sums, stride, totals, own, first, end)
+        first, end = share * part, min(outputs, (share + 1) * part)
+        _multiply(digits, D, packed, outputs, J, sums, stride, first, end)
+        _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, own, first, end)
     numba.set_num_threads(before)

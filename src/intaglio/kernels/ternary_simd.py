@@ -1,7 +1,8 @@
 """The inner loop of the ternary product in vector instructions, as LLVM code inside of numba's.
 
-numba compiles scalar loops, and LLVM does not find the instructions for them that multiply bytes: written so, the product
-runs at a fifth of the memory's speed. `tile` gives numba a function whose body is emitted here, vector by vector:
+numba compiles scalar loops, and LLVM does not find the instructions for them that multiply bytes: written so, the
+product runs at a fifth of the memory's speed. `tile` gives numba a function whose body is emitted here, vector by
+vector:
 
     load V bytes of four rows of weights        shift by 0, 2, 4, 6 and mask: the codes (weight + 1) of 4V columns a row
     for each of some tokens: load 4 V bytes     multiply with the codes and add four neighbours into 32-bit lanes
@@ -15,8 +16,8 @@ for V of the widest vectors of this processor, then of 16 bytes for the rest of 
 Weights are read once, in order, so that memory is what limits one to three tokens: what will be needed 16 KiB later is
 fetched into the second-level cache, the lines of four rows as one run.
 
-Source of the idea to stay in unsigned codes and correct by the sum of x: bitnet.cpp (Wang et al. 2024, arXiv 2410.16144).
-"""
+Source of the idea to stay in unsigned codes and correct by the sum of x: bitnet.cpp (Wang et al. 2024, arXiv
+2410.16144)."""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ def instructions() -> tuple[str, int]:
     return ("avx2", 32) if "avx2" in has else ("any", 32)
 
 
-class _Emitter:
+class Emitter:
     """Vector operations at the end of a block of code.
 
     Args:
@@ -61,11 +62,13 @@ class _Emitter:
         self.builder, self.kind = builder, kind
 
     def call(self, name: str, returned: Value, *values: Value) -> Value:
+        """What a function of LLVM's returns for these values."""
         module = self.builder.module
         made = ir.FunctionType(returned, [value.type for value in values])
         return self.builder.call(module.globals.get(name) or ir.Function(module, made, name), values)
 
     def load(self, address: Value, size: int) -> Value:
+        """A vector of this many bytes, wherever it lies."""
         pointer = self.builder.inttoptr(address, ir.VectorType(_I8, size).as_pointer())
         return self.builder.load(pointer, align=1)
 
@@ -75,7 +78,7 @@ class _Emitter:
         self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(_I32, value) for value in (0, 2, 1)))
 
     def codes(self, packed: Value, size: int) -> list[Value]:
-        """The four vectors of codes in a vector of packed bytes; there are no shifts of bytes, so 16 bits are shifted."""
+        """The four vectors of codes in one of packed bytes; 16 bits are shifted, as no processor shifts bytes."""
         halves = self.builder.bitcast(packed, ir.VectorType(_I16, size // 2))
         found = []
         for k in range(4):
@@ -135,9 +138,11 @@ class _Emitter:
             self.builder.add(self.pick(one, other, (0, 4, 2, 6)), self.pick(one, other, (1, 5, 3, 7)))
             for one, other in (fours[:2], fours[2:])
         ]
-        return self.builder.add(self.pick(*pairs, (0, 1, 4, 5)), self.pick(*pairs, (2, 3, 6, 7)))
+        one, other = pairs
+        return self.builder.add(self.pick(one, other, (0, 1, 4, 5)), self.pick(one, other, (2, 3, 6, 7)))
 
     def pick(self, one: Value, other: Value, lanes: Any) -> Value:
+        """The named lanes of two vectors, those of the second counted on."""
         return self.builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
 
 
@@ -157,8 +162,8 @@ def tile(tokens: int, kind: str, size: int) -> Callable[..., None]:
         tile(rows, last, J, x, sums, stride)
 
     `rows` is the address of the first row, `last` that of the last there is (rows behind it are taken to be it), J the
-    bytes of a row; `x` the address of the first token's 4J integers, the next token's follow them; `sums` the address of
-    four 32-bit results for the first token, the next token's lie `stride` bytes behind. All are 64-bit integers.
+    bytes of a row; `x` the address of the first token's 4J integers, the next token's follow them; `sums` the address
+    of four 32-bit results for the first token, the next token's lie `stride` bytes behind. All are 64-bit integers.
 
     Args:
         tokens: 1 to 4.
@@ -166,18 +171,17 @@ def tile(tokens: int, kind: str, size: int) -> Callable[..., None]:
         size: bytes of a vector.
     """
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def multiply(_context, rows, last, J, x, sums, stride):  # type: ignore[no-untyped-def]
+    @intrinsic
+    def multiply(_context, rows, last, J, x, sums, stride):
         return types.void(*(types.int64,) * 6), lambda context, builder, _signature, values: _emit(
-            context, _Emitter(builder, kind), tokens, size, *values
+            context, Emitter(builder, kind), tokens, size, *values
         )
 
     return multiply
 
 
-def _emit(
-    context: Any, emit: _Emitter, tokens: int, widest: int, rows: Value, last: Value, J: Value, x: Value, sums: Value, stride: Value
-) -> Value:  # fmt: skip
+def _emit(context: Any, emit: Emitter, tokens: int, widest: int, *given: Value) -> Value:
+    rows, last, J, x, sums, stride = given
     b = emit.builder
     number = lambda value: ir.Constant(_I64, value)  # noqa: E731
     row_R = [rows]
