@@ -175,7 +175,8 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         names = [name for name in some[0]["least_us"] if name != "ternary"]
         speed = median(run["read_gb_s"] for run in some)
         lines += [
-            f"Threads: {threads}; memory read at {speed:.0f} GB/s. Microseconds of ours, then others' times over it:", "",
+            f"Threads: {threads}; memory read at {speed:.0f} GB/s. Microseconds of ours, then the others' over it:",
+            "",
             f"| weight | rows | ternary µs | of the byte bound | {' | '.join(names)} |",
             "| --- " * (4 + len(names)) + "|",
         ]  # fmt: skip

@@ -3,9 +3,8 @@
     packed_OJ = pack(weight_OI)                         # -1, 0, 1 in int8 -> four weights a byte
     y_BO = linear(x_BI, packed_OJ, weight_scale)        # activations to int8 by the token, product, scaled back
 
-Layout. A row of I weights becomes J bytes, J = 16 ceil(I / 64): the width is filled up to 4J with zeros. Byte j of a row
-holds the weights of the columns j, J + j, 2J + j and 3J + j, each as weight + 1, from the lowest two bits to the
-highest:
+Layout. A row of I weights becomes J bytes, J = 16 ceil(I / 64): the width is filled up to 4J with zeros. Byte j of a
+row holds the weights of the columns j, J + j, 2J + j and 3J + j, each as weight + 1, from the lowest two bits up:
 
     packed[o, j] = sum_k (weight[o, kJ + j] + 1) 4^k
 
@@ -244,7 +243,7 @@ def _linear(
 
 
 def _dense(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
-    """The product in torch, some rows of the weight at a time; of integers exact, as float64 where float32 is too short."""
+    """The product in torch, some rows of the weight at a time; of integers exact: in float64 if float32 is short."""
     width = x_BI.shape[1]
     exact = x_BI.is_floating_point() or 128 * width <= _EXACT
     dtype = torch.float32 if exact else torch.float64

@@ -10,7 +10,8 @@ size is a matter of ten microseconds. The first call compiles (about two seconds
 threads), and nothing is kept on disk.
 
 Dimension letters: B rows of activations, I inputs, O outputs, J bytes of a packed row; D rows of integers (B, or 4B
-digits)."""
+digits).
+"""
 
 from __future__ import annotations
 
@@ -115,7 +116,7 @@ def _may_share() -> bool:
     return numba.threading_layer() != "workqueue"
 
 
-# What follows is compiled. Addresses are integers, and pointers are indexed: arrays take several times as long to compile.
+# What follows is compiled. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
 _compiled = njit(nogil=True, error_model="numpy")
 
 
@@ -233,7 +234,7 @@ def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, sc
 
 @_compiled
 def _multiply(digits, D, packed, outputs, J, sums, stride, first, end):
-    """Multiply rows `first` to `end` of the weight with all rows of integers; `stride` bytes are between rows of sums."""
+    """Multiply rows `first` to `end` of the weight with all rows of integers; `stride`: bytes of a row of sums."""
     last = packed + (outputs - 1) * J
     many = max(4, _CACHE // (4 * J) // 4 * 4)
     for start in range(0, D, many):

@@ -16,8 +16,8 @@ for V of the widest vectors of this processor, then of 16 bytes for the rest of 
 Weights are read once, in order, so that memory is what limits one to three tokens: what will be needed 16 KiB later is
 fetched into the second-level cache, the lines of four rows as one run.
 
-Source of the idea to stay in unsigned codes and correct by the sum of x: bitnet.cpp (Wang et al. 2024, arXiv
-2410.16144)."""
+Unsigned codes that the sum of x corrects are what llama.cpp's TQ2_0 multiplies, too (its pull request 8151).
+"""
 
 from __future__ import annotations
 
