@@ -275,8 +275,31 @@ def test_without_numba_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None
     ternary._has.cache_clear()
     assert ternary._kernel(torch.zeros(1)) == "torch"
     monkeypatch.undo()
+    # One that is there and cannot be imported is told of, once.
+    monkeypatch.setattr(ternary, "find_spec", lambda name: True)
+    monkeypatch.setitem(sys.modules, "intaglio.kernels.ternary_numba", None)
+    ternary._has.cache_clear()
+    x_BI, weight_OI = draw(13, 2, 3, 64)
+    with pytest.warns(UserWarning, match=r"^ternary products run in plain torch, slowly, as numba fails"):
+        assert torch.equal(matmul(x_BI, pack(weight_OI)), exact(x_BI, weight_OI))
+    assert torch.equal(matmul(x_BI, pack(weight_OI)), exact(x_BI, weight_OI))
+    monkeypatch.undo()
     ternary._has.cache_clear()
     assert ternary._kernel(torch.zeros(1)) == ("numba" if find_spec("numba") else "torch")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiler_leaves_the_product_whole(way: str) -> None:
+    x_BI, weight_OI = draw(14, 3, 9, 100)
+    packed_OJ, scale, floats_BI = pack(weight_OI), torch.tensor(1.3), x_BI.float() / 100
+
+    def layer(x: Tensor, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = linear(torch.sin(x), packed_OJ, scale)
+        return y + 1, linear(x, packed_OJ, 1.3, y[0], bits=None), matmul(whole, packed_OJ)
+
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for found, expected in zip(compiled(floats_BI, x_BI), layer(floats_BI, x_BI), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_nothing_is_loaded_before_a_product() -> None:

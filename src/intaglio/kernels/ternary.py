@@ -21,7 +21,9 @@ Dimension letters: B rows of activations (tokens), I inputs, O outputs, J bytes 
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -144,6 +146,8 @@ def matmul(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
     Raises:
         IntaglioError: shapes, dtypes or devices that do not fit.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.intaglio.ternary_matmul(x_BI, packed_OJ)
     if x_BI.ndim != 2 or x_BI.dtype != torch.int8:
         raise IntaglioError(f"x: {_told(x_BI)} cannot be multiplied: a matrix of int8 can.")
     _check_packed(packed_OJ, x_BI.shape[1], x_BI)
@@ -192,6 +196,10 @@ def linear(
     Raises:
         IntaglioError: shapes, dtypes or devices that do not fit; x asks for a gradient, which there is none of.
     """
+    if torch.compiler.is_compiling():
+        if not isinstance(weight_scale, Tensor):
+            weight_scale = torch.full((1,), weight_scale, device=x.device)
+        return torch.ops.intaglio.ternary_linear(x, packed_OJ, weight_scale, bias_O, bits, peak, eps)
     if not x.ndim or not x.is_floating_point():
         raise IntaglioError(f"x: {_told(x)} cannot be multiplied: floating point of at least one dimension can.")
     shape, outputs = x.shape, len(packed_OJ)
@@ -210,6 +218,36 @@ def linear(
     if x.dtype != torch.float32:
         y_BO = y_BO.to(x.dtype)
     return y_BO if len(shape) == 2 else y_BO.view(*shape[:-1], outputs)
+
+
+# What a compiler must not look into: kernels that are called by address. Outside of it they are called without the
+# detour, which takes as long as a small product.
+@torch.library.custom_op("intaglio::ternary_matmul", mutates_args=(), schema="(Tensor x, Tensor packed) -> Tensor")
+def _matmul_op(x: Tensor, packed: Tensor) -> Tensor:
+    return matmul(x, packed)
+
+
+@torch.library.custom_op(
+    "intaglio::ternary_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor packed, Tensor scale, Tensor? bias, int? bits, int? peak, float eps) -> Tensor",
+)
+def _linear_op(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits: int | None, peak: int | None, eps: float
+) -> Tensor:
+    return linear(x, packed, scale, bias, bits=bits, peak=peak, eps=eps)
+
+
+@_matmul_op.register_fake
+def _(x: Tensor, packed: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], packed.shape[0]), dtype=torch.int32)
+
+
+@_linear_op.register_fake
+def _(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, bits: int | None, peak: int | None, eps: float
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
 
 
 def _linear(
@@ -268,7 +306,15 @@ def _kernel(x: Tensor) -> str:
 
 @lru_cache
 def _has(package: str) -> bool:
-    return find_spec(package) is not None
+    """Whether the package is there and works; a numba that is too old for the numpy beside it cannot be imported."""
+    if find_spec(package) is None:
+        return False
+    try:
+        import_module(f"intaglio.kernels.ternary_{package}")
+    except ImportError as error:
+        warnings.warn(f"ternary products run in plain torch, slowly, as {package} fails: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _range(bits: int, peak: int | None) -> tuple[int, int, int]:
