@@ -10,7 +10,8 @@ float32 and bfloat16; both also with weights that oneDNN has laid out beforehand
 are larger than the last cache, so that each call reads its weight from memory. In turns of their own some megabytes of
 memory are read as fast as can be: the packed bytes over the best of these speeds is the byte bound.
 
-On a machine that others use only the least time says what a call takes; the medians stand beside it in `results.json`.
+With one thread the time is that of the thread on the processor, which others who use the machine add least to; with more,
+wall time. The least time of a call is told, and the medians stand beside it in `results.json`.
 """
 
 from __future__ import annotations
@@ -145,13 +146,14 @@ def measure(shape: str, rows: int, threads: int, seconds: float) -> dict[str, An
         start = time.perf_counter()
         call(1)
         calls_of[name] = max(1, min(100, round(TURN / (time.perf_counter() - start))))
+    clock = time.thread_time if threads == 1 else time.perf_counter
     began, turn = time.perf_counter(), 0
     while time.perf_counter() - began < seconds or turn < 5:
         for name, call in turns.items():
             for number in range(turn * calls_of[name], (turn + 1) * calls_of[name]):
-                start = time.perf_counter()
+                start = clock()
                 call(number)
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
         turn += 1
     least = {name: min(taken) for name, taken in times.items()}
     speed = READ / min(least["read"], least["read, torch"])
