@@ -198,7 +198,7 @@ def main() -> None:
     parser.add_argument("--rows", default="1,4,8,16", help="rows of activations, with commas")
     parser.add_argument("--threads", default="1,2", help="with commas")
     parser.add_argument("--seconds", type=float, default=8.0, help="to measure each for")
-    parser.add_argument("--out", type=Path, default=HERE, help="where results.json and results.md go")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="where results.json and results.md go")
     given = parser.parse_args()
     runs = []
     for threads in map(int, given.threads.split(",")):
