@@ -10,8 +10,8 @@ float32 and bfloat16; both also with weights that oneDNN has laid out beforehand
 are larger than the last cache, so that each call reads its weight from memory. In turns of their own some megabytes of
 memory are read as fast as can be: the packed bytes over the best of these speeds is the byte bound.
 
-With one thread the time is that of the thread on the processor, which others who use the machine add least to; with more,
-wall time. The least time of a call is told, and the medians stand beside it in `results.json`.
+With one thread the time is that of the thread on the processor, which others who use the machine add least to; with
+more, wall time. The least time of a call is told, and the medians stand beside it in `results.json`.
 """
 
 from __future__ import annotations
