@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention bench-nm clean
+.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -66,6 +66,9 @@ bench-attention: assets  ## visibility rules against the stock model, llm2vec an
 
 bench-nm: install  ## what N:M training costs a step beside plain SR-STE
 	$(BIN)/python benchmarks/nm/run.py
+
+bench-ternary: install  ## products from two-bit weights against torch's dense ones and the byte bound
+	$(BIN)/python benchmarks/ternary/run.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

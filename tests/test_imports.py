@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,29 @@ from intaglio.catalogue import ENTRIES, ROOMS, Entry
 from intaglio.method import SHARED, Carving, Method, get
 
 PACKAGE = Path(intaglio.__file__).parent
-HEAVY = ("torch", "transformers", "datasets", "accelerate", "numpy", "scipy", "pandas", "safetensors", "tokenizers")
-MODULES = sorted(
+HEAVY = (
+    "numba",
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "numpy",
+    "scipy",
+    "pandas",
+    "safetensors",
+    "tokenizers",
+)
+NEEDS = {
+    "intaglio.kernels.ternary_numba": "numba",
+    "intaglio.kernels.ternary_simd": "numba",
+    "intaglio.kernels.ternary_triton": "triton",
+}
+"""Modules around a package that need not be installed; nothing but a look for that package leads to them."""
+NAMES = (
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")
 )
+MODULES = sorted(name for name in NAMES if name not in NEEDS or find_spec(NEEDS[name]))
 
 
 def loaded_after(code: str) -> set[str]:

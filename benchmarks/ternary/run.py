@@ -1,0 +1,217 @@
+"""The ternary product from two-bit weights beside torch's dense ones, and beside what the memory allows; on a CPU.
+
+    python benchmarks/ternary/run.py                              # the named shapes, 1 to 16 rows, one and two threads
+    python benchmarks/ternary/run.py --shapes 4096x4096 --rows 1,64,512 --threads 1 --seconds 20
+
+A weight in->out is multiplied by some rows of activations: from two bits with activations of eight bits (`linear`,
+whole: quantizing, product, scaling), from two bits with floating activations, and as torch does it (`F.linear` in
+float32 and bfloat16; both also with weights that oneDNN has laid out beforehand, as the verify loop runs them;
+`_int_mm` for the bare product of bytes). All of them take turns of some calls, over copies of the weight that together
+are larger than the last cache, so that each call reads its weight from memory. In turns of their own some megabytes of
+memory are read as fast as can be: the packed bytes over the best of these speeds is the byte bound.
+
+With one thread the time is that of the thread on the processor, which others who use the machine add least to; with
+more, wall time. The least time of a call is told, and the medians stand beside it in `results.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange, types
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.nn import functional as F
+
+from intaglio import writer
+from intaglio.kernels import ternary
+from intaglio.kernels.ternary_simd import Emitter, instructions
+
+HERE = Path(__file__).resolve().parent
+SHAPES = ("576x1536", "1536x576", "4096x4096", "4096x14336", "14336x4096")
+CACHE = 64 << 20
+"""Bytes of all copies of a weight together, at the least; the last cache has 32 MiB."""
+READ = 8 << 20
+"""Bytes of one turn of the reader."""
+TURN = 0.01
+"""Seconds of a turn, about."""
+
+Call = Callable[[int], Any]
+
+
+@intrinsic
+def _fetch(_context, address):
+    def emit(context, builder, _signature, values):
+        Emitter(builder, "any").fetch(values[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@njit(nogil=True)
+def _read(words):
+    """A sum of all, a line of the cache at a time, what comes 16 KiB later fetched beforehand as the product does."""
+    start = words.ctypes.data + (1 << 14)
+    a = b = c = d = e = f = g = h = np.uint64(0)
+    for i in range(0, len(words) - 7, 8):
+        _fetch(start + 8 * i)
+        a += words[i]
+        b += words[i + 1]
+        c += words[i + 2]
+        d += words[i + 3]
+        e += words[i + 4]
+        f += words[i + 5]
+        g += words[i + 6]
+        h += words[i + 7]
+    return a + b + c + d + e + f + g + h
+
+
+@njit(nogil=True, parallel=True)
+def _read_shared(words, threads, sums):
+    part = len(words) // threads
+    for share in prange(threads):
+        sums[share] = _read(words[share * part : (share + 1) * part])
+
+
+def reader(threads: int) -> tuple[Call, Call]:
+    """Two ways to read `READ` bytes: ours and torch's."""
+    words = np.ones((8 * CACHE // READ, READ // 8), np.uint64)
+    floats = torch.from_numpy(words.view(np.float32))
+    sums = np.zeros(threads, np.uint64)
+    if threads == 1:
+        return (lambda i: _read(words[i % len(words)])), (lambda i: floats[i % len(words)].sum())
+    return (lambda i: _read_shared(words[i % len(words)], threads, sums)), (lambda i: floats[i % len(words)].sum())
+
+
+def variants(inputs: int, outputs: int, rows: int) -> dict[str, tuple[Call, int]]:
+    """What takes turns, each with the bytes of its weight."""
+    draws = torch.Generator().manual_seed(0)
+    weight_OI = torch.randint(-1, 2, (outputs, inputs), generator=draws, dtype=torch.int8)
+    x_BI = torch.randn(rows, inputs, generator=draws)
+    q_BI, _ = ternary.quantize(x_BI)
+
+    def over(
+        weight: Tensor, call: Callable[[Tensor], Any], fresh: Callable[[Tensor], Tensor] = Tensor.clone
+    ) -> tuple[Call, int]:
+        copies = [fresh(weight) for _ in range(-(-CACHE // weight.nbytes))]
+        return (lambda i: call(copies[i % len(copies)])), weight.nbytes
+
+    def laid_out(weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+
+    packed_OJ, found = ternary.pack(weight_OI), {}
+    found["ternary"] = over(packed_OJ, lambda packed: ternary.linear(x_BI, packed, 1.7))
+    found["ternary, float x"] = over(packed_OJ, lambda packed: ternary.linear(x_BI, packed, 1.7, bits=None))
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        dense, x = weight_OI.to(dtype), x_BI.to(dtype)
+        found[name] = over(dense, lambda weight, x=x: F.linear(x, weight))
+        few = F.pad(x, (0, 0, 0, max(0, 4 - rows)))
+        found[f"{name}, laid out"] = over(
+            dense,
+            lambda weight, few=few: torch.ops.mkldnn._linear_pointwise(few, weight, None, "none", [], ""),
+            laid_out,
+        )
+    found["int8"] = over(weight_OI, lambda weight: torch._int_mm(q_BI, weight.T))
+    return found
+
+
+def measure(shape: str, rows: int, threads: int, seconds: float) -> dict[str, Any]:
+    """Let all take turns for some seconds.
+
+    Args:
+        shape: inputs x outputs.
+        rows: of activations.
+        threads: of torch, and of the reader.
+        seconds: to measure for; at least five turns.
+    """
+    torch.set_num_threads(threads)
+    numba.set_num_threads(threads)
+    inputs, outputs = map(int, shape.split("x"))
+    calls = variants(inputs, outputs, rows)
+    turns: dict[str, Call] = {name: call for name, (call, _) in calls.items()}
+    turns["read"], turns["read, torch"] = reader(threads)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    calls_of = {}
+    for name, call in turns.items():
+        call(0)
+        start = time.perf_counter()
+        call(1)
+        calls_of[name] = max(1, min(100, round(TURN / (time.perf_counter() - start))))
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    began, turn = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or turn < 5:
+        for name, call in turns.items():
+            for number in range(turn * calls_of[name], (turn + 1) * calls_of[name]):
+                start = clock()
+                call(number)
+                times[name].append(clock() - start)
+        turn += 1
+    least = {name: min(taken) for name, taken in times.items()}
+    speed = READ / min(least["read"], least["read, torch"])
+    return {
+        "shape": shape, "rows": rows, "threads": threads, "turns": turn, "read_gb_s": speed / 1e9,
+        "bound_us": 1e6 * calls["ternary"][1] / speed,
+        "least_us": {name: 1e6 * least[name] for name in calls},
+        "median_us": {name: 1e6 * median(times[name]) for name in calls},
+    }  # fmt: skip
+
+
+def markdown(runs: list[dict[str, Any]]) -> str:
+    """Return the tables for people.
+
+    Args:
+        runs: from `measure`.
+    """
+    lines: list[str] = []
+    for threads in dict.fromkeys(run["threads"] for run in runs):
+        some = [run for run in runs if run["threads"] == threads]
+        names = [name for name in some[0]["least_us"] if name != "ternary"]
+        speed = median(run["read_gb_s"] for run in some)
+        lines += [
+            f"Threads: {threads}; memory read at {speed:.0f} GB/s. Microseconds of ours, then the others' over it:",
+            "",
+            f"| weight | rows | ternary µs | of the byte bound | {' | '.join(names)} |",
+            "| --- " * (4 + len(names)) + "|",
+        ]  # fmt: skip
+        for run in some:
+            ours = run["least_us"]["ternary"]
+            others = " | ".join(f"{run['least_us'][name] / ours:.1f}" for name in names)
+            lines.append(
+                f"| {run['shape']} | {run['rows']} | {ours:.0f} | {100 * run['bound_us'] / ours:.0f} % | {others} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="inputs x outputs, with commas")
+    parser.add_argument("--rows", default="1,4,8,16", help="rows of activations, with commas")
+    parser.add_argument("--threads", default="1,2", help="with commas")
+    parser.add_argument("--seconds", type=float, default=8.0, help="to measure each for")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="where results.json and results.md go")
+    given = parser.parse_args()
+    runs = []
+    for threads in map(int, given.threads.split(",")):
+        for shape in given.shapes.split(","):
+            for rows in map(int, given.rows.split(",")):
+                runs.append(measure(shape, rows, threads, given.seconds))
+                print(json.dumps(runs[-1]), flush=True)
+    kind, size = instructions()
+    about = {"torch": torch.__version__, "numba": numba.__version__, "instructions": f"{kind}, {8 * size} bits"}
+    writer.write_text(given.out / "results.json", json.dumps({**about, "runs": runs}, indent=1) + "\n")
+    writer.write_text(given.out / "results.md", markdown(runs))
+    print(markdown(runs))
+
+
+if __name__ == "__main__":
+    main()
