@@ -109,6 +109,8 @@ class Prepares(Protocol):
 class Shaper(Protocol):
     """What shapes training from beside: schedules, regularizers, masks and quantizers while training.
 
+    A class that says `trains_weights = True` is refused beside adapters or frozen weights, before a model loads.
+
     Every process of a run has the same state: what a shaper learns from a batch, it learns from those of all processes.
     """
 

@@ -96,6 +96,12 @@ class Train(Settings, Method, slug="train"):
             raise ValueError("length belongs to next-token prediction; give it to the objective")
         if self.instructions is not None and self.objective is None:
             raise ValueError("instructions need an objective that reads them, such as meap: {mode: finetuning}")
+        kept = "lora" if self.lora is not None else "freeze" if self.freeze else ""
+        for named in self.shape if kept else ():
+            if getattr(_made(named), "trains_weights", False):
+                raise ValueError(
+                    f"{next(iter(named))} retrains the weights, which {kept} keeps as they are; leave it out"
+                )
         if self.patience is not None and not self.evaluate and self.validation is None:
             raise ValueError("patience needs evaluate, a share of the data such as 0.05, or validation")
         if self.patience is not None and labels and self.watch == "loss":

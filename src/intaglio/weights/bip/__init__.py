@@ -29,6 +29,7 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
+from intaglio.errors import IntaglioError
 from intaglio.method import Change, Cost, Fact, Method, Workload
 from intaglio.trainer.protocols import Batch, Loss, Run
 from intaglio.weights.bip.baselines import prune, rounds
@@ -96,6 +97,7 @@ class BiP(Method, slug="bip"):
 
     changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
     requires: ClassVar[frozenset[Fact]] = frozenset({"linear_weights"})
+    trains_weights: ClassVar[bool] = True
 
     sparsity: Annotated[float, Field(ge=0, lt=1)]
     kind: Literal["unstructured", "neuron", "head"] = "unstructured"
@@ -139,6 +141,8 @@ class BiP(Method, slug="bip"):
         Args:
             run: whose model is trained.
         """
+        if hasattr(run.checkpoint.model, "peft_config"):
+            raise IntaglioError("bip retrains the weights that it masks, which lora keeps as they are; leave lora out")
         self._run, self._overlap = run, 1.0
         self._scored = Scored(
             run.checkpoint.model,

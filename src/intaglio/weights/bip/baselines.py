@@ -102,7 +102,7 @@ def rounds(keep: float) -> list[float]:
 
 
 def shares(passes: int, count: int) -> list[int]:
-    """The passes of each round, as even as can be; the later ones have one more.
+    """The passes of each round, as even as can be.
 
     Args:
         passes: in all.

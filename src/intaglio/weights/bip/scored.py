@@ -170,6 +170,7 @@ class Scored:
         masks = self._ranked()
         self.first = masks
         self._hooks: dict[str, Masked] = {}
+        self._order = {name: tuple(module._parameters) for name, module in self.modules.items()}
         for name, module in self.modules.items():
             self._hooks[name] = Masked(~masks[name])
             parametrize.register_parametrization(module, "weight", self._hooks[name])
@@ -298,8 +299,11 @@ class Scored:
 
     def bake(self) -> None:
         """Write m * theta into the weights and leave the model as it was built."""
-        for module in self.modules.values():
+        for name, module in self.modules.items():
             parametrize.remove_parametrizations(module, "weight")
+            # The weight comes back as the last parameter; where it was, optimizers by position find it again.
+            own = module._parameters
+            module._parameters = {key: own[key] for key in (*self._order[name], *own) if key in own}
         self._hooks.clear()
 
 
@@ -314,7 +318,7 @@ def _check_weight(name: str, weight: Tensor) -> None:
     if not weight.is_floating_point() or weight.dtype.itemsize < 4:
         raise IntaglioError(f"{name} is {weight.dtype}, too coarse to learn masks of; load the model with float32")
     if not weight.requires_grad:
-        raise IntaglioError(f"{name} is frozen, and bip retrains the weights that it masks; leave lora and freeze out")
+        raise IntaglioError(f"{name} is frozen, and bip retrains the weights that it masks; leave freeze out")
 
 
 def _check(keep: float, kind: str, scope: str, gamma: float, normalise: bool, clip: float | None, p: float) -> None:
