@@ -122,7 +122,10 @@ def _iterate(
 ) -> BilevelPruner:
     targets = rounds(keep)
     budgets = shares(passes, len(targets))
-    pruner = BilevelPruner(model, targets[0], steps=budgets[0], **settings)
+    # Made for the share at the end, so that the report compares with the dense net's magnitude at that share.
+    pruner = BilevelPruner(model, keep, steps=budgets[0], **settings)
+    pruner.scored.keep = targets[0]
+    pruner.scored.refresh()
     dense: dict[str, Tensor] | None = None
     if rewind:
         dense = {name: value.detach().clone() for name, value in model.state_dict().items()}
