@@ -39,7 +39,7 @@ def test_every_arm_prunes_the_same_network_with_the_same_batches_and_passes(monk
     plain = bip.prune
 
     def spied(net: nn.Module, keep: float, source: Any, loss_fn: Any, **more: Any) -> Any:
-        nets[ARMS[arm].net].add(sum(float(p.double().abs().sum()) for p in net.parameters()))
+        nets[ARMS[arm].net].add(sum(float(p.detach().double().abs().sum()) for p in net.parameters()))
 
         def noted(net: nn.Module, batch: Any) -> Any:
             looked.setdefault(arm, []).append(float(batch[0].sum()))
