@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -48,7 +49,7 @@ def ours(net: nn.Sequential, batches: list[Any], *, both: bool) -> tuple[list[fl
     began = time.perf_counter()
     pruner = BilevelPruner(net, KEEP, optimizer=sgd)
     masks.append(time.perf_counter() - began)
-    for first, second in zip(batches, batches[1:], strict=False):
+    for first, second in pairwise(batches):
         began = time.perf_counter()
         if both:
             pruner.step(first, second, loss_fn)

@@ -62,6 +62,7 @@ class BiP(Method, slug="bip"):
 
     Args:
         sparsity: share of zeros among the ranked weights, 0 <= sparsity < 1; the paper's 1 - k.
+            Default 0.5.
         kind: what goes: single weights (`unstructured`, default), `neuron` (rows of an MLP's up and gate with the
             columns of its down projection) or `head` (rows of the queries with the columns of the output projection,
             and of keys and values where each head has its own), the same share in every block.
@@ -99,7 +100,7 @@ class BiP(Method, slug="bip"):
     requires: ClassVar[frozenset[Fact]] = frozenset({"linear_weights"})
     trains_weights: ClassVar[bool] = True
 
-    sparsity: Annotated[float, Field(ge=0, lt=1)]
+    sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
     kind: Literal["unstructured", "neuron", "head"] = "unstructured"
     scope: Literal["global", "layer"] = "global"
     gamma: Annotated[float, Field(gt=0)] = 1.0
