@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary clean
+.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -60,6 +60,9 @@ bench-decoding: assets  ## speculative decoding against the modes of transformer
 
 bench-training: install  ## what the training loop costs beside a bare one and Trainer
 	$(BIN)/python benchmarks/training/run.py
+
+bench-bip: install  ## masks and steps of BiP against torch.nn.utils.prune
+	$(BIN)/python benchmarks/bip/run.py
 
 bench-attention: assets  ## visibility rules against the stock model, llm2vec and billm
 	$(BIN)/python benchmarks/attention/run.py

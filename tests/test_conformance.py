@@ -34,6 +34,11 @@ EXAMPLES["aded"] = (
     {"trim": "distinct", "draft_cost": 0.0, "token_cost": 0.0, "carry_over": True},
 )
 EXAMPLES["layerwise_unmasking"] = ({"configuration": "01"}, {"configuration": "0110", "window": "none"}, {"groups": 2})
+EXAMPLES["bip"] = (
+    {"sparsity": 0.5},
+    {"sparsity": 0.5, "kind": "neuron", "implicit": False, "schedule": "cosine"},
+    {"sparsity": 0.25, "kind": "head", "scope": "layer", "normalise": False, "clip": 1.0, "implicit": "released"},
+)
 EXAMPLES["dyspec"] = (
     {"draft": tiny_model("llama", seed=1, layers=1, dtype=torch.float64), "budget": 9},
     {"draft": NGramStore.build([list(range(5, 40)) * 2], VOCAB), "algorithm": "threshold", "order": "blocks"},

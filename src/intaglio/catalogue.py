@@ -79,6 +79,15 @@ ENTRIES: dict[str, Entry] = {
             fitted=True,
         ),
         Entry(
+            slug="bip",
+            room="weights",
+            name="BiP",
+            kinds=("shaper",),
+            summary="learns which weights to keep while it trains them: weights and mask scores step in turn",
+            paper="Zhang et al., Advancing Model Pruning via Bi-level Optimization, NeurIPS 2022",
+            url="https://arxiv.org/abs/2210.04092",
+        ),
+        Entry(
             slug="chimera",
             room="decoding",
             name="Chimera",

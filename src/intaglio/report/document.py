@@ -83,6 +83,16 @@ def shares_of(side: Document) -> list[float]:
     return list(fractions_of(side).values())
 
 
+def about_zeros(side: Document) -> str:
+    """What zeros are worth; nothing where there are none to speak of.
+
+    Args:
+        side: see the module.
+    """
+    shares = shares_of(side)
+    return "" if shares and max(shares) < EVEN else ZEROS
+
+
 def value_of(side: Document, key: str) -> float | None:
     """One number of a SIDE, or None; of `zero_fraction` the mean over layers.
 

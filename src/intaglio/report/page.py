@@ -19,6 +19,7 @@ from intaglio.report.document import (
     LIVE,
     ZEROS,
     Document,
+    about_zeros,
     best_variants,
     checked,
     finite,
@@ -83,6 +84,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "typeset": _typeset,
         "words": _json,
+        "about_zeros": about_zeros,
         "duration": duration,
         "percent": lambda share: f"{100 * share:.0f} %",
     }

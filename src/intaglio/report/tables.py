@@ -10,7 +10,17 @@ from rich.table import Table
 from rich.text import Text
 
 from intaglio import pictures
-from intaglio.report.document import LIVE, ZEROS, Document, checked, finite, is_best, value_of, variant_name
+from intaglio.report.document import (
+    LIVE,
+    ZEROS,
+    Document,
+    about_zeros,
+    checked,
+    finite,
+    is_best,
+    value_of,
+    variant_name,
+)
 from intaglio.report.numbers import BY_KEY, Cell, Change, cell_of, plain_number, rows
 
 VERDICT_STYLE = {"better": "green", "worse": "red", "": ""}
@@ -58,7 +68,7 @@ def carve_table(document: Document) -> Table:
         IntaglioError: another format, or a field is missing.
     """
     document = checked(document, "carve")
-    caption = f"{ZEROS} {LIVE}" if document["kind"] == "live" else ZEROS
+    caption = " ".join([about_zeros(document["after"]), LIVE if document["kind"] == "live" else ""]).strip()
     names, baked = ("before", "after", "change"), document["kind"] == "baked"
     return _two_sides(document["title"], caption, names, document["before"], document["after"], baked)
 

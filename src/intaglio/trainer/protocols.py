@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from intaglio.checkpoint import Checkpoint
+    from intaglio.method import Cost, Workload
     from intaglio.trainer.draws import Draws
 
 Example = dict[str, Any]
@@ -110,6 +111,8 @@ class Prepares(Protocol):
 class Shaper(Protocol):
     """What shapes training from beside: schedules, regularizers, masks and quantizers while training.
 
+    A class that says `trains_weights = True` is refused beside adapters or frozen weights, before a model loads.
+
     Every process of a run has the same state: what a shaper learns from a batch, it learns from those of all processes.
     """
 
@@ -142,6 +145,20 @@ class Shaper(Protocol):
 
     def detach(self, run: Run) -> None:
         """Bake the result into plain tensors and leave the model stock, or note in the record what stays live."""
+
+
+@runtime_checkable
+class TakesPasses(Protocol):
+    """A shaper with passes or memory of its own, which an estimate of the step must count."""
+
+    def training_cost(self, workload: Workload, steps: float, pass_flops: float) -> Cost:
+        """What it takes beside the step itself.
+
+        Args:
+            workload: of the model.
+            steps: optimizer steps.
+            pass_flops: operations of a forward and backward of the batch that a step begins with.
+        """
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError, did_you_mean, shorten
 from intaglio.method import Change, ChecksModel, Cost, Fact, Method, Progress, Workload, get, silent, slugs
 from intaglio.trainer.pairs import apart, load_pairs
+from intaglio.trainer.protocols import TakesPasses
 from intaglio.trainer.settings import Settings
 
 ROW = 512
@@ -169,7 +170,7 @@ class Train(Settings, Method, slug="train"):
 
         A parameter and token costs 6 operations, 4 under LoRA or where the model is frozen (no gradient of weights), 2
         more with gradient checkpointing. Memory: the optimizer's two moments and the gradient of what is trained, and
-        the activations of a batch.
+        the activations of a batch. Shapers with passes of their own say what these take.
 
         Args:
             workload: of the model. A row that is not said counts as 512 tokens, an epoch as the calibration tokens, as
@@ -190,9 +191,15 @@ class Train(Settings, Method, slug="train"):
         head = (
             3 * 4 * (workload.parameters - workload.block_parameters) / workload.hidden
         )  # logits, their copy, gradient
+        flops = operations * workload.parameters * tokens
+        steps = tokens / (batch * self.accumulate)
+        shapers = [part for part in self.parts if isinstance(part, TakesPasses)]
+        own = [part.training_cost(workload, steps, operations * workload.parameters * batch) for part in shapers]
         return Cost(
-            flops=operations * workload.parameters * tokens,
-            extra_bytes=int(12 * trained + batch * (2 * workload.element_size * per_token + head)),
+            flops=flops + sum(cost.flops for cost in own),
+            sorted_elements=sum(cost.sorted_elements for cost in own),
+            extra_bytes=int(12 * trained + batch * (2 * workload.element_size * per_token + head))
+            + sum(cost.extra_bytes for cost in own),
         )
 
     def apply(

@@ -8,6 +8,7 @@ What lives here:
 - `sparsegpt`: column by column with compensation by the rest of the row.
 - `dsnot`: refines the mask of any of the three without training.
 - `progressive_nm`: N:M zeros that come by degrees while a model is trained.
+- `bip`: learns the mask while the weights are trained; for any module, too.
 - `amount` (private): `sparsity` or `pattern`, and the masks they ask for.
 - `pruning` (private): what every pruning step does around its own rule.
 """

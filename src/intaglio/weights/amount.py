@@ -101,16 +101,8 @@ class Amount(BaseModel):
         Raises:
             IntaglioError: an entry of `ignore` names none of them, or together they name all.
         """
-        for pattern in self.ignore:
-            if not any(_named(name, pattern) for name, _, _ in linears):
-                raise IntaglioError(
-                    f"ignore: {pattern!r} names no layer of this model; its first is {linears[0][0]}, and * and ? stand"
-                    " for any characters"
-                )
-        left = [linear for linear in linears if not any(_named(linear[0], pattern) for pattern in self.ignore)]
-        if not left:
-            raise IntaglioError("ignore: names every layer of this model, so nothing would be pruned")
-        return left
+        names = [name for name, _, _ in linears]
+        return [linears[place] for place in not_ignored(names, self.ignore)]
 
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
         """Refuse a model whose widths the pattern does not fit, or whose layers are not called what `ignore` says.
@@ -124,6 +116,28 @@ class Amount(BaseModel):
         taken = self.taken(linears)
         if self.pattern is not None:
             check_widths(taken, parse_pattern(self.pattern)[1], f"the pattern {self.pattern}")
+
+
+def not_ignored(names: Sequence[str], ignore: Sequence[str]) -> list[int]:
+    """The places of the names that `ignore` leaves, in order.
+
+    Args:
+        names: of layers.
+        ignore: names or shell patterns.
+
+    Raises:
+        IntaglioError: an entry of `ignore` names none of them, or together they name all.
+    """
+    for pattern in ignore:
+        if not any(_named(name, pattern) for name in names):
+            raise IntaglioError(
+                f"ignore: {pattern!r} names no layer of this model; its first is {names[0]}, and * and ? stand"
+                " for any characters"
+            )
+    left = [place for place, name in enumerate(names) if not any(_named(name, pattern) for pattern in ignore)]
+    if not left:
+        raise IntaglioError("ignore: names every layer of this model, so nothing would be pruned")
+    return left
 
 
 def _named(name: str, pattern: str) -> bool:
