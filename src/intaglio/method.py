@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 Change = Literal["weights", "width", "depth", "vocabulary", "attention", "cache", "activations"]
 """A part of a checkpoint that a method edits."""
 
-Fact = Literal["linear_weights", "causal", "cache", "tokenizer", "zeros"]
+Fact = Literal["linear_weights", "matrix_products", "causal", "cache", "tokenizer", "zeros"]
 """Something that holds of a checkpoint and that a later step may need: `linear_weights` (the blocks' projections are
-plain matrices), `causal` (a decoder that generates), `cache` (its key-value cache is stock), `tokenizer` (ids mean what
-the original's meant), `zeros` (the pattern of zeros that an earlier step made)."""
+plain matrices), `matrix_products` (whatever stands in their place multiplies with a matrix), `causal` (a decoder that
+generates), `cache` (its key-value cache is stock), `tokenizer` (ids mean what the original's meant), `zeros` (the
+pattern of zeros that an earlier step made)."""
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, what)` after each unit of long work."""
@@ -53,6 +54,8 @@ class Method(BaseModel):
     changes: ClassVar[frozenset[Change]] = frozenset()
     requires: ClassVar[frozenset[Fact]] = frozenset()
     invalidates: ClassVar[frozenset[Fact]] = frozenset()
+    restores: ClassVar[frozenset[Fact]] = frozenset()
+    """What holds again after it, where an earlier step of the same method did away with it."""
 
     def __init_subclass__(cls, slug: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -243,4 +246,5 @@ def check_order(methods: Iterable[Method]) -> None:
                 raise IntaglioError(
                     f"{method.slug} cannot follow {undone[fact]}: it needs {fact}, which {undone[fact]} does away with"
                 )
+        undone = {fact: by for fact, by in undone.items() if fact not in method.restores or by != method.slug}
         undone.update(dict.fromkeys(method.invalidates, method.slug))

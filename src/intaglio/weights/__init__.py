@@ -6,6 +6,7 @@ What lives here:
 - `wanda`: |weight| times input norm, row by row.
 - `sparsegpt`: column by column with compensation by the rest of the row.
 - `dsnot`: refines the mask of any of the three without training.
+- `lost`: a low-rank pair and a few whole columns in the place of each projection, trained from scratch.
 - `amount` (private): `sparsity` or `pattern`, and the masks they ask for.
 - `pruning` (private): what every pruning step does around its own rule.
 """

@@ -102,12 +102,12 @@ class Amount(BaseModel):
             IntaglioError: an entry of `ignore` names none of them, or together they name all.
         """
         for pattern in self.ignore:
-            if not any(_named(name, pattern) for name, _, _ in linears):
+            if not any(named(name, pattern) for name, _, _ in linears):
                 raise IntaglioError(
                     f"ignore: {pattern!r} names no layer of this model; its first is {linears[0][0]}, and * and ? stand"
                     " for any characters"
                 )
-        left = [linear for linear in linears if not any(_named(linear[0], pattern) for pattern in self.ignore)]
+        left = [linear for linear in linears if not any(named(linear[0], pattern) for pattern in self.ignore)]
         if not left:
             raise IntaglioError("ignore: names every layer of this model, so nothing would be pruned")
         return left
@@ -126,7 +126,13 @@ class Amount(BaseModel):
             check_widths(taken, parse_pattern(self.pattern)[1], f"the pattern {self.pattern}")
 
 
-def _named(name: str, pattern: str) -> bool:
+def named(name: str, pattern: str) -> bool:
+    """Whether a pattern of `ignore` means a layer.
+
+    Args:
+        name: of the layer.
+        pattern: its name, or a shell pattern.
+    """
     # A part of a fused projection has brackets in its name, which are a pattern's too.
     return name == pattern or fnmatchcase(name, pattern)
 
