@@ -16,12 +16,12 @@ Dimension letters: I inputs, O outputs, R rank, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -48,11 +48,31 @@ SVD_FLOPS = 22
 """Operations of a thin decomposition over (the narrower side)² · (the wider side)."""
 
 
-class _ByGradient:
-    """`needs_calibration`: whether columns are chosen by a gradient, which a class alone does not say."""
+class _Depends:
+    """A class's attribute that says what holds for most steps, and on a step what holds for that one.
 
-    def __get__(self, method: Lost | None, owner: type) -> bool:
-        return method is not None and method.columns_by == "gradient" and not method.merge
+    Args:
+        mostly: on the class.
+        of: a step -> its own.
+    """
+
+    def __init__(self, mostly: Any, of: Callable[[Lost], Any]) -> None:
+        self.mostly, self.of = mostly, of
+
+    def __get__(self, step: Lost | None, owner: type) -> Any:
+        return self.mostly if step is None else self.of(step)
+
+
+_PLAIN: frozenset[Fact] = frozenset({"linear_weights"})
+_MATRIX: frozenset[Fact] = frozenset({"matrix_products"})
+_NOTHING: frozenset[Fact] = frozenset()
+
+
+def _is_amount(value: Any, least: int) -> bool:
+    """Whether it is a number of at least `least`, or a share up to 1 (above 0 where `least` is)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return value >= least if isinstance(value, int) else 0 <= value <= 1 and (value > 0 or not least)
 
 
 class Lost(Method, slug="lost"):
@@ -117,8 +137,24 @@ class Lost(Method, slug="lost"):
     """
 
     storage: ClassVar[Literal["live"]] = "live"
-    needs_calibration: ClassVar[bool] = cast(bool, _ByGradient())
     changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
+    needs_calibration: ClassVar[bool] = cast(
+        bool, _Depends(False, lambda step: step.columns_by == "gradient" and not step.merge)
+    )
+    # A step that merges needs the parts to be matrices, and gives back what the step that replaced did away with.
+    requires: ClassVar[frozenset[Fact]] = cast(
+        frozenset[Fact], _Depends(_PLAIN, lambda step: _MATRIX if step.merge else _PLAIN)
+    )
+    invalidates: ClassVar[frozenset[Fact]] = cast(
+        frozenset[Fact],
+        _Depends(
+            _PLAIN,
+            lambda step: _NOTHING if step.merge else _PLAIN if step.activation == "identity" else _PLAIN | _MATRIX,
+        ),
+    )
+    restores: ClassVar[frozenset[Fact]] = cast(
+        frozenset[Fact], _Depends(_NOTHING, lambda step: _PLAIN if step.merge else _NOTHING)
+    )
 
     rank: Rank | dict[str, Rank] | None = None
     columns: Number | None = None
@@ -137,6 +173,31 @@ class Lost(Method, slug="lost"):
     adapter: bool = False
     alpha: Annotated[float, Field(gt=0)] = 1.0
     merge: bool = False
+
+    # In one sentence each: of a field that takes several types pydantic tells what is wrong with each of them.
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _rank(cls, value: Any) -> Any:
+        for one in value.values() if isinstance(value, dict) else [] if value is None else [value]:
+            if not _is_amount(one, least=1):
+                raise ValueError(f"{one!r} is no rank; a number of at least 1 or a share above 0.0 and up to 1.0 is")
+        return value
+
+    @field_validator("columns", "elements", mode="before")
+    @classmethod
+    def _amount(cls, value: Any) -> Any:
+        if value is not None and not _is_amount(value, least=0):
+            raise ValueError(f"{value!r} is no amount; a number of at least 0 or a share from 0.0 to 1.0 is")
+        return value
+
+    @field_validator("gamma", mode="before")
+    @classmethod
+    def _gamma(cls, value: Any) -> Any:
+        both = value if isinstance(value, list) else [value]
+        right = all(isinstance(one, (int, float)) and not isinstance(one, bool) and one >= 0 for one in both)
+        if not right or (len(both) != 2 if isinstance(value, list) else value > 1):
+            raise ValueError(f"{value!r} is no gamma; a number from 0 to 1 is, or two scales of at least 0 in a list")
+        return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -157,24 +218,6 @@ class Lost(Method, slug="lost"):
         if self.alpha != 1.0 and not self.adapter:
             raise ValueError("alpha belongs to an adapter; add adapter: true")
         return self
-
-    # What a step that merges needs and leaves is the opposite of what one that replaces does.
-    @property
-    def requires(self) -> frozenset[Fact]:  # type: ignore[override]
-        """Plain matrices; to merge, parts that are a matrix."""
-        return frozenset({"matrix_products"} if self.merge else {"linear_weights"})
-
-    @property
-    def invalidates(self) -> frozenset[Fact]:  # type: ignore[override]
-        """Plain matrices, and with an activation all matrices."""
-        if self.merge:
-            return frozenset()
-        return frozenset({"linear_weights"} if self.activation == "identity" else {"linear_weights", "matrix_products"})
-
-    @property
-    def restores(self) -> frozenset[Fact]:  # type: ignore[override]
-        """Plain matrices, if it merges."""
-        return frozenset({"linear_weights"} if self.merge else ())
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:

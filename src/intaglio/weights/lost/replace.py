@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -200,8 +200,10 @@ def replaced_modules(model: nn.Module) -> dict[str, ReplacedLinear]:
     """
     found: dict[str, ReplacedLinear] = {}
     for name, module in model.named_modules():
-        if (isinstance(module, Joined) and all(isinstance(part, (LostLinear, ElementsLinear)) for part in module.parts)) or (isinstance(module, (LostLinear, ElementsLinear)) and name.rpartition(".parts.")[0] not in found):
-            found[name] = module
+        alone = isinstance(module, (LostLinear, ElementsLinear))
+        joined = isinstance(module, Joined) and isinstance(module.parts[0], (LostLinear, ElementsLinear))
+        if (alone and name.rpartition(".parts.")[0] not in found) or joined:
+            found[name] = cast(ReplacedLinear, module)
     return found
 
 
@@ -274,7 +276,7 @@ def summary(sizes: Mapping[str, Sizes]) -> dict[str, Any]:
     ranks: dict[str, list[int]] = {}
     for what, kinds in groups.items():
         for (rank, count), names in kinds.items():
-            ranks |= dict.fromkeys([what] if len(kinds) == 1 else names, [rank, count])
+            ranks |= {key: [rank, count] for key in ([what] if len(kinds) == 1 else names)}
     return {"parameters": whole, "dense_parameters": dense, "rank_and_sparse": ranks}
 
 
