@@ -132,7 +132,7 @@ ENTRIES: dict[str, Entry] = {
         Entry(
             slug="lost",
             room="weights",
-            name="Lost",
+            name="LOST",
             kinds=("carving",),
             summary="replaces each projection by a low-rank pair and a few whole columns, to train from scratch in "
             "less memory",

@@ -18,7 +18,7 @@ from intaglio.evidence.experiment import Experiment, Unit
 from intaglio.evidence.lost import ARMS, BITS, EXPERIMENTS, FAMILY, NORM, Arm, Pretrain, experiment, flops
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.source_code import SourceCode
-from intaglio.weights.lost import ElementsLinear, Lost, LostLinear
+from intaglio.weights.lost import ElementsLinear, LOST, LostLinear
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 
 
@@ -84,7 +84,7 @@ def test_low_rank_arms_have_equal_parameters_in_every_projection_of_the_real_wor
 
 
 def test_an_arm_with_more_parameters_is_refused(world: SourceCode, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lost.ARMS, "lost", Arm("unpaid", Lost(rank=32, columns=lost.SHARE)))
+    monkeypatch.setitem(lost.ARMS, "lost", Arm("unpaid", LOST(rank=32, columns=lost.SHARE)))
     with pytest.raises(IntaglioError, match=r"the arm lost has .* numbers, and a pair of rank 32 has"):
         Pretrain(world).begin("lost", 0)
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.weights.lost import Lost
+from intaglio.weights.lost import LOST
 from tests.trainer.helpers import checkpoint, far, run, same, weights
 from tests.trainer.test_loop import Owning
 from tests.trainer.test_shapers import half_zero, zeros
@@ -89,7 +89,7 @@ if os.environ["RANK"] == "0":
 def made(case: str) -> Checkpoint:
     """What is trained."""
     family = CASES[case][0]
-    return Lost(rank=4).apply(checkpoint(family)) if case == "replaced" else half_zero(family)
+    return LOST(rank=4).apply(checkpoint(family)) if case == "replaced" else half_zero(family)
 
 
 def arguments_of(case: str) -> dict[str, Any]:

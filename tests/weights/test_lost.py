@@ -24,7 +24,7 @@ from intaglio.recipe import Recipe
 from intaglio.replaced import Joined
 from intaglio.verify import Speculative
 from intaglio.verify.drafters.lookup import PromptLookup
-from intaglio.weights.lost import ElementsLinear, Lost, LostLinear, lostify, merge
+from intaglio.weights.lost import ElementsLinear, LOST, LostLinear, lostify, merge
 from intaglio.weights.lost.gradient import column_gradients
 from intaglio.weights.lost.sizes import Sizes, Wanted
 from intaglio.weights.lost.start import Decomposition, drawn_pair
@@ -236,7 +236,7 @@ def test_factors_that_look_at_no_weight() -> None:
 
 
 def test_single_weights_are_sltrains_layer_and_its_gradient_that_of_the_matrix() -> None:
-    method = Lost.sltrain(rank=4)
+    method = LOST.sltrain(rank=4)
     module = replaced(matrix(8, 12), **method.model_dump())
     assert isinstance(module, ElementsLinear)
     assert len(module.places) == int(0.03 * 96)
@@ -260,16 +260,16 @@ def test_single_weights_are_sltrains_layer_and_its_gradient_that_of_the_matrix()
 
 def test_baselines_are_what_they_are_called() -> None:
     weight, x = matrix(8, 12), matrix(5, 12, 1)
-    plain = replaced(weight, **Lost.low_rank(rank=3).model_dump())
+    plain = replaced(weight, **LOST.low_rank(rank=3).model_dump())
     torch.testing.assert_close(plain(x), x @ plain.A.T @ plain.B.T)
-    svd = replaced(weight, **Lost.low_rank("svd", rank=3).model_dump())
+    svd = replaced(weight, **LOST.low_rank("svd", rank=3).model_dump())
     torch.testing.assert_close(svd(x), x @ (Decomposition.of(weight).pair(3)[1] @ svd.A).T)
-    cola = replaced(weight, **Lost.cola(rank=3).model_dump())
+    cola = replaced(weight, **LOST.cola(rank=3).model_dump())
     torch.testing.assert_close(cola(x), F.silu(x @ cola.A.T) @ cola.B.T)
     assert plain.columns is svd.columns is cola.columns is None
-    assert (Lost.paper().rank, Lost.paper().complement_rank) == (128, 256)
-    assert Lost().wanted.of("x", 512, 1376, 512).rank == Lost.paper().rank
-    assert Lost().start(512, 0).triples == Lost.paper().complement_rank
+    assert (LOST.paper().rank, LOST.paper().complement_rank) == (128, 256)
+    assert LOST().wanted.of("x", 512, 1376, 512).rank == LOST.paper().rank
+    assert LOST().start(512, 0).triples == LOST.paper().complement_rank
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -286,7 +286,7 @@ def test_other_dtypes_are_kept(dtype: torch.dtype) -> None:
 def test_fused_projections_have_factors_of_their_own() -> None:
     model = tiny_model("phi3", layers=1)
     alone = {name: linear.read().clone() for name, linear in anatomy(model).all_linears()}
-    Lost(rank=5, columns=2).apply(Checkpoint(model, None))
+    LOST(rank=5, columns=2).apply(Checkpoint(model, None))
     fused = model.get_submodule("model.layers.0.self_attn.qkv_proj")
     assert isinstance(fused, Joined)
     assert len(fused.parts) == 3
@@ -295,7 +295,7 @@ def test_fused_projections_have_factors_of_their_own() -> None:
         assert torch.equal(part.A, expected.A)
         assert part.columns.tolist() == expected.columns.tolist()
     with pytest.raises(IntaglioError, match=r"qkv_proj\[k\] and layers.0.self_attn.qkv_proj\[q\] are one module"):
-        Lost(targets=["*[[]k]"]).apply(Checkpoint(tiny_model("phi3"), None))
+        LOST(targets=["*[[]k]"]).apply(Checkpoint(tiny_model("phi3"), None))
 
 
 def test_columns_by_the_gradient_of_the_loss() -> None:
@@ -307,9 +307,9 @@ def test_columns_by_the_gradient_of_the_loss() -> None:
     model(IDS, labels=IDS).loss.backward()
     for name, linear in parts.all_linears():
         torch.testing.assert_close(found[name], linear.module.weight.grad.norm(dim=0))  # type: ignore[operator,union-attr]
-    method = Lost(columns_by="gradient", columns=3)
+    method = LOST(columns_by="gradient", columns=3)
     assert method.needs_calibration
-    assert not Lost().needs_calibration
+    assert not LOST().needs_calibration
     method.apply(ckpt, IDS)
     module = ckpt.model.get_submodule("model.layers.0.mlp.down_proj")
     best = found["layers.0.mlp.down_proj"].topk(3).indices.sort().values
@@ -324,7 +324,7 @@ def test_columns_by_the_gradient_of_the_loss() -> None:
 def test_a_checkpoint_shrinks_by_what_its_record_says() -> None:
     ckpt = checkpoint()
     before = sum(p.numel() for p in ckpt.model.parameters())
-    Lost(rank=4, columns=2).apply(ckpt)
+    LOST(rank=4, columns=2).apply(ckpt)
     chosen = ckpt.record.steps[-1].chosen
     after = sum(p.numel() for p in ckpt.model.parameters())
     assert before - after == chosen["dense_parameters"] - chosen["parameters"] > 0
@@ -333,10 +333,10 @@ def test_a_checkpoint_shrinks_by_what_its_record_says() -> None:
     assert anatomy(ckpt.model).all_linears() == []
 
 
-@pytest.mark.parametrize("fields", [{}, {"adapter": True}, Lost.sltrain(rank=4).model_dump()])
+@pytest.mark.parametrize("fields", [{}, {"adapter": True}, LOST.sltrain(rank=4).model_dump()])
 def test_training_moves_the_parts_alone_and_resumes_exactly(fields: dict[str, Any], tmp_path: Path) -> None:
     ckpt = checkpoint()
-    Lost(**fields).apply(ckpt)
+    LOST(**fields).apply(ckpt)
     before, other = weights(ckpt), copy.deepcopy(ckpt)
     run(ckpt, weight_decay=0.1)
     moved = {name for name, value in weights(ckpt).items() if not torch.equal(value, before[name])}
@@ -356,7 +356,7 @@ def test_training_moves_the_parts_alone_and_resumes_exactly(fields: dict[str, An
 
 def test_a_trained_model_is_saved_read_unmasked_drafted_for_and_merged(tmp_path: Path) -> None:
     ckpt = checkpoint()
-    Lost(**IDENTITY).apply(ckpt)
+    LOST(**IDENTITY).apply(ckpt)
     run(ckpt)
     ckpt.save(tmp_path / "live")
     back = load(tmp_path / "live")
@@ -367,7 +367,7 @@ def test_a_trained_model_is_saved_read_unmasked_drafted_for_and_merged(tmp_path:
     found = back.model.generate(**inputs, custom_generate=decoder, do_sample=False, max_new_tokens=20, pad_token_id=0)
     assert torch.equal(found, expected)
     with pytest.raises(IntaglioError, match="no projection of this model is a plain matrix"):
-        Lost().apply(back)
+        LOST().apply(back)
     unmasked = load(tmp_path / "live")
     LayerwiseUnmasking(configuration="01").apply(unmasked)
     unmasked.save(tmp_path / "unmasked")
@@ -377,21 +377,21 @@ def test_a_trained_model_is_saved_read_unmasked_drafted_for_and_merged(tmp_path:
     assert torch.equal(visible(both.model, 16), visible(unmasked.model, 16))
     assert {part["slug"] for part in both.record.live} == {"lost", "visibility"}
     logits = back.model(IDS).logits
-    Lost(merge=True).apply(back)
+    LOST(merge=True).apply(back)
     torch.testing.assert_close(back.model(IDS).logits, logits, atol=1e-4, rtol=1e-4)
     back.save(tmp_path / "baked")
     assert back.kind == "baked"
     stock = type(back.model).from_pretrained(tmp_path / "baked").eval()
     assert torch.equal(stock(IDS).logits, back.model(IDS).logits)
     with pytest.raises(IntaglioError, match="this checkpoint has no projection of lost"):
-        Lost(merge=True).apply(back)
+        LOST(merge=True).apply(back)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_drafts_for_it_are_lossless(family: str) -> None:
     model = target(family)
     ckpt = Checkpoint(model, tiny_tokenizer(family), family)
-    Lost(rank=0.5).apply(ckpt)
+    LOST(rank=0.5).apply(ckpt)
     inputs = {"input_ids": prompt(11)}
     options: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0, "do_sample": False}
     expected = model.generate(**inputs, **options)
@@ -402,7 +402,7 @@ def test_drafts_for_it_are_lossless(family: str) -> None:
 
 def test_frozen_stays_frozen_after_a_reload(tmp_path: Path) -> None:
     ckpt = checkpoint()
-    Lost(adapter=True, **IDENTITY).apply(ckpt)
+    LOST(adapter=True, **IDENTITY).apply(ckpt)
     expected = ckpt.model(IDS).logits
     ckpt.save(tmp_path / "out")
     back = load(tmp_path / "out")
@@ -410,26 +410,26 @@ def test_frozen_stays_frozen_after_a_reload(tmp_path: Path) -> None:
     assert trained == {
         name for name, _ in back.model.named_parameters() if name.endswith((".down.weight", ".up.weight"))
     }
-    Lost(merge=True).apply(back)
+    LOST(merge=True).apply(back)
     assert all(p.requires_grad for p in back.model.parameters())
     torch.testing.assert_close(back.model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_some_projections_can_stay_and_be_replaced_later(tmp_path: Path) -> None:
     ckpt = checkpoint()
-    Lost(targets=["*.mlp.*"], rank={"*.down_proj": 3, "*": 5}).apply(ckpt)
+    LOST(targets=["*.mlp.*"], rank={"*.down_proj": 3, "*": 5}).apply(ckpt)
     left = {name for name, _ in anatomy(ckpt.model).all_linears()}
     assert left
     assert all(".self_attn." in name for name in left)
     assert ckpt.model.get_submodule("model.layers.0.mlp.down_proj").rank == 3
     assert ckpt.model.get_submodule("model.layers.0.mlp.up_proj").rank == 5
-    Lost(rank=2, **IDENTITY, ignore=["*.k_proj"]).apply(ckpt)
+    LOST(rank=2, **IDENTITY, ignore=["*.k_proj"]).apply(ckpt)
     ckpt.save(tmp_path / "out")
     back = load(tmp_path / "out")
     assert torch.equal(back.model(IDS).logits, ckpt.model(IDS).logits)
     assert len(back.record.live) == 1
     with pytest.raises(IntaglioError, match="silu between them"):
-        Lost(merge=True).apply(back)
+        LOST(merge=True).apply(back)
 
 
 def test_any_module_can_be_replaced() -> None:
@@ -464,13 +464,13 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         ckpt = checkpoint()
         before = weights(ckpt)
         with pytest.raises(IntaglioError, match=sentence) as caught:
-            Lost(**fields).apply(ckpt)
+            LOST(**fields).apply(ckpt)
         assert "\n" not in str(caught.value)
         assert same(before, weights(ckpt))
     broken = checkpoint()
     broken.model.get_parameter("model.layers.0.mlp.up_proj.weight").data[0, 0] = float("nan")
     with pytest.raises(IntaglioError, match="a weight holds NaN"):
-        Lost().apply(broken)
+        LOST().apply(broken)
 
 
 @pytest.mark.parametrize(
@@ -491,7 +491,7 @@ def test_what_does_not_fit_is_one_sentence() -> None:
 )
 def test_fields_that_contradict_each_other(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
-        Lost(**fields)
+        LOST(**fields)
 
 
 def test_what_can_follow_is_known_before_a_model_loads() -> None:
@@ -511,6 +511,6 @@ def test_what_can_follow_is_known_before_a_model_loads() -> None:
 
 def test_adapters_of_peft_find_nothing_to_adapt() -> None:
     ckpt = checkpoint()
-    Lost().apply(ckpt)
+    LOST().apply(ckpt)
     with pytest.raises(IntaglioError, match="its projections were replaced"):
         run(ckpt, lora={"r": 2})

@@ -28,7 +28,7 @@ from intaglio.evidence.worlds.source_code import SourceCode
 from intaglio.measures.memory import peak_memory
 from intaglio.measures.quality import quality
 from intaglio.trainer import train
-from intaglio.weights.lost import ElementsLinear, Lost, LostLinear
+from intaglio.weights.lost import ElementsLinear, LOST, LostLinear
 
 BITS = "bits a byte"
 NORM = "norm of the low-rank part at the start, over the weight's"
@@ -54,21 +54,21 @@ class Arm:
     """
 
     what: str
-    method: Lost | None = None
+    method: LOST | None = None
     width: int | None = None
 
 
 _PAID: dict[str, Any] = {"rank": LOW_RANK, "columns": SHARE, "within_rank": True}
 ARMS: dict[str, Arm] = {
-    "low-rank": Arm("a low-rank pair alone, both factors drawn as linear layers are", Lost.low_rank(rank=LOW_RANK)),
-    "lost": Arm("LOST: SVD start, columns by the complement's norms, SiLU between the factors", Lost(**_PAID)),
-    "low-rank-svd": Arm("the pair alone with LOST's SVD start", Lost.low_rank("svd", rank=LOW_RANK)),
-    "lost-identity": Arm("LOST without an activation", Lost(activation="identity", **_PAID)),
-    "lost-random": Arm("LOST with columns at random", Lost(columns_by="random", **_PAID)),
-    "cola": Arm("CoLA: a pair with SiLU between its factors and its own start", Lost.cola(rank=LOW_RANK)),
+    "low-rank": Arm("a low-rank pair alone, both factors drawn as linear layers are", LOST.low_rank(rank=LOW_RANK)),
+    "lost": Arm("LOST: SVD start, columns by the complement's norms, SiLU between the factors", LOST(**_PAID)),
+    "low-rank-svd": Arm("the pair alone with LOST's SVD start", LOST.low_rank("svd", rank=LOW_RANK)),
+    "lost-identity": Arm("LOST without an activation", LOST(activation="identity", **_PAID)),
+    "lost-random": Arm("LOST with columns at random", LOST(columns_by="random", **_PAID)),
+    "cola": Arm("CoLA: a pair with SiLU between its factors and its own start", LOST.cola(rank=LOW_RANK)),
     "sltrain": Arm(
         "SLTrain: a pair and as many single weights at random places as LOST's columns have",
-        Lost.sltrain(rank=LOW_RANK, elements=SHARE, within_rank=True),
+        LOST.sltrain(rank=LOW_RANK, elements=SHARE, within_rank=True),
     ),
     "full": Arm("the model as it is, of full rank"),
     "narrow": Arm("a narrower model of full rank whose blocks have 1.4 % more parameters than the pairs", width=80),

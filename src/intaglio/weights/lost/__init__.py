@@ -56,10 +56,10 @@ class _Depends:
         of: a step -> its own.
     """
 
-    def __init__(self, mostly: Any, of: Callable[[Lost], Any]) -> None:
+    def __init__(self, mostly: Any, of: Callable[[LOST], Any]) -> None:
         self.mostly, self.of = mostly, of
 
-    def __get__(self, step: Lost | None, owner: type) -> Any:
+    def __get__(self, step: LOST | None, owner: type) -> Any:
         return self.mostly if step is None else self.of(step)
 
 
@@ -75,7 +75,7 @@ def _is_amount(value: Any, least: int) -> bool:
     return value >= least if isinstance(value, int) else 0 <= value <= 1 and (value > 0 or not least)
 
 
-class Lost(Method, slug="lost"):
+class LOST(Method, slug="lost"):
     """Replaces each projection by a low-rank pair and a few whole columns, which are trained in its place.
 
     From the weight W0 [O, I] that is there, mostly a random one, with W0 = U diag(S) Vᵀ:
@@ -91,10 +91,10 @@ class Lost(Method, slug="lost"):
     decay on A and B is no decay on BA. Fused projections are taken apart, each with factors of its own.
 
     The checkpoint becomes a live one (`intaglio.load` reads it). Without an activation between the factors the parts
-    are one matrix: `Lost(merge=True)`, or `lost: {merge: true}` behind the training, puts stock layers with that matrix
+    are one matrix: `LOST(merge=True)`, or `lost: {merge: true}` behind the training, puts stock layers with that matrix
     back, and the checkpoint is a plain one again.
 
-    What the method is held against has the same interface: `Lost.low_rank()`, `Lost.cola()`, `Lost.sltrain()`, and
+    What the method is held against has the same interface: `LOST.low_rank()`, `LOST.cola()`, `LOST.sltrain()`, and
     `columns_by: random`.
 
     Source: Li et al., LOST: Low-rank and Sparse Pre-training for Large Language Models, 2025 (arXiv 2508.02668); see
@@ -487,7 +487,7 @@ def lostify(module: nn.Module, *, seed: int = 0, **fields: Any) -> dict[str, Siz
     Args:
         module: has `nn.Linear` (or `Conv1D`) somewhere below it.
         seed: of what is drawn. Default 0.
-        fields: of `Lost`; without `columns_by: gradient` and `merge`.
+        fields: of `LOST`; without `columns_by: gradient` and `merge`.
 
     Returns:
         What each layer was replaced by; `Sizes.parameters` and `.dense` count its numbers.
@@ -495,10 +495,10 @@ def lostify(module: nn.Module, *, seed: int = 0, **fields: Any) -> dict[str, Siz
     Raises:
         IntaglioError: a field does not fit, a name fits no layer, or two layers share one weight.
     """
-    method = Lost(**fields)
+    method = LOST(**fields)
     if method.merge or method.columns_by == "gradient":
         what = "merge" if method.merge else "columns_by: gradient"
-        raise IntaglioError(f"{what} has no meaning for a module alone; use Lost on a checkpoint, or merge")
+        raise IntaglioError(f"{what} has no meaning for a module alone; use LOST on a checkpoint, or merge")
     inside = {id(part) for m in module.modules() if isinstance(m, ReplacedLinear) for part in m.modules()}
     linears: dict[str, Linear] = {}
     owners: dict[int, str] = {}
@@ -521,4 +521,4 @@ def lostify(module: nn.Module, *, seed: int = 0, **fields: Any) -> dict[str, Siz
     return sizes
 
 
-__all__ = ["ElementsLinear", "Form", "Lost", "LostLinear", "Sizes", "lostify", "merge"]
+__all__ = ["ElementsLinear", "Form", "LOST", "LostLinear", "Sizes", "lostify", "merge"]

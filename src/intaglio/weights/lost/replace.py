@@ -25,7 +25,7 @@ from intaglio.weights.lost.start import By, Decomposition, Init, drawn_pair, dra
 
 @dataclass(frozen=True)
 class Start:
-    """What the parts begin as; see `intaglio.weights.lost.Lost`.
+    """What the parts begin as; see `intaglio.weights.lost.LOST`.
 
     Args:
         form: how they are put together, the scale of an adapter left out (it is `alpha` over the rank).
@@ -228,7 +228,7 @@ def merged(module: ReplacedLinear) -> nn.Module:
 
 
 def merge(module: nn.Module) -> list[str]:
-    """Put stock layers with the same matrices in the place of those that `Lost` or `lostify` put into a module.
+    """Put stock layers with the same matrices in the place of those that `LOST` or `lostify` put into a module.
 
     What an adapter had frozen can be trained again.
 

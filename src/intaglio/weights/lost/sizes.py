@@ -59,7 +59,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What was asked for; see `Lost`.
+    """What was asked for; see `LOST`.
 
     Args:
         rank: a number, a share of the width, or either by a pattern of names.
