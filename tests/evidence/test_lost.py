@@ -18,7 +18,7 @@ from intaglio.evidence.experiment import Experiment, Unit
 from intaglio.evidence.lost import ARMS, BITS, EXPERIMENTS, FAMILY, NORM, Arm, Pretrain, experiment, flops
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.source_code import SourceCode
-from intaglio.weights.lost import ElementsLinear, LOST, LostLinear
+from intaglio.weights.lost import LOST, ElementsLinear, LostLinear
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 
 

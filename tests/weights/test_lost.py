@@ -24,7 +24,7 @@ from intaglio.recipe import Recipe
 from intaglio.replaced import Joined
 from intaglio.verify import Speculative
 from intaglio.verify.drafters.lookup import PromptLookup
-from intaglio.weights.lost import ElementsLinear, LOST, LostLinear, lostify, merge
+from intaglio.weights.lost import LOST, ElementsLinear, LostLinear, lostify, merge
 from intaglio.weights.lost.gradient import column_gradients
 from intaglio.weights.lost.sizes import Sizes, Wanted
 from intaglio.weights.lost.start import Decomposition, drawn_pair

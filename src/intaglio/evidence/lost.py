@@ -28,7 +28,7 @@ from intaglio.evidence.worlds.source_code import SourceCode
 from intaglio.measures.memory import peak_memory
 from intaglio.measures.quality import quality
 from intaglio.trainer import train
-from intaglio.weights.lost import ElementsLinear, LOST, LostLinear
+from intaglio.weights.lost import LOST, ElementsLinear, LostLinear
 
 BITS = "bits a byte"
 NORM = "norm of the low-rank part at the start, over the weight's"

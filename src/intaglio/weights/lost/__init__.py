@@ -1,4 +1,4 @@
-"""LOST (Li et al., LOST: Low-rank and Sparse Pre-training for Large Language Models, 2025, arXiv 2508.02668).
+"""LOST (Li et al., LOST: Low-rank and Sparse Pre-training for Large Language Models, 2025).
 
 - `linear`: what stands in the place of a projection.
 - `start`: what its parts begin as, from one singular value decomposition.
@@ -521,4 +521,4 @@ def lostify(module: nn.Module, *, seed: int = 0, **fields: Any) -> dict[str, Siz
     return sizes
 
 
-__all__ = ["ElementsLinear", "Form", "LOST", "LostLinear", "Sizes", "lostify", "merge"]
+__all__ = ["LOST", "ElementsLinear", "Form", "LostLinear", "Sizes", "lostify", "merge"]
