@@ -283,6 +283,13 @@ def test_other_dtypes_are_kept(dtype: torch.dtype) -> None:
     )
 
 
+def test_no_number_is_drawn_from_the_global_generator() -> None:
+    ckpt, before = checkpoint(), torch.random.get_rng_state()
+    LOST(init="cola", columns_by="random", **IDENTITY).apply(ckpt)
+    LOST(merge=True).apply(ckpt)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_fused_projections_have_factors_of_their_own() -> None:
     model = tiny_model("phi3", layers=1)
     alone = {name: linear.read().clone() for name, linear in anatomy(model).all_linears()}

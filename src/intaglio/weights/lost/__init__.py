@@ -458,11 +458,9 @@ class LOST(Method, slug="lost"):
             ) -> ReplacedLinear:
                 outputs, inputs = linear.shape
                 rank, columns, elements = known[name]
-                weight = cast(Tensor, linear.module.weight)
-                with weight.device:
-                    sizes = Sizes(inputs, outputs, rank, columns, elements)
-                    bias = linear.module.bias is not None
-                    return start.empty(sizes, bias, isinstance(linear.module, Conv1D)).to(weight.dtype)
+                sizes = Sizes(inputs, outputs, rank, columns, elements)
+                made = start.empty(sizes, linear.module.bias is not None, isinstance(linear.module, Conv1D))
+                return made.to(cast(Tensor, linear.module.weight).dtype)
 
             put(model, by_module(model, linears, every, make))
 

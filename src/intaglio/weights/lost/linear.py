@@ -271,16 +271,13 @@ def stock(weight_OI: Tensor, bias_O: Tensor | None, transposed: bool, like: Tens
         like: gives dtype and device.
     """
     outputs, inputs = weight_OI.shape
-    if transposed:
-        made: nn.Linear | Conv1D = Conv1D(outputs, inputs)
-        weight = weight_OI.T
-    else:
-        made = nn.Linear(inputs, outputs, bias=bias_O is not None)
-        weight = weight_OI
-    made.to(like.device, like.dtype)
+    with torch.device("meta"):  # nothing is drawn
+        made = Conv1D(outputs, inputs) if transposed else nn.Linear(inputs, outputs, bias=bias_O is not None)
+    made.to(like.dtype).to_empty(device=like.device)
+    weight = weight_OI.T if transposed else weight_OI
     made.weight.copy_(weight)
-    if bias_O is not None:
-        made.bias.copy_(bias_O)
+    if made.bias is not None:
+        made.bias.copy_(torch.zeros_like(made.bias) if bias_O is None else bias_O)
     return made
 
 

@@ -57,7 +57,7 @@ class Start:
         return Form(self.form.low, self.form.sparse, self.form.activation, scale)
 
     def empty(self, sizes: Sizes, bias: bool, transposed: bool) -> LostLinear | ElementsLinear:
-        """A module without values.
+        """A module without values, on the meta device: nothing is drawn from the global generator.
 
         Args:
             sizes: of the projection.
@@ -66,7 +66,8 @@ class Start:
         """
         kind, count = (ElementsLinear, sizes.elements) if sizes.elements else (LostLinear, sizes.columns)
         form = self.form_of(sizes.rank)
-        return kind(sizes.inputs, sizes.outputs, sizes.rank, count, form, bias=bias, transposed=transposed)
+        with torch.device("meta"):
+            return kind(sizes.inputs, sizes.outputs, sizes.rank, count, form, bias=bias, transposed=transposed)
 
     @torch.no_grad()
     def module(self, name: str, linear: Linear, sizes: Sizes, score_I: Tensor | None = None) -> ReplacedLinear:
@@ -87,8 +88,8 @@ class Start:
                 f"{name} stores its weight as {str(weight_OI.dtype).removeprefix('torch.')}; lost needs "
                 f"{', '.join(DTYPES)}"
             )
-        with weight_OI.device:
-            made = self.empty(sizes, bias_O is not None, isinstance(linear.module, Conv1D)).to(weight_OI.dtype)
+        made = self.empty(sizes, bias_O is not None, isinstance(linear.module, Conv1D)).to(weight_OI.dtype)
+        made.to_empty(device=weight_OI.device)
         draws = generator(self.seed, "lost", name)
         sparse = bool(sizes.columns) and sizes.columns < sizes.inputs
         decomposed = None
