@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip clean
+.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -72,6 +72,9 @@ bench-nm: install  ## what N:M training costs a step beside plain SR-STE
 
 bench-ternary: install  ## products from two-bit weights against torch's dense ones and the byte bound
 	$(BIN)/python benchmarks/ternary/run.py
+
+bench-lost: install  ## a training step of LOST beside SLTrain's formulation
+	$(BIN)/python benchmarks/lost/run.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

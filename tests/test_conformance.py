@@ -22,6 +22,7 @@ from intaglio.masks import visible
 from intaglio.method import Carving, Cost, Method, Workload, get
 from intaglio.recipe import Recipe
 from intaglio.verify.drafters.ngrams import NGramStore
+from intaglio.weights.pruning import Pruning
 from tests.families import DECODERS, ENCODERS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
 
 EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
@@ -38,6 +39,12 @@ EXAMPLES["bip"] = (
     {"sparsity": 0.5},
     {"sparsity": 0.5, "kind": "neuron", "implicit": False, "schedule": "cosine"},
     {"sparsity": 0.25, "kind": "head", "scope": "layer", "normalise": False, "clip": 1.0, "implicit": "released"},
+)
+EXAMPLES["lost"] = (
+    {},
+    {"activation": "identity", "rank": {"layers.1.*": 9, "*": 0.5}, "columns": 3, "columns_by": "l1", "inverse": True},
+    {"adapter": True, "alpha": 2.0, "columns_by": "random", "column_values": "complement", "ignore": ["layers.1.*"]},
+    {"elements": 0.1, "activation": "identity", "init": "zero", "gamma": [0.25, 1.0], "rank": 8, "within_rank": True},
 )
 EXAMPLES["dyspec"] = (
     {"draft": tiny_model("llama", seed=1, layers=1, dtype=torch.float64), "budget": 9},
@@ -70,7 +77,7 @@ EXAMPLES["progressive_nm"] = (
 )
 CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]
-PRUNING = [case for case in CASES if get(case[0])(**EXAMPLES[case[0]][case[1]]).changes == {"weights"}]
+PRUNING = [case for case in CASES if issubclass(get(case[0]), Pruning)]
 VISIBILITY = [slug for slug, entry in ENTRIES.items() if "visibility" in entry.kinds]
 # Who sees whom is a question to decoders; encoders are refused.
 APPLIED = [(*case, name) for case in CASES for name in FAMILIES if name not in ENCODERS or case[0] not in VISIBILITY]

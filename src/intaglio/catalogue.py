@@ -139,6 +139,16 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2401.14556",
         ),
         Entry(
+            slug="lost",
+            room="weights",
+            name="LOST",
+            kinds=("carving",),
+            summary="replaces each projection by a low-rank pair and a few whole columns, to train from scratch in "
+            "less memory",
+            paper="Li et al., LOST: Low-rank and Sparse Pre-training for Large Language Models, 2025",
+            url="https://arxiv.org/abs/2508.02668",
+        ),
+        Entry(
             slug="lud",
             room="decoding",
             name="LUD",

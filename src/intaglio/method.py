@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 Change = Literal["weights", "width", "depth", "vocabulary", "attention", "cache", "activations"]
 """A part of a checkpoint that a method edits."""
 
-Fact = Literal["linear_weights", "causal", "cache", "tokenizer", "zeros"]
+Fact = Literal["linear_weights", "matrix_products", "causal", "cache", "tokenizer", "zeros"]
 """Something that holds of a checkpoint and that a later step may need: `linear_weights` (the blocks' projections are
-plain matrices), `causal` (a decoder that generates), `cache` (its key-value cache is stock), `tokenizer` (ids mean what
-the original's meant), `zeros` (the pattern of zeros that an earlier step made)."""
+plain matrices), `matrix_products` (whatever stands in their place multiplies with a matrix), `causal` (a decoder that
+generates), `cache` (its key-value cache is stock), `tokenizer` (ids mean what the original's meant), `zeros` (the
+pattern of zeros that an earlier step made)."""
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, what)` after each unit of long work."""

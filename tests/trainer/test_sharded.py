@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainer.helpers import far, run, same, weights
+from intaglio.checkpoint import Checkpoint
+from intaglio.weights.lost import LOST
+from tests.trainer.helpers import checkpoint, far, run, same, weights
 from tests.trainer.test_loop import Owning
 from tests.trainer.test_shapers import half_zero, zeros
 
@@ -24,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "tied": ("llama_tied", {}),
     "adapters": ("llama", {"lora": {"r": 2}}),
     "owned modules": ("gemma3", {"objective": Owning}),
+    "replaced": ("llama", {}),
 }
 SETTINGS: dict[str, Any] = {"batch_size": 4, "accumulate": 2, "steps": 6, "save_every": 2}
 
@@ -39,8 +42,7 @@ from transformers import Trainer
 from intaglio.trainer import loop as loops
 from tests.trainer.helpers import run, weights
 from tests.trainer.test_resume import Killed
-from tests.trainer.test_sharded import arguments_of, half_zero
-from tests.trainer.test_sharded import CASES
+from tests.trainer.test_sharded import arguments_of, made
 
 out, how, directory, case = sys.argv[1:]
 stock = Trainer.create_accelerator_and_postprocess
@@ -68,8 +70,7 @@ def look(done, total, what):
     if how == "killed" and done == 3:
         raise Killed
 
-family, _ = CASES[case]
-ckpt = half_zero(family)
+ckpt = made(case)
 kinds = [type(module) for module in ckpt.model.modules()]
 try:
     done = run(ckpt, directory=directory, progress=look, **arguments_of(case))
@@ -83,6 +84,12 @@ if os.environ["RANK"] == "0":
     save_file({name: value.clone() for name, value in weights(ckpt).items()}, out)
     print(done.tokens, *[line.loss for line in done.history])
 """
+
+
+def made(case: str) -> Checkpoint:
+    """What is trained."""
+    family = CASES[case][0]
+    return LOST(rank=4).apply(checkpoint(family)) if case == "replaced" else half_zero(family)
 
 
 def arguments_of(case: str) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def test_two_sharded_processes_are_one(case: str, tmp_path: Path) -> None:
         words = [*command, str(out), how, str(tmp_path / "run"), case]
         done = subprocess.run(words, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-    alone = half_zero(CASES[case][0])
+    alone = made(case)
     pattern = zeros(alone)
     one = run(alone, **arguments_of(case))
     there = load_file(out)

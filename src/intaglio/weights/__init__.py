@@ -9,6 +9,7 @@ What lives here:
 - `dsnot`: refines the mask of any of the three without training.
 - `progressive_nm`: N:M zeros that come by degrees while a model is trained.
 - `bip`: learns the mask while the weights are trained; for any module, too.
+- `lost`: a low-rank pair and a few whole columns in the place of each projection, trained from scratch.
 - `amount` (private): `sparsity` or `pattern`, and the masks they ask for.
 - `pruning` (private): what every pruning step does around its own rule.
 """

@@ -129,18 +129,24 @@ def not_ignored(names: Sequence[str], ignore: Sequence[str]) -> list[int]:
         IntaglioError: an entry of `ignore` names none of them, or together they name all.
     """
     for pattern in ignore:
-        if not any(_named(name, pattern) for name in names):
+        if not any(named(name, pattern) for name in names):
             raise IntaglioError(
                 f"ignore: {pattern!r} names no layer of this model; its first is {names[0]}, and * and ? stand"
                 " for any characters"
             )
-    left = [place for place, name in enumerate(names) if not any(_named(name, pattern) for pattern in ignore)]
+    left = [place for place, name in enumerate(names) if not any(named(name, pattern) for pattern in ignore)]
     if not left:
         raise IntaglioError("ignore: names every layer of this model, so nothing would be pruned")
     return left
 
 
-def _named(name: str, pattern: str) -> bool:
+def named(name: str, pattern: str) -> bool:
+    """Whether a pattern of `ignore` means a layer.
+
+    Args:
+        name: of the layer.
+        pattern: its name, or a shell pattern.
+    """
     # A part of a fused projection has brackets in its name, which are a pattern's too.
     return name == pattern or fnmatchcase(name, pattern)
 

@@ -1,0 +1,106 @@
+"""What a training step of LOST costs: beside SLTrain's formulation, a low-rank pair alone and the dense model.
+
+    python benchmarks/lost/run.py                         # three rounds at two widths
+    python benchmarks/lost/run.py --widths 256 --repeats 1
+
+Each training is a fresh process (`worker.py`); the ways take turns, each round begins with another one. Low-rank ways
+have equally many parameters. Writes `out/results.json` and `out/results.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from worker import WAYS
+
+from intaglio import writer
+
+HERE = Path(__file__).resolve().parent
+NUMBERS = ("step_ms", "cpu_ms", "decode_ms", "peak_bytes", "parameters", "block_parameters")
+NAMES = {
+    "full": "full rank",
+    "low-rank": "low-rank pair",
+    "lost": "LOST",
+    "sltrain": "SLTrain",
+    "sltrain-kept": "SLTrain, matrix kept",
+}
+
+Run = dict[str, Any]
+
+
+def one(way: str, width: int, arguments: argparse.Namespace) -> Run:
+    """Run one worker.
+
+    Args:
+        way: of `WAYS`.
+        width: of the model.
+        arguments: the driver's.
+    """
+    command = [sys.executable, str(HERE / "worker.py"), "--way", way, "--width", str(width)]
+    for name in ("depth", "steps", "threads", "device"):
+        command += [f"--{name}", str(getattr(arguments, name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"the worker of {way} failed:\n{done.stderr[-2000:]}")
+    found: Run = json.loads(done.stdout.splitlines()[-1])
+    return found | {"width": width}
+
+
+def markdown(runs: list[Run]) -> str:
+    """The table for people, medians.
+
+    Args:
+        runs: what the workers printed.
+    """
+    lines = [
+        "| width | way | block parameters | step ms | processor ms | over full | decode ms | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for width in dict.fromkeys(run["width"] for run in runs):
+        told = {}
+        for way in WAYS:
+            own = [run for run in runs if (run["width"], run["way"]) == (width, way)]
+            told[way] = {name: median(run[name] for run in own) for name in NUMBERS}
+        for way, its in told.items():
+            lines.append(
+                f"| {width} | {NAMES[way]} | {its['block_parameters'] / 1e6:.2f}M | {its['step_ms']:.0f} | "
+                f"{its['cpu_ms']:.0f} | {its['cpu_ms'] / told['full']['cpu_ms']:.2f} | {its['decode_ms']:.2f} | "
+                f"{its['peak_bytes'] / 2**20:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a training step of LOST costs.")
+    parser.add_argument("--widths", default="256,512", help="separated by commas; default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    arguments = parser.parse_args()
+    runs = []
+    for width in map(int, arguments.widths.split(",")):
+        for repeat in range(arguments.repeats):
+            start = repeat % len(WAYS)
+            for way in (*WAYS[start:], *WAYS[:start]):
+                runs.append(one(way, width, arguments))
+                print(f"{width} {way}: {runs[-1]['cpu_ms']:.0f} ms", file=sys.stderr)
+    about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": arguments.threads}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    writer.write_json(arguments.out / "results.json", {"about": about, "runs": runs})
+    writer.write_text(arguments.out / "results.md", markdown(runs))
+    print(markdown(runs))
+
+
+if __name__ == "__main__":
+    main()
