@@ -150,6 +150,19 @@ class ChecksModel(Protocol):
 
 
 @runtime_checkable
+class CostsTraining(Protocol):
+    """A shaper that makes training dearer than the plain model's by an amount worth saying."""
+
+    def estimate_training(self, workload: Workload, tokens: int) -> Cost:
+        """Say what a step of training takes beside.
+
+        Args:
+            workload: of the model.
+            tokens: of a batch.
+        """
+
+
+@runtime_checkable
 class Resumes(Protocol):
     """A carving that may be long enough to go on after it was killed; `apply` then takes `directory` and `resume`."""
 

@@ -41,6 +41,11 @@ class ReplacedLinear(nn.Module):
         """
         raise IntaglioError(f"the projections of {self.slug} are no matrix products")
 
+    @property
+    def packed_away(self) -> int:
+        """How many more weights it has than numbers that it stores, as several share one; 0 by default."""
+        return 0
+
     def extra_repr(self) -> str:
         """As `nn.Linear` says it."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -78,6 +83,16 @@ class Joined(ReplacedLinear):
         return found_OI if self._in_order else found_OI[self._places]
 
 
+def count_parameters(model: nn.Module) -> int:
+    """The parameters of a model, each weight of a packed projection counted.
+
+    Args:
+        model: any model.
+    """
+    packed = sum(module.packed_away for module in model.modules() if isinstance(module, ReplacedLinear))
+    return sum(parameter.numel() for parameter in model.parameters()) + packed
+
+
 def module_names(model: nn.Module) -> dict[int, str]:
     """Where every module of a model stands: `{id(module): name}`, as `model.get_submodule` takes the names.
 
@@ -106,4 +121,4 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-__all__ = ["Joined", "ReplacedLinear", "module_names", "put"]
+__all__ = ["Joined", "ReplacedLinear", "count_parameters", "module_names", "put"]

@@ -55,6 +55,8 @@ class Lora(BaseModel):
             IntaglioError: a target is no linear layer of the model.
         """
         every = linear_modules(model)
+        if not every:
+            raise IntaglioError("lora adapts plain linear layers, and the model has none")
         last = {name.rpartition(".")[2] for name in every}
         unknown = [target for target in self.targets or () if target not in last]
         if unknown or self.targets == []:

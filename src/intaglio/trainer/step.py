@@ -8,13 +8,27 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from intaglio.anatomy import Anatomy
 from intaglio.catalogue import Kind
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.labelled import as_labelled, read_labelled
 from intaglio.data.streams import TextStream
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError, did_you_mean, shorten
-from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, get, silent, slugs
+from intaglio.method import (
+    Carving,
+    Change,
+    ChecksModel,
+    Cost,
+    CostsTraining,
+    Fact,
+    Method,
+    Progress,
+    Workload,
+    get,
+    silent,
+    slugs,
+)
 from intaglio.trainer.pairs import apart, load_pairs
 from intaglio.trainer.settings import Settings
 
@@ -99,6 +113,9 @@ class Train(Settings, Method, slug="train"):
             raise ValueError("patience needs evaluate, a share of the data such as 0.05, or validation")
         if self.patience is not None and labels and self.watch == "loss":
             raise ValueError("patience watches the loss, which validation does not give; set watch: error")
+        replacing = [part.slug for part in self.parts if "linear_weights" in part.invalidates]
+        if self.lora is not None and replacing:
+            raise ValueError(f"lora adapts plain matrices, and {replacing[0]} leaves none; leave one of the two out")
         if self.stream and self.texts is None:
             raise ValueError("stream needs texts to read; name a file, a folder or a data set")
         for name, value in (("epochs", self.epochs), ("select", self.select), ("evaluate", self.evaluate)):
@@ -121,9 +138,10 @@ class Train(Settings, Method, slug="train"):
 
     @property
     def requires(self) -> frozenset[Fact]:  # type: ignore[override]
-        """What the parts need; next-token prediction needs a decoder."""
-        own: frozenset[Fact] = frozenset({"causal"} if self.objective is None else ())
-        return own.union(*(part.requires for part in self.parts))
+        """What the parts need; next-token prediction needs a decoder, and adapters plain matrices."""
+        own: set[Fact] = {"causal"} if self.objective is None else set()
+        own |= set() if self.lora is None else {"linear_weights"}
+        return frozenset(own).union(*(part.requires for part in self.parts))
 
     @property
     def invalidates(self) -> frozenset[Fact]:  # type: ignore[override]
@@ -132,7 +150,7 @@ class Train(Settings, Method, slug="train"):
         return own.union(*(part.invalidates for part in self.parts))
 
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
-        """Refuse LoRA targets that the model has no linear layer for.
+        """Refuse LoRA targets that the model has no linear layer for, and what its shapers do not fit.
 
         Args:
             linears: `(name, rows, columns)`; the parts of a fused layer have their role behind its name.
@@ -140,11 +158,24 @@ class Train(Settings, Method, slug="train"):
         Raises:
             IntaglioError: names the target.
         """
+        for shaper in map(_made, self.shape):
+            if isinstance(shaper, Carving):
+                shaper.check(linears)
         names = {name.partition("[")[0].rpartition(".")[2] for name, _, _ in linears}
         targets = [] if self.lora is None else self.lora.targets or []
         for target in targets:
             if target not in names:
                 raise IntaglioError(f"lora: no linear layer is named {target!r}; {did_you_mean(target, names)}")
+
+    def check_model(self, parts: Anatomy) -> None:
+        """Refuse a model that a shaper does not fit.
+
+        Args:
+            parts: of the model.
+        """
+        for shaper in map(_made, self.shape):
+            if isinstance(shaper, ChecksModel):
+                shaper.check_model(parts)
 
     def estimate(self, workload: Workload) -> Cost:
         """Return about what the step takes.
@@ -172,9 +203,17 @@ class Train(Settings, Method, slug="train"):
         head = (
             3 * 4 * (workload.parameters - workload.block_parameters) / workload.hidden
         )  # logits, their copy, gradient
+        steps = tokens / (batch * self.accumulate)
+        beside = [
+            part.estimate_training(workload, batch)
+            for part in map(_made, self.shape)
+            if isinstance(part, CostsTraining)
+        ]
         return Cost(
-            flops=operations * workload.parameters * tokens,
-            extra_bytes=int(12 * trained + batch * (2 * workload.element_size * per_token + head)),
+            flops=operations * workload.parameters * tokens + steps * sum(cost.flops for cost in beside),
+            sorted_elements=steps * sum(cost.sorted_elements for cost in beside),
+            extra_bytes=int(12 * trained + batch * (2 * workload.element_size * per_token + head))
+            + sum(cost.extra_bytes for cost in beside),
         )
 
     def apply(
