@@ -264,9 +264,9 @@ class Bitnet(Quantization, Method, slug="bitnet"):
             IntaglioError: see the class.
         """
         model = run.checkpoint.model
-        if not any(linear.module.weight.requires_grad for _, linear in anatomy(model).all_linears()) and not any(
-            layer.weight.requires_grad for layer in surgery.trained_layers(model).values()
-        ):
+        adapted = bool(getattr(model, "peft_config", None))  # adapters stand in the projections' places
+        names = [] if adapted else self._begin(anatomy(model))
+        if adapted or not any(p.requires_grad for p in surgery.weights(model, names)):
             raise IntaglioError("bitnet trains the projections' own weights; leave lora and freeze out")
         self._names = self._put(run.checkpoint)
         self._run, self._layers = run, surgery.trained_layers(model)

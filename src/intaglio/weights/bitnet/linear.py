@@ -27,7 +27,7 @@ from intaglio.weights.bitnet.quantization import (
     normed,
     straight_through,
     weight_codes,
-    weight_step,
+    weight_scale,
 )
 
 SLUG = "bitnet"
@@ -58,20 +58,20 @@ class Quantized(ReplacedLinear):
         shifts = learns and self.norm == "layernorm"
         self.norm_bias = nn.Parameter(torch.zeros(in_features, **make)) if shifts else None
 
-    def _through(self, x_BI: Tensor, product: Callable[[Tensor], Tensor], step: Tensor, strength: float) -> Tensor:
-        """y = product(codes of x) * step_w / s_x + bias, [B, O], in the dtype of x."""
+    def _through(self, x_BI: Tensor, product: Callable[[Tensor], Tensor], scale_w: Tensor, strength: float) -> Tensor:
+        """y = product(codes of x) / (s_w s_x) + bias, [B, O], in the dtype of x."""
         dtype = x_BI.dtype
         if self.norm != "none":
             x_BI = normed(x_BI, self.norm, self.norm_weight, self.norm_bias)
         if self.how.activation_bits is None:
             x_BI = x_BI.to(dtype)
-            y_BO = product(x_BI) * step.view(-1)
+            y_BO = product(x_BI) / scale_w.view(-1)
         else:
             scale_B1 = activation_scale(x_BI, self.how)
             scaled_BI = x_BI.float() * scale_B1
             with torch.no_grad():
                 codes_BI = activation_codes(scaled_BI, self.how)
-            y_BO = product(straight_through(scaled_BI, codes_BI, strength)) * (step.view(-1) / scale_B1)
+            y_BO = product(straight_through(scaled_BI, codes_BI, strength)) / (scale_w.view(-1) * scale_B1)
         if torch.is_autocast_enabled(x_BI.device.type):
             dtype = torch.get_autocast_dtype(x_BI.device.type)
         if self.bias is not None:
@@ -125,7 +125,7 @@ class BitLinear(Quantized):
         """Draws u for the stochastic strategy, shaped as the weight."""
         self.remember = False
         """Whether the measure of the weight is taken once until `forget`: it is sorted for."""
-        self._step: Tensor | None = None
+        self._scale: Tensor | None = None
         if self.weight.device.type != "meta":
             self.reset_parameters()
 
@@ -154,23 +154,23 @@ class BitLinear(Quantized):
         made.weight, made.bias = weight_OI, bias_O
         return made
 
-    def step(self) -> Tensor:
-        """What a code stands for, float32 [1] or [O, 1]."""
-        if self._step is not None:
-            return self._step
+    def scale(self) -> Tensor:
+        """s_w, float32 [1] or [O, 1]."""
+        if self._scale is not None:
+            return self._scale
         with torch.no_grad():
-            found = weight_step(self.weight, self.how)
+            found = weight_scale(self.weight, self.how)
         if self.remember:
-            self._step = found
+            self._scale = found
         return found
 
     def forget(self) -> None:
         """The weight has changed: measure it anew."""
-        self._step = None
+        self._scale = None
 
     def scaled(self) -> Tensor:
         """The weight times its scale, float32 [O, I]."""
-        return self.weight.float() * self.step().reciprocal()
+        return self.weight.float() * self.scale()
 
     def codes(self) -> Tensor:
         """The codes that it multiplies with in evaluation, as floats [O, I]."""
@@ -179,7 +179,7 @@ class BitLinear(Quantized):
 
     def dense(self) -> Tensor:
         """See the base."""
-        return self.codes() * self.step()
+        return self.codes() / self.scale()
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return y [B, O].
@@ -197,11 +197,11 @@ class BitLinear(Quantized):
             else:
                 codes_OI = weight_codes(scaled_OI, self.how)
         weight_OI = straight_through(scaled_OI, codes_OI, strength)
-        return self._through(x_BI, lambda x: F.linear(x, weight_OI.to(x.dtype)), self.step(), strength)
+        return self._through(x_BI, lambda x: F.linear(x, weight_OI.to(x.dtype)), self.scale(), strength)
 
 
 class PackedLinear(Quantized):
-    """What a `BitLinear` is after training: packed codes, their step, bias and norm; gradients pass to its input.
+    """What a `BitLinear` is after training: packed codes, their scale, bias and norm; gradients pass to its input.
 
     Args:
         in_features: I.
@@ -216,12 +216,11 @@ class PackedLinear(Quantized):
         self, in_features: int, out_features: int, bias: bool, how: Quantization, device: Any = None, dtype: Any = None
     ) -> None:
         super().__init__(in_features, out_features, bias, how, device, dtype)
-        rows = out_features if how.per == "row" else 1
         size = (out_features, bits.bytes_of_row(in_features, *how.weight_range))
         packed = torch.zeros(size, dtype=torch.uint8, device=device)
         self.weight_packed = nn.Parameter(packed, requires_grad=False)
-        step = torch.ones((rows, 1) if how.per == "row" else 1, device=device)
-        self.weight_scale = nn.Parameter(step, requires_grad=False)
+        scale = torch.ones((out_features, 1) if how.per == "row" else 1, device=device)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     @classmethod
     @torch.no_grad()
@@ -234,7 +233,7 @@ class PackedLinear(Quantized):
         made = cls(layer.in_features, layer.out_features, False, layer.how, device="meta")
         packed = bits.pack(layer.codes(), *layer.how.weight_range)
         made.weight_packed = nn.Parameter(packed, requires_grad=False)
-        made.weight_scale = nn.Parameter(layer.step().clone(), requires_grad=False)
+        made.weight_scale = nn.Parameter(layer.scale().clone(), requires_grad=False)
         made.bias, made.norm_weight, made.norm_bias = layer.bias, layer.norm_weight, layer.norm_bias
         return made
 
@@ -249,7 +248,7 @@ class PackedLinear(Quantized):
 
     def dense(self) -> Tensor:
         """See the base."""
-        return self.codes() * self.weight_scale.float()
+        return self.codes() / self.weight_scale.float()
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return y [B, O].

@@ -3,7 +3,7 @@
     range   b bits: lo = ceil(-2^(b-1)), hi = ceil(2^(b-1) - 1); 1.58 bits: -1 to 1, 8 bits: -128 to 127
     scale   s = max(|lo|, |hi|) / max(measure(|z|), eps)
     code    q = clamp(round(z s), lo, hi)
-    value   q / s, and q / s = q * step with step = 1 / s
+    value   q / s
 
 Scales are measured in float32 and are constants to the gradient.
 
@@ -104,16 +104,15 @@ def measured(x: Tensor, how: Measure, per_row: bool) -> Tensor:
     return size.median(-1, keepdim=True).values
 
 
-def weight_step(weight_OI: Tensor, how: Quantization) -> Tensor:
-    """What one code of the weight stands for, 1 / s: float32 [1], or [O, 1] for `per: row`.
+def weight_scale(weight_OI: Tensor, how: Quantization) -> Tensor:
+    """The scale s of a weight: float32 [1], or [O, 1] for `per: row`.
 
     Args:
         weight_OI: the float weight.
         how: the quantization.
     """
     lo, hi = how.weight_range
-    found = measured(weight_OI, how.weight_measure, how.per == "row")
-    return found.clamp(min=how.eps) / max(-lo, hi)
+    return max(-lo, hi) / measured(weight_OI, how.weight_measure, how.per == "row").clamp(min=how.eps)
 
 
 def weight_codes(scaled_OI: Tensor, how: Quantization) -> Tensor:

@@ -145,6 +145,20 @@ def trained_layers(model: nn.Module) -> dict[str, BitLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BitLinear)}
 
 
+def weights(model: nn.Module, names: Sequence[str]) -> list[nn.Parameter]:
+    """The float weights of some projections, or of the layers that train where there are such.
+
+    Args:
+        model: any.
+        names: of plain projections; none where layers that train are there.
+    """
+    if not names:
+        return [layer.weight for layer in trained_layers(model).values()]
+    wanted = set(names)
+    found = [linear.module.weight for name, linear in anatomy(model).all_linears() if name in wanted]
+    return cast(list[nn.Parameter], found)
+
+
 def is_packed(model: nn.Module) -> bool:
     """Whether some layer has codes alone.
 
