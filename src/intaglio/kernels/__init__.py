@@ -1,0 +1,11 @@
+"""Kernels: products that stock torch has no fast form of, for more than one method; each with a slow form in plain torch
+that says what it computes, and that runs wherever the fast one cannot.
+
+What lives here:
+
+- `ternary`: weights of -1, 0 and 1 in two bits each, and the matrix product from them.
+  - `ternary_numba`, `ternary_simd`: it on a CPU, and the vector instructions under it.
+  - `ternary_triton`: it on a GPU.
+
+Nothing is compiled, and neither numba nor triton imported, before a product is asked for.
+"""

@@ -1,0 +1,309 @@
+"""Ternary weights in two bits each, and the matrix product from them (inference of BitNet b1.58; arXiv 2402.17764).
+
+    packed_OJ = pack(weight_OI)                         # -1, 0, 1 in int8 -> four weights a byte
+    y_BO = linear(x_BI, packed_OJ, weight_scale)        # activations to int8 by the token, product, scaled back
+
+Layout. A row of I weights becomes J bytes, J = 16 ceil(I / 64): the width is filled up to 4J with zeros. Byte j of a row
+holds the weights of the columns j, J + j, 2J + j and 3J + j, each as weight + 1, from the lowest two bits to the highest:
+
+    packed[o, j] = sum_k (weight[o, kJ + j] + 1) 4^k
+
+So a run of bytes, shifted by 2k and masked, is a run of weights that meets a run of activations: no shuffling. With the
+codes 0, 1, 2 in place of -1, 0, 1 a product of unsigned and signed bytes gives sum_i (w_i + 1) x_i, from which sum_i x_i
+is taken. The width itself is not in the tensor: an activation brings it, and `unpack` is told.
+
+Which code runs: on a CPU numba's, if numba is installed (`pip install 'intaglio[kernels]'`); on a CUDA device Triton's; else
+torch's, which unpacks some rows of the weight at a time and multiplies them as floating point: the same numbers, but slower
+than a dense weight. Integer results are exact in all of them.
+
+Dimension letters: B rows of activations (tokens), I inputs, O outputs, J bytes of a packed row.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from math import prod
+
+import torch
+from torch import Tensor
+
+from intaglio.errors import IntaglioError
+
+EPS = 1e-5
+"""Least magnitude that a row's largest is taken for (bitlinear, transformers)."""
+_GROUP = 64
+"""Weights that a row is filled up to a multiple of: sixteen bytes, the shortest vector of the kernels."""
+_AT_ONCE = 1 << 22
+"""Weights that the product in torch unpacks at a time: 16 MiB."""
+_EXACT = 1 << 24
+"""Integers below it are exact in float32, and so is a sum of them that stays below."""
+
+
+def packed_width(width: int) -> int:
+    """Return J, the bytes of a packed row.
+
+    Args:
+        width: I, weights of a row; at least 1.
+    """
+    return -(-width // _GROUP) * (_GROUP // 4)
+
+
+def pack(weight_OI: Tensor) -> Tensor:
+    """Pack ternary weights, four a byte.
+
+    Args:
+        weight_OI: int8 [O, I] of -1, 0 and 1, O and I at least 1.
+
+    Returns:
+        uint8 [O, J] on the same device, contiguous.
+
+    Raises:
+        IntaglioError: another shape, dtype or value.
+    """
+    if weight_OI.ndim != 2 or not weight_OI.numel() or weight_OI.dtype != torch.int8:
+        raise IntaglioError(
+            f"weight: {_told(weight_OI)} cannot be packed: a matrix of int8 with at least one row and one column can."
+        )
+    if int(weight_OI.min()) < -1 or int(weight_OI.max()) > 1:
+        raise IntaglioError(
+            f"weight: values from {int(weight_OI.min())} to {int(weight_OI.max())} cannot be packed in two bits: -1, 0 and 1 can."
+        )
+    outputs, width = weight_OI.shape
+    filled = torch.nn.functional.pad(weight_OI, (0, 4 * packed_width(width) - width)) + 1
+    codes = filled.to(torch.uint8).view(outputs, 4, -1)
+    return codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
+
+
+def unpack(packed_OJ: Tensor, width: int, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Return the weights, the inverse of `pack`.
+
+    Args:
+        packed_OJ: from `pack`.
+        width: I, as it was packed.
+        dtype: of the result, signed. Default int8.
+
+    Returns:
+        [O, I] of -1, 0 and 1.
+
+    Raises:
+        IntaglioError: the width does not belong to the bytes of a row, or a byte holds the code that is no weight.
+    """
+    _check_packed(packed_OJ, width)
+    if bool((packed_OJ & (packed_OJ >> 1) & 0x55).any()):
+        raise IntaglioError("packed: a byte holds two set bits for one weight, which stand for none of -1, 0 and 1.")
+    return _unpacked(packed_OJ, dtype)[:, :width].contiguous()
+
+
+def _unpacked(packed_OJ: Tensor, dtype: torch.dtype) -> Tensor:
+    """All 4J columns."""
+    planes = torch.stack([packed_OJ >> 2 * k & 3 for k in range(4)], 1)
+    return planes.to(dtype).sub_(1).flatten(1)
+
+
+def quantize(x: Tensor, bits: int = 8, peak: int | None = None, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """Round activations to integers, with a scale for each row.
+
+        s = peak / max(max_i |x_i|, eps),   q = clamp(round(x s), -2^(bits-1), 2^(bits-1) - 1)
+
+    with halves to the even integer. A row with a value that is not finite has q = 0 and s = NaN.
+
+    Args:
+        x: [..., I], floating point; taken as float32.
+        bits: of q, 2 to 8. Default 8.
+        peak: the integer that the largest magnitude of a row goes to: 2^(bits-1) (default, the code of the papers; a
+            positive largest value is then clamped, 0.8 % at 8 bits) or 2^(bits-1) - 1 (transformers, Microsoft).
+        eps: least magnitude that a row's largest is taken for. Default 1e-5.
+
+    Returns:
+        q int8 [..., I] and s float32 [..., 1].
+
+    Raises:
+        IntaglioError: another number of bits or peak.
+    """
+    low, high, peak = _range(bits, peak)
+    x = x.float()
+    largest = x.abs().amax(-1, keepdim=True)
+    finite = largest.isfinite()
+    scale = torch.where(finite, peak / largest.clamp(min=eps), torch.nan)
+    q = (x * scale).round().clamp(low, high).masked_fill(~finite, 0)
+    return q.to(torch.int8), scale
+
+
+def matmul(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
+    """Multiply integers: y_bo = sum_i x_bi w_oi, exact.
+
+    Args:
+        x_BI: int8 [B, I], B may be 0.
+        packed_OJ: from `pack`, on the same device.
+
+    Returns:
+        int32 [B, O].
+
+    Raises:
+        IntaglioError: shapes, dtypes or devices that do not fit.
+    """
+    if x_BI.ndim != 2 or x_BI.dtype != torch.int8:
+        raise IntaglioError(f"x: {_told(x_BI)} cannot be multiplied: a matrix of int8 can.")
+    _check_packed(packed_OJ, x_BI.shape[1], x_BI)
+    if (fast := _kernel(x_BI)) == "numba":
+        from intaglio.kernels import ternary_numba
+
+        return ternary_numba.matmul(x_BI, packed_OJ)
+    if fast == "triton" and len(x_BI) <= _most_rows():
+        from intaglio.kernels import ternary_triton
+
+        return ternary_triton.matmul(x_BI, packed_OJ)
+    return _dense(x_BI, packed_OJ).to(torch.int32)
+
+
+def linear(
+    x: Tensor,
+    packed_OJ: Tensor,
+    weight_scale: float | Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    bits: int | None = 8,
+    peak: int | None = None,
+    eps: float = EPS,
+) -> Tensor:
+    """Apply a linear layer with ternary weights.
+
+        y = (sum_i q_i w_i) / (s_w s_x) + bias,   q, s_x = quantize(x, bits, peak, eps)
+        y = (sum_i x_i w_i) / s_w + bias          without bits
+
+    With bits all code gives the same float32 numbers to the last bit, those of `F.linear(q, w) / (s_w * s_x) + bias`.
+    Without, numba takes a row of x in 31-bit fixed point, relative to the row's largest magnitude, so that the sum itself is
+    exact, where torch and Triton add in float32.
+
+    Args:
+        x: [..., I], floating point. Computed in float32.
+        packed_OJ: from `pack`, on the same device.
+        weight_scale: s_w, what the weights were multiplied with before they were rounded: one number (the papers) or a
+            tensor of one or of O.
+        bias_O: [O], or None.
+        bits: of the activations, 2 to 8; None: they are not quantized.
+        peak, eps: see `quantize`.
+
+    Returns:
+        [..., O], in x's dtype.
+
+    Raises:
+        IntaglioError: shapes, dtypes or devices that do not fit; x asks for a gradient, which there is none of.
+    """
+    if not x.ndim or not x.is_floating_point():
+        raise IntaglioError(f"x: {_told(x)} cannot be multiplied: floating point of at least one dimension can.")
+    _check_packed(packed_OJ, x.shape[-1], x)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise IntaglioError("x: packed weights pass no gradient on: call the model under torch.no_grad().")
+    outputs = len(packed_OJ)
+    if not isinstance(weight_scale, Tensor):
+        weight_scale = torch.tensor([weight_scale], dtype=torch.float32, device=x.device)
+    for name, given, sizes in (("weight_scale", weight_scale, (1, outputs)), ("bias", bias_O, (outputs,))):
+        if given is not None and (given.numel() not in sizes or given.device != x.device):
+            raise IntaglioError(
+                f"{name}: {_told(given)} on {given.device} does not fit {outputs} outputs on {x.device}."
+            )
+    limits = None if bits is None else _range(bits, peak)
+    x_BI = x.detach().reshape(-1, x.shape[-1])
+    scale_S = weight_scale.detach().reshape(-1).float()
+    bias_O = None if bias_O is None else bias_O.detach().float()
+    y_BO = _linear(x_BI, packed_OJ, scale_S, bias_O, bits, limits, eps)
+    return y_BO.to(x.dtype).view(*x.shape[:-1], outputs)
+
+
+def _linear(
+    x_BI: Tensor,
+    packed_OJ: Tensor,
+    scale_S: Tensor,
+    bias_O: Tensor | None,
+    bits: int | None,
+    limits: tuple[int, int, int] | None,
+    eps: float,
+) -> Tensor:
+    fast = _kernel(x_BI)
+    if fast == "numba":
+        from intaglio.kernels import ternary_numba
+
+        return ternary_numba.linear(x_BI.float(), packed_OJ, scale_S, bias_O, limits, eps)
+    if limits is None:
+        factors_BI, divisor = x_BI.float(), scale_S
+    else:
+        assert bits is not None
+        factors_BI, scale_B1 = quantize(x_BI, bits, limits[2], eps)
+        divisor = scale_S * scale_B1
+    if fast == "triton" and len(x_BI) <= _most_rows():
+        from intaglio.kernels import ternary_triton
+
+        y_BO = ternary_triton.matmul(factors_BI, packed_OJ).float() / divisor
+    else:
+        y_BO = _dense(factors_BI, packed_OJ).float() / divisor
+    return y_BO if bias_O is None else y_BO + bias_O
+
+
+def _dense(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
+    """The product in torch, some rows of the weight at a time; of integers exact, in float64 where float32 has too few bits."""
+    width = x_BI.shape[1]
+    exact = x_BI.is_floating_point() or 128 * width <= _EXACT
+    dtype = torch.float32 if exact else torch.float64
+    x_BI = x_BI.to(dtype)
+    rows = max(1, _AT_ONCE // (4 * packed_OJ.shape[1]))
+    parts = [x_BI @ _unpacked(some_OJ, dtype)[:, :width].T for some_OJ in packed_OJ.split(rows)]
+    return torch.cat(parts, 1)
+
+
+def _most_rows() -> int:
+    from intaglio.kernels import ternary_triton
+
+    return ternary_triton.MOST_ROWS
+
+
+def _kernel(x: Tensor) -> str:
+    """What multiplies on this tensor's device: "numba", "triton" or "torch"."""
+    if x.device.type == "cpu" and _has("numba"):
+        return "numba"
+    return "triton" if x.device.type == "cuda" and _has("triton") else "torch"
+
+
+@lru_cache
+def _has(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def _range(bits: int, peak: int | None) -> tuple[int, int, int]:
+    """The least and the greatest integer, and the one that a row's largest magnitude goes to."""
+    if bits not in range(2, 9):
+        raise IntaglioError(f"bits: {bits} is not possible for activations: 2 to 8 are.")
+    half = 1 << (bits - 1)
+    peak = half if peak is None else peak
+    if peak not in (half, half - 1):
+        raise IntaglioError(f"peak: {peak} is not possible for {bits} bits: {half} and {half - 1} are.")
+    return -half, half - 1, peak
+
+
+def _check_packed(packed_OJ: Tensor, width: int, x: Tensor | None = None) -> None:
+    if packed_OJ.ndim != 2 or packed_OJ.dtype != torch.uint8:
+        raise IntaglioError(f"packed: {_told(packed_OJ)} is not what `pack` makes: a matrix of uint8 is.")
+    if width < 1 or packed_OJ.shape[1] != packed_width(width):
+        raise IntaglioError(
+            f"packed: rows of {packed_OJ.shape[1]} bytes hold {_widths(packed_OJ.shape[1])} weights, not {width}."
+        )
+    if x is not None and x.device != packed_OJ.device:
+        raise IntaglioError(f"x: it is on {x.device}, the packed weights on {packed_OJ.device}; both must be on one.")
+
+
+def _widths(J: int) -> str:
+    return "no" if J < 1 or J % (_GROUP // 4) else f"{4 * J - _GROUP + 1} to {4 * J}"
+
+
+def _told(tensor: Tensor) -> str:
+    return f"{'x'.join(map(str, tensor.shape)) or 'a scalar'} of {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def packed_bytes(shape: tuple[int, int]) -> int:
+    """Return the bytes of a packed weight.
+
+    Args:
+        shape: (O, I).
+    """
+    return prod((shape[0], packed_width(shape[1])))

@@ -1,0 +1,309 @@
+"""The ternary product on a CPU. See `ternary` for what is computed and `ternary_simd` for the inner loop.
+
+A call makes integers of the activations, multiplies, and scales back, all of it in one compiled function. Rows of the weight
+are shared out over torch's number of threads where a product is worth it; results do not depend on it. Without quantization
+the activations become 31-bit fixed point, whose four digits in base 256 (each from -128 to 127) are four rows of integers.
+
+Tensors are passed as addresses, which costs a tenth of what numba takes to look at an array: a product of SmolLM2's size is a
+matter of ten microseconds. The first call compiles (about two seconds; as long again the first with several threads), and
+nothing is kept on disk.
+
+Dimension letters: B rows of activations, I inputs, O outputs, J bytes of a packed row; D rows of integers (B, or 4B digits).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numba
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from intaglio.kernels.ternary_simd import ROWS, instructions, tile
+
+_GIVEN, _QUANTIZED, _FLOATING = 0, 1, 2
+_DIGITS = 4
+"""Integers of eight bits that make one of the fixed-point numbers."""
+_CACHE = 1 << 19
+"""Bytes of activations that are multiplied with all rows before the next ones are: half of a second-level cache."""
+_WORTH = 1 << 21
+"""Products of two integers that a further thread is worth waking for: about 15 microseconds."""
+_LINE = 64
+_INFINITE = np.int32(0x7F800000)
+"""The bits of the float32; those of what is not a number are greater."""
+
+_tile_1, _tile_2, _tile_4 = (tile(tokens, *instructions()) for tokens in (1, 2, 4))
+
+
+def matmul(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
+    """Multiply integers; see `ternary.matmul`, which has checked the arguments.
+
+    Args:
+        x_BI: int8 [B, I].
+        packed_OJ: uint8 [O, J].
+
+    Returns:
+        int32 [B, O].
+    """
+    y_BO = torch.empty(len(x_BI), len(packed_OJ), dtype=torch.int32)
+    _call(_GIVEN, x_BI, packed_OJ, y_BO)
+    return y_BO
+
+
+def linear(
+    x_BI: Tensor,
+    packed_OJ: Tensor,
+    scale_S: Tensor,
+    bias_O: Tensor | None,
+    limits: tuple[int, int, int] | None,
+    eps: float,
+) -> Tensor:
+    """Apply a linear layer; see `ternary.linear`, which has checked the arguments.
+
+    Args:
+        x_BI: float32 [B, I].
+        packed_OJ: uint8 [O, J].
+        scale_S: float32, one or O.
+        bias_O: float32 [O], or None.
+        limits: the least and the greatest integer, and the one that a row's largest magnitude goes to; None: not quantized.
+        eps: see `ternary.quantize`.
+
+    Returns:
+        float32 [B, O].
+    """
+    y_BO = torch.empty(len(x_BI), len(packed_OJ))
+    kind = _FLOATING if limits is None else _QUANTIZED
+    _call(kind, x_BI, packed_OJ, y_BO, scale_S, bias_O, limits or (0, 0, 0), eps)
+    return y_BO
+
+
+def _call(
+    kind: int,
+    x_BI: Tensor,
+    packed_OJ: Tensor,
+    y_BO: Tensor,
+    scale_S: Tensor | None = None,
+    bias_O: Tensor | None = None,
+    limits: tuple[int, int, int] = (0, 0, 0),
+    eps: float = 0.0,
+) -> None:
+    x_BI, packed_OJ = x_BI.contiguous(), packed_OJ.contiguous()
+    scale_S = None if scale_S is None else scale_S.contiguous()
+    bias_O = None if bias_O is None else bias_O.contiguous()
+    (B, width), (O, J) = x_BI.shape, packed_OJ.shape
+    D = _DIGITS * B if kind == _FLOATING else B
+    room = torch.empty(D * (4 * J + 4 * (O + ROWS) + 12) + 2 * _LINE, dtype=torch.uint8)
+    given = (
+        kind, x_BI.data_ptr(), B, width, packed_OJ.data_ptr(), O, J, y_BO.data_ptr(),
+        0 if scale_S is None else scale_S.data_ptr(), 1 if scale_S is None else len(scale_S),
+        0 if bias_O is None else bias_O.data_ptr(), *limits, eps, room.data_ptr(),
+    )  # fmt: skip
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + D * O * J * 4 // _WORTH)
+    if threads > 1 and _may_share():
+        _together(*given, threads)
+    else:
+        _alone(*given)
+
+
+@lru_cache(maxsize=1)
+def _may_share() -> bool:
+    """Whether several threads of Python's may use those of numba's at once: its own pool, the last choice, ends the process then."""
+    numba.get_num_threads()  # makes numba choose
+    return numba.threading_layer() != "workqueue"
+
+
+# What follows is compiled. Addresses are integers, and pointers are indexed: arrays would take several times as long to compile.
+_compiled = njit(nogil=True, error_model="numpy")
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _pointer(_context, address, of):  # type: ignore[no-untyped-def]
+    """An address as a pointer to numbers of this type."""
+
+    def emit(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(of.dtype)(types.int64, of), emit
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _as_float(_context, bits):  # type: ignore[no-untyped-def]
+    """The float32 of these bits."""
+    return types.float32(types.int32), lambda _c, builder, _s, values: builder.bitcast(values[0], ir.FloatType())
+
+
+@_compiled
+def _largest(bits, width):  # type: ignore[no-untyped-def]
+    """The bits of the greatest magnitude of a row: ordered as integers, with those of what is not finite highest."""
+    found = np.int32(0)
+    for i in range(width):
+        magnitude = bits[i] & np.int32(0x7FFFFFFF)
+        found = magnitude if magnitude > found else found
+    return found
+
+
+@_compiled
+def _copied(x, q, width):  # type: ignore[no-untyped-def]
+    total = np.int32(0)
+    for i in range(width):
+        q[i] = x[i]
+        total += np.int32(x[i])
+    return total
+
+
+@_compiled
+def _rounded(x, q, width, scale, low, high):  # type: ignore[no-untyped-def]
+    total = np.int32(0)
+    for i in range(width):
+        whole = np.rint(x[i] * scale)
+        whole = low if whole < low else whole
+        whole = np.int32(high if whole > high else whole)
+        q[i] = np.int8(whole)
+        total += whole
+    return total
+
+
+@_compiled
+def _digits(x, q, width, filled, scale, totals):  # type: ignore[no-untyped-def]
+    """Digits in base 256 of the fixed-point numbers round(x scale), a row for each, from the lowest."""
+    t0, t1, t2, t3 = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
+    for i in range(width):
+        left = np.int32(np.rint(np.float64(x[i]) * scale))
+        d0 = np.int8(left)  # the lowest eight bits with their sign
+        left = np.int32(left - d0) >> np.int32(8)
+        d1 = np.int8(left)
+        left = np.int32(left - d1) >> np.int32(8)
+        d2 = np.int8(left)
+        d3 = np.int8(np.int32(left - d2) >> np.int32(8))
+        q[i], q[i + filled], q[i + 2 * filled], q[i + 3 * filled] = d0, d1, d2, d3
+        t0 += np.int32(d0)
+        t1 += np.int32(d1)
+        t2 += np.int32(d2)
+        t3 += np.int32(d3)
+    totals[0], totals[1], totals[2], totals[3] = t0, t1, t2, t3
+
+
+@_compiled
+def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, scales):  # type: ignore[no-untyped-def]
+    """Make the integers [D, 4J], the sum of each row [D] (int32), and the scale of each token [B] (float64)."""
+    total_D, scale_B = _pointer(totals, np.int32), _pointer(scales, np.float64)
+    size = 1 if kind == _GIVEN else 4
+    each = _DIGITS if kind == _FLOATING else 1
+    for b in range(B):
+        there = digits + b * each * filled
+        q = _pointer(there, np.int8)
+        for d in range(each):
+            for i in range(width, filled):
+                q[d * filled + i] = np.int8(0)
+        row = x + size * b * width
+        x_I = _pointer(row, np.float32)
+        found = np.int32(0) if kind == _GIVEN else _largest(_pointer(row, np.int32), width)
+        largest = _as_float(found)
+        if kind == _GIVEN:
+            total_D[b] = _copied(_pointer(row, np.int8), q, width)
+        elif found >= _INFINITE:
+            for i in range(each * filled):
+                q[i] = np.int8(0)
+            for d in range(each):
+                total_D[each * b + d] = np.int32(0)
+            scale_B[b] = np.nan
+        elif kind == _QUANTIZED:
+            scale = np.float32(peak) / max(largest, np.float32(eps))
+            scale_B[b] = scale
+            total_D[b] = _rounded(x_I, q, width, scale, np.float32(low), np.float32(high))
+        else:
+            # The power of two that takes the largest magnitude to [2^29, 2^30).
+            power = math.ldexp(1.0, 30 - math.frexp(np.float64(largest))[1]) if found else 1.0
+            scale_B[b] = power
+            _digits(x_I, q, width, filled, power, _pointer(totals + 4 * each * b, np.int32))
+
+
+@_compiled
+def _multiply(digits, D, packed, outputs, J, sums, stride, first, end):  # type: ignore[no-untyped-def]
+    """Multiply the rows `first` to `end` of the weight with all rows of integers. `stride`: bytes between rows of sums."""
+    last = packed + (outputs - 1) * J
+    many = max(4, _CACHE // (4 * J) // 4 * 4)
+    for start in range(0, D, many):
+        stop = min(D, start + many)
+        for o in range(first, end, ROWS):
+            rows, there, d = packed + o * J, sums + 4 * o, start
+            while d + 4 <= stop:
+                _tile_4(rows, last, J, digits + d * 4 * J, there + d * stride, stride)
+                d += 4
+            if d + 2 <= stop:
+                _tile_2(rows, last, J, digits + d * 4 * J, there + d * stride, stride)
+                d += 2
+            if d < stop:
+                _tile_1(rows, last, J, digits + d * 4 * J, there + d * stride, stride)
+
+
+@_compiled
+def _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, token_scales, first, end):  # type: ignore[no-untyped-def]
+    """Take sum_i x_i from the sums, divide by the scales and add the bias, for the outputs `first` to `end`."""
+    total_D, token_scale_B = _pointer(totals, np.int32), _pointer(token_scales, np.float64)
+    scale_S, bias_O = _pointer(scale, np.float32), _pointer(bias, np.float32)
+    for b in range(B):
+        y_O = _pointer(y + 4 * b * outputs, np.float32)
+        if kind == _GIVEN:
+            whole_O, sum_O = _pointer(y + 4 * b * outputs, np.int32), _pointer(sums + b * stride, np.int32)
+            for o in range(first, end):
+                whole_O[o] = np.int32(sum_O[o] - total_D[b])
+            continue
+        if kind == _QUANTIZED:
+            sum_O, total, own = _pointer(sums + b * stride, np.int32), total_D[b], np.float32(token_scale_B[b])
+            if scales == 1:
+                divisor = np.float32(scale_S[0] * own)
+                for o in range(first, end):
+                    y_O[o] = np.float32(np.int32(sum_O[o] - total)) / divisor
+            else:
+                for o in range(first, end):
+                    y_O[o] = np.float32(np.int32(sum_O[o] - total)) / np.float32(scale_S[o] * own)
+        else:
+            for o in range(first, end):
+                whole = np.int64(0)
+                for d in range(_DIGITS * b + _DIGITS - 1, _DIGITS * b - 1, -1):
+                    whole = 256 * whole + (_pointer(sums + d * stride, np.int32)[o] - total_D[d])
+                y_O[o] = np.float32(whole / token_scale_B[b]) / scale_S[o if scales > 1 else 0]
+        if bias:
+            for o in range(first, end):
+                y_O[o] += bias_O[o]
+
+
+@_compiled
+def _parts(D, J, outputs, room):  # type: ignore[no-untyped-def]
+    """Where the integers, the sums, the scales of tokens and the rows' totals begin; and the bytes between rows of sums."""
+    stride = 4 * ROWS * ((outputs + ROWS - 1) // ROWS)
+    digits = (room + _LINE - 1) // _LINE * _LINE
+    sums = digits + D * 4 * J
+    scales = (sums + D * stride + _LINE - 1) // _LINE * _LINE
+    return digits, sums, scales, scales + 8 * D, stride
+
+
+@_compiled
+def _alone(kind, x, B, width, packed, O, J, y, scale, scales, bias, low, high, peak, eps, room):  # type: ignore[no-untyped-def]
+    D = B * _DIGITS if kind == _FLOATING else B
+    digits, sums, own, totals, stride = _parts(D, J, O, room)
+    _prepare(kind, x, B, width, 4 * J, low, high, peak, eps, digits, totals, own)
+    _multiply(digits, D, packed, O, J, sums, stride, 0, O)
+    _finish(kind, B, O, y, scale, scales, bias, sums, stride, totals, own, 0, O)
+
+
+@njit(nogil=True, error_model="numpy", parallel=True)
+def _together(kind, x, B, width, packed, O, J, y, scale, scales, bias, low, high, peak, eps, room, threads):  # type: ignore[no-untyped-def]
+    D = B * _DIGITS if kind == _FLOATING else B
+    digits, sums, own, totals, stride = _parts(D, J, O, room)
+    _prepare(kind, x, B, width, 4 * J, low, high, peak, eps, digits, totals, own)
+    before = numba.get_num_threads()
+    numba.set_num_threads(threads)
+    # Sixteen outputs are a line of the cache, which two threads had better not write to.
+    part = ((O + threads - 1) // threads + 15) // 16 * 16
+    for share in prange(threads):
+        first, end = share * part, min(O, (share + 1) * part)
+        _multiply(digits, D, packed, O, J, sums, stride, first, end)
+        _finish(kind, B, O, y, scale, scales, bias, sums, stride, totals, own, first, end)
+    numba.set_num_threads(before)
