@@ -141,10 +141,7 @@ def test_outputs_scale_with_the_weight_and_not_with_normed_inputs(seed: int, fac
 def test_the_forward_is_the_formula(fields: dict[str, Any]) -> None:
     weight, x = drawn(7, 12), drawn(4, 12, seed=1)
     made = layer(weight, bias=True, **fields)
-    if fields.get("norm"):
-        x_n = F.layer_norm(x, (12,))
-    else:
-        x_n = x
+    x_n = F.layer_norm(x, (12,)) if fields.get("norm") else x
     top = fields.get("activation_range", 128)
     s_x = top / x_n.abs().amax(-1, keepdim=True)
     size = weight.abs()

@@ -1,8 +1,7 @@
 """Codes in few bytes: four ternary weights, two of up to 4 bits, or one of up to 8 in a byte.
 
-Codes of three or four values lie in planes: byte j of a row holds the columns j, J + j, 2J + j and 3J + j, from its
-lowest bits up, of a row filled up to a multiple of 64 columns: a run of bytes is a run of weights. Wider codes follow
-each other.
+Ternary ones lie as `kernels.ternary` wants them. Of others, consecutive inputs share a byte, the first in its lowest
+bits.
 
 Dimension letters: O output features, I input features, J bytes of a row.
 """
@@ -13,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-GROUP = 64
-"""Columns that a row of codes of two bits is filled up to a multiple of."""
+from intaglio.kernels import ternary
+
+TERNARY = (-1, 1)
 
 
 def in_a_byte(low: int, high: int) -> int:
@@ -35,25 +35,25 @@ def bytes_of_row(inputs: int, low: int, high: int) -> int:
         low: the least code.
         high: the greatest.
     """
-    count = in_a_byte(low, high)
-    return -(-inputs // GROUP) * (GROUP // 4) if count == 4 else -(-inputs // count)
+    return ternary.packed_width(inputs) if (low, high) == TERNARY else -(-inputs // in_a_byte(low, high))
 
 
 def pack(codes_OI: Tensor, low: int, high: int) -> Tensor:
-    """Codes to bytes, uint8 [O, J], code - low each; what a row is filled up with is code 0.
+    """Codes to bytes, uint8 [O, J], code - low each.
 
     Args:
         codes_OI: whole numbers of any dtype.
         low: the least code.
         high: the greatest.
     """
+    if (low, high) == TERNARY:
+        return ternary.pack(codes_OI.to(torch.int8))
     count = in_a_byte(low, high)
-    width = bytes_of_row(codes_OI.shape[1], low, high)
-    held_OI = (F.pad(codes_OI, (0, count * width - codes_OI.shape[1])) - low).to(torch.uint8)
-    parts = held_OI.chunk(count, 1) if count == 4 else [held_OI[:, place::count] for place in range(count)]
-    packed = parts[0].clone()
+    held_OI = (codes_OI - low).to(torch.uint8)
+    held_OI = F.pad(held_OI, (0, -held_OI.shape[1] % count))
+    packed = held_OI[:, ::count].clone()
     for place in range(1, count):
-        packed |= parts[place] << (8 // count * place)
+        packed |= held_OI[:, place::count] << (8 // count * place)
     return packed
 
 
@@ -66,11 +66,12 @@ def unpack(packed_OJ: Tensor, inputs: int, low: int, high: int) -> Tensor:
         low: the least code.
         high: the greatest.
     """
+    if (low, high) == TERNARY:
+        return ternary.unpack(packed_OJ, inputs, torch.int16)
     count = in_a_byte(low, high)
     width = 8 // count
     parts = [packed_OJ >> (width * place) & (2**width - 1) for place in range(count)]
-    held_OI = torch.cat(parts, 1) if count == 4 else torch.stack(parts, 2).flatten(1)
-    return held_OI[:, :inputs].to(torch.int16) + low
+    return torch.stack(parts, 2).flatten(1)[:, :inputs].to(torch.int16) + low
 
 
 def product(x_BI: Tensor, packed_OJ: Tensor, low: int, high: int) -> Tensor:

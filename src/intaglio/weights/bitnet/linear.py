@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from intaglio.errors import IntaglioError
+from intaglio.kernels import ternary
 from intaglio.replaced import Joined, ReplacedLinear, put
 from intaglio.weights.bitnet import codes as bits
 from intaglio.weights.bitnet.quantization import (
@@ -250,6 +251,14 @@ class PackedLinear(Quantized):
         """See the base."""
         return self.codes() / self.weight_scale.float()
 
+    def _kernel_fits(self, x_BI: Tensor) -> bool:
+        """Whether the kernel computes this: it passes no gradient, and measures activations by their largest."""
+        learns = torch.is_grad_enabled() and any(
+            part is not None and part.requires_grad for part in (x_BI, self.bias, self.norm_weight, self.norm_bias)
+        )
+        largest = self.how.activation_bits is None or self.how.activation_scale == "max"
+        return self.how.weight_range == bits.TERNARY and largest and not learns
+
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return y [B, O].
 
@@ -257,6 +266,18 @@ class PackedLinear(Quantized):
             x_BI: the input.
         """
         limits = self.how.weight_range
+        if self._kernel_fits(x_BI):
+            normed_BI = x_BI if self.norm == "none" else normed(x_BI, self.norm, self.norm_weight, self.norm_bias)
+            y_BO = ternary.linear(
+                normed_BI,
+                self.weight_packed,
+                self.weight_scale,
+                self.bias,
+                bits=self.how.activation_bits,
+                peak=self.how.activation_top if self.how.activation_bits else None,
+                eps=self.how.eps,
+            )
+            return y_BO.to(x_BI.dtype)
         return self._through(
             x_BI, lambda x: bits.product(x, self.weight_packed, *limits), self.weight_scale.float(), 1.0
         )
