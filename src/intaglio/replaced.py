@@ -66,7 +66,7 @@ class Joined(ReplacedLinear):
         places_O[torch.cat([row.cpu() for row in rows])] = torch.arange(self.out_features, device="cpu")
         # As numbers, not as a buffer: a model's skeleton has no memory for buffers, and nothing would fill it.
         self._in_order = bool(torch.equal(places_O, torch.arange(self.out_features, device="cpu")))
-        self._places = places_O.tolist()
+        self.places = places_O.tolist()
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return what the parts give, in the order of the fused rows [B, O].
@@ -75,12 +75,12 @@ class Joined(ReplacedLinear):
             x_BI: the input.
         """
         y_BO = torch.cat([part(x_BI) for part in self.parts], dim=-1)
-        return y_BO if self._in_order else y_BO[..., self._places]
+        return y_BO if self._in_order else y_BO[..., self.places]
 
     def dense(self) -> Tensor:
         """See the base."""
         found_OI = torch.cat([part.dense() for part in self.parts])  # type: ignore[operator]
-        return found_OI if self._in_order else found_OI[self._places]
+        return found_OI if self._in_order else found_OI[self.places]
 
 
 def count_parameters(model: nn.Module) -> int:
