@@ -81,7 +81,7 @@ ENTRIES: dict[str, Entry] = {
         Entry(
             slug="bitnet",
             room="weights",
-            name="Bitnet",
+            name="BitNet",
             kinds=("carving", "shaper"),
             summary="trains ternary weights and 8-bit activations by straight-through rounding, and packs them",
             paper="Nielsen and Schneider-Kamp, BitNet b1.58 Reloaded: State-of-the-art Performance Also on Smaller "

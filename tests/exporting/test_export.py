@@ -21,7 +21,7 @@ from intaglio.cli.app import app
 from intaglio.errors import IntaglioError
 from intaglio.exporting import export
 from intaglio.exporting.compressed import bits_of, packed
-from intaglio.weights.bitnet import Bitnet
+from intaglio.weights.bitnet import BitNet
 from tests.families import DECODERS, ENCODERS, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(8, 150, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -31,7 +31,7 @@ UNFUSED = [family for family in LINEAR if family not in ("phi3", "gpt_neox")]
 
 def made(family: str = "llama", **fields: Any) -> Checkpoint:
     checkpoint = Checkpoint(tiny_model(family, layers=2), tiny_tokenizer(family), "tiny")
-    return checkpoint if not fields else Bitnet(**fields).apply(checkpoint)
+    return checkpoint if not fields else BitNet(**fields).apply(checkpoint)
 
 
 @torch.no_grad()

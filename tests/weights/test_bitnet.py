@@ -23,7 +23,7 @@ from intaglio.replaced import count_parameters
 from intaglio.trainer import CausalLM
 from intaglio.verify import Speculative
 from intaglio.verify.drafters import PromptLookup
-from intaglio.weights.bitnet import BitLinear, Bitnet, PackedLinear, Quantization, bitlinear, freeze
+from intaglio.weights.bitnet import BitLinear, BitNet, PackedLinear, Quantization, bitlinear, freeze
 from intaglio.weights.bitnet.codes import bytes_of_row, pack, unpack
 from intaglio.weights.bitnet.quantization import (
     activation_codes,
@@ -233,7 +233,7 @@ def test_stochastic_rounding_is_that_of_its_draws_and_only_in_training() -> None
 )
 def test_fields_that_do_not_fit(fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ValidationError, match=match):
-        Bitnet(**fields)
+        BitNet(**fields)
 
 
 def test_any_module_takes_the_layers() -> None:
@@ -275,7 +275,7 @@ def test_training_leaves_what_its_last_evaluation_saw(family: str, tmp_path: Pat
         return {"loss": 0.0}
 
     with torch.enable_grad():
-        run(ckpt, shape=[Bitnet(lambda_warmup=1.0)], evaluate=judge, evaluate_every=1, steps=3)
+        run(ckpt, shape=[BitNet(lambda_warmup=1.0)], evaluate=judge, evaluate_every=1, steps=3)
     assert ckpt.kind == "live"
     assert torch.equal(ckpt.model(IDS).logits, seen[-1])
     assert not torch.equal(seen[0], seen[-1])
@@ -296,7 +296,7 @@ def test_bytes_shrink_and_parameters_are_counted_as_weights() -> None:
     ckpt = checkpoint(layers=2)
     before, count = ckpt.bytes, count_parameters(ckpt.model)
     projections = sum(o * i for _, linear in tiny_linears("llama", 2) for o, i in [linear.shape])
-    Bitnet().apply(ckpt)
+    BitNet().apply(ckpt)
     assert count_parameters(ckpt.model) == count + len(tiny_linears("llama", 2))  # and a scale each
     # The widths of 32 and 48 are filled up to 64 columns, 16 bytes.
     rows = sum(linear.shape[0] for _, linear in tiny_linears("llama", 2))
@@ -308,21 +308,21 @@ def test_bytes_shrink_and_parameters_are_counted_as_weights() -> None:
 
 def test_shadow_weights_train_on_and_are_packed_later(tmp_path: Path) -> None:
     ckpt = checkpoint(layers=1)
-    run(ckpt, shape=[Bitnet(keep="shadow")], steps=2)
+    run(ckpt, shape=[BitNet(keep="shadow")], steps=2)
     ckpt.save(tmp_path / "shadow")
     again = intaglio.load(tmp_path / "shadow")
     assert sum(isinstance(m, BitLinear) for m in again.model.modules()) == 7
     with pytest.raises(IntaglioError, match="trained with scale: None; mean does not fit"):
-        run(again, shape=[Bitnet(scale="mean")], steps=1)
+        run(again, shape=[BitNet(scale="mean")], steps=1)
     before = {name: p.clone() for name, p in again.model.named_parameters()}
-    run(again, shape=[Bitnet(keep="shadow")], steps=2)
+    run(again, shape=[BitNet(keep="shadow")], steps=2)
     assert all(not torch.equal(p, before[name]) for name, p in again.model.named_parameters() if p.ndim > 1)
     expected = again.model(IDS).logits
-    Bitnet().apply(again)
+    BitNet().apply(again)
     assert torch.equal(again.model(IDS).logits, expected)
     assert again.record.live[0]["packed"] is True
     with pytest.raises(IntaglioError, match="packed codes of bitnet"):
-        run(again, shape=[Bitnet()], steps=1)
+        run(again, shape=[BitNet()], steps=1)
     # The rest of the model can be trained on; codes stay.
     codes = [m.weight_packed.clone() for m in again.model.modules() if isinstance(m, PackedLinear)]
     norm = again.model.model.norm.weight.clone()
@@ -337,8 +337,8 @@ def test_zeros_of_a_pruning_stay_zeros_while_it_trains() -> None:
     intaglio.Magnitude(pattern="2:4").apply(ckpt)
     zeros = [linear.read() == 0 for _, linear in anatomy(ckpt.model).all_linears()]
     with pytest.raises(IntaglioError, match=r"half of .* is zero, so its median is 0"):
-        run(ckpt, shape=[Bitnet()], steps=1)
-    run(ckpt, shape=[Bitnet(scale="mean")], steps=3)
+        run(ckpt, shape=[BitNet()], steps=1)
+    run(ckpt, shape=[BitNet(scale="mean")], steps=3)
     layers = [m for m in ckpt.model.modules() if isinstance(m, PackedLinear)]
     assert all(bool((m.codes()[zero] == 0).all()) for m, zero in zip(layers, zeros, strict=True))
 
@@ -346,7 +346,7 @@ def test_zeros_of_a_pruning_stay_zeros_while_it_trains() -> None:
 def test_decay_ends_when_it_is_told_to() -> None:
     found: list[float] = []
 
-    class Spy(Bitnet, slug="bitnet"):
+    class Spy(BitNet, slug="bitnet"):
         def on_step(self, t: int) -> None:
             assert self._run is not None
             assert self._run.optimizer is not None
@@ -361,7 +361,7 @@ def test_decay_ends_when_it_is_told_to() -> None:
 @torch.no_grad()
 def test_it_generates_with_a_cache_and_drafts_without_loss(family: str) -> None:
     ckpt = checkpoint(family, layers=2)
-    Bitnet(bits=8.0, per="row").apply(ckpt)
+    BitNet(bits=8.0, per="row").apply(ckpt)
     prompt = torch.tensor([[5, 9, 30, 5, 9, 30, 5, 9]])
     wanted = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     slow = ckpt.model.generate(prompt, use_cache=False, **wanted)
@@ -373,7 +373,7 @@ def test_it_generates_with_a_cache_and_drafts_without_loss(family: str) -> None:
 @torch.no_grad()
 def test_half_precision_works(tmp_path: Path) -> None:
     ckpt = checkpoint(layers=2)
-    Bitnet().apply(ckpt)
+    BitNet().apply(ckpt)
     expected = ckpt.model(IDS).logits
     ckpt.save(tmp_path / "out")
     half = intaglio.load(tmp_path / "out", dtype="bfloat16")
@@ -386,14 +386,14 @@ def test_half_precision_works(tmp_path: Path) -> None:
 
 def test_mixed_precision_trains() -> None:
     ckpt = checkpoint(layers=1)
-    done = run(ckpt, shape=[Bitnet()], steps=2, precision="bfloat16")
+    done = run(ckpt, shape=[BitNet()], steps=2, precision="bfloat16")
     assert all(torch.isfinite(torch.tensor(line.loss)) for line in done.history)
 
 
 def test_at_eight_bits_little_changes() -> None:
     model = tiny_model("llama", layers=2)
     ckpt = intaglio.Checkpoint(copy.deepcopy(model), None, "tiny")
-    Bitnet(bits=8.0, activation_bits=None).apply(ckpt)
+    BitNet(bits=8.0, activation_bits=None).apply(ckpt)
     with torch.no_grad():
         expected, found = model(IDS).logits, ckpt.model(IDS).logits
     assert float((found - expected).abs().mean() / expected.abs().mean()) < 0.05
@@ -402,12 +402,12 @@ def test_at_eight_bits_little_changes() -> None:
 @pytest.mark.parametrize(
     ("method", "match"),
     [
-        (Bitnet(targets=["*.nowhere"]), r"targets: '.*nowhere' names no layer"),
-        (Bitnet(ignore=["layers.9.*"]), r"ignore: 'layers\.9\..' names no layer"),
-        (Bitnet(ignore=["layers.*"]), "leave no layer"),
+        (BitNet(targets=["*.nowhere"]), r"targets: '.*nowhere' names no layer"),
+        (BitNet(ignore=["layers.9.*"]), r"ignore: 'layers\.9\..' names no layer"),
+        (BitNet(ignore=["layers.*"]), "leave no layer"),
     ],
 )
-def test_names_that_are_none(method: Bitnet, match: str) -> None:
+def test_names_that_are_none(method: BitNet, match: str) -> None:
     ckpt = checkpoint(layers=1)
     with pytest.raises(IntaglioError, match=match):
         method.apply(ckpt)
@@ -419,14 +419,14 @@ def test_names_that_are_none(method: Bitnet, match: str) -> None:
 def test_weights_without_a_scale_and_half_of_a_fused_module_are_refused() -> None:
     ckpt = checkpoint("phi3", layers=1)
     with pytest.raises(IntaglioError, match="fused in one module"):
-        Bitnet(ignore=["*qkv_proj[[]q]"]).apply(ckpt)
+        BitNet(ignore=["*qkv_proj[[]q]"]).apply(ckpt)
     linear = anatomy(ckpt.model).linears(0)[0]
     linear.write(torch.zeros(linear.shape))
     with pytest.raises(IntaglioError, match="all zeros"):
-        Bitnet().apply(ckpt)
+        BitNet().apply(ckpt)
     linear.write(torch.full(linear.shape, float("nan")))
     with pytest.raises(IntaglioError, match="not finite"):
-        Bitnet().apply(ckpt)
+        BitNet().apply(ckpt)
     assert ckpt.record.steps == []
     assert not any(isinstance(m, BitLinear) for m in ckpt.model.modules())
 
@@ -455,13 +455,13 @@ def test_pruned_before_and_unmasked_after_is_accepted() -> None:
 
 def test_pruning_and_adapters_behind_it_are_one_sentence_in_python() -> None:
     ckpt = checkpoint(layers=1)
-    Bitnet().apply(ckpt)
+    BitNet().apply(ckpt)
     with pytest.raises(IntaglioError, match="no plain projections"):
         intaglio.Magnitude(sparsity=0.5).apply(ckpt)
     with pytest.raises(IntaglioError, match="lora adapts plain linear layers"):
         run(ckpt, lora={"r": 2})
     with pytest.raises(IntaglioError, match="leave lora and freeze out"):
-        run(checkpoint(layers=1), shape=[Bitnet()], lora={"r": 2})
+        run(checkpoint(layers=1), shape=[BitNet()], lora={"r": 2})
 
 
 def test_checks_of_a_training_step_reach_the_shaper() -> None:
@@ -474,9 +474,9 @@ def test_checks_of_a_training_step_reach_the_shaper() -> None:
 
 def test_a_shadow_model_learns() -> None:
     ckpt = checkpoint(layers=2)
-    done = run(ckpt, TEXTS, objective=CausalLM(length=24), shape=[Bitnet()], steps=40, learning_rate=3e-3)
+    done = run(ckpt, TEXTS, objective=CausalLM(length=24), shape=[BitNet()], steps=40, learning_rate=3e-3)
     assert done.history[-1].loss < 0.7 * done.history[0].loss
 
 
 def test_the_paper_has_a_norm_in_front() -> None:
-    assert (Bitnet.paper().norm, Bitnet().how.norm) == ("layernorm", "none")
+    assert (BitNet.paper().norm, BitNet().how.norm) == ("layernorm", "none")

@@ -29,7 +29,7 @@ from intaglio.measures.memory import peak_memory
 from intaglio.measures.quality import quality
 from intaglio.replaced import ReplacedLinear, count_parameters, module_names, put
 from intaglio.trainer import Batch, Run, Shaper, train
-from intaglio.weights.bitnet import Bitnet
+from intaglio.weights.bitnet import BitNet
 
 BITS = "bits per byte"
 BYTES = "bytes of the weights"
@@ -108,7 +108,7 @@ class Arm:
 
     Args:
         doubled: whether it has the width 2h.
-        ternary: fields of `Bitnet`; None: full precision.
+        ternary: fields of `BitNet`; None: full precision.
         norms: whether a model in full precision has the ternary one's norms.
         what: in words.
     """
@@ -121,7 +121,7 @@ class Arm:
     def shapers(self) -> list[Shaper]:
         """What shapes its training."""
         if self.ternary is not None:
-            return [Bitnet.paper(**self.ternary)]
+            return [BitNet.paper(**self.ternary)]
         return [InnerNorms()] if self.norms else []
 
 

@@ -20,7 +20,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.files import quiet
 from intaglio.errors import IntaglioError
 from intaglio.replaced import Joined, ReplacedLinear
-from intaglio.weights.bitnet import BitLinear, Bitnet, PackedLinear, Quantization
+from intaglio.weights.bitnet import BitLinear, BitNet, PackedLinear, Quantization
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def quantization_of(checkpoint: Checkpoint, format: str) -> Quantization:
         IntaglioError: nothing is quantized, or another live part is there.
     """
     slugs = [str(part.get("slug")) for part in checkpoint.record.live]
-    other = [slug for slug in slugs if slug != Bitnet.slug]
+    other = [slug for slug in slugs if slug != BitNet.slug]
     if other:
         raise IntaglioError(f"the format {format} has no place for the live part of {other[0]}")
     if not slugs:

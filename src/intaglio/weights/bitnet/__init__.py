@@ -35,10 +35,10 @@ from intaglio.weights.bitnet import surgery
 from intaglio.weights.bitnet.linear import BitLinear, PackedLinear, bitlinear, freeze
 from intaglio.weights.bitnet.quantization import Quantization
 
-__all__ = ["BitLinear", "Bitnet", "PackedLinear", "Quantization", "bitlinear", "freeze"]
+__all__ = ["BitLinear", "BitNet", "PackedLinear", "Quantization", "bitlinear", "freeze"]
 
 
-class Bitnet(Quantization, Method, slug="bitnet"):
+class BitNet(Quantization, Method, slug="bitnet"):
     """Multiplies with weights of few bits, ternary by default, and with activations of 8 bits, in training as in use.
 
     In a training step's `shape` the projections of the blocks keep a float weight W that the optimizer moves, and

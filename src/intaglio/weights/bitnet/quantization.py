@@ -35,7 +35,7 @@ def integer_range(bits: float) -> tuple[int, int]:
 
 
 class Quantization(BaseModel):
-    """How one projection is quantized; the fields are those of `Bitnet`, which describes them."""
+    """How one projection is quantized; the fields are those of `BitNet`, which describes them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
