@@ -51,6 +51,26 @@ EXAMPLES["dyspec"] = (
     {"draft": NGramStore.build([list(range(5, 40)) * 2], VOCAB), "algorithm": "threshold", "order": "blocks"},
 )
 EXAMPLES["meap"] = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
+EXAMPLES["bitnet"] = (
+    {},
+    {
+        "bits": 4,
+        "scale": "max",
+        "per": "row",
+        "activation_bits": None,
+        "norm": "layernorm",
+        "learnable_norm": True,
+        "targets": ["layers.0.*"],
+    },
+    {
+        "norm": "rmsnorm",
+        "strategy": "stochastic",
+        "activation_range": 127,
+        "keep": "shadow",
+        "lambda_warmup": 0.5,
+        "decay_until": 0.5,
+    },
+)
 # Lossless where it verifies, or is never sure enough; PAD is a token that is there, so that it decodes untrained too.
 EXAMPLES["lud"] = (
     {"length": 24, "pad_token": 3, "alpha": 0.0, "verify": True, "beta": 0.0},

@@ -143,8 +143,8 @@ def test_what_is_read(tmp_path: Path) -> None:
         (
             "steps:\n  - prune: {}",
             ", line 2, steps[0]: there is no method named 'prune'; "
-            "accepted: drop_blocks, dsnot, fit, layerwise_unmasking, lost, magnitude, sparsegpt, train, visibility, "
-            "wanda",
+            "accepted: bitnet, drop_blocks, dsnot, fit, layerwise_unmasking, lost, magnitude, sparsegpt, train, "
+            "visibility, wanda",
         ),
         (
             "steps:\n  - wanda:\n      sparsty: 0.5",
@@ -243,7 +243,7 @@ def test_what_is_read(tmp_path: Path) -> None:
         ("steps: [wanda: {sparsity: 0.5}]\nsteps: []", ", line 2: the key 'steps' stands twice"),
         ('steps: [wanda: {sparsity: 0.5}]\n"a\\nb\\e": 1', "a\\nb\\x1b: there is no such field here"),
         (f"steps: [wanda: {{sparsity: 0.5}}]\n{'x' * 500}: 1", "x...: there is no such field here"),
-        (f"steps:\n  - {'x' * 500}: 1", "x...; accepted: drop_blocks"),
+        (f"steps:\n  - {'x' * 500}: 1", "x...; accepted: bitnet, drop_blocks"),
     ],
 )
 def test_a_recipe_that_is_wrong(text: str, sentence: str, tmp_path: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_method_that_is_no_carving_is_no_step(monkeypatch: pytest.MonkeyPatch)
     entry = Entry("sampler", "decoding", "Sampler", ("decoder",), "says words", "nobody, nowhere", "https://x")
     monkeypatch.setitem(ENTRIES, "sampler", entry)
     assert sentence_of(lambda: Recipe.of({"steps": [{"sampler": {}}]})) == (
-        "recipe, steps[0]: 'sampler' is a method, but no step of a recipe; accepted: drop_blocks, dsnot, fit, "
+        "recipe, steps[0]: 'sampler' is a method, but no step of a recipe; accepted: bitnet, drop_blocks, dsnot, fit, "
         "layerwise_unmasking, lost, magnitude, sparsegpt, train, visibility, wanda"
     )
 

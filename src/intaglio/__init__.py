@@ -9,6 +9,7 @@ Every name below is loaded when it is first used, so that importing the package 
 
 - `load`, `Checkpoint`: a model, its tokenizer and the record of what was done to it
 - `Recipe`, `carve`, `compare`, `plan`: recipes and what runs them
+- `export`: a checkpoint in a format that stock transformers loads
 - `new`, `train`, `CausalLM`: small models from scratch, and the one training loop
 - `load_texts`, `Corpus`, `Segments`: data
 - `IntaglioError`: the one error a user can cause
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from intaglio.data.segments import Segments
     from intaglio.data.texts import Corpus, load_texts
     from intaglio.errors import IntaglioError
+    from intaglio.exporting import export
     from intaglio.fresh import new
     from intaglio.recipe import Recipe
     from intaglio.trainer.causal import CausalLM
@@ -42,6 +44,7 @@ _HOMES = {
     "Segments": "data.segments",
     "carve": "carving",
     "compare": "carving",
+    "export": "exporting",
     "load": "checkpoint",
     "load_texts": "data.texts",
     "new": "fresh",
@@ -59,6 +62,7 @@ __all__ = [
     "Segments",
     "carve",
     "compare",
+    "export",
     "load",
     "load_texts",
     "new",

@@ -88,6 +88,16 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2210.04092",
         ),
         Entry(
+            slug="bitnet",
+            room="weights",
+            name="BitNet",
+            kinds=("carving", "shaper"),
+            summary="trains ternary weights and 8-bit activations by straight-through rounding, and packs them",
+            paper="Nielsen and Schneider-Kamp, BitNet b1.58 Reloaded: State-of-the-art Performance Also on Smaller "
+            "Networks, DeLTA 2024",
+            url="https://arxiv.org/abs/2407.09527",
+        ),
+        Entry(
             slug="chimera",
             room="decoding",
             name="Chimera",

@@ -384,8 +384,9 @@ def _train_schema(definitions: dict[str, Any]) -> dict[str, Any]:
 def _schemas_of(kind: Kind, definitions: dict[str, Any]) -> list[dict[str, Any]]:
     found = slugs(kind)
     for slug in found:
-        definitions[slug] = get(slug).model_json_schema(ref_template="#/$defs/{model}")
-        definitions.update(definitions[slug].pop("$defs", {}))
+        if slug not in definitions:  # a method may be a step of its own, too
+            definitions[slug] = get(slug).model_json_schema(ref_template="#/$defs/{model}")
+            definitions.update(definitions[slug].pop("$defs", {}))
     # Nothing is accepted where no method of the kind is there yet.
     return [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in found] or [{"not": {}}]
 

@@ -41,6 +41,11 @@ class ReplacedLinear(nn.Module):
         """
         raise IntaglioError(f"the projections of {self.slug} are no matrix products")
 
+    @property
+    def packed_away(self) -> int:
+        """How many more weights it has than numbers that it stores, as several share one; 0 by default."""
+        return 0
+
     def extra_repr(self) -> str:
         """As `nn.Linear` says it."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
@@ -61,7 +66,7 @@ class Joined(ReplacedLinear):
         places_O[torch.cat([row.cpu() for row in rows])] = torch.arange(self.out_features, device="cpu")
         # As numbers, not as a buffer: a model's skeleton has no memory for buffers, and nothing would fill it.
         self._in_order = bool(torch.equal(places_O, torch.arange(self.out_features, device="cpu")))
-        self._places = places_O.tolist()
+        self.places = places_O.tolist()
 
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return what the parts give, in the order of the fused rows [B, O].
@@ -70,12 +75,22 @@ class Joined(ReplacedLinear):
             x_BI: the input.
         """
         y_BO = torch.cat([part(x_BI) for part in self.parts], dim=-1)
-        return y_BO if self._in_order else y_BO[..., self._places]
+        return y_BO if self._in_order else y_BO[..., self.places]
 
     def dense(self) -> Tensor:
         """See the base."""
         found_OI = torch.cat([part.dense() for part in self.parts])  # type: ignore[operator]
-        return found_OI if self._in_order else found_OI[self._places]
+        return found_OI if self._in_order else found_OI[self.places]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The parameters of a model, each weight of a packed projection counted.
+
+    Args:
+        model: any model.
+    """
+    packed = sum(module.packed_away for module in model.modules() if isinstance(module, ReplacedLinear))
+    return sum(parameter.numel() for parameter in model.parameters()) + packed
 
 
 def module_names(model: nn.Module) -> dict[int, str]:
@@ -106,4 +121,4 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-__all__ = ["Joined", "ReplacedLinear", "module_names", "put"]
+__all__ = ["Joined", "ReplacedLinear", "count_parameters", "module_names", "put"]

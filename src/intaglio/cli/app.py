@@ -413,6 +413,33 @@ def inspect(
 
 @app.command()
 @speaks_plainly
+def export(
+    model: Model,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The directory to make.")] = None,
+    format: Annotated[
+        str,
+        typer.Option(help="safetensors (plain weights), compressed-tensors (few bits) or bitnet (ternary)."),
+    ] = "safetensors",
+    dtype: Dtype = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint as stock transformers loads it by itself, or say why the format cannot hold it."""
+    from intaglio.checkpoint import load
+    from intaglio.errors import IntaglioError
+    from intaglio.exporting import export as run
+
+    if output is None:
+        raise IntaglioError("an output directory is missing: name one with -o DIR")
+    path = run(load(model, dtype=dtype), output, format, overwrite)  # type: ignore[arg-type]
+    if json:
+        print_json({"model": model, "format": format, "path": str(path)})
+        return
+    out.print(f"checkpoint ({format}): {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+@speaks_plainly
 def prove(
     slug: Annotated[str, typer.Argument(help="A method's slug; see `intaglio list`.")],
     seed_base: Annotated[int, typer.Option(help="All seeds follow from it; another one gives other data.")] = 0,

@@ -11,6 +11,7 @@ from intaglio.measures.quality import quality, reference
 from intaglio.measures.speed import REPEATS, speed
 from intaglio.measures.zeros import zero_fractions
 from intaglio.method import Progress, silent
+from intaglio.replaced import count_parameters
 
 
 class Yardstick:
@@ -67,7 +68,7 @@ class Yardstick:
             "cosine": found.cosine,
             "zero_fraction": zero_fractions(checkpoint),
             "bytes": checkpoint.bytes,
-            "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
+            "parameters": count_parameters(checkpoint.model),
             "prefill_tokens_per_s": None if times is None else times.prefill,
             "decode_tokens_per_s": None if times is None else times.decode,
             "peak_memory_bytes": peak.bytes,

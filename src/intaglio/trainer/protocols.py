@@ -148,15 +148,16 @@ class Shaper(Protocol):
 
 
 @runtime_checkable
-class TakesPasses(Protocol):
-    """A shaper with passes or memory of its own, which an estimate of the step must count."""
+class CostsTraining(Protocol):
+    """A shaper that makes training dearer by an amount worth saying: passes, selections or memory of its own."""
 
-    def training_cost(self, workload: Workload, steps: float, pass_flops: float) -> Cost:
-        """What it takes beside the step itself.
+    def training_cost(self, workload: Workload, steps: float, batch_tokens: int, pass_flops: float) -> Cost:
+        """What it takes beside the steps themselves.
 
         Args:
             workload: of the model.
             steps: optimizer steps.
+            batch_tokens: of a batch.
             pass_flops: operations of a forward and backward of the batch that a step begins with.
         """
 

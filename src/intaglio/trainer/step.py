@@ -15,9 +15,9 @@ from intaglio.data.labelled import as_labelled, read_labelled
 from intaglio.data.streams import TextStream
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError, did_you_mean, shorten
-from intaglio.method import Change, ChecksModel, Cost, Fact, Method, Progress, Workload, get, silent, slugs
+from intaglio.method import Carving, Change, ChecksModel, Cost, Fact, Method, Progress, Workload, get, silent, slugs
 from intaglio.trainer.pairs import apart, load_pairs
-from intaglio.trainer.protocols import TakesPasses
+from intaglio.trainer.protocols import CostsTraining
 from intaglio.trainer.settings import Settings
 
 ROW = 512
@@ -105,6 +105,9 @@ class Train(Settings, Method, slug="train"):
             raise ValueError("patience needs evaluate, a share of the data such as 0.05, or validation")
         if self.patience is not None and labels and self.watch == "loss":
             raise ValueError("patience watches the loss, which validation does not give; set watch: error")
+        replacing = [part.slug for part in self.parts if "linear_weights" in part.invalidates]
+        if self.lora is not None and replacing:
+            raise ValueError(f"lora adapts plain matrices, and {replacing[0]} leaves none; leave one of the two out")
         if self.stream and self.texts is None:
             raise ValueError("stream needs texts to read; name a file, a folder or a data set")
         for name, value in (("epochs", self.epochs), ("select", self.select), ("evaluate", self.evaluate)):
@@ -127,9 +130,10 @@ class Train(Settings, Method, slug="train"):
 
     @property
     def requires(self) -> frozenset[Fact]:  # type: ignore[override]
-        """What the parts need; next-token prediction needs a decoder."""
-        own: frozenset[Fact] = frozenset({"causal"} if self.objective is None else ())
-        return own.union(*(part.requires for part in self.parts))
+        """What the parts need; next-token prediction needs a decoder, and adapters plain matrices."""
+        own: set[Fact] = {"causal"} if self.objective is None else set()
+        own |= set() if self.lora is None else {"linear_weights"}
+        return frozenset(own).union(*(part.requires for part in self.parts))
 
     @property
     def invalidates(self) -> frozenset[Fact]:  # type: ignore[override]
@@ -138,7 +142,7 @@ class Train(Settings, Method, slug="train"):
         return own.union(*(part.invalidates for part in self.parts))
 
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
-        """Refuse LoRA targets that the model has no linear layer for.
+        """Refuse LoRA targets that the model has no linear layer for, and what its shapers do not fit.
 
         Args:
             linears: `(name, rows, columns)`; the parts of a fused layer have their role behind its name.
@@ -146,6 +150,9 @@ class Train(Settings, Method, slug="train"):
         Raises:
             IntaglioError: names the target.
         """
+        for shaper in map(_made, self.shape):
+            if isinstance(shaper, Carving):
+                shaper.check(linears)
         names = {name.partition("[")[0].rpartition(".")[2] for name, _, _ in linears}
         targets = [] if self.lora is None else self.lora.targets or []
         for target in targets:
@@ -170,7 +177,7 @@ class Train(Settings, Method, slug="train"):
 
         A parameter and token costs 6 operations, 4 under LoRA or where the model is frozen (no gradient of weights), 2
         more with gradient checkpointing. Memory: the optimizer's two moments and the gradient of what is trained, and
-        the activations of a batch. Shapers with passes of their own say what these take.
+        the activations of a batch. Shapers that make training dearer say by how much.
 
         Args:
             workload: of the model. A row that is not said counts as 512 tokens, an epoch as the calibration tokens, as
@@ -193,8 +200,8 @@ class Train(Settings, Method, slug="train"):
         )  # logits, their copy, gradient
         flops = operations * workload.parameters * tokens
         steps = tokens / (batch * self.accumulate)
-        shapers = [part for part in self.parts if isinstance(part, TakesPasses)]
-        own = [part.training_cost(workload, steps, operations * workload.parameters * batch) for part in shapers]
+        shapers = [part for part in self.parts if isinstance(part, CostsTraining)]
+        own = [part.training_cost(workload, steps, batch, operations * workload.parameters * batch) for part in shapers]
         return Cost(
             flops=flops + sum(cost.flops for cost in own),
             sorted_elements=sum(cost.sorted_elements for cost in own),

@@ -6,6 +6,7 @@ What lives here:
 - `magnitude`: the smallest weights of each layer go; needs no data.
 - `wanda`: |weight| times input norm, row by row.
 - `sparsegpt`: column by column with compensation by the rest of the row.
+- `bitnet`: few bits, ternary by default: training with the rounded weights, and packed storage.
 - `dsnot`: refines the mask of any of the three without training.
 - `progressive_nm`: N:M zeros that come by degrees while a model is trained.
 - `bip`: learns the mask while the weights are trained; for any module, too.

@@ -32,8 +32,14 @@ def shapes(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
 
     Args:
         checkpoint: its model is taken apart.
+
+    Raises:
+        IntaglioError: it has none, since a method put others in their place.
     """
-    return [(name, *linear.shape) for name, linear in anatomy(checkpoint.model).all_linears()]
+    found = [(name, *linear.shape) for name, linear in anatomy(checkpoint.model).all_linears()]
+    if not found:
+        raise IntaglioError("the model has no plain projections that could be pruned: a method replaced them")
+    return found
 
 
 def masked(linear: Linear, mask_RI: Tensor) -> Tensor:

@@ -226,12 +226,13 @@ class BiP(Method, slug="bip"):
             self._scored.bake()
         self._scored = self._run = None
 
-    def training_cost(self, workload: Workload, steps: float, pass_flops: float) -> Cost:
+    def training_cost(self, workload: Workload, steps: float, batch_tokens: int, pass_flops: float) -> Cost:
         """A pass and a ranking of all weights for each upper step; scores, momentum, masks and the copies of a ranking.
 
         Args:
             workload: of the model.
             steps: optimizer steps.
+            batch_tokens: of a batch; not looked at.
             pass_flops: of a forward and backward.
         """
         ranked = sum(rows * columns for rows, columns in workload.linears)
