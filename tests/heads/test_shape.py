@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intaglio.errors import IntaglioError
-from intaglio.heads.shape import CHIMERA, Picker, Shape, assumed, likely
+from intaglio.heads.shape import CHIMERA, Picker, Shape, assumed, likely, worth
 from intaglio.verify.tree import TokenTree
 
 CHANCES = st.lists(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=4), min_size=1, max_size=4)
@@ -94,3 +94,24 @@ def test_drawn_candidates_carry_their_law() -> None:
     law: Callable[[torch.Tensor], torch.Tensor] = lambda x: torch.nn.functional.one_hot(x.argmax(-1), 4).float()  # noqa: E731
     narrow = Picker(law, True).cartesian(9, logits, Shape.of("0 1 00 01 10"), 5)
     assert narrow.tokens == [9, 1, 0]  # a law with one token gives no second child
+
+
+def test_a_tree_is_as_large_as_it_pays_to_be() -> None:
+    assert len(worth([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]], 0.0)) == 12  # all that chances are known of
+    assert worth([[0.5, 0.3], [0.5, 0.3]], 10.0).paths == ((0,),)
+    chances = [[0.6, 0.2, 0.1], [0.5, 0.2, 0.1], [0.4, 0.2, 0.1]]
+    assert worth(chances, 0.05, level_cost=5.0).depth == 1
+    for token_cost, level_cost in ((0.035, 0.0), (0.05, 0.1), (0.2, 0.02)):
+        found = worth(chances, token_cost, level_cost)
+
+        def rate(shape: Shape, a: float = token_cost, b: float = level_cost) -> float:
+            promised = 1.0
+            for path in shape.paths:
+                chance = 1.0
+                for level, rank in enumerate(path):
+                    chance *= chances[level][rank]
+                promised += chance
+            return promised / (1 + a * len(shape) + b * shape.depth)
+
+        others = (likely(nodes, chances[:depth]) for depth in (1, 2, 3) for nodes in range(1, 40))
+        assert rate(found) == pytest.approx(max(map(rate, others)))

@@ -18,7 +18,7 @@ from intaglio.fingerprint import fingerprint
 from intaglio.heads.losses import ROWS
 from intaglio.heads.objective import LENGTH, measured_chances, train_heads
 from intaglio.heads.own_text import own_text, prompts_of, to_go_on_from
-from intaglio.heads.shape import Picker, Shape, assumed, likely
+from intaglio.heads.shape import Picker, Shape, assumed, likely, worth
 from intaglio.heads.vocabulary import MOST_WORDS, words_of
 from intaglio.method import Cost, Progress, Workload, silent
 from intaglio.trainer.protocols import Example
@@ -40,13 +40,19 @@ class TrainedHeads(BaseModel):
     model_config = ConfigDict(use_attribute_docstrings=True)
     architecture: ClassVar[tuple[str, ...]] = ()
     needs_hidden: ClassVar[bool] = True
+    level_cost: ClassVar[float] = 0.0
+    """What drafting takes for each level of a tree, in passes of the target over one token."""
     slug: ClassVar[str]
 
-    nodes: Annotated[int, Field(ge=1, le=1024)] = 15
-    """Most drafted tokens of a tree. Default 15, so that a pass reads 16 tokens."""
+    nodes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Drafted tokens of a tree. Default: as many as are worth their cost, see `token_cost`."""
     tree: list[list[Annotated[int, Field(ge=0)]]] | None = None
-    """The nodes of the static tree, each by the ranks of its path (`[[0], [1], [0, 0]]`). Default: the best tree of
-    `nodes` nodes for the chances of each rank that were measured at the end of the training."""
+    """The nodes of the static tree, each by the ranks of its path (`[[0], [1], [0, 0]]`). Default: the best tree for
+    the chances of each rank that were measured at the end of the training."""
+    token_cost: Annotated[float, Field(ge=0, le=100)] = 0.035
+    """What each drafted token adds to the cost of a pass, in passes over one token: of it, and of what the method's own
+    drafting takes, follows how large a tree is where neither `nodes` nor `tree` says so. Default 0.035, as measured on
+    a CPU; about 0.002 on a GPU, where rows cost nearly nothing."""
     drawn: bool = True
     """Under sampling, whether candidates are drawn from the heads and verified by recursive rejection (default), or are
     the most likely ones, of which the target's own draw may hit one."""
@@ -129,6 +135,10 @@ class TrainedHeads(BaseModel):
         """
         raise NotImplementedError
 
+    def rows_a_node(self) -> float:
+        """Rows that a node takes in a pass of the target, its own among them."""
+        return 1.0
+
     def head_flops(self, workload: Workload) -> float:
         """Operations of the heads' training a token, beyond the model's own pass.
 
@@ -162,7 +172,10 @@ class TrainedHeads(BaseModel):
         """The static tree."""
         if self.tree is not None:
             return Shape.of(self.tree)
-        return likely(self.nodes, self._about.get("chances") or assumed(self.levels))
+        chances = self._about.get("chances") or assumed(self.levels)
+        if self.nodes is not None:
+            return likely(self.nodes, chances)
+        return worth(chances, self.token_cost * self.rows_a_node(), self.level_cost)
 
     def start(self, run: Run) -> Session:
         """Begin a run; see `Drafter.start`.

@@ -30,6 +30,8 @@ CHIMERA = (
     "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
 )  # fmt: skip
 """The 25 nodes of Chimera's released code, ranks as digits."""
+WORTH = 64
+"""Nodes of a tree at the most, where its size follows from what it is worth."""
 
 
 @dataclass(frozen=True)
@@ -153,18 +155,49 @@ def likely(nodes: int, chances: Sequence[Sequence[float]]) -> Shape:
         nodes: of the tree, the root not counted; fewer where levels and ranks give no more.
         chances: that the candidate of a rank is right, by level and rank, falling with the rank.
     """
+    return Shape(tuple(path for path, _ in _likeliest(nodes, chances)))
+
+
+def _likeliest(nodes: int, chances: Sequence[Sequence[float]]) -> list[tuple[Path, float]]:
+    """The nodes of `likely` with their chances, the best first."""
     heap: list[tuple[float, int, Path]] = [(-chances[0][0], 1, (0,))]
-    found: list[Path] = []
+    found: list[tuple[Path, float]] = []
     while heap and len(found) < nodes:
         value, _, path = heapq.heappop(heap)
-        found.append(path)
+        found.append((path, -value))
         level, rank = len(path) - 1, path[-1]
         if rank + 1 < len(chances[level]):
             ratio = chances[level][rank + 1] / max(chances[level][rank], 1e-12)
             heapq.heappush(heap, (value * min(ratio, 1.0), len(path), (*path[:-1], rank + 1)))
         if level + 1 < len(chances):
             heapq.heappush(heap, (value * chances[level + 1][0], len(path) + 1, (*path, 0)))
-    return Shape(tuple(found))
+    return found
+
+
+def worth(chances: Sequence[Sequence[float]], token_cost: float, level_cost: float = 0.0, most: int = WORTH) -> Shape:
+    """The tree with the most tokens expected for its cost, were levels independent.
+
+    Of every depth the likeliest nodes, as many as pay:
+
+        (1 + sum over nodes of their chances) / (1 + token_cost nodes + level_cost levels)
+
+    Args:
+        chances: as for `likely`.
+        token_cost: what each drafted token adds to the cost of a pass, in passes over one token.
+        level_cost: what each level adds to it, for drafts that take a pass of their own for each. Default 0.
+        most: nodes. Default 64.
+    """
+    best: tuple[float, Shape] | None = None
+    for depth in range(1, len(chances) + 1):
+        paths = _likeliest(most, chances[:depth])
+        promised, cost = 1.0, 1.0 + level_cost * depth
+        for count, (path, chance) in enumerate(paths, start=1):
+            promised += chance
+            rate = promised / (cost + token_cost * count)
+            if best is None or rate > best[0]:
+                best = rate, Shape(tuple(path for path, _ in paths[:count]))
+    assert best is not None  # there is a level
+    return best[1]
 
 
 @dataclass(frozen=True, eq=False)

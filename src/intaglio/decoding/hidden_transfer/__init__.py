@@ -93,6 +93,10 @@ class HiddenTransfer(TrainedHeads, Drafting, Method, slug="hidden_transfer"):
         """k."""
         return self.ahead
 
+    def rows_a_node(self) -> float:
+        """A node's own row, and its pseudo states in about the last quarter of the blocks."""
+        return 1.0 + (self.ahead / 4 if self.draft_rows == "all" else 0.0)
+
     def transfer_layers(self, blocks: int) -> tuple[int, ...]:
         """The transfer layers in a model.
 
