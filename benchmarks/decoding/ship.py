@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import prompts
@@ -37,6 +38,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--texts", default="wikipedia", help="bundled name, file or folder; default: %(default)s")
     parser.add_argument("--prompts", type=int, default=20, help="how many, spread over the kinds; default: %(default)s")
     parser.add_argument("--new", type=int, default=64, help="new tokens; default: %(default)s")
+    parser.add_argument("--nodes", type=int, default=15, help="of a tree while measured; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--into", type=Path, default=shipped.ROOT, help="default: the package's own folder")
     return parser.parse_args()
@@ -58,6 +60,8 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     found = shipped.small(_heads(arguments.directory, arguments.slug))
+    # How large a tree is, is for who drafts to say; what is recorded is measured with one of `--nodes` nodes.
+    found = replace(found, parameters=found.parameters | {"nodes": None, "tree": None})
     record = read_record(arguments.directory)
     model = arguments.model or (record.source if record is not None else "")
     checkpoint = intaglio.load(model)
@@ -66,7 +70,7 @@ def main() -> None:
             f"the heads in {arguments.directory} belong to other weights than those of {model} as it is"
         )
     method = get(found.slug)
-    decoder = method.restore(found, checkpoint)  # type: ignore[attr-defined]
+    decoder = method.restore(found, checkpoint, nodes=arguments.nodes)  # type: ignore[attr-defined]
     tokens: dict[str, int] = defaultdict(int)
     passes: dict[str, int] = defaultdict(int)
     chosen = prompts.chosen(prompts.prompts(checkpoint.tokenizer, arguments.texts), arguments.prompts)

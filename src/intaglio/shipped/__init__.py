@@ -62,7 +62,7 @@ class Shipped:
         kinds = ", ".join(f"{kind} {rate:.2f}" for kind, rate in found["kinds"].items())
         return (
             f"heads for {self.model} come with the package ({self.bytes / 1e6:.1f} MB): {found['tokens_a_pass']:.2f} "
-            f"tokens a pass on {found['prompts']} held-out prompts ({kinds})"
+            f"tokens a pass on {found['prompts']} held-out prompts, {found['nodes']} drafted tokens in each ({kinds})"
         )
 
     def fits(self, fingerprint: str) -> bool:
