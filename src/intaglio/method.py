@@ -165,6 +165,17 @@ class Live(Protocol):
         """Put a live part back into a model that was just loaded."""
 
 
+@runtime_checkable
+class Retokenizes(Protocol):
+    """A carving that gives the checkpoint another tokenizer: what is calibrated and measured on is cut anew then."""
+
+    def check_tokenizer(self, tokenizer: Any, source: str) -> None:
+        """Refuse, before any work, a checkpoint of that name whose tokenizer does not fit."""
+
+    def new_tokens(self, before: Any, after: Any) -> frozenset[int]:
+        """Ids of the new tokenizer's tokens that an earlier one did not have."""
+
+
 @dataclass(frozen=True)
 class Shared:
     """What a recipe can name beside the published methods: machinery that several of them need.
@@ -211,18 +222,20 @@ def get(slug: str) -> type[Method]:
     return found
 
 
-def check_order(methods: Iterable[Method]) -> None:
+def check_order(methods: Iterable[Method], fitted: Sequence[Method] = ()) -> None:
     """Refuse a sequence in which a step needs what an earlier one has undone.
 
     Args:
         methods: the steps in order.
+        fitted: those of them that are fitted there: they learn the ids that they find, whatever these meant before.
 
     Raises:
         IntaglioError: names both steps and the fact.
     """
     undone: dict[str, str] = {}
     for method in methods:
-        for fact in sorted(method.requires):
+        learnt = {"tokenizer"} if any(method is one for one in fitted) else set()
+        for fact in sorted(method.requires - learnt):
             if fact in undone:
                 raise IntaglioError(
                     f"{method.slug} cannot follow {undone[fact]}: it needs {fact}, which {undone[fact]} does away with"

@@ -1,8 +1,9 @@
 """Tokenizer transplant by orthogonal matching pursuit (Goddard and Fernandes Neto, Training-Free Tokenizer
 Transplantation via Orthogonal Matching Pursuit, 2025).
 
-The checkpoint keeps its transformer and gets the vocabulary of a donor. Rows of tokens that both have are copied; the row
-of a new token t is made of a few shared tokens S, with the coefficients that make the donor's own row of t from theirs:
+The checkpoint keeps its transformer and gets the vocabulary of a donor. Rows of tokens that both have are copied; the
+row of a new token t is made of a few shared tokens S, with the coefficients that make the donor's own row of t from
+theirs:
 
     c = argmin ||donor_t - sum_{s in S} c_s donor_s||      row_t = sum_{s in S} c_s base_s
 
@@ -24,6 +25,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -38,7 +41,7 @@ from intaglio.weights.omp_transplant.baselines import Metric, Pieces, Role, Weig
 from intaglio.weights.omp_transplant.donor import Donor, about, check_matrix, rope_of
 from intaglio.weights.omp_transplant.graft import check_parts, graft, single_digits
 from intaglio.weights.omp_transplant.pursuit import BATCH, GRAM_BYTES, Rope, Sparse, omp
-from intaglio.weights.omp_transplant.rows import SHARED, Plan, build, plan, poor_tokens
+from intaglio.weights.omp_transplant.rows import SHARED, Built, Plan, build, plan, poor_tokens
 from intaglio.weights.omp_transplant.vocabulary import Join, Joined, Vocabulary, join
 
 __all__ = ["Donor", "Joined", "OMPTransplant", "Sparse", "Vocabulary", "join", "omp", "scaled_k"]
@@ -316,8 +319,9 @@ class OMPTransplant(Method, slug="omp_transplant"):
             check_matrix(base[role], f"the {role} of {checkpoint.source or 'the checkpoint'}")
             check_matrix(given[role], f"the {role} of {donor.name}")
         bias = getattr(head, "bias", None) if head is not None else None
-        whole = {role: _with_bias(matrix, bias if role == "head" or parts.tied else None) for role, matrix in base.items()}
-        poor = ({i for i in ()}, {i for i in ()})
+        biased = {role: bias is not None and (role == "head" or parts.tied) for role in base}
+        whole = {role: _with_bias(matrix, bias if biased[role] else None) for role, matrix in base.items()}
+        poor: tuple[set[int], set[int]] = (set(), set())
         if self.magikarp:
             poor = poor_tokens(joined, (donor.embedding_VD, donor.head_VD), (base["embedding"], base.get("head")))
         plans: dict[Role, Plan] = {
@@ -325,24 +329,24 @@ class OMPTransplant(Method, slug="omp_transplant"):
         }
         k = min(self.atoms(given[role].shape[1], len(plans[role].anchors)) for role in plans)
         self._warn(joined, k, donor.embedding_VD.shape[1])
-        built = {}
+        ropes = (donor.rope, rope_of(parts.config))
+        built: dict[Role, Built] = {}
         for role, planned in plans.items():
-            told = f"{self.slug}: {role}"
+            told = partial(_tell, progress, f"{self.slug}: {role}")
             built[role] = build(
-                self, role, planned, joined, given[role], whole[role], k, (donor.rope, rope_of(parts.config)), seed,
-                lambda done, total, told=told: progress(done, total, told),
+                self, role, planned, joined, given[role], whole[role], k, ropes, seed, biased=biased[role], progress=told
             )  # fmt: skip
-        numbers = {role: part.told for role, part in built.items()}
-        chosen = {"k": k, **self._told(joined, base["embedding"], donor), **numbers}
-        if self.method not in (*_COUNTED, "stb"):
-            del chosen["k"]
-        tokenizer = single_digits(donor.tokenizer) if self.digits == "single" else donor.tokenizer
+        tokens = {"k": k} if self.method in (*_COUNTED, "stb") else {}
+        numbers = {str(role): part.told for role, part in built.items()}
+        chosen = {**tokens, **self._told(joined, base["embedding"], donor), **numbers}
+        several = [i for i in joined.donor.tokens if _several_digits(joined.donor, i)]
+        single = self.digits == "single"
         graft(
             checkpoint,
-            tokenizer,
+            single_digits(donor.tokenizer) if single else donor.tokenizer,
             donor,
             {role: part.matrix_RE for role, part in built.items()},
-            sorted(i for i in joined.donor.tokens if _several_digits(joined.donor, i)) if self.digits == "single" else [],
+            several if single else [],
         )
         checkpoint.note(self.slug, self.model_dump(), seed=seed, chosen=chosen)
         return checkpoint
@@ -361,16 +365,16 @@ class OMPTransplant(Method, slug="omp_transplant"):
     def _warn(self, joined: Joined, k: int, width: int) -> None:
         if self.method == "omp" and 2 * k > width:
             warnings.warn(
-                f"omp_transplant: k is {k}, over half of the donor's width of {width}: the donor's rows are then nearly "
-                "hit and the coefficients mean little in the base's space",
+                f"omp_transplant: k is {k}, over half of the donor's width of {width}: the donor's rows are then "
+                "nearly hit and the coefficients mean little in the base's space",
                 stacklevel=4,
             )
         base, donor = joined.base.digits, joined.donor.digits
         if base != donor and not (self.digits == "single" and base == 1):
             help_ = "; digits: single keeps the base's way" if base == 1 else ""
             warnings.warn(
-                f"omp_transplant: a number token has up to {base} digits in the base and up to {donor} in the donor, so "
-                f"expect arithmetic to suffer{help_}",
+                f"omp_transplant: a number token has up to {base} digits in the base and up to {donor} in the donor, "
+                f"so expect arithmetic to suffer{help_}",
                 stacklevel=4,
             )
 
@@ -378,12 +382,14 @@ class OMPTransplant(Method, slug="omp_transplant"):
 _COUNTED = ("omp", "mp_rope", "common_interpolation")
 
 
+def _tell(progress: Progress, what: str, done: int, total: int) -> None:
+    progress(done, total, what)
+
+
 def _several_digits(vocabulary: Vocabulary, i: int) -> bool:
     """Whether a token holds two digits or more in a row, so that it is never read digit by digit."""
     content = vocabulary.tokens[i].content
-    return vocabulary.tokens[i].kind != "special" and any(
-        48 <= a <= 57 and 48 <= b <= 57 for a, b in zip(content, content[1:], strict=False)
-    )
+    return vocabulary.tokens[i].kind != "special" and any(48 <= a <= 57 and 48 <= b <= 57 for a, b in pairwise(content))
 
 
 def _matrices(embedding_VE: Tensor, head: Any) -> dict[str, Tensor]:

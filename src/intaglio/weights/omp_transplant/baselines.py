@@ -1,7 +1,7 @@
 """What else a new row can be made of: the baselines of the released tool, and a linear map.
 
-Dimension letters: T targets, V rows of the base, N shared tokens, D the donor's width, E the base's width, K neighbours or
-atoms.
+Dimension letters: T targets, V rows of the base, N shared tokens, D the donor's width, E the base's width, K
+neighbours or atoms.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ from intaglio.weights.omp_transplant.donor import Donor
 NOTES = ("lexical_units",)
 """What trainings of ours note in a configuration about ids of the vocabulary that they saw."""
 _OLD_IDS = (
-    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias", "forced_bos_token_id",
-    "forced_eos_token_id", "decoder_start_token_id",
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias",
+    "forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id",
 )  # fmt: skip
 """What a generation config says in ids of the vocabulary that is replaced."""
 
@@ -37,7 +37,9 @@ def check_parts(parts: Anatomy) -> None:
     kind = parts.config.model_type
     weight = getattr(parts.embedding, "weight", None)
     if not isinstance(parts.embedding, nn.Embedding) or weight is None or weight.dtype not in DTYPES.values():
-        raise IntaglioError(f"the embedding of {kind!r} is no plain table of rows, so its vocabulary cannot be replaced")
+        raise IntaglioError(
+            f"the embedding of {kind!r} is no plain table of rows, so its vocabulary cannot be replaced"
+        )
     if getattr(parts.config, "hidden_size_per_layer_input", 0):
         raise IntaglioError(f"{kind!r} has a second table of token embeddings for its layers, which no donor has")
     head: Any = parts.head
@@ -50,15 +52,13 @@ def check_parts(parts: Anatomy) -> None:
         )
     if head.weight.shape[0] != weight.shape[0]:
         raise IntaglioError(
-            f"the head of {kind!r} has {head.weight.shape[0]:,} rows for {weight.shape[0]:,} embeddings, so it is fused "
-            "with something else"
+            f"the head of {kind!r} has {head.weight.shape[0]:,} rows for {weight.shape[0]:,} embeddings, so it is "
+            "fused with something else"
         )
 
 
 @torch.no_grad()
-def graft(
-    checkpoint: Checkpoint, tokenizer: Any, donor: Donor, matrices: dict[Any, Tensor], unsaid: list[int]
-) -> None:
+def graft(checkpoint: Checkpoint, tokenizer: Any, donor: Donor, matrices: dict[Any, Tensor], unsaid: list[int]) -> None:
     """Replace the vocabulary.
 
     Args:

@@ -4,7 +4,8 @@ For a target y, atoms A (N rows), a support S (empty) and the residual r = y, k 
 
     j* = argmax over j not in S of |<r, A_j>|       S += j*       c = argmin ||y - A_S^T c||       r = y - A_S^T c
 
-Atoms are not normalised: those of a large norm are favoured. The selected atoms are kept as Q R, one more column a step.
+Atoms are not normalised: those of a large norm are favoured. The selected atoms are kept as Q R, one more column a
+step.
 
 Dimension letters: T targets, B targets at a time, N atoms, D width of atoms and targets, K atoms of a support, t atoms
 selected so far, E width of what atoms are turned into, H heads, F frequencies of a head.
@@ -23,8 +24,8 @@ BATCH = 512
 GRAM_BYTES = 2 << 30
 """Inner products of all atoms are kept where they take no more than this."""
 GRAM_WORTH = 16
-"""Reading a support's rows of them is worth it up to a support of width / 16 atoms: then a product with all atoms, which
-is compute bound, is faster than so many rows of memory."""
+"""Reading a support's rows of them is worth it up to a support of width / 16 atoms: from there on a product with all
+atoms, which is compute bound, is faster than so many rows of memory."""
 DEPENDENT = {torch.float32: 1e-4, torch.float64: 1e-8}
 """An atom of which less than this share lies outside the span of those before it adds nothing but noise."""
 AGAIN = 0.7

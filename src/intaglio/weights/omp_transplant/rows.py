@@ -1,7 +1,7 @@
 """The new matrix of one role: which rows are copied, which stay zero, and what the others are made of.
 
-Dimension letters: R rows of the new matrix, V rows of the base's, D the donor's width, E the base's width (with the head's
-bias as one more column, where it has one), T new tokens, N shared tokens.
+Dimension letters: R rows of the new matrix, V rows of the base's, D the donor's width, E the base's width (with the
+head's bias as one more column, where it has one), T new tokens, N shared tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from intaglio.weights.omp_transplant.baselines import (
     subword,
     undertrained,
 )
-from intaglio.weights.omp_transplant.pursuit import Rope, Turned, mp_rope, omp
+from intaglio.weights.omp_transplant.pursuit import Rope, mp_rope, omp
 from intaglio.weights.omp_transplant.vocabulary import Joined
 
 if TYPE_CHECKING:
@@ -143,6 +143,8 @@ def build(
     k: int,
     ropes: tuple[Rope | None, Rope | None],
     seed: int,
+    *,
+    biased: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Built:
     """Build the matrix of one role.
@@ -153,10 +155,11 @@ def build(
         planned: from `plan`.
         joined: the shared tokens.
         donor_VD: the donor's matrix of this role.
-        base_VE: the base's, its bias a last column.
+        base_VE: the base's, with its bias as a last column where it has one.
         k: atoms or neighbours.
         ropes: rotations of the donor's and the base's heads; `mp_rope` alone needs them.
         seed: of what is drawn.
+        biased: whether the last column is a bias. Default False.
         progress: called with new tokens done and their number.
     """
     work = torch.float64 if method.dtype == "float64" else torch.float32
@@ -169,7 +172,9 @@ def build(
     }  # fmt: skip
     if planned.new:
         y_TD = donor_VD[planned.new].to(base_VE.device, work)
-        made_TE, near_TD = _made(method, role, planned, joined, y_TD, donor_VD, base_VE, work, k, ropes, seed, progress)
+        made_TE, near_TD = _made(
+            method, role, planned, joined, y_TD, donor_VD, base_VE, work, k, ropes, seed, biased, progress
+        )  # fmt: skip
         if near_TD is not None:
             error_T, size_T = (y_TD - near_TD).norm(dim=1), y_TD.norm(dim=1)
             told["reconstruction error"] = float((error_T / size_T.clamp(min=torch.finfo(work).tiny)).mean())
@@ -199,6 +204,7 @@ def _made(
     k: int,
     ropes: tuple[Rope | None, Rope | None],
     seed: int,
+    biased: bool,
     progress: Callable[[int, int], None],
 ) -> tuple[Tensor, Tensor | None]:
     """New rows [T, E], and what the method's atoms give in the donor's space [T, D]; None where it has none."""
@@ -231,25 +237,17 @@ def _made(
         return sparse.of(base_NE), sparse.of(atoms_ND)
     if how == "mp_rope":
         own, other = ropes
-        assert own is not None and other is not None  # checked before any work
-        width = _turned_width(base_NE.shape[1], other)
+        assert own is not None  # both are checked before any work
+        assert other is not None
+        width = base_NE.shape[1] - biased
         parts = []
         for start in range(0, count, method.batch):
             turned = mp_rope(y_TD[start : start + method.batch], atoms_ND, k, own)
             row_BE = turned.of(base_NE[:, :width].contiguous(), other)
-            if width < base_NE.shape[1]:  # a bias is not turned
+            if biased:  # it is not turned
                 row_BE = torch.cat([row_BE, turned.sparse.of(base_NE[:, width:])], dim=1)
-            parts.append((row_BE, _near(turned, atoms_ND, own)))
+            parts.append((row_BE, turned.of(atoms_ND, own)))
             progress(min(start + method.batch, count), count)
         return torch.cat([row for row, _ in parts]), torch.cat([near for _, near in parts])
     sparse = omp(y_TD, atoms_ND, k, batch=method.batch, progress=lambda done: progress(done, count))
     return sparse.of(base_NE), sparse.of(atoms_ND)
-
-
-def _near(turned: Turned, atoms_ND: Tensor, rope: Rope) -> Tensor:
-    return turned.of(atoms_ND, rope)
-
-
-def _turned_width(width: int, rope: Rope) -> int:
-    """The columns that are an embedding's: all, or all but the bias."""
-    return width if rope.fits(width) else width - 1

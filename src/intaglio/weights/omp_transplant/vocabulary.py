@@ -1,9 +1,9 @@
 """Vocabularies of two tokenizers made comparable: what each token stands for, and which tokens both have.
 
 A byte-level vocabulary spells bytes by letters of its own ("G with a dot" for a space), one of the SentencePiece kind
-writes text with U+2581 for a space and `<0xE2>` for a lone byte, WordPiece marks what goes on a word. Compared by these
-spellings most shared tokens would be missed, so tokens are compared by the bytes that they decode to. Special tokens are
-compared by their role.
+writes text with U+2581 for a space and `<0xE2>` for a lone byte, WordPiece marks what goes on a word. Compared by
+these spellings most shared tokens would be missed, so tokens are compared by the bytes that they decode to. Special
+tokens are compared by their role.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Vocabulary:
                 tokens[i] = Token(i, text, text.encode("utf-8", "replace"), "text")
             else:
                 tokens[i] = Token(i, text, *_content(text, scheme))
-        roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
-        return cls(tokens, {role: int(i) for role, i in roles.items() if i in tokens}, scheme, tokenizer)
+        ids: dict[str, Any] = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ROLES}
+        return cls(tokens, {role: int(i) for role, i in ids.items() if i in tokens}, scheme, tokenizer)
 
     @property
     def rows(self) -> int:
