@@ -5,8 +5,11 @@ A new method inherits this suite by being in the catalogue. Methods with no work
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,20 @@ from intaglio.anatomy import anatomy
 from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import Checkpoint, load, weights_digest
 from intaglio.errors import IntaglioError
+from intaglio.fresh import new
 from intaglio.masks import visible
 from intaglio.method import Carving, Cost, Method, Workload, get
 from intaglio.recipe import Recipe
 from intaglio.verify.drafters.ngrams import NGramStore
-from tests.families import DECODERS, ENCODERS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
+from tests.families import (
+    DECODERS,
+    ENCODERS,
+    FAMILIES,
+    VOCAB,
+    tiny_checkpoint_dir,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
     slug: ({"sparsity": 0.5}, {"pattern": "2:4"}) for slug in ("magnitude", "wanda", "sparsegpt", "dsnot")
@@ -56,6 +68,17 @@ EXAMPLES["hidden_transfer"] = (
     HEADS,
     {**HEADS, "ahead": 2, "layers": [0, 1], "draft_rows": "path", "goal": "text", "decay": 0.9, "state": 0.1},
     {**HEADS, "tree": [[0], [1], [0, 0]], "drawn": False, "own_text": False},
+)
+# A donor with the same tokens, and one with others.
+_DONORS = Path(tempfile.mkdtemp(prefix="intaglio-donors-"))
+atexit.register(shutil.rmtree, _DONORS, ignore_errors=True)
+_OTHER = new(
+    "llama", width=24, depth=1, vocab=VOCAB + 200, seed=2, tokenizer=["a rather quick, lazy river 1995\n" * 9]
+).save(_DONORS / "other")
+EXAMPLES["omp_transplant"] = (
+    {"donor": str(tiny_checkpoint_dir("llama", _DONORS / "same", seed=1))},
+    {"donor": str(_OTHER), "k": 3, "join": "strings", "byte_match": "both"},
+    {"donor": str(_OTHER), "method": "linear", "noise": 0.01, "digits": "single"},
 )
 CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]

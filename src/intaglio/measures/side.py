@@ -52,8 +52,8 @@ class Yardstick:
         Returns:
             `perplexity, bits_per_byte, kl_mean, top1_agreement, cosine, zero_fraction, bytes, parameters,
             prefill_tokens_per_s, decode_tokens_per_s, peak_memory_bytes, tokens`, ready for JSON. Peak memory is
-            that of the measurement: a pass over a batch of held-out text, and the timing. `tokens` is a digest of the token
-            ids: two sides that differ in it were measured on other tokens.
+            that of the measurement: a pass over a batch of held-out text, and the timing. `tokens` is a digest of the
+            token ids: two sides that differ in it were measured on other tokens.
         """
         data = held_out or self.held_out
         original = self._original if not alone and self._original.fits(checkpoint, data) else None

@@ -332,9 +332,9 @@ class OMPTransplant(Method, slug="omp_transplant"):
         ropes = (donor.rope, rope_of(parts.config))
         built: dict[Role, Built] = {}
         for role, planned in plans.items():
-            told = partial(_tell, progress, f"{self.slug}: {role}")
             built[role] = build(
-                self, role, planned, joined, given[role], whole[role], k, ropes, seed, biased=biased[role], progress=told
+                self, role, planned, joined, given[role], whole[role], k, ropes, seed,
+                biased=biased[role], progress=partial(_tell, progress, f"{self.slug}: {role}"),
             )  # fmt: skip
         tokens = {"k": k} if self.method in (*_COUNTED, "stb") else {}
         numbers = {str(role): part.told for role, part in built.items()}
