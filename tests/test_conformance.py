@@ -17,11 +17,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from intaglio import fresh
 from intaglio.anatomy import anatomy
 from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import Checkpoint, load, weights_digest
 from intaglio.errors import IntaglioError
-from intaglio.fresh import new
 from intaglio.masks import visible
 from intaglio.method import Carving, Cost, Method, Workload, get
 from intaglio.recipe import Recipe
@@ -72,7 +72,7 @@ EXAMPLES["hidden_transfer"] = (
 # A donor with the same tokens, and one with others.
 _DONORS = Path(tempfile.mkdtemp(prefix="intaglio-donors-"))
 atexit.register(shutil.rmtree, _DONORS, ignore_errors=True)
-_OTHER = new(
+_OTHER = fresh.new(
     "llama", width=24, depth=1, vocab=VOCAB + 200, seed=2, tokenizer=["a rather quick, lazy river 1995\n" * 9]
 ).save(_DONORS / "other")
 EXAMPLES["omp_transplant"] = (
