@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention clean
+.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention bench-transplant clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -63,6 +63,9 @@ bench-training: install  ## what the training loop costs beside a bare one and T
 
 bench-attention: assets  ## visibility rules against the stock model, llm2vec and billm
 	$(BIN)/python benchmarks/attention/run.py
+
+bench-transplant: assets  ## tokenizer transplants against mergekit, in an environment of its own
+	$(BIN)/python benchmarks/transplant/run.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

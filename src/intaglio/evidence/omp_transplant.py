@@ -5,8 +5,8 @@ gives a copy of the base the donor's tokenizer; they differ in what new rows are
 is measured on the same held-out documents, in nats a byte, right after the swap and once more after 50 equal steps.
 
 The baseline is the best of four initialisations that look at no donor (zero rows, the mean row, rows drawn with the
-base's mean and covariance, random rows), chosen on validation documents; so it is the better of mean and zero, or better than
-both. OMP chooses its number of atoms there, among as many.
+base's mean and covariance, random rows), chosen on validation documents; so it is the better of mean and zero,
+or better than both. OMP chooses its number of atoms there, among as many.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def experiment(run: Transplant) -> Experiment:
     return Experiment(
         slug="omp_transplant",
         claim="Right after a small Llama got another one's tokenizer, new rows coded by orthogonal matching pursuit"
-        " lower the log-perplexity of held-out source by more than 0.1 nats a byte against the better of mean and zero rows.",
+        " lower the log-perplexity of held-out source by more than 0.1 nats a byte against the better of mean and zero"
+        " rows.",
         metric=LOSS,
         unit="nats a byte",
         direction="lower",

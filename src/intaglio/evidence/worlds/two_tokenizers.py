@@ -1,8 +1,8 @@
 """Python source read by two tokenizers, and a small Llama for each: for what gives a model another one's vocabulary.
 
 Each tokenizer is a byte-level BPE trained on a half of the training files of its own; both models learn from all of
-them. Files are sealed as in `source_code`. A document is a window of text, the same for both: what a model says of it is told
-by the byte.
+them. Files are sealed as in `source_code`. A document is a window of text, the same for both, and what a model says of
+it is told by the byte.
 
     world = TwoTokenizers()
     base, donor = world.trained("base", seed), world.trained("donor", seed)
