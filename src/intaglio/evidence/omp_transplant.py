@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -76,22 +77,24 @@ class Transplant:
             seed: of both models.
         """
         documents = self.world.documents(unit.stage, unit.base)
-        fields, which = ARMS[arm][0], "donor"
-        which_: Which = "base" if arm == "own" else "donor"
-        done = copy.deepcopy(self.world.trained(which_ if fields is None else "base", seed))
+        fields = ARMS[arm][0]
+        reads: Which = "base" if arm == "own" else "donor"  # whose tokenizer it reads with in the end
+        done = copy.deepcopy(_model(self.world, reads if fields is None else "base", seed))
         vocabulary = set(self.world.tokenizer("base").get_vocab())
         with peak_memory(done.device) as peak:
             begun = time.perf_counter()
             if fields is not None:
-                donor = Donor.of(self.world.trained("donor", seed))
+                donor = Donor.of(_model(self.world, "donor", seed))
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # 64 atoms are too many, which is what that arm shows
-                    OMPTransplant(donor=which, **fields | _chosen(arm, unit.choice)).transplant(done, donor, seed=seed)
+                    OMPTransplant(donor="donor", **fields | _chosen(arm, unit.choice)).transplant(
+                        done, donor, seed=seed
+                    )
             seconds = time.perf_counter() - begun
         values = {LOSS: nats_per_byte(done, documents), NEW: new_share(done, documents, vocabulary)}
         if unit.stage != "tuning":
-            values[AFTER] = nats_per_byte(self._tuned(done, which_, seed), documents)
-        windows = self.world.training(which_, seed, self.steps)
+            values[AFTER] = nats_per_byte(self._tuned(done, reads, seed), documents)
+        windows = self.world.training(reads, seed, self.steps)
         return Outcome(
             values={metric: dict(found) for metric, found in values.items()},
             cost=Cost(
@@ -110,6 +113,12 @@ class Transplant:
         train(checkpoint, self.world.training(which, other, self.steps), **self.world.recipe(other, self.steps))
         checkpoint.model.eval()
         return checkpoint
+
+
+@lru_cache(maxsize=2)
+def _model(world: TwoTokenizers, which: Which, seed: int) -> Checkpoint:
+    """Both models of a seed, as every arm of it needs them; they are copied, never changed."""
+    return world.trained(which, seed)
 
 
 def _chosen(arm: str, choice: str) -> dict[str, Any]:
@@ -168,12 +177,13 @@ def experiment(run: Transplant) -> Experiment:
             Secondary("what is still missing: OMP against the base with its own tokenizer", "own", "omp"),
         ),
         run_unit=run,
-        pilot_runs=5,
+        pilot_runs=4,
         units=world.documents_run,
-        most_runs=10,
-        secondary_runs=5,
+        # Two models of a seed take some four minutes of one core together: with the pilot, that is an hour and a half.
+        most_runs=8,
+        secondary_runs=4,
         threads=1,
-        tuning=Tuning(CHOICES, runs=2),
+        tuning=Tuning(CHOICES, runs=1),
         why="Claim, delta and tier are as named; log-perplexity is told by the byte, so that the arms with other"
         " tokenizers (the base with its own, the donor) stand beside the others.",
         settings={

@@ -54,7 +54,7 @@ class TwoTokenizers:
         donor_width: of the donor. Default 112.
         depth: layers of both. Default 2.
         context: tokens of a training window. Default 128.
-        steps: of training, of both. Default 1500.
+        steps: of training, of both. Default 1000.
         batch: windows of a step. Default 8.
         learning_rate: at its highest. Default 3e-3.
         documents_run: files that a run is measured on, a window each. Default 60.
@@ -70,7 +70,7 @@ class TwoTokenizers:
     donor_width: int = 112
     depth: int = 2
     context: int = 128
-    steps: int = 1500
+    steps: int = 1000
     batch: int = 8
     learning_rate: float = 3e-3
     documents_run: int = 60
