@@ -34,6 +34,7 @@ from intaglio.evidence.worlds.source_code import SourceCode
 from intaglio.evidence.worlds.trained import trained
 from intaglio.fresh import new, trained_tokenizer
 from intaglio.method import Progress, silent
+from intaglio.trainer.causal import CausalLM
 
 Which = Literal["base", "donor"]
 _CODE = (
@@ -151,6 +152,7 @@ class TwoTokenizers:
             steps: fewer ones, at a tenth of the rate: fine-tuning. Default: a whole training.
         """
         return {
+            "objective": CausalLM(length=self.context),  # not the longest input, which documents are read with
             "steps": self.steps if steps is None else steps,
             "batch_size": self.batch,
             "learning_rate": self.learning_rate * (1.0 if steps is None else 0.1),

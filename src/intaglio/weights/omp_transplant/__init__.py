@@ -1,5 +1,4 @@
-"""Tokenizer transplant by orthogonal matching pursuit (Goddard and Fernandes Neto, Training-Free Tokenizer
-Transplantation via Orthogonal Matching Pursuit, 2025).
+"""OMPTransplant (Goddard and Fernandes Neto, Training-Free Tokenizer Transplantation ..., 2025): another vocabulary.
 
 The checkpoint keeps its transformer and gets the vocabulary of a donor. Rows of tokens that both have are copied; the
 row of a new token t is made of a few shared tokens S, with the coefficients that make the donor's own row of t from
