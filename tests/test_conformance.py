@@ -5,8 +5,11 @@ A new method inherits this suite by being in the catalogue. Methods with no work
 
 from __future__ import annotations
 
+import atexit
 import copy
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from intaglio import fresh
 from intaglio.anatomy import anatomy
 from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import Checkpoint, load, weights_digest
@@ -23,7 +27,15 @@ from intaglio.method import Carving, Cost, Method, Workload, get
 from intaglio.recipe import Recipe
 from intaglio.verify.drafters.ngrams import NGramStore
 from intaglio.weights.pruning import Pruning
-from tests.families import DECODERS, ENCODERS, FAMILIES, VOCAB, tiny_model, tiny_tokenizer
+from tests.families import (
+    DECODERS,
+    ENCODERS,
+    FAMILIES,
+    VOCAB,
+    tiny_checkpoint_dir,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
     slug: ({"sparsity": 0.5}, {"pattern": "2:4"}) for slug in ("magnitude", "wanda", "sparsegpt", "dsnot")
@@ -94,6 +106,17 @@ EXAMPLES["progressive_nm"] = (
     {"pattern": "2:4", "recipe": "sr-ste", "targets": ["mlp", "q", "k", "v", "o"], "attention": "1:4"},
     {"pattern": "1:4", "recipe": "custom", "custom": {"0": "3:4", "1": "2:4"}, "masked_momentum": True, "dense": 0.0},
     {"sparsity": 0.75, "recipe": "mdgf-linear", "masked_momentum": True, "along": "outputs", "finetune": 0.4},
+)
+# A donor with the same tokens, and one with others.
+_DONORS = Path(tempfile.mkdtemp(prefix="intaglio-donors-"))
+atexit.register(shutil.rmtree, _DONORS, ignore_errors=True)
+_OTHER = fresh.new(
+    "llama", width=24, depth=1, vocab=VOCAB + 200, seed=2, tokenizer=["a rather quick, lazy river 1995\n" * 9]
+).save(_DONORS / "other")
+EXAMPLES["omp_transplant"] = (
+    {"donor": str(tiny_checkpoint_dir("llama", _DONORS / "same", seed=1))},
+    {"donor": str(_OTHER), "k": 3, "join": "strings", "byte_match": "both"},
+    {"donor": str(_OTHER), "method": "linear", "noise": 0.01, "digits": "single"},
 )
 CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]

@@ -188,6 +188,16 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2502.07490",
         ),
         Entry(
+            slug="omp_transplant",
+            room="weights",
+            name="OMPTransplant",
+            kinds=("carving",),
+            summary="gives a model another model's tokenizer without training, new rows coded by shared tokens",
+            paper="Goddard and Fernandes Neto, Training-Free Tokenizer Transplantation via Orthogonal Matching "
+            "Pursuit, 2025",
+            url="https://arxiv.org/abs/2506.06607",
+        ),
+        Entry(
             slug="progressive_nm",
             room="weights",
             name="ProgressiveNM",

@@ -194,6 +194,17 @@ class Rebuilds(Protocol):
         """
 
 
+@runtime_checkable
+class Retokenizes(Protocol):
+    """A carving that gives the checkpoint another tokenizer: what is calibrated and measured on is cut anew then."""
+
+    def check_tokenizer(self, tokenizer: Any, source: str) -> None:
+        """Refuse, before any work, a checkpoint of that name whose tokenizer does not fit."""
+
+    def new_tokens(self, before: Any, after: Any) -> frozenset[int]:
+        """Ids of the new tokenizer's tokens that an earlier one did not have."""
+
+
 @dataclass(frozen=True)
 class Shared:
     """What a recipe can name beside the published methods: machinery that several of them need.
@@ -284,12 +295,13 @@ class Applied:
     requires: frozenset[Fact] = frozenset()
 
 
-def check_order(methods: Iterable[Declares], earlier: Iterable[Declares] = ()) -> None:
+def check_order(methods: Iterable[Declares], earlier: Iterable[Declares] = (), fitted: Sequence[Method] = ()) -> None:
     """Refuse a sequence in which a step needs what an earlier one has undone.
 
     Args:
         methods: the steps in order.
         earlier: what was done before them to the checkpoint that they begin with. Default: nothing.
+        fitted: those of them that are fitted there: they learn the ids that they find, whatever these meant before.
 
     Raises:
         IntaglioError: names both steps and the fact.
@@ -297,7 +309,8 @@ def check_order(methods: Iterable[Declares], earlier: Iterable[Declares] = ()) -
     undone: dict[Fact, list[Declares]] = {}
     done = tuple(earlier)
     for method in (*done, *methods):
-        for fact in sorted(method.requires):
+        learnt = {"tokenizer"} if any(method is one for one in fitted) else set()
+        for fact in sorted(method.requires - learnt):
             if undone.get(fact):
                 last = undone[fact][-1]
                 whose = (

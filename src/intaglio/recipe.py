@@ -190,7 +190,7 @@ class Recipe(Header):
             raise IntaglioError(f"{document.where(('steps',))}: a list of at least one step is needed")
         read = tuple(_step(step, document, ("steps", index)) for index, step in enumerate(steps))
         try:
-            check_order(map(method_of, read))
+            check_order(map(method_of, read), fitted=[step.method for step in read if isinstance(step, Fit)])
             _check_fits_last(read)
         except IntaglioError as error:
             raise IntaglioError(f"{document.where(('steps',))}: {error}") from error

@@ -11,7 +11,7 @@ from intaglio.carving.begin import is_new, name_of
 from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import Record, StepRecord, load_record
 from intaglio.method import SHARED, Applied, Method, check_order, get
-from intaglio.recipe import Recipe, method_of
+from intaglio.recipe import Fit, Recipe, method_of
 
 
 def check_earlier(recipe: Recipe, model: str | None) -> None:
@@ -28,7 +28,8 @@ def check_earlier(recipe: Recipe, model: str | None) -> None:
         return
     record = load_record(name_of(recipe, model))
     if record is not None:
-        check_order(map(method_of, recipe.steps), applied(record))
+        fitted = [step.method for step in recipe.steps if isinstance(step, Fit)]
+        check_order(map(method_of, recipe.steps), applied(record), fitted)
 
 
 def applied(record: Record) -> list[Applied]:

@@ -12,11 +12,11 @@ import torch
 
 from intaglio.anatomy import Anatomy, anatomy
 from intaglio.attachments import Fitting
-from intaglio.carving.begin import name_of, skeleton
+from intaglio.carving.begin import is_new, name_of, skeleton
 from intaglio.carving.data import read_texts
 from intaglio.carving.earlier import check_earlier
-from intaglio.carving.steps import check_fit, trains
-from intaglio.checkpoint import parse_device, parse_dtype
+from intaglio.carving.steps import check_fit, retokenizes, trains
+from intaglio.checkpoint import load_config, load_tokenizer, parse_device, parse_dtype
 from intaglio.data.texts import Corpus
 from intaglio.measures.quality import ELEMENTS
 from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
@@ -55,7 +55,8 @@ def plan(
     weightless = skeleton(recipe, model)
     kind = wanted if isinstance(wanted, torch.dtype) else (getattr(weightless.config, "dtype", None) or torch.float32)
     parts = anatomy(weightless)
-    check_fit(recipe.steps, parts, name)
+    replaced = retokenizes(recipe.steps) and not is_new(recipe, model)
+    check_fit(recipe.steps, parts, name, _tokenizer(name) if replaced else None)
     texts, _ = read_texts(recipe)
     length = min(recipe.calibration.length, int(getattr(parts.config, "max_position_embeddings", 1 << 30)))
     parameters = sum(p.numel() for p in weightless.parameters())
@@ -113,6 +114,11 @@ def _shortened(workload: Workload, parts: Anatomy) -> Workload:
         parameters=workload.parameters - workload.block_parameters + inside,
         blocks=len(parts.blocks),
     )
+
+
+def _tokenizer(name: str) -> Any:
+    source, _ = load_config(name)
+    return load_tokenizer(name if "@" in name else source)
 
 
 def _measuring(wanted: Measure, workload: Workload, parts: Anatomy, rates: Rates) -> tuple[float, int, int]:

@@ -25,8 +25,8 @@ from intaglio.carving.scratch import (
     scratch_directory,
     start_or_resume,
 )
-from intaglio.carving.steps import apply_step, check_fit, goes_on
-from intaglio.carving.told import make_document, provenance
+from intaglio.carving.steps import apply_step, check_fit, goes_on, retokenizes
+from intaglio.carving.told import make_document, new_tokens_note, provenance
 from intaglio.checkpoint import files_stamp, load
 from intaglio.data.texts import load_texts
 from intaglio.machine import versions, with_threads
@@ -82,7 +82,8 @@ def carve(
         with with_threads(threads):
             again = partial(begin, recipe, texts[0], model, device, dtype)
             checkpoint = again()
-            check_fit(recipe.steps, anatomy(checkpoint.model), name)
+            check_fit(recipe.steps, anatomy(checkpoint.model), name, checkpoint.tokenizer)
+            first = checkpoint.tokenizer
             data = prepare_data(recipe, checkpoint, texts)
             yardstick = make_yardstick(checkpoint, data.held_out, recipe.measure, progress)
             before = yardstick.measure(checkpoint)
@@ -92,6 +93,8 @@ def carve(
                 del checkpoint  # two models at once may not fit
                 checkpoint = load(scratch / f"step-{done}", device=device, dtype=dtype)
                 checkpoint.source = name
+                if retokenizes(recipe.steps[:done]):
+                    data = prepare_data(recipe, checkpoint, texts)
             for index, step in enumerate(recipe.steps[done:], start=done):
                 start = time.time()
                 if goes_on(step):  # it resumes by itself, if the state says that there is something to resume
@@ -100,8 +103,11 @@ def carve(
                 apply_step(step, checkpoint, recipe, data, progress, training, resume, again)
                 seconds.append(time.time() - start)
                 put_aside(checkpoint, scratch, index + 1, digest)
+                if retokenizes((step,)):  # ids mean something else now
+                    data = prepare_data(recipe, checkpoint, texts)
             # Nobody wants to know how far a trained model agrees with the random weights it began as.
-            after = yardstick.measure(checkpoint, alone=fresh)
+            after = yardstick.measure(checkpoint, data.held_out, alone=fresh)
+            notes += new_tokens_note(recipe.steps, first, checkpoint, data.held_out)
             document = {
                 **make_document(recipe, checkpoint, name, data, before, after, seconds),
                 "digest": digest,
@@ -125,7 +131,8 @@ def compare(
     """Measure two checkpoints on the same held-out text; `b`'s agreement is with `a`.
 
     With equal tokenizers both see the same tokens. With different ones, tokens and agreement are not comparable: each
-    is measured on its own tokens of the same documents, agreement is None, and bits per byte is the fair number.
+    is measured on its own tokens of the same documents, agreement is None, perplexities are told without a verdict,
+    and bits per byte is the fair number.
 
     Args:
         a: the first checkpoint.

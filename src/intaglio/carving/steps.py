@@ -12,17 +12,18 @@ from intaglio.carving.data import Data
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
-from intaglio.method import Carving, ChangesDepth, ChecksModel, Progress, Resumes
+from intaglio.method import Carving, ChangesDepth, ChecksModel, Progress, Resumes, Retokenizes
 from intaglio.recipe import Fit, Recipe, Step, method_of
 
 
-def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
+def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str, tokenizer: Any = None) -> None:
     """Refuse, before any work, a model that a step does not fit, as the steps before it will have left it.
 
     Args:
         steps: of the recipe.
         parts: of the model.
         name: of the model, for the sentence.
+        tokenizer: of the model, for a step that replaces it. Default None: that is not looked at.
 
     Raises:
         IntaglioError: names the step and the layer.
@@ -40,6 +41,18 @@ def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str) -> None:
                 step.check_model(parts)
             if isinstance(step, ChangesDepth):
                 parts = step.left(parts)
+        if isinstance(step, Retokenizes) and tokenizer is not None:
+            step.check_tokenizer(tokenizer, name)
+            tokenizer = None  # what a second such step finds is not there yet
+
+
+def retokenizes(steps: tuple[Step, ...]) -> bool:
+    """Whether one of the steps gives the checkpoint another tokenizer.
+
+    Args:
+        steps: of a recipe.
+    """
+    return any(isinstance(step, Retokenizes) for step in steps)
 
 
 def apply_step(

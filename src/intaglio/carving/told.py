@@ -13,7 +13,7 @@ from intaglio.carving.steps import trains
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.machine import versions
-from intaglio.method import Method
+from intaglio.method import Method, Retokenizes
 from intaglio.recipe import Fit, Measure, Recipe, Step, accepted_fields, method_of
 
 
@@ -58,6 +58,26 @@ def provenance(checkpoint: Checkpoint, wanted: Measure, held_out: Segments) -> d
         "device": str(checkpoint.device),
         "dtype": str(next(checkpoint.model.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def new_tokens_note(steps: tuple[Step, ...], before: Any, checkpoint: Checkpoint, held_out: Segments) -> list[str]:
+    """How much of the held-out text is written with tokens that the model did not have before; nothing if it had all.
+
+    Args:
+        steps: of the recipe.
+        before: its tokenizer then.
+        checkpoint: what came out.
+        held_out: the text in its tokens.
+    """
+    step = next((step for step in reversed(steps) if isinstance(step, Retokenizes)), None)
+    if step is None:
+        return []
+    new = step.new_tokens(before, checkpoint.tokenizer)
+    share = float(torch.isin(held_out.ids_NT, torch.tensor(sorted(new), dtype=torch.int64)).float().mean())
+    return [
+        f"The tokenizer was replaced: {share:.1%} of the held-out tokens behind {step.slug} are ones that the model "
+        "did not have before. Perplexity is a token's, so compare bits per byte."
+    ]
 
 
 def make_document(

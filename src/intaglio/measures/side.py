@@ -52,8 +52,9 @@ class Yardstick:
 
         Returns:
             `perplexity, bits_per_byte, kl_mean, top1_agreement, cosine, zero_fraction, bytes, parameters,
-            prefill_tokens_per_s, decode_tokens_per_s, peak_memory_bytes`, ready for JSON. Peak memory is that of the
-            measurement: a pass over a batch of held-out text, and the timing.
+            prefill_tokens_per_s, decode_tokens_per_s, peak_memory_bytes, tokens`, ready for JSON. Peak memory is
+            that of the measurement: a pass over a batch of held-out text, and the timing. `tokens` is a digest of the
+            token ids: two sides that differ in it were measured on other tokens.
         """
         data = held_out or self.held_out
         original = self._original if not alone and self._original.fits(checkpoint, data) else None
@@ -72,4 +73,5 @@ class Yardstick:
             "prefill_tokens_per_s": None if times is None else times.prefill,
             "decode_tokens_per_s": None if times is None else times.decode,
             "peak_memory_bytes": peak.bytes,
+            "tokens": data.digest,
         }

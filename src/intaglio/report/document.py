@@ -4,8 +4,8 @@ A document is a plain dict, the same that is written as `report.json`. There are
 `steps`), `compare` (`a`, `b`) and `demo` (`dense`, `variants`). A SIDE is what was measured on one checkpoint:
 `perplexity`, `bits_per_byte`, `kl_mean` (nats a token, against the original), `top1_agreement`, `cosine` (see
 `has_cosine`), `zero_fraction` (layer to share), `bytes`, `prefill_tokens_per_s`, `decode_tokens_per_s`,
-`peak_memory_bytes`, `parameters`. A number that is null, missing or not finite is shown as a dash, with the reason
-where it is known.
+`peak_memory_bytes`, `parameters`, `tokens` (a digest of those that it was measured on). A number that is null, missing
+or not finite is shown as a dash, with the reason where it is known.
 
 A step or variant may bring `defaults` (field to default value): the parameters that differ from them are shown, the
 others are folded away. Without `defaults`, those that are not null are shown. A step may bring `bars`, what it measured
@@ -104,6 +104,16 @@ def value_of(side: Document, key: str) -> float | None:
         shares = shares_of(side)
         return math.fsum(shares) / len(shares) if shares else None
     return share(side.get(key)) if key == "top1_agreement" else finite(side.get(key))
+
+
+def other_tokens(a: Document, b: Document) -> bool:
+    """Whether two SIDEs were measured on different tokens, so that nothing that is told by the token compares.
+
+    Args:
+        a: one side.
+        b: the other.
+    """
+    return a.get("tokens") is not None and b.get("tokens") is not None and a["tokens"] != b["tokens"]
 
 
 def has_cosine(sides: Iterable[Document]) -> bool:

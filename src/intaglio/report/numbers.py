@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from intaglio.report.document import Document, finite, has_cosine, value_of
+from intaglio.report.document import Document, finite, has_cosine, other_tokens, value_of
 
 
 def plain_number(value: float) -> str:
@@ -123,6 +123,8 @@ MEASURES = (
     Measure("peak_memory_bytes", "Peak memory", "while it was measured", _size, "lower", noise=MEMORY_NOISE),
     Measure("parameters", "Parameters", "zeros counted", _count, None),
 )
+BY_TOKEN = frozenset({"perplexity", "kl_mean", "top1_agreement", "prefill_tokens_per_s", "decode_tokens_per_s"})
+"""Measures that are told by the token: between two tokenizers they do not compare."""
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 
@@ -232,12 +234,16 @@ def rows(before: Document, after: Document, baked: bool = False) -> list[Row]:
         baked: whether stock code runs both. With equally many parameters and bytes they then do the same work, and what
             their speeds differ by is the machine's. Default False.
     """
-    cosine = has_cosine((before, after))
+    cosine, apart = has_cosine((before, after)), other_tokens(before, after)
     alike = baked and all(before.get(key) == after.get(key) is not None for key in ("parameters", "bytes"))
     found = []
     for measure in measures_of((before, after)):
         old, new = cell_of(before, measure, cosine, original=True), cell_of(after, measure, cosine, original=False)
-        if old.why and old.why == new.why:
+        if apart and measure.key in ("kl_mean", "top1_agreement") and new.why:
+            found.append(Row(measure, old, Cell("-", "on other tokens"), Change("-")))
+        elif apart and measure.key in BY_TOKEN and not (old.why or new.why):
+            found.append(Row(measure, old, new, Change("of other tokens: does not compare")))
+        elif old.why and old.why == new.why:
             found.append(Row(measure, Cell("-"), Cell("-"), Change(old.why)))
         else:
             change = _change(measure, value_of(before, measure.key), value_of(after, measure.key))

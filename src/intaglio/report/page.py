@@ -26,6 +26,7 @@ from intaglio.report.document import (
     fractions_of,
     has_cosine,
     is_best,
+    other_tokens,
     reference_of,
     shares_of,
     short_name,
@@ -123,6 +124,8 @@ def _headlines(before: Document, after: Document, reference: str) -> list[Headli
     else:
         agreement = Headline("Same choice", found["top1_agreement"].after.text, f"of next tokens, as {reference}")
         strip = [_headline(found["perplexity"]), agreement]
+        if other_tokens(before, after):
+            strip = [_headline(found["bits_per_byte"])]
     strip.append(Headline("Zeros", found["zero_fraction"].after.text, spread))
     strip.append(_headline(found["bytes"]))
     return strip
@@ -172,7 +175,10 @@ def _zero_map(side: Document, name: str) -> ZeroMap:
 
 def _pairs(before: Document, after: Document, names: tuple[str, str]) -> Markup:
     items = []
-    for key in ("perplexity", "bytes", "peak_memory_bytes", "prefill_tokens_per_s", "decode_tokens_per_s"):
+    # What is told by the token does not compare between tokenizers.
+    apart = other_tokens(before, after)
+    speeds = () if apart else ("prefill_tokens_per_s", "decode_tokens_per_s")
+    for key in ("bits_per_byte" if apart else "perplexity", "bytes", "peak_memory_bytes", *speeds):
         old, new = value_of(before, key), value_of(after, key)
         if old is not None and new is not None and min(old, new) >= 0:
             measure = BY_KEY[key]

@@ -10,6 +10,7 @@ from intaglio.report.document import (
     best_variants,
     checked,
     kind_of,
+    other_tokens,
     reference_of,
     shares_of,
     short_name,
@@ -43,6 +44,9 @@ def _quality_words(before: Document, after: Document, reference: str) -> list[st
     old, new = value_of(before, "perplexity"), value_of(after, "perplexity")
     if cosine is not None:
         parts.append(f"embeddings have a mean cosine of {plain_number(cosine)} to {reference}'s")
+    elif other_tokens(before, after):
+        sizes = [cell_of(side, BY_KEY["bits_per_byte"], False, False).text for side in (before, after)]
+        parts.append(f"bits per byte {sizes[0]} -> {sizes[1]} (perplexities of other tokens do not compare)")
     elif old is not None and new is not None:
         parts.append(f"perplexity {plain_number(old)} -> {plain_number(new)}")
     else:

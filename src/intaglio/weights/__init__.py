@@ -1,4 +1,4 @@
-"""Masks over weights: which parameters live.
+"""Masks over weights: which parameters live; and surgery on them.
 
 What lives here:
 
@@ -11,6 +11,7 @@ What lives here:
 - `progressive_nm`: N:M zeros that come by degrees while a model is trained.
 - `bip`: learns the mask while the weights are trained; for any module, too.
 - `lost`: a low-rank pair and a few whole columns in the place of each projection, trained from scratch.
+- `omp_transplant`: another model's tokenizer, without training.
 - `amount` (private): `sparsity` or `pattern`, and the masks they ask for.
 - `pruning` (private): what every pruning step does around its own rule.
 """

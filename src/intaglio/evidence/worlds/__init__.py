@@ -4,6 +4,7 @@
 - `prompts`: beginnings and chat turns of five kinds for SmolLM2, for what generates.
 - `smollm2_draft`: a two-layer draft model for it, trained on what it says itself, once and cached.
 - `source_code`: bytes of Python source and a small Llama, new or trained once and cached.
+- `two_tokenizers`: the same source read by two tokenizers, with a small Llama for each.
 - `roles`: names in Python source with their roles, and a small Llama that was trained on such text.
 - `haystack`: a synthetic language with facts hidden in filler and questions at the end.
 - `digits`: handwritten digits as images and as sequences, with wrong labels where asked for.
