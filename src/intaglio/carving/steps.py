@@ -28,7 +28,7 @@ def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str, tokenizer: Any
     Raises:
         IntaglioError: names the step and the layer.
     """
-    able = predicts_next(parts)
+    able, known = predicts_next(parts), True  # a merge gives projections that are not there yet
     for step in steps:
         if "causal" in method_of(step).requires and not able:
             what = "is an encoder" if not parts.causal else "labels tokens or sees later ones"
@@ -36,7 +36,9 @@ def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str, tokenizer: Any
         # A rule may be taken back by a step; a head is not.
         able = able or ("attention" in method_of(step).changes and parts.causal and parts.head is not None)
         if not isinstance(step, Fit):
-            cast(Carving, step).check([(full, *linear.shape) for full, linear in parts.all_linears()])
+            if known:
+                cast(Carving, step).check([(full, *linear.shape) for full, linear in parts.all_linears()])
+            known = known and "linear_weights" not in method_of(step).restores
             if isinstance(step, ChecksModel):
                 step.check_model(parts)
             if isinstance(step, ChangesDepth):

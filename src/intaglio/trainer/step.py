@@ -101,6 +101,9 @@ class Train(Settings, Method, slug="train"):
         if whole and (self.lora is not None or self.freeze):
             held = "freeze holds them still" if self.freeze else "lora trains adapters alone"
             raise ValueError(f"{whole[0]} trains the weights themselves, and {held}; leave one of the two out")
+        shaping = [one.slug for one in map(_made, self.shape) if "weights" in one.changes]
+        if len(shaping) > 1:
+            raise ValueError(f"{shaping[0]} and {shaping[1]} both shape the weights; give each a train step of its own")
         if self.patience is not None and not self.evaluate and self.validation is None:
             raise ValueError("patience needs evaluate, a share of the data such as 0.05, or validation")
         if self.patience is not None and labels and self.watch == "loss":

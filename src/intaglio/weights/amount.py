@@ -126,8 +126,10 @@ def not_ignored(names: Sequence[str], ignore: Sequence[str]) -> list[int]:
         ignore: names or shell patterns.
 
     Raises:
-        IntaglioError: an entry of `ignore` names none of them, or together they name all.
+        IntaglioError: there is none, an entry of `ignore` names none of them, or together they name all.
     """
+    if not names:
+        raise IntaglioError("no projection of this model is a plain matrix, so there is nothing to prune")
     for pattern in ignore:
         if not any(named(name, pattern) for name in names):
             raise IntaglioError(
