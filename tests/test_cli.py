@@ -41,6 +41,7 @@ SIDE = {
     "kl_mean",
     "top1_agreement",
     "cosine",
+    "tokens",
     "zero_fraction",
     "bytes",
     "parameters",

@@ -105,7 +105,8 @@ def test_a_killed_fit_resumes_to_the_same_bytes(
     decoder = load(tmp_path / "whole").decoder(slug)
     assert {tensor.dtype for tensor in load(tmp_path / "whole").attachments[slug].tensors.values()} == {torch.bfloat16}
     assert isinstance(decoder, TrainedHeads)
-    assert len(decoder.shape) == 15
+    assert 1 <= len(decoder.shape) <= 15
+    assert len(load(tmp_path / "whole").decoder(slug, nodes=15).shape) == 15
     found = generate(load(tmp_path / "whole"), "the quick", decoder=slug, max_new_tokens=8)
     assert found["token_ids"] == generate(load(model), "the quick", max_new_tokens=8)["token_ids"]
     assert found["accepted_share"] is not None
@@ -200,7 +201,7 @@ def test_the_plan_says_what_a_fit_takes(slug: str, corpus_file: Path, tmp_path: 
     encoder = tiny_checkpoint_dir("bert", tmp_path / "encoder", layers=1)
     with pytest.raises(IntaglioError, match=f"{slug} needs a model that generates"):
         plan(recipe(slug, corpus_file), model=str(encoder))
-    assert carving.defaults(get(slug)())["nodes"] == 15
+    assert carving.defaults(get(slug)())["token_cost"] == 0.035
 
 
 @pytest.mark.parametrize("slug", METHODS)
