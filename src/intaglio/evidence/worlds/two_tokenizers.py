@@ -49,7 +49,7 @@ class TwoTokenizers:
     Args:
         packages: whose source. Default the standard library.
         folder: source below this directory in their place; tests put a small one here. Default "": none.
-        vocab: entries of the base's vocabulary. Default 1500.
+        vocab: entries of the base's vocabulary. Default 1000.
         donor_vocab: of the donor's. Default 3000.
         width: of the base. Default 96.
         donor_width: of the donor. Default 112.
@@ -65,7 +65,7 @@ class TwoTokenizers:
 
     packages: tuple[str, ...] = (STANDARD_LIBRARY,)
     folder: str = ""
-    vocab: int = 1500
+    vocab: int = 1000
     donor_vocab: int = 3000
     width: int = 96
     donor_width: int = 112

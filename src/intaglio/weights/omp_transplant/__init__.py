@@ -262,7 +262,7 @@ class OMPTransplant(Method, slug="omp_transplant"):
         passes = 1 if self.method == "common_interpolation" else self.atoms(width, int(half))
         gram = min(4 * half * half, GRAM_BYTES) if self.method == "omp" else 0
         # A lone product reaches twice the rate of a model's pass.
-        return Cost(half * half * width * passes, half * half * passes, int(held + gram))
+        return Cost(half * half * width * passes, 0.0, int(held + gram))
 
     def apply(
         self,
