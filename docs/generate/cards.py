@@ -28,7 +28,7 @@ def card(slug: str, evidence: Evidence, note: dict[str, str]) -> str:
     """
     entry, method = ENTRIES[slug], get(slug)
     recipe = facts.example(slug)
-    given = facts.given(recipe) if recipe else about.needed(method)
+    given = facts.given(recipe, slug) if recipe else about.needed(method)
     paper = about.paper_values(method, given)
     values: dict[str, Any] = {
         "entry": entry,
@@ -40,6 +40,7 @@ def card(slug: str, evidence: Evidence, note: dict[str, str]) -> str:
         "facts_page": FACTS,
         "description": about.describe(inspect.getdoc(method) or ""),
         "recipe": facts.as_yaml(recipe) if recipe else "",
+        "applied": recipe is not None and facts.used(recipe["steps"][-1]) == slug and not entry.fitted,
         "call": facts.call(slug, given),
         "parameters": about.parameters(method, paper),
         "paper": paper,

@@ -23,16 +23,21 @@ def example(slug: str) -> dict[str, Any] | None:
         slug: of the method.
 
     Returns:
-        None where the method is no step of a recipe.
+        None where the method is no step of a recipe, nor part of one in a recipe that is shipped.
 
     Raises:
         ValueError: no recipe is shipped for it, and neither its defaults nor half of the weights are accepted.
     """
     entry = ENTRIES[slug]
+    shipped = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(RECIPES.glob("*.yaml"))]
+    if PARTS & set(entry.kinds):
+        # What it is mostly for: a part of training, shown where it is the last step.
+        for document in sorted(shipped, key=lambda document: len(document["steps"])):
+            if slug in parts(document["steps"][-1]):
+                return dict(document)
     if not (entry.fitted or "carving" in entry.kinds):
         return None
-    for path in sorted(RECIPES.glob("*.yaml")):
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for document in shipped:
         if [used(step) for step in document["steps"]] == [slug]:
             return dict(document)
     for fields in ({}, {"sparsity": 0.5}):
@@ -44,6 +49,10 @@ def example(slug: str) -> dict[str, Any] | None:
             continue
         return document
     raise ValueError(f"the card of {slug} has no recipe to show: ship one in recipes/")
+
+
+PARTS = {"objective", "shaper", "selector"}
+"""Kinds that stand inside a `train` step."""
 
 
 def used(step: Any) -> str:
@@ -58,13 +67,29 @@ def used(step: Any) -> str:
     return used(value) if verb == "fit" else str(verb)
 
 
-def given(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that a recipe of one step sets.
+def parts(step: Any) -> dict[str, dict[str, Any]]:
+    """The methods inside a `train` step, with their fields.
+
+    Args:
+        step: of a recipe, as plain data.
+    """
+    if not isinstance(step, dict) or "train" not in step:
+        return {}
+    fields = step["train"]
+    named = [fields.get("objective"), fields.get("select"), *fields.get("shape", ())]
+    return {slug: dict(own or {}) for one in named if isinstance(one, dict) for slug, own in one.items()}
+
+
+def given(document: Mapping[str, Any], slug: str) -> dict[str, Any]:
+    """The fields that a recipe sets for a method, in its last step.
 
     Args:
         document: from `example`.
+        slug: of the method.
     """
-    (step,) = document["steps"]
+    step = document["steps"][-1]
+    if slug in (inside := parts(step)):
+        return inside[slug]
     fields = {} if isinstance(step, str) else next(iter(step.values()))
     if isinstance(step, dict) and "fit" in step:
         fields = {} if isinstance(fields, str) else next(iter(fields.values()))

@@ -13,7 +13,17 @@ from intaglio.catalogue import ENTRIES
 from intaglio.method import get
 from intaglio.recipe import Fit, Recipe
 
-CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
+PARTS = [slug for slug, entry in ENTRIES.items() if facts.PARTS & set(entry.kinds)]
+CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds and slug not in PARTS]
+
+
+@pytest.mark.parametrize("slug", PARTS)
+def test_what_shapes_training_is_shown_in_a_train_step(slug: str) -> None:
+    document = facts.example(slug)
+    assert document is not None
+    steps = Recipe.of(yaml.safe_load(facts.as_yaml(document))).steps
+    assert steps[-1].slug == "train"
+    get(slug)(**facts.given(document, slug))
 
 
 @pytest.mark.parametrize("slug", CARVINGS)
@@ -22,7 +32,7 @@ def test_the_recipe_on_a_card_is_a_recipe_and_the_call_is_its_step(slug: str) ->
     assert document is not None
     (step,) = Recipe.of(yaml.safe_load(facts.as_yaml(document))).steps
     assert step.slug == slug
-    text = facts.call(slug, facts.given(document))
+    text = facts.call(slug, facts.given(document, slug))
     call = ast.parse(text, mode="eval").body
     assert isinstance(call, ast.Call)
     arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
@@ -43,7 +53,7 @@ def test_a_fitted_method_is_shown_as_a_fit(slug: str) -> None:
     assert document is not None
     (step,) = Recipe.of(yaml.safe_load(facts.as_yaml(document))).steps
     assert isinstance(step, Fit)
-    assert step.method == get(slug)(**facts.given(document))
+    assert step.method == get(slug)(**facts.given(document, slug))
 
 
 @pytest.mark.parametrize(
@@ -58,4 +68,11 @@ def test_a_fitted_method_is_shown_as_a_fit(slug: str) -> None:
 )
 def test_what_a_step_names(step: Any, slug: str, fields: dict[str, Any]) -> None:
     assert facts.used(step) == slug
-    assert facts.given({"steps": [step]}) == fields
+    assert facts.given({"steps": [step]}, slug) == fields
+
+
+def test_what_a_train_step_names() -> None:
+    step = {"train": {"objective": {"meap": {"length": 16}}, "shape": [{"bip": None}], "steps": 3}}
+    assert facts.parts(step) == {"meap": {"length": 16}, "bip": {}}
+    assert facts.given({"steps": ["wanda", step]}, "meap") == {"length": 16}
+    assert facts.parts("wanda") == facts.parts({"wanda": {}}) == {}
