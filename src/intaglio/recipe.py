@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from intaglio.catalogue import ENTRIES, Kind
 from intaglio.errors import IntaglioError, did_you_mean, shorten
-from intaglio.method import Method, check_order, get, slugs
+from intaglio.method import Declares, Method, check_order, get, slugs
 from intaglio.yamlfile import Document, Place, read_yaml
 
 
@@ -190,7 +190,7 @@ class Recipe(Header):
             raise IntaglioError(f"{document.where(('steps',))}: a list of at least one step is needed")
         read = tuple(_step(step, document, ("steps", index)) for index, step in enumerate(steps))
         try:
-            check_order(map(method_of, read), fitted=[step.method for step in read if isinstance(step, Fit)])
+            check_steps(read)
             _check_fits_last(read)
         except IntaglioError as error:
             raise IntaglioError(f"{document.where(('steps',))}: {error}") from error
@@ -216,6 +216,19 @@ def _plain(step: Step) -> dict[str, Any]:
     """A step as the YAML file would hold it, every default written out."""
     named = {step.slug: method_of(step).model_dump()}
     return {"fit": named} if isinstance(step, Fit) else named
+
+
+def check_steps(steps: Sequence[Step], earlier: Iterable[Declares] = ()) -> None:
+    """Refuse steps of which one needs what another before it has undone; see `check_order`.
+
+    Args:
+        steps: of a recipe, in order.
+        earlier: what was done before them. Default: nothing.
+
+    Raises:
+        IntaglioError: names both and the fact.
+    """
+    check_order(map(method_of, steps), earlier, [step.method for step in steps if isinstance(step, Fit)])
 
 
 def _check_fits_last(steps: tuple[Step, ...]) -> None:

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from intaglio.carving.begin import is_new, name_of
 from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import Record, StepRecord, load_record
-from intaglio.method import SHARED, Applied, Method, check_order, get
-from intaglio.recipe import Fit, Recipe, method_of
+from intaglio.method import SHARED, Applied, Method, get
+from intaglio.recipe import Recipe, check_steps
 
 
 def check_earlier(recipe: Recipe, model: str | None) -> None:
@@ -28,8 +28,7 @@ def check_earlier(recipe: Recipe, model: str | None) -> None:
         return
     record = load_record(name_of(recipe, model))
     if record is not None:
-        fitted = [step.method for step in recipe.steps if isinstance(step, Fit)]
-        check_order(map(method_of, recipe.steps), applied(record), fitted)
+        check_steps(recipe.steps, applied(record))
 
 
 def applied(record: Record) -> list[Applied]:

@@ -7,7 +7,6 @@ Dimension letters: B any leading dimensions, O output features, I input features
 from __future__ import annotations
 
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from intaglio.errors import IntaglioError
 from intaglio.kernels import ternary
 from intaglio.replaced import Joined, ReplacedLinear, put
+from intaglio.weights.amount import named, selected
 from intaglio.weights.bitnet import codes as bits
 from intaglio.weights.bitnet.quantization import (
     Norm,
@@ -283,16 +283,6 @@ class PackedLinear(Quantized):
         )
 
 
-def named(name: str, patterns: list[str]) -> bool:
-    """Whether a name is one of some names or shell patterns; the brackets of a fused part are no pattern.
-
-    Args:
-        name: of a layer.
-        patterns: names and patterns.
-    """
-    return any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def bitlinear(
     module: nn.Module,
     how: Quantization | None = None,
@@ -317,11 +307,12 @@ def bitlinear(
     found = {name: part for name, part in module.named_modules() if name and isinstance(part, (nn.Linear, Conv1D))}
     for what, patterns in (("targets", targets or []), ("ignore", ignore or [])):
         for pattern in patterns:
-            if not any(named(name, [pattern]) for name in found):
+            if not any(named(name, pattern) for name in found):
                 raise IntaglioError(
                     f"{what}: {pattern!r} names no linear layer; there are {', '.join(found) or 'none'}"
                 )
-    taken = [name for name in found if (targets is None or named(name, targets)) and not named(name, ignore or [])]
+    names = list(found)
+    taken = [names[place] for place in selected(names, targets, ignore or [])]
     if not taken:
         raise IntaglioError("no linear layer is left to replace")
     layers: dict[str, nn.Module] = {}

@@ -14,7 +14,8 @@ from torch import nn
 from intaglio.anatomy import Anatomy, Linear, anatomy
 from intaglio.errors import IntaglioError
 from intaglio.replaced import Joined, ReplacedLinear, module_names, put
-from intaglio.weights.bitnet.linear import SLUG, BitLinear, PackedLinear, Quantized, named
+from intaglio.weights.amount import check_patterns, selected
+from intaglio.weights.bitnet.linear import SLUG, BitLinear, PackedLinear, Quantized
 from intaglio.weights.bitnet.quantization import Quantization, measured
 
 Place = list[tuple[str, Linear]]
@@ -32,14 +33,8 @@ def taken(names: Sequence[str], targets: Sequence[str] | None, ignore: Sequence[
     Raises:
         IntaglioError: an entry names no projection, or none is left.
     """
-    for what, patterns in (("targets", targets or []), ("ignore", ignore)):
-        for pattern in patterns:
-            if not any(named(name, [pattern]) for name in names):
-                raise IntaglioError(
-                    f"{what}: {pattern!r} names no layer of this model; its first is {names[0]}, and * and ? stand for "
-                    "any characters"
-                )
-    left = [name for name in names if (targets is None or named(name, [*targets])) and not named(name, [*ignore])]
+    check_patterns(names, {"targets": targets or [], "ignore": ignore})
+    left = [names[place] for place in selected(names, targets, ignore)]
     if not left:
         raise IntaglioError("targets and ignore leave no layer of this model, so nothing would be quantized")
     return left

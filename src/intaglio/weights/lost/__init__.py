@@ -32,7 +32,7 @@ from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
 from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, silent
 from intaglio.replaced import ReplacedLinear, put
-from intaglio.weights.amount import named
+from intaglio.weights.amount import check_patterns, selected
 from intaglio.weights.lost.gradient import column_gradients
 from intaglio.weights.lost.linear import Activation, ElementsLinear, Form, LostLinear
 from intaglio.weights.lost.replace import Start, by_module, freeze, merge, summary
@@ -294,20 +294,8 @@ class LOST(Method, slug="lost"):
         if not names:
             raise IntaglioError("no projection of this model is a plain matrix, so lost has nothing to replace")
         ranks = list(self.rank) if isinstance(self.rank, dict) else []
-        fields = {"targets": self.targets or [], "ignore": self.ignore, "rank": ranks}
-        for field, patterns in fields.items():
-            for pattern in patterns:
-                if not any(named(name, pattern) for name in names):
-                    raise IntaglioError(
-                        f"{field}: {pattern!r} names no layer of this model; its first is {names[0]}, and * and ? stand"
-                        " for any characters"
-                    )
-        wanted = self.targets if self.targets is not None else ["*"]
-        left = [
-            name
-            for name in names
-            if any(named(name, pattern) for pattern in wanted) and not any(named(name, p) for p in self.ignore)
-        ]
+        check_patterns(names, {"targets": self.targets or [], "ignore": self.ignore, "rank": ranks})
+        left = [names[place] for place in selected(names, self.targets, self.ignore)]
         if not left:
             raise IntaglioError("targets and ignore leave no layer of this model to replace")
         return left
