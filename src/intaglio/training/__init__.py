@@ -1,0 +1,4 @@
+"""Masks over examples and gradients: what is trained on, and how strongly.
+
+What lives here:
+"""
