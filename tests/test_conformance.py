@@ -63,6 +63,10 @@ EXAMPLES["dyspec"] = (
     {"draft": NGramStore.build([list(range(5, 40)) * 2], VOCAB), "algorithm": "threshold", "order": "blocks"},
 )
 EXAMPLES["meap"] = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
+EXAMPLES["paser"] = (
+    {"embedding": "tfidf", "clusters": 3},
+    {"embedding": "tfidf", "clusters": None, "scope": "both", "concepts": None, "synonyms": 0.9, "order": "sequential"},
+)
 EXAMPLES["bitnet"] = (
     {},
     {

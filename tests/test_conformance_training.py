@@ -133,9 +133,9 @@ def test_a_selector_in_a_recipe_sees_the_model_before_it_was_carved(
     seen: list[Any] = []
     plain = get(slug).select  # type: ignore[attr-defined]
 
-    def select(self: Any, dataset: Any, model: Any, original: Any, budget: float, rng: Any) -> Any:
+    def select(self: Any, dataset: Any, model: Any, original: Any, budget: float, rng: Any, **more: Any) -> Any:
         seen.append((weights(original), weights(model), all("text" in example for example in dataset)))
-        return plain(self, dataset, model, original, budget, rng)
+        return plain(self, dataset, model, original, budget, rng, **more)
 
     monkeypatch.setattr(get(slug), "select", select)
     steps = [{"magnitude": {"sparsity": 0.5}}, {"train": {**TRAIN, "select": {slug: made(slug, index).model_dump()}}}]

@@ -198,6 +198,17 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2506.06607",
         ),
         Entry(
+            slug="paser",
+            room="training",
+            name="PASER",
+            kinds=("selector",),
+            summary="chooses the few instructions that win back most of what pruning lost, by how far the model is "
+            "from its original on them",
+            paper="He et al., PASER: Post-Training Data Selection for Efficient Pruned Large Language Model Recovery, "
+            "ICLR 2026",
+            url="https://arxiv.org/abs/2502.12594",
+        ),
+        Entry(
             slug="progressive_nm",
             room="weights",
             name="ProgressiveNM",

@@ -222,6 +222,7 @@ class Shared:
 
 SHARED: dict[str, Shared] = {
     "token_classification": Shared("intaglio.trainer.labels", "TokenClassification", ("objective",)),
+    "random": Shared("intaglio.trainer.select", "RandomExamples", ("selector",)),
     "drop_blocks": Shared("intaglio.weights.drop_blocks", "DropBlocks", ("carving",)),
     "visibility": Shared("intaglio.masks.step", "Visibility", ("carving", "visibility")),
 }

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
+from intaglio.method import Progress
 from intaglio.trainer import CausalLM, Draws, Example, Lora, Loss, Run
 from intaglio.trainer import state as run_state
 from intaglio.trainer.zeros import linear_modules
@@ -135,7 +136,14 @@ class Picks:
         self.picks, self.budget = picks, 0.5
 
     def select(
-        self, dataset: Sequence[Example], model: Checkpoint, original: Checkpoint | None, budget: float, rng: Draws
+        self,
+        dataset: Sequence[Example],
+        model: Checkpoint,
+        original: Checkpoint | None,
+        budget: float,
+        rng: Draws,
+        *,
+        progress: Progress,
     ) -> Sequence[Any]:
         assert (budget, rng.seed) == (0.5, 0)
         assert [example["id"] for example in dataset] == list(range(len(dataset)))

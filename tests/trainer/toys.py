@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from intaglio.catalogue import ENTRIES, Entry
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.method import Change, Method
+from intaglio.method import Change, Method, Progress, silent
 from intaglio.trainer import Draws, Example, Loss, Run
 from intaglio.trainer.zeros import linear_modules
 
@@ -99,7 +99,14 @@ class ToySelector(Method, slug="toy_selector"):
     budget: Annotated[float, Field(gt=0, le=1)] = 0.25
 
     def select(
-        self, dataset: Sequence[Example], model: Checkpoint, original: Checkpoint | None, budget: float, rng: Draws
+        self,
+        dataset: Sequence[Example],
+        model: Checkpoint,
+        original: Checkpoint | None,
+        budget: float,
+        rng: Draws,
+        *,
+        progress: Progress = silent,
     ) -> Sequence[int]:
         assert original is None or original is not model
         size = [len(example.get("text", example.get("answer", ""))) for example in dataset]

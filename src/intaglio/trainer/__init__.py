@@ -17,7 +17,7 @@
 - `draws`: randomness keyed by (seed, epoch, example id).
 - `lora`: adapters through PEFT, merged at the end; zeros of pruned layers stay.
 - `zeros`: the same for full training.
-- `select`: a selector's choice among the examples.
+- `select`: a selector's choice among the examples, and the choice at random.
 - `keep`: what is left as it was found.
 - `stock`: `transformers.Trainer` with our loss and trustworthy checkpoints.
 - `sharded`: plain tensors out of what FSDP has spread, and back.
@@ -32,7 +32,7 @@ from intaglio.trainer.draws import Draws
 from intaglio.trainer.history import Logged
 from intaglio.trainer.loop import Trained, train
 from intaglio.trainer.lora import Lora
-from intaglio.trainer.protocols import Batch, Example, Loss, Objective, Prepares, Run, Selector, Shaper
+from intaglio.trainer.protocols import Batch, Example, Loss, Objective, Prepares, Run, Selection, Selector, Shaper
 
 __all__ = [
     "Batch",
@@ -45,6 +45,7 @@ __all__ = [
     "Objective",
     "Prepares",
     "Run",
+    "Selection",
     "Selector",
     "Shaper",
     "Trained",

@@ -27,6 +27,7 @@ from intaglio.trainer.keep import kept_gradients, kept_modes, kept_randomness
 from intaglio.trainer.lora import adapted
 from intaglio.trainer.protocols import Loss, Objective, Run, Selector, Shaper
 from intaglio.trainer.rows import Rows, all_examples, read_rows
+from intaglio.trainer.select import Original
 from intaglio.trainer.select import chosen as selected
 from intaglio.trainer.settings import Settings
 from intaglio.trainer.sharded import unshard
@@ -58,7 +59,7 @@ def train(
     objective: Objective | None = None,
     shape: Sequence[Shaper] = (),
     select: Selector | None = None,
-    original: Checkpoint | None = None,
+    original: Original = None,
     evaluate: Callable[[Checkpoint], Mapping[str, float]] | Any = None,
     directory: str | os.PathLike[str] | None = None,
     resume: bool = True,
@@ -80,7 +81,8 @@ def train(
         objective: what is predicted. Default `CausalLM()`.
         shape: shapers, called in this order; what they made is baked in at the end. Default: none.
         select: chooses among the examples first (they must be in memory). Default: all of them.
-        original: the checkpoint before it was carved, for a selector that compares. Default: none.
+        original: the checkpoint before it was carved, for a selector that compares; or what loads it, so that it is
+            in memory only until the examples are chosen. Default: none.
         evaluate: held-out data, on which the mean of the objective's loss is taken; or a function of the checkpoint
             that returns numbers by name. Default: none.
         directory: where a run keeps what it needs to go on after it was killed, and `progress.html`, an early report
@@ -138,7 +140,8 @@ def train(
     if chosen.lora is not None:
         chosen.lora.check(model)  # refused before any work
     draws = Draws(chosen.seed)
-    rows = read_rows(checkpoint, _selected(checkpoint, data, select, original, chosen.seed), goal, draws)
+    kept, told = _selected(checkpoint, data, select, original, chosen.seed, progress)
+    rows = read_rows(checkpoint, kept, goal, draws)
     model = checkpoint.model  # an objective may have given it another head
     arguments = {
         "objective": run_state.describe(goal),
@@ -189,6 +192,7 @@ def train(
                 "steps": done.steps,
                 "tokens": done.tokens,
                 "curve": columns(done.history),
+                **_drawn(told),
             },
         )
         _attach_owned(checkpoint, goal)
@@ -196,17 +200,24 @@ def train(
 
 
 def _selected(
-    checkpoint: Checkpoint, data: Any, select: Selector | None, original: Checkpoint | None, seed: int
-) -> Any:
-    """The data, or what a selector leaves of them."""
+    checkpoint: Checkpoint, data: Any, select: Selector | None, original: Original, seed: int, progress: Progress
+) -> tuple[Any, dict[str, Any]]:
+    """The data, or what a selector leaves of them and tells of it."""
     if select is None:
-        return data
+        return data, {}
     if not isinstance(select, Selector):
         raise IntaglioError(f"select is {type(select).__name__}; it needs select and budget")
     examples = all_examples(checkpoint, data)
     if examples is None:
         raise IntaglioError("select needs data in memory; give a list of examples or texts")
-    return selected(select, examples, checkpoint, original, seed)
+    return selected(select, examples, checkpoint, original, seed, progress)
+
+
+def _drawn(told: dict[str, Any]) -> dict[str, Any]:
+    """What a selector tells, as the record has it: what is drawn of it stands apart."""
+    words = {name: value for name, value in told.items() if name != "bars"}
+    bars = {"bars": told["bars"]} if told.get("bars") else {}
+    return ({"selection": run_state.plain(words)} if words else {}) | bars
 
 
 def _not_yet(batch: Any) -> Loss:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from intaglio.checkpoint import Checkpoint
-    from intaglio.method import Cost, Workload
+    from intaglio.method import Cost, Progress, Workload
     from intaglio.trainer.draws import Draws
 
 Example = dict[str, Any]
@@ -149,7 +149,7 @@ class Shaper(Protocol):
 
 @runtime_checkable
 class CostsTraining(Protocol):
-    """A shaper that makes training dearer by an amount worth saying: passes, selections or memory of its own."""
+    """A shaper or selector that makes training dearer by an amount worth saying: passes, selections, memory."""
 
     def training_cost(self, workload: Workload, steps: float, batch_tokens: int, pass_flops: float) -> Cost:
         """What it takes beside the steps themselves.
@@ -162,9 +162,32 @@ class CostsTraining(Protocol):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class Selection(Sequence[int]):
+    """Chosen examples, with what is told of the choice.
+
+    Args:
+        indices: of the examples.
+        told: plain data for the record and the report; what is named `bars` is drawn (see `report.document`).
+    """
+
+    indices: Sequence[int]
+    told: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, place: Any) -> Any:
+        """The index at a place, or the indices of a slice."""
+        return self.indices[place]
+
+    def __len__(self) -> int:
+        """How many were chosen."""
+        return len(self.indices)
+
+
 @runtime_checkable
 class Selector(Protocol):
     """Which examples are trained on.
+
+    One that says `compares = False`, as an attribute or property, needs no original, and none is loaded for it.
 
     Args:
         budget: the share of the examples to keep, above 0 and at most 1.
@@ -175,9 +198,16 @@ class Selector(Protocol):
         """See the class."""
 
     def select(
-        self, dataset: Sequence[Example], model: Checkpoint, original: Checkpoint | None, budget: float, rng: Draws
+        self,
+        dataset: Sequence[Example],
+        model: Checkpoint,
+        original: Checkpoint | None,
+        budget: float,
+        rng: Draws,
+        *,
+        progress: Progress,
     ) -> Sequence[int] | Sequence[float]:
-        """Return the indices of the chosen examples, or a weight (a float) for every example.
+        """Return the indices of the chosen examples (a `Selection`, to tell of them), or a weight for every example.
 
         Args:
             dataset: the examples with their `id`: texts with `text` and `input_ids`, pairs with `prompt` and `answer`.
@@ -185,4 +215,5 @@ class Selector(Protocol):
             original: the checkpoint before it was carved, where a method compares; None if there is none.
             budget: the share of the examples to keep, above 0 and at most 1.
             rng: the source of anything random.
+            progress: called as work goes on.
         """

@@ -180,7 +180,7 @@ class Train(Settings, Method, slug="train"):
 
         A parameter and token costs 6 operations, 4 under LoRA or where the model is frozen (no gradient of weights), 2
         more with gradient checkpointing. Memory: the optimizer's two moments and the gradient of what is trained, and
-        the activations of a batch. Shapers that make training dearer say by how much.
+        the activations of a batch. Shapers and selectors that make it dearer say by how much.
 
         Args:
             workload: of the model. A row that is not said counts as 512 tokens, an epoch as the calibration tokens, as
@@ -190,7 +190,8 @@ class Train(Settings, Method, slug="train"):
         length = self.length or named.get("length") or ROW
         tokens: float = self.tokens or (self.steps or 0) * self.batch_size * self.accumulate * length
         if self.epochs is not None:
-            tokens = self.epochs * workload.tokens
+            chosen = next(iter(self.select.values()))["budget"] if self.select else 1.0
+            tokens = self.epochs * workload.tokens * chosen
         trained = workload.parameters
         if self.lora or self.freeze:
             trained = sum(self.lora.r * (a + b) for a, b in workload.linears) if self.lora else 0
@@ -203,8 +204,8 @@ class Train(Settings, Method, slug="train"):
         )  # logits, their copy, gradient
         flops = operations * workload.parameters * tokens
         steps = tokens / (batch * self.accumulate)
-        shapers = [part for part in self.parts if isinstance(part, CostsTraining)]
-        own = [part.training_cost(workload, steps, batch, operations * workload.parameters * batch) for part in shapers]
+        dearer = [part for part in self.parts if isinstance(part, CostsTraining)]
+        own = [part.training_cost(workload, steps, batch, operations * workload.parameters * batch) for part in dearer]
         return Cost(
             flops=flops + sum(cost.flops for cost in own),
             sorted_elements=sum(cost.sorted_elements for cost in own),
@@ -231,8 +232,8 @@ class Train(Settings, Method, slug="train"):
             calibration: the texts to train on where the step names none.
             seed: where the step has none.
             held_out_hashes: documents that are never trained on.
-            original: loads the checkpoint as it was before the recipe, for a selector that compares; asked for only by
-                a step that selects.
+            original: loads the checkpoint as it was before the recipe, for a selector that compares; asked for by such
+                a one alone.
             directory: for the state of the run; None: it cannot be resumed.
             resume: whether to go on with what `directory` holds.
             progress: called after each optimizer step.
@@ -251,7 +252,7 @@ class Train(Settings, Method, slug="train"):
             objective=CausalLM(self.length) if self.objective is None else _made(self.objective),  # type: ignore[arg-type]
             shape=[_made(named) for named in self.shape],  # type: ignore[misc]
             select=None if self.select is None else _made(self.select),  # type: ignore[arg-type]
-            original=original() if original is not None and self.select is not None else None,
+            original=original,
             evaluate=evaluated,
             directory=directory,
             resume=resume,
