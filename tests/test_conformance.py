@@ -87,6 +87,17 @@ EXAMPLES["bitnet"] = (
         "decay_until": 0.5,
     },
 )
+EXAMPLES["r_sparse"] = (
+    {},
+    {
+        "sparsity": 0.3,
+        "alpha": {"layers.0.*": 0.0, "layers.1.*": 0.4},
+        "threshold": "topk",
+        "strict": True,
+        "ignore": ["layers.2.*"],
+    },
+    {"how": "teal", "tokens": 64},
+)
 # Lossless where it verifies, or is never sure enough; PAD is a token that is there, so that it decodes untrained too.
 EXAMPLES["lud"] = (
     {"length": 24, "pad_token": 3, "alpha": 0.0, "verify": True, "beta": 0.0},

@@ -219,6 +219,15 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2402.04744",
         ),
         Entry(
+            slug="r_sparse",
+            room="activations",
+            name="RSparse",
+            kinds=("carving",),
+            summary="lets each token read only the columns of a weight that matter to it, and a low rank for the rest",
+            paper="Zhang et al., R-Sparse: Rank-Aware Activation Sparsity for Efficient LLM Inference, ICLR 2025",
+            url="https://arxiv.org/abs/2504.19449",
+        ),
+        Entry(
             slug="sparsegpt",
             room="weights",
             name="SparseGPT",

@@ -10,12 +10,41 @@ Dimension letters: B any leading dimensions, I input features, O output features
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from intaglio.errors import IntaglioError
+
+
+@dataclass
+class Tally:
+    """How many inputs a module kept; put into its `tally` while they are counted, where it has such a place.
+
+    Args:
+        kept: inputs that were multiplied.
+        seen: all of them.
+    """
+
+    kept: int = 0
+    seen: int = 0
+
+    def add(self, kept: int, seen: int) -> None:
+        """Count those of a pass.
+
+        Args:
+            kept: that were multiplied.
+            seen: all of them.
+        """
+        self.kept += kept
+        self.seen += seen
+
+    @property
+    def left_out(self) -> float:
+        """The share that was not multiplied."""
+        return 1 - self.kept / max(1, self.seen)
 
 
 class ReplacedLinear(nn.Module):
@@ -121,4 +150,4 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-__all__ = ["Joined", "ReplacedLinear", "count_parameters", "module_names", "put"]
+__all__ = ["Joined", "ReplacedLinear", "Tally", "count_parameters", "module_names", "put"]

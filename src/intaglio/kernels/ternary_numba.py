@@ -5,9 +5,8 @@ weight are shared out over torch's number of threads where a product is worth it
 quantization the activations become 31-bit fixed point, whose four digits in base 256 (each from -128 to 127) are four
 rows of integers.
 
-Tensors are passed as addresses, which costs a tenth of what numba takes to look at an array: a product of SmolLM2's
-size is a matter of ten microseconds. The first call compiles (about two seconds; as long again the first with several
-threads), and nothing is kept on disk.
+Tensors are passed as addresses (`addresses`): a product of SmolLM2's size is a matter of ten microseconds. The first
+call compiles (about two seconds; as long again the first with several threads), and nothing is kept on disk.
 
 Dimension letters: B rows of activations, I inputs, O outputs, J bytes of a packed row; D rows of integers (B, or 4B
 digits).
@@ -16,16 +15,15 @@ digits).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, prange
 from numba.extending import intrinsic
 from torch import Tensor
 
+from intaglio.kernels.addresses import as_float, compiled, may_share, pointer
 from intaglio.kernels.ternary_simd import ROWS, instructions, tile
 
 _GIVEN, _QUANTIZED, _FLOATING = 0, 1, 2
@@ -103,39 +101,13 @@ def _call(
         0 if bias_O is None else bias_O.data_ptr(), *limits, eps, room.data_ptr(),
     )  # fmt: skip
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + D * outputs * J * 4 // _WORTH)
-    if threads > 1 and _may_share():
+    if threads > 1 and may_share():
         _together(*given, threads)
     else:
         _alone(*given)
 
 
-@lru_cache(maxsize=1)
-def _may_share() -> bool:
-    """Whether threads may be used at all: numba's own pool, its last choice, ends the process if two launches meet."""
-    numba.get_num_threads()  # makes numba choose
-    return numba.threading_layer() != "workqueue"
-
-
 # What follows is compiled. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
-_compiled = njit(nogil=True, error_model="numpy")
-
-
-@intrinsic
-def _pointer(_context, address, of):
-    """An address as a pointer to numbers of this type."""
-
-    def emit(context, builder, signature, values):
-        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
-
-    return types.CPointer(of.dtype)(types.int64, of), emit
-
-
-@intrinsic
-def _as_float(_context, bits):
-    """The float32 of these bits."""
-    return types.float32(types.int32), lambda _c, builder, _s, values: builder.bitcast(values[0], ir.FloatType())
-
-
 @intrinsic
 def _nearest(_context, x):
     """The nearest integer, the even one of two, as a float; np.rint would be a call for each number."""
@@ -146,7 +118,7 @@ def _nearest(_context, x):
     return x(x), emit
 
 
-@_compiled
+@compiled
 def _largest(bits, width):
     """The bits of the greatest magnitude of a row: ordered as integers, with those of what is not finite highest."""
     found = np.int32(0)
@@ -156,7 +128,7 @@ def _largest(bits, width):
     return found
 
 
-@_compiled
+@compiled
 def _copied(x, q, width):
     total = np.int32(0)
     for i in range(width):
@@ -165,7 +137,7 @@ def _copied(x, q, width):
     return total
 
 
-@_compiled
+@compiled
 def _rounded(x, q, width, scale, low, high):
     total = np.int32(0)
     for i in range(width):
@@ -177,7 +149,7 @@ def _rounded(x, q, width, scale, low, high):
     return total
 
 
-@_compiled
+@compiled
 def _digits(x, q, width, filled, scale, totals):
     """Digits in base 256 of the fixed-point numbers round(x scale), a row for each, from the lowest."""
     t0, t1, t2, t3 = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
@@ -197,24 +169,24 @@ def _digits(x, q, width, filled, scale, totals):
     totals[0], totals[1], totals[2], totals[3] = t0, t1, t2, t3
 
 
-@_compiled
+@compiled
 def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, scales):
     """Make the integers [D, 4J], the sum of each row [D] (int32), and the scale of each token [B] (float64)."""
-    total_D, scale_B = _pointer(totals, np.int32), _pointer(scales, np.float64)
+    total_D, scale_B = pointer(totals, np.int32), pointer(scales, np.float64)
     size = 1 if kind == _GIVEN else 4
     each = _DIGITS if kind == _FLOATING else 1
     for b in range(B):
         there = digits + b * each * filled
-        q = _pointer(there, np.int8)
+        q = pointer(there, np.int8)
         for d in range(each):
             for i in range(width, filled):
                 q[d * filled + i] = np.int8(0)
         row = x + size * b * width
-        x_I = _pointer(row, np.float32)
-        found = np.int32(0) if kind == _GIVEN else _largest(_pointer(row, np.int32), width)
-        largest = _as_float(found)
+        x_I = pointer(row, np.float32)
+        found = np.int32(0) if kind == _GIVEN else _largest(pointer(row, np.int32), width)
+        largest = as_float(found)
         if kind == _GIVEN:
-            total_D[b] = _copied(_pointer(row, np.int8), q, width)
+            total_D[b] = _copied(pointer(row, np.int8), q, width)
         elif found >= _INFINITE:
             for i in range(each * filled):
                 q[i] = np.int8(0)
@@ -229,10 +201,10 @@ def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, sc
             # The power of two that takes the largest magnitude to [2^29, 2^30).
             power = math.ldexp(1.0, 30 - math.frexp(np.float64(largest))[1]) if found else 1.0
             scale_B[b] = power
-            _digits(x_I, q, width, filled, power, _pointer(totals + 4 * each * b, np.int32))
+            _digits(x_I, q, width, filled, power, pointer(totals + 4 * each * b, np.int32))
 
 
-@_compiled
+@compiled
 def _multiply(digits, D, packed, outputs, J, sums, stride, first, end):
     """Multiply rows `first` to `end` of the weight with all rows of integers; `stride`: bytes of a row of sums."""
     last = packed + (outputs - 1) * J
@@ -251,20 +223,20 @@ def _multiply(digits, D, packed, outputs, J, sums, stride, first, end):
                 _tile_1(rows, last, J, digits + d * 4 * J, there + d * stride, stride)
 
 
-@_compiled
+@compiled
 def _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, token_scales, first, end):
     """Take sum_i x_i from the sums, divide by the scales and add the bias, for the outputs `first` to `end`."""
-    total_D, token_scale_B = _pointer(totals, np.int32), _pointer(token_scales, np.float64)
-    scale_S, bias_O = _pointer(scale, np.float32), _pointer(bias, np.float32)
+    total_D, token_scale_B = pointer(totals, np.int32), pointer(token_scales, np.float64)
+    scale_S, bias_O = pointer(scale, np.float32), pointer(bias, np.float32)
     for b in range(B):
-        y_O = _pointer(y + 4 * b * outputs, np.float32)
+        y_O = pointer(y + 4 * b * outputs, np.float32)
         if kind == _GIVEN:
-            whole_O, sum_O = _pointer(y + 4 * b * outputs, np.int32), _pointer(sums + b * stride, np.int32)
+            whole_O, sum_O = pointer(y + 4 * b * outputs, np.int32), pointer(sums + b * stride, np.int32)
             for o in range(first, end):
                 whole_O[o] = np.int32(sum_O[o] - total_D[b])
             continue
         if kind == _QUANTIZED:
-            sum_O, total, own = _pointer(sums + b * stride, np.int32), total_D[b], np.float32(token_scale_B[b])
+            sum_O, total, own = pointer(sums + b * stride, np.int32), total_D[b], np.float32(token_scale_B[b])
             if scales == 1:
                 divisor = np.float32(scale_S[0] * own)
                 for o in range(first, end):
@@ -276,14 +248,14 @@ def _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, toke
             for o in range(first, end):
                 whole = np.int64(0)
                 for d in range(_DIGITS * b + _DIGITS - 1, _DIGITS * b - 1, -1):
-                    whole = 256 * whole + (_pointer(sums + d * stride, np.int32)[o] - total_D[d])
+                    whole = 256 * whole + (pointer(sums + d * stride, np.int32)[o] - total_D[d])
                 y_O[o] = np.float32(whole / token_scale_B[b]) / scale_S[o if scales > 1 else 0]
         if bias:
             for o in range(first, end):
                 y_O[o] += bias_O[o]
 
 
-@_compiled
+@compiled
 def _parts(D, J, outputs, room):
     """Where integers, sums, scales of tokens and totals of rows begin, and the bytes between rows of sums."""
     stride = 4 * ROWS * ((outputs + ROWS - 1) // ROWS)
@@ -293,7 +265,7 @@ def _parts(D, J, outputs, room):
     return digits, sums, scales, scales + 8 * D, stride
 
 
-@_compiled
+@compiled
 def _alone(kind, x, B, width, packed, outputs, J, y, scale, scales, bias, low, high, peak, eps, room):
     D = B * _DIGITS if kind == _FLOATING else B
     digits, sums, own, totals, stride = _parts(D, J, outputs, room)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from intaglio.anatomy import check_widths
 from intaglio.errors import IntaglioError
+from intaglio.layers import check_patterns, selected
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -135,52 +135,6 @@ def not_ignored(names: Sequence[str], ignore: Sequence[str]) -> list[int]:
     if not left:
         raise IntaglioError("ignore: names every layer of this model, so nothing would be pruned")
     return left
-
-
-def check_patterns(names: Sequence[str], fields: Mapping[str, Sequence[str]]) -> None:
-    """Refuse names and shell patterns that mean no layer.
-
-    Args:
-        names: of layers, at least one.
-        fields: `{field: names or shell patterns}`.
-
-    Raises:
-        IntaglioError: says which of which field.
-    """
-    for field, patterns in fields.items():
-        for pattern in patterns:
-            if not any(named(name, pattern) for name in names):
-                raise IntaglioError(
-                    f"{field}: {pattern!r} names no layer of this model; its first is {names[0]}, and * and ? stand"
-                    " for any characters"
-                )
-
-
-def selected(names: Sequence[str], targets: Sequence[str] | None, ignore: Sequence[str]) -> list[int]:
-    """The places of the names that `targets` means and `ignore` does not, in order.
-
-    Args:
-        names: of layers.
-        targets: names or shell patterns; None: every layer.
-        ignore: likewise, left out.
-    """
-    return [
-        place
-        for place, name in enumerate(names)
-        if (targets is None or any(named(name, pattern) for pattern in targets))
-        and not any(named(name, pattern) for pattern in ignore)
-    ]
-
-
-def named(name: str, pattern: str) -> bool:
-    """Whether a pattern of `ignore` means a layer.
-
-    Args:
-        name: of the layer.
-        pattern: its name, or a shell pattern.
-    """
-    # A part of a fused projection has brackets in its name, which are a pattern's too.
-    return name == pattern or fnmatchcase(name, pattern)
 
 
 def pruned_count(size: int, sparsity: float) -> int:

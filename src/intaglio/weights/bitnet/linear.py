@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from intaglio.errors import IntaglioError
 from intaglio.kernels import ternary
+from intaglio.layers import named, selected
 from intaglio.replaced import Joined, ReplacedLinear, put
-from intaglio.weights.amount import named, selected
 from intaglio.weights.bitnet import codes as bits
 from intaglio.weights.bitnet.quantization import (
     Norm,

@@ -13,8 +13,8 @@ from torch import nn
 
 from intaglio.anatomy import Anatomy, Linear, anatomy
 from intaglio.errors import IntaglioError
+from intaglio.layers import check_patterns, selected
 from intaglio.replaced import Joined, ReplacedLinear, module_names, put
-from intaglio.weights.amount import check_patterns, selected
 from intaglio.weights.bitnet.linear import SLUG, BitLinear, PackedLinear, Quantized
 from intaglio.weights.bitnet.quantization import Quantization, measured
 

@@ -29,13 +29,13 @@ from intaglio.anatomy import Anatomy, Linear, anatomy
 from intaglio.calibrate import as_segments
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
+from intaglio.layers import by_module, check_patterns, selected
 from intaglio.masks import predicts_next
 from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, silent
 from intaglio.replaced import ReplacedLinear, put
-from intaglio.weights.amount import check_patterns, selected
 from intaglio.weights.lost.gradient import column_gradients
 from intaglio.weights.lost.linear import Activation, ElementsLinear, Form, LostLinear
-from intaglio.weights.lost.replace import Start, by_module, freeze, merge, summary
+from intaglio.weights.lost.replace import Start, freeze, merge, summary
 from intaglio.weights.lost.sizes import COLUMNS, COMPLEMENT_SHARE, Sizes, Wanted
 from intaglio.weights.lost.start import By, Init
 from intaglio.weights.pruning import LENGTH, SAMPLES, describe

@@ -5,7 +5,7 @@ Dimension letters: I inputs, O outputs, R rank, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from intaglio.anatomy import Linear
 from intaglio.checkpoint import DTYPES
 from intaglio.errors import IntaglioError
-from intaglio.replaced import Joined, ReplacedLinear, module_names, put
+from intaglio.layers import bias_of
+from intaglio.replaced import Joined, ReplacedLinear, put
 from intaglio.trainer.draws import generator
 from intaglio.weights.lost.linear import ElementsLinear, Form, LostLinear, stock
 from intaglio.weights.lost.sizes import Sizes
@@ -138,61 +139,6 @@ class Start:
         return largest(decomposed.norms(sizes.rank, self.triples, self.by, self.inverse), sizes.columns)
 
 
-def bias_of(linear: Linear) -> Tensor | None:
-    """The bias of a projection [O], or None.
-
-    Args:
-        linear: is read.
-    """
-    bias: Tensor | None = linear.module.bias  # type: ignore[assignment]
-    if bias is None or linear.rows is None:
-        return bias
-    return bias[linear.rows.to(bias.device)]
-
-
-Make = Callable[[str, Linear], ReplacedLinear]
-
-
-def by_module(
-    model: nn.Module, linears: Sequence[tuple[str, Linear]], every: Sequence[tuple[str, Linear]], make: Make
-) -> dict[str, nn.Module]:
-    """The modules that replace those of some projections, by where they stand; parts of a fused one are joined.
-
-    Args:
-        model: has the modules.
-        linears: projections that are replaced, by name.
-        every: all projections.
-        make: gives the module for one of them.
-
-    Raises:
-        IntaglioError: some parts of a fused module are replaced and others are not.
-    """
-    places = module_names(model)
-    found: dict[str, nn.Module] = {}
-    for name, linear in linears:
-        place = places[id(linear.module)]
-        if linear.rows is None:
-            found[place] = make(name, linear)
-        elif place not in found:
-            parts = fused_parts(linear, linears)
-            left = [other for other, _ in fused_parts(linear, every) if other not in dict(parts)]
-            if left:
-                raise IntaglioError(f"{name} and {left[0]} are one module of this model; name both or neither")
-            rows = [part.rows for _, part in parts if part.rows is not None]
-            found[place] = Joined([make(full, part) for full, part in parts], rows)
-    return found
-
-
-def fused_parts(linear: Linear, among: Sequence[tuple[str, Linear]]) -> list[tuple[str, Linear]]:
-    """The projections that are one module with another.
-
-    Args:
-        linear: the other.
-        among: all of them, by name.
-    """
-    return [(name, part) for name, part in among if part.module is linear.module]
-
-
 def replaced_modules(model: nn.Module) -> dict[str, ReplacedLinear]:
     """What this method has put into a model, by where it stands, fused parts joined.
 
@@ -283,10 +229,7 @@ def summary(sizes: Mapping[str, Sizes]) -> dict[str, Any]:
 
 __all__ = [
     "Start",
-    "bias_of",
-    "by_module",
     "freeze",
-    "fused_parts",
     "merge",
     "merged",
     "replaced_modules",

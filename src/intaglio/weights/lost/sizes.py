@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from intaglio.errors import IntaglioError
-from intaglio.weights.amount import named, pruned_count
+from intaglio.layers import named
+from intaglio.weights.amount import pruned_count
 
 SHARE = 0.25
 """The rank over the model's width, as 128 of 512 in the paper's model of 60M parameters."""

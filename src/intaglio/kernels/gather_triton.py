@@ -1,0 +1,113 @@
+"""The product from some columns of a weight on a GPU, for one token. See `gather` for what is computed.
+
+Two launches. The first looks at the inputs and writes, for each block of them, the places and values of those that are
+wanted, the others' values, and how many are wanted: no block waits for another. The second gives each program some
+outputs and some blocks of inputs; it reads the columns of the places of its blocks alone, and adds what they come to
+onto the result with atomic additions, so that there are programs enough for a GPU. The low-rank part is two small dense
+products of torch.
+
+As results are added in any order, their last bits may differ from call to call.
+
+The kernels hold to Triton's interpreter in the tests; **on a GPU they were not run yet**, so the sizes of blocks are
+guesses that no measurement stands behind.
+
+Dimension letters: I inputs, O outputs, R rank, N blocks of inputs.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_INPUTS = 256
+"""Inputs of a block."""
+_OUTPUTS = 128
+"""Outputs of a program."""
+_COLUMNS = 16
+"""Columns that a program reads together."""
+
+
+@triton.jit
+def _choose(x, scale, limit, places, values, rest, counts, inputs, SCALED: tl.constexpr, BLOCK: tl.constexpr):
+    """Places and values of a block's wanted inputs, the wanted in front; the others' values; and their number."""
+    start = tl.program_id(0) * BLOCK
+    i = start + tl.arange(0, BLOCK)
+    inside = i < inputs
+    value = tl.load(x + i, mask=inside, other=0).to(tl.float32)
+    score = tl.abs(value)
+    if SCALED:
+        score = score * tl.load(scale + i, mask=inside, other=0)
+    kept = ((score <= tl.load(limit)) == 0) & inside
+    order = tl.cumsum(kept.to(tl.int32), 0)
+    there = start + order - 1
+    tl.store(places + there, i, mask=kept)
+    tl.store(values + there, value, mask=kept)
+    tl.store(rest + i, tl.where(kept, 0.0, value), mask=inside)
+    tl.store(counts + tl.program_id(0), tl.sum(kept.to(tl.int32), 0))
+
+
+@triton.jit
+def _gather(
+    weight, places, values, counts, y, outputs, BLOCK: tl.constexpr, BLOCK_O: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """y[o] += the wanted columns of one block of inputs, BLOCK_O outputs a program."""
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    start = tl.program_id(1) * BLOCK
+    count = tl.load(counts + tl.program_id(1))
+    sums = tl.zeros((BLOCK_O,), dtype=tl.float32)
+    for first in range(0, count, COLUMNS):
+        c = first + tl.arange(0, COLUMNS)
+        place = tl.load(places + start + c, mask=c < count, other=0).to(tl.int64)
+        value = tl.load(values + start + c, mask=c < count, other=0)
+        there = weight + place[:, None] * outputs + o[None, :]
+        some = tl.load(there, mask=(c < count)[:, None] & (o < outputs)[None, :], other=0).to(tl.float32)
+        sums += tl.sum(some * value[:, None], 0)
+    tl.atomic_add(y + o, sums, mask=o < outputs)
+
+
+def linear(
+    x_BI: Tensor,
+    weight_IO: Tensor,
+    threshold: float | Tensor,
+    scale_I: Tensor | None,
+    down_RI: Tensor | None,
+    up_RO: Tensor | None,
+    bias_O: Tensor | None,
+) -> Tensor:
+    """Apply a linear layer to one row; see `gather.linear`, which has checked the arguments.
+
+    Args:
+        x_BI: [1, I], contiguous.
+        weight_IO: float32 or bfloat16 [I, O], contiguous.
+        threshold: float32 [1], or a number.
+        scale_I: float32 [I], or None.
+        down_RI: [R, I], or None.
+        up_RO: [R, O], or None.
+        bias_O: [O], or None.
+
+    Returns:
+        [1, O], in x's dtype.
+    """
+    (inputs, outputs), device = weight_IO.shape, x_BI.device
+    limit = threshold if isinstance(threshold, Tensor) else torch.full((1,), threshold, device=device)
+    blocks = triton.cdiv(inputs, _INPUTS)
+    places = torch.empty(blocks * _INPUTS, dtype=torch.int32, device=device)
+    values, counts = torch.empty(blocks * _INPUTS, device=device), torch.empty(blocks, dtype=torch.int32, device=device)
+    rest_1I = torch.empty(1, inputs, device=device)
+    y_1O = torch.zeros(1, outputs, device=device) if bias_O is None else bias_O.float()[None].clone()
+    # Triton launches on the current device, whichever the tensors are on; its interpreter takes tensors of a CPU.
+    with torch.cuda.device(device) if x_BI.is_cuda else nullcontext():
+        _choose[(blocks,)](
+            x_BI, x_BI if scale_I is None else scale_I, limit, places, values, rest_1I, counts, inputs,
+            SCALED=scale_I is not None, BLOCK=_INPUTS,
+        )  # fmt: skip
+        _gather[(triton.cdiv(outputs, _OUTPUTS), blocks)](
+            weight_IO, places, values, counts, y_1O, outputs, BLOCK=_INPUTS, BLOCK_O=_OUTPUTS, COLUMNS=_COLUMNS
+        )
+    if down_RI is not None and up_RO is not None:
+        y_1O = y_1O + (rest_1I.to(down_RI.dtype) @ down_RI.T @ up_RO).float()
+    return y_1O.to(x_BI.dtype)
