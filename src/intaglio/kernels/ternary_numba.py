@@ -16,7 +16,6 @@ digits).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import numba
 import numpy as np
@@ -27,6 +26,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from intaglio.kernels.ternary_simd import ROWS, instructions, tile
+from intaglio.kernels.threads import may_share
 
 _GIVEN, _QUANTIZED, _FLOATING = 0, 1, 2
 _DIGITS = 4
@@ -103,17 +103,10 @@ def _call(
         0 if bias_O is None else bias_O.data_ptr(), *limits, eps, room.data_ptr(),
     )  # fmt: skip
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + D * outputs * J * 4 // _WORTH)
-    if threads > 1 and _may_share():
+    if threads > 1 and may_share():
         _together(*given, threads)
     else:
         _alone(*given)
-
-
-@lru_cache(maxsize=1)
-def _may_share() -> bool:
-    """Whether threads may be used at all: numba's own pool, its last choice, ends the process if two launches meet."""
-    numba.get_num_threads()  # makes numba choose
-    return numba.threading_layer() != "workqueue"
 
 
 # What follows is compiled. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
