@@ -52,6 +52,12 @@ EXAMPLES["bip"] = (
     {"sparsity": 0.5, "kind": "neuron", "implicit": False, "schedule": "cosine"},
     {"sparsity": 0.25, "kind": "head", "scope": "layer", "normalise": False, "clip": 1.0, "implicit": "released"},
 )
+EXAMPLES["blockffn"] = (
+    {"experts": 6},
+    {"experts": 4, "width": 32, "norm": "sum", "chunk": 4, "adapt": False, "router_rate": 3e-3, "router_decay": 0.1},
+    {"experts": 5, "expert_width": 3, "router": "topk", "k": 2},
+    {"experts": 5, "expert_width": 3, "router": "remoe", "k": 2, "l1": 1e-4},
+)
 EXAMPLES["lost"] = (
     {},
     {"activation": "identity", "rank": {"layers.1.*": 9, "*": 0.5}, "columns": 3, "columns_by": "l1", "inverse": True},

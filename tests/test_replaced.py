@@ -1,4 +1,4 @@
-"""Projections that are no plain matrix: seen by the anatomy, saved and read again with their own tensors."""
+"""What stands in the place of projections and MLPs: seen by the anatomy, saved and read again with its own tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from intaglio import method as methods
 from intaglio.anatomy import anatomy
 from intaglio.errors import IntaglioError
 from intaglio.method import Method, Shared
-from intaglio.replaced import Joined, ReplacedLinear, module_names, put
+from intaglio.replaced import Joined, ReplacedLinear, ReplacedMLP, module_names, put
 from tests.families import FAMILIES, tiny_model
 
 
@@ -119,3 +119,48 @@ def test_joined_parts_give_the_rows_of_the_fused_module() -> None:
         assert torch.equal(dense[places], part.dense())
     x = torch.randn(3, 4)
     torch.testing.assert_close(joined(x), x @ dense.T)
+
+
+class Doubles(ReplacedMLP):
+    slug = "doubles"
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.weight = nn.Parameter(torch.zeros(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x @ self.weight
+
+
+class AsDoubles(Method, slug="doubles"):
+    @classmethod
+    def rebuild(cls, part: Mapping[str, Any], model: nn.Module) -> None:
+        for block, where in anatomy(model).feed_forwards():
+            put(model, where.puts(block, Doubles(part["width"])))
+
+    @classmethod
+    def put_back(cls, part: Mapping[str, Any], checkpoint: intaglio.Checkpoint) -> None:
+        assert sum(isinstance(module, Doubles) for module in checkpoint.model.modules()) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replaced_mlps_are_saved_and_read_again(family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setitem(methods.SHARED, "doubles", Shared(__name__, "AsDoubles", ("carving",)))
+    checkpoint = tiny(family)
+    parts = anatomy(checkpoint.model)
+    attention = [name for name, linear in parts.all_linears() if linear.part == "attention"]
+    torch.manual_seed(0)
+    for block, where in parts.feed_forwards():
+        module = Doubles(parts.config.hidden_size)
+        nn.init.normal_(module.weight, std=0.2)
+        put(checkpoint.model, where.puts(block, module))
+    parts = anatomy(checkpoint.model)
+    assert [name for name, _ in parts.all_linears()] == attention
+    with pytest.raises(IntaglioError, match="not the model's own: doubles replaced"):
+        parts.feed_forwards()
+    checkpoint.note("doubles", {})
+    checkpoint.keep_live("doubles", {"width": parts.config.hidden_size})
+    ids = torch.arange(8)[None]
+    before = checkpoint.model(input_ids=ids)[0]
+    checkpoint.save(tmp_path / "out")
+    assert torch.equal(intaglio.load(tmp_path / "out").model(input_ids=ids)[0], before)

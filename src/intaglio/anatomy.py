@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from itertools import takewhile
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.pytorch_utils import Conv1D
 
 from intaglio.errors import IntaglioError
-from intaglio.replaced import ReplacedLinear
+from intaglio.replaced import REPLACED, ReplacedLinear, module_names
 
 Part = Literal["attention", "mlp"]
 
@@ -183,7 +184,7 @@ def _fused_rows(name: str, module: nn.Module, config: Any) -> list[tuple[str, Te
 def linears(block: nn.Module, config: Any) -> list[Linear]:
     """The projections of one block, in the order of its modules, fused ones taken apart.
 
-    Those that a method has replaced (`ReplacedLinear`) are not among them: they have no plain weight.
+    Those that a method has replaced (`intaglio.replaced`) are not among them: they have no plain weight.
 
     Args:
         block: one of `blocks(model)`.
@@ -196,7 +197,7 @@ def linears(block: nn.Module, config: Any) -> list[Linear]:
     covered: set[int] = set()
     inside: set[int] = set()
     for name, module in block.named_modules():
-        if isinstance(module, ReplacedLinear):
+        if isinstance(module, REPLACED):
             inside.update(map(id, module.modules()))
             covered.update(map(id, module.parameters()))
         if id(module) in inside or not isinstance(module, (nn.Linear, Conv1D)):
@@ -220,6 +221,61 @@ def linears(block: nn.Module, config: Any) -> list[Linear]:
             f"the model family {config.model_type!r} is not supported: its blocks have no linear layers"
         )
     return found
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """Where the feed-forward part of a block stands, as names in the block: what a whole MLP can take the place of.
+
+    Args:
+        place: of the module from D to D features that is replaced.
+        passed: of a module before it that would do half of the work, and is to pass on what it gets; None: there is
+            none. BERT has one: its two projections lie in two modules, the second of which adds and normalises too.
+    """
+
+    place: str
+    passed: str | None = None
+
+    def puts(self, prefix: str, module: nn.Module) -> dict[str, nn.Module]:
+        """What `intaglio.replaced.put` takes to put a module there.
+
+        Args:
+            prefix: the block's name in the model.
+            module: from D to D features.
+        """
+        other = {} if self.passed is None else {f"{prefix}.{self.passed}": nn.Identity()}
+        return {**other, f"{prefix}.{self.place}": module}
+
+
+def feed_forward(block: nn.Module, config: Any) -> FeedForward:
+    """Find the feed-forward part of a block.
+
+    Args:
+        block: one of `blocks(model)`, with its own projections.
+        config: the model's (text) configuration.
+
+    Raises:
+        IntaglioError: a method has replaced something in it, or it cannot be told.
+    """
+    for name, module in block.named_modules():
+        if isinstance(module, REPLACED) and _part(name) == "mlp":
+            raise IntaglioError(
+                f"the feed-forward part of a block is not the model's own: {module.slug} replaced {name}"
+            )
+    found = [linear for linear in linears(block, config) if linear.part == "mlp"]
+    names = list(dict.fromkeys(linear.name.partition("[")[0] for linear in found))
+    width = int(config.hidden_size)
+    fits = bool(found) and found[0].shape[1] == width == found[-1].shape[0]
+    levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
+    if fits and common:
+        return FeedForward(".".join(common))
+    if fits and len(names) == 2 and names[0].partition(".")[0] != names[1].partition(".")[0]:
+        return FeedForward(names[1], names[0].partition(".")[0])
+    raise IntaglioError(
+        f"the model family {config.model_type!r} is not supported: the feed-forward part of its blocks is no module "
+        "that another could take the place of"
+    )
 
 
 def norms(block: nn.Module) -> dict[str, nn.Module]:
@@ -270,6 +326,15 @@ class Anatomy:
     def all_linears(self) -> list[tuple[str, Linear]]:
         """Every projection of every block with its full name, such as `layers.3.self_attn.q_proj`."""
         return [(f"layers.{i}.{linear.name}", linear) for i in range(len(self.blocks)) for linear in self.linears(i)]
+
+    def feed_forwards(self) -> list[tuple[str, FeedForward]]:
+        """The feed-forward part of every block, with the block's name in the model.
+
+        Raises:
+            IntaglioError: see `feed_forward`.
+        """
+        names = module_names(self.model)
+        return [(names[id(block)], feed_forward(block, self.config)) for block in self.blocks]
 
     @property
     def final_norm(self) -> nn.Module | None:

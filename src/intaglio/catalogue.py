@@ -98,6 +98,17 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2407.09527",
         ),
         Entry(
+            slug="blockffn",
+            room="activations",
+            name="BlockFFN",
+            kinds=("shaper",),
+            summary="trains experts behind a ReLU router in the place of MLPs, few of which fire, for runs of tokens "
+            "the same",
+            paper="Song et al., BlockFFN: Towards End-Side Acceleration-Friendly Mixture-of-Experts with Chunk-Level "
+            "Activation Sparsity, COLM 2025",
+            url="https://arxiv.org/abs/2507.08771",
+        ),
+        Entry(
             slug="chimera",
             room="decoding",
             name="Chimera",

@@ -1,10 +1,10 @@
-"""Projections whose weight is no plain matrix any more: what the rooms put in the place of a block's linears.
+"""Modules that are the stock ones no more: what the rooms put in the place of a block's linears, or of its whole MLP.
 
 A carving or a shaper puts such modules into the model and notes a live part in the record (`Checkpoint.keep_live`); its
 class builds the same modules again, empty, before a reload reads the weights (`intaglio.method.Rebuilds`). `anatomy`
 knows them by their base class: it counts them as projections, and leaves them out of what it offers for carving.
 
-Dimension letters: B any leading dimensions, I input features, O output features.
+Dimension letters: B any leading dimensions, D width, E units, I input features, O output features.
 """
 
 from __future__ import annotations
@@ -80,6 +80,33 @@ class ReplacedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+class ReplacedMLP(nn.Module):
+    """A feed-forward layer from D to D features that stands in the place of a block's own (`anatomy.feed_forward`).
+
+    Args:
+        width: D.
+    """
+
+    slug: ClassVar[str]
+    """Of the method that made it, for sentences."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def active(self, x_BD: Tensor) -> Tensor | None:
+        """Which of its units fire for an input, bool [B, E]; None (the default) where none ever rests.
+
+        Args:
+            x_BD: the input.
+        """
+        return None
+
+
+REPLACED = (ReplacedLinear, ReplacedMLP)
+"""What stands in the place of stock modules, for `isinstance`."""
+
+
 class Joined(ReplacedLinear):
     """Replaced projections in the place of one fused module: each gives its own rows of the output.
 
@@ -150,4 +177,4 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-__all__ = ["Joined", "ReplacedLinear", "Tally", "count_parameters", "module_names", "put"]
+__all__ = ["REPLACED", "Joined", "ReplacedLinear", "ReplacedMLP", "Tally", "count_parameters", "module_names", "put"]

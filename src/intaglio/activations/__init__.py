@@ -2,5 +2,6 @@
 
 What lives here:
 
+- `blockffn`: experts behind a ReLU router, trained so that few fire, and for runs of tokens the same.
 - `r_sparse`: the columns of a weight that matter to a token, and a low rank for the rest; with TEAL and CATS beside it.
 """

@@ -7,6 +7,11 @@ What lives here:
 - `ternary`: weights of -1, 0 and 1 in two bits each, and the matrix product from them.
   - `ternary_numba`, `ternary_simd`: it on a CPU, and the vector instructions under it.
   - `ternary_triton`: it on a GPU.
+- `experts`: experts of which each token takes some, reading those alone that some token takes.
+  - `experts_numba`: it on a CPU. `experts_triton`: it on a GPU.
+- `gather`: the columns of a matrix that one token needs, and no others.
+  - `gather_numba`: it on a CPU. `gather_triton`: it on a GPU.
+- `addresses`: what numba's kernels share.
 
 Nothing is compiled, and neither numba nor triton imported, before a product is asked for.
 """

@@ -1,0 +1,100 @@
+"""Experts on a GPU. See `experts` for what is computed.
+
+Two launches. The first makes the inner features: a program takes some rows of one expert, and is gone at once where no
+token takes it. The second adds up the second matrix: a program takes some columns and a share of the experts, passes
+over those that rest, and writes sums of its own, which are added at the end, so that the result does not depend on who
+was first. The union is never counted out on the host, which would have to wait for it. Up to sixteen tokens are a tile
+of the tensor cores; sums are float32, without TF32.
+
+**On a GPU the kernels were not run yet**, nor in Triton's interpreter: sizes of blocks are guesses that no measurement
+stands behind.
+
+Dimension letters: T tokens, D width, E experts, H rows of an expert, F = E H, S shares of the experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TOKENS = 16
+_ROWS, _COLUMNS = 32, 128
+_SHARES = 8
+
+
+@triton.jit
+def _inner(x, up, score, u, tokens, D, E, H, T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_H inner features of one expert for all tokens, [T, F] float32."""
+    expert = tl.program_id(0)
+    t = tl.arange(0, T)
+    by = tl.load(score + t * E + expert, mask=t < tokens, other=0.0).to(tl.float32)
+    if tl.sum((by != 0).to(tl.int32), 0) == 0:
+        return
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    f = expert * H + h
+    sums = tl.zeros((T, BLOCK_H), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        some = tl.load(x + t[:, None] * D + d[None, :], mask=(t < tokens)[:, None] & (d < D)[None, :], other=0.0)
+        rows = tl.load(
+            up + f.to(tl.int64)[None, :] * D + d[:, None], mask=(h < H)[None, :] & (d < D)[:, None], other=0.0
+        )
+        sums = tl.dot(some, rows, sums, input_precision="ieee")
+    found = sums * tl.sigmoid(sums) * by[:, None]
+    tl.store(u + t[:, None] * (E * H) + f[None, :], found, mask=(t < tokens)[:, None] & (h < H)[None, :])
+
+
+@triton.jit
+def _outer(u, down, score, y, tokens, D, E, H, each, T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """BLOCK_D columns of the sum over one share of the experts, [S, T, D] float32."""
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    share = tl.program_id(1)
+    t = tl.arange(0, T)
+    sums = tl.zeros((T, BLOCK_D), dtype=tl.float32)
+    for expert in range(share * each, tl.minimum(E, (share + 1) * each)):
+        by = tl.load(score + t * E + expert, mask=t < tokens, other=0.0)
+        if tl.sum((by != 0).to(tl.int32), 0) > 0:
+            for start in range(0, H, BLOCK_H):
+                h = start + tl.arange(0, BLOCK_H)
+                f = expert * H + h
+                some = tl.load(
+                    u + t[:, None] * (E * H) + f[None, :], mask=(t < tokens)[:, None] & (h < H)[None, :], other=0.0
+                )
+                rows = tl.load(
+                    down + f.to(tl.int64)[:, None] * D + d[None, :], mask=(h < H)[:, None] & (d < D)[None, :], other=0.0
+                )
+                sums = tl.dot(some.to(rows.dtype), rows, sums, input_precision="ieee")
+    there = y + (share * tokens + t)[:, None] * D + d[None, :]
+    tl.store(there, sums, mask=(t < tokens)[:, None] & (d < D)[None, :])
+
+
+def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Tensor:
+    """Multiply; see `experts.apply`, which has checked the arguments.
+
+    Args:
+        x_TD: float32 or bfloat16, at most `experts.MOST_ROWS` tokens.
+        up_FD: in the same dtype.
+        down_FD: likewise.
+        score_TE: floating point.
+
+    Returns:
+        [T, D] in x's dtype.
+    """
+    x_TD, up_FD, down_FD, score_TE = (tensor.contiguous() for tensor in (x_TD, up_FD, down_FD, score_TE))
+    (tokens, D), E = x_TD.shape, score_TE.shape[1]
+    H = len(up_FD) // E
+    u_TF = torch.empty(tokens, len(up_FD), device=x_TD.device)
+    shares = min(_SHARES, E)
+    y_STD = torch.empty(shares, tokens, D, device=x_TD.device)
+    # Triton launches on the current device, whichever the tensors are on.
+    with torch.cuda.device(x_TD.device):
+        _inner[(E, triton.cdiv(H, _ROWS))](
+            x_TD, up_FD, score_TE, u_TF, tokens, D, E, H, T=_TOKENS, BLOCK_H=_ROWS, BLOCK_D=_COLUMNS
+        )
+        _outer[(triton.cdiv(D, _COLUMNS), shares)](
+            u_TF, down_FD, score_TE, y_STD, tokens, D, E, H, triton.cdiv(E, shares),
+            T=_TOKENS, BLOCK_H=_ROWS, BLOCK_D=_COLUMNS,
+        )  # fmt: skip
+    return y_STD.sum(0).to(x_TD.dtype)
