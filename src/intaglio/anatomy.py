@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.pytorch_utils import Conv1D
 
 from intaglio.errors import IntaglioError
-from intaglio.replaced import ReplacedLinear
+from intaglio.replaced import REPLACED, ReplacedLinear
 
 Part = Literal["attention", "mlp"]
 
@@ -47,6 +47,7 @@ _ROLES = {
     "query": "q", "key": "k", "value": "v", "Wo": "o",
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
 }  # fmt: skip
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,14 @@ class Linear:
     def read(self) -> Tensor:
         """The matrix [O, I] in the module's dtype: the weight itself where possible, else a copy. Do not edit it."""
         return self._stored.detach() if self.rows is None else self._stored.detach()[self.rows.to(self._stored.device)]
+
+    @torch.no_grad()
+    def read_bias(self) -> Tensor | None:
+        """The bias [O] in the module's dtype, or None. Do not edit it."""
+        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
+        if bias is None or self.rows is None:
+            return bias if bias is None else bias.detach()
+        return bias.detach()[self.rows.to(bias.device)]
 
     @torch.no_grad()
     def write(self, weight_OI: Tensor) -> None:
@@ -183,7 +192,7 @@ def _fused_rows(name: str, module: nn.Module, config: Any) -> list[tuple[str, Te
 def linears(block: nn.Module, config: Any) -> list[Linear]:
     """The projections of one block, in the order of its modules, fused ones taken apart.
 
-    Those that a method has replaced (`ReplacedLinear`) are not among them: they have no plain weight.
+    Those that a method has replaced (`ReplacedLinear`, `ReplacedMLP`) are not among them: they have no plain weight.
 
     Args:
         block: one of `blocks(model)`.
@@ -196,7 +205,7 @@ def linears(block: nn.Module, config: Any) -> list[Linear]:
     covered: set[int] = set()
     inside: set[int] = set()
     for name, module in block.named_modules():
-        if isinstance(module, ReplacedLinear):
+        if isinstance(module, REPLACED):
             inside.update(map(id, module.modules()))
             covered.update(map(id, module.parameters()))
         if id(module) in inside or not isinstance(module, (nn.Linear, Conv1D)):
@@ -220,6 +229,73 @@ def linears(block: nn.Module, config: Any) -> list[Linear]:
             f"the model family {config.model_type!r} is not supported: its blocks have no linear layers"
         )
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class MLP:
+    """The MLP of one block: out(act(into x)), or out(act(into x) * factor x) where it is gated.
+
+    Args:
+        name: the module in the block that takes its input, such as `mlp`.
+        into: the projection whose outputs the activation is of [F, D].
+        factor: the one whose outputs those are multiplied with [F, D]; None: it is not gated.
+        out: the projection back [D, F].
+        activation: its name, as transformers spells it.
+        dropout: of its output, in training.
+        rest: modules behind the one called `name` that belong to it, too: where a whole MLP is put in that one's place,
+            they have nothing left to do. Empty in most families.
+    """
+
+    name: str
+    into: Linear
+    factor: Linear | None
+    out: Linear
+    activation: str
+    dropout: float = 0.0
+    rest: tuple[str, ...] = ()
+
+
+def mlp(block: nn.Module, config: Any) -> MLP:
+    """The MLP of one block.
+
+    Args:
+        block: one of `blocks(model)`.
+        config: the model's (text) configuration.
+
+    Raises:
+        IntaglioError: a method has replaced it or part of it, or it is none that is known: a plain one of two
+            projections or a gated one of three, with nothing else that has weights.
+    """
+    for name, module in block.named_modules():
+        if isinstance(module, REPLACED) and _part(name) == "mlp":
+            raise IntaglioError(f"the MLP of a {type(block).__name__} is no stock one any more: {name} was replaced")
+    found = [linear for linear in linears(block, config) if linear.part == "mlp"]
+    activations = [getattr(config, name, None) for name in _ACTIVATIONS]
+    activation = next((one for one in activations if isinstance(one, str)), None)
+    parts = _mlp_parts(found)
+    home = "" if parts is None else parts[0].name.partition("[")[0].rpartition(".")[0]
+    inside = list(block.get_submodule(home).modules()) if home else []
+    known = {id(parameter) for linear in found for parameter in linear.module.parameters()}
+    if parts is None or activation is None or not {id(p) for m in inside for p in m.parameters()} <= known or not home:
+        raise IntaglioError(
+            f"the MLP of the model family {config.model_type!r} is not understood: it must be two projections, or three"
+            " of which one is a gate, and nothing else with weights"
+        )
+    out = parts[-1]
+    dropout = max((float(module.p) for module in inside if isinstance(module, nn.Dropout)), default=0.0)
+    return MLP(home, *parts, activation, dropout, () if out.name.startswith(f"{home}.") else (out.name,))
+
+
+def _mlp_parts(found: Sequence[Linear]) -> tuple[Linear, Linear | None, Linear] | None:
+    """The projection that is activated, the one it is multiplied with, and the one back; None if they are not those."""
+    roles = {linear.role: linear for linear in found}
+    into, factor = (found[0], None) if len(found) == 2 else (roles.get("gate"), roles.get("up"))
+    if found and found[0].name.endswith("Wi[up]"):  # of its halves the first is activated
+        into, factor = factor, into
+    if into is None or len(found) != (2 if factor is None else 3):
+        return None
+    shapes = {into.shape, (factor or into).shape, found[-1].shape[::-1]}
+    return (into, factor, found[-1]) if len(shapes) == 1 else None
 
 
 def norms(block: nn.Module) -> dict[str, nn.Module]:
@@ -266,6 +342,10 @@ class Anatomy:
     def linears(self, index: int) -> list[Linear]:
         """The projections of block `index`."""
         return linears(self.blocks[index], self.config)
+
+    def mlp(self, index: int) -> MLP:
+        """The MLP of block `index`."""
+        return mlp(self.blocks[index], self.config)
 
     def all_linears(self) -> list[tuple[str, Linear]]:
         """Every projection of every block with its full name, such as `layers.3.self_attn.q_proj`."""

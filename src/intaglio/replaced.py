@@ -1,10 +1,11 @@
-"""Projections whose weight is no plain matrix any more: what the rooms put in the place of a block's linears.
+"""Projections whose weight is no plain matrix any more, and whole MLPs of another kind: what the rooms put in the place
+of a block's linears, or of all those of its MLP.
 
 A carving or a shaper puts such modules into the model and notes a live part in the record (`Checkpoint.keep_live`); its
 class builds the same modules again, empty, before a reload reads the weights (`intaglio.method.Rebuilds`). `anatomy`
 knows them by their base class: it counts them as projections, and leaves them out of what it offers for carving.
 
-Dimension letters: B any leading dimensions, I input features, O output features.
+Dimension letters: B any leading dimensions, I input features, O output features; L sequence, D width.
 """
 
 from __future__ import annotations
@@ -83,6 +84,35 @@ class Joined(ReplacedLinear):
         return found_OI if self._in_order else found_OI[self.places]
 
 
+class ReplacedMLP(nn.Module):
+    """What stands in the place of a block's MLP: takes the hidden state [B, L, D] and returns what is added to it.
+
+    Its weights are its own; of what they make nothing is offered for carving.
+
+    Args:
+        hidden: D, the width of the hidden state.
+    """
+
+    slug: ClassVar[str]
+    """Of the method that made it, for sentences."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        """Return y [B, L, D].
+
+        Args:
+            x_BLD: the hidden state.
+        """
+        raise NotImplementedError
+
+
+REPLACED = (ReplacedLinear, ReplacedMLP)
+"""What is left alone by all that looks for plain layers."""
+
+
 def count_parameters(model: nn.Module) -> int:
     """The parameters of a model, each weight of a packed projection counted.
 
@@ -121,4 +151,4 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         model.set_submodule(name, module)
 
 
-__all__ = ["Joined", "ReplacedLinear", "count_parameters", "module_names", "put"]
+__all__ = ["REPLACED", "Joined", "ReplacedLinear", "ReplacedMLP", "count_parameters", "module_names", "put"]

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from intaglio.errors import IntaglioError
 from intaglio.method import Rebuilds, get
-from intaglio.replaced import ReplacedLinear
+from intaglio.replaced import REPLACED
 
 NAME = "intaglio"
 
@@ -49,7 +49,7 @@ class _Rebuilder(HfQuantizer):
         # Some families draw random weights for a whole layer by the names of its projections; nothing is to be drawn
         # here, since every weight is in the files. What has buffers of its own must still fill them.
         for name, module in model.named_modules():
-            if isinstance(module, ReplacedLinear):
+            if isinstance(module, REPLACED):
                 while name:
                     name = name.rpartition(".")[0]
                     owner = model.get_submodule(name)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from intaglio.classifier import head_of
-from intaglio.replaced import ReplacedLinear
+from intaglio.replaced import REPLACED
 from intaglio.trainer.protocols import Batch, Run
 from intaglio.trainer.sharded import spread
 
@@ -21,14 +21,14 @@ LEAST = 0.05
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Return the linear layers of a model by name, its output or labelling head left out.
 
-    Those inside of a projection that a method has replaced are its own business: a factor may begin as zeros.
+    Those inside of a projection or an MLP that a method has replaced are its own business: a factor may begin as zeros.
 
     Args:
         model: a stock model.
     """
     output: Any = getattr(model, "get_output_embeddings", None)
     heads = (None if output is None else output(), head_of(model))
-    inside = {id(part) for m in model.modules() if isinstance(m, ReplacedLinear) for part in m.modules()}
+    inside = {id(part) for m in model.modules() if isinstance(m, REPLACED) for part in m.modules()}
     found = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and id(m) not in inside}
     return {name: module for name, module in found.items() if not any(module is head for head in heads)}
 
