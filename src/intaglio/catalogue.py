@@ -192,7 +192,7 @@ ENTRIES: dict[str, Entry] = {
             room="activations",
             name="MoEX",
             kinds=("carving", "shaper"),
-            summary="makes experts of each MLP, of which a token goes to those expected to be sparsest; units to be read",
+            summary="makes experts of each MLP and sends a token to those expected to be sparsest: units to be read",
             paper="Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025",
             url="https://arxiv.org/abs/2503.07639",
         ),

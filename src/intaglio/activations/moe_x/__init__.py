@@ -1,5 +1,6 @@
-"""MoE-X (Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025): experts of ReLU units, and a
-router without weights that picks those expected to be sparsest.
+"""MoEX (Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025): experts to be read, sparsest first.
+
+MoE-X, as the paper writes it, has experts of ReLU units and a router without weights of its own.
 
     y = Σ_e g_e(x) W_dec,e ReLU(W_enc,e x)      over the K experts with the highest r_e(x) = -erf(m_e / sqrt(2 v_e))
 
