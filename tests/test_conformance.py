@@ -68,6 +68,11 @@ EXAMPLES["dyspec"] = (
     {"draft": tiny_model("llama", seed=1, layers=1, dtype=torch.float64), "budget": 9},
     {"draft": NGramStore.build([list(range(5, 40)) * 2], VOCAB), "algorithm": "threshold", "order": "blocks"},
 )
+EXAMPLES["moe_x"] = (
+    {},
+    {"experts": 3, "active": 1, "router": "linear", "activation": "own", "gates": "all", "layers": [0], "reset": 0.5},
+    {"experts": 4, "active": 3, "start": "split", "gated": "drop", "noise": 0.2, "temperature": 0.5, "balance": 0.0},
+)
 EXAMPLES["meap"] = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
 EXAMPLES["paser"] = (
     {"embedding": "tfidf", "clusters": 3},

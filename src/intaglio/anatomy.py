@@ -48,6 +48,7 @@ _ROLES = {
     "query": "q", "key": "k", "value": "v", "Wo": "o",
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
 }  # fmt: skip
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +85,14 @@ class Linear:
     def read(self) -> Tensor:
         """The matrix [O, I] in the module's dtype: the weight itself where possible, else a copy. Do not edit it."""
         return self._stored.detach() if self.rows is None else self._stored.detach()[self.rows.to(self._stored.device)]
+
+    @torch.no_grad()
+    def read_bias(self) -> Tensor | None:
+        """The bias [O] in the module's dtype, or None. Do not edit it."""
+        bias: Tensor | None = self.module.bias  # type: ignore[assignment]
+        if bias is None or self.rows is None:
+            return bias if bias is None else bias.detach()
+        return bias.detach()[self.rows.to(bias.device)]
 
     @torch.no_grad()
     def write(self, weight_OI: Tensor) -> None:
@@ -278,6 +287,67 @@ def feed_forward(block: nn.Module, config: Any) -> FeedForward:
     )
 
 
+@dataclass(frozen=True, eq=False)
+class MLP:
+    """The MLP of one block: out(act(into x)), or out(act(into x) * factor x) where it is gated.
+
+    Args:
+        where: where it stands, as names in the block.
+        into: the projection whose outputs the activation is of [F, D].
+        factor: the one whose outputs those are multiplied with [F, D]; None: it is not gated.
+        out: the projection back [D, F].
+        activation: its name, as transformers spells it.
+        dropout: of its output, in training.
+    """
+
+    where: FeedForward
+    into: Linear
+    factor: Linear | None
+    out: Linear
+    activation: str
+    dropout: float = 0.0
+
+
+def mlp(block: nn.Module, config: Any) -> MLP:
+    """The MLP of one block.
+
+    Args:
+        block: one of `blocks(model)`.
+        config: the model's (text) configuration.
+
+    Raises:
+        IntaglioError: a method has replaced it or part of it, or it is none that is known: a plain one of two
+            projections or a gated one of three, with nothing else that has weights.
+    """
+    where = feed_forward(block, config)
+    found = [linear for linear in linears(block, config) if linear.part == "mlp"]
+    activations = [getattr(config, name, None) for name in _ACTIVATIONS]
+    activation = next((one for one in activations if isinstance(one, str)), None)
+    parts = _mlp_parts(found)
+    home = "" if parts is None else parts[0].name.partition("[")[0].rpartition(".")[0]
+    inside = list(block.get_submodule(home).modules()) if home else []
+    known = {id(parameter) for linear in found for parameter in linear.module.parameters()}
+    if parts is None or activation is None or not {id(p) for m in inside for p in m.parameters()} <= known or not home:
+        raise IntaglioError(
+            f"the MLP of the model family {config.model_type!r} is not understood: it must be two projections, or three"
+            " of which one is a gate, and nothing else with weights"
+        )
+    dropout = max((float(module.p) for module in inside if isinstance(module, nn.Dropout)), default=0.0)
+    return MLP(where, *parts, activation, dropout)
+
+
+def _mlp_parts(found: Sequence[Linear]) -> tuple[Linear, Linear | None, Linear] | None:
+    """The projection that is activated, the one it is multiplied with, and the one back; None if they are not those."""
+    roles = {linear.role: linear for linear in found}
+    into, factor = (found[0], None) if len(found) == 2 else (roles.get("gate"), roles.get("up"))
+    if found and found[0].name.endswith("Wi[up]"):  # of its halves the first is activated
+        into, factor = factor, into
+    if into is None or len(found) != (2 if factor is None else 3):
+        return None
+    shapes = {into.shape, (factor or into).shape, found[-1].shape[::-1]}
+    return (into, factor, found[-1]) if len(shapes) == 1 else None
+
+
 def norms(block: nn.Module) -> dict[str, nn.Module]:
     """The normalisations of one block by name.
 
@@ -322,6 +392,10 @@ class Anatomy:
     def linears(self, index: int) -> list[Linear]:
         """The projections of block `index`."""
         return linears(self.blocks[index], self.config)
+
+    def mlp(self, index: int) -> MLP:
+        """The MLP of block `index`."""
+        return mlp(self.blocks[index], self.config)
 
     def all_linears(self) -> list[tuple[str, Linear]]:
         """Every projection of every block with its full name, such as `layers.3.self_attn.q_proj`."""

@@ -199,6 +199,15 @@ ENTRIES: dict[str, Entry] = {
             url="https://arxiv.org/abs/2502.07490",
         ),
         Entry(
+            slug="moe_x",
+            room="activations",
+            name="MoEX",
+            kinds=("carving", "shaper"),
+            summary="makes experts of each MLP and sends a token to those expected to be sparsest: units to be read",
+            paper="Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025",
+            url="https://arxiv.org/abs/2503.07639",
+        ),
+        Entry(
             slug="omp_transplant",
             room="weights",
             name="OMPTransplant",

@@ -4,6 +4,7 @@ Each has a slow form in plain torch, which says what it computes and runs wherev
 
 What lives here:
 
+- `grouped`: rows with a matrix each, as experts multiply: torch's own grouped product, or one a matrix.
 - `ternary`: weights of -1, 0 and 1 in two bits each, and the matrix product from them.
   - `ternary_numba`, `ternary_simd`: it on a CPU, and the vector instructions under it.
   - `ternary_triton`: it on a GPU.

@@ -1,0 +1,66 @@
+"""Products of rows with a matrix each, the rows of one matrix lying side by side: what experts multiply with.
+
+Dimension letters: R rows, E matrices, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ALIGNED = 16
+"""Bytes that a row of every operand must be a multiple of for torch's own product."""
+
+
+def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor, bias_EO: Tensor | None = None) -> Tensor:
+    """y_r = W_e x_r + b_e, where e is the matrix that row r belongs to [R, O].
+
+    torch's grouped product where its operands allow it, else a product a matrix. Under autocast both are cast, as
+    `F.linear` would.
+
+    Args:
+        x_RI: the rows of the first matrix, then those of the second, and so on.
+        weight_EOI: W.
+        counts_E: rows of each matrix, int64, together R.
+        bias_EO: b. Default: none.
+    """
+    kind = x_RI.device.type
+    if torch.is_autocast_enabled(kind):
+        wanted = torch.get_autocast_dtype(kind)
+        x_RI, weight_EOI = x_RI.to(wanted), weight_EOI.to(wanted)
+        bias_EO = None if bias_EO is None else bias_EO.to(wanted)
+    if _grouped_fits(x_RI, weight_EOI):
+        y_RO = F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=counts_E.cumsum(0).to(torch.int32))
+    else:
+        y_RO = one_by_one(x_RI, weight_EOI, counts_E)
+    if bias_EO is None:
+        return y_RO
+    return y_RO + bias_EO.repeat_interleave(counts_E, dim=0, output_size=len(x_RI))
+
+
+def one_by_one(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """The same without a bias, as a product a matrix [R, O]: says what is computed, and takes any sizes and dtypes.
+
+    Args:
+        x_RI: the rows.
+        weight_EOI: the matrices.
+        counts_E: rows of each.
+    """
+    pieces = zip(x_RI.split(counts_E.tolist()), weight_EOI.unbind(0), strict=True)
+    return torch.cat([F.linear(rows, weight_OI) for rows, weight_OI in pieces])
+
+
+def _grouped_fits(x_RI: Tensor, weight_EOI: Tensor) -> bool:
+    _, outputs, inputs = weight_EOI.shape
+    if x_RI.device.type == "cuda" and torch.cuda.get_device_capability(x_RI.device) < (8, 0):
+        return False
+    return (
+        len(x_RI) > 0
+        and x_RI.dtype == weight_EOI.dtype
+        and x_RI.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(width * x_RI.element_size() % ALIGNED == 0 for width in (inputs, outputs))
+    )
+
+
+__all__ = ["grouped_linear", "one_by_one"]
