@@ -139,35 +139,6 @@ class Joined(ReplacedLinear):
         return found_OI if self._in_order else found_OI[self.places]
 
 
-class ReplacedMLP(nn.Module):
-    """What stands in the place of a block's MLP: takes the hidden state [B, L, D] and returns what is added to it.
-
-    Its weights are its own; of what they make nothing is offered for carving.
-
-    Args:
-        hidden: D, the width of the hidden state.
-    """
-
-    slug: ClassVar[str]
-    """Of the method that made it, for sentences."""
-
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.hidden = hidden
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """Return y [B, L, D].
-
-        Args:
-            x_BLD: the hidden state.
-        """
-        raise NotImplementedError
-
-
-REPLACED = (ReplacedLinear, ReplacedMLP)
-"""What is left alone by all that looks for plain layers."""
-
-
 def count_parameters(model: nn.Module) -> int:
     """The parameters of a model, each weight of a packed projection counted.
 

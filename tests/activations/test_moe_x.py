@@ -69,9 +69,9 @@ FORMS: list[dict[str, Any]] = [
 @torch.no_grad()
 def test_all_experts_at_once_are_the_loop_over_tokens_and_experts(form: dict[str, Any], dtype: torch.dtype) -> None:
     made = layer(dtype=dtype, **form)
-    x_BLD = random(2, 9, made.hidden, seed=50, dtype=dtype)
+    x_BLD = random(2, 9, made.width, seed=50, dtype=dtype)
     act = F.gelu if form.get("activation") == "gelu" else F.relu
-    expected = by_the_loop(made, x_BLD.view(-1, made.hidden), act).view_as(x_BLD)
+    expected = by_the_loop(made, x_BLD.view(-1, made.width), act).view_as(x_BLD)
     torch.testing.assert_close(made(x_BLD), expected, atol=1e-5 if dtype is torch.float32 else 1e-12, rtol=1e-5)
 
 

@@ -151,7 +151,7 @@ def test_what_can_come_before_and_behind(tmp_path: Path) -> None:
     assert len(Recipe.of({"steps": on}).steps) == 2
     with pytest.raises(IntaglioError, match="drop_blocks cannot follow moe_x"):
         DropBlocks(layers=[0]).apply(upcycled())
-    with pytest.raises(IntaglioError, match="is not the model.s own"):
+    with pytest.raises(IntaglioError, match="is not the model's own"):
         MoEX().apply(BitNet(bits=4.0, scale="max").apply(checkpoint()))
     with pytest.raises(IntaglioError, match="moe_x") as caught:
         export(upcycled(), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""MoEX (Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025): experts to be read, sparsest first.
+"""MoEX (Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025): the sparsest experts.
 
 MoE-X, as the paper writes it, has experts of ReLU units and a router without weights of its own.
 
@@ -165,8 +165,8 @@ class MoEX(Method, slug="moe_x"):
         units, hidden = mlp.into.shape
         if self.start == "split" and units % self.experts:
             raise IntaglioError(
-                f"experts is {self.experts}, which does not divide the {units} units of layers.{index}.{mlp.where.place}; "
-                "start: split needs a divisor"
+                f"experts is {self.experts}, which does not divide the {units} units of "
+                f"layers.{index}.{mlp.where.place}; start: split needs a divisor"
             )
         linears = (mlp.into, mlp.factor, mlp.out)
         encoder, factor, decoder = (linear is not None and linear.module.bias is not None for linear in linears)

@@ -199,18 +199,18 @@ class MoELayer(ReplacedMLP):
         Args:
             x_BLD: the hidden state; any leading dimensions.
         """
-        x_TD = x_BLD.reshape(-1, self.hidden)
+        x_TD = x_BLD.reshape(-1, self.width)
         scores_TE = self.scores(x_TD)
         chosen_TK, gates_TK = choose(scores_TE, self.form.active, self.form.gates)
         order_R, token_R, counts_E = self._by_expert(chosen_TK)
         pre_RF, z_RF = self._units(x_TD.index_select(0, token_R), counts_E)
         y_RD = grouped_linear(z_RF, self.decoder, counts_E, self.decoder_bias)
         # Back in the order of the tokens: a sum over K, whose order is the same on every device.
-        y_TKD = y_RD.index_select(0, order_R.argsort()).view(*chosen_TK.shape, self.hidden)
+        y_TKD = y_RD.index_select(0, order_R.argsort()).view(*chosen_TK.shape, self.width)
         y_TD = (y_TKD * gates_TK[..., None].to(y_TKD.dtype)).sum(1)
         if self.watched:
             self.routed = self._seen(scores_TE, chosen_TK, gates_TK, pre_RF.detach() > 0, order_R, counts_E)
-        return F.dropout(y_TD, self.form.dropout, self.training).view(*x_BLD.shape[:-1], self.hidden)
+        return F.dropout(y_TD, self.form.dropout, self.training).view(*x_BLD.shape[:-1], self.width)
 
     def _by_expert(self, chosen_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The choices with those of one expert side by side, their tokens, and how many each expert has."""
@@ -244,7 +244,7 @@ class MoELayer(ReplacedMLP):
         Args:
             x_BLD: what enters the layer; any leading dimensions.
         """
-        x_TD = x_BLD.reshape(-1, self.hidden)
+        x_TD = x_BLD.reshape(-1, self.width)
         chosen_TK, gates_TK = choose(self.scores(x_TD), self.form.active, self.form.gates)
         order_R, token_R, counts_E = self._by_expert(chosen_TK)
         _, z_RF = self._units(x_TD[token_R], counts_E)

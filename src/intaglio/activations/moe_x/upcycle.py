@@ -100,7 +100,7 @@ class Start:
         for weight in (made.encoder, made.factor, made.decoder.transpose(1, 2)):
             if weight is not None:
                 std = weight.float().std(correction=0).cpu()
-                drawn_ECD = std * torch.randn(*chosen_EC.shape, made.hidden, generator=draws)
+                drawn_ECD = std * torch.randn(*chosen_EC.shape, made.width, generator=draws)
                 weight[rows_E1.to(weight.device), chosen_EC.to(weight.device)] = drawn_ECD.to(weight)
         for bias in (made.encoder_bias, made.factor_bias):
             if bias is not None:
