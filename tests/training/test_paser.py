@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +57,7 @@ def examples(ckpt: Checkpoint, data: Sequence[Any] = PAIRS) -> list[dict[str, An
 
 def pool(scores: Sequence[float], tokens: Sequence[int], labels: Sequence[int] | None = None) -> Pool:
     samples = [Sample((1,), (2,), count, f"prompt {n}", f"prompt {n}") for n, count in enumerate(tokens)]
-    return Pool(samples, range(len(samples)), labels or [0] * len(samples), scores)
+    return Pool(range(len(samples)), samples, labels or [0] * len(samples), scores)
 
 
 # The divergence.
@@ -288,7 +289,7 @@ def test_the_order_of_clusters() -> None:
 
 def test_a_graph_that_refuses_too_much_is_left_out() -> None:
     samples = pool([0.4, 0.3, 0.2, 0.1], [5] * 4)
-    known = Pool(samples.samples, samples.first, samples.labels, samples.degradation, ["ab", "cd", "ac", "bd"])
+    known = dataclasses.replace(samples, concepts=["ab", "cd", "ac", "bd"])
     strict, lenient = (PASER(clusters=1, most_rejected=share) for share in (0.4, 0.5))
     assert list(lenient.pick(known, 3).indices) == [0, 1]
     choice = strict.pick(known, 3)
@@ -334,6 +335,17 @@ def test_it_chooses_again_the_same_without_duplicates(dense: Checkpoint) -> None
     assert len(found[0].table().splitlines()) == 4
     assert set(seen) == {"paser: comparing predictions"}
     assert same(weights(dense), before)
+
+
+def test_it_may_look_at_some_only(dense: Checkpoint) -> None:
+    seen: list[int] = []
+    paser = PASER(count=3, candidates=5, clusters=2, **WORDS)
+    choice = paser.choose(examples(dense), pruned(dense), dense, progress=lambda done, total, what: seen.append(total))
+    assert set(seen) == {5}
+    assert choice.told["looked_at"] == 5
+    assert len(choice.indices) == 3
+    other = paser.choose(examples(dense), pruned(dense), dense, seed=1)
+    assert set(other.indices) != set(choice.indices)
 
 
 def test_it_trains_on_what_it_chose_and_says_so(dense: Checkpoint) -> None:
@@ -409,6 +421,7 @@ def test_what_choosing_takes() -> None:
     ("fields", "sentence"),
     [
         ({"budget": 0.01}, "budget is 0.01; of 12 examples that chooses none, from 0.083 on one"),
+        ({"count": 3, "candidates": 2}, "candidates is 2, and 3 of 12 examples are to be chosen"),
         ({"count": 13}, "count is 13, and there are 12 examples; 1 to 12 fit"),
         ({"embedding": "nowhere/encoder-x"}, "nowhere/encoder-x"),
         ({"length": 3}, "example 0 of the training data: its prompt is"),
