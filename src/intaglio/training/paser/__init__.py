@@ -33,6 +33,7 @@ from intaglio.errors import IntaglioError
 from intaglio.method import Cost, Fact, Method, Progress, Workload, silent
 from intaglio.trainer.draws import Draws, generator
 from intaglio.trainer.protocols import Example, Selection
+from intaglio.trainer.rows import all_examples
 from intaglio.training.paser.budgets import budgets, efficiency
 from intaglio.training.paser.choice import Choice, Pool, tell
 from intaglio.training.paser.clusters import Clusters, Init, cluster
@@ -231,7 +232,7 @@ class PASER(Method, slug="paser"):
 
     def choose(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Any],
         model: Checkpoint,
         original: Checkpoint | None = None,
         *,
@@ -241,7 +242,7 @@ class PASER(Method, slug="paser"):
         """Choose outside of a training: the indices, a table and what is told.
 
         Args:
-            examples: pairs, or examples with `text` and `input_ids`.
+            examples: pairs, texts or token ids, as `train` takes them.
             model: pruned; left as it is.
             original: the same before it was pruned.
             seed: of anything random. Default 0.
@@ -250,14 +251,15 @@ class PASER(Method, slug="paser"):
         Raises:
             IntaglioError: see the class.
         """
-        wanted = self._wanted(len(examples), self.budget)
-        return self.pick(self.look(examples, model, original, seed=seed, progress=progress), wanted, seed=seed)
+        read = all_examples(model, list(examples)) or []
+        wanted = self._wanted(len(read), self.budget)
+        return self.pick(self.look(read, model, original, seed=seed, progress=progress), wanted, seed=seed)
 
     def read(self, examples: Sequence[Example], model: Checkpoint) -> list[Sample]:
         """Read examples as they will be trained on.
 
         Args:
-            examples: see `choose`.
+            examples: pairs, or examples with `input_ids` and perhaps `text`.
             model: whose tokenizer reads them.
 
         Raises:
@@ -277,7 +279,7 @@ class PASER(Method, slug="paser"):
         """Find out what choosing goes by: clusters, divergences, concepts; all that takes time.
 
         Args:
-            examples: see `choose`.
+            examples: see `read`.
             model: pruned.
             original: before.
             seed: of anything random. Default 0.
@@ -369,7 +371,8 @@ class PASER(Method, slug="paser"):
     def training_cost(self, workload: Workload, steps: float, batch_tokens: int, pass_flops: float) -> Cost:
         """What choosing takes: a forward of both models over all examples, and the second model's memory.
 
-        How many examples there are is not known before they are read; they count as the calibration tokens.
+        How many examples there are is not known before they are read: they count as the calibration tokens, or as
+        `candidates` of `length` tokens where both are said.
 
         Args:
             workload: of the model.
@@ -379,8 +382,10 @@ class PASER(Method, slug="paser"):
         """
         if not self._compared:
             return Cost()
-        return Cost(flops=2 * 2.0 * workload.parameters * workload.tokens,
-                    extra_bytes=workload.parameters * workload.element_size)  # fmt: skip
+        looked = self.candidates * self.length if self.candidates and self.length else workload.tokens
+        return Cost(
+            flops=2 * 2.0 * workload.parameters * looked, extra_bytes=workload.parameters * workload.element_size
+        )
 
     def _wanted(self, examples: int, budget: float) -> int:
         """How many are chosen."""
