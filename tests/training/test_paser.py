@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from intaglio.fresh import new
 from intaglio.method import Workload
 from intaglio.trainer import CausalLM, Draws, Selection, Selector
 from intaglio.trainer.rows import all_examples
+from intaglio.trainer.step import Train
 from intaglio.training.paser import PASER, ConsistencyGraph, Pool, Sample, budgets, efficiency, jsd, key_phrases
 from intaglio.training.paser.clusters import affinity, cluster, coordinates
 from intaglio.training.paser.concepts import merged
@@ -56,7 +58,7 @@ def examples(ckpt: Checkpoint, data: Sequence[Any] = PAIRS) -> list[dict[str, An
 
 def pool(scores: Sequence[float], tokens: Sequence[int], labels: Sequence[int] | None = None) -> Pool:
     samples = [Sample((1,), (2,), count, f"prompt {n}", f"prompt {n}") for n, count in enumerate(tokens)]
-    return Pool(samples, range(len(samples)), labels or [0] * len(samples), scores)
+    return Pool(range(len(samples)), samples, labels or [0] * len(samples), scores)
 
 
 # The divergence.
@@ -125,6 +127,18 @@ def test_a_text_is_scored_on_all_of_its_tokens(dense: Checkpoint) -> None:
     assert text.instruction == text.words == TEXTS[0]
     assert {len(positions(text, scope)) for scope in ("answer", "prompt", "both")} == {len(text.answer) - 1}  # type: ignore[arg-type]
     assert degradation([one], pruned(dense), dense) == [0.0]  # nothing is predicted
+
+
+def test_what_is_scored_may_be_less_than_what_is_trained_on(dense: Checkpoint) -> None:
+    data = examples(dense, [PAIRS[0], {"prompt": "dog", "answer": PAIRS[0]["answer"]}, TEXTS[0]])
+    whole, some = (read_samples(data, dense, length, chat=False) for length in (None, 16))
+    assert [sample.tokens for sample in some] == [sample.tokens for sample in whole]
+    assert [len(sample.prompt) + len(sample.answer) for sample in some] == [16] * 3
+    assert some[0].prompt == whole[0].prompt[-8:]  # too long: its beginning goes
+    assert some[0].answer == whole[0].answer[:8]
+    assert some[1].prompt == whole[1].prompt
+    assert some[1].answer == whole[1].answer[: 16 - len(whole[1].prompt)]
+    assert some[2].answer == whole[2].answer[:16]
 
 
 # Clusters.
@@ -288,13 +302,15 @@ def test_the_order_of_clusters() -> None:
 
 def test_a_graph_that_refuses_too_much_is_left_out() -> None:
     samples = pool([0.4, 0.3, 0.2, 0.1], [5] * 4)
-    known = Pool(samples.samples, samples.first, samples.labels, samples.degradation, ["ab", "cd", "ac", "bd"])
+    known = dataclasses.replace(samples, concepts=["ab", "cd", "ac", "bd"])
     strict, lenient = (PASER(clusters=1, most_rejected=share) for share in (0.4, 0.5))
     assert list(lenient.pick(known, 3).indices) == [0, 1]
     choice = strict.pick(known, 3)
     assert list(choice.indices) == [0, 1, 2]
     assert choice.told["consistency"].startswith("left out: 50%")
-    assert list(PASER(clusters=1, inconsistent="last").pick(known, 3).indices) == [0, 1, 2]
+    late = PASER(clusters=1, inconsistent="last").pick(known, 3)
+    assert list(late.indices) == [0, 1, 2]
+    assert late.told["rejection_rate"] == 0.5
 
 
 def test_key_phrases() -> None:
@@ -334,6 +350,17 @@ def test_it_chooses_again_the_same_without_duplicates(dense: Checkpoint) -> None
     assert len(found[0].table().splitlines()) == 4
     assert set(seen) == {"paser: comparing predictions"}
     assert same(weights(dense), before)
+
+
+def test_it_may_look_at_some_only(dense: Checkpoint) -> None:
+    seen: list[int] = []
+    paser = PASER(count=3, candidates=5, clusters=2, **WORDS)
+    choice = paser.choose(examples(dense), pruned(dense), dense, progress=lambda done, total, what: seen.append(total))
+    assert set(seen) == {5}
+    assert choice.told["looked_at"] == 5
+    assert len(choice.indices) == 3
+    other = paser.choose(examples(dense), pruned(dense), dense, seed=1)
+    assert set(other.indices) != set(choice.indices)
 
 
 def test_it_trains_on_what_it_chose_and_says_so(dense: Checkpoint) -> None:
@@ -403,15 +430,23 @@ def test_what_choosing_takes() -> None:
     cost = PASER().training_cost(work, 10, 100, 1.0)
     assert (cost.flops, cost.extra_bytes) == (600_000, 600)
     assert PASER.uniform().training_cost(work, 10, 100, 1.0).flops == 0
+    assert PASER(candidates=20, length=10).training_cost(work, 10, 100, 1.0).flops == 120_000
+    step = {"epochs": 2.0, "batch_size": 2, "length": 10}
+    chosen, all_of_them = (
+        Train(**step, **more).estimate(work).flops for more in ({"select": {"random": {"budget": 0.25}}}, {})
+    )
+    assert chosen == 0.25 * all_of_them
+    some = Train(**step, select={"paser": {"count": 5, "candidates": 20, "length": 10}}).estimate(work)
+    assert some.flops == 6 * 150 * 2 * 5 * 10 + 120_000
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
         ({"budget": 0.01}, "budget is 0.01; of 12 examples that chooses none, from 0.083 on one"),
+        ({"count": 3, "candidates": 2}, "candidates is 2, and 3 of 12 examples are to be chosen"),
         ({"count": 13}, "count is 13, and there are 12 examples; 1 to 12 fit"),
         ({"embedding": "nowhere/encoder-x"}, "nowhere/encoder-x"),
-        ({"length": 3}, "example 0 of the training data: its prompt is"),
     ],
 )
 def test_bad_input_is_one_sentence(dense: Checkpoint, fields: dict[str, Any], sentence: str) -> None:
@@ -430,6 +465,8 @@ def test_refusals_about_models(dense: Checkpoint) -> None:
     bare.model.resize_token_embeddings(90, mean_resizing=False)
     with pytest.raises(IntaglioError, match="vocabularies of 160 and 90 tokens"):
         paser.choose(examples(dense), dense, bare)
+    with pytest.raises(IntaglioError, match="example 1 of the training data: its prompt is"):
+        paser.choose([*PAIRS[:1], {**PAIRS[1], "prompt": "the dog " * 90}, *PAIRS[2:]], dense, dense)
     with pytest.raises(IntaglioError, match="neither a pair nor a text; it has: word"):
         paser.choose([{"word": "x", "id": 0}] * 9, dense, dense)
     with pytest.raises(IntaglioError, match="token ids alone"):

@@ -107,7 +107,9 @@ def make_document(
         "model": name,
         "kind": checkpoint.kind,
         "steps": [
-            _with_pictures(record.model_dump()) | {"defaults": defaults(method_of(step)), "seconds": took}
+            _with_pictures(record.model_dump())
+            | {"defaults": defaults(method_of(step)), "seconds": took}
+            | ({"timings": record.timings} if record.timings else {})
             for record, step, took in zip(made, recipe.steps, seconds, strict=True)
         ],
         "before": before,

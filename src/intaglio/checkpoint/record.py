@@ -23,6 +23,7 @@ class StepRecord(BaseModel):
         calibration: digest, samples, length and batch size of its calibration data, or None.
         chosen: values the method derived from the model in hand (scaled thresholds, zero fractions ...).
         verb: `carve`, which edits the model, or `fit`, which attaches something to it.
+        timings: seconds that parts of it took, for a report; never written, as no two runs have the same.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -33,6 +34,7 @@ class StepRecord(BaseModel):
     calibration: dict[str, Any] | None = None
     chosen: dict[str, Any] = Field(default_factory=dict)
     verb: Literal["carve", "fit"] = "carve"
+    timings: dict[str, float] = Field(default_factory=dict, exclude=True)
 
 
 class Record(BaseModel):

@@ -9,7 +9,8 @@ or not finite is shown as a dash, with the reason where it is known.
 
 A step or variant may bring `defaults` (field to default value): the parameters that differ from them are shown, the
 others are folded away. Without `defaults`, those that are not null are shown. A step may bring `bars`, what it measured
-of parts of the model: `title`, `axis`, `items` (name to value), and which of these are `marked`, by the word `mark`.
+of parts of the model: `title`, `axis`, `items` (name to value), and which of these are `marked`, by the word `mark`;
+and `timings`, the seconds of its parts. What it chose may hold a `selection` of examples, with `clusters` (a list).
 """
 
 from __future__ import annotations

@@ -199,11 +199,13 @@ def _step(step: Document) -> dict[str, Any]:
         chosen = {k: v for k, v in parameters.items() if k not in defaults or defaults[k] != v}
     else:
         chosen = {k: v for k, v in parameters.items() if v is not None}
+    derived = dict(step.get("chosen") or {})
     return {
         "slug": step.get("slug", "not named"),
         "main": chosen,
         "all": chosen | parameters,
-        "chosen": step.get("chosen") or {},
+        "selection": _selection(derived.pop("selection", None), step.get("timings")),
+        "chosen": derived,
         "calibration": step.get("calibration"),
         "calibrated": "calibration" in step,
         "seed": step.get("seed"),
@@ -211,6 +213,21 @@ def _step(step: Document) -> dict[str, Any]:
         "curves": Markup(curves.curves(step["curve"])) if curves.is_columns(step.get("curve")) else Markup(),
         "bars": _bars(step.get("bars")),
     }
+
+
+def _selection(found: Any, timings: Any) -> dict[str, Any]:
+    """What a selector told of its choice: words, and its parts as lines of a table; nothing where there was none."""
+    told = dict(found) if isinstance(found, Mapping) else {}
+    parts = [part for part in told.pop("clusters", None) or [] if isinstance(part, Mapping)]
+    if isinstance(timings, Mapping):
+        told |= {f"seconds of {name}": plain_number(value) for name, value in timings.items()}
+    columns = list(parts[0]) if parts else []
+    lines = [[_short(part.get(name)) for name in columns] for part in parts]
+    return {"words": told, "columns": columns, "lines": lines}
+
+
+def _short(value: Any) -> str:
+    return plain_number(value) if isinstance(value, float) else _json(value)
 
 
 def _bars(found: Any) -> Markup:

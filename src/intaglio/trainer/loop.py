@@ -26,9 +26,8 @@ from intaglio.trainer.history import Logged, columns, history
 from intaglio.trainer.keep import kept_gradients, kept_modes, kept_randomness
 from intaglio.trainer.lora import adapted
 from intaglio.trainer.protocols import Loss, Objective, Run, Selector, Shaper
-from intaglio.trainer.rows import Rows, all_examples, read_rows
-from intaglio.trainer.select import Original
-from intaglio.trainer.select import chosen as selected
+from intaglio.trainer.rows import Rows, read_rows
+from intaglio.trainer.select import Original, choose
 from intaglio.trainer.settings import Settings
 from intaglio.trainer.sharded import unshard
 from intaglio.trainer.stock import Collator, Evaluate, Follow, Loop, Workplace
@@ -140,8 +139,9 @@ def train(
     if chosen.lora is not None:
         chosen.lora.check(model)  # refused before any work
     draws = Draws(chosen.seed)
-    kept, told = _selected(checkpoint, data, select, original, chosen.seed, progress)
-    rows = read_rows(checkpoint, kept, goal, draws)
+    path = None if directory is None else Path(directory)
+    choice = choose(checkpoint, data, select, original, chosen.seed, path if resume else None, before, progress)
+    rows = read_rows(checkpoint, data if choice is None else choice.examples, goal, draws)
     model = checkpoint.model  # an objective may have given it another head
     arguments = {
         "objective": run_state.describe(goal),
@@ -151,13 +151,14 @@ def train(
     }
     steps = _steps(chosen, rows)
     identity = {"format": 1, "model": before, "data": rows.digest, "arguments": arguments | {"steps": steps}}
-    path = None if directory is None else Path(directory)
     folder = tempfile.TemporaryDirectory(prefix="intaglio-train-")
     length = None if rows.table is None else len(rows.table)
     run = Run(checkpoint, steps, length, chosen.seed, _not_yet, chosen.accumulate)
     with kept_modes(model), kept_gradients(model), kept_randomness(), folder as scratch, ExitStack() as stack:
         trainer_arguments = _arguments(checkpoint, chosen, steps, path or Path(scratch), saved=path is not None)
         begun = None if path is None else _claim(path, identity, resume)
+        if path is not None and choice is not None and trainer_arguments.should_save:
+            choice.put_aside(path)
         stack.enter_context(_logged_to(chosen, path))
         judge = _judge(checkpoint, evaluate, goal, chosen)
         if chosen.freeze:
@@ -192,32 +193,13 @@ def train(
                 "steps": done.steps,
                 "tokens": done.tokens,
                 "curve": columns(done.history),
-                **_drawn(told),
+                **({} if choice is None else choice.noted()),
             },
         )
+        if choice is not None:
+            checkpoint.record.steps[-1].timings = dict(choice.told.get("seconds") or {})
         _attach_owned(checkpoint, goal)
     return done
-
-
-def _selected(
-    checkpoint: Checkpoint, data: Any, select: Selector | None, original: Original, seed: int, progress: Progress
-) -> tuple[Any, dict[str, Any]]:
-    """The data, or what a selector leaves of them and tells of it."""
-    if select is None:
-        return data, {}
-    if not isinstance(select, Selector):
-        raise IntaglioError(f"select is {type(select).__name__}; it needs select and budget")
-    examples = all_examples(checkpoint, data)
-    if examples is None:
-        raise IntaglioError("select needs data in memory; give a list of examples or texts")
-    return selected(select, examples, checkpoint, original, seed, progress)
-
-
-def _drawn(told: dict[str, Any]) -> dict[str, Any]:
-    """What a selector tells, as the record has it: what is drawn of it stands apart."""
-    words = {name: value for name, value in told.items() if name != "bars"}
-    bars = {"bars": told["bars"]} if told.get("bars") else {}
-    return ({"selection": run_state.plain(words)} if words else {}) | bars
 
 
 def _not_yet(batch: Any) -> Loss:

@@ -168,7 +168,8 @@ class Selection(Sequence[int]):
 
     Args:
         indices: of the examples.
-        told: plain data for the record and the report; what is named `bars` is drawn (see `report.document`).
+        told: plain data for the record and the report; what is named `bars` is drawn (see `report.document`), and
+            `seconds`, of its parts by name, are for the report alone.
     """
 
     indices: Sequence[int]

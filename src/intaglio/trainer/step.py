@@ -190,8 +190,9 @@ class Train(Settings, Method, slug="train"):
         length = self.length or named.get("length") or ROW
         tokens: float = self.tokens or (self.steps or 0) * self.batch_size * self.accumulate * length
         if self.epochs is not None:
-            chosen = next(iter(self.select.values()))["budget"] if self.select else 1.0
-            tokens = self.epochs * workload.tokens * chosen
+            fields = next(iter(self.select.values())) if self.select else {}
+            some = fields["count"] * length if fields.get("count") else workload.tokens * fields.get("budget", 1.0)
+            tokens = self.epochs * some
         trained = workload.parameters
         if self.lora or self.freeze:
             trained = sum(self.lora.r * (a + b) for a, b in workload.linears) if self.lora else 0

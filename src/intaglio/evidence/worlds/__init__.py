@@ -2,6 +2,7 @@
 
 - `smollm2`: SmolLM2-135M-Instruct with Wikipedia, for what is carved without training.
 - `prompts`: beginnings and chat turns of five kinds for SmolLM2, for what generates.
+- `instructions`: instruction pairs of four kinds for SmolLM2, for what chooses what is trained on.
 - `smollm2_draft`: a two-layer draft model for it, trained on what it says itself, once and cached.
 - `source_code`: bytes of Python source and a small Llama, new or trained once and cached.
 - `two_tokenizers`: the same source read by two tokenizers, with a small Llama for each.

@@ -22,12 +22,10 @@ here as far as it needs no further model: `inconsistent: last`, and `synonyms`.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 
 from intaglio.checkpoint import Checkpoint, load
@@ -35,13 +33,15 @@ from intaglio.errors import IntaglioError
 from intaglio.method import Cost, Fact, Method, Progress, Workload, silent
 from intaglio.trainer.draws import Draws, generator
 from intaglio.trainer.protocols import Example, Selection
+from intaglio.trainer.rows import all_examples
 from intaglio.training.paser.budgets import budgets, efficiency
 from intaglio.training.paser.choice import Choice, Pool, tell
 from intaglio.training.paser.clusters import Clusters, Init, cluster
-from intaglio.training.paser.concepts import ConsistencyGraph, key_phrases, merged
+from intaglio.training.paser.concepts import ConsistencyGraph, key_phrases
 from intaglio.training.paser.divergence import Reduce, Scope, degradation, jsd
+from intaglio.training.paser.looking import check_installed, concepts_of, first_alike, timed
 from intaglio.training.paser.samples import Sample, read_samples
-from intaglio.training.paser.vectors import key_of, vectors
+from intaglio.training.paser.vectors import vectors
 from intaglio.training.paser.walk import Order, walk
 
 __all__ = [
@@ -105,6 +105,8 @@ class PASER(Method, slug="paser"):
         synonyms: cosine from which two phrases are one concept, by the vectors of `embedding`. Default: only equal
             phrases are.
         inconsistent: samples that do not fit are `skipped` (default), or taken `last`, where the budget is not filled.
+        candidates: examples that are looked at, drawn where there are more: it bounds the time of a choice out of many.
+            Default: all.
         most_rejected: if a larger share of the samples does not fit, the graph says nothing, and the choice is made
             without it. Default 0.5.
         length: tokens of an example that are scored. Default: the model's context, at most 1,024 (the paper's 256).
@@ -142,6 +144,7 @@ class PASER(Method, slug="paser"):
     synonyms: Annotated[float, Field(gt=0, le=1)] | None = None
     inconsistent: Literal["skipped", "last"] = "skipped"
     most_rejected: Annotated[float, Field(ge=0, le=1)] = 0.5
+    candidates: Annotated[int, Field(ge=1)] | None = None
     length: Annotated[int, Field(ge=2)] | None = None
     chat: bool = True
     batch_size: Annotated[int, Field(ge=1)] = 8
@@ -229,7 +232,7 @@ class PASER(Method, slug="paser"):
 
     def choose(
         self,
-        examples: Sequence[Example],
+        examples: Sequence[Any],
         model: Checkpoint,
         original: Checkpoint | None = None,
         *,
@@ -239,7 +242,7 @@ class PASER(Method, slug="paser"):
         """Choose outside of a training: the indices, a table and what is told.
 
         Args:
-            examples: pairs, or examples with `text` and `input_ids`.
+            examples: pairs, texts or token ids, as `train` takes them.
             model: pruned; left as it is.
             original: the same before it was pruned.
             seed: of anything random. Default 0.
@@ -248,8 +251,21 @@ class PASER(Method, slug="paser"):
         Raises:
             IntaglioError: see the class.
         """
-        wanted = self._wanted(len(examples), self.budget)
-        return self.pick(self.look(examples, model, original, seed=seed, progress=progress), wanted, seed=seed)
+        read = all_examples(model, list(examples)) or []
+        wanted = self._wanted(len(read), self.budget)
+        return self.pick(self.look(read, model, original, seed=seed, progress=progress), wanted, seed=seed)
+
+    def read(self, examples: Sequence[Example], model: Checkpoint) -> list[Sample]:
+        """Read examples as they will be trained on.
+
+        Args:
+            examples: pairs, or examples with `input_ids` and perhaps `text`.
+            model: whose tokenizer reads them.
+
+        Raises:
+            IntaglioError: one is malformed.
+        """
+        return read_samples(examples, model, self.length, chat=self.chat)
 
     def look(
         self,
@@ -263,7 +279,7 @@ class PASER(Method, slug="paser"):
         """Find out what choosing goes by: clusters, divergences, concepts; all that takes time.
 
         Args:
-            examples: see `choose`.
+            examples: see `read`.
             model: pruned.
             original: before.
             seed: of anything random. Default 0.
@@ -272,19 +288,20 @@ class PASER(Method, slug="paser"):
         Raises:
             IntaglioError: see the class.
         """
-        _check_installed()
-        samples = read_samples(examples, model, self.length, chat=self.chat)
-        keys = [key_of(sample.words) for sample in samples]
-        place: dict[str, int] = {}
-        first = [place.setdefault(key, n) for n, key in enumerate(keys)]
-        kept = [n for n, one in enumerate(first) if n == one]
+        check_installed()
+        samples = self.read(examples, model)
+        first = first_alike(samples)
+        kept = sorted(set(first))
+        if self.candidates is not None:
+            drawn = torch.randperm(len(kept), generator=generator(seed, "paser", "candidates"))
+            kept = sorted(kept[n] for n in drawn[: self.candidates].tolist())
+        different = [samples[n] for n in kept]
         seconds: dict[str, float] = {}
-        found = Clusters(_zeros(len(kept)), {})
+        labels, errors = [0] * len(kept), {}
         if self.clusters != 1 and len(kept) > 1:
-            with _timed(seconds, "embedding"):
-                asked = [samples[n].instruction for n in kept]
-                vectors_ND = vectors(asked, self.embedding, progress=progress)
-            with _timed(seconds, "clustering"):
+            with timed(seconds, "embedding"):
+                vectors_ND = vectors([one.instruction for one in different], self.embedding, progress=progress)
+            with timed(seconds, "clustering"):
                 found = cluster(
                     vectors_ND,
                     self.clusters,
@@ -295,17 +312,26 @@ class PASER(Method, slug="paser"):
                     init=self.start,
                     seed=seed,
                 )
-        label = dict(zip(kept, found.labels.tolist(), strict=True))
+            labels, errors = found.labels.tolist(), found.errors
         scores: list[float] = []
         if self._compared:
-            with _timed(seconds, "comparing"):
-                score = dict(zip(kept, self._scores(samples, kept, model, original, progress), strict=True))
-                scores = [score[one] for one in first]
-        concepts: list[Sequence[str]] = []
+            with timed(seconds, "comparing"):
+                scores = self._scores(different, model, original, progress)
+        concepts: list[list[str]] = []
         if self.consistency:
-            with _timed(seconds, "concepts"):
-                concepts = self._concepts(samples, first, progress)
-        return Pool(samples, first, [label[one] for one in first], scores, concepts, seconds, found.errors)
+            with timed(seconds, "concepts"):
+                concepts = concepts_of(different, self.concepts, self.synonyms, self.embedding, progress)
+        return Pool(
+            kept,
+            different,
+            labels,
+            scores,
+            concepts,
+            seconds,
+            errors,
+            examples=len(samples),
+            duplicates=len(samples) - len(set(first)),
+        )
 
     def pick(self, pool: Pool, count: int, *, seed: int = 0) -> Choice:
         """Choose from a pool that was looked at; the fields that say how may be others than those it was looked at by.
@@ -316,10 +342,9 @@ class PASER(Method, slug="paser"):
             seed: of a random order. Default 0.
         """
         labels = [0] * len(pool.labels) if self.clusters == 1 else list(pool.labels)
-        kept = pool.candidates
-        clusters: list[list[int]] = [[] for _ in range(max((labels[n] for n in kept), default=-1) + 1)]
-        for n in kept:
-            clusters[labels[n]].append(n)
+        clusters: list[list[int]] = [[] for _ in range(max(labels, default=-1) + 1)]
+        for n, label in enumerate(labels):
+            clusters[label].append(n)
         key = self._key(pool, seed)
         ranked = [sorted(members, key=key) for members in clusters]
         by_cluster = [_mean([pool.degradation[n] for n in some]) for some in clusters] if pool.degradation else []
@@ -346,7 +371,8 @@ class PASER(Method, slug="paser"):
     def training_cost(self, workload: Workload, steps: float, batch_tokens: int, pass_flops: float) -> Cost:
         """What choosing takes: a forward of both models over all examples, and the second model's memory.
 
-        How many examples there are is not known before they are read; they count as the calibration tokens.
+        How many examples there are is not known before they are read: they count as the calibration tokens, or as
+        `candidates` of `length` tokens where both are said.
 
         Args:
             workload: of the model.
@@ -356,40 +382,38 @@ class PASER(Method, slug="paser"):
         """
         if not self._compared:
             return Cost()
-        return Cost(flops=2 * 2.0 * workload.parameters * workload.tokens,
-                    extra_bytes=workload.parameters * workload.element_size)  # fmt: skip
+        looked = self.candidates * self.length if self.candidates and self.length else workload.tokens
+        return Cost(
+            flops=2 * 2.0 * workload.parameters * looked, extra_bytes=workload.parameters * workload.element_size
+        )
 
     def _wanted(self, examples: int, budget: float) -> int:
         """How many are chosen."""
-        if self.count is not None:
-            if self.count > examples:
-                raise IntaglioError(f"count is {self.count}, and there are {examples} examples; 1 to {examples} fit")
-            return self.count
-        wanted = int(budget * examples + 1e-9)
+        if self.count is not None and self.count > examples:
+            raise IntaglioError(f"count is {self.count}, and there are {examples} examples; 1 to {examples} fit")
+        wanted = int(budget * examples + 1e-9) if self.count is None else self.count
         if not wanted:
             raise IntaglioError(
                 f"budget is {budget}; of {examples} examples that chooses none, from {1 / max(1, examples):.2g} on one"
             )
+        if self.candidates is not None and self.candidates < wanted:
+            raise IntaglioError(
+                f"candidates is {self.candidates}, and {wanted} of {examples} examples are to be chosen; look at that"
+                " many at least"
+            )
         return wanted
 
     def _scores(
-        self,
-        samples: Sequence[Sample],
-        kept: Sequence[int],
-        model: Checkpoint,
-        original: Checkpoint | None,
-        progress: Progress,
+        self, samples: Sequence[Sample], model: Checkpoint, original: Checkpoint | None, progress: Progress
     ) -> list[float]:
-        before = original
-        if self.original is not None:
-            before = load(self.original, device=str(model.device))
+        before = load(self.original, device=str(model.device)) if self.original is not None else original
         if before is None:
             raise IntaglioError(
                 "paser compares with the model before it was carved, and there is none; name it as original, or pass it"
                 " to train"
             )
         return degradation(
-            [samples[n] for n in kept],
+            samples,
             model,
             before,
             scope=self.scope,
@@ -398,22 +422,9 @@ class PASER(Method, slug="paser"):
             progress=progress,
         )
 
-    def _concepts(self, samples: Sequence[Sample], first: Sequence[int], progress: Progress) -> list[Sequence[str]]:
-        """The concepts of each sample, those that mean the same made one."""
-        found: list[Sequence[str]] = [key_phrases(sample.words, self.concepts) for sample in samples]
-        if self.synonyms is None:
-            return found
-        phrases = list(dict.fromkeys(phrase for n in sorted(set(first)) for phrase in found[n]))
-        if not phrases:
-            return found
-        stands = merged(phrases, vectors(phrases, self.embedding, progress=progress), self.synonyms)
-        return [list(dict.fromkeys(stands.get(phrase, phrase) for phrase in one)) for one in found]
-
     def _key(self, pool: Pool, seed: int) -> Callable[[int], tuple[float, int, int]]:
         """What a cluster is sorted by: of equal ones the shorter, then the earlier comes first."""
         if self.rank == "random":
-            import torch
-
             order = torch.randperm(len(pool.samples), generator=generator(seed, "paser", "order")).tolist()
             return lambda n: (float(order[n]), 0, n)
         scores, tokens = pool.degradation, [sample.tokens for sample in pool.samples]
@@ -422,23 +433,5 @@ class PASER(Method, slug="paser"):
         return lambda n: (-efficiency(scores[n], tokens[n]), tokens[n], n)
 
 
-def _zeros(count: int) -> Any:
-    import numpy as np
-
-    return np.zeros(count, np.int64)
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    begun = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - begun
-
-
-def _check_installed() -> None:
-    if find_spec("sklearn") is None or find_spec("scipy") is None:
-        raise IntaglioError("paser needs scikit-learn and scipy: pip install 'intaglio[select]'")

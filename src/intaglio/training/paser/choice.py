@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,30 +18,29 @@ NAMING = 3
 
 @dataclass(frozen=True)
 class Pool:
-    """A pool of examples, looked at: what choosing goes by. Choosing from it again costs next to nothing.
+    """Examples that were looked at: what choosing goes by. Choosing from them again costs next to nothing.
 
     Args:
-        samples: as they were read.
-        first: of each sample, the first one that says the same; itself where it is that one.
+        indices: which of the examples these are: of those that say the same the first, and no more than were asked for.
+        samples: they themselves, read.
         labels: the cluster of each, from 0.
         degradation: J of each; empty where it was not needed.
         concepts: key phrases of each; empty where they were not needed.
         seconds: that the parts took: `embedding`, `clustering`, `comparing`, `concepts`.
         errors: `{K: error}` of the numbers of clusters that were tried.
+        examples: how many there were in all. Default 0: not known.
+        duplicates: of them, those that say what an earlier one says. Default 0.
     """
 
+    indices: Sequence[int]
     samples: Sequence[Sample]
-    first: Sequence[int]
     labels: Sequence[int]
     degradation: Sequence[float] = ()
     concepts: Sequence[Sequence[str]] = ()
-    seconds: dict[str, float] = field(default_factory=dict)
-    errors: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def candidates(self) -> list[int]:
-        """The samples that can be chosen: duplicates count once."""
-        return [n for n, first in enumerate(self.first) if n == first]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    errors: Mapping[int, float] = field(default_factory=dict)
+    examples: int = 0
+    duplicates: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,10 +79,10 @@ def tell(pool: Pool, labels: Sequence[int], done: Walk, degradation_K: Sequence[
         degradation_K: CDS of each cluster; empty where nothing was compared.
         graph: how consistency was seen to.
     """
-    candidates = pool.candidates
-    size, taken, skipped = (Counter(labels[n] for n in some) for some in (candidates, done.taken, done.skipped))
+    size = Counter(labels)
+    taken, skipped = (Counter(labels[n] for n in some) for some in (done.taken, done.skipped))
     tokens = [sample.tokens for sample in pool.samples]
-    names = _names(pool.samples, candidates, labels)
+    names = _names(pool.samples, labels)
     clusters = [
         {
             "about": names[k],
@@ -97,8 +96,9 @@ def tell(pool: Pool, labels: Sequence[int], done: Walk, degradation_K: Sequence[
         for k in range(len(done.budgets))
     ]
     told = {
-        "examples": len(pool.samples),
-        "duplicates": len(pool.samples) - len(candidates),
+        "examples": pool.examples,
+        "duplicates": pool.duplicates,
+        "looked_at": len(pool.samples),
         "chosen": len(done.taken),
         "tokens": sum(tokens),
         "chosen_tokens": sum(tokens[n] for n in done.taken),
@@ -116,25 +116,24 @@ def tell(pool: Pool, labels: Sequence[int], done: Walk, degradation_K: Sequence[
             f"{k}: {row['about']} ({row['chosen']} of {row['examples']})": row[drawn] for k, row in enumerate(clusters)
         },
     }
-    return Choice(tuple(done.taken), told, bars)
+    return Choice(tuple(pool.indices[n] for n in done.taken), told, bars)
 
 
-def _names(samples: Sequence[Sample], candidates: Sequence[int], labels: Sequence[int]) -> list[str]:
+def _names(samples: Sequence[Sample], labels: Sequence[int]) -> list[str]:
     """Words that are more usual in a cluster than elsewhere."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    clusters = max((labels[n] for n in candidates), default=-1) + 1
+    clusters = max(labels, default=-1) + 1
     counted = TfidfVectorizer(stop_words="english", binary=True, token_pattern=r"(?u)\b[^\W\d_]\w+\b")
     try:
-        words_NV = counted.fit_transform([samples[n].instruction for n in candidates])
+        words_NV = counted.fit_transform([sample.instruction for sample in samples])
     except ValueError:  # no text has a word
         return [""] * clusters
-    all_N = np.array([labels[n] for n in candidates])
     everywhere_V = np.asarray(words_NV.mean(0)).ravel()
     known, found = counted.get_feature_names_out(), []
     for k in range(clusters):
-        inside = all_N == k
-        more_V = np.asarray(words_NV[inside].mean(0)).ravel() - (everywhere_V if clusters > 1 else 0)
+        inside_V = np.asarray(words_NV[np.array(labels) == k].mean(0)).ravel()
+        more_V = inside_V - (everywhere_V if clusters > 1 else 0)
         best = [v for v in np.argsort(-more_V, kind="stable")[:NAMING] if more_V[v] > 0]
         found.append(" ".join(known[v] for v in best))
     return found

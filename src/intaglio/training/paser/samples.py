@@ -40,31 +40,35 @@ def read_samples(
     Args:
         examples: pairs, texts or token ids.
         checkpoint: its tokenizer is used.
-        length: most tokens that are scored of an example; None: the model's context, at most 1,024.
+        length: most tokens that are scored of an example; None: the model's context, at most 1,024. Of a pair the end
+            of the answer goes, and the beginning of a prompt that takes more than half.
         chat: whether prompts are put into the tokenizer's chat template, if it has one.
 
     Raises:
-        IntaglioError: an example is malformed, or is token ids without a tokenizer that could read them.
+        IntaglioError: an example is malformed, its prompt leaves no room for an answer in the model's context, or it is
+            token ids without a tokenizer that could read them.
     """
     most = row_length(checkpoint, length)
     return [_read(checkpoint, example, number, most, chat) for number, example in enumerate(examples)]
 
 
-def _read(checkpoint: Checkpoint, example: Example, number: int, length: int, chat: bool) -> Sample:
-    if any(question in example and reply in example for question, reply in NAMES):
-        question, reply = halves(example, f"example {number} of the training data")
-        prompt, answer, stop = as_pair(checkpoint, example, number, length, chat=chat)
-        kept = (*answer, *stop)
-        return Sample(tuple(prompt), kept, len(prompt) + len(kept), question, f"{question}\n{reply}")
+def _read(checkpoint: Checkpoint, example: Example, number: int, most: int, chat: bool) -> Sample:
     what = f"example {number} of the training data"
+    if any(question in example and reply in example for question, reply in NAMES):
+        question, reply = halves(example, what)
+        asked, said, stop = as_pair(checkpoint, example, number, row_length(checkpoint, None), chat=chat)
+        learnt = [*said, *stop]
+        kept = learnt[: max(most - len(asked), most // 2)]
+        prompt = asked[max(0, len(asked) + len(kept) - most) :]
+        return Sample(tuple(prompt), tuple(kept), len(asked) + len(learnt), question, f"{question}\n{reply}")
     if "input_ids" not in example:
         known = ", ".join(sorted(key for key in example if key != "id")) or "nothing"
         raise IntaglioError(f"{what} is neither a pair nor a text; it has: {known}")
     ids = as_ids(example["input_ids"], what)
-    checkpoint.check_ids(ids[:length])
+    checkpoint.check_ids(ids[:most])
     text = example.get("text")
     if text is None and checkpoint.tokenizer is None:
         raise IntaglioError(f"{what} is token ids alone, and there is no tokenizer that could tell what they say")
     if text is None:
         text = checkpoint.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-    return Sample((), tuple(ids[:length].tolist()), len(ids), text, text)
+    return Sample((), tuple(ids[:most].tolist()), len(ids), text, text)

@@ -5,7 +5,6 @@ Dimension letters: N texts, D width.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,12 +83,3 @@ def _encoded(texts: Sequence[str], name: str, batch_size: int, progress: Progres
         found.update(zip(rows, pooled_BD, strict=True))
         progress(min(start + batch_size, len(order)), len(order), "paser: embedding")
     return np.stack([found[row] for row in range(len(texts))])
-
-
-def key_of(text: str) -> str:
-    """What two equal texts have in common, whatever their white space.
-
-    Args:
-        text: any.
-    """
-    return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).hexdigest()

@@ -20,17 +20,19 @@ class Walk:
         taken: samples in the order in which they were taken.
         skipped: those that did not fit the graph, in order.
         budgets: of each cluster, as first given out.
+        refused: how many did not fit, those among them that were taken last.
     """
 
     taken: list[int] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
     budgets: list[int] = field(default_factory=list)
+    refused: int = 0
 
     @property
     def rate(self) -> float:
-        """The share of the looked-at samples that were skipped."""
+        """The share of the samples that had their turn and did not fit."""
         seen = len(self.taken) + len(self.skipped)
-        return len(self.skipped) / seen if seen else 0.0
+        return self.refused / seen if seen else 0.0
 
 
 def walk(
@@ -80,6 +82,7 @@ def walk(
             take(k)
         if not whole or sum(at) == before:
             break
+    done.refused = len(done.skipped)
     if last:
         late = done.skipped[: total - len(done.taken)]
         done.taken, done.skipped = done.taken + late, done.skipped[len(late) :]

@@ -1,0 +1,273 @@
+"""What a pruned model wins back a token: recovered on PASER's choice, on random pairs, and on all of them.
+
+    python benchmarks/recovery/run.py                                   # SmolLM2 at 50 % and 2:4, three seeds
+    python benchmarks/recovery/run.py --sparsities 50 --repeats 1 --tokens 2048 --candidates 100
+    python benchmarks/recovery/run.py --model DIR --instructions pairs.jsonl --texts FILE
+
+Every arm begins with the same pruned model and trains on exactly as many tokens, in as many steps, with the same LoRA
+and rate; `full` sees each pair once, the others go over a share of the tokens several times. Measured are held-out
+answers of the same kind and held-out prose, which nothing was chosen or trained on. Seeds draw the pool's order and the
+training; the arms of a seed take turns. Medians over seeds are told, and what choosing took beside what training took.
+Writes `results.json` and `results.md` into the output directory; `--json` prints the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import intaglio
+from intaglio import writer
+from intaglio.calibrate import as_segments
+from intaglio.checkpoint import Checkpoint
+from intaglio.data.segments import Segments
+from intaglio.data.texts import load_texts
+from intaglio.measures.quality import Reference, quality, reference
+from intaglio.trainer import CausalLM, train
+from intaglio.trainer.causal import IGNORED, causal_batch, packed
+from intaglio.trainer.draws import Draws
+from intaglio.trainer.pairs import apart, as_pair, load_pairs
+from intaglio.trainer.protocols import Example
+from intaglio.trainer.select import RandomExamples
+from intaglio.training.paser import PASER
+
+HERE = Path(__file__).resolve().parent
+ARMS = ("paser", "random", "full")
+SPARSITIES = {"50": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}}
+HELD_OUT = 0.05
+BATCH = 8
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What a pruned model wins back a token.")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--instructions", default="docstrings", help="a file of pairs; default: %(default)s")
+    parser.add_argument("--texts", default="wikipedia", help="calibrated on, and measured on; default: %(default)s")
+    parser.add_argument("--embedding", default="minilm")
+    parser.add_argument("--sparsities", default=",".join(SPARSITIES), help="of 50, 2:4; default: both")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--candidates", type=int, default=400, help="pairs of a pool; default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=16_384, help="trained on, by each arm; default: %(default)s")
+    parser.add_argument("--passes", type=int, default=2, help="over what was chosen; default: %(default)s")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a row; default: %(default)s")
+    parser.add_argument("--rows", type=int, default=4, help="of a step; default: %(default)s")
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--samples", type=int, default=16, help="segments that are measured on; default: %(default)s")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=HERE / "out")
+    parser.add_argument("--json", action="store_true", help="print results.json")
+    return parser.parse_args()
+
+
+def as_row(checkpoint: Checkpoint, pair: Example, number: int, length: int) -> Example:
+    """A pair as tokens, of which those of the answer are learnt.
+
+    Args:
+        checkpoint: its tokenizer is used.
+        pair: `prompt` and `answer`.
+        number: of the pair.
+        length: tokens at the most.
+    """
+    prompt, answer, stop = as_pair(checkpoint, pair, number, length, chat=False)
+    ids_T = torch.tensor([*prompt, *answer, *stop])
+    labels_T = ids_T.clone()
+    labels_T[: len(prompt)] = IGNORED
+    return {"input_ids": ids_T, "labels": labels_T}
+
+
+def fitting(checkpoint: Checkpoint, pairs: Sequence[Example], length: int) -> list[Example]:
+    """The pairs whose prompts leave room for an answer.
+
+    Args:
+        checkpoint: its tokenizer is used.
+        pairs: `prompt` and `answer`.
+        length: tokens of a row.
+    """
+    asked = checkpoint.tokenizer([pair["prompt"] for pair in pairs], verbose=False)["input_ids"]
+    return [pair for pair, ids in zip(pairs, asked, strict=True) if len(ids) <= length // 2]
+
+
+def rows_of(checkpoint: Checkpoint, pairs: Sequence[Example], tokens: int, length: int) -> list[Example]:
+    """Rows of exactly so many tokens; the last pair is cut.
+
+    Args:
+        checkpoint: its tokenizer is used.
+        pairs: in their order.
+        tokens: of all rows together.
+        length: of a row.
+    """
+    documents: list[Example] = []
+    left = tokens
+    for number, pair in enumerate(pairs):
+        documents.append({name: value[:left] for name, value in as_row(checkpoint, pair, number, length).items()})
+        left -= len(documents[-1]["input_ids"])
+        if not left:
+            return list(packed(documents, length))
+    sys.exit(f"the pairs are {left} tokens short of {tokens}; give more candidates or fewer tokens")
+
+
+def chosen(
+    arm: str, pool: list[Example], pruned: Checkpoint, dense: Checkpoint, seed: int, wanted: int, arguments: Any
+):
+    """The pairs of an arm with at least the wanted tokens, and the seconds that choosing took."""
+    begun = time.perf_counter()
+    if arm != "paser":
+        order = list(RandomExamples(budget=1.0).select(pool, pruned, None, 1.0, Draws(seed)))
+        return [pool[n] for n in order], time.perf_counter() - begun
+    paser = PASER(embedding=arguments.embedding, length=arguments.length, chat=False, batch_size=BATCH)
+    looked = paser.look(pool, pruned, dense, seed=seed)
+    for count in range(1, len(pool) + 1):
+        taken = [pool[n] for n in paser.pick(looked, count, seed=seed).indices]
+        sizes = (len(as_row(pruned, pair, n, arguments.length)["input_ids"]) for n, pair in enumerate(taken))
+        if sum(sizes) >= wanted:
+            break
+    return taken, time.perf_counter() - begun
+
+
+@torch.no_grad()
+def answer_loss(checkpoint: Checkpoint, pairs: Sequence[Example], length: int) -> float:
+    """Nats a token of the answers.
+
+    Args:
+        checkpoint: what is measured.
+        pairs: held out.
+        length: of a row.
+    """
+    total, count = 0.0, 0
+    for start in range(0, len(pairs), BATCH):
+        part = pairs[start : start + BATCH]
+        batch = causal_batch([as_row(checkpoint, pair, n, length) for n, pair in enumerate(part)])
+        weight, target_BT = batch.pop("weight"), batch.pop("target").to(checkpoint.device)
+        inputs = {name: value.to(checkpoint.device) for name, value in batch.items()}
+        logits_BTV = checkpoint.model(**inputs, use_cache=False).logits.float()
+        nll = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), reduction="sum")
+        total, count = total + float(nll), count + weight
+    return total / count
+
+
+def measured(
+    checkpoint: Checkpoint, prose: Segments, original: Reference, pairs: Sequence[Example], length: int
+) -> dict[str, float]:
+    """Log-perplexity of answers and of prose, and agreement with the original.
+
+    Args:
+        checkpoint: what is measured.
+        prose: held-out segments.
+        original: from `reference` on them.
+        pairs: held out.
+        length: of a row of pairs.
+    """
+    found = quality(checkpoint, prose, original, batch_size=BATCH)
+    assert found.perplexity is not None
+    assert found.top1_agreement is not None
+    return {
+        "answers, nats a token": answer_loss(checkpoint, pairs, length),
+        "prose, nats a token": math.log(found.perplexity),
+        "agreement": found.top1_agreement,
+    }
+
+
+def recovered(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every arm of every seed at one sparsity.
+
+    Args:
+        name: of the sparsity.
+        arguments: of the command line.
+    """
+    dense = intaglio.load(arguments.model, device=arguments.device, dtype="float32")
+    calibration, held_out = load_texts(arguments.texts).split()
+    length = arguments.length
+    prose = as_segments(dense, held_out, arguments.samples, 2 * length, 0)
+    original = reference(dense, prose, batch_size=BATCH)
+    pairs, judged = apart(fitting(dense, load_pairs(arguments.instructions), length), HELD_OUT)
+    judged = judged[: 4 * arguments.samples]
+    pruned = Checkpoint(copy.deepcopy(dense.model), dense.tokenizer, dense.source)
+    segments = as_segments(dense, calibration, arguments.samples, 2 * length, 0)
+    intaglio.Wanda(**SPARSITIES[name]).apply(pruned, segments, batch_size=BATCH)
+    before = measured(pruned, prose, original, judged, length)
+    found = []
+    for seed in range(arguments.repeats):
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+        pool = [{**pairs[place], "id": n} for n, place in enumerate(order[: arguments.candidates])]
+        for arm in ARMS[:: 1 if seed % 2 else -1]:
+            wanted = arguments.tokens // (1 if arm == "full" else arguments.passes)
+            taken, choosing = chosen(arm, pool, pruned, dense, seed, wanted, arguments)
+            done = Checkpoint(copy.deepcopy(pruned.model), pruned.tokenizer, pruned.source)
+            begun = time.perf_counter()
+            trained = train(
+                done,
+                rows_of(done, taken, wanted, length),
+                objective=CausalLM(length=length),
+                steps=arguments.tokens // (length * arguments.rows),
+                batch_size=arguments.rows,
+                learning_rate=arguments.rate,
+                lora={"r": 8, "alpha": 16},
+                seed=seed,
+            )
+            seconds = time.perf_counter() - begun
+            done.model.eval()
+            after = measured(done, prose, original, judged, length)
+            found.append(
+                {
+                    "sparsity": name,
+                    "arm": arm,
+                    "seed": seed,
+                    "tokens": trained.tokens,
+                    "choosing, s": choosing,
+                    "training, s": seconds,
+                    **{f"{what}, before": value for what, value in before.items()},
+                    **after,
+                }
+            )
+            print(f"{name}, seed {seed}, {arm}: {after}", file=sys.stderr)
+    return found
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Medians over seeds, and what is regained by a thousand tokens.
+
+    Args:
+        rows: from `recovered`.
+    """
+    found = []
+    for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
+        for arm in ARMS:
+            own = [row for row in rows if (row["sparsity"], row["arm"]) == (sparsity, arm)]
+            middle = {
+                name: median(row[name] for row in own) for name in own[0] if name not in ("sparsity", "arm", "seed")
+            }
+            thousands = middle["tokens"] / 1000
+            for what in ("answers, nats a token", "prose, nats a token", "agreement"):
+                sign = 1 if what == "agreement" else -1
+                gain = median(sign * (row[what] - row[f"{what}, before"]) for row in own)
+                middle[f"{what.partition(',')[0]}, regained by a thousand tokens"] = gain / thousands
+            found.append({"sparsity": sparsity, "arm": arm, **middle})
+    return found
+
+
+def main() -> None:
+    arguments = _arguments()
+    rows = [row for name in arguments.sparsities.split(",") for row in recovered(name, arguments)]
+    told = summary(rows)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    document = {"medians": told, "runs": rows, "arguments": {k: str(v) for k, v in vars(arguments).items()}}
+    writer.write_json(arguments.out / "results.json", document)
+    names = list(told[0])
+    lines = ["| " + " | ".join(names) + " |", "| " + " | ".join(["---"] * len(names)) + " |"]
+    lines += ["| " + " | ".join(v if isinstance(v, str) else f"{v:,.4g}" for v in row.values()) + " |" for row in told]
+    (arguments.out / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(json.dumps(document) if arguments.json else "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
