@@ -20,12 +20,12 @@ def counted(model: nn.Module) -> Iterator[dict[str, Tally]]:
     modules = {name: module for name, module in model.named_modules() if hasattr(module, "tally")}
     tallies = {name: Tally() for name in modules}
     for name, module in modules.items():
-        module.tally = tallies[name]  # type: ignore[assignment]
+        module.tally = tallies[name]
     try:
         yield tallies
     finally:
         for module in modules.values():
-            module.tally = None  # type: ignore[assignment]
+            module.tally = None
 
 
 def left_out(tallies: Mapping[str, Tally]) -> float | None:

@@ -255,7 +255,7 @@ class RSparse(Method, slug="r_sparse"):
             workload: of the model.
         """
         tokens = min(self.tokens, workload.tokens)
-        flops = 4.0 * workload.block_parameters * workload.tokens
+        flops = 2.0 * workload.block_parameters * workload.tokens
         extra = tokens * max(columns for _, columns in workload.linears) * 8
         if self.how == "r_sparse":
             flops += sum(decompose.FLOPS * min(shape) ** 2 * float(max(shape)) for shape in workload.linears)
