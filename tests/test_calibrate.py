@@ -71,6 +71,27 @@ def test_padding_is_left_out(family: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bert", "modernbert"])
+def test_a_walk_that_only_looks_sees_the_same_in_one_pass(family: str) -> None:
+    found, passes = [], []
+    for edits in (True, False):
+        seen: list[torch.Tensor] = []
+        calls: list[tuple[int, int]] = []
+        walk(
+            Checkpoint(tiny_model(family, layers=3)),
+            Segments.of(IDS),
+            statistic=lambda features, device: InputStatistics(features, device),
+            carve=lambda index, group, seen=seen: seen.append(group.statistic.square_I),
+            progress=lambda done, total, what, calls=calls: calls.append((done, total)),
+            edits=edits,
+        )
+        found.append(seen)
+        assert calls[-1][0] == calls[-1][1] == len(calls)
+        passes.append(len(calls))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert passes == [2 * 5, 2 * 3]  # two batches; the last block's output is needed by nobody
+
+
 def test_progress_runs_to_its_end() -> None:
     calls: list[tuple[int, int]] = []
     walk(

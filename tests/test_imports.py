@@ -34,6 +34,9 @@ HEAVY = (
 NEEDS = {
     "intaglio.kernels.ternary_numba": "numba",
     "intaglio.kernels.ternary_simd": "numba",
+    "intaglio.kernels.addresses": "numba",
+    "intaglio.kernels.gather_numba": "numba",
+    "intaglio.kernels.gather_triton": "triton",
     "intaglio.kernels.ternary_triton": "triton",
 }
 """Modules around a package that need not be installed; nothing but a look for that package leads to them."""

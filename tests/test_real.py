@@ -77,7 +77,9 @@ def test_magnitude_is_far_behind(tmp_path: Path) -> None:
 
 
 def test_the_demos_recipe_and_the_streamed_answer() -> None:
-    assert [step.slug for step in demo_recipe().steps] == ["magnitude", "wanda", "dsnot", "sparsegpt"] * 2
+    assert [step.slug for step in demo_recipe().steps] == ["magnitude", "wanda", "dsnot", "sparsegpt"] * 2 + [
+        "r_sparse"
+    ]
     arguments = ["generate", "smollm2", "What is the capital of France?", "--chat", "--max-new-tokens", "12"]
     streamed = CliRunner().invoke(app, arguments)
     as_json = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)

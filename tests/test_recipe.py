@@ -144,7 +144,7 @@ def test_what_is_read(tmp_path: Path) -> None:
             "steps:\n  - prune: {}",
             ", line 2, steps[0]: there is no method named 'prune'; "
             "accepted: bitnet, drop_blocks, dsnot, fit, layerwise_unmasking, lost, magnitude, moe_x, omp_transplant, "
-            "sparsegpt, train, visibility, wanda",
+            "r_sparse, sparsegpt, train, visibility, wanda",
         ),
         (
             "steps:\n  - wanda:\n      sparsty: 0.5",
@@ -273,7 +273,7 @@ def test_a_method_that_is_no_carving_is_no_step(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(ENTRIES, "sampler", entry)
     assert sentence_of(lambda: Recipe.of({"steps": [{"sampler": {}}]})) == (
         "recipe, steps[0]: 'sampler' is a method, but no step of a recipe; accepted: bitnet, drop_blocks, dsnot, fit, "
-        "layerwise_unmasking, lost, magnitude, moe_x, omp_transplant, sparsegpt, train, visibility, wanda"
+        "layerwise_unmasking, lost, magnitude, moe_x, omp_transplant, r_sparse, sparsegpt, train, visibility, wanda"
     )
 
 

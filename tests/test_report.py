@@ -326,7 +326,8 @@ def test_two_sided_tables_have_every_measure(make: Callable) -> None:
     table = report.compare_table(document) if "a" in document else report.carve_table(document)
     text = printed(table)
     for measure in report.MEASURES:
-        assert (measure.name in text) == (measure.key != "cosine" or make is encoder)
+        few = {"cosine": make is encoder, "activation_sparsity": False}
+        assert (measure.name in text) == few.get(measure.key, True)
     assert {measure.key for measure in report.MEASURES} == set(side())
     assert report.ZEROS in one_line(text)
 
@@ -366,9 +367,41 @@ def test_demo_table_fits_80_columns_and_marks_the_best() -> None:
     assert report.ZEROS in one_line(text)
     smaller = demo()
     smaller["variants"][0]["bytes"] = 269_000_000
+    text = one_line(printed(report.demo_table(smaller), 100))
+    assert "Size on disk of each: 538 MB; of Magnitude, 50 %: 269 MB." in text
+    smaller["variants"][1]["bytes"] = 400_000_000
     text = printed(report.demo_table(smaller), 100)
     assert "269 MB" in text
     assert "Size on disk of each" not in one_line(text)
+
+
+def left_out() -> dict[str, Any]:
+    """A side whose projections leave out inputs, and have no zeros to count."""
+    return side(31.5, zero_fraction={}, activation_sparsity=0.5071, bytes=546_000_000, top1_agreement=0.8, kl_mean=0.3)
+
+
+def test_what_leaves_out_inputs_is_told_beside_what_has_zeros() -> None:
+    document = demo()
+    document["variants"] += [left_out() | {"name": "R-Sparse, 50 % read", "slug": "r_sparse", "amount": "50 % read"}]
+    text = printed(report.demo_table(document))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "R-Sparse, 50 % read 31.50 80.0 % 0.300 50.7 % 21.7 -" in [one_line(line) for line in text.splitlines()]
+    assert "of R-Sparse, 50 % read: 546 MB." in one_line(text)
+    page = Page(report.demo_page(document)).text
+    assert "50.7 %" in page
+    assert "none: every input is read" in page
+
+
+def test_a_step_draws_the_shares_that_it_chose() -> None:
+    document = carve(after=left_out(), kind="live")
+    shares = {"layers.0.self_attn.q_proj": 0.15, "layers.1.self_attn.q_proj": 0.95}
+    document["steps"][0]["grid"] = {"title": "Share of the budget for channels", "values": shares}
+    page = report.carve_page(document)
+    assert "Share of the budget for channels" in page
+    assert "layer 1, self_attn.q_proj: 95.00 %" in page
+    assert "a token leaves out 50.7 % of the projections' inputs" in report.summary(document)
+    assert "Inputs left out" in printed(report.carve_table(document), 100)
+    assert "Inputs left out" not in printed(report.carve_table(carve()), 100)
 
 
 def test_demo_page_tells_every_variant() -> None:

@@ -136,27 +136,31 @@ class _AllSeen(Exception):
 class _Collector:
     """Forward pre-hooks on a block's linears; linears called with the same tensor object share one statistic."""
 
-    def __init__(self, linears: Sequence[Linear], make: Callable[[int, torch.device], Statistic]) -> None:
+    def __init__(
+        self, linears: Sequence[Linear], make: Callable[[int, torch.device], Statistic], whole: bool = False
+    ) -> None:
         self.groups: dict[nn.Module, Group] = {}
         self._make = make
         self._of: dict[nn.Module, list[Linear]] = {}
         for linear in linears:
             self._of.setdefault(linear.module, []).append(linear)
+        self._whole = whole
         self._leader: dict[nn.Module, nn.Module] = {}
         self._now: dict[nn.Module, Tensor] = {}
         self._mask_BL: Tensor | None = None
         self._handles = [module.register_forward_pre_hook(self._see) for module in self._of]
 
-    def run(self, parts: Anatomy, index: int, inputs: BlockInputs) -> None:
-        """Run block `index` on one batch as far as its last linear's input."""
+    def run(self, parts: Anatomy, index: int, inputs: BlockInputs) -> Tensor | None:
+        """Run block `index` on one batch as far as its last linear's input, or wholly; then return its output."""
         self._mask_BL = inputs.mask_BL
         self._now.clear()
         with suppress(_AllSeen):
-            run_blocks(parts, index, index + 1, inputs)
+            return run_blocks(parts, index, index + 1, inputs)
+        return None
 
     def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._take(module, args[0])
-        if len(self._now) == len(self._of):
+        if len(self._now) == len(self._of) and not self._whole:
             raise _AllSeen
 
     def _take(self, module: nn.Module, x: Tensor) -> None:
@@ -230,6 +234,7 @@ def walk(
     batch_size: int = 4,
     what: str = "carving",
     progress: Progress = silent,
+    edits: bool = True,
 ) -> None:
     """Carve every block in order, each on the outputs of the carved blocks before it.
 
@@ -241,6 +246,7 @@ def walk(
         batch_size: sequences that pass at a time. Sums are grouped by it, so it is part of what makes bytes equal.
         what: shown in the progress.
         progress: called after each batch of each pass.
+        edits: whether `carve` writes anything. False: it looks alone, and each block runs once. Default True.
 
     Raises:
         IntaglioError: activations are not finite, or data-dependent layers.
@@ -250,7 +256,7 @@ def walk(
     checkpoint.model.eval()
     try:
         with torch.no_grad():
-            _walk(parts, calibration, statistic, carve, batch_size, what, progress)
+            _walk(parts, calibration, statistic, carve, batch_size, what, progress, edits)
     finally:
         checkpoint.model.train(was_training)
 
@@ -263,23 +269,28 @@ def _walk(
     batch_size: int,
     what: str,
     progress: Progress,
+    edits: bool,
 ) -> None:
     held: list[BlockInputs] = [capture(parts, batch) for batch in calibration.batches(batch_size)]
     last = len(parts.blocks) - 1
     # The last block's new outputs are needed by nobody: one pass less.
-    total = len(held) * (2 * len(parts.blocks) - 1)
+    total = len(held) * (2 * len(parts.blocks) - 1 if edits else len(parts.blocks))
     done = 0
     for index in range(len(parts.blocks)):
-        collector = _Collector(parts.linears(index), statistic)
+        collector = _Collector(parts.linears(index), statistic, whole=not edits)
+        after: list[Tensor | None] = []
         for inputs in held:
-            collector.run(parts, index, inputs)
+            after.append(collector.run(parts, index, inputs))
             done += 1
             progress(done, total, f"{what}: block {index + 1}/{last + 1}")
         for group in collector.end():
             carve(index, group)
         if index == last:
             break
-        for inputs in held:
+        for inputs, known_BLD in zip(held, after, strict=True):
+            if known_BLD is not None:
+                inputs.hidden_BLD = known_BLD
+                continue
             inputs.hidden_BLD = run_blocks(parts, index, index + 1, inputs)
             done += 1
             progress(done, total, f"{what}: block {index + 1}/{last + 1}")

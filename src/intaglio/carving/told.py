@@ -122,7 +122,7 @@ def make_document(
 def _with_pictures(step: dict[str, Any]) -> dict[str, Any]:
     """A step's record with what is drawn of it beside what it chose rather than in it.
 
-    That is `curve`, training curves (see `intaglio.curves`), and `bars` (see `report.document`).
+    That is `curve`, training curves (see `intaglio.curves`), `bars` and `grid` (see `report.document`).
     """
-    drawn = {name: step["chosen"].pop(name) for name in ("curve", "bars") if name in step["chosen"]}
+    drawn = {name: step["chosen"].pop(name) for name in ("curve", "bars", "grid") if name in step["chosen"]}
     return step | drawn

@@ -3,14 +3,15 @@
 A document is a plain dict, the same that is written as `report.json`. There are three: `carve` (`before`, `after`,
 `steps`), `compare` (`a`, `b`) and `demo` (`dense`, `variants`). A SIDE is what was measured on one checkpoint:
 `perplexity`, `bits_per_byte`, `kl_mean` (nats a token, against the original), `top1_agreement`, `cosine` (see
-`has_cosine`), `zero_fraction` (layer to share), `bytes`, `prefill_tokens_per_s`, `decode_tokens_per_s`,
-`peak_memory_bytes`, `parameters`, `tokens` (a digest of those that it was measured on). A number that is null, missing
-or not finite is shown as a dash, with the reason where it is known.
+`has_cosine`), `zero_fraction` (layer to share), `activation_sparsity` (see `has_left_out`), `bytes`,
+`prefill_tokens_per_s`, `decode_tokens_per_s`, `peak_memory_bytes`, `parameters`, `tokens` (a digest of those that it
+was measured on). A number that is null, missing or not finite is shown as a dash, with the reason where it is known.
 
 A step or variant may bring `defaults` (field to default value): the parameters that differ from them are shown, the
 others are folded away. Without `defaults`, those that are not null are shown. A step may bring `bars`, what it measured
 of parts of the model: `title`, `axis`, `items` (name to value), and which of these are `marked`, by the word `mark`;
-and `timings`, the seconds of its parts. What it chose may hold a `selection` of examples, with `clusters` (a list).
+a `grid`, shares that it chose for projections: `title` and `values` (layer to share); and `timings`, the seconds of its
+parts. What it chose may hold a `selection` of examples, with `clusters` (a list).
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def value_of(side: Document, key: str) -> float | None:
     if key == "zero_fraction":
         shares = shares_of(side)
         return math.fsum(shares) / len(shares) if shares else None
-    return share(side.get(key)) if key == "top1_agreement" else finite(side.get(key))
+    return share(side.get(key)) if key in ("top1_agreement", "activation_sparsity") else finite(side.get(key))
 
 
 def other_tokens(a: Document, b: Document) -> bool:
@@ -126,6 +127,15 @@ def has_cosine(sides: Iterable[Document]) -> bool:
         sides: of one document.
     """
     return any(value_of(side, "cosine") is not None for side in sides)
+
+
+def has_left_out(sides: Iterable[Document]) -> bool:
+    """Whether one of these leaves out some of its projections' inputs, whichever a token needs least.
+
+    Args:
+        sides: of one document.
+    """
+    return any(value_of(side, "activation_sparsity") is not None for side in sides)
 
 
 def _clean(value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from intaglio.report.document import Document, finite, has_cosine, other_tokens, value_of
+from intaglio.report.document import Document, finite, has_cosine, has_left_out, other_tokens, value_of
 
 
 def plain_number(value: float) -> str:
@@ -115,6 +115,14 @@ MEASURES = (
     ),
     Measure("cosine", "Cosine", "of embeddings to the original's; 1 is the same", plain_number, "higher"),
     Measure("zero_fraction", "Zeros", "in the linears of the blocks, mean over layers", percent, None, points=True),
+    Measure(
+        "activation_sparsity",
+        "Inputs left out",
+        "of the projections' inputs, a token on the held-out text",
+        percent,
+        None,
+        points=True,
+    ),
     Measure("bytes", "Size on disk", "all weights, as stored", _size, "lower"),
     Measure("prefill_tokens_per_s", "Prefill", "reading a prompt", _speed, "higher", noise=SPEED_NOISE),
     Measure(
@@ -186,6 +194,8 @@ def cell_of(side: Document, measure: Measure, cosine: bool, original: bool) -> C
         return Cell("-", f"no {_lower(measure.name)}: predicts no next token")
     if original and measure.key in ("kl_mean", "top1_agreement", "cosine"):
         return Cell("-", "the original")
+    if measure.key == "activation_sparsity":
+        return Cell("-", "none: every input is read")
     if measure.key == "zero_fraction":
         return Cell("-", "no layer was measured")
     return Cell("-", "not finite, or not measured" if measure.text and "token" not in measure.key else "not measured")
@@ -221,12 +231,12 @@ def measures_of(sides: Sequence[Document]) -> list[Measure]:
     Args:
         sides: of one document.
     """
-    cosine = has_cosine(sides)
-    return [measure for measure in MEASURES if cosine or measure.key != "cosine"]
+    only = {"cosine": has_cosine(sides), "activation_sparsity": has_left_out(sides)}
+    return [measure for measure in MEASURES if only.get(measure.key, True)]
 
 
 def rows(before: Document, after: Document, baked: bool = False) -> list[Row]:
-    """Return every measure of two SIDEs, in order, with what changed; `cosine` only where one has it.
+    """Return every measure of two SIDEs, in order, with what changed; what few have only where one has it.
 
     Args:
         before: the SIDE that is the reference.

@@ -28,6 +28,7 @@ from intaglio.report.document import (
     is_best,
     other_tokens,
     reference_of,
+    share,
     shares_of,
     short_name,
     value_of,
@@ -212,6 +213,7 @@ def _step(step: Document) -> dict[str, Any]:
         "seconds": step.get("seconds"),
         "curves": Markup(curves.curves(step["curve"])) if curves.is_columns(step.get("curve")) else Markup(),
         "bars": _bars(step.get("bars")),
+        "grid": _grid(step.get("grid")),
     }
 
 
@@ -244,6 +246,18 @@ def _bars(found: Any) -> Markup:
     words = "; ".join(f"{bar.label}: {bar.text}" for bar in items) + "."
     title, axis = str(found.get("title", "What was measured")), str(found.get("axis", ""))
     return Markup(pictures.bars(title, words, items, axis=axis))
+
+
+def _grid(found: Any) -> Markup:
+    """The shares that a step chose for projections, by layer; nothing where it brought none."""
+    values = found.get("values") if isinstance(found, Mapping) else None
+    known = {str(k): v for k, value in (values or {}).items() for v in [share(value)] if v is not None}
+    rows, columns, cells = pictures.layer_grid(known)
+    if not cells:
+        return Markup()
+    words = "; ".join(f"{name}: {percent(value)}" for name, value in known.items()) + "."
+    title = str(found.get("title", "What was chosen"))
+    return Markup(pictures.heatmap(title, words, rows, columns, cells, column_title="layer"))
 
 
 def training_page(title: str, told: str, columns: curves.Columns, notes: Mapping[str, str]) -> str:
@@ -331,6 +345,8 @@ def _demo_zeros(document: Document) -> Markup:
     values: dict[tuple[str, str], float] = {}
     names: list[str] = []
     for position, variant in enumerate(document["variants"]):
+        if not fractions_of(variant):
+            continue  # its projections are no plain weights
         # Two variants may bear one name; a row of the picture is one variant.
         name = variant_name(variant)
         name = name if name not in names else f"{name} ({position + 1})"

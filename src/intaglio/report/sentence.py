@@ -89,7 +89,10 @@ def summary(document: Document) -> str:
         if large and small is not None and small < large:
             parts.append(f"the weights take {percent(1 - small / large)} fewer bytes")
         old, new = (value_of(document[side], "zero_fraction") for side in ("before", "after"))
-        if new is None:
+        left_out = value_of(document["after"], "activation_sparsity")
+        if left_out is not None:
+            parts.append(f"a token leaves out {percent(left_out)} of the projections' inputs")
+        elif new is None:
             parts.append(zeros_words(document["after"]))
         elif old is not None and new - old < UNSEEN:
             parts.append("no zeros were added to the blocks")

@@ -17,6 +17,7 @@ from intaglio.report.document import (
     about_zeros,
     checked,
     finite,
+    has_left_out,
     is_best,
     value_of,
     variant_name,
@@ -101,7 +102,8 @@ NARROW = {
 def demo_table(document: Document) -> Table:
     """Return the table of a demo document: the dense model first, a row a variant, the best of each amount marked.
 
-    Columns that no row has a number for are left out; a size that all share stands below.
+    Columns that no row has a number for are left out; a size that all share, or all but some of one other size, stands
+    below. What leaves out inputs shows their share in the place of that of zeros.
 
     Args:
         document: see the module.
@@ -112,19 +114,24 @@ def demo_table(document: Document) -> Table:
     document = checked(document, "demo")
     dense, variants = document["dense"], document["variants"]
     used = [key for key in DEMO_COLUMNS if any(value_of(side, key) is not None for side in (dense, *variants))]
+    narrow = NARROW | ({"zero_fraction": ("zeros or\nleft out", "")} if has_left_out(variants) else {})
     caption = "* the best of its amount. "
-    sizes = {value_of(side, "bytes") for side in (dense, *variants)}
-    if len(sizes) == 1 and "bytes" in used:
+    others = {variant_name(v): v for v in variants if value_of(v, "bytes") != value_of(dense, "bytes")}
+    if len({value_of(side, "bytes") for side in others.values()}) <= 1 and "bytes" in used:
         used.remove("bytes")
-        caption += f"Size on disk of each: {cell_of(dense, BY_KEY['bytes'], False, False).text}. "
+        size = BY_KEY["bytes"]
+        told = f"Size on disk of each: {cell_of(dense, size, False, False).text}"
+        told += "".join(f"; of {name}: {cell_of(side, size, False, False).text}" for name, side in others.items())
+        caption += f"{told}. "
     table = _table(document["title"], caption + ZEROS, [("variant", "left")])
     for key in used:
-        heading, _ = NARROW.get(key, (BY_KEY[key].name.lower(), ""))
+        heading, _ = narrow.get(key, (BY_KEY[key].name.lower(), ""))
         table.add_column(Text(heading), justify="right", no_wrap=True)
     table.add_column(Text("took,\ns"), justify="right", no_wrap=True)
 
     def cells(side: Document) -> list[Text]:
-        values = ((key, value_of(side, key)) for key in used)
+        left = value_of(side, "activation_sparsity")
+        values = ((key, left if key == "zero_fraction" and left is not None else value_of(side, key)) for key in used)
         words = (("-" if v is None else BY_KEY[k].show(v)).removesuffix(NARROW.get(k, ("", ""))[1]) for k, v in values)
         seconds = finite(side.get("seconds"))
         took = "-" if seconds is None else f"{seconds:,.{1 if seconds < 10 else 0}f}"

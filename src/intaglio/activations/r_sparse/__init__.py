@@ -1,4 +1,4 @@
-"""R-Sparse (Zhang et al., R-Sparse: Rank-Aware Activation Sparsity for Efficient LLM Inference, ICLR 2025).
+"""RSparse (Zhang et al., R-Sparse: Rank-Aware Activation Sparsity for Efficient LLM Inference, ICLR 2025).
 
     y = W (m x) + U_r S_r V_r^T ((1 - m) x),   m_i = not (|x_i| ||W[:, i]|| <= threshold)
 
@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from intaglio.activations.r_sparse import carve, cats, decompose, greedy, surgery
-from intaglio.activations.r_sparse.linear import SLUG, Mode, SparseLinear
+from intaglio.activations.r_sparse.linear import Mode, SparseLinear
 from intaglio.activations.r_sparse.reading import Reading, reading
 from intaglio.activations.r_sparse.search import Search
 from intaglio.activations.r_sparse.sizes import Split, Wanted, alpha_of
@@ -47,7 +47,7 @@ __all__ = ["RSparse", "Reading", "Search", "SparseLinear", "Split", "reading"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class RSparse(Method, slug=SLUG):
+class RSparse(Method, slug="r_sparse"):
     """Multiplies each token with the columns of a projection that matter to it, and gives the rest a low rank.
 
     Of a projection W [O, I] = U S Vᵀ, with s_i = ||W[:, i]||₂ and a threshold τ from calibration text:
@@ -255,7 +255,7 @@ class RSparse(Method, slug=SLUG):
             workload: of the model.
         """
         tokens = min(self.tokens, workload.tokens)
-        flops = 4.0 * workload.block_parameters * workload.tokens
+        flops = 2.0 * workload.block_parameters * workload.tokens
         extra = tokens * max(columns for _, columns in workload.linears) * 8
         if self.how == "r_sparse":
             flops += sum(decompose.FLOPS * min(shape) ** 2 * float(max(shape)) for shape in workload.linears)

@@ -68,6 +68,7 @@ def look(
         batch_size=batch_size,
         what="r_sparse",
         progress=progress,
+        edits=False,
     )
 
 
@@ -124,7 +125,8 @@ def split(
     tables = tables_of(checkpoint, data, {name: grid or (start[name],) for name in names}, options, **walking)
     first = {name: start[name] if search is None else grid[search.place(start[name])] for name in names}
     layers = surgery.put_layers(checkpoint, {name: tables[name].layer(first[name]) for name in names})
-    alphas, chosen = first, {}
+    alphas: Mapping[str, float] = first
+    chosen: dict[str, Any] = {}
     if search is not None:
         some = first_of(data, search.segments)
         batch_size = walking["batch_size"]
@@ -148,7 +150,9 @@ def split(
             tables[name].set(layers[name], alphas[name])
         chosen = {"evaluations": search.evaluations, "loss_by_generation": best}
     choices = {name: tables[name].choices[alphas[name]] for name in names}
-    return layers, {**summary(choices), **chosen, **_grid("Share of the budget for channels", alphas)}
+    if search is not None or len(set(alphas.values())) > 1:
+        chosen["grid"] = _grid("Share of the budget for channels", alphas)
+    return layers, {**summary(choices), **chosen}
 
 
 def allocated(
@@ -179,7 +183,7 @@ def allocated(
     )
     dense = sum(layer.weight.numel() for layer in layers.values())
     read = sum((1 - found[name]) * layer.weight.numel() for name, layer in layers.items())
-    return layers, {"layers": len(layers), "read": read / dense, **_grid("Inputs left out", found)}
+    return layers, {"layers": len(layers), "read": read / dense, "grid": _grid("Inputs left out", found)}
 
 
 def cut(
@@ -225,10 +229,8 @@ def first_of(data: Segments, count: int) -> Segments:
 
 
 def _grid(title: str, values: Mapping[str, float]) -> dict[str, Any]:
-    """What the report draws, a share for each projection; nothing where all are equal."""
-    if len(set(values.values())) < 2:
-        return {}
-    return {"grid": {"title": title, "values": dict(values)}}
+    """What the report draws, a share for each projection."""
+    return {"title": title, "values": dict(values)}
 
 
 __all__ = ["allocated", "cut", "look", "split", "tables_of"]

@@ -19,7 +19,6 @@ from intaglio.anatomy import CACHE
 from intaglio.kernels import gather
 from intaglio.replaced import ReplacedLinear, Tally
 
-SLUG = "r_sparse"
 Mode = Literal["all", "decode", "last_fraction"]
 ALL, NONE = -1.0, math.inf
 """Thresholds that keep every input, or none."""
@@ -126,7 +125,7 @@ class SparseLinear(ReplacedLinear):
         dtype: of the parameters.
     """
 
-    slug = SLUG
+    slug = "r_sparse"
 
     def __init__(
         self,
@@ -327,4 +326,4 @@ class Cut(nn.Module):
         return torch.where(keep_BI, a_BI, 0)
 
 
-__all__ = ["ALL", "NONE", "SLUG", "Cut", "Mode", "Phase", "Rule", "SparseLinear"]
+__all__ = ["ALL", "NONE", "Cut", "Mode", "Phase", "Rule", "SparseLinear"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from intaglio.activations.r_sparse.linear import SLUG, Cut, Mode, Phase, Rule, SparseLinear
+from intaglio.activations.r_sparse.linear import Cut, Mode, Phase, Rule, SparseLinear
 from intaglio.anatomy import Linear, anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
@@ -175,7 +175,7 @@ def put_back(part: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     if weights_of(model)[0] not in part["weights"]:
         raise IntaglioError(
             f"the thresholds in the record of {checkpoint.source or 'this checkpoint'} were calibrated on another "
-            f"model than the one beside it; apply {SLUG} to that one anew"
+            f"model than the one beside it; apply r_sparse to that one anew"
         )
     freeze(model)
     set_phase(model, part["mode"], part["fraction"])
