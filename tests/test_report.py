@@ -47,6 +47,8 @@ def side(perplexity: float | None = 18.5523, share: float = 0.0, **overrides: An
         "top1_agreement": 1.0,
         "cosine": None,
         "zero_fraction": zeros(share),
+        "token_sparsity": None,
+        "chunk_sparsity": None,
         "bytes": 538_090_408,
         "prefill_tokens_per_s": 412.3,
         "decode_tokens_per_s": 21.7,
@@ -326,7 +328,10 @@ def test_two_sided_tables_have_every_measure(make: Callable) -> None:
     table = report.compare_table(document) if "a" in document else report.carve_table(document)
     text = printed(table)
     for measure in report.MEASURES:
-        assert (measure.name in text) == (measure.key != "cosine" or make is encoder)
+        seldom = measure.key in ("token_sparsity", "chunk_sparsity") or (
+            measure.key == "cosine" and make is not encoder
+        )
+        assert (measure.name in text) != seldom
     assert {measure.key for measure in report.MEASURES} == set(side())
     assert report.ZEROS in one_line(text)
 
@@ -745,3 +750,9 @@ def test_a_share_that_is_none_is_not_shown() -> None:
     }
     assert value_of(odd, "zero_fraction") == 0.5
     assert value_of(odd, "top1_agreement") is None
+
+
+def test_units_that_rest_are_told_where_there_are_any() -> None:
+    lines = [one_line(line) for line in printed(report.carve_table(carve(after=side(token_sparsity=0.8)))).splitlines()]
+    assert "At rest - not measured 80.0 % -" in lines
+    assert not any("At rest together" in line for line in lines)

@@ -115,6 +115,8 @@ MEASURES = (
     ),
     Measure("cosine", "Cosine", "of embeddings to the original's; 1 is the same", plain_number, "higher"),
     Measure("zero_fraction", "Zeros", "in the linears of the blocks, mean over layers", percent, None, points=True),
+    Measure("token_sparsity", "At rest", "units that do not fire for a token", percent, "higher", points=True),
+    Measure("chunk_sparsity", "At rest together", "units that fire for none of 8", percent, "higher", points=True),
     Measure("bytes", "Size on disk", "all weights, as stored", _size, "lower"),
     Measure("prefill_tokens_per_s", "Prefill", "reading a prompt", _speed, "higher", noise=SPEED_NOISE),
     Measure(
@@ -125,6 +127,8 @@ MEASURES = (
 )
 BY_TOKEN = frozenset({"perplexity", "kl_mean", "top1_agreement", "prefill_tokens_per_s", "decode_tokens_per_s"})
 """Measures that are told by the token: between two tokenizers they do not compare."""
+RARE = frozenset({"cosine", "token_sparsity", "chunk_sparsity"})
+"""Measures that few models have: told only where a side has one."""
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 
@@ -221,12 +225,12 @@ def measures_of(sides: Sequence[Document]) -> list[Measure]:
     Args:
         sides: of one document.
     """
-    cosine = has_cosine(sides)
-    return [measure for measure in MEASURES if cosine or measure.key != "cosine"]
+    there = {key for key in RARE if any(value_of(side, key) is not None for side in sides)}
+    return [measure for measure in MEASURES if measure.key not in RARE - there]
 
 
 def rows(before: Document, after: Document, baked: bool = False) -> list[Row]:
-    """Return every measure of two SIDEs, in order, with what changed; `cosine` only where one has it.
+    """Return every measure of two SIDEs, in order, with what changed; those of `RARE` only where one has it.
 
     Args:
         before: the SIDE that is the reference.
