@@ -34,6 +34,7 @@ HEAVY = (
 NEEDS = {
     "intaglio.kernels.ternary_numba": "numba",
     "intaglio.kernels.ternary_simd": "numba",
+    "intaglio.kernels.experts_triton": "triton",
     "intaglio.kernels.ternary_triton": "triton",
 }
 """Modules around a package that need not be installed; nothing but a look for that package leads to them."""

@@ -30,7 +30,7 @@ from intaglio.trainer import Batch, Loss, Run
 __all__ = ["BlockFFN", "BlockFFNLayer", "Form", "Places", "losses"]
 
 EXPERTS = 48
-"""E of three of the paper's four models' neighbours: 40 to 56."""
+"""E by default; the paper's models have 40 to 56."""
 SHORTEST, LONGEST = 8, 64
 """Tokens of a chunk by default: a sixteenth of the context, between these; the longest is the paper's."""
 HOLD, WINDOW, FEWEST = 0.05, 0.01, 10
@@ -102,8 +102,8 @@ class BlockFFN(Method, slug="blockffn"):
 
     Source: Song et al., BlockFFN: Towards End-Side Acceleration-Friendly Mixture-of-Experts with Chunk-Level Activation
     Sparsity, COLM 2025; code thunlp/BlockFFN. Departures: the weight of the chunk loss counts optimizer steps, where
-    the code counts batches; chunks of padding alone are left out of the mean. The warm-up-stable-decay schedule is the
-    trainer's business (`schedule: constant` with a warm-up is its first two thirds).
+    the code counts batches; chunks of padding alone are left out of the mean. The trainer has no
+    warm-up-stable-decay schedule; `schedule: constant` with a warm-up is that without the decay.
     """
 
     changes: ClassVar[frozenset[Change]] = frozenset({"weights", "activations"})
