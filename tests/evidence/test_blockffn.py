@@ -64,9 +64,9 @@ def test_end_to_end(world: SourceCode, tmp_path: Path) -> None:
     assert (values["dense"][TOKEN], values["dense"][CHUNK]) == (0, 0)
     assert (values["dense"][TOKEN_BESIDE], values["dense"][CHUNK_BESIDE]) == (0.8, 0.7)
     assert all(one[CHUNK] <= one[TOKEN] for one in values.values())
-    # An expert has two matrices of 32 rows, and the plain MLP uses every one.
+    # An expert has two matrices of 32 rows; the plain MLP uses every one, and has no router.
     idle = first["dense"]["cost"]["parameters"] - first["topk"]["cost"]["parameters"]
-    assert idle == 2 * 32 * 32 * (EXPERTS - K)
+    assert idle == 2 * 32 * 32 * (EXPERTS - K) - 32 * EXPERTS
 
 
 def test_a_training_that_takes_too_many_experts_counts_as_diverged(

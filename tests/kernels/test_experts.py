@@ -92,6 +92,7 @@ def test_triton_gives_the_same() -> None:
             near(experts_triton.apply(*given_case), experts.masked(*given_case), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_the_kernels_of_the_gpu_in_tritons_interpreter() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

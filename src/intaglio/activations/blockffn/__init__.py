@@ -46,6 +46,7 @@ _OF_ROUTERS: dict[str, tuple[Router, ...]] = {
     "k": ("topk", "remoe"),
     "balance": ("topk",),
     "l1": ("remoe",),
+    "router_rate": ("relu", "topk", "remoe"),
 }
 """Fields that belong to some routers alone."""
 
@@ -153,7 +154,7 @@ class BlockFFN(Method, slug="blockffn"):
             raise ValueError(f"k is {self.k}, more than the {experts} experts")
         for name, routers in _OF_ROUTERS.items():
             if getattr(self, name) is not None and self.router not in routers:
-                raise ValueError(f"{name} belongs to the router {' and '.join(routers)}, and router is {self.router}")
+                raise ValueError(f"{name} belongs to the router {' or '.join(routers)}, and router is {self.router}")
         if self.router in ("topk", "remoe") and self.k is None:
             raise ValueError(f"router is {self.router}, which needs k, the experts of a token")
         if self.router_decay and self.router_rate is None:
@@ -339,7 +340,7 @@ class BlockFFN(Method, slug="blockffn"):
         """The routers, where they have a rate of their own."""
         if self.router_rate is None:
             return []
-        routers = [layer.router for layer in self._layers]
+        routers = [layer.router for layer in self._layers if layer.router is not None]
         return [{"params": routers, "lr": self.router_rate, "weight_decay": self.router_decay}]
 
     def state_dict(self) -> dict[str, Any]:
