@@ -43,6 +43,8 @@ SIDE = {
     "cosine",
     "tokens",
     "zero_fraction",
+    "token_sparsity",
+    "chunk_sparsity",
     "bytes",
     "parameters",
     "prefill_tokens_per_s",

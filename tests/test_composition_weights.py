@@ -42,6 +42,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
         {"train": {"steps": 1}},
         {"train": {"steps": 1, "keep_mask": False}},
         {"train": {"steps": 1, "objective": {"meap": {}}}},
+        {"train": {"steps": 1, "shape": [{"blockffn": {"experts": 4}}]}},
         {"train": LABELS},
     ],
 }

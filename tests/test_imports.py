@@ -37,6 +37,8 @@ NEEDS = {
     "intaglio.kernels.addresses": "numba",
     "intaglio.kernels.gather_numba": "numba",
     "intaglio.kernels.gather_triton": "triton",
+    "intaglio.kernels.experts_numba": "numba",
+    "intaglio.kernels.experts_triton": "triton",
     "intaglio.kernels.ternary_triton": "triton",
 }
 """Modules around a package that need not be installed; nothing but a look for that package leads to them."""

@@ -21,6 +21,7 @@ from rich.console import Console, RenderableType
 from intaglio import pictures, report
 from intaglio.errors import IntaglioError
 from intaglio.report.document import EVEN, shares_of, value_of
+from intaglio.report.numbers import RARE
 
 PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 DIGEST = "sha256:9f2c1e7a4b0d8835"
@@ -47,6 +48,8 @@ def side(perplexity: float | None = 18.5523, share: float = 0.0, **overrides: An
         "top1_agreement": 1.0,
         "cosine": None,
         "zero_fraction": zeros(share),
+        "token_sparsity": None,
+        "chunk_sparsity": None,
         "bytes": 538_090_408,
         "prefill_tokens_per_s": 412.3,
         "decode_tokens_per_s": 21.7,
@@ -326,8 +329,8 @@ def test_two_sided_tables_have_every_measure(make: Callable) -> None:
     table = report.compare_table(document) if "a" in document else report.carve_table(document)
     text = printed(table)
     for measure in report.MEASURES:
-        few = {"cosine": make is encoder, "activation_sparsity": False}
-        assert (measure.name in text) == few.get(measure.key, True)
+        seldom = measure.key in RARE - ({"cosine"} if make is encoder else set())
+        assert (measure.name in text) != seldom
     assert {measure.key for measure in report.MEASURES} == set(side())
     assert report.ZEROS in one_line(text)
 
@@ -778,3 +781,9 @@ def test_a_share_that_is_none_is_not_shown() -> None:
     }
     assert value_of(odd, "zero_fraction") == 0.5
     assert value_of(odd, "top1_agreement") is None
+
+
+def test_units_that_rest_are_told_where_there_are_any() -> None:
+    lines = [one_line(line) for line in printed(report.carve_table(carve(after=side(token_sparsity=0.8)))).splitlines()]
+    assert "At rest - not measured 80.0 % -" in lines
+    assert not any("At rest together" in line for line in lines)

@@ -272,11 +272,12 @@ def test_the_penalty_of_remoe_holds_a_sparsity() -> None:
         ({"expert_width": 0}, "greater than or equal to 1"),
         ({"experts": 4, "router": "topk", "k": 5}, "k is 5, more than the 4 experts"),
         ({"router": "topk"}, "router is topk, which needs k"),
-        ({"k": 3}, "k belongs to the router topk and remoe, and router is relu"),
+        ({"k": 3}, "k belongs to the router topk or remoe, and router is relu"),
         ({"router": "none", "locality": 0.1}, "locality belongs to the router relu, and router is none"),
         ({"router": "topk", "k": 1, "norm": "rms"}, "norm belongs to the router relu"),
         ({"balance": 0.1}, "balance belongs to the router topk"),
         ({"router_decay": 0.1}, "router_decay belongs to a router_rate"),
+        ({"router": "none", "router_rate": 0.1}, "router_rate belongs to the router relu or topk or remoe"),
         ({"chunk": 0}, "greater than or equal to 1"),
     ],
 )

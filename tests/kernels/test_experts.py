@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from typing import Any
 
@@ -77,6 +80,36 @@ def test_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     x = x.requires_grad_()
     experts.apply(x, up, down, score).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by the test below, in the interpreter")
+def test_triton_gives_the_same() -> None:
+    from intaglio.kernels import experts_triton
+
+    for sizes in ((1, 33, 3, 5), (8, 130, 9, 40), (16, 64, 2, 33)):
+        for share in (0.0, 0.3, 1.0):
+            given_case = case(*sizes, share=share)
+            near(experts_triton.apply(*given_case), experts.masked(*given_case), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_kernels_of_the_gpu_in_tritons_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        __file__,
+        "-k",
+        "triton_gives",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
 
 
 def test_shapes_that_do_not_fit() -> None:

@@ -14,6 +14,8 @@ Dimension letters: T tokens, D width, E experts, H rows of an expert, F = E H, S
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -88,8 +90,8 @@ def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Ten
     u_TF = torch.empty(tokens, len(up_FD), device=x_TD.device)
     shares = min(_SHARES, E)
     y_STD = torch.empty(shares, tokens, D, device=x_TD.device)
-    # Triton launches on the current device, whichever the tensors are on.
-    with torch.cuda.device(x_TD.device):
+    # Triton launches on the current device, whichever the tensors are on; its interpreter takes tensors of a CPU.
+    with torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext():
         _inner[(E, triton.cdiv(H, _ROWS))](
             x_TD, up_FD, score_TE, u_TF, tokens, D, E, H, T=_TOKENS, BLOCK_H=_ROWS, BLOCK_D=_COLUMNS
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
+from intaglio.measures.firing import firing
 from intaglio.measures.memory import peak_memory
 from intaglio.measures.quality import quality, reference
 from intaglio.measures.speed import REPEATS, speed
@@ -52,16 +53,18 @@ class Yardstick:
             alone: leave out the comparison with the original. Default False.
 
         Returns:
-            `perplexity, bits_per_byte, kl_mean, top1_agreement, cosine, zero_fraction, activation_sparsity, bytes,
-            parameters, prefill_tokens_per_s, decode_tokens_per_s, peak_memory_bytes, tokens`, ready for JSON. Peak
-            memory is that of the measurement: a pass over a batch of held-out text, and the timing. `tokens` is a
-            digest of the token ids: two sides that differ in it were measured on other tokens.
+            `perplexity, bits_per_byte, kl_mean, top1_agreement, cosine, zero_fraction, activation_sparsity,
+            token_sparsity, chunk_sparsity, bytes, parameters, prefill_tokens_per_s, decode_tokens_per_s,
+            peak_memory_bytes, tokens`, ready for JSON. Token and chunk sparsity are those of `firing`, of models with
+            units that rest. Peak memory is that of the measurement: a pass over a batch of held-out text, and the
+            timing. `tokens` is a digest of the token ids: two sides that differ in it were measured on other tokens.
         """
         data = held_out or self.held_out
         original = self._original if not alone and self._original.fits(checkpoint, data) else None
         with peak_memory(checkpoint.device) as peak:
             with counted(checkpoint.model) as tallies:
                 found = quality(checkpoint, data, original, self._batch_size, self._progress)
+            fired = firing(checkpoint, data, batch_size=self._batch_size)
             times = speed(checkpoint, self._repeats) if self._repeats else None
         return {
             "perplexity": found.perplexity,
@@ -71,6 +74,8 @@ class Yardstick:
             "cosine": found.cosine,
             "zero_fraction": zero_fractions(checkpoint),
             "activation_sparsity": left_out(tallies),
+            "token_sparsity": None if fired is None else fired.token_sparsity,
+            "chunk_sparsity": None if fired is None else fired.chunk_sparsity,
             "bytes": checkpoint.bytes,
             "parameters": count_parameters(checkpoint.model),
             "prefill_tokens_per_s": None if times is None else times.prefill,

@@ -3,9 +3,10 @@
 A document is a plain dict, the same that is written as `report.json`. There are three: `carve` (`before`, `after`,
 `steps`), `compare` (`a`, `b`) and `demo` (`dense`, `variants`). A SIDE is what was measured on one checkpoint:
 `perplexity`, `bits_per_byte`, `kl_mean` (nats a token, against the original), `top1_agreement`, `cosine` (see
-`has_cosine`), `zero_fraction` (layer to share), `activation_sparsity` (see `has_left_out`), `bytes`,
-`prefill_tokens_per_s`, `decode_tokens_per_s`, `peak_memory_bytes`, `parameters`, `tokens` (a digest of those that it
-was measured on). A number that is null, missing or not finite is shown as a dash, with the reason where it is known.
+`has_cosine`), `zero_fraction` (layer to share), `activation_sparsity` (see `has_left_out`), `token_sparsity` and
+`chunk_sparsity` (units that rest), `bytes`, `prefill_tokens_per_s`, `decode_tokens_per_s`, `peak_memory_bytes`,
+`parameters`, `tokens` (a digest of those that it was measured on). A number that is null, missing or not finite is
+shown as a dash, with the reason where it is known.
 
 A step or variant may bring `defaults` (field to default value): the parameters that differ from them are shown, the
 others are folded away. Without `defaults`, those that are not null are shown. A step may bring `bars`, what it measured
@@ -95,6 +96,10 @@ def about_zeros(side: Document) -> str:
     return "" if shares and max(shares) < EVEN else ZEROS
 
 
+SHARES = frozenset({"top1_agreement", "activation_sparsity", "token_sparsity", "chunk_sparsity"})
+"""Numbers of a SIDE that lie between 0 and 1."""
+
+
 def value_of(side: Document, key: str) -> float | None:
     """One number of a SIDE, or None; of `zero_fraction` the mean over layers.
 
@@ -105,7 +110,7 @@ def value_of(side: Document, key: str) -> float | None:
     if key == "zero_fraction":
         shares = shares_of(side)
         return math.fsum(shares) / len(shares) if shares else None
-    return share(side.get(key)) if key in ("top1_agreement", "activation_sparsity") else finite(side.get(key))
+    return share(side.get(key)) if key in SHARES else finite(side.get(key))
 
 
 def other_tokens(a: Document, b: Document) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from intaglio.report.document import Document, finite, has_cosine, has_left_out, other_tokens, value_of
+from intaglio.report.document import Document, finite, has_cosine, other_tokens, value_of
 
 
 def plain_number(value: float) -> str:
@@ -123,6 +123,8 @@ MEASURES = (
         None,
         points=True,
     ),
+    Measure("token_sparsity", "At rest", "units that do not fire for a token", percent, "higher", points=True),
+    Measure("chunk_sparsity", "At rest together", "units that fire for none of 8", percent, "higher", points=True),
     Measure("bytes", "Size on disk", "all weights, as stored", _size, "lower"),
     Measure("prefill_tokens_per_s", "Prefill", "reading a prompt", _speed, "higher", noise=SPEED_NOISE),
     Measure(
@@ -133,6 +135,8 @@ MEASURES = (
 )
 BY_TOKEN = frozenset({"perplexity", "kl_mean", "top1_agreement", "prefill_tokens_per_s", "decode_tokens_per_s"})
 """Measures that are told by the token: between two tokenizers they do not compare."""
+RARE = frozenset({"cosine", "activation_sparsity", "token_sparsity", "chunk_sparsity"})
+"""Measures that few models have: told only where a side has one."""
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 
@@ -231,12 +235,12 @@ def measures_of(sides: Sequence[Document]) -> list[Measure]:
     Args:
         sides: of one document.
     """
-    only = {"cosine": has_cosine(sides), "activation_sparsity": has_left_out(sides)}
-    return [measure for measure in MEASURES if only.get(measure.key, True)]
+    there = {key for key in RARE if any(value_of(side, key) is not None for side in sides)}
+    return [measure for measure in MEASURES if measure.key not in RARE - there]
 
 
 def rows(before: Document, after: Document, baked: bool = False) -> list[Row]:
-    """Return every measure of two SIDEs, in order, with what changed; what few have only where one has it.
+    """Return every measure of two SIDEs, in order, with what changed; those of `RARE` only where one has it.
 
     Args:
         before: the SIDE that is the reference.

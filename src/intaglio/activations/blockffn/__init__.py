@@ -30,7 +30,7 @@ from intaglio.trainer import Batch, Loss, Run
 __all__ = ["BlockFFN", "BlockFFNLayer", "Form", "Places", "losses"]
 
 EXPERTS = 48
-"""E of three of the paper's four models' neighbours: 40 to 56."""
+"""E by default; the paper's models have 40 to 56."""
 SHORTEST, LONGEST = 8, 64
 """Tokens of a chunk by default: a sixteenth of the context, between these; the longest is the paper's."""
 HOLD, WINDOW, FEWEST = 0.05, 0.01, 10
@@ -46,6 +46,7 @@ _OF_ROUTERS: dict[str, tuple[Router, ...]] = {
     "k": ("topk", "remoe"),
     "balance": ("topk",),
     "l1": ("remoe",),
+    "router_rate": ("relu", "topk", "remoe"),
 }
 """Fields that belong to some routers alone."""
 
@@ -102,8 +103,8 @@ class BlockFFN(Method, slug="blockffn"):
 
     Source: Song et al., BlockFFN: Towards End-Side Acceleration-Friendly Mixture-of-Experts with Chunk-Level Activation
     Sparsity, COLM 2025; code thunlp/BlockFFN. Departures: the weight of the chunk loss counts optimizer steps, where
-    the code counts batches; chunks of padding alone are left out of the mean. The warm-up-stable-decay schedule is the
-    trainer's business (`schedule: constant` with a warm-up is its first two thirds).
+    the code counts batches; chunks of padding alone are left out of the mean. The trainer has no
+    warm-up-stable-decay schedule; `schedule: constant` with a warm-up is that without the decay.
     """
 
     changes: ClassVar[frozenset[Change]] = frozenset({"weights", "activations"})
@@ -153,7 +154,7 @@ class BlockFFN(Method, slug="blockffn"):
             raise ValueError(f"k is {self.k}, more than the {experts} experts")
         for name, routers in _OF_ROUTERS.items():
             if getattr(self, name) is not None and self.router not in routers:
-                raise ValueError(f"{name} belongs to the router {' and '.join(routers)}, and router is {self.router}")
+                raise ValueError(f"{name} belongs to the router {' or '.join(routers)}, and router is {self.router}")
         if self.router in ("topk", "remoe") and self.k is None:
             raise ValueError(f"router is {self.router}, which needs k, the experts of a token")
         if self.router_decay and self.router_rate is None:
@@ -339,7 +340,7 @@ class BlockFFN(Method, slug="blockffn"):
         """The routers, where they have a rate of their own."""
         if self.router_rate is None:
             return []
-        routers = [layer.router for layer in self._layers]
+        routers = [layer.router for layer in self._layers if layer.router is not None]
         return [{"params": routers, "lr": self.router_rate, "weight_decay": self.router_decay}]
 
     def state_dict(self) -> dict[str, Any]:

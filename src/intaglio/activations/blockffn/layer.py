@@ -29,7 +29,7 @@ class BlockFFNLayer(ReplacedMLP):
         form: experts, their width and the router.
 
     Attributes:
-        router: Wr [E, D].
+        router: Wr [E, D]; None where the form asks no router.
         gain: g [E]; None where the form has none.
         up: Wup [F, D].
         down: Wdown, transposed [F, D].
@@ -43,7 +43,7 @@ class BlockFFNLayer(ReplacedMLP):
         super().__init__(width)
         self.form = form
         inner = form.experts * form.expert_width
-        self.router = nn.Parameter(torch.empty(form.experts, width))
+        self.router = None if form.router == "none" else nn.Parameter(torch.empty(form.experts, width))
         self.gain = nn.Parameter(torch.empty(form.experts)) if form.has_gain else None
         self.up = nn.Parameter(torch.empty(inner, width))
         self.down = nn.Parameter(torch.empty(inner, width))
@@ -59,7 +59,8 @@ class BlockFFNLayer(ReplacedMLP):
             generator: of the draws, on the CPU.
         """
         for weight in (self.router, self.up, self.down):
-            weight.copy_(std * torch.randn(weight.shape, generator=generator))
+            if weight is not None:
+                weight.copy_(std * torch.randn(weight.shape, generator=generator))
         if self.gain is not None:
             self.gain.fill_(1.0)
 
@@ -69,7 +70,7 @@ class BlockFFNLayer(ReplacedMLP):
         Args:
             x_BD: the input.
         """
-        raw_BE = F.linear(x_BD, self.router)
+        raw_BE = self._raw(x_BD)
         if self.watched and torch.is_grad_enabled():
             self.raw = raw_BE
         score_TE = scores(raw_BE, self.form, self.gain).flatten(0, -2)
@@ -84,7 +85,13 @@ class BlockFFNLayer(ReplacedMLP):
             x_BD: the input.
         """
         # A gain may cross zero; what counts is what is computed with.
-        return scores(F.linear(x_BD, self.router), self.form, self.gain) != 0
+        return scores(self._raw(x_BD), self.form, self.gain) != 0
+
+    def _raw(self, x_BD: Tensor) -> Tensor:
+        """The router's output [B, E]; zeros where there is no router."""
+        if self.router is None:
+            return x_BD.new_zeros((*x_BD.shape[:-1], self.form.experts))
+        return F.linear(x_BD, self.router)
 
     def extra_repr(self) -> str:
         """Sizes and router."""
