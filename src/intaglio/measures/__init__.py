@@ -6,5 +6,6 @@ What lives here:
 - `zeros`: the share of zeros of every projection.
 - `speed`: prefill and decode tokens per second.
 - `memory`: peak memory of a piece of work.
-- `side`: all of them together, one side of a before/after report.
+- `board`: how much of a known state single neurons tell.
+- `side`: the others together, one side of a before/after report.
 """

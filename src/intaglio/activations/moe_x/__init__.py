@@ -1,4 +1,4 @@
-"""MoEX (Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025): the sparsest experts.
+"""MoEX (Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025): experts made to be read.
 
 MoE-X, as the paper writes it, has experts of ReLU units and a router without weights of its own.
 
