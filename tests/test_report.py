@@ -48,6 +48,7 @@ def side(perplexity: float | None = 18.5523, share: float = 0.0, **overrides: An
         "top1_agreement": 1.0,
         "cosine": None,
         "zero_fraction": zeros(share),
+        "activation_sparsity": None,
         "token_sparsity": None,
         "chunk_sparsity": None,
         "bytes": 538_090_408,
