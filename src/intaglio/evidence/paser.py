@@ -27,13 +27,20 @@ from intaglio.evidence.worlds.made import code_of, made
 from intaglio.evidence.worlds.sealing import draw
 from intaglio.measures.memory import peak_memory
 from intaglio.trainer import CausalLM, train
-from intaglio.trainer.causal import packed
 from intaglio.trainer.protocols import Example
 from intaglio.training.paser import PASER, Pool
 from intaglio.weights.wanda import Wanda
 
 LOSS = "log-perplexity"
 POOL = "pool.json"
+MADE_BY = (
+    "intaglio.training.paser",
+    "intaglio.evidence.worlds.instructions",
+    "intaglio.weights.pruning",
+    "intaglio.weights.wanda",
+    "intaglio.calibrate",
+)
+"""What decides what is found out about a pool."""
 
 ARMS: dict[str, tuple[PASER | str, str]] = {
     "random": ("random", "pairs at random"),
@@ -89,10 +96,10 @@ class Recover:
         with peak_memory(done.device) as peak:
             begun = time.perf_counter()
             if arm != "none":
-                rows, looked = self.rows(arm, seed)
+                taken, looked = self.taken(arm, seed)
                 trained = train(
                     done,
-                    rows,
+                    taken,
                     objective=CausalLM(length=self.row),
                     steps=self.passes * self.tokens // (self.row * self.batch),
                     batch_size=self.batch,
@@ -116,8 +123,8 @@ class Recover:
             shared={"pool": str(seed), "measured": str(len(measured))},
         )
 
-    def rows(self, arm: str, seed: int) -> tuple[list[Example], float]:
-        """The rows that an arm trains on, exactly as many tokens for each, and the seconds that looking took.
+    def taken(self, arm: str, seed: int) -> tuple[list[Example], float]:
+        """The pairs that an arm trains on, the last one cut, and the seconds that looking at the pool took.
 
         Args:
             arm: a key of `ARMS`.
@@ -130,7 +137,7 @@ class Recover:
             looked = 0.0
         else:
             wanted, pool = self.tokens, look(self, seed)
-            order = self._taken(how, pool, seed)
+            order = self._order(how, pool, seed)
             needed = pool.seconds if how.compares else {n: s for n, s in pool.seconds.items() if n in _CLUSTERING}
             looked = sum(needed.values())
         pairs = self.world.pool(seed)
@@ -140,10 +147,10 @@ class Recover:
             documents.append({name: value[:left] for name, value in row.items()})
             left -= len(documents[-1]["input_ids"])
             if not left:
-                return list(packed(documents, self.row)), looked
+                return documents, looked
         raise ValueError(f"the pool of seed {seed} is {left} tokens short of {wanted}")
 
-    def _taken(self, how: PASER, pool: Pool, seed: int) -> Sequence[int]:
+    def _order(self, how: PASER, pool: Pool, seed: int) -> Sequence[int]:
         """The first choice, by its number of pairs, that has the tokens."""
         tokenizer = self.world.load().tokenizer
         tokens = [len(as_row(tokenizer, pair)["input_ids"]) for pair in self.world.pool(seed)]
@@ -190,7 +197,7 @@ def look(run: Recover, seed: int) -> Pool:
         "pruned": run.pattern,
         "paser": paser.model_dump(),
         "seed": seed,
-        "code": code_of("intaglio.training.paser", "intaglio.evidence.worlds.instructions", "intaglio.weights.wanda"),
+        "code": code_of(*MADE_BY),
     }
 
     def make(target: Path, scratch: Path) -> None:
