@@ -34,7 +34,7 @@ from intaglio.data.segments import Segments
 from intaglio.data.texts import load_texts
 from intaglio.measures.quality import Reference, quality, reference
 from intaglio.trainer import CausalLM, train
-from intaglio.trainer.causal import IGNORED, causal_batch, packed
+from intaglio.trainer.causal import IGNORED, causal_batch
 from intaglio.trainer.draws import Draws
 from intaglio.trainer.pairs import apart, as_pair, load_pairs
 from intaglio.trainer.protocols import Example
@@ -97,14 +97,14 @@ def fitting(checkpoint: Checkpoint, pairs: Sequence[Example], length: int) -> li
     return [pair for pair, ids in zip(pairs, asked, strict=True) if len(ids) <= length // 2]
 
 
-def rows_of(checkpoint: Checkpoint, pairs: Sequence[Example], tokens: int, length: int) -> list[Example]:
-    """Rows of exactly so many tokens; the last pair is cut.
+def cut_to(checkpoint: Checkpoint, pairs: Sequence[Example], tokens: int, length: int) -> list[Example]:
+    """Pairs of exactly so many tokens together; the last one is cut.
 
     Args:
         checkpoint: its tokenizer is used.
         pairs: in their order.
-        tokens: of all rows together.
-        length: of a row.
+        tokens: of all together.
+        length: of a row, which none is longer than.
     """
     documents: list[Example] = []
     left = tokens
@@ -112,7 +112,7 @@ def rows_of(checkpoint: Checkpoint, pairs: Sequence[Example], tokens: int, lengt
         documents.append({name: value[:left] for name, value in as_row(checkpoint, pair, number, length).items()})
         left -= len(documents[-1]["input_ids"])
         if not left:
-            return list(packed(documents, length))
+            return documents
     sys.exit(f"the pairs are {left} tokens short of {tokens}; give more candidates or fewer tokens")
 
 
@@ -206,7 +206,7 @@ def recovered(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             begun = time.perf_counter()
             trained = train(
                 done,
-                rows_of(done, taken, wanted, length),
+                cut_to(done, taken, wanted, length),
                 objective=CausalLM(length=length),
                 steps=arguments.tokens // (length * arguments.rows),
                 batch_size=arguments.rows,

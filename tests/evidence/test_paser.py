@@ -97,12 +97,12 @@ def test_every_arm_trains_on_as_many_tokens(run: Recover) -> None:
         losses[arm] = tuple(outcome.values[LOSS].values())
     assert len(set(losses.values())) == 3
     assert outcomes["paser"].cost.flops > outcomes["random"].cost.flops
-    rows = {arm: run.rows(arm, unit.seed) for arm in ARMS if arm != "none"}
-    sums = {arm: sum(len(row["input_ids"]) for row in found) for arm, (found, _) in rows.items()}
-    assert sums == {arm: 384 if arm == "full" else 192 for arm in rows}
-    assert rows["paser"][1] > rows["uniform"][1] > rows["random"][1] == 0
-    assert len({str(found) for found, _ in rows.values()}) >= len(rows) - 1  # the graph may leave nothing out
-    assert run.rows("paser", unit.seed)[0][0]["input_ids"].equal(rows["paser"][0][0]["input_ids"])
+    taken = {arm: run.taken(arm, unit.seed) for arm in ARMS if arm != "none"}
+    sums = {arm: sum(len(pair["input_ids"]) for pair in found) for arm, (found, _) in taken.items()}
+    assert sums == {arm: 384 if arm == "full" else 192 for arm in taken}
+    assert taken["paser"][1] > taken["uniform"][1] > taken["random"][1] == 0
+    assert len({str(found) for found, _ in taken.values()}) >= len(taken) - 1  # the graph may leave nothing out
+    assert run.taken("paser", unit.seed)[0][0]["input_ids"].equal(taken["paser"][0][0]["input_ids"])
     other = run("paser", replace(unit, choice="0.0003"), unit.seed)
     assert other.values != outcomes["paser"].values
 

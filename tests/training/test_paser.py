@@ -443,7 +443,7 @@ def test_what_choosing_takes() -> None:
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"budget": 0.01}, "budget is 0.01; of 12 examples that chooses none, from 0.083 on one"),
+        ({"budget": 0.01}, "budget is 0.01, which is none of 12 examples; at least 0.084 is accepted"),
         ({"count": 3, "candidates": 2}, "candidates is 2, and 3 of 12 examples are to be chosen"),
         ({"count": 13}, "count is 13, and there are 12 examples; 1 to 12 fit"),
         ({"embedding": "nowhere/encoder-x"}, "nowhere/encoder-x"),

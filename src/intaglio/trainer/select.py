@@ -29,7 +29,7 @@ Original = Checkpoint | Callable[[], Checkpoint] | None
 
 
 @dataclass(frozen=True)
-class Choice:
+class Chosen:
     """The examples that a run trains on.
 
     Args:
@@ -69,7 +69,7 @@ def choose(
     directory: Path | None,
     model: str,
     progress: Progress,
-) -> Choice | None:
+) -> Chosen | None:
     """Choose what a run trains on, or find the choice of a run that goes on; None without a selector.
 
     Args:
@@ -95,7 +95,7 @@ def choose(
     digest = _digest(selector, examples, model, original, seed) if model else ""
     found = None if directory is None else _read(directory, digest)
     indices, told = found or chosen(selector, examples, checkpoint, original, seed, progress)
-    return Choice(digest, indices, told, [examples[index] for index in indices])
+    return Chosen(digest, indices, told, [examples[index] for index in indices])
 
 
 def chosen(

@@ -22,6 +22,7 @@ here as far as it needs no further model: `inconsistent: last`, and `synonyms`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -393,8 +394,9 @@ class PASER(Method, slug="paser"):
             raise IntaglioError(f"count is {self.count}, and there are {examples} examples; 1 to {examples} fit")
         wanted = int(budget * examples + 1e-9) if self.count is None else self.count
         if not wanted:
+            least = math.ceil(1000 / max(1, examples)) / 1000
             raise IntaglioError(
-                f"budget is {budget}; of {examples} examples that chooses none, from {1 / max(1, examples):.2g} on one"
+                f"budget is {budget}, which is none of {examples} examples; at least {least} is accepted"
             )
         if self.candidates is not None and self.candidates < wanted:
             raise IntaglioError(

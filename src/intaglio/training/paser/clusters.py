@@ -54,11 +54,12 @@ def affinity(x_ND: np.ndarray, neighbours: int | None = None) -> Any:
             else it is the median over these neighbours. A graph in pieces is joined where they are closest.
     """
     from scipy import sparse
+    from scipy.spatial.distance import pdist, squareform
     from sklearn.neighbors import NearestNeighbors
 
     n = len(x_ND)
     if neighbours is None or neighbours >= n - 1:
-        distance_NN = _distances(x_ND, x_ND)
+        distance_NN = squareform(pdist(x_ND))
         sigma = float(np.median(distance_NN[np.triu_indices(n, 1)])) if n > 1 else 1.0
         # Far outliers underflow, and would be pieces of their own.
         dense_NN = np.exp(-(distance_NN**2) / (2 * _positive(sigma) ** 2)).clip(min=np.finfo(float).tiny)
@@ -72,12 +73,6 @@ def affinity(x_ND: np.ndarray, neighbours: int | None = None) -> Any:
     return _joined(graph, x_ND, sigma) + sparse.identity(n, format="csr")
 
 
-def _distances(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
-    from scipy.spatial.distance import cdist
-
-    return np.asarray(cdist(a_ND, b_ND))
-
-
 def _positive(sigma: float) -> float:
     """All samples alike: any width does."""
     return sigma if sigma > 0 else 1.0
@@ -86,6 +81,7 @@ def _positive(sigma: float) -> float:
 def _joined(graph: Any, x_ND: np.ndarray, sigma: float) -> Any:
     """The graph with an edge from each piece but the largest to the sample outside that is closest to it."""
     from scipy.sparse.csgraph import connected_components
+    from sklearn.neighbors import NearestNeighbors
 
     while True:
         pieces, label_N = connected_components(graph, directed=False)
@@ -95,10 +91,11 @@ def _joined(graph: Any, x_ND: np.ndarray, sigma: float) -> Any:
         largest = np.bincount(label_N).argmax()
         for piece in set(range(pieces)) - {int(largest)}:
             inside, outside = np.flatnonzero(label_N == piece), np.flatnonzero(label_N != piece)
-            distance = _distances(x_ND[inside], x_ND[outside])
-            a, b = np.unravel_index(distance.argmin(), distance.shape)
-            value = max(SMALLEST, float(np.exp(-(distance[a, b] ** 2) / (2 * sigma**2))))
-            graph[inside[a], outside[b]] = graph[outside[b], inside[a]] = value
+            distance, nearest = NearestNeighbors(n_neighbors=1).fit(x_ND[outside]).kneighbors(x_ND[inside])
+            a = int(distance.argmin())
+            ends = inside[a], outside[nearest[a, 0]]
+            value = max(SMALLEST, float(np.exp(-(distance[a, 0] ** 2) / (2 * sigma**2))))
+            graph[ends] = graph[ends[::-1]] = value
         graph = graph.tocsr()
 
 
@@ -122,7 +119,8 @@ def coordinates(graph: Any, count: int, time: float = 0.0) -> tuple[np.ndarray, 
         value_K, vector_NK = (part[..., -count:] for part in np.linalg.eigh(normal.toarray()))
     else:
         # The largest of D^-1/2 A D^-1/2 are the smallest of L; from a fixed start, so that a run can be repeated.
-        value_K, vector_NK = eigsh(normal, k=count, which="LA", v0=np.sqrt(degree_N))
+        start_N = np.random.Generator(np.random.Philox(key=0)).normal(size=n)
+        value_K, vector_NK = eigsh(normal, k=count, which="LA", v0=start_N)
     order = np.argsort(-value_K, kind="stable")
     value_K, vector_NK = value_K[order], vector_NK[:, order]
     # Scaled so that the constant vector has length 1.
