@@ -7,6 +7,10 @@ What lives here:
 - `ternary`: weights of -1, 0 and 1 in two bits each, and the matrix product from them.
   - `ternary_numba`, `ternary_simd`: it on a CPU, and the vector instructions under it.
   - `ternary_triton`: it on a GPU.
+- `gather`: a matrix product from the columns of some inputs, chosen by a threshold.
+  - `gather_numba`: it on a CPU.
+  - `gather_triton`: it on a GPU, for one token.
+- `addresses`: what those of a CPU share.
 
 Nothing is compiled, and neither numba nor triton imported, before a product is asked for.
 """
