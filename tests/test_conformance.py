@@ -99,7 +99,7 @@ EXAMPLES["bitnet"] = (
     },
 )
 EXAMPLES["r_sparse"] = (
-    {},
+    {"alpha": 0.9},
     {
         "sparsity": 0.3,
         "alpha": {"layers.0.*": 0.0, "layers.1.*": 0.4},

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,71 +26,21 @@ from statistics import median
 from typing import Any
 
 import numba
-import numpy as np
 import torch
-from numba import njit, prange, types
-from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional as F
 
 from intaglio import writer
 from intaglio.kernels import ternary
-from intaglio.kernels.ternary_simd import Emitter, instructions
+from intaglio.kernels.ternary_simd import instructions
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from bandwidth import CACHE, READ, Call, reader  # noqa: E402
+
 SHAPES = ("576x1536", "1536x576", "4096x4096", "4096x14336", "14336x4096")
-CACHE = 64 << 20
-"""Bytes of all copies of a weight together, at the least; the last cache has 32 MiB."""
-READ = 8 << 20
-"""Bytes of one turn of the reader."""
 TURN = 0.01
 """Seconds of a turn, about."""
-
-Call = Callable[[int], Any]
-
-
-@intrinsic
-def _fetch(_context, address):
-    def emit(context, builder, _signature, values):
-        Emitter(builder, "any").fetch(values[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), emit
-
-
-@njit(nogil=True)
-def _read(words):
-    """A sum of all, a line of the cache at a time, what comes 16 KiB later fetched beforehand as the product does."""
-    start = words.ctypes.data + (1 << 14)
-    a = b = c = d = e = f = g = h = np.uint64(0)
-    for i in range(0, len(words) - 7, 8):
-        _fetch(start + 8 * i)
-        a += words[i]
-        b += words[i + 1]
-        c += words[i + 2]
-        d += words[i + 3]
-        e += words[i + 4]
-        f += words[i + 5]
-        g += words[i + 6]
-        h += words[i + 7]
-    return a + b + c + d + e + f + g + h
-
-
-@njit(nogil=True, parallel=True)
-def _read_shared(words, threads, sums):
-    part = len(words) // threads
-    for share in prange(threads):
-        sums[share] = _read(words[share * part : (share + 1) * part])
-
-
-def reader(threads: int) -> tuple[Call, Call]:
-    """Two ways to read `READ` bytes: ours and torch's."""
-    words = np.ones((8 * CACHE // READ, READ // 8), np.uint64)
-    floats = torch.from_numpy(words.view(np.float32))
-    sums = np.zeros(threads, np.uint64)
-    if threads == 1:
-        return (lambda i: _read(words[i % len(words)])), (lambda i: floats[i % len(words)].sum())
-    return (lambda i: _read_shared(words[i % len(words)], threads, sums)), (lambda i: floats[i % len(words)].sum())
 
 
 def variants(inputs: int, outputs: int, rows: int) -> dict[str, tuple[Call, int]]:

@@ -23,8 +23,9 @@ def tiny(family: str = "llama", layers: int = 2, **more: Any) -> Checkpoint:
     return Checkpoint(tiny_model(family, layers=layers, **more), tiny_tokenizer(family), "tiny")
 
 
-def carved(family: str = "llama", fields: dict[str, Any] | None = None, **more: Any) -> Checkpoint:
-    return RSparse(**(fields or {})).apply(tiny(family, **more), IDS, batch_size=3)
+def carved(family: str = "llama", fields: Any = None, **more: Any) -> Checkpoint:
+    fields = {"alpha": 0.9, **(fields or {})} if "how" not in (fields or {}) else fields
+    return RSparse(**fields).apply(tiny(family, **more), IDS, batch_size=3)
 
 
 def layers(checkpoint: Checkpoint) -> dict[str, SparseLinear]:

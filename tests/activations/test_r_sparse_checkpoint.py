@@ -33,6 +33,7 @@ def test_the_defaults_the_paper_s_and_the_baselines() -> None:
     paper = RSparse.paper()
     assert paper.search is not None
     assert (paper.sparsity, paper.tokens, paper.mode, paper.fraction) == (0.5, 512, "last_fraction", 0.1)
+    assert (paper.scale, RSparse().scale) == (None, True)
     assert paper.search.population == 32
     assert RSparse.teal(sparsity=0.4) == RSparse(how="teal", sparsity=0.4)
     assert RSparse.cats().how == "cats"
@@ -43,7 +44,7 @@ def test_the_defaults_the_paper_s_and_the_baselines() -> None:
 def test_teal_is_plain_magnitude_and_has_a_threshold_of_its_own() -> None:
     teal, end, scaled = (
         carved(fields={"how": "teal"}),
-        carved(fields={"alpha": 1.0}),
+        carved(fields={"alpha": 1.0, "scale": None}),
         carved(fields={"low_rank": False}),
     )
     for one, two, three in zip(*(layers(c).values() for c in (teal, end, scaled)), strict=True):
@@ -59,7 +60,8 @@ def test_teal_is_plain_magnitude_and_has_a_threshold_of_its_own() -> None:
 
 
 def test_alphas_by_name_and_layers_left_alone() -> None:
-    fields = {"alpha": {"layers.0.self_attn.q_proj": 0.0, "*.mlp.*": 1.0}, "ignore": ["layers.1.*"]}
+    alphas = {"layers.0.self_attn.q_proj": 0.0, "*.mlp.*": 1.0, "*": 0.95}
+    fields = {"alpha": alphas, "scale": None, "ignore": ["layers.1.*"]}
     checkpoint = carved(fields=fields)
     found = layers(checkpoint)
     assert len(found) == 7
@@ -223,9 +225,9 @@ def test_the_report_tells_what_is_left_out() -> None:
     checkpoint = tiny()
     yardstick = Yardstick(checkpoint, intaglio.Segments.of(IDS), timed=False)
     assert yardstick.measure(checkpoint)["activation_sparsity"] is None
-    RSparse(alpha=1.0).apply(checkpoint, IDS)
+    RSparse().apply(checkpoint, IDS)
     assert yardstick.measure(checkpoint)["activation_sparsity"] == pytest.approx(0.5, abs=0.1)
-    RSparse(alpha=1.0, mode="decode").apply(dense := tiny(), IDS)
+    RSparse(mode="decode").apply(dense := tiny(), IDS)
     assert yardstick.measure(dense)["activation_sparsity"] == 0.0  # the texts are prompts, which stay dense
     assert all(module.tally is None for module in layers(checkpoint).values())
     assert left_out({}) is None

@@ -189,7 +189,7 @@ def widened(base: Checkpoint, wide: Checkpoint, seed: int) -> Checkpoint:
         narrow, broad = of_base.mlp(index), of_wide.mlp(index)
         units, hidden = narrow.into.shape
         form = Form(hidden, units, ACTIVE, ACTIVE, narrow.activation, biases=(True, False, True))
-        copies = Start(noise=NOISE, seed=seed).layer(f"layers.{index}.{narrow.name}", narrow, form)
+        copies = Start(noise=NOISE, seed=seed).layer(f"layers.{index}.{narrow.where.place}", narrow, form)
         assert copies.encoder_bias is not None  # GPT-2 has biases
         broad.into.write(copies.encoder.flatten(0, 1))
         broad.into.module.bias.copy_(copies.encoder_bias.flatten())  # type: ignore[operator]

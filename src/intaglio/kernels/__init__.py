@@ -10,9 +10,10 @@ What lives here:
   - `ternary_triton`: it on a GPU.
 - `experts`: experts of which each token takes some, reading those alone that some token takes.
   - `experts_numba`: it on a CPU. `experts_triton`: it on a GPU.
-- `gather`: the columns of a matrix that one token needs, and no others.
-  - `gather_numba`: it on a CPU. `gather_triton`: it on a GPU.
-- `addresses`: what numba's kernels share.
+- `gather`: a matrix product from the columns of some inputs, chosen by a threshold.
+  - `gather_numba`: it on a CPU.
+  - `gather_triton`: it on a GPU, for one token.
+- `addresses`: what those of a CPU share.
 
 Nothing is compiled, and neither numba nor triton imported, before a product is asked for.
 """

@@ -40,7 +40,7 @@ from intaglio.replaced import ReplacedLinear
 SAMPLES = 16
 LENGTH = 256
 """Calibration segments and their tokens, where text is given."""
-ALPHA = 0.95
+ALPHA = 1.0
 
 __all__ = ["RSparse", "Reading", "Search", "SparseLinear", "Split", "reading"]
 
@@ -60,11 +60,11 @@ class RSparse(Method, slug="r_sparse"):
         c = max(int(I (1 - s) α), 1)                     columns, the share of all scores that is above τ
         r = max(int((I O (1 - s) - c O) / (I + O)), 1)   so c O + r (I + O) <= (1 - s) I O
 
-    At α = 1 there is no low rank and the score is |x_i| alone, with a τ of its own; at α = 0 there are no columns. τ is
-    the int(n (1 - (1 - s) α))-th smallest of the scores of all calibration tokens and inputs of the projection, in the
-    dense model, so the number of columns varies with the token. Nothing is trained. The factors are added to the
-    weights, so memory goes up; and a copy of each weight, column by column, is made when the first token is decoded
-    (`intaglio.kernels.gather`), which is what makes it faster. Embeddings and the head stay dense.
+    At α = 1 there is no low rank, at α = 0 there are no columns. τ is the int(n (1 - (1 - s) α))-th smallest of the n
+    scores of all calibration tokens and inputs of the projection, in the dense model, so the number of columns varies
+    with the token. Nothing is trained. The factors are added to the weights, so memory goes up; and a copy of each
+    weight, column by column, is made when the first token is decoded (`intaglio.kernels.gather`), which is what makes
+    it faster. Embeddings and the head stay dense.
 
     The checkpoint becomes a live one, which `intaglio.load` reads. Weights under thresholds are not trained further.
     What it is held against has the same interface: `RSparse.teal()`, thresholds on |x| alone, and `RSparse.cats()`,
@@ -73,13 +73,15 @@ class RSparse(Method, slug="r_sparse"):
     Args:
         sparsity: s, the share of the projections' weights that a token does not read, 0 <= s < 1. Default 0.5.
         alpha: α, one number, or by name or shell pattern (`{"layers.0.*.q_proj": 0.2}`; the first that fits counts,
-            what none fits has the default). Default 0.95.
+            what none fits has the default). Default 1: columns alone, which the authors' searched splits are near to
+            but for the first queries and keys; a low rank is worth its bytes where a weight is nearly of low rank.
         search: looks for an α for each projection by evolution, the loss on calibration segments being the fitness:
             `{population, generations, segments, mutation, step}`. Default: no search.
         how: `r_sparse` (default), `teal` or `cats`.
         allocation: of TEAL, `uniform` (default) or `greedy`: each projection of a block has a share of its own, raised
             step by step where the block's output changes least.
-        scale: whether the score is |x_i| s_i, or |x_i| alone. Default: scaled unless α is 1.
+        scale: whether the score is |x_i| s_i (default), or |x_i| alone; none: scaled unless α is 1, as in the authors'
+            code. Each has a τ of its own.
         low_rank: whether the rest goes through the low rank. False gives columns the whole budget. Default True.
         rank: of every projection, in the place of what α leaves for it; the budget may then be overspent. Default:
             none.
@@ -115,7 +117,7 @@ class RSparse(Method, slug="r_sparse"):
     search: Search | None = None
     how: Literal["r_sparse", "teal", "cats"] = "r_sparse"
     allocation: Literal["uniform", "greedy"] = "uniform"
-    scale: bool | None = None
+    scale: bool | None = True
     low_rank: bool = True
     rank: Annotated[int, Field(ge=1)] | None = None
     strict: bool = False
@@ -147,12 +149,14 @@ class RSparse(Method, slug="r_sparse"):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """Searched splits, thresholds from 512 tokens, and of a prompt the last tenth sparse, as the code has it.
+        """Searched splits, thresholds from 512 tokens, and of a prompt the last tenth sparse, as the code has them.
 
         Args:
             overrides: fields that the caller sets.
         """
-        return cls(**{"search": Search(population=32), "tokens": 512, "mode": "last_fraction", **overrides})
+        return cls(
+            **{"search": Search(population=32), "tokens": 512, "mode": "last_fraction", "scale": None, **overrides}
+        )
 
     @classmethod
     def teal(cls, **overrides: Any) -> Self:
@@ -303,7 +307,8 @@ class RSparse(Method, slug="r_sparse"):
         elif self.allocation == "greedy":
             layers, chosen = carve.allocated(checkpoint, data, names, self.sparsity, **walking)
         else:
-            options = Options(self.wanted, self.sparsity, self.scale, self.threshold == "topk")
+            scale = False if self.how == "teal" else self.scale
+            options = Options(self.wanted, self.sparsity, scale, self.threshold == "topk")
             start = {name: self.alphas(name) for name in names}
             going_on: dict[str, Any] = {"seed": seed, "directory": directory, "resume": resume}
             layers, chosen = carve.split(checkpoint, data, start, options, self.search, **going_on, **walking)

@@ -84,7 +84,7 @@ class Wanted:
             C = max(int(I (1 - s) alpha), 1)
             R = max(int((I O (1 - s) - C O) / (I + O)), 1)
 
-        At alpha 1 there is no low-rank path (R = 0), at alpha 0 there is nothing else (C = 0).
+        At alpha 1 there is no low-rank path (R = 0, unless a rank is asked for), at alpha 0 nothing else (C = 0).
 
         Args:
             name: of it, for the sentence.
@@ -101,7 +101,7 @@ class Wanted:
         least, share = 0 if self.strict else 1, (1 - sparsity) * alpha
         channels = max(floor_share(inputs, share), least) if alpha else 0
         rank = 0
-        if alpha < 1:
+        if alpha < 1 or self.rank is not None:
             # Of the real shape: in grouped-query attention keys and values have fewer outputs than inputs.
             left = inputs * outputs * (1 - sparsity) - channels * outputs
             rank = max(floor_share(1, left / (inputs + outputs)), least) if self.rank is None else self.rank

@@ -1,0 +1,64 @@
+"""How fast memory is read, for the byte bounds of the other benchmarks; on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numba import njit, prange, types
+from numba.extending import intrinsic
+
+from intaglio.kernels.ternary_simd import Emitter
+
+CACHE = 64 << 20
+"""Bytes of all copies of a weight together, at the least; the last cache has 32 MiB."""
+READ = 8 << 20
+"""Bytes of one turn of the reader."""
+
+Call = Callable[[int], Any]
+
+
+@intrinsic
+def _fetch(_context, address):
+    def emit(context, builder, _signature, values):
+        Emitter(builder, "any").fetch(values[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@njit(nogil=True)
+def _read(words):
+    """A sum of all, a line of the cache at a time, what comes 16 KiB later fetched beforehand as the product does."""
+    start = words.ctypes.data + (1 << 14)
+    a = b = c = d = e = f = g = h = np.uint64(0)
+    for i in range(0, len(words) - 7, 8):
+        _fetch(start + 8 * i)
+        a += words[i]
+        b += words[i + 1]
+        c += words[i + 2]
+        d += words[i + 3]
+        e += words[i + 4]
+        f += words[i + 5]
+        g += words[i + 6]
+        h += words[i + 7]
+    return a + b + c + d + e + f + g + h
+
+
+@njit(nogil=True, parallel=True)
+def _read_shared(words, threads, sums):
+    part = len(words) // threads
+    for share in prange(threads):
+        sums[share] = _read(words[share * part : (share + 1) * part])
+
+
+def reader(threads: int) -> tuple[Call, Call]:
+    """Two ways to read `READ` bytes: ours and torch's."""
+    words = np.ones((8 * CACHE // READ, READ // 8), np.uint64)
+    floats = torch.from_numpy(words.view(np.float32))
+    sums = np.zeros(threads, np.uint64)
+    if threads == 1:
+        return (lambda i: _read(words[i % len(words)])), (lambda i: floats[i % len(words)].sum())
+    return (lambda i: _read_shared(words[i % len(words)], threads, sums)), (lambda i: floats[i % len(words)].sum())

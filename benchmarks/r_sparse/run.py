@@ -1,0 +1,254 @@
+"""Gathered columns beside torch's dense products and what the memory allows, and SmolLM2 decoding with them; on a CPU.
+
+    python benchmarks/r_sparse/run.py                                # the named shapes, one and two threads
+    python benchmarks/r_sparse/run.py --shapes 4096x4096 --left-out 0.5 --threads 1 --seconds 20
+    python benchmarks/r_sparse/run.py --decode --tokens 64 --rounds 5
+
+*Products.* A weight in->out and one row of activations, drawn anew for each call, so that other columns are wanted each
+time: `F.linear` in float32 and bfloat16, and the product from the columns whose inputs are above the threshold that
+leaves out a share of them. All take turns of some calls, over copies of the weight that together are far larger than
+the last cache. In turns of their own some megabytes of memory are read as fast as can be: the bytes of the wanted
+columns over the best of these speeds is the byte bound. With one thread the time is that of the thread on the
+processor, which others who use the machine add least to; with more, wall time.
+
+*Decoding* (`--decode`). SmolLM2 goes on from prompts by stock `generate`: the dense model and the carved ones in turns,
+in tokens a second behind the prompt. Beside it stands the perplexity on held-out text with every token sparse, and the
+share of the projections' weights that those tokens read. CATS cannot leave out half of this model's weights, so there
+are rows of 30 %, too. Wanda's zeros are stored and read: it stands for the harm that a static mask does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import numba
+import torch
+from torch.nn import functional as F
+
+from intaglio import writer
+from intaglio.activations.r_sparse import RSparse, reading
+from intaglio.checkpoint import Checkpoint
+from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
+from intaglio.kernels import gather
+from intaglio.measures.quality import quality
+from intaglio.measures.units import counted, left_out
+from intaglio.method import Carving
+from intaglio.weights.wanda import Wanda
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from bandwidth import CACHE, READ, Call, reader  # noqa: E402
+
+SHAPES = ("576x576", "576x1536", "1536x576", "4096x4096", "4096x14336", "14336x4096")
+ROWS = 17
+"""Rows of activations that calls go through."""
+TURN = 0.01
+"""Seconds of a turn, about."""
+
+ARMS: dict[str, Carving | None] = {
+    "dense": None,
+    "R-Sparse 50 %": RSparse(sparsity=0.5),
+    "TEAL 50 %, uniform": RSparse.teal(sparsity=0.5),
+    "TEAL 50 %, greedy": RSparse.teal(sparsity=0.5, allocation="greedy"),
+    "Wanda 50 %": Wanda(sparsity=0.5),
+    "R-Sparse 30 %": RSparse(sparsity=0.3),
+    "TEAL 30 %, uniform": RSparse.teal(sparsity=0.3),
+    "CATS 30 %": RSparse.cats(sparsity=0.3),
+}
+PROMPT = "The river rises in the hills to the north of the town and"
+
+
+def variants(inputs: int, outputs: int, shares: list[float]) -> dict[str, tuple[Call, float]]:
+    """What takes turns, each with the bytes of weights that it must read."""
+    draws = torch.Generator().manual_seed(0)
+    weight_IO = torch.randn(inputs, outputs, generator=draws)
+    x_R1I = [torch.randn(1, inputs, generator=draws) for _ in range(ROWS)]
+    found: dict[str, tuple[Call, float]] = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        weight = weight_IO.to(dtype)
+        copies = [weight.clone() for _ in range(max(2, -(-4 * CACHE // weight.nbytes)))]
+        rows = [copy.T.contiguous() for copy in copies[:2]] if len(copies) < 3 else [c.T.contiguous() for c in copies]
+        xs = [x.to(dtype) for x in x_R1I]
+
+        def dense(i: int, rows: Any = rows, xs: Any = xs) -> Any:
+            return F.linear(xs[i % ROWS], rows[i % len(rows)])
+
+        found[f"{name}, dense"] = (dense, float(weight.nbytes))
+        for share in shares:
+            limit = float(torch.cat(x_R1I).abs().flatten().quantile(share))
+
+            def sparse(i: int, copies: Any = copies, xs: Any = xs, limit: float = limit) -> Any:
+                return gather.rows(xs[i % ROWS], copies[i % len(copies)], limit, None, None, None, None)
+
+            found[f"{name}, {share:.0%} left out"] = (sparse, (1 - share) * weight.nbytes)
+    return found
+
+
+def measure(shape: str, shares: list[float], threads: int, seconds: float) -> dict[str, Any]:
+    """Let all take turns for some seconds.
+
+    Args:
+        shape: inputs x outputs.
+        shares: of the inputs that are left out.
+        threads: of torch, and of the reader.
+        seconds: to measure for; at least five turns.
+    """
+    torch.set_num_threads(threads)
+    numba.set_num_threads(threads)
+    inputs, outputs = map(int, shape.split("x"))
+    calls = variants(inputs, outputs, shares)
+    turns: dict[str, Call] = {name: call for name, (call, _) in calls.items()}
+    turns["read"], turns["read, torch"] = reader(threads)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    calls_of = {}
+    for name, call in turns.items():
+        call(0)
+        start = time.perf_counter()
+        call(1)
+        calls_of[name] = max(1, min(100, round(TURN / (time.perf_counter() - start))))
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    began, turn = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or turn < 5:
+        for name, call in turns.items():
+            for number in range(turn * calls_of[name], (turn + 1) * calls_of[name]):
+                start = clock()
+                call(number)
+                times[name].append(clock() - start)
+        turn += 1
+    speed = READ / min(min(times["read"]), min(times["read, torch"]))
+    return {
+        "shape": shape, "threads": threads, "turns": turn, "read_gb_s": speed / 1e9,
+        "median_us": {name: 1e6 * median(times[name]) for name in calls},
+        "least_us": {name: 1e6 * min(times[name]) for name in calls},
+        "bound_us": {name: 1e6 * size / speed for name, (_, size) in calls.items()},
+    }  # fmt: skip
+
+
+def decode(tokens: int, rounds: int, documents: int, samples: int) -> list[dict[str, Any]]:
+    """Every arm's perplexity, and its speed by turns.
+
+    Args:
+        tokens: that are generated in a turn.
+        rounds: turns of each arm; the first is not counted.
+        documents: of 256 tokens that perplexity is taken on.
+        samples: calibration segments of 256 tokens.
+    """
+    world = SmolLM2Wikipedia(samples=samples, documents_pilot=documents)
+    base, calibration, texts = world.load(), world.calibration(0).segments, world.documents("pilot").segments
+    models: dict[str, Checkpoint] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, arm in ARMS.items():
+        checkpoint = Checkpoint(copy.deepcopy(base.model), base.tokenizer, base.source)
+        if arm is not None:
+            cast(Carving, arm).apply(checkpoint, calibration, batch_size=8)
+        with counted(checkpoint.model) as tallies:
+            told = quality(checkpoint, texts, batch_size=8)
+        share = reading(checkpoint, {module: tally.left_out for module, tally in tallies.items()}).share
+        found[name] = {"perplexity": told.perplexity, "read": share, "left_out": left_out(tallies), "seconds": []}
+        models[name] = checkpoint
+    ids = base.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    for turn in range(rounds + 1):
+        for name, checkpoint in models.items():
+            begun = _generated(checkpoint, ids, 1)
+            seconds = _generated(checkpoint, ids, tokens + 1) - begun
+            if turn:
+                found[name]["seconds"].append(seconds)
+    dense = median(found["dense"]["seconds"])
+    return [
+        {"arm": name, **one, "tokens_per_s": tokens / median(one["seconds"]), "ratio": dense / median(one["seconds"])}
+        for name, one in found.items()
+    ]
+
+
+def _generated(checkpoint: Checkpoint, ids: torch.Tensor, tokens: int) -> float:
+    """Seconds that so many tokens take, the prompt with them."""
+    start = time.perf_counter()
+    generate = cast(Callable[..., Any], checkpoint.model.generate)
+    generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
+    return time.perf_counter() - start
+
+
+def markdown(runs: list[dict[str, Any]], decoded: list[dict[str, Any]]) -> str:
+    """Return the tables for people.
+
+    Args:
+        runs: from `measure`.
+        decoded: from `decode`.
+    """
+    lines: list[str] = []
+    for threads in dict.fromkeys(run["threads"] for run in runs):
+        some = [run for run in runs if run["threads"] == threads]
+        speed = median(run["read_gb_s"] for run in some)
+        names = [name for name in some[0]["median_us"] if "left out" in name]
+        lines += [
+            f"Threads: {threads}; memory read at {speed:.0f} GB/s. Times faster than dense (medians), and the share of",
+            "the byte bound that the fastest call reaches:",
+            "",
+            f"| weight | {' | '.join(names)} |",
+            "| --- " * (1 + len(names)) + "|",
+        ]
+        for run in some:
+            cells = []
+            for name in names:
+                dense = run["median_us"][f"{name.partition(',')[0]}, dense"]
+                bound = run["bound_us"][name] / run["least_us"][name]
+                cells.append(f"{dense / run['median_us'][name]:.1f}, {bound:.0%}")
+            lines.append(f"| {run['shape']} | {' | '.join(cells)} |")
+        lines.append("")
+    if decoded:
+        lines += [
+            "| SmolLM2 | perplexity, all tokens sparse | weights read | decode, tokens/s | over dense |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {one['arm']} | {one['perplexity']:.1f} | {one['read']:.0%} | {one['tokens_per_s']:.1f} "
+            f"| {one['ratio']:.2f} |"
+            for one in decoded
+        ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="inputs x outputs, with commas")
+    parser.add_argument("--left-out", default="0.5,0.7,0.9", help="shares of the inputs, with commas")
+    parser.add_argument("--threads", default="1,2", help="with commas; decoding takes the last")
+    parser.add_argument("--seconds", type=float, default=8.0, help="to measure each shape for")
+    parser.add_argument("--decode", action="store_true", help="SmolLM2 end to end, in the place of products")
+    parser.add_argument("--tokens", type=int, default=64, help="of a generation")
+    parser.add_argument("--rounds", type=int, default=5, help="of every arm")
+    parser.add_argument("--documents", type=int, default=16, help="that perplexity is taken on")
+    parser.add_argument("--samples", type=int, default=16, help="calibration segments")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="where results.json and results.md go")
+    given = parser.parse_args()
+    runs: list[dict[str, Any]] = []
+    decoded: list[dict[str, Any]] = []
+    threads = [int(count) for count in given.threads.split(",")]
+    if given.decode:
+        torch.set_num_threads(threads[-1])
+        decoded = decode(given.tokens, given.rounds, given.documents, given.samples)
+        print(json.dumps(decoded), flush=True)
+    else:
+        for count in threads:
+            for shape in given.shapes.split(","):
+                runs.append(measure(shape, [float(share) for share in given.left_out.split(",")], count, given.seconds))
+                print(json.dumps(runs[-1]), flush=True)
+    about = {"torch": torch.__version__, "numba": numba.__version__}
+    name = "decode" if given.decode else "results"
+    writer.write_text(
+        given.out / f"{name}.json", json.dumps({**about, "runs": runs, "decode": decoded}, indent=1) + "\n"
+    )
+    writer.write_text(given.out / f"{name}.md", markdown(runs, decoded))
+    print(markdown(runs, decoded))
+
+
+if __name__ == "__main__":
+    main()
