@@ -144,6 +144,12 @@ def test_the_same_seed_draws_the_same_and_the_global_generator_is_left_alone() -
     assert not torch.equal(first.up, another.up)
     assert not torch.equal(first.up, layers_of(a)["model.layers.1.mlp"].up)
     assert 0.01 < float(first.up.detach().std()) < 0.03
+    # A router's output has the paper's scale at every width: std 0.1 at 256, so 1.6 over the root of the width.
+    ckpt = checkpoint(layers=1)
+    run(ckpt, shape=[BlockFFN(experts=40)], steps=1, learning_rate=1e-6)
+    router = layers_of(ckpt.model)["model.layers.0.mlp"].router
+    assert router is not None
+    assert float(router.detach().std()) == pytest.approx(1.6 / 32**0.5, rel=0.1)
 
 
 def test_what_does_not_fit_is_one_sentence() -> None:

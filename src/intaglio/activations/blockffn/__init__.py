@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -31,6 +32,8 @@ __all__ = ["BlockFFN", "BlockFFNLayer", "Form", "Places", "losses"]
 
 EXPERTS = 48
 """E by default; the paper's models have 40 to 56."""
+SPREAD = 1.6
+"""Standard deviation of a router's output at first, for inputs of mean square 1."""
 SHORTEST, LONGEST = 8, 64
 """Tokens of a chunk by default: a sixteenth of the context, between these; the longest is the paper's."""
 HOLD, WINDOW, FEWEST = 0.05, 0.01, 10
@@ -47,6 +50,7 @@ _OF_ROUTERS: dict[str, tuple[Router, ...]] = {
     "balance": ("topk",),
     "l1": ("remoe",),
     "router_rate": ("relu", "topk", "remoe"),
+    "router_std": ("relu", "topk", "remoe"),
 }
 """Fields that belong to some routers alone."""
 
@@ -92,7 +96,10 @@ class BlockFFN(Method, slug="blockffn"):
             at least 10 steps.
         balance: weight of the auxiliary loss of `topk`. Default 1e-2.
         l1: weight of the penalty of `remoe` at first. Default 1e-8, ReMoE's.
-        init_std: standard deviation of the weights at first. Default 0.02, the habit of stock models.
+        init_std: standard deviation of the experts' weights at first. Default 0.02, the habit of stock models.
+        router_std: of the routers' weights. Default: 1.6 / √(the model's width) for `relu`, which is the paper's 0.1
+            at width 256 and what its scaling makes of it at others, so that a router's output has the same scale at
+            every width, on which `steep` rests; else as the experts'.
         eps: in the norm. Default 1e-5.
         router_rate: highest learning rate of the routers, which are a group of their own then. Default: the run's.
         router_decay: weight decay of that group. Default 0.
@@ -129,6 +136,7 @@ class BlockFFN(Method, slug="blockffn"):
     balance: Weight | None = None
     l1: Annotated[float, Field(gt=0)] | None = None
     init_std: Annotated[float, Field(gt=0)] = 0.02
+    router_std: Annotated[float, Field(gt=0)] | None = None
     eps: Annotated[float, Field(gt=0)] = 1e-5
     router_rate: Annotated[float, Field(gt=0)] | None = None
     router_decay: Weight = 0.0
@@ -168,8 +176,9 @@ class BlockFFN(Method, slug="blockffn"):
         Args:
             overrides: fields that the caller sets.
         """
-        sizes = {"experts": 48, "expert_width": 64, "chunk": 64, "hold": 1000, "window": 100, "init_std": 0.1}
-        return cls(**{**sizes, **overrides})
+        spread = {"init_std": 0.1 / math.sqrt(768 / 256)}
+        sizes = {"experts": 48, "expert_width": 64, "chunk": 64, "hold": 1000, "window": 100}
+        return cls(**{**sizes, **spread, **overrides})
 
     @property
     def _locality(self) -> float:
@@ -245,7 +254,9 @@ class BlockFFN(Method, slug="blockffn"):
         parts = anatomy(model)
         self.check_model(parts)
         if not surgery.layers_of(model):
-            surgery.put_layers(parts, self.form(parts), self.init_std, run.seed)
+            width = int(parts.config.hidden_size)
+            spread = self.router_std or (SPREAD / math.sqrt(width) if self.router == "relu" else None)
+            surgery.put_layers(parts, self.form(parts), self.init_std, run.seed, spread)
         self._layers = list(surgery.layers_of(model).values())
         form = self._layers[0].form
         for layer in self._layers:
@@ -296,9 +307,10 @@ class BlockFFN(Method, slug="blockffn"):
         form = self._layers[0].form
         raw_NKE = torch.stack([raw.flatten(0, -2) for raw in found], 1).float()
         places = Places.of(batch, self._length)
-        total, parts = raw_NKE.new_zeros(()), dict[str, Tensor | float]()
         with torch.no_grad():
-            parts["token sparsity"], parts["chunk sparsity"] = losses.resting(raw_NKE, places, form)
+            token, together = losses.resting(raw_NKE, places, form)
+        total = raw_NKE.new_zeros(())
+        parts: dict[str, Tensor | float] = {"token sparsity": token, "chunk sparsity": together}
         if self._locality:
             parts["locality"] = close = losses.locality(raw_NKE, places, self.steep)
             total = total + self._locality * close
@@ -313,7 +325,7 @@ class BlockFFN(Method, slug="blockffn"):
             parts["penalty"] = penalty = losses.l1(raw_NKE, places, form.k)
             parts["penalty weight"] = self._follows.weight(self._t)
             total = total + self._follows.weight(self._t) * penalty
-            self._seen.append(_tensor(parts["token sparsity"]))
+            self._seen.append(token)
         if form.router == "topk" and (self.balance is None or self.balance):
             assert form.k is not None  # needed by the router
             parts["balance"] = even = losses.balance(raw_NKE, places, form.k)
@@ -391,7 +403,3 @@ class BlockFFN(Method, slug="blockffn"):
         """
         if not surgery.layers_of(checkpoint.model):
             raise IntaglioError("the model has no layers of blockffn where its record names them")
-
-
-def _tensor(value: Tensor | float) -> Tensor:
-    return torch.as_tensor(value)

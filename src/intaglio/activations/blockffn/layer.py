@@ -51,16 +51,17 @@ class BlockFFNLayer(ReplacedMLP):
         self.raw: Tensor | None = None
 
     @torch.no_grad()
-    def draw(self, std: float, generator: torch.Generator) -> None:
+    def draw(self, std: float, generator: torch.Generator, router_std: float | None = None) -> None:
         """Begin anew: matrices normal, g one.
 
         Args:
             std: of the matrices.
             generator: of the draws, on the CPU.
+            router_std: of the router. Default: as the others.
         """
-        for weight in (self.router, self.up, self.down):
+        for weight, spread in ((self.router, router_std or std), (self.up, std), (self.down, std)):
             if weight is not None:
-                weight.copy_(std * torch.randn(weight.shape, generator=generator))
+                weight.copy_(spread * torch.randn(weight.shape, generator=generator))
         if self.gain is not None:
             self.gain.fill_(1.0)
 

@@ -42,7 +42,7 @@ def expert_width(parts: Anatomy, experts: int) -> int:
     return max(1, round(numbers / (2 * int(parts.config.hidden_size) * experts)))
 
 
-def put_layers(parts: Anatomy, form: Form, std: float, seed: int) -> None:
+def put_layers(parts: Anatomy, form: Form, std: float, seed: int, router_std: float | None = None) -> None:
     """Put layers with random weights in the place of every block's MLP.
 
     Args:
@@ -50,6 +50,7 @@ def put_layers(parts: Anatomy, form: Form, std: float, seed: int) -> None:
         form: of the layers.
         std: of the weights.
         seed: of the draws.
+        router_std: of the routers. Default: as the others.
     """
     width = int(parts.config.hidden_size)
     like = next(parts.blocks[0].parameters())
@@ -58,7 +59,7 @@ def put_layers(parts: Anatomy, form: Form, std: float, seed: int) -> None:
         with torch.device("meta"):  # nothing is drawn from the global generator
             layer = BlockFFNLayer(width, form)
         layer.to(like.dtype).to_empty(device=like.device)
-        layer.draw(std, generator(seed, BlockFFNLayer.slug, index))
+        layer.draw(std, generator(seed, BlockFFNLayer.slug, index), router_std)
         found |= where.puts(block, layer)
     put(parts.model, found)
 
