@@ -311,10 +311,10 @@ def experiment(world: BoardGame) -> Experiment:
             "recipe": {name: value for name, value in world.recipe(0).items() if name != "objective"},
             "experts": {name: arm.method().model_dump() for name, arm in ARMS.items() if arm.router is not None},
         },
-        why="Claim, delta and tier are as named. A first look at one seed on validation games, trained for a third of the"
-        " steps, had discs alone for properties, of which many hold at every second position, while a unit of an expert"
-        " fires for a quarter of the tokens at most; in the paper's chess they hold seldom. So lines that lack one disc"
-        " were added before any run, and nothing was measured with them.",
+        why="Claim, delta and tier are as named. A first look at one seed on validation games, trained for a third of"
+        " the steps, had discs alone for properties, of which many hold at every second position, while a unit of an"
+        " expert fires for a quarter of the tokens at most; in the paper's chess they hold seldom. So lines that lack"
+        " one disc were added before any run, and nothing was measured with them.",
         tuning=Tuning({arm: {rate: f"learning rate {rate}" for rate in RATES} for arm in ARMS}),
     )
 
