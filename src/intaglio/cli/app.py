@@ -400,7 +400,7 @@ def inspect(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Read a model, a stock one too: with --masks, what each of its layers sees; with --experts, how these are used."""
+    """Read a model: with --masks what each layer sees, of a stock one too; with --experts how its experts are used."""
     from intaglio.errors import IntaglioError
 
     if masks == (experts is not None):
