@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 
-from intaglio.anatomy import HeadOnly, anatomy, capture, final_hidden, linears, run_blocks
+from intaglio.anatomy import HeadOnly, Linear, anatomy, capture, final_hidden, linears, run_blocks
 from intaglio.errors import IntaglioError
+from intaglio.replaced import ReplacedMLP
 from tests.families import DECODERS, FAMILIES, VOCAB, tiny_model
 
 IDS = torch.randint(8, 150, (3, 14), generator=torch.Generator().manual_seed(0))
@@ -166,3 +168,39 @@ def test_blocks_that_share_weights_are_refused() -> None:
     model.model.layers[1] = model.model.layers[0]
     with pytest.raises(IntaglioError, match="its blocks share weights"):
         anatomy(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mlp_by_its_projections_is_the_models_own(family: str) -> None:
+    parts = anatomy(tiny_model(family, layers=1))
+    mlp, block = parts.mlp(0), parts.blocks[0]
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    expected = x
+    for name in filter(None, (mlp.where.passed, mlp.where.place)):
+        expected = block.get_submodule(name)(expected)
+
+    def product(linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, linear.read(), linear.read_bias())
+
+    z = ACT2FN[mlp.activation](product(mlp.into, x))
+    if mlp.factor is not None:
+        z = z * product(mlp.factor, x)
+    torch.testing.assert_close(product(mlp.out, z), expected)
+    assert (mlp.dropout > 0) == (family == "gpt2")
+
+
+def test_an_mlp_that_was_replaced_is_no_mlp_and_hides_nothing_else() -> None:
+    class Nothing(ReplacedMLP):
+        slug = "nothing"
+
+        def __init__(self) -> None:
+            super().__init__(32)
+            self.weight = torch.nn.Parameter(torch.zeros(32, 32))
+
+    model = tiny_model("llama", layers=1)
+    model.model.layers[0].mlp = Nothing()
+    parts = anatomy(model)
+    assert [linear.role for linear in parts.linears(0)] == ["q", "k", "v", "o"]
+    with pytest.raises(IntaglioError, match="not the model's own: nothing replaced mlp"):
+        parts.mlp(0)

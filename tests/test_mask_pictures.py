@@ -120,7 +120,11 @@ def test_inspect_writes_a_picture_and_prints_a_table_or_json(tiny_dir: TinyDir, 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], "error: nothing is asked for: --masks shows what each layer sees"),
+        (
+            [],
+            "error: nothing is asked for: --masks shows what each layer sees, "
+            "--experts how the experts of moe_x are used",
+        ),
         (["--masks", "-o", "m.png"], "error: the picture m.png must be an .svg file"),
         (["--masks", "--length", "999"], "error: length is 999; 1 to 128 tokens are accepted for this model"),
     ],

@@ -321,19 +321,20 @@ def mlp(block: nn.Module, config: Any) -> MLP:
     """
     where = feed_forward(block, config)
     found = [linear for linear in linears(block, config) if linear.part == "mlp"]
+    parts = _mlp_parts(found)
     activations = [getattr(config, name, None) for name in _ACTIVATIONS]
     activation = next((one for one in activations if isinstance(one, str)), None)
-    parts = _mlp_parts(found)
-    home = "" if parts is None else parts[0].name.partition("[")[0].rpartition(".")[0]
-    inside = list(block.get_submodule(home).modules()) if home else []
-    known = {id(parameter) for linear in found for parameter in linear.module.parameters()}
-    if parts is None or activation is None or not {id(p) for m in inside for p in m.parameters()} <= known or not home:
-        raise IntaglioError(
-            f"the MLP of the model family {config.model_type!r} is not understood: it must be two projections, or three"
-            " of which one is a gate, and nothing else with weights"
-        )
-    dropout = max((float(module.p) for module in inside if isinstance(module, nn.Dropout)), default=0.0)
-    return MLP(where, *parts, activation, dropout)
+    if parts is not None and activation is not None:
+        home = parts[0].name.partition("[")[0].rpartition(".")[0]
+        module = block.get_submodule(home)
+        known = {id(parameter) for linear in found for parameter in linear.module.parameters()}
+        if home and all(id(parameter) in known for parameter in module.parameters()):
+            dropout = max((float(one.p) for one in module.modules() if isinstance(one, nn.Dropout)), default=0.0)
+            return MLP(where, *parts, activation, dropout)
+    raise IntaglioError(
+        f"the MLP of the model family {config.model_type!r} is not understood: it must be two projections, or three of"
+        " which one is a gate, and nothing else with weights"
+    )
 
 
 def _mlp_parts(found: Sequence[Linear]) -> tuple[Linear, Linear | None, Linear] | None:

@@ -77,6 +77,21 @@ class Method(BaseModel):
         return cls(**overrides)
 
 
+class Depends:
+    """A class's attribute that says what holds for most steps, and on a step what holds for that one.
+
+    Args:
+        mostly: on the class.
+        of: a step -> its own.
+    """
+
+    def __init__(self, mostly: Any, of: Callable[[Any], Any]) -> None:
+        self.mostly, self.of = mostly, of
+
+    def __get__(self, step: Method | None, owner: type) -> Any:
+        return self.mostly if step is None else self.of(step)
+
+
 @dataclass(frozen=True)
 class Workload:
     """What an estimate of time and memory is made from; no weights are read for it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import intaglio
 from intaglio.activations.moe_x import MoELayer, MoEX, moe_layers, monitor
@@ -17,6 +19,7 @@ from intaglio.anatomy import anatomy
 from intaglio.attention.layerwise_unmasking import LayerwiseUnmasking
 from intaglio.carving import plan
 from intaglio.checkpoint import Checkpoint
+from intaglio.cli.app import app
 from intaglio.errors import IntaglioError
 from intaglio.exporting import export
 from intaglio.masks import visible
@@ -260,6 +263,26 @@ def test_the_monitor_by_hand() -> None:
     assert one["expected_l0"] == pytest.approx(one["l0"], rel=0.35)
     with pytest.raises(IntaglioError, match="has no experts of moe_x"):
         monitor(checkpoint(), IDS)
+
+
+def test_inspect_shows_it(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(TEXTS * 250), encoding="utf-8")
+    upcycled().save(tmp_path / "live")
+    found = CliRunner().invoke(app, ["inspect", str(tmp_path / "live"), "--experts", str(texts)])
+    assert found.exit_code == 0
+    assert "model.layers.1.mlp" in found.stdout
+    assert "evenness" in found.stdout
+    found = CliRunner().invoke(app, ["inspect", str(tmp_path / "live"), "--experts", str(texts), "--json"])
+    layers = json.loads(found.stdout)["layers"]
+    assert set(layers["model.layers.0.mlp"]) == {"load", "load_entropy", "l0", "expected_l0", "dead_units"}
+    for words, sentence in (
+        ([str(tiny_checkpoint_dir("llama", tmp_path / "plain")), "--experts", str(texts)], "has no experts of moe_x"),
+        ([str(tmp_path / "live"), "--experts", str(texts), "--masks"], "--masks and --experts are asked for; give one"),
+    ):
+        refused = CliRunner().invoke(app, ["inspect", *words])
+        assert refused.exit_code == 2
+        assert sentence in refused.stderr
 
 
 # bad input

@@ -390,18 +390,34 @@ def generate(
 def inspect(
     model: Model,
     masks: Annotated[bool, typer.Option("--masks", help="What each layer sees: who may look at whom.")] = False,
+    experts: Annotated[
+        str | None, typer.Option(metavar="TEXTS", help="How the experts of moe_x are used on these texts.")
+    ] = None,
     length: Annotated[int, typer.Option(min=1, help="(masks) tokens that are shown.")] = 32,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also draw it into this SVG file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="(masks) also draw it into this SVG file.")
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Read a model, a stock one too: with --masks, what each of its layers sees."""
+    """Read a model: with --masks what each layer sees, of a stock one too; with --experts how its experts are used."""
     from intaglio.errors import IntaglioError
 
-    if not masks:
-        raise IntaglioError("nothing is asked for: --masks shows what each layer sees")
+    if masks == (experts is not None):
+        raise IntaglioError(
+            "--masks and --experts are asked for; give one"
+            if masks
+            else "nothing is asked for: --masks shows what each layer sees, --experts how the experts of moe_x are used"
+        )
     from intaglio.cli import inspecting
 
+    if experts is not None:
+        used = inspecting.experts(model, experts, device)
+        if json:
+            print_json({"model": model, "texts": experts, "layers": used})
+        else:
+            out.print(inspecting.experts_table(model, experts, used))
+        return
     found, data = inspecting.masks(model, length, output, device)
     if json:
         print_json(data)

@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from intaglio import writer
+from intaglio.activations.moe_x import monitor
 from intaglio.checkpoint import load
 from intaglio.errors import IntaglioError
 from intaglio.masks.picture import Group, as_json, drawing, groups, svg
@@ -55,4 +56,41 @@ def masks_table(model: str, found: list[Group], length: int) -> Table:
     )
     for group in found:
         table.add_row(group.where, group.name, f"{group.share:.0%}", drawing(group))
+    return table
+
+
+def experts(model: str, texts: str, device: str | None) -> dict[str, dict[str, Any]]:
+    """How each layer of experts in a model is used on some text; see `intaglio.activations.moe_x.monitor`.
+
+    Args:
+        model: a directory or a hub id, which may be pinned (`user/name@revision`).
+        texts: a bundled name, a file or a folder.
+        device: where to work.
+
+    Raises:
+        IntaglioError: the model cannot be loaded, has no experts, or there is too little text.
+    """
+    return monitor(load(model, device=device), texts)
+
+
+def experts_table(model: str, texts: str, found: dict[str, dict[str, Any]]) -> Table:
+    """The same as a table, a layer a row.
+
+    Args:
+        model: its name.
+        texts: what they were used on.
+        found: from `experts`.
+    """
+    caption = "Evenness: entropy of the loads, 1 where all are alike. Dead: share of units that fired for no token."
+    heads = ("layer", "experts", "evenness", "fire", "expected", "dead")
+    table = Table(*heads, title=f"The experts of {model} on {texts}", caption=caption, box=SIMPLE_HEAD)
+    for name, one in found.items():
+        table.add_row(
+            name,
+            str(len(one["load"])),
+            f"{one['load_entropy']:.2f}",
+            f"{one['l0']:.1f}",
+            f"{one['expected_l0']:.1f}",
+            f"{one['dead_units']:.1%}",
+        )
     return table

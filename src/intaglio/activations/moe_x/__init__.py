@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -33,9 +33,11 @@ from intaglio.activations.moe_x.upcycle import By, Start, check_indices, check_p
 from intaglio.anatomy import MLP, Anatomy, anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, silent
+from intaglio.method import Change, Cost, Depends, Fact, Method, Progress, Workload, silent
 from intaglio.trainer import Batch, Loss, Run
 
+_NOTHING: frozenset[Fact] = frozenset()
+_PLAIN: frozenset[Fact] = frozenset({"linear_weights"})
 _REPLACES: frozenset[Fact] = frozenset({"linear_weights", "matrix_products", "zeros"})
 
 
@@ -99,6 +101,13 @@ class MoEX(Method, slug="moe_x"):
     needs_calibration: ClassVar[bool] = False
     trains_weights: ClassVar[bool] = True
     changes: ClassVar[frozenset[Change]] = frozenset({"weights", "activations"})
+    # Experts that are there already need and undo nothing.
+    requires: ClassVar[frozenset[Fact]] = cast(
+        frozenset[Fact], Depends(_PLAIN, lambda step: _NOTHING if step.experts is None else _PLAIN)
+    )
+    invalidates: ClassVar[frozenset[Fact]] = cast(
+        frozenset[Fact], Depends(_REPLACES, lambda step: _NOTHING if step.experts is None else _REPLACES)
+    )
 
     experts: Annotated[int, Field(ge=1)] | None = 8
     active: Annotated[int, Field(ge=1)] = 2
@@ -134,17 +143,6 @@ class MoEX(Method, slug="moe_x"):
             overrides: fields that the caller sets.
         """
         return cls(**{"router": "linear", "activation": "gelu", **overrides})
-
-    # Experts that are there already need and undo nothing, so these hide the class's own.
-    @property
-    def requires(self) -> frozenset[Fact]:  # type: ignore[override]
-        """Plain MLPs; nothing where the experts are there."""
-        return frozenset() if self.experts is None else frozenset({"linear_weights"})
-
-    @property
-    def invalidates(self) -> frozenset[Fact]:  # type: ignore[override]
-        """Plain MLPs, and their zeros."""
-        return frozenset() if self.experts is None else _REPLACES
 
     def forms(self, parts: Anatomy) -> dict[int, Form]:
         """What each block's experts would be.

@@ -8,6 +8,7 @@
 - `two_tokenizers`: the same source read by two tokenizers, with a small Llama for each.
 - `roles`: names in Python source with their roles, and a small Llama that was trained on such text.
 - `haystack`: a synthetic language with facts hidden in filler and questions at the end.
+- `board_game`: games on a small board whose state is known at every token, and a small GPT-2 that predicts them.
 - `digits`: handwritten digits as images and as sequences, with wrong labels where asked for.
 - `docstrings`: summaries of functions that search for code or text.
 - `movielens`: what users watched in order of time, the last film held out.

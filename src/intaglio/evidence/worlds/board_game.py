@@ -8,21 +8,24 @@ the columns that are not full.
 Games are sealed by the hash of their moves: a game of the evaluation was never trained on.
 
 What can be asked of a position, in this order (`properties`): whether each cell has a disc of the first player, and of
-the second; whether each column is full; whether who is to move can win at once, and whether the other could.
+the second; whether each line lacks but one disc of the first player, its last cell being empty, and of the second;
+whether each column is full; whether who is to move can win at once, and whether the other could.
 
     world = BoardGame()
     checkpoint = world.new(seed, "relu")
     train(checkpoint, world.training(seed).examples(), **world.recipe(seed))
     boards = world.boards("evaluation", seed)          # games, and what is true behind each of their moves
 
-Dimension letters: N games, T tokens of the longest, L moves, U = 2 numbers, C columns, S cells, P positions, K
-properties.
+Dimension letters: N games, T tokens of the longest, L moves, U = 2 numbers, C columns, S cells, W lines that win, P
+positions, K properties.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +47,11 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 PAD, BEGIN, END = range(len(SPECIAL))
 CHUNK = 512
 """Games that are drawn at a time, from a stream of their own."""
-_CODE = ("intaglio.evidence.worlds.board_game",)
 _DECIDES = (
-    *("columns", "height", "line", "skill", "width", "depth", "heads", "inner", "base_steps", "batch"),
-    "learning_rate",
+    *("columns", "height", "line", "skill", "width", "depth", "heads", "inner"),
+    *("base_steps", "batch", "learning_rate"),
 )
+"""The settings that the first training's model follows from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +157,25 @@ class BoardGame:
         """What can be asked of a position, in the order of `Boards.true_PK`."""
         letters = self.vocabulary[len(SPECIAL) :]
         cells = [f"{letter}{row + 1}" for letter in letters for row in range(self.height)]
-        discs = [f"{player} on {cell}" for player in ("first", "second") for cell in cells]
-        return (*discs, *(f"{letter} is full" for letter in letters), "to move can win", "other could win")
+        lines = ["".join(cells[c * self.height + r] for c, r in line) for line in self.lines]
+        of_players = [
+            f"{player} {what} {place}"
+            for what, places in (("on", cells), ("lacks one of", lines))
+            for player in ("first", "second")
+            for place in places
+        ]
+        return (*of_players, *(f"{letter} is full" for letter in letters), "to move can win", "other could win")
+
+    @property
+    def lines(self) -> list[list[tuple[int, int]]]:
+        """The lines that win, each as its cells `(column, row)`."""
+        found = []
+        for column, row in product(range(self.columns), range(self.height)):
+            for right, up in ((1, 0), (0, 1), (1, 1), (1, -1)):
+                line = [(column + n * right, row + n * up) for n in range(self.line)]
+                if all(0 <= c < self.columns and 0 <= r < self.height for c, r in line):
+                    found.append(line)
+        return found
 
     @property
     def longest(self) -> int:
@@ -237,7 +257,7 @@ class BoardGame:
             "seed": seed,
             "activation": activation,
             "settings": {name: settings[name] for name in _DECIDES},
-            "code": code_of("intaglio.trainer", *_CODE),
+            "code": _code(),
             "versions": {package: found[package] for package in ("torch", "transformers", "numpy")},
         }
 
@@ -338,6 +358,9 @@ class BoardGame:
         height_NC = np.zeros((len(ids_NT), self.columns), dtype=np.int64)
         discs_2N = np.zeros((2, len(ids_NT)), dtype=np.int64)
         bits_S = self._disc(*np.divmod(np.arange(self.columns * self.height), self.height))
+        cells_WL2 = np.array(self.lines)
+        lines_WLS = self._disc(cells_WL2[..., 0], cells_WL2[..., 1])[..., None] == bits_S
+        lines_SW = lines_WLS.any(1).T.astype(np.int64)
         for t in range(ids_NT.shape[1]):
             moved_N = ids_NT[:, t] >= len(SPECIAL)
             column_N = np.where(moved_N, ids_NT[:, t] - len(SPECIAL), 0)
@@ -349,7 +372,9 @@ class BoardGame:
             threats = [self._winning(discs_2N[(t + who) % 2], height_NC) & free_NC for who in (0, 1)]
             board_2NS = (discs_2N[:, :, None] & bits_S) != 0
             threats_N2 = np.stack([threat_NC.any(1) for threat_NC in threats], axis=1)
-            true_NTK[:, t] = np.concatenate([*board_2NS, ~free_NC, threats_N2], axis=1)
+            held_2NW = board_2NS.astype(np.int64) @ lines_SW
+            lacks_2NW = (held_2NW == self.line - 1) & (held_2NW[::-1] == 0)
+            true_NTK[:, t] = np.concatenate([*board_2NS, *lacks_2NW, ~free_NC, threats_N2], axis=1)
         return true_NTK
 
     def nats(self, games: Games) -> float:
@@ -415,3 +440,9 @@ def _pick(among_NC: np.ndarray, uniform_N: np.ndarray) -> np.ndarray:
     wanted_N = np.minimum((uniform_N * count_N).astype(np.int64), np.maximum(count_N - 1, 0)) + 1
     chosen: np.ndarray = (np.cumsum(among_NC, axis=1) >= wanted_N[:, None]).argmax(1)
     return chosen
+
+
+@lru_cache(maxsize=1)
+def _code() -> dict[str, str]:
+    """The code that decides the first training's model."""
+    return code_of("intaglio.trainer", "intaglio.evidence.worlds.board_game")
