@@ -16,6 +16,7 @@ from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.measures.firing import firing
+from intaglio.measures.side import Yardstick
 from intaglio.recipe import Recipe
 from intaglio.trainer import CausalLM
 from intaglio.verify import Speculative
@@ -195,6 +196,8 @@ def test_a_model_of_experts_is_a_model_like_any_other(tmp_path: Path) -> None:
     assert all(float((linear.read() == 0).float().mean()) == 0.5 for _, linear in linears)
     assert {linear.part for _, linear in linears} == {"attention"}
     assert same(experts, {name: value for name, value in weights(ckpt).items() if ".mlp." in name})
+    side = Yardstick(ckpt, Segments(IDS), timed=False).measure(ckpt)
+    assert 0 <= side["chunk_sparsity"] < side["token_sparsity"] < 1
     with pytest.raises(IntaglioError, match="cannot follow blockffn"):
         DropBlocks(layers=[0]).apply(ckpt)
     ids, options = prompt(12), {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}

@@ -97,9 +97,9 @@ class BlockFFN(Method, slug="blockffn"):
         balance: weight of the auxiliary loss of `topk`. Default 1e-2.
         l1: weight of the penalty of `remoe` at first. Default 1e-8, ReMoE's.
         init_std: standard deviation of the experts' weights at first. Default 0.02, the habit of stock models.
-        router_std: of the routers' weights. Default: 1.6 / √(the model's width) for `relu`, which is the paper's 0.1
-            at width 256 and what its scaling makes of it at others, so that a router's output has the same scale at
-            every width, on which `steep` rests; else as the experts'.
+        router_std: of the routers' weights. Default: 1.6 / √(the model's width) for `relu`, which is the authors' 0.1
+            over the root of the width's scale, the width over 256 (assumed: their models' family has that base), so
+            that a router's output has one scale at every width, on which `steep` rests; else as the experts'.
         eps: in the norm. Default 1e-5.
         router_rate: highest learning rate of the routers, which are a group of their own then. Default: the run's.
         router_decay: weight decay of that group. Default 0.
@@ -171,7 +171,7 @@ class BlockFFN(Method, slug="blockffn"):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """The constants of the paper's model of 0.1B parameters, width 768.
+        """The constants of the paper's model of 0.1B parameters, width 768; of the weights see `router_std`.
 
         Args:
             overrides: fields that the caller sets.
