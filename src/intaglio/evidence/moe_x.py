@@ -192,7 +192,7 @@ def widened(base: Checkpoint, wide: Checkpoint, seed: int) -> Checkpoint:
         copies = Start(noise=NOISE, seed=seed).layer(f"layers.{index}.{narrow.name}", narrow, form)
         assert copies.encoder_bias is not None  # GPT-2 has biases
         broad.into.write(copies.encoder.flatten(0, 1))
-        broad.into.module.bias.copy_(copies.encoder_bias.flatten())  # type: ignore[operator]
+        broad.into.module.bias.copy_(copies.encoder_bias)  # type: ignore[operator]
         broad.out.write(copies.wide_decoder() / ACTIVE)
     return wide
 
