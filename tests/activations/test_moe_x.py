@@ -38,17 +38,22 @@ def layer(seed: int = 0, dtype: torch.dtype = DOUBLE, **form: Any) -> MoELayer:
     return made.eval()
 
 
+def biases(made: MoELayer) -> list[Tensor | None]:
+    return [made.bias("encoder"), made.bias("factor"), made.bias("decoder")]
+
+
 def by_the_loop(made: MoELayer, x_TD: Tensor, act: Any = F.relu) -> Tensor:
     """The definition, a token and an expert at a time."""
     chosen_TK, gates_TK = choose(made.scores(x_TD), made.form.active, made.form.gates)
+    encoder, factor, decoder = ([None] * made.form.experts if b is None else b for b in biases(made))
     found = []
     for x_D, chosen_K, gates_K in zip(x_TD, chosen_TK, gates_TK, strict=True):
         y_D = torch.zeros_like(x_D)
         for e, gate in zip(chosen_K.tolist(), gates_K, strict=True):
-            z_F = act(F.linear(x_D, made.encoder[e], None if made.encoder_bias is None else made.encoder_bias[e]))
+            z_F = act(F.linear(x_D, made.encoder[e], encoder[e]))
             if made.factor is not None:
-                z_F = z_F * F.linear(x_D, made.factor[e], None if made.factor_bias is None else made.factor_bias[e])
-            out_D = F.linear(z_F, made.decoder[e], None if made.decoder_bias is None else made.decoder_bias[e])
+                z_F = z_F * F.linear(x_D, made.factor[e], factor[e])
+            out_D = F.linear(z_F, made.decoder[e], decoder[e])
             y_D = y_D + gate * out_D
         found.append(y_D)
     return torch.stack(found)
@@ -99,15 +104,20 @@ def test_exactly_k_experts_and_gates_that_sum_to_one() -> None:
     torch.testing.assert_close(choose(scores, 3, "all")[1], scores.softmax(-1).sort(-1, descending=True)[0][:, :3])
 
 
+def test_what_decays_are_matrices() -> None:
+    made = layer(factor=True, biases=(True, True, True), router="linear")
+    assert {name for name, p in made.named_parameters() if p.ndim > 1} == {"encoder", "factor", "decoder", "router"}
+    assert [b.shape for b in biases(made) if b is not None] == [(4, 7), (4, 7), (4, 5)]
+
+
 @torch.no_grad()
 def test_one_expert_is_the_plain_mlp() -> None:
     made = layer(experts=1, active=1, biases=(True, False, True))
-    assert made.encoder_bias is not None
-    assert made.decoder_bias is not None
+    encoder, _, decoder = biases(made)
+    assert encoder is not None
+    assert decoder is not None
     x = random(11, 5, seed=3)
-    expected = F.linear(
-        F.relu(F.linear(x, made.encoder[0], made.encoder_bias[0])), made.decoder[0], made.decoder_bias[0]
-    )
+    expected = F.linear(F.relu(F.linear(x, made.encoder[0], encoder[0])), made.decoder[0], decoder[0])
     torch.testing.assert_close(made(x), expected)
 
 
@@ -234,7 +244,8 @@ def test_the_balance_loss() -> None:
 
 def test_what_a_pass_leaves_behind_for_who_watches() -> None:
     made = layer(biases=(True, False, False))
-    assert made.encoder_bias is not None
+    encoder = made.bias("encoder")
+    assert encoder is not None
     x = random(2, 8, 5, seed=7)
     made(x)
     assert made.routed is None
@@ -243,7 +254,7 @@ def test_what_a_pass_leaves_behind_for_who_watches() -> None:
     routed = made.routed
     assert routed is not None
     x_TD = x.view(16, 5)
-    pre_TEF = torch.einsum("td,efd->tef", x_TD, made.encoder) + made.encoder_bias
+    pre_TEF = torch.einsum("td,efd->tef", x_TD, made.encoder) + encoder
     fired_TE = (pre_TEF > 0).sum(-1)
     assert torch.equal(routed.fired_TK, fired_TE.gather(1, routed.chosen_TK))
     chosen_TE = torch.zeros(16, 4, dtype=torch.bool).scatter_(1, routed.chosen_TK, True)

@@ -26,10 +26,11 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
+from intaglio.activations.moe_x import upcycle
 from intaglio.activations.moe_x.layer import Form, MoELayer, Router, moe_layers
 from intaglio.activations.moe_x.monitor import monitor
 from intaglio.activations.moe_x.routing import Gates, balance_loss
-from intaglio.activations.moe_x.upcycle import By, Start, check_indices, check_put_back, put_layers, rebuild
+from intaglio.activations.moe_x.upcycle import By, Start, check_indices, put_layers
 from intaglio.anatomy import MLP, Anatomy, anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
@@ -309,7 +310,7 @@ class MoEX(Method, slug="moe_x"):
             part: of the record.
             model: on the meta device.
         """
-        rebuild(part, model)
+        upcycle.rebuild(part, model)
 
     @classmethod
     def put_back(cls, part: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -319,7 +320,7 @@ class MoEX(Method, slug="moe_x"):
             part: of the record.
             checkpoint: just loaded.
         """
-        check_put_back(part, checkpoint.model)
+        upcycle.put_back(part, checkpoint.model)
 
     def attach(self, run: Run) -> None:
         """Put experts into the model, or find those that are there, and watch them.

@@ -155,11 +155,12 @@ class MoELayer(ReplacedMLP):
             return nn.Parameter(torch.zeros(sizes, device=device, dtype=dtype)) if wanted else None
 
         self.encoder = nn.Parameter(torch.zeros((E, units, width), device=device, dtype=dtype))
-        self.encoder_bias = weight(E, units, wanted=with_encoder)
+        # Biases of all experts in one row: two dimensions would make them a matrix, which decays in training.
+        self.encoder_bias = weight(E * units, wanted=with_encoder)
         self.factor = weight(E, units, width, wanted=form.factor)
-        self.factor_bias = weight(E, units, wanted=form.factor and with_factor)
+        self.factor_bias = weight(E * units, wanted=form.factor and with_factor)
         self.decoder = nn.Parameter(torch.zeros((E, width, units), device=device, dtype=dtype))
-        self.decoder_bias = weight(E, width, wanted=with_decoder)
+        self.decoder_bias = weight(E * width, wanted=with_decoder)
         self.router = weight(E, width, wanted=form.router == "linear")
         self.act = ACT2FN[form.activation]
         self.watched = False
@@ -167,15 +168,24 @@ class MoELayer(ReplacedMLP):
         self.routed: Routed | None = None
         self._moments: tuple[Any, tuple[Tensor, ...]] | None = None
 
+    def bias(self, of: Literal["encoder", "factor", "decoder"]) -> Tensor | None:
+        """Biases by expert, a view: [E, F], of the decoder [E, D]; None where there are none.
+
+        Args:
+            of: whose.
+        """
+        found: Tensor | None = getattr(self, f"{of}_bias")
+        return None if found is None else found.view(self.form.experts, -1)
+
     def moments(self) -> tuple[Tensor, ...]:
         """The moments of the encoders; see `routing.moments`."""
         own = [p for p in (self.encoder, self.encoder_bias) if p is not None]
         if self.training or torch.is_grad_enabled() or any(p.is_inference() for p in own):
             self._moments = None
-            return moments(self.encoder, self.encoder_bias)
+            return moments(self.encoder, self.bias("encoder"))
         state = [(p._version, p.data_ptr(), p.dtype) for p in own]
         if self._moments is None or self._moments[0] != state:
-            self._moments = (state, moments(self.encoder, self.encoder_bias))
+            self._moments = (state, moments(self.encoder, self.bias("encoder")))
         return self._moments[1]
 
     def scores(self, x_TD: Tensor) -> Tensor:
@@ -204,7 +214,7 @@ class MoELayer(ReplacedMLP):
         chosen_TK, gates_TK = choose(scores_TE, self.form.active, self.form.gates)
         order_R, token_R, counts_E = self._by_expert(chosen_TK)
         pre_RF, z_RF = self._units(x_TD.index_select(0, token_R), counts_E)
-        y_RD = grouped_linear(z_RF, self.decoder, counts_E, self.decoder_bias)
+        y_RD = grouped_linear(z_RF, self.decoder, counts_E, self.bias("decoder"))
         # Back in the order of the tokens: a sum over K, whose order is the same on every device.
         y_TKD = y_RD.index_select(0, order_R.argsort()).view(*chosen_TK.shape, self.width)
         y_TD = (y_TKD * gates_TK[..., None].to(y_TKD.dtype)).sum(1)
@@ -219,10 +229,10 @@ class MoELayer(ReplacedMLP):
 
     def _units(self, x_RD: Tensor, counts_E: Tensor) -> tuple[Tensor, Tensor]:
         """Pre-activations and units [R, F] of rows that lie by expert."""
-        pre_RF = grouped_linear(x_RD, self.encoder, counts_E, self.encoder_bias)
+        pre_RF = grouped_linear(x_RD, self.encoder, counts_E, self.bias("encoder"))
         z_RF = self.act(pre_RF)
         if self.factor is not None:
-            z_RF = z_RF * grouped_linear(x_RD, self.factor, counts_E, self.factor_bias)
+            z_RF = z_RF * grouped_linear(x_RD, self.factor, counts_E, self.bias("factor"))
         return pre_RF, z_RF
 
     @torch.no_grad()

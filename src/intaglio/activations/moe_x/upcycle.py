@@ -65,14 +65,15 @@ class Start:
         scale = (form.active if self.by == "split" else 1.0) / gates
         made.encoder.copy_(self._noisy(self._shared(weight_GD, form), draws))
         made.decoder.copy_(scale * self._shared(mlp.out.read().T, form).transpose(1, 2))
-        if made.encoder_bias is not None:
-            made.encoder_bias.copy_(self._shared(_bias(mlp.into), form))
+        encoder_EF, factor_EF, decoder_ED = made.bias("encoder"), made.bias("factor"), made.bias("decoder")
+        if encoder_EF is not None:
+            encoder_EF.copy_(self._shared(_bias(mlp.into), form))
         if mlp.factor is not None and made.factor is not None:
             made.factor.copy_(self._shared(mlp.factor.read(), form))
-            if made.factor_bias is not None:
-                made.factor_bias.copy_(self._shared(_bias(mlp.factor), form))
-        if made.decoder_bias is not None:
-            made.decoder_bias.copy_(_bias(mlp.out) / gates)
+            if factor_EF is not None:
+                factor_EF.copy_(self._shared(_bias(mlp.factor), form))
+        if decoder_ED is not None:
+            decoder_ED.copy_(_bias(mlp.out) / gates)
         self._redraw(made, draws)
         if made.router is not None:
             made.router.copy_(self.router_std * torch.randn(made.router.shape, generator=draws))
@@ -102,7 +103,7 @@ class Start:
                 std = weight.float().std(correction=0).cpu()
                 drawn_ECD = std * torch.randn(*chosen_EC.shape, made.width, generator=draws)
                 weight[rows_E1.to(weight.device), chosen_EC.to(weight.device)] = drawn_ECD.to(weight)
-        for bias in (made.encoder_bias, made.factor_bias):
+        for bias in (made.bias("encoder"), made.bias("factor")):
             if bias is not None:
                 bias[rows_E1.to(bias.device), chosen_EC.to(bias.device)] = 0
 
@@ -144,8 +145,11 @@ def rebuild(part: Mapping[str, Any], model: nn.Module) -> None:
     put_layers(parts, layers)
 
 
-def check_put_back(part: Mapping[str, Any], model: nn.Module) -> None:
-    """Refuse a model that lacks what a live part names.
+def put_back(part: Mapping[str, Any], model: nn.Module) -> None:
+    """See that the layers that a live part names are there, with their weights where torch itself would put them.
+
+    Files are mapped into memory as they lie, and the product of an expert that has one token differs in its last bit
+    with where its matrix begins.
 
     Args:
         part: of the record.
@@ -154,9 +158,12 @@ def check_put_back(part: Mapping[str, Any], model: nn.Module) -> None:
     Raises:
         IntaglioError: it was loaded without the layers.
     """
-    found = len(moe_layers(model))
-    if found != len(part["layers"]):
-        raise IntaglioError(f"the model has {found} layers of moe_x where its record names {len(part['layers'])}")
+    layers = moe_layers(model)
+    if len(layers) != len(part["layers"]):
+        raise IntaglioError(f"the model has {len(layers)} layers of moe_x where its record names {len(part['layers'])}")
+    for layer in layers.values():
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.clone()
 
 
 def check_indices(indices: Sequence[int], blocks: int) -> None:
@@ -176,4 +183,4 @@ def check_indices(indices: Sequence[int], blocks: int) -> None:
             raise IntaglioError(f"layers names {index} twice")
 
 
-__all__ = ["By", "Start", "check_indices", "check_put_back", "put_layers", "rebuild"]
+__all__ = ["By", "Start", "check_indices", "put_back", "put_layers", "rebuild"]
