@@ -43,6 +43,7 @@ SIDE = {
     "cosine",
     "tokens",
     "zero_fraction",
+    "activation_sparsity",
     "bytes",
     "parameters",
     "prefill_tokens_per_s",
@@ -156,7 +157,7 @@ def test_carve(tiny_dir: TinyDir, recipe: Callable[..., Path], tmp_path: Path) -
     assert set(found["before"]) == set(found["after"]) == SIDE
     assert [(step["slug"], step["seed"]) for step in found["steps"]] == [("wanda", 3), ("magnitude", 3)]
     before, after = found["before"], found["after"]
-    assert all(before[key] is not None for key in SIDE - {"cosine"})
+    assert all(before[key] is not None for key in SIDE - {"cosine", "activation_sparsity"})
     assert before["kl_mean"] == pytest.approx(0, abs=1e-6)
     assert before["top1_agreement"] == 1
     assert after["kl_mean"] > 0.01
@@ -184,6 +185,7 @@ def test_an_encoder_has_a_cosine(tiny_dir: TinyDir, recipe: Callable[..., Path],
     assert found["before"]["cosine"] == pytest.approx(1)
     assert 0 < found["after"]["cosine"] < 0.999
     nothing = {"perplexity", "bits_per_byte", "kl_mean", "top1_agreement", "decode_tokens_per_s"}
+    nothing |= {"activation_sparsity"}
     assert {key for key in SIDE if found["after"][key] is None} == nothing
 
 

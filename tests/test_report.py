@@ -47,6 +47,7 @@ def side(perplexity: float | None = 18.5523, share: float = 0.0, **overrides: An
         "top1_agreement": 1.0,
         "cosine": None,
         "zero_fraction": zeros(share),
+        "activation_sparsity": None,
         "bytes": 538_090_408,
         "prefill_tokens_per_s": 412.3,
         "decode_tokens_per_s": 21.7,
