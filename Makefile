@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-blockffn clean
+.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-blockffn bench-r-sparse bench-r-sparse-decode clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -87,6 +87,12 @@ bench-recovery: assets  ## what a pruned model wins back a token, by what is cho
 
 bench-blockffn: install  ## layers of experts beside the dense product and the byte bound, decoding and drafting
 	$(BIN)/python benchmarks/blockffn/run.py
+
+bench-r-sparse: install  ## gathered columns against torch's dense products and the byte bound
+	$(BIN)/python benchmarks/r_sparse/run.py
+
+bench-r-sparse-decode: assets  ## SmolLM2 decoding with half of its weights: R-Sparse, TEAL, CATS and Wanda beside the dense model
+	$(BIN)/python benchmarks/r_sparse/run.py --decode
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

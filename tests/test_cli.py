@@ -45,13 +45,14 @@ SIDE = {
     "zero_fraction",
     "token_sparsity",
     "chunk_sparsity",
+    "activation_sparsity",
     "bytes",
     "parameters",
     "prefill_tokens_per_s",
     "decode_tokens_per_s",
     "peak_memory_bytes",
 }
-RESTING = {"token_sparsity", "chunk_sparsity"}
+RESTING = {"token_sparsity", "chunk_sparsity", "activation_sparsity"}
 """What a stock model has none of: its units never rest."""
 PROMPT = "the quick brown fox"
 
