@@ -402,6 +402,9 @@ def test_a_step_draws_the_shares_that_it_chose() -> None:
     document["steps"][0]["grid"] = {"title": "Share of the budget for channels", "values": shares}
     page = report.carve_page(document)
     assert "Share of the budget for channels" in page
+    assert report.ZEROS not in Page(page).text
+    assert "Where the zeros are" not in page
+    assert "Inputs left out 50.7 % of the projections', a token" in Page(page).text
     assert "layer 1, self_attn.q_proj: 95.00 %" in page
     assert "a token leaves out 50.7 % of the projections' inputs" in report.summary(document)
     assert "Inputs left out" in printed(report.carve_table(document), 100)
@@ -541,8 +544,9 @@ def test_any_numbers_make_a_page_a_table_and_a_sentence(one: dict[str, Any], oth
     documents = (carve(one, other), compare(one, other), demo(copy.deepcopy(other)) | {"dense": one})
     for document, page in zip(documents, (report.carve_page, report.compare_page, report.demo_page), strict=True):
         rendered = page(document)
-        told = shares_of(other if document is documents[0] else {})
-        assert (report.ZEROS in Page(rendered).text) == (not told or max(told) >= EVEN)
+        after = other if document is documents[0] else {}
+        told, left = shares_of(after), value_of(after, "activation_sparsity")
+        assert (report.ZEROS in Page(rendered).text) == (max(told) >= EVEN if told else left is None)
         for picture in drawings(rendered):
             for element in picture.iter():
                 assert not {"nan", "inf", "-inf"} & set(element.attrib.values())

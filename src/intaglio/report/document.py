@@ -87,13 +87,14 @@ def shares_of(side: Document) -> list[float]:
 
 
 def about_zeros(side: Document) -> str:
-    """What zeros are worth; nothing where there are none to speak of.
+    """What zeros are worth; nothing where there are none to speak of, nor where inputs are left out and none counted.
 
     Args:
         side: see the module.
     """
     shares = shares_of(side)
-    return "" if shares and max(shares) < EVEN else ZEROS
+    none = max(shares) < EVEN if shares else has_left_out([side])
+    return "" if none else ZEROS
 
 
 SHARES = frozenset({"top1_agreement", "activation_sparsity", "token_sparsity", "chunk_sparsity"})

@@ -25,6 +25,7 @@ from intaglio.report.document import (
     finite,
     fractions_of,
     has_cosine,
+    has_left_out,
     is_best,
     other_tokens,
     reference_of,
@@ -127,7 +128,12 @@ def _headlines(before: Document, after: Document, reference: str) -> list[Headli
         strip = [_headline(found["perplexity"]), agreement]
         if other_tokens(before, after):
             strip = [_headline(found["bits_per_byte"])]
-    strip.append(Headline("Zeros", found["zero_fraction"].after.text, spread))
+    if not shares and has_left_out([after]):
+        strip.append(
+            Headline("Inputs left out", found["activation_sparsity"].after.text, "of the projections', a token")
+        )
+    else:
+        strip.append(Headline("Zeros", found["zero_fraction"].after.text, spread))
     strip.append(_headline(found["bytes"]))
     return strip
 
@@ -287,9 +293,10 @@ def carve_page(document: Document) -> str:
     """
     document = checked(document, "carve")
     before, after = document["before"], document["after"]
-    # A map of nothing says nothing: that of an uncarved original is left out.
+    # A map of nothing says nothing: that of an uncarved original is left out, and that of what leaves out inputs.
     maps = [_zero_map(before, "Before")] if any(shares_of(before)) else []
-    maps.append(_zero_map(after, "After"))
+    if shares_of(after) or not has_left_out([after]):
+        maps.append(_zero_map(after, "After"))
     return _render(
         "carve.html.j2",
         document,
