@@ -555,9 +555,8 @@ def test_any_numbers_make_a_page_a_table_and_a_sentence(one: dict[str, Any], oth
         assert not re.search(r"(?<![a-z])(nan|inf)(?![a-z])", printed(item, 120))
     for document in documents:
         sentence = report.summary(document)
-        assert sentence.endswith(
-            (" neither bytes nor speed.", " added to the blocks.", " zeros were counted.", " projections' inputs.")
-        )
+        ends = (" neither bytes nor speed.", " added to the blocks.", " zeros were counted.", " projections' inputs.")
+        assert sentence.endswith(ends)
         assert "\n" not in sentence
 
 

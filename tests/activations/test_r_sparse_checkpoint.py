@@ -45,7 +45,7 @@ def test_teal_is_plain_magnitude_and_has_a_threshold_of_its_own() -> None:
     teal, end, scaled = (
         carved(fields={"how": "teal"}),
         carved(fields={"alpha": 1.0, "scale": None}),
-        carved(fields={"low_rank": False}),
+        carved(fields={"low_rank": False, "alpha": 1.0}),
     )
     for one, two, three in zip(*(layers(c).values() for c in (teal, end, scaled)), strict=True):
         assert one.rule == two.rule

@@ -92,8 +92,8 @@ def summary(document: Document) -> str:
         left_out = value_of(document["after"], "activation_sparsity")
         if left_out is not None:
             parts.append(f"a token leaves out {percent(left_out)} of the projections' inputs")
-        elif new is None:
-            parts.append(zeros_words(document["after"]))
+        if new is None:
+            parts += [zeros_words(document["after"])] if left_out is None else []
         elif old is not None and new - old < UNSEEN:
             parts.append("no zeros were added to the blocks")
         else:

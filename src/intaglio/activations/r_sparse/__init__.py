@@ -41,6 +41,7 @@ SAMPLES = 16
 LENGTH = 256
 """Calibration segments and their tokens, where text is given."""
 ALPHA = 1.0
+"""The default split: columns alone."""
 
 __all__ = ["RSparse", "Reading", "Search", "SparseLinear", "Split", "reading"]
 
@@ -143,8 +144,9 @@ class RSparse(Method, slug="r_sparse"):
             raise ValueError("allocation: greedy belongs to how: teal with threshold: static")
         if self.fraction != plain["fraction"].default and self.mode != "last_fraction":
             raise ValueError("fraction belongs to mode: last_fraction")
-        if not self.low_rank and (self.rank is not None or self.search is not None):
-            raise ValueError(f"low_rank is false, so there is no {'rank' if self.rank is not None else 'search'}")
+        for name in ("alpha", "search", "rank"):
+            if not self.low_rank and getattr(self, name) != plain[name].get_default():
+                raise ValueError(f"low_rank is false, so there is no {name}")
         return self
 
     @classmethod
@@ -261,7 +263,7 @@ class RSparse(Method, slug="r_sparse"):
         tokens = min(self.tokens, workload.tokens)
         flops = 2.0 * workload.block_parameters * workload.tokens
         extra = tokens * max(columns for _, columns in workload.linears) * 8
-        if self.how == "r_sparse":
+        if self.low_rank and (self.alpha != 1 or self.search is not None or self.rank is not None):
             flops += sum(decompose.FLOPS * min(shape) ** 2 * float(max(shape)) for shape in workload.linears)
             extra += int(workload.block_parameters * (1 - self.sparsity) * workload.element_size)
         if self.search is not None:
