@@ -31,7 +31,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.layers import by_module, check_patterns, selected
 from intaglio.masks import predicts_next
-from intaglio.method import Change, Cost, Fact, Method, Progress, Workload, silent
+from intaglio.method import Change, Cost, Depends, Fact, Method, Progress, Workload, silent
 from intaglio.replaced import ReplacedLinear, put
 from intaglio.weights.lost.gradient import column_gradients
 from intaglio.weights.lost.linear import Activation, ElementsLinear, Form, LostLinear
@@ -46,21 +46,6 @@ Scale = Annotated[float, Field(ge=0)]
 
 SVD_FLOPS = 22
 """Operations of a thin decomposition over (the narrower side)² · (the wider side)."""
-
-
-class _Depends:
-    """A class's attribute that says what holds for most steps, and on a step what holds for that one.
-
-    Args:
-        mostly: on the class.
-        of: a step -> its own.
-    """
-
-    def __init__(self, mostly: Any, of: Callable[[LOST], Any]) -> None:
-        self.mostly, self.of = mostly, of
-
-    def __get__(self, step: LOST | None, owner: type) -> Any:
-        return self.mostly if step is None else self.of(step)
 
 
 _PLAIN: frozenset[Fact] = frozenset({"linear_weights"})
@@ -139,21 +124,21 @@ class LOST(Method, slug="lost"):
     storage: ClassVar[Literal["live"]] = "live"
     changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
     needs_calibration: ClassVar[bool] = cast(
-        bool, _Depends(False, lambda step: step.columns_by == "gradient" and not step.merge)
+        bool, Depends(False, lambda step: step.columns_by == "gradient" and not step.merge)
     )
     # A step that merges needs the parts to be matrices, and gives back what the step that replaced did away with.
     requires: ClassVar[frozenset[Fact]] = cast(
-        frozenset[Fact], _Depends(_PLAIN, lambda step: _MATRIX if step.merge else _PLAIN)
+        frozenset[Fact], Depends(_PLAIN, lambda step: _MATRIX if step.merge else _PLAIN)
     )
     invalidates: ClassVar[frozenset[Fact]] = cast(
         frozenset[Fact],
-        _Depends(
+        Depends(
             _PLAIN,
             lambda step: _NOTHING if step.merge else _PLAIN if step.activation == "identity" else _PLAIN | _MATRIX,
         ),
     )
     restores: ClassVar[frozenset[Fact]] = cast(
-        frozenset[Fact], _Depends(_NOTHING, lambda step: _PLAIN if step.merge else _NOTHING)
+        frozenset[Fact], Depends(_NOTHING, lambda step: _PLAIN if step.merge else _NOTHING)
     )
 
     rank: Rank | dict[str, Rank] | None = None
