@@ -16,7 +16,7 @@ Dimension letters: I inputs, O outputs, R rank, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
