@@ -441,7 +441,7 @@ def against_medusa(
         ),
         run_unit=Continue(world, training, slug, tuple(arms.items()), new),
         pilot_runs=min(world.documents_pilot, 10),
-        most_runs=min(world.documents_run, 60),
+        most_runs=world.documents_run,
         threads=1,
         settings={
             "world": asdict(world),
@@ -451,8 +451,10 @@ def against_medusa(
             "nodes": NODES,
             "arms": {arm: chosen.plain() for arm, chosen in arms.items()},
         },
+        why="Registered anew after a pilot of chimera, with nothing else changed: 60 prompts were asked for, and the "
+        "evaluation articles give 38. None of these had been gone on from.",
     )
 
 
-WORLD = SmolLM2Wikipedia(documents_run=60, documents_pilot=10, tokens=64)
-"""Of the claims."""
+WORLD = SmolLM2Wikipedia(documents_run=38, documents_pilot=10, tokens=64)
+"""Of the claims: as many prompts as there are evaluation articles that are long enough."""
