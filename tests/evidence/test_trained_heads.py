@@ -100,6 +100,8 @@ def test_the_articles_give_as_many_prompts_as_the_claims_ask_for() -> None:
     prompts = prompts_of(trained_heads.WORLD.load(), texts, training.prompt, training.texts)
     assert [len(ids) for ids in prompts] == [training.prompt] * training.texts
     assert len(set(map(tuple, prompts))) == training.texts
+    for stage, most in (("pilot", 10), ("run", trained_heads.WORLD.documents_run)):
+        assert trained_heads.WORLD.documents(stage).segments.n == most
 
 
 @pytest.mark.parametrize("vocabulary", [160, 4000])
