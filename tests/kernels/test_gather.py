@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
-from intaglio.kernels import gather
+from intaglio.kernels import gather, shared
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WAYS = ["torch", *(["numba"] if find_spec("numba") else []), *(["triton"] if INTERPRETED else [])]
@@ -113,15 +113,15 @@ def test_threads_give_the_same_numbers(threads: None, monkeypatch: pytest.Monkey
 
 
 def test_without_numba_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "find_spec", lambda name: True)
+    monkeypatch.setattr(shared, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "intaglio.kernels.gather_numba", None)
-    gather._has.cache_clear()
+    shared.works.cache_clear()
     x, weight = drawn(1, 1, 8), drawn(2, 8, 3)
     with pytest.warns(UserWarning, match=r"^no columns are gathered, and zeros are multiplied, as numba fails"):
         found = gather.linear(x, weight, 0.5)
     torch.testing.assert_close(found, exact(x, weight, 0.5).float())
     monkeypatch.undo()
-    gather._has.cache_clear()
+    shared.works.cache_clear()
 
 
 def test_a_compiler_sees_plain_torch() -> None:

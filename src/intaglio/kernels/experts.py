@@ -18,16 +18,12 @@ Dimension letters: T tokens, D width, E experts, H rows of an expert, F = E H, U
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
+from intaglio.kernels.shared import works
 
 MOST_ROWS = 16
 """Tokens; more of them together take most experts, and dense products gain more from each row that they read."""
@@ -91,17 +87,16 @@ def gathered(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> 
 def _check(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> None:
     if up_FD.shape != down_FD.shape or x_TD.shape[1:] != up_FD.shape[1:]:
         raise IntaglioError(
-            f"experts: {_told(up_FD)} and {_told(down_FD)} do not fit tokens of {_told(x_TD)}; "
-            "both are [F, D] for [T, D]"
+            f"experts: {_shape(up_FD)} and {_shape(down_FD)} do not fit tokens of {_shape(x_TD)}; both are [F, D] for [T, D]"
         )
     if score_TE.shape[:1] != x_TD.shape[:1] or not score_TE.shape[1] or len(up_FD) % score_TE.shape[1]:
         raise IntaglioError(
-            f"score: {_told(score_TE)} does not fit {len(x_TD)} tokens and {len(up_FD)} rows; [T, E] with equally many "
+            f"score: {_shape(score_TE)} does not fit {len(x_TD)} tokens and {len(up_FD)} rows; [T, E] with equally many "
             "rows an expert does"
         )
 
 
-def _told(tensor: Tensor) -> str:
+def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 
@@ -115,17 +110,8 @@ def _kernel(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor) -> str:
     return "triton" if x_TD.device.type == "cuda" and _has("triton") else "torch"
 
 
-@lru_cache
 def _has(package: str) -> bool:
-    """Whether the package is there and works."""
-    if find_spec(package) is None:
-        return False
-    try:
-        import_module(f"intaglio.kernels.experts_{package}")
-    except ImportError as error:
-        warnings.warn(f"experts are multiplied in plain torch, as {package} fails: {error}", stacklevel=2)
-        return False
-    return True
+    return works(package, "experts", "experts are multiplied in plain torch")
 
 
 __all__ = ["MOST_ROWS", "apply", "gathered", "masked"]

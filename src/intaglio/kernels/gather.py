@@ -19,15 +19,11 @@ Dimension letters: B rows of activations (tokens), I inputs, O outputs, R rank o
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
+from intaglio.kernels.shared import told, works
 
 MOST_ROWS = 4
 """Rows for which columns are gathered; more of them want nearly every column between them."""
@@ -61,13 +57,13 @@ def linear(
         IntaglioError: shapes, dtypes or devices that do not fit; x asks for a gradient, which there is none of.
     """
     if not x.ndim or not x.is_floating_point():
-        raise IntaglioError(f"x: {_told(x)} cannot be multiplied: floating point of at least one dimension can.")
+        raise IntaglioError(f"x: {told(x)} cannot be multiplied: floating point of at least one dimension can.")
     if x.requires_grad and torch.is_grad_enabled():
         raise IntaglioError("x: gathered columns pass no gradient on: call the model under torch.no_grad().")
     inputs, outputs = weight_IO.shape if weight_IO.ndim == 2 else (0, 0)
     if inputs != x.shape[-1] or not weight_IO.is_contiguous():
         raise IntaglioError(
-            f"weight: {_told(weight_IO)} does not fit {x.shape[-1]} inputs: a contiguous matrix with as many rows does."
+            f"weight: {told(weight_IO)} does not fit {x.shape[-1]} inputs: a contiguous matrix with as many rows does."
         )
     if (down_RI is None) != (up_RO is None):
         raise IntaglioError("down and up: one of the two is given: both or none are accepted.")
@@ -171,17 +167,8 @@ def kernel(x_BI: Tensor, dtype: torch.dtype) -> str:
     return "triton" if x_BI.device.type == "cuda" and len(x_BI) == 1 and _has("triton") else ""
 
 
-@lru_cache
 def _has(package: str) -> bool:
-    """Whether the package is there and works; a numba that is too old for the numpy beside it cannot be imported."""
-    if find_spec(package) is None:
-        return False
-    try:
-        import_module(f"intaglio.kernels.gather_{package}")
-    except ImportError as error:
-        warnings.warn(f"no columns are gathered, and zeros are multiplied, as {package} fails: {error}", stacklevel=2)
-        return False
-    return True
+    return works(package, "gather", "no columns are gathered, and zeros are multiplied")
 
 
 def _check_fits(name: str, given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> None:
@@ -189,8 +176,4 @@ def _check_fits(name: str, given: Tensor | None, shape: tuple[int, ...], dtype: 
         return
     if given.shape != shape or given.dtype != dtype or given.device != x.device or not given.is_contiguous():
         wanted = f"{'x'.join(map(str, shape))} of {str(dtype).removeprefix('torch.')}"
-        raise IntaglioError(f"{name}: {_told(given)} does not fit: {wanted} on {x.device}, contiguous, would.")
-
-
-def _told(tensor: Tensor) -> str:
-    return f"{'x'.join(map(str, tensor.shape)) or 'a scalar'} of {str(tensor.dtype).removeprefix('torch.')}"
+        raise IntaglioError(f"{name}: {told(given)} does not fit: {wanted} on {x.device}, contiguous, would.")

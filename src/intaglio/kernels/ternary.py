@@ -21,15 +21,11 @@ Dimension letters: B rows of activations (tokens), I inputs, O outputs, J bytes 
 
 from __future__ import annotations
 
-import warnings
-from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
+from intaglio.kernels.shared import told, works
 
 EPS = 1e-5
 """Least magnitude that a row's largest is taken for (bitlinear, transformers)."""
@@ -64,7 +60,7 @@ def pack(weight_OI: Tensor) -> Tensor:
     """
     if weight_OI.ndim != 2 or not weight_OI.numel() or weight_OI.dtype != torch.int8:
         raise IntaglioError(
-            f"weight: {_told(weight_OI)} cannot be packed: a matrix of int8 with at least one row and one column can."
+            f"weight: {told(weight_OI)} cannot be packed: a matrix of int8 with at least one row and one column can."
         )
     if int(weight_OI.min()) < -1 or int(weight_OI.max()) > 1:
         raise IntaglioError(
@@ -149,7 +145,7 @@ def matmul(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.intaglio.ternary_matmul(x_BI, packed_OJ)
     if x_BI.ndim != 2 or x_BI.dtype != torch.int8:
-        raise IntaglioError(f"x: {_told(x_BI)} cannot be multiplied: a matrix of int8 can.")
+        raise IntaglioError(f"x: {told(x_BI)} cannot be multiplied: a matrix of int8 can.")
     _check_packed(packed_OJ, x_BI.shape[1], x_BI)
     if (fast := _kernel(x_BI)) == "numba":
         from intaglio.kernels import ternary_numba
@@ -201,7 +197,7 @@ def linear(
             weight_scale = torch.full((1,), weight_scale, device=x.device)
         return torch.ops.intaglio.ternary_linear(x, packed_OJ, weight_scale, bias_O, bits, peak, eps)
     if not x.ndim or not x.is_floating_point():
-        raise IntaglioError(f"x: {_told(x)} cannot be multiplied: floating point of at least one dimension can.")
+        raise IntaglioError(f"x: {told(x)} cannot be multiplied: floating point of at least one dimension can.")
     shape, outputs = x.shape, len(packed_OJ)
     _check_packed(packed_OJ, shape[-1], x)
     if x.requires_grad and torch.is_grad_enabled():
@@ -304,17 +300,8 @@ def _kernel(x: Tensor) -> str:
     return "triton" if x.device.type == "cuda" and _has("triton") else "torch"
 
 
-@lru_cache
 def _has(package: str) -> bool:
-    """Whether the package is there and works; a numba that is too old for the numpy beside it cannot be imported."""
-    if find_spec(package) is None:
-        return False
-    try:
-        import_module(f"intaglio.kernels.ternary_{package}")
-    except ImportError as error:
-        warnings.warn(f"ternary products run in plain torch, slowly, as {package} fails: {error}", stacklevel=2)
-        return False
-    return True
+    return works(package, "ternary", "ternary products run in plain torch, slowly")
 
 
 def _range(bits: int, peak: int | None) -> tuple[int, int, int]:
@@ -330,7 +317,7 @@ def _range(bits: int, peak: int | None) -> tuple[int, int, int]:
 
 def _check_packed(packed_OJ: Tensor, width: int, x: Tensor | None = None) -> None:
     if packed_OJ.ndim != 2 or packed_OJ.dtype != torch.uint8:
-        raise IntaglioError(f"packed: {_told(packed_OJ)} is not what `pack` makes: a matrix of uint8 is.")
+        raise IntaglioError(f"packed: {told(packed_OJ)} is not what `pack` makes: a matrix of uint8 is.")
     if width < 1 or packed_OJ.shape[1] != packed_width(width):
         raise IntaglioError(
             f"packed: rows of {packed_OJ.shape[1]} bytes hold {_widths(packed_OJ.shape[1])} weights, not {width}."
@@ -342,12 +329,8 @@ def _check_packed(packed_OJ: Tensor, width: int, x: Tensor | None = None) -> Non
 def _check_fits(name: str, given: Tensor, sizes: tuple[int, ...], x: Tensor) -> None:
     if given.numel() not in sizes or given.device != x.device:
         accepted = " or ".join(map(str, dict.fromkeys(sizes)))
-        raise IntaglioError(f"{name}: {_told(given)} on {given.device} does not fit: {accepted} on {x.device} would.")
+        raise IntaglioError(f"{name}: {told(given)} on {given.device} does not fit: {accepted} on {x.device} would.")
 
 
 def _widths(J: int) -> str:
     return "no" if J < 1 or J % (_GROUP // 4) else f"{4 * J - _GROUP + 1} to {4 * J}"
-
-
-def _told(tensor: Tensor) -> str:
-    return f"{'x'.join(map(str, tensor.shape)) or 'a scalar'} of {str(tensor.dtype).removeprefix('torch.')}"
