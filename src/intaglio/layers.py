@@ -65,18 +65,6 @@ Make = Callable[[str, Linear], ReplacedLinear]
 """Gives the module for a projection, by its full name."""
 
 
-def bias_of(linear: Linear) -> Tensor | None:
-    """The bias of a projection [O], or None.
-
-    Args:
-        linear: is read.
-    """
-    bias: Tensor | None = linear.module.bias  # type: ignore[assignment]
-    if bias is None or linear.rows is None:
-        return bias
-    return bias[linear.rows.to(bias.device)]
-
-
 def by_module(
     model: nn.Module, linears: Sequence[tuple[str, Linear]], every: Sequence[tuple[str, Linear]], make: Make
 ) -> dict[str, nn.Module]:
@@ -117,4 +105,4 @@ def fused_parts(linear: Linear, among: Sequence[tuple[str, Linear]]) -> list[tup
     return [(name, part) for name, part in among if part.module is linear.module]
 
 
-__all__ = ["Make", "bias_of", "by_module", "check_patterns", "fused_parts", "named", "selected"]
+__all__ = ["Make", "by_module", "check_patterns", "fused_parts", "named", "selected"]

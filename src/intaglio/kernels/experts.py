@@ -87,16 +87,17 @@ def gathered(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> 
 def _check(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> None:
     if up_FD.shape != down_FD.shape or x_TD.shape[1:] != up_FD.shape[1:]:
         raise IntaglioError(
-            f"experts: {_shape(up_FD)} and {_shape(down_FD)} do not fit tokens of {_shape(x_TD)}; both are [F, D] for [T, D]"
+            f"experts: {_told(up_FD)} and {_told(down_FD)} do not fit tokens of {_told(x_TD)}; "
+            "both are [F, D] for [T, D]"
         )
     if score_TE.shape[:1] != x_TD.shape[:1] or not score_TE.shape[1] or len(up_FD) % score_TE.shape[1]:
         raise IntaglioError(
-            f"score: {_shape(score_TE)} does not fit {len(x_TD)} tokens and {len(up_FD)} rows; [T, E] with equally many "
+            f"score: {_told(score_TE)} does not fit {len(x_TD)} tokens and {len(up_FD)} rows; [T, E] with equally many "
             "rows an expert does"
         )
 
 
-def _shape(tensor: Tensor) -> str:
+def _told(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape))
 
 

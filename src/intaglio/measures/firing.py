@@ -149,6 +149,8 @@ def firing(checkpoint: Checkpoint, data: Segments, chunk: int = CHUNK, batch_siz
             mask = batch.get("attention_mask")
             now["real"] = None if mask is None else mask.bool().to(checkpoint.device)
             final_hidden(parts, batch)
+            if not counts:
+                break  # none of them ever rests
     finally:
         for handle in handles:
             handle.remove()

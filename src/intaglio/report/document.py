@@ -124,6 +124,16 @@ def other_tokens(a: Document, b: Document) -> bool:
     return a.get("tokens") is not None and b.get("tokens") is not None and a["tokens"] != b["tokens"]
 
 
+def any_has(sides: Iterable[Document], key: str) -> bool:
+    """Whether one of these has a number.
+
+    Args:
+        sides: of one document.
+        key: the number's field.
+    """
+    return any(value_of(side, key) is not None for side in sides)
+
+
 def has_cosine(sides: Iterable[Document]) -> bool:
     """Whether one of these has a cosine in the place of a perplexity, as it predicts no next token.
 
@@ -132,7 +142,7 @@ def has_cosine(sides: Iterable[Document]) -> bool:
     Args:
         sides: of one document.
     """
-    return any(value_of(side, "cosine") is not None for side in sides)
+    return any_has(sides, "cosine")
 
 
 def has_left_out(sides: Iterable[Document]) -> bool:
@@ -141,7 +151,7 @@ def has_left_out(sides: Iterable[Document]) -> bool:
     Args:
         sides: of one document.
     """
-    return any(value_of(side, "activation_sparsity") is not None for side in sides)
+    return any_has(sides, "activation_sparsity")
 
 
 def _clean(value: Any) -> Any:

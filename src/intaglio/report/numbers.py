@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from intaglio.report.document import Document, finite, has_cosine, other_tokens, value_of
+from intaglio.report.document import Document, any_has, finite, has_cosine, other_tokens, value_of
 
 
 def plain_number(value: float) -> str:
@@ -235,7 +235,7 @@ def measures_of(sides: Sequence[Document]) -> list[Measure]:
     Args:
         sides: of one document.
     """
-    there = {key for key in RARE if any(value_of(side, key) is not None for side in sides)}
+    there = {key for key in RARE if any_has(sides, key)}
     return [measure for measure in MEASURES if measure.key not in RARE - there]
 
 

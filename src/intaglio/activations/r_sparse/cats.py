@@ -21,7 +21,6 @@ from intaglio.activations.r_sparse.surgery import Layer
 from intaglio.activations.r_sparse.thresholds import scores, thresholds
 from intaglio.anatomy import Anatomy, Linear
 from intaglio.errors import IntaglioError
-from intaglio.layers import bias_of
 from intaglio.replaced import module_names
 
 EXACT: Layer = (Rule(0.0, scaled=False), None)
@@ -109,7 +108,7 @@ def cut(one: Gated, function: nn.Module, x_NI: Tensor, off: float) -> float:
         x_NI: what enters the gate.
         off: the share.
     """
-    gate_NU = F.linear(x_NI, one.linear.read(), bias_of(one.linear))
+    gate_NU = F.linear(x_NI, one.linear.read(), one.linear.read_bias())
     return thresholds(scores(function(gate_NU), None), [1 - off])[0]
 
 

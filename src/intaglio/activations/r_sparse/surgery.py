@@ -14,7 +14,7 @@ from intaglio.anatomy import Linear, anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.fingerprint import fingerprint
-from intaglio.layers import bias_of, by_module
+from intaglio.layers import by_module
 from intaglio.replaced import put
 
 Layer = tuple[Rule, tuple[Tensor, Tensor] | None]
@@ -39,7 +39,7 @@ def put_layers(checkpoint: Checkpoint, wanted: Mapping[str, Layer]) -> dict[str,
     def make(name: str, linear: Linear) -> SparseLinear:
         rule, pair = wanted[name]
         conv = linear.rows is None and isinstance(linear.module, Conv1D)
-        found = SparseLinear.of(linear.read(), bias_of(linear), rule, pair, conv)
+        found = SparseLinear.of(linear.read(), linear.read_bias(), rule, pair, conv)
         made[name] = found
         return found
 

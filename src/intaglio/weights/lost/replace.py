@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from intaglio.anatomy import Linear
 from intaglio.checkpoint import DTYPES
 from intaglio.errors import IntaglioError
-from intaglio.layers import bias_of
 from intaglio.replaced import Joined, ReplacedLinear, put
 from intaglio.trainer.draws import generator
 from intaglio.weights.lost.linear import ElementsLinear, Form, LostLinear, stock
@@ -83,7 +82,7 @@ class Start:
         Raises:
             IntaglioError: the weight is packed, or not finite.
         """
-        weight_OI, bias_O = linear.read(), bias_of(linear)
+        weight_OI, bias_O = linear.read(), linear.read_bias()
         if weight_OI.dtype not in DTYPES.values():
             raise IntaglioError(
                 f"{name} stores its weight as {str(weight_OI.dtype).removeprefix('torch.')}; lost needs "
