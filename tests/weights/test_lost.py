@@ -24,6 +24,7 @@ from intaglio.recipe import Recipe
 from intaglio.replaced import Joined
 from intaglio.verify import Speculative
 from intaglio.verify.drafters.lookup import PromptLookup
+from intaglio.weights.amount import pruned_count
 from intaglio.weights.lost import LOST, ElementsLinear, LostLinear, lostify, merge
 from intaglio.weights.lost.gradient import column_gradients
 from intaglio.weights.lost.sizes import Sizes, Wanted
@@ -173,7 +174,12 @@ def test_columns_paid_for_out_of_the_rank_or_a_budget(
 ) -> None:
     within = Wanted(rank, columns, within_rank=True).of("x", outputs, inputs, 64)
     assert within.parameters <= rank * (inputs + outputs) < within.parameters + inputs + outputs
-    share = Wanted(columns=columns, budget=budget).of("x", outputs, inputs, 64)
+    wanted = Wanted(columns=columns, budget=budget)
+    if pruned_count(inputs * outputs, budget) - columns * outputs < inputs + outputs:
+        with pytest.raises(IntaglioError, match="leaves nothing for the rank of x"):
+            wanted.of("x", outputs, inputs, 64)
+        return
+    share = wanted.of("x", outputs, inputs, 64)
     assert share.parameters <= budget * inputs * outputs + 1e-6
     cut = share.rank == min(inputs, outputs)
     assert cut or share.parameters + inputs + outputs > budget * inputs * outputs - 1e-6
