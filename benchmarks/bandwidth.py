@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numba import njit, prange, types
@@ -16,6 +18,8 @@ CACHE = 64 << 20
 """Bytes of all copies of a weight together, at the least; the last cache has 32 MiB."""
 READ = 8 << 20
 """Bytes of one turn of the reader."""
+TURN = 0.01
+"""Seconds of a turn, about."""
 
 Call = Callable[[int], Any]
 
@@ -62,3 +66,37 @@ def reader(threads: int) -> tuple[Call, Call]:
     if threads == 1:
         return (lambda i: _read(words[i % len(words)])), (lambda i: floats[i % len(words)].sum())
     return (lambda i: _read_shared(words[i % len(words)], threads, sums)), (lambda i: floats[i % len(words)].sum())
+
+
+def in_turns(calls: dict[str, Call], threads: int, seconds: float) -> tuple[dict[str, list[float]], int, float]:
+    """Let all take turns of some calls, and the readers among them.
+
+    Args:
+        calls: by name.
+        threads: of torch, and of the reader.
+        seconds: to measure for; at least five turns.
+
+    Returns:
+        The seconds of every call, the turns, and the bytes a second of the faster reader at its best.
+    """
+    torch.set_num_threads(threads)
+    numba.set_num_threads(threads)
+    turns = dict(calls)
+    turns["read"], turns["read, torch"] = reader(threads)
+    times: dict[str, list[float]] = {name: [] for name in turns}
+    calls_of = {}
+    for name, call in turns.items():
+        call(0)
+        start = time.perf_counter()
+        call(1)
+        calls_of[name] = max(1, min(100, round(TURN / (time.perf_counter() - start))))
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    began, turn = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds or turn < 5:
+        for name, call in turns.items():
+            for number in range(turn * calls_of[name], (turn + 1) * calls_of[name]):
+                start = clock()
+                call(number)
+                times[name].append(clock() - start)
+        turn += 1
+    return times, turn, READ / min(min(times["read"]), min(times["read, torch"]))

@@ -45,13 +45,11 @@ from intaglio.weights.wanda import Wanda
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from bandwidth import CACHE, READ, Call, reader  # noqa: E402
+from bandwidth import CACHE, Call, in_turns  # noqa: E402
 
 SHAPES = ("576x576", "576x1536", "1536x576", "4096x4096", "4096x14336", "14336x4096")
 ROWS = 17
 """Rows of activations that calls go through."""
-TURN = 0.01
-"""Seconds of a turn, about."""
 
 ARMS: dict[str, Carving | None] = {
     "dense": None,
@@ -101,29 +99,9 @@ def measure(shape: str, shares: list[float], threads: int, seconds: float) -> di
         threads: of torch, and of the reader.
         seconds: to measure for; at least five turns.
     """
-    torch.set_num_threads(threads)
-    numba.set_num_threads(threads)
     inputs, outputs = map(int, shape.split("x"))
     calls = variants(inputs, outputs, shares)
-    turns: dict[str, Call] = {name: call for name, (call, _) in calls.items()}
-    turns["read"], turns["read, torch"] = reader(threads)
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    calls_of = {}
-    for name, call in turns.items():
-        call(0)
-        start = time.perf_counter()
-        call(1)
-        calls_of[name] = max(1, min(100, round(TURN / (time.perf_counter() - start))))
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    began, turn = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds or turn < 5:
-        for name, call in turns.items():
-            for number in range(turn * calls_of[name], (turn + 1) * calls_of[name]):
-                start = clock()
-                call(number)
-                times[name].append(clock() - start)
-        turn += 1
-    speed = READ / min(min(times["read"]), min(times["read, torch"]))
+    times, turn, speed = in_turns({name: call for name, (call, _) in calls.items()}, threads, seconds)
     return {
         "shape": shape, "threads": threads, "turns": turn, "read_gb_s": speed / 1e9,
         "median_us": {name: 1e6 * median(times[name]) for name in calls},

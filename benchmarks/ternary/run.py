@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -36,11 +35,9 @@ from intaglio.kernels.ternary_simd import instructions
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from bandwidth import CACHE, READ, Call, reader  # noqa: E402
+from bandwidth import CACHE, Call, in_turns  # noqa: E402
 
 SHAPES = ("576x1536", "1536x576", "4096x4096", "4096x14336", "14336x4096")
-TURN = 0.01
-"""Seconds of a turn, about."""
 
 
 def variants(inputs: int, outputs: int, rows: int) -> dict[str, tuple[Call, int]]:
@@ -84,34 +81,13 @@ def measure(shape: str, rows: int, threads: int, seconds: float) -> dict[str, An
         threads: of torch, and of the reader.
         seconds: to measure for; at least five turns.
     """
-    torch.set_num_threads(threads)
-    numba.set_num_threads(threads)
     inputs, outputs = map(int, shape.split("x"))
     calls = variants(inputs, outputs, rows)
-    turns: dict[str, Call] = {name: call for name, (call, _) in calls.items()}
-    turns["read"], turns["read, torch"] = reader(threads)
-    times: dict[str, list[float]] = {name: [] for name in turns}
-    calls_of = {}
-    for name, call in turns.items():
-        call(0)
-        start = time.perf_counter()
-        call(1)
-        calls_of[name] = max(1, min(100, round(TURN / (time.perf_counter() - start))))
-    clock = time.thread_time if threads == 1 else time.perf_counter
-    began, turn = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds or turn < 5:
-        for name, call in turns.items():
-            for number in range(turn * calls_of[name], (turn + 1) * calls_of[name]):
-                start = clock()
-                call(number)
-                times[name].append(clock() - start)
-        turn += 1
-    least = {name: min(taken) for name, taken in times.items()}
-    speed = READ / min(least["read"], least["read, torch"])
+    times, turn, speed = in_turns({name: call for name, (call, _) in calls.items()}, threads, seconds)
     return {
         "shape": shape, "rows": rows, "threads": threads, "turns": turn, "read_gb_s": speed / 1e9,
         "bound_us": 1e6 * calls["ternary"][1] / speed,
-        "least_us": {name: 1e6 * least[name] for name in calls},
+        "least_us": {name: 1e6 * min(times[name]) for name in calls},
         "median_us": {name: 1e6 * median(times[name]) for name in calls},
     }  # fmt: skip
 
