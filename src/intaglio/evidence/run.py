@@ -212,7 +212,8 @@ def made_with(experiment: Experiment) -> dict[str, str]:
     Args:
         experiment: any.
     """
-    found = versions(COUNTING)
+    # Without the label of a build (2.13.0+cpu), which names a place to install from.
+    found = {name: version.partition("+")[0] for name, version in versions(COUNTING).items()}
     if experiment.tier == "gpu":
         import torch
 
