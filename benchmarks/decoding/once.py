@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -40,23 +41,30 @@ def once(
     model, stops = checkpoint.model, stop_ids(checkpoint.model)
     pad = checkpoint.tokenizer.pad_token_id or checkpoint.tokenizer.eos_token_id or 0
     longest = max(map(len, rows))
-    ids_BP = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in rows])
-    mask_BP = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows])
+    device = checkpoint.device
+    ids_BP = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in rows], device=device)
+    mask_BP = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in rows], device=device)
     how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     if temperature:
         how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     torch.manual_seed(seed)
-    with count_passes(model) as passes:
+    # A compiled pass would be compiled again for each count; there a token is a pass.
+    counted = "cache_implementation" not in options and len(rows) == 1
+    with count_passes(model) if counted else nullcontext([0]) as passes:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start, begun = time.perf_counter(), time.process_time()
         whole_BL = model.generate(
             ids_BP, attention_mask=mask_BP, max_new_tokens=new, pad_token_id=pad, **how, **options
         )
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds, cpu = time.perf_counter() - start, time.process_time() - begun
     found = [until(ids, stops) for ids in whole_BL[:, longest:].tolist()]
     tokens = sum(map(len, found))
     # A row that has ended takes part in stock passes, but is not counted; only one row drafts there.
     run: Run = {"seconds": seconds, "cpu_seconds": cpu, "ids": found, "new_tokens": tokens,
-                "row_passes": passes[0] if len(rows) == 1 else tokens}  # fmt: skip
+                "row_passes": passes[0] if counted else tokens}  # fmt: skip
     decoder = options.get("custom_generate")
     if decoder is not None:
         counts = decoder.statistics
@@ -82,5 +90,6 @@ def gap(checkpoint: Any, prompt: list[int], stock: list[int], other: list[int]) 
         other: another.
     """
     place = next((n for n, (a, b) in enumerate(zip(stock, other, strict=False)) if a != b), min(len(stock), len(other)))
-    top = checkpoint.model(torch.tensor([prompt + stock[:place]])).logits[0, -1].topk(2).values
+    ids_1L = torch.tensor([prompt + stock[:place]], device=checkpoint.device)
+    top = checkpoint.model(ids_1L).logits[0, -1].topk(2).values
     return float(top[0] - top[1])

@@ -4,13 +4,15 @@
     python benchmarks/decoding/run.py --batch 1,4 --temperatures 0,0.6
     python benchmarks/decoding/run.py --prompts 4 --new 8 --draft none --modes greedy,aded
     python benchmarks/decoding/run.py --lud DIR                       # with a model trained by recipes/lud.yaml
+    python benchmarks/decoding/run.py --device cuda --dtype bfloat16  # against the loop whose passes are a CUDA graph
 
 Trees have the same number of nodes in every mode that has such a setting (`--nodes`); `draft_model` drafts a chain of
 five, and `undrafted` is our loop without any draft, which tells what the loop itself is worth. `hidden_transfer` and
 `chimera` use what is attached to the model or comes with the package, `medusa` heads in `--medusa DIR`; a mode without
 its heads, draft or trained model is left out with a sentence. The assisted modes of transformers take no batches, so at
 `--batch 4` there is stock `generate` alone to compare with; `greedy` is that, and samples where the temperature is
-above 0.
+above 0. On a CUDA device most of a short pass is the launching of its kernels, which a captured graph spares: there
+`captured`, stock `generate` with a static cache and compiled passes, is what everything is compared with.
 
 Every finished run is a line of `runs.jsonl` in the output directory; a run that is there already is not done again, so
 a stopped benchmark goes on where it was. `results.json` and `results.md` are written at the end. Run it on a quiet
@@ -59,7 +61,7 @@ HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "src" / "intaglio"
 # What a run of ours depends on: when one of these changes, finished runs no longer count.
 CODE = ("decoding/**/*.py", "heads/*.py", "verify/**/*.py")
-STOCK = ("greedy", "prompt_lookup_num_tokens", "assistant_model")
+STOCK = (table.BASE, table.CAPTURED, "prompt_lookup_num_tokens", "assistant_model")
 OURS = ("undrafted", "aded", "prompt_lookup", "draft_model", "dyspec", "lud", "hidden_transfer", "chimera", "medusa")
 MORE = ("aded-best", "aded-no-corpus")
 WITH_DRAFT = ("assistant_model", "draft_model", "dyspec")
@@ -96,6 +98,7 @@ class Mode:
         key: what its runs depend on beside the settings of all.
         batches: whether it takes more than one prompt at a time.
         lossless: whether its greedy text is stock greedy's.
+        compiles: whether its first call on a prompt compiles or captures, and so is not counted.
     """
 
     options: Callable[[], dict[str, Any]]
@@ -103,6 +106,7 @@ class Mode:
     key: str = ""
     batches: bool = True
     lossless: bool = True
+    compiles: bool = False
 
 
 def _arguments() -> argparse.Namespace:
@@ -126,6 +130,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="new tokens; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default: %(default)s")
+    parser.add_argument("--dtype", help="of the target and the drafts; default: the checkpoint's own")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     return parser.parse_args()
 
@@ -173,8 +179,8 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Mode]:
     draft = None
     if arguments.draft != "none" and {*wanted} & {*WITH_DRAFT}:
         draft = (
-            SmolLM2Draft().load(_say) if arguments.draft == "smollm2-draft" else intaglio.load(arguments.draft)
-        ).model
+            SmolLM2Draft().load(_say) if arguments.draft == "smollm2-draft" else _load(arguments.draft, arguments)
+        ).model.to(checkpoint.device, checkpoint.model.dtype)
     aded = None
     if {"aded", "aded-best"} & {*wanted}:
         aded = ADED(corpus=prompts.corpus(arguments.texts), tokenizer=checkpoint.tokenizer, nodes=arguments.nodes)
@@ -194,6 +200,10 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
         raise IntaglioError("there is no draft model; give one with --draft")
     if mode == "greedy":
         return Mode(dict, checkpoint)
+    if mode == table.CAPTURED:
+        if checkpoint.device.type != "cuda":
+            raise IntaglioError("graphs are captured on a CUDA device; name one with --device")
+        return Mode(lambda: {"cache_implementation": "static"}, checkpoint, compiles=True)
     if mode == "prompt_lookup_num_tokens":
         return Mode(lambda: {"prompt_lookup_num_tokens": 10}, checkpoint, batches=False)
     if mode == "assistant_model":
@@ -201,7 +211,7 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
     if mode == "lud":
         if arguments.lud is None:
             raise IntaglioError("there is no model that was trained with the objective lud; give one with --lud")
-        tuned = intaglio.load(arguments.lud)
+        tuned = _load(arguments.lud, arguments)
         lud = LUD(tokenizer=tuned.tokenizer)
         return Mode(_with(lud), tuned, f"{ours} {files_stamp(arguments.lud)}", lossless=False)
     if mode in ("hidden_transfer", "chimera"):
@@ -220,6 +230,10 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
         "dyspec": lambda: DySpec(draft=draft, budget=nodes),
     }
     return Mode(_with(made[mode]()), checkpoint, f"{ours} {arguments.draft if mode in WITH_DRAFT else ''}")
+
+
+def _load(name: str, arguments: argparse.Namespace) -> Any:
+    return intaglio.load(name, device=arguments.device, dtype=arguments.dtype)
 
 
 def _with(decoder: Any) -> Callable[[], dict[str, Any]]:
@@ -242,13 +256,14 @@ def _medusa(arguments: argparse.Namespace, checkpoint: Any) -> tuple[MedusaHeads
         heads.load_state_dict(tensors)
     except RuntimeError as error:
         raise IntaglioError("the heads belong to another model than this") from error
+    heads.to(checkpoint.device, checkpoint.model.dtype)
     return heads.requires_grad_(False), likely(arguments.nodes, found.about.get("chances") or assumed(count))
 
 
 def _of_heads(heads: Any, shape: Any) -> str:
     total = hashlib.sha256(repr(shape.paths).encode())
     for tensor in heads.state_dict().values():
-        total.update(tensor.float().numpy().tobytes())
+        total.update(tensor.float().cpu().numpy().tobytes())
     return total.hexdigest()[:16]
 
 
@@ -287,13 +302,15 @@ def main() -> None:
     temperatures = _numbers("--temperatures", arguments.temperatures, float, 0)
     kinds = _listed("--kinds", arguments.kinds, list(prompts.KINDS))
     torch.set_num_threads(arguments.threads)
-    checkpoint = intaglio.load(arguments.model)
+    checkpoint = _load(arguments.model, arguments)
     modes = _modes(arguments, checkpoint)
     all_prompts = prompts.prompts(checkpoint.tokenizer, arguments.texts, arguments.context)
     chosen = prompts.chosen(all_prompts, arguments.prompts, kinds)
     settings = {"model": arguments.model, "files": files_stamp(arguments.model), "texts": arguments.texts,
                 "new": arguments.new, "threads": arguments.threads, "torch": torch.__version__,
                 "transformers": transformers.__version__}  # fmt: skip
+    if checkpoint.device.type != "cpu":
+        settings |= {"device": torch.cuda.get_device_name(checkpoint.device), "dtype": str(checkpoint.model.dtype)}
     told = {
         "nodes": arguments.nodes,
         "prompts": len(chosen),
@@ -301,7 +318,8 @@ def main() -> None:
         "repeats": arguments.repeats,
     }
     # One thread's CPU time is the same on a busy machine, nearly.
-    clock = "cpu_seconds" if arguments.threads == 1 else "seconds"
+    clock = "cpu_seconds" if arguments.threads == 1 and checkpoint.device.type == "cpu" else "seconds"
+    base = table.CAPTURED if table.CAPTURED in modes else table.BASE
     journal, tables, texts = Journal(arguments.out / "runs.jsonl"), [], []
     for mode in modes.values():
         # Not counted: the first call of a model lays its weights out.
@@ -317,9 +335,9 @@ def main() -> None:
                     arguments, journal, some, group, temperature, settings, f"{number + 1}/{len(groups)}"
                 )
             ]
-            found = table.results(runs, clock)
-            tables.append({"batch": batch, "temperature": temperature, "modes": found})
-            texts.append(table.markdown(found, batch, temperature))
+            found = table.results(runs, clock, base)
+            tables.append({"batch": batch, "temperature": temperature, "base": base, "modes": found})
+            texts.append(table.markdown(found, batch, temperature, base))
     writer.write_json(arguments.out / "results.json", {"settings": settings | told, "tables": tables})
     writer.write_text(arguments.out / "results.md", "\n".join(texts))
     print("\n" + "\n".join(texts))
@@ -346,6 +364,8 @@ def _alternated(
             key = json.dumps([rows, mode, repeat, one.key, temperature, settings])
             key = hashlib.sha256(key.encode()).hexdigest()[:24]
             if key not in journal.done:
+                if one.compiles:
+                    once(one.checkpoint, rows, arguments.new, one.options(), temperature, seed=repeat)
                 run = once(one.checkpoint, rows, arguments.new, one.options(), temperature, seed=repeat)
                 journal.append({"key": key, **about, "mode": mode, "repeat": repeat, **run})
                 rate = run["new_tokens"] / run["row_passes"]

@@ -8,6 +8,8 @@ from typing import Any
 Run = dict[str, Any]
 BASE = "greedy"
 """Stock `generate` without help; above temperature 0 it samples."""
+CAPTURED = "captured"
+"""The same with a static cache, its passes compiled into a CUDA graph."""
 TIED = 1e-3
 """Where the target's two highest logits are closer, another text than stock greedy's is rounding."""
 ALL = "geometric mean"
@@ -38,8 +40,8 @@ def per_prompt(runs: list[Run], clock: str = "seconds") -> dict[tuple[str, str],
     }
 
 
-def results(runs: list[Run], clock: str = "seconds") -> dict[str, Any]:
-    """Return, for each mode and kind of prompt, tokens a pass, tokens per second and the ratio to stock.
+def results(runs: list[Run], clock: str = "seconds", base: str = BASE) -> dict[str, Any]:
+    """Return, for each mode and kind of prompt, tokens a pass, tokens per second and the ratio to `base`.
 
     Of the prompts of a kind, tokens a pass are the mean, speed is the median, its ratio that of each prompt. `ALL` is
     the geometric mean over the kinds, and what is counted is summed: `differ`, the prompts whose text is not stock
@@ -48,17 +50,18 @@ def results(runs: list[Run], clock: str = "seconds") -> dict[str, Any]:
     Args:
         runs: of one batch size and temperature.
         clock: as `per_prompt`.
+        base: the mode that speed is compared with.
     """
     found = per_prompt(runs, clock)
     kinds = list(dict.fromkeys(one["kind"] for one in found.values()))
     table: dict[str, Any] = {}
     for mode in dict.fromkeys(mode for _, mode in found):
-        own = [(one, found[name, BASE]) for (name, m), one in found.items() if m == mode and (name, BASE) in found]
+        own = [(one, found[name, base]) for (name, m), one in found.items() if m == mode and (name, base) in found]
         by_kind = {
             kind: {
                 "tokens_per_pass": mean(one["tokens_per_pass"] for one, _ in pairs),
                 "tokens_per_second": median(one["tokens_per_second"] for one, _ in pairs),
-                "speed": median(one["tokens_per_second"] / base["tokens_per_second"] for one, base in pairs),
+                "speed": median(one["tokens_per_second"] / other["tokens_per_second"] for one, other in pairs),
             }
             for kind in kinds
             if (pairs := [(one, base) for one, base in own if one["kind"] == kind])
@@ -76,13 +79,14 @@ def results(runs: list[Run], clock: str = "seconds") -> dict[str, Any]:
     return table
 
 
-def markdown(table: dict[str, Any], batch: int, temperature: float) -> str:
+def markdown(table: dict[str, Any], batch: int, temperature: float, base: str = BASE) -> str:
     """Return the two tables for people.
 
     Args:
         table: from `results`.
         batch: its batch size.
         temperature: its temperature.
+        base: the mode that speed is compared with.
     """
     kinds = list(dict.fromkeys(kind for by_kind in table.values() for kind in by_kind if kind != ALL))
     what = f"batch {batch}, " + (f"temperature {temperature:g}" if temperature else "greedy")
@@ -90,7 +94,7 @@ def markdown(table: dict[str, Any], batch: int, temperature: float) -> str:
     kept = ["other text"] * (not temperature) + ["agreement"] * lossy
     passes = _head(f"Tokens a pass, {what}", ["mode", *kinds, ALL, *kept])
     names = ["mode", *kinds, ALL, "tokens/s", "drafting", "loop"]
-    speed = _head(f"Tokens per second over {BASE}'s, {what}", names)
+    speed = _head(f"Tokens per second over {base}'s, {what}", names)
     for mode, by_kind in table.items():
         whole = by_kind[ALL]
         cells = [_number(by_kind, kind, "tokens_per_pass") for kind in (*kinds, ALL)]
