@@ -9,5 +9,6 @@ What lives here, beside one file a method (`dsnot` ...):
 - `record`: what is committed and shipped of a run, and whether it is stale.
 - `sources`: hashes of the code that a record depends on; `parsed`: files taken apart for it.
 - `plot`, `summary`: what a record says, as a picture and in words; `outlook`: what would decide a claim left open.
+- `carving`, `continuing`: what the runs of several claims share, of carvings and of drafters.
 - `worlds`: models and data that experiments share, split and sealed.
 """

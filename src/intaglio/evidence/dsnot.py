@@ -8,46 +8,29 @@ Dimension letters: N documents, T tokens of a document, I inputs of a linear.
 
 from __future__ import annotations
 
-import copy
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intaglio.anatomy import Linear, anatomy, final_hidden
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Stage, Unit
-from intaglio.evidence.worlds.sealing import Windows
+from intaglio.evidence.carving import BATCH, World, carved
+from intaglio.evidence.experiment import Experiment, Outcome, Secondary, Unit
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
-from intaglio.measures.memory import peak_memory
 from intaglio.measures.quality import quality
-from intaglio.method import Carving, Method, Workload
+from intaglio.method import Method
 from intaglio.weights.dsnot import DSnoT
 from intaglio.weights.sparsegpt import SparseGPT
 from intaglio.weights.wanda import Wanda
 
 LOSS = "log-perplexity"
 ERROR = "layer error"
-BATCH = 8
 ERROR_TOKENS = 32
 """Tokens of each document that the layer errors are taken on: they cost as much as a pass of the model for each arm."""
-
-
-class World(Protocol):
-    """What the experiment asks of a world; it can be hashed, and compares by its fields."""
-
-    def load(self) -> Checkpoint:
-        """The dense model, shared: not to be changed."""
-
-    def calibration(self, seed: int) -> Windows:
-        """The calibration data of a draw."""
-
-    def documents(self, stage: Stage, base: int = 0) -> Windows:
-        """The documents that a stage is measured on."""
 
 
 METHODS: dict[str, tuple[Method, str]] = {
@@ -89,49 +72,11 @@ class Carve:
             unit: of which run.
             seed: of the calibration draw.
         """
-        dense = self.world.load()
-        documents, calibration = self.world.documents(unit.stage, unit.base), self.world.calibration(seed)
-        method = METHODS[arm][0]
-        carved = Checkpoint(copy.deepcopy(dense.model), dense.tokenizer, dense.source)
-        with peak_memory(dense.device) as peak:
-            begun = time.perf_counter()
-            cast(Carving, method).apply(carved, calibration.segments, seed=seed, batch_size=BATCH)
-            seconds = time.perf_counter() - begun
-        losses = quality(carved, documents.segments, batch_size=BATCH).losses
-        errors = layer_errors(dense, carved, documents.segments.ids_NT[:, :ERROR_TOKENS])
-        return Outcome(
-            values={
-                LOSS: dict(zip(documents.names, losses, strict=True)),
-                ERROR: dict(zip(documents.names, errors, strict=True)),
-            },
-            cost=Cost(
-                tokens=calibration.segments.tokens,
-                flops=cast(Carving, method).estimate(workload(dense, calibration)).flops,
-                parameters=sum(int(p.count_nonzero()) for p in carved.model.parameters()),
-                seconds=seconds,
-                peak_bytes=peak.bytes,
-            ),
-            shared={"calibration": calibration.segments.digest, "documents": documents.segments.digest},
-        )
-
-
-def workload(dense: Checkpoint, calibration: Windows) -> Workload:
-    """What the methods' own estimates are made from.
-
-    Args:
-        dense: the model.
-        calibration: a draw.
-    """
-    parts = anatomy(dense.model)
-    return Workload(
-        linears=tuple(linear.shape for _, linear in parts.all_linears()),
-        block_parameters=sum(p.numel() for block in parts.blocks for p in block.parameters()),
-        parameters=sum(p.numel() for p in dense.model.parameters()),
-        hidden=int(parts.config.hidden_size),
-        tokens=calibration.segments.tokens,
-        batch_tokens=BATCH * calibration.segments.length,
-        element_size=next(dense.model.parameters()).element_size(),
-    )
+        done = carved(self.world, METHODS[arm][0], unit, seed)
+        segments, names = done.documents.segments, done.documents.names
+        losses = quality(done.checkpoint, segments, batch_size=BATCH).losses
+        errors = layer_errors(done.dense, done.checkpoint, segments.ids_NT[:, :ERROR_TOKENS])
+        return done.outcome({LOSS: dict(zip(names, losses, strict=True)), ERROR: dict(zip(names, errors, strict=True))})
 
 
 @torch.no_grad()

@@ -13,29 +13,24 @@ already, so it is compared at 30 %.
 
 from __future__ import annotations
 
-import copy
-import time
 from dataclasses import asdict, dataclass
-from typing import cast
 
 import torch
 
 from intaglio.activations.r_sparse import RSparse, Search, reading
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
-from intaglio.evidence.dsnot import World, workload
-from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Unit
+from intaglio.evidence.carving import BATCH, World, carved
+from intaglio.evidence.experiment import Experiment, Outcome, Secondary, Unit
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
-from intaglio.measures.memory import peak_memory
 from intaglio.measures.quality import quality
 from intaglio.measures.units import counted
 from intaglio.measures.zeros import zero_fractions
-from intaglio.method import Carving, Method
+from intaglio.method import Method
 from intaglio.weights.wanda import Wanda
 
 LOSS = "log-perplexity"
 READ = "share of the weights read"
-BATCH = 8
 
 METHODS: dict[str, tuple[Method | None, str]] = {
     "plain": (RSparse.teal(sparsity=0.5), "|x| above a threshold, 50 % (TEAL with a uniform allocation; alpha 1)"),
@@ -79,29 +74,11 @@ class Sparse:
             unit: of which run.
             seed: of the calibration draw, and of the search.
         """
-        dense = self.world.load()
-        documents, calibration = self.world.documents(unit.stage, unit.base), self.world.calibration(seed)
-        method = METHODS[arm][0]
-        carved = Checkpoint(copy.deepcopy(dense.model), dense.tokenizer, dense.source)
-        with peak_memory(dense.device) as peak:
-            begun = time.perf_counter()
-            if method is not None:
-                cast(Carving, method).apply(carved, calibration.segments, seed=seed, batch_size=BATCH)
-            seconds = time.perf_counter() - begun
+        done = carved(self.world, METHODS[arm][0], unit, seed)
         values: dict[str, dict[str, float | None]] = {LOSS: {}, READ: {}}
-        for name, ids_T in zip(documents.names, documents.segments.ids_NT, strict=True):
-            values[LOSS][name], values[READ][name] = measured(carved, ids_T)
-        return Outcome(
-            values=values,
-            cost=Cost(
-                tokens=calibration.segments.tokens,
-                flops=0.0 if method is None else cast(Carving, method).estimate(workload(dense, calibration)).flops,
-                parameters=sum(int(p.count_nonzero()) for p in carved.model.parameters()),
-                seconds=seconds,
-                peak_bytes=peak.bytes,
-            ),
-            shared={"calibration": calibration.segments.digest, "documents": documents.segments.digest},
-        )
+        for name, ids_T in zip(done.documents.names, done.documents.segments.ids_NT, strict=True):
+            values[LOSS][name], values[READ][name] = measured(done.checkpoint, ids_T)
+        return done.outcome(values)
 
 
 def measured(checkpoint: Checkpoint, ids_T: torch.Tensor) -> tuple[float | None, float]:
