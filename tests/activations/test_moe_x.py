@@ -93,6 +93,19 @@ def test_the_layer_is_one_wide_sparse_mlp(form: dict[str, Any]) -> None:
     assert int(used.max()) <= 2
 
 
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_units_that_rest_are_those_of_other_experts_and_those_at_zero(form: dict[str, Any]) -> None:
+    made = layer(**form)
+    x_BLD = random(2, 9, made.width, seed=51)
+    chosen_TK, _ = choose(made.scores(x_BLD.flatten(0, 1)), made.form.active, made.form.gates)
+    encoder = made.bias("encoder")
+    pre_TEF = torch.einsum("td,efd->tef", x_BLD.flatten(0, 1), made.encoder) + (0 if encoder is None else encoder)
+    taken_TE1 = F.one_hot(chosen_TK, made.form.experts).sum(1).bool()[..., None]
+    expected_TEF = taken_TE1 & (pre_TEF > 0 if made.form.activation == "relu" else F.gelu(pre_TEF) != 0)
+    assert torch.equal(made.active(x_BLD), expected_TEF.view(2, 9, -1))
+
+
 def test_exactly_k_experts_and_gates_that_sum_to_one() -> None:
     chosen, gates = choose(random(40, 6), 3)
     assert all(len(set(row)) == 3 for row in chosen.tolist())

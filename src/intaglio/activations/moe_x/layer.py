@@ -262,6 +262,15 @@ class MoELayer(ReplacedMLP):
         z_TEF[token_R, chosen_TK.flatten()[order_R]] = z_RF * gates_TK.flatten()[order_R, None].to(z_RF.dtype)
         return z_TEF.view(*x_BLD.shape[:-1], -1)
 
+    @torch.no_grad()
+    def active(self, x_BD: Tensor) -> Tensor:
+        """Which units take part in a token's output, bool [B, N]: those of its experts whose activation is not 0.
+
+        Args:
+            x_BD: what enters the layer; any leading dimensions.
+        """
+        return self.features(x_BD) != 0
+
     def wide_decoder(self) -> Tensor:
         """[W_dec,1 ... W_dec,E] [D, N]: what `features` are multiplied with."""
         return self.decoder.transpose(0, 1).flatten(1)
