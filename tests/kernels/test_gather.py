@@ -112,6 +112,19 @@ def test_threads_give_the_same_numbers(threads: None, monkeypatch: pytest.Monkey
     assert torch.equal(*found)
 
 
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_row_gets_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
+    from intaglio.kernels import gather_numba
+
+    x, weight, down, up = drawn(1, 3, 90), drawn(2, 90, 1100), drawn(3, 3, 90), drawn(4, 3, 1100)
+    weight, down, up = (part.to(dtype) for part in (weight, down, up))
+    scale, bias = drawn(5, 90).abs(), drawn(6, 1100)
+    together = gather_numba.linear(x, weight, 0.4, scale, down, up, bias)
+    alone = torch.cat([gather_numba.linear(x[b : b + 1], weight, 0.4, scale, down, up, bias) for b in range(3)])
+    assert torch.equal(together, alone)  # to the last bit: a pass over drafts is then the passes that it saves
+
+
 def test_without_numba_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "intaglio.kernels.gather_numba", None)

@@ -13,7 +13,8 @@ What lives here:
 - `gather`: a matrix product from the columns of some inputs, chosen by a threshold.
   - `gather_numba`: it on a CPU.
   - `gather_triton`: it on a GPU, for one token.
-- `addresses`: what those of a CPU share. `shared`: what all do.
+- `rows`: some rows of a weight against some vectors, as the two above multiply on a CPU.
+- `addresses`, `vectors`: what those of a CPU share. `shared`: what all do.
 
 Nothing is compiled, and neither numba nor triton imported, before a product is asked for.
 """

@@ -1,38 +1,35 @@
 """Experts on a CPU. See `experts` for what is computed.
 
 Work is cut into pieces of some rows of one expert of the union. A piece finds the tokens that take its expert, makes
-the inner features of its rows and adds them, times the rows of the second matrix, to those tokens; so each row of
-either matrix is read once, in order, whatever number of tokens takes it, and a token that does not take it costs
-nothing. Four rows by four tokens are multiplied at a time, so that what is read from the caches serves four times.
-Threads take runs of pieces and have sums of their own, which are added up at the end.
+the inner features of its rows, then adds them, times the rows of the second matrix, to those tokens; so each row of
+either matrix is read once, whatever number of tokens takes it, and a token that does not take it costs nothing. The
+rows of a piece are four runs that are read side by side (see `rows`), and up to four tokens meet a row at a time, so
+that what is read serves four times. Threads take pieces in a row and have sums of their own, added up at the end.
 
 bfloat16 is widened as it is read; sums are float32. The first call compiles, some seconds for each dtype.
 
-Dimension letters: T tokens, D width, E experts, H rows of an expert, F = E H.
+Dimension letters: T tokens, D width, E experts, H rows of an expert, F = E H, U experts of the union.
 """
 
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numba
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit, prange
 from torch import Tensor
 
-from intaglio.kernels.addresses import may_share
+from intaglio.kernels import rows
+from intaglio.kernels.addresses import compiled, may_share, pointer
 
-_PIECE = 16
+_ROWS = 4
+"""Rows that are multiplied at a time."""
+_PIECE = 64
 """Rows of a piece: enough to be worth the look for its tokens, few enough that two threads get equally many."""
-_COLUMNS = 1 << 10
-"""Columns at a time: four rows of them stay in the first cache while all tokens meet them, and as many of the other
-matrix, which come next, are fetched meanwhile."""
-_LINE = 64
 _WORTH = 1 << 19
 """Elements of the weights that a further thread is worth waking for: about 50 microseconds."""
 
@@ -49,219 +46,150 @@ def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Ten
     Returns:
         [T, D] in x's dtype.
     """
-    x, score = (_array(tensor.float()) for tensor in (x_TD, score_TE))
-    up, down = _array(up_FD), _array(down_FD)
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + _read(score, up) // _WORTH)
-    y = _together(x, up, down, score, threads) if threads > 1 and may_share() else _alone(x, up, down, score)
-    return torch.from_numpy(y).to(x_TD.dtype)
+    dtype, (T, D), (F, E) = x_TD.dtype, x_TD.shape, (len(up_FD), score_TE.shape[1])
+    x_TD, score_TE = x_TD.detach().float().contiguous(), score_TE.detach().float().contiguous()
+    up_FD, down_FD = up_FD.detach().contiguous(), down_FD.detach().contiguous()
+    half = dtype == torch.bfloat16
+    # How much a further thread is worth is known only when the union is, which is found in compiled code.
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + 2 * F * D // _WORTH)
+    threads = threads if threads > 1 and may_share() else 1
+    y_STD = torch.zeros(threads, T, D)
+    given = (x_TD.data_ptr(), up_FD.data_ptr(), down_FD.data_ptr(), score_TE.data_ptr(), T, D, F, E, y_STD.data_ptr())
+    if threads > 1:
+        _together(half)(*given, threads)
+    else:
+        _alone(half)(*given)
+    return (y_STD[0] if threads == 1 else y_STD.sum(0)).to(dtype)
 
 
-def _array(tensor: Tensor) -> Any:
-    """As numpy sees it; bfloat16, which it has not, as its bits."""
-    tensor = tensor.detach().contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def _read(score: Any, up: Any) -> int:
-    """Elements of both matrices that the union reads."""
-    return 2 * int((score != 0).any(0).sum()) * up.size // score.shape[1]
-
-
-# What follows is compiled. Sums may be taken in any order, which vectors need.
-_compiled = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
-
-
-@intrinsic
-def _wide(_context, value):
-    """A weight as float32: itself, or the bfloat16 of these bits."""
-    if value == types.float32:
-        return types.float32(value), lambda _c, _b, _s, values: values[0]
-
-    def emit(_context, builder, _signature, values):
-        word = builder.zext(values[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(word, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
-
-    return types.float32(value), emit
-
-
-@intrinsic
-def _ask(_context, address):
-    """Have the line of the cache at an address fetched, without waiting for it."""
-
-    def emit(_context, builder, _signature, values):
-        byte = ir.IntType(8).as_pointer()
-        kind = ir.FunctionType(ir.VoidType(), [byte, *[ir.IntType(32)] * 3])
-        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        said = [ir.Constant(ir.IntType(32), number) for number in (0, 2, 1)]
-        builder.call(fetch, [builder.inttoptr(values[0], byte), *said])
-        return _context.get_dummy_value()
-
-    return types.void(types.int64), emit
-
-
-@_compiled
-def _fetch(weight, row, left, right):
-    """Four rows from `row` on, some columns of them, are wanted soon."""
-    if row + 4 > len(weight):
-        return
-    for k in range(4):
-        address = weight.ctypes.data + ((row + k) * weight.shape[1] + left) * weight.itemsize
-        for byte in range(0, (right - left) * weight.itemsize, _LINE):
-            _ask(address + byte)
-
-
-@_compiled
-def _dots_4(p, q, r, s, xa, xb, xc, xd, u, n):
-    """Some columns of four rows by four tokens: sixteen inner products, added to u[n:n+4]."""
-    pa = pb = pc = pd = qa = qb = qc = qd = np.float32(0)
-    ra = rb = rc = rd = sa = sb = sc = sd = np.float32(0)
-    for i in range(len(xa)):
-        wp, wq, wr, ws = _wide(p[i]), _wide(q[i]), _wide(r[i]), _wide(s[i])
-        va, vb, vc, vd = xa[i], xb[i], xc[i], xd[i]
-        pa += wp * va
-        pb += wp * vb
-        pc += wp * vc
-        pd += wp * vd
-        qa += wq * va
-        qb += wq * vb
-        qc += wq * vc
-        qd += wq * vd
-        ra += wr * va
-        rb += wr * vb
-        rc += wr * vc
-        rd += wr * vd
-        sa += ws * va
-        sb += ws * vb
-        sc += ws * vc
-        sd += ws * vd
-    for m, (of_p, of_q, of_r, of_s) in enumerate(
-        ((pa, qa, ra, sa), (pb, qb, rb, sb), (pc, qc, rc, sc), (pd, qd, rd, sd))
-    ):
-        u[n + m, 0] += of_p
-        u[n + m, 1] += of_q
-        u[n + m, 2] += of_r
-        u[n + m, 3] += of_s
-
-
-@_compiled
-def _dots_1(p, q, r, s, xa, u, n):
-    """The same by one token."""
-    pa = qa = ra = sa = np.float32(0)
-    for i in range(len(xa)):
-        va = xa[i]
-        pa += _wide(p[i]) * va
-        qa += _wide(q[i]) * va
-        ra += _wide(r[i]) * va
-        sa += _wide(s[i]) * va
-    u[n, 0] += pa
-    u[n, 1] += qa
-    u[n, 2] += ra
-    u[n, 3] += sa
-
-
-@_compiled
-def _add(y, p, q, r, s, a, b, c, d):
-    """Add four rows, times a number each, to what one token has so far."""
-    for i in range(len(y)):
-        y[i] += _wide(p[i]) * a + _wide(q[i]) * b + _wide(r[i]) * c + _wide(s[i]) * d
-
-
-@_compiled
+@compiled
 def _silu(z):
     return z / (np.float32(1) + np.float32(math.exp(-z)))
 
 
-@_compiled
-def _four(weight, row, left, right):
-    return (
-        weight[row, left:right],
-        weight[row + 1, left:right],
-        weight[row + 2, left:right],
-        weight[row + 3, left:right],
-    )
-
-
-@_compiled
-def _piece(x, up, down, score, expert, first, end, tokens, u, y):
-    """Rows `first` to `end` of one expert, for all tokens that take it."""
-    D, taken = x.shape[1], 0
-    for t in range(len(x)):
-        if score[t, expert] != 0:
-            tokens[taken] = t
-            taken += 1
-    for f in range(first, end, 4):
-        # The last four rows again where fewer are left: those that are done already count nothing.
-        start = f if f + 4 <= end else max(0, end - 4)
-        u[:taken] = 0
-        for left in range(0, D, _COLUMNS):
-            right = min(D, left + _COLUMNS)
-            _fetch(down, start, left, right)
-            p, q, r, s = _four(up, start, left, right)
-            n = 0
-            while n + 4 <= taken:
-                a, b, c, d = tokens[n], tokens[n + 1], tokens[n + 2], tokens[n + 3]
-                _dots_4(p, q, r, s, x[a, left:right], x[b, left:right], x[c, left:right], x[d, left:right], u, n)
-                n += 4
-            while n < taken:
-                _dots_1(p, q, r, s, x[tokens[n], left:right], u, n)
-                n += 1
-        for n in range(taken):
-            by = score[tokens[n], expert]
-            for k in range(4):
-                inside = f <= start + k < end
-                u[n, k] = _silu(u[n, k]) * by if inside else np.float32(0)
-        for left in range(0, D, _COLUMNS):
-            right = min(D, left + _COLUMNS)
-            _fetch(up, start + 4, left, right)
-            p, q, r, s = _four(down, start, left, right)
-            for n in range(taken):
-                _add(y[tokens[n], left:right], p, q, r, s, u[n, 0], u[n, 1], u[n, 2], u[n, 3])
-
-
-@_compiled
-def _union(score):
-    """The experts that some token takes."""
-    found = np.empty(score.shape[1], np.int64)
+@compiled
+def _union(score, T, E, found):
+    """Note the experts that some token takes, and return how many they are."""
+    score_TE, found_U = pointer(score, np.float32), pointer(found, np.int64)
     count = 0
-    for e in range(score.shape[1]):
-        for t in range(len(score)):
-            if score[t, e] != 0:
-                found[count] = e
+    for e in range(E):
+        for t in range(T):
+            if score_TE[t * E + e] != 0:
+                found_U[count] = e
                 count += 1
                 break
-    return found[:count]
+    return count
 
 
-@_compiled
-def _some(x, up, down, score, union, low, high, y):
-    """Pieces `low` to `high` of the union."""
-    H = len(up) // score.shape[1]
-    each = (H + _PIECE - 1) // _PIECE
-    tokens, u = np.empty(len(x), np.int64), np.empty((len(x), 4), np.float32)
-    for piece in range(low, high):
-        start = union[piece // each] * H
-        first = start + piece % each * _PIECE
-        _piece(x, up, down, score, union[piece // each], first, min(start + H, first + _PIECE), tokens, u, y)
+@lru_cache
+def _functions(half: bool) -> Any:
+    """What goes over some pieces, for weights of a dtype."""
+    size, most = 2 if half else 4, rows.most_vectors()
+    dots_1, dots_2, dots_3, dots_4 = (rows.dots(_ROWS, min(n, most), half) for n in (1, 2, 3, 4))
+    adds_1, adds_2, adds_3, adds_4 = (rows.adds(_ROWS, min(n, most), half) for n in (1, 2, 3, 4))
+
+    @compiled
+    def dots(w, D, apart, sums, n, x0, x1, x2, x3):
+        w1, w2, w3 = w + apart[0], w + apart[1], w + apart[2]
+        if n == 1:
+            dots_1((D, sums, w, w1, w2, w3, x0))
+        elif n == 2:
+            dots_2((D, sums, w, w1, w2, w3, x0, x1))
+        elif n == 3 and most > 2:
+            dots_3((D, sums, w, w1, w2, w3, x0, x1, x2))
+        elif most > 2:
+            dots_4((D, sums, w, w1, w2, w3, x0, x1, x2, x3))
+
+    @compiled
+    def adds(w, D, apart, numbers, n, y0, y1, y2, y3):
+        w1, w2, w3 = w + apart[0], w + apart[1], w + apart[2]
+        if n == 1:
+            adds_1((D, numbers, w, w1, w2, w3, y0))
+        elif n == 2:
+            adds_2((D, numbers, w, w1, w2, w3, y0, y1))
+        elif n == 3 and most > 2:
+            adds_3((D, numbers, w, w1, w2, w3, y0, y1, y2))
+        elif most > 2:
+            adds_4((D, numbers, w, w1, w2, w3, y0, y1, y2, y3))
+
+    @compiled
+    def piece(x, up, down, score, T, D, E, expert, first, count, tokens, sums, y):
+        """`count` rows of one expert from `first` on, in four runs side by side, for all tokens that take it."""
+        score_TE, token_N = pointer(score, np.float32), pointer(tokens, np.int64)
+        sum_NR = pointer(sums, np.float32)
+        taken, row = 0, size * D
+        for t in range(T):
+            if score_TE[t * E + expert] != 0:
+                token_N[taken] = t
+                taken += 1
+        run = (count + _ROWS - 1) // _ROWS
+        latest = max(0, count - run)
+        s1, s2, s3 = min(run, latest), min(2 * run, latest), min(3 * run, latest)
+        starts = (0, s1, s2, s3)
+        apart = (row * s1, row * s2, row * s3)
+        for g in range(run):
+            for n in range(0, taken, most):
+                some = min(most, taken - n)
+                a, b = x + 4 * D * token_N[n], x + 4 * D * token_N[n + min(1, some - 1)]
+                c, d = x + 4 * D * token_N[n + min(2, some - 1)], x + 4 * D * token_N[n + some - 1]
+                dots(up + row * (first + g), D, apart, sums + 4 * _ROWS * (g * T + n), some, a, b, c, d)
+            for n in range(taken):
+                by = score_TE[token_N[n] * E + expert]
+                for r in range(_ROWS):
+                    at = _ROWS * (g * T + n) + r
+                    sum_NR[at] = _silu(sum_NR[at]) * by if starts[r] + g >= r * run else np.float32(0)
+        for g in range(run):
+            for n in range(0, taken, most):
+                some = min(most, taken - n)
+                a, b = y + 4 * D * token_N[n], y + 4 * D * token_N[n + min(1, some - 1)]
+                c, d = y + 4 * D * token_N[n + min(2, some - 1)], y + 4 * D * token_N[n + some - 1]
+                adds(down + row * (first + g), D, apart, sums + 4 * _ROWS * (g * T + n), some, a, b, c, d)
+
+    @compiled
+    def some(x, up, down, score, T, D, H, E, union, low, high, y):
+        """Pieces `low` to `high` of the union."""
+        union_U = pointer(union, np.int64)
+        each = (H + _PIECE - 1) // _PIECE
+        tokens, sums = np.empty(T, np.int64), np.empty((_PIECE, T, _ROWS), np.float32)
+        room, sums_ = tokens.ctypes.data, sums.ctypes.data
+        for number in range(low, high):
+            expert, before = union_U[number // each], number % each * _PIECE
+            count = min(_PIECE, H - before)
+            piece(x, up, down, score, T, D, E, expert, expert * H + before, count, room, sums_, y)
+
+    return some
 
 
-@_compiled
-def _alone(x, up, down, score):
-    union, y = _union(score), np.zeros(x.shape, np.float32)
-    _some(x, up, down, score, union, 0, len(union) * ((len(up) // score.shape[1] + _PIECE - 1) // _PIECE), y)
-    return y
+@lru_cache
+def _alone(half: bool) -> Any:
+    """The product in one thread."""
+    some = _functions(half)
+
+    @compiled
+    def alone(x, up, down, score, T, D, F, E, y):
+        union, H = np.empty(E, np.int64), F // E
+        count = _union(score, T, E, union.ctypes.data)
+        some(x, up, down, score, T, D, H, E, union.ctypes.data, 0, count * ((H + _PIECE - 1) // _PIECE), y)
+
+    return alone
 
 
-@njit(nogil=True, error_model="numpy", parallel=True)
-def _together(x, up, down, score, threads):
-    union = _union(score)
-    pieces = len(union) * ((len(up) // score.shape[1] + _PIECE - 1) // _PIECE)
-    sums = np.zeros((threads, *x.shape), np.float32)
-    before = numba.get_num_threads()
-    numba.set_num_threads(threads)
-    for share in prange(threads):
-        _some(x, up, down, score, union, share * pieces // threads, (share + 1) * pieces // threads, sums[share])
-    numba.set_num_threads(before)
-    y = sums[0]
-    for share in range(1, threads):
-        y = y + sums[share]
-    return y
+@lru_cache
+def _together(half: bool) -> Any:
+    """The product in several, each into sums of its own."""
+    some = _functions(half)
+
+    @njit(nogil=True, error_model="numpy", parallel=True)
+    def together(x, up, down, score, T, D, F, E, y, threads):
+        union, H = np.empty(E, np.int64), F // E
+        count = _union(score, T, E, union.ctypes.data)
+        pieces = count * ((H + _PIECE - 1) // _PIECE)
+        threads = max(1, min(threads, 1 + 2 * count * H * D // _WORTH))
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        for share in prange(threads):
+            low, high = share * pieces // threads, (share + 1) * pieces // threads
+            some(x, up, down, score, T, D, H, E, union.ctypes.data, low, high, y + 4 * T * D * share)
+        numba.set_num_threads(before)
+
+    return together

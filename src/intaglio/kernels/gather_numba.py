@@ -2,8 +2,9 @@
 
 A call chooses the inputs, notes their places and values, and adds their columns to the outputs eight at a time, so that
 outputs are read and written once for eight columns; columns lie one behind the other in memory, and those of inputs
-that were not chosen are not touched. Then come the rows of `up`, which are added in just the same way. With several
-rows of activations a column is read where one of them wants it, and counts nothing for the others.
+that were not chosen are not touched; towards their ends the next eight are asked for (see `rows`). Then come the rows
+of `up`, which are added in just the same way. With several rows of activations a column is read where one of them wants
+it, and counts nothing for the others.
 
 Outputs are shared out over torch's number of threads where a product is worth it. Each output is a sum in one order,
 whatever the threads, so results do not depend on them.
@@ -22,16 +23,18 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from intaglio.kernels import rows
 from intaglio.kernels.addresses import as_float, compiled, may_share, pointer
 
 _WORTH = 1 << 20
 """Weights that a further thread is worth waking for: about 15 microseconds."""
 _CHUNK = 1024
 """Outputs that are worked on at a time where several rows read the same columns: those stay in the first cache."""
+_TOGETHER = 8
+"""Columns that are added at a time."""
 _LINE = 64
 
 _dots = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
-_adds = njit(nogil=True, error_model="numpy", fastmath={"contract"})
 
 
 def linear(
@@ -139,52 +142,54 @@ def _functions(dtype: torch.dtype) -> tuple[Any, Any]:
                     total += number(down_I[i]) * rest_I[i]
                 low_RB[r * B + b] = total
 
-    @_adds
-    def eight(y_O, w0, w1, w2, w3, w4, w5, w6, w7, c0, c1, c2, c3, c4, c5, c6, c7, first, end):
-        a0, a1, a2, a3 = pointer(w0, stored), pointer(w1, stored), pointer(w2, stored), pointer(w3, stored)
-        a4, a5, a6, a7 = pointer(w4, stored), pointer(w5, stored), pointer(w6, stored), pointer(w7, stored)
-        for o in range(first, end):
-            even = number(a0[o]) * c0 + number(a1[o]) * c1 + number(a2[o]) * c2 + number(a3[o]) * c3
-            odd = number(a4[o]) * c4 + number(a5[o]) * c5 + number(a6[o]) * c6 + number(a7[o]) * c7
-            y_O[o] += even + odd
-
-    @_adds
-    def single(y_O, w, c, first, end):
-        a = pointer(w, stored)
-        for o in range(first, end):
-            y_O[o] += number(a[o]) * c
+    eight_1, eight_2 = (rows.adds(_TOGETHER, n, half, onward=True) for n in (1, 2))
+    single = rows.adds(1, 1, half)
 
     @compiled
-    def add(weight, outputs, places, values, count, B, y, first, end):
-        """y[b, o] += sum_c values[c, b] weight[places[c], o] for the outputs `first` to `end`; without places, all."""
+    def columns(start, row, places, c):
+        """Where eight columns begin."""
+        place_C = pointer(places, np.int32)
+        return (
+            start + row * np.int64(place_C[c] if places else c),
+            start + row * np.int64(place_C[c + 1] if places else c + 1),
+            start + row * np.int64(place_C[c + 2] if places else c + 2),
+            start + row * np.int64(place_C[c + 3] if places else c + 3),
+            start + row * np.int64(place_C[c + 4] if places else c + 4),
+            start + row * np.int64(place_C[c + 5] if places else c + 5),
+            start + row * np.int64(place_C[c + 6] if places else c + 6),
+            start + row * np.int64(place_C[c + 7] if places else c + 7),
+        )
+
+    @compiled
+    def add(weight, outputs, places, values, count, B, y, first, end, numbers):
+        """y[b, o] += sum_c values[c, b] weight[places[c], o] for the outputs `first` to `end`; without places, all.
+
+        One column after the other is added, so that what a row gets does not depend on what the others want.
+        """
         place_C, value_CB = pointer(places, np.int32), pointer(values, np.float32)
-        row = size * outputs
+        number_N = pointer(numbers, np.float32)
+        row, out = size * outputs, 4 * outputs
         chunk = end - first if B == 1 else _CHUNK
-        for start in range(first, end, max(1, chunk)):
-            stop = min(end, start + chunk)
+        for begin in range(first, end, max(1, chunk)):
+            n, start = min(end - begin, chunk), weight + size * begin
             c = 0
-            while c + 8 <= count:
-                w0 = weight + row * np.int64(place_C[c] if places else c)
-                w1 = weight + row * np.int64(place_C[c + 1] if places else c + 1)
-                w2 = weight + row * np.int64(place_C[c + 2] if places else c + 2)
-                w3 = weight + row * np.int64(place_C[c + 3] if places else c + 3)
-                w4 = weight + row * np.int64(place_C[c + 4] if places else c + 4)
-                w5 = weight + row * np.int64(place_C[c + 5] if places else c + 5)
-                w6 = weight + row * np.int64(place_C[c + 6] if places else c + 6)
-                w7 = weight + row * np.int64(place_C[c + 7] if places else c + 7)
-                for b in range(B):
-                    v = c * B + b
-                    eight(
-                        pointer(y + 4 * b * outputs, np.float32), w0, w1, w2, w3, w4, w5, w6, w7,
-                        value_CB[v], value_CB[v + B], value_CB[v + 2 * B], value_CB[v + 3 * B],
-                        value_CB[v + 4 * B], value_CB[v + 5 * B], value_CB[v + 6 * B], value_CB[v + 7 * B],
-                        start, stop,
-                    )  # fmt: skip
-                c += 8
+            while c + _TOGETHER <= count:
+                w = columns(start, row, places, c)
+                then = columns(start, row, places, c + _TOGETHER) if c + 2 * _TOGETHER <= count else w
+                for b in range(0, B, 2):
+                    for k in range(_TOGETHER):
+                        number_N[k] = value_CB[(c + k) * B + b]
+                        number_N[_TOGETHER + k] = value_CB[(c + k) * B + min(b + 1, B - 1)]
+                    here = y + b * out + 4 * begin
+                    if b + 1 < B:
+                        eight_2((n, numbers, *w, *then, here, here + out))
+                    else:
+                        eight_1((n, numbers, *w, *then, here))
+                c += _TOGETHER
             while c < count:
-                w = weight + row * np.int64(place_C[c] if places else c)
+                w0 = start + row * np.int64(place_C[c] if places else c)
                 for b in range(B):
-                    single(pointer(y + 4 * b * outputs, np.float32), w, value_CB[c * B + b], start, stop)
+                    single((n, values + 4 * (c * B + b), w0, y + b * out + 4 * begin))
                 c += 1
 
     return dots, add
@@ -210,8 +215,9 @@ def _alone(dtype: torch.dtype) -> Any:
         chosen = _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest)
         dots(down, inputs, rest, B, low, 0, rank)
         _begin(y, B, outputs, bias, 0, outputs)
-        add(weight, outputs, places, values, chosen, B, y, 0, outputs)
-        add(up, outputs, np.int64(0), low, rank, B, y, 0, outputs)
+        numbers = np.empty(2 * _TOGETHER, np.float32)
+        add(weight, outputs, places, values, chosen, B, y, 0, outputs, numbers.ctypes.data)
+        add(up, outputs, np.int64(0), low, rank, B, y, 0, outputs, numbers.ctypes.data)
 
     return alone
 
@@ -238,8 +244,9 @@ def _together(dtype: torch.dtype) -> Any:
         for share in prange(threads):
             first, end = min(outputs, share * part), min(outputs, (share + 1) * part)
             _begin(y, B, outputs, bias, first, end)
-            add(weight, outputs, places, values, chosen, B, y, first, end)
-            add(up, outputs, np.int64(0), low, rank, B, y, first, end)
+            numbers = np.empty(2 * _TOGETHER, np.float32)
+            add(weight, outputs, places, values, chosen, B, y, first, end, numbers.ctypes.data)
+            add(up, outputs, np.int64(0), low, rank, B, y, first, end, numbers.ctypes.data)
         numba.set_num_threads(before)
 
     return together

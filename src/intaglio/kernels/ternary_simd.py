@@ -25,33 +25,32 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import config, types
-from numba.core.codegen import get_host_cpu_features
+from numba import types
 from numba.extending import intrinsic
+
+from intaglio.kernels.vectors import LINE, Value, features
+from intaglio.kernels.vectors import Emitter as Base
 
 ROWS = 4
 """Rows of the weight that a tile multiplies together."""
 _AHEAD = 1 << 14
 """Bytes between what is multiplied and what is fetched."""
-_LINE = 64
 _TAIL = 16
 """Bytes of the vectors for what is left of a row; what rows are filled up to."""
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-Value = Any
 
 
 def instructions() -> tuple[str, int]:
     """Return how this processor multiplies bytes, and the bytes of its vectors, as numba will compile for it."""
-    told = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    has = {feature[1:] for feature in told.split(",") if feature.startswith("+")}
+    has = features()
     if {"avx512vnni", "avx512bw", "avx512vl"} <= has:
         return "vnni", 64
     return ("avx2", 32) if "avx2" in has else ("any", 32)
 
 
-class Emitter:
-    """Vector operations at the end of a block of code.
+class Emitter(Base):
+    """See the base.
 
     Args:
         builder: numba's.
@@ -59,23 +58,13 @@ class Emitter:
     """
 
     def __init__(self, builder: ir.IRBuilder, kind: str) -> None:
-        self.builder, self.kind = builder, kind
-
-    def call(self, name: str, returned: Value, *values: Value) -> Value:
-        """What a function of LLVM's returns for these values."""
-        module = self.builder.module
-        made = ir.FunctionType(returned, [value.type for value in values])
-        return self.builder.call(module.globals.get(name) or ir.Function(module, made, name), values)
+        super().__init__(builder)
+        self.kind = kind
 
     def load(self, address: Value, size: int) -> Value:
         """A vector of this many bytes, wherever it lies."""
         pointer = self.builder.inttoptr(address, ir.VectorType(_I8, size).as_pointer())
         return self.builder.load(pointer, align=1)
-
-    def fetch(self, address: Value) -> None:
-        """Bring the line of this address into the second-level cache (read, locality 2, data)."""
-        pointer = self.builder.inttoptr(address, _I8.as_pointer())
-        self.call("llvm.prefetch.p0", ir.VoidType(), pointer, *(ir.Constant(_I32, value) for value in (0, 2, 1)))
 
     def codes(self, packed: Value, size: int) -> list[Value]:
         """The four vectors of codes in one of packed bytes; 16 bits are shifted, as no processor shifts bytes."""
@@ -204,7 +193,7 @@ def _emit(context: Any, emit: Emitter, tokens: int, widest: int, *given: Value) 
         b.cbranch(b.icmp_unsigned("<", j, end), body, behind)
 
         b.position_at_end(body)
-        for line in range(0, ROWS * size, _LINE):
+        for line in range(0, ROWS * size, LINE):
             emit.fetch(b.add(b.add(fetched, b.mul(j, number(ROWS))), number(line)))
         code_RK = [emit.codes(emit.load(b.add(row, j), size), size) for row in row_R]
         for x_K, sum_R in zip(x_TK, sum_TR, strict=True):
