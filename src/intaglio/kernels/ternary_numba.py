@@ -37,6 +37,8 @@ _LINE = 64
 _INFINITE = np.int32(0x7F800000)
 """The bits of the float32; those of what is not a number are greater."""
 
+_AHEAD, _AHEAD_RUNS = 1 << 14, 1 << 11
+"""Bytes between what is multiplied and what is asked for, where rows follow each other and where they are four runs."""
 _tile_1, _tile_2, _tile_4 = (tile(tokens, *instructions()) for tokens in (1, 2, 4))
 
 
@@ -205,22 +207,28 @@ def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, sc
 
 
 @compiled
-def _multiply(digits, D, packed, outputs, J, sums, stride, first, end):
+def _multiply(digits, D, packed, J, sums, stride, first, end):
     """Multiply rows `first` to `end` of the weight with all rows of integers; `stride`: bytes of a row of sums."""
-    last = packed + (outputs - 1) * J
+    # One or two rows of integers wait for the memory, which is read fastest in four runs side by side; more of them
+    # wait for products, and are better off with rows that follow each other. What is left over is done twice.
+    count = end - first
+    groups = (count + ROWS - 1) // ROWS
+    apart, most, ahead = (groups, count - groups, _AHEAD_RUNS) if D <= 2 else (1, count - 1, _AHEAD)
+    b, c, e = min(apart, most), min(2 * apart, most), min(3 * apart, most)
     many = max(4, _CACHE // (4 * J) // 4 * 4)
     for start in range(0, D, many):
         stop = min(D, start + many)
-        for o in range(first, end, ROWS):
+        for group in range(groups):
+            o = first + (group if D <= 2 else min(ROWS * group, max(0, count - ROWS)))
             rows, there, d = packed + o * J, sums + 4 * o, start
             while d + 4 <= stop:
-                _tile_4(rows, last, J, digits + d * 4 * J, there + d * stride, stride)
+                _tile_4(rows, b, c, e, ahead, J, digits + d * 4 * J, there + d * stride, stride)
                 d += 4
             if d + 2 <= stop:
-                _tile_2(rows, last, J, digits + d * 4 * J, there + d * stride, stride)
+                _tile_2(rows, b, c, e, ahead, J, digits + d * 4 * J, there + d * stride, stride)
                 d += 2
             if d < stop:
-                _tile_1(rows, last, J, digits + d * 4 * J, there + d * stride, stride)
+                _tile_1(rows, b, c, e, ahead, J, digits + d * 4 * J, there + d * stride, stride)
 
 
 @compiled
@@ -270,7 +278,7 @@ def _alone(kind, x, B, width, packed, outputs, J, y, scale, scales, bias, low, h
     D = B * _DIGITS if kind == _FLOATING else B
     digits, sums, own, totals, stride = _parts(D, J, outputs, room)
     _prepare(kind, x, B, width, 4 * J, low, high, peak, eps, digits, totals, own)
-    _multiply(digits, D, packed, outputs, J, sums, stride, 0, outputs)
+    _multiply(digits, D, packed, J, sums, stride, 0, outputs)
     _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, own, 0, outputs)
 
 
@@ -285,6 +293,6 @@ def _together(kind, x, B, width, packed, outputs, J, y, scale, scales, bias, low
     part = ((outputs + threads - 1) // threads + 15) // 16 * 16
     for share in prange(threads):
         first, end = share * part, min(outputs, (share + 1) * part)
-        _multiply(digits, D, packed, outputs, J, sums, stride, first, end)
+        _multiply(digits, D, packed, J, sums, stride, first, end)
         _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, own, first, end)
     numba.set_num_threads(before)

@@ -13,8 +13,8 @@ for V of the widest vectors of this processor, then of 16 bytes for the rest of 
 - `avx2`: PMADDUBSW and PMADDWD; sums of 16 bits never saturate, as a code is at most 2: 4 (2 x 2 x 128) = 2048;
 - `any`: shifts and 16-bit products, on any processor.
 
-Weights are read once, in order, so that memory is what limits one to three tokens: what will be needed 16 KiB later is
-fetched into the second-level cache, the lines of four rows as one run.
+Weights are read once, so that memory is what limits one to three tokens, and every step asks for lines of the weights
+that are needed some steps later.
 
 Unsigned codes that the sum of x corrects are what llama.cpp's TQ2_0 multiplies, too (its pull request 8151).
 """
@@ -28,13 +28,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from intaglio.kernels.vectors import LINE, Value, features
 from intaglio.kernels.vectors import Emitter as Base
+from intaglio.kernels.vectors import Value, features
 
 ROWS = 4
 """Rows of the weight that a tile multiplies together."""
-_AHEAD = 1 << 14
-"""Bytes between what is multiplied and what is fetched."""
 _TAIL = 16
 """Bytes of the vectors for what is left of a row; what rows are filled up to."""
 
@@ -148,11 +146,12 @@ def _low(b: ir.IRBuilder, value: Value, of: ir.IntType, lanes: int) -> Value:
 def tile(tokens: int, kind: str, size: int) -> Callable[..., None]:
     """Return a function for numba: the products of four rows of the weight with some tokens.
 
-        tile(rows, last, J, x, sums, stride)
+        tile(rows, b, c, d, ahead, J, x, sums, stride)
 
-    `rows` is the address of the first row, `last` that of the last there is (rows behind it are taken to be it), J the
-    bytes of a row; `x` the address of the first token's 4J integers, the next token's follow them; `sums` the address
-    of four 32-bit results for the first token, the next token's lie `stride` bytes behind. All are 64-bit integers.
+    `rows` is the address of the first row; b, c and d say how many rows behind it the others lie, `ahead` how many
+    bytes lie between what is multiplied and what is asked for; J is the bytes of a row. `x` is the address of the first
+    token's 4J integers, the next token's follow them; `sums` that of the first row's 32-bit result for the first token:
+    those of the other rows lie b, c and d behind it, those of the next token `stride` bytes. All are 64-bit integers.
 
     Args:
         tokens: 1 to 4.
@@ -161,8 +160,8 @@ def tile(tokens: int, kind: str, size: int) -> Callable[..., None]:
     """
 
     @intrinsic
-    def multiply(_context, rows, last, J, x, sums, stride):
-        return types.void(*(types.int64,) * 6), lambda context, builder, _signature, values: _emit(
+    def multiply(_context, rows, b, c, d, ahead, J, x, sums, stride):
+        return types.void(*(types.int64,) * 9), lambda context, builder, _signature, values: _emit(
             context, Emitter(builder, kind), tokens, size, *values
         )
 
@@ -170,15 +169,11 @@ def tile(tokens: int, kind: str, size: int) -> Callable[..., None]:
 
 
 def _emit(context: Any, emit: Emitter, tokens: int, widest: int, *given: Value) -> Value:
-    rows, last, J, x, sums, stride = given
+    rows, *behind_R, ahead, J, x, sums, stride = given
     b = emit.builder
     number = lambda value: ir.Constant(_I64, value)  # noqa: E731
-    row_R = [rows]
-    for _ in range(1, ROWS):
-        following = b.add(row_R[-1], J)
-        row_R.append(b.select(b.icmp_unsigned("<=", following, last), following, last))
+    row_R = [rows, *(b.add(rows, b.mul(J, behind)) for behind in behind_R)]
     x_TK = [[b.add(x, b.mul(J, number(4 * token + k))) for k in range(4)] for token in range(tokens)]
-    fetched = b.add(rows, number(_AHEAD))
     total_TR = [[ir.Constant(ir.VectorType(_I32, 4), None)] * ROWS for _ in range(tokens)]
     start: Value = number(0)
     for size in (widest, _TAIL):
@@ -193,8 +188,8 @@ def _emit(context: Any, emit: Emitter, tokens: int, widest: int, *given: Value) 
         b.cbranch(b.icmp_unsigned("<", j, end), body, behind)
 
         b.position_at_end(body)
-        for line in range(0, ROWS * size, LINE):
-            emit.fetch(b.add(b.add(fetched, b.mul(j, number(ROWS))), number(line)))
+        for row in row_R:
+            emit.fetch(b.add(b.add(row, j), ahead))
         code_RK = [emit.codes(emit.load(b.add(row, j), size), size) for row in row_R]
         for x_K, sum_R in zip(x_TK, sum_TR, strict=True):
             xs = [emit.load(b.add(plane, j), size) for plane in x_K]
@@ -211,6 +206,8 @@ def _emit(context: Any, emit: Emitter, tokens: int, widest: int, *given: Value) 
         ]
         start = end
     for token, total_R in enumerate(total_TR):
-        there = b.inttoptr(b.add(sums, b.mul(stride, number(token))), ir.VectorType(_I32, ROWS).as_pointer())
-        b.store(emit.across(total_R), there, align=4)
+        there, four = b.add(sums, b.mul(stride, number(token))), emit.across(total_R)
+        for r, behind in enumerate([number(0), *behind_R]):
+            place = b.inttoptr(b.add(there, b.mul(behind, number(4))), _I32.as_pointer())
+            b.store(b.extract_element(four, ir.Constant(_I32, r)), place, align=4)
     return context.get_dummy_value()
