@@ -9,10 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from intaglio.activations.r_sparse.linear import SparseLinear
 from intaglio.carving import carve
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.errors import IntaglioError
 from intaglio.exporting import export
+from intaglio.measures.units import counted, left_out
 from intaglio.recipe import Recipe
 from intaglio.replaced import ReplacedLinear
 from intaglio.verify.drafters.lookup import PromptLookup
@@ -78,6 +80,21 @@ def test_fewer_blocks_pruned_recovered_and_rounded(corpus: Path, model: Path, tm
     drafts_alike(whole)
     again = carved(corpus, tmp_path / "pruned", tmp_path / "later", {"bitnet": {"bits": 8, "activation_bits": None}})
     assert says(again) == says(whole)
+
+
+def test_pruned_then_recovered_then_sparse_by_the_token_then_drafts(corpus: Path, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    select = {"paser": {"count": 3, "clusters": 2, "embedding": "tfidf", "length": 16}}
+    steps = [{"wanda": {"sparsity": 0.5}}, train(lora={"r": 2}, select=select), {"r_sparse": {"sparsity": 0.5}}]
+    carved(corpus, model, tmp_path / "out", *steps)
+    # In float64, where no score lies on a threshold to the last bit.
+    found = load(tmp_path / "out", dtype="float64")
+    layers = [module for module in found.model.modules() if isinstance(module, SparseLinear)]
+    assert len(layers) == 3 * 7
+    assert all(float((module.weight == 0).double().mean()) >= 0.5 for module in layers)  # zeros stay
+    drafts_alike(found)
+    with counted(found.model) as tallies:
+        says(found)
+    assert 0.3 < (left_out(tallies) or 0.0) < 0.7
 
 
 def test_another_tokenizer_then_masks_that_tighten_then_drafts(
