@@ -25,6 +25,7 @@ from torch import Tensor
 
 from intaglio.kernels import rows
 from intaglio.kernels.addresses import compiled, may_share, pointer
+from intaglio.kernels.vectors import LINE as _LINE
 
 _ROWS = 4
 """Rows that are multiplied at a time."""
@@ -54,12 +55,23 @@ def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Ten
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + 2 * F * D // _WORTH)
     threads = threads if threads > 1 and may_share() else 1
     y_STD = torch.zeros(threads, T, D)
-    given = (x_TD.data_ptr(), up_FD.data_ptr(), down_FD.data_ptr(), score_TE.data_ptr(), T, D, F, E, y_STD.data_ptr())
+    # What compiled code writes down on the way; arrays of its own would be freed once only their addresses are left.
+    room = torch.empty(8 * E + _LINE + threads * _own(T), dtype=torch.uint8)
+    given = (
+        x_TD.data_ptr(), up_FD.data_ptr(), down_FD.data_ptr(), score_TE.data_ptr(), T, D, F, E, y_STD.data_ptr(),
+        room.data_ptr(),
+    )  # fmt: skip
     if threads > 1:
         _together(half)(*given, threads)
     else:
         _alone(half)(*given)
     return (y_STD[0] if threads == 1 else y_STD.sum(0)).to(dtype)
+
+
+@compiled
+def _own(T):
+    """Bytes that a thread writes down: the tokens of an expert, and the inner features of a piece for each."""
+    return (8 * T + 4 * _PIECE * T + _LINE - 1) // _LINE * _LINE
 
 
 @compiled
@@ -146,16 +158,14 @@ def _functions(half: bool) -> Any:
                 adds(down + row * (first + g), D, apart, sums + 4 * _ROWS * (g * T + n), some, a, b, c, d)
 
     @compiled
-    def some(x, up, down, score, T, D, H, E, union, low, high, y):
-        """Pieces `low` to `high` of the union."""
-        union_U = pointer(union, np.int64)
+    def some(x, up, down, score, T, D, H, E, union, low, high, y, tokens):
+        """Pieces `low` to `high` of the union; `tokens` is where a thread writes."""
+        union_U, sums = pointer(union, np.int64), tokens + 8 * T
         each = (H + _PIECE - 1) // _PIECE
-        tokens, sums = np.empty(T, np.int64), np.empty((_PIECE, T, _ROWS), np.float32)
-        room, sums_ = tokens.ctypes.data, sums.ctypes.data
         for number in range(low, high):
             expert, before = union_U[number // each], number % each * _PIECE
             count = min(_PIECE, H - before)
-            piece(x, up, down, score, T, D, E, expert, expert * H + before, count, room, sums_, y)
+            piece(x, up, down, score, T, D, E, expert, expert * H + before, count, tokens, sums, y)
 
     return some
 
@@ -166,10 +176,10 @@ def _alone(half: bool) -> Any:
     some = _functions(half)
 
     @compiled
-    def alone(x, up, down, score, T, D, F, E, y):
-        union, H = np.empty(E, np.int64), F // E
-        count = _union(score, T, E, union.ctypes.data)
-        some(x, up, down, score, T, D, H, E, union.ctypes.data, 0, count * ((H + _PIECE - 1) // _PIECE), y)
+    def alone(x, up, down, score, T, D, F, E, y, room):
+        H, count = F // E, _union(score, T, E, room)
+        own = (room + 8 * E + _LINE - 1) // _LINE * _LINE
+        some(x, up, down, score, T, D, H, E, room, 0, count * ((H + _PIECE - 1) // _PIECE), y, own)
 
     return alone
 
@@ -180,16 +190,17 @@ def _together(half: bool) -> Any:
     some = _functions(half)
 
     @njit(nogil=True, error_model="numpy", parallel=True)
-    def together(x, up, down, score, T, D, F, E, y, threads):
-        union, H = np.empty(E, np.int64), F // E
-        count = _union(score, T, E, union.ctypes.data)
+    def together(x, up, down, score, T, D, F, E, y, room, threads):
+        H, count = F // E, _union(score, T, E, room)
+        own = (room + 8 * E + _LINE - 1) // _LINE * _LINE
         pieces = count * ((H + _PIECE - 1) // _PIECE)
         threads = max(1, min(threads, 1 + 2 * count * H * D // _WORTH))
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
         for share in prange(threads):
             low, high = share * pieces // threads, (share + 1) * pieces // threads
-            some(x, up, down, score, T, D, H, E, union.ctypes.data, low, high, y + 4 * T * D * share)
+            there = own + share * _own(T)
+            some(x, up, down, score, T, D, H, E, room, low, high, y + 4 * T * D * share, there)
         numba.set_num_threads(before)
 
     return together

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from intaglio.kernels import rows
 from intaglio.kernels.addresses import as_float, compiled, may_share, pointer
+from intaglio.kernels.vectors import LINE as _LINE
 
 _WORTH = 1 << 20
 """Weights that a further thread is worth waking for: about 15 microseconds."""
@@ -32,7 +33,6 @@ _CHUNK = 1024
 """Outputs that are worked on at a time where several rows read the same columns: those stay in the first cache."""
 _TOGETHER = 8
 """Columns that are added at a time."""
-_LINE = 64
 
 _dots = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 
@@ -59,15 +59,15 @@ def linear(
     (B, inputs), outputs = x_BI.shape, weight_IO.shape[1]
     rank = 0 if down_RI is None else len(down_RI)
     y_BO = torch.empty(B, outputs)
-    room = torch.empty(4 * (inputs + B * (2 * inputs + rank)) + 4 * rank + 2 * _LINE, dtype=torch.uint8)
     one, many = (threshold_B, 0) if isinstance(threshold_B, float) else (0.0, threshold_B.data_ptr())
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + B * inputs * outputs // _WORTH)
+    room = torch.empty(4 * (inputs + B * (2 * inputs + rank)) + (threads + 2) * _LINE, dtype=torch.uint8)
     given = (
         x_BI.data_ptr(), B, inputs, weight_IO.data_ptr(), outputs, one, many,
         0 if scale_I is None else scale_I.data_ptr(), 0 if down_RI is None else down_RI.data_ptr(),
         0 if up_RO is None else up_RO.data_ptr(), rank, 0 if bias_O is None else bias_O.data_ptr(),
         y_BO.data_ptr(), room.data_ptr(),
     )  # fmt: skip
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + B * inputs * outputs // _WORTH)
     if threads > 1 and may_share():
         _together(weight_IO.dtype)(*given, threads)
     else:
@@ -103,12 +103,12 @@ def _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest):
 
 @compiled
 def _parts(B, inputs, rank, room):
-    """Where places, values, rests, low-rank activations [R, B] and the places of `up` begin."""
+    """Where places, values, rests, low-rank activations [R, B] and what each thread writes down begin, a line each."""
     places = (room + _LINE - 1) // _LINE * _LINE
     values = places + 4 * inputs
     rest = values + 4 * B * inputs
     low = rest + 4 * B * inputs
-    return places, values, rest, low, low + 4 * B * rank
+    return places, values, rest, low, (low + 4 * B * rank + _LINE - 1) // _LINE * _LINE
 
 
 @lru_cache
@@ -211,13 +211,12 @@ def _alone(dtype: torch.dtype) -> Any:
 
     @compiled
     def alone(x, B, inputs, weight, outputs, threshold, thresholds, scale, down, up, rank, bias, y, room):
-        places, values, rest, low, _ = _parts(B, inputs, rank, room)
+        places, values, rest, low, own = _parts(B, inputs, rank, room)
         chosen = _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest)
         dots(down, inputs, rest, B, low, 0, rank)
         _begin(y, B, outputs, bias, 0, outputs)
-        numbers = np.empty(2 * _TOGETHER, np.float32)
-        add(weight, outputs, places, values, chosen, B, y, 0, outputs, numbers.ctypes.data)
-        add(up, outputs, np.int64(0), low, rank, B, y, 0, outputs, numbers.ctypes.data)
+        add(weight, outputs, places, values, chosen, B, y, 0, outputs, own)
+        add(up, outputs, np.int64(0), low, rank, B, y, 0, outputs, own)
 
     return alone
 
@@ -229,7 +228,7 @@ def _together(dtype: torch.dtype) -> Any:
 
     @njit(nogil=True, error_model="numpy", parallel=True)
     def together(x, B, inputs, weight, outputs, threshold, thresholds, scale, down, up, rank, bias, y, room, threads):
-        places, values, rest, low, _ = _parts(B, inputs, rank, room)
+        places, values, rest, low, own = _parts(B, inputs, rank, room)
         chosen = _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest)
         before = numba.get_num_threads()
         numba.set_num_threads(threads)
@@ -244,9 +243,9 @@ def _together(dtype: torch.dtype) -> Any:
         for share in prange(threads):
             first, end = min(outputs, share * part), min(outputs, (share + 1) * part)
             _begin(y, B, outputs, bias, first, end)
-            numbers = np.empty(2 * _TOGETHER, np.float32)
-            add(weight, outputs, places, values, chosen, B, y, first, end, numbers.ctypes.data)
-            add(up, outputs, np.int64(0), low, rank, B, y, first, end, numbers.ctypes.data)
+            numbers = own + _LINE * share
+            add(weight, outputs, places, values, chosen, B, y, first, end, numbers)
+            add(up, outputs, np.int64(0), low, rank, B, y, first, end, numbers)
         numba.set_num_threads(before)
 
     return together

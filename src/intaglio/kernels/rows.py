@@ -83,13 +83,9 @@ class _Emitter(Emitter):
 
     def spread(self, number: Value, count: int) -> Value:
         """A vector with the same number in each lane."""
-        return self.builder.shuffle_vector(
-            self.builder.insert_element(
-                ir.Constant(ir.VectorType(_F32, count), ir.Undefined), number, _number(0, _I32)
-            ),
-            ir.Constant(ir.VectorType(_F32, count), ir.Undefined),
-            ir.Constant(ir.VectorType(_I32, count), [0] * count),
-        )
+        nothing = ir.Constant(ir.VectorType(_F32, count), ir.Undefined)
+        one = self.builder.insert_element(nothing, number, _number(0, _I32))
+        return self.builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(_I32, count), [0] * count))
 
     def sum(self, vector: Value) -> Value:
         """The sum of the lanes, by halves."""
