@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--decode", action="store_true", help="SmolLM2 end to end, in the place of products")
     parser.add_argument("--tokens", type=int, default=64, help="of a generation")
     parser.add_argument("--rounds", type=int, default=5, help="of every arm")
-    parser.add_argument("--documents", type=int, default=16, help="that perplexity is taken on")
+    parser.add_argument("--documents", type=int, default=11, help="that perplexity is taken on")
     parser.add_argument("--samples", type=int, default=16, help="calibration segments")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="where results.json and results.md go")
     given = parser.parse_args()
