@@ -93,36 +93,41 @@ def _union(score, T, E, found):
     return count
 
 
+def _by_tokens(multiply: Any, half: bool) -> Any:
+    """Four rows against all tokens that take their expert, as many at a time as `multiply` is good for.
+
+    Args:
+        multiply: `rows.dots` or `rows.adds`, which are called alike.
+        half: whether the rows are bfloat16.
+    """
+    most = rows.most_vectors()
+    one, two, three, four = (multiply(_ROWS, min(n, most), half) for n in (1, 2, 3, 4))
+
+    @compiled
+    def by_tokens(w, D, apart, numbers, vectors, tokens, taken):
+        token_N = pointer(tokens, np.int64)
+        w1, w2, w3 = w + apart[0], w + apart[1], w + apart[2]
+        for n in range(0, taken, most):
+            some, there = min(most, taken - n), numbers + 4 * _ROWS * n
+            a, b = vectors + 4 * D * token_N[n], vectors + 4 * D * token_N[n + min(1, some - 1)]
+            c, d = vectors + 4 * D * token_N[n + min(2, some - 1)], vectors + 4 * D * token_N[n + some - 1]
+            if some == 1:
+                one((D, there, w, w1, w2, w3, a))
+            elif some == 2:
+                two((D, there, w, w1, w2, w3, a, b))
+            elif some == 3 and most > 2:
+                three((D, there, w, w1, w2, w3, a, b, c))
+            elif most > 2:
+                four((D, there, w, w1, w2, w3, a, b, c, d))
+
+    return by_tokens
+
+
 @lru_cache
 def _functions(half: bool) -> Any:
     """What goes over some pieces, for weights of a dtype."""
-    size, most = 2 if half else 4, rows.most_vectors()
-    dots_1, dots_2, dots_3, dots_4 = (rows.dots(_ROWS, min(n, most), half) for n in (1, 2, 3, 4))
-    adds_1, adds_2, adds_3, adds_4 = (rows.adds(_ROWS, min(n, most), half) for n in (1, 2, 3, 4))
-
-    @compiled
-    def dots(w, D, apart, sums, n, x0, x1, x2, x3):
-        w1, w2, w3 = w + apart[0], w + apart[1], w + apart[2]
-        if n == 1:
-            dots_1((D, sums, w, w1, w2, w3, x0))
-        elif n == 2:
-            dots_2((D, sums, w, w1, w2, w3, x0, x1))
-        elif n == 3 and most > 2:
-            dots_3((D, sums, w, w1, w2, w3, x0, x1, x2))
-        elif most > 2:
-            dots_4((D, sums, w, w1, w2, w3, x0, x1, x2, x3))
-
-    @compiled
-    def adds(w, D, apart, numbers, n, y0, y1, y2, y3):
-        w1, w2, w3 = w + apart[0], w + apart[1], w + apart[2]
-        if n == 1:
-            adds_1((D, numbers, w, w1, w2, w3, y0))
-        elif n == 2:
-            adds_2((D, numbers, w, w1, w2, w3, y0, y1))
-        elif n == 3 and most > 2:
-            adds_3((D, numbers, w, w1, w2, w3, y0, y1, y2))
-        elif most > 2:
-            adds_4((D, numbers, w, w1, w2, w3, y0, y1, y2, y3))
+    size = 2 if half else 4
+    dots, adds = _by_tokens(rows.dots, half), _by_tokens(rows.adds, half)
 
     @compiled
     def piece(x, up, down, score, T, D, E, expert, first, count, tokens, sums, y):
@@ -140,22 +145,14 @@ def _functions(half: bool) -> Any:
         starts = (0, s1, s2, s3)
         apart = (row * s1, row * s2, row * s3)
         for g in range(run):
-            for n in range(0, taken, most):
-                some = min(most, taken - n)
-                a, b = x + 4 * D * token_N[n], x + 4 * D * token_N[n + min(1, some - 1)]
-                c, d = x + 4 * D * token_N[n + min(2, some - 1)], x + 4 * D * token_N[n + some - 1]
-                dots(up + row * (first + g), D, apart, sums + 4 * _ROWS * (g * T + n), some, a, b, c, d)
+            dots(up + row * (first + g), D, apart, sums + 4 * _ROWS * g * T, x, tokens, taken)
             for n in range(taken):
                 by = score_TE[token_N[n] * E + expert]
                 for r in range(_ROWS):
                     at = _ROWS * (g * T + n) + r
                     sum_NR[at] = _silu(sum_NR[at]) * by if starts[r] + g >= r * run else np.float32(0)
         for g in range(run):
-            for n in range(0, taken, most):
-                some = min(most, taken - n)
-                a, b = y + 4 * D * token_N[n], y + 4 * D * token_N[n + min(1, some - 1)]
-                c, d = y + 4 * D * token_N[n + min(2, some - 1)], y + 4 * D * token_N[n + some - 1]
-                adds(down + row * (first + g), D, apart, sums + 4 * _ROWS * (g * T + n), some, a, b, c, d)
+            adds(down + row * (first + g), D, apart, sums + 4 * _ROWS * g * T, y, tokens, taken)
 
     @compiled
     def some(x, up, down, score, T, D, H, E, union, low, high, y, tokens):
