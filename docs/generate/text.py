@@ -58,7 +58,8 @@ def inline(text: str) -> Markup:
 
 
 def prose(text: str) -> str:
-    """A docstring's paragraphs as Markdown: what looks like a link there is an index, as in M[a][b].
+    """A docstring's paragraphs as Markdown: what looks like a link there is an index, as in M[a][b], what
+    looks like a tag a comparison.
 
     Args:
         text: paragraphs; those that are indented by four or more are code, and so is what stands in backticks.
@@ -70,7 +71,10 @@ def prose(text: str) -> str:
         # Markdown wants four spaces under an item of a list, and an empty line between items that have several lines.
         paragraph = re.sub(r"\n(?=\d+\. )", "\n\n", re.sub(r"(?m)^ {3}(?=\S)", "    ", paragraph))
         parts = re.split(r"(`+[^`]+`+)", paragraph)
-        return "".join(part if index % 2 else part.replace("[", "\\[") for index, part in enumerate(parts))
+        # Nothing there is HTML: y_<t is a y with an index.
+        return "".join(
+            part if index % 2 else part.replace("[", "\\[").replace("<", "&lt;") for index, part in enumerate(parts)
+        )
 
     return "\n\n".join(escaped(paragraph) for paragraph in re.split(r"\n\s*\n", text))
 

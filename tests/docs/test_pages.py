@@ -43,10 +43,11 @@ def test_inline_code() -> None:
     assert text.cell("|x|") == "\\|x\\|"
 
 
-def test_indices_in_a_docstring_are_no_links() -> None:
+def test_indices_in_a_docstring_are_no_links_and_comparisons_no_tags() -> None:
     assert text.prose("M[(a, b)][c] of `x[1]`\nhere\n\n    y[a][b]\n\nz") == (
         "M\\[(a, b)]\\[c] of `x[1]`\nhere\n\n    y[a][b]\n\nz"
     )
+    assert text.prose("p(y | x, y_<t) > `a<b`\n\n    y_<t") == "p(y | x, y_&lt;t) > `a<b`\n\n    y_<t"
     assert text.prose("1. one\n   more\n2. two") == "1. one\n    more\n\n2. two"
 
 
