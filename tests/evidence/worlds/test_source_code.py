@@ -16,6 +16,7 @@ import torch
 from intaglio.errors import IntaglioError
 from intaglio.evidence.dsnot import METHODS, Carve
 from intaglio.evidence.experiment import Unit
+from intaglio.evidence.run import experiment_of
 from intaglio.evidence.worlds import source_code, trained
 from intaglio.evidence.worlds.sealing import part_of
 from intaglio.evidence.worlds.source_code import BOUNDS, SourceCode
@@ -49,6 +50,15 @@ def small(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sour
         folder=str(folder), width=16, depth=1, context=32, steps=6, batch=4, samples=4, documents_run=8,
         documents_pilot=4, tokens=40,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("slug", ["bitnet", "blockffn", "lost", "lud", "progressive_nm"])
+def test_the_library_has_the_files_that_a_claim_is_measured_on(slug: str) -> None:
+    run: Any = experiment_of(slug).run_unit
+    world: SourceCode = getattr(run, "world", run)
+    assert isinstance(world, SourceCode)
+    assert len(world.validation().names) == len(world.documents("pilot").names) == world.documents_pilot
+    assert len(world.documents("run").names) == world.documents_run
 
 
 def test_the_sets_are_all_files_and_share_none(small: SourceCode, folder: Path) -> None:
