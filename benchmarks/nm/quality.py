@@ -1,0 +1,211 @@
+"""What N:M training reaches at equally many steps: ours beside the sparsifier of torch.ao.pruning and the dense model.
+
+    python benchmarks/nm/quality.py                            # one thread, 1:16 and 2:4, two seeds
+    python benchmarks/nm/quality.py --patterns 1:16 --steps 100 --seeds 1 --rates 0.004
+
+A byte-level Llama reads the source of Python's standard library, its feed-forward layers pruned N:M. The peer makes its
+mask in `WeightNormSparsifier.step` and lets no pruned weight come back, so it is used in the three ways its interface
+has: one mask before the first step; one after half of the steps, and fine-tuning; and with `CubicSL`, which prunes more
+blocks of M at every tenth step until three quarters of the steps. Ours are the recipes as they come. Weights, rows and
+their order, optimizer and steps are the same; every variant takes the learning rate that is best for it on validation
+files with the first seed. Told are the bits a byte of the sparse model on other files, which share of each pruned layer
+is zero, and the median of a step's process time over the dense one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.ao.pruning import CubicSL, WeightNormSparsifier
+
+from intaglio import writer
+from intaglio.checkpoint import Checkpoint
+from intaglio.evidence.worlds.source_code import SourceCode
+from intaglio.machine import versions
+from intaglio.measures.quality import quality
+from intaglio.weights.progressive_nm import NMSparsifier
+
+HERE = Path(__file__).resolve().parent
+INNER = 384  # a multiple of 16
+EVERY = 10  # steps between two masks of CubicSL
+WARM_UP = 0.1
+
+Hook = Callable[[int], None]
+"""Called with the step, from 1, before its forward pass."""
+
+
+def idle(step: int) -> None:
+    """Do nothing."""
+
+
+def layers(model: nn.Module) -> list[str]:
+    """Names of the feed-forward layers."""
+    return [name for name, module in model.named_modules() if ".mlp." in name and isinstance(module, nn.Linear)]
+
+
+def torch_once(model: nn.Module, n: int, m: int, steps: int, share: float) -> tuple[Hook, Callable[[], None]]:
+    """The peer with one mask, made before the step that begins behind `share` of all."""
+    sparsifier = prepared(model, n, m)
+    at = 1 + int(share * steps)
+
+    def before(step: int) -> None:
+        if step == at:
+            sparsifier.step()
+
+    return before, sparsifier.squash_mask
+
+
+def torch_cubic(model: nn.Module, n: int, m: int, steps: int) -> tuple[Hook, Callable[[], None]]:
+    """The peer with more blocks pruned at every tenth step, all of them from three quarters of the steps on."""
+    sparsifier = prepared(model, n, m)
+    last = int(0.75 * steps)
+    scheduler = CubicSL(sparsifier, init_sl=0.0, delta_t=1, total_t=last // EVERY - 1)
+
+    def before(step: int) -> None:
+        if step % EVERY == 0 and step <= last:
+            sparsifier.step()
+            scheduler.step()
+
+    return before, sparsifier.squash_mask
+
+
+def prepared(model: nn.Module, n: int, m: int) -> Any:
+    """The peer's sparsifier with an all-true mask on each layer."""
+    sparsifier = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, m), zeros_per_block=m - n)
+    sparsifier.prepare(model, [{"tensor_fqn": f"{name}.weight"} for name in layers(model)])
+    return sparsifier
+
+
+def ours(model: nn.Module, n: int, m: int, steps: int, recipe: Any) -> tuple[Hook, Callable[[], None]]:
+    """One of our recipes."""
+    sparsifier = NMSparsifier(model, n, m, recipe, steps=steps, targets=["*.mlp.*"])
+    return sparsifier.step, lambda: void(sparsifier.finalize())
+
+
+def void(result: object) -> None:
+    """Drop a result."""
+
+
+VARIANTS: dict[str, Any] = {
+    "dense": None,
+    "torch, mask before the first step": partial(torch_once, share=0.0),
+    "torch, mask after half of the steps": partial(torch_once, share=0.5),
+    "torch, CubicSL": torch_cubic,
+    "ours, SR-STE": partial(ours, recipe="sr-ste"),
+    "ours, MdGf-Exponential": partial(ours, recipe="mdgf-exp"),
+    "ours, SdGf-Stepwise": partial(ours, recipe="sdgf-stepwise"),
+}
+
+
+@dataclass
+class Trained:
+    """What a training gave."""
+
+    checkpoint: Checkpoint
+    zeros: float
+    ms: float
+
+
+def train(name: str, world: SourceCode, pattern: tuple[int, int], rate: float, seed: int) -> Trained:
+    """Train one variant and make it a plain sparse model."""
+    checkpoint = world.new(seed, intermediate_size=INNER)
+    model: Any = checkpoint.model.train()
+    made = VARIANTS[name]
+    before, finish = (idle, lambda: None) if made is None else made(model, *pattern, world.steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    warm = max(1, int(WARM_UP * world.steps))
+    scheduler = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, world.steps - warm, 0.1 * rate),
+        ],
+        [warm],
+    )
+    rows_NT = world.training(seed).ids_NT
+    spans = []
+    for step in range(1, world.steps + 1):
+        ids_BL = rows_NT[(step - 1) * world.batch : step * world.batch]
+        began = time.process_time()
+        before(step)
+        model(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        spans.append(time.process_time() - began)
+        scheduler.step()
+    finish()
+    model.eval()
+    modules = dict(model.named_modules())
+    zeros = fmean(float((modules[layer].weight == 0).float().mean()) for layer in layers(model))
+    return Trained(checkpoint, zeros, 1e3 * median(spans))
+
+
+def bits(found: Trained, windows: Any) -> float:
+    """Bits a byte of a model on some windows."""
+    value = quality(found.checkpoint, windows.segments, batch_size=16).bits_per_byte
+    return float("nan") if value is None else value
+
+
+def measure(world: SourceCode, pattern: tuple[int, int], rates: Sequence[float], seeds: int) -> list[dict[str, Any]]:
+    """Every variant: its learning rate, its bits a byte for each seed, and its times."""
+    rows: list[dict[str, Any]] = []
+    for name in VARIANTS:
+        tried = {rate: train(name, world, pattern, rate, 0) for rate in rates}
+        rate = min(tried, key=lambda tested: bits(tried[tested], world.validation()))
+        kept = [tried[rate], *(train(name, world, pattern, rate, seed) for seed in range(1, seeds))]
+        measured = [bits(found, world.documents("run")) for found in kept]
+        row = {
+            "pattern": "{}:{}".format(*pattern), "variant": name, "rate": rate, "bits a byte": measured,
+            "zeros": fmean(found.zeros for found in kept), "ms a step": median(found.ms for found in kept),
+        }  # fmt: skip
+        rows.append(row)
+        print(line(row, rows[0]["ms a step"]), flush=True)
+    return rows
+
+
+def line(row: dict[str, Any], dense: float) -> str:
+    """A row of the table."""
+    each = ", ".join(f"{value:.3f}" for value in row["bits a byte"])
+    return (
+        f"| {row['pattern']} | {row['variant']} | {row['rate']:g} | {fmean(row['bits a byte']):.3f} | {each} "
+        f"| {100 * row['zeros']:.1f} % | {row['ms a step'] / dense:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What N:M training reaches beside torch.ao.pruning.")
+    parser.add_argument("--patterns", default="1:16,2:4", help="separated by commas; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=400, help="of each training; default: %(default)s")
+    parser.add_argument("--rates", default="0.002,0.004", help="learning rates, the best is kept; default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings told of each variant; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=HERE / "out" / "quality.json", help="default: %(default)s")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", module="torch.ao.pruning")
+    world = SourceCode(
+        width=128, depth=4, context=128, steps=arguments.steps, batch=4, tokens=128,
+        documents_run=110, documents_pilot=50,
+    )  # fmt: skip
+    rates = [float(word) for word in arguments.rates.split(",")]
+    print("| pattern | variant | rate | bits a byte | each seed | zeros | step over dense |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for word in arguments.patterns.split(","):
+        n, m = (int(part) for part in word.split(":"))
+        rows += measure(world, (n, m), rates, arguments.seeds)
+    writer.write_json(arguments.out, {"steps": arguments.steps, "versions": versions(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
