@@ -469,6 +469,8 @@ def test_what_does_not_fit_is_one_sentence() -> None:
         "which leaves nothing for the rank of layers.0.self_attn.q_proj beside 320 numbers": {
             "rank": 4, "columns": 10, "within_rank": True,
         },
+        "rank is 33, above 32, the most that a projection of this model can have": {"rank": 33},
+        "rank is 900, above 32": {"rank": {"*.mlp.*": 900, "*": 4}},
         "budget is 0.01, which leaves nothing": {"budget": 0.01},
         "columns is 500, but layers.0.self_attn.q_proj has only 32 inputs": {"columns": 500},
         "has only 1024 weights": {"elements": 5000, **IDENTITY},

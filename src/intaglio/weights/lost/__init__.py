@@ -118,7 +118,8 @@ class LOST(Method, slug="lost"):
 
     Raises:
         IntaglioError: a name fits no projection, parts of a fused module are torn apart, nothing is left for a rank, a
-            gradient is asked of a model that predicts no next token, or there is nothing that can be merged.
+            rank is above what every projection has, a gradient is asked of a model that predicts no next token, or
+            there is nothing that can be merged.
     """
 
     storage: ClassVar[Literal["live"]] = "live"
@@ -296,7 +297,12 @@ class LOST(Method, slug="lost"):
         """
         shapes = {name: linear.shape for name, linear in parts.all_linears()}
         width = int(parts.config.hidden_size)
-        return {name: self.wanted.of(name, *shapes[name], width) for name in self.taken(list(shapes))}
+        taken = self.taken(list(shapes))
+        most = max(min(shapes[name]) for name in taken)
+        for rank in self.rank.values() if isinstance(self.rank, dict) else [self.rank]:
+            if isinstance(rank, int) and rank > most:
+                raise IntaglioError(f"rank is {rank}, above {most}, the most that a projection of this model can have")
+        return {name: self.wanted.of(name, *shapes[name], width) for name in taken}
 
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
         """Refuse names that fit nothing.
