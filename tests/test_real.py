@@ -11,10 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import intaglio
+from intaglio.activations.r_sparse.linear import SparseLinear
 from intaglio.carving import carve
 from intaglio.cli.app import app
 from intaglio.demo import recipe as demo_recipe
+from intaglio.measures.units import counted, left_out
 from intaglio.recipe import Recipe
+from intaglio.verify.drafters.lookup import PromptLookup
+from intaglio.verify.loop import Speculative
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +78,38 @@ def test_magnitude_is_far_behind(tmp_path: Path) -> None:
         recipe = Recipe.of(SMALL | {"steps": [{slug: {"sparsity": 0.5}}]})
         perplexity[slug] = carve(recipe, tmp_path / slug)["after"]["perplexity"]
     assert max(perplexity["sparsegpt"], perplexity["wanda"]) < 0.6 * perplexity["magnitude"]
+
+
+def test_pruned_recovered_and_sparse_by_the_token_it_still_decodes_and_drafts(tmp_path: Path) -> None:
+    """The longest chain, on the real model: zeros that training keeps, rows that a token skips, a draft on top."""
+    recover = {
+        "objective": {
+            "meap": {"mode": "finetuning", "enabled": False, "mask_token": "<file_sep>", "length": 128, "chat": False}
+        },
+        "instructions": "docstrings",
+        "select": {"paser": {"count": 8, "candidates": 24, "clusters": 4, "length": 64, "chat": False}},
+        "lora": {"r": 4, "alpha": 8},
+        "batch_size": 4,
+        "epochs": 1,
+        "learning_rate": 5e-4,
+    }
+    steps = [{"wanda": {"pattern": "2:4"}}, {"train": recover}, {"r_sparse": {"sparsity": 0.3}}]
+    document = carve(Recipe.of(SMALL | {"steps": steps}), tmp_path / "out")
+    assert document["after"]["perplexity"] < 1000
+    found = intaglio.load(tmp_path / "out")
+    layers = [module for module in found.model.modules() if isinstance(module, SparseLinear)]
+    assert len(layers) == 30 * 7
+    assert all(float((module.weight == 0).float().mean()) >= 0.5 for module in layers)
+    prompt = "one two three four five six seven eight one two three four"
+    ids = found.tokenizer(prompt, return_tensors="pt")
+    asked = {**ids, "do_sample": False, "min_new_tokens": 24, "max_new_tokens": 24}
+    with counted(found.model) as tallies:
+        alone = found.model.generate(**asked)[0].tolist()
+    assert 0.2 < (left_out(tallies) or 0.0) < 0.4
+    decoder = Speculative(PromptLookup())
+    drafted = found.model.generate(**asked, custom_generate=decoder)[0].tolist()
+    assert drafted[: ids["input_ids"].shape[1] + 8] == alone[: ids["input_ids"].shape[1] + 8]  # later on, near ties
+    assert decoder.statistics.tokens_per_pass > 1
 
 
 def test_the_demos_recipe_and_the_streamed_answer() -> None:
