@@ -14,6 +14,8 @@ from intaglio.method import get
 from intaglio.recipe import Recipe
 
 RECIPES = ROOT / "recipes"
+WIDTH = 80
+"""Characters of a line that a page shows without scrolling."""
 
 
 def example(slug: str) -> dict[str, Any] | None:
@@ -97,17 +99,24 @@ def given(document: Mapping[str, Any], slug: str) -> dict[str, Any]:
 
 
 def as_yaml(document: Mapping[str, Any]) -> str:
-    """A recipe as a user would write it: one line a step.
+    """A recipe as a user would write it: one line a step, or one a field where that would be long.
 
     Args:
         document: plain data.
     """
     lines = [f"{key}: {_flow(value)}" for key, value in document.items() if key != "steps"]
     steps = [
-        f"  - {step}" if isinstance(step, str) else "".join(f"  - {name}: {_flow(rest)}" for name, rest in step.items())
+        f"  - {step}" if isinstance(step, str) else "".join(_step(name, rest) for name, rest in step.items())
         for step in document["steps"]
     ]
     return "\n".join([*lines, "steps:", *steps])
+
+
+def _step(name: str, fields: Any) -> str:
+    line = f"  - {name}: {_flow(fields)}"
+    if len(line) <= WIDTH or not isinstance(fields, Mapping):
+        return line
+    return "\n".join([f"  - {name}:", *(f"      {key}: {_flow(value)}" for key, value in fields.items())])
 
 
 def _flow(value: Any) -> str:

@@ -40,6 +40,18 @@ def test_the_recipe_on_a_card_is_a_recipe_and_the_call_is_its_step(slug: str) ->
     assert get(slug)(**arguments) == step
 
 
+def test_a_long_step_has_a_line_for_each_field() -> None:
+    fields = {"shape": [{"bip": {"sparsity": 0.5}}], "length": 128, "steps": 40, "batch_size": 2, "learning_rate": 1e-4}
+    document = {"model": "smollm2", "steps": [{"wanda": {"sparsity": 0.5}}, {"train": fields}]}
+    written = facts.as_yaml(document)
+    assert (
+        "  - wanda: {sparsity: 0.5}\n  - train:\n      shape: [{bip: {sparsity: 0.5}}]\n      length: 128\n      steps"
+        in written
+    )
+    assert yaml.safe_load(written) == document
+    assert max(map(len, written.splitlines())) <= facts.WIDTH
+
+
 def test_a_method_that_is_no_step_has_no_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     entry = ENTRIES["wanda"]
     other = type(entry)(**{**vars(entry), "kinds": ("decoder",), "fitted": False})
