@@ -18,7 +18,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -30,13 +30,13 @@ from torch.ao.pruning import CubicSL, WeightNormSparsifier
 
 from intaglio import writer
 from intaglio.checkpoint import Checkpoint
+from intaglio.evidence.progressive_nm import INNER, WORLD
 from intaglio.evidence.worlds.source_code import SourceCode
 from intaglio.machine import versions
 from intaglio.measures.quality import quality
 from intaglio.weights.progressive_nm import NMSparsifier
 
 HERE = Path(__file__).resolve().parent
-INNER = 384  # a multiple of 16
 EVERY = 10  # steps between two masks of CubicSL
 WARM_UP = 0.1
 
@@ -86,14 +86,10 @@ def prepared(model: nn.Module, n: int, m: int) -> Any:
     return sparsifier
 
 
-def ours(model: nn.Module, n: int, m: int, steps: int, recipe: Any) -> tuple[Hook, Callable[[], None]]:
+def ours(model: nn.Module, n: int, m: int, steps: int, recipe: Any) -> tuple[Hook, Callable[[], object]]:
     """One of our recipes."""
     sparsifier = NMSparsifier(model, n, m, recipe, steps=steps, targets=["*.mlp.*"])
-    return sparsifier.step, lambda: void(sparsifier.finalize())
-
-
-def void(result: object) -> None:
-    """Drop a result."""
+    return sparsifier.step, sparsifier.finalize
 
 
 VARIANTS: dict[str, Any] = {
@@ -193,10 +189,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch.ao.pruning")
-    world = SourceCode(
-        width=128, depth=4, context=128, steps=arguments.steps, batch=4, tokens=128,
-        documents_run=110, documents_pilot=50,
-    )  # fmt: skip
+    world = replace(WORLD, steps=arguments.steps)
     rates = [float(word) for word in arguments.rates.split(",")]
     print("| pattern | variant | rate | bits a byte | each seed | zeros | step over dense |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
