@@ -60,7 +60,7 @@ def markdown(found: dict[str, Any]) -> str:
         found: from `summary`.
     """
     lines = [
-        "| weights | side | kept | ms a step | over torch | ms a mask | over torch | peak MiB | over torch |",
+        "| weights | side | kept | processor ms a step | over torch | a mask | over torch | peak MiB | over torch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for sides in found.values():

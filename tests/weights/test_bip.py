@@ -21,7 +21,7 @@ from intaglio.weights.bip import BilevelPruner, BiP, overlap, prune, rounds, upp
 from intaglio.weights.bip.baselines import shares
 from intaglio.weights.bip.layers import find_layers, find_units
 from intaglio.weights.bip.masks import keep_largest, magnitude_masks, unit_scores
-from intaglio.weights.bip.scored import Scored, rate_at
+from intaglio.weights.bip.scored import Masked, Scored, rate_at
 from tests.families import DECODERS, tiny_model
 from tests.trainer.helpers import checkpoint, far, run, same, weights
 
@@ -169,6 +169,34 @@ def test_pruned_weights_only_decay_and_their_scores_still_learn() -> None:
     moved = [(scores[n] != s.detach())[~first[n]].any() for n, s in pruner.scored.scores.items()]
     assert all(moved)
     assert any((pruner.masks[name] & ~mask).any() for name, mask in first.items())  # some came back
+
+
+@given(seed=st.integers(0, 10_000), double=st.booleans(), turned=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_the_masked_product_and_its_gradient_are_those_of_a_filled_copy(seed: int, double: bool, turned: bool) -> None:
+    draws = torch.Generator().manual_seed(seed)
+    dtype = torch.float64 if double else torch.float32
+    shape = (int(torch.randint(1, 9, (), generator=draws)), 5)
+    weight, kept = torch.randn(shape, generator=draws, dtype=dtype), torch.rand(shape, generator=draws) > 0.5
+    if turned:
+        weight, kept = weight.T, kept.T
+    weight.requires_grad_()
+    z = Masked(kept)(weight)
+    assert torch.equal(z, weight.masked_fill(~kept, 0))
+    (gradient,) = torch.autograd.grad(z, weight, 3 * weight.detach())
+    assert torch.equal(gradient, 3 * weight.detach().masked_fill(~kept, 0))
+
+
+def test_what_is_pruned_is_saved_as_plus_zero() -> None:
+    net = mlp()
+    pruner = BilevelPruner(net, 0.2)
+    masks = pruner.masks
+    pruner.finalize()
+    for name, mask in masks.items():
+        weight = net.get_submodule(name).weight
+        assert not mask.all()
+        assert not weight[~mask].any()
+        assert not weight[~mask].signbit().any()
 
 
 def test_the_signs_of_scores_do_not_matter() -> None:

@@ -22,6 +22,30 @@ Implicit = bool | Literal["released"]
 Schedule = Literal["step", "cosine", "constant"]
 
 
+def masked(weight: Tensor, kept: Tensor) -> Tensor:
+    """m * weight, with no gradient of its own.
+
+    Args:
+        weight: finite values.
+        kept: m, True = kept.
+    """
+    # A product with bytes made floats: on a CPU a third to a fifth of the time of `masked_fill`, which takes one entry
+    # at a time, and of the memory of a mask kept in floats.
+    return kept.view(torch.int8).to(weight.dtype).mul_(weight)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, kept: Tensor) -> Tensor:
+        ctx.save_for_backward(kept)
+        return masked(weight, kept)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return masked(gradient, kept), None
+
+
 def upper_gradient(theta: Tensor, g: Tensor, mask: Tensor, gamma: float, *, implicit: bool = True) -> Tensor:
     """The upper level's gradient G = theta * g - (1/gamma) g * (m * g).
 
@@ -39,7 +63,7 @@ def upper_gradient(theta: Tensor, g: Tensor, mask: Tensor, gamma: float, *, impl
         G, in the same shape.
     """
     direct = theta * g
-    return direct - (g * g).masked_fill_(~mask, 0) / gamma if implicit else direct
+    return direct.sub_(masked(g.square(), mask).div_(gamma)) if implicit else direct
 
 
 def gradients_at(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
@@ -69,12 +93,12 @@ class Masked(nn.Module):
     """The parametrization z = m * theta; `probe`, while set, stands in the place of z so that dl/dz can be asked for.
 
     Args:
-        pruned: True where m is 0.
+        kept: m, True = kept.
     """
 
-    def __init__(self, pruned: Tensor) -> None:
+    def __init__(self, kept: Tensor) -> None:
         super().__init__()
-        self.pruned = pruned
+        self.kept = kept
         self.probe: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -83,7 +107,10 @@ class Masked(nn.Module):
         Args:
             weight: theta.
         """
-        return weight.masked_fill(self.pruned, 0) if self.probe is None else self.probe
+        if self.probe is not None:
+            return self.probe
+        z: Tensor = _Product.apply(weight, self.kept)
+        return z
 
 
 @dataclass(frozen=True)
@@ -172,7 +199,7 @@ class Scored:
         self._hooks: dict[str, Masked] = {}
         self._order = {name: tuple(module._parameters) for name, module in self.modules.items()}
         for name, module in self.modules.items():
-            self._hooks[name] = Masked(~masks[name])
+            self._hooks[name] = Masked(masks[name])
             parametrize.register_parametrization(module, "weight", self._hooks[name])
 
     @torch.no_grad()
@@ -188,12 +215,12 @@ class Scored:
     def refresh(self) -> None:
         """Rank the scores and set the masks."""
         for name, mask in self._ranked().items():
-            self._hooks[name].pruned = ~mask
+            self._hooks[name].kept = mask
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """m of each weight, True = kept; by the name of the module that stores it."""
-        return {name: ~hook.pruned for name, hook in self._hooks.items()}
+        return {name: hook.kept for name, hook in self._hooks.items()}
 
     @torch.no_grad()
     def restart(self, keep: float | None = None) -> None:
@@ -204,7 +231,7 @@ class Scored:
         """
         self.keep = self.keep if keep is None else keep
         for name, score in self.scores.items():
-            score.copy_(self.weights[name].masked_fill(self._hooks[name].pruned, 0))
+            score.copy_(masked(self.weights[name], self._hooks[name].kept))
         self.optimizer.state.clear()
         self.refresh()
 
@@ -214,7 +241,7 @@ class Scored:
         if self.tied:
             self.refresh()
         with torch.no_grad():
-            leaves = {n: self.weights[n].masked_fill(hook.pruned, 0) for n, hook in self._hooks.items()}
+            leaves = {n: masked(self.weights[n], hook.kept) for n, hook in self._hooks.items()}
         for name, hook in self._hooks.items():
             hook.probe = leaves[name].requires_grad_()
         try:
@@ -245,17 +272,17 @@ class Scored:
         self.refresh()
 
     def _score_gradient(self, name: str, g: Tensor) -> Tensor:
-        theta, score, pruned = self.weights[name].detach(), self.scores[name].detach(), self._hooks[name].pruned
+        theta, score, kept = self.weights[name].detach(), self.scores[name].detach(), self._hooks[name].kept
         if self.normalise:
             # As at the lower level's optimum for gamma = 1, where |g| = |theta|: the scale of the loss drops out.
-            kept = theta.masked_fill(pruned, 0).square().sum() / (~pruned).sum().clamp(min=1)
-            g = g * (kept / g.square().mean().clamp(min=torch.finfo(g.dtype).tiny)).sqrt()
+            power = masked(theta, kept).square().sum() / kept.count_nonzero().clamp(min=1)
+            g = g * (power / g.square().mean().clamp(min=torch.finfo(g.dtype).tiny)).sqrt()
         elif self.clip is not None:
             g = g * (self.clip / g.norm().clamp(min=self.clip))
         if self.implicit == "released":
             own = theta * g * score.sign()
             return own - own * own / self.gamma
-        return upper_gradient(theta, g, ~pruned, self.gamma, implicit=self.implicit) * score.sign()
+        return upper_gradient(theta, g, kept, self.gamma, implicit=self.implicit).mul_(score.sign())
 
     def report(self, passes: int = 0) -> Report:
         """What is kept now.
@@ -265,10 +292,10 @@ class Scored:
         """
         masks = self.masks
         if self.units:
-            kept = {name: int(mask.sum()) for name, mask in masks.items()}
+            kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
             total = {name: mask.numel() for name, mask in masks.items()}
         else:
-            kept = {layer.name: int(layer.of(masks[layer.tensor]).sum()) for layer in self.layers}
+            kept = {layer.name: int(layer.of(masks[layer.tensor]).count_nonzero()) for layer in self.layers}
             total = {layer.name: layer.of(masks[layer.tensor]).numel() for layer in self.layers}
         return Report(kept, total, self.rescued, overlap(masks, self.first), passes)
 
@@ -301,6 +328,8 @@ class Scored:
         """Write m * theta into the weights and leave the model as it was built."""
         for name, module in self.modules.items():
             parametrize.remove_parametrizations(module, "weight")
+            # The product leaves -0 in the place of pruned negative weights.
+            module.weight.data.masked_fill_(~self._hooks[name].kept, 0)  # type: ignore[operator]
             # The weight comes back as the last parameter; where it was, optimizers by position find it again.
             own = module._parameters
             module._parameters = {key: own[key] for key in (*self._order[name], *own) if key in own}
