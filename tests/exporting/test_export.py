@@ -22,6 +22,7 @@ from intaglio.errors import IntaglioError
 from intaglio.exporting import export
 from intaglio.exporting.compressed import bits_of, packed
 from intaglio.weights.bitnet import BitNet
+from intaglio.weights.lost import LOST
 from tests.families import DECODERS, ENCODERS, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(8, 150, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -147,6 +148,15 @@ def test_what_a_format_cannot_say_is_one_sentence(
         export(made(family, **fields), tmp_path / "out", format)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_live_parts_that_merge_are_told_how_and_go_out_after_it(tmp_path: Path) -> None:
+    checkpoint = LOST(rank=8, columns=0.05, activation="identity").apply(made())
+    with pytest.raises(IntaglioError, match=r"live parts \(lost\).*a step `lost: \{merge: true\}`"):
+        export(checkpoint, tmp_path / "out")
+    LOST(merge=True).apply(checkpoint)
+    export(checkpoint, tmp_path / "out")
+    assert torch.equal(logits(stock(tmp_path / "out")), logits(checkpoint.model))
 
 
 @pytest.mark.parametrize("format", ["bitnet", "compressed-tensors"])

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-from intaglio import writer
+from intaglio import method, writer
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.exporting import bitnet, compressed
@@ -53,10 +53,15 @@ def export(
     writer.check_target(target, overwrite)
     if format == "safetensors":
         if checkpoint.kind == "live":
-            slugs = ", ".join(sorted({str(part.get("slug")) for part in checkpoint.record.live}))
+            slugs = sorted({str(part.get("slug")) for part in checkpoint.record.live})
+            merging = [slug for slug in slugs if "merge" in method.get(slug).model_fields]
+            way = (
+                f"a step `{merging[0]}: {{merge: true}}` makes plain ones of those of {merging[0]}"
+                if merging
+                else "quantized weights have the formats compressed-tensors and bitnet"
+            )
             raise IntaglioError(
-                f"the checkpoint has live parts ({slugs}), which plain weights cannot say; quantized weights have the "
-                "formats compressed-tensors and bitnet"
+                f"the checkpoint has live parts ({', '.join(slugs)}), which plain weights cannot say; {way}"
             )
         found = Exported({}, {})
     else:
