@@ -43,6 +43,7 @@ SIDE = {
     "cosine",
     "tokens",
     "zero_fraction",
+    "zeros",
     "token_sparsity",
     "chunk_sparsity",
     "activation_sparsity",

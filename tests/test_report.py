@@ -457,7 +457,11 @@ def test_summaries() -> None:
         "the zeros alone change neither bytes nor speed."
     )
     uneven = carve(after=side(37.2, zero_fraction={"layers.0.a": 0.25, "layers.1.a": 0.75}))
-    assert "the linears of the blocks are 50.0 % zero on average (25.0 % to 75.0 %)" in report.summary(uneven)
+    assert "50.0 % of the block weights are zero (25.0 % to 75.0 % of a layer)" in report.summary(uneven)
+    weighed = carve(after=uneven["after"] | {"zeros": 0.3})
+    assert "30.0 % of the block weights are zero (25.0 % to 75.0 % of a layer)" in report.summary(weighed)
+    assert value_of(weighed["after"], "zero_fraction") == 0.3
+    assert value_of(side(zero_fraction={}) | {"zeros": 0.3}, "zero_fraction") is None
 
 
 MARKUP = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=a> {{ 7*7 }}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.measures.firing import firing
@@ -53,13 +54,14 @@ class Yardstick:
             alone: leave out the comparison with the original. Default False.
 
         Returns:
-            `perplexity, bits_per_byte, kl_mean, top1_agreement, cosine, zero_fraction, activation_sparsity,
+            `perplexity, bits_per_byte, kl_mean, top1_agreement, cosine, zero_fraction, zeros, activation_sparsity,
             token_sparsity, chunk_sparsity, bytes, parameters, prefill_tokens_per_s, decode_tokens_per_s,
             peak_memory_bytes, tokens`, ready for JSON. Token and chunk sparsity are those of `firing`, of models with
             units that rest. Peak memory is that of the measurement: a pass over a batch of held-out text, and the
             timing. `tokens` is a digest of the token ids: two sides that differ in it were measured on other tokens.
         """
         data = held_out or self.held_out
+        by_layer = zero_fractions(checkpoint)
         original = self._original if not alone and self._original.fits(checkpoint, data) else None
         with peak_memory(checkpoint.device) as peak:
             with counted(checkpoint.model) as tallies:
@@ -72,7 +74,8 @@ class Yardstick:
             "kl_mean": found.kl_mean,
             "top1_agreement": found.top1_agreement,
             "cosine": found.cosine,
-            "zero_fraction": zero_fractions(checkpoint),
+            "zero_fraction": by_layer,
+            "zeros": _of_all(checkpoint, by_layer),
             "activation_sparsity": left_out(tallies),
             "token_sparsity": None if fired is None else fired.token_sparsity,
             "chunk_sparsity": None if fired is None else fired.chunk_sparsity,
@@ -83,3 +86,10 @@ class Yardstick:
             "peak_memory_bytes": peak.bytes,
             "tokens": data.digest,
         }
+
+
+def _of_all(checkpoint: Checkpoint, by_layer: dict[str, float]) -> float | None:
+    """The zeros of all projections together; layers that are pruned unevenly and differ in size have another mean."""
+    sizes = {name: linear.shape[0] * linear.shape[1] for name, linear in anatomy(checkpoint.model).all_linears()}
+    weights = sum(sizes.values())
+    return sum(round(by_layer[name] * size) for name, size in sizes.items()) / weights if weights else None

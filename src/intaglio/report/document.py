@@ -3,10 +3,10 @@
 A document is a plain dict, the same that is written as `report.json`. There are three: `carve` (`before`, `after`,
 `steps`), `compare` (`a`, `b`) and `demo` (`dense`, `variants`). A SIDE is what was measured on one checkpoint:
 `perplexity`, `bits_per_byte`, `kl_mean` (nats a token, against the original), `top1_agreement`, `cosine` (see
-`has_cosine`), `zero_fraction` (layer to share), `activation_sparsity` (see `has_left_out`), `token_sparsity` and
-`chunk_sparsity` (units that rest), `bytes`, `prefill_tokens_per_s`, `decode_tokens_per_s`, `peak_memory_bytes`,
-`parameters`, `tokens` (a digest of those that it was measured on). A number that is null, missing or not finite is
-shown as a dash, with the reason where it is known.
+`has_cosine`), `zero_fraction` (layer to share), `zeros` (share of all weights of the layers), `activation_sparsity`
+(see `has_left_out`), `token_sparsity` and `chunk_sparsity` (units that rest), `bytes`, `prefill_tokens_per_s`,
+`decode_tokens_per_s`, `peak_memory_bytes`, `parameters`, `tokens` (a digest of those that it was measured on). A number
+that is null, missing or not finite is shown as a dash, with the reason where it is known.
 
 A step or variant may bring `defaults` (field to default value): the parameters that differ from them are shown, the
 others are folded away. Without `defaults`, those that are not null are shown. A step may bring `bars`, what it measured
@@ -102,14 +102,16 @@ SHARES = frozenset({"top1_agreement", "activation_sparsity", "token_sparsity", "
 
 
 def value_of(side: Document, key: str) -> float | None:
-    """One number of a SIDE, or None; of `zero_fraction` the mean over layers.
+    """One number of a SIDE, or None; of `zero_fraction` the share of all weights, or without it the mean over layers.
 
     Args:
         side: see the module.
         key: its field.
     """
     if key == "zero_fraction":
-        shares = shares_of(side)
+        shares, of_all = shares_of(side), share(side.get("zeros"))
+        if shares and of_all is not None:
+            return of_all
         return math.fsum(shares) / len(shares) if shares else None
     return share(side.get(key)) if key in SHARES else finite(side.get(key))
 

@@ -114,7 +114,7 @@ MEASURES = (
         "top1_agreement", "Same choice", "of next tokens, as the original", percent, "higher", points=True, text=True
     ),
     Measure("cosine", "Cosine", "of embeddings to the original's; 1 is the same", plain_number, "higher"),
-    Measure("zero_fraction", "Zeros", "in the linears of the blocks, mean over layers", percent, None, points=True),
+    Measure("zero_fraction", "Zeros", "share of all weights in the linears of the blocks", percent, None, points=True),
     Measure(
         "activation_sparsity",
         "Inputs left out",
@@ -198,6 +198,8 @@ def cell_of(side: Document, measure: Measure, cosine: bool, original: bool) -> C
         return Cell("-", f"no {_lower(measure.name)}: predicts no next token")
     if original and measure.key in ("kl_mean", "top1_agreement", "cosine"):
         return Cell("-", "the original")
+    if measure.key in ("kl_mean", "top1_agreement") and value_of(side, "perplexity") is not None:
+        return Cell("-", "not compared")
     if measure.key == "activation_sparsity":
         return Cell("-", "none: every input is read")
     if measure.key == "zero_fraction":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from intaglio.report.document import (
     EVEN,
     Document,
@@ -32,10 +30,8 @@ def zeros_words(side: Document) -> str:
     if not shares:
         return "no layer's zeros were counted"
     low, high = min(shares), max(shares)
-    mean = math.fsum(shares) / len(shares)
-    if high - low < EVEN:
-        return f"{percent(mean)} of the block weights are zero"
-    return f"the linears of the blocks are {percent(mean)} zero on average ({percent(low)} to {percent(high)})"
+    words = f"{percent(value_of(side, 'zero_fraction') or 0.0)} of the block weights are zero"
+    return words if high - low < EVEN else f"{words} ({percent(low)} to {percent(high)} of a layer)"
 
 
 def _quality_words(before: Document, after: Document, reference: str) -> list[str]:
