@@ -769,6 +769,9 @@ def test_before_gets_a_map_only_when_it_has_zeros() -> None:
         return [title for title in found if title.startswith("Zeros")]
 
     assert maps(carve()) == ["Zeros in each layer: After"]
+    stray = side(zero_fraction=zeros(0.0) | {"layers.0.mlp.up_proj": 1e-6})
+    assert maps(carve(before=stray)) == ["Zeros in each layer: After"]
+    assert maps(carve(before=stray, after=stray)) == []
     assert maps(carve(before=side(share=0.25))) == ["Zeros in each layer: Before", "Zeros in each layer: After"]
 
 

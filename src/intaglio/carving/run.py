@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -101,6 +102,7 @@ def carve(
                     note_done(scratch, index, digest)
                 training = scratch / f"{TRAINING}-{index}"
                 apply_step(step, checkpoint, recipe, data, progress, training, resume, again)
+                gc.collect()  # an optimizer and its schedule hold each other, and all their moments
                 seconds.append(time.time() - start)
                 put_aside(checkpoint, scratch, index + 1, digest)
                 if retokenizes((step,)):  # ids mean something else now

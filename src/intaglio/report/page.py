@@ -293,9 +293,10 @@ def carve_page(document: Document) -> str:
     """
     document = checked(document, "carve")
     before, after = document["before"], document["after"]
-    # A map of nothing says nothing: that of an uncarved original is left out, and that of what leaves out inputs.
-    maps = [_zero_map(before, "Before")] if any(shares_of(before)) else []
-    if shares_of(after) or not has_left_out([after]):
+    # A map of nothing says nothing. (Some originals have a zero here and there.)
+    begins, ends = (max(shares_of(side), default=0.0) >= EVEN for side in (before, after))
+    maps = [_zero_map(before, "Before")] if begins else []
+    if begins or ends or not (shares_of(after) or has_left_out([after])):
         maps.append(_zero_map(after, "After"))
     return _render(
         "carve.html.j2",
