@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,13 @@ from intaglio.data.texts import load_texts
 from intaglio.machine import versions, with_threads
 from intaglio.method import Progress, silent
 from intaglio.recipe import Measure, Recipe
+
+
+def _let_go() -> None:
+    """Give back to the machine what a step has freed, so that the next one has it and none is charged with it."""
+    gc.collect()  # an optimizer and its schedule hold each other, and all their moments
+    with suppress(OSError, AttributeError):  # other C libraries than glibc keep less, and have no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def carve(
@@ -102,7 +111,7 @@ def carve(
                     note_done(scratch, index, digest)
                 training = scratch / f"{TRAINING}-{index}"
                 apply_step(step, checkpoint, recipe, data, progress, training, resume, again)
-                gc.collect()  # an optimizer and its schedule hold each other, and all their moments
+                _let_go()
                 seconds.append(time.time() - start)
                 put_aside(checkpoint, scratch, index + 1, digest)
                 if retokenizes((step,)):  # ids mean something else now
