@@ -14,24 +14,11 @@ from torch import Tensor
 from intaglio.errors import IntaglioError
 from intaglio.weights.amount import pruned_count
 from intaglio.weights.bip.layers import Layer, Units
+from intaglio.weights.order import kth_smallest
 
 Scope = Literal["global", "layer"]
 Tensors = Mapping[str, Tensor]
 """By the name of the module that stores the weight, in the weight's shape."""
-
-
-def cut_value(flat_N: Tensor, count: int) -> Tensor:
-    """The count-th smallest value, found by selection, not by sorting.
-
-    Args:
-        flat_N: values without NaN; put into another order on the way.
-        count: 1 to N.
-    """
-    if flat_N.device.type == "cpu" and flat_N.dtype in (torch.float32, torch.float64):
-        # numpy's selection takes a third of the time of torch's on a CPU, and keeps no indices.
-        flat_N.numpy().partition(count - 1)
-        return flat_N[count - 1].clone()
-    return flat_N.kthvalue(count).values
 
 
 def keep_largest(parts: Sequence[Tensor], count: int) -> list[Tensor]:
@@ -44,7 +31,7 @@ def keep_largest(parts: Sequence[Tensor], count: int) -> list[Tensor]:
     if count <= 0:
         return [torch.ones_like(part, dtype=torch.bool) for part in parts]
     flat_N = torch.cat([part.reshape(-1) for part in parts])
-    cut = cut_value(flat_N, count)
+    cut = kth_smallest(flat_N, count)
     del flat_N
     kept = [part > cut for part in parts]
     tied = [part == cut for part in parts]

@@ -191,14 +191,15 @@ class BitLinear(Quantized):
         strength = self.strength if self.training else 1.0
         if strength == 0 and self.norm == "none":
             return F.linear(x_BI, self.weight, self.bias)
-        scaled_OI = self.scaled()
+        scale = self.scale()
+        scaled_OI = self.weight.float() * scale
         with torch.no_grad():
             if self.training and self.how.strategy == "stochastic":
                 codes_OI = drawn_codes(scaled_OI, self.uniform(scaled_OI))
             else:
                 codes_OI = weight_codes(scaled_OI, self.how)
         weight_OI = straight_through(scaled_OI, codes_OI, strength)
-        return self._through(x_BI, lambda x: F.linear(x, weight_OI.to(x.dtype)), self.scale(), strength)
+        return self._through(x_BI, lambda x: F.linear(x, weight_OI.to(x.dtype)), scale, strength)
 
 
 class PackedLinear(Quantized):

@@ -19,6 +19,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from intaglio.weights.order import kth_smallest
+
 Measure = Literal["median", "mean", "max"]
 Norm = Literal["none", "layernorm", "rmsnorm"]
 LAYERNORM_EPS = 1e-5
@@ -101,8 +103,7 @@ def measured(x: Tensor, how: Measure, per_row: bool) -> Tensor:
         return size.amax(-1, keepdim=True)
     if how == "mean":
         return size.mean(-1, keepdim=True)
-    # Without a dimension torch keeps no places, which takes half of the time.
-    return size.median(-1, keepdim=True).values if per_row else size.median().view(1)
+    return size.median(-1, keepdim=True).values if per_row else kth_smallest(size, (len(size) + 1) // 2).view(1)
 
 
 def weight_scale(weight_OI: Tensor, how: Quantization) -> Tensor:
