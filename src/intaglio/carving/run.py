@@ -40,7 +40,7 @@ from intaglio.recipe import Measure, Recipe
 def _let_go() -> None:
     """Give back to the machine what a step has freed, so that the next one has it and none is charged with it."""
     gc.collect()  # an optimizer and its schedule hold each other, and all their moments
-    with suppress(OSError, AttributeError):  # other C libraries than glibc keep less, and have no such call
+    with suppress(OSError, AttributeError, TypeError):  # other C libraries than glibc have no such call
         ctypes.CDLL(None).malloc_trim(0)
 
 
