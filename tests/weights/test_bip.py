@@ -20,8 +20,9 @@ from intaglio.trainer.zeros import linear_modules
 from intaglio.weights.bip import BilevelPruner, BiP, overlap, prune, rounds, upper_gradient
 from intaglio.weights.bip.baselines import shares
 from intaglio.weights.bip.layers import find_layers, find_units
-from intaglio.weights.bip.masks import keep_largest, magnitude_masks, unit_scores
+from intaglio.weights.bip.masks import magnitude_masks, unit_scores
 from intaglio.weights.bip.scored import Masked, Scored, rate_at
+from intaglio.weights.order import keep_largest
 from tests.families import DECODERS, tiny_model
 from tests.trainer.helpers import checkpoint, far, run, same, weights
 

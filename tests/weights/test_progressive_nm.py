@@ -70,6 +70,16 @@ def test_a_mask_keeps_exactly_n_of_every_m_the_same_as_a_stable_sort(
     assert torch.equal(keep_mask(weight.T, pattern, axis=0), mask.T)
 
 
+@pytest.mark.parametrize("pattern", [(1, 257), (2, 4), (1, 16)])
+def test_where_all_are_equal_the_last_of_a_group_are_kept(pattern: tuple[int, int]) -> None:
+    keep, of = pattern
+    weight = torch.ones(2, 3 * of)
+    weight[0, :of] = torch.arange(of)
+    expected = torch.zeros(of, dtype=torch.bool)
+    expected[-keep:] = True
+    assert torch.equal(keep_mask(weight, pattern), expected.repeat(2, 3))
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.floats(0, 0.99), st.integers(0, 100))
 def test_a_share_is_of_the_whole_tensor(sparsity: float, seed: int) -> None:

@@ -12,7 +12,8 @@ What lives here:
 - `bip`: learns the mask while the weights are trained; for any module, too.
 - `lost`: a low-rank pair and a few whole columns in the place of each projection, trained from scratch.
 - `omp_transplant`: another model's tokenizer, without training.
-- `order` (private): the k-th smallest of many numbers.
+- `factors` (private): masks as numbers.
+- `order` (private): the k-th smallest of many numbers, and masks of the largest.
 - `amount` (private): `sparsity` or `pattern`, and the masks they ask for.
 - `pruning` (private): what every pruning step does around its own rule.
 """

@@ -14,37 +14,11 @@ from torch import Tensor
 from intaglio.errors import IntaglioError
 from intaglio.weights.amount import pruned_count
 from intaglio.weights.bip.layers import Layer, Units
-from intaglio.weights.order import kth_smallest
+from intaglio.weights.order import keep_largest
 
 Scope = Literal["global", "layer"]
 Tensors = Mapping[str, Tensor]
 """By the name of the module that stores the weight, in the weight's shape."""
-
-
-def keep_largest(parts: Sequence[Tensor], count: int) -> list[Tensor]:
-    """True at all entries but the `count` smallest of all parts together; among equal values the first go first.
-
-    Args:
-        parts: magnitudes of any shapes, contiguous, without NaN.
-        count: how many to leave out, fewer than there are entries.
-    """
-    if count <= 0:
-        return [torch.ones_like(part, dtype=torch.bool) for part in parts]
-    flat_N = torch.cat([part.reshape(-1) for part in parts])
-    cut = kth_smallest(flat_N, count)
-    del flat_N
-    kept = [part > cut for part in parts]
-    tied = [part == cut for part in parts]
-    # `sum` would make a copy of eight bytes an entry.
-    spare = sum(int(mask.count_nonzero()) for mask in (*kept, *tied))
-    spare -= sum(part.numel() for part in parts) - count  # tied entries that go
-    for mask, ties in zip(kept, tied, strict=True):
-        here = int(ties.count_nonzero())
-        if here > spare:
-            places = ties.reshape(-1).nonzero().flatten()[max(0, spare) :]
-            mask.view(-1)[places] = True
-        spare -= here
-    return kept
 
 
 def magnitude_masks(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from intaglio.weights.amount import lowest, lowest_of_groups, pruned_count
+from intaglio.weights.order import keep_largest
 
 Amount = float | tuple[int, int]
 """A share of zeros of the whole tensor, or (N, M)."""
@@ -32,8 +33,11 @@ def keep_mask(weight: Tensor, amount: Amount, axis: int = 1) -> Tensor:
     if isinstance(amount, tuple):
         kept = _of_groups(score.reshape(-1, amount[1]), amount[0])
     else:
-        flat = score.reshape(1, -1)
-        kept = ~lowest(flat, pruned_count(flat.shape[1], amount))
+        count = pruned_count(score.numel(), amount)
+        if _may_look(score):
+            (kept,) = keep_largest([score.contiguous()], count)
+        else:
+            kept = ~lowest(score.reshape(1, -1), count)
     return kept.reshape(score.shape).movedim(-1, axis)
 
 
@@ -42,6 +46,19 @@ def _of_groups(score_GM: Tensor, keep: int) -> Tensor:
     of = score_GM.shape[1]
     if keep >= of:
         return torch.ones_like(score_GM, dtype=torch.bool)
+    least_G1 = _least_kept(score_GM, keep)
+    if least_G1 is not None:
+        kept_GM = score_GM >= least_G1
+        if int(kept_GM.count_nonzero()) != keep * len(score_GM):  # some magnitudes tie, or are NaN
+            odd_G = kept_GM.view(torch.int8).sum(1, dtype=torch.int32) != keep
+            kept_GM[odd_G] = _by_rank(score_GM[odd_G], keep)
+        return kept_GM
+    return _by_rank(score_GM, keep)
+
+
+def _by_rank(score_GM: Tensor, keep: int) -> Tensor:
+    """The same for any pattern."""
+    of = score_GM.shape[1]
     if of > RANKED:
         return ~lowest_of_groups(score_GM, keep, of)
     # One row a place in the group: whole rows are compared at a time.
@@ -56,3 +73,23 @@ def _of_groups(score_GM: Tensor, keep: int) -> Tensor:
         before_MG[place + 1 :] += later
         before_MG[place] += (~later).sum(0, dtype=torch.int8)
     return (before_MG >= of - keep).t()
+
+
+def _may_look(score: Tensor) -> bool:
+    """Whether a number may be asked for on the way: a GPU would be waited for, and a compiled graph be cut there."""
+    return score.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _least_kept(score_GM: Tensor, keep: int) -> Tensor | None:
+    """The least magnitude that is kept of each group, [G, 1], where it is cheaper than ranks; None elsewhere."""
+    if not _may_look(score_GM):
+        return None
+    if keep == 1:
+        return score_GM.amax(1, keepdim=True)
+    if score_GM.shape[1] == 4 and keep == 2:
+        a_G, b_G, c_G, d_G = score_GM.unbind(1)
+        # The second of four is the lesser of both pairs' winners, or the greater of their losers.
+        winners_G = torch.minimum(torch.maximum(a_G, b_G), torch.maximum(c_G, d_G))
+        losers_G = torch.maximum(torch.minimum(a_G, b_G), torch.minimum(c_G, d_G))
+        return torch.maximum(winners_G, losers_G)[:, None]
+    return None

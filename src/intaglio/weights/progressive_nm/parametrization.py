@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from intaglio.weights.factors import as_numbers
 from intaglio.weights.progressive_nm.masks import keep_mask
 from intaglio.weights.progressive_nm.schedule import Gradient, Moment, Schedule
 
@@ -51,7 +52,7 @@ class StraightThrough(torch.autograd.Function):
         (gradient,) = gradients
         if ctx.pull:
             weight, keep = ctx.saved_tensors
-            gradient = gradient + ctx.pull * weight.masked_fill(keep, 0)
+            gradient = gradient + ctx.pull * (weight * as_numbers(~keep, weight.dtype))
         return gradient, None, None, None
 
 
@@ -136,8 +137,9 @@ class ProgressiveMask(nn.Module):
         if self.training and self.dense:
             return weight
         keep = self.keep(weight, final=not self.training)
-        z = self.z.to(weight.dtype) if self.training else torch.zeros((), dtype=weight.dtype, device=weight.device)
-        factor = torch.where(keep, torch.ones((), dtype=weight.dtype, device=weight.device), z)
+        factor = as_numbers(keep, weight.dtype)
+        if self.training:
+            factor = factor.clamp_(min=self.z.to(weight.dtype))
         if self.straight:
             found: Tensor = StraightThrough.apply(weight, factor, keep, self.pull)
             return found
