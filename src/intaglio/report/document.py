@@ -110,9 +110,9 @@ def value_of(side: Document, key: str) -> float | None:
     """
     if key == "zero_fraction":
         shares, of_all = shares_of(side), share(side.get("zeros"))
-        if shares and of_all is not None:
-            return of_all
-        return math.fsum(shares) / len(shares) if shares else None
+        if not shares:
+            return None
+        return math.fsum(shares) / len(shares) if of_all is None else of_all
     return share(side.get(key)) if key in SHARES else finite(side.get(key))
 
 
