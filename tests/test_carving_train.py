@@ -107,6 +107,18 @@ def test_an_interrupted_training_is_not_resumed_unasked(corpus: Path, model: Pat
     assert seen == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_model_is_trained_on_instructions_without_an_objective(corpus: Path, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": f"name the river number {n}", "answer": "it is the river in the north"} for n in range(8)]
+    pairs.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    fields = {"instructions": str(pairs), "length": 48, "chat": False, "evaluate": 0.2, "log_every": 1}
+    step = {"epochs": 4, "batch_size": 1, "learning_rate": 3e-3, **fields}
+    document = carve(recipe(corpus, {"train": step}), tmp_path / "out", model=str(model))
+    curve = document["steps"][0]["curve"]
+    assert curve["loss"][-1] < curve["loss"][0]
+    assert document["after"]["kl_mean"] is not None  # the vocabulary is what it was
+
+
 def test_training_that_fails_before_it_saved_leaves_nothing(corpus: Path, model: Path, tmp_path: Path) -> None:  # noqa: F811
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"prompt": "a"}\n', encoding="utf-8")
@@ -246,7 +258,7 @@ def test_a_recipe_with_training_round_trips(corpus: Path) -> None:  # noqa: F811
         ({"steps": 1, "select": {"x": {}}}, "there is no selector named 'x'"),
         ({"steps": 1, "lora": {"rank": 1}}, "there is no such field here"),
         ({"steps": 1, "texts": "a", "instructions": "b"}, "one of them says what is trained on"),
-        ({"steps": 1, "instructions": "b"}, "instructions need an objective that reads them"),
+        ({"steps": 1, "chat": False}, "chat belongs to instructions without an objective"),
         ({"steps": 1, "length": 8, "objective": "meap"}, "length belongs to next-token prediction"),
         ({"steps": 1, "patience": 2}, "patience needs evaluate, a share of the data such as 0.05"),
         ({"steps": 1, "stream": True}, "stream needs texts to read"),

@@ -83,10 +83,9 @@ def test_magnitude_is_far_behind(tmp_path: Path) -> None:
 def test_pruned_recovered_and_sparse_by_the_token_it_still_decodes_and_drafts(tmp_path: Path) -> None:
     """The longest chain, on the real model: zeros that training keeps, rows that a token skips, a draft on top."""
     recover = {
-        "objective": {
-            "meap": {"mode": "finetuning", "enabled": False, "mask_token": "<file_sep>", "length": 128, "chat": False}
-        },
         "instructions": "docstrings",
+        "length": 128,
+        "chat": False,
         "select": {"paser": {"count": 8, "candidates": 24, "clusters": 4, "length": 64, "chat": False}},
         "lora": {"r": 4, "alpha": 8},
         "batch_size": 4,

@@ -8,7 +8,8 @@ Every arm begins with the same pruned model and trains on exactly as many tokens
 and rate; `full` sees each pair once, the others go over a share of the tokens several times. Measured are held-out
 answers of the same kind and held-out prose, which nothing was chosen or trained on. Seeds draw the pool's order and the
 training; the arms of a seed take turns. Medians over seeds are told, and what choosing took beside what training took.
-Writes `results.json` and `results.md` into the output directory; `--json` prints the first.
+Writes `results.json` and `results.md` into the output directory as results come; `--json` prints the first. Called
+again with the same arguments it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -34,9 +35,10 @@ from intaglio.data.segments import Segments
 from intaglio.data.texts import load_texts
 from intaglio.measures.quality import Reference, quality, reference
 from intaglio.trainer import CausalLM, train
-from intaglio.trainer.causal import IGNORED, causal_batch
+from intaglio.trainer.causal import causal_batch
 from intaglio.trainer.draws import Draws
-from intaglio.trainer.pairs import apart, as_pair, load_pairs
+from intaglio.trainer.instruct import answered
+from intaglio.trainer.pairs import apart, load_pairs
 from intaglio.trainer.protocols import Example
 from intaglio.trainer.select import RandomExamples
 from intaglio.training.paser import PASER
@@ -69,22 +71,6 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def as_row(checkpoint: Checkpoint, pair: Example, number: int, length: int) -> Example:
-    """A pair as tokens, of which those of the answer are learnt.
-
-    Args:
-        checkpoint: its tokenizer is used.
-        pair: `prompt` and `answer`.
-        number: of the pair.
-        length: tokens at the most.
-    """
-    prompt, answer, stop = as_pair(checkpoint, pair, number, length, chat=False)
-    ids_T = torch.tensor([*prompt, *answer, *stop])
-    labels_T = ids_T.clone()
-    labels_T[: len(prompt)] = IGNORED
-    return {"input_ids": ids_T, "labels": labels_T}
-
-
 def fitting(checkpoint: Checkpoint, pairs: Sequence[Example], length: int) -> list[Example]:
     """The pairs whose prompts leave room for an answer.
 
@@ -109,7 +95,9 @@ def cut_to(checkpoint: Checkpoint, pairs: Sequence[Example], tokens: int, length
     documents: list[Example] = []
     left = tokens
     for number, pair in enumerate(pairs):
-        documents.append({name: value[:left] for name, value in as_row(checkpoint, pair, number, length).items()})
+        documents.append(
+            {name: value[:left] for name, value in answered(checkpoint, pair, number, length, chat=False).items()}
+        )
         left -= len(documents[-1]["input_ids"])
         if not left:
             return documents
@@ -128,7 +116,9 @@ def chosen(
     looked = paser.look(pool, pruned, dense, seed=seed)
     for count in range(1, len(pool) + 1):
         taken = [pool[n] for n in paser.pick(looked, count, seed=seed).indices]
-        sizes = (len(as_row(pruned, pair, n, arguments.length)["input_ids"]) for n, pair in enumerate(taken))
+        sizes = (
+            len(answered(pruned, pair, n, arguments.length, chat=False)["input_ids"]) for n, pair in enumerate(taken)
+        )
         if sum(sizes) >= wanted:
             break
     return taken, time.perf_counter() - begun
@@ -146,7 +136,7 @@ def answer_loss(checkpoint: Checkpoint, pairs: Sequence[Example], length: int) -
     total, count = 0.0, 0
     for start in range(0, len(pairs), BATCH):
         part = pairs[start : start + BATCH]
-        batch = causal_batch([as_row(checkpoint, pair, n, length) for n, pair in enumerate(part)])
+        batch = causal_batch([answered(checkpoint, pair, n, length, chat=False) for n, pair in enumerate(part)])
         weight, target_BT = batch.pop("weight"), batch.pop("target").to(checkpoint.device)
         inputs = {name: value.to(checkpoint.device) for name, value in batch.items()}
         logits_BTV = checkpoint.model(**inputs, use_cache=False).logits.float()
@@ -177,13 +167,23 @@ def measured(
     }
 
 
-def recovered(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def recovered(
+    name: str,
+    arguments: argparse.Namespace,
+    done_before: Sequence[dict[str, Any]],
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
     """Every arm of every seed at one sparsity.
 
     Args:
         name: of the sparsity.
         arguments: of the command line.
+        done_before: rows that are there already.
+        keep: called with each row that is new.
     """
+    had = {(row["seed"], row["arm"]) for row in done_before if row["sparsity"] == name}
+    if had == {(seed, arm) for seed in range(arguments.repeats) for arm in ARMS}:
+        return
     dense = intaglio.load(arguments.model, device=arguments.device, dtype="float32")
     calibration, held_out = load_texts(arguments.texts).split()
     length = arguments.length
@@ -195,11 +195,12 @@ def recovered(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     segments = as_segments(dense, calibration, arguments.samples, 2 * length, 0)
     intaglio.Wanda(**SPARSITIES[name]).apply(pruned, segments, batch_size=BATCH)
     before = measured(pruned, prose, original, judged, length)
-    found = []
     for seed in range(arguments.repeats):
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
         pool = [{**pairs[place], "id": n} for n, place in enumerate(order[: arguments.candidates])]
         for arm in ARMS[:: 1 if seed % 2 else -1]:
+            if (seed, arm) in had:
+                continue
             wanted = arguments.tokens // (1 if arm == "full" else arguments.passes)
             taken, choosing = chosen(arm, pool, pruned, dense, seed, wanted, arguments)
             done = Checkpoint(copy.deepcopy(pruned.model), pruned.tokenizer, pruned.source)
@@ -217,7 +218,7 @@ def recovered(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             seconds = time.perf_counter() - begun
             done.model.eval()
             after = measured(done, prose, original, judged, length)
-            found.append(
+            keep(
                 {
                     "sparsity": name,
                     "arm": arm,
@@ -230,7 +231,6 @@ def recovered(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 }
             )
             print(f"{name}, seed {seed}, {arm}: {after}", file=sys.stderr)
-    return found
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -243,6 +243,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
         for arm in ARMS:
             own = [row for row in rows if (row["sparsity"], row["arm"]) == (sparsity, arm)]
+            if not own:  # of a run that is not through
+                continue
             middle = {
                 name: median(row[name] for row in own) for name in own[0] if name not in ("sparsity", "arm", "seed")
             }
@@ -255,18 +257,41 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    arguments = _arguments()
-    rows = [row for name in arguments.sparsities.split(",") for row in recovered(name, arguments)]
+def write(out: Path, asked: dict[str, str], rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Write what there is, as JSON and as a table; returns both.
+
+    Args:
+        out: directory.
+        asked: arguments of the command line.
+        rows: from `recovered`.
+    """
     told = summary(rows)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    document = {"medians": told, "runs": rows, "arguments": {k: str(v) for k, v in vars(arguments).items()}}
-    writer.write_json(arguments.out / "results.json", document)
+    document = {"medians": told, "runs": list(rows), "arguments": asked}
     names = list(told[0])
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join(["---"] * len(names)) + " |"]
     lines += ["| " + " | ".join(v if isinstance(v, str) else f"{v:,.4g}" for v in row.values()) + " |" for row in told]
-    (arguments.out / "results.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(json.dumps(document) if arguments.json else "\n".join(lines))
+    table = "\n".join(lines)
+    writer.write_json(out / "results.json", document)
+    (out / "results.md").write_text(table + "\n", encoding="utf-8")
+    return document, table
+
+
+def main() -> None:
+    arguments = _arguments()
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    asked = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "json")}
+    there = json.loads((out / "results.json").read_text("utf-8")) if (out / "results.json").is_file() else {}
+    rows: list[dict[str, Any]] = there["runs"] if there.get("arguments") == asked else []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        write(out, asked, rows)
+
+    for name in arguments.sparsities.split(","):
+        recovered(name, arguments, list(rows), keep)
+    document, table = write(out, asked, rows)
+    print(json.dumps(document) if arguments.json else table)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Every name below is loaded when it is first used, so that importing the package 
 - `load`, `Checkpoint`: a model, its tokenizer and the record of what was done to it
 - `Recipe`, `carve`, `compare`, `plan`: recipes and what runs them
 - `export`: a checkpoint in a format that stock transformers loads
-- `new`, `train`, `CausalLM`: small models from scratch, and the one training loop
+- `new`, `train`, `CausalLM`, `InstructionTuning`: small models from scratch, and the one training loop
 - `load_texts`, `Corpus`, `Segments`: data
 - `IntaglioError`: the one error a user can cause
 - every method of the catalogue by its name (`Magnitude`, `Wanda`, `SparseGPT`, `DSnoT`)
@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     from intaglio.fresh import new
     from intaglio.recipe import Recipe
     from intaglio.trainer.causal import CausalLM
+    from intaglio.trainer.instruct import InstructionTuning
     from intaglio.trainer.loop import train
 
 _HOMES = {
     "CausalLM": "trainer.causal",
     "Checkpoint": "checkpoint",
     "Corpus": "data.texts",
+    "InstructionTuning": "trainer.instruct",
     "IntaglioError": "errors",
     "Recipe": "recipe",
     "Segments": "data.segments",
@@ -57,6 +59,7 @@ __all__ = [
     "CausalLM",
     "Checkpoint",
     "Corpus",
+    "InstructionTuning",
     "IntaglioError",
     "Recipe",
     "Segments",

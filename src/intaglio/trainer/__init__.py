@@ -11,6 +11,7 @@
 - `settings`: the numbers of a run, validated.
 - `protocols`: what an objective, a shaper and a selector are.
 - `causal`: rows for next-token prediction, packed without leaks; the objective `CausalLM`.
+- `instruct`: the answers of pairs; the objective `InstructionTuning`.
 - `labels`: words with labels; the objective `token_classification`.
 - `rows`: from a user's data to rows, in memory or as a stream.
 - `pairs`: instruction pairs, from a file too.
@@ -30,6 +31,7 @@ from __future__ import annotations
 from intaglio.trainer.causal import CausalLM
 from intaglio.trainer.draws import Draws
 from intaglio.trainer.history import Logged
+from intaglio.trainer.instruct import InstructionTuning
 from intaglio.trainer.loop import Trained, train
 from intaglio.trainer.lora import Lora
 from intaglio.trainer.protocols import Batch, Example, Loss, Objective, Prepares, Run, Selection, Selector, Shaper
@@ -39,6 +41,7 @@ __all__ = [
     "CausalLM",
     "Draws",
     "Example",
+    "InstructionTuning",
     "Logged",
     "Lora",
     "Loss",

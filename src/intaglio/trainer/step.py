@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
@@ -17,7 +17,7 @@ from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError, did_you_mean, shorten
 from intaglio.method import Carving, Change, ChecksModel, Cost, Fact, Method, Progress, Workload, get, silent, slugs
 from intaglio.trainer.pairs import apart, load_pairs
-from intaglio.trainer.protocols import CostsTraining
+from intaglio.trainer.protocols import CostsTraining, Objective
 from intaglio.trainer.settings import Settings
 
 ROW = 512
@@ -28,7 +28,7 @@ class Train(Settings, Method, slug="train"):
     """A training step; the settings are those of `intaglio.train`.
 
     Args:
-        objective: `{slug: fields}`. Default: next-token prediction.
+        objective: `{slug: fields}`. Default: next-token prediction, of instruction pairs that of the answers alone.
         shape: shapers, `[{slug: fields}, ...]`. Default: none.
         select: a selector, `{slug: fields}`. Default: every example.
         texts: what is trained on: a bundled name, a file, a folder or a hub id. Default: the recipe's calibration
@@ -40,6 +40,8 @@ class Train(Settings, Method, slug="train"):
             `spans` and `labels`), for token_classification; without an objective its words are trained on as text.
         validation: another such file, on which the labels are scored while training.
         length: tokens of a row, for next-token prediction. Default: the model's context, at most 1,024.
+        chat: whether the prompts of pairs are put into the tokenizer's chat template, if it has one; for instructions
+            without an objective, which has its own. Default true.
         evaluate: share of the documents or pairs that is not trained on, but has the objective's loss taken on it while
             training. What the recipe measures on stays out of both. Default 0.
         seed: default: the recipe's.
@@ -57,6 +59,7 @@ class Train(Settings, Method, slug="train"):
     labels: Annotated[str, Field(min_length=1)] | None = None
     validation: Annotated[str, Field(min_length=1)] | None = None
     length: Annotated[int, Field(ge=2)] | None = None
+    chat: bool = True
     evaluate: Annotated[float, Field(ge=0, lt=1)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None  # type: ignore[assignment]
 
@@ -95,8 +98,10 @@ class Train(Settings, Method, slug="train"):
             )
         if self.length is not None and self.objective is not None:
             raise ValueError("length belongs to next-token prediction; give it to the objective")
-        if self.instructions is not None and self.objective is None:
-            raise ValueError("instructions need an objective that reads them, such as meap: {mode: finetuning}")
+        if not self.chat and (self.instructions is None or self.objective is not None):
+            raise ValueError(
+                "chat belongs to instructions without an objective; leave it out, or give it to the objective"
+            )
         whole = [part.slug for part in self.parts if getattr(part, "trains_weights", False)]
         if whole and (self.lora is not None or self.freeze):
             held = "freeze holds them still" if self.freeze else "lora trains adapters alone"
@@ -242,7 +247,6 @@ class Train(Settings, Method, slug="train"):
         Raises:
             IntaglioError: no texts, or as `intaglio.train`.
         """
-        from intaglio.trainer.causal import CausalLM
         from intaglio.trainer.loop import train
 
         settings = {name: getattr(self, name) for name in Settings.model_fields}
@@ -250,7 +254,7 @@ class Train(Settings, Method, slug="train"):
         train(
             checkpoint,
             data,
-            objective=CausalLM(self.length) if self.objective is None else _made(self.objective),  # type: ignore[arg-type]
+            objective=self._goal(),
             shape=[_made(named) for named in self.shape],  # type: ignore[misc]
             select=None if self.select is None else _made(self.select),  # type: ignore[arg-type]
             original=original,
@@ -266,6 +270,14 @@ class Train(Settings, Method, slug="train"):
             },
         )
         return checkpoint
+
+    def _goal(self) -> Objective:
+        from intaglio.trainer.causal import CausalLM
+        from intaglio.trainer.instruct import InstructionTuning
+
+        if self.objective is not None:
+            return cast(Objective, _made(self.objective))
+        return InstructionTuning(self.length, chat=self.chat) if self.instructions else CausalLM(self.length)
 
     def _data(self, calibration: Corpus | None, sealed: frozenset[str]) -> tuple[Any, Any]:
         """What is trained on, and what is evaluated on, if anything."""
