@@ -232,6 +232,17 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_dry_run_shows_what_was_given_and_json_everything(tiny_dir: TinyDir, recipe: Callable[..., Path]) -> None:
+    step = {"train": {"steps": 3, "lora": {"r": 2}, "select": {"random": {"budget": 0.5}}, "length": 16}}
+    words = ("carve", tiny_dir("llama"), "-r", recipe(step), "--dry-run")
+    found = document(*words)["steps"][0]
+    assert found["given"] == {"steps": 3, "lora": {"r": 2}, "select": {"random": {"budget": 0.5}}, "length": 16}
+    assert found["parameters"]["batch_size"] == 8
+    shown = " ".join(run(*words).stdout.split())
+    assert "learning_rate" not in shown
+    assert "budget: 0.5" in shown
+
+
 def test_compare(tiny_dir: TinyDir, recipe: Callable[..., Path], corpus_file: Path, tmp_path: Path) -> None:
     run("carve", tiny_dir("llama"), "-r", recipe({"magnitude": {"sparsity": 0.5}}), "-o", tmp_path / "out")
     texts = ("--texts", corpus_file, "--samples", "2", "--length", "32")

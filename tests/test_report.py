@@ -73,7 +73,7 @@ def carve(
             {
                 "slug": "dsnot",
                 "parameters": parameters,
-                "defaults": parameters | {"sparsity": None},
+                "given": {"sparsity": 0.5},
                 "seed": 7,
                 "calibration": calibration,
                 "chosen": {"max_cycles": {"576": 7, "1536": 19}},
@@ -276,7 +276,7 @@ def test_parameters_that_differ_from_the_defaults_come_first_and_all_are_folded(
     names = re.findall(r'<dt class="mono">(\w+)</dt>', folded)
     assert names == ["sparsity", "pattern", "base", "variance_power", "max_cycles"]
     document = carve()
-    del document["steps"][0]["defaults"]
+    del document["steps"][0]["given"]
     shown = report.carve_page(document).split("What was done")[1].split("<details>")[0]
     assert re.findall(r"<li><b>(\w+)</b>", shown) == ["sparsity", "base", "variance_power"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio import report, writer
-from intaglio.carving import Data, apply_step, defaults, make_yardstick, prepare_data, provenance, read_texts
+from intaglio.carving import Data, apply_step, given, make_yardstick, prepare_data, provenance, read_texts
 from intaglio.checkpoint import load
 from intaglio.method import Method, Progress, silent
 from intaglio.recipe import Recipe, method_of
@@ -91,7 +91,7 @@ def demo(
                 "slug": step.slug,
                 "amount": amount,
                 "parameters": step.model_dump(),
-                "defaults": defaults(step),
+                "given": given(step),
                 "seconds": seconds,
             }
         )

@@ -15,7 +15,7 @@ from intaglio.carving.planning import plan
 from intaglio.carving.run import carve, compare
 from intaglio.carving.scratch import check_output
 from intaglio.carving.steps import apply_step
-from intaglio.carving.told import defaults, provenance
+from intaglio.carving.told import given, provenance
 
 __all__ = [
     "Data",
@@ -23,7 +23,7 @@ __all__ = [
     "carve",
     "check_output",
     "compare",
-    "defaults",
+    "given",
     "make_yardstick",
     "plan",
     "prepare_data",

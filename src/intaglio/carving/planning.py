@@ -16,6 +16,7 @@ from intaglio.carving.begin import is_new, name_of, skeleton
 from intaglio.carving.data import read_texts
 from intaglio.carving.earlier import check_earlier
 from intaglio.carving.steps import check_fit, retokenizes, trains
+from intaglio.carving.told import given
 from intaglio.checkpoint import load_config, load_tokenizer, parse_device, parse_dtype
 from intaglio.data.texts import Corpus
 from intaglio.measures.quality import ELEMENTS
@@ -41,10 +42,10 @@ def plan(
         dtype: of the weights. Default: the checkpoint's own.
 
     Returns:
-        `{model, parameters, bytes, tokens, steps: [{slug, verb, parameters, seconds, memory_bytes}], left,
-        measure_seconds, seconds, memory_bytes, libraries_bytes, gflops}`. `left` are the parameters behind the steps.
-        Seconds come from work timed on this machine just now. Memory is the peak beside `libraries_bytes`, which the
-        process holds already.
+        `{model, parameters, bytes, tokens, steps: [{slug, verb, parameters, given, seconds, memory_bytes}], left,
+        measure_seconds, seconds, memory_bytes, libraries_bytes, gflops}`. `given` are the parameters that are not as
+        by default, `left` those of the model behind the steps. Seconds come from work timed on this machine just now.
+        Memory is the peak beside `libraries_bytes`, which the process holds already.
 
     Raises:
         IntaglioError: as `carve` would, as far as can be told without weights.
@@ -78,10 +79,9 @@ def plan(
         cost = _estimate(step, workload, texts)
         took = cost.flops / rates.flops + cost.sorted_elements / rates.elements
         memory = held + cost.extra_bytes
-        fields = method_of(step).model_dump()
-        steps.append(
-            {"slug": step.slug, "verb": _verb(step), "parameters": fields, "seconds": took, "memory_bytes": memory}
-        )
+        method = method_of(step)
+        told = {"slug": step.slug, "verb": _verb(step), "parameters": method.model_dump(), "given": given(method)}
+        steps.append({**told, "seconds": took, "memory_bytes": memory})
         if isinstance(step, ChangesDepth):
             parts = step.left(parts)
             workload = _shortened(workload, parts)

@@ -10,23 +10,33 @@ import yaml
 from intaglio import report
 from intaglio.carving.data import Data
 from intaglio.carving.steps import trains
+from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.machine import versions
-from intaglio.method import Method, Retokenizes
+from intaglio.method import Method, Retokenizes, get
 from intaglio.recipe import Fit, Measure, Recipe, Step, accepted_fields, method_of
 
 
-def defaults(method: Method) -> dict[str, Any]:
-    """The default of each of a method's fields that has one, so that a report can show what was set.
+def given(method: Method) -> dict[str, Any]:
+    """The fields of a method that are not as they are by default, and of the methods in it as well.
 
     Args:
         method: of a step.
     """
-    fields = {name: type(method).model_fields[name] for name in accepted_fields(type(method))}
-    return {
-        name: field.get_default(call_default_factory=True) for name, field in fields.items() if not field.is_required()
-    }
+    left = method.model_dump(include=set(accepted_fields(type(method))), exclude_defaults=True)
+    return {name: _given(value) for name, value in left.items()}
+
+
+def _given(value: Any) -> Any:
+    """The same of what a field holds: `{slug: fields}`, a list of such, or anything else, which stays."""
+    if isinstance(value, list):
+        return [_given(item) for item in value]
+    if isinstance(value, dict) and len(value) == 1:
+        slug, fields = next(iter(value.items()))
+        if slug in ENTRIES and isinstance(fields, dict):
+            return {slug: given(get(slug)(**fields))}
+    return value
 
 
 def what_was_done(steps: tuple[Step, ...]) -> str:
@@ -108,7 +118,7 @@ def make_document(
         "kind": checkpoint.kind,
         "steps": [
             _with_pictures(record.model_dump())
-            | {"defaults": defaults(method_of(step)), "seconds": took}
+            | {"given": given(method_of(step)), "seconds": took}
             | ({"timings": record.timings} if record.timings else {})
             for record, step, took in zip(made, recipe.steps, seconds, strict=True)
         ],

@@ -236,6 +236,8 @@ def _plan(
     overwrite: bool,
     json: bool,
 ) -> None:
+    import yaml
+
     from intaglio.carving import check_output, plan
 
     if output is not None:
@@ -246,7 +248,10 @@ def _plan(
         return
     table = Table("step", "parameters", "seconds", "memory", title="The plan; nothing is done", box=SIMPLE_HEAD)
     for index, step in enumerate(found["steps"], start=1):
-        parameters = ", ".join(f"{k}: {v}" for k, v in step["parameters"].items() if v not in (None, []))
+        # As a recipe has them, without the outer braces.
+        parameters = yaml.safe_dump(step["given"], default_flow_style=True, sort_keys=False, width=1 << 20).strip()[
+            1:-1
+        ]
         label = step["slug"] if step["verb"] in ("carve", step["slug"]) else f"{step['verb']} {step['slug']}"
         table.add_row(f"{index}. {label}", parameters, f"{step['seconds']:.0f}", _megabytes(step["memory_bytes"]))
     table.add_row("measuring, before and after", "", f"{found['measure_seconds']:.0f}", "")

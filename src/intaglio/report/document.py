@@ -8,8 +8,8 @@ A document is a plain dict, the same that is written as `report.json`. There are
 `decode_tokens_per_s`, `peak_memory_bytes`, `parameters`, `tokens` (a digest of those that it was measured on). A number
 that is null, missing or not finite is shown as a dash, with the reason where it is known.
 
-A step or variant may bring `defaults` (field to default value): the parameters that differ from them are shown, the
-others are folded away. Without `defaults`, those that are not null are shown. A step may bring `bars`, what it measured
+A step or variant may bring `given`, its parameters that are not as they are by default: they are shown, the others are
+folded away. Without it, those that are not null are shown. A step may bring `bars`, what it measured
 of parts of the model: `title`, `axis`, `items` (name to value), and which of these are `marked`, by the word `mark`;
 a `grid`, shares that it chose for projections: `title` and `values` (layer to share); and `timings`, the seconds of its
 parts. What it chose may hold a `selection` of examples, with `clusters` (a list).

@@ -201,11 +201,8 @@ def _step(step: Document) -> dict[str, Any]:
     # A variant of the demo is a step and a SIDE at once; a SIDE's `parameters` is a count.
     found = step.get("parameters")
     parameters: dict[str, Any] = found if isinstance(found, dict) else {}
-    defaults = step.get("defaults")
-    if isinstance(defaults, Mapping):
-        chosen = {k: v for k, v in parameters.items() if k not in defaults or defaults[k] != v}
-    else:
-        chosen = {k: v for k, v in parameters.items() if v is not None}
+    given = step.get("given")
+    chosen = dict(given) if isinstance(given, Mapping) else {k: v for k, v in parameters.items() if v is not None}
     derived = dict(step.get("chosen") or {})
     return {
         "slug": step.get("slug", "not named"),
