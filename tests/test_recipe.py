@@ -488,3 +488,16 @@ def test_the_schema_describes_every_step() -> None:
         assert schema["$defs"][slug]["description"] == ENTRIES[slug].summary
         fields = method.get(slug).model_fields
         assert set(schema["$defs"][slug]["properties"]) == {name for name in fields if not fields[name].exclude}
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sentence"),
+    [
+        (2.0, "r_sparse.alpha: 2.0 is not accepted, it should be less than or equal to 1, or it should be a mapping"),
+        ("abc", "r_sparse.alpha: 'abc' is not accepted, it should be a valid number, or it should be a mapping"),
+        ({"*.q_proj": 2.0}, r"r_sparse.alpha.\*.q_proj: 2.0 is not accepted, it should be less than or equal to 1"),
+    ],
+)
+def test_a_field_of_several_types_is_named_as_the_file_has_it(alpha: Any, sentence: str) -> None:
+    with pytest.raises(IntaglioError, match=f"{sentence}$"):
+        Recipe.of({"model": "m", "steps": [{"r_sparse": {"alpha": alpha}}]})

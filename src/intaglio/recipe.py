@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
@@ -343,19 +343,35 @@ def _checked(cls: type[_Model], value: Any, document: Document, place: Place, re
     try:
         return read(value)
     except ValidationError as error:
-        raise IntaglioError(_sentence(cls, error, document, place)) from error
+        raise IntaglioError(_sentence(cls, value, error, document, place)) from error
 
 
 def _no_such_field(where: str, name: str, fields: list[str]) -> str:
     return f"{where}: there is no such field here; {did_you_mean(name, fields)}"
 
 
-def _sentence(cls: type[BaseModel], error: ValidationError, document: Document, place: Place) -> str:
+def _in_file(value: Any, error: Any) -> tuple[Any, ...]:
+    """Where an error is, without what is in no file: which of several types a value was tried as."""
+    found = []
+    for part in error["loc"]:
+        if part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+            found.append(part)
+    missing = error["type"] == "missing"
+    return (*found, error["loc"][-1]) if missing else tuple(found)
+
+
+def _sentence(cls: type[BaseModel], value: Any, error: ValidationError, document: Document, place: Place) -> str:
     """One sentence on the first thing that is wrong: where, what was given, what is accepted."""
-    first = error.errors(include_url=False)[0]
-    where = document.where((*place, *first["loc"]))
+    errors = error.errors(include_url=False)
+    # Of a value that may be of several types, what was found furthest inside it is what was meant.
+    first = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(_in_file(value, e)))
+    inside = _in_file(value, first)
+    where = document.where((*place, *inside))
     owner: type[BaseModel] = cls
-    for part in first["loc"][:-1]:
+    for part in inside[:-1]:
+        if str(part) not in owner.model_fields:
+            break
         annotation = owner.model_fields[str(part)].annotation
         for kind in (annotation, *get_args(annotation)):  # a field that may be left out is a union with None
             if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -363,11 +379,20 @@ def _sentence(cls: type[BaseModel], error: ValidationError, document: Document, 
     if first["type"] == "extra_forbidden":
         fields = [*accepted_fields(owner), "steps"] if owner is Header else accepted_fields(owner)
         return _no_such_field(where, str(first["loc"][-1]), fields)
-    message = "it should be a mapping" if first["type"] == "model_type" else first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
+    told = dict.fromkeys(_message(e) for e in errors if _in_file(value, e) == inside)
+    message = ", or ".join(told) if first["type"] not in ("missing", "value_error") else _message(first)
     if first["type"] in ("missing", "value_error"):
         return f"{where}: {message}"
-    return f"{where}: {_show(first['input'])} is not accepted, {message.replace('input', 'it', 1)}"
+    return f"{where}: {_show(first['input'])} is not accepted, {message}"
+
+
+def _message(error: Any) -> str:
+    """What pydantic says is wrong, in our words."""
+    if error["type"] in ("model_type", "dict_type"):
+        return "it should be a mapping"
+    said = error["msg"].removeprefix("Value error, ")
+    said = said[0].lower() + said[1:]
+    return said if error["type"] in ("missing", "value_error") else said.replace("input", "it", 1)
 
 
 def _show(value: Any) -> str:
