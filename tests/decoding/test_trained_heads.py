@@ -201,7 +201,8 @@ def test_the_plan_says_what_a_fit_takes(slug: str, corpus_file: Path, tmp_path: 
     encoder = tiny_checkpoint_dir("bert", tmp_path / "encoder", layers=1)
     with pytest.raises(IntaglioError, match=f"{slug} needs a model that generates"):
         plan(recipe(slug, corpus_file), model=str(encoder))
-    assert carving.defaults(get(slug)())["token_cost"] == 0.035
+    assert carving.given(get(slug)()) == {}
+    assert carving.given(get(slug)(token_cost=0.5)) == {"token_cost": 0.5}
 
 
 @pytest.mark.parametrize("slug", METHODS)
