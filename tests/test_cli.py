@@ -234,6 +234,8 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(
 
 def test_a_dry_run_shows_what_was_given_and_json_everything(tiny_dir: TinyDir, recipe: Callable[..., Path]) -> None:
     step = {"train": {"steps": 3, "lora": {"r": 2}, "select": {"random": {"budget": 0.5}}, "length": 16}}
+    searched = recipe({"r_sparse": {"search": {}}})
+    assert "population" in run("carve", tiny_dir("llama"), "-r", searched, "--dry-run").stdout
     words = ("carve", tiny_dir("llama"), "-r", recipe(step), "--dry-run")
     found = document(*words)["steps"][0]
     assert found["given"] == {"steps": 3, "lora": {"r": 2}, "select": {"random": {"budget": 0.5}}, "length": 16}

@@ -25,7 +25,8 @@ def given(method: Method) -> dict[str, Any]:
         method: of a step.
     """
     left = method.model_dump(include=set(accepted_fields(type(method))), exclude_defaults=True)
-    return {name: _given(value) for name, value in left.items()}
+    # A part that was given with all its defaults is told whole.
+    return {name: _given(value) or method.model_dump(include={name})[name] for name, value in left.items()}
 
 
 def _given(value: Any) -> Any:
