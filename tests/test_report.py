@@ -401,7 +401,7 @@ def test_a_step_draws_the_shares_that_it_chose() -> None:
     shares = {"layers.0.self_attn.q_proj": 0.15, "layers.1.self_attn.q_proj": 0.95}
     document["steps"][0]["grid"] = {"title": "Share of the budget for channels", "values": shares}
     page = report.carve_page(document)
-    assert "Share of the budget for channels" in page
+    assert "Share of the budget for channels, as the step chose it for each projection." in Page(page).text
     assert report.ZEROS not in Page(page).text
     assert "Where the zeros are" not in page
     assert "Inputs left out 50.7 % of the projections', a token" in Page(page).text

@@ -217,6 +217,7 @@ def _step(step: Document) -> dict[str, Any]:
         "curves": Markup(curves.curves(step["curve"])) if curves.is_columns(step.get("curve")) else Markup(),
         "bars": _bars(step.get("bars")),
         "grid": _grid(step.get("grid")),
+        "drawn": _titled(step.get("grid")),
     }
 
 
@@ -259,8 +260,12 @@ def _grid(found: Any) -> Markup:
     if not cells:
         return Markup()
     words = "; ".join(f"{name}: {percent(value)}" for name, value in known.items()) + "."
-    title = str(found.get("title", "What was chosen"))
-    return Markup(pictures.heatmap(title, words, rows, columns, cells, column_title="layer"))
+    return Markup(pictures.heatmap(_titled(found), words, rows, columns, cells, column_title="layer"))
+
+
+def _titled(grid: Any) -> str:
+    """What the shares of a grid are."""
+    return str(grid.get("title", "What was chosen")) if isinstance(grid, Mapping) else ""
 
 
 def training_page(title: str, told: str, columns: curves.Columns, notes: Mapping[str, str]) -> str:
