@@ -20,7 +20,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -114,14 +114,13 @@ def chosen(
         return [pool[n] for n in order], time.perf_counter() - begun
     paser = PASER(embedding=arguments.embedding, length=arguments.length, chat=False, batch_size=BATCH)
     looked = paser.look(pool, pruned, dense, seed=seed)
+    rows = (answered(pruned, pair, n, arguments.length, chat=False) for n, pair in enumerate(pool))
+    sizes = [len(row["input_ids"]) for row in rows]
     for count in range(1, len(pool) + 1):
-        taken = [pool[n] for n in paser.pick(looked, count, seed=seed).indices]
-        sizes = (
-            len(answered(pruned, pair, n, arguments.length, chat=False)["input_ids"]) for n, pair in enumerate(taken)
-        )
-        if sum(sizes) >= wanted:
+        taken = paser.pick(looked, count, seed=seed).indices
+        if sum(sizes[n] for n in taken) >= wanted:
             break
-    return taken, time.perf_counter() - begun
+    return [pool[n] for n in taken], time.perf_counter() - begun
 
 
 @torch.no_grad()
@@ -167,22 +166,15 @@ def measured(
     }
 
 
-def recovered(
-    name: str,
-    arguments: argparse.Namespace,
-    done_before: Sequence[dict[str, Any]],
-    keep: Callable[[dict[str, Any]], None],
-) -> None:
-    """Every arm of every seed at one sparsity.
+def recovered(name: str, arguments: argparse.Namespace, had: Collection[tuple[int, str]]) -> Iterator[dict[str, Any]]:
+    """Every arm of every seed at one sparsity, as they come.
 
     Args:
         name: of the sparsity.
         arguments: of the command line.
-        done_before: rows that are there already.
-        keep: called with each row that is new.
+        had: (seed, arm) of what is there already.
     """
-    had = {(row["seed"], row["arm"]) for row in done_before if row["sparsity"] == name}
-    if had == {(seed, arm) for seed in range(arguments.repeats) for arm in ARMS}:
+    if len(had) == arguments.repeats * len(ARMS):
         return
     dense = intaglio.load(arguments.model, device=arguments.device, dtype="float32")
     calibration, held_out = load_texts(arguments.texts).split()
@@ -218,19 +210,17 @@ def recovered(
             seconds = time.perf_counter() - begun
             done.model.eval()
             after = measured(done, prose, original, judged, length)
-            keep(
-                {
-                    "sparsity": name,
-                    "arm": arm,
-                    "seed": seed,
-                    "tokens": trained.tokens,
-                    "choosing, s": choosing,
-                    "training, s": seconds,
-                    **{f"{what}, before": value for what, value in before.items()},
-                    **after,
-                }
-            )
             print(f"{name}, seed {seed}, {arm}: {after}", file=sys.stderr)
+            yield {
+                "sparsity": name,
+                "arm": arm,
+                "seed": seed,
+                "tokens": trained.tokens,
+                "choosing, s": choosing,
+                "training, s": seconds,
+                **{f"{what}, before": value for what, value in before.items()},
+                **after,
+            }
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -283,13 +273,11 @@ def main() -> None:
     asked = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "json")}
     there = json.loads((out / "results.json").read_text("utf-8")) if (out / "results.json").is_file() else {}
     rows: list[dict[str, Any]] = there["runs"] if there.get("arguments") == asked else []
-
-    def keep(row: dict[str, Any]) -> None:
-        rows.append(row)
-        write(out, asked, rows)
-
     for name in arguments.sparsities.split(","):
-        recovered(name, arguments, list(rows), keep)
+        had = {(row["seed"], row["arm"]) for row in rows if row["sparsity"] == name}
+        for row in recovered(name, arguments, had):
+            rows.append(row)
+            write(out, asked, rows)
     document, table = write(out, asked, rows)
     print(json.dumps(document) if arguments.json else table)
 

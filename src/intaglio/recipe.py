@@ -363,10 +363,10 @@ def _in_file(value: Any, error: Any) -> tuple[Any, ...]:
 
 def _sentence(cls: type[BaseModel], value: Any, error: ValidationError, document: Document, place: Place) -> str:
     """One sentence on the first thing that is wrong: where, what was given, what is accepted."""
-    errors = error.errors(include_url=False)
+    errors = [(_in_file(value, e), e) for e in error.errors(include_url=False)]
+    of_field = [(at, e) for at, e in errors if e["loc"][:1] == errors[0][1]["loc"][:1]]
     # Of a value that may be of several types, what was found furthest inside it is what was meant.
-    first = max((e for e in errors if e["loc"][:1] == errors[0]["loc"][:1]), key=lambda e: len(_in_file(value, e)))
-    inside = _in_file(value, first)
+    inside, first = max(of_field, key=lambda found: len(found[0]))
     where = document.where((*place, *inside))
     owner: type[BaseModel] = cls
     for part in inside[:-1]:
@@ -379,11 +379,10 @@ def _sentence(cls: type[BaseModel], value: Any, error: ValidationError, document
     if first["type"] == "extra_forbidden":
         fields = [*accepted_fields(owner), "steps"] if owner is Header else accepted_fields(owner)
         return _no_such_field(where, str(first["loc"][-1]), fields)
-    told = dict.fromkeys(_message(e) for e in errors if _in_file(value, e) == inside)
-    message = ", or ".join(told) if first["type"] not in ("missing", "value_error") else _message(first)
     if first["type"] in ("missing", "value_error"):
-        return f"{where}: {message}"
-    return f"{where}: {_show(first['input'])} is not accepted, {message}"
+        return f"{where}: {_message(first)}"
+    told = dict.fromkeys(_message(e) for at, e in of_field if at == inside)
+    return f"{where}: {_show(first['input'])} is not accepted, {', or '.join(told)}"
 
 
 def _message(error: Any) -> str:

@@ -248,10 +248,8 @@ def _plan(
         return
     table = Table("step", "parameters", "seconds", "memory", title="The plan; nothing is done", box=SIMPLE_HEAD)
     for index, step in enumerate(found["steps"], start=1):
-        # As a recipe has them, without the outer braces.
-        parameters = yaml.safe_dump(step["given"], default_flow_style=True, sort_keys=False, width=1 << 20).strip()[
-            1:-1
-        ]
+        given = yaml.safe_dump(step["given"], default_flow_style=True, sort_keys=False, width=1 << 20)
+        parameters = given.strip()[1:-1]  # as a recipe has them, without the outer braces
         label = step["slug"] if step["verb"] in ("carve", step["slug"]) else f"{step['verb']} {step['slug']}"
         table.add_row(f"{index}. {label}", parameters, f"{step['seconds']:.0f}", _megabytes(step["memory_bytes"]))
     table.add_row("measuring, before and after", "", f"{found['measure_seconds']:.0f}", "")

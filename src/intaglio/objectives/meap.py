@@ -37,8 +37,9 @@ from intaglio.trainer.causal import (
     starts,
 )
 from intaglio.trainer.draws import Draws, generator
-from intaglio.trainer.instruct import answered
+from intaglio.trainer.instruct import as_document
 from intaglio.trainer.keep import kept_modes
+from intaglio.trainer.pairs import as_pair
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.reserved import reserve
 
@@ -217,12 +218,12 @@ class MEAP(Method, slug="meap"):
     ) -> Iterator[Example]:
         """Each pair clean and, if its answer is long, with hidden tokens."""
         for number, example in enumerate(examples):
-            clean = answered(checkpoint, example, number, length, chat=self.chat)
+            prompt, answer, stop = as_pair(checkpoint, example, number, length, chat=self.chat)
+            clean = as_document(prompt, [*answer, *stop])
             yield clean
-            begin = int((clean["labels"] == IGNORED).sum())
-            count = len(clean["labels"]) - begin - (checkpoint.tokenizer.eos_token_id is not None)
-            if rng.training and self.enabled and count > self.short:
-                yield self._copy(clean["input_ids"], begin, count, rng({**example, "epoch": 0}, "meap"))
+            if rng.training and self.enabled and len(answer) > self.short:
+                source = rng({**example, "epoch": 0}, "meap")
+                yield self._copy(clean["input_ids"], len(prompt), len(answer), source)
 
     def _copy(self, clean_T: Tensor, begin: int, count: int, rng: torch.Generator) -> Example:
         """A copy in which some tokens of the answer are hidden, and only those are predicted."""

@@ -9,10 +9,10 @@ A document is a plain dict, the same that is written as `report.json`. There are
 that is null, missing or not finite is shown as a dash, with the reason where it is known.
 
 A step or variant may bring `given`, its parameters that are not as they are by default: they are shown, the others are
-folded away. Without it, those that are not null are shown. A step may bring `bars`, what it measured
-of parts of the model: `title`, `axis`, `items` (name to value), and which of these are `marked`, by the word `mark`;
-a `grid`, shares that it chose for projections: `title` and `values` (layer to share); and `timings`, the seconds of its
-parts. What it chose may hold a `selection` of examples, with `clusters` (a list).
+folded away. Without it, those that are not null are shown. A step may bring `bars`, what it measured of parts of the
+model: `title`, `axis`, `items` (name to value), and which of these are `marked`, by the word `mark`; a `grid`, shares
+that it chose for projections: `title` and `values` (layer to share); and `timings`, the seconds of its parts. What it
+chose may hold a `selection` of examples, with `clusters` (a list).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ Dimension letters: T tokens of a pair.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,21 @@ from intaglio.trainer.pairs import as_pair
 from intaglio.trainer.protocols import Example
 
 
+def as_document(prompt: Sequence[int], answer: Sequence[int]) -> Example:
+    """Return `input_ids` and `labels`, int64 [T]: of the prompt no token is predicted.
+
+    Args:
+        prompt: token ids.
+        answer: token ids, the end among them.
+    """
+    ids_T = torch.tensor([*prompt, *answer])
+    labels_T = ids_T.clone()
+    labels_T[: len(prompt)] = IGNORED
+    return {"input_ids": ids_T, "labels": labels_T}
+
+
 def answered(checkpoint: Checkpoint, pair: Example, number: int, length: int, *, chat: bool) -> Example:
-    """Return a pair as a document, `input_ids` and `labels`, int64 [T]: of the prompt no token is predicted.
+    """Return a pair as a document, see `as_document`.
 
     Args:
         checkpoint: its tokenizer is used.
@@ -31,10 +44,7 @@ def answered(checkpoint: Checkpoint, pair: Example, number: int, length: int, *,
         IntaglioError: the pair is malformed, or its prompt leaves no room for an answer.
     """
     prompt, answer, stop = as_pair(checkpoint, pair, number, length, chat=chat)
-    ids_T = torch.tensor([*prompt, *answer, *stop])
-    labels_T = ids_T.clone()
-    labels_T[: len(prompt)] = IGNORED
-    return {"input_ids": ids_T, "labels": labels_T}
+    return as_document(prompt, [*answer, *stop])
 
 
 @dataclass(frozen=True)
