@@ -7,9 +7,9 @@ from pathlib import Path
 
 from generate.evidence import of, short
 from generate.text import cell
+from intaglio.methods.registry import PUBLISHED
 
-from intaglio import writer
-from intaglio.catalogue import ENTRIES
+from intaglio import atomic_io
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- catalogue: written by `make readme` -->", "<!-- end of catalogue -->"
@@ -22,8 +22,8 @@ def catalogue_table() -> str:
     """
     rows = ["| method | room | what it does | source | verdict |", "| --- | --- | --- | --- | --- |"]
     rows += [
-        f"| `{e.slug}` | {e.room} | {cell(e.summary)} | [{cell(e.paper)}]({e.url}) | {cell(short(of(e.slug)))} |"
-        for e in ENTRIES.values()
+        f"| `{e.slug}` | {e.area} | {cell(e.summary)} | [{cell(e.citation)}]({e.url}) | {cell(short(of(e.slug)))} |"
+        for e in PUBLISHED.values()
     ]
     return "\n".join(rows)
 
@@ -41,7 +41,7 @@ def main() -> int:
     new = renewed(text)
     if "--check" in sys.argv:
         return int(new != text)
-    writer.write_text(README, new)
+    atomic_io.write_text(README, new)
     return 0
 
 

@@ -25,16 +25,17 @@ from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from intaglio import writer
-from intaglio.carving import carve, compare, plan
+from intaglio import atomic_io
 from intaglio.checkpoint import RECORD, load, weights_digest
 from intaglio.cli.app import app
-from intaglio.cli.generating import generate
+from intaglio.cli.generate import generate
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
-from intaglio.recipe import Recipe
-from intaglio.weights.magnitude import Magnitude
-from intaglio.weights.wanda import Wanda
+from intaglio.methods.weights.magnitude import Magnitude
+from intaglio.methods.weights.wanda import Wanda
+from intaglio.recipe.plan import plan
+from intaglio.recipe.run import carve, compare
+from intaglio.recipe.schema import Recipe
 from tests.conftest import TinyDir
 from tests.families import tiny_model, tiny_tokenizer
 
@@ -509,7 +510,7 @@ def failing(name: str, at: int, number: int) -> Iterator[list[int]]:
         return original(*words, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer.os, name, call)
+        patch.setattr(atomic_io.os, name, call)
         yield calls
 
 
@@ -662,7 +663,7 @@ def test_whatever_else_goes_wrong_is_one_line_too(
     def fail(slug: str) -> Any:
         raise error
 
-    monkeypatch.setattr("intaglio.method.get", fail)
+    monkeypatch.setattr("intaglio.methods.base.get", fail)
     found = CliRunner().invoke(app, ["show", "wanda"])
     assert found.exit_code == code
     assert found.stderr.startswith(says)
@@ -674,6 +675,6 @@ def test_a_defect_shows_where_it_came_from_when_asked(monkeypatch: pytest.Monkey
     def fail(slug: str) -> Any:
         raise RuntimeError("inside")
 
-    monkeypatch.setattr("intaglio.method.get", fail)
+    monkeypatch.setattr("intaglio.methods.base.get", fail)
     monkeypatch.setenv("INTAGLIO_TRACEBACK", "1")
     assert isinstance(CliRunner().invoke(app, ["show", "wanda"]).exception, RuntimeError)

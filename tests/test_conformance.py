@@ -15,18 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from intaglio.methods.registry import PUBLISHED, get_method
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
-from intaglio import fresh
-from intaglio.anatomy import anatomy
-from intaglio.catalogue import ENTRIES
-from intaglio.checkpoint import Checkpoint, load, weights_digest
+from intaglio.checkpoint import Checkpoint, from_scratch, load, weights_digest
 from intaglio.errors import IntaglioError
 from intaglio.masks import visible
-from intaglio.method import Carving, Cost, Method, Workload, get
-from intaglio.recipe import Recipe
-from intaglio.verify.drafters.ngrams import NGramStore
-from intaglio.weights.pruning import Pruning
+from intaglio.methods.base import Carving, Cost, Method, Workload
+from intaglio.methods.weights.one_shot import OneShotPruner
+from intaglio.modeling.anatomy import anatomy
+from intaglio.recipe.schema import Recipe
+from intaglio.speculative.drafters.ngrams import NGramStore
 from tests.families import (
     DECODERS,
     ENCODERS,
@@ -136,7 +135,7 @@ EXAMPLES["progressive_nm"] = (
 # A donor with the same tokens, and one with others.
 _DONORS = Path(tempfile.mkdtemp(prefix="intaglio-donors-"))
 atexit.register(shutil.rmtree, _DONORS, ignore_errors=True)
-_OTHER = fresh.new(
+_OTHER = from_scratch.new(
     "llama", width=24, depth=1, vocab=VOCAB + 200, seed=2, tokenizer=["a rather quick, lazy river 1995\n" * 9]
 ).save(_DONORS / "other")
 EXAMPLES["omp_transplant"] = (
@@ -144,17 +143,17 @@ EXAMPLES["omp_transplant"] = (
     {"donor": str(_OTHER), "k": 3, "join": "strings", "byte_match": "both"},
     {"donor": str(_OTHER), "method": "linear", "noise": 0.01, "digits": "single"},
 )
-CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds]
+CARVINGS = [slug for slug, entry in PUBLISHED.items() if "carving" in entry.kinds]
 CASES = [(slug, index) for slug in CARVINGS for index in range(len(EXAMPLES[slug]))]
-PRUNING = [case for case in CASES if issubclass(get(case[0]), Pruning)]
-VISIBILITY = [slug for slug, entry in ENTRIES.items() if "visibility" in entry.kinds]
+PRUNING = [case for case in CASES if issubclass(get_method(case[0]), OneShotPruner)]
+VISIBILITY = [slug for slug, entry in PUBLISHED.items() if "visibility" in entry.kinds]
 # Who sees whom is a question to decoders; encoders are refused.
 APPLIED = [(*case, name) for case in CASES for name in FAMILIES if name not in ENCODERS or case[0] not in VISIBILITY]
 IDS = torch.randint(8, 150, (6, 16), generator=torch.Generator().manual_seed(0))
 
 
 def example(slug: str, index: int = 0) -> Method:
-    return get(slug)(**EXAMPLES[slug][index])
+    return get_method(slug)(**EXAMPLES[slug][index])
 
 
 def carved(slug: str, index: int, family: str) -> Checkpoint:
@@ -163,23 +162,23 @@ def carved(slug: str, index: int, family: str) -> Checkpoint:
 
 
 def test_every_method_has_an_example() -> None:
-    assert set(EXAMPLES) == set(ENTRIES)
+    assert set(EXAMPLES) == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("slug", CARVINGS)
 def test_it_is_a_carving(slug: str) -> None:
-    method = get(slug)
+    method = get_method(slug)
     assert isinstance(example(slug), Carving)
-    assert method.storage in ("baked", "live")  # type: ignore[attr-defined]
+    assert method.storage in ("standalone", "runtime")  # type: ignore[attr-defined]
     assert method.changes
 
 
 @pytest.mark.parametrize(("slug", "index"), CASES)
 def test_schema_round_trip(slug: str, index: int) -> None:
     method = example(slug, index)
-    recipe = Recipe.of({"steps": [{slug: method.model_dump()}]})
+    recipe = Recipe.from_dict({"steps": [{slug: method.model_dump()}]})
     assert recipe.steps == (method,)
-    assert Recipe.of(recipe.dump()) == recipe
+    assert Recipe.from_dict(recipe.dump()) == recipe
     assert json.loads(json.dumps(method.model_dump())) == method.model_dump()
 
 
@@ -195,11 +194,11 @@ def test_apply_save_load_gives_the_same_logits_and_record(slug: str, index: int,
     assert back.record == checkpoint.record
     step = back.record.steps[-1]
     assert (step.slug, step.parameters) == (slug, example(slug, index).model_dump())
-    if get(slug).needs_calibration:  # type: ignore[attr-defined]
+    if get_method(slug).needs_calibration:  # type: ignore[attr-defined]
         assert step.calibration is not None
         assert (step.calibration["samples"], step.calibration["length"]) == (6, 16)
-    if back.kind == "live":
-        assert get(slug).storage == "live"  # type: ignore[attr-defined]
+    if back.kind == "runtime":
+        assert get_method(slug).storage == "runtime"  # type: ignore[attr-defined]
         for loader in (AutoModelForCausalLM, type(checkpoint.model)):
             with pytest.raises((ValueError, OSError)):  # it must not run as another model in silence
                 loader.from_pretrained(tmp_path / "out")
@@ -260,7 +259,7 @@ def test_half_precision_is_kept(slug: str, index: int) -> None:
         assert float((linear.read() == 0).float().mean()) == 0.5
 
 
-@pytest.mark.parametrize("slug", [slug for slug in CARVINGS if get(slug).needs_calibration])  # type: ignore[attr-defined]
+@pytest.mark.parametrize("slug", [slug for slug in CARVINGS if get_method(slug).needs_calibration])  # type: ignore[attr-defined]
 def test_missing_calibration_is_refused_and_nothing_changes(slug: str) -> None:
     model = tiny_model("llama")
     checkpoint = Checkpoint(copy.deepcopy(model))

@@ -7,28 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from intaglio.methods.registry import PUBLISHED, get_method
 from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
-from intaglio.anatomy import CACHE
-from intaglio.attachments import Fitting
-from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
-from intaglio.method import Cost, Method, Workload, get
-from intaglio.recipe import Fit, Recipe, json_schema
+from intaglio.methods.base import Cost, Fittable, Method, Workload
+from intaglio.modeling.anatomy import CACHE
+from intaglio.recipe.schema import Fit, Recipe, json_schema
+from tests.examples import EXAMPLES
 from tests.families import DECODERS, tiny_model, tiny_tokenizer
-from tests.test_conformance import EXAMPLES
 
-DRAFTERS = [slug for slug, entry in ENTRIES.items() if "drafter" in entry.kinds]
+DRAFTERS = [slug for slug, entry in PUBLISHED.items() if "drafter" in entry.kinds]
 CASES = [(slug, index) for slug in DRAFTERS for index in range(len(EXAMPLES[slug]))]
-FITTED = [slug for slug, entry in ENTRIES.items() if entry.fitted]
+FITTED = [slug for slug, entry in PUBLISHED.items() if entry.fitted]
 PROMPT = [9, 30, 31, 32, 9, 30, 31, 32, 9, 30]
 TEXTS = ["the quick brown fox jumps over the lazy dog", "and then the dog sleeps in the sun"]
 
 
 def example(slug: str, index: int = 0) -> Any:
-    return get(slug)(**EXAMPLES[slug][index])
+    return get_method(slug)(**EXAMPLES[slug][index])
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -82,17 +81,17 @@ def _config(model: Any) -> Any:
 @pytest.mark.parametrize("slug", FITTED)
 def test_a_fit_step_comes_back_and_is_in_the_schema(slug: str) -> None:
     for fields in EXAMPLES[slug]:
-        method: Method = get(slug)(**fields)
-        recipe = Recipe.of({"steps": [{"fit": {slug: fields}}]})
+        method: Method = get_method(slug)(**fields)
+        recipe = Recipe.from_dict({"steps": [{"fit": {slug: fields}}]})
         assert recipe.steps == (Fit(method),)
-        assert Recipe.of(json.loads(json.dumps(recipe.dump()))) == recipe
+        assert Recipe.from_dict(json.loads(json.dumps(recipe.dump()))) == recipe
     assert slug in json_schema()["$defs"]
 
 
 @pytest.mark.parametrize("slug", FITTED)
 def test_what_is_fitted_is_saved_restored_and_equal(slug: str, tmp_path: Any) -> None:
     method = example(slug)
-    assert isinstance(method, Fitting)
+    assert isinstance(method, Fittable)
     for name in ("a", "b"):
         checkpoint = Checkpoint(tiny_model("gemma3", layers=2), tiny_tokenizer("gemma3"), "tiny")
         before = {key: value.clone() for key, value in checkpoint.model.state_dict().items()}

@@ -8,23 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from intaglio.methods.registry import PUBLISHED, get_method
 
-from intaglio.catalogue import ENTRIES
 from intaglio.errors import IntaglioError
-from intaglio.method import get
 from intaglio.trainer import Loss, Objective
+from tests.examples import EXAMPLES
 from tests.families import DECODERS, ENCODERS, tiny_model
-from tests.test_conformance import EXAMPLES
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 from tests.trainer.test_resume import Killed, killer
 
-OBJECTIVES = [slug for slug, entry in ENTRIES.items() if "objective" in entry.kinds]
+OBJECTIVES = [slug for slug, entry in PUBLISHED.items() if "objective" in entry.kinds]
 CASES = [(slug, index) for slug in OBJECTIVES for index in range(len(EXAMPLES[slug]))]
 
 
 def objective(slug: str, index: int) -> Any:
-    return get(slug)(**EXAMPLES[slug][index])
+    return get_method(slug)(**EXAMPLES[slug][index])
 
 
 @pytest.mark.parametrize(("slug", "index"), CASES)
@@ -57,9 +56,9 @@ def test_two_steps_saved_and_resumed_are_equal(slug: str, index: int, family: st
 
 @pytest.mark.parametrize(("slug", "index"), CASES)
 def test_its_loss_is_a_scalar_with_a_gradient(slug: str, index: int) -> None:
-    from intaglio.trainer import Draws
+    from intaglio.trainer import KeyedRNG
 
-    ckpt, method, draws = checkpoint(), objective(slug, index), Draws(0)
+    ckpt, method, draws = checkpoint(), objective(slug, index), KeyedRNG(0)
     examples = [{"input_ids": ckpt.tokenizer(text)["input_ids"], "id": n} for n, text in enumerate(TEXTS)]
     made = method.prepare(ckpt, examples, draws) if hasattr(method, "prepare") else examples
     rows = [{**row, "id": n, "epoch": 0, "step": 0} for n, row in enumerate(made)][:3]
@@ -74,7 +73,7 @@ def test_its_loss_is_a_scalar_with_a_gradient(slug: str, index: int) -> None:
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-@pytest.mark.parametrize("slug", [slug for slug in OBJECTIVES if "causal" in get(slug).requires])
+@pytest.mark.parametrize("slug", [slug for slug in OBJECTIVES if "causal" in get_method(slug).requires])
 def test_the_family_is_refused_in_one_sentence(slug: str, family: str) -> None:
     ckpt = checkpoint(family)
     before = weights(ckpt)

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from intaglio.methods.registry import PUBLISHED, get_method
 
-from intaglio.carving import carve
-from intaglio.catalogue import ENTRIES
 from intaglio.checkpoint import Checkpoint, load
-from intaglio.method import get
-from intaglio.recipe import Recipe, json_schema
-from intaglio.trainer import CausalLM, Draws, Selector, Shaper
-from intaglio.trainer.rows import all_examples
+from intaglio.recipe.run import carve
+from intaglio.recipe.schema import Recipe, json_schema
+from intaglio.trainer import CausalLM, KeyedRNG, Selector, TrainingModifier
+from intaglio.trainer.dataset import all_examples
+from tests.examples import EXAMPLES
 from tests.families import DECODERS, tiny_checkpoint_dir, tiny_model
-from tests.test_carving import Killed, corpus, files, make_recipe  # noqa: F401
-from tests.test_carving_train import TRAIN, kill_training
-from tests.test_conformance import EXAMPLES
+from tests.recipe.test_run import Killed, corpus, files, make_recipe  # noqa: F401
+from tests.recipe.test_run_train import TRAIN, kill_training
 from tests.trainer import toys
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
@@ -26,17 +25,17 @@ from tests.trainer.test_resume import Killed as TrainingKilled
 from tests.trainer.test_resume import killer
 
 TOYS: dict[str, dict[str, list[dict[str, Any]]]] = {
-    "shaper": {"toy_shaper": [{"sparsity": 0.5}]},
+    "modifier": {"toy_shaper": [{"sparsity": 0.5}]},
     "selector": {"toy_selector": [{"budget": 0.2}]},
 }
 
 
 def cases(kind: str) -> list[tuple[str, int]]:
-    slugs = [slug for slug, entry in ENTRIES.items() if kind in entry.kinds]
+    slugs = [slug for slug, entry in PUBLISHED.items() if kind in entry.kinds]
     return [(slug, n) for slug in [*slugs, *TOYS[kind]] for n in range(len(TOYS[kind].get(slug) or EXAMPLES[slug]))]
 
 
-SHAPERS, SELECTORS = cases("shaper"), cases("selector")
+SHAPERS, SELECTORS = cases("modifier"), cases("selector")
 
 
 @pytest.fixture(autouse=True)
@@ -45,14 +44,14 @@ def _toys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(slug: str, index: int) -> Any:
-    examples = {**TOYS["shaper"], **TOYS["selector"]}.get(slug) or EXAMPLES[slug]
-    return get(slug)(**examples[index])
+    examples = {**TOYS["modifier"], **TOYS["selector"]}.get(slug) or EXAMPLES[slug]
+    return get_method(slug)(**examples[index])
 
 
 @pytest.mark.parametrize(("slug", "index"), [*SHAPERS, *SELECTORS])
 def test_it_is_what_its_kind_says_and_plain_data(slug: str, index: int) -> None:
     method = made(slug, index)
-    assert isinstance(method, Shaper if "shaper" in ENTRIES[slug].kinds else Selector)
+    assert isinstance(method, TrainingModifier if "modifier" in method.kinds else Selector)
     assert type(method).model_validate(json.loads(json.dumps(method.model_dump()))) == method
 
 
@@ -73,7 +72,7 @@ def test_a_shaper_saved_and_resumed_is_equal(slug: str, index: int, family: str,
     assert resumed.history == unbroken.history
     assert same(weights(again), weights(whole))
     assert not same(weights(whole), before)
-    if whole.kind == "baked":
+    if whole.kind == "standalone":
         stock = tiny_model(family, layers=1)
         for model in (whole.model, killed.model):
             assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
@@ -90,7 +89,7 @@ def test_a_shaper_in_a_recipe_resumes_to_the_same_bytes(
     model = str(tiny_checkpoint_dir("llama", tmp_path / "model", layers=1))
     step = {"train": {**TRAIN, "shape": [{slug: made(slug, index).model_dump()}]}}
     wanted = make_recipe(corpus, [step])
-    assert Recipe.of(wanted.dump()) == wanted
+    assert Recipe.from_dict(wanted.dump()) == wanted
     carve(wanted, tmp_path / "whole", model=model)
     with pytest.raises(Killed):
         carve(wanted, tmp_path / "broken", model=model, progress=kill_training(4))
@@ -104,7 +103,7 @@ def chosen(slug: str, index: int, seed: int, original: Checkpoint | None = None)
     before = weights(ckpt)
     examples = all_examples(ckpt, TEXTS)
     assert examples is not None
-    found = list(method.select(examples, ckpt, original, method.budget, Draws(seed)))
+    found = list(method.select(examples, ckpt, original, method.budget, KeyedRNG(seed)))
     assert same(weights(ckpt), before)
     return found
 
@@ -131,13 +130,13 @@ def test_a_selector_in_a_recipe_sees_the_model_before_it_was_carved(
 ) -> None:
     model = tiny_checkpoint_dir("llama", tmp_path / "model", layers=1)
     seen: list[Any] = []
-    plain = get(slug).select  # type: ignore[attr-defined]
+    plain = get_method(slug).select  # type: ignore[attr-defined]
 
     def select(self: Any, dataset: Any, model: Any, original: Any, budget: float, rng: Any, **more: Any) -> Any:
         seen.append((weights(original), weights(model), all("text" in example for example in dataset)))
         return plain(self, dataset, model, original, budget, rng, **more)
 
-    monkeypatch.setattr(get(slug), "select", select)
+    monkeypatch.setattr(get_method(slug), "select", select)
     steps = [{"magnitude": {"sparsity": 0.5}}, {"train": {**TRAIN, "select": {slug: made(slug, index).model_dump()}}}]
     document = carve(make_recipe(corpus, steps), tmp_path / "out", model=str(model))
     ((before, carved, texts),) = seen

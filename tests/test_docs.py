@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from intaglio.recipe import Recipe
-from intaglio.yamlfile import parse_yaml
+from intaglio.recipe.schema import Recipe
+from intaglio.recipe.yaml import parse_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,10 +13,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from intaglio.methods.registry import AREAS, METHODS, PUBLISHED, Entry, get_method
 
 import intaglio
-from intaglio.catalogue import ENTRIES, ROOMS, Entry
-from intaglio.method import SHARED, Carving, Method, get
+from intaglio.methods.base import Carving, Method
 
 PACKAGE = Path(intaglio.__file__).parent
 HEAVY = (
@@ -34,11 +34,11 @@ HEAVY = (
 NEEDS = {
     "intaglio.kernels.ternary_numba": "numba",
     "intaglio.kernels.ternary_simd": "numba",
-    "intaglio.kernels.addresses": "numba",
+    "intaglio.kernels.numba_pointers": "numba",
     "intaglio.kernels.gather_numba": "numba",
     "intaglio.kernels.gather_triton": "triton",
-    "intaglio.kernels.experts_numba": "numba",
-    "intaglio.kernels.experts_triton": "triton",
+    "intaglio.kernels.sparse_experts_numba": "numba",
+    "intaglio.kernels.sparse_experts_triton": "triton",
     "intaglio.kernels.ternary_triton": "triton",
 }
 """Modules around a package that need not be installed; nothing but a look for that package leads to them."""
@@ -62,7 +62,7 @@ def loaded_after(code: str) -> set[str]:
     [
         "import intaglio",
         "import intaglio; dir(intaglio); intaglio.IntaglioError",
-        "import intaglio.catalogue, intaglio.errors, intaglio.writer, intaglio.data.assets, intaglio.data.texts",
+        "import intaglio.methods.registry, intaglio.errors, intaglio.atomic_io, intaglio.data.assets, intaglio.data.texts",
         "import sys; sys.argv = ['intaglio', '--help']\n"
         "try:\n    from intaglio.cli.app import main; main()\nexcept SystemExit:\n    pass",
         "import sys; sys.argv = ['intaglio', 'list', '--json']\n"
@@ -111,22 +111,22 @@ def test_every_module_and_public_name_has_a_docstring(module: str) -> None:
             assert inspect.getdoc(value), f"{module}.{name}"
 
 
-@pytest.mark.parametrize("entry", ENTRIES.values(), ids=lambda entry: entry.slug)
+@pytest.mark.parametrize("entry", PUBLISHED.values(), ids=lambda entry: entry.slug)
 def test_the_catalogue_agrees_with_the_file(entry: Entry) -> None:
-    assert ENTRIES[entry.slug] is entry
-    assert entry.room in ROOMS
+    assert PUBLISHED[entry.slug] is entry
+    assert entry.area in AREAS
     assert entry.kinds
-    method = get(entry.slug)
+    method = get_method(entry.slug)
     assert issubclass(method, Method)
     assert (method.slug, method.__name__, method.__module__) == (entry.slug, entry.name, entry.module)
     assert method.entry() is entry
     assert method.__bases__[-1] is Method
     # A reader who knows the paper finds the code: method, authors, venue and year stand in the first line.
     first = import_module(entry.module).__doc__.splitlines()[0]
-    author, year = entry.paper.split()[0], entry.paper[-4:]
+    author, year = entry.citation.split()[0], entry.citation[-4:]
     assert first.startswith(entry.name)
     assert re.search(rf"\({author} .*{year}\)", first)
-    assert entry.paper.partition(", ")[2].partition(":")[0] in " ".join(method.__doc__.split())  # the title
+    assert entry.citation.partition(", ")[2].partition(":")[0] in " ".join(method.__doc__.split())  # the title
     assert entry.url.startswith("https://")
     assert entry.summary[0].islower()
     if "carving" in entry.kinds:
@@ -147,22 +147,22 @@ def methods_in(path: Path) -> list[tuple[str, str]]:
 def test_every_method_of_every_room_is_in_the_catalogue() -> None:
     found = {
         slug: (room, name)
-        for room in ROOMS
+        for room in AREAS
         for path in (PACKAGE / room).rglob("*.py")
         for name, slug in methods_in(path)
     }
     shared = {
         slug: (room, entry.name)
-        for slug, entry in SHARED.items()
+        for slug, entry in METHODS.items()
         for room in [entry.module.split(".")[1]]
-        if room in ROOMS
+        if room in AREAS
     }
-    assert found == {slug: (entry.room, entry.name) for slug, entry in ENTRIES.items()} | shared
+    assert found == {slug: (entry.area, entry.name) for slug, entry in PUBLISHED.items()} | shared
 
 
 def test_the_catalogue_is_in_order() -> None:
-    assert list(ENTRIES) == sorted(ENTRIES)
-    assert len({entry.name for entry in ENTRIES.values()}) == len(ENTRIES)
+    assert list(PUBLISHED) == sorted(PUBLISHED)
+    assert len({entry.name for entry in PUBLISHED.values()}) == len(PUBLISHED)
 
 
 def test_the_network_is_closed() -> None:

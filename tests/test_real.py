@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import intaglio
-from intaglio.activations.r_sparse.linear import SparseLinear
-from intaglio.carving import carve
 from intaglio.cli.app import app
-from intaglio.demo import recipe as demo_recipe
-from intaglio.measures.units import counted, left_out
-from intaglio.recipe import Recipe
-from intaglio.verify.drafters.lookup import PromptLookup
-from intaglio.verify.loop import Speculative
+from intaglio.cli.demo import recipe as demo_recipe
+from intaglio.measures.input_sparsity import count_inputs, input_sparsity
+from intaglio.methods.activations.r_sparse.linear import SparseLinear
+from intaglio.recipe.run import carve
+from intaglio.recipe.schema import Recipe
+from intaglio.speculative.drafters.prompt_lookup import PromptLookup
+from intaglio.speculative.loop import Speculative
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,7 @@ SMALL = {
 def test_smollm2_loads_whole_and_answers() -> None:
     checkpoint = intaglio.load("smollm2")
     assert sum(p.numel() for p in checkpoint.model.parameters()) == 134_515_008
-    assert checkpoint.kind == "baked"
+    assert checkpoint.kind == "standalone"
     turns = [{"role": "user", "content": "What is the capital of France?"}]
     ids = checkpoint.tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -42,9 +42,9 @@ def test_smollm2_loads_whole_and_answers() -> None:
 
 
 def test_minilm_loads_as_an_encoder_and_is_measured() -> None:
-    from intaglio.anatomy import anatomy
     from intaglio.data.segments import Segments
-    from intaglio.embed import embeddings
+    from intaglio.measures.embeddings import embeddings
+    from intaglio.modeling.anatomy import anatomy
 
     checkpoint = intaglio.load("minilm")
     assert not anatomy(checkpoint.model).causal
@@ -56,7 +56,7 @@ def test_minilm_loads_as_an_encoder_and_is_measured() -> None:
 
 
 def test_a_carved_smollm2_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
-    recipe = Recipe.of(SMALL | {"steps": [{"wanda": {"pattern": "2:4"}}]})
+    recipe = Recipe.from_dict(SMALL | {"steps": [{"wanda": {"pattern": "2:4"}}]})
     document = carve(recipe, tmp_path / "out")
     # The original has a few zeros of its own among the weights that are kept.
     assert all(0.5 <= share < 0.501 for share in document["after"]["zero_fraction"].values())
@@ -75,7 +75,7 @@ def test_magnitude_is_far_behind(tmp_path: Path) -> None:
     """At 50 % Wanda and SparseGPT have less than 0.6 of magnitude's perplexity, on a small sample too."""
     perplexity = {}
     for slug in ("magnitude", "wanda", "sparsegpt"):
-        recipe = Recipe.of(SMALL | {"steps": [{slug: {"sparsity": 0.5}}]})
+        recipe = Recipe.from_dict(SMALL | {"steps": [{slug: {"sparsity": 0.5}}]})
         perplexity[slug] = carve(recipe, tmp_path / slug)["after"]["perplexity"]
     assert max(perplexity["sparsegpt"], perplexity["wanda"]) < 0.6 * perplexity["magnitude"]
 
@@ -93,7 +93,7 @@ def test_pruned_recovered_and_sparse_by_the_token_it_still_decodes_and_drafts(tm
         "learning_rate": 5e-4,
     }
     steps = [{"wanda": {"pattern": "2:4"}}, {"train": recover}, {"r_sparse": {"sparsity": 0.3}}]
-    document = carve(Recipe.of(SMALL | {"steps": steps}), tmp_path / "out")
+    document = carve(Recipe.from_dict(SMALL | {"steps": steps}), tmp_path / "out")
     assert document["after"]["perplexity"] < 1000
     found = intaglio.load(tmp_path / "out")
     layers = [module for module in found.model.modules() if isinstance(module, SparseLinear)]
@@ -102,9 +102,9 @@ def test_pruned_recovered_and_sparse_by_the_token_it_still_decodes_and_drafts(tm
     prompt = "one two three four five six seven eight one two three four"
     ids = found.tokenizer(prompt, return_tensors="pt")
     asked = {**ids, "do_sample": False, "min_new_tokens": 24, "max_new_tokens": 24}
-    with counted(found.model) as tallies:
+    with count_inputs(found.model) as tallies:
         alone = found.model.generate(**asked)[0].tolist()
-    assert 0.2 < (left_out(tallies) or 0.0) < 0.4
+    assert 0.2 < (input_sparsity(tallies) or 0.0) < 0.4
     decoder = Speculative(PromptLookup())
     drafted = found.model.generate(**asked, custom_generate=decoder)[0].tolist()
     assert drafted[: ids["input_ids"].shape[1] + 8] == alone[: ids["input_ids"].shape[1] + 8]  # later on, near ties

@@ -20,8 +20,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 
 from intaglio.errors import IntaglioError
-from intaglio.masks import Blocks, Causal, PrefixLM, Rule, Sinks, Window
-from intaglio.masks.attend import request
+from intaglio.masks import AttentionSinks, BlockLocal, Causal, PrefixLM, Rule, Window
+from intaglio.masks.attention_interface import request
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 HEADS, HEAD = 16, 64
@@ -29,8 +29,8 @@ REPEATS = 10
 MOST_DENSE = 32768
 """Beyond, a dense mask of bytes and the scores that the kernel makes of it do not fit beside each other."""
 RULES: dict[str, Callable[[int], Rule]] = {
-    "sliding 1024, 4 sinks": lambda length: Causal() & (Window(1024) | Sinks(4)),
-    "blocks of 2048": lambda length: Causal() & Blocks(2048),
+    "sliding 1024, 4 sinks": lambda length: Causal() & (Window(1024) | AttentionSinks(4)),
+    "blocks of 2048": lambda length: Causal() & BlockLocal(2048),
     "prefix of a tenth": lambda length: PrefixLM(length // 10),
 }
 

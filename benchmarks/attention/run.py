@@ -27,9 +27,9 @@ import transformers
 from safetensors.torch import load_file
 
 import intaglio
-from intaglio import writer
+from intaglio import atomic_io
 from intaglio.errors import IntaglioError
-from intaglio.masks import Bidirectional, Causal, Sinks, Window, clear_visibility, set_visibility
+from intaglio.masks import AttentionSinks, Bidirectional, Causal, Window, clear_visibility, set_visibility
 
 HERE = Path(__file__).resolve().parent
 RULES = ("no rule", "mixed", "all both ways")
@@ -63,7 +63,7 @@ def set_rules(model: Any, variant: str) -> None:
         set_visibility(model, {})
     elif variant == "mixed":
         thirds = depth // 3
-        sliding = dict.fromkeys(range(thirds), Causal() & (Window(64) | Sinks(4)))
+        sliding = dict.fromkeys(range(thirds), Causal() & (Window(64) | AttentionSinks(4)))
         set_visibility(model, {**sliding, **dict.fromkeys(range(2 * thirds, depth), Bidirectional())})
     else:
         set_visibility(model, Bidirectional())
@@ -126,7 +126,7 @@ def old_config(arguments: argparse.Namespace) -> Path:
     rope = values.get("rope_parameters") or {}
     values |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None, "torch_dtype": "float32"}
     values.pop("dtype", None)
-    writer.write_json(place / "config.json", values)
+    atomic_io.write_json(place / "config.json", values)
     return place
 
 
@@ -227,8 +227,8 @@ def main() -> None:
         results["peers"] = against_peers(arguments)
     if "gpu" in parts:
         results["gpu"] = gpu.measure()
-    writer.write_json(arguments.out / "results.json", results)
-    writer.write_text(arguments.out / "results.md", markdown(results))
+    atomic_io.write_json(arguments.out / "results.json", results)
+    atomic_io.write_text(arguments.out / "results.md", markdown(results))
     print(markdown(results))
 
 

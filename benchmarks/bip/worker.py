@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from intaglio.measures.memory import peak_memory
-from intaglio.weights.bip import BilevelPruner
+from intaglio.methods.weights.bip import BilevelPruner
 
 SIDES = ("ours", "ours-bip", "torch")
 SIZES: dict[str, dict[str, int]] = {

@@ -30,9 +30,9 @@ from torch import nn
 from torchao.quantization import quantize_
 from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
-from intaglio import new, writer
-from intaglio.machine import versions
-from intaglio.weights.bitnet import Quantization, bitlinear
+from intaglio import atomic_io, new
+from intaglio.environment import versions
+from intaglio.methods.weights.bitnet import Quantization, bitlinear
 
 HERE = Path(__file__).resolve().parent
 TERNARY = Quantization()
@@ -141,9 +141,9 @@ def main() -> None:
     found = times(forms(checkpoint.model), ids, chosen.repeats)
     (HERE / "out").mkdir(exist_ok=True)
     document = {"options": vars(chosen), "outputs": outputs, "ms": found, "versions": versions()}
-    writer.write_json(HERE / "out" / "results.json", document | {"torchao": torchao.__version__})
+    atomic_io.write_json(HERE / "out" / "results.json", document | {"torchao": torchao.__version__})
     table = markdown(outputs, found)
-    writer.write_text(HERE / "out" / "results.md", table)
+    atomic_io.write_text(HERE / "out" / "results.md", table)
     print(table)
 
 

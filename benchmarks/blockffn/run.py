@@ -32,13 +32,13 @@ import numba
 import torch
 
 import intaglio
-from intaglio import writer
-from intaglio.activations.blockffn import BlockFFN
-from intaglio.activations.blockffn.surgery import layers_of, put_layers
-from intaglio.anatomy import anatomy
-from intaglio.kernels import experts
-from intaglio.verify import Speculative
-from intaglio.verify.drafters.lookup import PromptLookup
+from intaglio import atomic_io
+from intaglio.kernels import sparse_experts
+from intaglio.methods.activations.blockffn import BlockFFN
+from intaglio.methods.activations.blockffn.surgery import layers_of, put_layers
+from intaglio.modeling.anatomy import anatomy
+from intaglio.speculative import Speculative
+from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 
 HERE = Path(__file__).resolve().parent
 SHAPES = ("768x48x64", "1280x40x128", "4096x64x256")
@@ -82,7 +82,11 @@ def layer(shape: str, tokens: int, dtype: torch.dtype) -> tuple[dict[str, Call],
     def over(call: Callable[..., Any]) -> Call:
         return lambda i: call(x, *copies[i % len(copies)], score)
 
-    found = {"experts": over(experts.apply), "torch": over(experts.gathered), "dense": over(experts.masked)}
+    found = {
+        "experts": over(sparse_experts.apply),
+        "torch": over(sparse_experts.gathered),
+        "dense": over(sparse_experts.masked),
+    }
     return found, weights.nbytes * int((score != 0).any(0).sum()) // count
 
 
@@ -173,17 +177,17 @@ def decoding(width: int, depth: int, tokens: int, repeats: int) -> dict[str, Any
     llm, times = model(width, depth, ALONE), dict[str, list[float]]()
     ids = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(1)).repeat(1, 4)
     options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    most, outputs = experts.MOST_ROWS, {}
+    most, outputs = sparse_experts.MOST_ROWS, {}
     for repeat in range(repeats + 1):  # the first warms up
         for way, rows in (("kernels", most), ("dense", 0)):
             for kind in ("decode", "drafting"):
-                experts.MOST_ROWS = rows
+                sparse_experts.MOST_ROWS = rows
                 more = {} if kind == "decode" else {"custom_generate": Speculative(PromptLookup())}
                 start = time.perf_counter()
                 outputs[kind, way] = llm.generate(ids, **options, **more)
                 if repeat:
                     times.setdefault(f"{kind}, {way}", []).append(time.perf_counter() - start)
-    experts.MOST_ROWS = most
+    sparse_experts.MOST_ROWS = most
     middle = {name: median(taken) for name, taken in times.items()}
     return {
         "width": width, "depth": depth, "tokens": tokens, "repeats": repeats, "seconds": middle,
@@ -245,8 +249,8 @@ def main() -> None:
     decoded = decoding(given.width, given.depth, given.decode, given.repeats) if given.decode else None
     about = {"torch": torch.__version__, "numba": numba.__version__, "alone": ALONE, "union": UNION}
     given.out.mkdir(parents=True, exist_ok=True)
-    writer.write_json(given.out / "results.json", {**about, "runs": runs, "decoding": decoded})
-    writer.write_text(given.out / "results.md", markdown(runs, decoded))
+    atomic_io.write_json(given.out / "results.json", {**about, "runs": runs, "decoding": decoded})
+    atomic_io.write_text(given.out / "results.md", markdown(runs, decoded))
     print(markdown(runs, decoded))
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from intaglio.cli.generating import count_passes
-from intaglio.heads.own_text import stop_ids, until
+from intaglio.cli.generate import count_passes
+from intaglio.speculative.heads.self_generated_data import stop_ids, until
 
 Run = dict[str, Any]
 

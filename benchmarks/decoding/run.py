@@ -40,22 +40,22 @@ from once import Run as Timed
 from once import gap, once
 
 import intaglio
-from intaglio import writer
-from intaglio.attachments import Attachment, read_attachments
-from intaglio.checkpoint import files_stamp
-from intaglio.decoding.aded import ADED
-from intaglio.decoding.dyspec import DySpec
-from intaglio.decoding.lud import LUD
+from intaglio import atomic_io
+from intaglio.checkpoint import stat_fingerprint
+from intaglio.checkpoint.attachments import Attachment, read_attachments
 from intaglio.errors import IntaglioError
 from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
-from intaglio.heads.shape import assumed, likely
-from intaglio.verify.drafters.draft_model import DraftModel
-from intaglio.verify.drafters.lookup import PromptLookup
-from intaglio.verify.drafters.medusa import Medusa, MedusaHeads
-from intaglio.verify.loop import Speculative
-from intaglio.verify.prepack import WORTH
-from intaglio.verify.protocols import Run, Session, Step, by_row
-from intaglio.verify.tree import TokenTree, root_only
+from intaglio.methods.decoding.aded import ADED
+from intaglio.methods.decoding.dyspec import DySpec
+from intaglio.methods.decoding.lud import LUD
+from intaglio.speculative.drafters.draft_model import DraftModel
+from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
+from intaglio.speculative.drafters.prompt_lookup import PromptLookup
+from intaglio.speculative.heads.static_tree import assumed, likely
+from intaglio.speculative.loop import Speculative
+from intaglio.speculative.prepacked_linear import WORTH
+from intaglio.speculative.protocols import Run, Session, Step, by_row
+from intaglio.speculative.tree import TokenTree, root_only
 
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parents[1] / "src" / "intaglio"
@@ -213,7 +213,7 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
             raise IntaglioError("there is no model that was trained with the objective lud; give one with --lud")
         tuned = _load(arguments.lud, arguments)
         lud = LUD(tokenizer=tuned.tokenizer)
-        return Mode(_with(lud), tuned, f"{ours} {files_stamp(arguments.lud)}", lossless=False)
+        return Mode(_with(lud), tuned, f"{ours} {stat_fingerprint(arguments.lud)}", lossless=False)
     if mode in ("hidden_transfer", "chimera"):
         decoder = checkpoint.decoder(mode, nodes=nodes)
         return Mode(_with(decoder), checkpoint, f"{ours} {_of_heads(decoder._heads, decoder.shape)}")
@@ -306,7 +306,7 @@ def main() -> None:
     modes = _modes(arguments, checkpoint)
     all_prompts = prompts.prompts(checkpoint.tokenizer, arguments.texts, arguments.context)
     chosen = prompts.chosen(all_prompts, arguments.prompts, kinds)
-    settings = {"model": arguments.model, "files": files_stamp(arguments.model), "texts": arguments.texts,
+    settings = {"model": arguments.model, "files": stat_fingerprint(arguments.model), "texts": arguments.texts,
                 "new": arguments.new, "threads": arguments.threads, "torch": torch.__version__,
                 "transformers": transformers.__version__}  # fmt: skip
     if checkpoint.device.type != "cpu":
@@ -338,8 +338,8 @@ def main() -> None:
             found = table.results(runs, clock, base)
             tables.append({"batch": batch, "temperature": temperature, "base": base, "modes": found})
             texts.append(table.markdown(found, batch, temperature, base))
-    writer.write_json(arguments.out / "results.json", {"settings": settings | told, "tables": tables})
-    writer.write_text(arguments.out / "results.md", "\n".join(texts))
+    atomic_io.write_json(arguments.out / "results.json", {"settings": settings | told, "tables": tables})
+    atomic_io.write_text(arguments.out / "results.md", "\n".join(texts))
     print("\n" + "\n".join(texts))
 
 

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import prompts
 import torch
+from intaglio.methods.registry import get_method
 from once import once
 
 import intaglio
-from intaglio import shipped
-from intaglio.attachments import Attachment, read_attachments
+from intaglio.checkpoint import bundled
+from intaglio.checkpoint.attachments import Attachment, read_attachments
+from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.checkpoint.record import read_record
 from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.fingerprint import fingerprint
-from intaglio.heads.method import TrainedHeads
-from intaglio.method import get
+from intaglio.speculative.heads.base import TrainedHeads
 
 
 def _arguments() -> argparse.Namespace:
@@ -40,13 +40,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=64, help="new tokens; default: %(default)s")
     parser.add_argument("--nodes", type=int, default=15, help="of a tree while measured; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--into", type=Path, default=shipped.ROOT, help="default: the package's own folder")
+    parser.add_argument("--into", type=Path, default=bundled.ROOT, help="default: the package's own folder")
     return parser.parse_args()
 
 
 def _heads(directory: Path, slug: str | None) -> Attachment:
     """The trained heads of a directory."""
-    there = {name: found for name, found in read_attachments(directory).items() if issubclass(get(name), TrainedHeads)}
+    there = {
+        name: found for name, found in read_attachments(directory).items() if issubclass(get_method(name), TrainedHeads)
+    }
     if slug is not None and slug not in there:
         raise IntaglioError(f"{directory} has no heads of {slug}; {did_you_mean(slug, there)}")
     if slug is None and len(there) != 1:
@@ -59,7 +61,7 @@ def _heads(directory: Path, slug: str | None) -> Attachment:
 def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
-    found = shipped.small(_heads(arguments.directory, arguments.slug))
+    found = bundled.to_bfloat16(_heads(arguments.directory, arguments.slug))
     # How large a tree is, is for who drafts to say; what is recorded is measured with one of `--nodes` nodes.
     found = replace(found, parameters=found.parameters | {"nodes": None, "tree": None})
     record = read_record(arguments.directory)
@@ -69,7 +71,7 @@ def main() -> None:
         raise IntaglioError(
             f"the heads in {arguments.directory} belong to other weights than those of {model} as it is"
         )
-    method = get(found.slug)
+    method = get_method(found.slug)
     decoder = method.restore(found, checkpoint, nodes=arguments.nodes)  # type: ignore[attr-defined]
     tokens: dict[str, int] = defaultdict(int)
     passes: dict[str, int] = defaultdict(int)
@@ -87,7 +89,7 @@ def main() -> None:
         "tokens_a_pass": round(sum(tokens.values()) / sum(passes.values()), 4),
         "kinds": {kind: round(tokens[kind] / passes[kind], 4) for kind in tokens},
     }
-    one = shipped.ship(found, Path(model).name, acceptance, arguments.into)
+    one = bundled.bundle(found, Path(model).name, acceptance, arguments.into)
     print(f"{found.slug}, in {one.folder}: {one.sentence()}")
 
 

@@ -21,7 +21,7 @@ import torch
 import transformers
 from worker import WAYS
 
-from intaglio import writer
+from intaglio import atomic_io
 
 HERE = Path(__file__).resolve().parent
 NUMBERS = ("step_ms", "cpu_ms", "decode_ms", "peak_bytes", "parameters", "block_parameters")
@@ -97,8 +97,8 @@ def main() -> None:
                 print(f"{width} {way}: {runs[-1]['cpu_ms']:.0f} ms", file=sys.stderr)
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": arguments.threads}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    writer.write_json(arguments.out / "results.json", {"about": about, "runs": runs})
-    writer.write_text(arguments.out / "results.md", markdown(runs))
+    atomic_io.write_json(arguments.out / "results.json", {"about": about, "runs": runs})
+    atomic_io.write_text(arguments.out / "results.md", markdown(runs))
     print(markdown(runs))
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from intaglio.fresh import new
+from intaglio.checkpoint.from_scratch import new
 from intaglio.measures.memory import peak_memory
-from intaglio.weights.lost import LOST, ElementsLinear
+from intaglio.methods.weights.lost import LOST, ElementsLinear
 
 WAYS = ("full", "low-rank", "lost", "sltrain", "sltrain-kept")
 

@@ -28,13 +28,13 @@ import torch
 from torch import nn
 from torch.ao.pruning import CubicSL, WeightNormSparsifier
 
-from intaglio import writer
+from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint
+from intaglio.environment import versions
 from intaglio.evidence.progressive_nm import INNER, WORLD
 from intaglio.evidence.worlds.source_code import SourceCode
-from intaglio.machine import versions
-from intaglio.measures.quality import quality
-from intaglio.weights.progressive_nm import NMSparsifier
+from intaglio.measures.language_modeling import quality
+from intaglio.methods.weights.progressive_nm import NMSparsifier
 
 HERE = Path(__file__).resolve().parent
 EVERY = 10  # steps between two masks of CubicSL
@@ -197,7 +197,7 @@ def main() -> None:
     for word in arguments.patterns.split(","):
         n, m = (int(part) for part in word.split(":"))
         rows += measure(world, (n, m), rates, arguments.seeds)
-    writer.write_json(arguments.out, {"steps": arguments.steps, "versions": versions(), "rows": rows})
+    atomic_io.write_json(arguments.out, {"steps": arguments.steps, "versions": versions(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import intaglio
-from intaglio.weights.progressive_nm import NMSparsifier
+from intaglio.methods.weights.progressive_nm import NMSparsifier
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"width": 128, "depth": 4, "inner": 384, "batch": 8, "length": 128},

@@ -24,7 +24,7 @@ from typing import Any
 import prepare
 import table
 
-from intaglio import writer
+from intaglio import atomic_io
 from intaglio.errors import IntaglioError
 
 HERE = Path(__file__).resolve().parent
@@ -246,8 +246,8 @@ def main() -> int:
     try:
         bench = Bench(_arguments())
         results = bench.results()
-        writer.write_json(bench.out / "results.json", results)
-        writer.write_text(bench.out / "results.md", table.markdown(results))
+        atomic_io.write_json(bench.out / "results.json", results)
+        atomic_io.write_text(bench.out / "results.md", table.markdown(results))
     except IntaglioError as error:
         print(error, file=sys.stderr)
         return 2

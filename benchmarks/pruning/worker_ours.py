@@ -11,9 +11,9 @@ import common
 import transformers
 
 import intaglio
-from intaglio.weights.magnitude import Magnitude
-from intaglio.weights.sparsegpt import SparseGPT
-from intaglio.weights.wanda import Wanda
+from intaglio.methods.weights.magnitude import Magnitude
+from intaglio.methods.weights.sparsegpt import SparseGPT
+from intaglio.methods.weights.wanda import Wanda
 
 METHODS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
 

@@ -33,15 +33,15 @@ import numba
 import torch
 from torch.nn import functional as F
 
-from intaglio import writer
-from intaglio.activations.r_sparse import RSparse, reading
+from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
 from intaglio.kernels import gather
-from intaglio.measures.quality import quality
-from intaglio.measures.units import counted, left_out
-from intaglio.method import Carving
-from intaglio.weights.wanda import Wanda
+from intaglio.measures.input_sparsity import count_inputs, input_sparsity
+from intaglio.measures.language_modeling import quality
+from intaglio.methods.activations.r_sparse import RSparse, reading
+from intaglio.methods.base import Carving
+from intaglio.methods.weights.wanda import Wanda
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -127,10 +127,10 @@ def decode(tokens: int, rounds: int, documents: int, samples: int) -> list[dict[
         checkpoint = Checkpoint(copy.deepcopy(base.model), base.tokenizer, base.source)
         if arm is not None:
             cast(Carving, arm).apply(checkpoint, calibration, batch_size=8)
-        with counted(checkpoint.model) as tallies:
+        with count_inputs(checkpoint.model) as tallies:
             told = quality(checkpoint, texts, batch_size=8)
         share = reading(checkpoint, {module: tally.left_out for module, tally in tallies.items()}).share
-        found[name] = {"perplexity": told.perplexity, "read": share, "left_out": left_out(tallies), "seconds": []}
+        found[name] = {"perplexity": told.perplexity, "read": share, "left_out": input_sparsity(tallies), "seconds": []}
         models[name] = checkpoint
     ids = base.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     for turn in range(rounds + 1):
@@ -221,10 +221,10 @@ def main() -> None:
                 print(json.dumps(runs[-1]), flush=True)
     about = {"torch": torch.__version__, "numba": numba.__version__}
     name = "decode" if given.decode else "results"
-    writer.write_text(
+    atomic_io.write_text(
         given.out / f"{name}.json", json.dumps({**about, "runs": runs, "decode": decoded}, indent=1) + "\n"
     )
-    writer.write_text(given.out / f"{name}.md", markdown(runs, decoded))
+    atomic_io.write_text(given.out / f"{name}.md", markdown(runs, decoded))
     print(markdown(runs, decoded))
 
 

@@ -28,20 +28,20 @@ from typing import Any
 import torch
 
 import intaglio
-from intaglio import writer
-from intaglio.calibrate import as_segments
+from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.calibration import as_segments
 from intaglio.data.segments import Segments
 from intaglio.data.texts import load_texts
-from intaglio.measures.quality import Reference, quality, reference
+from intaglio.measures.language_modeling import Reference, quality, reference
+from intaglio.methods.training.paser import PASER
 from intaglio.trainer import CausalLM, train
-from intaglio.trainer.causal import causal_batch
-from intaglio.trainer.draws import Draws
-from intaglio.trainer.instruct import answered
-from intaglio.trainer.pairs import apart, load_pairs
+from intaglio.trainer.causal_lm import causal_batch
+from intaglio.trainer.data_selection import RandomExamples
+from intaglio.trainer.instruction_data import load_pairs, train_eval_split
+from intaglio.trainer.instruction_tuning import pair_document
 from intaglio.trainer.protocols import Example
-from intaglio.trainer.select import RandomExamples
-from intaglio.training.paser import PASER
+from intaglio.trainer.rng import KeyedRNG
 
 HERE = Path(__file__).resolve().parent
 ARMS = ("paser", "random", "full")
@@ -96,7 +96,7 @@ def cut_to(checkpoint: Checkpoint, pairs: Sequence[Example], tokens: int, length
     left = tokens
     for number, pair in enumerate(pairs):
         documents.append(
-            {name: value[:left] for name, value in answered(checkpoint, pair, number, length, chat=False).items()}
+            {name: value[:left] for name, value in pair_document(checkpoint, pair, number, length, chat=False).items()}
         )
         left -= len(documents[-1]["input_ids"])
         if not left:
@@ -110,11 +110,11 @@ def chosen(
     """The pairs of an arm with at least the wanted tokens, and the seconds that choosing took."""
     begun = time.perf_counter()
     if arm != "paser":
-        order = list(RandomExamples(budget=1.0).select(pool, pruned, None, 1.0, Draws(seed)))
+        order = list(RandomExamples(budget=1.0).select(pool, pruned, None, 1.0, KeyedRNG(seed)))
         return [pool[n] for n in order], time.perf_counter() - begun
     paser = PASER(embedding=arguments.embedding, length=arguments.length, chat=False, batch_size=BATCH)
     looked = paser.look(pool, pruned, dense, seed=seed)
-    rows = (answered(pruned, pair, n, arguments.length, chat=False) for n, pair in enumerate(pool))
+    rows = (pair_document(pruned, pair, n, arguments.length, chat=False) for n, pair in enumerate(pool))
     sizes = [len(row["input_ids"]) for row in rows]
     for count in range(1, len(pool) + 1):
         taken = paser.pick(looked, count, seed=seed).indices
@@ -135,7 +135,7 @@ def answer_loss(checkpoint: Checkpoint, pairs: Sequence[Example], length: int) -
     total, count = 0.0, 0
     for start in range(0, len(pairs), BATCH):
         part = pairs[start : start + BATCH]
-        batch = causal_batch([answered(checkpoint, pair, n, length, chat=False) for n, pair in enumerate(part)])
+        batch = causal_batch([pair_document(checkpoint, pair, n, length, chat=False) for n, pair in enumerate(part)])
         weight, target_BT = batch.pop("weight"), batch.pop("target").to(checkpoint.device)
         inputs = {name: value.to(checkpoint.device) for name, value in batch.items()}
         logits_BTV = checkpoint.model(**inputs, use_cache=False).logits.float()
@@ -181,7 +181,7 @@ def recovered(name: str, arguments: argparse.Namespace, had: Collection[tuple[in
     length = arguments.length
     prose = as_segments(dense, held_out, arguments.samples, 2 * length, 0)
     original = reference(dense, prose, batch_size=BATCH)
-    pairs, judged = apart(fitting(dense, load_pairs(arguments.instructions), length), HELD_OUT)
+    pairs, judged = train_eval_split(fitting(dense, load_pairs(arguments.instructions), length), HELD_OUT)
     judged = judged[: 4 * arguments.samples]
     pruned = Checkpoint(copy.deepcopy(dense.model), dense.tokenizer, dense.source)
     segments = as_segments(dense, calibration, arguments.samples, 2 * length, 0)
@@ -261,7 +261,7 @@ def write(out: Path, asked: dict[str, str], rows: Sequence[dict[str, Any]]) -> t
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join(["---"] * len(names)) + " |"]
     lines += ["| " + " | ".join(v if isinstance(v, str) else f"{v:,.4g}" for v in row.values()) + " |" for row in told]
     table = "\n".join(lines)
-    writer.write_json(out / "results.json", document)
+    atomic_io.write_json(out / "results.json", document)
     (out / "results.md").write_text(table + "\n", encoding="utf-8")
     return document, table
 

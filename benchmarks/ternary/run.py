@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from intaglio import writer
+from intaglio import atomic_io
 from intaglio.kernels import ternary
 from intaglio.kernels.ternary_simd import instructions
 
@@ -135,8 +135,8 @@ def main() -> None:
                 print(json.dumps(runs[-1]), flush=True)
     kind, size = instructions()
     about = {"torch": torch.__version__, "numba": numba.__version__, "instructions": f"{kind}, {8 * size} bits"}
-    writer.write_text(given.out / "results.json", json.dumps({**about, "runs": runs}, indent=1) + "\n")
-    writer.write_text(given.out / "results.md", markdown(runs))
+    atomic_io.write_text(given.out / "results.json", json.dumps({**about, "runs": runs}, indent=1) + "\n")
+    atomic_io.write_text(given.out / "results.md", markdown(runs))
     print(markdown(runs))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import transformers
 
-from intaglio import writer
+from intaglio import atomic_io
 
 HERE = Path(__file__).resolve().parent
 LOOPS = ("bare", "trainer", "ours")
@@ -110,8 +110,8 @@ def main() -> None:
     found = summary(runs)
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": arguments.threads}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    writer.write_json(arguments.out / "results.json", {"about": about, "summary": found, "runs": runs})
-    writer.write_text(arguments.out / "results.md", markdown(found))
+    atomic_io.write_json(arguments.out / "results.json", {"about": about, "summary": found, "runs": runs})
+    atomic_io.write_text(arguments.out / "results.md", markdown(found))
     print(markdown(found))
     for size, one in found.items():
         if size == "small":

@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 
 import intaglio
 from intaglio.measures.memory import peak_memory
-from intaglio.trainer import CausalLM, Draws, train
+from intaglio.trainer import CausalLM, KeyedRNG, train
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"width": 144, "depth": 4, "batch": 4, "length": 64, "steps": 220, "skip": 20},  # 1M parameters
@@ -150,7 +150,7 @@ def stock(model: Any, ids_NT: torch.Tensor, size: dict[str, int], clock: Clock) 
 
 def ours(model: Any, ids_NT: torch.Tensor, size: dict[str, int], clock: Clock) -> float:
     """`intaglio.train`."""
-    order = Draws(0).order(len(ids_NT), 0)
+    order = KeyedRNG(0).order(len(ids_NT), 0)
     rows = torch.empty_like(ids_NT)
     rows[order] = ids_NT  # so that its order is that of the others
     done = train(

@@ -25,12 +25,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import intaglio
-from intaglio import writer
+from intaglio import atomic_io
+from intaglio.checkpoint.from_scratch import new, trained_tokenizer
 from intaglio.data.python_source import source_files
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.evidence.worlds.two_tokenizers import TwoTokenizers, nats_per_byte
-from intaglio.fresh import new, trained_tokenizer
-from intaglio.weights.omp_transplant import Donor, Vocabulary, join
+from intaglio.methods.weights.omp_transplant import Donor, Vocabulary, join
 
 HERE = Path(__file__).resolve().parent
 PAIRS = ("small", "smollm2")
@@ -209,7 +209,7 @@ def main() -> None:
     python = peer_python(arguments)
     names = ["given"] if arguments.base else arguments.pairs.split(",")
     rows = [compared(name, int(k), python, arguments) for name in names for k in arguments.k.split(",")]
-    writer.write_json(arguments.out / "results.json", rows)
+    atomic_io.write_json(arguments.out / "results.json", rows)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(["", *(f"{row['pair']}, k {row['k']}" for row in rows)]) + " |"]
     lines.append("| " + " | ".join(["---"] * (len(rows) + 1)) + " |")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 def coded(arguments: argparse.Namespace) -> dict[str, float]:
     """The pursuit on tensors from disk."""
-    from intaglio.weights.omp_transplant import omp
+    from intaglio.methods.weights.omp_transplant import omp
 
     given = load_file(arguments.tensors)
     omp(given["targets"][:2], given["atoms"], 2)  # not counted

@@ -5,16 +5,16 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from intaglio.methods.registry import AREAS, PUBLISHED, Entry, get_method
+
 from generate import evidence as shown
 from generate import facts, notes
 from generate.evidence import Evidence
 from generate.text import cell, environment
-from intaglio import about
-from intaglio.catalogue import ENTRIES, ROOMS, Entry
 from intaglio.evidence.outlook import outlook
-from intaglio.method import get
+from intaglio.methods import describe
 
-FACTS = "../api/methods.html#intaglio.method.Fact"
+FACTS = "../api/methods.html#intaglio.methods.base.Capability"
 """Where it stands what a fact is, as seen from a card."""
 
 
@@ -26,23 +26,23 @@ def card(slug: str, evidence: Evidence, note: dict[str, str]) -> str:
         evidence: its claim and record.
         note: from `notes.read`.
     """
-    entry, method = ENTRIES[slug], get(slug)
+    entry, method = PUBLISHED[slug], get_method(slug)
     recipe = facts.example(slug)
-    given = facts.given(recipe, slug) if recipe else about.needed(method)
-    paper = about.paper_values(method, given)
+    given = facts.given(recipe, slug) if recipe else describe.required_fields(method)
+    paper = describe.paper_values(method, given)
     values: dict[str, Any] = {
         "entry": entry,
-        "room": ROOMS[entry.room],
+        "room": AREAS[entry.area],
         "carving": method if "carving" in entry.kinds else None,
         "changes": sorted(method.changes),
         "requires": sorted(method.requires),
         "invalidates": sorted(method.invalidates),
         "facts_page": FACTS,
-        "description": about.describe(inspect.getdoc(method) or ""),
+        "description": describe.describe(inspect.getdoc(method) or ""),
         "recipe": facts.as_yaml(recipe) if recipe else "",
         "applied": recipe is not None and facts.used(recipe["steps"][-1]) == slug and not entry.fitted,
         "call": facts.call(slug, given),
-        "parameters": about.parameters(method, paper),
+        "parameters": describe.parameters(method, paper),
         "paper": paper,
         "advice": [(heading, note[heading]) for heading in notes.ALWAYS if heading in note],
         "evidence": evidence,
@@ -82,7 +82,7 @@ def _evidence_values(evidence: Evidence, note: dict[str, str]) -> dict[str, Any]
 
 def by_room() -> dict[str, list[Entry]]:
     """The methods of each room that has some, in the order of the rooms."""
-    found = {room: [entry for entry in ENTRIES.values() if entry.room == room] for room in ROOMS}
+    found = {room: [entry for entry in PUBLISHED.values() if entry.area == room] for room in AREAS}
     return {room: entries for room, entries in found.items() if entries}
 
 
@@ -107,9 +107,9 @@ def catalogue() -> str:
     """The page with all methods, by room."""
     parts = [
         "# Methods",
-        f"{len(ENTRIES)} methods in {len(by_room())} of {len(ROOMS)} rooms; the others are being built. A verdict is"
+        f"{len(PUBLISHED)} methods in {len(by_room())} of {len(AREAS)} rooms; the others are being built. A verdict is"
         " that of the committed record: [how claims are judged](evidence.md).",
     ]
     for room, entries in by_room().items():
-        parts += [f"## {room.capitalize()}", f"{ROOMS[room][0].upper()}{ROOMS[room][1:]}.", table(entries, "methods/")]
+        parts += [f"## {room.capitalize()}", f"{AREAS[room][0].upper()}{AREAS[room][1:]}.", table(entries, "methods/")]
     return "\n\n".join(parts) + "\n"

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import yaml
+from intaglio.methods.registry import PUBLISHED, get_method
 
 from generate.text import ROOT
-from intaglio.catalogue import ENTRIES
 from intaglio.errors import IntaglioError
-from intaglio.method import get
-from intaglio.recipe import Recipe
+from intaglio.recipe.schema import Recipe
 
 RECIPES = ROOT / "recipes"
 WIDTH = 80
@@ -30,7 +29,7 @@ def example(slug: str) -> dict[str, Any] | None:
     Raises:
         ValueError: no recipe is shipped for it, and neither its defaults nor half of the weights are accepted.
     """
-    entry = ENTRIES[slug]
+    entry = PUBLISHED[slug]
     shipped = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(RECIPES.glob("*.yaml"))]
     if PARTS & set(entry.kinds):
         # What it is mostly for: a part of training, shown where it is the last step.
@@ -46,14 +45,14 @@ def example(slug: str) -> dict[str, Any] | None:
         step = {"fit": {slug: fields}} if entry.fitted else {slug: fields}
         document = {"model": "smollm2", "steps": [step]}
         try:
-            Recipe.of(document)
+            Recipe.from_dict(document)
         except IntaglioError:
             continue
         return document
     raise ValueError(f"the card of {slug} has no recipe to show: ship one in recipes/")
 
 
-PARTS = {"objective", "shaper", "selector"}
+PARTS = {"objective", "modifier", "selector"}
 """Kinds that stand inside a `train` step."""
 
 
@@ -131,6 +130,6 @@ def call(slug: str, fields: Mapping[str, Any]) -> str:
         slug: of the method.
         fields: that differ from the defaults.
     """
-    defaults = get(slug).model_fields
+    defaults = get_method(slug).model_fields
     given = [f"{name}={value!r}" for name, value in fields.items() if value != defaults[name].default]
-    return f"intaglio.{ENTRIES[slug].name}({', '.join(given)})".replace("'", '"')
+    return f"intaglio.{PUBLISHED[slug].name}({', '.join(given)})".replace("'", '"')

@@ -9,19 +9,19 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+from intaglio.methods.registry import PUBLISHED
 from pydantic import BaseModel
 
 import intaglio
 from generate import cards, notes, style
 from generate import evidence as shown
 from generate.text import ROOT, cell, relink
-from intaglio import about
-from intaglio.catalogue import ENTRIES
 from intaglio.evidence import record as records
-from intaglio.recipe import Header, New
+from intaglio.methods import describe
+from intaglio.recipe.schema import New, RecipeHeader
 from intaglio.trainer.loop import train
 from intaglio.trainer.lora import Lora
-from intaglio.trainer.step import Train
+from intaglio.trainer.recipe_step import Train
 
 NOT_AT_HOME = ("Methods", "Against the peer", "Adding a method")
 """Sections of the README that have a page of their own here."""
@@ -31,7 +31,7 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "What a method is",
         "The protocols that a method may implement, and the registry. Each method's own page is in"
         " [the catalogue](../catalogue.md).",
-        ("intaglio.method",),
+        ("intaglio.methods.base",),
     ),
     "api/masks.md": (
         "Masks over attention",
@@ -40,14 +40,14 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "intaglio.masks",
             "intaglio.masks.rules",
             "intaglio.masks.rules.base",
-            "intaglio.masks.rules.positions",
-            "intaglio.masks.rules.tables",
-            "intaglio.masks.rules.combined",
+            "intaglio.masks.rules.positional",
+            "intaglio.masks.rules.explicit",
+            "intaglio.masks.rules.boolean",
             "intaglio.masks.rules.scores",
-            "intaglio.masks.named",
+            "intaglio.masks.registry",
             "intaglio.masks.visibility",
-            "intaglio.masks.step",
-            "intaglio.masks.picture",
+            "intaglio.masks.method",
+            "intaglio.masks.visualize",
         ),
     ),
     "api/training.md": (
@@ -55,13 +55,13 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "The one loop, what it trains with, and what a shaper or a selector has to offer.",
         (
             "intaglio.trainer.protocols",
-            "intaglio.trainer.causal",
+            "intaglio.trainer.causal_lm",
             "intaglio.trainer.lora",
-            "intaglio.trainer.pairs",
+            "intaglio.trainer.instruction_data",
             "intaglio.trainer.history",
         ),
     ),
-    "api/soup.md": ("Parameter averaging", "Soups of checkpoints, and moving averages.", ("intaglio.soup",)),
+    "api/soup.md": ("Parameter averaging", "Soups of checkpoints, and moving averages.", ("intaglio.modeling.soup",)),
     "api/evidence.md": (
         "Evidence",
         "Claims as experiments; [how they are judged](../evidence.md) says the same at length.",
@@ -96,7 +96,7 @@ def home() -> str:
 
 def api_index() -> str:
     """What `import intaglio` offers, methods left to the catalogue."""
-    methods = {entry.name: slug for slug, entry in ENTRIES.items()}
+    methods = {entry.name: slug for slug, entry in PUBLISHED.items()}
     names = [name for name in intaglio.__all__ if name not in methods]
     cards_of = ", ".join(f"[`{name}`](../methods/{slug}.md)" for name, slug in methods.items())
     parts = [
@@ -136,7 +136,7 @@ def recipe_fields() -> str:
     """The keys of a recipe file, from the classes that read it."""
     steps = "| `steps` | a list of steps: each a method with its [parameters](catalogue.md) | required | in order |"
     return "\n".join(
-        ["| key | type | default | what it is |", "| --- | --- | --- | --- |", steps, *_field_rows("", Header)]
+        ["| key | type | default | what it is |", "| --- | --- | --- | --- |", steps, *_field_rows("", RecipeHeader)]
     )
 
 
@@ -151,8 +151,8 @@ def train_fields() -> str:
     schema = Train.model_json_schema()
     rows = []
     for name, field in Train.model_fields.items():
-        accepted = about.accepted(schema["properties"][name], schema.get("$defs", {}))
-        default = about.written(field.get_default(call_default_factory=True))
+        accepted = describe.describe_type(schema["properties"][name], schema.get("$defs", {}))
+        default = describe.to_yaml(field.get_default(call_default_factory=True))
         rows.append(f"| `{name}` | {cell(accepted)} | `{default}` | {cell(said[name])} |")
     return "\n".join(
         ["| key | type | default | what it is |", "| --- | --- | --- | --- |", *rows, *_field_rows("lora.", Lora)]
@@ -160,7 +160,7 @@ def train_fields() -> str:
 
 
 def _said(documented: Any) -> Mapping[str, str]:
-    return about.describe(inspect.getdoc(documented) or "").lists["Args"]
+    return describe.describe(inspect.getdoc(documented) or "").lists["Args"]
 
 
 def _field_rows(above: str, kind: type[BaseModel]) -> list[str]:
@@ -173,8 +173,8 @@ def _field_rows(above: str, kind: type[BaseModel]) -> list[str]:
             nested += _field_rows(f"{above}{name}.", type(field.default))
             accepted, default = "mapping, below", ""
         else:
-            accepted = about.accepted(schema["properties"][name], schema.get("$defs", {}))
-            default = "required" if field.is_required() else f"`{about.written(field.default)}`"
+            accepted = describe.describe_type(schema["properties"][name], schema.get("$defs", {}))
+            default = "required" if field.is_required() else f"`{describe.to_yaml(field.default)}`"
         rows.append(f"| `{above}{name}` | {cell(accepted)} | {default} | {cell(said[name])} |")
     return rows + nested
 
@@ -218,7 +218,7 @@ def made() -> Iterator[tuple[str, str]]:
     ):
         yield page, from_file(source, page)
     yield "catalogue.md", cards.catalogue()
-    for slug in ENTRIES:
+    for slug in PUBLISHED:
         yield f"methods/{slug}.md", cards.card(slug, shown.of(slug), notes.read(slug))
         record = records.RESULTS / f"{slug}.json"
         if record.is_file():

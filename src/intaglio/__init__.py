@@ -21,39 +21,40 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from intaglio.catalogue import ENTRIES
+from intaglio.methods.registry import PUBLISHED
 
 if TYPE_CHECKING:
-    from intaglio.carving import carve, compare, plan
     from intaglio.checkpoint import Checkpoint, load
+    from intaglio.checkpoint.from_scratch import new
     from intaglio.data.segments import Segments
     from intaglio.data.texts import Corpus, load_texts
     from intaglio.errors import IntaglioError
-    from intaglio.exporting import export
-    from intaglio.fresh import new
-    from intaglio.recipe import Recipe
-    from intaglio.trainer.causal import CausalLM
-    from intaglio.trainer.instruct import InstructionTuning
+    from intaglio.export import export
+    from intaglio.recipe.plan import plan
+    from intaglio.recipe.run import carve, compare
+    from intaglio.recipe.schema import Recipe
+    from intaglio.trainer.causal_lm import CausalLM
+    from intaglio.trainer.instruction_tuning import InstructionTuning
     from intaglio.trainer.loop import train
 
 _HOMES = {
-    "CausalLM": "trainer.causal",
+    "CausalLM": "trainer.causal_lm",
     "Checkpoint": "checkpoint",
     "Corpus": "data.texts",
-    "InstructionTuning": "trainer.instruct",
+    "InstructionTuning": "trainer.instruction_tuning",
     "IntaglioError": "errors",
-    "Recipe": "recipe",
+    "Recipe": "recipe.schema",
     "Segments": "data.segments",
-    "carve": "carving",
-    "compare": "carving",
-    "export": "exporting",
+    "carve": "recipe",
+    "compare": "recipe",
+    "export": "export",
     "load": "checkpoint",
     "load_texts": "data.texts",
-    "new": "fresh",
-    "plan": "carving",
+    "new": "checkpoint.from_scratch",
+    "plan": "recipe",
     "train": "trainer.loop",
 }
-_METHODS = {entry.name: entry.module for entry in ENTRIES.values()}
+_METHODS = {entry.name: entry.module for entry in PUBLISHED.values()}
 
 __all__ = [
     "CausalLM",

@@ -11,8 +11,8 @@ import pytest
 from generate import cards, notes
 from generate import evidence as shown
 from generate.evidence import Evidence
+from intaglio.methods.registry import PUBLISHED
 
-from intaglio.catalogue import ENTRIES
 from intaglio.evidence import record as records
 from intaglio.evidence.experiment import Outcome
 from intaglio.evidence.record import Record, preregistered
@@ -101,12 +101,12 @@ def test_a_stale_record_says_what_changed(record: Record) -> None:
     assert f"unchanged since: {len(record.sources)} modules" in fresh
     assert "Stale" not in fresh
     changed = record.model_copy(
-        update={"sources": {**record.sources, "intaglio.weights.wanda": "0", "intaglio.gone": "0"}}
+        update={"sources": {**record.sources, "intaglio.methods.weights.wanda": "0", "intaglio.gone": "0"}}
     )
     page = cards.card("wanda", of(changed), {})
     # All of it is inside the box: indented, and closed by an empty line.
     (box,) = re.findall(r'^!!! warning "Stale"\n\n((?: {4}.+\n)+)\n', page, re.MULTILINE)
-    assert "`intaglio.gone`, `intaglio.weights.wanda`." in box
+    assert "`intaglio.gone`, `intaglio.methods.weights.wanda`." in box
     assert "changed since: 2 of" in page
     assert "`intaglio prove wanda --renew`" in box
     assert f"`{record.command} --record` makes the record anew" in box
@@ -144,12 +144,12 @@ def test_a_method_without_a_claim() -> None:
     assert "prove" not in page
 
 
-@pytest.mark.parametrize("slug", ENTRIES)
+@pytest.mark.parametrize("slug", PUBLISHED)
 def test_the_card_of_each_method_as_it_is_committed(slug: str) -> None:
     evidence = shown.of(slug)
     page = cards.card(slug, evidence, notes.read(slug))
-    entry = ENTRIES[slug]
-    for text in (entry.name, entry.url, entry.paper.replace("&", "&amp;"), evidence.word[1:]):
+    entry = PUBLISHED[slug]
+    for text in (entry.name, entry.url, entry.citation.replace("&", "&amp;"), evidence.word[1:]):
         assert text in page
     expected = "run" if records.shipped(slug) else "registered" if preregistered(slug) else "none"
     assert evidence.state == expected
@@ -255,6 +255,6 @@ def test_the_row_of_a_table(record: Record, tmp_path: Path, monkeypatch: pytest.
 
 def test_the_catalogue_has_every_method_under_its_room() -> None:
     page = cards.catalogue()
-    for entry in ENTRIES.values():
-        assert f"## {entry.room.capitalize()}\n" in page
+    for entry in PUBLISHED.values():
+        assert f"## {entry.area.capitalize()}\n" in page
         assert f"[{entry.name}](methods/{entry.slug}.md)" in page

@@ -8,36 +8,35 @@ from typing import Any
 import pytest
 import yaml
 from generate import facts
+from intaglio.methods.registry import PUBLISHED, get_method
 
-from intaglio.catalogue import ENTRIES
-from intaglio.method import get
-from intaglio.recipe import Fit, Recipe
+from intaglio.recipe.schema import Fit, Recipe
 
-PARTS = [slug for slug, entry in ENTRIES.items() if facts.PARTS & set(entry.kinds)]
-CARVINGS = [slug for slug, entry in ENTRIES.items() if "carving" in entry.kinds and slug not in PARTS]
+PARTS = [slug for slug, entry in PUBLISHED.items() if facts.PARTS & set(entry.kinds)]
+CARVINGS = [slug for slug, entry in PUBLISHED.items() if "carving" in entry.kinds and slug not in PARTS]
 
 
 @pytest.mark.parametrize("slug", PARTS)
 def test_what_shapes_training_is_shown_in_a_train_step(slug: str) -> None:
     document = facts.example(slug)
     assert document is not None
-    steps = Recipe.of(yaml.safe_load(facts.as_yaml(document))).steps
+    steps = Recipe.from_dict(yaml.safe_load(facts.as_yaml(document))).steps
     assert steps[-1].slug == "train"
-    get(slug)(**facts.given(document, slug))
+    get_method(slug)(**facts.given(document, slug))
 
 
 @pytest.mark.parametrize("slug", CARVINGS)
 def test_the_recipe_on_a_card_is_a_recipe_and_the_call_is_its_step(slug: str) -> None:
     document = facts.example(slug)
     assert document is not None
-    (step,) = Recipe.of(yaml.safe_load(facts.as_yaml(document))).steps
+    (step,) = Recipe.from_dict(yaml.safe_load(facts.as_yaml(document))).steps
     assert step.slug == slug
     text = facts.call(slug, facts.given(document, slug))
     call = ast.parse(text, mode="eval").body
     assert isinstance(call, ast.Call)
     arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
-    assert text.startswith(f"intaglio.{ENTRIES[slug].name}(")
-    assert get(slug)(**arguments) == step
+    assert text.startswith(f"intaglio.{PUBLISHED[slug].name}(")
+    assert get_method(slug)(**arguments) == step
 
 
 def test_a_long_step_has_a_line_for_each_field() -> None:
@@ -53,19 +52,19 @@ def test_a_long_step_has_a_line_for_each_field() -> None:
 
 
 def test_a_method_that_is_no_step_has_no_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = ENTRIES["wanda"]
+    entry = PUBLISHED["wanda"]
     other = type(entry)(**{**vars(entry), "kinds": ("decoder",), "fitted": False})
-    monkeypatch.setitem(ENTRIES, "wanda", other)
+    monkeypatch.setitem(PUBLISHED, "wanda", other)
     assert facts.example("wanda") is None
 
 
-@pytest.mark.parametrize("slug", [slug for slug, entry in ENTRIES.items() if entry.fitted])
+@pytest.mark.parametrize("slug", [slug for slug, entry in PUBLISHED.items() if entry.fitted])
 def test_a_fitted_method_is_shown_as_a_fit(slug: str) -> None:
     document = facts.example(slug)
     assert document is not None
-    (step,) = Recipe.of(yaml.safe_load(facts.as_yaml(document))).steps
+    (step,) = Recipe.from_dict(yaml.safe_load(facts.as_yaml(document))).steps
     assert isinstance(step, Fit)
-    assert step.method == get(slug)(**facts.given(document, slug))
+    assert step.method == get_method(slug)(**facts.given(document, slug))
 
 
 @pytest.mark.parametrize(

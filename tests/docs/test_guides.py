@@ -11,18 +11,18 @@ import pytest
 import typer
 from generate import cards, notes, pages
 from generate import evidence as shown
+from intaglio.methods.registry import PUBLISHED
 
 import intaglio
-from intaglio.catalogue import ENTRIES
 from intaglio.cli.app import app
 from intaglio.evidence import experiment
 from intaglio.evidence.experiment import Unit
-from intaglio.recipe import Recipe
-from intaglio.yamlfile import parse_yaml
+from intaglio.recipe.schema import Recipe
+from intaglio.recipe.yaml import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-PAGES = GUIDES | {"index.md": pages.home()} | {f"{s}.md": cards.card(s, shown.of(s), notes.read(s)) for s in ENTRIES}
+PAGES = GUIDES | {"index.md": pages.home()} | {f"{s}.md": cards.card(s, shown.of(s), notes.read(s)) for s in PUBLISHED}
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -71,7 +71,7 @@ def test_commands_are_accepted(command: str) -> None:
 
 def test_there_is_something_to_check() -> None:
     assert len(commands()) > 5
-    steps = [slug for slug, entry in ENTRIES.items() if entry.fitted or "carving" in entry.kinds]
+    steps = [slug for slug, entry in PUBLISHED.items() if entry.fitted or "carving" in entry.kinds]
     assert {name for name, _ in blocks("yaml")} >= {"recipes.md", "index.md", *(f"{slug}.md" for slug in steps)}
     assert {name for name, _ in blocks("python")} >= {"recipes.md", "evidence.md"}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from generate import pages, style, text
+from intaglio.methods.registry import PUBLISHED
 
 import intaglio
-from intaglio.catalogue import ENTRIES
-from intaglio.recipe import Calibration, Header, Measure
+from intaglio.recipe.schema import Calibration, Measure, RecipeHeader
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,7 +64,7 @@ def test_home_is_the_readme() -> None:
         code = [line for line in section.split("\n") if line.startswith("    ")]
         assert code
         assert set(code) <= lines
-    for entry in ENTRIES.values():
+    for entry in PUBLISHED.values():
         assert f"[{entry.name}](methods/{entry.slug}.md)" in home
 
 
@@ -82,7 +82,7 @@ def test_the_keys_of_a_recipe() -> None:
         for above, kind in (("calibration", Calibration), ("measure", Measure))
         for name in kind.model_fields
     ]
-    assert names == ["steps", *Header.model_fields, *inner]
+    assert names == ["steps", *RecipeHeader.model_fields, *inner]
     assert (
         "| `calibration.samples` | whole number, at least 1, at most 1e+06 | `128` | segments. Default 128. |" in rows
     )
@@ -115,4 +115,4 @@ def test_the_navigation_has_every_method() -> None:
     found = [
         page for room in pages.navigation() for methods in room.values() for one in methods for page in one.values()
     ]
-    assert sorted(found) == sorted(f"methods/{slug}.md" for slug in ENTRIES)
+    assert sorted(found) == sorted(f"methods/{slug}.md" for slug in PUBLISHED)

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_report(record: Record) -> None:
     assert stale.report({}) == "evidence: 0 committed records, none is stale"
     assert stale.report({"wanda": record}) == "evidence: 1 committed records, none is stale"
-    old = record.model_copy(update={"sources": {**record.sources, "intaglio.weights.wanda": "0"}})
+    old = record.model_copy(update={"sources": {**record.sources, "intaglio.methods.weights.wanda": "0"}})
     assert stale.report({"dsnot": record, "wanda": old}) == (
-        f"evidence: STALE wanda ({record.verdict} on {record.made}): intaglio.weights.wanda changed since;"
+        f"evidence: STALE wanda ({record.verdict} on {record.made}): intaglio.methods.weights.wanda changed since;"
         " `intaglio prove wanda --renew` clears it if the values are the same"
     )
 

@@ -17,7 +17,7 @@ from intaglio.evidence.bip import ACCURACY, ARMS, EXPERIMENTS, NETS, OVERLAP, SE
 from intaglio.evidence.experiment import Unit
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.digits import Digits
-from intaglio.weights.bip import rounds
+from intaglio.methods.weights.bip import rounds
 
 SMALL = Prune(Digits(training_images=64, validation_images=20, run_images=20, pilot_images=20), 34, 1, 16)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.from_scratch import new
 from intaglio.evidence import record
 from intaglio.evidence.bitnet import (
     ARMS,
@@ -31,9 +31,9 @@ from intaglio.evidence.bitnet import (
 from intaglio.evidence.experiment import Tuning, Unit
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.source_code import SourceCode
-from intaglio.fresh import new
+from intaglio.methods.weights.bitnet import BitNet
+from intaglio.modeling.anatomy import anatomy
 from intaglio.trainer import CausalLM, train
-from intaglio.weights.bitnet import BitNet
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.evidence import dsnot, record
@@ -21,7 +20,8 @@ from intaglio.evidence.dsnot import ERROR, EXPERIMENTS, LOSS, METHODS, Carve, ex
 from intaglio.evidence.experiment import Experiment, Unit
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
-from intaglio.measures.quality import quality
+from intaglio.measures.language_modeling import quality
+from intaglio.modeling.anatomy import anatomy
 from tests.families import tiny_checkpoint_dir
 
 Small = Callable[..., SmolLM2Wikipedia]

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.decoding.dyspec import DySpec
 from intaglio.errors import IntaglioError
 from intaglio.evidence import dyspec
 from intaglio.evidence.dyspec import DRAFTS, EXPERIMENTS, FRESH, METHODS, NODES, SECONDS, TOKENS, Drafted, Part
@@ -21,8 +20,9 @@ from intaglio.evidence.experiment import Unit
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
-from intaglio.verify.drafters.ranks import draft_ranks
-from intaglio.verify.drafters.shapes import chain
+from intaglio.methods.decoding.dyspec import DySpec
+from intaglio.speculative.drafters.rank_statistics import draft_ranks
+from intaglio.speculative.drafters.static_tree import chain
 from tests.families import tiny_checkpoint_dir, tiny_model, tiny_tokenizer
 
 

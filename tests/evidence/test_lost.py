@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from intaglio.anatomy import anatomy
 from intaglio.errors import IntaglioError
 from intaglio.evidence import lost, record
 from intaglio.evidence.experiment import Experiment, Unit
 from intaglio.evidence.lost import ARMS, BITS, EXPERIMENTS, FAMILY, NORM, Arm, Pretrain, experiment, flops
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.source_code import SourceCode
-from intaglio.weights.lost import LOST, ElementsLinear, LostLinear
+from intaglio.methods.weights.lost import LOST, ElementsLinear, LostLinear
+from intaglio.modeling.anatomy import anatomy
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from intaglio.decoding.lud import LUD
 from intaglio.errors import IntaglioError
 from intaglio.evidence import lud
 from intaglio.evidence.continuing import Generated
@@ -22,6 +21,7 @@ from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds import trained
 from intaglio.evidence.worlds.made import CHOICES
 from intaglio.evidence.worlds.source_code import SourceCode
+from intaglio.methods.decoding.lud import LUD
 
 METRICS = {lud.COUNTED, lud.RATE, lud.FRESH, lud.AGREEMENT, lud.SAME, lud.PROSE, lud.SECONDS, lud.NATS}
 

@@ -32,8 +32,8 @@ from intaglio.evidence.meap import (
 )  # fmt: skip
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.source_code import SourceCode
-from intaglio.objectives.meap import MEAP
-from intaglio.trainer import Draws
+from intaglio.methods.objectives.meap import MEAP
+from intaglio.trainer import KeyedRNG
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 
 ASKING = Asking(lengths=(200, 240), depths=(0.0, 1.0), facts=2, documents=3)
@@ -137,9 +137,9 @@ def test_an_answer_is_right_if_every_byte_of_it_is() -> None:
 def test_the_control_hides_the_same_places_with_other_bytes() -> None:
     row = {"input_ids": torch.arange(5, 105), "id": 3, "epoch": 0, "step": 0}
     methods = [kind(length=128) for kind in (MEAP, Noise)]
-    hidden, noise = (method._hide(row, Draws(0)) for method in methods)
+    hidden, noise = (method._hide(row, KeyedRNG(0)) for method in methods)
     where = hidden["input_ids"] == -1  # the mask token of a method that has seen no checkpoint
-    assert torch.equal(where.nonzero().flatten(), methods[1].positions(row, Draws(0)))
+    assert torch.equal(where.nonzero().flatten(), methods[1].positions(row, KeyedRNG(0)))
     assert torch.equal(hidden["input_ids"][~where], noise["input_ids"][~where])
     assert not (noise["input_ids"] < 0).any()
     assert torch.equal(hidden["labels"], noise["labels"])

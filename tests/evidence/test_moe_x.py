@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from intaglio.activations.moe_x import moe_layers
-from intaglio.anatomy import anatomy
 from intaglio.evidence import moe_x, record
 from intaglio.evidence.experiment import Tuning, Unit
 from intaglio.evidence.moe_x import (
@@ -34,6 +32,8 @@ from intaglio.evidence.moe_x import (
 )
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.board_game import BoardGame
+from intaglio.methods.activations.moe_x import moe_layers
+from intaglio.modeling.anatomy import anatomy
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 
 WORLD = BoardGame(

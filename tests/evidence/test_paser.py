@@ -110,7 +110,7 @@ def test_every_arm_trains_on_as_many_tokens(run: Recover) -> None:
 def test_a_pool_is_looked_at_once(run: Recover, monkeypatch: pytest.MonkeyPatch) -> None:
     first = paser.look(run, 5)
     paser.look.cache_clear()
-    monkeypatch.setattr("intaglio.training.paser.PASER.look", None)
+    monkeypatch.setattr("intaglio.methods.training.paser.PASER.look", None)
     second = paser.look(run, 5)
     assert (second.labels, second.degradation, second.seconds) == (first.labels, first.degradation, first.seconds)
 

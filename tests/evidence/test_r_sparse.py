@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from intaglio.activations.r_sparse import RSparse, Search
 from intaglio.checkpoint import Checkpoint
 from intaglio.evidence import r_sparse, record
 from intaglio.evidence.experiment import Unit
 from intaglio.evidence.r_sparse import BATCH, EXPERIMENTS, LOSS, METHODS, READ, Sparse, experiment, measured
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
-from intaglio.measures.quality import quality
+from intaglio.measures.language_modeling import quality
+from intaglio.methods.activations.r_sparse import RSparse, Search
 from tests.families import tiny_checkpoint_dir
 
 

@@ -21,7 +21,7 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(run, "check_checkout", lambda: None)
     document = prove("wanda", experiment=toy(), directory=tmp_path / "out", units=5)
-    document["sources"]["intaglio.weights.wanda"] = "0"
+    document["sources"]["intaglio.methods.weights.wanda"] = "0"
     path = tmp_path / "wanda.json"
     path.write_text(json.dumps(document))
     return path
@@ -45,7 +45,7 @@ def test_the_same_values_clear_the_flag_and_change_nothing_else(shipped: Path, w
     seen: list[tuple[int, int]] = []
     assert stale()
     found = renew.renew("wanda", experiment=toy(), workers=workers, progress=lambda d, t, w: seen.append((d, t)))
-    assert found["changed"] == ["intaglio.weights.wanda"]
+    assert found["changed"] == ["intaglio.methods.weights.wanda"]
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert not stale()
     after = json.loads(shipped.read_text())

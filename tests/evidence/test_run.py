@@ -320,7 +320,7 @@ def test_a_journal_of_something_else_is_refused(tmp_path: Path, monkeypatch: pyt
         changed.setattr("intaglio.evidence.run.versions", lambda also: {"python": "2.7"})
         refused(lambda: proved(toy(), tmp_path, units=4), 'begun with other versions ({"intaglio": ', '"python": "2.7"')
     with monkeypatch.context() as changed:
-        changed.setattr(sources, "of_slug", lambda slug: {"intaglio.weights.wanda": "0"})
+        changed.setattr(sources, "of_slug", lambda slug: {"intaglio.methods.weights.wanda": "0"})
         refused(lambda: proved(toy(), tmp_path, units=4), "begun with other code")
     path = tmp_path / "wanda-seed0-units4" / NAME
     lines = path.read_text().split("\n")
@@ -376,10 +376,10 @@ def test_shipped_records_and_staleness(tmp_path: Path, made: Document, monkeypat
     found = record.shipped("wanda")
     assert found is not None
     assert not record.is_stale(found)
-    changed = dict(found.sources) | {"intaglio.weights.wanda": "0", "intaglio.gone": "0"}
+    changed = dict(found.sources) | {"intaglio.methods.weights.wanda": "0", "intaglio.gone": "0"}
     stale = found.model_copy(update={"sources": changed})
     assert record.is_stale(stale)
-    assert record.stale_parts(stale) == ("intaglio.gone", "intaglio.weights.wanda")
+    assert record.stale_parts(stale) == ("intaglio.gone", "intaglio.methods.weights.wanda")
 
 
 def unsound(records: dict[str, Record]) -> list[str]:

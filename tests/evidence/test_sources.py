@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from intaglio.methods.registry import PUBLISHED
 
-from intaglio.catalogue import ENTRIES
 from intaglio.evidence import sources
 
 PLAIN = '''"""Says what it is."""
@@ -58,15 +58,15 @@ def test_doing_something_else_changes_the_hash(text: str) -> None:
 FILES = {
     "__init__.py": "",
     "errors.py": "A = 1",
-    "method.py": "from intaglio.catalogue import X\nY = 1",
+    "method.py": "from intaglio.methods.registry import X\nY = 1",
     "catalogue.py": "X = 1",
     "weights/__init__.py": "",
     "weights/one.py": "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
     "if TYPE_CHECKING:\n    from intaglio.types import T\n"
-    "from intaglio.weights import two\nfrom intaglio.errors import A\nimport json\nimport intaglio.effects\n"
+    "from intaglio.methods.weights import two\nfrom intaglio.errors import A\nimport json\nimport intaglio.effects\n"
     "def f(x: T) -> T:\n    from ..data import words\n    return words, two.used(x)\n",
-    "weights/two.py": "import intaglio.method\nfrom intaglio.shelf import Box\nimport math as m\nVALUE = 2\nOTHER = 2\n"
-    "def used(x: Hint): return m.sqrt(VALUE) + Box.size + intaglio.method.Y\n"
+    "weights/two.py": "import intaglio.methods.base\nfrom intaglio.shelf import Box\nimport math as m\nVALUE = 2\nOTHER = 2\n"
+    "def used(x: Hint): return m.sqrt(VALUE) + Box.size + intaglio.methods.base.Y\n"
     "def unused(x): return OTHER + far\nfrom intaglio.far import far\nHint = int\nREGISTER = []\n",
     "types.py": "T = int",
     "data/__init__.py": "",
@@ -93,16 +93,16 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_reached(package: Path) -> None:
-    assert set(sources.hashes(["intaglio.weights.one"])) == {
-        "intaglio.weights.one",
-        "intaglio.weights.two",
-        "intaglio.method",
+    assert set(sources.hashes(["intaglio.methods.weights.one"])) == {
+        "intaglio.methods.weights.one",
+        "intaglio.methods.weights.two",
+        "intaglio.methods.base",
         "intaglio.data.words",
         "intaglio.shelf",
         "intaglio.shelf.box",
         "intaglio.effects",
     }
-    assert {"intaglio.far", "intaglio.weights.one"} <= set(sources.hashes(["intaglio.weights"]))
+    assert {"intaglio.far", "intaglio.methods.weights.one"} <= set(sources.hashes(["intaglio.methods.weights"]))
     assert sources.hashes(["json", "intaglio.nowhere"]) == {}
 
 
@@ -131,21 +131,21 @@ def test_what_is_reached(package: Path) -> None:
     ],
 )
 def test_a_change_is_seen_where_it_is_reached(package: Path, file: str, old: str, new: str, changed: str) -> None:
-    before = sources.hashes(["intaglio.weights.one"])
+    before = sources.hashes(["intaglio.methods.weights.one"])
     assert FILES[file].count(old) == 1
     (package / file).write_text(FILES[file].replace(old, new))
     sources._read.cache_clear()
-    after = sources.hashes(["intaglio.weights.one"])
+    after = sources.hashes(["intaglio.methods.weights.one"])
     assert [name for name in before | after if before.get(name) != after.get(name)] == (
         [f"intaglio.{changed}"] if changed else []
     )
 
 
 def test_another_origin_of_a_name_is_seen(package: Path) -> None:
-    before = sources.hashes(["intaglio.weights.one"])
+    before = sources.hashes(["intaglio.methods.weights.one"])
     (package / "shelf" / "__init__.py").write_text("from intaglio.shelf.lid import Lid as Box")
     sources._read.cache_clear()
-    after = sources.hashes(["intaglio.weights.one"])
+    after = sources.hashes(["intaglio.methods.weights.one"])
     assert before["intaglio.shelf"] != after["intaglio.shelf"]
     assert "intaglio.shelf.lid" in after
     assert "intaglio.shelf.box" not in after
@@ -189,7 +189,7 @@ def test_a_changed_mechanism_makes_the_committed_claim_stale(
 def test_every_method_can_be_hashed_without_torch() -> None:
     code = (
         "import sys; from intaglio.evidence import record, sources\n"
-        f"[sources.of_slug(slug) for slug in {list(ENTRIES)!r}]; [record.shipped(slug) for slug in {list(ENTRIES)!r}]\n"
+        f"[sources.of_slug(slug) for slug in {list(PUBLISHED)!r}]; [record.shipped(slug) for slug in {list(PUBLISHED)!r}]\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

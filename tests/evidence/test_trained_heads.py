@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from intaglio.decoding.chimera import Chimera
-from intaglio.decoding.hidden_transfer import HiddenTransfer
 from intaglio.errors import IntaglioError
 from intaglio.evidence import chimera, hidden_transfer, trained_heads
 from intaglio.evidence.experiment import Experiment, Unit
 from intaglio.evidence.run import experiment_of, prove
 from intaglio.evidence.trained_heads import NODES, SECONDS, TOKENS, Arm, Training, accepted, matched, medusa_heads, size
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
-from intaglio.heads.own_text import prompts_of
-from intaglio.heads.shape import assumed
-from intaglio.verify.drafters.medusa import MedusaHeads
+from intaglio.methods.decoding.chimera import Chimera
+from intaglio.methods.decoding.hidden_transfer import HiddenTransfer
+from intaglio.speculative.drafters.medusa import MedusaHeads
+from intaglio.speculative.heads.self_generated_data import prompts_of
+from intaglio.speculative.heads.static_tree import assumed
 from tests.families import tiny_checkpoint_dir, tiny_model
 
 QUICK = Training(texts=4, prompt=4, length=16, epochs=1, batch_size=2, rates=(1e-3,), trial=1, threads=1)

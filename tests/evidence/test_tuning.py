@@ -80,9 +80,9 @@ def test_a_tuned_record_is_renewed_with_what_was_chosen(tmp_path: Path, monkeypa
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     monkeypatch.setattr(renew, "check_checkout", lambda: None)
     document = proved(tuned(), tmp_path / "out", units=4)
-    document["sources"]["intaglio.weights.wanda"] = "0"
+    document["sources"]["intaglio.methods.weights.wanda"] = "0"
     (tmp_path / "wanda.json").write_text(json.dumps(document))
-    assert renew.renew("wanda", experiment=tuned())["changed"] == ["intaglio.weights.wanda"]
+    assert renew.renew("wanda", experiment=tuned())["changed"] == ["intaglio.methods.weights.wanda"]
     interval, verdict = run.reckoned(record.read_record(tmp_path / "wanda.json"))
     assert (interval.effect, verdict) == (pytest.approx(document["effect"]), document["verdict"])
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
-from intaglio.kernels import gather, shared
+from intaglio.kernels import _utils, gather
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WAYS = ["torch", *(["numba"] if find_spec("numba") else []), *(["triton"] if INTERPRETED else [])]
@@ -126,15 +126,15 @@ def test_what_a_row_gets_does_not_depend_on_the_others(dtype: torch.dtype) -> No
 
 
 def test_without_numba_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "find_spec", lambda name: True)
+    monkeypatch.setattr(_utils, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "intaglio.kernels.gather_numba", None)
-    shared.works.cache_clear()
+    _utils.works.cache_clear()
     x, weight = drawn(1, 1, 8), drawn(2, 8, 3)
     with pytest.warns(UserWarning, match=r"^no columns are gathered, and zeros are multiplied, as numba fails"):
         found = gather.linear(x, weight, 0.5)
     torch.testing.assert_close(found, exact(x, weight, 0.5).float())
     monkeypatch.undo()
-    shared.works.cache_clear()
+    _utils.works.cache_clear()
 
 
 def test_a_compiler_sees_plain_torch() -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from intaglio import IntaglioError
-from intaglio.kernels import shared, ternary
+from intaglio.kernels import _utils, ternary
 from intaglio.kernels.ternary import linear, matmul, pack, packed_width, quantize, unpack
 
 WAYS = ["torch", "numba", "triton"]
@@ -272,20 +272,20 @@ def test_every_instruction_set_multiplies_alike(kind: str, size: int) -> None:
 
 
 def test_without_numba_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared, "find_spec", lambda name: None)
-    shared.works.cache_clear()
+    monkeypatch.setattr(_utils, "find_spec", lambda name: None)
+    _utils.works.cache_clear()
     assert ternary._kernel(torch.zeros(1)) == "torch"
     monkeypatch.undo()
     # One that is there and cannot be imported is told of, once.
-    monkeypatch.setattr(shared, "find_spec", lambda name: True)
+    monkeypatch.setattr(_utils, "find_spec", lambda name: True)
     monkeypatch.setitem(sys.modules, "intaglio.kernels.ternary_numba", None)
-    shared.works.cache_clear()
+    _utils.works.cache_clear()
     x_BI, weight_OI = draw(13, 2, 3, 64)
     with pytest.warns(UserWarning, match=r"^ternary products run in plain torch, slowly, as numba fails"):
         assert torch.equal(matmul(x_BI, pack(weight_OI)), exact(x_BI, weight_OI))
     assert torch.equal(matmul(x_BI, pack(weight_OI)), exact(x_BI, weight_OI))
     monkeypatch.undo()
-    shared.works.cache_clear()
+    _utils.works.cache_clear()
     assert ternary._kernel(torch.zeros(1)) == ("numba" if find_spec("numba") else "torch")
 
 

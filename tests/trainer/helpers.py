@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.trainer import CausalLM, Trained, train
+from intaglio.trainer import CausalLM, TrainResult, train
 from tests.families import tiny_model, tiny_tokenizer
 
 TEXTS = [f"the quick brown fox number {n} jumps over the lazy dog and sleeps in the sun" for n in range(30)]
@@ -20,7 +20,7 @@ def checkpoint(family: str = "llama", layers: int = 2, **more: Any) -> Checkpoin
     return Checkpoint(tiny_model(family, layers=layers, **more), tiny_tokenizer(family), "tiny")
 
 
-def run(ckpt: Checkpoint, data: Any = None, **more: Any) -> Trained:
+def run(ckpt: Checkpoint, data: Any = None, **more: Any) -> TrainResult:
     """A short run of next-token training on rows of 24 tokens."""
     data = TEXTS if data is None else data
     return train(ckpt, data, **{"objective": CausalLM(length=24), **ARGUMENTS, **more})

@@ -14,8 +14,8 @@ from torch import nn
 import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.trainer import CausalLM, Draws, Example, Loss, Run, train
-from intaglio.trainer.causal import causal_batch, next_token_loss
+from intaglio.trainer import CausalLM, Example, KeyedRNG, Loss, TrainingRun, train
+from intaglio.trainer.causal_lm import causal_batch, next_token_loss
 from intaglio.trainer.history import columns
 from tests.families import DECODERS
 from tests.trainer.helpers import TEXTS, checkpoint, far, run, same, weights
@@ -34,7 +34,7 @@ class Owning:
     def modules(self) -> nn.ModuleDict:
         return nn.ModuleDict({"scale": self.scale})
 
-    def collate(self, examples: Sequence[Example], rng: Draws) -> dict[str, Any]:
+    def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> dict[str, Any]:
         for example in examples:
             draw = float(torch.rand((), generator=rng(example)))
             self.seen.append((example["epoch"], example["id"], example["step"], draw))
@@ -54,7 +54,7 @@ class Breaking(Owning):
         self.seen.append((0, 0, 0, 0.0))
         return Loss(good.total * (float("nan") if len(self.seen) > 4 else 1.0))
 
-    def collate(self, examples: Sequence[Example], rng: Draws) -> dict[str, Any]:
+    def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> dict[str, Any]:
         return causal_batch(examples)
 
 
@@ -167,7 +167,7 @@ class Digits:
     def modules(self) -> nn.ModuleDict:
         return nn.ModuleDict()
 
-    def collate(self, examples: Sequence[Example], rng: Draws) -> dict[str, Any]:
+    def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> dict[str, Any]:
         return {"x": torch.stack([e["x"] for e in examples]), "y": torch.tensor([e["y"] for e in examples])}
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Loss:
@@ -178,7 +178,7 @@ class Digits:
 class Memory:
     """Remembers what was said of each example, as early-learning regularization does."""
 
-    def attach(self, run: Run) -> None:
+    def attach(self, run: TrainingRun) -> None:
         assert run.rows is not None
         self.table = torch.zeros(run.rows, 3)
 
@@ -201,7 +201,7 @@ class Memory:
     def load_state_dict(self, state: Any) -> None:
         self.table = state["table"]
 
-    def detach(self, run: Run) -> None: ...
+    def detach(self, run: TrainingRun) -> None: ...
 
 
 def test_rows_need_not_be_tokens_nor_models_language_models(tmp_path: Any) -> None:

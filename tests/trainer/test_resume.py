@@ -15,7 +15,7 @@ import torch
 
 from intaglio.errors import IntaglioError
 from intaglio.trainer import CausalLM
-from intaglio.trainer import state as run_state
+from intaglio.trainer import resume as run_state
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 

@@ -9,16 +9,16 @@ from typing import Annotated, Any, ClassVar
 
 import pytest
 import torch
+from intaglio.methods.registry import PUBLISHED, Entry
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from intaglio.catalogue import ENTRIES, Entry
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.method import Change, Method, Progress, silent
-from intaglio.trainer import Draws, Example, Loss, Run
-from intaglio.trainer.zeros import linear_modules
+from intaglio.methods.base import Method, ModelAspect, Progress, no_progress
+from intaglio.trainer import Example, KeyedRNG, Loss, TrainingRun
+from intaglio.trainer.sparsity_mask import linear_modules
 
 
 class Mask(nn.Module):
@@ -35,17 +35,17 @@ class Mask(nn.Module):
 class ToyShaper(Method, slug="toy_shaper"):
     """Zeroes the smallest weights of every MLP, more of them each step; halves the decay; steps a score of its own."""
 
-    changes: ClassVar[frozenset[Change]] = frozenset({"weights"})
+    changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
 
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
     pull: Annotated[float, Field(ge=0)] = 1e-3
 
-    _run: Run | None = PrivateAttr(None)
+    _run: TrainingRun | None = PrivateAttr(None)
     _masks: dict[str, Mask] = PrivateAttr(default_factory=dict)
     _score: Tensor = PrivateAttr(default_factory=lambda: torch.zeros(()))
     _seen: list[int] = PrivateAttr(default_factory=list)
 
-    def attach(self, run: Run) -> None:
+    def attach(self, run: TrainingRun) -> None:
         self._run = run
         for name, module in linear_modules(run.checkpoint.model).items():
             if "mlp" in name:
@@ -82,7 +82,7 @@ class ToyShaper(Method, slug="toy_shaper"):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._score, self._seen = state["score"], list(state["seen"])
 
-    def detach(self, run: Run) -> None:
+    def detach(self, run: TrainingRun) -> None:
         for name in self._masks:
             parametrize.remove_parametrizations(run.checkpoint.model.get_submodule(name), "weight")
         self._masks.clear()
@@ -104,9 +104,9 @@ class ToySelector(Method, slug="toy_selector"):
         model: Checkpoint,
         original: Checkpoint | None,
         budget: float,
-        rng: Draws,
+        rng: KeyedRNG,
         *,
-        progress: Progress = silent,
+        progress: Progress = no_progress,
     ) -> Sequence[int]:
         assert original is None or original is not model
         size = [len(example.get("text", example.get("answer", ""))) for example in dataset]
@@ -118,9 +118,9 @@ class ToySelector(Method, slug="toy_selector"):
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put both into the catalogue for the time of a test."""
-    for cls, kind in ((ToyShaper, "shaper"), (ToySelector, "selector")):
+    for cls, kind in ((ToyShaper, "modifier"), (ToySelector, "selector")):
         entry = Entry(cls.slug, "training", cls.__name__, (kind,), "a toy", "nobody", "nowhere")  # type: ignore[arg-type]
         module = ModuleType(entry.module)
         setattr(module, cls.__name__, cls)
-        monkeypatch.setitem(ENTRIES, cls.slug, entry)
+        monkeypatch.setitem(PUBLISHED, cls.slug, entry)
         monkeypatch.setitem(sys.modules, entry.module, module)

@@ -14,8 +14,7 @@
 
 from __future__ import annotations
 
-from intaglio.checkpoint.files import LIVE_WEIGHTS, files_stamp, weights_digest
-from intaglio.checkpoint.kept import Checkpoint
+from intaglio.checkpoint.checkpoint import Checkpoint
 from intaglio.checkpoint.loading import (
     DTYPES,
     load,
@@ -27,6 +26,7 @@ from intaglio.checkpoint.loading import (
     parse_dtype,
 )
 from intaglio.checkpoint.record import RECORD, Record, StepRecord
+from intaglio.checkpoint.resolve import LIVE_WEIGHTS, stat_fingerprint, weights_digest
 
 __all__ = [
     "DTYPES",
@@ -35,7 +35,6 @@ __all__ = [
     "Checkpoint",
     "Record",
     "StepRecord",
-    "files_stamp",
     "load",
     "load_config",
     "load_record",
@@ -43,5 +42,6 @@ __all__ = [
     "model_class",
     "parse_device",
     "parse_dtype",
+    "stat_fingerprint",
     "weights_digest",
 ]

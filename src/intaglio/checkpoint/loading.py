@@ -17,23 +17,24 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import cached_file
 
-from intaglio.attachments import read_attachments
-from intaglio.checkpoint.files import (
+from intaglio.checkpoint.attachments import read_attachments
+from intaglio.checkpoint.checkpoint import Checkpoint
+from intaglio.checkpoint.quantizer_hook import quantizer_kwargs, remove_quantizer_state
+from intaglio.checkpoint.record import RECORD, Record, hub_record, read_record
+from intaglio.checkpoint.resolve import (
     BUNDLED,
     LIVE_TYPE,
     LIVE_WEIGHTS,
     check_directory,
-    pinned,
-    quiet,
-    read_companions,
+    read_extra_files,
     resolve,
+    silence_transformers,
+    split_revision,
 )
-from intaglio.checkpoint.kept import Checkpoint
-from intaglio.checkpoint.rebuilding import forget, rebuilding
-from intaglio.checkpoint.record import RECORD, Record, hub_record, read_record
-from intaglio.classifier import classifier_class, is_classifier
 from intaglio.errors import IntaglioError, did_you_mean, first_line
-from intaglio.method import Live, get
+from intaglio.methods.base import RestoresRuntime
+from intaglio.methods.registry import get_method
+from intaglio.modeling.token_classifier import classifier_class, is_classifier
 
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -69,14 +70,14 @@ def load(
     """
     name = os.fspath(x)
     target, wanted = parse_device(device), parse_dtype(dtype)
-    _, revision = pinned(x, revision)
+    _, revision = split_revision(x, revision)
     source, config = load_config(x, revision)
     cls = model_class(config, name)
     live = vars(config).get("transformers_weights") is not None
     local = Path(source) if Path(source).is_dir() else None
     record = hub_record(source, revision) if live and local is None else read_record(local) if local else None
-    rebuild = rebuilding(name, record.live) if live and record is not None else {}
-    with quiet():
+    rebuild = quantizer_kwargs(name, record.live) if live and record is not None else {}
+    with silence_transformers():
         try:
             model, info = cls.from_pretrained(
                 source,
@@ -99,7 +100,7 @@ def load(
     model.eval()
     vars(model.config).pop("transformers_weights", None)
     if rebuild:
-        forget(model)
+        remove_quantizer_state(model)
     origin = name
     if local is None and revision is not None:
         # Decoders that know the model alone find its tokenizer by this name.
@@ -111,7 +112,7 @@ def load(
         record,
         read_attachments(local) if local else None,
         local,
-        read_companions(source, revision),
+        read_extra_files(source, revision),
     )
     checkpoint.record.source = checkpoint.record.source or origin
     _check_tensors(checkpoint, name)
@@ -133,7 +134,7 @@ def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple
     Raises:
         IntaglioError: there is no such model, or it is no safetensors checkpoint of a known family.
     """
-    name, revision = pinned(x, revision)
+    name, revision = split_revision(x, revision)
     source, local = resolve(name)
     if local:
         check_directory(Path(source))
@@ -142,7 +143,7 @@ def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple
         raise IntaglioError(
             f"the model {source!r} is no directory and no bundled name ({names}); a hub id is user/name"
         )
-    with quiet():
+    with silence_transformers():
         try:
             config = _live_config(source, revision)
             if config is None:
@@ -170,8 +171,8 @@ def load_record(x: str | os.PathLike[str]) -> Record | None:
     source, _ = load_config(x)
     if Path(source).is_dir():
         return read_record(Path(source))
-    with quiet():
-        return hub_record(source, pinned(x)[1], needed=False)
+    with silence_transformers():
+        return hub_record(source, split_revision(x)[1], needed=False)
 
 
 def _live_config(source: str, revision: str | None) -> Any:
@@ -228,11 +229,11 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
     Raises:
         IntaglioError: it cannot be read.
     """
-    source, revision = pinned(source, revision)
+    source, revision = split_revision(source, revision)
     path = Path(source)
     if path.is_dir() and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
         return None
-    with quiet():
+    with silence_transformers():
         try:
             return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         except MemoryError:
@@ -292,11 +293,11 @@ def _put_live_back(checkpoint: Checkpoint, name: str, live: bool) -> None:
         )
     for part in parts:
         slug = part.get("slug")
-        method = get(slug) if isinstance(slug, str) else None
-        if method is None or not isinstance(method, Live):
+        method = get_method(slug) if isinstance(slug, str) else None
+        if method is None or not isinstance(method, RestoresRuntime):
             raise IntaglioError(f"the checkpoint {name!r} has a live part of {slug!r}, which is no live method")
         try:
-            cast(type[Live], method).put_back(part, checkpoint)
+            cast(type[RestoresRuntime], method).restore_runtime(part, checkpoint)
         except (KeyError, TypeError, ValueError) as error:
             raise IntaglioError(f"the live part of {slug} in {name!r} cannot be put back: {error}") from error
 

@@ -54,13 +54,13 @@ def list_methods(
     json: Json = False,
 ) -> None:
     """The catalogue: every method, where it comes from, what its evidence says."""
-    from intaglio.catalogue import ENTRIES, ROOMS
     from intaglio.errors import IntaglioError, did_you_mean
     from intaglio.evidence.record import is_stale, preregistered, shipped
+    from intaglio.methods.registry import AREAS, PUBLISHED
 
-    if room is not None and room not in ROOMS:
-        raise IntaglioError(f"there is no room named {room!r}; {did_you_mean(room, ROOMS)}")
-    entries = [entry for entry in ENTRIES.values() if room in (None, entry.room)]
+    if room is not None and room not in AREAS:
+        raise IntaglioError(f"there is no room named {room!r}; {did_you_mean(room, AREAS)}")
+    entries = [entry for entry in PUBLISHED.values() if room in (None, entry.area)]
     records = {entry.slug: record for entry in entries if (record := shipped(entry.slug)) is not None}
     verdicts = {slug: record.verdict for slug, record in records.items()}
     if json:
@@ -68,9 +68,9 @@ def list_methods(
             [
                 {
                     "slug": e.slug,
-                    "room": e.room,
+                    "room": e.area,
                     "kind": list(e.kinds),
-                    "paper": e.paper,
+                    "paper": e.citation,
                     "verdict": verdicts.get(e.slug),
                 }
                 for e in entries
@@ -81,7 +81,7 @@ def list_methods(
     for e in entries:
         said: str = verdicts.get(e.slug, "not yet run" if preregistered(e.slug) else "no evidence yet")
         stale = " (stale)" if e.slug in records and is_stale(records[e.slug]) else ""
-        table.add_row(e.slug, e.room, f"{e.summary}\n[dim]{e.paper}[/dim]", said + stale)
+        table.add_row(e.slug, e.area, f"{e.summary}\n[dim]{e.citation}[/dim]", said + stale)
     out.print(table)
 
 
@@ -93,25 +93,23 @@ def show(
     """One method: its description, parameters and evidence."""
     import inspect
 
-    from intaglio.catalogue import ENTRIES
-    from intaglio.cli import showing
+    from intaglio.checkpoint.bundled import bundled_heads as shipped_heads
     from intaglio.evidence import summary
     from intaglio.evidence.record import shipped, stale_parts
-    from intaglio.method import get
-    from intaglio.shipped import shipped as shipped_heads
+    from intaglio.methods.registry import PUBLISHED, get_method
 
-    method, heads = get(slug), shipped_heads(slug)
-    entry, record = ENTRIES[slug], shipped(slug)
+    method, heads = get_method(slug), shipped_heads(slug)
+    entry, record = PUBLISHED[slug], shipped(slug)
     schema = method.model_json_schema()
     if json:
         print_json(
             {
                 "slug": slug,
-                "room": entry.room,
+                "room": entry.area,
                 "kind": list(entry.kinds),
                 "name": entry.name,
                 "summary": entry.summary,
-                "paper": entry.paper,
+                "paper": entry.citation,
                 "url": entry.url,
                 "verdict": None if record is None else record.verdict,
                 "stale": [] if record is None else stale_parts(record),
@@ -122,7 +120,7 @@ def show(
             }
         )
         return
-    out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.room}: {entry.summary}\n{entry.paper}\n{entry.url}\n")
+    out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.area}: {entry.summary}\n{entry.citation}\n{entry.url}\n")
     out.print(showing.description(method))
     for one in heads:
         out.print(f"\n[bold]Shipped[/bold]: {one.sentence()}", highlight=False)
@@ -144,7 +142,7 @@ def show(
 @speaks_plainly
 def schema(json: Json = False) -> None:
     """Print the JSON Schema of a recipe (for editors and checkers)."""
-    from intaglio.recipe import json_schema
+    from intaglio.recipe.schema import json_schema
 
     print_json(json_schema())
 
@@ -190,7 +188,7 @@ def carve(
 ) -> None:
     """Run a recipe on a checkpoint: measured before and after, with a report beside the weights."""
     from intaglio.errors import IntaglioError
-    from intaglio.recipe import Recipe
+    from intaglio.recipe.schema import Recipe
 
     if recipe is None:
         raise IntaglioError("a recipe is missing: give one with --recipe FILE (recipes/ in the repository has some)")
@@ -198,13 +196,13 @@ def carve(
         raise IntaglioError("an output directory is missing: name one with -o DIR")
     read = Recipe.read(recipe)
     if seed is not None:
-        read = Recipe.of(read.dump() | {"seed": seed}, "--seed")
+        read = Recipe.from_dict(read.dump() | {"seed": seed}, "--seed")
     if dry_run:
         _plan(read, model, device, dtype, output, overwrite, json)
         return
     assert output is not None
     from intaglio import report
-    from intaglio.carving import carve as run
+    from intaglio.recipe.run import carve as run
 
     with progress_bar() as progress:
         document = run(
@@ -238,7 +236,8 @@ def _plan(
 ) -> None:
     import yaml
 
-    from intaglio.carving import check_output, plan
+    from intaglio.recipe.plan import plan
+    from intaglio.recipe.resume import check_output
 
     if output is not None:
         check_output(output, overwrite)
@@ -289,9 +288,9 @@ def compare(
     json: Json = False,
 ) -> None:
     """The same measurements on any two checkpoints, side by side."""
-    from intaglio import report, writer
-    from intaglio.carving import compare as run
-    from intaglio.recipe import Measure
+    from intaglio import report
+    from intaglio.recipe.run import compare as run
+    from intaglio.recipe.schema import Measure
 
     with progress_bar() as progress:
         wanted = Measure(texts=texts, samples=samples, length=length)
@@ -336,9 +335,9 @@ def generate(
 ) -> None:
     """Generate from a prompt, streaming; says what it cost."""
     from intaglio.checkpoint import load
-    from intaglio.cli.drafting import read_settings, starts_empty
-    from intaglio.cli.generating import check_drafting, check_options
-    from intaglio.cli.generating import generate as run
+    from intaglio.cli.generate import check_drafting, check_options
+    from intaglio.cli.generate import generate as run
+    from intaglio.cli.settings import read_settings, starts_empty
     from intaglio.errors import IntaglioError
 
     settings = read_settings(set_ or [])
@@ -412,7 +411,6 @@ def inspect(
             if masks
             else "nothing is asked for: --masks shows what each layer sees, --experts how the experts of moe_x are used"
         )
-    from intaglio.cli import inspecting
 
     if experts is not None:
         used = inspecting.experts(model, experts, device)
@@ -446,7 +444,7 @@ def export(
     """Write a checkpoint as stock transformers loads it by itself, or say why the format cannot hold it."""
     from intaglio.checkpoint import load
     from intaglio.errors import IntaglioError
-    from intaglio.exporting import export as run
+    from intaglio.export import export as run
 
     if output is None:
         raise IntaglioError("an output directory is missing: name one with -o DIR")
@@ -530,8 +528,8 @@ def demo(
 ) -> None:
     """The main job, nothing to configure: a real 135M model pruned by four methods at 50 % and 2:4, measured."""
     from intaglio import report
+    from intaglio.cli.demo import demo as run
     from intaglio.data import assets as bundled
-    from intaglio.demo import demo as run
 
     bundled.fetch(("smollm2", "wikipedia"), progress=say)
     with progress_bar() as progress:

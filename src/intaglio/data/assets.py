@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from intaglio import writer
+from intaglio import atomic_io
 from intaglio.errors import IntaglioError, did_you_mean
 
 META = "meta.json"
@@ -222,7 +222,7 @@ def fetch(names: Sequence[str] | None = None, progress: Callable[[str], None] | 
     for asset in missing:
         _check_packages(asset)
     for asset in missing:
-        with writer.directory(cache_dir() / asset.name, overwrite=True) as target:
+        with atomic_io.directory(cache_dir() / asset.name, overwrite=True) as target:
             _check_space(asset, target)
             # Inside the target, so that a killed fetch is swept away with it by the next one.
             scratch = target / _SCRATCH
@@ -254,7 +254,7 @@ def _write_meta(asset: Asset, target: Path, extra: Mapping[str, Any]) -> None:
         "origin": _origin(asset),
         "files": files,
     }
-    writer.write_json(target / META, meta)
+    atomic_io.write_json(target / META, meta)
 
 
 def _check_packages(asset: Asset) -> None:
@@ -332,7 +332,7 @@ def _wikipedia(source: Path, target: Path) -> dict[str, Any]:
     (archive,) = source.iterdir()
     documents = list(wikitext.documents(archive))
     lines = [json.dumps(document, ensure_ascii=False) + "\n" for document in documents]
-    writer.write_text(target / "texts.jsonl", "".join(lines))
+    atomic_io.write_text(target / "texts.jsonl", "".join(lines))
     return {
         "documents": len(documents),
         "text_bytes": sum(len(document["text"].encode("utf-8")) for document in documents),

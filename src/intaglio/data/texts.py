@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.data import assets
+from intaglio.environment import silence_loggers
 from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.machine import silenced
 
 DOCUMENT_CHARACTERS = 2000
 """About how long a document cut out of a text file is."""
@@ -320,7 +320,7 @@ def _from_hub(name: str, split: str, field: str) -> Iterator[str]:
             " datasets: pip install 'intaglio[datasets]'"
         ) from None
     try:
-        with silenced("datasets", "huggingface_hub"):
+        with silence_loggers("datasets", "huggingface_hub"):
             rows = datasets.load_dataset(name, split=split)
     except Exception as error:
         # The library raises many kinds (no network, no such name or split, a broken file): to a user they are one.

@@ -18,14 +18,14 @@ from typing import Any, Protocol, cast
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.texts import Corpus
-from intaglio.decoding.aded import ADED
 from intaglio.errors import IntaglioError
 from intaglio.evidence.continuing import LONGEST_LOOP, go_on, loop_start, parameters, shifted_prompt
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Stage, Unit
 from intaglio.evidence.worlds.smollm2 import Part, SmolLM2Wikipedia, Windows
 from intaglio.measures.memory import peak_memory
-from intaglio.verify.drafters.lookup import PromptLookup
-from intaglio.verify.protocols import Drafter
+from intaglio.methods.decoding.aded import ADED
+from intaglio.speculative.drafters.prompt_lookup import PromptLookup
+from intaglio.speculative.protocols import Drafter
 
 TOKENS = "tokens a pass"
 FRESH = "tokens a pass before a loop"

@@ -37,7 +37,7 @@ RUN = """
 import json, sys
 from intaglio.evidence.experiment import Unit
 from intaglio.evidence.run import experiment_of, outcomes
-from intaglio.machine import with_threads
+from intaglio.environment import with_threads
 asked = json.load(sys.stdin)
 experiment = experiment_of(asked["slug"], asked["tier"])
 tasks = [(arm, Unit(**unit)) for arm, unit in asked["tasks"]]

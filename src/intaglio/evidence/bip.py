@@ -25,7 +25,7 @@ from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, T
 from intaglio.evidence.worlds.digits import CLASSES, Digits, Images
 from intaglio.evidence.worlds.sealing import generator
 from intaglio.measures.memory import peak_memory
-from intaglio.weights.bip import prune, rounds
+from intaglio.methods.weights.bip import prune, rounds
 
 ACCURACY = "accuracy"
 OVERLAP = "mask overlap"

@@ -20,16 +20,16 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Tuning, Unit
 from intaglio.evidence.worlds.source_code import SourceCode
+from intaglio.measures.language_modeling import quality
 from intaglio.measures.memory import peak_memory
-from intaglio.measures.quality import quality
-from intaglio.replaced import ReplacedLinear, count_parameters, module_names, put
-from intaglio.trainer import Batch, Run, Shaper, train
-from intaglio.weights.bitnet import BitNet
+from intaglio.methods.weights.bitnet import BitNet
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.replacement import ReplacedLinear, count_parameters, module_names, replace_modules
+from intaglio.trainer import Batch, TrainingModifier, TrainingRun, train
 
 BITS = "bits per byte"
 BYTES = "bytes of the weights"
@@ -68,7 +68,7 @@ class Normed(ReplacedLinear):
 class InnerNorms:
     """A shaper that puts layer norms in front of the projections, as ternary layers have them, and rounds nothing."""
 
-    def attach(self, run: Run) -> None:
+    def attach(self, run: TrainingRun) -> None:
         """Put them in.
 
         Args:
@@ -76,7 +76,7 @@ class InnerNorms:
         """
         model = run.checkpoint.model
         names = module_names(model)
-        put(model, {names[id(one.module)]: Normed(one.module) for _, one in anatomy(model).all_linears()})  # type: ignore[arg-type]
+        replace_modules(model, {names[id(one.module)]: Normed(one.module) for _, one in anatomy(model).all_linears()})  # type: ignore[arg-type]
 
     def on_step(self, t: int) -> None:
         """Do nothing."""
@@ -98,7 +98,7 @@ class InnerNorms:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Do nothing."""
 
-    def detach(self, run: Run) -> None:
+    def detach(self, run: TrainingRun) -> None:
         """Leave them in: they are the model."""
 
 
@@ -118,7 +118,7 @@ class Arm:
     norms: bool
     what: str
 
-    def shapers(self) -> list[Shaper]:
+    def shapers(self) -> list[TrainingModifier]:
         """What shapes its training."""
         if self.ternary is not None:
             return [BitNet.paper(**self.ternary)]

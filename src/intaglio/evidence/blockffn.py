@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
-from intaglio.activations.blockffn import BlockFFN
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Tuning, Unit
 from intaglio.evidence.worlds.source_code import SourceCode
-from intaglio.measures.firing import firing
+from intaglio.measures.activation_sparsity import activation_sparsity
+from intaglio.measures.language_modeling import quality
 from intaglio.measures.memory import peak_memory
-from intaglio.measures.quality import quality
+from intaglio.methods.activations.blockffn import BlockFFN
 from intaglio.trainer import train
 
 BITS = "bits per byte"
@@ -131,7 +131,7 @@ class Pretrain:
             done = train(checkpoint, windows, shape=[method], **{**world.recipe(seed), "learning_rate": rate})
         documents = world.documents(unit.stage, unit.base).segments
         losses = quality(checkpoint, documents, batch_size=EVALUATED).losses
-        fired = firing(checkpoint, documents, LENGTH, EVALUATED)
+        fired = activation_sparsity(checkpoint, documents, LENGTH, EVALUATED)
         assert fired is not None  # every arm has such layers
         active = EXPERTS * (1 - fired.token_sparsity)
         bits = fmean(losses) / math.log(2)

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.experiment import Cost, Outcome, Stage, Unit
 from intaglio.evidence.worlds.sealing import Windows
 from intaglio.measures.memory import peak_memory
-from intaglio.method import Carving, Method, Workload
+from intaglio.methods.base import Carving, Method, Workload
+from intaglio.modeling.anatomy import anatomy
 
 BATCH = 8
 """Rows that pass at a time, in carving and in measuring."""

@@ -7,10 +7,10 @@ where Medusa needs one product: that is in the seconds.
 
 from __future__ import annotations
 
-from intaglio.decoding.chimera import Chimera
 from intaglio.evidence.experiment import Experiment, Secondary
 from intaglio.evidence.trained_heads import NEW, NODES, WORLD, Arm, Training, against_medusa
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
+from intaglio.methods.decoding.chimera import Chimera
 
 HEADS = 4
 WHOLE = Chimera(heads=HEADS)

@@ -15,8 +15,8 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.python_source import source_files
 from intaglio.errors import IntaglioError
 from intaglio.evidence.experiment import Unit
-from intaglio.verify.loop import Speculative
-from intaglio.verify.protocols import Drafter, Step
+from intaglio.speculative.loop import Speculative
+from intaglio.speculative.protocols import Drafter, Step
 
 LONGEST_LOOP = 32
 """Tokens of a period that counts as a loop."""

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intaglio.anatomy import Linear, anatomy, final_hidden
 from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.carving import BATCH, World, carved
 from intaglio.evidence.experiment import Experiment, Outcome, Secondary, Unit
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
-from intaglio.measures.quality import quality
-from intaglio.method import Method
-from intaglio.weights.dsnot import DSnoT
-from intaglio.weights.sparsegpt import SparseGPT
-from intaglio.weights.wanda import Wanda
+from intaglio.measures.language_modeling import quality
+from intaglio.methods.base import Method
+from intaglio.methods.weights.dsnot import DSnoT
+from intaglio.methods.weights.sparsegpt import SparseGPT
+from intaglio.methods.weights.wanda import Wanda
+from intaglio.modeling.anatomy import Linear, anatomy, final_hidden
 
 LOSS = "log-perplexity"
 ERROR = "layer error"

@@ -23,7 +23,6 @@ import torch
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.python_source import source_files
-from intaglio.decoding.dyspec import AcceptanceTable, DySpec
 from intaglio.errors import IntaglioError
 from intaglio.evidence.continuing import Generated, loop_start, parameters
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Unit, digest
@@ -31,12 +30,13 @@ from intaglio.evidence.worlds.sealing import keyed
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
 from intaglio.measures.memory import peak_memory
-from intaglio.verify.drafters.draft_model import DraftModel
-from intaglio.verify.drafters.growing import law_of
-from intaglio.verify.drafters.ranks import Text, draft_ranks, sampled_shares, shares
-from intaglio.verify.drafters.shapes import Shape, best, by_widths, chain, widths_within
-from intaglio.verify.loop import Speculative
-from intaglio.verify.protocols import Drafter, Step
+from intaglio.methods.decoding.dyspec import AcceptanceTable, DySpec
+from intaglio.speculative.drafters.draft_model import DraftModel
+from intaglio.speculative.drafters.dynamic_tree import law_of
+from intaglio.speculative.drafters.rank_statistics import Text, draft_ranks, sampled_shares, shares
+from intaglio.speculative.drafters.static_tree import Shape, best, by_widths, chain, widths_within
+from intaglio.speculative.loop import Speculative
+from intaglio.speculative.protocols import Drafter, Step
 
 TOKENS = "tokens a pass"
 FRESH = "tokens a pass before a loop"

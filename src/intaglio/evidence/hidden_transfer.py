@@ -6,10 +6,10 @@ Medusa heads draft from the prefill on; Hidden Transfer has nothing to draft fro
 
 from __future__ import annotations
 
-from intaglio.decoding.hidden_transfer import HiddenTransfer
 from intaglio.evidence.experiment import Experiment, Secondary
 from intaglio.evidence.trained_heads import NEW, NODES, WORLD, Arm, Training, against_medusa
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
+from intaglio.methods.decoding.hidden_transfer import HiddenTransfer
 
 AHEAD = 3
 

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from pydantic import ValidationError
 
-from intaglio import writer
+from intaglio import atomic_io
 from intaglio.errors import IntaglioError, shorten
 from intaglio.evidence.experiment import Stage
 from intaglio.evidence.record import Run, first_problem
@@ -48,7 +48,7 @@ class Journal:
 
     def _append(self, value: dict[str, Any]) -> None:
         line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-        writer.append(self._file, self.path, line)
+        atomic_io.append(self._file, self.path, line)
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def open_journal(directory: Path, header: dict[str, Any]) -> Iterator[Journal]:
         IntaglioError: another process has it, it is of another run, damaged, or cannot be written.
     """
     path = directory / NAME
-    with writer.locked(path, f"another process is running the experiment in {directory}") as file:
+    with atomic_io.locked(path, f"another process is running the experiment in {directory}") as file:
         file.seek(0)
         content = file.read()
         whole = content[: content.rfind(b"\n") + 1]

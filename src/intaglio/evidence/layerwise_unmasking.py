@@ -16,17 +16,17 @@ from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from intaglio.anatomy import anatomy
-from intaglio.attention.layerwise_unmasking import LayerwiseUnmasking
-from intaglio.attention.layerwise_unmasking.search import Found, Trial, best_of
 from intaglio.checkpoint import Checkpoint
-from intaglio.data.labelled import Place
+from intaglio.data.token_classification import Place
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Stage, Unit, digest
 from intaglio.evidence.worlds.roles import ROLES, Roles
 from intaglio.evidence.worlds.sealing import MEASURED, Part
-from intaglio.masks.step import keep
+from intaglio.masks.method import keep
 from intaglio.measures.memory import peak_memory
-from intaglio.trainer.labels import TokenClassification, judge
+from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
+from intaglio.methods.attention.layerwise_unmasking.search import Found, Trial, best_of
+from intaglio.modeling.anatomy import anatomy
+from intaglio.trainer.token_classification import TokenClassification, make_evaluator
 
 F1 = "macro-F1"
 ACCURACY = "accuracy"
@@ -142,7 +142,7 @@ class Label:
                 method = LayerwiseUnmasking(configuration="1".rjust(GROUPS, "0"))
                 keep(checkpoint, method.rules(anatomy(checkpoint.model), method.configuration or ""))
             seconds = time.perf_counter() - began
-        scores = judge(test, batch_size=4 * own.batch)(_evaluating(checkpoint))
+        scores = make_evaluator(test, batch_size=4 * own.batch)(_evaluating(checkpoint))
         parameters = sum(p.numel() for p in checkpoint.model.parameters())
         tokens = sum(trial.tokens for trial in found.trials)
         return Outcome(

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Tuning, Unit
 from intaglio.evidence.worlds.source_code import SourceCode
+from intaglio.measures.language_modeling import quality
 from intaglio.measures.memory import peak_memory
-from intaglio.measures.quality import quality
+from intaglio.methods.weights.lost import LOST, ElementsLinear, LostLinear
+from intaglio.modeling.anatomy import anatomy
 from intaglio.trainer import train
-from intaglio.weights.lost import LOST, ElementsLinear, LostLinear
 
 BITS = "bits a byte"
 NORM = "norm of the low-rank part at the start, over the weight's"

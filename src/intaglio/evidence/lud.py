@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.decoding.lud import LUD, TOKEN
 from intaglio.errors import IntaglioError
 from intaglio.evidence.continuing import Generated, loop_start, parameters
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Unit
@@ -34,9 +33,10 @@ from intaglio.evidence.worlds.sealing import MEASURED, Part, draw
 from intaglio.evidence.worlds.source_code import SourceCode
 from intaglio.evidence.worlds.trained import trained
 from intaglio.measures.memory import peak_memory
-from intaglio.trainer.causal import CausalLM, next_token_loss
-from intaglio.trainer.causal import causal_batch as batch_of
-from intaglio.trainer.reserved import reserve
+from intaglio.methods.decoding.lud import LUD, TOKEN
+from intaglio.trainer.causal_lm import CausalLM, next_token_loss
+from intaglio.trainer.causal_lm import causal_batch as batch_of
+from intaglio.trainer.special_token import reserve_token
 
 AGREED = 0.97
 """Least share of a text's tokens that the unaided model would have said at their place."""
@@ -203,7 +203,7 @@ class Continue:
             lambda: copy.deepcopy(self.world.trained()),
             lambda: self.world.training(1),
             {**recipe, "objective": own},
-            ("intaglio.decoding.lud", "intaglio.evidence.worlds.source_code"),
+            ("intaglio.methods.decoding.lud", "intaglio.evidence.worlds.source_code"),
         )
 
     def decoder(self, arm: str) -> LUD | None:
@@ -239,7 +239,7 @@ class Continue:
             best = max(means, key=lambda beta: (means[beta], beta))
             (target / "threshold.json").write_text(json.dumps({"beta": best, "means": list(means.items())}))
 
-        code = code_of("intaglio.decoding.lud", "intaglio.evidence.lud", "intaglio.verify")
+        code = code_of("intaglio.methods.decoding.lud", "intaglio.evidence.lud", "intaglio.speculative")
         decided = {"arm": arm, "runner": asdict(self), "data": self.world.digest, "betas": BETAS, "code": code}
         place = made("lud_threshold", json.loads(json.dumps(decided)), choose)
         return float(json.loads((place / "threshold.json").read_text())["beta"])
@@ -250,7 +250,7 @@ def _model(runner: Continue, name: str) -> Checkpoint:
     found = runner.tuned(name)
     if TUNED[name] is None:
         found = copy.deepcopy(found)
-        reserve(found, None, name=TOKEN, field="pad_token", grow=True, seed=0)
+        reserve_token(found, None, name=TOKEN, field="pad_token", grow=True, seed=0)
     return found
 
 

@@ -32,10 +32,10 @@ from intaglio.errors import IntaglioError
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Stage, Unit
 from intaglio.evidence.worlds.sealing import draw, generator
 from intaglio.evidence.worlds.source_code import SourceCode
+from intaglio.measures.language_modeling import quality
 from intaglio.measures.memory import peak_memory
-from intaglio.measures.quality import quality
-from intaglio.objectives.meap import MEAP, attention_shift, draw_positions, mask_count
-from intaglio.trainer import Draws, Example, train
+from intaglio.methods.objectives.meap import MEAP, attention_shift, draw_positions, mask_count
+from intaglio.trainer import Example, KeyedRNG, train
 
 NEEDLES = "needle accuracy"
 GRID = "needle accuracy by length and depth"
@@ -56,7 +56,7 @@ class Noise(MEAP):
 
     slug: ClassVar[str] = "meap"
 
-    def _hide(self, row: Example, rng: Draws) -> Example:
+    def _hide(self, row: Example, rng: KeyedRNG) -> Example:
         hidden = super()._hide(row, rng)
         positions = self.positions(row, rng)
         noise = torch.randint(256, positions.shape, generator=rng(row, "noise"))
@@ -268,7 +268,7 @@ class Pretrain:
         """The paper's two diagnostics, means over a few held-out windows, the same for every arm of a run."""
         shifts = []
         for number, ids_T in enumerate(segments.ids_NT[:8, :256]):
-            eligible, rng = torch.arange(len(ids_T) - 2), Draws(seed)({"id": number}, "attention")
+            eligible, rng = torch.arange(len(ids_T) - 2), KeyedRNG(seed)({"id": number}, "attention")
             positions = draw_positions(eligible, mask_count(len(ids_T) - 1, 0.15), rng)
             shifts.append(attention_shift(checkpoint.model, ids_T, positions, checkpoint.tokenizer.mask_token_id))
         return fmean(s["decay"] for s in shifts), fmean(s["variance"] for s in shifts)
@@ -295,7 +295,7 @@ class Pretrain:
         objective = MEAP(mode="finetuning", length=self.tuning_length, pack=False, enabled=False)
         held_out = _pairs(self.world, part, f"{part}:{base}")
         total, weight = 0.0, 0
-        draws = Draws(0, training=False)
+        draws = KeyedRNG(0, training=False)
         for row in objective.prepare(checkpoint, held_out, draws):
             batch = {
                 name: value.to(checkpoint.device) if isinstance(value, Tensor) else value

@@ -24,19 +24,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from intaglio.activations.moe_x import Form, MoELayer, MoEX, moe_layers
-from intaglio.activations.moe_x.routing import entropy
-from intaglio.activations.moe_x.upcycle import Start
-from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Tuning, Unit
 from intaglio.evidence.worlds.board_game import PAD, BoardGame, Boards
 from intaglio.evidence.worlds.sealing import MEASURED
-from intaglio.measures.board import Counts, chances, coverage, cuts, reconstruction
+from intaglio.measures.feature_coverage import Counts, coverage, cuts, random_coverage, reconstruction
 from intaglio.measures.memory import peak_memory
-from intaglio.replaced import count_parameters
-from intaglio.trainer import Shaper, train
-from intaglio.trainer.draws import generator
+from intaglio.methods.activations.moe_x import Form, MoELayer, MoEX, moe_layers
+from intaglio.methods.activations.moe_x.routing import entropy
+from intaglio.methods.activations.moe_x.upcycle import Start
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.replacement import count_parameters
+from intaglio.trainer import TrainingModifier, train
+from intaglio.trainer.rng import generator
 
 COVERAGE = "coverage"
 EQUAL = "coverage among as many units as the dense arm has"
@@ -114,7 +114,7 @@ class Continue:
         checkpoint = self.begin(arm, seed)
         games = world.training(seed)
         recipe = {**world.recipe(seed), "learning_rate": float(unit.choice)}
-        shapers: list[Shaper] = [] if one.router is None else [MoEX(experts=None, balance=BALANCE)]
+        shapers: list[TrainingModifier] = [] if one.router is None else [MoEX(experts=None, balance=BALANCE)]
         with peak_memory(checkpoint.device) as peak:
             done = train(checkpoint, games.examples(), shape=shapers, **recipe)
         read, judged = world.boards("train", seed), world.boards(MEASURED[unit.stage], unit.base)
@@ -163,7 +163,7 @@ class Continue:
         cells = self.world.cells
         return {
             COVERAGE: float(coverage(chosen, found).nanmean()),
-            EQUAL: chances(chosen, found, dense, DRAWS, generator(seed, "moe_x", "units")),
+            EQUAL: random_coverage(chosen, found, dense, DRAWS, generator(seed, "moe_x", "units")),
             RECONSTRUCTION: reconstruction(read_PN, read.true_PK[:, :cells], z_PN, judged.true_PK[:, :cells]),
             LOSS: nats,
             L0: float((z_PN > 0).sum(1).double().mean()) / self.world.depth,

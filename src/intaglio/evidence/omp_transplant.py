@@ -25,8 +25,8 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Tuning, Unit
 from intaglio.evidence.worlds.two_tokenizers import TwoTokenizers, Which, nats_per_byte
 from intaglio.measures.memory import peak_memory
+from intaglio.methods.weights.omp_transplant import Donor, OMPTransplant
 from intaglio.trainer import train
-from intaglio.weights.omp_transplant import Donor, OMPTransplant
 
 LOSS = "nats a byte"
 AFTER = "nats a byte after 50 steps"

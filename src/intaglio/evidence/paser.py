@@ -19,26 +19,26 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from intaglio import writer
+from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Tuning, Unit
 from intaglio.evidence.worlds.instructions import Instruction, Instructions, answer_losses, as_row
 from intaglio.evidence.worlds.made import code_of, made
 from intaglio.evidence.worlds.sealing import draw
 from intaglio.measures.memory import peak_memory
+from intaglio.methods.training.paser import PASER, Pool
+from intaglio.methods.weights.wanda import Wanda
 from intaglio.trainer import CausalLM, train
 from intaglio.trainer.protocols import Example
-from intaglio.training.paser import PASER, Pool
-from intaglio.weights.wanda import Wanda
 
 LOSS = "log-perplexity"
 POOL = "pool.json"
 MADE_BY = (
-    "intaglio.training.paser",
+    "intaglio.methods.training.paser",
     "intaglio.evidence.worlds.instructions",
-    "intaglio.weights.pruning",
-    "intaglio.weights.wanda",
-    "intaglio.calibrate",
+    "intaglio.methods.weights.one_shot",
+    "intaglio.methods.weights.wanda",
+    "intaglio.checkpoint.calibration",
 )
 """What decides what is found out about a pool."""
 
@@ -203,7 +203,7 @@ def look(run: Recover, seed: int) -> Pool:
     def make(target: Path, scratch: Path) -> None:
         found = paser.look(examples, _pruned(run, seed), run.world.load(), seed=seed)
         plain = {name: list(getattr(found, name)) for name in ("indices", "labels", "degradation", "concepts")}
-        writer.write_json(target / POOL, plain | {"seconds": found.seconds})
+        atomic_io.write_json(target / POOL, plain | {"seconds": found.seconds})
 
     told = json.loads((made("paser-pool", choices, make) / POOL).read_text(encoding="utf-8"))
     samples = paser.read([examples[n] for n in told["indices"]], run.world.load())

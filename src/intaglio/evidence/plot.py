@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 
 from intaglio.evidence.record import Record
-from intaglio.pictures import LABEL_CHARACTER, WIDTH, clean_text, ticks
+from intaglio.report.svg import LABEL_CHARACTER, WIDTH, clean_text, ticks
 
 ROW = 30.0
 LONGEST = 46

@@ -20,16 +20,16 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Tuning, Unit
 from intaglio.evidence.worlds.source_code import SourceCode
+from intaglio.measures.language_modeling import quality
 from intaglio.measures.memory import peak_memory
-from intaglio.measures.quality import quality
+from intaglio.methods.weights.progressive_nm import ProgressiveNM
+from intaglio.methods.weights.progressive_nm.schedule import Gradient
+from intaglio.modeling.anatomy import anatomy
 from intaglio.trainer import train
-from intaglio.weights.progressive_nm import ProgressiveNM
-from intaglio.weights.progressive_nm.schedule import Gradient
 
 BITS = "bits a byte"
 NOISE = "second moment of gradients where pruned"

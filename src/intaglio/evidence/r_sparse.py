@@ -17,17 +17,17 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from intaglio.activations.r_sparse import RSparse, Search, reading
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.evidence.carving import BATCH, World, carved
 from intaglio.evidence.experiment import Experiment, Outcome, Secondary, Unit
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
-from intaglio.measures.quality import quality
-from intaglio.measures.units import counted
-from intaglio.measures.zeros import zero_fractions
-from intaglio.method import Method
-from intaglio.weights.wanda import Wanda
+from intaglio.measures.input_sparsity import count_inputs
+from intaglio.measures.language_modeling import quality
+from intaglio.measures.weight_sparsity import zero_fractions
+from intaglio.methods.activations.r_sparse import RSparse, Search, reading
+from intaglio.methods.base import Method
+from intaglio.methods.weights.wanda import Wanda
 
 LOSS = "log-perplexity"
 READ = "share of the weights read"
@@ -88,7 +88,7 @@ def measured(checkpoint: Checkpoint, ids_T: torch.Tensor) -> tuple[float | None,
         checkpoint: carved or not; static zeros count as not read.
         ids_T: token ids.
     """
-    with counted(checkpoint.model) as tallies:
+    with count_inputs(checkpoint.model) as tallies:
         (loss,) = quality(checkpoint, Segments(ids_T[None])).losses
     share = reading(checkpoint, {name: one.left_out for name, one in tallies.items()}).share
     zeros = zero_fractions(checkpoint)

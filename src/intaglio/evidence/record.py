@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from intaglio.catalogue import ENTRIES
 from intaglio.errors import IntaglioError, shorten
 from intaglio.evidence import sources
 from intaglio.evidence.experiment import Cost, Design, Direction, Kind, Outcome, Stage, Tier
+from intaglio.methods.registry import PUBLISHED
 
 RESULTS = Path(__file__).parent / "results"
 PREREGISTERED = Path(__file__).parent / "preregistered"
@@ -276,7 +276,7 @@ def stale_parts(record: Record) -> tuple[str, ...]:
     Args:
         record: any.
     """
-    now = sources.of_slug(record.slug) if record.slug in ENTRIES else {}
+    now = sources.of_slug(record.slug) if record.slug in PUBLISHED else {}
     then = record.sources
     return tuple(sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name)))
 

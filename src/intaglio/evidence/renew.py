@@ -15,7 +15,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from intaglio import writer
+from intaglio import atomic_io
+from intaglio.environment import torch_threads
 from intaglio.errors import IntaglioError
 from intaglio.evidence import record as records
 from intaglio.evidence import sources
@@ -23,8 +24,7 @@ from intaglio.evidence.beside import code_of
 from intaglio.evidence.experiment import Experiment, Unit
 from intaglio.evidence.record import Record, Run, stale_parts
 from intaglio.evidence.run import check_checkout, check_machine, choice_of, experiment_of, made_with, outcomes
-from intaglio.machine import with_threads
-from intaglio.method import Progress, silent
+from intaglio.methods.base import Progress, no_progress
 
 INDEX = 0
 """Which run is done again: always the same, so that none can be picked."""
@@ -40,7 +40,7 @@ def renew(
     beside: bool = False,
     workers: int = 1,
     experiment: Experiment | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Run one run of every arm again, and renew the record's hashes if its values are the same.
 
@@ -84,13 +84,13 @@ def renew(
                 progress(done, total, f"the code on record: {run.arm}")
             # The numbers are still those that were made with the versions on record.
             fresh = {"beside": code.revision}
-    with with_threads(found.threads):
+    with torch_threads(found.threads):
         for done, now in enumerate(outcomes(chosen, tasks, workers), earlier + 1):
             _check_same(then[now.arm], now, changed, beside)
             progress(done, total, f"renew: {now.arm}")
     fresh |= {"renewed": time.strftime("%Y-%m-%d", time.gmtime()), "sources": sources.of_slug(slug)}
     document = Record.model_validate(found.model_dump() | fresh).model_dump(mode="json")
-    writer.write_json(records.RESULTS / f"{slug}.json", document)
+    atomic_io.write_json(records.RESULTS / f"{slug}.json", document)
     return {"slug": slug, "changed": list(changed), "renewed": fresh["renewed"], "beside": fresh["beside"]}
 
 

@@ -21,8 +21,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from intaglio import writer
-from intaglio.catalogue import ENTRIES
+from intaglio import atomic_io
+from intaglio.environment import torch_threads, versions
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.evidence import plot, sources
 from intaglio.evidence import record as records
@@ -30,8 +30,8 @@ from intaglio.evidence import statistics as stats
 from intaglio.evidence.experiment import FEWEST_RUNS, MOST_INDEX, Cost, Direction, Experiment, Outcome, Stage, Unit
 from intaglio.evidence.journal import Journal, Key, open_journal
 from intaglio.evidence.record import ArmSummary, Compared, Pilot, Record, Run, Tuned
-from intaglio.machine import versions, with_threads
-from intaglio.method import Progress, silent
+from intaglio.methods.base import Progress, no_progress
+from intaglio.methods.registry import PUBLISHED
 
 DIRECTORY = "intaglio-prove"
 COUNTING = ("scipy", "scikit-learn")
@@ -50,8 +50,8 @@ def experiment_of(slug: str, tier: str | None = None) -> Experiment:
     Raises:
         IntaglioError: there is no such method, it has no experiment, or none for that tier.
     """
-    if slug not in ENTRIES:
-        raise IntaglioError(f"there is no method named {slug!r}; {did_you_mean(slug, ENTRIES)}")
+    if slug not in PUBLISHED:
+        raise IntaglioError(f"there is no method named {slug!r}; {did_you_mean(slug, PUBLISHED)}")
     if tier not in ("cpu", "gpu", None):
         raise IntaglioError(f"the tier {tier!r} is unknown; accepted: cpu, gpu")
     name = f"intaglio.evidence.{slug}"
@@ -75,7 +75,7 @@ def prove(
     workers: int = 1,
     record: bool = False,
     experiment: Experiment | None = None,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Run a method's claim: baseline and method side by side, and a verdict.
 
@@ -111,7 +111,7 @@ def prove(
         "code": sources.together(sources.of_slug(slug)),
     }
     folder = Path(directory) / _folder(chosen, seed_base, units)
-    with open_journal(folder, header) as journal, with_threads(chosen.threads):
+    with open_journal(folder, header) as journal, torch_threads(chosen.threads):
         tuned = _tuned(chosen, journal, seed_base, workers, progress)
         pilot = None
         if units is None:
@@ -127,10 +127,10 @@ def prove(
         command = _command(chosen, seed_base, None if pilot else units)
         found = _record(chosen, journal, seed_base, units, tuned, pilot, command)
     document = found.model_dump(mode="json")
-    writer.write_json(folder / "result.json", document)
-    writer.write_text(folder / "effect.svg", plot.effects(found) + "\n")
+    atomic_io.write_json(folder / "result.json", document)
+    atomic_io.write_text(folder / "effect.svg", plot.effects(found) + "\n")
     if record:
-        writer.write_json(records.RESULTS / f"{slug}.json", document)
+        atomic_io.write_json(records.RESULTS / f"{slug}.json", document)
     return document
 
 
@@ -167,7 +167,7 @@ def register(slug: str, tier: str | None = None) -> Path:
     chosen = experiment_of(slug, tier)
     check_checkout()
     path = records.PREREGISTERED / f"{slug}.json"
-    writer.write_json(path, {"digest": chosen.digest, **chosen.preregistration()})
+    atomic_io.write_json(path, {"digest": chosen.digest, **chosen.preregistration()})
     return path
 
 
@@ -368,7 +368,7 @@ def _end_with_parent() -> None:
 
 
 def _in_worker(task: Task) -> Run:
-    with with_threads(_here[0].threads):
+    with torch_threads(_here[0].threads):
         return _one(_here[0], task)
 
 

@@ -17,9 +17,9 @@ from functools import cache
 from pathlib import Path
 
 import intaglio
-from intaglio.catalogue import ENTRIES
 from intaglio.evidence.experiment import digest
 from intaglio.evidence.parsed import Parsed, spelled
+from intaglio.methods.registry import PUBLISHED
 
 PACKAGE = Path(intaglio.__file__).parent
 SAYING = frozenset(
@@ -190,7 +190,7 @@ def of_slug(slug: str) -> dict[str, str]:
     Args:
         slug: of the method.
     """
-    return hashes([f"intaglio.evidence.{slug}", ENTRIES[slug].module])
+    return hashes([f"intaglio.evidence.{slug}", PUBLISHED[slug].module])
 
 
 def together(parts: dict[str, str]) -> str:

@@ -19,24 +19,24 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
-from intaglio.anatomy import anatomy
-from intaglio.attachments import Attachment, read_attachments
 from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.attachments import Attachment, read_attachments
 from intaglio.data.texts import Corpus
+from intaglio.environment import torch_threads
 from intaglio.errors import IntaglioError
 from intaglio.evidence.continuing import go_on, loop_start, parameters, shifted_prompt
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Stage, Unit
 from intaglio.evidence.worlds.made import code_of, made
 from intaglio.evidence.worlds.smollm2 import Part, SmolLM2Wikipedia, Windows
-from intaglio.heads.method import TrainedHeads, split, stored
-from intaglio.heads.objective import measured_chances, train_heads
-from intaglio.heads.own_text import own_text, prompts_of
-from intaglio.heads.shape import likely
-from intaglio.machine import with_threads
 from intaglio.measures.memory import peak_memory
+from intaglio.modeling.anatomy import anatomy
+from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
+from intaglio.speculative.heads.base import TrainedHeads, split, stored
+from intaglio.speculative.heads.objective import measured_chances, train_heads
+from intaglio.speculative.heads.self_generated_data import own_text, prompts_of
+from intaglio.speculative.heads.static_tree import likely
+from intaglio.speculative.protocols import Drafter
 from intaglio.trainer.protocols import Example
-from intaglio.verify.drafters.medusa import Medusa, MedusaHeads
-from intaglio.verify.protocols import Drafter
 
 TOKENS = "tokens a pass"
 FRESH = "tokens a pass before a loop"
@@ -206,12 +206,12 @@ class Trainer:
             "text": hashlib.sha256(repr(examples).encode()).hexdigest(),
             "nodes": NODES,
             "seed": SEED,
-            "code": code_of("intaglio.heads", "intaglio.decoding.chimera", "intaglio.decoding.hidden_transfer",
-                            "intaglio.verify.drafters.medusa", "intaglio.evidence.trained_heads"),
+            "code": code_of("intaglio.speculative.heads", "intaglio.methods.decoding.chimera", "intaglio.methods.decoding.hidden_transfer",
+                            "intaglio.speculative.drafters.medusa", "intaglio.evidence.trained_heads"),
         }  # fmt: skip
 
         def make(folder: Path, scratch: Path) -> None:
-            with with_threads(training.threads):
+            with torch_threads(training.threads):
                 rate = self._best_rate(target, arm, examples, scratch)
                 whole = self._train(target, arm, examples, rate, None, scratch / "whole")
             Attachment(whole.slug, whole.tensors, whole.parameters, 0, {**whole.about, "rate": rate}, whole.base).write(

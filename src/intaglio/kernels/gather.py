@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
-from intaglio.kernels.shared import told, works
+from intaglio.kernels._utils import describe_tensor, works
 
 MOST_ROWS = 4
 """Rows for which columns are gathered; more of them want nearly every column between them."""
@@ -57,13 +57,15 @@ def linear(
         IntaglioError: shapes, dtypes or devices that do not fit; x asks for a gradient, which there is none of.
     """
     if not x.ndim or not x.is_floating_point():
-        raise IntaglioError(f"x: {told(x)} cannot be multiplied: floating point of at least one dimension can.")
+        raise IntaglioError(
+            f"x: {describe_tensor(x)} cannot be multiplied: floating point of at least one dimension can."
+        )
     if x.requires_grad and torch.is_grad_enabled():
         raise IntaglioError("x: gathered columns pass no gradient on: call the model under torch.no_grad().")
     inputs, outputs = weight_IO.shape if weight_IO.ndim == 2 else (0, 0)
     if inputs != x.shape[-1] or not weight_IO.is_contiguous():
         raise IntaglioError(
-            f"weight: {told(weight_IO)} does not fit {x.shape[-1]} inputs: a contiguous matrix with as many rows does."
+            f"weight: {describe_tensor(weight_IO)} does not fit {x.shape[-1]} inputs: a contiguous matrix with as many rows does."
         )
     if (down_RI is None) != (up_RO is None):
         raise IntaglioError("down and up: one of the two is given: both or none are accepted.")
@@ -176,4 +178,6 @@ def _check_fits(name: str, given: Tensor | None, shape: tuple[int, ...], dtype: 
         return
     if given.shape != shape or given.dtype != dtype or given.device != x.device or not given.is_contiguous():
         wanted = f"{'x'.join(map(str, shape))} of {str(dtype).removeprefix('torch.')}"
-        raise IntaglioError(f"{name}: {told(given)} does not fit: {wanted} on {x.device}, contiguous, would.")
+        raise IntaglioError(
+            f"{name}: {describe_tensor(given)} does not fit: {wanted} on {x.device}, contiguous, would."
+        )

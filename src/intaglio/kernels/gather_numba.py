@@ -23,9 +23,9 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from intaglio.kernels import rows
-from intaglio.kernels.addresses import as_float, compiled, may_share, pointer
-from intaglio.kernels.vectors import LINE as _LINE
+from intaglio.kernels import row_dot_llvm
+from intaglio.kernels.llvm_emitter import LINE as _LINE
+from intaglio.kernels.numba_pointers import as_float, compiled, may_share, pointer
 
 _WORTH = 1 << 20
 """Weights that a further thread is worth waking for: about 15 microseconds."""
@@ -142,8 +142,8 @@ def _functions(dtype: torch.dtype) -> tuple[Any, Any]:
                     total += number(down_I[i]) * rest_I[i]
                 low_RB[r * B + b] = total
 
-    eight_1, eight_2 = (rows.adds(_TOGETHER, n, half, onward=True) for n in (1, 2))
-    single = rows.adds(1, 1, half)
+    eight_1, eight_2 = (row_dot_llvm.adds(_TOGETHER, n, half, onward=True) for n in (1, 2))
+    single = row_dot_llvm.adds(1, 1, half)
 
     @compiled
     def columns(start, row, places, c):

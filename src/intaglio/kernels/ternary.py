@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
-from intaglio.kernels.shared import told, works
+from intaglio.kernels._utils import describe_tensor, works
 
 EPS = 1e-5
 """Least magnitude that a row's largest is taken for (bitlinear, transformers)."""
@@ -60,7 +60,7 @@ def pack(weight_OI: Tensor) -> Tensor:
     """
     if weight_OI.ndim != 2 or not weight_OI.numel() or weight_OI.dtype != torch.int8:
         raise IntaglioError(
-            f"weight: {told(weight_OI)} cannot be packed: a matrix of int8 with at least one row and one column can."
+            f"weight: {describe_tensor(weight_OI)} cannot be packed: a matrix of int8 with at least one row and one column can."
         )
     if int(weight_OI.min()) < -1 or int(weight_OI.max()) > 1:
         raise IntaglioError(
@@ -145,7 +145,7 @@ def matmul(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.intaglio.ternary_matmul(x_BI, packed_OJ)
     if x_BI.ndim != 2 or x_BI.dtype != torch.int8:
-        raise IntaglioError(f"x: {told(x_BI)} cannot be multiplied: a matrix of int8 can.")
+        raise IntaglioError(f"x: {describe_tensor(x_BI)} cannot be multiplied: a matrix of int8 can.")
     _check_packed(packed_OJ, x_BI.shape[1], x_BI)
     if (fast := _kernel(x_BI)) == "numba":
         from intaglio.kernels import ternary_numba
@@ -197,7 +197,9 @@ def linear(
             weight_scale = torch.full((1,), weight_scale, device=x.device)
         return torch.ops.intaglio.ternary_linear(x, packed_OJ, weight_scale, bias_O, bits, peak, eps)
     if not x.ndim or not x.is_floating_point():
-        raise IntaglioError(f"x: {told(x)} cannot be multiplied: floating point of at least one dimension can.")
+        raise IntaglioError(
+            f"x: {describe_tensor(x)} cannot be multiplied: floating point of at least one dimension can."
+        )
     shape, outputs = x.shape, len(packed_OJ)
     _check_packed(packed_OJ, shape[-1], x)
     if x.requires_grad and torch.is_grad_enabled():
@@ -317,7 +319,7 @@ def _range(bits: int, peak: int | None) -> tuple[int, int, int]:
 
 def _check_packed(packed_OJ: Tensor, width: int, x: Tensor | None = None) -> None:
     if packed_OJ.ndim != 2 or packed_OJ.dtype != torch.uint8:
-        raise IntaglioError(f"packed: {told(packed_OJ)} is not what `pack` makes: a matrix of uint8 is.")
+        raise IntaglioError(f"packed: {describe_tensor(packed_OJ)} is not what `pack` makes: a matrix of uint8 is.")
     if width < 1 or packed_OJ.shape[1] != packed_width(width):
         raise IntaglioError(
             f"packed: rows of {packed_OJ.shape[1]} bytes hold {_widths(packed_OJ.shape[1])} weights, not {width}."
@@ -329,7 +331,9 @@ def _check_packed(packed_OJ: Tensor, width: int, x: Tensor | None = None) -> Non
 def _check_fits(name: str, given: Tensor, sizes: tuple[int, ...], x: Tensor) -> None:
     if given.numel() not in sizes or given.device != x.device:
         accepted = " or ".join(map(str, dict.fromkeys(sizes)))
-        raise IntaglioError(f"{name}: {told(given)} on {given.device} does not fit: {accepted} on {x.device} would.")
+        raise IntaglioError(
+            f"{name}: {describe_tensor(given)} on {given.device} does not fit: {accepted} on {x.device} would."
+        )
 
 
 def _widths(J: int) -> str:

@@ -23,7 +23,7 @@ from numba import njit, prange
 from numba.extending import intrinsic
 from torch import Tensor
 
-from intaglio.kernels.addresses import as_float, compiled, may_share, pointer
+from intaglio.kernels.numba_pointers import as_float, compiled, may_share, pointer
 from intaglio.kernels.ternary_simd import ROWS, instructions, tile
 
 _GIVEN, _QUANTIZED, _FLOATING = 0, 1, 2

@@ -28,8 +28,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from intaglio.kernels.vectors import Emitter as Base
-from intaglio.kernels.vectors import Value, features
+from intaglio.kernels.llvm_emitter import Emitter as Base
+from intaglio.kernels.llvm_emitter import Value, features
 
 ROWS = 4
 """Rows of the weight that a tile multiplies together."""

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from intaglio.anatomy import CACHES, Anatomy, anatomy, attention, blocks, capture
 from intaglio.errors import IntaglioError
-from intaglio.masks.attend import BASES, PREFIX, RULE, SCORE, MaskRequest
+from intaglio.masks.attention_interface import BASES, PREFIX, RULE, SCORE, MaskRequest
 from intaglio.masks.rules import Rule, Score
+from intaglio.modeling.anatomy import CACHES, Anatomy, anatomy, attention, blocks, capture
 
 _STATE = "_intaglio_masks"
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -35,14 +35,14 @@ class _State:
         guard: the handle of the pre-hook on the base model.
         parameters: names of the base model's positional parameters.
         ruled: whether any layer has a rule.
-        looks_right: whether any of them looks right.
+        is_noncausal: whether any of them looks right.
     """
 
     stock: str
     guard: RemovableHandle
     parameters: tuple[str, ...]
     ruled: bool = False
-    looks_right: bool = False
+    is_noncausal: bool = False
 
 
 def _base(model: nn.Module) -> Any:
@@ -67,7 +67,7 @@ def _guard(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
             f"the attention implementation was set to {name!r}, which drops the visibility rules; "
             "call set_visibility again, or clear_visibility before"
         )
-    if not state.looks_right:
+    if not state.is_noncausal:
         return args, kwargs
     given = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
     if any(given.get(name) is not None for name in CACHES):
@@ -143,8 +143,8 @@ def _place(model: nn.Module, attribute: str, values: Mapping[int, Any]) -> None:
         setattr(module, attribute, values[layer])
     rules = get_visibility(model).values()
     state.ruled = bool(rules) or any(SCORE in module.__dict__ for module in model.modules())
-    state.looks_right = any(rule.looks_right for rule in rules)
-    _guard_generate(model, state.looks_right)
+    state.is_noncausal = any(rule.is_noncausal for rule in rules)
+    _guard_generate(model, state.is_noncausal)
 
 
 def _guard_generate(model: nn.Module, wanted: bool) -> None:
@@ -181,25 +181,25 @@ def refuse_to_generate(model: nn.Module, tokens: int | None = None) -> None:
         IntaglioError: a rule never settles, or only after more tokens than the prompt has.
     """
     for layer, rule in get_visibility(model).items():
-        if rule.settled is None:
+        if rule.prefix_stable_after is None:
             raise IntaglioError(
                 f"this model cannot generate: layer {layer} sees later tokens, so each new token would change what"
                 " earlier ones saw; use it to read whole texts, or clear_visibility first"
             )
-        if tokens is not None and tokens < rule.settled:
+        if tokens is not None and tokens < rule.prefix_stable_after:
             raise IntaglioError(
-                f"layer {layer} sees both ways among the first {rule.settled} tokens, and the prompt has {tokens}; give"
+                f"layer {layer} sees both ways among the first {rule.prefix_stable_after} tokens, and the prompt has {tokens}; give"
                 " a longer prompt or a rule with a shorter prefix"
             )
 
 
-def looks_right(model: nn.Module) -> bool:
+def is_noncausal(model: nn.Module) -> bool:
     """Return whether some layer of a model has a rule that sees later tokens.
 
     Args:
         model: a Hugging Face model.
     """
-    return any(rule.looks_right for rule in get_visibility(model).values())
+    return any(rule.is_noncausal for rule in get_visibility(model).values())
 
 
 def predicts_next(parts: Anatomy) -> bool:
@@ -208,7 +208,7 @@ def predicts_next(parts: Anatomy) -> bool:
     Args:
         parts: of the model.
     """
-    return parts.causal and parts.head is not None and not looks_right(parts.model)
+    return parts.causal and parts.head is not None and not is_noncausal(parts.model)
 
 
 def set_visibility(model: nn.Module, rules: Mapping[int, Rule | None] | Rule | None) -> None:
@@ -219,7 +219,7 @@ def set_visibility(model: nn.Module, rules: Mapping[int, Rule | None] | Rule | N
     both sides. Rules are not written into the model's configuration: a reload sees as the stock model does.
 
     A rule that looks right has no KV cache: the model is run with `use_cache=False`, and a cache that is passed is
-    refused. `generate` is refused too, unless the rule settles (`Rule.settled`) within the prompt, as a prefix does;
+    refused. `generate` is refused too, unless the rule settles (`Rule.prefix_stable_after`) within the prompt, as a prefix does;
     then it runs without a cache. Under a rule, a 4-D `attention_mask` and packed `position_ids` are refused.
 
     Args:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
-from intaglio.anatomy import CACHE, anatomy
 from intaglio.checkpoint import Checkpoint
 from intaglio.masks import predicts_next
+from intaglio.modeling.anatomy import CACHE, anatomy
 
 PREFILL = 256
 DECODE = 24

@@ -4,10 +4,10 @@
 `tables` and `page` tell a document in a line, in the terminal and in a browser.
 """
 
-from intaglio.report.document import BAKED, FORMAT, LIVE, ZEROS
-from intaglio.report.numbers import MEASURES, Cell, Change, Measure, Row, rows
-from intaglio.report.page import carve_page, compare_page, demo_page, training_page
-from intaglio.report.sentence import summary
+from intaglio.report.formatting import MEASURES, Cell, Change, Measure, Row, rows
+from intaglio.report.html import carve_page, compare_page, demo_page, training_page
+from intaglio.report.schema import BAKED, FORMAT, LIVE, ZEROS
+from intaglio.report.summary import summary
 from intaglio.report.tables import carve_table, compare_table, demo_chart, demo_table
 
 __all__ = [

@@ -9,8 +9,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from intaglio import pictures
-from intaglio.report.document import (
+from intaglio.report import svg
+from intaglio.report.formatting import BY_KEY, Cell, Change, cell_of, plain_number, rows
+from intaglio.report.schema import (
     LIVE,
     ZEROS,
     Document,
@@ -22,7 +23,6 @@ from intaglio.report.document import (
     value_of,
     variant_name,
 )
-from intaglio.report.numbers import BY_KEY, Cell, Change, cell_of, plain_number, rows
 
 VERDICT_STYLE = {"better": "green", "worse": "red", "": ""}
 
@@ -69,8 +69,8 @@ def carve_table(document: Document) -> Table:
         IntaglioError: another format, or a field is missing.
     """
     document = checked(document, "carve")
-    caption = " ".join([about_zeros(document["after"]), LIVE if document["kind"] == "live" else ""]).strip()
-    names, baked = ("before", "after", "change"), document["kind"] == "baked"
+    caption = " ".join([about_zeros(document["after"]), LIVE if document["kind"] == "runtime" else ""]).strip()
+    names, baked = ("before", "after", "change"), document["kind"] == "standalone"
     return _two_sides(document["title"], caption, names, document["before"], document["after"], baked)
 
 
@@ -146,7 +146,7 @@ def demo_table(document: Document) -> Table:
     return table
 
 
-def variant_bars(document: Document, key: str, name: Callable[[Document], str], mark: bool) -> list[pictures.Bar]:
+def variant_bars(document: Document, key: str, name: Callable[[Document], str], mark: bool) -> list[svg.Bar]:
     """One measure of every variant of a demo as bars.
 
     Args:
@@ -159,11 +159,11 @@ def variant_bars(document: Document, key: str, name: Callable[[Document], str], 
     for variant in document["variants"]:
         value, best = value_of(variant, key), mark and is_best(document, variant)
         text = "not finite or not measured" if value is None else f"{BY_KEY[key].show(value)}{' best' if best else ''}"
-        found.append(pictures.Bar(name(variant), value, text, str(variant.get("amount", "")), best))
+        found.append(svg.Bar(name(variant), value, text, str(variant.get("amount", "")), best))
     return found
 
 
-def demo_chart(document: Document) -> pictures.TerminalBars:
+def demo_chart(document: Document) -> svg.TerminalBars:
     """Return the perplexities of a demo document as bars for the terminal, on a log scale; it reads without colour too.
 
     Args:
@@ -176,9 +176,9 @@ def demo_chart(document: Document) -> pictures.TerminalBars:
     dense = value_of(document["dense"], "perplexity")
     text = "not finite or not measured" if dense is None else plain_number(dense)
     items = (
-        pictures.Bar("dense", dense, text, "dense"),
+        svg.Bar("dense", dense, text, "dense"),
         *variant_bars(document, "perplexity", variant_name, mark=True),
     )
-    drawn = [bar.value for bar in items if bar.value is not None and pictures.LEAST <= bar.value <= pictures.MOST]
-    low, high = pictures.nice_range(drawn)
-    return pictures.TerminalBars(f"Perplexity, log scale from {low:,g} (lower is better)", items, low, high)
+    drawn = [bar.value for bar in items if bar.value is not None and svg.LEAST <= bar.value <= svg.MOST]
+    low, high = svg.nice_range(drawn)
+    return svg.TerminalBars(f"Perplexity, log scale from {low:,g} (lower is better)", items, low, high)

@@ -28,29 +28,39 @@
 
 from __future__ import annotations
 
-from intaglio.trainer.causal import CausalLM
-from intaglio.trainer.draws import Draws
-from intaglio.trainer.history import Logged
-from intaglio.trainer.instruct import InstructionTuning
-from intaglio.trainer.loop import Trained, train
+from intaglio.trainer.causal_lm import CausalLM
+from intaglio.trainer.history import LogEntry
+from intaglio.trainer.instruction_tuning import InstructionTuning
+from intaglio.trainer.loop import TrainResult, train
 from intaglio.trainer.lora import Lora
-from intaglio.trainer.protocols import Batch, Example, Loss, Objective, Prepares, Run, Selection, Selector, Shaper
+from intaglio.trainer.protocols import (
+    Batch,
+    Example,
+    Loss,
+    Objective,
+    Prepares,
+    Selection,
+    Selector,
+    TrainingModifier,
+    TrainingRun,
+)
+from intaglio.trainer.rng import KeyedRNG
 
 __all__ = [
     "Batch",
     "CausalLM",
-    "Draws",
     "Example",
     "InstructionTuning",
-    "Logged",
+    "KeyedRNG",
+    "LogEntry",
     "Lora",
     "Loss",
     "Objective",
     "Prepares",
-    "Run",
     "Selection",
     "Selector",
-    "Shaper",
-    "Trained",
+    "TrainResult",
+    "TrainingModifier",
+    "TrainingRun",
     "train",
 ]

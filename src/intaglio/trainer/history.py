@@ -8,7 +8,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Logged:
+class LogEntry:
     """One line of the history.
 
     Args:
@@ -28,14 +28,14 @@ class Logged:
     evaluation: Mapping[str, float] = field(default_factory=dict)
 
 
-def history(log: Sequence[dict[str, Any]]) -> tuple[Logged, ...]:
+def history(log: Sequence[dict[str, Any]]) -> tuple[LogEntry, ...]:
     """Return the lines of a log of `transformers.Trainer`.
 
     Args:
         log: its `log_history`.
     """
     return tuple(
-        Logged(
+        LogEntry(
             step=int(line["step"]),
             loss=line["loss"],
             parts=_named(line, "part/"),
@@ -52,8 +52,8 @@ def _named(line: dict[str, Any], prefix: str) -> dict[str, float]:
     return {name.removeprefix(prefix): value for name, value in line.items() if name.startswith(prefix)}
 
 
-def columns(lines: Sequence[Logged]) -> dict[str, list[Any]]:
-    """Return a history as columns, None where a line has no such value; see `intaglio.curves`.
+def columns(lines: Sequence[LogEntry]) -> dict[str, list[Any]]:
+    """Return a history as columns, None where a line has no such value; see `intaglio.report.training_curves`.
 
     Args:
         lines: of the history.

@@ -17,25 +17,25 @@ from transformers.integrations import get_available_reporting_integrations
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.method import Progress, silent
-from intaglio.trainer import state as run_state
-from intaglio.trainer.causal import CausalLM
-from intaglio.trainer.draws import EVALUATION, Draws
-from intaglio.trainer.early import EarlyReport
-from intaglio.trainer.history import Logged, columns, history
-from intaglio.trainer.keep import kept_gradients, kept_modes, kept_randomness
+from intaglio.methods.base import Progress, no_progress
+from intaglio.trainer import resume as run_state
+from intaglio.trainer.causal_lm import CausalLM
+from intaglio.trainer.data_selection import Original, choose
+from intaglio.trainer.dataset import Rows, read_rows
+from intaglio.trainer.fsdp import unshard
+from intaglio.trainer.hf_trainer import Collator, Evaluate, IntaglioTrainer, TrainingCallback, TrainingModule
+from intaglio.trainer.history import LogEntry, columns, history
 from intaglio.trainer.lora import adapted
-from intaglio.trainer.protocols import Loss, Objective, Run, Selector, Shaper
-from intaglio.trainer.rows import Rows, read_rows
-from intaglio.trainer.select import Original, choose
+from intaglio.trainer.preserve_state import preserve_grads, preserve_modes, preserve_rng
+from intaglio.trainer.progress_report import ProgressReport
+from intaglio.trainer.protocols import Loss, Objective, Selector, TrainingModifier, TrainingRun
+from intaglio.trainer.rng import EVALUATION, KeyedRNG
 from intaglio.trainer.settings import Settings
-from intaglio.trainer.sharded import unshard
-from intaglio.trainer.stock import Collator, Evaluate, Follow, Loop, Workplace
-from intaglio.trainer.zeros import KeepZeros
+from intaglio.trainer.sparsity_mask import SparsityMask
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainResult:
     """What a run did.
 
     Args:
@@ -45,7 +45,7 @@ class Trained:
         seconds: of wall time, over all processes that worked on the run one after the other.
     """
 
-    history: tuple[Logged, ...]
+    history: tuple[LogEntry, ...]
     steps: int
     tokens: int
     seconds: float
@@ -56,16 +56,16 @@ def train(
     data: Any,
     *,
     objective: Objective | None = None,
-    shape: Sequence[Shaper] = (),
+    shape: Sequence[TrainingModifier] = (),
     select: Selector | None = None,
     original: Original = None,
     evaluate: Callable[[Checkpoint], Mapping[str, float]] | Any = None,
     directory: str | os.PathLike[str] | None = None,
     resume: bool = True,
     note: bool = True,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
     **settings: Any,
-) -> Trained:
+) -> TrainResult:
     """Train a checkpoint's model in place, and append a line to its record.
 
     The same arguments give the same weights, bit for bit on a CPU; so does a run that was killed and is called again
@@ -133,12 +133,12 @@ def train(
     """
     goal: Objective = CausalLM() if objective is None else objective
     chosen = Settings.of(**settings)
-    shapers = [*shape] or ([KeepZeros()] if chosen.keep_mask and chosen.lora is None else [])
+    shapers = [*shape] or ([SparsityMask()] if chosen.keep_mask and chosen.lora is None else [])
     _check(checkpoint, goal, shapers, chosen)
     model, before = checkpoint.model, "" if directory is None else run_state.model_digest(checkpoint.model)
     if chosen.lora is not None:
         chosen.lora.check(model)  # refused before any work
-    draws = Draws(chosen.seed)
+    draws = KeyedRNG(chosen.seed)
     path = None if directory is None else Path(directory)
     choice = choose(checkpoint, data, select, original, chosen.seed, path if resume else None, before, progress)
     rows = read_rows(checkpoint, data if choice is None else choice.examples, goal, draws)
@@ -153,8 +153,8 @@ def train(
     identity = {"format": 1, "model": before, "data": rows.digest, "arguments": arguments | {"steps": steps}}
     folder = tempfile.TemporaryDirectory(prefix="intaglio-train-")
     length = None if rows.table is None else len(rows.table)
-    run = Run(checkpoint, steps, length, chosen.seed, _not_yet, chosen.accumulate)
-    with kept_modes(model), kept_gradients(model), kept_randomness(), folder as scratch, ExitStack() as stack:
+    run = TrainingRun(checkpoint, steps, length, chosen.seed, _not_yet, chosen.accumulate)
+    with preserve_modes(model), preserve_grads(model), preserve_rng(), folder as scratch, ExitStack() as stack:
         trainer_arguments = _arguments(checkpoint, chosen, steps, path or Path(scratch), saved=path is not None)
         begun = None if path is None else _claim(path, identity, resume)
         if path is not None and choice is not None and trainer_arguments.should_save:
@@ -167,10 +167,10 @@ def train(
         stack.enter_context(_checkpointing(model, chosen.gradient_checkpointing))
         stack.enter_context(_attached(run, shapers))
         step_rows = chosen.batch_size * chosen.accumulate
-        workplace = Workplace(run, goal, shapers)
+        workplace = TrainingModule(run, goal, shapers)
         if not any(p.requires_grad for p in workplace.parameters()):
             raise IntaglioError("nothing is left to train: every parameter is frozen, and the objective owns none")
-        loop = Loop(
+        loop = IntaglioTrainer(
             workplace,
             chosen,
             path,
@@ -178,13 +178,17 @@ def train(
             train_dataset=rows.slots(steps * step_rows, step_rows, draws),
             data_collator=Collator(goal, draws),
         )
-        early = None if path is None or not loop.args.should_save else EarlyReport(path, checkpoint.source, arguments)
-        loop.add_callback(Follow(loop, progress, judge, chosen.evaluate_every or max(1, steps // 10), early))
+        early = (
+            None if path is None or not loop.args.should_save else ProgressReport(path, checkpoint.source, arguments)
+        )
+        loop.add_callback(TrainingCallback(loop, progress, judge, chosen.evaluate_every or max(1, steps // 10), early))
         loop.run(begun)
         unshard(workplace)  # before shapers and adapters bake
-        done = Trained(history(loop.state.log_history), loop.state.global_step, loop.total_tokens(), loop.sums.seconds)
+        done = TrainResult(
+            history(loop.state.log_history), loop.state.global_step, loop.total_tokens(), loop.sums.seconds
+        )
     if note:
-        checkpoint.note(
+        checkpoint.record_step(
             "train",
             run_state.plain(arguments),
             seed=chosen.seed,
@@ -215,7 +219,7 @@ def _attach_owned(checkpoint: Checkpoint, objective: Objective) -> None:
 
 
 @contextmanager
-def _attached(run: Run, shapers: Sequence[Shaper]) -> Iterator[None]:
+def _attached(run: TrainingRun, shapers: Sequence[TrainingModifier]) -> Iterator[None]:
     """Attach shapers, and detach those that were, in the opposite order."""
     with ExitStack() as stack:
         for shaper in shapers:
@@ -256,8 +260,10 @@ def _checkpointing(model: Any, wanted: bool) -> Iterator[None]:
         getattr(model, f"{name}_checkpointing_disable")()
 
 
-def _check(checkpoint: Checkpoint, objective: Objective, shapers: Sequence[Shaper], settings: Settings) -> None:
-    wrong = [shaper for shaper in shapers if not isinstance(shaper, Shaper)]
+def _check(
+    checkpoint: Checkpoint, objective: Objective, shapers: Sequence[TrainingModifier], settings: Settings
+) -> None:
+    wrong = [shaper for shaper in shapers if not isinstance(shaper, TrainingModifier)]
     if wrong:
         raise IntaglioError(f"shape holds {type(wrong[0]).__name__}; a shaper has attach, on_step and the others")
     if not isinstance(objective, Objective):
@@ -365,13 +371,13 @@ def _judge(checkpoint: Checkpoint, evaluate: Any, objective: Objective, settings
             found: Mapping[str, float] = evaluate(checkpoint)
             return found
     else:
-        held_out = list(read_rows(checkpoint, evaluate, objective, Draws(settings.seed, training=False)).read())
+        held_out = list(read_rows(checkpoint, evaluate, objective, KeyedRNG(settings.seed, training=False)).read())
 
         def numbers() -> Mapping[str, float]:
             return {"loss": _held_out_loss(checkpoint, held_out, objective, settings)}
 
     def judged() -> Mapping[str, float]:
-        with torch.no_grad(), kept_modes(checkpoint.model), kept_randomness():
+        with torch.no_grad(), preserve_modes(checkpoint.model), preserve_rng():
             checkpoint.model.eval()
             return numbers()
 
@@ -380,7 +386,7 @@ def _judge(checkpoint: Checkpoint, evaluate: Any, objective: Objective, settings
 
 def _held_out_loss(checkpoint: Checkpoint, rows: list[Any], objective: Objective, settings: Settings) -> float:
     """The mean of the objective's loss over batches of held-out rows, by their weights."""
-    collate, total, weights = Collator(objective, Draws(settings.seed, training=False)), 0.0, 0.0
+    collate, total, weights = Collator(objective, KeyedRNG(settings.seed, training=False)), 0.0, 0.0
     for start in range(0, len(rows), settings.batch_size):
         part = [
             {**row, "id": start + n, "epoch": EVALUATION, "step": 0}

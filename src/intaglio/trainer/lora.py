@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from intaglio.classifier import head_of
 from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.trainer.draws import generator
-from intaglio.trainer.zeros import linear_modules, pruned_mask
+from intaglio.modeling.token_classifier import classification_head
+from intaglio.trainer.rng import generator
+from intaglio.trainer.sparsity_mask import linear_modules, pruned_mask
 
 ADAPTER = "default"
 
@@ -95,7 +95,7 @@ def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) 
         yield
         return
     layers = _inject(model, lora, seed)
-    head = head_of(model)
+    head = classification_head(model)
     if head is not None:  # it is new
         head.requires_grad_(True)
     masks = {name: pruned_mask(_base(layer).weight) if keep_mask else None for name, layer in layers.items()}

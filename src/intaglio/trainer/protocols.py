@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from intaglio.checkpoint import Checkpoint
-    from intaglio.method import Cost, Progress, Workload
-    from intaglio.trainer.draws import Draws
+    from intaglio.methods.base import Cost, Progress, Workload
+    from intaglio.trainer.rng import KeyedRNG
 
 Example = dict[str, Any]
 """One training example. The loop adds `id` (its place in the data), `epoch` and `step` (the optimizer's, from 0)."""
@@ -44,7 +44,7 @@ class Loss:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """What a shaper may know of the run that it shapes.
 
     Args:
@@ -74,7 +74,7 @@ class Objective(Protocol):
     def modules(self) -> nn.ModuleDict:
         """Modules that the objective owns; they are trained and saved with the model. Empty for most."""
 
-    def collate(self, examples: Sequence[Example], rng: Draws) -> Batch:
+    def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
         """Make a batch of examples.
 
         Args:
@@ -97,7 +97,7 @@ class Objective(Protocol):
 class Prepares(Protocol):
     """An objective that makes its rows out of the user's examples once, before the loop: packing, instruction pairs."""
 
-    def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: Draws) -> Iterable[Example]:
+    def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
         """Return the rows to train on, lazily where the examples are a stream.
 
         Args:
@@ -108,7 +108,7 @@ class Prepares(Protocol):
 
 
 @runtime_checkable
-class Shaper(Protocol):
+class TrainingModifier(Protocol):
     """What shapes training from beside: schedules, regularizers, masks and quantizers while training.
 
     A class that says `trains_weights = True` is refused beside adapters or frozen weights, before a model loads.
@@ -116,7 +116,7 @@ class Shaper(Protocol):
     Every process of a run has the same state: what a shaper learns from a batch, it learns from those of all processes.
     """
 
-    def attach(self, run: Run) -> None:
+    def attach(self, run: TrainingRun) -> None:
         """Get ready, before the optimizer is made; a resumed run attaches anew and then loads the state."""
 
     def on_step(self, t: int) -> None:
@@ -143,12 +143,12 @@ class Shaper(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave, after `attach`."""
 
-    def detach(self, run: Run) -> None:
+    def detach(self, run: TrainingRun) -> None:
         """Bake the result into plain tensors and leave the model stock, or note in the record what stays live."""
 
 
 @runtime_checkable
-class CostsTraining(Protocol):
+class HasTrainingCost(Protocol):
     """A shaper or selector that makes training dearer by an amount worth saying: passes, selections, memory."""
 
     def training_cost(self, workload: Workload, steps: float, batch_tokens: int, pass_flops: float) -> Cost:
@@ -204,7 +204,7 @@ class Selector(Protocol):
         model: Checkpoint,
         original: Checkpoint | None,
         budget: float,
-        rng: Draws,
+        rng: KeyedRNG,
         *,
         progress: Progress,
     ) -> Sequence[int] | Sequence[float]:

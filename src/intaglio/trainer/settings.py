@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from intaglio.errors import IntaglioError, did_you_mean, shorten
+from intaglio.errors import IntaglioError
+from intaglio.methods.base import validation_sentence
 from intaglio.trainer.lora import Lora
 
 Positive = Annotated[int, Field(ge=1)]
@@ -74,7 +75,7 @@ class Settings(BaseModel):
         try:
             return cls(**given)
         except ValidationError as error:
-            raise IntaglioError(_sentence(cls, error)) from None
+            raise IntaglioError(validation_sentence(error, cls, given)) from None
 
     def warmup_steps(self, steps: int) -> int:
         """Steps over which the learning rate rises.
@@ -83,15 +84,3 @@ class Settings(BaseModel):
             steps: of the run.
         """
         return min(steps, self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps))
-
-
-def _sentence(cls: type[BaseModel], error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    message = first["msg"].removeprefix("Value error, ")
-    if not first["loc"]:
-        return message
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        fields = Lora.model_fields if len(first["loc"]) > 1 else cls.model_fields
-        return f"training has no setting {name!r}; {did_you_mean(str(first['loc'][-1]), fields)}"
-    return f"{name} is {shorten(repr(first['input']))}; {message.replace('Input', 'it')}"

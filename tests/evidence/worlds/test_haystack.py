@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from intaglio.checkpoint.from_scratch import new
 from intaglio.errors import IntaglioError
 from intaglio.evidence.worlds.haystack import BOS, BOUNDS, QUESTION, SPECIAL, Haystack, Needles, answered
-from intaglio.fresh import new
 from intaglio.trainer import train
 
 WORLD = Haystack()

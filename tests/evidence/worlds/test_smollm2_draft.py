@@ -11,8 +11,8 @@ import torch
 from intaglio.errors import IntaglioError
 from intaglio.evidence.worlds import smollm2, trained
 from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
-from intaglio.verify import Speculative
-from intaglio.verify.drafters import DraftModel
+from intaglio.speculative import Speculative
+from intaglio.speculative.drafters import DraftModel
 from tests.families import tiny_checkpoint_dir
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "sleeps"]

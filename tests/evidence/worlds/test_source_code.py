@@ -20,7 +20,7 @@ from intaglio.evidence.run import experiment_of
 from intaglio.evidence.worlds import source_code, trained
 from intaglio.evidence.worlds.sealing import part_of
 from intaglio.evidence.worlds.source_code import BOUNDS, SourceCode
-from intaglio.measures.quality import quality
+from intaglio.measures.language_modeling import quality
 
 END = 258
 NAMES = ["alpha", "beta", "gamma", "delta", "value", "count", "total", "index", "name", "item", "ä"]

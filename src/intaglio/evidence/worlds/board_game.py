@@ -34,11 +34,11 @@ import torch
 from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint, load
+from intaglio.environment import torch_threads, versions
 from intaglio.errors import IntaglioError
 from intaglio.evidence.worlds.made import code_of, made
 from intaglio.evidence.worlds.sealing import Bounds, Part, check_count, check_part, generator, part_of
-from intaglio.machine import versions, with_threads
-from intaglio.method import Progress, silent
+from intaglio.methods.base import Progress, no_progress
 from intaglio.trainer import CausalLM, train
 
 BOUNDS: Bounds = {"train": (0, 600), "validation": (600, 700), "pilot": (700, 800), "evaluation": (800, 1000)}
@@ -241,7 +241,7 @@ class BoardGame:
             "objective": self.objective,
         }
 
-    def base(self, seed: int, activation: str, progress: Progress = silent) -> Checkpoint:
+    def base(self, seed: int, activation: str, progress: Progress = no_progress) -> Checkpoint:
         """The dense model that all arms with an activation begin with.
 
         It is trained once and then found in the user's cache. Models of both activations begin with the same weights
@@ -265,7 +265,7 @@ class BoardGame:
             checkpoint = self.new(seed % 2**32, activation)
             games = self.games("train", f"base:{seed}", self.base_steps * self.batch)
             recipe = self.recipe(seed, self.base_steps)
-            with with_threads(1):  # two of two processes that share two cores wait for each other
+            with torch_threads(1):  # two of two processes that share two cores wait for each other
                 train(checkpoint, games.examples(), directory=scratch, progress=progress, **recipe)
             checkpoint.write_files(target)
 

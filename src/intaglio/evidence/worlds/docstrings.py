@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from intaglio import writer
+from intaglio import atomic_io
 from intaglio.data.docstrings import Kind, Pair, pairs, words
 from intaglio.data.python_source import source_files, sources_digest
 from intaglio.data.texts import Corpus
@@ -184,7 +184,7 @@ def _found(package: str, kind: Kind) -> tuple[Pair, ...]:
 
     def make(target: Path, scratch: Path) -> None:
         lines = [json.dumps(asdict(pair)) + "\n" for pair in pairs(files, kind)]
-        writer.write_text(target / _FILE, "".join(lines))
+        atomic_io.write_text(target / _FILE, "".join(lines))
 
     text = (made(f"docstrings-{package}-{kind}", choices, make) / _FILE).read_text(encoding="utf-8")
     return tuple(Pair(**json.loads(line)) for line in text.splitlines())

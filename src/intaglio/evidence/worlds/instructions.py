@@ -30,7 +30,7 @@ from intaglio.evidence.worlds.prompts import Prompts
 from intaglio.evidence.worlds.sealing import MEASURED, Part, check_count, draw
 from intaglio.evidence.worlds.smollm2 import Part as Articles
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
-from intaglio.trainer.causal import IGNORED, causal_batch
+from intaglio.trainer.causal_lm import IGNORED, causal_batch
 
 Kind = Literal["code", "explain", "document", "article"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from intaglio import writer
+from intaglio import atomic_io
 from intaglio.data import assets
 from intaglio.evidence import sources
 from intaglio.evidence.experiment import digest
@@ -51,11 +51,11 @@ def made(name: str, choices: Mapping[str, Any], make: Callable[[Path, Path], Non
     root = assets.cache_dir() / FOLDER
     place = root / f"{name}-{digest(dict(choices))[:16]}"
     if not (place / CHOICES).is_file():
-        with writer.locked(root / f"{place.name}.lock"):
+        with atomic_io.locked(root / f"{place.name}.lock"):
             if not (place / CHOICES).is_file():
                 scratch = root / f"{place.name}.scratch"
-                with writer.directory(place, overwrite=True) as target:
+                with atomic_io.directory(place, overwrite=True) as target:
                     make(target, scratch)
-                    writer.write_json(target / CHOICES, dict(choices))
+                    atomic_io.write_json(target / CHOICES, dict(choices))
                 shutil.rmtree(scratch, ignore_errors=True)
     return place

@@ -27,14 +27,14 @@ import numpy as np
 import torch
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.from_scratch import new, trained_tokenizer
 from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
 from intaglio.evidence.worlds.sealing import Part, draw, keyed
 from intaglio.evidence.worlds.source_code import SourceCode
 from intaglio.evidence.worlds.trained import trained
-from intaglio.fresh import new, trained_tokenizer
-from intaglio.method import Progress, silent
+from intaglio.methods.base import Progress, no_progress
 
 ROLES = ("attribute", "call", "definition", "import", "keyword", "load", "parameter", "store")
 """Attribute that is not called; function of a call (a name or an attribute); name of a function or class; name in an
@@ -227,7 +227,7 @@ class Roles:
         sizes = {"width": self.width, "depth": self.depth, "context": self.context}
         return new("llama", seed=seed, tokenizer=self.tokenizer(), **sizes)
 
-    def trained(self, seed: int = 0, progress: Progress = silent) -> Checkpoint:
+    def trained(self, seed: int = 0, progress: Progress = no_progress) -> Checkpoint:
         """The trained model, found again in the user's cache; one object a process: copy it before it is changed.
 
         Args:

@@ -24,17 +24,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from intaglio.anatomy import anatomy
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.python_source import source_files, sources_digest
+from intaglio.environment import versions
 from intaglio.errors import IntaglioError
 from intaglio.evidence.worlds.made import code_of, made
 from intaglio.evidence.worlds.sealing import keyed
 from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.worlds.trained import trained
-from intaglio.machine import versions
-from intaglio.method import Progress, silent
-from intaglio.trainer.causal import CausalLM
+from intaglio.methods.base import Progress, no_progress
+from intaglio.modeling.anatomy import anatomy
+from intaglio.trainer.causal_lm import CausalLM
 
 BATCH = 64
 """Texts that are said at a time."""
@@ -104,7 +104,7 @@ class SmolLM2Draft:
             found.append(ids[: self.prompt])
         return torch.tensor(found)
 
-    def text(self, progress: Progress = silent) -> list[dict[str, Tensor]]:
+    def text(self, progress: Progress = no_progress) -> list[dict[str, Tensor]]:
         """What the target said, as examples for the trainer: prompts are read, not learnt.
 
         Args:
@@ -178,7 +178,7 @@ class SmolLM2Draft:
             tensor.copy_(given[".".join(parts)])
         return Checkpoint(draft.eval(), target.tokenizer, source="smollm2 draft")
 
-    def load(self, progress: Progress = silent) -> Checkpoint:
+    def load(self, progress: Progress = no_progress) -> Checkpoint:
         """The trained draft model, one object a process.
 
         Args:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.from_scratch import byte_tokenizer, new
 from intaglio.data.python_source import STANDARD_LIBRARY, SourceFile, source_files, source_folder, sources_digest
 from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus
@@ -30,8 +31,7 @@ from intaglio.errors import IntaglioError
 from intaglio.evidence.experiment import Stage
 from intaglio.evidence.worlds.sealing import MEASURED, Bounds, Part, Windows, check_part, draw, keyed, part_of
 from intaglio.evidence.worlds.trained import trained
-from intaglio.fresh import byte_tokenizer, new
-from intaglio.method import Progress, silent
+from intaglio.methods.base import Progress, no_progress
 
 BOUNDS: Bounds = {"train": (0, 600), "validation": (600, 700), "pilot": (700, 800), "evaluation": (800, 1000)}
 """Which remainders of a file's hash are in which set."""
@@ -155,7 +155,7 @@ class SourceCode:
             "seed": seed,
         }
 
-    def trained(self, seed: int = 0, progress: Progress = silent) -> Checkpoint:
+    def trained(self, seed: int = 0, progress: Progress = no_progress) -> Checkpoint:
         """A trained model, one object a process: copy it before it is carved.
 
         It is trained once and then found in the user's cache, under a digest of settings, data, code and versions; two

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint, load
+from intaglio.environment import torch_threads, versions
 from intaglio.evidence.worlds.made import code_of, made
-from intaglio.machine import versions, with_threads
-from intaglio.method import Progress, silent
+from intaglio.methods.base import Progress, no_progress
 from intaglio.trainer import train
 
 THREADS = 2
@@ -25,7 +25,7 @@ def trained(
     data: Callable[[], Any],
     recipe: Mapping[str, Any],
     code: tuple[str, ...],
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Checkpoint:
     """The trained model of a world, one object a process.
 
@@ -46,13 +46,13 @@ def trained(
         **choices,
         "recipe": {key: value for key, value in recipe.items() if isinstance(value, (int, float, str, tuple))},
         "threads": THREADS,
-        "code": code_of("intaglio.fresh", "intaglio.trainer", *code),
+        "code": code_of("intaglio.checkpoint.from_scratch", "intaglio.trainer", *code),
         "versions": {package: found[package] for package in ("torch", "transformers", "numpy")},
     }
 
     def make(target: Path, scratch: Path) -> None:
         checkpoint = new()
-        with with_threads(THREADS):
+        with torch_threads(THREADS):
             train(checkpoint, data(), directory=scratch, progress=progress, **recipe)
         checkpoint.write_files(target)
 

@@ -24,6 +24,7 @@ import torch
 from torch.nn import functional as F
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.from_scratch import new, trained_tokenizer
 from intaglio.data.python_source import STANDARD_LIBRARY
 from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus
@@ -32,9 +33,8 @@ from intaglio.evidence.experiment import Stage
 from intaglio.evidence.worlds.sealing import MEASURED, Part, draw, keyed
 from intaglio.evidence.worlds.source_code import SourceCode
 from intaglio.evidence.worlds.trained import trained
-from intaglio.fresh import new, trained_tokenizer
-from intaglio.method import Progress, silent
-from intaglio.trainer.causal import CausalLM
+from intaglio.methods.base import Progress, no_progress
+from intaglio.trainer.causal_lm import CausalLM
 
 Which = Literal["base", "donor"]
 _CODE = (
@@ -162,7 +162,7 @@ class TwoTokenizers:
             "seed": seed % 2**31,
         }
 
-    def trained(self, which: Which, seed: int, progress: Progress = silent) -> Checkpoint:
+    def trained(self, which: Which, seed: int, progress: Progress = no_progress) -> Checkpoint:
         """One of the models, trained: copy it before it is carved; see `SourceCode.trained`.
 
         Args:

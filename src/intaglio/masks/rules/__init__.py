@@ -20,27 +20,27 @@ Dimension letters: B batch rows, H heads, Q query positions, K key positions, L 
 from __future__ import annotations
 
 from intaglio.masks.rules.base import Rule, rule_from_dict
-from intaglio.masks.rules.combined import And, Not, Or, Wide
-from intaglio.masks.rules.positions import Bidirectional, Blocks, Causal, Dilated, PrefixLM, Sinks, Window
+from intaglio.masks.rules.boolean import And, IgnoreSlidingWindow, Not, Or
+from intaglio.masks.rules.explicit import BlockDiagonal, ExplicitMask
+from intaglio.masks.rules.positional import AttentionSinks, Bidirectional, BlockLocal, Causal, Dilated, PrefixLM, Window
 from intaglio.masks.rules.scores import Alibi, Score
-from intaglio.masks.rules.tables import Arbitrary, BlockDiagonal
 
 __all__ = [
     "Alibi",
     "And",
-    "Arbitrary",
+    "AttentionSinks",
     "Bidirectional",
     "BlockDiagonal",
-    "Blocks",
+    "BlockLocal",
     "Causal",
     "Dilated",
+    "ExplicitMask",
+    "IgnoreSlidingWindow",
     "Not",
     "Or",
     "PrefixLM",
     "Rule",
     "Score",
-    "Sinks",
-    "Wide",
     "Window",
     "rule_from_dict",
 ]

@@ -12,7 +12,7 @@ from torch import Tensor
 from intaglio.errors import IntaglioError, did_you_mean
 
 if TYPE_CHECKING:
-    from intaglio.masks.rules.combined import And, Or
+    from intaglio.masks.rules.boolean import And, Or
 
 _KINDS: dict[str, type[Rule]] = {}
 
@@ -48,20 +48,20 @@ class Rule:
         raise NotImplementedError(f"{type(self).__name__} has no rule")
 
     @property
-    def looks_right(self) -> bool:
+    def is_noncausal(self) -> bool:
         """Whether some query may see a later key. False is a promise; True may be too careful."""
         return True
 
     @property
-    def settled(self) -> int | None:
+    def prefix_stable_after(self) -> int | None:
         """After how many tokens of a text a further one changes nothing that earlier tokens see; None: never.
 
         With a number a model can go on from a prompt of at least so many tokens, without a cache.
         """
-        return None if self.looks_right else 0
+        return None if self.is_noncausal else 0
 
     @property
-    def reach(self) -> float | None:
+    def extent(self) -> float | None:
         """How many positions on one side, the query's own included, the rule names by a number; None: it names none.
 
         Infinite where it names tokens that may be any distance away. A layer's own window that is smaller would cut
@@ -70,7 +70,7 @@ class Rule:
         return None
 
     @property
-    def widens(self) -> bool:
+    def ignores_window(self) -> bool:
         """Whether the rule holds beyond a layer's own sliding window, which otherwise applies too."""
         return False
 
@@ -130,19 +130,19 @@ class Rule:
 
     def __and__(self, other: Rule) -> Rule:
         """Seen where both rules allow it."""
-        from intaglio.masks.rules.combined import And
+        from intaglio.masks.rules.boolean import And
 
         return And((*_parts(self, And), *_parts(other, And)))
 
     def __or__(self, other: Rule) -> Rule:
         """Seen where either rule allows it."""
-        from intaglio.masks.rules.combined import Or
+        from intaglio.masks.rules.boolean import Or
 
         return Or((*_parts(self, Or), *_parts(other, Or)))
 
     def __invert__(self) -> Rule:
         """Seen where the rule forbids it."""
-        from intaglio.masks.rules.combined import Not
+        from intaglio.masks.rules.boolean import Not
 
         return self.rule if isinstance(self, Not) else Not(self)
 

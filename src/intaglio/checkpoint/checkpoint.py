@@ -1,0 +1,268 @@
+"""Checkpoint: what every method is applied to, and how it is saved."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from intaglio import atomic_io
+from intaglio.checkpoint.attachments import FOLDER, Attachment
+from intaglio.checkpoint.bundled import bundled_heads
+from intaglio.checkpoint.fingerprint import fingerprint
+from intaglio.checkpoint.record import RECORD, Record, StepRecord
+from intaglio.checkpoint.resolve import LIVE_TYPE, LIVE_WEIGHTS, silence_transformers, weights_digest
+from intaglio.environment import versions
+from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.methods.base import Fittable
+from intaglio.methods.registry import PUBLISHED, get_method
+
+
+class Checkpoint:
+    """A model with its tokenizer and its record; what every method is applied to.
+
+    Args:
+        model: a Hugging Face model, on its device, in its dtype.
+        tokenizer: its tokenizer, or None (then only token ids can be given as data).
+        source: where it came from, for the record.
+        record: what was done to it before; None: nothing.
+        attachments: what was fitted to it, by slug; None: nothing.
+        directory: where weights and attachments were read from, if from a directory.
+        companions: other files that are saved beside the weights, by their path; see `read_companions`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any = None,
+        source: str = "",
+        record: Record | None = None,
+        attachments: dict[str, Attachment] | None = None,
+        directory: Path | None = None,
+        companions: dict[str, bytes] | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.source = source
+        self.record = record or Record(source=source)
+        self.attachments = attachments or {}
+        self.companions = companions or {}
+        self._directory = directory
+
+    @property
+    def kind(self) -> Literal["standalone", "runtime"]:
+        """`baked`: the stock loader suffices; `live`: only `intaglio.load` puts all of it back."""
+        return "runtime" if self.record.live else "standalone"
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the text part."""
+        return self.model.config.get_text_config()  # type: ignore[operator, union-attr]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def context(self) -> int:
+        """The longest input in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the token embedding; a tokenizer may know fewer tokens."""
+        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the weights, shared tensors counted once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def record_step(
+        self,
+        slug: str,
+        parameters: dict[str, Any],
+        *,
+        seed: int = 0,
+        calibration: dict[str, Any] | None = None,
+        chosen: dict[str, Any] | None = None,
+        verb: Literal["carve", "fit"] = "carve",
+    ) -> None:
+        """Append a finished step to the record.
+
+        Args:
+            slug: the method.
+            parameters: its hyperparameters.
+            seed: the seed it was given.
+            calibration: what identifies its calibration data.
+            chosen: values it derived.
+            verb: whether it edited the model (`carve`, default) or attached something to it (`fit`).
+        """
+        self.record.steps.append(
+            StepRecord(
+                slug=slug, parameters=parameters, seed=seed, calibration=calibration, chosen=chosen or {}, verb=verb
+            )
+        )
+        self.record.versions = versions()
+        self.record.threads = torch.get_num_threads()
+        self.record.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
+    def set_runtime_state(self, slug: str, part: dict[str, Any] | None) -> None:
+        """Note what must be put back after a load, in the place of what the same method noted before.
+
+        Args:
+            slug: the method, a `Live` one.
+            part: data for its `restore_runtime`, ready for JSON; None: nothing.
+        """
+        others = [known for known in self.record.live if known.get("slug") != slug]
+        self.record.live = others + ([] if part is None else [{"slug": slug, **part}])
+
+    def attach(
+        self, slug: str, tensors: dict[str, Tensor], parameters: dict[str, Any], about: dict[str, Any] | None = None
+    ) -> None:
+        """Keep what a method fitted to these weights; called right after `note`.
+
+        Args:
+            slug: the method; what it attached before is replaced.
+            tensors: the content.
+            parameters: its hyperparameters.
+            about: what else it wants to know when it reads it again.
+        """
+        self.attachments[slug] = Attachment(slug, tensors, parameters, len(self.record.steps) - 1, about or {})
+
+    def decoder(self, slug: str, **fields: Any) -> Any:
+        """A decoder with what was fitted to this checkpoint, ready for `generate(custom_generate=...)`.
+
+        Where nothing was fitted, heads that come with the package are taken, if they belong to these very weights.
+
+        Args:
+            slug: the method, such as `aded`.
+            **fields: win over the hyperparameters that it was fitted with.
+
+        Raises:
+            IntaglioError: no such decoder, nothing was fitted, or it was fitted to other weights.
+        """
+        method = get_method(slug)
+        if not (method.fitted and {"decoder", "drafter"} & set(method.kinds)):
+            known = [s for s, entry in PUBLISHED.items() if entry.fitted and {"decoder", "drafter"} & set(entry.kinds)]
+            raise IntaglioError(f"{slug} is no decoder that is fitted to a checkpoint; {did_you_mean(slug, known)}")
+        if slug in self.attachments:
+            found = self.attachments[slug]
+            self._check_base(found)
+        else:
+            found = self._shipped(slug)
+        restored: Fittable = cast(type[Fittable], method).restore(found, self, **fields)
+        return restored
+
+    def _shipped(self, slug: str) -> Attachment:
+        """The heads of a method that come with the package for this very model."""
+        heads = bundled_heads(slug)
+        if heads and not any(step.verb == "carve" for step in self.record.steps):
+            own = fingerprint(self.model)
+            for one in heads:
+                if one.fits(own):
+                    return one.attachment()
+        others = (
+            f"; the heads that come with the package, for {', '.join(one.model for one in heads)} as it is, belong to "
+            "other weights"
+            if heads
+            else ""
+        )
+        raise IntaglioError(
+            f"nothing of {slug} is attached to {self.source or 'this checkpoint'}; a recipe with the step "
+            f"fit: {{{slug}: {{}}}} does that{others}"
+        )
+
+    def _check_base(self, attachment: Attachment) -> None:
+        later = [step.slug for step in self.record.steps[attachment.step + 1 :] if step.verb == "carve"]
+        if later:
+            raise IntaglioError(
+                f"the attachment {attachment.slug} was fitted before {later[0]} changed the weights; fit it again"
+            )
+        if self._directory is not None and attachment.base not in ("", weights_digest(self._directory)):
+            raise IntaglioError(
+                f"the attachment {attachment.slug} of {self._directory} belongs to other weights than those beside it; "
+                "fit it again"
+            )
+
+    def check_ids(self, ids: Tensor) -> None:
+        """Refuse token ids that the model has no embedding for, or more of them in a row than it takes.
+
+        Args:
+            ids: int64 [..., L].
+
+        Raises:
+            IntaglioError: says which id or which length.
+        """
+        rows, low, high = self.vocabulary, int(ids.min()), int(ids.max())
+        if low < 0 or high >= rows:
+            raise IntaglioError(f"token id {high if high >= rows else low} is outside the model's vocabulary of {rows}")
+        if ids.shape[-1] > self.context:
+            raise IntaglioError(f"{ids.shape[-1]} tokens are more than the model's context of {self.context}")
+
+    def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
+        """Write a Hugging Face checkpoint and `intaglio.json`, atomically.
+
+        A baked one is an ordinary one. A live one has a `model_type` of its own, so that the stock loader stops with an
+        error in the place of running another model; `intaglio.load` reads it.
+
+        Args:
+            path: the directory to make.
+            overwrite: replace one that is there. Default False.
+
+        Raises:
+            IntaglioError: the directory is taken or the disk refuses.
+        """
+        with atomic_io.directory(path, overwrite) as temporary:
+            self.write_files(temporary)
+        return Path(path)
+
+    def write_files(self, directory: Path) -> None:
+        """Write the checkpoint's files into a directory that is already there (the writer's temporary one).
+
+        Args:
+            directory: receives weights, config, generation config, tokenizer, attachments and record.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        with silence_transformers():
+            try:
+                self.model.save_pretrained(directory)  # type: ignore[operator]
+            except SafetensorError as error:
+                # safetensors hides the errno in its own exception; the writer turns OSError into a sentence.
+                raise OSError(0, str(error)) from error
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(directory)
+        for place, content in self.companions.items():
+            (directory / place).parent.mkdir(exist_ok=True)
+            (directory / place).write_bytes(content)
+        if self.kind == "runtime":
+            _hide_from_stock(directory)
+        if self.attachments:
+            base = weights_digest(directory)
+            self.attachments = {slug: attachment.of(base) for slug, attachment in self.attachments.items()}
+            (directory / FOLDER).mkdir()
+            for attachment in self.attachments.values():
+                attachment.write(directory / FOLDER)
+        (directory / RECORD).write_text(atomic_io.to_json(self.record.model_dump()), encoding="utf-8")
+
+
+def _hide_from_stock(directory: Path) -> None:
+    """Give a saved checkpoint the type and the file names of a live one."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model_type"] = LIVE_TYPE + config["model_type"]
+    file.write_text(atomic_io.to_json(config), encoding="utf-8")
+    for name, other in (
+        ("model.safetensors", LIVE_WEIGHTS),
+        ("model.safetensors.index.json", f"{LIVE_WEIGHTS}.index.json"),
+    ):
+        if (directory / name).is_file():
+            (directory / name).rename(directory / other)

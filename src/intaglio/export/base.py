@@ -1,0 +1,158 @@
+"""What the formats of quantized weights ask of a checkpoint, and how one is written.
+
+Dimension letters: O output features, I input features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from intaglio import atomic_io
+from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.resolve import silence_transformers
+from intaglio.errors import IntaglioError
+from intaglio.methods.weights.bitnet import BitLinear, BitNet, PackedLinear, Quantization
+from intaglio.modeling.replacement import FusedLinears, ReplacedLinear
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a format puts in the place of the quantized projections.
+
+    Args:
+        tensors: by name; `{module}.{tensor}`.
+        config: `quantization_config` of the configuration; empty for plain weights.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A quantized projection as the stock model has it, fused parts together.
+
+    Args:
+        name: of its module.
+        parts: its layers, one unless it is fused.
+        codes_OI: whole numbers, int8.
+        scale_O1: of each row, float32: a weight is code / scale.
+        bias_O: or None.
+    """
+
+    name: str
+    parts: tuple[BitLinear | PackedLinear, ...]
+    codes_OI: Tensor
+    scale_O1: Tensor
+    bias_O: Tensor | None
+
+
+def quantization_of(checkpoint: Checkpoint, format: str) -> Quantization:
+    """How the checkpoint is quantized, if that is all that is live in it.
+
+    Args:
+        checkpoint: any.
+        format: for sentences.
+
+    Raises:
+        IntaglioError: nothing is quantized, or another live part is there.
+    """
+    slugs = [str(part.get("slug")) for part in checkpoint.record.live]
+    other = [slug for slug in slugs if slug != BitNet.slug]
+    if other:
+        raise IntaglioError(f"the format {format} has no place for the live part of {other[0]}")
+    if not slugs:
+        raise IntaglioError(
+            f"nothing in the checkpoint is quantized, which the format {format} is for; a bitnet step does that, and "
+            "plain weights have the format safetensors"
+        )
+    return Quantization(**checkpoint.record.live[0]["quantization"])
+
+
+@torch.no_grad()
+def projections(model: nn.Module) -> list[Projection]:
+    """The quantized projections, in the order of the modules.
+
+    Args:
+        model: of a checkpoint.
+    """
+    found: list[Projection] = []
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside or not isinstance(module, ReplacedLinear):
+            continue
+        inside.update(map(id, module.modules()))
+        parts: Any = (module,)
+        places: Any = slice(None)
+        if isinstance(module, FusedLinears):
+            parts, places = tuple(module.parts), module.places
+        scales = [part.scale() if isinstance(part, BitLinear) else part.weight_scale for part in parts]
+        scale_O1 = torch.cat([s.float().expand(part.out_features, 1) for s, part in zip(scales, parts, strict=True)])
+        codes_OI = torch.cat([part.codes() for part in parts]).to(torch.int8)
+        bias_O = None if parts[0].bias is None else torch.cat([part.bias for part in parts])[places].cpu()
+        found.append(Projection(name, parts, codes_OI[places].cpu(), scale_O1[places].cpu(), bias_O))
+    return found
+
+
+def stock_linears(checkpoint: Checkpoint, format: str, taken: list[Projection]) -> list[str]:
+    """The names of the stock model's linear layers that are not quantized.
+
+    Args:
+        checkpoint: any.
+        format: for the sentence.
+        taken: those that are.
+
+    Raises:
+        IntaglioError: a quantized projection is no `nn.Linear` in the stock model.
+    """
+    with torch.device("meta"):
+        stock = type(checkpoint.model)(checkpoint.model.config)
+    linears = [name for name, module in stock.named_modules() if isinstance(module, nn.Linear)]
+    names = {projection.name for projection in taken}
+    other = sorted(names - set(linears))
+    if other:
+        raise IntaglioError(
+            f"{other[0]} is a {type(stock.get_submodule(other[0])).__name__} in the stock model, which the format "
+            f"{format} cannot quantize; it knows linear layers alone"
+        )
+    return [name for name in linears if name not in names]
+
+
+def write(checkpoint: Checkpoint, found: Exported, directory: Path) -> None:
+    """Write the files.
+
+    Args:
+        checkpoint: gives everything but the quantized projections.
+        found: these, and their configuration.
+        directory: receives them.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    model: Any = checkpoint.model
+    own = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ReplacedLinear))
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith(own or ("\0",))}
+    state |= {name: value.contiguous() for name, value in found.tensors.items()}
+    with silence_transformers():
+        try:
+            model.save_pretrained(directory, state_dict=state)
+        except SafetensorError as error:
+            raise OSError(0, str(error)) from error
+        if checkpoint.tokenizer is not None:
+            checkpoint.tokenizer.save_pretrained(directory)
+    for place, content in checkpoint.companions.items():
+        (directory / place).parent.mkdir(exist_ok=True)
+        (directory / place).write_bytes(content)
+    if found.config:
+        file = directory / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["quantization_config"] = dict(found.config)
+        file.write_text(atomic_io.to_json(config), encoding="utf-8")

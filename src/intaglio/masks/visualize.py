@@ -1,0 +1,236 @@
+"""What each layer of a model sees, as a picture and in numbers: `intaglio inspect MODEL --masks`.
+
+Layers that see the same are shown once. Standing alone, the picture brings its colours with it, light and dark.
+
+Dimension letters: N layers, H heads, Q query positions, K key positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import torch
+from rich.text import Text
+from torch import Tensor, nn
+
+from intaglio.masks.registry import describe
+from intaglio.masks.rules import Rule
+from intaglio.masks.visibility import get_visibility, visible
+from intaglio.modeling.anatomy import anatomy
+from intaglio.report.svg import clean_text
+
+LENGTH = 32
+"""Tokens that are shown by default; a longer window needs more."""
+WIDTH, SIDE, GAP, ACROSS = 900, 190, 34, 4
+STRIP = 26
+_SHADES = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)")
+_STYLE = """
+.masks { --ink: #1d1a17; --muted: #6a635b; --rule: #e0dad0; --paper: #fdfcfa; --bare: #f1ece4;
+  --a: #9c4519; --b: #2f6473; --c: #7a6a17; --d: #6b3f77; --e: #3d6b35; --f: #8a2f45;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, Helvetica, Arial, sans-serif; background: var(--paper); }
+@media screen and (prefers-color-scheme: dark) { .masks { --ink: #ece7e0; --muted: #a79e93; --rule: #3a352f;
+  --paper: #161412; --bare: #24201c;
+  --a: #eba06f; --b: #7fb9c9; --c: #d2bf62; --d: #c49bd0; --e: #93c389; --f: #e28aa0; } }
+.masks text { fill: var(--ink); font-size: 13px; } .masks .small { font-size: 11.5px; fill: var(--muted); }
+.masks .strong { font-weight: 600; font-size: 15px; }
+.masks .frame { fill: none; stroke: var(--rule); } .masks .bare { fill: var(--bare); }
+.masks .diagonal { stroke: var(--muted); stroke-width: 0.75; stroke-dasharray: 3 3; }
+"""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Layers that see the same.
+
+    Args:
+        layers: their numbers, from 0.
+        rule: their rule; None for the model's own mask.
+        window: their sliding window in tokens; None without one.
+        seen_HQK: what they see, bool; H is 1 where all heads see the same.
+    """
+
+    layers: tuple[int, ...]
+    rule: Rule | None
+    window: int | None
+    seen_HQK: Tensor
+
+    @property
+    def name(self) -> str:
+        """What they see, in words."""
+        if self.rule is not None:
+            words = describe(self.rule)
+            wide = self.rule.ignores_window
+        else:
+            right, left = self.is_noncausal, bool(self.seen_HQK.tril(-1).any())
+            words, wide = "both ways" if right and left else "causal" if left else "itself", False
+        window = f", window {self.window}" if self.window is not None and not wide else ""
+        return f"{words}{window}" + (" (stock)" if self.rule is None else "")
+
+    @property
+    def is_noncausal(self) -> bool:
+        """Whether a query sees a later key, among the positions shown."""
+        return bool(self.seen_HQK.triu(1).any())
+
+    @property
+    def share(self) -> float:
+        """The share of all pairs of positions that is seen."""
+        return float(self.seen_HQK.float().mean())
+
+    @property
+    def where(self) -> str:
+        """The layers as short text: `0–3, 8`."""
+        runs: list[list[int]] = []
+        for layer in self.layers:
+            if runs and layer == runs[-1][-1] + 1:
+                runs[-1].append(layer)
+            else:
+                runs.append([layer])
+        return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
+
+
+def groups(model: nn.Module, length: int = LENGTH) -> list[Group]:
+    """Return the groups of layers that see the same, in the order of their first layer.
+
+    Args:
+        model: a Hugging Face text model; no block of it is run.
+        length: tokens of a row without padding. Default 32.
+
+    Raises:
+        IntaglioError: the length is out of range, or the model does not ask transformers for its masks.
+    """
+    windows, rules = anatomy(model).windows, get_visibility(model)
+    found: list[Group] = []
+    for layer, seen_HQK in enumerate(visible(model, length)):
+        small_HQK = seen_HQK[:1] if bool((seen_HQK == seen_HQK[:1]).all()) else seen_HQK
+        rule, window = rules.get(layer), windows[layer]
+        for place, group in enumerate(found):
+            same = (group.rule, group.window) == (rule, window) and torch.equal(group.seen_HQK, small_HQK)
+            if same:
+                found[place] = Group((*group.layers, layer), rule, window, small_HQK)
+                break
+        else:
+            found.append(Group((layer,), rule, window, small_HQK))
+    return found
+
+
+def as_json(found: list[Group]) -> list[dict[str, Any]]:
+    """Return the groups as plain data: layers, rule, window, and rows of 0 and 1 for each head (one where all agree).
+
+    Args:
+        found: from `groups`.
+    """
+    return [
+        {
+            "layers": list(group.layers),
+            "name": group.name,
+            "rule": None if group.rule is None else group.rule.to_dict(),
+            "window": group.window,
+            "is_noncausal": group.is_noncausal,
+            "share": group.share,
+            "visible": [["".join("01"[int(cell)] for cell in row) for row in head] for head in group.seen_HQK.tolist()],
+        }
+        for group in found
+    ]
+
+
+def drawing(group: Group, most: int = 24) -> Text:
+    """Return a small drawing for the terminal: a key a character, two queries a line; heads are laid over each other.
+
+    Args:
+        group: what is drawn.
+        most: positions that are drawn, from the first. Default 24.
+    """
+    seen_QK = group.seen_HQK.any(0)[:most, :most]
+    rows = []
+    for upper, lower in zip(seen_QK[::2], seen_QK[1::2], strict=False):
+        cells = zip(upper.tolist(), lower.tolist(), strict=True)
+        rows.append("".join("█" if a and b else "▀" if a else "▄" if b else "·" for a, b in cells))
+    return Text("\n".join(rows))
+
+
+def svg(title: str, found: list[Group]) -> str:
+    """Draw what each layer sees: a strip of all layers, and below it a panel for each group, queries down, keys across.
+
+    Where heads differ, a cell is as dark as the share of heads that see it.
+
+    Args:
+        title: what the model is called.
+        found: from `groups`.
+
+    Returns:
+        An SVG document.
+    """
+    depth = sum(len(group.layers) for group in found)
+    rows = -(-len(found) // ACROSS)
+    top = 110
+    height = top + rows * (SIDE + 78) + 16
+    length = found[0].seen_HQK.shape[-1]
+    title = clean_text(title)
+    said = "; ".join(f"layers {group.where}: {group.name}" for group in found)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" class="masks" '
+        f'aria-label="{escape(f"What each layer of {title} sees: {said}", quote=True)}">',
+        f"<title>{escape(f'What each layer of {title} sees')}</title><desc>{escape(said)}</desc>",
+        f"<style>{_STYLE}</style>",
+        _text(16, 28, _cut(title, 90), "strong"),
+        _text(
+            16,
+            48,
+            f"Layers from the input (left) to the output; below, queries down and keys across, of {length} tokens.",
+            "small",
+        ),
+    ]
+    wide = (WIDTH - 32) / depth
+    shade = {layer: _SHADES[n % len(_SHADES)] for n, group in enumerate(found) for layer in group.layers}
+    for layer in range(depth):
+        x = 16 + layer * wide
+        parts.append(
+            f'<rect x="{x:.1f}" y="60" width="{max(wide - 2, 1):.1f}" height="{STRIP}" rx="2" fill="{shade[layer]}">'
+            f"<title>layer {layer}</title></rect>"
+        )
+        if wide > 18 or layer % 5 == 0:
+            parts.append(_text(x, 60 + STRIP + 14, str(layer), "small"))
+    for number, group in enumerate(found):
+        x = 16 + (number % ACROSS) * (SIDE + GAP)
+        y = top + 46 + (number // ACROSS) * (SIDE + 78)
+        parts += _panel(x, y, group, _SHADES[number % len(_SHADES)])
+    return "".join([*parts, "</svg>\n"])
+
+
+def _text(x: float, y: float, text: str, kind: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(text)}</text>'
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _panel(x: float, y: float, group: Group, colour: str) -> list[str]:
+    seen_QK = group.seen_HQK.float().mean(0)
+    length = seen_QK.shape[-1]
+    cell = SIDE / length
+    label = f"layer{'s' if len(group.layers) > 1 else ''} {group.where}"
+    parts = [
+        _text(x, y - 24, _cut(label, 26)),
+        f"<g><title>{escape(group.name)}</title>{_text(x, y - 8, _cut(group.name, 32), 'small')}</g>",
+        f'<rect x="{x}" y="{y}" width="{SIDE}" height="{SIDE}" class="bare"/>',
+        '<g shape-rendering="crispEdges">',
+    ]
+    # One rectangle for each run of equal cells in a row: pictures of long rows stay small.
+    for query, row in enumerate(seen_QK.tolist()):
+        start = 0
+        for key in range(1, length + 1):
+            if key == length or row[key] != row[start]:
+                if row[start]:
+                    parts.append(
+                        f'<rect x="{x + start * cell:.2f}" y="{y + query * cell:.2f}" height="{cell:.2f}" '
+                        f'width="{(key - start) * cell:.2f}" fill="{colour}" fill-opacity="{row[start]:.2f}"/>'
+                    )
+                start = key
+    parts.append("</g>")
+    parts.append(f'<line x1="{x}" y1="{y}" x2="{x + SIDE}" y2="{y + SIDE}" class="diagonal"/>')
+    parts.append(f'<rect x="{x}" y="{y}" width="{SIDE}" height="{SIDE}" class="frame"/>')
+    parts.append(_text(x, y + SIDE + 15, f"{group.share:.0%} of all pairs", "small"))
+    return parts

@@ -1,0 +1,63 @@
+"""What a token reads of the weights of the blocks' projections: dense, by R-Sparse, by TEAL and by CATS."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.methods.activations.r_sparse.linear import Cut, SparseLinear
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.replacement import module_names
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Bytes of the projections of each block, and those of them that a token reads.
+
+    Args:
+        read: bytes that are read, factors of low rank among them; one number a block.
+        dense: bytes of the weights that there are.
+    """
+
+    read: tuple[float, ...]
+    dense: tuple[float, ...]
+
+    @property
+    def share(self) -> float:
+        """What is read of what there is, all blocks together."""
+        return sum(self.read) / sum(self.dense)
+
+
+def reading(checkpoint: Checkpoint, left_out: Mapping[str, float] | None = None) -> Reading:
+    """Bytes that a token reads of the weights of each block's projections.
+
+    Args:
+        checkpoint: with sparse layers, or without: then everything is read.
+        left_out: by module name, the share of the inputs that each leaves out, as `measures.units.counted` finds it on
+            some text: what calibration promised differs there. None: none.
+    """
+    parts, names, left_out = anatomy(checkpoint.model), module_names(checkpoint.model), left_out or {}
+    all_read, all_dense = [], []
+    for index, block in enumerate(parts.blocks):
+        size = {
+            linear.role: float(linear.shape[0] * linear.shape[1] * linear.read().element_size())
+            for linear in parts.linears(index)
+        }
+        read = dense = sum(size.values())
+        for module in block.modules():
+            if isinstance(module, SparseLinear):
+                element = module.weight.element_size()
+                whole = float(module.in_features * module.out_features * element)
+                low = module.rank * (module.in_features + module.out_features) * element
+                dense += whole
+                read += (1 - left_out.get(names[id(module)], 0.0)) * whole + low
+            elif isinstance(module, Cut):
+                # A unit that is off needs no row of `up`; that it needs no column of `down` is counted there.
+                read -= left_out.get(names[id(module)], 0.0) * size["up"]
+        all_read.append(read)
+        all_dense.append(dense)
+    return Reading(tuple(all_read), tuple(all_dense))
+
+
+__all__ = ["Reading", "reading"]

@@ -1,0 +1,352 @@
+"""ADED (Liu et al., AAAI 2025): lossless drafting by tree search over a tri-gram table that adapts while decoding.
+
+model.generate(**inputs, custom_generate=ADED(corpus=texts))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import BeforeValidator, Field, InstanceOf, PrivateAttr, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
+from transformers import PreTrainedTokenizerBase
+
+from intaglio.checkpoint import Checkpoint, load_tokenizer
+from intaglio.checkpoint.attachments import Attachment
+from intaglio.data.texts import Corpus
+from intaglio.errors import IntaglioError
+from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Progress, Workload, no_progress
+from intaglio.methods.decoding.aded.corpus import count_tokens, make_table, read_corpus
+from intaglio.methods.decoding.aded.memory import Memory
+from intaglio.methods.decoding.aded.search import best_first, full, greedy, mcts, most_visited, shares, trim, worthwhile
+from intaglio.methods.decoding.aded.table import ENTRIES, Table
+from intaglio.speculative import decoder_mixin
+from intaglio.speculative.protocols import Run, Session, Step, by_row
+from intaglio.speculative.tree import TokenTree, root_only, trie
+
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": "integer"}}}
+_CORPUS = {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"type": "string"}}, _IDS, {"type": "null"}]}
+_LEARNT = 100_000
+"""Learnt rows kept from run to run at the most."""
+
+
+_MEMORY, _PRIOR = 0.95, 2.0
+"""How what shares promised and what was accepted fades from step to step, and how many tokens count as kept before."""
+
+
+class ADED(decoder_mixin.Drafting, Method, slug="aded"):
+    """Draft from a table M[(a, b)][c] of how likely c follows a, b; let the target verify; let the table learn.
+
+    Every step, with s the tokens so far, the last one x* not yet read by the target:
+
+    1. *Adapt.* For each tri-gram inside the last `window` tokens of s: M[(s_i, s_i+1)][s_i+2] += `boost`, at most
+       `cap`.
+    2. *Search* from the key (s_-2, x*), `iterations` times: descend by the largest
+
+           PUCT = S/n + (c1 + ln((N + c2 + 1) / c2)) p sqrt(N) / (1 + n)        (infinite where n = 0)
+
+       (S: sum of rewards, n: visits, p = M[parent's key][token], N: the parent's visits) down to a node that has no
+       children yet or lies `length` keys deep; give it all of its successors as children and go on in the last; from
+       there draw tokens in proportion to M. The reward, 1 + the sum of M along the path, goes to the whole path.
+    3. *Draft.* The `candidates` most visited nodes are candidate continuations, each with its most likely next token.
+       They are trimmed and merged into a tree of at most `nodes` tokens, which one pass of the target verifies.
+       Of these only as many as promise to be worth their cost are verified.
+
+    The output is the target's own, whatever the table holds. The table of the corpus is never changed: what is learnt
+    belongs to one row of one run (or to this object, with `carry_over`).
+
+    The defaults are scaled to small targets on a CPU, where (with `prepack`) a pass over 4 tokens costs as much as one
+    over a single token, over 8 about 1.2 and over 16 about 1.5 times that: at most 15 nodes, and no more than promise
+    to be worth it (`token_cost`; on a GPU, where rows cost nothing, set it to 0). A small tree holds few branches, so
+    it goes deeper (`length`), and what was just said has to outrank the corpus sooner (`boost`). The whole prompt is
+    learnt from, not its end alone (`prompt`), and what followed two tokens once in the corpus is not certain to follow
+    them (`discount`). `ADED.paper()` has the constants of the paper and its released code.
+
+    Args:
+        corpus: what M is counted in: the name of a bundled corpus, a text file or a folder; a list of texts; a list of
+            sequences of token ids; a `Table` or the file of one. Read at the first use. Default: none, so M holds only
+            what is learnt.
+        entries: most entries of the table; the rarest are given up. Default 2,000,000 (at most 48 MB).
+        discount: added to a row's total when the weights are made: in a small corpus what followed two tokens once is
+            no certainty. Default 1; paper 0.
+        top: successors of a row that are taken from the corpus, without renormalising; learnt rows may grow beyond.
+            Default 12.
+        adaptive: whether the table learns. Default true.
+        prompt: boosts that every tri-gram of the whole prompt gets before the first step. Default 3; paper 0: of the
+            prompt, only what lies in the window is learnt.
+        window: tokens whose tri-grams are boosted at a step. Default 16.
+        boost: what a tri-gram gains. Default 0.2; paper 0.04.
+        cap: the largest weight that it can gain. Default 3.
+        carry_over: keep what is learnt from run to run, the newest 100,000 rows. Default false.
+        search: `mcts`; or what it is held against: `greedy` (one chain), `full` (all the table knows, level by level)
+            or `best` (best first by the product of the shares). Default `mcts`.
+        reward: `path` as above, or `official`: the released code looks up the token that the key already ends in, so
+            that nearly every reward is 1. Default `path`.
+        iterations: of the search. Default 64; paper 150.
+        length: keys of a path at the most, the root's included; so drafts have at most as many tokens. Default 8;
+            paper 4.
+        c1: weight of the priors. Default 32.
+        c2: visits after which that weight begins to grow. Default 8.
+        candidates: nodes taken from the search. Default 24.
+        trim: `visits`: the candidates are merged in the order of their visits until `nodes` are there; `distinct`:
+            candidates with many distinct tokens go until these sum to `choices`, then the shortest are merged first, as
+            in the paper. Default `visits`.
+        choices: the sum for `distinct`. Default 64.
+        nodes: most drafted tokens of a tree. Default 15; paper 64.
+        draft_cost: what any draft adds to the cost of a pass, in passes over one token. Default 0; without
+            `prepack` about 0.35.
+        token_cost: what each drafted token adds to it. Of the tree, the part is verified that promises the most tokens,
+            by the table, for what its pass costs; none where that is a pass without. What the table promises is scaled
+            by how much of its promises was kept in the last steps. Default 0.035; paper 0: all of it.
+        seed: of the search's draws, for each row apart. Default 0.
+        tokenizer: the target's, for a corpus of texts. Default: the one beside the target's weights.
+        streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
+        on_step: called with each row's `Step` after every pass.
+        generator: what the target's draws come from (sampling). Default: torch's global generator.
+        prepack: whether passes on a CPU use weights laid out beforehand; see `Speculative`. Default: where it pays.
+
+    Raises:
+        IntaglioError: (at the first use) a corpus of another tokenizer or vocabulary, texts without a tokenizer, and
+            all that `Speculative` refuses.
+
+    Source: Liu, Lei, Zhang and Xu, Adaptive Draft-Verification for Efficient Large Language Model Decoding, AAAI 2025,
+    arXiv 2407.12021, with the released code's constants. Sampling verifies one draw a node, as `verify.sampling` says,
+    so its law is the target's.
+    """
+
+    requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache", "tokenizer"})
+    changes: ClassVar[frozenset[ModelAspect]] = frozenset()
+    needs_hidden: ClassVar[bool] = False
+
+    corpus: Annotated[Any, BeforeValidator(read_corpus), WithJsonSchema(_CORPUS)] = None
+    entries: Annotated[int, Field(ge=1, le=100_000_000)] = ENTRIES
+    discount: Annotated[float, Field(ge=0, le=1000)] = 1.0
+    top: Annotated[int, Field(ge=1, le=10_000)] = 12
+    adaptive: bool = True
+    prompt: Annotated[int, Field(ge=0, le=10_000)] = 3
+    window: Annotated[int, Field(ge=3, le=10_000)] = 16
+    boost: Annotated[float, Field(gt=0, le=100)] = 0.2
+    cap: Annotated[float, Field(gt=0, le=100)] = 3.0
+    carry_over: bool = False
+    search: Literal["mcts", "greedy", "full", "best"] = "mcts"
+    reward: Literal["path", "official"] = "path"
+    iterations: Annotated[int, Field(ge=1, le=100_000)] = 64
+    length: Annotated[int, Field(ge=1, le=64)] = 8
+    c1: Annotated[float, Field(ge=0, le=1e6)] = 32.0
+    c2: Annotated[float, Field(gt=0, le=1e6)] = 8.0
+    candidates: Annotated[int, Field(ge=1, le=10_000)] = 24
+    trim: Literal["visits", "distinct"] = "visits"
+    choices: Annotated[int, Field(ge=1, le=10_000)] = 64
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 15
+    draft_cost: Annotated[float, Field(ge=0, le=100)] = 0.0
+    token_cost: Annotated[float, Field(ge=0, le=100)] = 0.035
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
+
+    _table: Table | None = PrivateAttr(None)
+    _learnt: dict[int, dict[int, float]] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> Self:
+        """The constants of the paper and its released code: 150 iterations, 4 keys, trees of 64 nodes, boosts of 0.04.
+
+        Args:
+            overrides: fields that the caller sets.
+        """
+        constants: dict[str, Any] = {
+            "discount": 0.0, "top": 12, "prompt": 0, "window": 16, "boost": 0.04, "cap": 3.0, "iterations": 150,
+            "length": 4, "c1": 32.0, "c2": 8.0, "candidates": 24, "trim": "distinct", "choices": 64, "nodes": 64,
+            "draft_cost": 0.0, "token_cost": 0.0,
+        }  # fmt: skip
+        return cls(**constants | overrides)
+
+    def start(self, run: Run) -> Session:
+        """Begin a run; see `Drafter.start`.
+
+        Args:
+            run: what is known before the first pass.
+
+        Raises:
+            IntaglioError: the corpus cannot be read, or is another tokenizer's.
+        """
+        table = self.table(run.model)
+        return by_row(run, lambda prompt: Drafting(self, table, prompt, self._learnt if self.carry_over else None))
+
+    def table(self, model: Any) -> Table:
+        """The table of the corpus, made at the first use and kept.
+
+        Args:
+            model: the target.
+
+        Raises:
+            IntaglioError: as `start`.
+        """
+        vocabulary = int(model.get_input_embeddings().num_embeddings)
+        if self._table is None or self._table.vocabulary != vocabulary:
+            tokenizer, source = self.tokenizer, str(getattr(model, "name_or_path", ""))
+            if tokenizer is None and self.corpus is not None and source:
+                tokenizer = load_tokenizer(source)
+            self._table, _ = make_table(self.corpus, vocabulary, tokenizer, self.entries, self.discount)
+            self._learnt.clear()
+        return self._table
+
+    def fit(
+        self,
+        checkpoint: Checkpoint,
+        texts: Any = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 4,
+        directory: Path | None = None,
+        resume: bool = False,
+        progress: Progress = no_progress,
+    ) -> Checkpoint:
+        """Build the table and attach it to a checkpoint, whose weights stay as they are.
+
+        Args:
+            checkpoint: a decoder with its tokenizer.
+            texts: what M is counted in, unless the field `corpus` names something.
+            seed: noted in the record; nothing is drawn.
+            batch_size: not used.
+            directory: not used: counting takes too little to be resumed.
+            resume: not used.
+            progress: called as texts are read.
+
+        Raises:
+            IntaglioError: neither corpus nor texts, or one that cannot be read.
+        """
+        corpus = read_corpus(texts) if self.corpus is None else self.corpus
+        if corpus is None:
+            raise IntaglioError("a table has to be counted in something; give aded a corpus")
+        vocabulary = int(checkpoint.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        tokenizer = self.tokenizer or checkpoint.tokenizer
+        table, about = make_table(corpus, vocabulary, tokenizer, self.entries, self.discount, progress)
+        named = self.corpus if isinstance(self.corpus, str) else None
+        parameters = self.model_dump() | {"corpus": named}
+        checkpoint.record_step(
+            self.slug,
+            parameters,
+            seed=seed,
+            chosen={**about, "rows": len(table), "entries": len(table.tokens_E), "bytes": table.bytes},
+            verb="fit",
+        )
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in table.arrays().items()}
+        checkpoint.attach(self.slug, tensors, parameters, table.about())
+        return checkpoint
+
+    @classmethod
+    def restore(cls, attachment: Attachment, checkpoint: Checkpoint, **fields: Any) -> Self:
+        """The decoder out of what `fit` attached.
+
+        Args:
+            attachment: of the checkpoint.
+            checkpoint: whose tokenizer the table must have.
+            **fields: win over the fields that it was fitted with.
+
+        Raises:
+            IntaglioError: the attachment is no table.
+        """
+        arrays = {name: tensor.numpy() for name, tensor in attachment.tensors.items()}
+        table = Table.of(arrays, attachment.about, f"the attachment {attachment.slug}")
+        given = {"corpus": table, "tokenizer": checkpoint.tokenizer}
+        return cls(**attachment.parameters | given | fields)
+
+    def estimate_fit(self, workload: Workload, texts: Corpus) -> Cost:
+        """Reading texts and counting: a few passes over the corpus's tokens, no product.
+
+        Args:
+            workload: not used.
+            texts: what is read, unless the field `corpus` names something.
+        """
+        tokens = count_tokens(texts if self.corpus is None else self.corpus)
+        # Tokenising a token takes about as long as a selection over a hundred numbers.
+        return Cost(sorted_elements=100.0 * tokens, extra_bytes=24 * min(tokens, 4 * self.entries))
+
+
+class Drafting:
+    """ADED at work on one row; a `RowSession`.
+
+    Args:
+        settings: the method.
+        table: of the corpus.
+        prompt: token ids.
+        learnt: rows learnt before, which are changed. Default None: none, and they end with the row.
+    """
+
+    def __init__(
+        self, settings: ADED, table: Table, prompt: Sequence[int], learnt: dict[int, dict[int, float]] | None = None
+    ) -> None:
+        self.memory = Memory(table, settings.top, learnt, None if learnt is None else _LEARNT)
+        self._settings = settings
+        if settings.adaptive and settings.prompt:
+            self.memory.adapt(prompt, settings.boost * settings.prompt, settings.cap)
+        self._ids = list(prompt[-settings.window :])
+        self._rng = Random(settings.seed)
+        self._promised = self._accepted = 0.0  # of late
+
+    def observe(self, step: Step) -> None:
+        """Take in what was said.
+
+        Args:
+            step: its tokens.
+        """
+        self._ids = [*self._ids, *step.tokens][-self._settings.window :]
+        self._accepted = _MEMORY * self._accepted + step.drafted
+
+    def propose(self, room: int) -> TokenTree:
+        """Adapt, search and draft.
+
+        Args:
+            room: most drafted tokens in a row that can be used.
+        """
+        settings = self._settings
+        if settings.adaptive:
+            self.memory.adapt(self._ids, settings.boost, settings.cap)
+        if room < 1 or len(self._ids) < 2:
+            return root_only(self._ids[-1])
+        tree = trie(self._ids[-1], self.paths(), settings.nodes)
+        if len(tree) == 1 or not (settings.draft_cost or settings.token_cost):
+            return tree
+        likely = shares(self.memory, self._root, tree)
+        trust = (self._accepted + _PRIOR) / (self._promised + _PRIOR)
+        tree = worthwhile(tree, likely, settings.draft_cost, settings.token_cost, trust)
+        self._promised = _MEMORY * self._promised + sum(shares(self.memory, self._root, tree)) - 1
+        return tree
+
+    @property
+    def _root(self) -> int:
+        return self._ids[-2] * self.memory.vocabulary + self._ids[-1]
+
+    def paths(self) -> list[tuple[int, ...]]:
+        """The continuations to verify, in the order in which they are merged."""
+        settings, memory, root = self._settings, self.memory, self._root
+        if memory.row(root) is None:
+            return []
+        if settings.search == "greedy":
+            found = greedy(memory, root, settings.length)
+        elif settings.search == "full":
+            found = full(memory, root, settings.length, settings.nodes)
+        elif settings.search == "best":
+            found = best_first(memory, root, settings.length, settings.nodes)
+        else:
+            tree = mcts(
+                memory,
+                root,
+                iterations=settings.iterations,
+                length=settings.length,
+                c1=settings.c1,
+                c2=settings.c2,
+                reward=settings.reward,
+                rng=self._rng,
+            )
+            found = most_visited(memory, tree, settings.candidates)
+        return trim(found, settings.choices) if settings.trim == "distinct" else found
+
+
+__all__ = ["ADED", "Table"]

@@ -1,0 +1,183 @@
+"""Data reconfiguration: rows with PAD inputs in the place of a unit's tokens, which are to be predicted at once.
+
+For a unit y_s .. y_e, read from the token before it (the anchor a = s - 1): the input at the place s + j - 1 is PAD and
+its target y_{s+j}, j = 1 .. e - s; y_s itself is the anchor's ordinary target. Two layouts do that:
+
+- `packed`: the row stays as it is, and behind its tokens stands a group of PADs for each anchor drawn. A PAD sees the
+  real tokens of its document up to the anchor, and the PADs before it in its group; no real token sees a PAD.
+- `truncated`: for each anchor drawn, a row more: the document up to the anchor, then k - 1 PADs; those beyond the unit
+  have no target.
+
+Both give the same logits at every PAD, so the same loss.
+
+Dimension letters: B rows, T tokens of a row, S slots of a row (tokens, PADs, padding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from intaglio.methods.decoding.lud.units import Unit
+from intaglio.speculative.target_model import Reader
+from intaglio.trainer.causal_lm import IGNORED, causal_batch, positions, starts, targets
+from intaglio.trainer.protocols import Batch, Example
+
+_RULE = ("document", "limit", "group")
+
+
+def as_tensors(rows: Sequence[Example]) -> Batch:
+    """Return rows as tensors alone, padded behind: `input_ids` and `labels` [B, T], and `lengths` of the documents.
+
+    Args:
+        rows: as `trainer.causal` makes them.
+    """
+    batch = {
+        "input_ids": [row["input_ids"] for row in rows],
+        "labels": [row["labels"] if row.get("labels") is not None else row["input_ids"] for row in rows],
+        "lengths": [torch.diff(starts(row), append=torch.tensor([len(row["input_ids"])])) for row in rows],
+    }
+    return {name: nn.utils.rnn.pad_sequence(values, batch_first=True) for name, values in batch.items()}
+
+
+def as_rows(batch: Batch) -> list[Example]:
+    """Return the rows that `as_tensors` was given, on the CPU.
+
+    Args:
+        batch: from `as_tensors`.
+    """
+    rows = []
+    for ids_T, labels_T, lengths in zip(
+        *(batch[name].cpu() for name in ("input_ids", "labels", "lengths")), strict=True
+    ):
+        size = int(lengths.sum())
+        rows.append({"input_ids": ids_T[:size], "labels": labels_T[:size], "lengths": lengths[lengths > 0]})
+    return rows
+
+
+def drawn(spans: Sequence[Unit], most: int, rng: torch.Generator) -> list[Unit]:
+    """Return at most `most` of a row's units, drawn uniformly, in order.
+
+    Args:
+        spans: to choose from.
+        most: how many.
+        rng: source of the draw.
+    """
+    chosen = torch.randperm(len(spans), generator=rng)[:most].tolist()
+    return [spans[place] for place in sorted(chosen)]
+
+
+def packed(rows: Sequence[Example], chosen: Sequence[Sequence[Unit]], pad: int) -> Batch:
+    """Return the batch of rows with their groups of PADs behind them.
+
+    `input_ids`, `position_ids`, `target` (real tokens) and `pads` (PADs) [B, S]; `document`, `limit` and `group` [B, S]
+    are what `visible` is made of.
+
+    Args:
+        rows: as `trainer.causal` makes them.
+        chosen: units of each.
+        pad: id of PAD.
+    """
+    made = [_with_groups(row, units, pad) for row, units in zip(rows, chosen, strict=True)]
+    empty = {"input_ids": 0, "position_ids": 0, "target": IGNORED, "pads": IGNORED, "document": -1, "limit": -1,
+             "group": 0}  # fmt: skip
+    batch: Batch = {
+        name: nn.utils.rnn.pad_sequence([row[name] for row in made], batch_first=True, padding_value=value)
+        for name, value in empty.items()
+    }
+    return batch | {"weight": _scored(batch["target"])}
+
+
+def _with_groups(row: Example, units: Sequence[Unit], pad: int) -> dict[str, Tensor]:
+    ids_T, place_T = row["input_ids"], positions(row)
+    slots_T = torch.arange(len(ids_T))
+    document_T = torch.searchsorted(starts(row), slots_T, right=True)
+    made = {
+        "input_ids": [ids_T],
+        "position_ids": [place_T],
+        "target": [targets(row)],
+        "pads": [torch.full_like(ids_T, IGNORED)],
+        "document": [document_T],
+        "limit": [slots_T],
+        "group": [torch.zeros_like(ids_T)],
+    }
+    for number, (begin, end) in enumerate(units, 1):
+        anchor, count = begin - 1, end - begin
+        ones = torch.ones(count, dtype=torch.int64)
+        made["input_ids"].append(pad * ones)
+        made["position_ids"].append(place_T[begin:end])
+        made["target"].append(IGNORED * ones)
+        made["pads"].append(ids_T[begin + 1 : end + 1])
+        made["document"].append(document_T[anchor] * ones)
+        made["limit"].append(anchor * ones)
+        made["group"].append(number * ones)
+    return {name: torch.cat(pieces) for name, pieces in made.items()}
+
+
+def visible(batch: Batch) -> Tensor:
+    """Return who sees whom, bool [B, S, S] (queries, keys), before any window.
+
+    Args:
+        batch: from `packed`.
+    """
+    document_BS, limit_BS, group_BS = (batch[name] for name in _RULE)
+    slots_S = torch.arange(document_BS.shape[1], device=document_BS.device)
+    real = (group_BS == 0)[:, None] & (slots_S <= limit_BS[:, :, None])
+    earlier = slots_S <= slots_S[:, None]
+    own_pads = (group_BS > 0)[:, None] & (group_BS[:, :, None] == group_BS[:, None]) & earlier
+    same = document_BS[:, :, None] == document_BS[:, None]
+    # Padding sees itself, since a query that sees nothing has no softmax.
+    return (same & (real | own_pads)) | (slots_S == slots_S[:, None])
+
+
+def truncated(rows: Sequence[Example], chosen: Sequence[Sequence[Unit]], pad: int, slots: int, context: int) -> Batch:
+    """Return the batch of the rows and, below them, a row for each unit; as `causal_batch`, with `pads` [B, T] beside.
+
+    Args:
+        rows: as `trainer.causal` makes them.
+        chosen: units of each.
+        pad: id of PAD.
+        slots: PADs behind an anchor, k - 1.
+        context: of the model: the longest row.
+    """
+    more: list[Example] = []
+    labels: list[Tensor] = []
+    for row, units in zip(rows, chosen, strict=True):
+        first = starts(row)
+        for begin, end in units:
+            ids_T = row["input_ids"][int(first[first < begin].max()) : begin]
+            count = min(slots, context - len(ids_T))
+            whole_T = torch.cat([ids_T, torch.full((count,), pad)])
+            more.append({"input_ids": whole_T, "labels": torch.full_like(whole_T, IGNORED)})
+            pads_T = torch.full_like(whole_T, IGNORED)
+            pads_T[len(ids_T) : len(ids_T) + end - begin] = row["input_ids"][begin + 1 : end + 1]
+            labels.append(pads_T)
+    batch = causal_batch([*rows, *more])
+    pads_BT = torch.full_like(batch["target"], IGNORED)
+    for place, pads_T in enumerate(labels, len(rows)):
+        pads_BT[place, : len(pads_T)] = pads_T
+    return batch | {"pads": pads_BT}
+
+
+def _scored(target_BS: Tensor) -> int:
+    return int((target_BS != IGNORED).sum())
+
+
+def logits(model: Any, batch: Batch) -> Tensor:
+    """Return the model's scores [B, S, V] on a batch of either layout.
+
+    Args:
+        model: a stock causal model.
+        batch: from `packed` or `truncated`, on the model's device.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
+    if "group" in batch:
+        reader = Reader(model)  # lays masks by layer type, windows and implementation
+        reader.lengths, reader.pads = [0] * len(batch["group"]), [0] * len(batch["group"])
+        inputs["attention_mask"] = reader.masks(visible(batch), batch["position_ids"])
+    # With a cache the stock models do not look for packed documents.
+    found: Tensor = model(**inputs, use_cache=False).logits
+    return found

@@ -1,0 +1,53 @@
+"""Magnitude pruning (Han et al., NeurIPS 2015): the smallest weights of each layer go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from intaglio.checkpoint.calibration import InputStatistics
+from intaglio.methods.base import Cost, Method, Workload
+from intaglio.methods.weights.one_shot import OneShotPruner, PruneFn, masked
+from intaglio.methods.weights.sparsity_target import SparsityTarget, prune_mask
+from intaglio.modeling.anatomy import Linear
+
+
+class Magnitude(OneShotPruner, SparsityTarget, Method, slug="magnitude"):
+    """Prune by S = |W|, without data.
+
+    Unstructured: one threshold a layer (`per="layer"`, as the pruning papers run it) or a share of every row
+    (`per="row"`). N:M: the smallest of every group. Kept weights keep their bits; ties go by position, first inputs
+    first.
+
+    Args:
+        sparsity: share of zeros in each layer, 0 <= sparsity < 1.
+        pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+        ignore: layers that keep all their weights, by name or shell pattern. Default: none.
+        per: what weights are compared with, `layer` (default) or `row`.
+
+    Raises:
+        IntaglioError: (in `apply`) the pattern does not fit a width.
+
+    Source: Han et al., Learning both Weights and Connections for Efficient Neural Networks, NeurIPS 2015; as the
+    baseline of Wanda (Sun et al., ICLR 2024), section 4.
+    """
+
+    needs_calibration: ClassVar[bool] = False
+
+    per: Literal["layer", "row"] = Field("layer", description="compare weights within a layer or within a row")
+
+    def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[PruneFn, dict[str, Any]]:
+        """Keep the largest weights; nothing is known of the input, nor needed."""
+
+        def rule(linear: Linear, nothing: InputStatistics) -> Tensor:
+            return masked(linear, prune_mask(linear.read().abs().float(), self.amount, self.per))
+
+        return rule, {}
+
+    def estimate(self, workload: Workload) -> Cost:
+        """One selection over all weights."""
+        largest = max(rows * columns for rows, columns in workload.linears)
+        return Cost(sorted_elements=float(sum(r * c for r, c in workload.linears)), extra_bytes=largest * 16)

@@ -1,0 +1,58 @@
+"""Wanda (Sun et al., ICLR 2024): prune by weight magnitude times input norm, row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from intaglio.checkpoint.calibration import InputStatistics
+from intaglio.methods.base import Cost, Method, Workload
+from intaglio.methods.weights.one_shot import OneShotPruner, PruneFn, masked, walk_cost
+from intaglio.methods.weights.sparsity_target import SparsityTarget, prune_mask
+from intaglio.modeling.anatomy import Linear
+
+
+def wanda_score(weight_RI: Tensor, square_I: Tensor) -> Tensor:
+    """S_rk = |W_rk| * sqrt(l2_k), in float32.
+
+    Args:
+        weight_RI: the weights.
+        square_I: l2_k = (sum over tokens of x_k^2) / sequences.
+
+    Returns:
+        float32 [R, I].
+    """
+    return weight_RI.float().abs() * square_I.sqrt()
+
+
+class Wanda(OneShotPruner, SparsityTarget, Method, slug="wanda"):
+    """Prune by S_rk = |W_rk| ||x_k||_2, compared within each output row (unstructured) or each group (N:M).
+
+    ||x_k||_2 is the norm of input feature k over the calibration tokens, taken on the outputs of the already pruned
+    blocks before. Weights are not updated; kept ones keep their bits.
+
+    Args:
+        sparsity: share of zeros in each row, 0 <= sparsity < 1; floor(inputs * sparsity) of a row go.
+        pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+        ignore: layers that keep all their weights, by name or shell pattern. Default: none.
+
+    Raises:
+        IntaglioError: (in `apply`) the pattern does not fit a width, no calibration data, NaN statistics.
+
+    Source: Sun, Liu, Bair and Kolter, A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024,
+    arXiv 2306.11695, section 3.
+    """
+
+    def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[PruneFn, dict[str, Any]]:
+        """Keep the weights that score highest."""
+
+        def rule(linear: Linear, statistics: InputStatistics) -> Tensor:
+            return masked(linear, prune_mask(wanda_score(linear.read(), statistics.square_I), self.amount))
+
+        return rule, {}
+
+    def estimate(self, workload: Workload) -> Cost:
+        """Two passes over the blocks and one selection."""
+        return walk_cost(workload)

@@ -1,0 +1,1 @@
+"""Model families: anatomy, target selection, module replacement."""

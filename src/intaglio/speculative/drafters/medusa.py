@@ -1,0 +1,211 @@
+"""Medusa heads: residual blocks on the last hidden state, each head for one place further ahead.
+
+    x_m = h_n + SiLU(W_m h_n + b_m)   (for each of `layers`, one behind the other)
+    logits_m = C_m x_m                predicts token n + 2 + m; the model itself predicts n + 1
+
+The baseline of every method whose heads are trained: same training, same trees, same rule under sampling.
+
+Source: Cai et al., Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads, ICML 2024 (heads:
+section 2.1; Medusa-1, the model frozen: section 2.2.1; the exact rule in the place of typical acceptance, which loses).
+
+Dimension letters: B rows, T tokens of a row, R states, K heads, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from intaglio.errors import IntaglioError
+from intaglio.modeling.anatomy import HeadOnly, anatomy, final_hidden
+from intaglio.speculative.drafters.draft_model import draft_law
+from intaglio.speculative.drafters.prompt_lookup import check_count
+from intaglio.speculative.heads.lm_head import Vocabulary, Words
+from intaglio.speculative.heads.multi_token_loss import Goal, ahead_loss
+from intaglio.speculative.heads.static_tree import Picker, Shape, assumed, likely
+from intaglio.speculative.protocols import Run, Session, Step
+from intaglio.speculative.tree import TokenTree, root_only
+from intaglio.trainer.protocols import Batch, Loss
+
+
+class MedusaHeads(nn.Module):
+    """The heads; W and b start at 0, so that an untrained head says what the model itself does.
+
+    Args:
+        model: the target.
+        heads: K. Default 3.
+        layers: residual blocks of a head. Default 1.
+        rank: of the change of the output matrix that the heads share; 0: none; None: each head has a full matrix of
+            its own. Default 0.
+        goal: `text` (cross-entropy, as in the paper) or `model` (KL divergence). Default `text`.
+        decay: each head weighs this much of the one before. Default 0.8, as in the paper.
+        tokens_K: the tokens that may be guessed; see `Words`. Default: all.
+        seed: of what is drawn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        heads: int = 3,
+        layers: int = 1,
+        rank: int | None = 0,
+        goal: Goal = "text",
+        decay: float = 0.8,
+        tokens_K: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_count("heads", heads)
+        check_count("layers", layers)
+        parts = anatomy(model)
+        if parts.head is None:
+            raise IntaglioError(f"{type(model).__name__} has no output head, so nothing can be guessed for it")
+        weight_VD: Tensor = parts.head.weight  # type: ignore[assignment]
+        width = weight_VD.shape[1]
+        self.heads, self.goal, self.decay = heads, goal, decay
+        self.weights_KLDD = nn.Parameter(torch.zeros(heads, layers, width, width))
+        self.biases_KLD = nn.Parameter(torch.zeros(heads, layers, width))
+        self.words = Words(weight_VD, tokens_K)
+        generator = torch.Generator().manual_seed(seed)
+        self.vocabulary = Vocabulary(self.words.matrix(weight_VD), heads, 1, rank, generator)
+        self.ranks = 1  # of each head that `loss` looks at
+
+    def states(self, hidden: Tensor) -> list[Tensor]:
+        """The state of each head, of the shape of the hidden states.
+
+        Args:
+            hidden: last hidden states after the final norm [..., D].
+        """
+        found = []
+        for weights_LDD, biases_LD in zip(self.weights_KLDD, self.biases_KLD, strict=True):
+            state = hidden.to(weights_LDD.dtype)
+            for weight_DD, bias_D in zip(weights_LDD, biases_LD, strict=True):
+                state = state + F.silu(F.linear(state, weight_DD, bias_D))
+            found.append(state)
+        return found
+
+    def score(self, states_RKD: Tensor, weight_VD: Tensor) -> Tensor:
+        """Logits [R, K, W] of the tokens that may be guessed.
+
+        Args:
+            states_RKD: of each head.
+            weight_VD: the model's output matrix.
+        """
+        weight_VD = self.words.matrix(weight_VD)
+        return torch.stack([self.vocabulary(x_RD, m, weight_VD) for m, x_RD in enumerate(states_RKD.unbind(1))], 1)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """The weighted sum of the heads' losses; see `ahead_loss`.
+
+        Args:
+            model: frozen.
+            batch: from `head_batch`.
+        """
+        parts = anatomy(model)
+        assert parts.head is not None
+        weight_VD: Tensor = parts.head.weight  # type: ignore[assignment]
+        head = HeadOnly(parts, frozen=False)
+        hidden_BTD = final_hidden(parts, {"input_ids": batch["input_ids"]})
+        return ahead_loss(
+            batch,
+            self.states(hidden_BTD),
+            hidden_BTD,
+            lambda states_RKD: self.score(states_RKD, weight_VD),
+            lambda hidden_RD: head.logits(hidden_RD[:, None])[:, 0],
+            list(self.vocabulary.parameters()),
+            goal=self.goal,
+            ranks=self.ranks,
+            weights=[self.decay**m for m in range(self.heads)],
+            words=self.words,
+        )
+
+
+class Medusa:
+    """Drafts with Medusa heads over the target's last hidden state.
+
+    Args:
+        heads: trained ones (`intaglio.speculative.heads.objective.train_heads`), or untrained.
+        shape: the static tree. Default: 15 nodes.
+        drawn: under sampling, whether candidates are drawn from the heads and verified by recursive rejection
+            (default), or are the most likely ones.
+        temperature: of the heads when they draw. Default None: the target's.
+    """
+
+    needs_hidden = True
+
+    def __init__(
+        self, heads: MedusaHeads, shape: Shape | None = None, *, drawn: bool = True, temperature: float | None = None
+    ) -> None:
+        self.heads = heads
+        self.shape = likely(15, assumed(heads.heads)) if shape is None else shape
+        self.drawn = drawn
+        self.temperature = temperature
+
+    def start(self, run: Run) -> Session:
+        """Begin a run; see `Drafter.start`.
+
+        Raises:
+            IntaglioError: heads of a model of another width or vocabulary.
+        """
+        weight_VD: Tensor = run.model.get_output_embeddings().weight
+        width = self.heads.weights_KLDD.shape[-1]
+        if weight_VD.shape[1] != width:
+            raise IntaglioError(
+                f"the heads are for a model of width {width}; the target's is {weight_VD.shape[1]}, so they belong to "
+                "another checkpoint"
+            )
+        heads = self.heads.to(device=run.model.device, dtype=run.model.dtype).eval()
+        picker = Picker(draft_law(run, self.temperature), run.sampling and self.drawn, run.generator, heads.words)
+
+        def levels(hidden_RD: Tensor) -> Tensor:
+            return heads.score(torch.stack(heads.states(hidden_RD), 1), weight_VD)
+
+        return FromLast(levels, picker, self.shape)
+
+
+class FromLast:
+    """A session that drafts from the target's last hidden state alone.
+
+    Args:
+        levels: logits [R, K, W] of each level from hidden states [R, D].
+        picker: takes candidates.
+        shape: the static tree.
+    """
+
+    def __init__(self, levels: Any, picker: Picker, shape: Shape) -> None:
+        self._levels, self._picker, self._shape = levels, picker, shape
+        self._last: dict[int, tuple[int, Tensor]] = {}  # by row: the last token, and the state that gave it
+
+    def observe(self, steps: Sequence[Step]) -> None:
+        """Keep each row's last state.
+
+        Args:
+            steps: of the pass.
+        """
+        for step in steps:
+            assert step.hidden is not None
+            self._last[step.row] = (step.tokens[-1], step.hidden[-1])
+
+    def propose(self, rows: Sequence[int], room: Sequence[int]) -> list[TokenTree]:
+        """One tree a row.
+
+        Args:
+            rows: indices.
+            room: most drafted tokens of each.
+        """
+        roots = [self._last[row][0] for row in rows]
+        if not max(room):
+            return [root_only(root) for root in roots]
+        logits_RKV = self._levels(torch.stack([self._last[row][1] for row in rows]))
+        return [
+            self._picker.cartesian(root, logits_KV, self._shape, left)
+            for root, logits_KV, left in zip(roots, logits_RKV, room, strict=True)
+        ]
+
+
+__all__ = ["Medusa", "MedusaHeads"]

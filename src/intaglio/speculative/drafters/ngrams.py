@@ -1,0 +1,277 @@
+"""A store of n-grams counted in a corpus: a draft from what usually follows.
+
+Dimension letters: C contexts, T most likely successors.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from intaglio import atomic_io
+from intaglio.errors import IntaglioError
+from intaglio.speculative.drafters.ngram_counts import Counts, chunks
+from intaglio.speculative.drafters.prompt_lookup import check_count
+from intaglio.speculative.protocols import Run, Session, Step, by_row
+from intaglio.speculative.tree import TokenTree
+
+_FORMAT = "intaglio n-gram store 1"
+_BACK_OFF = 0.4
+"""Weight of a successor seen after one token less of context: stupid backoff (Brants et al., EMNLP 2007)."""
+
+
+class NGramStore:
+    """Drafts from n-grams of a corpus, the longest context that is known first.
+
+    The tree is grown best first: the value of a node is the product of the relative frequencies along its path, 0.4
+    for each token of context that had to be given up. The store never changes, so equal contexts give equal trees.
+
+    Made by `build` or `load`.
+
+    Args:
+        tables: for each context length, from 1, the arrays `keys` int64 [C] (contexts as numbers in base `vocabulary`,
+            increasing), `totals` int64 [C], `following` int32 [C, T] (-1: none), `counts` int32 [C, T].
+        vocabulary: number of token ids.
+        nodes: most drafted nodes of a tree. Default 15, so that a pass reads 16 tokens.
+        length: depth of the tree at the most. Default 8.
+
+    Raises:
+        IntaglioError: a setting below 1.
+    """
+
+    needs_hidden = False
+
+    def __init__(
+        self, tables: Sequence[dict[str, np.ndarray]], vocabulary: int, nodes: int = 15, length: int = 8
+    ) -> None:
+        check_count("nodes", nodes)
+        check_count("length", length)
+        self.tables = list(tables)
+        self.vocabulary = vocabulary
+        self.nodes = nodes
+        self.length = length
+
+    @classmethod
+    def build(
+        cls,
+        sequences: Iterable[Sequence[int]],
+        vocabulary: int,
+        *,
+        order: int = 3,
+        contexts: int = 500_000,
+        top: int = 8,
+        nodes: int = 15,
+        length: int = 8,
+    ) -> NGramStore:
+        """Count the n-grams of tokenised texts.
+
+        Memory is bounded by about `8 * contexts` pairs while counting (the rarest are given up when there are more, so
+        counts of a very long corpus are lower bounds) and by `contexts * (top + 2)` numbers for each context length
+        afterwards.
+
+        Args:
+            sequences: token ids of each text; n-grams never cross from one text to the next.
+            vocabulary: number of token ids of the target.
+            order: tokens of the longest n-gram, the one that follows included. Default 3.
+            contexts: contexts kept of each length, the most frequent. Default 500,000.
+            top: successors kept of each. Default 8.
+            nodes: as the constructor.
+            length: as the constructor.
+
+        Raises:
+            IntaglioError: a setting that is too small, an order whose n-grams do not fit 63 bits, a token id outside
+                the vocabulary, or no n-gram at all.
+        """
+        for name, value, least in (("order", order, 2), ("contexts", contexts, 1), ("top", top, 1)):
+            check_count(name, value, least)
+        if vocabulary**order >= 2**63:
+            raise IntaglioError(
+                f"order is {order}; with a vocabulary of {vocabulary} at most {_largest(vocabulary)} fits"
+            )
+        counters = [Counts(vocabulary, n, 8 * contexts) for n in range(1, order)]
+        for chunk in chunks(sequences, vocabulary):
+            for counter in counters:
+                counter.add(chunk)
+        if not len(counters[0].pairs):
+            raise IntaglioError("the corpus holds no two tokens in a row, so no n-gram can be counted")
+        return cls([counter.table(contexts, top) for counter in counters], vocabulary, nodes, length)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the store as one safetensors file, atomically.
+
+        Args:
+            path: the file.
+
+        Raises:
+            IntaglioError: the disk refuses.
+        """
+        tensors = {f"{n}.{name}": array for n, table in enumerate(self.tables, 1) for name, array in table.items()}
+        # One entry: several would be written in another order each time.
+        atomic_io.write_bytes(path, save(tensors, {_FORMAT: f"{self.vocabulary} {len(self.tables) + 1}"}))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, nodes: int = 15, length: int = 8) -> NGramStore:
+        """Read what `save` wrote.
+
+        Args:
+            path: the file.
+            nodes: as the constructor.
+            length: as the constructor.
+
+        Raises:
+            IntaglioError: no such file, or one that is no n-gram store.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise IntaglioError(f"there is no n-gram store {path}")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        except SafetensorError as error:
+            raise IntaglioError(f"{path} is no n-gram store: {error}") from error
+        names = ("keys", "totals", "following", "counts")
+        try:
+            vocabulary, order = map(int, metadata[_FORMAT].split())
+            tables = [{name: arrays[f"{n}.{name}"] for name in names} for n in range(1, order)]
+        except (KeyError, ValueError):
+            tables = []
+        if not tables or not all(map(_sound, tables)):
+            raise IntaglioError(f"{path} is no n-gram store; make one with NGramStore.build(...).save")
+        return cls(tables, vocabulary, nodes, length)
+
+    def following(self, context: Sequence[int]) -> list[tuple[int, float]]:
+        """The likely next tokens with their values, the most likely first; the longest known context decides.
+
+        Args:
+            context: the tokens so far.
+        """
+        weight = 1.0
+        for n in range(min(len(self.tables), len(context)), 0, -1):
+            table, key = self.tables[n - 1], 0
+            for token in context[-n:]:
+                key = key * self.vocabulary + token
+            row = int(np.searchsorted(table["keys"], key))
+            if row < len(table["keys"]) and table["keys"][row] == key:
+                scale = weight / float(table["totals"][row])
+                pairs = zip(table["following"][row].tolist(), table["counts"][row].tolist(), strict=True)
+                return [(token, scale * count) for token, count in pairs if token >= 0]
+            weight *= _BACK_OFF
+        return []
+
+    @cached_property
+    def _frequencies(self) -> np.ndarray:
+        """The share of each token among those that something follows, float64 [V]."""
+        found = np.zeros(self.vocabulary)
+        found[self.tables[0]["keys"]] = self.tables[0]["totals"]
+        return found / found.sum()
+
+    def law(self, context: Sequence[int]) -> np.ndarray:
+        """The next token's distribution, float64 [V]: every known context tells, the longest most.
+
+        p_0 is the tokens' own frequency, and with N the count of the last n tokens and T the number of their successors
+        (both of those that were kept)
+
+            p_n(t) = (count(t) + T p_{n-1}(t)) / (N + T)
+
+        (Witten and Bell, The Zero-Frequency Problem, 1991, method C).
+
+        Args:
+            context: the tokens so far.
+        """
+        found: np.ndarray = self._frequencies.copy()
+        key, scale = 0, 1
+        for n, table in enumerate(self.tables[: len(context)], 1):
+            key, scale = key + context[-n] * scale, scale * self.vocabulary
+            row = int(np.searchsorted(table["keys"], key))
+            if row < len(table["keys"]) and table["keys"][row] == key:
+                known = table["following"][row] >= 0
+                tokens, counts = table["following"][row][known], table["counts"][row][known]
+                total = counts.sum() + len(tokens)
+                found *= len(tokens) / total
+                found[tokens] += counts / total
+        return found
+
+    def check(self, model: Any) -> None:
+        """Refuse a target with another vocabulary.
+
+        Args:
+            model: the target.
+
+        Raises:
+            IntaglioError: the store was counted over other token ids.
+        """
+        found = model.get_input_embeddings().num_embeddings
+        if found != self.vocabulary:
+            raise IntaglioError(
+                f"the n-gram store was counted over {self.vocabulary} token ids; the target has {found}, so it was "
+                "made with another tokenizer"
+            )
+
+    def start(self, run: Run) -> Session:
+        """Begin a run; see `Drafter.start`.
+
+        Raises:
+            IntaglioError: the store was counted with another vocabulary than the target's.
+        """
+        self.check(run.model)
+        return by_row(run, lambda prompt: _Tail(self, prompt))
+
+
+class _Tail:
+    """One row: its last tokens, as many as a context needs."""
+
+    def __init__(self, store: NGramStore, prompt: Sequence[int]) -> None:
+        self._store = store
+        self._most = len(store.tables)
+        self._ids = list(prompt[-self._most :])
+
+    def observe(self, step: Step) -> None:
+        self._ids = [*self._ids, *step.tokens][-self._most :]
+
+    def propose(self, room: int) -> TokenTree:
+        store = self._store
+        most = min(store.length, room)
+        tokens, parents, depths, contexts = [self._ids[-1]], [-1], [0], [self._ids]
+        # (minus the value, order of discovery, token, parent): the order makes ties, so trees, the same every time.
+        heap: list[tuple[float, int, int, int]] = []
+        found = itertools.count()
+
+        def open_node(node: int, value: float) -> None:
+            if depths[node] < most:
+                for token, share in store.following(contexts[node]):
+                    heapq.heappush(heap, (-value * share, next(found), token, node))
+
+        open_node(0, 1.0)
+        while heap and len(tokens) <= store.nodes:
+            value, _, token, parent = heapq.heappop(heap)
+            tokens.append(token)
+            parents.append(parent)
+            depths.append(depths[parent] + 1)
+            contexts.append([*contexts[parent], token][-self._most :])
+            open_node(len(tokens) - 1, -value)
+        return TokenTree(tokens, parents)
+
+
+def _largest(vocabulary: int) -> int:
+    """The longest n-gram whose number fits 63 bits."""
+    return max(n for n in range(1, 64) if vocabulary**n < 2**63)
+
+
+def _sound(table: dict[str, np.ndarray]) -> bool:
+    contexts = len(table["keys"])
+    return (
+        table["totals"].shape == (contexts,)
+        and table["following"].ndim == 2
+        and table["following"].shape == table["counts"].shape
+        and len(table["following"]) == contexts
+    )

@@ -1,0 +1,211 @@
+"""The directory of a resumable run: whose it is, and which of its checkpoints are whole.
+
+A checkpoint is the directory `checkpoint-STEP` of `transformers.Trainer` with one file of ours, `loop.json`, which is
+written last and atomically: without it the checkpoint does not count, however a process died. The pickles in there are
+Trainer's own, read with `weights_only`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from intaglio import atomic_io
+from intaglio.errors import IntaglioError
+
+RUN = "run.json"
+STATE = "loop.json"
+TENSOR = "tensor:"
+"""The key that stands for a tensor in a state."""
+
+KEPT = 2
+"""Checkpoints that stay on the disk; the second is there if the disk loses the first."""
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of a model's tensors.
+
+    Args:
+        model: is read tensor by tensor.
+    """
+    total = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        total.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def describe(part: Any) -> Any:
+    """Return an objective, shaper or other part as plain data for the record and for a run's identity.
+
+    Args:
+        part: a method, a dataclass, or an object that is known by its class alone.
+    """
+    name = getattr(part, "slug", type(part).__name__)
+    if isinstance(part, BaseModel):
+        return {name: part.model_dump(mode="json")}
+    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+        return {name: {field.name: getattr(part, field.name) for field in dataclasses.fields(part)}}
+    return {name: {}}
+
+
+def plain(value: Any) -> Any:
+    """Return data as JSON will give it back (tuples as lists).
+
+    Args:
+        value: what `json.dumps` takes.
+    """
+    return json.loads(json.dumps(value, sort_keys=True, default=repr))
+
+
+def steps_saved(directory: Path) -> list[int]:
+    """Return the steps of the whole checkpoints in a directory, in order.
+
+    Args:
+        directory: of the run; need not be there.
+    """
+    found = (path.parent.name.removeprefix("checkpoint-") for path in directory.glob(f"checkpoint-*/{STATE}"))
+    return sorted(int(step) for step in found if step.isdigit())
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies.
+
+    Args:
+        directory: of the run.
+        step: optimizer steps done.
+    """
+    return directory / f"checkpoint-{step}"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return what the loop noted in a whole checkpoint.
+
+    Args:
+        path: the checkpoint.
+
+    Raises:
+        IntaglioError: the file is damaged.
+    """
+    return _read(path / STATE)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise IntaglioError(f"{file} is damaged ({error}); name another directory or pass resume=False") from None
+    if not isinstance(value, dict):
+        raise IntaglioError(f"{file} is not of this loop; name another directory or pass resume=False")
+    return value
+
+
+def split(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return a state with each tensor replaced by its number, fit for JSON; `join` puts them back.
+
+    Args:
+        value: dicts, lists and tuples of tensors and plain data.
+        tensors: receives the tensors.
+    """
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {TENSOR: name}
+    if isinstance(value, Mapping):
+        return {str(key): split(item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [split(item, tensors) for item in value]
+    return value
+
+
+def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Put the tensors back into what `split` gave; tuples come back as lists.
+
+    Args:
+        value: the state.
+        tensors: by number.
+    """
+    if isinstance(value, dict):
+        return tensors[value[TENSOR]] if TENSOR in value else {key: join(item, tensors) for key, item in value.items()}
+    return [join(item, tensors) for item in value] if isinstance(value, list) else value
+
+
+def finish(directory: Path, step: int, state: dict[str, Any]) -> None:
+    """Declare a checkpoint whole, and remove those that are no longer needed.
+
+    Args:
+        directory: of the run.
+        step: optimizer steps done.
+        state: what `read_state` will give back.
+    """
+    path = checkpoint_path(directory, step)
+    atomic_io.fsync_tree(path)
+    atomic_io.write_json(path / STATE, state)
+    atomic_io.fsync_path(directory)
+    clean(directory, steps_saved(directory)[-KEPT:])
+
+
+def clean(directory: Path, kept: list[int]) -> None:
+    """Remove all other checkpoints of a run, broken ones among them.
+
+    Args:
+        directory: of the run.
+        kept: steps whose checkpoints stay.
+    """
+    for path in directory.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and int(step) not in kept:
+            (path / STATE).unlink(missing_ok=True)  # first, so that a death in between leaves no half of a whole one
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def start(directory: Path, identity: dict[str, Any], *, resume: bool) -> int:
+    """Claim a directory for a run, and return the step to go on from (0: the beginning).
+
+    Args:
+        directory: made if it is not there.
+        identity: what the run is, by name; all of it must be the same for a run to go on.
+        resume: whether to go on with what is there; False starts anew, over the checkpoints of any run there.
+
+    Raises:
+        IntaglioError: the directory holds another run or other files, or cannot be written.
+    """
+    identity = plain(identity)
+    file = directory / RUN
+    if file.is_file() and resume:
+        there = _read(file)
+        other = [name for name in identity if there.get(name) != identity[name]]
+        if other:
+            raise IntaglioError(
+                f"{directory} holds a run with another {_first_difference(other[0], there, identity)}; name another"
+                " directory or pass resume=False"
+            )
+        saved = steps_saved(directory)
+        clean(directory, saved[-KEPT:])
+        return saved[-1] if saved else 0
+    atomic_io.check_target(directory, overwrite=file.is_file())
+    if file.is_file():
+        file.unlink()
+    clean(directory, [])
+    atomic_io.write_json(file, identity)
+    return 0
+
+
+def _first_difference(name: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The name of what differs, with both values where they are short."""
+    a, b = there.get(name), here[name]
+    while isinstance(a, dict) and isinstance(b, dict):
+        keys = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+        a, b, name = a.get(keys[0]), b.get(keys[0]), keys[0]
+    if isinstance(b, (int, float, str)) and len(str(b)) < 40 and len(str(a)) < 40:
+        return f"{name} ({a}, not {b})"
+    return name

@@ -1,0 +1,243 @@
+"""The facts of R-Sparse: sizes, thresholds, layers, and which tokens are sparse."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from intaglio.errors import IntaglioError
+from intaglio.kernels import gather
+from intaglio.measures.input_sparsity import count_inputs
+from intaglio.methods.activations.r_sparse import RSparse, SparseLinear, decompose
+from intaglio.methods.activations.r_sparse.linear import ALL, NONE, Phase, Rule
+from intaglio.methods.activations.r_sparse.sizes import Wanted
+from intaglio.methods.activations.r_sparse.thresholds import Sample, scores, thresholds
+from intaglio.modeling.anatomy import anatomy, capture, run_blocks
+from intaglio.speculative.drafters.prompt_lookup import PromptLookup
+from intaglio.speculative.loop import Speculative
+from tests.methods.activations.helpers import IDS, PROMPT, carved, drawn, layers, masked, tiny
+
+# sizes
+
+
+SHAPES = st.tuples(st.integers(1, 300), st.integers(1, 300))
+
+
+@settings(max_examples=60)
+@given(SHAPES, st.floats(0, 0.99), st.floats(0, 1))
+def test_what_is_read_stays_in_the_budget_unless_a_layer_is_too_small(
+    shape: tuple[int, int], sparsity: float, alpha: float
+) -> None:
+    outputs, inputs = shape
+    strict = Wanted(strict=True).of("x", outputs, inputs, sparsity, alpha)
+    assert strict.read == strict.channels * outputs + strict.rank * (inputs + outputs)
+    assert not strict.overspent
+    found = Wanted().of("x", outputs, inputs, sparsity, alpha)
+    assert found.rank <= min(shape)
+    assert not found.overspent or found.channels == 1 or found.rank == 1
+
+
+def test_the_worked_example_overspends_and_says_so() -> None:
+    found = Wanted().of("x", 6, 8, 0.5, 0.5)
+    assert (found.channels, found.rank, found.read, found.budget, found.overspent) == (2, 1, 26, 24, True)
+    strict = Wanted(strict=True).of("x", 6, 8, 0.5, 0.5)
+    assert (strict.channels, strict.rank, strict.overspent) == (2, 0, False)
+
+
+def test_the_ends_of_alpha_and_real_shapes() -> None:
+    assert (Wanted().of("x", 100, 200, 0.5, 1.0).channels, Wanted().of("x", 100, 200, 0.5, 1.0).rank) == (100, 0)
+    low = Wanted().of("x", 100, 200, 0.5, 0.0)
+    assert (low.channels, low.share, low.rank) == (0, 0.0, 33)  # 100 * 200 / 2 / 300
+    # Keys of grouped-query attention are narrower than they are deep: not the rank of a square.
+    assert Wanted().of("k", 192, 576, 0.5, 0.8).rank == (192 * 576 // 2 - 230 * 192) // (192 + 576)
+    assert Wanted(low_rank=False).of("x", 100, 200, 0.5, 0.9).channels == 100
+    with pytest.raises(IntaglioError, match=r"^rank is 101, above the width of x, 100 x 200: at most 100 is accepted$"):
+        Wanted(rank=101).of("x", 100, 200, 0.5, 0.9)
+
+
+# thresholds
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 60), st.integers(1, 9), st.floats(0.001, 1), st.integers(0, 99))
+def test_the_share_that_is_kept_is_the_one_asked_for_to_one_score(n: int, width: int, share: float, seed: int) -> None:
+    score = scores(drawn(n, width, seed=seed), None)
+    (limit,) = thresholds(score, [share])
+    kept = int((score > limit).sum())
+    assert share * score.numel() <= kept + 1e-6
+    assert kept <= share * score.numel() + 1
+    assert thresholds(score, [1.0, 0.0]) == [ALL, NONE]
+
+
+def test_tokens_are_taken_evenly_and_all_of_few() -> None:
+    for total, wanted in ((10, 3), (7, 7), (5, 50)):
+        sample = Sample(total, wanted)
+        for part in torch.arange(total).view(-1, 1).float().split(2):
+            sample.update(part, 1)
+        found = sample.inputs("x").flatten().tolist()
+        assert len(found) == min(total, wanted)
+        assert found == sorted(found)
+        assert max(b - a for a, b in itertools.pairwise(found)) <= total / wanted + 1
+    broken = Sample(2, 2)
+    broken.update(torch.tensor([[1.0], [float("nan")]]), 1)
+    with pytest.raises(IntaglioError, match="what enters q_proj on the calibration text is NaN or infinite") as caught:
+        broken.inputs("q_proj")
+    assert "\n" not in str(caught.value)
+
+
+def test_realised_on_calibration_is_what_was_asked_for() -> None:
+    checkpoint = tiny()
+    plain = {name: m for name, m in checkpoint.model.named_modules() if isinstance(m, nn.Linear)}
+    RSparse(alpha=0.8).apply(checkpoint, IDS, batch_size=3)
+    assert checkpoint.record.steps[-1].chosen["kept"] == pytest.approx(0.4, abs=1e-3)
+    # Thresholds are of the dense model's inputs: those of the first block's are the same in the sparse one.
+    with count_inputs(checkpoint.model) as tallies, torch.no_grad():
+        checkpoint.model(IDS)
+    for name in ("q", "k", "v"):
+        one = tallies[f"model.layers.0.self_attn.{name}_proj"]
+        assert one.seen == IDS.numel() * 32
+        assert abs(one.kept - 0.4 * one.seen) <= 1
+    q, k = (layers(checkpoint)[f"model.layers.0.self_attn.{name}_proj"] for name in ("q", "k"))
+    assert q.rule.threshold != k.rule.threshold  # one input, another mask each
+    assert torch.equal(q.norms(), plain["model.layers.0.self_attn.q_proj"].weight.norm(dim=0))
+
+
+# the layer
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 999), st.floats(0, 4))
+def test_at_full_rank_any_mask_gives_the_dense_output(seed: int, threshold: float) -> None:
+    weight, x, bias = drawn(6, 8, seed=seed), drawn(3, 8, seed=seed + 1), drawn(6, seed=seed + 2)
+    layer = SparseLinear.of(weight, bias, Rule(threshold), decompose.pair(weight, 6))
+    torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked(layer, x), F.linear(x, weight, bias), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_left_out_is_dense_and_only_a_low_rank_is_the_truncation() -> None:
+    weight, x = drawn(6, 8), drawn(5, 8, seed=1)
+    (everything,) = thresholds(scores(x, None), [1.0])
+    assert torch.equal(SparseLinear.of(weight, None, Rule(everything, scaled=False))(x), F.linear(x, weight))
+    U, S, V = torch.linalg.svd(weight.double(), full_matrices=False)
+    for rank in range(1, 6):
+        layer = SparseLinear.of(weight, None, Rule(None), decompose.pair(weight, rank))
+        truncated = (U[:, :rank] * S[:rank]) @ V[:rank]
+        torch.testing.assert_close(layer(x).double(), x.double() @ truncated.T, rtol=1e-5, atol=1e-5)
+        # For isotropic inputs the mean squared error is the sum of the squared singular values of the tail.
+        lost = (F.linear(torch.eye(8), weight) - masked(layer, torch.eye(8))).square().sum()
+        torch.testing.assert_close(float(lost), float(S[rank:].square().sum()), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 999), st.integers(1, 7))
+def test_the_score_minimises_the_bound_on_the_error(seed: int, count: int) -> None:
+    weight, x = drawn(5, 8, seed=seed), drawn(1, 8, seed=seed + 1)
+    layer = SparseLinear.of(weight, None, Rule(None, channels=count))
+    keep = layer.kept(x)
+    assert int(keep.sum()) == count
+    parts = x.abs() * layer.norms()
+    bound = float(parts[~keep].sum())
+    assert float((masked(layer, x) - F.linear(x, weight)).norm()) <= bound * (1 + 1e-4) + 1e-6
+    assert bound == pytest.approx(float(parts.flatten().sort().values[: 8 - count].sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", [Rule(1.5), Rule(0.7, scaled=False), Rule(None, channels=5), Rule(None)])
+@torch.no_grad()
+def test_few_tokens_give_what_many_give(rule: Rule, dtype: torch.dtype, transposed: bool) -> None:
+    weight, bias = drawn(7, 12).to(dtype), drawn(7, seed=1).to(dtype)
+    layer = SparseLinear.of(weight, bias, rule, decompose.pair(weight, 2), transposed)
+    x = drawn(2, 9, 12, seed=2).to(dtype)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    whole = layer(x)
+    for token in range(9):
+        torch.testing.assert_close(layer(x[:, token : token + 1]), whole[:, token : token + 1], **close)
+    torch.testing.assert_close(layer(x[0, 0]), whole[0, 0], **close)
+    assert layer(x[:, :0]).shape == (2, 0, 7)
+
+
+@torch.no_grad()
+def test_columns_follow_the_weight_and_are_not_made_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = SparseLinear.of(drawn(4, 6), None, Rule(0.5))
+    x = drawn(1, 6, seed=1)
+    before = layer(x)
+    layer.weight.mul_(2)
+    torch.testing.assert_close(layer(x), masked(layer, x))
+    assert not torch.equal(layer(x), before)
+    assert layer.double()(x.double()).dtype == torch.float64  # no kernel: zeros are multiplied
+    poor = SparseLinear.of(drawn(4, 6), None, Rule(0.5))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10})())
+    assert torch.equal(poor(x), masked(poor, x))
+    assert poor._made_ready().weight_IO is None
+
+
+def test_a_gradient_reaches_the_input_and_no_weight() -> None:
+    layer, x = SparseLinear.of(drawn(4, 6), None, Rule(0.5)), drawn(1, 6, seed=1).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad != 0, layer.kept(x))
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+@torch.no_grad()
+def test_what_is_no_number_shows() -> None:
+    x = torch.tensor([[float("nan"), 1.0, 2.0]])
+    for layer in (SparseLinear.of(torch.ones(2, 3), None, Rule(9.0)),):
+        assert bool(layer(x).isnan().all())
+        assert bool(masked(layer, x).isnan().all())
+
+
+# which tokens are sparse
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tokens_of_a_dense_prompt_are_those_of_the_base_model_bit_for_bit(family: str) -> None:
+    for fields, dense in (({"mode": "decode"}, 16), ({"mode": "last_fraction", "fraction": 0.25}, 12)):
+        base, sparse = tiny(family), carved(family, fields)
+        a, b = anatomy(base.model), anatomy(sparse.model)
+        inputs, others = capture(a, {"input_ids": IDS}), capture(b, {"input_ids": IDS})
+        expected, found = run_blocks(a, 0, 1, inputs), run_blocks(b, 0, 1, others)
+        assert torch.equal(found[:, :dense], expected[:, :dense])
+        assert dense == 16 or not torch.equal(found[:, dense:], expected[:, dense:])
+    assert torch.equal(carved(family, {"mode": "decode"}).model(IDS).logits, tiny(family).model(IDS).logits)
+
+
+def test_a_phase_counts_the_front_of_what_has_no_cache() -> None:
+    phase = Phase("last_fraction", 0.1)
+    phase(nn.Identity(), (torch.zeros(2, 20),), {})
+    assert phase.dense == 18
+    phase(nn.Identity(), (), {"inputs_embeds": torch.zeros(2, 1, 4)})
+    assert phase.dense == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [{}, {"mode": "decode"}, {"mode": "last_fraction"}, {"threshold": "topk"}])
+def test_drafts_are_verified_by_the_model_that_decodes(fields: dict[str, Any]) -> None:
+    model = carved(fields=fields, dtype=torch.float64).model
+    how = {"do_sample": False, "max_new_tokens": 14}
+    alone = model.generate(PROMPT, **how)
+    assert torch.equal(model.generate(PROMPT, custom_generate=Speculative(PromptLookup()), **how), alone)
+    dense = tiny(dtype=torch.float64).model.generate(PROMPT, **how)
+    assert not torch.equal(alone, dense)
+    if fields.get("mode") == "decode":
+        assert alone[0, len(PROMPT[0])] == dense[0, len(PROMPT[0])]  # the first token is the dense prompt's
+
+
+@torch.no_grad()
+def test_generating_uses_the_kernel_and_not_for_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    plain = gather.rows
+    monkeypatch.setattr(gather, "rows", lambda x, *rest: rows.append(len(x)) or plain(x, *rest))
+    model = carved().model
+    model.generate(PROMPT, do_sample=False, max_new_tokens=3)
+    if gather.kernel(torch.zeros(1, 2), torch.float32):
+        assert rows == [1] * 2 * 2 * 7
