@@ -1,4 +1,4 @@
-"""What every registered shaper and selector promises; a new one inherits this by being registered."""
+"""What every registered modifier and selector promises; a new one inherits this by being registered."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.trainer.test_resume import Killed as TrainingKilled
 from tests.trainer.test_resume import killer
 
 TOYS: dict[str, dict[str, list[dict[str, Any]]]] = {
-    "modifier": {"toy_shaper": [{"sparsity": 0.5}]},
+    "modifier": {"toy_modifier": [{"sparsity": 0.5}]},
     "selector": {"toy_selector": [{"budget": 0.2}]},
 }
 
@@ -35,7 +35,7 @@ def cases(kind: str) -> list[tuple[str, int]]:
     return [(slug, n) for slug in [*slugs, *TOYS[kind]] for n in range(len(TOYS[kind].get(slug) or EXAMPLES[slug]))]
 
 
-SHAPERS, SELECTORS = cases("modifier"), cases("selector")
+MODIFIERS, SELECTORS = cases("modifier"), cases("selector")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def made(slug: str, index: int) -> Any:
     return get_method(slug)(**examples[index])
 
 
-@pytest.mark.parametrize(("slug", "index"), [*SHAPERS, *SELECTORS])
+@pytest.mark.parametrize(("slug", "index"), [*MODIFIERS, *SELECTORS])
 def test_it_is_what_its_kind_says_and_plain_data(slug: str, index: int) -> None:
     method = made(slug, index)
     assert isinstance(method, TrainingModifier if "modifier" in method.kinds else Selector)
@@ -57,18 +57,18 @@ def test_it_is_what_its_kind_says_and_plain_data(slug: str, index: int) -> None:
 
 @pytest.mark.parametrize(
     ("slug", "index", "family"),
-    [(*case, name) for case in SHAPERS for name in DECODERS if case[1] == 0 or name == "llama"],
+    [(*case, name) for case in MODIFIERS for name in DECODERS if case[1] == 0 or name == "llama"],
 )
-def test_a_shaper_saved_and_resumed_is_equal(slug: str, index: int, family: str, tmp_path: Path) -> None:
-    if slug == "toy_shaper" and family in ("gpt2",):
+def test_a_modifier_saved_and_resumed_is_equal(slug: str, index: int, family: str, tmp_path: Path) -> None:
+    if slug == "toy_modifier" and family in ("gpt2",):
         pytest.skip("its layers lie the other way round, and the toy does not care to know")
     arguments: dict[str, Any] = {"steps": 3, "save_every": 1, "warmup": 0}
     whole, killed, again = (checkpoint(family, layers=1) for _ in range(3))
     before = weights(whole)
-    unbroken = run(whole, shape=[made(slug, index)], **arguments)
+    unbroken = run(whole, modifiers=[made(slug, index)], **arguments)
     with pytest.raises(TrainingKilled):
-        run(killed, shape=[made(slug, index)], directory=tmp_path, progress=killer(2), **arguments)
-    resumed = run(again, shape=[made(slug, index)], directory=tmp_path, **arguments)
+        run(killed, modifiers=[made(slug, index)], directory=tmp_path, progress=killer(2), **arguments)
+    resumed = run(again, modifiers=[made(slug, index)], directory=tmp_path, **arguments)
     assert resumed.history == unbroken.history
     assert same(weights(again), weights(whole))
     assert not same(weights(whole), before)
@@ -79,15 +79,15 @@ def test_a_shaper_saved_and_resumed_is_equal(slug: str, index: int, family: str,
             assert sorted(model.state_dict()) == sorted(stock.state_dict())
 
 
-@pytest.mark.parametrize(("slug", "index"), SHAPERS)
-def test_a_shaper_in_a_recipe_resumes_to_the_same_bytes(
+@pytest.mark.parametrize(("slug", "index"), MODIFIERS)
+def test_a_modifier_in_a_recipe_resumes_to_the_same_bytes(
     slug: str,
     index: int,
     corpus: Path,  # noqa: F811
     tmp_path: Path,
 ) -> None:
     model = str(tiny_checkpoint_dir("llama", tmp_path / "model", layers=1))
-    step = {"train": {**TRAIN, "shape": [{slug: made(slug, index).model_dump()}]}}
+    step = {"train": {**TRAIN, "modifiers": [{slug: made(slug, index).model_dump()}]}}
     wanted = make_recipe(corpus, [step])
     assert Recipe.from_dict(wanted.dump()) == wanted
     carve(wanted, tmp_path / "whole", model=model)
@@ -95,7 +95,7 @@ def test_a_shaper_in_a_recipe_resumes_to_the_same_bytes(
         carve(wanted, tmp_path / "broken", model=model, progress=kill_training(4))
     carve(wanted, tmp_path / "broken", model=model, resume=True)
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
-    assert load(tmp_path / "whole").record.steps[0].parameters["shape"] == [{slug: made(slug, index).model_dump()}]
+    assert load(tmp_path / "whole").record.steps[0].parameters["modifiers"] == [{slug: made(slug, index).model_dump()}]
 
 
 def chosen(slug: str, index: int, seed: int, original: Checkpoint | None = None) -> list[Any]:
@@ -121,7 +121,7 @@ def test_a_selector_chooses_the_same_again_and_keeps_to_its_budget(slug: str, in
 
 
 @pytest.mark.parametrize(("slug", "index"), SELECTORS)
-def test_a_selector_in_a_recipe_sees_the_model_before_it_was_carved(
+def test_a_selector_in_a_recipe_sees_the_original_model(
     slug: str,
     index: int,
     corpus: Path,  # noqa: F811
@@ -151,9 +151,9 @@ def test_the_schema_and_python_know_them() -> None:
     (train,) = [
         c["properties"]["train"] for c in schema["properties"]["steps"]["items"]["oneOf"] if "train" in c["properties"]
     ]
-    shapes = [choice["required"][0] for choice in train["properties"]["shape"]["items"]["oneOf"]]
-    assert "toy_shaper" in shapes
+    slugs = [choice["required"][0] for choice in train["properties"]["modifiers"]["items"]["oneOf"]]
+    assert "toy_modifier" in slugs
     assert "toy_selector" in [choice["required"][0] for choice in train["properties"]["select"]["oneOf"]]
     ckpt = checkpoint()
-    run(ckpt, objective=CausalLM(length=24), shape=[toys.ToyShaper()], select=toys.ToySelector(), steps=2)
+    run(ckpt, objective=CausalLM(length=24), modifiers=[toys.ToyModifier()], select=toys.ToySelector(), steps=2)
     assert ckpt.record.steps[0].parameters["select"] == {"toy_selector": {"budget": 0.25}}

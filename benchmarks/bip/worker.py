@@ -2,7 +2,7 @@
 
     python benchmarks/bip/worker.py --side ours --size small
 
-`ours`: a step of the weights under `BilevelPruner`'s mask (one pass); `ours-bip`: a whole iteration (two passes);
+`ours`: a step of the weights under BiP's mask (one pass); `ours-bip`: a whole iteration (two passes);
 `torch`: `torch.nn.utils.prune.global_unstructured` and the retraining loop that its tutorial shows (one pass). The same
 weights, batches and optimizer everywhere; a mask is made anew where its side does so, and timed by itself.
 """
@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 from intaglio.measures.memory import peak_memory
-from intaglio.methods.weights.bip import BilevelPruner
+from intaglio.methods.weights.bip import MaskedModel
+from intaglio.methods.weights.bip.scored import score_gradients
 
 SIDES = ("ours", "ours-bip", "torch")
 SIZES: dict[str, dict[str, int]] = {
@@ -47,20 +48,23 @@ def ours(net: nn.Sequential, batches: list[Any], *, both: bool) -> tuple[list[fl
     sgd = torch.optim.SGD(net.parameters(), lr=RATE, momentum=0.9)
     masks, steps = [], []
     began = time.process_time()
-    pruner = BilevelPruner(net, KEEP, optimizer=sgd)
+    masked = MaskedModel(net, 1 - KEEP)
     masks.append(time.process_time() - began)
     for first, second in pairwise(batches):
         began = time.process_time()
+        sgd.zero_grad()
+        loss_fn(net, first).backward()
+        sgd.step()
         if both:
-            pruner.step(first, second, loss_fn)
-        else:
-            pruner.lower(first, loss_fn)
+            with masked.gradient_probe() as leaves:
+                gradients = score_gradients(loss_fn(net, second), leaves)
+            masked.learn(gradients, 0.1)
         steps.append(time.process_time() - began)
     for _ in range(5):
         began = time.process_time()
-        pruner.scored.refresh()
+        masked.refresh()
         masks.append(time.process_time() - began)
-    pruner.finalize()
+    masked.bake()
     return steps, masks
 
 

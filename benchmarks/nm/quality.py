@@ -34,7 +34,8 @@ from intaglio.environment import versions
 from intaglio.evidence.progressive_nm import INNER, WORLD
 from intaglio.evidence.worlds.source_code import SourceCode
 from intaglio.measures.language_modeling import quality
-from intaglio.methods.weights.progressive_nm import NMSparsifier
+from intaglio.methods.weights.progressive_nm import ProgressiveNM
+from intaglio.trainer import TrainingRun
 
 HERE = Path(__file__).resolve().parent
 EVERY = 10  # steps between two masks of CubicSL
@@ -88,8 +89,9 @@ def prepared(model: nn.Module, n: int, m: int) -> Any:
 
 def ours(model: nn.Module, n: int, m: int, steps: int, recipe: Any) -> tuple[Hook, Callable[[], object]]:
     """One of our recipes."""
-    sparsifier = NMSparsifier(model, n, m, recipe, steps=steps, targets=["*.mlp.*"])
-    return sparsifier.step, sparsifier.finalize
+    run = TrainingRun(Checkpoint(model), steps, None, 0, lambda batch: None)  # type: ignore[arg-type, return-value]
+    session = ProgressiveNM(pattern=f"{n}:{m}", recipe=recipe).attach(run)
+    return lambda step: session.before_step(step, {}), session.detach
 
 
 VARIANTS: dict[str, Any] = {

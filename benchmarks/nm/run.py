@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import intaglio
-from intaglio.methods.weights.progressive_nm import NMSparsifier
+from intaglio.methods.weights.progressive_nm import ProgressiveNM
+from intaglio.trainer import TrainingRun
 
 SIZES: dict[str, dict[str, int]] = {
     "small": {"width": 128, "depth": 4, "inner": 384, "batch": 8, "length": 128},
@@ -99,10 +100,10 @@ def variants(size: dict[str, int], pattern: tuple[int, int], steps: int) -> dict
     found = {"dense": Variant(copy.deepcopy(base)), "SR-STE, reference": Variant(peer)}
     for name, recipe in (("SR-STE, ours", "sr-ste"), ("MdGf-Exponential, z > 0", "mdgf-exp")):
         model = copy.deepcopy(base)
-        sparsifier = NMSparsifier(
-            model, *pattern, recipe, steps=steps, dense_frac=0.0, finetune_frac=0.0, targets=["*.mlp.*"]
-        )
-        found[name] = Variant(model, sparsifier.step)
+        method = ProgressiveNM(pattern="{}:{}".format(*pattern), recipe=recipe, dense=0.0, finetune=0.0)  # type: ignore[arg-type]
+        run = TrainingRun(intaglio.Checkpoint(model), steps, None, 0, lambda batch: None)  # type: ignore[arg-type, return-value]
+        session = method.attach(run)
+        found[name] = Variant(model, lambda step, session=session: session.before_step(step, {}))
     return found
 
 

@@ -150,7 +150,7 @@ def stock(model: Any, ids_NT: torch.Tensor, size: dict[str, int], clock: Clock) 
 
 def ours(model: Any, ids_NT: torch.Tensor, size: dict[str, int], clock: Clock) -> float:
     """`intaglio.train`."""
-    order = KeyedRNG(0).order(len(ids_NT), 0)
+    order = KeyedRNG(0).permutation(len(ids_NT), 0)
     rows = torch.empty_like(ids_NT)
     rows[order] = ids_NT  # so that its order is that of the others
     done = train(

@@ -77,7 +77,7 @@ def parts(step: Any) -> dict[str, dict[str, Any]]:
     if not isinstance(step, dict) or "train" not in step:
         return {}
     fields = step["train"]
-    named = [fields.get("objective"), fields.get("select"), *fields.get("shape", ())]
+    named = [fields.get("objective"), fields.get("select"), *fields.get("modifiers", fields.get("shape", ()))]
     return {slug: dict(own or {}) for one in named if isinstance(one, dict) for slug, own in one.items()}
 
 

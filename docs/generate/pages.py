@@ -52,7 +52,7 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "api/training.md": (
         "Training",
-        "The one loop, what it trains with, and what a shaper or a selector has to offer.",
+        "The training loop, and the protocols of objectives, training modifiers and selectors.",
         (
             "intaglio.trainer.protocols",
             "intaglio.trainer.causal_lm",

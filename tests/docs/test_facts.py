@@ -40,11 +40,17 @@ def test_the_recipe_on_a_card_is_a_recipe_and_the_call_is_its_step(slug: str) ->
 
 
 def test_a_long_step_has_a_line_for_each_field() -> None:
-    fields = {"shape": [{"bip": {"sparsity": 0.5}}], "length": 128, "steps": 40, "batch_size": 2, "learning_rate": 1e-4}
+    fields = {
+        "modifiers": [{"bip": {"sparsity": 0.5}}],
+        "length": 128,
+        "steps": 40,
+        "batch_size": 2,
+        "learning_rate": 1e-4,
+    }
     document = {"model": "smollm2", "steps": [{"wanda": {"sparsity": 0.5}}, {"train": fields}]}
     written = facts.as_yaml(document)
     assert (
-        "  - wanda: {sparsity: 0.5}\n  - train:\n      shape: [{bip: {sparsity: 0.5}}]\n      length: 128\n      steps"
+        "  - wanda: {sparsity: 0.5}\n  - train:\n      modifiers: [{bip: {sparsity: 0.5}}]\n      length: 128\n"
         in written
     )
     assert yaml.safe_load(written) == document
@@ -83,7 +89,7 @@ def test_what_a_step_names(step: Any, slug: str, fields: dict[str, Any]) -> None
 
 
 def test_what_a_train_step_names() -> None:
-    step = {"train": {"objective": {"meap": {"length": 16}}, "shape": [{"bip": None}], "steps": 3}}
+    step = {"train": {"objective": {"meap": {"length": 16}}, "modifiers": [{"bip": None}], "steps": 3}}
     assert facts.parts(step) == {"meap": {"length": 16}, "bip": {}}
     assert facts.given({"steps": ["wanda", step]}, "meap") == {"length": 16}
     assert facts.parts("wanda") == facts.parts({"wanda": {}}) == {}

@@ -73,13 +73,13 @@ def test_the_baseline_has_the_norms_of_the_ternary_arm_and_its_weights() -> None
     ids, settings = torch.arange(64).view(2, 32), {"steps": 1, "learning_rate": 1e-12, "note": False}
     normed, ternary, plain = made(), made(), made()
     before = [linear.read().clone() for _, linear in anatomy(normed.model).all_linears()]
-    train(normed, ids, objective=CausalLM(32), shape=[InnerNorms()], **settings)
+    train(normed, ids, objective=CausalLM(32), modifiers=[InnerNorms()], **settings)
     assert projection_bytes(normed) == projection_bytes(plain)
     with torch.no_grad():
         expected = plain.model(ids).logits
         assert not torch.allclose(normed.model(ids).logits, expected, atol=1e-2)
     # Eight bits of everything, with the norm: nearly the same function.
-    train(ternary, ids, objective=CausalLM(32), shape=[BitNet(bits=8.0, norm="layernorm")], **settings)
+    train(ternary, ids, objective=CausalLM(32), modifiers=[BitNet(bits=8.0, norm="layernorm")], **settings)
     with torch.no_grad():
         a, b = normed.model(ids).logits, ternary.model(ids).logits
     assert float((a - b).abs().mean() / a.abs().mean()) < 0.05

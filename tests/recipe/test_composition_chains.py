@@ -103,7 +103,7 @@ def test_another_tokenizer_then_masks_that_tighten_then_drafts(
     donor: Path,
     tmp_path: Path,
 ) -> None:
-    shaped = train(shape=[{"progressive_nm": {"pattern": "2:4"}}])
+    shaped = train(modifiers=[{"progressive_nm": {"pattern": "2:4"}}])
     steps = [{"omp_transplant": {"donor": str(donor), "k": 2}}, shaped, {"fit": {"aded": {"corpus": str(corpus)}}}]
     found = carved(corpus, model, tmp_path / "out", *steps)
     assert says(found, custom_generate=found.decoder("aded")) == says(found)
@@ -131,7 +131,7 @@ def test_low_rank_trained_merged_and_pruned_is_stock_again(
 
 
 def test_learnt_masks_and_rules_of_sight(corpus: Path, model: Path, tmp_path: Path) -> None:  # noqa: F811
-    steps = [train(shape=[{"bip": {"sparsity": 0.5}}]), {"visibility": {"rule": {"sliding": {"window": 4}}}}]
+    steps = [train(modifiers=[{"bip": {"sparsity": 0.5}}]), {"visibility": {"rule": {"sliding": {"window": 4}}}}]
     found = carved(corpus, model, tmp_path / "out", *steps)
     assert zeros(found) == pytest.approx(0.5, abs=0.01)
     assert found.kind == "runtime"
@@ -144,7 +144,7 @@ def test_ternary_with_hidden_tokens_goes_to_the_stock_format(
     tmp_path: Path,
 ) -> None:
     bits = {"scale": "mean", "activation_range": 127, "norm": "none"}
-    shaped = train(objective={"meap": {"length": 16}}, shape=[{"bitnet": bits}])
+    shaped = train(objective={"meap": {"length": 16}}, modifiers=[{"bitnet": bits}])
     del shaped["train"]["length"]
     found = carved(corpus, model, tmp_path / "out", {"drop_blocks": {"layers": [1]}}, shaped)
     drafts_alike(found)
@@ -158,6 +158,6 @@ def test_ternary_with_hidden_tokens_goes_to_the_stock_format(
 @pytest.mark.parametrize("shapers", [["bip", "progressive_nm"], ["progressive_nm", "bitnet"], ["bip", "bitnet"]])
 def test_two_that_shape_the_same_weights_are_refused_before_a_model_loads(shapers: list[str]) -> None:
     fields: dict[str, dict[str, Any]] = {"progressive_nm": {"pattern": "2:4"}}
-    with pytest.raises(IntaglioError, match=f"{shapers[0]} and {shapers[1]} both shape the weights") as caught:
-        Recipe.from_dict({"steps": [train(shape=[{slug: fields.get(slug, {})} for slug in shapers])]})
+    with pytest.raises(IntaglioError, match=f"{shapers[0]} and {shapers[1]} both change the weights") as caught:
+        Recipe.from_dict({"steps": [train(modifiers=[{slug: fields.get(slug, {})} for slug in shapers])]})
     assert "\n" not in str(caught.value)

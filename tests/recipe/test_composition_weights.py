@@ -45,7 +45,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
         {"train": {"steps": 1}},
         {"train": {"steps": 1, "keep_mask": False}},
         {"train": {"steps": 1, "objective": {"meap": {}}}},
-        {"train": {"steps": 1, "shape": [{"blockffn": {"experts": 4}}]}},
+        {"train": {"steps": 1, "modifiers": [{"blockffn": {"experts": 4}}]}},
         {"train": LABELS},
     ],
 }
@@ -172,7 +172,7 @@ def as_record(method: Method) -> StepRecord:
     """What a record says of a step."""
     fields = method.model_dump()
     if method.slug == "train":  # it notes what it made of its fields
-        fields = {k: fields[k] for k in ("objective", "shape", "select", "keep_mask", "learning_rate")}
+        fields = {k: fields[k] for k in ("objective", "modifiers", "select", "keep_mask", "learning_rate")}
         fields["objective"] = fields["objective"] or {"CausalLM": {"length": None}}
     return StepRecord(slug=method.slug, parameters=json.loads(json.dumps(fields)))
 

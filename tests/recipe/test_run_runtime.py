@@ -215,7 +215,7 @@ def _never(done: int, total: int, what: str) -> None:
                     "steps": 1, "labels": "a", "validation": "b", "objective": "token_classification", "patience": 1,
                 }
             },
-            "set watch: error",
+            "set metric_for_best_model: error",
         ),
         ({"train": {"steps": 1, "labels": "a", "objective": {"token_classification": {"place": "middle"}}}}, "place"),
     ],

@@ -335,7 +335,10 @@ def _says_little(step: Any) -> bool:
     verb, value = next(iter(step.items()))
     if not isinstance(value, dict):
         return True
-    named = {"fit": [value], "train": [value.get("objective"), value.get("select"), *(value.get("shape") or ())]}
+    named = {
+        "fit": [value],
+        "train": [value.get("objective"), value.get("select"), *(value.get("modifiers", value.get("shape")) or ())],
+    }
     return any(not isinstance(one, dict) or None in one.values() for one in named.get(verb, ()) if one is not None)
 
 

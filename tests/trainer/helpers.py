@@ -20,7 +20,7 @@ def checkpoint(family: str = "llama", layers: int = 2, **more: Any) -> Checkpoin
     return Checkpoint(tiny_model(family, layers=layers, **more), tiny_tokenizer(family), "tiny")
 
 
-def run(ckpt: Checkpoint, data: Any = None, **more: Any) -> TrainResult:
+def run(ckpt: Any, data: Any = None, **more: Any) -> TrainResult:
     """A short run of next-token training on rows of 24 tokens."""
     data = TEXTS if data is None else data
     return train(ckpt, data, **{"objective": CausalLM(length=24), **ARGUMENTS, **more})

@@ -124,7 +124,7 @@ def test_a_model_that_takes_no_note_of_positions_may_not_pack() -> None:
     ckpt.model.register_forward_pre_hook(
         lambda model, args, kwargs: (args, {k: v for k, v in kwargs.items() if k != "position_ids"}), with_kwargs=True
     )
-    with pytest.raises(IntaglioError, match="LlamaForCausalLM does not keep packed documents apart; train it with pac"):
+    with pytest.raises(IntaglioError, match="LlamaForCausalLM does not separate packed documents; train it with pack"):
         CausalLM().prepare(ckpt, [], RNG)
     assert list(CausalLM(pack=False).prepare(ckpt, [[]][:0], RNG)) == []
 
@@ -135,7 +135,7 @@ def test_a_model_that_takes_no_note_of_positions_may_not_pack() -> None:
         ({"input_ids": [1, VOCAB]}, f"example 0 of the training data has the token id {VOCAB}"),
         ({"input_ids": [1, 2], "labels": [1]}, "has 1 labels for 2 tokens"),
         ({"input_ids": [1, 2], "labels": [1, VOCAB]}, f"has the label {VOCAB}; from 0 to {VOCAB - 1}, or -100"),
-        ({"input_ids": [0.5]}, "its input_ids are no row of integers"),
+        ({"input_ids": [0.5]}, "input_ids must be one row of integers"),
         ({"input_ids": []}, "example 0 of the training data is empty"),
         ({"prompt": "a"}, "has no input_ids and no text; it has: prompt"),
     ],

@@ -1,4 +1,4 @@
-"""Selectors: the choice at random, what is told of a choice, and when the original is in memory."""
+"""Selectors: the choice at random, the metadata of a choice, and when the original is in memory."""
 
 from __future__ import annotations
 
@@ -69,21 +69,21 @@ def test_the_original_is_loaded_for_those_who_compare() -> None:
 
     for compares, given in ((True, ckpt), (False, None)):
         selector = First(compares)
-        indices, told = chosen(selector, data, ckpt, original, 0)
+        indices, metadata = chosen(selector, data, ckpt, original, 0)
         assert indices == [0, 1, 2]
-        assert told["chosen"] == 3
+        assert metadata["chosen"] == 3
         assert selector.seen == [given]
     assert asked == [1]
     chosen(selector := First(False), data, ckpt, ckpt, 0)
     assert selector.seen == [ckpt]  # it is there anyway
 
 
-def test_what_a_selector_tells_is_noted_without_its_seconds() -> None:
-    ckpt, plain, said = checkpoint(), checkpoint(), []
-    run(ckpt, select=First(), steps=2, progress=lambda done, total, what: said.append(what))
+def test_metadata_of_a_selection_is_recorded_without_its_seconds() -> None:
+    ckpt, plain, messages = checkpoint(), checkpoint(), []
+    run(ckpt, select=First(), steps=2, progress=lambda done, total, what: messages.append(what))
     run(plain, TEXTS[:3], steps=2)
     assert same(weights(ckpt), weights(plain))
-    assert said[0] == "first: looking"
+    assert messages[0] == "first: looking"
     step = ckpt.record.steps[-1]
     assert step.chosen["selection"] == {"chosen": 3, "clusters": PARTS}
     assert step.chosen["bars"]["title"] == "clusters"
@@ -91,7 +91,7 @@ def test_what_a_selector_tells_is_noted_without_its_seconds() -> None:
     assert "timings" not in step.model_dump()
 
 
-def test_a_run_that_goes_on_does_not_choose_again(tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_choose_again(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"steps": 3, "save_every": 1, "warmup": 0}
     whole, killed, again, other = (checkpoint() for _ in range(4))
     run(whole, select=First(), **arguments)
@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_does_not_choose_again(tmp_path: Path) -> None:
 def test_a_selection_is_a_sequence() -> None:
     found = Selection((4, 2, 9))
     assert (list(found), len(found), found[1], found[:2], 9 in found) == ([4, 2, 9], 3, 2, (4, 2), True)
-    assert found.told == {}
+    assert found.metadata == {}
 
 
 def test_a_choice_in_a_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
@@ -124,14 +124,14 @@ def test_a_choice_in_a_report(corpus: Path, tmp_path: Path, monkeypatch: pytest.
     ]
     recipe = make_recipe(corpus, steps)
     document = carve(recipe, tmp_path / "out", model=model)
-    told = document["steps"][1]
-    assert set(told["timings"]) == {"embedding", "clustering", "comparing", "concepts"}
+    step = document["steps"][1]
+    assert set(step["timings"]) == {"embedding", "clustering", "comparing", "concepts"}
     page = carve_page(document)
     assert "The examples that were chosen" in page
     assert "How far the model is from its original, by cluster" in page
     assert "seconds of comparing" in page
     again = carve(recipe, tmp_path / "again", model=model)
-    assert again["steps"][1]["chosen"] == told["chosen"]
+    assert again["steps"][1]["chosen"] == step["chosen"]
     assert files(tmp_path / "again") == files(tmp_path / "out")  # no seconds in what is compared
     assert load(tmp_path / "out").kind == "standalone"
     assert document["after"]["zero_fraction"] == pytest.approx(dict.fromkeys(document["after"]["zero_fraction"], 0.5))

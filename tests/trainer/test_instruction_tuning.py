@@ -38,7 +38,7 @@ def test_the_answer_and_the_end_are_learnt_and_nothing_else() -> None:
     assert ckpt.tokenizer.decode(row["input_ids"][~learnt_T]) == "name the town\nby the river"
 
 
-def test_prompts_go_into_the_chat_template_unless_told() -> None:
+def test_prompts_go_into_the_chat_template_by_default() -> None:
     ckpt = checkpoint()
     with_it, without = (rows_of(ckpt, chat=chat, pack=False)[0] for chat in (True, False))
     assert ckpt.tokenizer.decode(with_it["input_ids"]).startswith("<s>user\nname the river</s>\n<s>assistant\n")

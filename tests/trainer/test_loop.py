@@ -14,7 +14,7 @@ from torch import nn
 import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.trainer import CausalLM, Example, KeyedRNG, Loss, TrainingRun, train
+from intaglio.trainer import CausalLM, Example, KeyedRNG, Loss, ModifierSession, TrainingRun, train
 from intaglio.trainer.causal_lm import causal_batch, next_token_loss
 from intaglio.trainer.history import columns
 from tests.families import DECODERS
@@ -81,7 +81,15 @@ def test_batches_and_accumulation_split_the_same_step() -> None:
     for batch_size, accumulate in ((8, 1), (4, 2), (1, 8)):
         ckpt = checkpoint()
         rows = CausalLM(length=16, pack=False)
-        done = run(ckpt, data, objective=rows, batch_size=batch_size, accumulate=accumulate, steps=4, evaluate=data)
+        done = run(
+            ckpt,
+            data,
+            objective=rows,
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            steps=4,
+            evaluate=data,
+        )
         found.append((weights(ckpt), [(line.loss, line.evaluation.get("loss", 0.0)) for line in done.history]))
     for other, losses in found[1:]:
         assert far(found[0][0], other) < 1e-5
@@ -101,7 +109,7 @@ def test_every_decoder_family_trains(family: str) -> None:
 def test_what_the_objective_owns_is_trained_and_its_parts_are_logged() -> None:
     objective, ckpt = Owning(), checkpoint()
     before = objective.scale.weight.clone()
-    done = run(ckpt, objective=objective, log_every=4, accumulate=2)
+    done = run(ckpt, objective=objective, log_every=4, gradient_accumulation_steps=2)
     assert not torch.equal(before, objective.scale.weight)
     for line in done.history:
         assert set(line.parts) == {"nll", "penalty"}
@@ -175,33 +183,25 @@ class Digits:
         return Loss(nn.functional.cross_entropy(scores, batch["y"]), outputs=scores)
 
 
-class Memory:
-    """Remembers what was said of each example, as early-learning regularization does."""
+class Memory(ModifierSession):
+    """Remembers the predictions for each example, as early-learning regularization does."""
 
-    def attach(self, run: TrainingRun) -> None:
+    def attach(self, run: TrainingRun) -> Memory:
         assert run.rows is not None
         self.table = torch.zeros(run.rows, 3)
-
-    def before_step(self, t: int, next_batch: dict[str, Any]) -> None: ...
-
-    def on_step(self, t: int) -> None: ...
+        return self
 
     def extra_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Loss:
-        said = outputs.softmax(-1)
-        self.table[batch["id"]] = 0.7 * self.table[batch["id"]] + 0.3 * said.detach()
-        term = (1 - (self.table[batch["id"]] * said).sum(-1)).log().mean()
+        probs = outputs.softmax(-1)
+        self.table[batch["id"]] = 0.7 * self.table[batch["id"]] + 0.3 * probs.detach()
+        term = (1 - (self.table[batch["id"]] * probs).sum(-1)).log().mean()
         return Loss(3 * term, {"memory": term})
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        return []
 
     def state_dict(self) -> dict[str, Any]:
         return {"table": self.table}
 
     def load_state_dict(self, state: Any) -> None:
         self.table = state["table"]
-
-    def detach(self, run: TrainingRun) -> None: ...
 
 
 def test_rows_need_not_be_tokens_nor_models_language_models(tmp_path: Any) -> None:
@@ -211,8 +211,8 @@ def test_rows_need_not_be_tokens_nor_models_language_models(tmp_path: Any) -> No
 
     def ran(**more: Any) -> tuple[Any, Memory, dict[str, Any]]:
         torch.manual_seed(1)
-        memory, ckpt = Memory(), Checkpoint(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
-        return run(ckpt, data, shape=[memory], **settings, **more), memory, weights(ckpt)
+        memory, net = Memory(), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        return run(net, data, modifiers=[memory], **settings, **more), memory, weights(Checkpoint(net))
 
     whole, memory, end = ran()
     assert (whole.steps, whole.tokens) == (75, 150)
@@ -226,11 +226,48 @@ def test_rows_need_not_be_tokens_nor_models_language_models(tmp_path: Any) -> No
     assert same(there, end)
 
 
+def test_a_plain_module_is_evaluated_as_it_is_and_leaves_no_record() -> None:
+    net = nn.Sequential(nn.Linear(4, 3))
+    data = [{"x": torch.randn(4), "y": n % 3} for n in range(6)]
+    seen: list[Any] = []
+
+    def judge(model: Any) -> dict[str, float]:
+        seen.append((model is net, model.training))
+        return {"loss": 1.0}
+
+    done = run(net, data, objective=Digits(), steps=2, evaluate=judge, evaluate_every=1)
+    assert seen == [(True, False)] * 2
+    assert net.training
+    assert [line.evaluation for line in done.history] == [{"loss": 1.0}] * 2
+    held_out = run(net, data, objective=Digits(), steps=1, evaluate=data).history[-1].evaluation
+    assert 0 < held_out["loss"] < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({}, "objective is missing; training Linear needs one"),
+        ({"objective": Digits(), "gradient_checkpointing": True}, "Linear has no gradient checkpointing"),
+        ({"objective": Digits(), "freeze": True}, "nothing is left to train"),
+    ],
+)
+def test_a_plain_module_that_cannot_be_trained_so_is_refused(arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(IntaglioError, match=sentence):
+        train(nn.Linear(4, 3), [{"x": torch.randn(4), "y": 0}], steps=1, batch_size=1, **arguments)
+
+
 def test_draws_are_keyed_by_seed_epoch_and_example() -> None:
     by_key: dict[tuple[int, int], float] = {}
     for batch_size, accumulate in ((2, 1), (1, 2)):
         objective = Owning()
-        run(checkpoint(), TEXTS[:3], objective=objective, batch_size=batch_size, accumulate=accumulate, steps=6)
+        run(
+            checkpoint(),
+            TEXTS[:3],
+            objective=objective,
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            steps=6,
+        )
         seen = objective.seen[:12]  # the loader reads ahead
         assert [step for _, _, step, _ in seen] == [n // 2 for n in range(12)]
         for epoch in range(4):
@@ -311,21 +348,29 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_state(tmp_path: An
     assert "\n" not in str(caught.value)
     assert all(bool(torch.isfinite(p).all()) for p in ckpt.model.parameters())
     assert (tmp_path / "checkpoint-3" / "loop.json").is_file()
-    with pytest.raises(IntaglioError, match="no earlier state is on the disk"):
+    with pytest.raises(IntaglioError, match="no earlier state was saved"):
         run(checkpoint(), objective=Breaking())
     assert ckpt.record.steps == []
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Any) -> None:
     with pytest.raises(IntaglioError, match="not finite after step 1"):
-        run(checkpoint(), directory=tmp_path, save_every=1, learning_rate=3e38, warmup=0, schedule="constant", clip=0)
+        run(
+            checkpoint(),
+            directory=tmp_path,
+            save_every=1,
+            learning_rate=3e38,
+            warmup=0,
+            schedule="constant",
+            max_grad_norm=0,
+        )
     assert not list(tmp_path.glob("checkpoint-*/loop.json"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"steps": None}, "exactly one of steps, tokens and epochs says how long to train; none is given"),
+        ({"steps": None}, "exactly one of steps, tokens and epochs sets the length of training; none is given"),
         ({"epochs": 1}, "steps and epochs are given"),
         ({"steps": 0}, "steps is 0; it should be greater than or equal to 1"),
         ({"steps": "3"}, "steps is '3'; it should be a valid integer"),

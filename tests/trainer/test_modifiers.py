@@ -1,4 +1,4 @@
-"""Shapers, selectors, adapters, early stops: each does its part, and resumes exactly."""
+"""Modifiers, selectors, adapters, early stopping: each does its part, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress
-from intaglio.trainer import CausalLM, Example, KeyedRNG, Lora, Loss, TrainingRun
+from intaglio.trainer import CausalLM, Example, KeyedRNG, Lora, Loss, ModifierSession, TrainingRun
 from intaglio.trainer import resume as run_state
 from intaglio.trainer.sparsity_mask import linear_modules
 from tests.trainer.helpers import TEXTS, checkpoint, far, run, same, weights
@@ -37,7 +37,7 @@ class Halve(nn.Module):
         return weight * self.mask
 
 
-class Pruning:
+class Pruning(ModifierSession):
     """Prunes one more column a step, pulls a norm to a centre of its own, learns a temperature."""
 
     def __init__(self) -> None:
@@ -46,21 +46,22 @@ class Pruning:
         self.rates = [0.5]
         self.temperature = nn.Parameter(torch.ones(()))
 
-    def attach(self, run: TrainingRun) -> None:
+    def attach(self, run: TrainingRun) -> Pruning:
         self.run = run
-        linear = run.checkpoint.model.get_submodule(MLP)
+        linear = run.model.get_submodule(MLP)
         self.mask = Halve(linear.weight)
         parametrize.register_parametrization(linear, "weight", self.mask)
         self.calls.append("attach")
+        return self
 
-    def before_step(self, t: int, next_batch: dict[str, Any]) -> None:
-        self.calls.append(f"before {t} {tuple(next_batch['input_ids'].shape)}")
+    def before_step(self, step: int, batch: dict[str, Any]) -> None:
+        self.calls.append(f"before {step} {tuple(batch['input_ids'].shape)}")
 
-    def on_step(self, t: int) -> None:
-        self.mask.mask[:, t - 1] = 0
-        self.centre = self.centre * 0.9 + t
-        self.rates.append(0.5 / t)
-        self.calls.append(f"on {t}")
+    def after_step(self, step: int) -> None:
+        self.mask.mask[:, step - 1] = 0
+        self.centre = self.centre * 0.9 + step
+        self.rates.append(0.5 / step)
+        self.calls.append(f"after {step}")
 
     def extra_loss(self, model: nn.Module, batch: dict[str, Any], outputs: Any) -> Loss:
         assert batch["id"].tolist() == [int(n) for n in batch["id"] if 0 <= n < self.run.rows]
@@ -78,45 +79,51 @@ class Pruning:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.centre, self.rates = state["centre"], state["rates"]
 
-    def detach(self, run: TrainingRun) -> None:
-        linear = run.checkpoint.model.get_submodule(MLP)
+    def detach(self) -> None:
+        linear = self.run.model.get_submodule(MLP)
         parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
         self.calls.append("detach")
 
 
-def test_a_shaper_is_called_in_order_and_baked() -> None:
-    ckpt, shaper = checkpoint(), Pruning()
+def test_a_modifier_is_called_in_order_and_baked() -> None:
+    ckpt, modifier = checkpoint(), Pruning()
     names = set(weights(ckpt))
-    done = run(ckpt, shape=[shaper], steps=3, accumulate=2)
-    body = [call for t in (1, 2, 3) for call in (f"before {t} (2, 24)", f"on {t}")]
-    assert shaper.calls == ["attach", *body, "detach"]
+    done = run(ckpt, modifiers=[modifier], steps=3, gradient_accumulation_steps=2)
+    body = [call for t in (1, 2, 3) for call in (f"before {t} (2, 24)", f"after {t}")]
+    assert modifier.calls == ["attach", *body, "detach"]
     assert set(weights(ckpt)) == names
     linear = ckpt.model.get_submodule(MLP)
     assert type(linear) is nn.Linear
     assert not linear.weight[:, :3].any()
     assert linear.weight[:, 3:].all()
-    assert float(shaper.temperature.detach()) != 1.0
+    assert float(modifier.temperature.detach()) != 1.0
     assert all(line.parts["pull"] > 0 for line in done.history)
 
 
-def test_a_shaper_resumes_exactly(tmp_path: Path) -> None:
+def test_a_modifier_resumes_exactly(tmp_path: Path) -> None:
     whole, one = checkpoint(attention_dropout=0.1), Pruning()
-    unbroken = run(whole, shape=[one])
+    unbroken = run(whole, modifiers=[one])
     with pytest.raises(Killed):
-        run(checkpoint(attention_dropout=0.1), shape=[Pruning()], directory=tmp_path, progress=killer(5), save_every=2)
+        run(
+            checkpoint(attention_dropout=0.1),
+            modifiers=[Pruning()],
+            directory=tmp_path,
+            progress=killer(5),
+            save_every=2,
+        )
     again, two = checkpoint(attention_dropout=0.1), Pruning()
-    resumed = run(again, shape=[two], directory=tmp_path, save_every=2)
+    resumed = run(again, modifiers=[two], directory=tmp_path, save_every=2)
     assert resumed.history == unbroken.history
     assert same(weights(again), weights(whole))
     assert two.rates == one.rates
     assert torch.equal(two.temperature, one.temperature)
 
 
-def test_a_shaper_is_detached_after_an_error() -> None:
-    ckpt, shaper = checkpoint(), Pruning()
+def test_a_modifier_is_detached_after_an_error() -> None:
+    ckpt, modifier = checkpoint(), Pruning()
     with pytest.raises(Killed):
-        run(ckpt, shape=[shaper], progress=killer(2))
-    assert shaper.calls[-1] == "detach"
+        run(ckpt, modifiers=[modifier], progress=killer(2))
+    assert modifier.calls[-1] == "detach"
     assert type(ckpt.model.get_submodule(MLP)) is nn.Linear
 
 
@@ -130,7 +137,7 @@ def test_states_with_tensors_travel_as_json_and_safetensors() -> None:
 
 
 class Picks:
-    """A selector that gives what it was told to."""
+    """A selector with fixed picks."""
 
     def __init__(self, picks: Sequence[Any]) -> None:
         self.picks, self.budget = picks, 0.5
@@ -267,15 +274,33 @@ def test_gradient_checkpointing_gives_the_same_weights_and_is_switched_off() -> 
 
 def test_patience_stops_early_and_a_stopped_run_stays_stopped(tmp_path: Path) -> None:
     values = iter([3.0, 2.0, 2.5, 2.5, 1.0, 1.0])
-    arguments = {"evaluate_every": 1, "patience": 2, "watch": "error", "directory": tmp_path}
+    arguments = {
+        "evaluate_every": 1,
+        "early_stopping_patience": 2,
+        "metric_for_best_model": "error",
+        "directory": tmp_path,
+    }
     first, second = checkpoint(), checkpoint()
     done = run(first, evaluate=lambda ckpt: {"error": next(values)}, **arguments)
     assert done.steps == 4
     again = run(second, evaluate=lambda ckpt: {"error": next(values)}, **arguments)
     assert (again.steps, again.history, again.tokens) == (4, done.history, done.tokens)
     assert same(weights(first), weights(second))
-    with pytest.raises(IntaglioError, match="watch is 'eror'; did you mean error"):
-        run(checkpoint(), evaluate=lambda ckpt: {"error": 1.0}, patience=1, watch="eror")
+    watch = {"early_stopping_patience": 1, "metric_for_best_model": "eror"}
+    with pytest.raises(IntaglioError, match="metric_for_best_model is 'eror'; did you mean error"):
+        run(checkpoint(), evaluate=lambda ckpt: {"error": 1.0}, **watch)
+
+
+def test_earlier_spellings_of_settings_are_accepted() -> None:
+    new, old = checkpoint(), checkpoint()
+    names = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "min_lr_ratio": 0.5, "early_stopping_patience": 3}
+    run(new, modifiers=[Pruning()], steps=3, **names)
+    former = dict(zip(("accumulate", "clip", "final_share", "patience"), names.values(), strict=True))
+    run(old, shape=[Pruning()], steps=3, watch="loss", **former)
+    assert same(weights(new), weights(old))
+    assert new.record.steps[0].parameters == old.record.steps[0].parameters
+    with pytest.raises(IntaglioError, match="training has no setting 'clip'"):
+        run(checkpoint(), clip=1.0, max_grad_norm=1.0)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +309,7 @@ def test_patience_stops_early_and_a_stopped_run_stays_stopped(tmp_path: Path) ->
         ({"lora": {"targets": ["q_pro"]}}, "lora: no linear layer is named 'q_pro'; did you mean q_proj"),
         ({"lora": {"r": 0}}, r"lora\.r is 0; it should be greater"),
         ({"lora": {"rank": 4}}, "training has no setting 'lora.rank'; accepted: alpha, dropout, r, targets"),
-        ({"shape": [3]}, "shape holds int; a shaper has attach"),
+        ({"modifiers": [3]}, "modifiers holds int; a training modifier has attach"),
         ({"select": 3}, "select is int; it needs select and budget"),
         ({"select": Picks([0]), "data": iter(TEXTS)}, "select needs data in memory"),
         ({"report_to": ["nowhere"]}, "report_to names 'nowhere', which is not installed"),
@@ -301,7 +326,7 @@ def test_bad_input_is_one_sentence(arguments: dict[str, Any], sentence: str) -> 
 
 def test_fsdp_on_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(IntaglioError, match="FSDP is asked for on CPUs, where accelerate runs DDP in silence"):
+    with pytest.raises(IntaglioError, match="FSDP is requested on CPUs, where accelerate silently runs DDP"):
         run(checkpoint())
 
 
@@ -312,7 +337,7 @@ from safetensors.torch import save_file
 from tests.trainer.helpers import checkpoint, run, weights
 from tests.trainer.test_loop import Owning
 from tests.trainer.test_resume import Killed, killer
-arguments = dict(objective=Owning(), batch_size=4, accumulate=2, steps=6, save_every=2)
+arguments = dict(objective=Owning(), batch_size=4, gradient_accumulation_steps=2, steps=6, save_every=2)
 if sys.argv[2] == "killed":
     try:
         run(checkpoint(), directory=sys.argv[3], progress=killer(3), **arguments)
@@ -342,7 +367,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     arguments[1] = "resumed"
     done = subprocess.run([*command, *arguments], check=True, env=environment, capture_output=True, text=True)
     alone = checkpoint()
-    one = run(alone, objective=Owning(), batch_size=4, accumulate=2, steps=6)
+    one = run(alone, objective=Owning(), batch_size=4, gradient_accumulation_steps=2, steps=6)
     assert far(load_file(out), weights(alone)) < 1e-5
     tokens, *losses = done.stdout.split()
     assert int(tokens) == one.tokens

@@ -108,7 +108,7 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert (again.history, again.tokens) == (done.history, done.tokens)
 
 
-def test_resume_false_starts_anew_over_another_run(tmp_path: Path) -> None:
+def test_resume_false_starts_over(tmp_path: Path) -> None:
     run(checkpoint(), directory=tmp_path)
     fresh, lone = checkpoint(), checkpoint()
     run(fresh, directory=tmp_path, resume=False, seed=5)
@@ -155,10 +155,10 @@ def test_few_checkpoints_stay_and_none_is_a_pickle_of_ours(tmp_path: Path) -> No
     assert names == {
         "loop.json",
         "model.safetensors",
+        "modifiers.safetensors",
         "optimizer.pt",
         "rng_state.pth",
         "scheduler.pt",
-        "shapers.safetensors",
         "trainer_state.json",
     }
     torch.load(run_state.checkpoint_path(tmp_path, 8) / "optimizer.pt", weights_only=True)

@@ -41,7 +41,7 @@ def test_it_is_an_objective() -> None:
 
 
 @pytest.mark.parametrize("family", DESIGN_FAMILIES)
-def test_the_body_goes_on_and_the_head_is_new(family: str, tmp_path: Path) -> None:
+def test_the_body_stays_and_the_head_is_new(family: str, tmp_path: Path) -> None:
     ckpt = checkpoint(family)
     ids = torch.arange(8, 20)[None]
     ckpt.model.eval()
@@ -88,7 +88,7 @@ def test_two_heads_are_not_mixed_up() -> None:
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}, {"r": 2, "targets": ["q_proj", "v_proj"]}])
-def test_killed_training_goes_on_bit_for_bit(tmp_path: Path, lora: dict[str, Any] | None) -> None:
+def test_killed_training_resumes_bit_for_bit(tmp_path: Path, lora: dict[str, Any] | None) -> None:
     whole, killed, again = (checkpoint() for _ in range(3))
     arguments = {**SETTINGS, "save_every": 1, "lora": lora}
     unbroken = train(whole, ROWS, objective=TokenClassification(), **arguments)

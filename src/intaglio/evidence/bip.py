@@ -1,7 +1,7 @@
 """The claim of BiP: at 95 % zeros it beats iterative magnitude pruning that takes as many passes.
 
 A run is a training seed: it draws the training images, the weights of a dense network, and the order of all batches.
-Every arm prunes that same network with the same batches in the same order, by the library's own `prune`, within a
+Every arm prunes that same network with the same batches in the same order, by `evidence.baselines.bip.prune`, within a
 budget of forward-backward passes (one arm, told apart, has its usual full cost). BiP's iteration counts as two: its
 implicit term comes out of the upper level's one backward. No arm sees validation or evaluation images, the last step is
 what is measured, and every arm has equally many settings to choose from on validation images.
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from intaglio.evidence.baselines.bip import prune, rounds
 from intaglio.evidence.experiment import Cost, Experiment, Outcome, Secondary, Tuning, Unit
 from intaglio.evidence.worlds.digits import CLASSES, Digits, Images
 from intaglio.evidence.worlds.sealing import generator
 from intaglio.measures.memory import peak_memory
-from intaglio.methods.weights.bip import prune, rounds
 
 ACCURACY = "accuracy"
 OVERLAP = "mask overlap"

@@ -29,7 +29,7 @@ from intaglio.measures.memory import peak_memory
 from intaglio.methods.weights.bitnet import BitNet
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.replacement import ReplacedLinear, count_parameters, module_names, replace_modules
-from intaglio.trainer import Batch, TrainingModifier, TrainingRun, train
+from intaglio.trainer import ModifierSession, TrainingModifier, TrainingRun, train
 
 BITS = "bits per byte"
 BYTES = "bytes of the weights"
@@ -66,40 +66,15 @@ class Normed(ReplacedLinear):
 
 
 class InnerNorms:
-    """A shaper that puts layer norms in front of the projections, as ternary layers have them, and rounds nothing."""
+    """Modifier that puts layer norms in front of the projections, as ternary layers have them, and rounds nothing."""
 
-    def attach(self, run: TrainingRun) -> None:
-        """Put them in.
-
-        Args:
-            run: whose model is trained.
-        """
-        model = run.checkpoint.model
-        names = module_names(model)
-        replace_modules(model, {names[id(one.module)]: Normed(one.module) for _, one in anatomy(model).all_linears()})  # type: ignore[arg-type]
-
-    def on_step(self, t: int) -> None:
-        """Do nothing."""
-
-    def before_step(self, t: int, next_batch: Batch) -> None:
-        """Do nothing."""
-
-    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> None:
-        """Add nothing."""
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return none."""
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def detach(self, run: TrainingRun) -> None:
-        """Leave them in: they are the model."""
+    def attach(self, run: TrainingRun) -> ModifierSession:
+        """Put the norms in; they stay as a part of the model."""
+        names = module_names(run.model)
+        replace_modules(
+            run.model, {names[id(one.module)]: Normed(one.module) for _, one in anatomy(run.model).all_linears()}
+        )  # type: ignore[arg-type]
+        return ModifierSession()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from intaglio.evidence.worlds.sealing import MEASURED, Part
 from intaglio.masks.method import keep
 from intaglio.measures.memory import peak_memory
 from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
-from intaglio.methods.attention.layerwise_unmasking.search import Found, Trial, best_of
+from intaglio.methods.attention.layerwise_unmasking.search import SearchResult, Trial, best_of
 from intaglio.modeling.anatomy import anatomy
 from intaglio.trainer.token_classification import TokenClassification, make_evaluator
 
@@ -168,7 +168,7 @@ class Label:
 
     def tried(
         self, arm: str, checkpoint: Checkpoint, training: Sequence[Any], validation: Sequence[Any], seed: int
-    ) -> Found:
+    ) -> SearchResult:
         """Try what an arm tries; the checkpoint becomes the best.
 
         Args:

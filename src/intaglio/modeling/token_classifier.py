@@ -1,9 +1,9 @@
-"""Token classifiers: a stock model's body with a head that labels tokens, in transformers' own classes.
+"""Token classifiers: a stock model's body with a labelling head, in transformers' own classes.
 
     logits_BTL = Linear(Dropout(h_BTD))         h: the final-norm hidden states; with a bias
 
-Families that transformers has no such class for get one put together of its own generic parts. Their checkpoints are
-live ones: the stock loader does not know that class.
+For families without such a class, one is composed of transformers' generic parts. Their checkpoints need Intaglio to
+load: the stock loader does not know the class.
 
 Dimension letters: B rows, T tokens, D width, L labels.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,82 +22,60 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 
 from intaglio.errors import IntaglioError
 
-if TYPE_CHECKING:
-    from intaglio.checkpoint import Checkpoint
-
 SLUG = "token_classification"
 PLACE = "labelled_token"
-"""The key of config.json that says which token of a word has its label."""
+"""Key of config.json: the token of a word that carries its label."""
 
 
 def is_classifier(config: Any) -> bool:
-    """Return whether a checkpoint says of itself that it labels tokens.
-
-    Args:
-        config: its configuration.
-    """
+    """Return whether a configuration names a token classifier."""
     return any(str(name).endswith("ForTokenClassification") for name in getattr(config, "architectures", None) or ())
 
 
 def classifier_class(config: Any) -> type[Any]:
-    """Return the class of a family's token classifier.
-
-    Args:
-        config: of a model of the family.
-
-    Raises:
-        IntaglioError: the family has no base model that such a class could be put together with.
-    """
+    """Return the token classifier class of a configuration's family."""
     if type(config) in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING:
-        found: type[Any] = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)]
-        return found
+        known: type[Any] = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING[type(config)]
+        return known
     if type(config) not in MODEL_MAPPING:
         raise IntaglioError(f"the model type {config.model_type!r} has no base model, so it cannot label tokens")
     base = MODEL_MAPPING[type(config)]
     name = base.__name__.removesuffix("Model") + "ForTokenClassification"
-    if name not in _MADE:
-        # The family's own base class, which says how weights are named and drawn, with transformers' generic head.
+    if name not in _COMPOSED:
+        # The family's base class, for the names and initial values of weights, with transformers' generic head.
         parent = next(kind for kind in base.__mro__[1:] if issubclass(kind, PreTrainedModel))
-        _MADE[name] = type(name, (GenericForTokenClassification, parent), {"__module__": __name__})
-        setattr(sys.modules[__name__], name, _MADE[name])  # so that it can be pickled
-    return _MADE[name]
+        _COMPOSED[name] = type(name, (GenericForTokenClassification, parent), {"__module__": __name__})
+        setattr(sys.modules[__name__], name, _COMPOSED[name])  # so that it can be pickled
+    return _COMPOSED[name]
 
 
-_MADE: dict[str, type[Any]] = {}
+_COMPOSED: dict[str, type[Any]] = {}
 
 
 def classification_head(model: Any) -> nn.Linear | None:
-    """Return the labelling head of a token classifier; None for any other model.
-
-    Args:
-        model: a Hugging Face model.
-    """
+    """Return the labelling head of a token classifier; None for any other model."""
     if not type(model).__name__.endswith("ForTokenClassification"):
         return None
     return cast(nn.Linear, getattr(model, "score", getattr(model, "classifier", None)))
 
 
 def label_names(model: Any) -> tuple[str, ...]:
-    """Return the labels of a token classifier in the order of its logits.
-
-    Args:
-        model: a token classifier.
-    """
+    """Return the labels of a token classifier in the order of its logits."""
     return tuple(model.config.id2label[index] for index in range(model.config.num_labels))
 
 
 def to_classifier(
-    checkpoint: Checkpoint, labels: Sequence[str], *, dropout: float = 0.1, place: str = "first", seed: int = 0
+    checkpoint: Any, labels: Sequence[str], *, dropout: float = 0.1, place: str = "first", seed: int = 0
 ) -> None:
-    """Make a checkpoint's model label tokens: its body goes on, its old head goes, a new one is drawn.
+    """Turn a checkpoint's model into a token classifier: keep its body, replace its head by a new one.
 
-    A model that labels with these very labels already keeps its head. What layers see stays as it is.
+    A classifier with the same labels keeps its head. Attention masks stay as they are.
 
     Args:
-        checkpoint: its model is replaced; the body's modules are the same objects.
+        checkpoint: a `Checkpoint`, whose model is replaced; the body's modules are the same objects.
         labels: names in the order of the logits.
         dropout: before the head, while training. Default 0.1.
-        place: which token of a word has its label: `first`, `last` or `all`; noted in the configuration.
+        place: the token of a word that carries its label: `first`, `last` or `all`; noted in the configuration.
         seed: of the head's weights, normal with deviation `initializer_range`; its bias is 0.
 
     Raises:

@@ -54,7 +54,11 @@ def _applied(step: StepRecord, live: bool) -> RecordedStep | None:
 
 def _trained(parameters: Mapping[str, Any]) -> RecordedStep:
     """A training, whose record names its parts as `train` was given them, which may be objects without a slug."""
-    named = [parameters.get("objective"), parameters.get("select"), *(parameters.get("shape") or ())]
+    named = [
+        parameters.get("objective"),
+        parameters.get("select"),
+        *(parameters.get("modifiers", parameters.get("shape")) or ()),
+    ]
     found = [_known(slug, fields) for one in named if isinstance(one, Mapping) for slug, fields in one.items()]
     parts = [part for part in found if part is not None]
     own = RecordedStep(

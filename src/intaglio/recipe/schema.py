@@ -413,7 +413,7 @@ def _train_schema(definitions: dict[str, Any]) -> dict[str, Any]:
     kinds: dict[str, Kind] = {"objective": "objective", "select": "selector"}
     for field, kind in kinds.items():
         own["properties"][field] = {"oneOf": _schemas_of(kind, definitions), "description": f"one {kind}"}
-    own["properties"]["shape"]["items"] = {"oneOf": _schemas_of("modifier", definitions)}
+    own["properties"]["modifiers"]["items"] = {"oneOf": _schemas_of("modifier", definitions)}
     own["description"] = "trains the weights"
     return own
 

@@ -1,29 +1,23 @@
-"""The one training loop: any objective that fits a model, resumed exactly, on `transformers.Trainer`.
+"""Training loop on `transformers.Trainer`: any objective that fits a model, exact resume.
 
     import intaglio
     from intaglio.trainer import CausalLM, train
 
     ckpt = intaglio.new("llama", width=128, depth=4, context=256)
-    done = train(ckpt, texts, objective=CausalLM(length=256), steps=500, batch_size=16, directory="run/")
-    print(done.history[-1].loss)
+    result = train(ckpt, texts, objective=CausalLM(length=256), steps=500, batch_size=16, directory="run/")
+    print(result.history[-1].loss)
 
-- `loop`: `train`, and what it returns.
-- `settings`: the numbers of a run, validated.
-- `protocols`: what an objective, a shaper and a selector are.
-- `causal`: rows for next-token prediction, packed without leaks; the objective `CausalLM`.
-- `instruct`: the answers of pairs; the objective `InstructionTuning`.
-- `labels`: words with labels; the objective `token_classification`.
-- `rows`: from a user's data to rows, in memory or as a stream.
-- `pairs`: instruction pairs, from a file too.
+- `loop`: `train` and its result.
+- `settings`: the settings of a run, validated.
+- `protocols`: objectives, training modifiers, selectors.
+- `causal`, `instruct`, `labels`: the objectives `CausalLM`, `InstructionTuning` and `token_classification`.
+- `rows`, `pairs`: from a user's data to rows, in memory or as a stream; instruction pairs.
 - `draws`: randomness keyed by (seed, epoch, example id).
-- `lora`: adapters through PEFT, merged at the end; zeros of pruned layers stay.
-- `zeros`: the same for full training.
-- `select`: a selector's choice among the examples, and the choice at random.
-- `keep`: what is left as it was found.
-- `stock`: `transformers.Trainer` with our loss and trustworthy checkpoints.
-- `sharded`: plain tensors out of what FSDP has spread, and back.
-- `state`: the directory of a resumable run.
-- `history`, `early`: what a run logged; a page that shows it while the run goes on.
+- `lora`, `zeros`: adapters through PEFT; zeros of pruned layers stay zeros.
+- `select`: data selection and its random baseline.
+- `stock`: `transformers.Trainer` with the loss of an objective and exact resume.
+- `state`, `history`, `early`: the directory of a resumable run, its log, its progress page.
+- `keep`, `sharded`: restoring context managers; FSDP helpers.
 """
 
 from __future__ import annotations
@@ -37,6 +31,7 @@ from intaglio.trainer.protocols import (
     Batch,
     Example,
     Loss,
+    ModifierSession,
     Objective,
     Prepares,
     Selection,
@@ -55,6 +50,7 @@ __all__ = [
     "LogEntry",
     "Lora",
     "Loss",
+    "ModifierSession",
     "Objective",
     "Prepares",
     "Selection",

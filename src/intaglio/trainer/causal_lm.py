@@ -1,7 +1,7 @@
-"""Next-token prediction: rows cut out of documents, packed without leaks; the objective `CausalLM`.
+"""Next-token prediction: packing of documents without leaks, and the objective `CausalLM`.
 
-A packed row holds several documents one after the other. Positions start anew with each, from which the stock models of
-transformers make a mask that keeps documents apart (windows included); a probe makes sure that the model at hand does.
+A packed row holds several documents. Positions restart with each, from which the stock models of transformers make a
+mask that separates documents (windows included); a probe checks that the model at hand does so.
 
 Dimension letters: B rows, T tokens of a row, V vocabulary.
 """
@@ -25,22 +25,14 @@ from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG, generator
 
 IGNORED = -100
-"""The target of a position that is not scored, as in torch."""
+"""Target of a position without a loss, as in torch."""
 
 LENGTH = 1024
-"""The longest row by default, in tokens; a model's own context wins where it is shorter."""
+"""Default row length in tokens; a shorter context of the model wins."""
 
 
 def row_length(checkpoint: Checkpoint, length: int | None) -> int:
-    """Return the tokens of a row.
-
-    Args:
-        checkpoint: whose context bounds it.
-        length: what was asked for; None for the context, at most 1,024.
-
-    Raises:
-        IntaglioError: fewer than 2 tokens, or more than the context.
-    """
+    """Return the row length in tokens: as given, or the context, at most 1,024."""
     if length is None:
         return min(checkpoint.context, LENGTH)
     if not 2 <= length <= checkpoint.context:
@@ -49,15 +41,7 @@ def row_length(checkpoint: Checkpoint, length: int | None) -> int:
 
 
 def documents(examples: Iterable[Example], vocabulary: int) -> Iterator[Example]:
-    """Yield each example as a document: `input_ids` and `labels`, int64 [T].
-
-    Args:
-        examples: with `input_ids` and, if not every token is to be predicted, `labels` (-100: not this token).
-        vocabulary: labels are below it.
-
-    Raises:
-        IntaglioError: labels of another length, or out of range.
-    """
+    """Yield each example as a document: `input_ids` and `labels`, int64 [T]; the label -100 has no loss."""
     for number, example in enumerate(examples):
         what = f"example {number} of the training data"
         if "input_ids" not in example:
@@ -79,11 +63,7 @@ def documents(examples: Iterable[Example], vocabulary: int) -> Iterator[Example]
 def packed(examples: Iterable[Example], length: int) -> Iterator[Example]:
     """Yield rows of exactly `length` tokens (the last may be shorter), documents one after the other.
 
-    A document that does not fit goes on in the next row, where it begins anew: it does not see what was cut off.
-
-    Args:
-        examples: documents with `labels`.
-        length: tokens of a row T.
+    A document that does not fit continues in the next row as a document of its own: it does not see its first part.
     """
     ids: list[Tensor] = []
     labels: list[Tensor] = []
@@ -103,12 +83,7 @@ def packed(examples: Iterable[Example], length: int) -> Iterator[Example]:
 
 
 def filled(examples: Iterable[Example], length: int) -> Iterator[Example]:
-    """Yield rows of at most `length` tokens that hold whole documents, as many as fit one after the other.
-
-    Args:
-        examples: documents with `labels`, none longer than a row.
-        length: the longest row T.
-    """
+    """Yield rows of at most `length` tokens that hold whole documents, as many as fit one after the other."""
     ids: list[Tensor] = []
     labels: list[Tensor] = []
     for example in examples:
@@ -127,12 +102,7 @@ def _row(ids: Sequence[Tensor], labels: Sequence[Tensor]) -> Example:
 
 
 def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
-    """Yield one document a row, in pieces of at most `length` tokens; a piece of one token has nothing to predict.
-
-    Args:
-        examples: documents with `labels`.
-        length: the longest row T.
-    """
+    """Yield one document a row, in pieces of at most `length` tokens; a piece of one token has nothing to predict."""
     for example in examples:
         ids_T, labels_T = example["input_ids"], example["labels"]
         for start in range(0, len(ids_T), length):
@@ -142,11 +112,7 @@ def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
 
 
 def starts(row: Example) -> Tensor:
-    """Return where the documents of a row begin, int64 [documents].
-
-    Args:
-        row: from `packed` or `cut`; a row without `lengths` is one document.
-    """
+    """Return the start positions of the documents of a row, int64 [documents]."""
     lengths = row.get("lengths")
     if lengths is None:
         return torch.zeros(1, dtype=torch.int64)
@@ -154,11 +120,7 @@ def starts(row: Example) -> Tensor:
 
 
 def targets(row: Example) -> Tensor:
-    """Return the token to predict at each position, int64 [T]: the next one's label, -100 at a document's end.
-
-    Args:
-        row: `input_ids`, and `labels` where not every token is predicted.
-    """
+    """Return the target of each position, int64 [T]: the next token's label, -100 at a document's end."""
     labels_T = row["labels"] if row.get("labels") is not None else row["input_ids"]
     target_T = F.pad(labels_T[1:], (0, 1), value=IGNORED)
     lengths = row.get("lengths")
@@ -168,15 +130,11 @@ def targets(row: Example) -> Tensor:
 
 
 def positions(row: Example) -> Tensor:
-    """Return each token's place in its own document, int64 [T].
-
-    Args:
-        row: from `packed` or `cut`.
-    """
-    place_T = torch.arange(len(row["input_ids"]))
+    """Return each token's position in its own document, int64 [T]."""
+    position_T = torch.arange(len(row["input_ids"]))
     if row.get("lengths") is None:
-        return place_T
-    return place_T - torch.repeat_interleave(starts(row), row["lengths"])
+        return position_T
+    return position_T - torch.repeat_interleave(starts(row), row["lengths"])
 
 
 def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
@@ -186,13 +144,10 @@ def _padded(rows: Sequence[Tensor], value: int) -> Tensor:
 
 
 def causal_batch(rows: Sequence[Example]) -> Batch:
-    """Return what a causal model and its loss need, padded on the right, and `weight`, the number of targets.
+    """Return the batch of a causal model, padded on the right, with `weight`, the number of targets.
 
     `input_ids` [B, T] and `target` [B, T]; `position_ids` [B, T] if a row holds several documents (padding is then a
     document of its own), else `attention_mask` [B, T] if there is padding.
-
-    Args:
-        rows: from `packed` or `cut`; `input_ids` may have been changed since, `labels` say what is predicted.
     """
     target_BT = _padded([targets(row) for row in rows], IGNORED)
     batch: Batch = {
@@ -205,7 +160,7 @@ def causal_batch(rows: Sequence[Example]) -> Batch:
     if several or len(set(lengths)) > 1:
         after_BT = torch.arange(max(lengths)) - torch.tensor(lengths)[:, None]
         if several:
-            # Padding counts from 0 again, whatever stands before it, so that it begins a document.
+            # Padding counts from 0 again, so that it begins a document.
             batch["position_ids"] = torch.where(after_BT >= 0, after_BT, _padded([positions(row) for row in rows], 0))
         else:
             batch["attention_mask"] = (after_BT < 0).to(torch.int64)
@@ -213,25 +168,15 @@ def causal_batch(rows: Sequence[Example]) -> Batch:
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Loss:
-    """Return the mean negative log-likelihood, in nats, of the targets of a causal batch.
-
-    Args:
-        model: a stock causal model.
-        batch: from `causal_batch`.
-    """
+    """Return the mean negative log-likelihood, in nats, of the targets of a causal batch."""
     inputs = {name: value for name, value in batch.items() if name not in ("target", "weight")}
-    # With a cache the stock models do not look for packed documents.
+    # With a cache the stock models do not detect packed documents.
     logits_BTV = model(**inputs, use_cache=False).logits
     return Loss(cross_entropy(logits_BTV, batch["target"]), outputs=logits_BTV)
 
 
 def cross_entropy(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-    """Return the mean negative log-likelihood in nats; 0 where there is no target.
-
-    Args:
-        logits_BTV: scores.
-        target_BT: token ids, -100 where none is scored.
-    """
+    """Return the mean negative log-likelihood in nats; 0 where there is no target."""
     total = F.cross_entropy(
         logits_BTV.flatten(0, 1).float(), target_BT.flatten(), ignore_index=IGNORED, reduction="sum"
     )
@@ -240,15 +185,7 @@ def cross_entropy(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_causal(checkpoint: Checkpoint, *, packing: bool) -> None:
-    """Refuse a model that sees tokens it is to predict or, in packed rows, other documents; found out by trying.
-
-    Args:
-        checkpoint: its model is run on a few tokens.
-        packing: whether rows hold several documents.
-
-    Raises:
-        IntaglioError: it does.
-    """
+    """Refuse a model that, in a trial pass, sees the tokens to predict or, in packed rows, other documents."""
     model, name = checkpoint.model, type(checkpoint.model).__name__
     parts = anatomy(model)
     if not parts.causal:
@@ -274,12 +211,12 @@ def _probe(checkpoint: Checkpoint, packing: bool, name: str) -> None:
         return not torch.allclose(a, b, rtol=1e-3, atol=1e-3 * float(a.abs().max()))
 
     if differs(logits(first_T, second_T)[:half], logits(first_T, (second_T + 1) % rows)[:half]):
-        raise IntaglioError(f"next-token training needs a causal decoder; {name} as it is here sees later tokens")
+        raise IntaglioError(f"next-token training needs a causal decoder; this {name} sees later tokens")
     if packing:
         places = torch.arange(half).repeat(2)[None].to(checkpoint.device)
-        one, two = (logits(front_T, second_T, position_ids=places) for front_T in (first_T, other_T))
-        if differs(one[half:], two[half:]):
-            raise IntaglioError(f"{name} does not keep packed documents apart; train it with pack=False")
+        a, b = (logits(front_T, second_T, position_ids=places) for front_T in (first_T, other_T))
+        if differs(a[half:], b[half:]):
+            raise IntaglioError(f"{name} does not separate packed documents; train it with pack=False")
 
 
 @dataclass(frozen=True)
@@ -296,16 +233,7 @@ class CausalLM:
     pack: bool = True
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
-        """Cut or pack the examples into rows; see `packed` and `cut`.
-
-        Args:
-            checkpoint: a causal decoder.
-            examples: with `input_ids`, perhaps `labels`.
-            rng: unused, nothing is random here.
-
-        Raises:
-            IntaglioError: the model is no causal decoder or cannot pack, or an example is malformed.
-        """
+        """Cut or pack the examples into rows."""
         length = row_length(checkpoint, self.length)
         check_causal(checkpoint, packing=self.pack)
         vocabulary = checkpoint.vocabulary
@@ -313,23 +241,13 @@ class CausalLM:
         return packed(whole, length) if self.pack else cut(whole, length)
 
     def modules(self) -> nn.ModuleDict:
-        """None."""
+        """Return no modules."""
         return nn.ModuleDict()
 
     def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
-        """Return `causal_batch(examples)`.
-
-        Args:
-            examples: rows.
-            rng: unused.
-        """
+        """Return `causal_batch(examples)`."""
         return causal_batch(examples)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Return the next-token loss.
-
-        Args:
-            model: the model.
-            batch: from `collate`.
-        """
+        """Return the next-token loss."""
         return next_token_loss(model, batch)

@@ -1,4 +1,4 @@
-"""Which examples are trained on: a selector's choice, applied before rows are made; and the choice at random."""
+"""Data selection: a selector's choice, applied before rows are made; and the random baseline."""
 
 from __future__ import annotations
 
@@ -25,39 +25,28 @@ CHOICE = "choice.json"
 """In the directory of a run: which examples were chosen."""
 
 Original = Checkpoint | Callable[[], Checkpoint] | None
-"""The checkpoint before it was carved, or what loads it, so that it is in memory only while it is compared with."""
+"""The checkpoint before it was compressed, or a function that loads it only for the comparison."""
 
 
 @dataclass(frozen=True)
 class SelectedExamples:
-    """The examples that a run trains on.
-
-    Args:
-        digest: of what decides the choice; "" where the run has no directory.
-        indices: of the examples, in their order.
-        told: by the selector.
-        examples: they themselves.
-    """
+    """The examples that a run trains on; `digest` identifies the inputs of the choice, "" without a directory."""
 
     digest: str
     indices: list[int]
-    told: dict[str, Any]
+    metadata: dict[str, Any]
     examples: list[Example]
 
-    def noted(self) -> dict[str, Any]:
-        """What the record has of it: what is drawn stands apart, and seconds are not part of it."""
-        words = {name: value for name, value in self.told.items() if name not in ("bars", "seconds")}
-        bars = {"bars": self.told["bars"]} if self.told.get("bars") else {}
-        return ({"selection": plain(words)} if words else {}) | bars
+    def record(self) -> dict[str, Any]:
+        """Return the record's part: `bars` stand apart, and seconds are left out."""
+        facts = {name: value for name, value in self.metadata.items() if name not in ("bars", "seconds")}
+        bars = {"bars": self.metadata["bars"]} if self.metadata.get("bars") else {}
+        return ({"selection": plain(facts)} if facts else {}) | bars
 
-    def put_aside(self, directory: Path) -> None:
-        """Write it into the directory of a run, which need not choose again when it goes on.
-
-        Args:
-            directory: of the run.
-        """
-        found = {"digest": self.digest, "indices": self.indices, "told": plain(self.told)}
-        atomic_io.write_json(directory / CHOICE, found)
+    def save(self, directory: Path) -> None:
+        """Write the choice into the directory of a run, so that a resumed run need not choose again."""
+        value = {"digest": self.digest, "indices": self.indices, "metadata": plain(self.metadata)}
+        atomic_io.write_json(directory / CHOICE, value)
 
 
 def choose(
@@ -70,20 +59,9 @@ def choose(
     model: str,
     progress: Progress,
 ) -> SelectedExamples | None:
-    """Choose what a run trains on, or find the choice of a run that goes on; None without a selector.
+    """Choose the examples of a run, or read the choice of a resumed run; None without a selector.
 
-    Args:
-        checkpoint: what is trained.
-        data: as `train` takes it.
-        selector: the method.
-        original: as for `chosen`.
-        seed: of the run.
-        directory: of the run; None: nothing is looked for.
-        model: digest of what is trained; "" where the run has no directory.
-        progress: called as the selector goes on.
-
-    Raises:
-        IntaglioError: it is no selector, the data are not in memory, or as `chosen`.
+    `model` is the digest of the model, "" where the run has no directory.
     """
     if selector is None:
         return None
@@ -93,9 +71,9 @@ def choose(
     if examples is None:
         raise IntaglioError("select needs data in memory; give a list of examples or texts")
     digest = _digest(selector, examples, model, original, seed) if model else ""
-    found = None if directory is None else _read(directory, digest)
-    indices, told = found or chosen(selector, examples, checkpoint, original, seed, progress)
-    return SelectedExamples(digest, indices, told, [examples[index] for index in indices])
+    saved = None if directory is None else _read(directory, digest)
+    indices, metadata = saved or chosen(selector, examples, checkpoint, original, seed, progress)
+    return SelectedExamples(digest, indices, metadata, [examples[index] for index in indices])
 
 
 def chosen(
@@ -106,29 +84,18 @@ def chosen(
     seed: int,
     progress: Progress = no_progress,
 ) -> tuple[list[int], dict[str, Any]]:
-    """Return which examples a selector chose, in their order, and what it tells of them.
+    """Return the indices that a selector chose, in order, and its metadata.
 
-    Indices are taken as they are. Weights are turned into copies by systematic resampling: of n examples, one with
-    share w of the weight comes `floor(n w)` or `ceil(n w)` times.
-
-    Args:
-        selector: the method.
-        examples: all of them.
-        checkpoint: what is trained.
-        original: the checkpoint before it was carved, what loads it, or None.
-        seed: of the selector's draws and of the resampling.
-        progress: called as the selector goes on.
-
-    Raises:
-        IntaglioError: the selector chose nothing, or no example that there is.
+    Weights are turned into copies by systematic resampling: of n examples, one with share w of the weight comes
+    `floor(n w)` or `ceil(n w)` times.
     """
     name = getattr(selector, "slug", type(selector).__name__)
     before = original
     if not isinstance(before, Checkpoint) and before is not None:
         before = before() if getattr(selector, "compares", True) else None
-    found = selector.select(examples, checkpoint, before, selector.budget, KeyedRNG(seed), progress=progress)
-    told = dict(found.told) if isinstance(found, Selection) else {}
-    picked: list[Any] = list(found)
+    selection = selector.select(examples, checkpoint, before, selector.budget, KeyedRNG(seed), progress=progress)
+    metadata = dict(selection.metadata) if isinstance(selection, Selection) else {}
+    picked: list[Any] = list(selection)
     if picked and all(isinstance(value, float) for value in picked):
         picked = _resampled(picked, len(examples), seed, name)
     if not picked:
@@ -136,7 +103,7 @@ def chosen(
     wrong = [value for value in picked if not 0 <= int(value) < len(examples)]
     if wrong:
         raise IntaglioError(f"{name} chose the example {wrong[0]}; there are {len(examples)}")
-    return sorted(int(index) for index in picked), told
+    return sorted(int(index) for index in picked), metadata
 
 
 def _resampled(weights: list[Any], count: int, seed: int, name: str) -> list[int]:
@@ -150,7 +117,7 @@ def _resampled(weights: list[Any], count: int, seed: int, name: str) -> list[int
 
 
 def _digest(selector: Selector, examples: list[Example], model: str, original: Original, seed: int) -> str:
-    """What decides a choice; an original that is only loaded when it is asked for counts as the same."""
+    """Digest of the inputs of a choice; an original that is loaded on demand is left out."""
     before = model_digest(original.model) if isinstance(original, Checkpoint) else ""
     total = hashlib.sha256(repr([plain(describe(selector)), model, before, seed, len(examples)]).encode())
     for example in examples:
@@ -161,16 +128,16 @@ def _digest(selector: Selector, examples: list[Example], model: str, original: O
 
 
 def _read(directory: Path, digest: str) -> tuple[list[int], dict[str, Any]] | None:
-    """The choice that was put aside, if it is the same one and whole."""
+    """Return the saved choice with that digest; None if there is none or the file is damaged."""
     try:
-        found = json.loads((directory / CHOICE).read_text(encoding="utf-8"))
-        return (found["indices"], found["told"]) if found["digest"] == digest else None
+        saved = json.loads((directory / CHOICE).read_text(encoding="utf-8"))
+        return (saved["indices"], saved["metadata"]) if saved["digest"] == digest else None
     except (OSError, ValueError, TypeError, KeyError):
-        return None  # it is made again
+        return None
 
 
 class RandomExamples(Method, slug="random"):
-    """Chooses examples at random, each as likely as any other: what selectors are held against.
+    """Uniform random choice of examples, the baseline for selectors.
 
     Args:
         budget: share of the examples, above 0 and at most 1; at least one is chosen. Default 0.2.
@@ -190,16 +157,7 @@ class RandomExamples(Method, slug="random"):
         *,
         progress: Progress = no_progress,
     ) -> Selection:
-        """Return the indices of the chosen examples; a larger budget chooses the same ones and more.
-
-        Args:
-            dataset: the examples.
-            model: not looked at.
-            original: not looked at.
-            budget: share of the examples.
-            rng: its seed decides.
-            progress: never called.
-        """
+        """Return random indices; a larger budget chooses the same ones and more."""
         order = torch.randperm(len(dataset), generator=generator(rng.seed, "random examples")).tolist()
         kept = order[: max(1, int(budget * len(dataset) + 1e-9))] if dataset else []
         return Selection(kept, {"examples": len(dataset), "chosen": len(kept)})

@@ -1,7 +1,7 @@
-"""From what a user gives as data to rows: in memory, in an order keyed by the seed, or read from a stream.
+"""Training dataset: from a user's data to rows, in memory in an order keyed by the seed, or read from a stream.
 
-A *row* is an example that is ready to be collated: a dict, with `input_ids` where it is of tokens. One without counts
-as one token. Dimension letters: T tokens of a row.
+A *row* is an example ready to be collated: a dict, with `input_ids` if it consists of tokens. A row without counts as
+one token. Dimension letters: T tokens of a row.
 """
 
 from __future__ import annotations
@@ -25,18 +25,14 @@ from intaglio.trainer.protocols import Example, Objective, Prepares
 from intaglio.trainer.rng import KeyedRNG
 
 SAMPLE = 256
-"""Rows of a stream that its identity and its mean length are taken from."""
+"""Rows of a stream that determine its digest and mean length."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows to train on.
+    """Rows to train on: a table in memory, or passes over a stream.
 
-    Args:
-        table: all of them, where they are in memory; None for a stream.
-        read: begins a pass over the rows; a stream's passes come one after the other.
-        digest: SHA-256 over the rows (of a stream over its first ones).
-        mean: tokens of a row on average (of a stream over its first ones).
+    Of a stream, `digest` and `mean`, the average number of tokens of a row, come from its first rows.
     """
 
     table: list[Example] | None
@@ -44,16 +40,10 @@ class Rows:
     digest: str
     mean: float
 
-    def slots(self, total: int, step_rows: int, draws: KeyedRNG) -> Dataset[Example]:
-        """The data of a whole run as one data set of `total` rows, in the order they are trained on.
-
-        Args:
-            total: rows of the run.
-            step_rows: rows of an optimizer step.
-            draws: keys the order of an epoch.
-        """
+    def slots(self, total: int, step_rows: int, rng: KeyedRNG) -> Dataset[Example]:
+        """Return the data set of a whole run, `total` rows in training order."""
         if self.table is not None:
-            return _TableSlots(self.table, total, step_rows, draws)
+            return _TableSlots(self.table, total, step_rows, rng)
         return _StreamSlots(self.read, total, step_rows)
 
 
@@ -62,17 +52,17 @@ class _TableSlots(Dataset[Example]):
     table: list[Example]
     total: int
     step_rows: int
-    draws: KeyedRNG
+    rng: KeyedRNG
     _order: tuple[int, Tensor] = field(default_factory=lambda: (-1, torch.empty(0)), repr=False)
 
     def __len__(self) -> int:
         return self.total
 
     def __getitem__(self, slot: int) -> Example:
-        epoch, place = divmod(slot, len(self.table))
+        epoch, position = divmod(slot, len(self.table))
         if self._order[0] != epoch:
-            self._order = (epoch, self.draws.order(len(self.table), epoch))
-        index = int(self._order[1][place])
+            self._order = (epoch, self.rng.permutation(len(self.table), epoch))
+        index = int(self._order[1][position])
         return {**self.table[index], "id": index, "epoch": epoch, "step": slot // self.step_rows}
 
 
@@ -99,24 +89,14 @@ class _StreamSlots(IterableDataset[Example]):
                 )
 
 
-def read_rows(checkpoint: Checkpoint, data: Any, objective: Objective, draws: KeyedRNG) -> Rows:
-    """Turn what a user gives as data into rows.
-
-    Args:
-        checkpoint: its tokenizer reads texts, its vocabulary bounds the ids.
-        data: see `train`.
-        objective: may make rows of its own out of the examples.
-        draws: for what the objective draws once.
-
-    Raises:
-        IntaglioError: there is no data, or an example is malformed (it is named by its number).
-    """
+def read_rows(checkpoint: Checkpoint, data: Any, objective: Objective, rng: KeyedRNG) -> Rows:
+    """Turn a user's data into rows; an objective with `prepare` makes its own."""
     data = _opened(data)
 
     def read(source: Iterable[Any]) -> Iterator[Example]:
         examples: Iterable[Example] = (as_example(checkpoint, n, item) for n, item in enumerate(source))
         if isinstance(objective, Prepares):
-            examples = objective.prepare(checkpoint, examples, draws)
+            examples = objective.prepare(checkpoint, examples, rng)
         return (_checked(checkpoint, n, row) for n, row in enumerate(examples))
 
     if isinstance(data, (list, tuple)):
@@ -124,11 +104,11 @@ def read_rows(checkpoint: Checkpoint, data: Any, objective: Objective, draws: Ke
         if not table:
             raise IntaglioError("the training data is empty; give at least one example with two tokens")
         return Rows(table, lambda: iter(table), _digest(table), sum(map(row_tokens, table)) / len(table))
-    return _stream(data, read, draws)
+    return _stream(data, read, rng)
 
 
 def _opened(data: Any) -> Any:
-    """The examples that a name, a corpus or segments stand for, as a list; anything else that has examples as it is."""
+    """Return the examples of a name, a corpus or segments as a list, and other data unchanged."""
     if isinstance(data, (str, os.PathLike)):
         data = load_texts(data)
     if isinstance(data, Corpus):
@@ -146,15 +126,7 @@ def _opened(data: Any) -> Any:
 
 
 def all_examples(checkpoint: Checkpoint, data: Any) -> list[Example] | None:
-    """Return a user's data as examples, where they are in memory; else None.
-
-    Args:
-        checkpoint: its tokenizer is used.
-        data: see `train`.
-
-    Raises:
-        IntaglioError: there is no data, or an example is malformed.
-    """
+    """Return a user's data as a list of examples; None for a stream."""
     data = _opened(data)
     if not isinstance(data, (list, tuple)):
         return None
@@ -162,11 +134,11 @@ def all_examples(checkpoint: Checkpoint, data: Any) -> list[Example] | None:
 
 
 def _on_disk(data: Any) -> bool:
-    """Whether any item can be had by its number, as from a data set of torch or of `datasets`."""
+    """Return whether items can be read by index, as from a data set of torch or of `datasets`."""
     return hasattr(data, "__len__") and hasattr(data, "__getitem__")
 
 
-def _stream(data: Any, read: Callable[[Iterable[Any]], Iterator[Example]], draws: KeyedRNG) -> Rows:
+def _stream(data: Any, read: Callable[[Iterable[Any]], Iterator[Example]], rng: KeyedRNG) -> Rows:
     passes = itertools.count()
     if not _on_disk(data) and iter(data) is data:  # a generator: it can be read once
 
@@ -180,21 +152,21 @@ def _stream(data: Any, read: Callable[[Iterable[Any]], Iterator[Example]], draws
         def again() -> Iterator[Example]:
             return rest
     else:
-        head = list(itertools.islice(read(_ordered(data, draws, 0)), SAMPLE))
+        head = list(itertools.islice(read(_ordered(data, rng, 0)), SAMPLE))
 
         def again() -> Iterator[Example]:
-            return read(_ordered(data, draws, next(passes)))
+            return read(_ordered(data, rng, next(passes)))
 
     if not head:
         raise IntaglioError("the training data is empty; give at least one example with two tokens")
     return Rows(None, again, _digest(head), sum(map(row_tokens, head)) / len(head))
 
 
-def _ordered(data: Any, draws: KeyedRNG, epoch: int) -> Iterator[Any]:
-    """A pass over data that lie on the disk: in an order of their own where any item can be had, else as they come."""
+def _ordered(data: Any, rng: KeyedRNG, epoch: int) -> Iterator[Any]:
+    """Return a pass over a data set: in the epoch's order where items can be read by index, else in its own order."""
     if not _on_disk(data):
         return iter(data)
-    return (data[int(index)] for index in draws.order(len(data), epoch))
+    return (data[int(index)] for index in rng.permutation(len(data), epoch))
 
 
 def _segment_rows(segments: Segments) -> list[Example]:
@@ -206,18 +178,9 @@ def _segment_rows(segments: Segments) -> list[Example]:
 
 
 def as_example(checkpoint: Checkpoint, number: int, item: Any, *, keep_text: bool = False) -> Example:
-    """Return an item of the user's data as an example with its `id`, its text turned into `input_ids`.
+    """Return an item of the user's data as an example with its `id`, a text tokenised into `input_ids`.
 
-    A text ends with the tokenizer's end-of-text token, where it has one.
-
-    Args:
-        checkpoint: its tokenizer is used.
-        number: of the item, from 0.
-        item: a text; token ids; or a dict with `input_ids`, with `text`, or with whatever the objective reads.
-        keep_text: whether a text stays beside its tokens, for those who read it. Default False.
-
-    Raises:
-        IntaglioError: the item is something else, or a text without a tokenizer.
+    A text ends with the tokenizer's end-of-text token, if there is one, and is dropped unless `keep_text`.
     """
     if isinstance(item, str):
         item = {"text": item}
@@ -232,17 +195,7 @@ def as_example(checkpoint: Checkpoint, number: int, item: Any, *, keep_text: boo
 
 
 def token_ids(checkpoint: Checkpoint, text: Any, what: str, *, end: bool = True) -> list[int]:
-    """Return the token ids of a text.
-
-    Args:
-        checkpoint: its tokenizer is used.
-        text: what is read.
-        what: names the text in a sentence.
-        end: whether the end-of-text token is put behind it, where the tokenizer has one. Default True.
-
-    Raises:
-        IntaglioError: it is no text, or there is no tokenizer.
-    """
+    """Return the token ids of a text, with the end-of-text token unless `end` is False."""
     if not isinstance(text, str):
         raise IntaglioError(f"{what} has a text that is {type(text).__name__}; only a string is accepted")
     if checkpoint.tokenizer is None:
@@ -253,10 +206,10 @@ def token_ids(checkpoint: Checkpoint, text: Any, what: str, *, end: bool = True)
 
 
 def _checked(checkpoint: Checkpoint, number: int, row: Example) -> Example:
-    """The row with its ids, if it has any, as an int64 tensor [T], or a sentence on what is wrong with it."""
+    """Return a row with validated ids, int64 [T], if it has any."""
     what = f"row {number} of the training data"
     if "input_ids" not in row:
-        return row  # pictures, pairs of texts: its objective knows what it needs
+        return row  # such as images: the objective checks them
     ids_T = as_ids(row["input_ids"], what)
     try:
         checkpoint.check_ids(ids_T)
@@ -266,32 +219,20 @@ def _checked(checkpoint: Checkpoint, number: int, row: Example) -> Example:
 
 
 def as_ids(value: Any, what: str) -> Tensor:
-    """Return token ids as an int64 tensor [T].
-
-    Args:
-        value: integers.
-        what: names them in a sentence.
-
-    Raises:
-        IntaglioError: they are no integers in one row, or none.
-    """
+    """Return token ids as an int64 tensor [T]; `what` names them in error messages."""
     try:
         ids_T = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
-        raise IntaglioError(f"{what}: its input_ids are no row of integers") from None
+        raise IntaglioError(f"{what}: input_ids must be one row of integers") from None
     if ids_T.ndim != 1 or (ids_T.numel() and (ids_T.is_floating_point() or ids_T.dtype == torch.bool)):
-        raise IntaglioError(f"{what}: its input_ids are no row of integers")
+        raise IntaglioError(f"{what}: input_ids must be one row of integers")
     if not ids_T.numel():
         raise IntaglioError(f"{what} is empty; at least one token is needed")
     return ids_T.to(torch.int64)
 
 
 def row_tokens(row: Example) -> int:
-    """How many tokens a row counts as.
-
-    Args:
-        row: with `input_ids`, or something else, which counts as one.
-    """
+    """Return the number of tokens that a row counts as."""
     return len(row["input_ids"]) if "input_ids" in row else 1
 
 

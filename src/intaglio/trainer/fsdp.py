@@ -1,7 +1,7 @@
-"""Tensors that FSDP has spread over processes: whole again where they are saved, spread where they are put back.
+"""FSDP helpers: gather sharded tensors for saving, shard them again when they are loaded.
 
-FSDP2 replaces each parameter by a `DTensor` and swaps the class of the modules that it cuts at; it has no way back of
-its own, and a checkpoint must be left with plain tensors in stock modules.
+FSDP2 replaces each parameter by a `DTensor` and swaps the class of the modules that it shards. It has no way back, and
+a checkpoint must end with plain tensors in stock modules.
 """
 
 from __future__ import annotations
@@ -13,42 +13,25 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """Return the whole of a tensor; every process must ask for it.
-
-    Args:
-        value: plain, or spread over processes.
-    """
+    """Return the whole of a tensor; every process must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return a plain tensor, the same in all processes, spread as another one is.
-
-    Args:
-        value: the whole.
-        like: plain, or spread over processes.
-    """
+    """Shard a plain tensor, the same in all processes, as another one is."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 has cut a module or one inside it.
-
-    Args:
-        module: any.
-    """
+    """Return whether FSDP2 has sharded a module or one inside it."""
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
 @torch.no_grad()
 def unshard(module: nn.Module) -> None:
-    """Put plain, whole parameters and stock classes back into a module that FSDP2 has cut; every process must call it.
-
-    Args:
-        module: changed in place; shared parameters stay shared.
-    """
+    """Restore whole parameters and stock classes in a module that FSDP2 has sharded; every process must call it."""
     whole: dict[int, nn.Parameter] = {}
     kept: list[nn.Parameter] = []  # so that no id is used twice
     for part in module.modules():

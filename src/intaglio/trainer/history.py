@@ -1,4 +1,4 @@
-"""What a run logged: lines for Python, columns for the record and the report."""
+"""History of a run: log entries for Python, columns for the record and the report."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class LogEntry:
 
     Args:
         step: optimizer steps done.
-        loss: mean of the total since the line before, in the objective's unit (nats a token for `CausalLM`).
-        parts: means of the parts of the objective's loss and of those that shapers add.
+        loss: mean of the total since the previous line, in the objective's unit (nats a token for `CausalLM`).
+        parts: means of the parts of the objective's loss and of the modifiers' terms.
         learning_rate: of the step.
         gradient_norm: of the step, before clipping.
-        evaluation: what `evaluate` gave after this step; empty where it was not called.
+        evaluation: results of `evaluate` after this step; empty between evaluations.
     """
 
     step: int
@@ -29,11 +29,7 @@ class LogEntry:
 
 
 def history(log: Sequence[dict[str, Any]]) -> tuple[LogEntry, ...]:
-    """Return the lines of a log of `transformers.Trainer`.
-
-    Args:
-        log: its `log_history`.
-    """
+    """Return the lines of a log of `transformers.Trainer`."""
     return tuple(
         LogEntry(
             step=int(line["step"]),
@@ -53,12 +49,8 @@ def _named(line: dict[str, Any], prefix: str) -> dict[str, float]:
 
 
 def columns(lines: Sequence[LogEntry]) -> dict[str, list[Any]]:
-    """Return a history as columns, None where a line has no such value; see `intaglio.report.training_curves`.
-
-    Args:
-        lines: of the history.
-    """
-    found: dict[str, list[Any]] = {
+    """Return a history as columns, None where a line has no such value; see `intaglio.report.training_curves`."""
+    table: dict[str, list[Any]] = {
         "step": [line.step for line in lines],
         "loss": [line.loss for line in lines],
         "learning_rate": [line.learning_rate for line in lines],
@@ -68,5 +60,5 @@ def columns(lines: Sequence[LogEntry]) -> dict[str, list[Any]]:
         values = [getattr(line, prefix) for line in lines]
         # Sorted: after a resume they come in another order.
         for name in sorted({name for line in values for name in line}):
-            found[f"{prefix.removesuffix('s')}/{name}"] = [line.get(name) for line in values]
-    return found
+            table[f"{prefix.removesuffix('s')}/{name}"] = [line.get(name) for line in values]
+    return table

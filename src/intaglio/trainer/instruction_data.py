@@ -17,50 +17,39 @@ from intaglio.trainer.dataset import token_ids
 from intaglio.trainer.protocols import Example
 
 NAMES = (("prompt", "answer"), ("prompt", "completion"), ("instruction", "output"))
-"""What the two halves may be called; an `input` beside an instruction stands below it."""
-
+"""Accepted names of prompt and answer; an `input` is appended to its instruction."""
 
 DOCSTRINGS = "docstrings"
 """The bundled pairs, by name."""
 
 
 def docstring_pairs() -> list[Example]:
-    """Return pairs out of the running interpreter's standard library, in the order of their hashes.
+    """Return pairs from the running interpreter's standard library, in the order of their hashes.
 
     The prompt asks for a function that does what a docstring's summary says, the answer is its code. Answers are long
-    (about 400 characters in the middle), so most can be hidden in part.
+    (median about 400 characters), so most can be masked in part.
     """
-    found = {pair.id: pair for pair in pairs(source_files(), "code")}
+    by_id = {pair.id: pair for pair in pairs(source_files(), "code")}
     return [
         {
             "prompt": f"Write the Python function {pair.name} of the module {pair.module}. {pair.query}",
             "answer": pair.document,
         }
-        for _, pair in sorted(found.items())
+        for _, pair in sorted(by_id.items())
     ]
 
 
 def train_eval_split(examples: Sequence[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """Return examples to train on and examples to evaluate on: those with the least hashes of what they say.
-
-    Args:
-        examples: pairs or texts.
-        share: that is evaluated on, at least one of them.
-
-    Raises:
-        IntaglioError: none would be left to train on.
-    """
+    """Split off a share of the examples, at least one, for evaluation: those with the lowest content hashes."""
     count = max(1, round(share * len(examples)))
     if count >= len(examples):
         raise IntaglioError(
             f"evaluate is {share}; of {len(examples)} examples that leaves {len(examples) - count} to train on"
         )
-    keys = [hashlib.sha256(json.dumps(one, sort_keys=True, default=repr).encode()).digest() for one in examples]
-    held_out = set(sorted(range(len(examples)), key=lambda place: keys[place])[:count])
-    return (
-        [one for place, one in enumerate(examples) if place not in held_out],
-        [examples[place] for place in sorted(held_out)],
-    )
+    keys = [hashlib.sha256(json.dumps(item, sort_keys=True, default=repr).encode()).digest() for item in examples]
+    held_out = set(sorted(range(len(examples)), key=lambda index: keys[index])[:count])
+    train = [item for index, item in enumerate(examples) if index not in held_out]
+    return train, [examples[index] for index in sorted(held_out)]
 
 
 def load_pairs(path: str | os.PathLike[str]) -> list[Example]:
@@ -81,7 +70,7 @@ def load_pairs(path: str | os.PathLike[str]) -> list[Example]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
         raise IntaglioError(f"cannot read the instructions {file}: {reason}") from None
-    found = []
+    result = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -90,24 +79,16 @@ def load_pairs(path: str | os.PathLike[str]) -> list[Example]:
         except (ValueError, RecursionError) as error:
             raise IntaglioError(f"line {number} of {file} is not JSON: {error}") from None
         prompt, answer = prompt_and_answer(value, f"line {number} of {file}")
-        found.append({"prompt": prompt, "answer": answer})
-    if not found:
+        result.append({"prompt": prompt, "answer": answer})
+    if not result:
         raise IntaglioError(
             f"the instructions {file} are empty; one JSON object a line with prompt and answer is needed"
         )
-    return found
+    return result
 
 
 def prompt_and_answer(value: Any, what: str) -> tuple[str, str]:
-    """Return the prompt and the answer of a pair.
-
-    Args:
-        value: what was read.
-        what: names it in a sentence.
-
-    Raises:
-        IntaglioError: a half is missing, is no text or, of the answer, empty.
-    """
+    """Return the prompt and the answer of a pair; `what` names it in error messages."""
     if not isinstance(value, Mapping):
         raise IntaglioError(f"{what} is {shorten(repr(value))}; an object with prompt and answer is accepted")
     for question, reply in NAMES:
@@ -128,18 +109,7 @@ def prompt_and_answer(value: Any, what: str) -> tuple[str, str]:
 def tokenize_pair(
     checkpoint: Checkpoint, example: Example, number: int, length: int, *, chat: bool
 ) -> tuple[list[int], list[int], list[int]]:
-    """Return the token ids of a prompt, of its answer, cut so that all fits, and of the end-of-text token.
-
-    Args:
-        checkpoint: its tokenizer is used.
-        example: see `halves`.
-        number: of the example, from 0.
-        length: most tokens of all three.
-        chat: whether the prompt is put into the tokenizer's chat template, if it has one.
-
-    Raises:
-        IntaglioError: the example is malformed, or its prompt leaves no room for an answer.
-    """
+    """Return the token ids of a prompt, of its answer, cut to fit into `length`, and of the end-of-text token."""
     what = f"example {number} of the training data"
     question, reply = prompt_and_answer(example, what)
     tokenizer = checkpoint.tokenizer

@@ -18,12 +18,7 @@ from intaglio.trainer.rng import KeyedRNG
 
 
 def as_document(prompt: Sequence[int], answer: Sequence[int]) -> Example:
-    """Return `input_ids` and `labels`, int64 [T]: of the prompt no token is predicted.
-
-    Args:
-        prompt: token ids.
-        answer: token ids, the end among them.
-    """
+    """Return `input_ids` and `labels`, int64 [T]: no token of the prompt is predicted."""
     ids_T = torch.tensor([*prompt, *answer])
     labels_T = ids_T.clone()
     labels_T[: len(prompt)] = IGNORED
@@ -31,18 +26,7 @@ def as_document(prompt: Sequence[int], answer: Sequence[int]) -> Example:
 
 
 def pair_document(checkpoint: Checkpoint, pair: Example, number: int, length: int, *, chat: bool) -> Example:
-    """Return a pair as a document, see `as_document`.
-
-    Args:
-        checkpoint: its tokenizer is used.
-        pair: `prompt` and `answer`, or what else `pairs.halves` knows.
-        number: of the pair, from 0.
-        length: most tokens; of a longer pair the answer is cut.
-        chat: whether the prompt is put into the tokenizer's chat template, if it has one.
-
-    Raises:
-        IntaglioError: the pair is malformed, or its prompt leaves no room for an answer.
-    """
+    """Tokenise a pair, cut to `length` tokens, and return its document."""
     prompt, answer, stop = tokenize_pair(checkpoint, pair, number, length, chat=chat)
     return as_document(prompt, [*answer, *stop])
 
@@ -61,16 +45,7 @@ class InstructionTuning(CausalLM):
     chat: bool = True
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
-        """Turn the pairs into rows.
-
-        Args:
-            checkpoint: a causal decoder with a tokenizer.
-            examples: `prompt` and `answer`, or what else `pairs.halves` knows.
-            rng: unused, nothing is random here.
-
-        Raises:
-            IntaglioError: the model is no causal decoder or cannot pack, or a pair is malformed.
-        """
+        """Turn the pairs into rows."""
         length = row_length(checkpoint, self.length)
         check_causal(checkpoint, packing=self.pack)
         rows = (pair_document(checkpoint, pair, number, length, chat=self.chat) for number, pair in enumerate(examples))

@@ -1,4 +1,4 @@
-"""LoRA through PEFT, merged when the run ends; on pruned layers the zeros stay.
+"""LoRA through PEFT, merged when the run ends; the zeros of pruned layers stay zeros.
 
     W' = W + scale B A              (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022)
     W' = W + mask * (scale B A)     where W is pruned: mask is where W is not zero, in training as in merging
@@ -34,8 +34,8 @@ class Lora(BaseModel):
         r: rank. Default 16.
         alpha: scale times r. Default: twice r.
         dropout: on the adapters' inputs. Default 0.
-        targets: last parts of the names of the layers that get one, such as `q_proj`. Default: every linear layer but
-            the head.
+        targets: layers to adapt, by the last part of their names, such as `q_proj`. Default: every linear layer but the
+            head.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -46,14 +46,7 @@ class Lora(BaseModel):
     targets: list[str] | None = None
 
     def names(self, model: nn.Module) -> list[str]:
-        """Return the names of the layers that get an adapter.
-
-        Args:
-            model: what is trained.
-
-        Raises:
-            IntaglioError: a target is no linear layer of the model.
-        """
+        """Return the names of the layers to adapt."""
         every = linear_modules(model)
         if not every:
             raise IntaglioError("lora: the model has no linear layer left to adapt: its projections were replaced")
@@ -65,14 +58,7 @@ class Lora(BaseModel):
         return [name for name in every if self.targets is None or name.rpartition(".")[2] in self.targets]
 
     def check(self, model: nn.Module) -> None:
-        """Refuse what could not be adapted, before any work.
-
-        Args:
-            model: what is trained.
-
-        Raises:
-            IntaglioError: PEFT is not installed, or a target is no linear layer of the model.
-        """
+        """Refuse a missing PEFT, or a target that the model does not have."""
         if find_spec("peft") is None:
             raise IntaglioError("lora needs the package peft: pip install 'intaglio[train]'")
         self.names(model)
@@ -80,16 +66,9 @@ class Lora(BaseModel):
 
 @contextmanager
 def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) -> Iterator[None]:
-    """Put adapters into a model, and merge them when the block ends; after an error they are only taken out.
+    """Put adapters into a model, and merge them when the block ends; after an error remove them unmerged.
 
-    Args:
-        model: changed in place; everything but the adapters, and the head of a token classifier, is frozen inside.
-        lora: None: nothing is done.
-        keep_mask: whether the zeros of pruned layers stay.
-        seed: of the adapters' first values.
-
-    Raises:
-        IntaglioError: PEFT is not installed, or a target does not exist.
+    Everything else is frozen inside, but for the head of a token classifier. None: do nothing.
     """
     if lora is None:
         yield
@@ -98,7 +77,7 @@ def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) 
     head = classification_head(model)
     if head is not None:  # it is new
         head.requires_grad_(True)
-    masks = {name: pruned_mask(_base(layer).weight) if keep_mask else None for name, layer in layers.items()}
+    masks = {name: pruned_mask(layer.base_layer.weight) if keep_mask else None for name, layer in layers.items()}
     for name, layer in layers.items():
         if masks[name] is not None:
             _mask_forward(layer, masks[name])
@@ -111,10 +90,6 @@ def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) 
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, layer.base_layer)
         vars(model).pop("peft_config", None)
-
-
-def _base(layer: Any) -> Any:
-    return layer.base_layer
 
 
 def _inject(model: nn.Module, lora: Lora, seed: int) -> dict[str, Any]:
@@ -142,13 +117,13 @@ def _inject(model: nn.Module, lora: Lora, seed: int) -> dict[str, Any]:
 
 
 def _delta(layer: Any, mask_OI: Tensor | None) -> Tensor:
-    """What the adapter adds to the weight, laid out as the weight is, zero where the mask is False."""
+    """Return the adapter's update of the weight, in its layout, zero where the mask is False."""
     delta: Tensor = layer.get_delta_weight(ADAPTER)
     return delta if mask_OI is None else delta * mask_OI
 
 
 def _mask_forward(layer: Any, mask_OI: Tensor | None) -> None:
-    """Have PEFT ask us for the layer's output: its hook for variants of LoRA."""
+    """Mask the update in the forward pass too, through PEFT's hook for variants of LoRA."""
     from peft.tuners.lora.layer import LoraVariant
 
     class Masked(LoraVariant):

@@ -1,4 +1,4 @@
-"""What the loop leaves as it found it: modes, `requires_grad`, gradients, global generators."""
+"""Context managers that restore modes, `requires_grad`, gradients and global generators."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from torch import nn
 
 @contextmanager
 def preserve_modes(model: nn.Module) -> Iterator[None]:
-    """Put every module back into the mode it was in.
-
-    Args:
-        model: may be switched between training and evaluation inside.
-    """
+    """Restore the training or evaluation mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -28,7 +24,7 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserve_rng() -> Iterator[None]:
-    """Put back the global generators of Python, NumPy and torch."""
+    """Restore the global generators of Python, NumPy and torch."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
@@ -40,15 +36,11 @@ def preserve_rng() -> Iterator[None]:
 
 @contextmanager
 def preserve_grads(model: nn.Module) -> Iterator[None]:
-    """Put back `requires_grad` of every parameter, and leave no gradients.
-
-    Args:
-        model: may be trained inside.
-    """
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Restore `requires_grad` of every parameter, and leave no gradients."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     finally:
-        for parameter, want in wanted:
-            parameter.requires_grad_(want)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
             parameter.grad = None

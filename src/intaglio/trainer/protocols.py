@@ -1,41 +1,40 @@
-"""What the loop trains with: an objective, shapers, a selector.
+"""Protocols of the training loop: objectives, training modifiers, selectors.
 
-Objectives are data plus loss plus what they own. They are told nothing of the optimizer, of devices or of resuming, so
-one works with any model that its loss fits.
+An objective is data, loss and the modules it owns. It knows nothing of optimizers, devices or resuming, so it works
+with any model that its loss fits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+import torch
+from torch import Tensor, nn
 
-    from intaglio.checkpoint import Checkpoint
-    from intaglio.methods.base import Cost, Progress, Workload
-    from intaglio.trainer.rng import KeyedRNG
+from intaglio.checkpoint import Checkpoint
+from intaglio.methods.base import Cost, Progress, Workload
+from intaglio.trainer.rng import KeyedRNG
 
 Example = dict[str, Any]
-"""One training example. The loop adds `id` (its place in the data), `epoch` and `step` (the optimizer's, from 0)."""
+"""One training example. The loop adds `id` (its index in the data), `epoch` and `step` (the optimizer's, from 0)."""
 
 Batch = dict[str, Any]
-"""What an objective makes of some examples: tensors by name, moved to the model's device by the loop.
+"""A collated batch: tensors by name, which the loop moves to the model's device.
 
-`weight`, a number, is taken out by the loop: how much the batch counts beside the others of its optimizer step, such as
-the number of tokens that are predicted. Without it, batches count by their rows."""
+The loop takes `weight` out: the weight of the batch within its optimizer step, such as the number of predicted tokens.
+Without it, batches are weighted by their rows."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What an objective says about one batch, or a shaper adds to it.
+    """The loss of a batch.
 
     Args:
-        total: the scalar that is minimised, a mean over the batch.
-        parts: named scalars that are logged beside it; they need no gradient, and may be plain numbers.
-        outputs: the model's outputs, for shapers that look at them.
+        total: scalar to minimise, a mean over the batch.
+        parts: named scalars to log, tensors or plain numbers. Default: none.
+        outputs: the model's outputs, for modifiers that read them. Default None.
     """
 
     total: Tensor
@@ -45,17 +44,18 @@ class Loss:
 
 @dataclass
 class TrainingRun:
-    """What a shaper may know of the run that it shapes.
+    """A training run as a modifier sees it.
 
     Args:
-        checkpoint: what is trained. A shaper that leaves a live part behind notes it here.
-        steps: optimizer steps of the whole run, from which schedules are reckoned.
-        rows: rows of the data, whose ids are 0 to rows - 1; None for a stream.
-        seed: of the run.
-        loss: `loss(batch)`, the objective's loss of a batch with its gradient, in the run's precision and without what
-            shapers add: for a shaper that takes steps of its own.
-        accumulate: batches of an optimizer step, whose gradients are averaged. Default 1.
-        optimizer: the loop's; None until every shaper is attached. Its groups may be changed in `before_step`.
+        checkpoint: the checkpoint in training (a bare module is wrapped in one). A modifier whose result needs
+            Intaglio to load notes it there.
+        steps: optimizer steps of the whole run.
+        rows: rows of the data, with ids 0 to rows - 1; None for a stream.
+        seed: seed of the run.
+        loss: `loss(batch)`, the objective's loss of a batch with its gradient, in the run's precision and without the
+            modifiers' terms: for modifiers that take steps of their own.
+        gradient_accumulation_steps: batches of an optimizer step, whose gradients are averaged. Default 1.
+        optimizer: None until every modifier is attached. `before_step` may change its groups.
     """
 
     checkpoint: Checkpoint
@@ -63,132 +63,147 @@ class TrainingRun:
     rows: int | None
     seed: int
     loss: Callable[[Batch], Loss]
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     optimizer: torch.optim.Optimizer | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in training."""
+        return self.checkpoint.model
 
 
 @runtime_checkable
 class Objective(Protocol):
-    """What the model must predict."""
+    """Prediction target: data collation and loss."""
 
     def modules(self) -> nn.ModuleDict:
-        """Modules that the objective owns; they are trained and saved with the model. Empty for most."""
+        """Return the modules that the objective owns, which are trained and saved with the model. Empty for most."""
 
     def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
         """Make a batch of examples.
 
         Args:
             examples: rows, each with its `id`, `epoch` and `step`.
-            rng: `rng(example)` is the example's own `torch.Generator`; anything random is drawn from it, so that
-                resuming, another split into batches and several processes give the same data. `rng.training` is False
-                while evaluating.
+            rng: `rng(example)` is the example's own `torch.Generator`. Draw everything random from it, so that a
+                resumed run, another batch size or several processes give the same data. `rng.training` is False while
+                evaluating.
         """
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of a batch.
 
         Args:
-            model: the model in training mode (in evaluation mode while evaluating).
-            batch: what `collate` made, on the model's device.
+            model: the model, in training mode (in evaluation mode while evaluating).
+            batch: from `collate`, on the model's device.
         """
 
 
 @runtime_checkable
 class Prepares(Protocol):
-    """An objective that makes its rows out of the user's examples once, before the loop: packing, instruction pairs."""
+    """An objective that turns the user's examples into rows once, before the loop: packing, instruction pairs."""
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
         """Return the rows to train on, lazily where the examples are a stream.
 
         Args:
-            checkpoint: what is trained; its vocabulary may be made larger here.
+            checkpoint: the checkpoint in training; its vocabulary may grow here.
             examples: the user's examples with their `id`, texts already tokenised.
             rng: draws that stay the same over epochs.
         """
 
 
-@runtime_checkable
-class TrainingModifier(Protocol):
-    """What shapes training from beside: schedules, regularizers, masks and quantizers while training.
+class ModifierSession:
+    """A modifier at work on one run. Every hook does nothing by default: override those that are needed.
 
-    A class that says `trains_weights = True` is refused beside adapters or frozen weights, before a model loads.
-
-    Every process of a run has the same state: what a shaper learns from a batch, it learns from those of all processes.
+    In a distributed run each process has its own session, and all must reach the same state: what a session learns
+    from a batch must come from the batches of all processes.
     """
 
-    def attach(self, run: TrainingRun) -> None:
-        """Get ready, before the optimizer is made; a resumed run attaches anew and then loads the state."""
+    def before_step(self, step: int, batch: Batch) -> None:
+        """Prepare optimizer step `step` (from 1), which begins with `batch`."""
 
-    def on_step(self, t: int) -> None:
-        """Called after optimizer step `t` (from 1)."""
-
-    def before_step(self, t: int, next_batch: Batch) -> None:
-        """Called before the first forward of optimizer step `t` (from 1), with the batch it begins with."""
+    def after_step(self, step: int) -> None:
+        """Follow up optimizer step `step` (from 1)."""
 
     def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss | None:
-        """What is added to the objective's loss of a batch, or None; never called while evaluating.
+        """Return a term to add to the objective's loss of a training batch, or None.
 
         Args:
             model: the model.
-            batch: the objective's, and `id`, int64 [B]: which rows are in it.
-            outputs: the objective's, see `Loss`.
+            batch: the objective's batch, with `id`, int64 [B]: the ids of its rows.
+            outputs: `outputs` of the objective's `Loss`.
         """
+        return None
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Parameters with settings of their own, as `torch.optim` takes them; empty for none."""
+        """Return parameters with optimizer settings of their own, as `torch.optim` takes them."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact resume needs and that the model does not hold: tensors and plain data."""
+        """Return what an exact resume needs and the model does not hold: tensors and plain data."""
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave, after `attach`."""
+        """Restore the result of `state_dict`, after `attach`."""
 
-    def detach(self, run: TrainingRun) -> None:
-        """Bake the result into plain tensors and leave the model stock, or note in the record what stays live."""
+    def detach(self) -> None:
+        """Bake the result into plain tensors and leave a stock model, or note in the record what loading needs."""
+
+
+@runtime_checkable
+class TrainingModifier(Protocol):
+    """A technique that changes how a model trains: schedules, regularizers, masks and quantizers.
+
+    The modifier itself is immutable configuration; all state lives in the session. A class with
+    `trains_weights = True` is refused beside adapters or frozen weights before a model loads.
+    """
+
+    def attach(self, run: TrainingRun) -> ModifierSession:
+        """Prepare the model, before the optimizer exists. A resumed run attaches again and then loads the state."""
 
 
 @runtime_checkable
 class HasTrainingCost(Protocol):
-    """A shaper or selector that makes training dearer by an amount worth saying: passes, selections, memory."""
+    """A modifier or selector that makes training noticeably dearer: passes, selections, memory."""
 
     def training_cost(self, workload: Workload, steps: float, batch_tokens: int, pass_flops: float) -> Cost:
-        """What it takes beside the steps themselves.
+        """Return the cost on top of the steps themselves.
 
         Args:
-            workload: of the model.
+            workload: the model's.
             steps: optimizer steps.
-            batch_tokens: of a batch.
-            pass_flops: operations of a forward and backward of the batch that a step begins with.
+            batch_tokens: tokens of a batch.
+            pass_flops: operations of a forward and backward pass of the step's first batch.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class Selection(Sequence[int]):
-    """Chosen examples, with what is told of the choice.
+    """Selected indices with metadata for the report.
 
     Args:
-        indices: of the examples.
-        told: plain data for the record and the report; what is named `bars` is drawn (see `report.document`), and
-            `seconds`, of its parts by name, are for the report alone.
+        indices: indices into the examples.
+        metadata: plain data for the record and the report. `bars` is drawn (see `report.document`); `seconds`, by
+            phase, goes to the report alone. Default: none.
     """
 
     indices: Sequence[int]
-    told: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
-    def __getitem__(self, place: Any) -> Any:
-        """The index at a place, or the indices of a slice."""
-        return self.indices[place]
+    def __getitem__(self, position: Any) -> Any:
+        """Return the index at a position, or the indices of a slice."""
+        return self.indices[position]
 
     def __len__(self) -> int:
-        """How many were chosen."""
+        """Return the number of selected examples."""
         return len(self.indices)
 
 
 @runtime_checkable
 class Selector(Protocol):
-    """Which examples are trained on.
+    """A choice of the examples to train on.
 
-    One that says `compares = False`, as an attribute or property, needs no original, and none is loaded for it.
+    With `compares = False`, as an attribute or property, no original checkpoint is loaded for it.
 
     Args:
         budget: the share of the examples to keep, above 0 and at most 1.
@@ -208,12 +223,12 @@ class Selector(Protocol):
         *,
         progress: Progress,
     ) -> Sequence[int] | Sequence[float]:
-        """Return the indices of the chosen examples (a `Selection`, to tell of them), or a weight for every example.
+        """Return the indices of the selected examples (a `Selection`, to add metadata), or a weight for every example.
 
         Args:
             dataset: the examples with their `id`: texts with `text` and `input_ids`, pairs with `prompt` and `answer`.
-            model: what will be trained; left as it is.
-            original: the checkpoint before it was carved, where a method compares; None if there is none.
+            model: the model to be trained; left unchanged.
+            original: the checkpoint before it was compressed, for methods that compare; None if there is none.
             budget: the share of the examples to keep, above 0 and at most 1.
             rng: the source of anything random.
             progress: called as work goes on.

@@ -1,4 +1,4 @@
-"""`train` as a step of a recipe: an objective, shapers, a selector, LoRA and a budget, named in a file."""
+"""The recipe step `train`: an objective, modifiers, a selector, LoRA and a budget, named in a file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.streaming import TextStream
@@ -41,29 +41,29 @@ class Train(Settings, Method, slug="train"):
 
     Args:
         objective: `{slug: fields}`. Default: next-token prediction, of instruction pairs that of the answers alone.
-        shape: shapers, `[{slug: fields}, ...]`. Default: none.
+        modifiers: training modifiers, `[{slug: fields}, ...]`. Default: none.
         select: a selector, `{slug: fields}`. Default: every example.
-        texts: what is trained on: a bundled name, a file, a folder or a hub id. Default: the recipe's calibration
-            texts. Documents that are measured on are left out.
-        stream: whether `texts` are read in their order as they are needed, for corpora larger than memory. Default: no.
-        instructions: in place of texts, a file of instruction pairs, one JSON object a line; or `docstrings`, pairs out
-            of Python's standard library.
-        labels: in place of texts, a file of labelled words, one JSON object a line (`words` and `labels`, or `text`,
+        texts: training texts: a bundled name, a file, a folder or a hub id. Default: the recipe's calibration texts.
+            Documents that the recipe measures on are left out.
+        stream: whether `texts` are read in order as they are needed, for corpora larger than memory. Default: no.
+        instructions: instead of texts, a file of instruction pairs, one JSON object a line; or `docstrings`, pairs from
+            Python's standard library.
+        labels: instead of texts, a file of labelled words, one JSON object a line (`words` and `labels`, or `text`,
             `spans` and `labels`), for token_classification; without an objective its words are trained on as text.
         validation: another such file, on which the labels are scored while training.
         length: tokens of a row, for next-token prediction. Default: the model's context, at most 1,024.
         chat: whether the prompts of pairs are put into the tokenizer's chat template, if it has one; for instructions
             without an objective, which has its own. Default true.
-        evaluate: share of the documents or pairs that is not trained on, but has the objective's loss taken on it while
-            training. What the recipe measures on stays out of both. Default 0.
-        seed: default: the recipe's.
+        evaluate: share of the documents or pairs held out, on which the objective's loss is taken while training. Data
+            that the recipe measures on stay out of both. Default 0.
+        seed: seed of the step. Default: the recipe's.
     """
 
     storage: ClassVar[Literal["standalone"]] = "standalone"
     needs_calibration: ClassVar[bool] = False
 
     objective: dict[str, Any] | None = None
-    shape: list[dict[str, Any]] = Field(default_factory=list)
+    modifiers: list[dict[str, Any]] = Field(default_factory=list, validation_alias=AliasChoices("modifiers", "shape"))
     select: dict[str, Any] | None = None
     texts: Annotated[str, Field(min_length=1)] | None = None
     stream: bool = False
@@ -85,23 +85,23 @@ class Train(Settings, Method, slug="train"):
     def _select(cls, value: Any) -> Any:
         return None if value is None else _named(value, "selector")
 
-    @field_validator("shape", mode="before")
+    @field_validator("modifiers", mode="before")
     @classmethod
-    def _shape(cls, value: Any) -> Any:
+    def _modifiers(cls, value: Any) -> Any:
         if not isinstance(value, list):
-            raise ValueError("a list of shapers is needed, such as [progressive_nm: {}]")
+            raise ValueError("a list of modifiers is needed, such as [progressive_nm: {}]")
         return [_named(item, "modifier") for item in value]
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         given = [name for name in ("texts", "instructions", "labels") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are given; one of them says what is trained on")
+            raise ValueError(f"{' and '.join(given)} are given; give one source of training data")
         labels = self.objective is not None and "token_classification" in self.objective
         if labels and self.labels is None:
             raise ValueError("token_classification needs labels, a file of labelled words")
         if self.labels is not None and not labels and self.objective is not None:
-            raise ValueError("labels need the objective token_classification, or none: then the words alone are read")
+            raise ValueError("labels need the objective token_classification, or none, to train on the words alone")
         if (self.validation is not None or self.evaluate) and labels != (self.validation is not None):
             raise ValueError(
                 "token_classification is scored on a file of labels: name one as validation"
@@ -111,20 +111,18 @@ class Train(Settings, Method, slug="train"):
         if self.length is not None and self.objective is not None:
             raise ValueError("length belongs to next-token prediction; give it to the objective")
         if not self.chat and (self.instructions is None or self.objective is not None):
-            raise ValueError(
-                "chat belongs to instructions without an objective; leave it out, or give it to the objective"
-            )
+            raise ValueError("chat belongs to instructions without an objective; give it to the objective")
         whole = [part.slug for part in self.parts if getattr(part, "trains_weights", False)]
         if whole and (self.lora is not None or self.freeze):
             held = "freeze holds them still" if self.freeze else "lora trains adapters alone"
             raise ValueError(f"{whole[0]} trains the weights themselves, and {held}; leave one of the two out")
-        shaping = [one.slug for one in map(_made, self.shape) if "weights" in one.changes]
-        if len(shaping) > 1:
-            raise ValueError(f"{shaping[0]} and {shaping[1]} both shape the weights; give each a train step of its own")
-        if self.patience is not None and not self.evaluate and self.validation is None:
-            raise ValueError("patience needs evaluate, a share of the data such as 0.05, or validation")
-        if self.patience is not None and labels and self.watch == "loss":
-            raise ValueError("patience watches the loss, which validation does not give; set watch: error")
+        editing = [modifier.slug for modifier in map(_make, self.modifiers) if "weights" in modifier.changes]
+        if len(editing) > 1:
+            raise ValueError(f"{editing[0]} and {editing[1]} both change the weights; give each its own train step")
+        if self.early_stopping_patience is not None and not self.evaluate and self.validation is None:
+            raise ValueError("early_stopping_patience needs evaluate, a share of the data such as 0.05, or validation")
+        if self.early_stopping_patience is not None and labels and self.metric_for_best_model == "loss":
+            raise ValueError("validation gives no loss to stop early by; set metric_for_best_model: error")
         replacing = [part.slug for part in self.parts if "linear_weights" in part.invalidates]
         if self.lora is not None and replacing:
             raise ValueError(f"lora adapts plain matrices, and {replacing[0]} leaves none; leave one of the two out")
@@ -138,41 +136,33 @@ class Train(Settings, Method, slug="train"):
     @property
     def parts(self) -> list[Method]:
         """Every method of the step."""
-        given = [self.objective, *self.shape, self.select]
-        return [_made(named) for named in given if named is not None]
+        given = [self.objective, *self.modifiers, self.select]
+        return [_make(named) for named in given if named is not None]
 
-    # What a step changes and needs is what its parts do, so these hide the class's own.
     @property
     def changes(self) -> frozenset[ModelAspect]:  # type: ignore[override]
-        """Weights, and what the parts change."""
+        """Weights, and the changes of the parts."""
         own: frozenset[ModelAspect] = frozenset({"weights"})
         return own.union(*(part.changes for part in self.parts))
 
     @property
     def requires(self) -> frozenset[Capability]:  # type: ignore[override]
-        """What the parts need; next-token prediction needs a decoder, and adapters plain matrices."""
+        """Requirements of the parts; next-token prediction needs a decoder, and adapters plain matrices."""
         own: set[Capability] = {"causal"} if self.objective is None else set()
         own |= set() if self.lora is None else {"linear_weights"}
         return frozenset(own).union(*(part.requires for part in self.parts))
 
     @property
     def invalidates(self) -> frozenset[Capability]:  # type: ignore[override]
-        """What the parts do away with, and the zeros if they are given up."""
+        """Invalidated by the parts, and the zeros where `keep_mask` is off."""
         own: frozenset[Capability] = frozenset(() if self.keep_mask else {"zeros"})
         return own.union(*(part.invalidates for part in self.parts))
 
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
-        """Refuse LoRA targets that the model has no linear layer for, and what its shapers do not fit.
-
-        Args:
-            linears: `(name, rows, columns)`; the parts of a fused layer have their role behind its name.
-
-        Raises:
-            IntaglioError: names the target.
-        """
-        for shaper in map(_made, self.shape):
-            if isinstance(shaper, Carving):
-                shaper.check(linears)
+        """Refuse LoRA targets that name no linear layer, and a model that a modifier does not fit."""
+        for modifier in map(_make, self.modifiers):
+            if isinstance(modifier, Carving):
+                modifier.check(linears)
         names = {name.partition("[")[0].rpartition(".")[2] for name, _, _ in linears}
         targets = [] if self.lora is None else self.lora.targets or []
         for target in targets:
@@ -180,36 +170,27 @@ class Train(Settings, Method, slug="train"):
                 raise IntaglioError(f"lora: no linear layer is named {target!r}; {did_you_mean(target, names)}")
 
     def check_model(self, parts: Anatomy) -> None:
-        """Refuse a model that a part of the step does not fit.
-
-        Args:
-            parts: of the model.
-
-        Raises:
-            IntaglioError: names the layer.
-        """
+        """Refuse a model that a part of the step does not fit."""
         for part in self.parts:
             if isinstance(part, ChecksModel):
                 part.check_model(parts)
 
     def estimate(self, workload: Workload) -> Cost:
-        """Return about what the step takes.
+        """Return the estimated cost of the step.
 
         A parameter and token costs 6 operations, 4 under LoRA or where the model is frozen (no gradient of weights), 2
-        more with gradient checkpointing. Memory: the optimizer's two moments and the gradient of what is trained, and
-        the activations of a batch. Shapers and selectors that make it dearer say by how much.
+        more with gradient checkpointing. Memory: the optimizer's two moments and the gradient of the trained weights,
+        and the activations of a batch. Modifiers and selectors with a `training_cost` add it.
 
-        Args:
-            workload: of the model. A row that is not said counts as 512 tokens, an epoch as the calibration tokens, as
-                neither is known before the texts are read.
+        Neither data nor the tokenizer are read: a row counts as 512 tokens by default, an epoch as the calibration.
         """
         named = next(iter(self.objective.values())) if self.objective else {}
         length = self.length or named.get("length") or ROW
-        tokens: float = self.tokens or (self.steps or 0) * self.batch_size * self.accumulate * length
+        tokens: float = self.tokens or (self.steps or 0) * self.step_rows * length
         if self.epochs is not None:
             fields = next(iter(self.select.values())) if self.select else {}
-            some = fields["count"] * length if fields.get("count") else workload.tokens * fields.get("budget", 1.0)
-            tokens = self.epochs * some
+            per_epoch = fields["count"] * length if fields.get("count") else workload.tokens * fields.get("budget", 1.0)
+            tokens = self.epochs * per_epoch
         trained = workload.parameters
         if self.lora or self.freeze:
             trained = sum(self.lora.r * (a + b) for a, b in workload.linears) if self.lora else 0
@@ -217,18 +198,16 @@ class Train(Settings, Method, slug="train"):
         batch = self.batch_size * length
         # Each linear keeps its input for its gradient; without it only the blocks' inputs stay.
         per_token = sum(columns for _, columns in workload.linears) / (8 if self.gradient_checkpointing else 1)
-        head = (
-            3 * 4 * (workload.parameters - workload.block_parameters) / workload.hidden
-        )  # logits, their copy, gradient
-        flops = operations * workload.parameters * tokens
-        steps = tokens / (batch * self.accumulate)
+        # Logits, their copy and their gradient.
+        head = 3 * 4 * (workload.parameters - workload.block_parameters) / workload.hidden
+        steps = tokens / (batch * self.gradient_accumulation_steps)
         dearer = [part for part in self.parts if isinstance(part, HasTrainingCost)]
         own = [part.training_cost(workload, steps, batch, operations * workload.parameters * batch) for part in dearer]
+        memory = int(12 * trained + batch * (2 * workload.element_size * per_token + head))
         return Cost(
-            flops=flops + sum(cost.flops for cost in own),
+            flops=operations * workload.parameters * tokens + sum(cost.flops for cost in own),
             sorted_elements=sum(cost.sorted_elements for cost in own),
-            extra_bytes=int(12 * trained + batch * (2 * workload.element_size * per_token + head))
-            + sum(cost.extra_bytes for cost in own),
+            extra_bytes=memory + sum(cost.extra_bytes for cost in own),
         )
 
     def apply(
@@ -243,62 +222,44 @@ class Train(Settings, Method, slug="train"):
         resume: bool = False,
         progress: Progress = no_progress,
     ) -> Checkpoint:
-        """Train `checkpoint` in place and return it.
-
-        Args:
-            checkpoint: what is trained.
-            calibration: the texts to train on where the step names none.
-            seed: where the step has none.
-            held_out_hashes: documents that are never trained on.
-            original: loads the checkpoint as it was before the recipe, for a selector that compares; asked for by such
-                a one alone.
-            directory: for the state of the run; None: it cannot be resumed.
-            resume: whether to go on with what `directory` holds.
-            progress: called after each optimizer step.
-
-        Raises:
-            IntaglioError: no texts, or as `intaglio.train`.
-        """
+        """Train `checkpoint` in place and return it."""
         from intaglio.trainer.loop import train
 
         settings = {name: getattr(self, name) for name in Settings.model_fields}
-        data, evaluated = self._data(calibration, held_out_hashes)
+        settings["seed"] = seed if self.seed is None else self.seed
+        if "tensorboard" in self.report_to:  # not in the directory, which is removed after the step
+            settings["log_directory"] = self.log_directory or "runs"
+        data, evaluate = self._data(calibration, held_out_hashes)
         train(
             checkpoint,
             data,
-            objective=self._goal(),
-            shape=[_made(named) for named in self.shape],  # type: ignore[misc]
-            select=None if self.select is None else _made(self.select),  # type: ignore[arg-type]
+            objective=self._objective_method(),
+            modifiers=[_make(named) for named in self.modifiers],  # type: ignore[misc]
+            select=None if self.select is None else _make(self.select),  # type: ignore[arg-type]
             original=original,
-            evaluate=evaluated,
+            evaluate=evaluate,
             directory=directory,
             resume=resume,
             progress=progress,
-            **{
-                **settings,
-                "seed": seed if self.seed is None else self.seed,
-                # Not in the directory, which is gone after the step.
-                "log_directory": self.log_directory or ("runs" if "tensorboard" in self.report_to else None),
-            },
+            **settings,
         )
         return checkpoint
 
-    def _goal(self) -> Objective:
+    def _objective_method(self) -> Objective:
         from intaglio.trainer.causal_lm import CausalLM
         from intaglio.trainer.instruction_tuning import InstructionTuning
 
         if self.objective is not None:
-            return cast(Objective, _made(self.objective))
+            return cast(Objective, _make(self.objective))
         return InstructionTuning(self.length, chat=self.chat) if self.instructions else CausalLM(self.length)
 
     def _data(self, calibration: Corpus | None, sealed: frozenset[str]) -> tuple[Any, Any]:
-        """What is trained on, and what is evaluated on, if anything."""
+        """Return the training data and the evaluation data or function, if any."""
         if self.validation is not None:
             from intaglio.trainer.token_classification import make_evaluator
 
-            return read_labelled(str(self.labels)), make_evaluator(
-                read_labelled(self.validation), batch_size=self.batch_size
-            )
+            evaluator = make_evaluator(read_labelled(self.validation), batch_size=self.batch_size)
+            return read_labelled(str(self.labels)), evaluator
         if self.instructions is not None:
             whole: list[Any] = load_pairs(self.instructions)
         elif self.labels is not None:
@@ -316,13 +277,13 @@ class Train(Settings, Method, slug="train"):
         return train_eval_split(whole, self.evaluate) if self.evaluate else (whole, None)
 
 
-def _made(named: Mapping[str, Any]) -> Method:
+def _make(named: Mapping[str, Any]) -> Method:
     slug, fields = next(iter(named.items()))
     return get_method(slug)(**fields)
 
 
 def _named(value: Any, kind: Kind) -> dict[str, Any]:
-    """`{slug: every field}` of a method of a kind, from what the file has."""
+    """Validate a method named in a recipe; returns `{slug: every field}`."""
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:

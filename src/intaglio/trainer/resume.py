@@ -1,8 +1,8 @@
-"""The directory of a resumable run: whose it is, and which of its checkpoints are whole.
+"""Directory of a resumable run: the identity of the run, and its complete checkpoints.
 
-A checkpoint is the directory `checkpoint-STEP` of `transformers.Trainer` with one file of ours, `loop.json`, which is
-written last and atomically: without it the checkpoint does not count, however a process died. The pickles in there are
-Trainer's own, read with `weights_only`.
+A checkpoint is the directory `checkpoint-STEP` of `transformers.Trainer` with one more file, `loop.json`, written last
+and atomically: without it the checkpoint is ignored, however a process died. The pickles in there are Trainer's own,
+read with `weights_only`.
 """
 
 from __future__ import annotations
@@ -27,16 +27,12 @@ STATE = "loop.json"
 TENSOR = "tensor:"
 """The key that stands for a tensor in a state."""
 
-KEPT = 2
-"""Checkpoints that stay on the disk; the second is there if the disk loses the first."""
+KEEP = 2
+"""Number of checkpoints on the disk, in case one is lost."""
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 over the names and bytes of a model's tensors.
-
-    Args:
-        model: is read tensor by tensor.
-    """
+    """Return the SHA-256 over the names and bytes of a model's tensors."""
     total = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         total.update(f"{name}:{tensor.dtype}:{list(tensor.shape)}".encode())
@@ -45,11 +41,7 @@ def model_digest(model: nn.Module) -> str:
 
 
 def describe(part: Any) -> Any:
-    """Return an objective, shaper or other part as plain data for the record and for a run's identity.
-
-    Args:
-        part: a method, a dataclass, or an object that is known by its class alone.
-    """
+    """Return an objective, modifier or selector as plain data for the record and for a run's identity."""
     name = getattr(part, "slug", type(part).__name__)
     if isinstance(part, BaseModel):
         return {name: part.model_dump(mode="json")}
@@ -59,43 +51,23 @@ def describe(part: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return data as JSON will give it back (tuples as lists).
-
-    Args:
-        value: what `json.dumps` takes.
-    """
+    """Return data after a round trip through JSON (tuples become lists)."""
     return json.loads(json.dumps(value, sort_keys=True, default=repr))
 
 
 def steps_saved(directory: Path) -> list[int]:
-    """Return the steps of the whole checkpoints in a directory, in order.
-
-    Args:
-        directory: of the run; need not be there.
-    """
-    found = (path.parent.name.removeprefix("checkpoint-") for path in directory.glob(f"checkpoint-*/{STATE}"))
-    return sorted(int(step) for step in found if step.isdigit())
+    """Return the steps of the complete checkpoints in a directory, in order."""
+    steps = (path.parent.name.removeprefix("checkpoint-") for path in directory.glob(f"checkpoint-*/{STATE}"))
+    return sorted(int(step) for step in steps if step.isdigit())
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies.
-
-    Args:
-        directory: of the run.
-        step: optimizer steps done.
-    """
+    """Return the path of a step's checkpoint."""
     return directory / f"checkpoint-{step}"
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return what the loop noted in a whole checkpoint.
-
-    Args:
-        path: the checkpoint.
-
-    Raises:
-        IntaglioError: the file is damaged.
-    """
+    """Return the loop's state in a complete checkpoint."""
     return _read(path / STATE)
 
 
@@ -105,17 +77,12 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise IntaglioError(f"{file} is damaged ({error}); name another directory or pass resume=False") from None
     if not isinstance(value, dict):
-        raise IntaglioError(f"{file} is not of this loop; name another directory or pass resume=False")
+        raise IntaglioError(f"{file} was not written by this loop; name another directory or pass resume=False")
     return value
 
 
 def split(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return a state with each tensor replaced by its number, fit for JSON; `join` puts them back.
-
-    Args:
-        value: dicts, lists and tuples of tensors and plain data.
-        tensors: receives the tensors.
-    """
+    """Return a state for JSON, its tensors moved into `tensors` and replaced by their numbers; `join` undoes it."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().cpu().clone().contiguous()
@@ -128,57 +95,32 @@ def split(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Put the tensors back into what `split` gave; tuples come back as lists.
-
-    Args:
-        value: the state.
-        tensors: by number.
-    """
+    """Restore a state from `split`; tuples come back as lists."""
     if isinstance(value, dict):
         return tensors[value[TENSOR]] if TENSOR in value else {key: join(item, tensors) for key, item in value.items()}
     return [join(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 def finish(directory: Path, step: int, state: dict[str, Any]) -> None:
-    """Declare a checkpoint whole, and remove those that are no longer needed.
-
-    Args:
-        directory: of the run.
-        step: optimizer steps done.
-        state: what `read_state` will give back.
-    """
+    """Mark a checkpoint as complete, and remove old ones."""
     path = checkpoint_path(directory, step)
     atomic_io.fsync_tree(path)
     atomic_io.write_json(path / STATE, state)
     atomic_io.fsync_path(directory)
-    clean(directory, steps_saved(directory)[-KEPT:])
+    clean(directory, steps_saved(directory)[-KEEP:])
 
 
 def clean(directory: Path, kept: list[int]) -> None:
-    """Remove all other checkpoints of a run, broken ones among them.
-
-    Args:
-        directory: of the run.
-        kept: steps whose checkpoints stay.
-    """
+    """Remove all checkpoints of a run but those of the given steps."""
     for path in directory.glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
         if step.isdigit() and int(step) not in kept:
-            (path / STATE).unlink(missing_ok=True)  # first, so that a death in between leaves no half of a whole one
+            (path / STATE).unlink(missing_ok=True)  # first: an incomplete checkpoint must not count
             shutil.rmtree(path, ignore_errors=True)
 
 
 def start(directory: Path, identity: dict[str, Any], *, resume: bool) -> int:
-    """Claim a directory for a run, and return the step to go on from (0: the beginning).
-
-    Args:
-        directory: made if it is not there.
-        identity: what the run is, by name; all of it must be the same for a run to go on.
-        resume: whether to go on with what is there; False starts anew, over the checkpoints of any run there.
-
-    Raises:
-        IntaglioError: the directory holds another run or other files, or cannot be written.
-    """
+    """Claim a directory for a run, and return the step to resume from (0: the start)."""
     identity = plain(identity)
     file = directory / RUN
     if file.is_file() and resume:
@@ -190,7 +132,7 @@ def start(directory: Path, identity: dict[str, Any], *, resume: bool) -> int:
                 " directory or pass resume=False"
             )
         saved = steps_saved(directory)
-        clean(directory, saved[-KEPT:])
+        clean(directory, saved[-KEEP:])
         return saved[-1] if saved else 0
     atomic_io.check_target(directory, overwrite=file.is_file())
     if file.is_file():
@@ -201,7 +143,7 @@ def start(directory: Path, identity: dict[str, Any], *, resume: bool) -> int:
 
 
 def _first_difference(name: str, there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The name of what differs, with both values where they are short."""
+    """Return the name of the first difference, with both values where they are short."""
     a, b = there.get(name), here[name]
     while isinstance(a, dict) and isinstance(b, dict):
         keys = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]

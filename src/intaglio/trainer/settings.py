@@ -1,10 +1,10 @@
-"""What a run is told: budget, batches, optimizer, schedule. Validated once, for Python and for recipes alike."""
+"""Settings of a training run: budget, batches, optimizer, schedule. Validated once, for Python and recipes alike."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import validation_sentence
@@ -14,8 +14,13 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _alias(name: str, old: str) -> Any:
+    """Accept the spelling that recipes and records used before, beside the field's name."""
+    return Field(validation_alias=AliasChoices(name, old))
+
+
 class Settings(BaseModel):
-    """The numbers of a run; see `train` for what each means."""
+    """Settings of a run; see `train` for their meaning."""
 
     # strict: the word "3" is not taken for a number, nor true for 1.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
@@ -24,24 +29,24 @@ class Settings(BaseModel):
     tokens: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_size: Positive = 8
-    accumulate: Positive = 1
+    gradient_accumulation_steps: Annotated[Positive, _alias("gradient_accumulation_steps", "accumulate")] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1), _alias("min_lr_ratio", "final_share")] = 0.0
     warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)] = 0.05
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: Share = 0.9
     betas: Annotated[tuple[Share, Share], Field(strict=False)] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(ge=0)] = 1.0
+    max_grad_norm: Annotated[float, Field(ge=0), _alias("max_grad_norm", "clip")] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     precision: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
     lora: Lora | None = None
     freeze: bool = False
     keep_mask: bool = True
-    patience: Positive | None = None
-    watch: str = "loss"
+    early_stopping_patience: Annotated[Positive | None, _alias("early_stopping_patience", "patience")] = None
+    metric_for_best_model: Annotated[str, _alias("metric_for_best_model", "watch")] = "loss"
     report_to: list[str] = Field(default_factory=list)
     log_directory: Annotated[str, Field(min_length=1)] | None = None
     log_every: Positive | None = None
@@ -49,38 +54,32 @@ class Settings(BaseModel):
     evaluate_every: Positive | None = None
 
     @model_validator(mode="after")
-    def _one_budget(self) -> Self:
+    def _valid_budget(self) -> Self:
         given = [name for name in ("steps", "tokens", "epochs") if getattr(self, name) is not None]
         if len(given) != 1:
-            said = "none is given" if not given else f"{' and '.join(given)} are given"
-            raise ValueError(f"exactly one of steps, tokens and epochs says how long to train; {said}")
+            number = "none is given" if not given else f"{' and '.join(given)} are given"
+            raise ValueError(f"exactly one of steps, tokens and epochs sets the length of training; {number}")
         if isinstance(self.warmup, float) and self.warmup >= 1:
             raise ValueError(f"warmup is {self.warmup}; a share of the steps below 1, or a whole number of steps")
-        if self.final_share and self.schedule != "cosine":
-            raise ValueError(f"final_share is {self.final_share}; only the schedule cosine ends above zero by a share")
+        if self.min_lr_ratio and self.schedule != "cosine":
+            raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}; only the schedule cosine ends above zero")
         if self.freeze and self.lora is not None:
             raise ValueError("freeze and lora are given; adapters freeze the model by themselves")
         return self
 
     @classmethod
-    def of(cls, **given: Any) -> Self:
-        """Validate settings.
-
-        Args:
-            **given: fields.
-
-        Raises:
-            IntaglioError: names the field, its value and what is accepted.
-        """
+    def from_arguments(cls, **given: Any) -> Self:
+        """Validate settings; an IntaglioError names the field, its value and what is accepted."""
         try:
             return cls(**given)
         except ValidationError as error:
             raise IntaglioError(validation_sentence(error, cls, given)) from None
 
-    def warmup_steps(self, steps: int) -> int:
-        """Steps over which the learning rate rises.
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimizer step."""
+        return self.batch_size * self.gradient_accumulation_steps
 
-        Args:
-            steps: of the run.
-        """
+    def warmup_steps(self, steps: int) -> int:
+        """Return the steps over which the learning rate rises, in a run of `steps`."""
         return min(steps, self.warmup if isinstance(self.warmup, int) else round(self.warmup * steps))

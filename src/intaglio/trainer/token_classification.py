@@ -1,4 +1,4 @@
-"""Token classification: an objective that has a model label words, and what labels with the result.
+"""Token classification: the objective, prediction and evaluation.
 
     -mean_w log softmax(W dropout(h_t(w)) + b)[label_w]     t(w): the first or the last token of word w
 
@@ -30,14 +30,14 @@ from intaglio.trainer.rng import KeyedRNG
 
 
 class TokenClassification(Method, slug=SLUG):
-    """Labels words: named entities, parts of speech, roles; cross-entropy on one token of each word.
+    """Token classification (named entities, parts of speech, roles): cross-entropy on one token of each word.
 
     Args:
-        place: which token of a word has its label: `first` (default), or `last`, which under a causal mask is the one
-            that has seen the whole word.
+        place: the token of a word that carries its label: `first` (default), or `last`, which under a causal mask is
+            the only one that sees the whole word.
         labels: their names in the order of the logits. Default: those of the training examples, sorted.
         dropout: before the head, while training. Default 0.1.
-        length: the most tokens of a row; longer texts are cut between words. Default: the model's context, at most
+        length: maximum tokens of a row; longer texts are cut between words. Default: the model's context, at most
             1,024.
     """
 
@@ -51,18 +51,12 @@ class TokenClassification(Method, slug=SLUG):
     length: Annotated[int, Field(ge=2)] | None = None
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
-        """Make the model a token classifier, unless it is one, and put labels on tokens.
+        """Make the model a token classifier, unless it is one, and align labels with tokens.
 
-        Args:
-            checkpoint: its head is replaced; its tokenizer must be a fast one.
-            examples: with labelled words; see `intaglio.data.token_classification`.
-            rng: gives the seed of the head; while evaluating, labels that training has not seen are refused.
-
-        Raises:
-            IntaglioError: an example is malformed, a label is unknown, or the model cannot label tokens.
+        `rng` seeds the head. While evaluating, labels that training has not seen are refused.
         """
         if checkpoint.tokenizer is None:
-            raise IntaglioError("the checkpoint has no tokenizer, so no label can be put on a token")
+            raise IntaglioError("the checkpoint has no tokenizer, so words cannot be labelled")
         length = row_length(checkpoint, self.length)
         texts: Iterable[Labelled] = (_labelled(number, example) for number, example in enumerate(examples))
         if self.labels is None and classification_head(checkpoint.model) is None:
@@ -77,10 +71,10 @@ class TokenClassification(Method, slug=SLUG):
         self, checkpoint: Checkpoint, texts: Iterable[Labelled], names: Sequence[str], length: int
     ) -> Iterator[Example]:
         number = {name: index for index, name in enumerate(names)}
-        for place, text in enumerate(texts):
+        for index, text in enumerate(texts):
             unknown = next((label for label in text.labels if label is not None and label not in number), None)
             if unknown is not None:
-                raise IntaglioError(f"example {place} has the label {unknown!r}; {did_you_mean(unknown, number)}")
+                raise IntaglioError(f"example {index} has the label {unknown!r}; {did_you_mean(unknown, number)}")
             ids_W = torch.tensor([IGNORED if label is None else number[label] for label in text.labels] + [IGNORED])
             for row in rows(checkpoint.tokenizer, text, length, self.place):
                 target_T = ids_W[row.word_T]  # the last one stands for no word
@@ -88,16 +82,11 @@ class TokenClassification(Method, slug=SLUG):
                     yield {"input_ids": row.ids_T, "target": target_T}
 
     def modules(self) -> nn.ModuleDict:
-        """None: the head is the model's own."""
+        """Return no modules: the head belongs to the model."""
         return nn.ModuleDict()
 
     def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
-        """Return `input_ids`, `attention_mask` and `target` [B, T], padded on the right.
-
-        Args:
-            examples: rows.
-            rng: not used.
-        """
+        """Return `input_ids`, `attention_mask` and `target` [B, T], padded on the right."""
         batch = padded([example["input_ids"] for example in examples])
         target_BT = nn.utils.rnn.pad_sequence(
             [example["target"] for example in examples], batch_first=True, padding_value=IGNORED
@@ -105,12 +94,7 @@ class TokenClassification(Method, slug=SLUG):
         return {**batch, "target": target_BT, "weight": int((target_BT != IGNORED).sum())}
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Return the mean negative log-likelihood of the labels, in nats a word, and the accuracy beside it.
-
-        Args:
-            model: a token classifier.
-            batch: from `collate`.
-        """
+        """Return the mean negative log-likelihood of the labels, in nats a word, with the accuracy."""
         logits_BTL = label_logits(model, batch).float()
         target_BT = batch["target"]
         total = F.cross_entropy(logits_BTL.flatten(0, 1), target_BT.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -121,12 +105,7 @@ class TokenClassification(Method, slug=SLUG):
 
     @classmethod
     def restore_runtime(cls, part: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-        """Do nothing: such a live classifier only needs a loader that knows its class.
-
-        Args:
-            part: of the record.
-            checkpoint: just loaded.
-        """
+        """Do nothing: loading only needs the class."""
 
 
 def _labelled(number: int, example: Example) -> Labelled:
@@ -134,11 +113,7 @@ def _labelled(number: int, example: Example) -> Labelled:
 
 
 def padded(ids: Sequence[Tensor]) -> Batch:
-    """Return `input_ids` and `attention_mask` [B, T], padded on the right.
-
-    Args:
-        ids: of each row.
-    """
+    """Return `input_ids` and `attention_mask` [B, T], padded on the right."""
     lengths_B = torch.tensor([len(ids_T) for ids_T in ids])
     ids_BT = nn.utils.rnn.pad_sequence(list(ids), batch_first=True, padding_value=0)
     mask_BT = (torch.arange(ids_BT.shape[1]) < lengths_B[:, None]).to(torch.int64)
@@ -146,13 +121,8 @@ def padded(ids: Sequence[Tensor]) -> Batch:
 
 
 def label_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the logits [B, T, L] of a token classifier.
-
-    Args:
-        model: the classifier.
-        batch: `input_ids` and `attention_mask`.
-    """
-    # Decoders would fill a cache that nobody reads; encoders do not know the word.
+    """Return the logits [B, T, L] of a token classifier."""
+    # Decoders would fill an unused cache; encoders do not have the argument.
     extra = {"use_cache": False} if "use_cache" in inspect.signature(type(model).forward).parameters else {}
     logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra).logits
     return logits
@@ -166,9 +136,9 @@ def predict(
 
     Args:
         checkpoint: a token classifier.
-        examples: words, or passage and spans; their labels are not looked at and may be missing.
-        batch_size: rows that pass at a time. Default 16.
-        length: the most tokens of a row. Default: the model's context, at most 1,024.
+        examples: words, or passage and spans; labels are ignored and may be missing.
+        batch_size: rows of a batch. Default 16.
+        length: maximum tokens of a row. Default: the model's context, at most 1,024.
 
     Returns:
         A label for every word of every example; None where a word has no token of its own.
@@ -185,15 +155,15 @@ def predict(
     most = row_length(checkpoint, length)
     texts = [_labelled(number, _unlabelled(example)) for number, example in enumerate(examples)]
     cut = [(number, row) for number, text in enumerate(texts) for row in rows(checkpoint.tokenizer, text, most, place)]
-    cut.sort(key=lambda item: len(item[1].ids_T), reverse=True)  # rows of like length pass together
-    found: list[list[str | None]] = [[None] * len(text.spans) for text in texts]
+    cut.sort(key=lambda item: len(item[1].ids_T), reverse=True)  # rows of similar length share a batch
+    result: list[list[str | None]] = [[None] * len(text.spans) for text in texts]
     for start in range(0, len(cut), batch_size):
         part = cut[start : start + batch_size]
         batch = {name: value.to(checkpoint.device) for name, value in padded([row.ids_T for _, row in part]).items()}
         chosen_BT = label_logits(checkpoint.model, batch).argmax(-1).cpu()
         for (number, row), chosen_T in zip(part, chosen_BT, strict=True):
-            _read_off(found[number], row, chosen_T, names)
-    return found
+            _read_off(result[number], row, chosen_T, names)
+    return result
 
 
 def _unlabelled(example: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,27 +172,27 @@ def _unlabelled(example: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in example.items() if key != "tags"}, "labels": [None] * count}
 
 
-def _read_off(found: list[str | None], row: Row, chosen_T: Tensor, names: Sequence[str]) -> None:
+def _read_off(result: list[str | None], row: Row, chosen_T: Tensor, names: Sequence[str]) -> None:
     for token in (row.word_T >= 0).nonzero().flatten().tolist():
-        found[int(row.word_T[token])] = names[int(chosen_T[token])]
+        result[int(row.word_T[token])] = names[int(chosen_T[token])]
 
 
 def make_evaluator(
     examples: Sequence[Mapping[str, Any]], *, batch_size: int = 16, length: int | None = None
 ) -> Callable[[Checkpoint], dict[str, float]]:
-    """Return what scores a token classifier on labelled texts, for `train(evaluate=...)` and by itself.
+    """Return a function that scores a token classifier on labelled texts, for `train(evaluate=...)` or on its own.
 
     Args:
         examples: labelled.
-        batch_size: rows that pass at a time. Default 16.
-        length: the most tokens of a row. Default: as `predict`.
+        batch_size: rows of a batch. Default 16.
+        length: maximum tokens of a row. Default: as `predict`.
 
     Returns:
         A function of the checkpoint: `macro_f1`, `accuracy`, `error`, and `strict_f1` for IOB2 tags.
     """
     gold = [_labelled(number, dict(example)).labels for number, example in enumerate(examples)]
 
-    def judged(checkpoint: Checkpoint) -> dict[str, float]:
+    def evaluator(checkpoint: Checkpoint) -> dict[str, float]:
         return scores(gold, predict(checkpoint, examples, batch_size=batch_size, length=length))
 
-    return judged
+    return evaluator

@@ -39,7 +39,7 @@ def last(history: Any) -> dict[str, float]:
 
 def test_training_then_the_same_logits_after_a_reload_and_training_on(tmp_path: Path) -> None:
     ckpt = checkpoint()
-    parts = last(run(ckpt, shape=[BlockFFN(**SMALL)], steps=3).history)
+    parts = last(run(ckpt, modifiers=[BlockFFN(**SMALL)], steps=3).history)
     assert set(parts) == {
         "token sparsity", "chunk sparsity", "locality", "chunk firing", "chunk weight"
     }  # fmt: skip
@@ -55,17 +55,17 @@ def test_training_then_the_same_logits_after_a_reload_and_training_on(tmp_path: 
         assert torch.equal(back.model(IDS).logits, expected)
     assert back.kind == "runtime"
     before = weights(back)
-    run(back, shape=[BlockFFN()], steps=2, precision="bfloat16")  # sizes as they are there
+    run(back, modifiers=[BlockFFN()], steps=2, precision="bfloat16")  # sizes as they are there
     assert not same(before, weights(back))
     assert before.keys() == weights(back).keys()
     with pytest.raises(IntaglioError, match="experts is 5, and the layers of the model were made with experts: 6"):
-        run(back, shape=[BlockFFN(experts=5)], steps=2)
+        run(back, modifiers=[BlockFFN(experts=5)], steps=2)
     assert back.record.live == ckpt.record.live
 
 
 def test_the_first_step_is_the_objectives_loss_and_what_is_added() -> None:
     base, more = (
-        run(checkpoint(layers=1), shape=[BlockFFN(**SMALL, **fields)], steps=1)
+        run(checkpoint(layers=1), modifiers=[BlockFFN(**SMALL, **fields)], steps=1)
         for fields in ({"locality": 0.0, "chunk_weight": 0.0}, {"locality": 0.5, "chunk_weight": 0.25})
     )
     parts = last(more.history)
@@ -79,7 +79,7 @@ def test_gradient_accumulation_and_checkpointing_change_nothing() -> None:
 
     def after(**more: Any) -> Any:
         ckpt = checkpoint(layers=1)
-        run(ckpt, data, shape=[BlockFFN(**SMALL, locality=0.1, chunk_weight=0.5)], steps=2, **more)
+        run(ckpt, data, modifiers=[BlockFFN(**SMALL, locality=0.1, chunk_weight=0.5)], steps=2, **more)
         return weights(ckpt)
 
     whole = after(batch_size=4)
@@ -94,7 +94,7 @@ def test_a_larger_weight_makes_chunks_sparser_and_the_routers_may_have_a_rate_of
     def after(weight: float) -> Checkpoint:
         ckpt = checkpoint(layers=1)
         method = BlockFFN(**SMALL, adapt=False, locality=0.0, chunk=4, chunk_weight=weight, router_rate=0.02)
-        run(ckpt, data, shape=[method], steps=40, learning_rate=1e-3, objective=CausalLM(length=16))
+        run(ckpt, data, modifiers=[method], steps=40, learning_rate=1e-3, objective=CausalLM(length=16))
         return ckpt
 
     loose, tight = after(0.0), after(20.0)
@@ -112,7 +112,7 @@ def test_a_larger_weight_makes_chunks_sparser_and_the_routers_may_have_a_rate_of
 @pytest.mark.parametrize("fields", [{"router": "topk", "k": 2}, {"router": "remoe", "k": 2}, {"router": "none"}])
 def test_the_other_routers_train(fields: dict[str, Any]) -> None:
     ckpt = checkpoint(layers=1)
-    parts = last(run(ckpt, shape=[BlockFFN(**SMALL, **fields)], steps=3).history)
+    parts = last(run(ckpt, modifiers=[BlockFFN(**SMALL, **fields)], steps=3).history)
     if fields["router"] == "topk":
         assert parts["token sparsity"] == pytest.approx(1 - 2 / 6)
         assert 0.9 < parts["balance"] < 6
@@ -147,7 +147,7 @@ def test_the_same_seed_draws_the_same_and_the_global_generator_is_left_alone() -
     assert 0.01 < float(first.up.detach().std()) < 0.03
     # A router's output has the paper's scale at every width: std 0.1 at 256, so 1.6 over the root of the width.
     ckpt = checkpoint(layers=1)
-    run(ckpt, shape=[BlockFFN(experts=40)], steps=1, learning_rate=1e-6)
+    run(ckpt, modifiers=[BlockFFN(experts=40)], steps=1, learning_rate=1e-6)
     router = layers_of(ckpt.model)["model.layers.0.mlp"].router
     assert router is not None
     assert float(router.detach().std()) == pytest.approx(1.6 / 32**0.5, rel=0.1)
@@ -156,7 +156,7 @@ def test_the_same_seed_draws_the_same_and_the_global_generator_is_left_alone() -
 def test_what_does_not_fit_is_one_sentence() -> None:
     def refused(match: str, ckpt: Checkpoint, **more: Any) -> None:
         with pytest.raises(IntaglioError, match=match) as caught:
-            run(ckpt, shape=[BlockFFN(**SMALL, **more.pop("fields", {}))], steps=1, **more)
+            run(ckpt, modifiers=[BlockFFN(**SMALL, **more.pop("fields", {}))], steps=1, **more)
         assert "\n" not in str(caught.value)
 
     refused(
@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_one_sentence() -> None:
 
 
 def test_what_can_follow_is_known_before_a_model_loads() -> None:
-    train: dict[str, Any] = {"train": {"steps": 1, "shape": [{"blockffn": {}}]}}
+    train: dict[str, Any] = {"train": {"steps": 1, "modifiers": [{"blockffn": {}}]}}
     prune, lost = {"wanda": {"sparsity": 0.5}}, {"lost": {}}
     Recipe.from_dict({"steps": [train, train]})
     Recipe.from_dict({"steps": [prune, train, prune]})
@@ -180,7 +180,7 @@ def test_what_can_follow_is_known_before_a_model_loads() -> None:
         ([lost, train], "train cannot follow lost: it needs linear_weights"),
         ([{"train": {**train["train"], "lora": {"r": 2}}}], "blockffn trains the weights themselves, and lora"),
         ([{"train": {**train["train"], "freeze": True}}], "blockffn trains the weights themselves, and freeze"),
-        ([{"train": {"steps": 1, "shape": [{"blockffn": {"experts": 5, "width": 7}}]}}], "5 experts do not divide"),
+        ([{"train": {"steps": 1, "modifiers": [{"blockffn": {"experts": 5, "width": 7}}]}}], "5 experts do not divide"),
     ):
         with pytest.raises(IntaglioError, match=sentence) as caught:
             Recipe.from_dict({"steps": steps})
@@ -189,7 +189,7 @@ def test_what_can_follow_is_known_before_a_model_loads() -> None:
 
 def test_a_model_of_experts_is_a_model_like_any_other(tmp_path: Path) -> None:
     ckpt = checkpoint()
-    run(ckpt, shape=[BlockFFN(**SMALL)], steps=2)
+    run(ckpt, modifiers=[BlockFFN(**SMALL)], steps=2)
     experts = {name: value for name, value in weights(ckpt).items() if ".mlp." in name}
     Wanda(sparsity=0.5).apply(ckpt, IDS)
     linears = anatomy(ckpt.model).all_linears()
@@ -236,4 +236,4 @@ def test_rows_that_the_objective_does_not_pass_on_are_refused() -> None:
             )
 
     with pytest.raises(IntaglioError, match="passes the batch's own rows"):
-        run(checkpoint(layers=1), IDS, objective=Halves(length=16), shape=[BlockFFN(**SMALL)], steps=1)
+        run(checkpoint(layers=1), IDS, objective=Halves(length=16), modifiers=[BlockFFN(**SMALL)], steps=1)

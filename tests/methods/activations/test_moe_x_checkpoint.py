@@ -28,7 +28,7 @@ from intaglio.methods.weights.wanda import Wanda
 from intaglio.modeling.anatomy import anatomy
 from intaglio.recipe.plan import plan
 from intaglio.recipe.schema import Recipe
-from intaglio.trainer import CausalLM
+from intaglio.trainer import CausalLM, Loss, TrainingRun
 from tests.families import FAMILIES, tiny_checkpoint_dir, tiny_model
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
@@ -152,7 +152,7 @@ def test_what_can_come_before_and_behind(tmp_path: Path) -> None:
     for step in ({"wanda": {"sparsity": 0.5}}, {"lost": {}}, {"moe_x": {}}, {"train": {"steps": 1, "lora": {}}}):
         with pytest.raises(IntaglioError, match="cannot follow moe_x: it needs linear_weights"):
             Recipe.from_dict({"steps": [{"moe_x": {}}, step]})
-    on = [{"moe_x": {}}, {"train": {"steps": 1, "shape": [{"moe_x": {"experts": None}}]}}]
+    on = [{"moe_x": {}}, {"train": {"steps": 1, "modifiers": [{"moe_x": {"experts": None}}]}}]
     assert len(Recipe.from_dict({"steps": on}).steps) == 2
     with pytest.raises(IntaglioError, match="drop_blocks cannot follow moe_x"):
         DropBlocks(layers=[0]).apply(upcycled())
@@ -168,7 +168,7 @@ def test_what_can_come_before_and_behind(tmp_path: Path) -> None:
 
 def test_training_moves_every_expert_and_logs_what_they_do() -> None:
     ckpt = checkpoint("gpt2")
-    done = run(ckpt, shape=[MoEX(experts=4)], steps=6, batch_size=4)
+    done = run(ckpt, modifiers=[MoEX(experts=4)], steps=6, batch_size=4)
     assert len(layers_of(ckpt)) == 2
     assert ckpt.kind == "runtime"
     assert all(not layer.watched and layer.routed is None for layer in layers_of(ckpt))
@@ -189,7 +189,7 @@ def test_the_balance_loss_evens_the_loads() -> None:
             assert layer.router is not None
             layer.router.data.mul_(20)
         fields = {"steps": 30, "learning_rate": 0.01, "batch_size": 4, "schedule": "constant"}
-        run(ckpt, shape=[MoEX(experts=None, balance=balance)], **fields)
+        run(ckpt, modifiers=[MoEX(experts=None, balance=balance)], **fields)
         found = monitor(ckpt, IDS)
         return sum(one["load_entropy"] for one in found.values()) / len(found)
 
@@ -198,28 +198,25 @@ def test_the_balance_loss_evens_the_loads() -> None:
 
 def test_padding_counts_for_nothing() -> None:
     ckpt = upcycled()
-    shaper = MoEX(experts=None, balance=1.0)
-    shaper._watched.update(moe_layers(ckpt.model))
-    for layer in layers_of(ckpt):
-        layer.watched = True
+    session = MoEX(experts=None, balance=1.0).attach(TrainingRun(ckpt, 1, None, 0, lambda batch: Loss(torch.zeros(()))))
     mask = torch.ones_like(IDS)
     mask[:, 8:] = 0
 
     def balance(ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         ckpt.model(ids, attention_mask=attention_mask)
-        found = shaper.extra_loss(ckpt.model, {"attention_mask": attention_mask}, None)
+        found = session.extra_loss(ckpt.model, {"attention_mask": attention_mask}, None)
         assert found is not None
         return found.total
 
     torch.testing.assert_close(balance(IDS, mask), balance(IDS[:, :8], None))
-    assert shaper.extra_loss(ckpt.model, {}, None) is None  # no pass since
+    assert session.extra_loss(ckpt.model, {}, None) is None  # no pass since
 
 
 def test_gradient_checkpointing_and_accumulation_train_the_same() -> None:
     found = []
     for more in ({}, {"gradient_checkpointing": True}):
         ckpt = checkpoint()
-        run(ckpt, shape=[MoEX(experts=3, balance=0.1)], steps=2, accumulate=2, **more)
+        run(ckpt, modifiers=[MoEX(experts=3, balance=0.1)], steps=2, accumulate=2, **more)
         found.append(weights(ckpt))
     assert max(float((found[0][n] - found[1][n]).abs().max()) for n in found[0]) < 1e-5
 
@@ -227,7 +224,7 @@ def test_gradient_checkpointing_and_accumulation_train_the_same() -> None:
 def test_experts_that_are_there_are_trained_on(tmp_path: Path) -> None:
     ckpt = upcycled()
     before = weights(ckpt)
-    run(ckpt, shape=[MoEX(experts=None)], steps=2)
+    run(ckpt, modifiers=[MoEX(experts=None)], steps=2)
     assert not same(weights(ckpt), before)
     ckpt.save(tmp_path / "out")
     back = intaglio.load(tmp_path / "out")
@@ -238,7 +235,13 @@ def test_experts_that_are_there_are_trained_on(tmp_path: Path) -> None:
 
 def test_a_masked_objective_trains_them_too() -> None:
     ckpt = checkpoint("mistral_window")
-    run(ckpt, data=[*TEXTS, "a short one"], objective=CausalLM(length=24, pack=False), shape=[MoEX(experts=2)], steps=2)
+    run(
+        ckpt,
+        data=[*TEXTS, "a short one"],
+        objective=CausalLM(length=24, pack=False),
+        modifiers=[MoEX(experts=2)],
+        steps=2,
+    )
     assert len(layers_of(ckpt)) == 2
 
 
@@ -341,11 +344,11 @@ def test_models_that_do_not_fit_are_refused_in_a_sentence_and_left_as_they_were(
 
 def test_training_that_does_not_fit() -> None:
     with pytest.raises(IntaglioError, match="experts is null, and the model has none to train on"):
-        run(checkpoint(), shape=[MoEX(experts=None)], steps=1)
+        run(checkpoint(), modifiers=[MoEX(experts=None)], steps=1)
     with pytest.raises(IntaglioError, match="leave lora and freeze out"):
-        run(checkpoint(), shape=[MoEX()], steps=1, freeze=True)
+        run(checkpoint(), modifiers=[MoEX()], steps=1, freeze=True)
     with pytest.raises(IntaglioError, match="leave one of the two out"):
-        Recipe.from_dict({"steps": [{"train": {"steps": 1, "shape": [{"moe_x": {}}], "lora": {}}}]})
+        Recipe.from_dict({"steps": [{"train": {"steps": 1, "modifiers": [{"moe_x": {}}], "lora": {}}}]})
 
 
 def test_the_cost_of_more_experts(tmp_path: Path) -> None:
@@ -359,7 +362,7 @@ def test_the_cost_of_more_experts(tmp_path: Path) -> None:
     model = str(tiny_checkpoint_dir("llama", tmp_path / "model", layers=1))
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(TEXTS * 20), encoding="utf-8")
-    steps = [{"moe_x": {"experts": 4}}, {"train": {"steps": 1, "shape": [{"moe_x": {"experts": None}}]}}]
+    steps = [{"moe_x": {"experts": 4}}, {"train": {"steps": 1, "modifiers": [{"moe_x": {"experts": None}}]}}]
     recipe = {
         "calibration": {"texts": str(texts), "samples": 2, "length": 16},
         "measure": {"texts": str(texts)},

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.methods.objectives.meap import MEAP, attention_shift, draw_positions, hidden, mask_count, mask_inputs
+from intaglio.methods.objectives.meap import MEAP, attention_shift, draw_positions, mask_count, mask_inputs, masked
 from intaglio.trainer import CausalLM, KeyedRNG
 from intaglio.trainer.causal_lm import causal_batch, next_token_loss, targets
 from intaglio.trainer.instruction_data import load_pairs
@@ -46,7 +46,7 @@ def worked_example() -> tuple[dict[str, Any], Checkpoint]:
     ckpt = checkpoint()
     mask = prepared(ckpt)[0].mask_id
     clean = torch.arange(5, 10)
-    return {"input_ids": hidden(clean, torch.tensor([1]), mask), "labels": clean}, ckpt
+    return {"input_ids": masked(clean, torch.tensor([1]), mask), "labels": clean}, ckpt
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_no_mask_is_felt_before_it(family: str) -> None:
     clean = IDS[0]
     with torch.no_grad():
         plain = model(clean[None]).logits[0]
-        early = model(hidden(clean, torch.tensor([4, 9]), 3)[None]).logits[0]
-        late = model(hidden(clean, torch.tensor([4, 12]), 3)[None]).logits[0]
+        early = model(masked(clean, torch.tensor([4, 9]), 3)[None]).logits[0]
+        late = model(masked(clean, torch.tensor([4, 12]), 3)[None]).logits[0]
     assert torch.equal(plain[:4], early[:4])
     assert torch.equal(early[:9], late[:9])
     assert not torch.equal(plain[4:9], early[4:9])
@@ -181,7 +181,7 @@ def test_each_position_is_hidden_equally_often() -> None:
     assert all(abs(count - expected) < 5 * deviation for count in counts.values())
 
 
-def test_positions_are_drawn_anew_each_epoch_for_each_example() -> None:
+def test_positions_are_drawn_in_each_epoch_for_each_example() -> None:
     row = {"input_ids": torch.arange(101)}
     found = [tuple(MEAP().positions({**row, "id": i, "epoch": e}, DRAWS).tolist()) for i in range(3) for e in range(3)]
     assert len(set(found)) == 9
@@ -351,7 +351,7 @@ def test_attention_leaves_hidden_tokens_by_exact_numbers() -> None:
     ckpt = checkpoint()
     method, _ = prepared(ckpt)
     positions = torch.tensor([3, 8])
-    nothing = attention_shift(ckpt.model, hidden(IDS[0], positions, method.mask_id), positions, method.mask_id)
+    nothing = attention_shift(ckpt.model, masked(IDS[0], positions, method.mask_id), positions, method.mask_id)
     assert nothing == {"decay": 0.0, "variance": 0.0}
     found = attention_shift(ckpt.model, IDS[0], positions, method.mask_id)
     assert ckpt.model.config._attn_implementation == "sdpa"
@@ -362,8 +362,8 @@ def test_attention_leaves_hidden_tokens_by_exact_numbers() -> None:
         ckpt.model.set_attn_implementation("sdpa")
         return float(torch.stack([layer[0, :, key:, key].double().mean() for layer in layers]).mean())
 
-    masked = hidden(IDS[0], positions, method.mask_id)
-    expected = sum(1 - mean(masked, key) / mean(IDS[0], key) for key in (3, 8)) / 2
+    masked_ids = masked(IDS[0], positions, method.mask_id)
+    expected = sum(1 - mean(masked_ids, key) / mean(IDS[0], key) for key in (3, 8)) / 2
     assert found["decay"] == pytest.approx(expected, rel=1e-6)
 
 

@@ -1,9 +1,8 @@
-"""BiP: the facts of the paper, one by one, and its baselines on the same interface."""
+"""BiP: the facts of the paper, one by one, on masked models and as a training modifier."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -12,16 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.weights.bip import BilevelPruner, BiP, overlap, prune, rounds, upper_gradient
-from intaglio.methods.weights.bip.baselines import shares
+from intaglio.methods.weights.bip import BiP, MaskedModel, upper_gradient
 from intaglio.methods.weights.bip.layers import find_layers, find_units
 from intaglio.methods.weights.bip.masks import magnitude_masks, unit_scores
-from intaglio.methods.weights.bip.scored import Masked, Scored, rate_at
+from intaglio.methods.weights.bip.scored import Masked, score_gradients, score_rate
 from intaglio.methods.weights.topk import keep_largest
+from intaglio.trainer import Example, KeyedRNG, Loss
 from intaglio.trainer.sparsity_mask import linear_modules
 from tests.families import DECODERS, tiny_model
 from tests.trainer.helpers import checkpoint, far, run, same, weights
@@ -54,23 +54,58 @@ def batches(shape: tuple[int, ...] = (6,), size: int = 8, seed: int = 0) -> Iter
         yield x, (x.flatten(1)[:, 0] > 0).long() + (x.flatten(1)[:, 1] > 0).long()
 
 
-def kept(pruner: BilevelPruner) -> int:
+class Pruner:
+    """Steps of both levels in a loop of its own."""
+
+    def __init__(
+        self,
+        net: nn.Module,
+        keep: float,
+        lr: float = 0.01,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        **more: Any,
+    ) -> None:
+        self.net, self.lr_mask = net, more.pop("lr_mask", 0.1)
+        self.masked = MaskedModel(net, 1 - keep, **{"momentum": more.pop("momentum_mask", 0.9), **more})
+        self.sgd = torch.optim.SGD(net.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        return self.masked.masks
+
+    def lower(self, batch: Any) -> None:
+        loss_fn(self.net, batch).backward()
+        self.sgd.step()
+        self.sgd.zero_grad()
+
+    def upper(self, batch: Any) -> None:
+        with self.masked.gradient_probe() as leaves:
+            gradients = score_gradients(loss_fn(self.net, batch), leaves)
+        self.masked.learn(gradients, self.lr_mask)
+
+    def step(self, batch_a: Any, batch_b: Any) -> None:
+        self.lower(batch_a)
+        self.upper(batch_b)
+
+
+def kept(pruner: Pruner) -> int:
     return sum(int(mask.sum()) for mask in pruner.masks.values())
 
 
 def test_all_kept_is_plain_sgd_bit_for_bit() -> None:
     net, plain = mlp(), mlp()
-    pruner = BilevelPruner(net, 1.0, lr=0.1, lr_mask=5.0, weight_decay=1e-3)
+    pruner = Pruner(net, 1.0, lr=0.1, lr_mask=5.0, weight_decay=1e-3)
     sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     a, b = batches(seed=1), batches(seed=2)
     for _ in range(5):
         batch = next(a)
-        pruner.step(batch, next(b), loss_fn)
+        pruner.step(batch, next(b))
         sgd.zero_grad()
         loss_fn(plain, batch).backward()
         sgd.step()
     assert all(mask.all() for mask in pruner.masks.values())
-    pruner.finalize()
+    pruner.masked.bake()
     assert [name for name, _ in net.named_parameters()] == [name for name, _ in plain.named_parameters()]
     assert all(torch.equal(x, y) for x, y in zip(net.parameters(), plain.parameters(), strict=True))
 
@@ -79,18 +114,16 @@ def test_all_kept_is_plain_sgd_bit_for_bit() -> None:
 @given(seed=st.integers(0, 99), keep=st.integers(3, 100), gamma=st.sampled_from([0.01, 1.0, 50.0]))
 def test_the_kept_count_is_exact_after_each_step(seed: int, keep: int, gamma: float) -> None:
     net, share = mlp(seed), Fraction(keep, 100)
-    pruner = BilevelPruner(net, float(share), gamma=gamma, lr=0.1, lr_mask=1.0)
+    pruner = Pruner(net, float(share), gamma=gamma, lr=0.1, lr_mask=1.0)
     total = sum(module.weight.numel() for module in net if isinstance(module, nn.Linear))
     wanted = total - int((1 - share) * total)
     assert kept(pruner) == wanted
     source = batches(seed=seed)
     for _ in range(2):
-        pruner.step(next(source), next(source), loss_fn)
+        pruner.step(next(source), next(source))
         assert kept(pruner) == wanted
     assert all(mask.any() for mask in pruner.masks.values())
-    found = pruner.finalize()
-    assert sum(found.kept.values()) == wanted
-    assert found.passes == 4
+    pruner.masked.bake()
     assert sum(int((module.weight != 0).sum()) for module in net if isinstance(module, nn.Linear)) <= wanted
 
 
@@ -119,7 +152,7 @@ def test_the_upper_gradient_at_the_lower_optimum_and_in_the_limit() -> None:
 def test_one_backward_at_z_gives_every_term() -> None:
     net, gamma = mlp().double(), 0.7
     x, y = next(batches())
-    pruner = BilevelPruner(net, 0.4, gamma=gamma, lr_mask=1.0, momentum_mask=0.0)
+    pruner = Pruner(net, 0.4, gamma=gamma, lr_mask=1.0, momentum_mask=0.0)
     layers = {name: net.get_submodule(name) for name in pruner.masks}
     m = {name: mask.double().requires_grad_() for name, mask in pruner.masks.items()}
     theta = {n: layer.parametrizations.weight.original.detach().clone().requires_grad_() for n, layer in layers.items()}
@@ -130,12 +163,12 @@ def test_one_backward_at_z_gives_every_term() -> None:
     loss = F.cross_entropy(h, y)
     of_m = torch.autograd.grad(loss, list(m.values()), retain_graph=True)
     of_theta = torch.autograd.grad(loss, list(theta.values()))
-    before = {name: score.detach().clone() for name, score in pruner.scored.scores.items()}
-    pruner.upper((x.double(), y), loss_fn)
+    before = {name: score.detach().clone() for name, score in pruner.masked.scores.items()}
+    pruner.upper((x.double(), y))
     for name, by_m, by_theta in zip(layers, of_m, of_theta, strict=True):
         dz = by_m / theta[name].detach()
         wanted = (by_m - dz * by_theta / gamma) * before[name].sign()
-        assert torch.allclose(before[name] - pruner.scored.scores[name].detach(), wanted, atol=1e-10)
+        assert torch.allclose(before[name] - pruner.masked.scores[name].detach(), wanted, atol=1e-10)
     # Nothing but the scores has moved, and no gradient is left behind.
     assert all(torch.equal(layer.parametrizations.weight.original, theta[n]) for n, layer in layers.items())
     assert all(parameter.grad is None for parameter in net.parameters())
@@ -146,28 +179,28 @@ def test_the_first_mask_is_that_of_global_magnitude() -> None:
     flat = torch.cat([net[i].weight.detach().abs().flatten() for i in (0, 2, 4)])
     cut = flat.sort().values[int(0.7 * len(flat)) - 1]
     expected = {str(i): net[i].weight.detach().abs() > cut for i in (0, 2, 4)}
-    pruner = BilevelPruner(net, 0.3)
+    pruner = Pruner(net, 0.3)
     assert all(torch.equal(pruner.masks[name], mask) for name, mask in expected.items())
     # The scores are a copy: the weights may move and the scores do not.
-    before = {name: score.detach().clone() for name, score in pruner.scored.scores.items()}
-    pruner.lower(next(batches()), loss_fn)
-    assert all(torch.equal(before[name], score) for name, score in pruner.scored.scores.items())
+    before = {name: score.detach().clone() for name, score in pruner.masked.scores.items()}
+    pruner.lower(next(batches()))
+    assert all(torch.equal(before[name], score) for name, score in pruner.masked.scores.items())
 
 
 def test_pruned_weights_only_decay_and_their_scores_still_learn() -> None:
     net = mlp()
-    pruner = BilevelPruner(net, 0.3, lr=0.1, momentum=0.0, weight_decay=0.01, lr_mask=3.0)
-    before = {name: weight.detach().clone() for name, weight in pruner.scored.weights.items()}
+    pruner = Pruner(net, 0.3, lr=0.1, momentum=0.0, weight_decay=0.01, lr_mask=3.0)
+    before = {name: weight.detach().clone() for name, weight in pruner.masked.weights.items()}
     first, source = pruner.masks, batches()
-    pruner.lower(next(source), loss_fn)
+    pruner.lower(next(source))
     for name, mask in first.items():
-        after = pruner.scored.weights[name].detach()
+        after = pruner.masked.weights[name].detach()
         assert torch.allclose(after[~mask], before[name][~mask] * (1 - 0.1 * 0.01))
         assert not torch.equal(after[mask], before[name][mask])
-    scores = {name: score.detach().clone() for name, score in pruner.scored.scores.items()}
+    scores = {name: score.detach().clone() for name, score in pruner.masked.scores.items()}
     for _ in range(10):
-        pruner.upper(next(source), loss_fn)
-    moved = [(scores[n] != s.detach())[~first[n]].any() for n, s in pruner.scored.scores.items()]
+        pruner.upper(next(source))
+    moved = [(scores[n] != s.detach())[~first[n]].any() for n, s in pruner.masked.scores.items()]
     assert all(moved)
     assert any((pruner.masks[name] & ~mask).any() for name, mask in first.items())  # some came back
 
@@ -190,9 +223,9 @@ def test_the_masked_product_and_its_gradient_are_those_of_a_filled_copy(seed: in
 
 def test_what_is_pruned_is_saved_as_plus_zero() -> None:
     net = mlp()
-    pruner = BilevelPruner(net, 0.2)
+    pruner = Pruner(net, 0.2)
     masks = pruner.masks
-    pruner.finalize()
+    pruner.masked.bake()
     for name, mask in masks.items():
         weight = net.get_submodule(name).weight
         assert not mask.all()
@@ -201,37 +234,37 @@ def test_what_is_pruned_is_saved_as_plus_zero() -> None:
 
 
 def test_the_signs_of_scores_do_not_matter() -> None:
-    a, b = (BilevelPruner(mlp(), 0.4, lr_mask=0.5) for _ in range(2))
+    a, b = (Pruner(mlp(), 0.4, lr_mask=0.5) for _ in range(2))
     with torch.no_grad():
-        for score in b.scored.scores.values():
+        for score in b.masked.scores.values():
             score.neg_()
     source = list(zip(range(6), batches(), strict=False))
     for _, batch in source:
-        a.upper(batch, loss_fn)
-        b.upper(batch, loss_fn)
+        a.upper(batch)
+        b.upper(batch)
     for name in a.masks:
         assert torch.equal(a.masks[name], b.masks[name])
-        assert torch.equal(a.scored.scores[name], -b.scored.scores[name])
+        assert torch.equal(a.masked.scores[name], -b.masked.scores[name])
 
 
 def test_the_released_codes_two_slips_can_be_had() -> None:
     net, gamma = mlp(), 0.1
-    pruner = BilevelPruner(net, 0.5, gamma=gamma, lr_mask=1.0, momentum_mask=0.0, implicit="released", tied=True)
+    pruner = Pruner(net, 0.5, gamma=gamma, lr_mask=1.0, momentum_mask=0.0, implicit="released", tied=True)
     name, source = "2", batches()
-    score, theta = pruner.scored.scores[name], pruner.scored.weights[name]
+    score, theta = pruner.masked.scores[name], pruner.masked.weights[name]
     assert score.data_ptr() == theta.data_ptr()
-    pruner.lower(next(source), loss_fn)
+    pruner.lower(next(source))
     assert torch.equal(score, theta)
-    with pruner.scored.probing() as leaves:
+    with pruner.masked.gradient_probe() as leaves:
         g = torch.autograd.grad(loss_fn(net, batch := next(source)), leaves[name])[0]
     own, before = theta.detach() * g * score.detach().sign(), score.detach().clone()
-    pruner.upper(batch, loss_fn)
+    pruner.upper(batch)
     assert torch.allclose(before - score.detach(), own - own * own / gamma)
-    pruner.lower(next(source), loss_fn)
-    pruner.scored.refresh()
-    cut = torch.cat([w.detach().abs().flatten() for w in pruner.scored.weights.values()]).sort().values
+    pruner.lower(next(source))
+    pruner.masked.refresh()
+    cut = torch.cat([w.detach().abs().flatten() for w in pruner.masked.weights.values()]).sort().values
     assert all(
-        (pruner.scored.weights[n].detach().abs() > cut[len(cut) // 2 - 1]).eq(m).all() for n, m in pruner.masks.items()
+        (pruner.masked.weights[n].detach().abs() > cut[len(cut) // 2 - 1]).eq(m).all() for n, m in pruner.masks.items()
     )
 
 
@@ -251,22 +284,22 @@ def test_a_global_ranking_does_not_empty_a_layer() -> None:
         net[2].weight.mul_(1e-6)
     layers = find_layers(net)
     scores = {layer.tensor: net.get_submodule(layer.tensor).weight.detach() for layer in layers}
-    bare, none = magnitude_masks(scores, layers, 0.1, guard=False)
+    bare, none = magnitude_masks(scores, layers, 0.9, guard=False)
     assert not bare["2"].any()
     assert none == ()
-    found = BilevelPruner(net, 0.1)
-    assert found.report().rescued == ("2",)
+    found = Pruner(net, 0.1)
+    assert found.masked.rescued == ("2",)
     assert int(found.masks["2"].sum()) == 1
     assert found.masks["2"].view(-1)[scores["2"].abs().argmax()]
     assert kept(found) == sum(int(mask.sum()) for mask in bare.values())
     with pytest.raises(IntaglioError, match="leaves 2 weights for 3 layers; at least one weight a layer is needed"):
-        BilevelPruner(mlp(), 0.012, scope="global")
+        Pruner(mlp(), 0.012, scope="global")
 
 
 def test_scope_layer_counts_in_each_layer() -> None:
-    pruner = BilevelPruner(mlp(), 0.3, scope="layer")
+    pruner = Pruner(mlp(), 0.3, scope="layer")
     source = batches()
-    pruner.step(next(source), next(source), loss_fn)
+    pruner.step(next(source), next(source))
     for mask in pruner.masks.values():
         assert int(mask.sum()) == mask.numel() - int(Fraction(7, 10) * mask.numel())
 
@@ -275,15 +308,15 @@ def test_scope_layer_counts_in_each_layer() -> None:
 @pytest.mark.parametrize("kind", ["filter", "channel"])
 def test_filters_and_channels_go_by_their_norm_the_same_share_in_each_layer(kind: Any, groups: int) -> None:
     net = convnet(groups)
-    pruner = BilevelPruner(net, 0.55, kind=kind, lr_mask=1.0)
+    pruner = Pruner(net, 0.55, kind=kind, lr_mask=1.0)
     assert set(pruner.masks) == {"0", "3"}  # linear layers and batch norm stay dense
     source = batches((4, 6, 6))
     for step in range(3):
         if step:
-            pruner.step(next(source), next(source), loss_fn)
-        for units in pruner.scored.units:
+            pruner.step(next(source), next(source))
+        for units in pruner.masked.units:
             (member,) = units.members
-            mask, score = pruner.masks[member.tensor], pruner.scored.scores[member.tensor].detach()
+            mask, score = pruner.masks[member.tensor], pruner.masked.scores[member.tensor].detach()
             if kind == "filter":
                 lying, norms = mask.flatten(1), score.flatten(1).norm(dim=1)
             else:
@@ -294,8 +327,8 @@ def test_filters_and_channels_go_by_their_norm_the_same_share_in_each_layer(kind
             assert torch.equal(whole, lying.any(1))
             assert int(whole.sum()) == units.count - int(Fraction(45, 100) * units.count)
             assert norms[whole].min() >= norms[~whole].max()
-            assert torch.allclose(unit_scores(pruner.scored.scores, units).float(), norms)
-    pruner.finalize()
+            assert torch.allclose(unit_scores(pruner.masked.scores, units).float(), norms)
+    pruner.masked.bake()
     assert type(net[0]) is nn.Conv2d
     assert net[8].weight.all()
     assert net[1].weight.all()
@@ -305,7 +338,7 @@ def test_filters_and_channels_go_by_their_norm_the_same_share_in_each_layer(kind
 def test_neurons_go_with_everything_that_is_theirs(family: str) -> None:
     model = tiny_model(family, layers=1)
     ids = torch.arange(3, 19)[None]
-    scored = Scored(model, 0.5, kind="neuron")
+    scored = MaskedModel(model, 0.5, kind="neuron")
     (units,) = scored.units
     zero = {n: ~m for n, m in scored.masks.items()}
     scored.bake()
@@ -325,7 +358,7 @@ def test_neurons_go_with_everything_that_is_theirs(family: str) -> None:
 def test_heads_go_with_their_queries_and_outputs(family: str) -> None:
     model = tiny_model(family, layers=1)
     ids = torch.arange(3, 19)[None]
-    scored = Scored(model, 0.5, kind="head")
+    scored = MaskedModel(model, 0.5, kind="head")
     (units,) = scored.units
     assert units.count == model.config.num_attention_heads
     zero = {n: ~m for n, m in scored.masks.items()}
@@ -344,14 +377,14 @@ def test_normalised_gradients_have_the_scale_of_the_kept_weights() -> None:
     theta, g = torch.randn(40, 30), torch.randn(40, 30) * 1e-4
     net = nn.Sequential(nn.Linear(30, 40, bias=False))
     net[0].weight.data.copy_(theta)
-    scored = Scored(net, 0.5, normalise=True)
+    scored = MaskedModel(net, 0.5, normalise=True)
     mask = scored.masks["0"]
     size = theta[mask].square().mean().sqrt()
     even = g / g.square().mean().sqrt() * size
     wanted = upper_gradient(theta, even, mask, 1.0) * theta.sign()
     assert torch.allclose(scored._score_gradient("0", g), wanted, atol=1e-5)
     assert torch.allclose(scored._score_gradient("0", g * 1e3), wanted, atol=1e-5)
-    clipped = Scored(mlp(), 0.5, clip=0.1)
+    clipped = MaskedModel(mlp(), 0.5, clip=0.1)
     name, weight = next(iter(clipped.weights.items()))
     for factor, norm in ((1e-3, None), (1e3, 0.1)):
         raw = torch.ones_like(weight) * factor
@@ -361,167 +394,122 @@ def test_normalised_gradients_have_the_scale_of_the_kept_weights() -> None:
 
 
 def test_the_rate_of_the_scores() -> None:
-    assert [rate_at("step", share) for share in (0.0, 0.74, 0.75, 0.89, 0.9, 1.0)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
-    assert rate_at("constant", 0.99) == 1
-    assert [rate_at("cosine", share) for share in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0], abs=1e-6)
+    assert [score_rate("step", share) for share in (0.0, 0.74, 0.75, 0.89, 0.9, 1.0)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    assert score_rate("constant", 0.99) == 1
+    assert [score_rate("cosine", share) for share in (0.0, 0.5, 1.0)] == pytest.approx([1, 0.5, 0], abs=1e-6)
 
 
-def test_rounds_of_iterative_pruning() -> None:
-    assert rounds(0.05)[:3] == pytest.approx([0.8, 0.64, 0.512])
-    assert len(rounds(0.05)) == 14
-    assert rounds(0.05)[-1] == 0.05
-    assert len(rounds(0.8**3)) == 3
-    assert rounds(1.0) == [1.0]
-    assert set(shares(100, 14)) == {7, 8}
-    assert sum(shares(100, 14)) == 100
-
-
-@pytest.mark.parametrize("how", ["bip", "alternate", "omp", "imp", "hydra"])
-def test_every_way_keeps_to_its_passes_and_its_share(how: Any) -> None:
-    net, made = mlp(), 0
-    passes: list[int] = []
-
-    def counted() -> Iterator[Any]:
-        nonlocal made
-        for batch in batches():
-            made += 1
-            yield batch
-
-    def counting(model: nn.Module, batch: Any) -> Tensor:
-        passes.append(id(batch))
-        return loss_fn(model, batch)
-
-    before = [parameter.detach().clone() for parameter in net.parameters()]
-    found = prune(net, 0.3, counted(), counting, passes=30, how=how, lr=0.05)
-    assert found.passes == len(passes) == made == 30
-    assert found.sparsity == pytest.approx(0.7, abs=0.01)
-    assert [type(module) for module in net] == [type(module) for module in mlp()]
-    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
-    zeros = sum(int((net[i].weight == 0).sum()) for i in (0, 2, 4))
-    assert zeros == sum(found.total.values()) - sum(found.kept.values())
-    assert (found.overlap == 1) == (how == "omp")
-    again = mlp()
-    prune(again, 0.3, batches(), loss_fn, passes=30, how=how, lr=0.05)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
-
-
-def test_iterative_pruning_is_nested_and_can_rewind() -> None:
-    net = mlp()
-    dense = copy.deepcopy(net.state_dict())
-    pruner = BilevelPruner(net, 0.8, lr=0.1, steps=4)
-    state = {name: value.clone() for name, value in net.state_dict().items()}
-    source, masks = batches(), pruner.masks
-    for target in (0.64, 0.5):
-        for _ in range(4):
-            pruner.lower(next(source), loss_fn)
-        trained = {name: weight.detach().clone() for name, weight in pruner.scored.weights.items()}
-        pruner.restart(target, state)
-        assert all((new <= old).all() for new, old in zip(pruner.masks.values(), masks.values(), strict=True))
-        masks = pruner.masks
-        kept_least = min(float(w.abs()[masks[n]].min()) for n, w in trained.items())
-        assert kept_least > 0  # by the magnitude of the trained weights, those of the dense net are put back
-        assert all(torch.equal(w, dense[f"{n}.weight"]) for n, w in pruner.scored.weights.items())
-    rewound, plain = mlp(), mlp()
-    for model, rewind in ((rewound, True), (plain, False)):
-        prune(model, 0.5, batches(), loss_fn, passes=12, how="imp", rewind=rewind, lr=0.1)
-    assert not torch.equal(rewound[0].weight, plain[0].weight)
-
-
-def test_hydra_leaves_the_weights_while_scores_learn() -> None:
+def test_scores_learn_on_fixed_weights() -> None:
     net = mlp()
     dense = net[2].weight.detach().clone()
-    pruner = BilevelPruner(net, 0.4, lr_mask=1.0, implicit=False)
+    pruner = Pruner(net, 0.4, lr_mask=1.0, implicit=False)
     source = batches()
     for _ in range(5):
-        pruner.upper(next(source), loss_fn)
-    assert torch.equal(pruner.scored.weights["2"], dense)
+        pruner.upper(next(source))
+    assert torch.equal(pruner.masked.weights["2"], dense)
     mask = pruner.masks["2"]
-    pruner.finalize()
+    pruner.masked.bake()
     assert torch.equal(net[2].weight, dense * mask)
 
 
-def test_a_users_own_optimizer_serves_the_lower_level() -> None:
+class Classify:
+    """Cross-entropy of vectors."""
+
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict()
+
+    def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> dict[str, Any]:
+        return {name: torch.stack([example[name] for example in examples]) for name in ("x", "y")}
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Loss:
+        return Loss(loss_fn(model, (batch["x"], batch["y"])))
+
+
+def examples(shape: tuple[int, ...] = (6,), count: int = 64) -> list[dict[str, Tensor]]:
+    x, y = next(batches(shape, count))
+    return [{"x": one, "y": label} for one, label in zip(x, y, strict=True)]
+
+
+FREE = {"objective": Classify(), "batch_size": 8, "steps": 20, "warmup": 0, "optimizer": "sgd", "learning_rate": 0.1}
+
+
+def test_any_module_is_pruned_while_it_trains() -> None:
     net = mlp()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-    pruner = BilevelPruner(net, 0.5, optimizer=optimizer)
-    source = batches()
-    losses = [pruner.step(next(source), next(source), loss_fn).lower for _ in range(60)]
-    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    assert optimizer.param_groups[0]["lr"] == 0.01
-    assert overlap(pruner.masks, pruner.masks) == 1
+    done = run(net, examples(), modifiers=[BiP(sparsity=0.7)], **FREE)
+    assert [type(module) for module in net] == [type(module) for module in mlp()]
+    zeros, total = (sum(int(f(net[i].weight)) for i in (0, 2, 4)) for f in ((lambda w: (w == 0).sum()), Tensor.numel))
+    assert zeros == int(Fraction(7, 10) * total)
+    assert done.history[-1].loss < done.history[0].loss
+    assert done.history[-1].parts["mask_overlap"] < 1
+    assert net.training
+
+
+def test_filters_of_a_convolutional_network_go_as_a_whole() -> None:
+    net = convnet()
+    run(net, examples((4, 6, 6)), modifiers=[BiP(sparsity=0.5, kind="filter")], **FREE)
+    for layer in (net[0], net[3]):
+        gone = (layer.weight.flatten(1) == 0).all(1)
+        assert int(gone.sum()) == len(gone) // 2
 
 
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"keep": 0.0}, "keep is 0.0; a share above 0 and at most 1 is needed"),
-        ({"keep": float("nan")}, "keep is nan; a share above 0"),
-        ({"kind": "rows"}, "kind is 'rows'; accepted: unstructured, filter, channel, neuron, head"),
         ({"kind": "filter"}, "kind is 'filter', but Sequential has no Conv2d; accepted: unstructured"),
         ({"kind": "head"}, "kind is 'head', which needs a transformer of Hugging Face, not Sequential"),
-        ({"scope": "block"}, "scope is 'block'; accepted: global, layer"),
-        ({"gamma": 0.0}, "gamma is 0.0; it must be above 0"),
-        ({"clip": 1.0, "normalise": True}, "clip is 1.0; it must be above 0, and is of no use with normalise"),
-        ({"p": 0.5}, "p is 0.5; a norm of at least 1"),
-        ({"lr_mask": -1.0}, "lr_mask is -1.0; a number from 0 on"),
-        ({"steps": 0}, "steps is 0; at least 1"),
         ({"ignore": ["7"]}, "ignore: '7' names no layer of this model; its first is 0"),
         ({"ignore": ["*"]}, "ignore: names every layer"),
     ],
 )
-def test_bad_settings_are_one_sentence(fields: dict[str, Any], sentence: str) -> None:
+def test_settings_that_a_module_does_not_fit_are_one_sentence(fields: dict[str, Any], sentence: str) -> None:
     net = mlp()
     with pytest.raises(IntaglioError, match=sentence) as caught:
-        BilevelPruner(net, **{"keep": 0.5, **fields})
+        run(net, examples(), modifiers=[BiP(**fields)], **FREE)
     assert "\n" not in str(caught.value)
     assert [type(module) for module in net] == [type(module) for module in mlp()]
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sparsity": 1.0}, {"sparsity": float("nan")}, {"kind": "rows"}, {"scope": "block"}, {"gamma": 0.0},
+        {"clip": 1.0, "normalise": True}, {"p": 0.5}, {"lr_mask": -1.0},
+    ],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(fields))):
+        BiP(**fields)
+
+
 def test_models_that_do_not_fit_are_one_sentence() -> None:
     with pytest.raises(IntaglioError, match="ReLU has no linear layer and no convolution"):
-        BilevelPruner(nn.ReLU(), 0.5)
+        Pruner(nn.ReLU(), 0.5)
     tied = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "head": nn.Linear(4, 5)})
     tied["head"].weight = tied["embedding"].weight  # type: ignore[assignment]
     with pytest.raises(IntaglioError, match=r"head\.weight is tied to embedding\.weight; name it in ignore, or untie"):
-        BilevelPruner(tied, 0.5)
+        Pruner(tied, 0.5)
     frozen = mlp()
     frozen[2].weight.requires_grad_(False)
     with pytest.raises(IntaglioError, match=r"2\.weight is frozen, and bip retrains the weights"):
-        BilevelPruner(frozen, 0.5)
+        Pruner(frozen, 0.5)
     with pytest.raises(IntaglioError, match=r"0\.weight is torch\.bfloat16, too coarse"):
-        BilevelPruner(mlp().bfloat16(), 0.5)
+        Pruner(mlp().bfloat16(), 0.5)
     broken = mlp()
     with torch.no_grad():
         broken[0].weight[0, 0] = torch.nan
     with pytest.raises(IntaglioError, match="a score is not finite"):
-        BilevelPruner(broken, 0.5)
+        Pruner(broken, 0.5)
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)))
     with pytest.raises(IntaglioError, match=r"0\.weight is parametrized already"):
-        BilevelPruner(normed, 0.5)
+        Pruner(normed, 0.5)
 
 
-def test_bad_use_is_one_sentence() -> None:
-    pruner, batch = BilevelPruner(mlp(), 0.5), next(batches())
-    with pytest.raises(IntaglioError, match="the two batches are one; the upper level needs another"):
-        pruner.step(batch, batch, loss_fn)
-    with pytest.raises(IntaglioError, match="loss_fn must return a scalar tensor"):
-        pruner.lower(batch, lambda net, batch: net(batch[0]))
-    with pytest.raises(IntaglioError, match="the loss is nan; lower the learning rates"):
-        pruner.upper(batch, lambda net, batch: net(batch[0]).sum() * torch.nan)
+def test_a_gradient_that_is_not_finite_stops_the_scores() -> None:
+    masked = MaskedModel(mlp(), 0.5)
+    with masked.gradient_probe() as leaves:
+        gradients = score_gradients((leaves["0"] * 0).sum().sqrt(), leaves)
     with pytest.raises(IntaglioError, match="the gradient of the scores is not finite"):
-        pruner.upper(batch, lambda net, batch: (net(batch[0]) * 0).sum().sqrt())
-    for arguments, sentence in (
-        ({"passes": 10, "how": "grasp"}, "how is 'grasp'; accepted: bip, alternate, omp, imp, hydra"),
-        ({"passes": 10, "how": "imp", "keep": 0.05}, "passes is 10; imp needs at least 14"),
-        ({"passes": 1}, "passes is 1; bip needs at least 2"),
-        ({"passes": 9, "how": "hydra", "score_share": 1.0}, "score_share is 1.0"),
-        ({"passes": 9, "how": "omp", "implicit": True}, "implicit is decided by how and passes"),
-        ({"passes": 9, "how": "bip", "steps": 3}, "steps is decided by how and passes"),
-        ({"passes": 9, "how": "omp", "batches": [batch] * 3}, "the batches ended before the passes did"),
-    ):
-        given_batches = arguments.pop("batches", None) or batches()
-        with pytest.raises(IntaglioError, match=sentence):
-            prune(mlp(), arguments.pop("keep", 0.5), given_batches, loss_fn, **arguments)
+        masked.learn(gradients, 0.1)
 
 
 ROOM = {"steps": 6, "batch_size": 2, "warmup": 0, "learning_rate": 1e-3}
@@ -529,7 +517,7 @@ ROOM = {"steps": 6, "batch_size": 2, "warmup": 0, "learning_rate": 1e-3}
 
 def shaped(family: str = "llama", **fields: Any) -> tuple[Any, Any]:
     ckpt = checkpoint(family, layers=1)
-    done = run(ckpt, shape=[BiP(**{"sparsity": 0.6, **fields})], **ROOM)
+    done = run(ckpt, modifiers=[BiP(**{"sparsity": 0.6, **fields})], **ROOM)
     return ckpt, done
 
 
@@ -545,20 +533,20 @@ def test_training_leaves_the_exact_share_of_zeros(family: str) -> None:
 
 
 def test_a_resting_mask_is_one_shot_magnitude_and_takes_no_pass_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scored, "probing", lambda self: pytest.fail("no upper step is due"))
+    monkeypatch.setattr(MaskedModel, "gradient_probe", lambda self: pytest.fail("no upper step is due"))
     dense, (ckpt, done) = checkpoint(layers=1), shaped(lr_mask=0.0)
     assert {line.parts["mask_overlap"] for line in done.history} == {1.0}
     layers = find_layers(dense.model)
     stored = {layer.tensor: layer.module.weight.detach() for layer in layers}  # type: ignore[union-attr]
-    masks, _ = magnitude_masks(stored, layers, 0.4)
+    masks, _ = magnitude_masks(stored, layers, 0.6)
     after = weights(ckpt)
     assert all(torch.equal(after[f"{name}.weight"] != 0, mask) for name, mask in masks.items())
 
 
 def test_when_the_scores_step(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[float] = []
-    plain = Scored.learn
-    monkeypatch.setattr(Scored, "learn", lambda self, g, rate: (rates.append(rate), plain(self, g, rate)))
+    plain = MaskedModel.learn
+    monkeypatch.setattr(MaskedModel, "learn", lambda self, g, rate: (rates.append(rate), plain(self, g, rate)))
     shaped(lr_mask=1.0)
     assert rates == [1, 1, 1, 1, 1]  # never before the first step; of six steps five are followed by another
     rates.clear()
@@ -570,11 +558,12 @@ def test_when_the_scores_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_two_levels_look_at_different_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from intaglio.methods.weights.bip import _Session as Session
     from intaglio.trainer import CausalLM
 
     seen: list[tuple[str, bytes]] = []
     level = "lower"
-    loss, before = CausalLM.loss, BiP.before_step
+    loss, before = CausalLM.loss, Session.before_step
 
     def spied(self: Any, model: Any, batch: Any) -> Any:
         seen.append((level, batch["input_ids"].numpy().tobytes()))
@@ -587,7 +576,7 @@ def test_the_two_levels_look_at_different_batches(monkeypatch: pytest.MonkeyPatc
         level = "lower"
 
     monkeypatch.setattr(CausalLM, "loss", spied)
-    monkeypatch.setattr(BiP, "before_step", stepping)
+    monkeypatch.setattr(Session, "before_step", stepping)
     shaped()
     assert [name for name, _ in seen] == ["lower", *["upper", "lower"] * 5]
     trained: set[bytes] = set()
@@ -614,7 +603,7 @@ def test_zeros_of_an_earlier_step_stay() -> None:
     with torch.no_grad():
         for module in linear_modules(ckpt.model).values():
             module.weight[:, ::4] = 0
-    run(ckpt, shape=[BiP(sparsity=0.6)], **ROOM)
+    run(ckpt, modifiers=[BiP(sparsity=0.6)], **ROOM)
     assert not any(module.weight[:, ::4].any() for module in linear_modules(ckpt.model).values())
 
 
@@ -626,11 +615,11 @@ def test_zeros_of_an_earlier_step_stay() -> None:
         ({"sparsity": 0.9999}, {}, "weights for 7 layers; at least one weight a layer is needed"),
     ],
 )
-def test_a_shaper_that_does_not_fit_is_one_sentence(fields: Any, more: Any, sentence: str) -> None:
+def test_a_model_that_it_does_not_fit_is_one_sentence(fields: Any, more: Any, sentence: str) -> None:
     ckpt = checkpoint(layers=1)
     before = weights(ckpt)
     with pytest.raises(IntaglioError, match=sentence):
-        run(ckpt, shape=[BiP(**{"sparsity": 0.5, **fields})], **{**ROOM, **more})
+        run(ckpt, modifiers=[BiP(**{"sparsity": 0.5, **fields})], **{**ROOM, **more})
     assert same(before, weights(ckpt))
 
 
@@ -638,7 +627,7 @@ def test_a_recipe_refuses_what_would_keep_the_weights() -> None:
     from intaglio.recipe.schema import Recipe
 
     for more, word in (({"lora": {"r": 2}}, "lora"), ({"freeze": True}, "freeze")):
-        step = {"train": {"steps": 1, "shape": [{"bip": {"sparsity": 0.5}}], **more}}
+        step = {"train": {"steps": 1, "modifiers": [{"bip": {"sparsity": 0.5}}], **more}}
         with pytest.raises(IntaglioError, match=f"bip trains the weights themselves, and {word}"):
             Recipe.from_dict({"steps": [step]})
 
@@ -655,8 +644,8 @@ def test_an_estimate_counts_the_upper_passes() -> None:
     workload = Workload(((64, 64), (128, 64)), 20_000, 30_000, 64, 1000, 100, 4)
     plain = Train(steps=10, batch_size=2, length=32).estimate(workload)
     for fields, factor in (({}, 2.0), ({"every": 2}, 1.5), ({"until": 0.25}, 1.25), ({"lr_mask": 0.0}, 1.0)):
-        shape = [{"bip": {"sparsity": 0.5, **fields}}]
-        cost = Train(steps=10, batch_size=2, length=32, shape=shape).estimate(workload)
+        modifiers = [{"bip": {"sparsity": 0.5, **fields}}]
+        cost = Train(steps=10, batch_size=2, length=32, modifiers=modifiers).estimate(workload)
         assert cost.flops == pytest.approx(factor * plain.flops)
         assert cost.extra_bytes > plain.extra_bytes
         assert cost.sorted_elements >= 64 * 64 + 128 * 64

@@ -32,7 +32,7 @@ from intaglio.modeling.replacement import count_parameters
 from intaglio.recipe.schema import Recipe
 from intaglio.speculative import Speculative
 from intaglio.speculative.drafters import PromptLookup
-from intaglio.trainer import CausalLM
+from intaglio.trainer import CausalLM, ModifierSession, TrainingRun
 from tests.families import DECODERS, tiny_model
 from tests.trainer.helpers import TEXTS, checkpoint, run
 
@@ -275,7 +275,7 @@ def test_training_leaves_what_its_last_evaluation_saw(family: str, tmp_path: Pat
         return {"loss": 0.0}
 
     with torch.enable_grad():
-        run(ckpt, shape=[BitNet(lambda_warmup=1.0)], evaluate=judge, evaluate_every=1, steps=3)
+        run(ckpt, modifiers=[BitNet(lambda_warmup=1.0)], evaluate=judge, evaluate_every=1, steps=3)
     assert ckpt.kind == "runtime"
     assert torch.equal(ckpt.model(IDS).logits, seen[-1])
     assert not torch.equal(seen[0], seen[-1])
@@ -308,21 +308,21 @@ def test_bytes_shrink_and_parameters_are_counted_as_weights() -> None:
 
 def test_shadow_weights_train_on_and_are_packed_later(tmp_path: Path) -> None:
     ckpt = checkpoint(layers=1)
-    run(ckpt, shape=[BitNet(keep="shadow")], steps=2)
+    run(ckpt, modifiers=[BitNet(keep="shadow")], steps=2)
     ckpt.save(tmp_path / "shadow")
     again = intaglio.load(tmp_path / "shadow")
     assert sum(isinstance(m, BitLinear) for m in again.model.modules()) == 7
     with pytest.raises(IntaglioError, match="trained with scale: None; mean does not fit"):
-        run(again, shape=[BitNet(scale="mean")], steps=1)
+        run(again, modifiers=[BitNet(scale="mean")], steps=1)
     before = {name: p.clone() for name, p in again.model.named_parameters()}
-    run(again, shape=[BitNet(keep="shadow")], steps=2)
+    run(again, modifiers=[BitNet(keep="shadow")], steps=2)
     assert all(not torch.equal(p, before[name]) for name, p in again.model.named_parameters() if p.ndim > 1)
     expected = again.model(IDS).logits
     BitNet().apply(again)
     assert torch.equal(again.model(IDS).logits, expected)
     assert again.record.live[0]["packed"] is True
     with pytest.raises(IntaglioError, match="packed codes of bitnet"):
-        run(again, shape=[BitNet()], steps=1)
+        run(again, modifiers=[BitNet()], steps=1)
     # The rest of the model can be trained on; codes stay.
     codes = [m.weight_packed.clone() for m in again.model.modules() if isinstance(m, PackedLinear)]
     norm = again.model.model.norm.weight.clone()
@@ -337,23 +337,25 @@ def test_zeros_of_a_pruning_stay_zeros_while_it_trains() -> None:
     intaglio.Magnitude(pattern="2:4").apply(ckpt)
     zeros = [linear.read() == 0 for _, linear in anatomy(ckpt.model).all_linears()]
     with pytest.raises(IntaglioError, match=r"half of .* is zero, so its median is 0"):
-        run(ckpt, shape=[BitNet()], steps=1)
-    run(ckpt, shape=[BitNet(scale="mean")], steps=3)
+        run(ckpt, modifiers=[BitNet()], steps=1)
+    run(ckpt, modifiers=[BitNet(scale="mean")], steps=3)
     layers = [m for m in ckpt.model.modules() if isinstance(m, PackedLinear)]
     assert all(bool((m.codes()[zero] == 0).all()) for m, zero in zip(layers, zeros, strict=True))
 
 
-def test_decay_ends_when_it_is_told_to() -> None:
+def test_decay_ends_at_its_step() -> None:
     found: list[float] = []
 
-    class Spy(BitNet, slug="bitnet"):
-        def on_step(self, t: int) -> None:
-            assert self._run is not None
-            assert self._run.optimizer is not None
-            found.append(max(group["weight_decay"] for group in self._run.optimizer.param_groups))
-            super().on_step(t)
+    class Spy(ModifierSession):
+        def attach(self, run: TrainingRun) -> Spy:
+            self.run = run
+            return self
 
-    run(checkpoint(layers=1), shape=[Spy(decay_until=0.5)], steps=4, weight_decay=0.1)
+        def after_step(self, step: int) -> None:
+            assert self.run.optimizer is not None
+            found.append(max(group["weight_decay"] for group in self.run.optimizer.param_groups))
+
+    run(checkpoint(layers=1), modifiers=[BitNet(decay_until=0.5), Spy()], steps=4, weight_decay=0.1)
     assert found == [0.1, 0.1, 0.0, 0.0]
 
 
@@ -386,7 +388,7 @@ def test_half_precision_works(tmp_path: Path) -> None:
 
 def test_mixed_precision_trains() -> None:
     ckpt = checkpoint(layers=1)
-    done = run(ckpt, shape=[BitNet()], steps=2, precision="bfloat16")
+    done = run(ckpt, modifiers=[BitNet()], steps=2, precision="bfloat16")
     assert all(torch.isfinite(torch.tensor(line.loss)) for line in done.history)
 
 
@@ -431,7 +433,7 @@ def test_weights_without_a_scale_and_half_of_a_fused_module_are_refused() -> Non
     assert not any(isinstance(m, BitLinear) for m in ckpt.model.modules())
 
 
-STEP = {"train": {"steps": 1, "shape": [{"bitnet": {}}]}}
+STEP = {"train": {"steps": 1, "modifiers": [{"bitnet": {}}]}}
 
 
 @pytest.mark.parametrize(
@@ -441,7 +443,10 @@ STEP = {"train": {"steps": 1, "shape": [{"bitnet": {}}]}}
         ([{"bitnet": {}}, {"magnitude": {"sparsity": 0.5}}], "magnitude cannot follow bitnet"),
         ([{"bitnet": {}}, {"train": {"steps": 1, "lora": {}}}], "train cannot follow bitnet"),
         ([{"bitnet": {}}, STEP], "train cannot follow bitnet"),
-        ([{"train": {"steps": 1, "lora": {}, "shape": [{"bitnet": {}}]}}], "lora adapts plain matrices, and bitnet"),
+        (
+            [{"train": {"steps": 1, "lora": {}, "modifiers": [{"bitnet": {}}]}}],
+            "lora adapts plain matrices, and bitnet",
+        ),
     ],
 )
 def test_impossible_orders_are_refused_from_the_declarations(steps: list[Any], match: str) -> None:
@@ -461,11 +466,13 @@ def test_pruning_and_adapters_behind_it_are_one_sentence_in_python() -> None:
     with pytest.raises(IntaglioError, match="no linear layer left to adapt"):
         run(ckpt, lora={"r": 2})
     with pytest.raises(IntaglioError, match="leave lora and freeze out"):
-        run(checkpoint(layers=1), shape=[BitNet()], lora={"r": 2})
+        run(checkpoint(layers=1), modifiers=[BitNet()], lora={"r": 2})
 
 
 def test_checks_of_a_training_step_reach_the_shaper() -> None:
-    recipe = Recipe.from_dict({"steps": [{"train": {"steps": 1, "shape": [{"bitnet": {"ignore": ["*.nowhere"]}}]}}]})
+    recipe = Recipe.from_dict(
+        {"steps": [{"train": {"steps": 1, "modifiers": [{"bitnet": {"ignore": ["*.nowhere"]}}]}}]}
+    )
     (step,) = recipe.steps
     linears = [(name, *linear.shape) for name, linear in tiny_linears("llama")]
     with pytest.raises(IntaglioError, match="names no layer"):
@@ -474,7 +481,7 @@ def test_checks_of_a_training_step_reach_the_shaper() -> None:
 
 def test_a_shadow_model_learns() -> None:
     ckpt = checkpoint(layers=2)
-    done = run(ckpt, TEXTS, objective=CausalLM(length=24), shape=[BitNet()], steps=40, learning_rate=3e-3)
+    done = run(ckpt, TEXTS, objective=CausalLM(length=24), modifiers=[BitNet()], steps=40, learning_rate=3e-3)
     assert done.history[-1].loss < 0.7 * done.history[0].loss
 
 

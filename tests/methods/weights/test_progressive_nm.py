@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,19 @@ from transformers import AutoModelForCausalLM
 from intaglio.errors import IntaglioError
 from intaglio.methods.objectives.meap import MEAP
 from intaglio.methods.weights.magnitude import Magnitude
-from intaglio.methods.weights.progressive_nm import NMSparsifier, ProgressiveNM, Schedule, keep_mask
+from intaglio.methods.weights.progressive_nm import ProgressiveNM, Schedule, keep_mask
 from intaglio.methods.weights.progressive_nm.parametrization import Part, ProgressiveMask
+from intaglio.methods.weights.progressive_nm.sparsifier import (
+    LAMBDA,
+    MaskedWeights,
+    PrunedLayer,
+    straight_through,
+)
+from intaglio.methods.weights.prunable import prunable_layers
 from intaglio.methods.weights.sparsity_target import lowest_of_groups, pruned_count
 from intaglio.modeling.anatomy import anatomy
 from intaglio.recipe.schema import Recipe
-from intaglio.trainer import TrainingRun
+from intaglio.trainer import Example, KeyedRNG, Loss, TrainingRun
 from tests.families import tiny_model
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint, run, same, weights
@@ -41,8 +49,21 @@ def linear(weight: Any, *, bias: bool = False) -> nn.Linear:
     return made
 
 
-def sparsifier(model: nn.Module, n: int = 1, m: int = 4, recipe: Any = "mdgf-exp", **more: Any) -> NMSparsifier:
-    return NMSparsifier(model, n, m, recipe, **{"steps": 100, **more})
+def masked_weights(
+    model: nn.Module,
+    n: int = 1,
+    m: int = 4,
+    recipe: Any = "mdgf-exp",
+    *,
+    grad: Any = "chain",
+    sr_decay: float = LAMBDA,
+    ignore: tuple[str, ...] = (),
+    steps: int = 100,
+    **more: Any,
+) -> MaskedWeights:
+    schedule = Schedule((n, m), steps, recipe, **more)
+    layers = [PrunedLayer(name, module, (Part(schedule),)) for name, module in prunable_layers(model, ignore)]
+    return MaskedWeights(layers, "inputs", *straight_through(recipe, grad, sr_decay))
 
 
 def original(layer: nn.Module) -> nn.Parameter:
@@ -189,7 +210,7 @@ def test_the_worked_example() -> None:
     torch.testing.assert_close(grads["chain"], torch.tensor([[0.6, 0.6, 0.6, 1.0]]))
     torch.testing.assert_close(grads["ste"], ones)
     layer = linear(weight)
-    sparsifier(layer_model := nn.Sequential(layer), recipe="sr-ste")
+    masked_weights(layer_model := nn.Sequential(layer), recipe="sr-ste")
     layer_model[0].weight.sum().backward()
     torch.testing.assert_close(
         original(layer).grad, torch.tensor([[1 + 1e-4, 1 - 2e-5, 1 + 6e-5, 1.0]]), rtol=0, atol=1e-7
@@ -221,7 +242,7 @@ def test_sr_ste_is_its_published_equation(pattern: tuple[int, int], pull: float)
     peer = weight.clone().requires_grad_()
     layer = linear(weight)
     model = nn.Sequential(layer)
-    NMSparsifier(model, *pattern, "sr-ste", steps=4, sr_decay=pull).step(1)
+    masked_weights(model, *pattern, "sr-ste", steps=4, sr_decay=pull).set(1)
     for w, out in ((peer, x @ ReferenceSRSTE.apply(peer, *pattern, pull).T), (original(layer), model(x))):
         out.square().sum().backward()
         assert w.grad is not None
@@ -232,7 +253,7 @@ def test_sr_ste_is_its_published_equation(pattern: tuple[int, int], pull: float)
 def grads_of(recipe: Any, **more: Any) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     layer, x = linear(torch.randn(4, 16)), torch.randn(3, 16)
-    sparsifier(nn.Sequential(layer), recipe=recipe, **more).step(more.pop("t", 100))
+    masked_weights(nn.Sequential(layer), recipe=recipe, **more).set(more.pop("t", 100))
     out = layer(x)
     out.square().sum().backward()
     assert original(layer).grad is not None
@@ -259,11 +280,11 @@ def test_a_huge_c_is_ste_after_one_step() -> None:
     torch.manual_seed(0)
     layer, plain = linear(torch.randn(4, 16)), linear(torch.zeros(4, 16))
     plain.weight.data.copy_(layer.weight.data)
-    decayed = sparsifier(nn.Sequential(layer), grad="ste", decay=1e6, dense_frac=0.0, finetune_frac=0.0)
-    sparsifier(nn.Sequential(plain), recipe="ste").step(2)
-    decayed.step(1)
+    decayed = masked_weights(nn.Sequential(layer), grad="ste", decay=1e6, dense=0.0, finetune=0.0)
+    masked_weights(nn.Sequential(plain), recipe="ste").set(2)
+    decayed.set(1)
     assert torch.equal(layer.weight, original(layer))
-    decayed.step(2)
+    decayed.set(2)
     assert torch.equal(layer.weight, plain.weight)
 
 
@@ -272,22 +293,23 @@ def test_dense_where_nothing_is_pruned_yet_and_where_n_is_m(recipe: Any) -> None
     torch.manual_seed(0)
     layer = linear(torch.randn(4, 32), bias=True)
     plain, x = copy.deepcopy(layer), torch.randn(3, 32)
-    sparsifier(nn.Sequential(layer), 1, 4, recipe, dense_frac=0.1).step(10)
+    masked_weights(nn.Sequential(layer), 1, 4, recipe, dense=0.1).set(10)
     assert torch.equal(layer(x), plain(x))
     full = copy.deepcopy(plain)
-    whole = sparsifier(nn.Sequential(full), 4, 4, recipe)
+    whole = masked_weights(nn.Sequential(full), 4, 4, recipe)
     for t in (1, 50, 100):
-        whole.step(t)
+        whole.set(t)
         assert torch.equal(full(x), plain(x))
-    assert torch.equal(nn.Sequential(whole.finalize())(x), plain(x))
+    whole.bake()
+    assert torch.equal(full(x), plain(x))
 
 
 def test_stepwise_masks_of_a_fixed_weight_are_nested() -> None:
     layer = linear(torch.randn(8, 64, generator=torch.Generator().manual_seed(0)))
-    nm = sparsifier(nn.Sequential(layer), 1, 8, "sdgf-stepwise")
+    nm = masked_weights(nn.Sequential(layer), 1, 8, "sdgf-stepwise")
     seen = []
     for t in (10, 30, 50, 70, 90):
-        nm.step(t)
+        nm.set(t)
         seen.append(nm.masks()["0"])
     assert [int(mask.sum()) for mask in seen] == [448, 256, 128, 64, 64]
     assert all(bool((later & ~earlier).sum() == 0) for earlier, later in pairwise(seen))
@@ -297,12 +319,12 @@ def test_chain_leaves_pruned_weights_where_they_are_once_z_is_zero() -> None:
     torch.manual_seed(0)
     layer, x = linear(torch.randn(4, 16)), torch.randn(20, 16)
     model = nn.Sequential(layer)
-    nm = sparsifier(model, finetune_frac=0.5)
+    nm = masked_weights(model, finetune=0.5)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    nm.step(60)
+    nm.set(60)
     before, mask = original(layer).detach().clone(), nm.masks()["0"]
     for t in range(60, 70):
-        nm.step(t)
+        nm.set(t)
         model(x).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -315,14 +337,14 @@ def test_momentum_moves_pruned_weights_unless_it_is_masked(masked: bool) -> None
     torch.manual_seed(0)
     layer, x = linear(torch.randn(4, 16)), torch.randn(20, 16)
     model = nn.Sequential(layer)
-    nm = sparsifier(model, finetune_frac=0.5)
+    nm = masked_weights(model, finetune=0.5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0)
     for t in range(45, 56):
-        nm.step(t)
+        nm.set(t)
         if t == 51:
             before, mask = original(layer).detach().clone(), nm.masks()["0"]
-            assert nm.z == 0
-        if masked and nm.z == 0:
+            assert nm.now.z == 0
+        if masked and nm.now.z == 0:
             nm.mask_momentum(optimizer)
         model(x).square().sum().backward()
         optimizer.step()
@@ -354,17 +376,17 @@ def test_any_module_is_trained_and_baked(recipe: Any) -> None:
     parameters = {id(parameter) for parameter in model.parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     wide = recipe in ("sdgf-geometric", "sdgf-densify")
-    nm = NMSparsifier(model, 1, 2 if wide else 4, recipe, steps=6, ignore=["head", *(["conv"] if wide else [])])
+    nm = masked_weights(model, 1, 2 if wide else 4, recipe, steps=6, ignore=("head", *(["conv"] if wide else [])))
     x, y = torch.randn(4, 8, 6, 6), torch.randint(10, (4,))
     for t in range(1, 7):
-        nm.step(t)
+        nm.set(t)
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         optimizer.zero_grad()
     live = model.eval()(x)
     masks = nm.masks()
-    baked = nm.finalize()
-    assert torch.equal(baked(x), live)
+    nm.bake()
+    assert torch.equal(model(x), live)
     assert [type(module) for module in model.modules()] == kinds
     assert {id(parameter) for parameter in model.parameters()} == parameters
     for name, mask in masks.items():
@@ -374,13 +396,14 @@ def test_any_module_is_trained_and_baked(recipe: Any) -> None:
 
 def test_while_evaluating_the_model_is_the_sparse_one() -> None:
     model = Net()
-    nm = sparsifier(model, ignore=["head"])
-    nm.step(1)
-    assert (nm.z, nm.sparsity) == (1.0, 0.0)
+    nm = masked_weights(model, ignore=("head",))
+    nm.set(1)
+    assert (nm.now.z, nm.zeros) == (1.0, 0.0)
     x = torch.randn(2, 8, 6, 6)
     sparse, dense = model.eval()(x), model.train()(x)
     assert not torch.equal(sparse, dense)
-    assert torch.equal(nm.finalize()(x), sparse)
+    nm.bake()
+    assert torch.equal(model(x), sparse)
 
 
 @pytest.mark.parametrize("along", ["inputs", "outputs"])
@@ -391,8 +414,7 @@ def test_fused_layers_get_the_masks_of_their_projections(along: Any) -> None:
         method = ProgressiveNM(pattern="2:4", targets=["mlp", "q", "v"], attention="1:4", along=along)
         ckpt = checkpoint(family, layers=1)
         whole = TrainingRun(ckpt, 10, 4, 0, lambda batch: None)  # type: ignore[arg-type, return-value]
-        method.attach(whole)
-        method.detach(whole)
+        method.attach(whole).detach()
         for name, linear_ in anatomy(ckpt.model).all_linears():
             before, after = dense[name].read(), linear_.read()
             if linear_.part == "attention" and linear_.role not in ("q", "v"):
@@ -406,7 +428,7 @@ def test_fused_layers_get_the_masks_of_their_projections(along: Any) -> None:
 def test_a_run_leaves_a_stock_checkpoint_with_exactly_n_of_m(tmp_path: Path) -> None:
     ckpt = checkpoint()
     before = weights(ckpt)
-    done = run(ckpt, shape=[ProgressiveNM(pattern="1:8", ignore=["layers.0.mlp.up_proj"])], weight_decay=0.1)
+    done = run(ckpt, modifiers=[ProgressiveNM(pattern="1:8", ignore=["layers.0.mlp.up_proj"])], weight_decay=0.1)
     assert [line.parts["z"] for line in done.history][-2:] == [0.0, 0.0]
     assert done.history[-1].parts["sparsity"] == 0.875
     assert done.history[-1].parts["second moment where pruned"] > 0
@@ -425,7 +447,7 @@ def test_biases_are_kept_and_trained() -> None:
     ckpt = checkpoint("gpt2", layers=1)
     name = "transformer.h.0.mlp.c_fc.bias"
     before = weights(ckpt)[name]
-    run(ckpt, shape=[ProgressiveNM(pattern="1:8")], steps=3)
+    run(ckpt, modifiers=[ProgressiveNM(pattern="1:8")], steps=3)
     after = weights(ckpt)[name]
     assert not torch.equal(before, after)
     assert bool((after != 0).all())
@@ -436,8 +458,8 @@ def test_lambda_is_added_once_a_step_however_many_batches_it_has() -> None:
     for accumulate in (1, 4):
         ckpt = checkpoint(layers=1)
         method = ProgressiveNM(pattern="1:8", recipe="sr-ste", sr_decay=0.5)
-        method.attach(TrainingRun(ckpt, 10, 4, 0, lambda batch: None, accumulate))  # type: ignore[arg-type, return-value]
-        method.before_step(1, {})
+        session = method.attach(TrainingRun(ckpt, 10, 4, 0, lambda batch: None, accumulate))  # type: ignore[arg-type, return-value]
+        session.before_step(1, {})
         layer = anatomy_free(ckpt.model)
         for _ in range(accumulate):
             (layer.weight.sum() / accumulate).backward()  # what Trainer's division makes of each batch
@@ -453,7 +475,7 @@ def anatomy_free(model: nn.Module) -> nn.Linear:
 
 def test_it_goes_with_meap() -> None:
     ckpt = checkpoint()
-    done = run(ckpt, objective=MEAP(length=24), shape=[ProgressiveNM(pattern="2:4")], steps=4)
+    done = run(ckpt, objective=MEAP(length=24), modifiers=[ProgressiveNM(pattern="2:4")], steps=4)
     assert done.history[-1].parts["z"] == 0
     for _, linear_ in anatomy(ckpt.model).all_linears():
         if linear_.part == "mlp":
@@ -464,7 +486,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     found = []
     for wanted in (False, True):
         ckpt = checkpoint()
-        run(ckpt, shape=[ProgressiveNM(pattern="1:8")], steps=3, gradient_checkpointing=wanted)
+        run(ckpt, modifiers=[ProgressiveNM(pattern="1:8")], steps=3, gradient_checkpointing=wanted)
         found.append(weights(ckpt))
     assert same(*found)
 
@@ -476,7 +498,7 @@ def test_the_weights_are_stock_after_an_error_too() -> None:
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError, match="stop"):
-        run(ckpt, shape=[ProgressiveNM(pattern="1:8")], progress=dies)
+        run(ckpt, modifiers=[ProgressiveNM(pattern="1:8")], progress=dies)
     assert not any(parametrize.is_parametrized(module) for module in ckpt.model.modules())
 
 
@@ -523,14 +545,14 @@ def test_fields_that_contradict_are_refused(fields: dict[str, Any], message: str
 def test_a_model_that_it_does_not_fit_is_refused_before_it_is_touched(fields: dict[str, Any], message: str) -> None:
     ckpt = checkpoint()
     with pytest.raises(IntaglioError, match=message):
-        run(ckpt, shape=[ProgressiveNM(**fields)])
+        run(ckpt, modifiers=[ProgressiveNM(**fields)])
     with pytest.raises(IntaglioError, match=message):  # and from the configuration alone
         train_step(fields).check_model(anatomy(ckpt.model))
     assert not any(parametrize.is_parametrized(module) for module in ckpt.model.modules())
 
 
 def train_step(fields: dict[str, Any], **more: Any) -> Any:
-    document = {"steps": [{"train": {"steps": 2, "shape": [{"progressive_nm": fields}], **more}}]}
+    document = {"steps": [{"train": {"steps": 2, "modifiers": [{"progressive_nm": fields}], **more}}]}
     (step,) = Recipe.from_dict(document).steps
     return step
 
@@ -542,50 +564,79 @@ def test_lora_and_frozen_weights_are_refused_in_one_sentence() -> None:
         assert "\n" not in str(caught.value)
         ckpt = checkpoint()
         with pytest.raises(IntaglioError, match="trains whole weights, which lora and freeze hold still"):
-            run(ckpt, shape=[ProgressiveNM(pattern="1:8")], **more)
+            run(ckpt, modifiers=[ProgressiveNM(pattern="1:8")], **more)
+
+
+class Squares:
+    """Regression of a network's outputs to zero."""
+
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict()
+
+    def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> dict[str, Any]:
+        return {"x": torch.stack([example["x"] for example in examples])}
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> Loss:
+        return Loss(model(batch["x"]).square().mean())
+
+
+def trained(model: nn.Module, **fields: Any) -> Any:
+    data = [{"x": torch.randn(8, 6, 6)} for _ in range(8)]
+    return run(model, data, objective=Squares(), modifiers=[ProgressiveNM(**fields)], steps=10)
+
+
+def test_any_module_is_trained_by_the_modifier() -> None:
+    model = Net()
+    done = trained(model, pattern="1:4", ignore=["head"])
+    assert done.history[-1].parts["z"] == 0
+    assert done.history[-1].parts["sparsity"] == 0.75
+    for weight in (model.conv.weight.movedim(1, -1), model.hidden.weight):
+        assert bool(((weight.reshape(-1, 4) != 0).sum(1) == 1).all())
+    assert bool((model.head.weight != 0).all())
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("fields", "message"),
     [
-        ({"n": 5, "m": 4}, "n is 5 and m is 4"),
-        ({"n": 1, "m": 4, "sparsity": 0.5}, "in the place of n and m"),
-        ({"n": 1, "m": 3}, "does not fit conv: its 8 inputs are not a multiple of 3"),
-        ({"n": 1, "m": 4, "targets": ["nothing"]}, "'nothing' names no layer of this model; it has conv, hidden, head"),
-        ({"n": 1, "m": 4, "ignore": ["*"]}, "leave no layer"),
-        ({"n": 1, "m": 4, "dense_frac": 2.0}, "a share of the steps, from 0 to 1"),
+        ({"pattern": "1:3"}, "does not fit conv: its 8 inputs are not a multiple of 3"),
+        (
+            {"pattern": "1:4", "ignore": ["nothing"]},
+            "ignore: 'nothing' names no layer of this model",
+        ),
+        ({"pattern": "1:4", "ignore": ["*"]}, "names every layer"),
+        ({"pattern": "1:4", "targets": ["q"]}, r"targets is \['q'\], which is for transformers, not Net"),
     ],
 )
-def test_the_sparsifier_refuses_in_one_sentence(arguments: dict[str, Any], message: str) -> None:
+def test_a_module_that_it_does_not_fit_is_refused_in_one_sentence(fields: dict[str, Any], message: str) -> None:
     model = Net()
     with pytest.raises(IntaglioError, match=message):
-        NMSparsifier(model, steps=4, **arguments)
+        trained(model, **fields)
     assert not any(parametrize.is_parametrized(module) for module in model.modules())
 
 
 def test_a_shared_weight_is_refused() -> None:
     model = tiny_model("gemma3", layers=1)
-    with pytest.raises(IntaglioError, match=r"lm_head shares its weight with model\.embed_tokens\.weight"):
-        sparsifier(model)
-    sparsifier(model, ignore=["lm_head"])
+    with pytest.raises(IntaglioError, match=r"lm_head\.weight is tied to model\.embed_tokens\.weight"):
+        masked_weights(model)
+    masked_weights(model, ignore=("lm_head",))
 
 
 @pytest.mark.slow
 def test_a_compiled_model_follows_z() -> None:
     torch.manual_seed(0)
     layer, x = linear(torch.randn(4, 16)), torch.randn(3, 16)
-    nm = sparsifier(nn.Sequential(layer))
+    nm = masked_weights(nn.Sequential(layer))
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     for t in (20, 40, 60, 90):
-        nm.step(t)
+        nm.set(t)
         assert torch.equal(compiled(x), layer(x))
 
 
 def test_a_second_parametrization_is_refused() -> None:
     model = Net()
-    sparsifier(model, ignore=["head"])
-    with pytest.raises(IntaglioError, match="conv has a parametrization already"):
-        sparsifier(model, ignore=["head"])
+    masked_weights(model, ignore=("head",))
+    with pytest.raises(IntaglioError, match=r"conv\.weight is parametrized already"):
+        masked_weights(model, ignore=("head",))
 
 
 def test_the_paper_ships_these_constants() -> None:
@@ -597,6 +648,6 @@ def test_the_paper_ships_these_constants() -> None:
 
 def test_a_pruned_model_may_be_trained_on_with_new_zeros() -> None:
     ckpt = Magnitude(pattern="2:4").apply(checkpoint())
-    run(ckpt, shape=[ProgressiveNM(pattern="1:8")], steps=3)
+    run(ckpt, modifiers=[ProgressiveNM(pattern="1:8")], steps=3)
     for _, linear_ in anatomy(ckpt.model).all_linears():
         assert bool(((linear_.read().reshape(-1, 8) != 0).sum(1) <= (1 if linear_.part == "mlp" else 8)).all())

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from intaglio.methods.activations.blockffn.routing import Form, Norm, Router
 from intaglio.methods.activations.blockffn.schedule import Adaptive, Controlled
 from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Workload
 from intaglio.modeling.anatomy import Anatomy, anatomy
-from intaglio.trainer import Batch, Loss, TrainingRun
+from intaglio.trainer import Batch, Loss, ModifierSession, TrainingRun
 
 __all__ = ["BlockFFN", "BlockFFNLayer", "Form", "Places", "losses"]
 
@@ -70,7 +70,7 @@ class BlockFFN(Method, slug="blockffn"):
 
     What was in the MLPs is gone: this is for models that are trained from scratch (`new`), or trained on long enough to
     be made anew. Nothing turns a trained MLP into such experts without training, so it is no step by itself. Behind
-    the training the checkpoint is a live one (`intaglio.load` reads it); a later training step with the same shaper
+    the training the checkpoint is a live one (`intaglio.load` reads it); a later training step with the same modifier
     trains the layers that are there. Decoding, and the verify passes of drafting, read the weights of the experts that
     some token of the pass takes. Attention's projections stay plain.
 
@@ -140,13 +140,6 @@ class BlockFFN(Method, slug="blockffn"):
     eps: Annotated[float, Field(gt=0)] = 1e-5
     router_rate: Annotated[float, Field(gt=0)] | None = None
     router_decay: Weight = 0.0
-
-    _run: TrainingRun | None = PrivateAttr(None)
-    _layers: list[BlockFFNLayer] = PrivateAttr(default_factory=list)
-    _follows: Adaptive | Controlled | None = PrivateAttr(None)
-    _length: int = PrivateAttr(1)
-    _t: int = PrivateAttr(1)
-    _seen: list[Tensor] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -239,16 +232,9 @@ class BlockFFN(Method, slug="blockffn"):
         h = self.expert_width or max(1, (self.width or 4 * workload.hidden) // experts)
         return Cost(flops=6.0 * steps * outputs * workload.hidden, extra_bytes=4 * outputs * (h + 8))
 
-    def attach(self, run: TrainingRun) -> None:
-        """Put the layers in, unless they are there, and watch them.
-
-        Args:
-            run: whose model is trained.
-
-        Raises:
-            IntaglioError: see the class.
-        """
-        model = run.checkpoint.model
+    def attach(self, run: TrainingRun) -> ModifierSession:
+        """Put the layers in, unless they are there, and watch them."""
+        model = run.model
         if getattr(model, "peft_config", None) or not any(p.requires_grad for p in model.parameters()):
             raise IntaglioError("blockffn trains layers of its own and all around them; leave lora and freeze out")
         parts = anatomy(model)
@@ -257,128 +243,7 @@ class BlockFFN(Method, slug="blockffn"):
             width = int(parts.config.hidden_size)
             spread = self.router_std or (SPREAD / math.sqrt(width) if self.router == "relu" else None)
             surgery.put_layers(parts, self.form(parts), self.init_std, run.seed, spread)
-        self._layers = list(surgery.layers_of(model).values())
-        form = self._layers[0].form
-        for layer in self._layers:
-            layer.watched = True
-        self._run, self._t, self._seen = run, 1, []
-        self._length = self.chunk or min(LONGEST, max(SHORTEST, run.checkpoint.context // 16))
-        self._follows = None
-        if self.router == "remoe":
-            assert form.k is not None  # needed by the router
-            self._follows = Controlled(1e-8 if self.l1 is None else self.l1, 1 - form.k / form.experts)
-        elif self.router == "relu":
-            hold, window = (
-                value if isinstance(value, int) else max(FEWEST, round(value * run.steps))
-                for value in (self.hold, self.window)
-            )
-            self._follows = Adaptive(self._chunk_weight, hold, window)
-
-    def before_step(self, t: int, next_batch: Batch) -> None:
-        """Note the step; at the first, refuse chunks that no row has room for.
-
-        Args:
-            t: the step.
-            next_batch: its first batch.
-
-        Raises:
-            IntaglioError: the chunk is longer than the rows.
-        """
-        tokens = int(next_batch["input_ids"].shape[1])
-        if t == 1 and self._chunk_weight and self._length > tokens:
-            raise IntaglioError(f"chunk is {self._length} tokens, longer than the rows of {tokens}; set a shorter one")
-        self._t = t
-
-    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss:
-        """The losses of a batch, and how sparse it was.
-
-        Args:
-            model: not looked at: its layers were watched.
-            batch: says what are documents and padding.
-            outputs: not looked at.
-
-        Raises:
-            IntaglioError: the objective gave the model other tokens than the batch holds.
-        """
-        found = [layer.raw for layer in self._layers if layer.raw is not None]
-        ids: Tensor = batch["input_ids"]
-        if len(found) != len(self._layers) or any(raw.shape[:-1] != ids.shape for raw in found):
-            raise IntaglioError("blockffn needs an objective that passes the batch's own rows through the model, once")
-        form = self._layers[0].form
-        raw_NKE = torch.stack([raw.flatten(0, -2) for raw in found], 1).float()
-        places = Places.of(batch, self._length)
-        with torch.no_grad():
-            token, together = losses.resting(raw_NKE, places, form)
-        total = raw_NKE.new_zeros(())
-        parts: dict[str, Tensor | float] = {"token sparsity": token, "chunk sparsity": together}
-        if self._locality:
-            parts["locality"] = close = losses.locality(raw_NKE, places, self.steep)
-            total = total + self._locality * close
-        if isinstance(self._follows, Adaptive) and self._chunk_weight:
-            parts["chunk firing"] = fired = losses.chunk_firing(raw_NKE, places, form)
-            weight = self._follows.weight(self._t) if self.adapt else self._chunk_weight
-            parts["chunk weight"] = weight
-            total = total + weight * fired
-            self._seen.append(fired.detach())
-        if isinstance(self._follows, Controlled):
-            assert form.k is not None  # needed by the router
-            parts["penalty"] = penalty = losses.l1(raw_NKE, places, form.k)
-            parts["penalty weight"] = self._follows.weight(self._t)
-            total = total + self._follows.weight(self._t) * penalty
-            self._seen.append(token)
-        if form.router == "topk" and (self.balance is None or self.balance):
-            assert form.k is not None  # needed by the router
-            parts["balance"] = even = losses.balance(raw_NKE, places, form.k)
-            total = total + (1e-2 if self.balance is None else self.balance) * even
-        return Loss(total, parts)
-
-    def on_step(self, t: int) -> None:
-        """Tell the weight what the step's batches came to, and forget the routers' outputs.
-
-        Args:
-            t: the step.
-        """
-        if self._follows is not None and self._seen:
-            seen = torch.stack(self._seen).mean()
-            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-                torch.distributed.all_reduce(seen)
-                seen = seen / torch.distributed.get_world_size()
-            self._follows.observe(t, float(seen))
-        self._seen = []
-        for layer in self._layers:
-            layer.raw = None
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The routers, where they have a rate of their own."""
-        if self.router_rate is None:
-            return []
-        routers = [layer.router for layer in self._layers if layer.router is not None]
-        return [{"params": routers, "lr": self.router_rate, "weight_decay": self.router_decay}]
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the weight that follows a loss has seen."""
-        return {} if self._follows is None else self._follows.state()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put it back.
-
-        Args:
-            state: from `state_dict`.
-        """
-        if self._follows is not None:
-            self._follows.load(state)
-
-    def detach(self, run: TrainingRun) -> None:
-        """Leave the layers in, and note them for the reload.
-
-        Args:
-            run: whose model was trained.
-        """
-        for layer in self._layers:
-            layer.watched, layer.raw = False, None
-        if self._layers:
-            run.checkpoint.set_runtime_state(self.slug, surgery.part_of(self._layers[0].form))
-        self._layers, self._run, self._follows, self._seen = [], None, None, []
+        return _Session(self, run)
 
     @classmethod
     def build_empty(cls, part: Mapping[str, Any], model: nn.Module) -> None:
@@ -403,3 +268,92 @@ class BlockFFN(Method, slug="blockffn"):
         """
         if not surgery.layers_of(checkpoint.model):
             raise IntaglioError("the model has no layers of blockffn where its record names them")
+
+
+class _Session(ModifierSession):
+    def __init__(self, method: BlockFFN, run: TrainingRun) -> None:
+        self.method, self.run, self.step = method, run, 1
+        self.layers = list(surgery.layers_of(run.model).values())
+        self.seen: list[Tensor] = []
+        form = self.layers[0].form
+        for layer in self.layers:
+            layer.watched = True
+        self.length = method.chunk or min(LONGEST, max(SHORTEST, run.checkpoint.context // 16))
+        self.follows: Adaptive | Controlled | None = None
+        if method.router == "remoe":
+            assert form.k is not None  # needed by the router
+            self.follows = Controlled(1e-8 if method.l1 is None else method.l1, 1 - form.k / form.experts)
+        elif method.router == "relu":
+            hold, window = (
+                value if isinstance(value, int) else max(FEWEST, round(value * run.steps))
+                for value in (method.hold, method.window)
+            )
+            self.follows = Adaptive(method._chunk_weight, hold, window)
+
+    def before_step(self, step: int, batch: Batch) -> None:
+        tokens = int(batch["input_ids"].shape[1])
+        if step == 1 and self.method._chunk_weight and self.length > tokens:
+            raise IntaglioError(f"chunk is {self.length} tokens, longer than the rows of {tokens}; set a shorter one")
+        self.step = step
+
+    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss:
+        method, form = self.method, self.layers[0].form
+        raws = [layer.raw for layer in self.layers if layer.raw is not None]
+        ids: Tensor = batch["input_ids"]
+        if len(raws) != len(self.layers) or any(raw.shape[:-1] != ids.shape for raw in raws):
+            raise IntaglioError("blockffn needs an objective that passes the batch's own rows through the model, once")
+        raw_NKE = torch.stack([raw.flatten(0, -2) for raw in raws], 1).float()
+        places = Places.of(batch, self.length)
+        with torch.no_grad():
+            token, together = losses.resting(raw_NKE, places, form)
+        total = raw_NKE.new_zeros(())
+        parts: dict[str, Tensor | float] = {"token sparsity": token, "chunk sparsity": together}
+        if method._locality:
+            parts["locality"] = close = losses.locality(raw_NKE, places, method.steep)
+            total = total + method._locality * close
+        if isinstance(self.follows, Adaptive) and method._chunk_weight:
+            parts["chunk firing"] = fired = losses.chunk_firing(raw_NKE, places, form)
+            weight = self.follows.weight(self.step) if method.adapt else method._chunk_weight
+            parts["chunk weight"] = weight
+            total = total + weight * fired
+            self.seen.append(fired.detach())
+        if isinstance(self.follows, Controlled):
+            assert form.k is not None  # needed by the router
+            parts["penalty"] = penalty = losses.l1(raw_NKE, places, form.k)
+            parts["penalty weight"] = self.follows.weight(self.step)
+            total = total + self.follows.weight(self.step) * penalty
+            self.seen.append(token)
+        if form.router == "topk" and (method.balance is None or method.balance):
+            assert form.k is not None  # needed by the router
+            parts["balance"] = even = losses.balance(raw_NKE, places, form.k)
+            total = total + (1e-2 if method.balance is None else method.balance) * even
+        return Loss(total, parts)
+
+    def after_step(self, step: int) -> None:
+        if self.follows is not None and self.seen:
+            seen = torch.stack(self.seen).mean()
+            if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+                torch.distributed.all_reduce(seen)
+                seen = seen / torch.distributed.get_world_size()
+            self.follows.observe(step, float(seen))
+        self.seen = []
+        for layer in self.layers:
+            layer.raw = None
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        if self.method.router_rate is None:
+            return []
+        routers = [layer.router for layer in self.layers if layer.router is not None]
+        return [{"params": routers, "lr": self.method.router_rate, "weight_decay": self.method.router_decay}]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.follows is None else self.follows.state()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.follows is not None:
+            self.follows.load(state)
+
+    def detach(self) -> None:
+        for layer in self.layers:
+            layer.watched, layer.raw = False, None
+        self.run.checkpoint.set_runtime_state(self.method.slug, surgery.part_of(self.layers[0].form))

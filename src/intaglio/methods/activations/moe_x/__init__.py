@@ -23,7 +23,7 @@ from statistics import fmean
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ from intaglio.methods.activations.moe_x.routing import Gates, balance_loss
 from intaglio.methods.activations.moe_x.upcycle import By, Start, check_indices, put_layers
 from intaglio.methods.base import Capability, Cost, Depends, Method, ModelAspect, Progress, Workload, no_progress
 from intaglio.modeling.anatomy import MLP, Anatomy, anatomy
-from intaglio.trainer import Batch, Loss, TrainingRun
+from intaglio.trainer import Batch, Loss, ModifierSession, TrainingRun
 
 _NOTHING: frozenset[Capability] = frozenset()
 _PLAIN: frozenset[Capability] = frozenset({"linear_weights"})
@@ -122,8 +122,6 @@ class MoEX(Method, slug="moe_x"):
     gates: Gates = "chosen"
     temperature: Annotated[float, Field(gt=0)] = 1.0
     balance: Annotated[float, Field(ge=0)] = 0.01
-
-    _watched: dict[str, MoELayer] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -322,71 +320,42 @@ class MoEX(Method, slug="moe_x"):
         """
         upcycle.restore_runtime(part, checkpoint.model)
 
-    def attach(self, run: TrainingRun) -> None:
-        """Put experts into the model, or find those that are there, and watch them.
-
-        Args:
-            run: whose model is trained.
-
-        Raises:
-            IntaglioError: see the class.
-        """
-        model = run.checkpoint.model
+    def attach(self, run: TrainingRun) -> ModifierSession:
+        """Put experts into the model, or find those that are there, and watch them."""
+        model = run.model
         # Adapters stand in the projections' places.
         if getattr(model, "peft_config", None) or not any(p.requires_grad for p in model.parameters()):
             raise IntaglioError("moe_x trains the experts' own weights; leave lora and freeze out")
         if self.experts is not None:
             self._put(run.checkpoint, run.seed)
-        self._watched = moe_layers(model)
-        if not self._watched:
+        layers = moe_layers(model)
+        if not layers:
             raise IntaglioError("experts is null, and the model has none to train on; give a number")
-        for layer in self._watched.values():
+        return _Session(self.balance, layers)
+
+
+class _Session(ModifierSession):
+    """Adds the balance loss of each pass, and logs expert statistics."""
+
+    def __init__(self, balance: float, layers: Mapping[str, MoELayer]) -> None:
+        self.balance, self.layers = balance, layers
+        for layer in layers.values():
             layer.watched = True
 
-    def before_step(self, t: int, next_batch: Batch) -> None:
-        """Do nothing."""
-
-    def on_step(self, t: int) -> None:
-        """Do nothing."""
-
     def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss | None:
-        """The balance loss of the pass that was just made, and what its experts did.
-
-        Args:
-            model: not looked at.
-            batch: its `attention_mask`, if there is one, leaves padding out.
-            outputs: not looked at.
-        """
-        seen = [(layer.form, layer.routed.kept(_real(batch))) for layer in self._watched.values() if layer.routed]
+        seen = [(layer.form, layer.routed.kept(_real(batch))) for layer in self.layers.values() if layer.routed]
         if not seen:
             return None
-        for layer in self._watched.values():
+        for layer in self.layers.values():
             layer.routed = None
         balance = torch.stack([balance_loss(routed.scores_TE, routed.chosen_TK) for _, routed in seen]).mean()
         told = [routed.told(form) for form, routed in seen]
         parts = {name: fmean(one[name] for one in told) for name in told[0]}
         return Loss(self.balance * balance, {"expert balance": balance.detach(), **parts})
 
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return none: the experts are the model's own."""
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: all is in the weights."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def detach(self, run: TrainingRun) -> None:
-        """Leave the experts in, and watch them no more.
-
-        Args:
-            run: whose model was trained.
-        """
-        for layer in self._watched.values():
+    def detach(self) -> None:
+        for layer in self.layers.values():
             layer.watched, layer.routed = False, None
-        self._watched = {}
 
 
 def _real(batch: Batch) -> Tensor | None:

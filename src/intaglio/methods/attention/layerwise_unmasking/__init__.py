@@ -1,27 +1,26 @@
 """LayerwiseUnmasking (Dukić and Šnajder, Looking Right is Sometimes Right, Findings of ACL 2024).
 
-A decoder of n layers is cut into m groups of n/m, group 1 nearest the input. A configuration c_1..c_m of bits says from
-which groups the causal mask is taken:
+A decoder of n layers is divided into m groups of n/m, group 1 nearest the input. A configuration c_1..c_m of bits names
+the groups without a causal mask:
 
     M_lock[i, j]   = 0 if j <= i and key j is real, else -inf
     M_unlock[i, j] = 0 if key j is real,            else -inf
     layer l uses M_unlock if c_group(l) = 1, else M_lock
 
-Weights, positions and parameters stay as they are; fine-tuning, mostly with a head that labels tokens
-(`token_classification`), adapts the model to seeing to the right. Which configuration is best depends on the task: all
-2^m are tried, and validation data choose.
+Weights, positions and parameters stay as they are; fine-tuning, mostly with a labelling head (`token_classification`),
+adapts the model to right context. The best configuration depends on the task: all 2^m are tried on validation data.
 
 - `grid`: groups, configurations and their layers.
-- `search`: tries configurations and keeps the best.
-- `adapt`: task-adaptive pretraining before.
+- `search`: search over configurations.
+- `adapt`: task-adaptive pretraining.
 
-Where paper and released code part: the code masks with the dtype's least number (here too, under eager attention) and
+Where paper and released code differ: the code masks with the dtype's least number (here too, under eager attention) and
 its fine-tuning loop drops all but the last batch of an accumulated step; that is not copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -37,26 +36,34 @@ from intaglio.methods.attention.layerwise_unmasking.grid import (
     group_count,
     unlocked_layers,
 )
-from intaglio.methods.attention.layerwise_unmasking.search import Found, Search, search
+from intaglio.methods.attention.layerwise_unmasking.search import Search, SearchResult, run_search
 from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Progress, Workload, no_progress
 from intaglio.modeling.anatomy import Anatomy, anatomy
 
-__all__ = ["Found", "LayerwiseUnmasking", "Search", "configurations", "group_count", "search", "unlocked_layers"]
+__all__ = [
+    "LayerwiseUnmasking",
+    "Search",
+    "SearchResult",
+    "configurations",
+    "group_count",
+    "search",
+    "unlocked_layers",
+]
 
 
 class LayerwiseUnmasking(Method, slug="layerwise_unmasking"):
-    """Takes the causal mask off groups of layers, so that a decoder which labels tokens sees to the right there.
+    """Remove the causal mask from groups of layers, so that a decoder that labels tokens uses right context there.
 
     The m bits of `configuration` stand for m groups of equally many layers, the leftmost for those nearest the input;
-    1 takes the mask off. Padding stays masked. A layer with a sliding window sees as far to the right as to the left.
-    The same configuration serves training and use: unmask first, then train. Put behind training, the step is the
+    1 removes the mask. Padding stays masked. A layer with a sliding window sees as far to the right as to the left.
+    Training and inference use the same configuration: unmask first, then train. After training, the step is the
     ablation that unmasks at inference only; expect little of it.
 
-    The checkpoint becomes a live one (`intaglio.load` reads it) and no longer generates, as each new token would change
-    what earlier ones saw. A configuration of zeros leaves the stock model, bit for bit.
+    The checkpoint needs `intaglio.load` and no longer generates, as each new token would change the states of earlier
+    ones. A configuration of zeros leaves the stock model, bit for bit.
 
-    With `search`, configurations are trained one after the other on labelled words with the same settings, and the one
-    that labels the validation words best is kept, trained as it is.
+    With `search`, configurations are trained one after the other on labelled words with the same settings, and the best
+    on the validation words is kept, as trained.
 
     Source: Dukić and Šnajder, Looking Right is Sometimes Right: Investigating the Capabilities of Decoder-only LLMs
     for Sequence Labeling, Findings of ACL 2024; code dd1497/llm-unmasking.
@@ -65,9 +72,9 @@ class LayerwiseUnmasking(Method, slug="layerwise_unmasking"):
         configuration: bits in quotes, such as `"0011"`. Default: the group nearest the output; with `search`, the best.
         groups: m, a divisor of the number of layers. Default: as many as there are bits; without bits the divisor
             nearest to 4 (the smaller of two).
-        window: what layers with a sliding window see once unmasked: `symmetric` (default), as far to both sides, or
-            `none`, everything.
-        search: what to try, and on which data; see `Search`. Default: nothing is tried, and nothing is trained.
+        window: range of unmasked layers with a sliding window: `symmetric` (default), as far to both sides, or `none`,
+            everything.
+        search: configurations and data to try, see `Search`. Default: no search and no training.
 
     Raises:
         IntaglioError: the groups do not divide the layers, bits and groups disagree, or the model is an encoder.
@@ -97,44 +104,28 @@ class LayerwiseUnmasking(Method, slug="layerwise_unmasking"):
                 f"the configuration {self.configuration} has {len(self.configuration)} bits for {self.groups} groups"
             )
         if self.search is not None and self.configuration is not None:
-            raise ValueError("configuration and search are given; one of them says which groups are unmasked")
+            raise ValueError("configuration and search are given; give one of the two")
         return self
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """Four groups, as for the paper's 32 layers.
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return four groups, as for the paper's 32 layers."""
         return cls(**{"groups": 4, **overrides})
 
     @property
     def long(self) -> bool:
-        """Whether it trains, and can go on after it was killed."""
+        """Whether the step trains, and so can resume after it was killed."""
         return self.search is not None
 
     def bits(self, depth: int) -> str:
-        """The configuration for a model.
-
-        Args:
-            depth: its layers.
-
-        Raises:
-            IntaglioError: the groups do not divide the layers.
-        """
+        """Return the configuration for a model of `depth` layers."""
         if self.configuration is not None:
             check_bits(self.configuration, depth)
             return self.configuration
         return "1".rjust(group_count(depth, self.groups), "0")
 
     def rules(self, parts: Anatomy, bits: str) -> dict[int, Rule]:
-        """The rules of all layers under a configuration: those of a step before stay on locked layers.
-
-        Args:
-            parts: of the model.
-            bits: the configuration.
-        """
+        """Return the rules of all layers under a configuration; locked layers keep those of an earlier step."""
         wide = self.window == "none"
         rules: dict[int, Rule] = {
             layer: rule for layer, rule in get_visibility(parts.model).items() if rule not in _UNLOCKED
@@ -147,25 +138,14 @@ class LayerwiseUnmasking(Method, slug="layerwise_unmasking"):
         """Accept any linears: they stay as they are."""
 
     def check_model(self, parts: Anatomy) -> None:
-        """Refuse, before any work, an encoder and a depth that the groups do not divide.
-
-        Args:
-            parts: of the model.
-
-        Raises:
-            IntaglioError: says which.
-        """
+        """Refuse, before any work, an encoder and a depth that the groups do not divide."""
         check_decoder(parts)
         bits = self.bits(len(parts.blocks))
         if self.search is not None:
             self.search.bits(len(bits))
 
     def estimate(self, workload: Workload) -> Cost:
-        """Return what a search takes; nothing without one.
-
-        Args:
-            workload: of the model.
-        """
+        """Return the cost of a search; nothing without one."""
         return Cost() if self.search is None else self.search.estimate(workload, self.groups)
 
     def apply(
@@ -179,20 +159,7 @@ class LayerwiseUnmasking(Method, slug="layerwise_unmasking"):
         resume: bool = False,
         progress: Progress = no_progress,
     ) -> Checkpoint:
-        """Unmask groups of `checkpoint` and return it; with `search`, train it too.
-
-        Args:
-            checkpoint: a decoder, with its language-model head or one that labels tokens; changed in place.
-            calibration: not used.
-            seed: of a search: the head, the order of the data, dropout.
-            batch_size: not used.
-            directory: where a search keeps what it needs to go on after it was killed. Default: nowhere.
-            resume: whether it goes on with what is there.
-            progress: called after each step of training.
-
-        Raises:
-            IntaglioError: see the class.
-        """
+        """Unmask groups of `checkpoint` and return it; with `search`, train it too."""
         parts = anatomy(checkpoint.model)
         self.check_model(parts)
         bits = self.bits(len(parts.blocks))
@@ -208,3 +175,34 @@ class LayerwiseUnmasking(Method, slug="layerwise_unmasking"):
 
 
 _UNLOCKED: tuple[Rule, Rule] = (Bidirectional(), IgnoreSlidingWindow(Bidirectional()))
+
+
+def search(
+    checkpoint: Checkpoint,
+    examples: Sequence[Mapping[str, Any]],
+    validation: Sequence[Mapping[str, Any]],
+    *,
+    method: LayerwiseUnmasking | None = None,
+    tried: Sequence[str] | None = None,
+    **arguments: Any,
+) -> SearchResult:
+    """Find the configuration that labels validation words best, and leave the checkpoint unmasked and trained so.
+
+        result = search(ckpt, train_examples, validation_examples, epochs=5, learning_rate=2e-4, lora={"r": 64})
+        result.bits                                    # such as "0011"
+
+    The score of the best configuration on the validation words is a maximum and so biased: report it on other data.
+
+    Args:
+        checkpoint: a decoder; becomes the best trial.
+        examples: labelled words to train on; see `intaglio.data.token_classification`.
+        validation: others for the choice: by strict F1 of entities for IOB2 tags, else by macro-F1.
+        method: gives groups and window. Default `LayerwiseUnmasking()`.
+        tried: configurations. Default: all.
+        **arguments: `objective` (default `TokenClassification()`), `directory` and `resume` of a killed search,
+            `progress`, and settings of `intaglio.train`: `steps` or `epochs`, `batch_size`, `learning_rate`, `lora` ...
+
+    Raises:
+        IntaglioError: the model is an encoder, a configuration does not fit, or as `train`.
+    """
+    return run_search(checkpoint, examples, validation, method or LayerwiseUnmasking(), tried, **arguments)

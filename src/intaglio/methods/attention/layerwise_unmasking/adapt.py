@@ -1,7 +1,7 @@
 """Task-adaptive pretraining (TAPT): next-token prediction on the task's own text before labels are learned.
 
-The authors' loop trains with the same groups unmasked. There every unmasked layer sees the token that is to be
-predicted, so the loss falls fast and says little; their alternative, and the default here, is the causal model, whose
+The authors' loop trains with the same groups unmasked. There every unmasked layer sees the token to predict, so the
+loss falls fast and means little; their alternative, and the default here, is the causal model, whose
 checkpoint serves every configuration. In a recipe that is a `train` step with `labels` and no objective, before the
 unmasking.
 """
@@ -25,28 +25,17 @@ from intaglio.trainer.rng import KeyedRNG
 
 
 @dataclass(frozen=True)
-class SeeingLM:
-    """Next-token prediction by a model that may see the token, without the test that refuses this.
-
-    Args:
-        length: tokens of a row. Default: the model's context, at most 1,024.
-    """
+class UnmaskedLM:
+    """Next-token prediction without the check that the model cannot see the next token."""
 
     length: int | None = None
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
-        """Cut the examples into rows of one document.
-
-        Args:
-            checkpoint: a decoder with its language-model head.
-            examples: with `input_ids`.
-            rng: not used.
-        """
-        rows = checkpoint.vocabulary
-        return cut(documents(examples, rows), row_length(checkpoint, self.length))
+        """Cut the examples into rows of one document."""
+        return cut(documents(examples, checkpoint.vocabulary), row_length(checkpoint, self.length))
 
     def modules(self) -> nn.ModuleDict:
-        """None."""
+        """Return no modules."""
         return nn.ModuleDict()
 
     def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
@@ -66,13 +55,13 @@ def adapt(
     length: int | None = None,
     **settings: Any,
 ) -> TrainResult:
-    """Train a decoder on the words of labelled examples as plain text; their labels are not looked at.
+    """Train a decoder on the words of labelled examples as plain text, without their labels.
 
     Args:
         checkpoint: with its language-model head.
         examples: see `intaglio.data.token_classification`.
-        unlocked: whether rules stay on meanwhile, as in the authors' loop. Default False: the model is causal while it
-            is trained, and sees as before afterwards.
+        unlocked: whether the visibility rules stay on, as in the authors' loop. Default False: the model is causal
+            while it is trained, and the rules are restored afterwards.
         length: tokens of a row. Default: the model's context, at most 1,024.
         **settings: of `train`.
 
@@ -83,7 +72,7 @@ def adapt(
         as_labelled(example, f"example {number} of the labelled data").text for number, example in enumerate(examples)
     ]
     if unlocked:
-        return train(checkpoint, texts, objective=SeeingLM(length), **settings)
+        return train(checkpoint, texts, objective=UnmaskedLM(length), **settings)
     rules = get_visibility(checkpoint.model)
     keep(checkpoint, {})
     try:

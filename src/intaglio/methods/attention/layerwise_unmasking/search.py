@@ -1,4 +1,4 @@
-"""Trying configurations: each is trained from the same checkpoint with the same settings; validation data choose."""
+"""Search over configurations: each is trained from the same checkpoint, and the best on validation data is kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
@@ -31,9 +31,6 @@ from intaglio.trainer.loop import train
 from intaglio.trainer.settings import Settings
 from intaglio.trainer.token_classification import TokenClassification, make_evaluator
 
-if TYPE_CHECKING:
-    from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
-
 ROW = 128
 """Tokens of a row in estimates."""
 DONE, BEST = "done.json", "best"
@@ -42,16 +39,7 @@ Examples = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Trial:
-    """One training of a search.
-
-    Args:
-        name: tells it from the others; the configuration where nothing else differs.
-        bits: the configuration.
-        settings: of the training, over those that all share.
-        scores: on the validation data after the last step; empty before it ran.
-        tokens: that passed in training.
-        seconds: of training and scoring.
-    """
+    """One training of a search."""
 
     name: str
     bits: str
@@ -61,25 +49,20 @@ class Trial:
     seconds: float = 0.0
 
     def plain(self) -> dict[str, Any]:
-        """The trial as plain data for a record; what was not set is left out."""
+        """Return the trial as plain data for a record, without empty fields."""
         return {name: value for name, value in asdict(self).items() if value != {}}
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found.
-
-    Args:
-        best: the trial with the least error; of equals the one with fewer groups unmasked, then the first.
-        trials: all, in order.
-    """
+class SearchResult:
+    """The best trial, and all of them."""
 
     best: Trial
     trials: tuple[Trial, ...]
 
     @property
     def bits(self) -> str:
-        """The configuration that was kept."""
+        """The configuration of the best trial."""
         return self.best.bits
 
 
@@ -95,36 +78,21 @@ def best_of(
     resume: bool = False,
     progress: Progress = no_progress,
     **settings: Any,
-) -> Found:
-    """Train every trial from the same checkpoint, and leave the best one in it.
+) -> SearchResult:
+    """Train every trial from the same checkpoint, which becomes the best one: its model, and its parts of the record.
 
-    Args:
-        checkpoint: becomes the best trial: its model, trained, and its live parts.
-        examples: labelled words to train on.
-        validation: labelled words that choose.
-        trials: what to try; all get the same data and steps.
-        rules: the rules of all layers under a configuration.
-        objective: how words are labelled. Default `TokenClassification()`.
-        directory: where finished trials wait, so that a killed search goes on. Default: nowhere.
-        resume: whether to go on with what is there.
-        progress: called after each step of training.
-        **settings: of `train`.
-
-    Raises:
-        IntaglioError: no trial is given, or as `train`.
+    Finished trials are saved in `directory`, so that a killed search resumes.
     """
     if not trials:
         raise IntaglioError("a search needs at least one configuration to try")
-    goal, score = (
-        objective or TokenClassification(),
-        make_evaluator(validation, batch_size=settings.get("batch_size", 8)),
-    )
-    done, best = _begun(directory, resume)
+    goal = objective or TokenClassification()
+    score = make_evaluator(validation, batch_size=settings.get("batch_size", 8))
+    done, best = _resumed(directory, resume)
     for number, trial in enumerate(trials):
         if number < len(done):
             continue
 
-        def told(step: int, steps: int, what: str, number: int = number, trial: Trial = trial) -> None:
+        def report(step: int, steps: int, what: str, number: int = number, trial: Trial = trial) -> None:
             progress(number * steps + step, len(trials) * steps, f"trying {trial.name}: {what}")
 
         began = time.perf_counter()
@@ -133,28 +101,27 @@ def best_of(
             checkpoint.record.model_copy(deep=True),
         )  # fmt: skip
         keep(candidate, rules(trial.bits))
-        place = None if directory is None else directory / f"trial-{number}"
+        trial_directory = None if directory is None else directory / f"trial-{number}"
         run = train(
-            candidate, list(examples), objective=goal.model_copy(), directory=place, resume=resume, progress=told,
-            **{**settings, **trial.settings},
+            candidate, list(examples), objective=goal.model_copy(), directory=trial_directory, resume=resume,
+            progress=report, **{**settings, **trial.settings},
         )  # fmt: skip
-        scores = _scored(score, candidate)
+        scores = _score(score, candidate)
         done.append(replace(trial, scores=scores, tokens=run.tokens, seconds=time.perf_counter() - began))
         if _rank(done[-1]) == min(map(_rank, done)) and _first_best(done) == number:
             best = candidate
             if directory is not None:
                 candidate.save(directory / BEST, overwrite=True)
         if directory is not None:
-            atomic_io.write_json(directory / DONE, {"trials": [asdict(one) for one in done]})
+            atomic_io.write_json(directory / DONE, {"trials": [asdict(item) for item in done]})
             _sweep(directory / f"trial-{number}")
-    found = Found(done[_first_best(done)], tuple(done))
     assert best is not None  # some trial is the best
     checkpoint.model = best.model.to(checkpoint.device)
     checkpoint.record.live = best.record.live
-    return found
+    return SearchResult(done[_first_best(done)], tuple(done))
 
 
-def _scored(score: Callable[[Checkpoint], dict[str, float]], candidate: Checkpoint) -> dict[str, float]:
+def _score(score: Callable[[Checkpoint], dict[str, float]], candidate: Checkpoint) -> dict[str, float]:
     was = candidate.model.training
     candidate.model.eval()
     try:
@@ -171,15 +138,15 @@ def _first_best(trials: Sequence[Trial]) -> int:
     return min(range(len(trials)), key=lambda number: (*_rank(trials[number]), number))
 
 
-def _begun(directory: Path | None, resume: bool) -> tuple[list[Trial], Checkpoint | None]:
-    """The finished trials and the best of them; what another search left is swept, if this one begins anew."""
+def _resumed(directory: Path | None, resume: bool) -> tuple[list[Trial], Checkpoint | None]:
+    """Return the finished trials and the best model; a search that starts over removes the files of another."""
     if directory is None:
         return [], None
     directory.mkdir(parents=True, exist_ok=True)
     if not resume:
         (directory / DONE).unlink(missing_ok=True)
-        for place in [directory / BEST, *directory.glob("trial-*")]:
-            shutil.rmtree(place, ignore_errors=True)
+        for path in [directory / BEST, *directory.glob("trial-*")]:
+            shutil.rmtree(path, ignore_errors=True)
     if not (directory / DONE).is_file():
         return [], None
     try:
@@ -189,79 +156,40 @@ def _begun(directory: Path | None, resume: bool) -> tuple[list[Trial], Checkpoin
         raise IntaglioError(f"{directory} is damaged ({error}); start the search over") from error
 
 
-def _sweep(place: Path) -> None:
-    """Leave an empty directory where a finished trial kept its state."""
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(exist_ok=True)
+def _sweep(path: Path) -> None:
+    """Empty the directory of a finished trial."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(exist_ok=True)
 
 
-def search(
+def run_search(
     checkpoint: Checkpoint,
     examples: Examples,
     validation: Examples,
-    *,
-    method: LayerwiseUnmasking | None = None,
-    tried: Sequence[str] | None = None,
-    objective: TokenClassification | None = None,
-    directory: Path | None = None,
-    resume: bool = False,
-    progress: Progress = no_progress,
-    **settings: Any,
-) -> Found:
-    """Find the groups whose unmasking labels validation words best, and leave the checkpoint unmasked and trained so.
-
-        found = search(ckpt, train_examples, validation_examples, epochs=5, learning_rate=2e-4, lora={"r": 64})
-        found.bits                                    # such as "0011"
-
-    The score of the chosen one on the validation words is the best of many and so too good: report it on others.
-
-    Args:
-        checkpoint: a decoder; becomes the best trial.
-        examples: labelled words to train on; see `intaglio.data.token_classification`.
-        validation: others that choose: by strict F1 of entities for IOB2 tags, else by macro-F1.
-        method: gives groups and window. Default `LayerwiseUnmasking()`.
-        tried: configurations. Default: all.
-        objective: how words are labelled. Default `TokenClassification()`.
-        directory: where a killed search goes on. Default: nowhere.
-        resume: whether to go on with what is there. Default False.
-        progress: called after each step of training.
-        **settings: of `intaglio.train`: `steps` or `epochs`, `batch_size`, `learning_rate`, `lora`, `seed` ...
-
-    Raises:
-        IntaglioError: the model is an encoder, a configuration does not fit, or as `train`.
-    """
-    from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
-
-    parts, how = anatomy(checkpoint.model), method or LayerwiseUnmasking()
+    method: Any,
+    tried: Sequence[str] | None,
+    **arguments: Any,
+) -> SearchResult:
+    """Search with the groups and rules of a `LayerwiseUnmasking`, and record the step; see `search`."""
+    parts = anatomy(checkpoint.model)
     check_decoder(parts)
-    groups = group_count(len(parts.blocks), how.groups)
-    bits = checked(tried, groups)
-    found = best_of(
-        checkpoint, examples, validation, [Trial(one, one) for one in bits], lambda one: how.rules(parts, one),
-        objective=objective, directory=directory, resume=resume, progress=progress, **settings,
-    )  # fmt: skip
+    bits = checked(tried, group_count(len(parts.blocks), method.groups))
+    trials = [Trial(word, word) for word in bits]
+    result = best_of(checkpoint, examples, validation, trials, lambda word: method.rules(parts, word), **arguments)
     chosen = {
-        "configuration": found.bits,
-        "layers": unlocked_layers(found.bits, len(parts.blocks)),
-        "trials": [trial.plain() for trial in found.trials],
+        "configuration": result.bits,
+        "layers": unlocked_layers(result.bits, len(parts.blocks)),
+        "trials": [trial.plain() for trial in result.trials],
     }
-    checkpoint.record_step(how.slug, how.model_dump(), seed=settings.get("seed", 0), chosen=chosen)
-    return found
+    checkpoint.record_step(method.slug, method.model_dump(), seed=arguments.get("seed", 0), chosen=chosen)
+    return result
 
 
 def checked(tried: Sequence[str] | None, groups: int) -> tuple[str, ...]:
-    """Return the configurations to try.
-
-    Args:
-        tried: as asked for; None for all.
-        groups: of the model.
-
-    Raises:
-        IntaglioError: none is given, one has another number of bits, or one is given twice.
-    """
+    """Return the configurations to try, by default all."""
     if tried is None:
         return configurations(groups)
-    wrong = [one for one in tried if len(one) != groups or set(one) - {"0", "1"}]
+    wrong = [bits for bits in tried if len(bits) != groups or set(bits) - {"0", "1"}]
     if wrong or not tried or len(set(tried)) < len(tried):
         what = f"{wrong[0]!r} is no configuration" if wrong else "a list of different configurations is needed"
         raise IntaglioError(f"configurations: {what}; {groups} bits are accepted, such as {'1'.rjust(groups, '0')}")
@@ -269,15 +197,15 @@ def checked(tried: Sequence[str] | None, groups: int) -> tuple[str, ...]:
 
 
 class Search(Settings):
-    """A search as part of a recipe: the settings of `intaglio.train`, and what is tried on which data.
+    """A search in a recipe: the settings of `intaglio.train`, configurations and data.
 
     Args:
         labels: a file of labelled words, one JSON object a line, to train on.
-        validation: another one, which chooses.
+        validation: another such file, for the choice.
         configurations: bits to try. Default: all.
-        place: which token of a word has its label. Default `first`.
+        place: the token of a word that carries its label. Default `first`.
         dropout: before the head, while training. Default 0.1.
-        length: the most tokens of a row. Default: the model's context, at most 1,024.
+        length: maximum tokens of a row. Default: the model's context, at most 1,024.
     """
 
     labels: Annotated[str, Field(min_length=1)]
@@ -288,25 +216,13 @@ class Search(Settings):
     length: Annotated[int, Field(ge=2)] | None = None
 
     def bits(self, groups: int) -> tuple[str, ...]:
-        """The configurations to try.
-
-        Args:
-            groups: of the model.
-
-        Raises:
-            IntaglioError: one does not fit.
-        """
+        """Return the configurations to try."""
         return checked(self.configurations, groups)
 
     def estimate(self, workload: Workload, groups: int | None) -> Cost:
-        """Return about what the trainings take: 6 operations a parameter and token.
-
-        Args:
-            workload: of the model; a row counts as 128 tokens, an epoch as the calibration tokens.
-            groups: of the model; None counts as 4.
-        """
+        """Return the estimated cost of all trainings: 6 operations a parameter and token."""
         trials = len(self.configurations) if self.configurations else 2 ** (groups or 4)
-        tokens: float = self.tokens or (self.steps or 0) * self.batch_size * self.accumulate * (self.length or ROW)
+        tokens: float = self.tokens or (self.steps or 0) * self.step_rows * (self.length or ROW)
         if self.epochs is not None:
             tokens = self.epochs * workload.tokens
         memory = (2 * workload.element_size + 16) * workload.parameters
@@ -315,29 +231,19 @@ class Search(Settings):
     def run(
         self,
         checkpoint: Checkpoint,
-        method: LayerwiseUnmasking,
+        method: Any,
         groups: int,
         *,
         seed: int,
         directory: Path | None,
         resume: bool,
         progress: Progress,
-    ) -> Found:
-        """Search as the recipe says.
-
-        Args:
-            checkpoint: becomes the best trial.
-            method: gives the rules of a configuration.
-            groups: of the model.
-            seed: of every training, where the settings have none of their own.
-            directory: for going on.
-            resume: whether to.
-            progress: called after each step.
-        """
+    ) -> SearchResult:
+        """Run the search with the settings of the recipe."""
         settings = {name: getattr(self, name) for name in Settings.model_fields}
         objective = TokenClassification(place=self.place, dropout=self.dropout, length=self.length)
-        return search(
-            checkpoint, read_labelled(self.labels), read_labelled(self.validation), method=method,
-            tried=self.bits(groups), objective=objective, directory=directory, resume=resume, progress=progress,
+        return run_search(
+            checkpoint, read_labelled(self.labels), read_labelled(self.validation), method, self.bits(groups),
+            objective=objective, directory=directory, resume=resume, progress=progress,
             **{**settings, "seed": self.seed or seed},
         )  # fmt: skip

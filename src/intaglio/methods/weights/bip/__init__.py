@@ -8,68 +8,73 @@ Weights theta and a binary mask m are learned in turn, as the two levels of one 
 With z = m * theta and g = dl/dz the lower optimum has m * g + gamma * theta = 0, so d theta*/dm = -(1/gamma) diag(g)
 (the Hessian dropped), and the upper gradient is G = theta * g - (1/gamma) g * (m * g): one backward at z gives all.
 
-- `layers`: what is ranked: layers of any module, filters and channels, neurons and heads of a transformer.
+- `layers`: prunable units: layers of any module, filters and channels, neurons and heads of a transformer.
 - `masks`: the exact top-k.
 - `scored`: scores, masks, and the upper gradient.
-- `pruner`: `BilevelPruner`, for any module.
-- `baselines`: `prune`, BiP beside one-shot and iterative magnitude pruning, HYDRA and plain alternation.
-- here: `BiP`, the same as a shaper of a `train` step.
+- here: `BiP`, a training modifier.
 
-Where paper and released code part: the code lets scores share the weights' storage, so that the two move together, and
-takes the square of the scores' own gradient for g * (m * g). Here scores are a copy and the formula is the paper's;
-`tied` and `implicit: released` give the code's.
+Where paper and released code differ: in the code, scores share the weights' storage, so that the two move together, and
+the square of the scores' own gradient replaces g * (m * g). Here scores are a copy and the formula is the paper's;
+`tied` and `implicit: released` follow the code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Workload
-from intaglio.methods.weights.bip.baselines import prune, rounds
-from intaglio.methods.weights.bip.masks import overlap
-from intaglio.methods.weights.bip.pruner import BilevelPruner, Losses
-from intaglio.methods.weights.bip.scored import Report, Scored, gradients_at, rate_at, upper_gradient
-from intaglio.trainer.protocols import Batch, Loss, TrainingRun
+from intaglio.methods.weights.bip.layers import Kind
+from intaglio.methods.weights.bip.masks import Scope, overlap
+from intaglio.methods.weights.bip.scored import (
+    Implicit,
+    MaskedModel,
+    ScoreSchedule,
+    score_gradients,
+    score_rate,
+    upper_gradient,
+)
+from intaglio.trainer.protocols import Batch, Loss, ModifierSession, TrainingRun
 
-__all__ = ["BiP", "BilevelPruner", "Losses", "Report", "overlap", "prune", "rounds", "upper_gradient"]
+__all__ = ["BiP", "MaskedModel", "overlap", "upper_gradient"]
 
 
 class BiP(Method, slug="bip"):
-    """Learns which weights of a language model to keep while a `train` step retrains them.
+    """Learn which weights to keep while they are retrained: a training modifier for any model.
 
         lower level: the step's own optimizer, on theta through z = m * theta
         upper level: s <- s - lr_mask sign(s) (theta * g - (1/gamma) g * (m * g)),  m = TopK(|s|),  g = dl/dz
 
     The scores s begin as a copy of the weights, so the first mask is that of magnitude; the sparsity is imposed at
-    once. Between two optimizer steps the scores take one of their own, on the first batch of the step to come: the
-    weights have not been trained on it yet, so the two levels look at different batches, no data is held back and
-    nothing of a batch has to be kept for a resume. Each upper step costs one forward and backward of that batch. The
-    run ends with a step of the weights. At the end m * theta is written into the weights: zeros, and nothing else.
+    once. Between two optimizer steps the scores take a step of their own, on the first batch of the next optimizer
+    step: the weights have not been trained on it yet, so the two levels use different batches, no data is held back and
+    no batch needs to be saved for a resume. Each upper step costs one forward and backward pass of that batch. The run
+    ends with a step of the weights. At the end m * theta is written into the weights: zeros, and nothing else.
 
-    The projections of the blocks are ranked, all against each other; embedding, head and norms stay dense. Zeros that
-    an earlier step made stay zeros, as long as no fewer zeros are asked for: their scores and gradients are zero. The
-    decay of the derivation's lower level (gamma/2 ||theta||^2) is the step's `weight_decay`, which the paper's code,
-    too, sets apart from gamma.
+    In a transformer the projections of the blocks are ranked against each other; embedding, head and norms stay dense.
+    In any other module all linear layers and convolutions are ranked. Zeros of an earlier step stay zeros unless fewer
+    zeros are requested: their scores and gradients are zero. The decay of the derivation's lower level
+    (gamma/2 ||theta||^2) is the run's `weight_decay`; the paper's code sets it apart from gamma, too.
 
-    `lr_mask: 0` leaves the first mask: one-shot magnitude with a global ranking, retrained, at one pass a step. A
-    part `mask_overlap` of the training curve is the intersection over union with that first mask.
+    `lr_mask: 0` keeps the first mask: one-shot magnitude with a global ranking, retrained, at one pass a step. The part
+    `mask_overlap` of the training curve is the intersection over union with that first mask.
 
     Args:
         sparsity: share of zeros among the ranked weights, 0 <= sparsity < 1; the paper's 1 - k.
             Default 0.5.
-        kind: what goes: single weights (`unstructured`, default), `neuron` (rows of an MLP's up and gate with the
-            columns of its down projection) or `head` (rows of the queries with the columns of the output projection,
-            and of keys and values where each head has its own), the same share in every block.
+        kind: single weights (`unstructured`, default), `neuron` (rows of an MLP's up and gate with the columns of its
+            down projection) or `head` (rows of the queries with the columns of the output projection, and of keys and
+            values where each head has its own), the same share in every block; of convolutional networks `filter`
+            (outputs of a Conv2d) or `channel` (inputs of a Conv2d), the same share in every layer.
         scope: single weights are ranked over all layers (`global`, default) or within each (`layer`).
-        gamma: of the lower level; the smaller, the more the implicit term counts. Default 1.
-        implicit: `true` (default): G as above; `false`: without its second term, plain alternation; `released`: the
-            square of the score's own gradient in its place, as in the released code.
+        gamma: of the lower level; the smaller, the larger the implicit term. Default 1.
+        implicit: `true` (default): G as above; `false`: without its second term, plain alternation; `released`: with
+            the square of the score's own gradient instead, as in the released code.
         lr_mask: learning rate of the scores. Default 0.1.
         momentum: of the scores' SGD; they have no weight decay. Default 0.9.
         schedule: of `lr_mask` over the steps that learn: `step` (default; a tenth from 75 % on, a hundredth from 90 %
@@ -77,15 +82,15 @@ class BiP(Method, slug="bip"):
         normalise: scale g of each weight so that its root mean square is that of the kept weights, as it is at the
             lower level's optimum for gamma = 1; without it gamma and `lr_mask` depend on the scale of the loss and of
             each layer. Default true.
-        clip: in place of that, the largest norm of each weight's g. Default: any.
+        clip: instead of that, the largest norm of each weight's g. Default: any.
         every: optimizer steps between two upper steps. Default 1.
         until: share of the steps in which the mask is learned; afterwards it stands still. Default 1.
         guard: whether the global ranking may not empty a layer; a layer it would empty keeps its largest score, and
             the total stays exact. Default true.
         tied: whether the scores share the weights' storage, as in the released code by mistake. Default false.
         p: of the norm of |s| by which neurons and heads are ranked. Default 2.
-        ignore: layers left dense, by name or shell pattern; parts of blocks (`layers.0.mlp`) for neurons and heads.
-            Default: none.
+        ignore: layers that stay dense, by name or shell pattern; parts of blocks (`layers.0.mlp`) for neurons and
+            heads. Default: none.
 
     Raises:
         IntaglioError: (when training begins) the model has no such units, a weight is tied, frozen (under LoRA) or
@@ -101,13 +106,13 @@ class BiP(Method, slug="bip"):
     trains_weights: ClassVar[bool] = True
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    kind: Literal["unstructured", "neuron", "head"] = "unstructured"
-    scope: Literal["global", "layer"] = "global"
+    kind: Kind = "unstructured"
+    scope: Scope = "global"
     gamma: Annotated[float, Field(gt=0)] = 1.0
-    implicit: bool | Literal["released"] = True
+    implicit: Implicit = True
     lr_mask: Annotated[float, Field(ge=0)] = 0.1
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    schedule: Literal["step", "cosine", "constant"] = "step"
+    schedule: ScoreSchedule = "step"
     normalise: bool = True
     clip: Annotated[float, Field(gt=0)] | None = None
     every: Annotated[int, Field(ge=1)] = 1
@@ -117,10 +122,6 @@ class BiP(Method, slug="bip"):
     p: Annotated[float, Field(ge=1)] = 2.0
     ignore: list[str] = Field(default_factory=list)
 
-    _scored: Scored | None = PrivateAttr(None)
-    _run: TrainingRun | None = PrivateAttr(None)
-    _overlap: float = PrivateAttr(1.0)
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.clip is not None and self.normalise:
@@ -129,120 +130,60 @@ class BiP(Method, slug="bip"):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """Without the scaling of g, which is for the layers of a transformer.
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return the method without the scaling of g, which is for the layers of a transformer."""
         return cls(**{"normalise": False, **overrides})
 
-    def attach(self, run: TrainingRun) -> None:
-        """Parametrize the weights and score them by magnitude.
-
-        Args:
-            run: whose model is trained.
-        """
-        if hasattr(run.checkpoint.model, "peft_config"):
+    def attach(self, run: TrainingRun) -> ModifierSession:
+        """Parametrize the weights and score them by magnitude."""
+        if hasattr(run.model, "peft_config"):
             raise IntaglioError("bip retrains the weights that it masks, which lora keeps as they are; leave lora out")
-        self._run, self._overlap = run, 1.0
-        self._scored = Scored(
-            run.checkpoint.model,
-            1 - self.sparsity,
-            kind=self.kind,
-            scope=self.scope,
-            gamma=self.gamma,
-            implicit=self.implicit,
-            normalise=self.normalise,
-            clip=self.clip,
-            momentum=self.momentum,
-            tied=self.tied,
-            guard=self.guard,
-            p=self.p,
-            ignore=self.ignore,
-        )
-
-    def before_step(self, t: int, next_batch: Batch) -> None:
-        """Take an upper step on the batch to come, where one is due.
-
-        Args:
-            t: the optimizer step, from 1.
-            next_batch: its first batch.
-        """
-        assert self._run is not None
-        assert self._scored is not None  # attached
-        scored, learning = self._scored, self.until * self._run.steps
-        # After a lower step, and so never before the first.
-        if self.lr_mask and 1 < t <= 1 + learning and (t - 1) % self.every == 0:
-            with scored.probing() as leaves:
-                loss = self._run.loss({name: value for name, value in next_batch.items() if name != "id"}).total
-                gradients = gradients_at(loss, leaves)
-            del leaves, loss
-            _average(gradients)
-            scored.learn(gradients, self.lr_mask * rate_at(self.schedule, (t - 2) / learning))
-            self._overlap = overlap(scored.masks, scored.first)
-        if self.tied:
-            scored.refresh()
-
-    def on_step(self, t: int) -> None:
-        """Do nothing."""
-
-    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss:
-        """Add nothing, and tell how far the mask has moved.
-
-        Args:
-            model: not looked at.
-            batch: not looked at.
-            outputs: not looked at.
-        """
-        return Loss(batch["id"].new_zeros((), dtype=torch.float32), {"mask_overlap": self._overlap})
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return none: the scores have an optimizer of their own."""
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Scores and their momentum; nothing where the mask does not move."""
-        assert self._scored is not None
-        return self._scored.state_dict() if self.lr_mask else {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put them back, and rank.
-
-        Args:
-            state: from `state_dict`.
-        """
-        if state:
-            assert self._scored is not None
-            self._scored.load_state_dict(state)
-            self._overlap = overlap(self._scored.masks, self._scored.first)
-
-    def detach(self, run: TrainingRun) -> None:
-        """Write m * theta into the weights.
-
-        Args:
-            run: whose model was trained.
-        """
-        if self._scored is not None:
-            self._scored.bake()
-        self._scored = self._run = None
+        return _Session(self, run)
 
     def training_cost(self, workload: Workload, steps: float, batch_tokens: int, pass_flops: float) -> Cost:
-        """A pass and a ranking of all weights for each upper step; scores, momentum, masks and the copies of a ranking.
-
-        Args:
-            workload: of the model.
-            steps: optimizer steps.
-            batch_tokens: of a batch; not looked at.
-            pass_flops: of a forward and backward.
-        """
+        """Return the cost of the upper steps: a pass and a ranking of all weights each; scores, momentum and masks."""
         ranked = sum(rows * columns for rows, columns in workload.linears)
         upper = self.until * steps / self.every if self.lr_mask else 0.0
         # Masking, the gradient of the scores and their step take about as long as the ranking (measured on SmolLM2).
         return Cost(flops=upper * pass_flops, sorted_elements=(1 + 2 * upper) * ranked, extra_bytes=22 * ranked)
 
 
+class _Session(ModifierSession):
+    def __init__(self, method: BiP, run: TrainingRun) -> None:
+        shared = {"kind", "scope", "gamma", "implicit", "normalise", "clip", "momentum", "tied", "guard", "p", "ignore"}
+        self.method, self.run, self.overlap = method, run, 1.0
+        self.masked = MaskedModel(run.model, method.sparsity, **method.model_dump(include=shared))
+
+    def before_step(self, step: int, batch: Batch) -> None:
+        method, learning = self.method, self.method.until * self.run.steps
+        # After a lower step, and so never before the first.
+        if method.lr_mask and 1 < step <= 1 + learning and (step - 1) % method.every == 0:
+            with self.masked.gradient_probe() as leaves:
+                loss = self.run.loss({name: value for name, value in batch.items() if name != "id"}).total
+                gradients = score_gradients(loss, leaves)
+            del leaves, loss
+            _average(gradients)
+            self.masked.learn(gradients, method.lr_mask * score_rate(method.schedule, (step - 2) / learning))
+            self.overlap = overlap(self.masked.masks, self.masked.first)
+        if method.tied:
+            self.masked.refresh()
+
+    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss:
+        return Loss(batch["id"].new_zeros((), dtype=torch.float32), {"mask_overlap": self.overlap})
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.masked.state_dict() if self.method.lr_mask else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state:
+            self.masked.load_state_dict(state)
+            self.overlap = overlap(self.masked.masks, self.masked.first)
+
+    def detach(self) -> None:
+        self.masked.bake()
+
+
 def _average(gradients: dict[str, Tensor | None]) -> None:
-    """The mean over the processes of a run, so that all have the same mask."""
+    """Average over the processes of a run in place, so that all have the same mask."""
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         for g in gradients.values():
             if g is not None:

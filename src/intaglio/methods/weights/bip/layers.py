@@ -1,4 +1,4 @@
-"""What is ranked: the layers of any module, and the units (filters, channels, neurons, heads) that go as a whole.
+"""Prunable units: the layers of any module, and filters, channels, neurons and heads that are pruned as a whole.
 
 Dimension letters: O outputs, I inputs, R rows of what is stored, U units.
 """
@@ -15,25 +15,18 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from intaglio.errors import IntaglioError
+from intaglio.methods.weights.prunable import prunable_layers, refuse_shared
 from intaglio.methods.weights.sparsity_target import not_ignored
 from intaglio.modeling.anatomy import Linear, anatomy
 
 Kind = Literal["unstructured", "filter", "channel", "neuron", "head"]
-KINDS: tuple[Kind, ...] = ("unstructured", "filter", "channel", "neuron", "head")
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer that is ranked: a stored weight, or the rows of a fused one that belong together.
+    """A ranked layer: a stored weight, or some output rows of a fused one (`rows`, int64 [O]).
 
-    Args:
-        name: of the layer; a part of a fused one has its role in brackets behind it.
-        tensor: name of the module that stores the weight.
-        module: that module.
-        rows: the output rows that belong to the layer, int64 [O]; None: all of them.
-        transposed: whether the weight is stored as [I, O].
+    `tensor` is the name of the module that stores the weight; `transposed` is for weights stored as [I, O].
     """
 
     name: str
@@ -42,38 +35,23 @@ class Layer:
     rows: Tensor | None = None
     transposed: bool = False
 
-    def of(self, stored: Tensor) -> Tensor:
-        """The layer's part [O, ...] of a tensor in the shape of the stored weight.
-
-        Args:
-            stored: scores, say.
-        """
-        lying = stored.T if self.transposed else stored
-        return lying if self.rows is None else lying[self.rows.to(stored.device)]
+    def slice_of(self, stored: Tensor) -> Tensor:
+        """Return the layer's part [O, ...] of a tensor in the shape of the stored weight."""
+        rows_first = stored.T if self.transposed else stored
+        return rows_first if self.rows is None else rows_first[self.rows.to(stored.device)]
 
     def put(self, stored: Tensor, values: Tensor) -> None:
-        """Write the layer's part of a tensor.
-
-        Args:
-            stored: in the shape of the stored weight; changed.
-            values: [O, ...].
-        """
-        lying = stored.T if self.transposed else stored
+        """Write the layer's part of a tensor."""
+        rows_first = stored.T if self.transposed else stored
         if self.rows is None:
-            lying.copy_(values.view_as(lying))
+            rows_first.copy_(values.view_as(rows_first))
         else:
-            lying[self.rows.to(stored.device)] = values.view(len(self.rows), *lying.shape[1:])
+            rows_first[self.rows.to(stored.device)] = values.view(len(self.rows), *rows_first.shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A weight, and which unit each of its entries belongs to.
-
-    Args:
-        tensor: name of the module that stores the weight.
-        module: that module.
-        unit: int64 in a shape that broadcasts to the weight's, such as [R, 1]; -1: to none, never masked.
-    """
+    """A weight, with the unit of each entry: int64, broadcast to its shape; -1: none, never masked."""
 
     tensor: str
     module: nn.Module
@@ -82,13 +60,7 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """Units that are ranked against each other.
-
-    Args:
-        name: of the layer, or of the part of a block.
-        count: U.
-        members: the weights that the units are parts of.
-    """
+    """Units that are ranked against each other, and the weights that they consist of."""
 
     name: str
     count: int
@@ -96,60 +68,42 @@ class Units:
 
 
 def find_layers(model: nn.Module, ignore: Sequence[str] = ()) -> list[Layer]:
-    """The layers whose weights are ranked one by one.
+    """Return the layers whose weights are ranked one by one.
 
-    Of a Hugging Face model these are the projections of its blocks, as in every pruning step here (no embedding, no
-    head; fused ones taken apart); of any other module all its linear layers and convolutions.
-
-    Args:
-        model: any module.
-        ignore: layers left out, by name or shell pattern. Default: none.
-
-    Raises:
-        IntaglioError: there is none, `ignore` names none or all, or two share a weight.
+    Of a Hugging Face model these are the projections of its blocks, as in every pruning step (no embedding, no head;
+    fused ones taken apart); of any other module all linear layers and convolutions.
     """
-    if isinstance(model, PreTrainedModel):
-        names = {id(module): name for name, module in model.named_modules()}
-        found = [
-            Layer(name, names[id(linear.module)], linear.module, linear.rows, isinstance(linear.module, Conv1D))
-            for name, linear in anatomy(model).all_linears()
-        ]
-    else:
-        found = [
+    if not isinstance(model, PreTrainedModel):
+        return [
             Layer(name, name, module, None, isinstance(module, Conv1D))
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS))
+            for name, module in prunable_layers(model, ignore)
         ]
-    if not found:
-        raise IntaglioError(f"{type(model).__name__} has no linear layer and no convolution, so there is none to prune")
-    left = [found[place] for place in not_ignored([layer.name for layer in found], ignore)]
-    _refuse_shared(model, [(layer.tensor, layer.module) for layer in left])
-    return left
+    names = {id(module): name for name, module in model.named_modules()}
+    linears = anatomy(model).all_linears()
+    chosen = [linears[index] for index in not_ignored([name for name, _ in linears], ignore)]
+    layers = [
+        Layer(name, names[id(linear.module)], linear.module, linear.rows, isinstance(linear.module, Conv1D))
+        for name, linear in chosen
+    ]
+    refuse_shared(model, [(layer.tensor, layer.module) for layer in layers])
+    return layers
 
 
 def find_units(model: nn.Module, kind: Kind, ignore: Sequence[str] = ()) -> list[Units]:
-    """The units that are kept or removed as a whole.
+    """Return the units that are kept or removed as a whole.
 
     `filter`: outputs of a Conv2d. `channel`: inputs of a Conv2d. `neuron`: rows of an MLP's up (and gate) projections
     with the columns of its down projection. `head`: rows of the query projection with the columns of the output
     projection, and rows of key and value where each head has its own. All other weights stay dense.
-
-    Args:
-        model: for `neuron` and `head` a Hugging Face model.
-        kind: which units.
-        ignore: layers (for `neuron` and `head`: such as `layers.0.mlp`) left out. Default: none.
-
-    Raises:
-        IntaglioError: the model has no such units, or two layers share a weight.
     """
     if kind in ("filter", "channel"):
-        found = [
+        groups = [
             Units(name, units.shape[0] if kind == "filter" else module.in_channels, (Member(name, module, units),))
             for name, module in model.named_modules()
             if isinstance(module, nn.Conv2d)
             for units in [_of_convolution(module, kind)]
         ]
-        if not found:
+        if not groups:
             raise IntaglioError(f"kind is {kind!r}, but {type(model).__name__} has no Conv2d; accepted: unstructured")
     else:
         if not isinstance(model, PreTrainedModel):
@@ -157,14 +111,14 @@ def find_units(model: nn.Module, kind: Kind, ignore: Sequence[str] = ()) -> list
                 f"kind is {kind!r}, which needs a transformer of Hugging Face, not {type(model).__name__}; accepted:"
                 " unstructured, filter, channel"
             )
-        found = _of_blocks(model, kind)
-    left = [found[place] for place in not_ignored([units.name for units in found], ignore)]
-    _refuse_shared(model, [(member.tensor, member.module) for units in left for member in units.members])
-    return left
+        groups = _of_blocks(model, kind)
+    chosen = [groups[index] for index in not_ignored([units.name for units in groups], ignore)]
+    refuse_shared(model, [(member.tensor, member.module) for units in chosen for member in units.members])
+    return chosen
 
 
 def _of_convolution(module: nn.Conv2d, kind: Kind) -> Tensor:
-    """The unit of each filter [O, 1, 1, 1], or of each input channel [1 or O, I / groups, 1, 1]."""
+    """Return the unit of each filter [O, 1, 1, 1], or of each input channel [1 or O, I / groups, 1, 1]."""
     out, into = module.weight.shape[:2]
     if kind == "filter":
         return torch.arange(out).view(-1, 1, 1, 1)
@@ -175,18 +129,18 @@ def _of_convolution(module: nn.Conv2d, kind: Kind) -> Tensor:
 def _of_blocks(model: PreTrainedModel, kind: Kind) -> list[Units]:
     parts = anatomy(model)
     names = {id(module): name for name, module in model.named_modules()}
-    found = []
+    groups = []
     for index in range(len(parts.blocks)):
-        wanted = "mlp" if kind == "neuron" else "attention"
-        own = [linear for linear in parts.linears(index) if linear.part == wanted]
+        part = "mlp" if kind == "neuron" else "attention"
+        own = [linear for linear in parts.linears(index) if linear.part == part]
         pieces = _neurons(own) if kind == "neuron" else _heads(own, parts.config)
         if pieces is None:
-            raise IntaglioError(f"kind is {kind!r}, but the {kind}s of layers.{index} of this model cannot be told")
+            raise IntaglioError(f"kind is {kind!r}, but the {kind}s of layers.{index} cannot be identified")
         count, rows, columns = pieces
         members = [_rows(linear, unit, names[id(linear.module)]) for linear, unit in rows]
         members.append(_columns(columns[0], columns[1], names[id(columns[0].module)]))
-        found.append(Units(f"layers.{index}.{wanted}", count, tuple(members)))
-    return found
+        groups.append(Units(f"layers.{index}.{part}", count, tuple(members)))
+    return groups
 
 
 Pieces = tuple[int, list[tuple[Linear, Tensor]], tuple[Linear, Tensor]]
@@ -229,18 +183,3 @@ def _rows(linear: Linear, unit_O: Tensor, tensor: str) -> Member:
 
 def _columns(linear: Linear, unit_I: Tensor, tensor: str) -> Member:
     return Member(tensor, linear.module, unit_I[:, None] if isinstance(linear.module, Conv1D) else unit_I[None])
-
-
-def _refuse_shared(model: nn.Module, taken: Sequence[tuple[str, nn.Module]]) -> None:
-    """Refuse weights that another module holds too: masked here, they would stay whole there."""
-    owners: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), set()).add(name)
-    for tensor, module in taken:
-        if not isinstance(module.weight, nn.Parameter):
-            raise IntaglioError(f"{tensor}.weight is parametrized already; remove that before pruning")
-        others = owners.get(id(module.weight), set()) - {f"{tensor}.weight"}
-        if others:
-            raise IntaglioError(
-                f"{tensor}.weight is tied to {min(others)}; name it in ignore, or untie the two before pruning"
-            )

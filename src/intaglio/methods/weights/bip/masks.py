@@ -22,41 +22,41 @@ Tensors = Mapping[str, Tensor]
 
 
 def magnitude_masks(
-    scores: Tensors, layers: Sequence[Layer], keep: float, scope: Scope = "global", *, guard: bool = True
+    scores: Tensors, layers: Sequence[Layer], sparsity: float, scope: Scope = "global", *, guard: bool = True
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """m = TopK(|s|), exactly numel - floor((1 - keep) numel) entries of all layers together, or of each.
+    """Return m = TopK(|s|) with exactly floor(sparsity numel) zeros in all layers together, or in each.
 
     A global ranking can empty a layer. With `guard` such a layer keeps its largest score, the total stays exact: the
     largest score of every layer then ranks before all others.
 
     Args:
         scores: s.
-        layers: what is ranked.
-        keep: share kept, above 0 and at most 1.
+        layers: the layers to rank.
+        sparsity: share of zeros, 0 <= sparsity < 1.
         scope: one ranking over all layers (`global`, default) or one for each (`layer`).
         guard: whether no layer may be emptied. Default True.
 
     Returns:
-        The masks, and the names of the layers that the guard kept from being emptied.
+        The masks, True = kept, and the names of the layers that the guard saved from being emptied.
 
     Raises:
         IntaglioError: fewer weights are kept than there are layers, and the guard is on.
     """
-    parts = [layer.of(scores[layer.tensor]).abs().contiguous() for layer in layers]
+    parts = [layer.slice_of(scores[layer.tensor]).abs().contiguous() for layer in layers]
     if scope == "layer":
-        counts = [pruned_count(part.numel(), 1 - keep) for part in parts]
+        counts = [pruned_count(part.numel(), sparsity) for part in parts]
         kept = [keep_largest([part], count)[0] for part, count in zip(parts, counts, strict=True)]
         rescued: list[str] = []
     else:
         total = sum(part.numel() for part in parts)
-        count = pruned_count(total, 1 - keep)
+        count = pruned_count(total, sparsity)
         kept = keep_largest(parts, count)
         rescued = [layer.name for layer, mask in zip(layers, kept, strict=True) if not mask.any()]
         if rescued and guard:
             if total - count < len(layers):
                 raise IntaglioError(
-                    f"keep is {keep:g}, which leaves {total - count} weights for {len(layers)} layers; at least one"
-                    " weight a layer is needed"
+                    f"sparsity is {sparsity:g}, which leaves {total - count} weights for {len(layers)} layers; at least"
+                    " one weight a layer is needed"
                 )
             for part in parts:
                 part.view(-1)[part.argmax()] = torch.inf
@@ -68,13 +68,7 @@ def magnitude_masks(
 
 
 def unit_scores(scores: Tensors, units: Units, p: float = 2.0) -> Tensor:
-    """The p-norm of |s| over everything that belongs to a unit, [U].
-
-    Args:
-        scores: s.
-        units: what is ranked against each other.
-        p: of the norm. Default 2.
-    """
+    """Return the p-norm of |s| over all weights of a unit, [U]."""
     total_U = None
     for member in units.members:
         score = scores[member.tensor]
@@ -89,18 +83,11 @@ def unit_scores(scores: Tensors, units: Units, p: float = 2.0) -> Tensor:
     return total_U[1:].pow(1 / p)
 
 
-def unit_masks(scores: Tensors, found: Sequence[Units], keep: float, p: float = 2.0) -> dict[str, Tensor]:
-    """Masks in which floor((1 - keep) U) units of each layer are zero, those of the least norm.
-
-    Args:
-        scores: s.
-        found: the units of each layer.
-        keep: share kept, above 0 and at most 1.
-        p: of the norm. Default 2.
-    """
+def unit_masks(scores: Tensors, groups: Sequence[Units], sparsity: float, p: float = 2.0) -> dict[str, Tensor]:
+    """Return masks in which floor(sparsity U) units of each layer are zero, those of the least norm."""
     masks = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
-    for units in found:
-        (kept_U,) = keep_largest([unit_scores(scores, units, p)], pruned_count(units.count, 1 - keep))
+    for units in groups:
+        (kept_U,) = keep_largest([unit_scores(scores, units, p)], pruned_count(units.count, sparsity))
         # What belongs to no unit is -1: the last, always kept.
         kept = torch.cat([kept_U, kept_U.new_ones(1)])
         for member in units.members:
@@ -111,12 +98,7 @@ def unit_masks(scores: Tensors, found: Sequence[Units], keep: float, p: float = 
 
 
 def overlap(first: Tensors, second: Tensors) -> float:
-    """Intersection over union of what two sets of masks keep.
-
-    Args:
-        first: masks, True = kept.
-        second: of the same layers.
-    """
+    """Return the intersection over union of two sets of masks."""
     both = sum(int((first[name] & second[name]).count_nonzero()) for name in first)
     either = sum(int((first[name] | second[name]).count_nonzero()) for name in first)
     return both / either if either else 1.0

@@ -1,13 +1,13 @@
-"""The core of BiP: a model whose weights are masked by the top-k of learned scores, and the gradient of the scores.
+"""Score-masked model: weights masked by the top-k of learned scores, and the gradient of the scores.
 
-Dimension letters: none; every tensor here has the shape of the weight that it belongs to.
+Every tensor here has the shape of the weight that it belongs to.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,22 +15,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.weights.bip.layers import KINDS, Kind, Layer, Units, find_layers, find_units
-from intaglio.methods.weights.bip.masks import Scope, magnitude_masks, overlap, unit_masks
+from intaglio.methods.weights.bip.layers import Kind, Layer, Units, find_layers, find_units
+from intaglio.methods.weights.bip.masks import Scope, magnitude_masks, unit_masks
 from intaglio.methods.weights.masks import as_numbers
 
 Implicit = bool | Literal["released"]
-Schedule = Literal["step", "cosine", "constant"]
+ScoreSchedule = Literal["step", "cosine", "constant"]
 
 
 def masked(weight: Tensor, kept: Tensor) -> Tensor:
-    """m * weight, with no gradient of its own.
-
-    Args:
-        weight: finite values.
-        kept: m, True = kept.
-    """
-    # Made anew each time: kept as numbers, masks would take four times the memory.
+    """Return m * weight for finite weights, with no gradient of its own."""
+    # Computed each time: stored as numbers, masks would take four times the memory.
     return as_numbers(kept, weight.dtype).mul_(weight)
 
 
@@ -47,7 +42,7 @@ class _Product(torch.autograd.Function):
 
 
 def upper_gradient(theta: Tensor, g: Tensor, mask: Tensor, gamma: float, *, implicit: bool = True) -> Tensor:
-    """The upper level's gradient G = theta * g - (1/gamma) g * (m * g).
+    """Return the upper level's gradient G = theta * g - (1/gamma) g * (m * g).
 
     At the lower level's optimum m * g + gamma * theta = 0; differentiated without the Hessian it gives
     d theta / d m = -(1/gamma) diag(g), and the chain rule G = dl/dm + (d theta / d m) (dl / d theta).
@@ -66,35 +61,24 @@ def upper_gradient(theta: Tensor, g: Tensor, mask: Tensor, gamma: float, *, impl
     return direct.sub_(masked(g.square(), mask).div_(gamma)) if implicit else direct
 
 
-def gradients_at(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """g = dl/dz by name; None where the loss does not depend on it.
-
-    Args:
-        loss: computed within `Scored.probing`.
-        leaves: z.
-    """
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return dict(zip(leaves, found, strict=True))
+def score_gradients(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Return g = dl/dz by name for a loss computed within `gradient_probe`; None where it does not depend on z."""
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return dict(zip(leaves, gradients, strict=True))
 
 
-def rate_at(schedule: Schedule, share: float) -> float:
-    """The factor on the scores' learning rate.
+def score_rate(schedule: ScoreSchedule, share: float) -> float:
+    """Return the factor on the scores' learning rate after a share of the steps.
 
-    Args:
-        schedule: `step`: 1, from 75 % on 0.1, from 90 % on 0.01, as in the paper's code; `cosine` to 0; `constant`.
-        share: of the steps that are done, 0 to 1.
+    `step` is 1, from 75 % on 0.1, from 90 % on 0.01, as in the paper's code; `cosine` falls to 0.
     """
     if schedule == "step":
         return 1.0 if share < 0.75 else 0.1 if share < 0.9 else 0.01
-    return 0.5 * (1 + float(torch.cos(torch.tensor(share * torch.pi)))) if schedule == "cosine" else 1.0
+    return 0.5 * (1 + math.cos(share * math.pi)) if schedule == "cosine" else 1.0
 
 
 class Masked(nn.Module):
-    """The parametrization z = m * theta; `probe`, while set, stands in the place of z so that dl/dz can be asked for.
-
-    Args:
-        kept: m, True = kept.
-    """
+    """The parametrization z = m * theta; `probe`, while set, replaces z to give dl/dz."""
 
     def __init__(self, kept: Tensor) -> None:
         super().__init__()
@@ -102,68 +86,23 @@ class Masked(nn.Module):
         self.probe: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return z.
-
-        Args:
-            weight: theta.
-        """
+        """Return z."""
         if self.probe is not None:
             return self.probe
         z: Tensor = _Product.apply(weight, self.kept)
         return z
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a pruned model came to.
+class MaskedModel:
+    """A model under masks that follow from scores. The ranked weights are parametrized until `bake`.
 
-    Args:
-        kept: weights kept, by layer.
-        total: weights, by layer.
-        rescued: layers that would have been emptied by the global ranking and kept their largest score.
-        overlap: intersection over union of the mask with the one at the beginning, that of magnitude.
-        passes: forward-backward passes that were taken.
-    """
-
-    kept: Mapping[str, int]
-    total: Mapping[str, int]
-    rescued: tuple[str, ...]
-    overlap: float
-    passes: int = 0
-
-    @property
-    def sparsity(self) -> float:
-        """The share of zeros among the weights that were ranked."""
-        return 1 - sum(self.kept.values()) / sum(self.total.values())
-
-
-class Scored:
-    """A model under masks that follow from scores; made by `BilevelPruner` and by the shaper.
-
-    Args:
-        model: changed in place until `finalize`: its ranked weights are parametrized.
-        keep: share kept.
-        kind: see `find_units`.
-        scope: see `magnitude_masks`; units are always ranked layer by layer.
-        gamma: see `upper_gradient`.
-        implicit: True: the formula; False: without its second term; `released`: the term of the released code, the
-            square of the score's own gradient.
-        normalise: see `BiP`.
-        clip: see `BiP`.
-        momentum: of the scores' SGD.
-        tied: whether scores and weights share their storage, as in the released code by mistake.
-        guard: see `magnitude_masks`.
-        p: of the norm of units.
-        ignore: layers left alone.
-
-    Raises:
-        IntaglioError: a setting is out of range, or the model has nothing to prune, a tied or a frozen weight.
+    The settings are those of `BiP`, which validates them.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        keep: float,
+        sparsity: float,
         *,
         kind: Kind = "unstructured",
         scope: Scope = "global",
@@ -177,8 +116,7 @@ class Scored:
         p: float = 2.0,
         ignore: Sequence[str] = (),
     ) -> None:
-        _check(keep, kind, scope, gamma, normalise, clip, p)
-        self.model, self.keep, self.scope, self.gamma, self.implicit = model, keep, scope, gamma, implicit
+        self.sparsity, self.scope, self.gamma, self.implicit = sparsity, scope, gamma, implicit
         self.normalise, self.clip, self.tied, self.guard, self.p = normalise, clip, tied, guard, p
         self.layers: list[Layer] = find_layers(model, ignore) if kind == "unstructured" else []
         self.units: list[Units] = find_units(model, kind, ignore) if kind != "unstructured" else []
@@ -194,12 +132,11 @@ class Scored:
             data = weight.detach() if tied else weight.detach().clone()
             self.scores[name] = nn.Parameter(data)
         self.optimizer = torch.optim.SGD(self.scores.values(), lr=1.0, momentum=momentum, weight_decay=0.0)
-        masks = self._ranked()
-        self.first = masks
+        self.first = self._ranked()
         self._hooks: dict[str, Masked] = {}
         self._order = {name: tuple(module._parameters) for name, module in self.modules.items()}
         for name, module in self.modules.items():
-            self._hooks[name] = Masked(masks[name])
+            self._hooks[name] = Masked(self.first[name])
             parametrize.register_parametrization(module, "weight", self._hooks[name])
 
     @torch.no_grad()
@@ -208,8 +145,8 @@ class Scored:
         if not _finite(list(scores.values())):
             raise IntaglioError("a score is not finite, so weights cannot be ranked by it; lower the scores' rate")
         if self.units:
-            return unit_masks(scores, self.units, self.keep, self.p)
-        masks, self.rescued = magnitude_masks(scores, self.layers, self.keep, self.scope, guard=self.guard)
+            return unit_masks(scores, self.units, self.sparsity, self.p)
+        masks, self.rescued = magnitude_masks(scores, self.layers, self.sparsity, self.scope, guard=self.guard)
         return masks
 
     def refresh(self) -> None:
@@ -219,24 +156,11 @@ class Scored:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """m of each weight, True = kept; by the name of the module that stores it."""
+        """m of each weight, True = kept, by the name of the module that stores it."""
         return {name: hook.kept for name, hook in self._hooks.items()}
 
-    @torch.no_grad()
-    def restart(self, keep: float | None = None) -> None:
-        """Score anew by magnitude what is still kept: what is pruned stays so.
-
-        Args:
-            keep: share kept from now on. Default: as before.
-        """
-        self.keep = self.keep if keep is None else keep
-        for name, score in self.scores.items():
-            score.copy_(masked(self.weights[name], self._hooks[name].kept))
-        self.optimizer.state.clear()
-        self.refresh()
-
     @contextmanager
-    def probing(self) -> Iterator[dict[str, Tensor]]:
+    def gradient_probe(self) -> Iterator[dict[str, Tensor]]:
         """Put z = m * theta into the model as leaves, so that one backward gives dl/dz and touches nothing else."""
         if self.tied:
             self.refresh()
@@ -252,15 +176,7 @@ class Scored:
 
     @torch.no_grad()
     def learn(self, gradients: dict[str, Tensor | None], rate: float) -> None:
-        """Step the scores, s <- s - rate * sign(s) * G (with momentum), and rank them anew.
-
-        Args:
-            gradients: g = dl/dz by name; None: the weight took no part. Emptied on the way, for the memory.
-            rate: the scores' learning rate beta.
-
-        Raises:
-            IntaglioError: a gradient is not finite.
-        """
+        """Step the scores, s <- s - rate * sign(s) * G (with momentum), and rank them; empties `gradients`."""
         if not _finite([g for g in gradients.values() if g is not None]):
             raise IntaglioError("the gradient of the scores is not finite; lower the learning rates, or clip")
         for name, score in self.scores.items():
@@ -284,23 +200,8 @@ class Scored:
             return own - own * own / self.gamma
         return upper_gradient(theta, g, kept, self.gamma, implicit=self.implicit).mul_(score.sign())
 
-    def report(self, passes: int = 0) -> Report:
-        """What is kept now.
-
-        Args:
-            passes: forward-backward passes that were taken.
-        """
-        masks = self.masks
-        if self.units:
-            kept = {name: int(mask.count_nonzero()) for name, mask in masks.items()}
-            total = {name: mask.numel() for name, mask in masks.items()}
-        else:
-            kept = {layer.name: int(layer.of(masks[layer.tensor]).count_nonzero()) for layer in self.layers}
-            total = {layer.name: layer.of(masks[layer.tensor]).numel() for layer in self.layers}
-        return Report(kept, total, self.rescued, overlap(masks, self.first), passes)
-
     def state_dict(self) -> dict[str, Any]:
-        """Scores and their momentum."""
+        """Return the scores and their momentum."""
         momentum = {
             name: self.optimizer.state[score].get("momentum_buffer")
             for name, score in self.scores.items()
@@ -313,11 +214,7 @@ class Scored:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave, and rank.
-
-        Args:
-            state: scores and momentum.
-        """
+        """Restore scores and momentum, and rank."""
         for name, score in self.scores.items():
             score.copy_(state["scores"][name])
             if name in state["momentum"]:
@@ -328,7 +225,7 @@ class Scored:
         """Write m * theta into the weights and leave the model as it was built."""
         for name, module in self.modules.items():
             parametrize.remove_parametrizations(module, "weight")
-            # The product leaves -0 in the place of pruned negative weights.
+            # The product leaves -0 for pruned negative weights.
             module.weight.data.masked_fill_(~self._hooks[name].kept, 0)  # type: ignore[operator]
             # The weight comes back as the last parameter; where it was, optimizers by position find it again.
             own = module._parameters
@@ -343,23 +240,8 @@ def _finite(tensors: Sequence[Tensor]) -> bool:
 
 def _check_weight(name: str, weight: Tensor) -> None:
     if type(weight.data) is not Tensor:
-        raise IntaglioError(f"{name} is a {type(weight.data).__name__}, spread over processes; bip needs whole weights")
+        raise IntaglioError(f"{name} is a {type(weight.data).__name__}, sharded; bip needs whole weights")
     if not weight.is_floating_point() or weight.dtype.itemsize < 4:
         raise IntaglioError(f"{name} is {weight.dtype}, too coarse to learn masks of; load the model with float32")
     if not weight.requires_grad:
         raise IntaglioError(f"{name} is frozen, and bip retrains the weights that it masks; leave freeze out")
-
-
-def _check(keep: float, kind: str, scope: str, gamma: float, normalise: bool, clip: float | None, p: float) -> None:
-    if not 0 < keep <= 1:
-        raise IntaglioError(f"keep is {keep}; a share above 0 and at most 1 is needed")
-    if kind not in KINDS:
-        raise IntaglioError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}")
-    if scope not in ("global", "layer"):
-        raise IntaglioError(f"scope is {scope!r}; accepted: global, layer")
-    if not gamma > 0:
-        raise IntaglioError(f"gamma is {gamma}; it must be above 0")
-    if clip is not None and (normalise or not clip > 0):
-        raise IntaglioError(f"clip is {clip}; it must be above 0, and is of no use with normalise")
-    if not p >= 1:
-        raise IntaglioError(f"p is {p}; a norm of at least 1 is needed")

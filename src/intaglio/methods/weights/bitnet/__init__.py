@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ from intaglio.methods.weights.bitnet import surgery
 from intaglio.methods.weights.bitnet.linear import BitLinear, PackedLinear, bitlinear, freeze
 from intaglio.methods.weights.bitnet.quantization import Quantization
 from intaglio.modeling.anatomy import Anatomy, anatomy
-from intaglio.trainer import Batch, TrainingRun
+from intaglio.trainer import Batch, ModifierSession, TrainingRun
 from intaglio.trainer.rng import generator
 from intaglio.trainer.sparsity_mask import pruned_mask
 
@@ -101,11 +101,6 @@ class BitNet(Quantization, Method, slug="bitnet"):
     keep: Literal["packed", "shadow"] = "packed"
     lambda_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
     decay_until: Annotated[float, Field(ge=0, le=1)] = 1.0
-
-    _run: TrainingRun | None = PrivateAttr(None)
-    _names: list[str] = PrivateAttr(default_factory=list)
-    _layers: dict[str, BitLinear] = PrivateAttr(default_factory=dict)
-    _zeros: dict[str, Tensor] = PrivateAttr(default_factory=dict)
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
@@ -256,93 +251,60 @@ class BitNet(Quantization, Method, slug="bitnet"):
         """
         surgery.check_restore(part, checkpoint.model)
 
-    def attach(self, run: TrainingRun) -> None:
-        """Put layers that train into the model.
-
-        Args:
-            run: whose model is trained.
-
-        Raises:
-            IntaglioError: see the class.
-        """
-        model = run.checkpoint.model
+    def attach(self, run: TrainingRun) -> ModifierSession:
+        """Put layers that train into the model."""
+        model = run.model
         adapted = bool(getattr(model, "peft_config", None))  # adapters stand in the projections' places
         names = [] if adapted else self._begin(anatomy(model))
         if adapted or not any(p.requires_grad for p in surgery.weights(model, names)):
             raise IntaglioError("bitnet trains the projections' own weights; leave lora and freeze out")
-        self._names = self._put(run.checkpoint)
-        self._run, self._layers = run, surgery.trained_layers(model)
-        for name, layer in self._layers.items():
+        return _Session(self, run, self._put(run.checkpoint))
+
+
+class _Session(ModifierSession):
+    def __init__(self, method: BitNet, run: TrainingRun, names: list[str]) -> None:
+        self.method, self.run, self.names = method, run, names
+        self.layers = surgery.trained_layers(run.model)
+        self.zeros: dict[str, Tensor] = {}
+        for name, layer in self.layers.items():
             layer.remember = True
             mask = pruned_mask(layer.weight)
             if mask is not None:
-                self._zeros[name] = ~mask
+                self.zeros[name] = ~mask
         self._set(1)
 
-    def _set(self, t: int) -> None:
-        """Strength and draws of a step."""
-        run = self._run
-        assert run is not None  # attached
-        ramp = self.lambda_warmup * run.steps
-        for name, layer in self._layers.items():
-            layer.strength = 1.0 if t >= ramp else t / ramp
-            layer.uniform = _Uniform(run.seed, name, t)
+    def _set(self, step: int) -> None:
+        """Set strength and draws of a step."""
+        ramp = self.method.lambda_warmup * self.run.steps
+        for name, layer in self.layers.items():
+            layer.strength = 1.0 if step >= ramp else step / ramp
+            layer.uniform = _Uniform(self.run.seed, name, step)
             layer.forget()
 
-    def before_step(self, t: int, next_batch: Batch) -> None:
-        """Set lambda and the draws of the step, and end the decay when it is time.
-
-        Args:
-            t: the step.
-            next_batch: not looked at.
-        """
-        assert self._run is not None  # attached
-        self._set(t)
-        if t > self.decay_until * self._run.steps and self._run.optimizer is not None:
-            for group in self._run.optimizer.param_groups:
+    def before_step(self, step: int, batch: Batch) -> None:
+        self._set(step)
+        if step > self.method.decay_until * self.run.steps and self.run.optimizer is not None:
+            for group in self.run.optimizer.param_groups:
                 group["weight_decay"] = 0.0
 
     @torch.no_grad()
-    def on_step(self, t: int) -> None:
-        """Set pruned weights to zero again, and have the measures taken anew.
-
-        Args:
-            t: the step.
-        """
-        for name, layer in self._layers.items():
-            if name in self._zeros:
-                layer.weight.masked_fill_(self._zeros[name].to(layer.weight.device), 0)
+    def after_step(self, step: int) -> None:
+        for name, layer in self.layers.items():
+            if name in self.zeros:
+                layer.weight.masked_fill_(self.zeros[name].to(layer.weight.device), 0)
             layer.forget()
-
-    def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> None:
-        """Add nothing."""
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return none: the weights are the model's own."""
-        return []
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: all of it follows from the step."""
-        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The weights are others now: their measures are taken anew."""
-        for layer in self._layers.values():
+        # The weights are new: their measures are taken again.
+        for layer in self.layers.values():
             layer.forget()
 
-    def detach(self, run: TrainingRun) -> None:
-        """Pack the codes, or keep the shadow weights, and note it in the record.
-
-        Args:
-            run: whose model was trained.
-        """
-        for layer in self._layers.values():
+    def detach(self) -> None:
+        for layer in self.layers.values():
             layer.remember, layer.strength, layer.uniform = False, 1.0, torch.rand_like
             layer.forget()
             layer.zero_grad()
-        self._finish(run.checkpoint, self._names)
-        self._run = None
-        self._layers, self._zeros = {}, {}
+        self.method._finish(self.run.checkpoint, self.names)
 
 
 class _Uniform:

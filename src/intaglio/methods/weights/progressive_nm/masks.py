@@ -1,4 +1,4 @@
-"""Which weights are kept: N of every M by magnitude, or a share of a whole tensor; taken anew in every pass.
+"""N:M masks by magnitude, or masks of a share of a whole tensor; recomputed in every pass.
 
 Dimension letters: G groups, M weights of a group.
 """
@@ -15,14 +15,14 @@ Amount = float | tuple[int, int]
 """A share of zeros of the whole tensor, or (N, M)."""
 
 RANKED = 16
-"""Groups of up to so many weights are ranked by comparing their members; a sort is faster for larger ones."""
+"""Largest group that is ranked by comparing its members; larger ones are sorted."""
 
 
 def keep_mask(weight: Tensor, amount: Amount, axis: int = 1) -> Tensor:
-    """True at the weights that are kept, bool in the weight's shape: the largest |w| of each group.
+    """Return the mask of the largest |w| of each group, bool in the weight's shape, True = kept.
 
-    The same choice as the pruning steps make: among equal magnitudes the first are pruned. It depends on nothing but
-    the order of the magnitudes, so neither on scale nor on signs.
+    As in the pruning steps, the first of equal magnitudes are pruned. Only the order of the magnitudes matters, neither
+    scale nor signs.
 
     Args:
         weight: of any shape with two dimensions or more.
@@ -34,7 +34,7 @@ def keep_mask(weight: Tensor, amount: Amount, axis: int = 1) -> Tensor:
         kept = _of_groups(score.reshape(-1, amount[1]), amount[0])
     else:
         count = pruned_count(score.numel(), amount)
-        if _may_look(score):
+        if _can_read_back(score):
             (kept,) = keep_largest([score.contiguous()], count)
         else:
             kept = ~lowest_k_mask(score.reshape(1, -1), count)
@@ -42,7 +42,7 @@ def keep_mask(weight: Tensor, amount: Amount, axis: int = 1) -> Tensor:
 
 
 def _of_groups(score_GM: Tensor, keep: int) -> Tensor:
-    """True at the `keep` largest of each group; among equal ones the last are kept."""
+    """Return True at the `keep` largest of each group; among equal magnitudes the last are kept."""
     of = score_GM.shape[1]
     if keep >= of:
         return torch.ones_like(score_GM, dtype=torch.bool)
@@ -57,32 +57,32 @@ def _of_groups(score_GM: Tensor, keep: int) -> Tensor:
 
 
 def _by_rank(score_GM: Tensor, keep: int) -> Tensor:
-    """The same for any pattern."""
+    """Return the same for any pattern."""
     of = score_GM.shape[1]
     if of > RANKED:
         return ~lowest_of_groups(score_GM, keep, of)
-    # One row a place in the group: whole rows are compared at a time.
+    # One row for each position in the group, to compare whole rows at a time.
     score_MG = score_GM.t().contiguous()
     if keep == 1:
-        place_M1 = torch.arange(of, dtype=torch.int8, device=score_GM.device)[:, None]
-        last_G = torch.where(score_MG == score_MG.amax(0), place_M1, -1).amax(0)
-        return (place_M1 == last_G).t()
+        index_M1 = torch.arange(of, dtype=torch.int8, device=score_GM.device)[:, None]
+        last_G = torch.where(score_MG == score_MG.amax(0), index_M1, -1).amax(0)
+        return (index_M1 == last_G).t()
     before_MG = torch.zeros_like(score_MG, dtype=torch.int8)  # how many would be pruned earlier
-    for place in range(of - 1):
-        later = score_MG[place] <= score_MG[place + 1 :]
-        before_MG[place + 1 :] += later
-        before_MG[place] += (~later).sum(0, dtype=torch.int8)
+    for index in range(of - 1):
+        later = score_MG[index] <= score_MG[index + 1 :]
+        before_MG[index + 1 :] += later
+        before_MG[index] += (~later).sum(0, dtype=torch.int8)
     return (before_MG >= of - keep).t()
 
 
-def _may_look(score: Tensor) -> bool:
-    """Whether a number may be asked for on the way: a GPU would be waited for, and a compiled graph be cut there."""
+def _can_read_back(score: Tensor) -> bool:
+    """Return whether reading a value back is cheap: on a GPU it waits, in a compiled graph it breaks the graph."""
     return score.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _least_kept(score_GM: Tensor, keep: int) -> Tensor | None:
-    """The least magnitude that is kept of each group, [G, 1], where it is cheaper than ranks; None elsewhere."""
-    if not _may_look(score_GM):
+    """Return the least kept magnitude of each group, [G, 1], where it is cheaper than ranks; None elsewhere."""
+    if not _can_read_back(score_GM):
         return None
     if keep == 1:
         return score_GM.amax(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The weight of a layer while it is trained: its mask, and which weights the gradient reaches.
+"""Parametrization of a layer's weight: its mask and its gradient.
 
     forward     w * (m + z (1 - m))
     chain       gradient = g * (m + z (1 - m))
@@ -24,7 +24,7 @@ from intaglio.methods.weights.progressive_nm.schedule import Gradient, Moment, S
 
 
 class StraightThrough(torch.autograd.Function):
-    """w * factor, whose gradient reaches every weight; decayed by lambda where the mask is False (SR-STE).
+    """w * factor with a straight-through gradient, plus lambda w where the mask is False (SR-STE).
 
     Source of the decay: Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch, ICLR
     2021, equation 7.
@@ -32,15 +32,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, factor: Tensor, keep: Tensor, pull: float) -> Tensor:
-        """Return the masked weight.
-
-        Args:
-            ctx: of autograd.
-            weight: the dense weight.
-            factor: 1 or z, in its shape.
-            keep: True where a weight is kept.
-            pull: lambda; 0 for none.
-        """
+        """Return the masked weight."""
         ctx.pull = pull
         if pull:
             ctx.save_for_backward(weight, keep)
@@ -58,29 +50,17 @@ class StraightThrough(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a weight that are pruned by one schedule: all of them, or one projection of a fused layer.
-
-    Args:
-        schedule: what is pruned when.
-        rows: places along the output dimension, int64; None for all.
-    """
+    """Output rows of a weight with one schedule: all of them (None), or one projection of a fused layer."""
 
     schedule: Schedule
     rows: Tensor | None = None
 
 
 class ProgressiveMask(nn.Module):
-    """The parametrization of one weight.
+    """The parametrization of one weight; groups run along the stored dimension `axis`.
 
-    In training mode the weight is that of the step that was set; in evaluation mode it is always the sparse one that
-    would be baked now, so nothing is evaluated that the finished checkpoint could not do.
-
-    Args:
-        parts: which rows are pruned how.
-        axis: the stored dimension along which groups run.
-        out_axis: the stored dimension of the outputs.
-        gradient: `chain` or `ste`.
-        pull: lambda of SR-STE; 0 for none.
+    In training mode the weight is that of the current step; in evaluation mode it is always the sparse one that would
+    be baked now, so that the evaluated model is one that can be saved.
     """
 
     z: Tensor
@@ -97,11 +77,7 @@ class ProgressiveMask(nn.Module):
         self.set(1)
 
     def set(self, t: int) -> None:
-        """Move to a step.
-
-        Args:
-            t: from 1.
-        """
+        """Move to step `t`, from 1."""
         self.moments = tuple(part.schedule.at(t) for part in self.parts)
         self.z.fill_(self.moments[0].z)
 
@@ -111,12 +87,7 @@ class ProgressiveMask(nn.Module):
         return all(now.phase == "dense" for now in self.moments)
 
     def keep(self, weight: Tensor, *, final: bool = False) -> Tensor:
-        """True where a weight is kept, bool in its shape.
-
-        Args:
-            weight: the dense weight.
-            final: whether by the final pattern, or by the one in force. Default False.
-        """
+        """Return the mask in force, or the final one, True = kept."""
         amounts = [p.schedule.amount if final else now.amount for p, now in zip(self.parts, self.moments, strict=True)]
         if self.parts[0].rows is None:
             return keep_mask(weight, amounts[0], self.axis)
@@ -129,11 +100,7 @@ class ProgressiveMask(nn.Module):
         return kept
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return the weight that the layer computes with.
-
-        Args:
-            weight: the dense weight.
-        """
+        """Return the masked weight."""
         if self.training and self.dense:
             return weight
         keep = self.keep(weight, final=not self.training)
@@ -141,6 +108,6 @@ class ProgressiveMask(nn.Module):
         if self.training:
             factor = factor.clamp_(min=self.z.to(weight.dtype))
         if self.straight:
-            found: Tensor = StraightThrough.apply(weight, factor, keep, self.pull)
-            return found
+            masked: Tensor = StraightThrough.apply(weight, factor, keep, self.pull)
+            return masked
         return weight * factor

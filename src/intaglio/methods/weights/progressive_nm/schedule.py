@@ -1,8 +1,8 @@
-"""When a weight is dense, decayed or sparse: the recipes as functions of the step.
+"""Sparsity schedules: the recipes as functions of the step.
 
 A run of T steps has a dense phase, a span in which the recipe tightens, and a fine-tuning phase in which the mask is
 binary. s counts finished steps (step t begins with s = t - 1), k those since the end of the dense phase. All phases are
-ranges of steps, so a run that goes on in the middle of one finds its place.
+ranges of steps, so that a run resumes within a phase.
 """
 
 from __future__ import annotations
@@ -24,22 +24,16 @@ Phase = Literal["dense", "tightening", "sparse"]
 DENSE, FINETUNE = 0.05, 0.25
 """Shares of the steps: the paper's short dense start, and its fine-tuning of 20 to 25 %."""
 LEFT = 0.01
-"""What exponential decay has left of a pruned weight when fine-tuning begins."""
+"""Value of z under exponential decay when fine-tuning begins."""
 FRAMES = 4
-"""Of the geometric and the densifying recipe."""
+"""Frames of the geometric and the densifying recipe."""
 STRAIGHT: tuple[Recipe, ...] = ("ste", "sr-ste")
-"""Recipes that begin sparse and whose gradient goes to every weight, as published."""
+"""Recipes that begin sparse, with a straight-through gradient, as published."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What holds in one step.
-
-    Args:
-        phase: `dense`, `tightening` or `sparse` (the final pattern and a binary mask).
-        z: what a pruned weight is multiplied by in the forward pass, 0 to 1.
-        amount: the pattern in force.
-    """
+    """State of a schedule in one step: `z` multiplies pruned weights, `amount` is the pattern in force."""
 
     phase: Phase
     z: float
@@ -92,7 +86,7 @@ class Schedule:
                 'custom, such as {"0": "7:8", "0.4": "2:8"}, belongs to the recipe custom and to no other'
             )
         if isinstance(self.amount, float) and self.recipe.startswith(("sdgf", "custom")):
-            raise IntaglioError(f"the recipe {self.recipe} tightens a pattern; give pattern in the place of sparsity")
+            raise IntaglioError(f"the recipe {self.recipe} tightens a pattern; give pattern instead of sparsity")
         self.patterns()
 
     @property
@@ -113,17 +107,13 @@ class Schedule:
 
     @property
     def rate(self) -> float:
-        """c: as given, or by the scaling rule."""
+        """c, as given or by the scaling rule."""
         if self.decay is not None:
             return self.decay
         return (math.log(1 / LEFT) if self.recipe == "mdgf-exp" else 1.0) / max(1, self.span)
 
     def patterns(self) -> list[Amount]:
-        """The patterns of the frames in order, the final one last.
-
-        Raises:
-            IntaglioError: the recipe halves what is kept, and M / N is no power of 2.
-        """
+        """Return the patterns of the frames in order, the final one last."""
         if not isinstance(self.amount, tuple) or self.amount[0] == self.amount[1]:
             return [self.amount]
         keep, of = self.amount
@@ -144,11 +134,7 @@ class Schedule:
         return [self.amount]
 
     def at(self, t: int) -> Moment:
-        """What holds in a step.
-
-        Args:
-            t: the step, from 1; any later one than the last is as the last.
-        """
+        """Return the state in step `t`, from 1."""
         k = t - 1 - self.dense_steps
         if k < 0:
             return Moment("dense", 1.0, self.amount)
@@ -167,17 +153,12 @@ class Schedule:
         return Moment("tightening", 0.0, frames[k * len(frames) // self.span])
 
     def work(self, t: int, gradient: Gradient = "chain") -> float:
-        """What a step's three matrix products need of a pruned layer, as a share of a dense step's 6 operations a
-        weight and token.
+        """Return the operations of a step's three matrix products as a share of a dense step's.
 
-        The forward product and that for the gradient of the input go over the weights that are not zero (all of them
-        while z > 0); the product for the gradient of the weights over those that are given one: all under a
-        straight-through gradient, those of the mask under the chain rule once z = 0. No kernel that is in use skips the
-        zeros of patterns other than 2:4: these are operations, not seconds.
-
-        Args:
-            t: the step, from 1.
-            gradient: of the recipe; ste and sr-ste are straight-through whatever is said.
+        The forward product and that for the gradient of the input cover the nonzero weights (all of them while z > 0);
+        the product for the gradient of the weights covers all under a straight-through gradient, and those of the mask
+        under the chain rule once z = 0. These are operations, not seconds: no common kernel skips the zeros of patterns
+        other than 2:4.
         """
         now = self.at(t)
         density = 1.0 if now.z > 0 else kept_share(now.amount)
@@ -186,9 +167,5 @@ class Schedule:
 
 
 def kept_share(amount: Amount) -> float:
-    """The share of weights that an amount keeps.
-
-    Args:
-        amount: (N, M), or the share of zeros.
-    """
+    """Return the share of weights that an amount keeps."""
     return amount[0] / amount[1] if isinstance(amount, tuple) else 1 - amount

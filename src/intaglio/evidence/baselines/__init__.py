@@ -1,0 +1,1 @@
+"""Baselines that the claims compare methods with; no user options."""
