@@ -194,7 +194,7 @@ def test_apply_save_load_gives_the_same_logits_and_record(slug: str, index: int,
     assert back.record == checkpoint.record
     step = back.record.steps[-1]
     assert (step.slug, step.parameters) == (slug, example(slug, index).model_dump())
-    if get_method(slug).needs_calibration:  # type: ignore[attr-defined]
+    if example(slug, index).needs_calibration:  # type: ignore[attr-defined]
         assert step.calibration is not None
         assert (step.calibration["samples"], step.calibration["length"]) == (6, 16)
     if back.kind == "runtime":
@@ -259,7 +259,7 @@ def test_half_precision_is_kept(slug: str, index: int) -> None:
         assert float((linear.read() == 0).float().mean()) == 0.5
 
 
-@pytest.mark.parametrize("slug", [slug for slug in CARVINGS if get_method(slug).needs_calibration])  # type: ignore[attr-defined]
+@pytest.mark.parametrize("slug", [s for s in CARVINGS if example(s).needs_calibration])  # type: ignore[attr-defined]
 def test_missing_calibration_is_refused_and_nothing_changes(slug: str) -> None:
     model = tiny_model("llama")
     checkpoint = Checkpoint(copy.deepcopy(model))

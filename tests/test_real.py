@@ -14,7 +14,7 @@ import intaglio
 from intaglio.cli.app import app
 from intaglio.cli.demo import recipe as demo_recipe
 from intaglio.measures.input_sparsity import count_inputs, input_sparsity
-from intaglio.methods.activations.r_sparse.linear import SparseLinear
+from intaglio.methods.activations.r_sparse import SparseLinear
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup

@@ -32,11 +32,11 @@ from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
 
 from intaglio import atomic_io, new
 from intaglio.environment import versions
-from intaglio.methods.weights.bitnet import Quantization, bitlinear
+from intaglio.methods.weights.bitnet import BitNet
 
 HERE = Path(__file__).resolve().parent
-TERNARY = Quantization()
-FOUR = Quantization(bits=4.0, per="row", norm="none")
+TERNARY = BitNet.paper()
+FOUR = BitNet(bits=4.0, per="row", norm="none")
 
 
 def same_outputs() -> dict[str, float]:
@@ -49,7 +49,7 @@ def same_outputs() -> dict[str, float]:
             linear = nn.Linear(96, 64, bias=bias)
             linear.load_state_dict(theirs.state_dict())
             ours = nn.Sequential(linear)
-            bitlinear(ours, Quantization(scale=scale))  # type: ignore[arg-type]
+            BitNet(scale=scale).replace(ours)  # type: ignore[arg-type]
             x = torch.randn(32, 96)
             with torch.no_grad():
                 a, b = theirs(x), ours(x)
@@ -81,9 +81,9 @@ def forms(base: nn.Module) -> dict[str, nn.Module]:
     return {
         "float32": made(),
         "bfloat16 autocast": made(),
-        "ours, ternary": made(lambda model: bitlinear(model, TERNARY, ignore=["lm_head"])),
+        "ours, ternary": made(TERNARY.replace),
         "bitlinear, ternary": made(lambda model: peer.bitlinearize(model.model)),
-        "ours, 4 bits": made(lambda model: bitlinear(model, FOUR, ignore=["lm_head"])),
+        "ours, 4 bits": made(FOUR.replace),
         "torchao, 4 bits": made(fake),
     }
 

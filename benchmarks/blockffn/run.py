@@ -35,8 +35,6 @@ import intaglio
 from intaglio import atomic_io
 from intaglio.kernels import sparse_experts
 from intaglio.methods.activations.blockffn import BlockFFN
-from intaglio.methods.activations.blockffn.surgery import layers_of, put_layers
-from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative import Speculative
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 
@@ -149,10 +147,9 @@ def model(width: int, depth: int, share: float) -> Any:
         share: of the experts that a token takes.
     """
     checkpoint = intaglio.new("llama", width=width, depth=depth, context=512)
-    parts = anatomy(checkpoint.model)
-    put_layers(parts, BlockFFN(experts=48).form(parts), 0.02, 0)
+    layers = BlockFFN(experts=48, router_std=0.02).replace(checkpoint.model)
     ids = torch.randint(0, 256, (1, 256), generator=torch.Generator().manual_seed(0))
-    for one in layers_of(checkpoint.model).values():
+    for one in layers.values():
         with torch.no_grad():
             seen: list[torch.Tensor] = []
             handle = one.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))

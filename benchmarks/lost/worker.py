@@ -27,7 +27,7 @@ WAYS = ("full", "low-rank", "lost", "sltrain", "sltrain-kept")
 
 
 def _kept(self: ElementsLinear, x: Tensor) -> Tensor:
-    low, sparse = self.form.scales
+    low, sparse = self.config.scales
     weight = ((low * self.B) @ self.A).flatten().index_add(0, self.places, sparse * self.values)
     return F.linear(x, weight.view(self.out_features, self.in_features), self.up.bias)
 

@@ -74,9 +74,9 @@ def test_a_token_passes_through_equally_many_units_in_all_arms() -> None:
         if not layers:
             assert anatomy(model).mlp(0).into.shape == (ACTIVE * WORLD.inner, WORLD.width)
             continue
-        form = layers[0].form
-        assert (form.experts, form.active * form.units) == (EXPERTS, ACTIVE * WORLD.inner)
-        assert form.activation == ARMS[arm].activation
+        config = layers[0].config
+        assert (config.experts, config.active * config.units) == (EXPERTS, ACTIVE * WORLD.inner)
+        assert config.activation == ARMS[arm].activation
 
 
 def test_arms_of_an_activation_begin_as_the_model_that_was_there(monkeypatch: pytest.MonkeyPatch) -> None:

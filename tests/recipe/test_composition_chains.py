@@ -13,8 +13,8 @@ from intaglio.checkpoint import Checkpoint, load
 from intaglio.errors import IntaglioError
 from intaglio.export import export
 from intaglio.measures.input_sparsity import count_inputs, input_sparsity
-from intaglio.methods.activations.r_sparse.linear import SparseLinear
-from intaglio.methods.weights.bitnet.linear import PackedLinear
+from intaglio.methods.activations.r_sparse import SparseLinear
+from intaglio.methods.weights.bitnet import PackedLinear
 from intaglio.modeling.replacement import ReplacedLinear
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe

@@ -1,9 +1,8 @@
-"""The block-by-block walk: carve a model with the activations of one block in memory.
+"""Block-by-block calibration: edit a model with the activations of one block in memory.
 
-For each block: run it on what the carved blocks before it produce and collect statistics of what enters its linears;
-carve it; run it again and hand its new outputs to the next block. Two passes over each block, no backward, and the
-memory of one hidden state a batch, whatever the depth. What only looks at a model passes through its blocks a batch at
-a time (`through_blocks`).
+For each block: run it on the outputs of the edited blocks before it and collect statistics of the inputs of its linears;
+edit it; run it again for the inputs of the next block. Two passes over each block, no backward, and the memory of one
+hidden state a batch, whatever the depth. `through_blocks` passes one batch through the blocks without edits.
 
 Dimension letters: B batch, L sequence, N tokens, I input features.
 """
@@ -27,10 +26,10 @@ from intaglio.modeling.anatomy import Anatomy, BlockInputs, Linear, anatomy, cap
 
 
 class Statistic(Protocol):
-    """Something that is accumulated over the inputs of a linear."""
+    """A value accumulated over the inputs of a linear."""
 
     def update(self, x_NI: Tensor, sequences: int) -> None:
-        """Take in `N` tokens (padding already left out) that come from `sequences` sequences."""
+        """Add `N` tokens (without padding) of `sequences` sequences."""
 
 
 # Columns of a tile of X^T X: small enough to save a third of the product, large enough for a fast one.
@@ -38,8 +37,7 @@ _TILE = 384
 
 
 class InputStatistics:
-    """Moments of what enters a linear, over N tokens x_t of S sequences, accumulated in float32 a batch, float64
-    across.
+    """Moments of a linear's inputs over N tokens x_t of S sequences, in float32 within a batch and float64 across.
 
     `square_I` = (Σ_t x_t²)/S, `sum_I` = (Σ_t x_t)/S, `variance_I` the biased variance over tokens (pooled exactly:
     within and between batches), `hessian_II` = (2/S) Σ_t x_t x_tᵀ. All over sequences, as the pruning papers have it,
@@ -47,7 +45,7 @@ class InputStatistics:
 
     Args:
         features: I.
-        device: where the activations are.
+        device: of the activations.
         moments: collect `sum_I` and `variance_I` too. Default False.
         hessian: collect `hessian_II` too, float32 [I, I]. Default False.
     """
@@ -63,12 +61,7 @@ class InputStatistics:
 
     @torch.no_grad()
     def update(self, x_NI: Tensor, sequences: int) -> None:
-        """Take in one batch.
-
-        Args:
-            x_NI: inputs, one row a token.
-            sequences: how many sequences the tokens come from.
-        """
+        """Add one batch, a row a token, of `sequences` sequences."""
         x_NI = x_NI.float()
         new = x_NI.shape[0]
         if self._mean is not None and self._m2 is not None and new:
@@ -112,25 +105,20 @@ class InputStatistics:
 
     @property
     def mean_length(self) -> float:
-        """Tokens a sequence."""
+        """Mean number of tokens of a sequence."""
         return self.tokens / max(self.sequences, 1)
 
 
 @dataclass
 class SharedInputGroup:
-    """Linears of one block that read the same input, so that one statistic serves them all (q, k, v; gate, up).
-
-    Args:
-        linears: the projections.
-        statistic: what was collected of their input.
-    """
+    """Linears of one block that read the same input (q, k, v; gate, up), with the statistic of that input."""
 
     linears: list[Linear]
     statistic: Any
 
 
-class _AllSeen(Exception):
-    """Every linear of the block has shown its input: the rest of the pass would compute what nobody reads."""
+class _AllInputsKnown(Exception):
+    """Ends a pass early: the inputs of all linears of the block are known."""
 
 
 class _Collector:
@@ -140,44 +128,44 @@ class _Collector:
         self, linears: Sequence[Linear], make: Callable[[int, torch.device], Statistic], whole: bool = False
     ) -> None:
         self.groups: dict[nn.Module, SharedInputGroup] = {}
-        self._make = make
-        self._of: dict[nn.Module, list[Linear]] = {}
+        self._make_statistic = make
+        self._linears: dict[nn.Module, list[Linear]] = {}
         for linear in linears:
-            self._of.setdefault(linear.module, []).append(linear)
+            self._linears.setdefault(linear.module, []).append(linear)
         self._whole = whole
         self._leader: dict[nn.Module, nn.Module] = {}
-        self._now: dict[nn.Module, Tensor] = {}
+        self._inputs: dict[nn.Module, Tensor] = {}
         self._mask_BL: Tensor | None = None
-        self._handles = [module.register_forward_pre_hook(self._see) for module in self._of]
+        self._handles = [module.register_forward_pre_hook(self._on_input) for module in self._linears]
 
     def run(self, parts: Anatomy, index: int, inputs: BlockInputs) -> Tensor | None:
-        """Run block `index` on one batch as far as its last linear's input, or wholly; then return its output."""
+        """Run block `index` on one batch up to its last linear's input, or wholly, and then return its output."""
         self._mask_BL = inputs.mask_BL
-        self._now.clear()
-        with suppress(_AllSeen):
+        self._inputs.clear()
+        with suppress(_AllInputsKnown):
             return run_blocks(parts, index, index + 1, inputs)
         return None
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._take(module, args[0])
-        if len(self._now) == len(self._of) and not self._whole:
-            raise _AllSeen
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._record(module, args[0])
+        if len(self._inputs) == len(self._linears) and not self._whole:
+            raise _AllInputsKnown
 
-    def _take(self, module: nn.Module, x: Tensor) -> None:
+    def _record(self, module: nn.Module, x: Tensor) -> None:
         leader = self._leader.get(module)
         if leader is None:
-            # The tensors seen in this batch are held in _now, so an identity cannot be another tensor's, reused.
-            leader = next((m for m, seen in self._now.items() if seen is x), module)
+            # The tensors seen in this batch are held in _inputs, so an identity cannot be another tensor's, reused.
+            leader = next((m for m, seen in self._inputs.items() if seen is x), module)
             self._leader[module] = leader
             if leader is module:
-                self.groups[module] = SharedInputGroup([], self._make(x.shape[-1], x.device))
-            self.groups[leader].linears += self._of[module]
-        self._now[module] = x
+                self.groups[module] = SharedInputGroup([], self._make_statistic(x.shape[-1], x.device))
+            self.groups[leader].linears += self._linears[module]
+        self._inputs[module] = x
         if leader is not module:
-            if self._now.get(leader) is not x:
+            if self._inputs.get(leader) is not x:
                 raise IntaglioError(
-                    f"{self._of[module][0].name} reads another input than in the first batch: layers whose data flow "
-                    "depends on the data cannot be calibrated"
+                    f"{self._linears[module][0].name} reads another input than in the first batch: layers whose data "
+                    "flow depends on the data cannot be calibrated"
                 )
             return
         mask = self._mask_BL
@@ -191,26 +179,26 @@ class _Collector:
         """Remove the hooks and return the groups in the order in which the block ran them."""
         for handle in self._handles:
             handle.remove()
-        self._now.clear()
-        unseen = [linears[0].name for module, linears in self._of.items() if module not in self._leader]
+        self._inputs.clear()
+        unseen = [linears[0].name for module, linears in self._linears.items() if module not in self._leader]
         if unseen:
             raise IntaglioError(f"no calibration token reached {', '.join(unseen)}")
         return list(self.groups.values())
 
 
 def as_segments(checkpoint: Checkpoint, calibration: Any, samples: int, length: int, seed: int) -> Segments:
-    """Turn what a user gives as calibration data into segments of token ids.
+    """Return calibration data as segments of token ids.
 
     Args:
-        checkpoint: whose tokenizer is used.
+        checkpoint: gives the tokenizer.
         calibration: `Segments`, token ids [N, L] (int64), a `Corpus`, a list of strings, a bundled name, a file or
             folder.
-        samples: segments to cut, where text is given.
-        length: tokens of a segment, where text is given; never above the model's context.
-        seed: which documents are taken, where text is given.
+        samples: segments to cut out of text.
+        length: tokens of a segment cut out of text; never above the model's context.
+        seed: chooses the documents of text.
 
     Raises:
-        IntaglioError: nothing is given, ids are outside the vocabulary, or the text is too short.
+        IntaglioError: there is no data, ids are outside the vocabulary, or the text is too short.
     """
     if calibration is None:
         raise IntaglioError("calibration data is missing: give texts, a corpus or token ids")
@@ -236,20 +224,20 @@ def calibrate_blocks(
     progress: Progress = no_progress,
     edits: bool = True,
 ) -> None:
-    """Carve every block in order, each on the outputs of the carved blocks before it.
+    """Edit every block in order, each on the outputs of the edited blocks before it.
 
     Args:
         checkpoint: edited in place by `carve`.
         calibration: the token ids.
         statistic: makes an empty statistic for `(features, device)`.
         carve: called as `carve(block index, group)` for each group of linears that share an input; it writes weights.
-        batch_size: sequences that pass at a time. Sums are grouped by it, so it is part of what makes bytes equal.
-        what: shown in the progress.
+        batch_size: sequences of a pass. Equal bytes need an equal batch size, since sums are grouped by it.
+        what: label of the progress.
         progress: called after each batch of each pass.
-        edits: whether `carve` writes anything. False: it looks alone, and each block runs once. Default True.
+        edits: whether `carve` writes weights. False: it only reads, and each block runs once. Default True.
 
     Raises:
-        IntaglioError: activations are not finite, or data-dependent layers.
+        IntaglioError: activations are not finite, or the data flow depends on the data.
     """
     parts = anatomy(checkpoint.model)
     was_training = checkpoint.model.training
@@ -271,30 +259,30 @@ def _walk(
     progress: Progress,
     edits: bool,
 ) -> None:
-    held: list[BlockInputs] = [capture(parts, batch) for batch in calibration.batches(batch_size)]
+    batches: list[BlockInputs] = [capture(parts, batch) for batch in calibration.batches(batch_size)]
     last = len(parts.blocks) - 1
-    # The last block's new outputs are needed by nobody: one pass less.
-    total = len(held) * (2 * len(parts.blocks) - 1 if edits else len(parts.blocks))
+    # The last block's new outputs are not needed: one pass less.
+    total = len(batches) * (2 * len(parts.blocks) - 1 if edits else len(parts.blocks))
     done = 0
     for index in range(len(parts.blocks)):
         collector = _Collector(parts.linears(index), statistic, whole=not edits)
-        after: list[Tensor | None] = []
-        for inputs in held:
-            after.append(collector.run(parts, index, inputs))
+        outputs: list[Tensor | None] = []
+        for inputs in batches:
+            outputs.append(collector.run(parts, index, inputs))
             done += 1
             progress(done, total, f"{what}: block {index + 1}/{last + 1}")
         for group in collector.end():
             carve(index, group)
         if index == last:
             break
-        for inputs, known_BLD in zip(held, after, strict=True):
-            if known_BLD is not None:
-                inputs.hidden_BLD = known_BLD
+        for inputs, output_BLD in zip(batches, outputs, strict=True):
+            if output_BLD is not None:
+                inputs.hidden_BLD = output_BLD
                 continue
             inputs.hidden_BLD = run_blocks(parts, index, index + 1, inputs)
             done += 1
             progress(done, total, f"{what}: block {index + 1}/{last + 1}")
-        for inputs in held:
+        for inputs in batches:
             _refuse_overflow(inputs.hidden_BLD, index)
 
 
@@ -306,12 +294,12 @@ def _refuse_overflow(hidden_BLD: Tensor, index: int) -> None:
 
 
 def run_blockwise(parts: Anatomy, inputs: BlockInputs, order: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Run blocks one after the other on one batch and show what goes into each and what comes out.
+    """Run blocks one after the other on one batch and yield the input and output of each.
 
     Args:
         parts: the model's anatomy.
         inputs: from `capture`; its hidden state is the next block's input whenever this yields.
-        order: the blocks to run; the others are left out.
+        order: the blocks to run; the others are skipped.
 
     Yields:
         `(block, input [B, L, D], output [B, L, D])`.

@@ -176,7 +176,7 @@ def low_rank_norm(dense: Checkpoint, replaced: Checkpoint) -> float:
         return 1.0
     weights = [linear.read() for _, linear in anatomy(dense.model).all_linears()]
     pairs = zip(modules, weights, strict=True)
-    return fmean(float((m.form.scales[0] * m.B @ m.A).norm() / weight.norm()) for m, weight in pairs)
+    return fmean(float((m.config.scales[0] * m.B @ m.A).norm() / weight.norm()) for m, weight in pairs)
 
 
 def experiment(world: SourceCode) -> Experiment:

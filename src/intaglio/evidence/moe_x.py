@@ -30,9 +30,9 @@ from intaglio.evidence.worlds.board_game import PAD, BoardGame, Boards
 from intaglio.evidence.worlds.sealing import MEASURED
 from intaglio.measures.feature_coverage import Counts, coverage, cuts, random_coverage, reconstruction
 from intaglio.measures.memory import peak_memory
-from intaglio.methods.activations.moe_x import Form, MoELayer, MoEX, moe_layers
+from intaglio.methods.activations.moe_x import MoELayer, MoELayerConfig, MoEX, moe_layers
 from intaglio.methods.activations.moe_x.routing import entropy
-from intaglio.methods.activations.moe_x.upcycle import Start
+from intaglio.methods.activations.moe_x.upcycling import UpcycleConfig
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.replacement import count_parameters
 from intaglio.trainer import TrainingModifier, train
@@ -188,8 +188,9 @@ def widened(base: Checkpoint, wide: Checkpoint, seed: int) -> Checkpoint:
     for index in range(len(of_base.blocks)):
         narrow, broad = of_base.mlp(index), of_wide.mlp(index)
         units, hidden = narrow.into.shape
-        form = Form(hidden, units, ACTIVE, ACTIVE, narrow.activation, biases=(True, False, True))
-        copies = Start(noise=NOISE, seed=seed).layer(f"layers.{index}.{narrow.where.place}", narrow, form)
+        config = MoELayerConfig(hidden, units, ACTIVE, ACTIVE, narrow.activation, biases=(True, False, True))
+        start = UpcycleConfig(noise=NOISE, seed=seed)
+        copies = start.build(f"layers.{index}.{narrow.where.place}", narrow, config)
         assert copies.encoder_bias is not None  # GPT-2 has biases
         broad.into.write(copies.encoder.flatten(0, 1))
         broad.into.module.bias.copy_(copies.encoder_bias)  # type: ignore[operator]
@@ -257,8 +258,8 @@ def _units(checkpoint: Checkpoint) -> Iterator[list[Tensor]]:
 
 def _idle(model: nn.Module) -> int:
     """Numbers of the experts that a token does not pass through."""
-    forms = [layer.form for layer in moe_layers(model).values()]
-    return sum((form.experts - form.active) * form.expert_parameters for form in forms)
+    configs = [layer.config for layer in moe_layers(model).values()]
+    return sum((config.experts - config.active) * config.expert_parameters for config in configs)
 
 
 def experiment(world: BoardGame) -> Experiment:

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from intaglio.methods.activations.blockffn import BlockFFN, BlockFFNLayer, Form, Places, losses
-from intaglio.methods.activations.blockffn.routing import normalised, parts, scores
-from intaglio.methods.activations.blockffn.schedule import Adaptive, Controlled
+from intaglio.methods.activations.blockffn import BlockFFN, BlockFFNConfig, BlockFFNLayer, ChunkIndex, losses
+from intaglio.methods.activations.blockffn.adaptive_weight import AdaptiveWeight, SparsityController
+from intaglio.methods.activations.blockffn.router import expert_shares, normalize, scores
 from intaglio.trainer.causal_lm import causal_batch
 
-FORM = Form(experts=4, expert_width=3)
+CONFIG = BlockFFNConfig(experts=4, expert_width=3)
 
 
 def rows(*lengths: int) -> dict[str, Any]:
@@ -26,16 +26,16 @@ def rows(*lengths: int) -> dict[str, Any]:
     return {"input_ids": torch.arange(sum(lengths)) + 5, "lengths": torch.tensor(lengths)}
 
 
-def whole(rows_: int, tokens: int, length: int) -> Places:
-    return Places.of({"input_ids": torch.zeros(rows_, tokens, dtype=torch.int64)}, length)
+def whole(rows_: int, tokens: int, length: int) -> ChunkIndex:
+    return ChunkIndex.from_batch({"input_ids": torch.zeros(rows_, tokens, dtype=torch.int64)}, length)
 
 
 def raws(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def layer(form: Form, width: int = 8, seed: int = 0, std: float = 0.5) -> BlockFFNLayer:
-    made = BlockFFNLayer(width, form)
+def layer(config: BlockFFNConfig, width: int = 8, seed: int = 0, std: float = 0.5) -> BlockFFNLayer:
+    made = BlockFFNLayer(width, config)
     made.draw(std, torch.Generator().manual_seed(seed))
     return made
 
@@ -45,31 +45,31 @@ def layer(form: Form, width: int = 8, seed: int = 0, std: float = 0.5) -> BlockF
 
 def test_the_worked_example() -> None:
     raw = torch.tensor([[-1.0, 2.0, 0.5, -0.2]])
-    n = normalised(raw, FORM)
+    n = normalize(raw, CONFIG)
     torch.testing.assert_close(n, torch.tensor([[0.0, 1.9403, 0.4851, 0.0]]), atol=1e-4, rtol=0)
-    torch.testing.assert_close(parts(n), torch.tensor([[0.0, 0.8, 0.2, 0.0]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(expert_shares(n), torch.tensor([[0.0, 0.8, 0.2, 0.0]]), atol=1e-5, rtol=0)
     gain = torch.tensor([2.0, 3.0, 4.0, 5.0])
-    torch.testing.assert_close(scores(raw, FORM, gain), n * gain)
+    torch.testing.assert_close(scores(raw, CONFIG, gain), n * gain)
     torch.testing.assert_close(
-        normalised(raw, Form(4, 3, norm="sum")), torch.tensor([[0, 0.8, 0.2, 0]]), atol=1e-5, rtol=0
+        normalize(raw, BlockFFNConfig(4, 3, norm="sum")), torch.tensor([[0, 0.8, 0.2, 0]]), atol=1e-5, rtol=0
     )
-    assert torch.equal(normalised(raw, Form(4, 3, norm="none")), F.relu(raw))
+    assert torch.equal(normalize(raw, BlockFFNConfig(4, 3, norm="none")), F.relu(raw))
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 99), st.floats(0.1, 50), st.sampled_from(["rms", "sum"]))
 def test_a_positive_factor_changes_no_score_and_zeros_stay_zeros(seed: int, by: float, norm: Any) -> None:
-    raw, form = raws(3, 6, seed=seed).double(), Form(6, 2, norm=norm, eps=1e-12)
-    torch.testing.assert_close(normalised(by * raw, form), normalised(raw, form))
-    assert torch.equal(normalised(raw, form) > 0, raw > 0)
+    raw, config = raws(3, 6, seed=seed).double(), BlockFFNConfig(6, 2, norm=norm, eps=1e-12)
+    torch.testing.assert_close(normalize(by * raw, config), normalize(raw, config))
+    assert torch.equal(normalize(raw, config) > 0, raw > 0)
     if norm == "rms":
         open_ = (raw > 0).any(-1)
-        torch.testing.assert_close(normalised(raw, form).square().mean(-1)[open_], torch.ones(int(open_.sum())))
+        torch.testing.assert_close(normalize(raw, config).square().mean(-1)[open_], torch.ones(int(open_.sum())))
 
 
 @pytest.mark.parametrize("norm", ["rms", "sum", "none"])
 def test_where_nothing_is_open_nothing_comes_out(norm: Any) -> None:
-    made = layer(Form(4, 3, norm=norm))
+    made = layer(BlockFFNConfig(4, 3, norm=norm))
     with torch.no_grad():
         made.router.zero_()
     x = raws(2, 5, 8).requires_grad_()
@@ -82,7 +82,7 @@ def test_where_nothing_is_open_nothing_comes_out(norm: Any) -> None:
 
 
 def test_scores_of_one_are_a_plain_mlp() -> None:
-    made, x = layer(Form(4, 3, router="none")), raws(2, 5, 8)
+    made, x = layer(BlockFFNConfig(4, 3, router="none")), raws(2, 5, 8)
     plain = F.silu(x @ made.up.T) @ made.down
     torch.testing.assert_close(made(x), plain)
     with torch.no_grad():
@@ -91,8 +91,8 @@ def test_scores_of_one_are_a_plain_mlp() -> None:
 
 
 def test_the_layer_expert_by_expert_with_and_without_a_gradient() -> None:
-    made, x = layer(FORM), raws(5, 8)
-    score = scores(x @ made.router.T, FORM, made.gain)
+    made, x = layer(CONFIG), raws(5, 8)
+    score = scores(x @ made.router.T, CONFIG, made.gain)
     assert (score == 0).any()
     expected = sum(
         score[:, e, None] * (F.silu(x @ made.up[3 * e : 3 * e + 3].T) @ made.down[3 * e : 3 * e + 3]) for e in range(4)
@@ -105,12 +105,12 @@ def test_the_layer_expert_by_expert_with_and_without_a_gradient() -> None:
 
 def test_the_routers_that_it_is_held_against() -> None:
     raw = raws(9, 6)
-    top = scores(raw, Form(6, 2, router="topk", k=2))
+    top = scores(raw, BlockFFNConfig(6, 2, router="topk", k=2))
     assert ((top > 0).sum(-1) == 2).all()
     torch.testing.assert_close(top.sum(-1), torch.ones(9))
     best = raw.topk(2).values
     torch.testing.assert_close(top.max(-1).values / top.sort(-1).values[:, -2], (best[:, 0] - best[:, 1]).exp())
-    assert torch.equal(scores(raw, Form(6, 2, router="remoe", k=2)), F.relu(raw))
+    assert torch.equal(scores(raw, BlockFFNConfig(6, 2, router="remoe", k=2)), F.relu(raw))
     # Balance is 1 where all experts are taken equally, and more where they are not.
     even = 9 * torch.eye(6)[:, None]
     torch.testing.assert_close(losses.balance(even, whole(1, 6, 2), 1), torch.tensor(1.0))
@@ -123,8 +123,8 @@ def test_the_routers_that_it_is_held_against() -> None:
 def test_inactive_experts_are_moved_by_locality_alone() -> None:
     raw = torch.tensor([[[0.5, -0.01, 0.3, -0.02]], [[0.4, -0.03, 0.2, 0.6]]], requires_grad=True)
     places = whole(1, 2, 2)
-    (by_chunk,) = torch.autograd.grad(losses.chunk_firing(raw, places, FORM), raw)
-    (by_score,) = torch.autograd.grad((scores(raw, FORM) * raws(2, 1, 4)).sum(), raw)
+    (by_chunk,) = torch.autograd.grad(losses.chunk_firing(raw, places, CONFIG), raw)
+    (by_score,) = torch.autograd.grad((scores(raw, CONFIG) * raws(2, 1, 4)).sum(), raw)
     (by_locality,) = torch.autograd.grad(losses.locality(raw, places), raw)
     for gradient in (by_chunk, by_score):
         assert not gradient[raw < 0].any()
@@ -140,7 +140,7 @@ def test_inactive_experts_are_moved_by_locality_alone() -> None:
 
 def test_chunks_of_one_token_say_nothing() -> None:
     raw = raws(6, 2, 5).requires_grad_()
-    loss = losses.chunk_firing(raw, whole(1, 6, 1), Form(5, 2))
+    loss = losses.chunk_firing(raw, whole(1, 6, 1), BlockFFNConfig(5, 2))
     torch.testing.assert_close(loss, torch.tensor(1 / 5), atol=5e-5, rtol=0)
     (gradient,) = torch.autograd.grad(loss, raw)
     assert gradient.abs().max() < 1e-4
@@ -148,12 +148,12 @@ def test_chunks_of_one_token_say_nothing() -> None:
 
 def test_the_chunk_loss_of_the_worked_example_and_its_bounds() -> None:
     p = torch.tensor([[[0.8, 0.2, 0.0, 0.0]], [[0.0, 0.5, 0.5, 0.0]]])
-    assert float(losses.chunk_firing_of(p, whole(1, 2, 2))) == pytest.approx(0.475, abs=1e-4)
+    assert float(losses.chunk_firing_from_shares(p, whole(1, 2, 2))) == pytest.approx(0.475, abs=1e-4)
     one = torch.zeros(6, 1, 4)
     one[..., 2] = 1.0
-    assert float(losses.chunk_firing_of(one, whole(1, 6, 3))) == pytest.approx(1 / 4, abs=1e-4)
+    assert float(losses.chunk_firing_from_shares(one, whole(1, 6, 3))) == pytest.approx(1 / 4, abs=1e-4)
     apart = torch.eye(4)[:3, None]
-    assert float(losses.chunk_firing_of(apart, whole(1, 3, 3))) == pytest.approx(3 / 4, abs=1e-4)
+    assert float(losses.chunk_firing_from_shares(apart, whole(1, 3, 3))) == pytest.approx(3 / 4, abs=1e-4)
 
 
 @settings(max_examples=20, deadline=None)
@@ -161,7 +161,7 @@ def test_the_chunk_loss_of_the_worked_example_and_its_bounds() -> None:
 def test_the_chunk_loss_keeps_to_its_bounds(seed: int, length: int, experts: int) -> None:
     raw = raws(12, 2, experts, seed=seed) + 0.5
     open_ = (raw > 0).any(-1).all()
-    loss = float(losses.chunk_firing(raw, whole(2, 6, length), Form(experts, 2)))
+    loss = float(losses.chunk_firing(raw, whole(2, 6, length), BlockFFNConfig(experts, 2)))
     assert loss <= min(1, length / experts) + 1e-4
     assert not open_ or 6 % length or loss >= 1 / experts - 1e-3
 
@@ -199,15 +199,15 @@ def by_document(p: Tensor, lengths: list[int], length: int) -> float:
 def test_chunks_and_neighbours_keep_to_their_documents(lengths: list[int], length: int, seed: int) -> None:
     total, longest = sum(lengths), sum(lengths) + 3
     batch = causal_batch([rows(*lengths), rows(longest)])  # the first row has three tokens of padding
-    places = Places.of(batch, length)
+    places = ChunkIndex.from_batch(batch, length)
     raw = raws(2 * longest, 1, 4, seed=seed)
-    p = parts(normalised(raw, FORM))[:, 0]
+    p = expert_shares(normalize(raw, CONFIG))[:, 0]
     spoilt = raw.clone()
     spoilt[total:longest] = 7.0  # padding
     own = torch.cat([p[:total], p[longest:]])
     expected = by_document(own, [*lengths, longest], length)
     for given_raw in (raw, spoilt):
-        assert float(losses.chunk_firing(given_raw, places, FORM)) == pytest.approx(expected, abs=1e-5)
+        assert float(losses.chunk_firing(given_raw, places, CONFIG)) == pytest.approx(expected, abs=1e-5)
     pairs = [t for t in range(1, total) if t not in torch.tensor(lengths).cumsum(0).tolist()]
     pairs += [longest + t for t in range(1, longest)]
     assert places.follows_N.nonzero()[:, 0].tolist() == pairs
@@ -219,21 +219,21 @@ def test_padding_by_a_mask_on_either_side(left: bool) -> None:
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     if left:
         mask = mask.flip(1)
-    places = Places.of({"input_ids": torch.zeros(2, 5, dtype=torch.int64), "attention_mask": mask}, 2)
+    places = ChunkIndex.from_batch({"input_ids": torch.zeros(2, 5, dtype=torch.int64), "attention_mask": mask}, 2)
     assert places.size_C.tolist() == [2, 2, 1, 2, 1]
     start = 7 if left else 5
     assert places.follows_N.nonzero()[:, 0].tolist() == [1, 2, 3, 4, start + 1, start + 2]
     raw = raws(10, 1, 4)
-    p = parts(normalised(raw, FORM))[:, 0]
+    p = expert_shares(normalize(raw, CONFIG))[:, 0]
     expected = by_document(torch.cat([p[:5], p[start : start + 3]]), [5, 3], 2)
-    assert float(losses.chunk_firing(raw, places, FORM)) == pytest.approx(expected, abs=1e-5)
+    assert float(losses.chunk_firing(raw, places, CONFIG)) == pytest.approx(expected, abs=1e-5)
 
 
 # the weight that follows its loss
 
 
 def test_the_weight_follows_its_loss() -> None:
-    follows = Adaptive(0.05, hold=4, window=2)
+    follows = AdaptiveWeight(0.05, hold=4, window=2)
     for t, loss in enumerate([1.0, 1.0, 1.0, 1.2], start=1):
         assert follows.weight(t) == 0.05
         follows.observe(t, loss)
@@ -245,8 +245,8 @@ def test_the_weight_follows_its_loss() -> None:
     follows.observe(7, 0.5501)
     follows.observe(8, 0.5501)
     assert follows.weight(10) == pytest.approx(0.0275 * 1.025)  # up by 2.5 % at the least
-    again = Adaptive(0.05, hold=4, window=2)
-    again.load(follows.state())
+    again = AdaptiveWeight(0.05, hold=4, window=2)
+    again.load_state_dict(follows.state_dict())
     assert again == follows
     for t in range(9, 40):
         again.observe(t, 2.0**t)
@@ -254,7 +254,7 @@ def test_the_weight_follows_its_loss() -> None:
 
 
 def test_the_penalty_of_remoe_holds_a_sparsity() -> None:
-    held = Controlled(1.0, target=0.5)
+    held = SparsityController(1.0, target=0.5)
     for sparsity, expected in ((0.4, 1.2), (0.6, 1.0), (0.5, 1.0)):
         held.observe(1, sparsity)
         assert held.weight(2) == pytest.approx(expected)

@@ -14,7 +14,6 @@ from intaglio.errors import IntaglioError
 from intaglio.measures.activation_sparsity import activation_sparsity
 from intaglio.measures.evaluate import Evaluator
 from intaglio.methods.activations.blockffn import BlockFFN
-from intaglio.methods.activations.blockffn.surgery import build_empty, expert_width, layers_of, put_layers
 from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
 from intaglio.methods.weights.drop_blocks import DropBlocks
 from intaglio.methods.weights.lost import LOST
@@ -45,8 +44,8 @@ def test_training_then_the_same_logits_after_a_reload_and_training_on(tmp_path: 
     }  # fmt: skip
     assert parts["chunk weight"] == pytest.approx(0.05)
     assert parts["chunk sparsity"] <= parts["token sparsity"]
-    assert len(layers_of(ckpt.model)) == 2
-    assert all(layer.raw is None and not layer.watched for layer in layers_of(ckpt.model).values())
+    assert len(BlockFFN.modules_of(ckpt.model)) == 2
+    assert all(layer.raw is None and not layer.watched for layer in BlockFFN.modules_of(ckpt.model).values())
     with torch.no_grad():
         expected = ckpt.model(IDS).logits
     ckpt.save(tmp_path / "out")
@@ -125,11 +124,10 @@ def test_the_other_routers_train(fields: dict[str, Any]) -> None:
 
 def test_sizes_by_default_are_those_of_the_mlp() -> None:
     parts = anatomy(tiny_model("llama", layers=1, intermediate_size=80))
-    assert expert_width(parts, 6) == round(3 * 80 / 2 / 6)
-    form = BlockFFN(experts=6).form(parts)
-    assert (form.experts, form.expert_width) == (6, 20)
-    assert BlockFFN(experts=6, width=18).form(parts).expert_width == 3
-    assert BlockFFN().form(parts).experts == 48
+    config = BlockFFN(experts=6).layer_config(parts)
+    assert (config.experts, config.expert_width) == (6, round(3 * 80 / 2 / 6)) == (6, 20)
+    assert BlockFFN(experts=6, width=18).layer_config(parts).expert_width == 3
+    assert BlockFFN().layer_config(parts).experts == 48
     # The paper's: 1.5 times an inner width of 8/3 d, which is 4 d.
     assert (BlockFFN.paper().experts, BlockFFN.paper().expert_width, BlockFFN.paper().chunk) == (48, 64, 64)
 
@@ -138,17 +136,17 @@ def test_the_same_seed_draws_the_same_and_the_global_generator_is_left_alone() -
     state = torch.get_rng_state()
     a, b, other = (tiny_model("llama", layers=2) for _ in range(3))
     for model, seed in ((a, 0), (b, 0), (other, 1)):
-        put_layers(anatomy(model), BlockFFN(**SMALL).form(anatomy(model)), 0.02, seed)
+        BlockFFN(**SMALL).replace(model, seed=seed)
     assert torch.equal(torch.get_rng_state(), state)
-    first, again, another = (layers_of(model)["model.layers.0.mlp"] for model in (a, b, other))
+    first, again, another = (BlockFFN.modules_of(model)["model.layers.0.mlp"] for model in (a, b, other))
     assert torch.equal(first.up, again.up)
     assert not torch.equal(first.up, another.up)
-    assert not torch.equal(first.up, layers_of(a)["model.layers.1.mlp"].up)
+    assert not torch.equal(first.up, BlockFFN.modules_of(a)["model.layers.1.mlp"].up)
     assert 0.01 < float(first.up.detach().std()) < 0.03
     # A router's output has the paper's scale at every width: std 0.1 at 256, so 1.6 over the root of the width.
     ckpt = checkpoint(layers=1)
     run(ckpt, modifiers=[BlockFFN(experts=40)], steps=1, learning_rate=1e-6)
-    router = layers_of(ckpt.model)["model.layers.0.mlp"].router
+    router = BlockFFN.modules_of(ckpt.model)["model.layers.0.mlp"].router
     assert router is not None
     assert float(router.detach().std()) == pytest.approx(1.6 / 32**0.5, rel=0.1)
 
@@ -166,7 +164,7 @@ def test_what_does_not_fit_is_one_sentence() -> None:
     replaced = checkpoint(layers=1)
     LOST().apply(replaced)
     refused("not the model's own: lost replaced", replaced)
-    with pytest.raises(IntaglioError, match="record names them"):
+    with pytest.raises(IntaglioError, match="the model has 0 layers of blockffn, and its record names 1"):
         BlockFFN.restore_runtime({}, checkpoint(layers=1))
 
 
@@ -218,14 +216,14 @@ def test_a_model_of_experts_is_a_model_like_any_other(tmp_path: Path) -> None:
 
 def test_encoders_have_a_place_for_it_too() -> None:
     model = tiny_model("bert", layers=2)
-    put_layers(anatomy(model), BlockFFN(**SMALL).form(anatomy(model)), 0.2, 0)
-    assert list(layers_of(model)) == [f"bert.encoder.layer.{n}.output.dense" for n in (0, 1)]
+    BlockFFN(**SMALL, init_std=0.2).replace(model)
+    assert list(BlockFFN.modules_of(model)) == [f"bert.encoder.layer.{n}.output.dense" for n in (0, 1)]
     model(IDS).logits.sum().backward()
-    assert all(layer.up.grad is not None for layer in layers_of(model).values())
+    assert all(layer.up.grad is not None for layer in BlockFFN.modules_of(model).values())
     with torch.device("meta"):
         empty = tiny_model("bert", layers=2)
-    build_empty({"slug": "blockffn", "experts": 6, "expert_width": 4}, empty)
-    assert len(layers_of(empty)) == 2
+    BlockFFN.build_empty({"slug": "blockffn", "experts": 6, "expert_width": 4}, empty)
+    assert len(BlockFFN.modules_of(empty)) == 2
 
 
 def test_rows_that_the_objective_does_not_pass_on_are_refused() -> None:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from intaglio.methods.activations.moe_x.layer import Form, MoELayer
+from intaglio.methods.activations.moe_x.layers import MoELayer, MoELayerConfig
 from intaglio.methods.activations.moe_x.routing import (
     balance_loss,
     choose,
     entropy,
-    fires,
+    firing_probability,
     loads,
     moments,
     sparsity_scores,
@@ -30,9 +30,9 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE).to(dtype)
 
 
-def layer(seed: int = 0, dtype: torch.dtype = DOUBLE, **form: Any) -> MoELayer:
-    """A layer with random weights, biases too where its form has them."""
-    made = MoELayer(Form(**{"hidden": 5, "units": 7, "experts": 4, "active": 2, **form}), dtype=dtype)
+def layer(seed: int = 0, dtype: torch.dtype = DOUBLE, **config: Any) -> MoELayer:
+    """A layer with random weights, biases too where its config has them."""
+    made = MoELayer(MoELayerConfig(**{"hidden": 5, "units": 7, "experts": 4, "active": 2, **config}), dtype=dtype)
     for place, parameter in enumerate(made.parameters()):
         parameter.data.copy_(random(*parameter.shape, seed=seed + place, dtype=dtype))
     return made.eval()
@@ -44,8 +44,8 @@ def biases(made: MoELayer) -> list[Tensor | None]:
 
 def by_the_loop(made: MoELayer, x_TD: Tensor, act: Any = F.relu) -> Tensor:
     """The definition, a token and an expert at a time."""
-    chosen_TK, gates_TK = choose(made.scores(x_TD), made.form.active, made.form.gates)
-    encoder, factor, decoder = ([None] * made.form.experts if b is None else b for b in biases(made))
+    chosen_TK, gates_TK = choose(made.scores(x_TD), made.config.active, made.config.gates)
+    encoder, factor, decoder = ([None] * made.config.experts if b is None else b for b in biases(made))
     found = []
     for x_D, chosen_K, gates_K in zip(x_TD, chosen_TK, gates_TK, strict=True):
         y_D = torch.zeros_like(x_D)
@@ -59,7 +59,7 @@ def by_the_loop(made: MoELayer, x_TD: Tensor, act: Any = F.relu) -> Tensor:
     return torch.stack(found)
 
 
-FORMS: list[dict[str, Any]] = [
+CONFIGS: list[dict[str, Any]] = [
     {},
     {"biases": (True, False, True)},
     {"factor": True, "biases": (True, True, True)},
@@ -69,21 +69,21 @@ FORMS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
 @torch.no_grad()
-def test_all_experts_at_once_are_the_loop_over_tokens_and_experts(form: dict[str, Any], dtype: torch.dtype) -> None:
-    made = layer(dtype=dtype, **form)
+def test_all_experts_at_once_are_the_loop_over_tokens_and_experts(config: dict[str, Any], dtype: torch.dtype) -> None:
+    made = layer(dtype=dtype, **config)
     x_BLD = random(2, 9, made.width, seed=50, dtype=dtype)
-    act = F.gelu if form.get("activation") == "gelu" else F.relu
+    act = F.gelu if config.get("activation") == "gelu" else F.relu
     expected = by_the_loop(made, x_BLD.view(-1, made.width), act).view_as(x_BLD)
     torch.testing.assert_close(made(x_BLD), expected, atol=1e-5 if dtype is torch.float32 else 1e-12, rtol=1e-5)
 
 
-@pytest.mark.parametrize("form", [{}, {"factor": True, "biases": (True, True, False)}, {"router": "linear"}])
+@pytest.mark.parametrize("config", [{}, {"factor": True, "biases": (True, True, False)}, {"router": "linear"}])
 @torch.no_grad()
-def test_the_layer_is_one_wide_sparse_mlp(form: dict[str, Any]) -> None:
-    made = layer(**form)
+def test_the_layer_is_one_wide_sparse_mlp(config: dict[str, Any]) -> None:
+    made = layer(**config)
     x = random(3, 6, 5, seed=9)
     z_BLN = made.features(x)
     assert z_BLN.shape == (3, 6, 4 * 7)
@@ -93,16 +93,16 @@ def test_the_layer_is_one_wide_sparse_mlp(form: dict[str, Any]) -> None:
     assert int(used.max()) <= 2
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("config", CONFIGS)
 @torch.no_grad()
-def test_units_that_rest_are_those_of_other_experts_and_those_at_zero(form: dict[str, Any]) -> None:
-    made = layer(**form)
+def test_units_that_rest_are_those_of_other_experts_and_those_at_zero(config: dict[str, Any]) -> None:
+    made = layer(**config)
     x_BLD = random(2, 9, made.width, seed=51)
-    chosen_TK, _ = choose(made.scores(x_BLD.flatten(0, 1)), made.form.active, made.form.gates)
+    chosen_TK, _ = choose(made.scores(x_BLD.flatten(0, 1)), made.config.active, made.config.gates)
     encoder = made.bias("encoder")
     pre_TEF = torch.einsum("td,efd->tef", x_BLD.flatten(0, 1), made.encoder) + (0 if encoder is None else encoder)
-    taken_TE1 = F.one_hot(chosen_TK, made.form.experts).sum(1).bool()[..., None]
-    expected_TEF = taken_TE1 & (pre_TEF > 0 if made.form.activation == "relu" else F.gelu(pre_TEF) != 0)
+    taken_TE1 = F.one_hot(chosen_TK, made.config.experts).sum(1).bool()[..., None]
+    expected_TEF = taken_TE1 & (pre_TEF > 0 if made.config.activation == "relu" else F.gelu(pre_TEF) != 0)
     assert torch.equal(made.active(x_BLD), expected_TEF.view(2, 9, -1))
 
 
@@ -156,7 +156,7 @@ def test_the_worked_example() -> None:
     assert float(x.square() @ variance.T) == pytest.approx(13.3333, abs=1e-4)
     score = sparsity_scores(x, moments(encoder))
     assert float(score) == pytest.approx(-0.2158, abs=1e-4)
-    assert float(fires(score)) == pytest.approx(0.6079, abs=1e-4)
+    assert float(firing_probability(score)) == pytest.approx(0.6079, abs=1e-4)
     assert (x @ encoder[0].T).tolist() == [[1.0, 3.0, -1.0]]  # two of three fire
     # A bias adds its own mean and variance: m is 1 + 2, v is 13.3333 + 2/3.
     biased = sparsity_scores(x, moments(encoder, torch.tensor([[1.0, 2.0, 3.0]])))
@@ -198,7 +198,7 @@ def test_scores_say_which_experts_will_be_sparsest() -> None:
     scores = sparsity_scores(x, moments(encoder))
     correlation = torch.corrcoef(torch.stack([scores.flatten(), fired_TE.flatten()]))[0, 1]
     assert float(correlation) < -0.95
-    assert float((units * fires(scores) - fired_TE).abs().mean()) / units < 0.03
+    assert float((units * firing_probability(scores) - fired_TE).abs().mean()) / units < 0.03
     chosen, _ = choose(scores, 2)
     best = fired_TE.argsort(-1)[:, :2]
     overlap = (chosen[:, :, None] == best[:, None]).any(-1).double().mean()
@@ -273,14 +273,14 @@ def test_what_a_pass_leaves_behind_for_who_watches() -> None:
     chosen_TE = torch.zeros(16, 4, dtype=torch.bool).scatter_(1, routed.chosen_TK, True)
     assert torch.equal(routed.fired_EF.long(), ((pre_TEF > 0) & chosen_TE[..., None]).sum(0))
     assert routed.scores_TE.requires_grad
-    told = routed.told(made.form)
-    assert told["L0"] == pytest.approx(float(routed.fired_TK.sum(1).double().mean()))
-    assert told["expected L0"] == pytest.approx(
-        7 * float(fires(routed.scores_TE.detach()).gather(1, routed.chosen_TK).sum(1).mean())
+    summary = routed.summary(made.config)
+    assert summary["L0"] == pytest.approx(float(routed.fired_TK.sum(1).double().mean()))
+    assert summary["expected L0"] == pytest.approx(
+        7 * float(firing_probability(routed.scores_TE.detach()).gather(1, routed.chosen_TK).sum(1).mean())
     )
     real = torch.arange(16) < 5
-    assert len(routed.kept(real).scores_TE) == 5
-    assert routed.kept(real[:3]) is routed
+    assert len(routed.masked(real).scores_TE) == 5
+    assert routed.masked(real[:3]) is routed
 
 
 def test_half_precision_routes_as_full_precision_does() -> None:

@@ -127,7 +127,7 @@ def test_saved_and_loaded(family: str, tmp_path: Path) -> None:
     ckpt.save(tmp_path / "out")
     back = intaglio.load(tmp_path / "out")
     assert torch.equal(logits(back), logits(ckpt))
-    assert [layer.form for layer in layers_of(back)] == [layer.form for layer in layers_of(ckpt)]
+    assert [layer.config for layer in layers_of(back)] == [layer.config for layer in layers_of(ckpt)]
     # Where an expert has one token, the last bit hangs on where its matrix begins in memory.
     assert all(p.data_ptr() % 64 == 0 for layer in layers_of(back) for p in layer.parameters())
     half = intaglio.load(tmp_path / "out", dtype="bfloat16")

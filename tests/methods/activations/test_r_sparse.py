@@ -15,10 +15,11 @@ from torch import nn
 from intaglio.errors import IntaglioError
 from intaglio.kernels import gather
 from intaglio.measures.input_sparsity import count_inputs
-from intaglio.methods.activations.r_sparse import RSparse, SparseLinear, decompose
-from intaglio.methods.activations.r_sparse.linear import ALL, NONE, Phase, Rule
-from intaglio.methods.activations.r_sparse.sizes import Wanted
-from intaglio.methods.activations.r_sparse.thresholds import Sample, scores, thresholds
+from intaglio.methods.activations.r_sparse import RSparse, SparseLinear
+from intaglio.methods.activations.r_sparse.budget import BudgetSpec
+from intaglio.methods.activations.r_sparse.decomposition import low_rank_pair
+from intaglio.methods.activations.r_sparse.layers import ALL, NONE, DensePrefill, InputRule
+from intaglio.methods.activations.r_sparse.thresholds import InputSample, scores, thresholds
 from intaglio.modeling.anatomy import anatomy, capture, run_blocks
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.loop import Speculative
@@ -36,30 +37,33 @@ def test_what_is_read_stays_in_the_budget_unless_a_layer_is_too_small(
     shape: tuple[int, int], sparsity: float, alpha: float
 ) -> None:
     outputs, inputs = shape
-    strict = Wanted(strict=True).of("x", outputs, inputs, sparsity, alpha)
+    strict = BudgetSpec(strict=True).split("x", outputs, inputs, sparsity, alpha)
     assert strict.read == strict.channels * outputs + strict.rank * (inputs + outputs)
     assert not strict.overspent
-    found = Wanted().of("x", outputs, inputs, sparsity, alpha)
+    found = BudgetSpec().split("x", outputs, inputs, sparsity, alpha)
     assert found.rank <= min(shape)
     assert not found.overspent or found.channels == 1 or found.rank == 1
 
 
 def test_the_worked_example_overspends_and_says_so() -> None:
-    found = Wanted().of("x", 6, 8, 0.5, 0.5)
+    found = BudgetSpec().split("x", 6, 8, 0.5, 0.5)
     assert (found.channels, found.rank, found.read, found.budget, found.overspent) == (2, 1, 26, 24, True)
-    strict = Wanted(strict=True).of("x", 6, 8, 0.5, 0.5)
+    strict = BudgetSpec(strict=True).split("x", 6, 8, 0.5, 0.5)
     assert (strict.channels, strict.rank, strict.overspent) == (2, 0, False)
 
 
 def test_the_ends_of_alpha_and_real_shapes() -> None:
-    assert (Wanted().of("x", 100, 200, 0.5, 1.0).channels, Wanted().of("x", 100, 200, 0.5, 1.0).rank) == (100, 0)
-    low = Wanted().of("x", 100, 200, 0.5, 0.0)
+    assert (BudgetSpec().split("x", 100, 200, 0.5, 1.0).channels, BudgetSpec().split("x", 100, 200, 0.5, 1.0).rank) == (
+        100,
+        0,
+    )
+    low = BudgetSpec().split("x", 100, 200, 0.5, 0.0)
     assert (low.channels, low.share, low.rank) == (0, 0.0, 33)  # 100 * 200 / 2 / 300
     # Keys of grouped-query attention are narrower than they are deep: not the rank of a square.
-    assert Wanted().of("k", 192, 576, 0.5, 0.8).rank == (192 * 576 // 2 - 230 * 192) // (192 + 576)
-    assert Wanted(low_rank=False).of("x", 100, 200, 0.5, 0.9).channels == 100
+    assert BudgetSpec().split("k", 192, 576, 0.5, 0.8).rank == (192 * 576 // 2 - 230 * 192) // (192 + 576)
+    assert BudgetSpec(low_rank=False).split("x", 100, 200, 0.5, 0.9).channels == 100
     with pytest.raises(IntaglioError, match=r"^rank is 101, above the width of x, 100 x 200: at most 100 is accepted$"):
-        Wanted(rank=101).of("x", 100, 200, 0.5, 0.9)
+        BudgetSpec(rank=101).split("x", 100, 200, 0.5, 0.9)
 
 
 # thresholds
@@ -78,16 +82,16 @@ def test_the_share_that_is_kept_is_the_one_asked_for_to_one_score(n: int, width:
 
 def test_tokens_are_taken_evenly_and_all_of_few() -> None:
     for total, wanted in ((10, 3), (7, 7), (5, 50)):
-        sample = Sample(total, wanted)
+        sample = InputSample(total, wanted)
         for part in torch.arange(total).view(-1, 1).float().split(2):
             sample.update(part, 1)
         found = sample.inputs("x").flatten().tolist()
         assert len(found) == min(total, wanted)
         assert found == sorted(found)
         assert max(b - a for a, b in itertools.pairwise(found)) <= total / wanted + 1
-    broken = Sample(2, 2)
+    broken = InputSample(2, 2)
     broken.update(torch.tensor([[1.0], [float("nan")]]), 1)
-    with pytest.raises(IntaglioError, match="what enters q_proj on the calibration text is NaN or infinite") as caught:
+    with pytest.raises(IntaglioError, match="an input of q_proj on the calibration text is NaN or infinite") as caught:
         broken.inputs("q_proj")
     assert "\n" not in str(caught.value)
 
@@ -116,7 +120,7 @@ def test_realised_on_calibration_is_what_was_asked_for() -> None:
 @given(st.integers(0, 999), st.floats(0, 4))
 def test_at_full_rank_any_mask_gives_the_dense_output(seed: int, threshold: float) -> None:
     weight, x, bias = drawn(6, 8, seed=seed), drawn(3, 8, seed=seed + 1), drawn(6, seed=seed + 2)
-    layer = SparseLinear.of(weight, bias, Rule(threshold), decompose.pair(weight, 6))
+    layer = SparseLinear.from_weight(weight, bias, InputRule(threshold), low_rank_pair(weight, 6))
     torch.testing.assert_close(layer(x), F.linear(x, weight, bias), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(masked(layer, x), F.linear(x, weight, bias), rtol=1e-4, atol=1e-5)
 
@@ -124,10 +128,12 @@ def test_at_full_rank_any_mask_gives_the_dense_output(seed: int, threshold: floa
 def test_nothing_left_out_is_dense_and_only_a_low_rank_is_the_truncation() -> None:
     weight, x = drawn(6, 8), drawn(5, 8, seed=1)
     (everything,) = thresholds(scores(x, None), [1.0])
-    assert torch.equal(SparseLinear.of(weight, None, Rule(everything, scaled=False))(x), F.linear(x, weight))
+    assert torch.equal(
+        SparseLinear.from_weight(weight, None, InputRule(everything, scaled=False))(x), F.linear(x, weight)
+    )
     U, S, V = torch.linalg.svd(weight.double(), full_matrices=False)
     for rank in range(1, 6):
-        layer = SparseLinear.of(weight, None, Rule(None), decompose.pair(weight, rank))
+        layer = SparseLinear.from_weight(weight, None, InputRule(None), low_rank_pair(weight, rank))
         truncated = (U[:, :rank] * S[:rank]) @ V[:rank]
         torch.testing.assert_close(layer(x).double(), x.double() @ truncated.T, rtol=1e-5, atol=1e-5)
         # For isotropic inputs the mean squared error is the sum of the squared singular values of the tail.
@@ -139,7 +145,7 @@ def test_nothing_left_out_is_dense_and_only_a_low_rank_is_the_truncation() -> No
 @given(st.integers(0, 999), st.integers(1, 7))
 def test_the_score_minimises_the_bound_on_the_error(seed: int, count: int) -> None:
     weight, x = drawn(5, 8, seed=seed), drawn(1, 8, seed=seed + 1)
-    layer = SparseLinear.of(weight, None, Rule(None, channels=count))
+    layer = SparseLinear.from_weight(weight, None, InputRule(None, channels=count))
     keep = layer.kept(x)
     assert int(keep.sum()) == count
     parts = x.abs() * layer.norms()
@@ -150,11 +156,13 @@ def test_the_score_minimises_the_bound_on_the_error(seed: int, count: int) -> No
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rule", [Rule(1.5), Rule(0.7, scaled=False), Rule(None, channels=5), Rule(None)])
+@pytest.mark.parametrize(
+    "rule", [InputRule(1.5), InputRule(0.7, scaled=False), InputRule(None, channels=5), InputRule(None)]
+)
 @torch.no_grad()
-def test_few_tokens_give_what_many_give(rule: Rule, dtype: torch.dtype, transposed: bool) -> None:
+def test_few_tokens_give_what_many_give(rule: InputRule, dtype: torch.dtype, transposed: bool) -> None:
     weight, bias = drawn(7, 12).to(dtype), drawn(7, seed=1).to(dtype)
-    layer = SparseLinear.of(weight, bias, rule, decompose.pair(weight, 2), transposed)
+    layer = SparseLinear.from_weight(weight, bias, rule, low_rank_pair(weight, 2), transposed)
     x = drawn(2, 9, 12, seed=2).to(dtype)
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
     whole = layer(x)
@@ -166,21 +174,21 @@ def test_few_tokens_give_what_many_give(rule: Rule, dtype: torch.dtype, transpos
 
 @torch.no_grad()
 def test_columns_follow_the_weight_and_are_not_made_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = SparseLinear.of(drawn(4, 6), None, Rule(0.5))
+    layer = SparseLinear.from_weight(drawn(4, 6), None, InputRule(0.5))
     x = drawn(1, 6, seed=1)
     before = layer(x)
     layer.weight.mul_(2)
     torch.testing.assert_close(layer(x), masked(layer, x))
     assert not torch.equal(layer(x), before)
     assert layer.double()(x.double()).dtype == torch.float64  # no kernel: zeros are multiplied
-    poor = SparseLinear.of(drawn(4, 6), None, Rule(0.5))
+    poor = SparseLinear.from_weight(drawn(4, 6), None, InputRule(0.5))
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 10})())
     assert torch.equal(poor(x), masked(poor, x))
-    assert poor._made_ready().weight_IO is None
+    assert poor._prepare().weight_IO is None
 
 
 def test_a_gradient_reaches_the_input_and_no_weight() -> None:
-    layer, x = SparseLinear.of(drawn(4, 6), None, Rule(0.5)), drawn(1, 6, seed=1).requires_grad_()
+    layer, x = SparseLinear.from_weight(drawn(4, 6), None, InputRule(0.5)), drawn(1, 6, seed=1).requires_grad_()
     layer(x).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad != 0, layer.kept(x))
@@ -190,7 +198,7 @@ def test_a_gradient_reaches_the_input_and_no_weight() -> None:
 @torch.no_grad()
 def test_what_is_no_number_shows() -> None:
     x = torch.tensor([[float("nan"), 1.0, 2.0]])
-    for layer in (SparseLinear.of(torch.ones(2, 3), None, Rule(9.0)),):
+    for layer in (SparseLinear.from_weight(torch.ones(2, 3), None, InputRule(9.0)),):
         assert bool(layer(x).isnan().all())
         assert bool(masked(layer, x).isnan().all())
 
@@ -212,7 +220,7 @@ def test_tokens_of_a_dense_prompt_are_those_of_the_base_model_bit_for_bit(family
 
 
 def test_a_phase_counts_the_front_of_what_has_no_cache() -> None:
-    phase = Phase("last_fraction", 0.1)
+    phase = DensePrefill("last_fraction", 0.1)
     phase(nn.Identity(), (torch.zeros(2, 20),), {})
     assert phase.dense == 18
     phase(nn.Identity(), (), {"inputs_embeds": torch.zeros(2, 1, 4)})

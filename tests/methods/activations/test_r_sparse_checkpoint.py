@@ -18,8 +18,9 @@ from intaglio.checkpoint import RECORD, Checkpoint, load
 from intaglio.errors import IntaglioError
 from intaglio.measures.evaluate import Evaluator
 from intaglio.measures.input_sparsity import count_inputs, input_sparsity
-from intaglio.methods.activations.r_sparse import RSparse, decompose, reading
-from intaglio.methods.activations.r_sparse.linear import Phase
+from intaglio.methods.activations.r_sparse import RSparse, decomposition, reading
+from intaglio.methods.activations.r_sparse.decomposition import low_rank_pair
+from intaglio.methods.activations.r_sparse.layers import DensePrefill
 from intaglio.methods.weights.wanda import Wanda
 from intaglio.modeling.anatomy import anatomy, capture, run_blocks
 from intaglio.recipe.schema import Recipe
@@ -208,7 +209,7 @@ def test_a_copy_and_a_reload_keep_their_phase(mode: str, tmp_path: Path) -> None
     checkpoint.save(tmp_path / "out")
     back = load(tmp_path / "out")
     assert torch.equal(back.model(IDS).logits, expected)
-    assert sum(isinstance(hook, Phase) for hook in anatomy(back.model).base._forward_pre_hooks.values()) == 1
+    assert sum(isinstance(hook, DensePrefill) for hook in anatomy(back.model).base._forward_pre_hooks.values()) == 1
 
 
 def test_half_precision_and_another_one(tmp_path: Path) -> None:
@@ -235,20 +236,20 @@ def test_the_report_tells_what_is_left_out() -> None:
 
 def test_decompositions_are_kept_by_the_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INTAGLIO_HOME", str(tmp_path))
-    monkeypatch.setattr(decompose, "LEAST", 4)
+    monkeypatch.setattr(decomposition, "MIN_SIDE", 4)
     weight = drawn(6, 9)
-    first = decompose.pair(weight, 2, 4)
-    (file,) = (tmp_path / decompose.FOLDER).iterdir()
+    first = low_rank_pair(weight, 2, 4)
+    (file,) = (tmp_path / decomposition.FOLDER).iterdir()
     monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: pytest.fail("it is kept"))
-    again = decompose.pair(weight, 3)
+    again = low_rank_pair(weight, 3)
     assert all(torch.equal(a, b[:2]) for a, b in zip(first, again, strict=True))
     monkeypatch.undo()
     monkeypatch.setenv("INTAGLIO_HOME", str(tmp_path))
-    monkeypatch.setattr(decompose, "LEAST", 4)
+    monkeypatch.setattr(decomposition, "MIN_SIDE", 4)
     file.write_bytes(b"damaged")
-    assert all(torch.equal(a, b) for a, b in zip(first, decompose.pair(weight, 2, 4), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, low_rank_pair(weight, 2, 4), strict=True))
     monkeypatch.setenv("INTAGLIO_HOME", str(file))  # a cache that cannot be written
-    assert torch.equal(decompose.pair(weight, 2)[0], first[0])
+    assert torch.equal(low_rank_pair(weight, 2)[0], first[0])
 
 
 # bad input
@@ -281,8 +282,8 @@ def test_fields_that_are_wrong(fields: dict[str, Any], says: str) -> None:
         ("llama", {"alpha": {"*.nothing": 0.5}}, r"^alpha: '\*.nothing' names no layer of this model"),
         ("llama", {"ignore": ["*"]}, "^targets and ignore leave no layer of this model"),
         ("phi3", {"ignore": ["layers.0.mlp.gate_up_proj[[]up]"]}, "are one module of this model; name both or neither"),
-        ("bert", {"search": {}}, "^search takes the loss of the next token, which this model does not predict$"),
-        ("bert", {"mode": "decode"}, "^mode is decode, and this model generates nothing that comes behind a prompt$"),
+        ("bert", {"search": {}}, "^search needs the loss of the next token, which this model does not predict$"),
+        ("bert", {"mode": "decode"}, "^mode is decode, and this model generates nothing after a prompt$"),
         ("gpt2", {"how": "cats", "sparsity": 0.1}, "^how is cats, which needs gate, up and down projections"),
     ],
 )
@@ -299,7 +300,7 @@ def test_activations_that_are_no_numbers_are_refused() -> None:
     checkpoint = tiny()
     with torch.no_grad():
         checkpoint.model.model.embed_tokens.weight[int(IDS[0, 0])] = float("inf")
-    with pytest.raises(IntaglioError, match=r"what enters layers\.0\.self_attn\.q_proj on the calibration text is NaN"):
+    with pytest.raises(IntaglioError, match=r"an input of layers\.0\.self_attn\.q_proj on the calibration text is NaN"):
         RSparse().apply(checkpoint, IDS)
     assert not layers(checkpoint)
 

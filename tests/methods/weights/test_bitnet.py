@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import intaglio
 from intaglio.errors import IntaglioError
 from intaglio.measures.evaluate import Evaluator
-from intaglio.methods.weights.bitnet import BitLinear, BitNet, PackedLinear, Quantization, bitlinear, freeze
-from intaglio.methods.weights.bitnet.codes import bytes_of_row, pack, unpack
+from intaglio.methods.weights.bitnet import BitLinear, BitNet, PackedLinear, Quantization, pack_layers
+from intaglio.methods.weights.bitnet.packing import pack, row_bytes, unpack
 from intaglio.methods.weights.bitnet.quantization import (
     activation_codes,
     activation_scale,
@@ -32,7 +32,7 @@ from intaglio.modeling.replacement import count_parameters
 from intaglio.recipe.schema import Recipe
 from intaglio.speculative import Speculative
 from intaglio.speculative.drafters import PromptLookup
-from intaglio.trainer import CausalLM, ModifierSession, TrainingRun
+from intaglio.trainer import CausalLM, Loss, ModifierSession, TrainingRun
 from tests.families import DECODERS, tiny_model
 from tests.trainer.helpers import TEXTS, checkpoint, run
 
@@ -41,8 +41,8 @@ PLAIN = Quantization(norm="none")
 
 
 def coded(weight: Tensor, **fields: Any) -> Tensor:
-    how = Quantization(**fields)
-    return weight_codes(weight * weight_scale(weight, how), how)
+    config = Quantization(**fields)
+    return weight_codes(weight * weight_scale(weight, config), config)
 
 
 def layer(weight: Tensor, bias: bool = False, **fields: Any) -> BitLinear:
@@ -110,7 +110,7 @@ def test_packing_loses_nothing(shape: tuple[int, int, int], bits: float) -> None
     codes = torch.randint(low, high + 1, (rows, inputs), generator=torch.Generator().manual_seed(seed))
     packed = pack(codes, low, high)
     assert packed.dtype == torch.uint8
-    assert packed.shape == (rows, bytes_of_row(inputs, low, high))
+    assert packed.shape == (rows, row_bytes(inputs, low, high))
     assert torch.equal(unpack(packed, inputs, low, high), codes.to(torch.int16))
 
 
@@ -191,10 +191,10 @@ CASES = [
 def test_the_packed_layer_gives_what_training_evaluates(fields: dict[str, Any]) -> None:
     made, x = layer(drawn(6, 70), bias=True, **fields), drawn(9, 70, seed=1)
     made.eval()
-    packed = PackedLinear.of(made)
+    packed = PackedLinear.from_bit_linear(made)
     assert torch.equal(packed.codes(), made.codes())
     assert torch.equal(packed.dense(), made.dense())
-    if made.how.activation_bits is None:
+    if made.config.activation_bits is None:
         torch.testing.assert_close(packed(x), made(x))
     else:  # sums of whole numbers are exact
         assert torch.equal(packed(x), made(x))
@@ -202,7 +202,7 @@ def test_the_packed_layer_gives_what_training_evaluates(fields: dict[str, Any]) 
     x_grad = x.clone().requires_grad_()
     packed(x_grad).sum().backward()
     assert float(x_grad.grad.abs().sum()) > 0  # type: ignore[union-attr]
-    assert packed.packed_away + packed.weight_packed.numel() == 6 * 70
+    assert packed.packed_weights + packed.weight_packed.numel() == 6 * 70
 
 
 def test_stochastic_rounding_is_that_of_its_draws_and_only_in_training() -> None:
@@ -236,29 +236,42 @@ def test_fields_that_do_not_fit(fields: dict[str, Any], match: str) -> None:
         BitNet(**fields)
 
 
-def test_any_module_takes_the_layers() -> None:
-    network = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
-    first = network[0].weight
-    assert bitlinear(network, Quantization(scale="mean"), ignore=["4"]) == ["0", "2"]
-    assert network[0].weight is first
-    assert network[0].norm == "layernorm"
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
-    x, y = drawn(64, 8), torch.arange(64) % 3
-    losses = []
-    for _ in range(30):
-        loss = F.cross_entropy(network(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss))
-    assert losses[-1] < losses[0]
-    expected = network.eval()(x)
-    assert freeze(network) == ["0", "2"]
-    assert torch.equal(network(x), expected)
-    with pytest.raises(IntaglioError, match="names no linear layer"):
-        bitlinear(nn.Sequential(nn.Linear(2, 2)), targets=["nowhere"])
-    with pytest.raises(IntaglioError, match="no linear layer is left"):
-        bitlinear(nn.Sequential(nn.Linear(2, 2)), ignore=["*"])
+class Classes:
+    """Cross-entropy of a network's outputs for three classes."""
+
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict()
+
+    def collate(self, examples: Any, rng: Any) -> dict[str, Tensor]:
+        return {name: torch.stack([torch.as_tensor(row[name]) for row in examples]) for name in ("x", "y")}
+
+    def loss(self, model: nn.Module, batch: Any) -> Loss:
+        return Loss(F.cross_entropy(model(batch["x"]), batch["y"]))
+
+
+def test_any_module_takes_the_layers_trains_and_is_packed() -> None:
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    method = BitNet(scale="mean", ignore=["4"])
+    replaced = network()
+    first = replaced[0].weight
+    assert method.replace(replaced) == ["0", "2"]
+    assert (replaced[0].weight is first, replaced[0].norm) == (True, "layernorm")
+    expected = replaced.eval()(drawn(64, 8))
+    assert pack_layers(replaced) == ["0", "2"]
+    assert torch.equal(replaced(drawn(64, 8)), expected)
+    trained, rows = network(), [{"x": x, "y": i % 3} for i, x in enumerate(drawn(64, 8))]
+    done = intaglio.train(trained, rows, objective=Classes(), modifiers=[method], steps=30, learning_rate=1e-2)
+    assert done.history[-1].loss < done.history[0].loss
+    assert [isinstance(layer, PackedLinear) for layer in trained] == [True, False, True, False, False]
+    for method, match in (
+        (BitNet(targets=["nowhere"]), "names no layer"),
+        (BitNet(ignore=["*"]), "leave no layer of this model to replace"),
+    ):
+        with pytest.raises(IntaglioError, match=match):
+            method.replace(nn.Sequential(nn.Linear(2, 2)))
 
 
 IDS = torch.randint(8, 150, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -420,7 +433,7 @@ def test_names_that_are_none(method: BitNet, match: str) -> None:
 
 def test_weights_without_a_scale_and_half_of_a_fused_module_are_refused() -> None:
     ckpt = checkpoint("phi3", layers=1)
-    with pytest.raises(IntaglioError, match="fused in one module"):
+    with pytest.raises(IntaglioError, match="are one module of this model; name both or neither"):
         BitNet(ignore=["*qkv_proj[[]q]"]).apply(ckpt)
     linear = anatomy(ckpt.model).linears(0)[0]
     linear.write(torch.zeros(linear.shape))
@@ -485,5 +498,7 @@ def test_a_shadow_model_learns() -> None:
     assert done.history[-1].loss < 0.7 * done.history[0].loss
 
 
-def test_the_paper_has_a_norm_in_front() -> None:
-    assert (BitNet.paper().norm, BitNet().how.norm) == ("layernorm", "none")
+def test_transformers_have_no_inner_norm_but_in_the_paper_and_other_modules_a_layer_norm() -> None:
+    model, network = tiny_model("llama", layers=1), nn.Sequential(nn.Linear(2, 2))
+    norms = [BitNet.paper().quantization(model).norm, BitNet().quantization(model).norm]
+    assert [*norms, BitNet().quantization(network).norm] == ["layernorm", "none", "layernorm"]

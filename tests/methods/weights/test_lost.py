@@ -19,10 +19,10 @@ from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.masks import visible
 from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
-from intaglio.methods.weights.lost import LOST, ElementsLinear, LostLinear, lostify, merge
-from intaglio.methods.weights.lost.gradient import column_gradients
-from intaglio.methods.weights.lost.sizes import Sizes, Wanted
-from intaglio.methods.weights.lost.start import Decomposition, drawn_pair
+from intaglio.methods.weights.lost import LOST, ElementsLinear, LayerSizes, LostLinear, merge
+from intaglio.methods.weights.lost.init import Decomposition, random_pair
+from intaglio.methods.weights.lost.saliency import column_gradients
+from intaglio.methods.weights.lost.sizing import SizeSpec
 from intaglio.methods.weights.sparsity_target import pruned_count
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.replacement import FusedLinears
@@ -44,14 +44,14 @@ def matrix(outputs: int, inputs: int, seed: int = 0) -> Tensor:
 
 
 def replaced(weight_OI: Tensor, bias: Tensor | None = None, seed: int = 0, **fields: Any) -> Any:
-    """The module that takes the place of one linear layer."""
+    """Return the module that replaces one linear layer."""
     outputs, inputs = weight_OI.shape
     layer = nn.Linear(inputs, outputs, bias=bias is not None, dtype=weight_OI.dtype)
     layer.weight.data.copy_(weight_OI)
     if bias is not None:
         layer.bias.data.copy_(bias)
     box = nn.ModuleDict({"x": layer})
-    lostify(box, seed=seed, **fields)
+    LOST(**fields).replace(box, seed=seed)
     return box["x"]
 
 
@@ -101,7 +101,7 @@ def test_the_worked_example() -> None:
     fields: dict[str, Any] = {"rank": 1, "complement_rank": 1, "columns": 1, "gamma": 0.7, **IDENTITY}
     module = replaced(weight, **fields)
     torch.testing.assert_close(module.B @ module.A, torch.diag(torch.tensor([3.0, 0.0, 0.0])))
-    complement = Decomposition.of(weight).complement(1, 1)
+    complement = Decomposition.from_weight(weight).complement(1, 1)
     torch.testing.assert_close(complement, torch.diag(torch.tensor([0.0, 2.0, 0.0])))
     assert module.columns.tolist() == [1]
     assert module.Ws.tolist() == [[0.0], [2.0], [0.0]]
@@ -118,7 +118,7 @@ def test_the_worked_example() -> None:
 @given(SHAPES, st.integers(1, 8), st.integers(1, 12), st.booleans(), st.integers(0, 99))
 def test_the_complement(shape: tuple[int, int], rank: int, triples: int, inverse: bool, seed: int) -> None:
     weight, rank = matrix(*shape, seed), min(rank, *shape)
-    found = Decomposition.of(weight)
+    found = Decomposition.from_weight(weight)
     complement = found.complement(rank, triples, inverse)
     tail = found.S_n[found.tail(rank, triples, inverse)]
     assert len(tail) == min(triples, min(shape) - rank)
@@ -147,24 +147,24 @@ def test_columns_are_those_of_the_largest_scores_and_their_values_the_weights_ow
         assert other != chosen
     else:
         assert other == chosen
-        score = Decomposition.of(weight).norms(5, 7, by)
+        score = Decomposition.from_weight(weight).norms(5, 7, by)
         left = [place for place in range(30) if place not in chosen]
         assert score[chosen].min() > score[left].max()
         complement = replaced(weight, column_values="complement", **fields)
-        torch.testing.assert_close(complement.Ws, Decomposition.of(weight).complement(5, 7)[:, chosen])
+        torch.testing.assert_close(complement.Ws, Decomposition.from_weight(weight).complement(5, 7)[:, chosen])
 
 
 def test_counts_are_exact() -> None:
-    found = Wanted(32, 0.05).of("x", 128, 128, 512)
-    assert found == Sizes(128, 128, 32, 6)
+    found = SizeSpec(32, 0.05).layer_sizes("x", 128, 128, 512)
+    assert found == LayerSizes(128, 128, 32, 6)
     assert (found.parameters, found.dense) == (32 * 256 + 6 * 128, 16384) == (8960, 16384)
     module = replaced(torch.randn(10, 20), torch.zeros(10), rank=3, columns=2)
     assert module.trained_parameters == 3 * 30 + 2 * 10
     assert sum(p.numel() for p in module.parameters()) == module.trained_parameters + 10
     elements = replaced(torch.randn(10, 20), rank=3, elements=0.1, **IDENTITY)
     assert elements.trained_parameters == 3 * 30 + 20 == sum(p.numel() for p in elements.parameters())
-    assert Wanted(3, 0.01).of("x", 10, 20, 20).columns == 1  # a share is one column at the least
-    assert Wanted(3, 0).of("x", 10, 20, 20).columns == 0
+    assert SizeSpec(3, 0.01).layer_sizes("x", 10, 20, 20).columns == 1  # a share is one column at the least
+    assert SizeSpec(3, 0).layer_sizes("x", 10, 20, 20).columns == 0
 
 
 @settings(max_examples=50, deadline=None)
@@ -172,14 +172,14 @@ def test_counts_are_exact() -> None:
 def test_columns_paid_for_out_of_the_rank_or_a_budget(
     outputs: int, inputs: int, rank: int, columns: int, budget: float
 ) -> None:
-    within = Wanted(rank, columns, within_rank=True).of("x", outputs, inputs, 64)
+    within = SizeSpec(rank, columns, within_rank=True).layer_sizes("x", outputs, inputs, 64)
     assert within.parameters <= rank * (inputs + outputs) < within.parameters + inputs + outputs
-    wanted = Wanted(columns=columns, budget=budget)
+    spec = SizeSpec(columns=columns, budget=budget)
     if pruned_count(inputs * outputs, budget) - columns * outputs < inputs + outputs:
         with pytest.raises(IntaglioError, match="leaves nothing for the rank of x"):
-            wanted.of("x", outputs, inputs, 64)
+            spec.layer_sizes("x", outputs, inputs, 64)
         return
-    share = wanted.of("x", outputs, inputs, 64)
+    share = spec.layer_sizes("x", outputs, inputs, 64)
     assert share.parameters <= budget * inputs * outputs + 1e-6
     cut = share.rank == min(inputs, outputs)
     assert cut or share.parameters + inputs + outputs > budget * inputs * outputs - 1e-6
@@ -230,13 +230,13 @@ def test_an_adapter_adds_its_parts_to_a_frozen_weight() -> None:
 
 def test_factors_that_look_at_no_weight() -> None:
     draws = torch.Generator().manual_seed(0)
-    A, B = drawn_pair(300, 500, 16, "cola", draws)
+    A, B = random_pair(300, 500, 16, "cola", draws)
     for factor in (A, B):
         assert float(factor.std()) == pytest.approx(16**-0.25 * 800**-0.25, rel=0.05)
-    A, B = drawn_pair(300, 500, 16, "kaiming", draws)
+    A, B = random_pair(300, 500, 16, "kaiming", draws)
     assert float(A.abs().max()) == pytest.approx(300**-0.5, rel=0.01)
     assert float(B.abs().max()) == pytest.approx(16**-0.5, rel=0.01)
-    A, B = drawn_pair(300, 500, 16, "zero", draws)
+    A, B = random_pair(300, 500, 16, "zero", draws)
     assert A.any()
     assert not B.any()
 
@@ -269,13 +269,13 @@ def test_baselines_are_what_they_are_called() -> None:
     plain = replaced(weight, **LOST.low_rank(rank=3).model_dump())
     torch.testing.assert_close(plain(x), x @ plain.A.T @ plain.B.T)
     svd = replaced(weight, **LOST.low_rank("svd", rank=3).model_dump())
-    torch.testing.assert_close(svd(x), x @ (Decomposition.of(weight).pair(3)[1] @ svd.A).T)
+    torch.testing.assert_close(svd(x), x @ (Decomposition.from_weight(weight).pair(3)[1] @ svd.A).T)
     cola = replaced(weight, **LOST.cola(rank=3).model_dump())
     torch.testing.assert_close(cola(x), F.silu(x @ cola.A.T) @ cola.B.T)
     assert plain.columns is svd.columns is cola.columns is None
     assert (LOST.paper().rank, LOST.paper().complement_rank) == (128, 256)
-    assert LOST().wanted.of("x", 512, 1376, 512).rank == LOST.paper().rank
-    assert LOST().start(512, 0).triples == LOST.paper().complement_rank
+    assert LOST().size_spec.layer_sizes("x", 512, 1376, 512).rank == LOST.paper().rank
+    assert LOST().init_config(512, 0).triples == LOST.paper().complement_rank
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -283,7 +283,7 @@ def test_other_dtypes_are_kept(dtype: torch.dtype) -> None:
     wide = matrix(12, 20)
     module = replaced(wide.to(dtype), rank=5, columns=2)
     assert {p.dtype for p in module.parameters()} == {dtype}
-    exact = Decomposition.of(wide.to(dtype)).pair(5)
+    exact = Decomposition.from_weight(wide.to(dtype)).pair(5)
     torch.testing.assert_close(
         (module.B.double() @ module.A.double()), (exact[1] @ exact[0]).double(), atol=0.05, rtol=0
     )
@@ -445,20 +445,22 @@ def test_some_projections_can_stay_and_be_replaced_later(tmp_path: Path) -> None
         LOST(merge=True).apply(back)
 
 
-def test_any_module_can_be_replaced() -> None:
+def test_the_linear_layers_of_any_module_can_be_replaced() -> None:
     net = nn.Sequential(nn.Linear(8, 20), nn.ReLU(), nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 3)))
-    sizes = lostify(net, rank=0.5, columns=2, ignore=["2.1"])
-    assert {name: (one.rank, one.columns) for name, one in sizes.items()} == {"0": (4, 2), "2.0": (10, 2)}
+    sizes = LOST(rank=0.5, columns=2, ignore=["2.1"]).replace(net)
+    assert {name: (size.rank, size.columns) for name, size in sizes.items()} == {"0": (4, 2), "2.0": (10, 2)}
     assert isinstance(net[2][1], nn.Linear)
     net(torch.randn(5, 8)).sum().backward()
-    with pytest.raises(IntaglioError, match="has no meaning for a module alone"):
-        lostify(net, merge=True)
+    with pytest.raises(IntaglioError, match="merge is true, which replaces nothing"):
+        LOST(merge=True).replace(net)
+    with pytest.raises(IntaglioError, match="columns_by is gradient, which needs a checkpoint"):
+        LOST(columns_by="gradient", columns=1).replace(nn.Sequential(nn.Linear(4, 4)))
     shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     shared[1].weight = shared[0].weight
     with pytest.raises(IntaglioError, match="0 and 1 share one weight"):
-        lostify(shared, rank=2)
-    with pytest.raises(IntaglioError, match="no projection of this model"):
-        lostify(nn.Sequential(nn.ReLU()))
+        LOST(rank=2).replace(shared)
+    with pytest.raises(IntaglioError, match="no projection of this model is a plain matrix, so lost has nothing"):
+        LOST().replace(nn.Sequential(nn.ReLU()))
 
 
 def test_what_does_not_fit_is_one_sentence() -> None:

@@ -1,8 +1,6 @@
-"""Masks over units: which units of a layer fire, for which token.
+"""Methods that decide which units of a layer fire for a token.
 
-What lives here:
-
-- `blockffn`: experts behind a ReLU router, trained so that few fire, and for runs of tokens the same.
+- `blockffn`: experts with a ReLU router, trained so that few fire, and consecutive tokens share them.
 - `moe_x`: experts of ReLU units, and a router without weights that picks those expected to be sparsest.
-- `r_sparse`: the columns of a weight that matter to a token, and a low rank for the rest; with TEAL and CATS beside it.
+- `r_sparse`: the columns of a weight that matter to a token, and a low rank for the rest; TEAL and CATS as baselines.
 """

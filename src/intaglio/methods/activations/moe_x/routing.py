@@ -1,4 +1,4 @@
-"""Which experts a token goes to: how sparse each would be, the choice, and the loss that keeps their loads alike.
+"""Routing: expected sparsity of the experts, the choice, and the loss that balances their loads.
 
 Dimension letters: T tokens, E experts, K chosen experts of a token, F units of an expert, D width.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 Gates = Literal["chosen", "all"]
 
 EPS = 1e-6
-"""The least that the variance of a pre-activation counts as, so that a token of zeros has a score, 0."""
+"""Lower bound of the variance of a pre-activation, so that a token of zeros has a score, 0."""
 
 
 def moments(encoder_EFD: Tensor, bias_EF: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Mean and population variance over the units of every expert, for each input and of the bias; in float32 or more.
+    """Return mean and population variance over the units of every expert, for each input and the bias.
 
     The rows of an expert's encoder are taken for draws of one random vector, whose moments these are.
 
@@ -27,7 +27,8 @@ def moments(encoder_EFD: Tensor, bias_EF: Tensor | None = None) -> tuple[Tensor,
         bias_EF: of the units. Default: none.
 
     Returns:
-        mean [E, D], variance [E, D], and of the bias mean [E] and variance [E], zeros where there is none.
+        mean [E, D], variance [E, D], and of the bias mean [E] and variance [E], zeros where there is none; in float32
+        or wider.
     """
     wide = encoder_EFD.to(torch.promote_types(encoder_EFD.dtype, torch.float32))
     variance_ED, mean_ED = torch.var_mean(wide, dim=1, correction=0)
@@ -39,14 +40,14 @@ def moments(encoder_EFD: Tensor, bias_EF: Tensor | None = None) -> tuple[Tensor,
 
 
 def sparsity_scores(x_TD: Tensor, known: tuple[Tensor, ...]) -> Tensor:
-    """r_e(x) = -erf(m_e / sqrt(2 v_e)) [T, E], higher where an expert is expected to be sparser.
+    """Return r_e(x) = -erf(m_e / sqrt(2 v_e)) [T, E], higher where an expert is expected to be sparser.
 
         m_e = mean_e · x + mean of the bias,   v_e = Σ_i variance_ei x_i² + variance of the bias
 
     The probability that a unit of the expert fires is (1 - r_e) / 2: its pre-activation is taken for normal.
 
     Args:
-        x_TD: what enters the experts.
+        x_TD: input of the experts.
         known: from `moments`.
     """
     mean_ED, variance_ED, mean_E, variance_E = known
@@ -56,17 +57,13 @@ def sparsity_scores(x_TD: Tensor, known: tuple[Tensor, ...]) -> Tensor:
     return -torch.erf(m_TE / (2 * v_TE.clamp_min(EPS)).sqrt())
 
 
-def fires(scores_TE: Tensor) -> Tensor:
-    """The probability that a unit of each expert fires, (1 - r) / 2 [T, E].
-
-    Args:
-        scores_TE: from `sparsity_scores`.
-    """
+def firing_probability(scores_TE: Tensor) -> Tensor:
+    """Return the probability that a unit of each expert fires, (1 - r) / 2 [T, E], from `sparsity_scores`."""
     return (1 - scores_TE) / 2
 
 
 def choose(scores_TE: Tensor, active: int, gates: Gates = "chosen") -> tuple[Tensor, Tensor]:
-    """The experts with the highest scores, of equal ones the first, and what each one's output is multiplied with.
+    """Return the experts with the highest scores, of equal ones the first, and their gates.
 
     Args:
         scores_TE: higher is better.
@@ -84,23 +81,14 @@ def choose(scores_TE: Tensor, active: int, gates: Gates = "chosen") -> tuple[Ten
 
 
 def loads(chosen_TK: Tensor, experts: int) -> Tensor:
-    """Each expert's share of all choices, float32 [E].
-
-    Args:
-        chosen_TK: from `choose`.
-        experts: E.
-    """
+    """Return each expert's share of all choices, float32 [E]."""
     return torch.bincount(chosen_TK.flatten(), minlength=experts).float() / max(1, chosen_TK.numel())
 
 
 def balance_loss(scores_TE: Tensor, chosen_TK: Tensor) -> Tensor:
-    """E Σ_e f_e p_e, with f_e the expert's share of the choices and p_e its mean probability in a softmax over all.
+    """Return E Σ_e f_e p_e, with f_e the expert's share of the choices and p_e its mean probability over all tokens.
 
-    1 where both are even, E where one expert gets everything. The gradient passes through p alone.
-
-    Args:
-        scores_TE: of the experts.
-        chosen_TK: from `choose`.
+    Probabilities are a softmax over all experts. 1 where both are even, E where one expert gets everything. The gradient passes through p alone.
 
     Source: Fedus et al., Switch Transformers, JMLR 2022, section 2.2.
     """
@@ -110,14 +98,20 @@ def balance_loss(scores_TE: Tensor, chosen_TK: Tensor) -> Tensor:
 
 
 def entropy(share_E: Tensor) -> float:
-    """The entropy of shares over that of even ones: 1 where all experts are used alike, 0 where one is.
-
-    Args:
-        share_E: from `loads`.
-    """
+    """Return the entropy of loads over that of even ones: 1 where all experts are used alike, 0 where one is."""
     if len(share_E) == 1:
         return 1.0
     return float(torch.special.entr(share_E.double()).sum()) / math.log(len(share_E))
 
 
-__all__ = ["EPS", "Gates", "balance_loss", "choose", "entropy", "fires", "loads", "moments", "sparsity_scores"]
+__all__ = [
+    "EPS",
+    "Gates",
+    "balance_loss",
+    "choose",
+    "entropy",
+    "firing_probability",
+    "loads",
+    "moments",
+    "sparsity_scores",
+]

@@ -5,7 +5,7 @@
 A unit of the feed-forward whose gate is small is off: a token need read neither its row of `up` nor its column of
 `down`. Gates and attention are read whole. Of the two halves, `down` is gathered here; `up` is multiplied whole.
 
-Dimension letters: N tokens, U units.
+Dimension letters: N tokens, I inputs, U units.
 """
 
 from __future__ import annotations
@@ -17,46 +17,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.activations.r_sparse.linear import Rule
-from intaglio.methods.activations.r_sparse.surgery import Layer
+from intaglio.methods.activations.r_sparse.layers import InputRule, LayerOption, ThresholdedActivation
 from intaglio.methods.activations.r_sparse.thresholds import scores, thresholds
 from intaglio.modeling.anatomy import Anatomy, Linear
-from intaglio.modeling.replacement import module_names
+from intaglio.modeling.replacement import module_names, replace_modules
 
-EXACT: Layer = (Rule(0.0, scaled=False), None)
-"""What `down` becomes: a layer that leaves out the units that are off, and nothing else."""
+EXACT: LayerOption = (InputRule(0.0, scaled=False), None)
+"""Option of `down`: leave out the units that are off, and nothing else."""
 
 
 @dataclass(frozen=True, eq=False)
-class Gated:
+class GatedMLP:
     """One gated feed-forward.
 
     Args:
-        gate: the full name of its gate.
-        up: of its up projection.
-        down: of its down projection.
-        linear: the gate.
-        activation: where its activation function stands, as `model.get_submodule` takes it.
+        up: the full name of its up projection.
+        down: the full name of its down projection.
+        gate: its gate.
+        activation: the module name of its activation function.
     """
 
-    gate: str
     up: str
     down: str
-    linear: Linear
+    gate: Linear
     activation: str
 
+    def threshold(self, function: nn.Module, x_NI: Tensor, off: float) -> float:
+        """Return the threshold that turns a share of the units off, from the gate's calibration inputs."""
+        gate_NU = F.linear(x_NI, self.gate.read(), self.gate.read_bias())
+        return thresholds(scores(function(gate_NU), None), [1 - off])[0]
 
-def gated(parts: Anatomy, names: Collection[str]) -> dict[str, Gated]:
-    """The gated feed-forwards whose three projections are among some names, by the names of their gates.
 
-    Args:
-        parts: of the model.
-        names: of projections that take part.
+def gated_mlps(parts: Anatomy, names: Collection[str]) -> dict[str, GatedMLP]:
+    """Return the gated feed-forwards whose three projections are all among some names, by the names of their gates.
 
     Raises:
-        IntaglioError: there is none, or the activation function of one cannot be told.
+        IntaglioError: there is none, or an activation function cannot be identified.
     """
-    places, found = module_names(parts.model), {}
+    modules, mlps = module_names(parts.model), {}
     for index in range(len(parts.blocks)):
         roles = {linear.role: linear for linear in parts.linears(index)}
         if not {"gate", "up", "down"} <= roles.keys():
@@ -64,33 +62,33 @@ def gated(parts: Anatomy, names: Collection[str]) -> dict[str, Gated]:
         gate, up, down = (f"layers.{index}.{roles[role].name}" for role in ("gate", "up", "down"))
         if not {gate, up, down} <= set(names):
             continue
-        owner = places[id(roles["down"].module)].rpartition(".")[0]
+        owner = modules[id(roles["down"].module)].rpartition(".")[0]
         functions = [
             name
             for name, child in parts.model.get_submodule(owner).named_children()
             if "act" in name and not any(True for _ in child.parameters())
         ]
         if len(functions) != 1:
-            raise IntaglioError(f"the activation function of {owner} cannot be told, so cats cannot cut it")
-        found[gate] = Gated(gate, up, down, roles["gate"], f"{owner}.{functions[0]}")
-    if not found:
+            raise IntaglioError(f"the activation function of {owner} cannot be identified, so cats cannot cut it")
+        mlps[gate] = GatedMLP(up, down, roles["gate"], f"{owner}.{functions[0]}")
+    if not mlps:
         raise IntaglioError("how is cats, which needs gate, up and down projections, and no block has them all to give")
-    return found
+    return mlps
 
 
-def units_off(sparsity: float, shapes: Mapping[str, tuple[int, int]], found: Collection[Gated]) -> float:
-    """The share of units that must be off so that a token does not read a share of all weights.
+def unit_sparsity(sparsity: float, shapes: Mapping[str, tuple[int, int]], mlps: Collection[GatedMLP]) -> float:
+    """Return the share of units to turn off so that a token does not read a share of all weights.
 
     Args:
         sparsity: of the weights of all projections that take part.
         shapes: (outputs, inputs) of each of them.
-        found: the feed-forwards.
+        mlps: the feed-forwards.
 
     Raises:
         IntaglioError: their up and down projections have too few weights.
     """
     size = {name: outputs * inputs for name, (outputs, inputs) in shapes.items()}
-    most = sum(size[one.up] + size[one.down] for one in found) / sum(size.values())
+    most = sum(size[mlp.up] + size[mlp.down] for mlp in mlps) / sum(size.values())
     if sparsity >= most:
         raise IntaglioError(
             f"sparsity is {sparsity:g}, and cats leaves out less than {most:.3g} of these weights, as it reads gates "
@@ -99,17 +97,11 @@ def units_off(sparsity: float, shapes: Mapping[str, tuple[int, int]], found: Col
     return sparsity / most
 
 
-def cut(one: Gated, function: nn.Module, x_NI: Tensor, off: float) -> float:
-    """The threshold that turns a share of the units off on the calibration tokens.
-
-    Args:
-        one: the feed-forward.
-        function: its activation.
-        x_NI: what enters the gate.
-        off: the share.
-    """
-    gate_NU = F.linear(x_NI, one.linear.read(), one.linear.read_bias())
-    return thresholds(scores(function(gate_NU), None), [1 - off])[0]
+def put_thresholds(model: nn.Module, limits: Mapping[str, float]) -> None:
+    """Put thresholds after activation functions, by their module names."""
+    replace_modules(
+        model, {name: ThresholdedActivation(model.get_submodule(name), limit) for name, limit in limits.items()}
+    )
 
 
-__all__ = ["EXACT", "Gated", "cut", "gated", "units_off"]
+__all__ = ["EXACT", "GatedMLP", "gated_mlps", "put_thresholds", "unit_sparsity"]

@@ -1,11 +1,11 @@
-"""Whole numbers for weights and activations: ranges from bits, measures, scales, rounding, and what passes gradients.
+"""Integer codes for weights and activations: ranges from bits, scales, rounding, and straight-through gradients.
 
     range   b bits: lo = ceil(-2^(b-1)), hi = ceil(2^(b-1) - 1); 1.58 bits: -1 to 1, 8 bits: -128 to 127
     scale   s = max(|lo|, |hi|) / max(measure(|z|), eps)
     code    q = clamp(round(z s), lo, hi)
     value   q / s
 
-Scales are measured in float32 and are constants to the gradient.
+Scales are computed in float32 and are constants to the gradient.
 
 Dimension letters: B any leading dimensions, O output features, I input features.
 """
@@ -28,16 +28,12 @@ RMSNORM_EPS = 1e-6
 
 
 def integer_range(bits: float) -> tuple[int, int]:
-    """The least and the greatest code of so many bits.
-
-    Args:
-        bits: above 1; 1.58, the logarithm of three, gives -1, 0 and 1.
-    """
+    """Return the smallest and the largest code of a number of bits above 1; 1.58 (log2 of 3) gives -1, 0 and 1."""
     return math.ceil(-(2 ** (bits - 1))), math.ceil(2 ** (bits - 1) - 1)
 
 
 class Quantization(BaseModel):
-    """How one projection is quantized; the fields are those of `BitNet`, which describes them."""
+    """Quantization of one projection; the fields are those of `BitNet`, which describes them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
@@ -53,7 +49,7 @@ class Quantization(BaseModel):
     eps: Annotated[float, Field(gt=0, le=0.1)] = 1e-5
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.strategy == "stochastic" and self.weight_range != (-1, 1):
             raise ValueError(
                 f"strategy is 'stochastic' with bits: {self.bits:g}; it is for ternary weights, bits: 1.58"
@@ -64,97 +60,69 @@ class Quantization(BaseModel):
 
     @property
     def weight_range(self) -> tuple[int, int]:
-        """The least and the greatest code of a weight."""
+        """The smallest and the largest code of a weight."""
         return integer_range(self.bits)
 
     @property
     def weight_measure(self) -> Measure:
-        """What weights are measured by."""
+        """The statistic of |W| that sets the scale."""
         return self.scale or ("median" if self.weight_range == (-1, 1) else "max")
 
     @property
     def activation_codes(self) -> tuple[int, int]:
-        """The least and the greatest code of an activation."""
+        """The smallest and the largest code of an activation."""
         return integer_range(self.activation_bits or 8)
 
     @property
     def activation_top(self) -> int:
-        """The code that an activation as large as its measure is scaled to; a positive one is then clamped."""
+        """The code of an activation as large as the measure; a positive one is then clamped."""
         lo, hi = self.activation_codes
         return -lo if self.activation_range == 128 else hi
 
-    def kept(self) -> dict[str, Any]:
-        """The fields of this class alone, as plain data."""
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of this class alone, as plain data."""
         return {name: getattr(self, name) for name in Quantization.model_fields}
 
 
-def measured(x: Tensor, how: Measure, per_row: bool) -> Tensor:
-    """The measure of |x| in float32, without a gradient: [1] over everything, or [..., 1] over the last dimension.
+def magnitude(x: Tensor, measure: Measure, per_row: bool) -> Tensor:
+    """Return a statistic of |x|, float32 [1], or [..., 1] over the last dimension (`per_row`), without a gradient.
 
-    Args:
-        x: numbers.
-        how: `median` takes the lower of two middle values, as torch does.
-        per_row: over the last dimension alone.
+    The median is the lower of two middle values, as torch has it.
     """
     size = x.detach().float().abs()
     if not per_row:
         size = size.flatten()
-    if how == "max":
+    if measure == "max":
         return size.amax(-1, keepdim=True)
-    if how == "mean":
+    if measure == "mean":
         return size.mean(-1, keepdim=True)
     return size.median(-1, keepdim=True).values if per_row else kth_smallest(size, (len(size) + 1) // 2).view(1)
 
 
-def weight_scale(weight_OI: Tensor, how: Quantization) -> Tensor:
-    """The scale s of a weight: float32 [1], or [O, 1] for `per: row`.
-
-    Args:
-        weight_OI: the float weight.
-        how: the quantization.
-    """
-    lo, hi = how.weight_range
-    return max(-lo, hi) / measured(weight_OI, how.weight_measure, how.per == "row").clamp(min=how.eps)
+def weight_scale(weight_OI: Tensor, config: Quantization) -> Tensor:
+    """Return the scale s of a float weight: float32 [1], or [O, 1] for `per: row`."""
+    lo, hi = config.weight_range
+    return max(-lo, hi) / magnitude(weight_OI, config.weight_measure, config.per == "row").clamp(min=config.eps)
 
 
-def weight_codes(scaled_OI: Tensor, how: Quantization) -> Tensor:
-    """The nearest codes, as floats.
-
-    Args:
-        scaled_OI: the weight times its scale.
-        how: the quantization.
-    """
-    return scaled_OI.round().clamp(*how.weight_range)
+def weight_codes(scaled_OI: Tensor, config: Quantization) -> Tensor:
+    """Return the nearest codes of a weight times its scale, as floats."""
+    return scaled_OI.round().clamp(*config.weight_range)
 
 
-def drawn_codes(scaled_OI: Tensor, uniform_OI: Tensor) -> Tensor:
-    """The codes of the stochastic strategy, sign(z) where |z| >= u, else 0.
-
-    Args:
-        scaled_OI: the weight times its scale.
-        uniform_OI: u, from 0 to 1.
-    """
+def stochastic_codes(scaled_OI: Tensor, uniform_OI: Tensor) -> Tensor:
+    """Return sign(z) where |z| >= u, else 0, for a weight times its scale z and u drawn from 0 to 1."""
     return scaled_OI.sign() * (scaled_OI.abs() >= uniform_OI)
 
 
-def activation_scale(x_BI: Tensor, how: Quantization) -> Tensor:
-    """The scale of each token's activations, float32 [B, 1].
-
-    Args:
-        x_BI: activations, normalised where there is a norm.
-        how: the quantization.
-    """
-    return how.activation_top / measured(x_BI, how.activation_scale, True).clamp(min=how.eps)
+def activation_scale(x_BI: Tensor, config: Quantization) -> Tensor:
+    """Return the scale of each token's (normalised) activations, float32 [B, 1]."""
+    return config.activation_top / magnitude(x_BI, config.activation_scale, True).clamp(min=config.eps)
 
 
-def activation_codes(scaled_BI: Tensor, how: Quantization) -> Tensor:
-    """The nearest codes, as floats.
-
-    Args:
-        scaled_BI: activations times their scale.
-        how: the quantization.
-    """
-    return scaled_BI.round().clamp(*how.activation_codes)
+def activation_codes(scaled_BI: Tensor, config: Quantization) -> Tensor:
+    """Return the nearest codes of activations times their scale, as floats."""
+    return scaled_BI.round().clamp(*config.activation_codes)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -168,27 +136,14 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def straight_through(z: Tensor, codes: Tensor, strength: float = 1.0) -> Tensor:
-    """z + strength (q - z) in value, exactly q at strength 1; the gradient is that of z.
-
-    Args:
-        z: scaled numbers.
-        codes: q.
-        strength: lambda, 0 to 1.
-    """
+    """Return z + strength (q - z), exactly the codes q at strength 1 (λ, 0 to 1); the gradient is that of z."""
     value = codes if strength == 1 else torch.lerp(z.detach(), codes.detach(), strength)
-    found: Tensor = _StraightThrough.apply(z, value.detach())
-    return found
+    output: Tensor = _StraightThrough.apply(z, value.detach())
+    return output
 
 
-def normed(x_BI: Tensor, norm: Norm, weight_I: Tensor | None, bias_I: Tensor | None) -> Tensor:
-    """The activations after the inner norm, in float32.
-
-    Args:
-        x_BI: activations.
-        norm: which.
-        weight_I: of a learnable norm.
-        bias_I: of a learnable layer norm.
-    """
+def normalize(x_BI: Tensor, norm: Norm, weight_I: Tensor | None, bias_I: Tensor | None) -> Tensor:
+    """Return the activations after the inner norm, in float32; weight and bias are those of a learnable norm."""
     x_BI = x_BI.float()
     shape = x_BI.shape[-1:]
     weight_I = None if weight_I is None else weight_I.float()

@@ -1,4 +1,4 @@
-"""How large the parts of each projection are.
+"""Sizes of the parts of each projection.
 
 Dimension letters: I inputs, O outputs, R rank, C columns, E single weights.
 """
@@ -13,28 +13,20 @@ from intaglio.errors import IntaglioError
 from intaglio.methods.weights.sparsity_target import pruned_count
 from intaglio.modeling.targets import matches
 
-SHARE = 0.25
-"""The rank over the model's width, as 128 of 512 in the paper's model of 60M parameters."""
+RANK_SHARE = 0.25
+"""Default rank over the model's width, as 128 of 512 in the paper's model of 60M parameters."""
 COMPLEMENT_SHARE = 0.5
-"""The triples of the complement over the model's width, as 256 of 512."""
-COLUMNS = 0.05
-"""Columns over inputs."""
+"""Default triples of the complement over the model's width, as 256 of 512."""
+COLUMN_SHARE = 0.05
+"""Default columns over inputs."""
 
 Amount = int | float
 """A number (an integer) or a share (a float)."""
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """Of one projection.
-
-    Args:
-        inputs: I.
-        outputs: O.
-        rank: R.
-        columns: C.
-        elements: E.
-    """
+class LayerSizes:
+    """Sizes of one projection: I inputs, O outputs, rank R, C columns, E single weights."""
 
     inputs: int
     outputs: int
@@ -45,48 +37,37 @@ class Sizes:
     @property
     def parameters(self) -> int:
         """R (I + O) + C O + E."""
-        return self.rank * (self.inputs + self.outputs) + self.sparse
-
-    @property
-    def sparse(self) -> int:
-        """Numbers of the sparse part."""
-        return self.columns * self.outputs + self.elements
+        return self.rank * (self.inputs + self.outputs) + self.columns * self.outputs + self.elements
 
     @property
     def dense(self) -> int:
-        """Numbers of the weight that it stands for."""
+        """I O, the numbers of the replaced weight."""
         return self.inputs * self.outputs
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What was asked for; see `LOST`.
+class SizeSpec:
+    """Size fields of `LOST`, from which the sizes of each projection follow.
 
     Args:
-        rank: a number, a share of the width, or either by a pattern of names.
+        rank: a number, a share of the width, or either by a pattern of names. None: a quarter of the width.
         columns: a number, or a share of the inputs.
         elements: a number, or a share of the weights.
-        budget: a share of the weight's numbers, or None.
+        budget: in place of a rank, a share of the weight's numbers.
         within_rank: whether the sparse part is paid for out of the rank.
     """
 
     rank: Amount | Mapping[str, Amount] | None = None
-    columns: Amount = COLUMNS
+    columns: Amount = COLUMN_SHARE
     elements: Amount = 0
     budget: float | None = None
     within_rank: bool = False
 
-    def of(self, name: str, outputs: int, inputs: int, width: int) -> Sizes:
-        """The sizes of one projection.
-
-        Args:
-            name: of it.
-            outputs: O.
-            inputs: I.
-            width: that a rank may be a share of.
+    def layer_sizes(self, name: str, outputs: int, inputs: int, width: int) -> LayerSizes:
+        """Return the sizes of one projection; `width` is what a rank may be a share of.
 
         Raises:
-            IntaglioError: nothing is left for the rank, or there are fewer columns than asked for.
+            IntaglioError: nothing is left for the rank, or more columns or weights are requested than there are.
         """
         columns = self._count(self.columns, inputs)
         elements = self._count(self.elements, inputs * outputs)
@@ -97,17 +78,17 @@ class Wanted:
         sparse, pair = columns * outputs + elements, inputs + outputs
         if self.budget is not None:
             rank = (pruned_count(inputs * outputs, self.budget) - sparse) // pair
-            what = f"budget is {self.budget}"
+            field = f"budget is {self.budget}"
         else:
             rank = self._rank(name, min(inputs, outputs), width)
-            what = f"rank is {rank}"
+            field = f"rank is {rank}"
             if self.within_rank:
                 rank -= math.ceil(sparse / pair)
         if rank < 1:
             raise IntaglioError(
-                f"{what}, which leaves nothing for the rank of {name} beside {sparse:,} numbers of its sparse part"
+                f"{field}, which leaves nothing for the rank of {name} beside {sparse:,} numbers of its sparse part"
             )
-        return Sizes(inputs, outputs, min(rank, inputs, outputs), columns, elements)
+        return LayerSizes(inputs, outputs, min(rank, inputs, outputs), columns, elements)
 
     @staticmethod
     def _count(amount: Amount, of: int) -> int:
@@ -120,8 +101,8 @@ class Wanted:
         if isinstance(rank, Mapping):
             rank = next((rank for pattern, rank in rank.items() if matches(name, pattern)), None)
         if rank is None:
-            rank = SHARE
+            rank = RANK_SHARE
         return min(narrow, rank if isinstance(rank, int) else max(1, round(rank * width)))
 
 
-__all__ = ["COLUMNS", "COMPLEMENT_SHARE", "SHARE", "Amount", "Sizes", "Wanted"]
+__all__ = ["COLUMN_SHARE", "COMPLEMENT_SHARE", "RANK_SHARE", "Amount", "LayerSizes", "SizeSpec"]

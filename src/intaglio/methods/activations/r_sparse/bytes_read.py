@@ -1,4 +1,4 @@
-"""What a token reads of the weights of the blocks' projections: dense, by R-Sparse, by TEAL and by CATS."""
+"""Bytes of the blocks' projections that a token reads: dense, by R-Sparse, by TEAL and by CATS."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.methods.activations.r_sparse.linear import Cut, SparseLinear
+from intaglio.methods.activations.r_sparse.layers import SparseLinear, ThresholdedActivation
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.replacement import module_names
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Bytes of the projections of each block, and those of them that a token reads.
+    """Bytes of the projections of each block.
 
     Args:
-        read: bytes that are read, factors of low rank among them; one number a block.
-        dense: bytes of the weights that there are.
+        read: bytes that a token reads, low-rank factors included; one number a block.
+        dense: bytes of the weights.
     """
 
     read: tuple[float, ...]
@@ -25,17 +25,17 @@ class Reading:
 
     @property
     def share(self) -> float:
-        """What is read of what there is, all blocks together."""
+        """Bytes read over bytes of the weights, all blocks together."""
         return sum(self.read) / sum(self.dense)
 
 
 def reading(checkpoint: Checkpoint, left_out: Mapping[str, float] | None = None) -> Reading:
-    """Bytes that a token reads of the weights of each block's projections.
+    """Return the bytes that a token reads of the weights of each block's projections.
 
     Args:
         checkpoint: with sparse layers, or without: then everything is read.
-        left_out: by module name, the share of the inputs that each leaves out, as `measures.units.counted` finds it on
-            some text: what calibration promised differs there. None: none.
+        left_out: by module name, the share of the inputs that each leaves out on some text, from
+            `measures.units.counted`: it differs from the share that was calibrated. Default: none.
     """
     parts, names, left_out = anatomy(checkpoint.model), module_names(checkpoint.model), left_out or {}
     all_read, all_dense = [], []
@@ -49,11 +49,11 @@ def reading(checkpoint: Checkpoint, left_out: Mapping[str, float] | None = None)
             if isinstance(module, SparseLinear):
                 element = module.weight.element_size()
                 whole = float(module.in_features * module.out_features * element)
-                low = module.rank * (module.in_features + module.out_features) * element
                 dense += whole
-                read += (1 - left_out.get(names[id(module)], 0.0)) * whole + low
-            elif isinstance(module, Cut):
-                # A unit that is off needs no row of `up`; that it needs no column of `down` is counted there.
+                read += (1 - left_out.get(names[id(module)], 0.0)) * whole
+                read += module.rank * (module.in_features + module.out_features) * element
+            elif isinstance(module, ThresholdedActivation):
+                # A unit that is off needs no row of `up`; its column of `down` is counted there.
                 read -= left_out.get(names[id(module)], 0.0) * size["up"]
         all_read.append(read)
         all_dense.append(dense)

@@ -1,4 +1,4 @@
-"""Scores of columns by the gradient of the loss.
+"""Column saliency: norms of the columns of the loss's gradient.
 
 Dimension letters: I inputs, O outputs.
 """
@@ -20,13 +20,13 @@ from intaglio.trainer.preserve_state import preserve_grads
 def column_gradients(
     model: nn.Module, linears: Sequence[tuple[str, Linear]], data: Segments, batch_size: int
 ) -> dict[str, Tensor]:
-    """The norm of each column of the gradient of the next-token loss over some texts, [I] by projection.
+    """Return the norm of each column of the next-token loss's gradient, [I] by projection; the model is unchanged.
 
     Args:
-        model: is left as it was.
+        model: predicts the next token.
         linears: projections by name.
         data: the texts.
-        batch_size: segments that pass at a time.
+        batch_size: segments of a pass.
     """
     with preserve_grads(model), torch.enable_grad():
         model.requires_grad_(False)
@@ -34,16 +34,17 @@ def column_gradients(
             cast(Tensor, linear.module.weight).requires_grad_(True)
         device = next(model.parameters()).device
         for batch in data.batches(batch_size):
-            given = {name: value.to(device) for name, value in batch.items()}
-            mask = given.get("attention_mask")
-            labels = given["input_ids"] if mask is None else given["input_ids"].masked_fill(mask == 0, -100)
-            model(**given, labels=labels, use_cache=False).loss.backward()
-        found = {}
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            mask = inputs.get("attention_mask")
+            labels = inputs["input_ids"] if mask is None else inputs["input_ids"].masked_fill(mask == 0, -100)
+            model(**inputs, labels=labels, use_cache=False).loss.backward()
+        norms: dict[str, Tensor] = {}
         for name, linear in linears:
             grad = cast(Tensor, cast(Tensor, linear.module.weight).grad).float()
             grad_OI = grad.T if isinstance(linear.module, Conv1D) else grad
-            found[name] = (grad_OI if linear.rows is None else grad_OI[linear.rows.to(device)]).square().sum(0).sqrt()
-    return found
+            grad_OI = grad_OI if linear.rows is None else grad_OI[linear.rows.to(device)]
+            norms[name] = grad_OI.square().sum(0).sqrt()
+    return norms
 
 
 __all__ = ["column_gradients"]
