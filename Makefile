@@ -1,97 +1,103 @@
-# Two commands: `make demo` (the main job on a real model) and `make test`. Each sets up what it needs.
+# Start with `make demo` (prune a real model) or `make test`; both set up the environment they need.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two workers of one thread each are as fast as one of two, and sums are the same everywhere.
+# Two workers with one thread each: as fast as one with two, and with the same sums on every machine.
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow readme docs docs-serve bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-blockffn bench-r-sparse bench-r-sparse-decode clean
+.PHONY: help install assets demo lint format test test-slow readme docs docs-serve wheel wheel-test bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-blockffn bench-r-sparse bench-r-sparse-decode clean
 
-help:  ## what there is
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-		|| { echo "Intaglio needs Python 3.11 or later; say which with PYTHON=python3.12"; exit 1; }
+		|| { echo "Intaglio needs Python 3.11 or later; choose one with PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-install: $(VENV)/installed  ## a virtual environment with everything
+install: $(VENV)/installed  ## create .venv with the package and the development dependencies
 
-assets: install  ## fetch the bundled models and texts into the user's cache, once
+assets: install  ## download the bundled models and texts into the user's cache, once
 	$(BIN)/intaglio assets
 
-demo: install  ## prune a real 135M model four ways and look at the report
+demo: install  ## prune a real 135M-parameter model and compare the results
 	$(BIN)/intaglio demo
 
-lint: install  ## style, types, and which layer imports which
-	$(BIN)/ruff format --check src tests benchmarks docs
-	$(BIN)/ruff check src tests benchmarks docs
+lint: install  ## check style, types and import layers
+	$(BIN)/ruff format --check src tests benchmarks docs tools
+	$(BIN)/ruff check src tests benchmarks docs tools
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: install  ## put the style right
-	$(BIN)/ruff check --fix src tests benchmarks docs
-	$(BIN)/ruff format src tests benchmarks docs
+format: install  ## fix style
+	$(BIN)/ruff check --fix src tests benchmarks docs tools
+	$(BIN)/ruff format src tests benchmarks docs tools
 
 test: lint  ## lint and the fast tests
 	$(TEST) -m "not slow"
 	@$(BIN)/python docs/stale.py
 
-test-slow: assets  ## the tests that need the bundled models or more time
+test-slow: assets  ## tests that need the bundled models or more time
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow --durations=10
 
-readme: install  ## write the generated parts of the README anew
+readme: install  ## update the generated table in the README
 	$(BIN)/python docs/readme.py
 
-docs: install  ## build the site into site/; a broken link fails
+docs: install  ## build the site into site/, with broken links as errors
 	$(BIN)/python -m mkdocs build --strict
 
-docs-serve: install  ## show the site on this machine, anew after each change
+wheel: install  ## build dist/intaglio-*.whl
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+wheel-test: wheel  ## run the wheel's commands in an empty environment
+	$(BIN)/python tools/check_wheel.py dist
+
+docs-serve: install  ## serve the site locally and rebuild on changes
 	$(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8000
 
-bench-pruning: assets  ## against llm-compressor, in an environment of its own
+bench-pruning: assets  ## pruning against llm-compressor, in its own environment
 	$(BIN)/python benchmarks/pruning/run.py
 
 bench-decoding: assets  ## speculative decoding against the modes of transformers
 	$(BIN)/python benchmarks/decoding/run.py
 
-bench-training: install  ## what the training loop costs beside a bare one and Trainer
+bench-training: install  ## the training loop against a bare loop and Trainer
 	$(BIN)/python benchmarks/training/run.py
 
-bench-bip: install  ## masks and steps of BiP against torch.nn.utils.prune
+bench-bip: install  ## BiP against torch.nn.utils.prune
 	$(BIN)/python benchmarks/bip/run.py
 
 bench-attention: assets  ## visibility rules against the stock model, llm2vec and billm
 	$(BIN)/python benchmarks/attention/run.py
 
-bench-nm: install  ## what N:M training costs a step beside plain SR-STE
+bench-nm: install  ## N:M training against plain SR-STE
 	$(BIN)/python benchmarks/nm/run.py
 
-bench-ternary: install  ## products from two-bit weights against torch's dense ones and the byte bound
+bench-ternary: install  ## products from two-bit weights against dense products and the bandwidth bound
 	$(BIN)/python benchmarks/ternary/run.py
 
-bench-lost: install  ## a training step of LOST beside SLTrain's formulation
+bench-lost: install  ## a LOST training step against SLTrain's formulation
 	$(BIN)/python benchmarks/lost/run.py
 
-bench-bitnet: install  ## training with rounded weights beside bitlinear and torchao (they must be installed)
+bench-bitnet: install  ## training with rounded weights against bitlinear and torchao (must be installed)
 	$(BIN)/python benchmarks/bitnet/run.py
 
-bench-transplant: assets  ## tokenizer transplants against mergekit, in an environment of its own
+bench-transplant: assets  ## tokenizer transplants against mergekit, in its own environment
 	$(BIN)/python benchmarks/transplant/run.py
 
-bench-recovery: assets  ## what a pruned model wins back a token, by what is chosen to train on
+bench-recovery: assets  ## recovery of a pruned model by data selection, per training token
 	$(BIN)/python benchmarks/recovery/run.py
 
-bench-blockffn: install  ## layers of experts beside the dense product and the byte bound, decoding and drafting
+bench-blockffn: install  ## expert layers against the dense product and the bandwidth bound
 	$(BIN)/python benchmarks/blockffn/run.py
 
-bench-r-sparse: install  ## gathered columns against torch's dense products and the byte bound
+bench-r-sparse: install  ## gathered columns against dense products and the bandwidth bound
 	$(BIN)/python benchmarks/r_sparse/run.py
 
-bench-r-sparse-decode: assets  ## SmolLM2 decoding with half of its weights: R-Sparse, TEAL, CATS and Wanda beside the dense model
+bench-r-sparse-decode: assets  ## SmolLM2 decoding with R-Sparse, TEAL, CATS and Wanda against the dense model
 	$(BIN)/python benchmarks/r_sparse/run.py --decode
 
 clean:  ## remove the virtual environment and caches

@@ -1,4 +1,4 @@
-"""How fast memory is read, for the byte bounds of the other benchmarks; on a CPU."""
+"""Memory read bandwidth on a CPU, for the byte bounds of other benchmarks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _fetch(_context, address):
 
 @njit(nogil=True)
 def _read(words):
-    """A sum of all, a line of the cache at a time, what comes 16 KiB later fetched beforehand as the product does."""
+    """Sum all values by cache line, prefetching 16 KiB ahead as the product does."""
     start = words.ctypes.data + (1 << 14)
     a = b = c = d = e = f = g = h = np.uint64(0)
     for i in range(0, len(words) - 7, 8):
@@ -59,7 +59,7 @@ def _read_shared(words, threads, sums):
 
 
 def reader(threads: int) -> tuple[Call, Call]:
-    """Two ways to read `READ` bytes: ours and torch's."""
+    """Return two ways to read `READ` bytes: ours and torch's."""
     words = np.ones((8 * CACHE // READ, READ // 8), np.uint64)
     floats = torch.from_numpy(words.view(np.float32))
     sums = np.zeros(threads, np.uint64)
@@ -69,12 +69,7 @@ def reader(threads: int) -> tuple[Call, Call]:
 
 
 def in_turns(calls: dict[str, Call], threads: int, seconds: float) -> tuple[dict[str, list[float]], int, float]:
-    """Let all take turns of some calls, and the readers among them.
-
-    Args:
-        calls: by name.
-        threads: of torch, and of the reader.
-        seconds: to measure for; at least five turns.
+    """Alternate all calls, the readers among them, and return their times.
 
     Returns:
         The seconds of every call, the turns, and the bytes a second of the faster reader at its best.

@@ -1,6 +1,6 @@
-"""What MkDocs calls while it builds the site: pages that are made join those that are written.
+"""MkDocs hooks that add the generated pages to the site.
 
-MkDocs puts this folder on the import path while it reads this file.
+MkDocs puts this directory on the import path while it loads this file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mkdocs.structure.pages import Page
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Give each room and each method its place under "Methods"."""
+    """Add the areas and methods to the navigation under "Methods"."""
     nav: list[Any] = config.nav or []
     (methods,) = [part["Methods"] for part in nav if "Methods" in part]
     methods += pages.navigation()
@@ -23,14 +23,14 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add what is made."""
-    for uri, content in pages.made():
+    """Add the generated files."""
+    for uri, content in pages.generated():
         files.append(File.generated(config, uri, content=content))
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
-    """Fill the slots of a guide, and lead its links to files of the repository to their pages."""
+    """Fill in the generated tables of a guide, and point its links at pages of the site."""
     if page.file.generated_by is not None:
         return markdown
     return relink(pages.fill(markdown), f"docs/{page.file.src_uri}", page.file.src_uri)

@@ -1,11 +1,11 @@
-"""Write the generated parts of README.md: the catalogue table. `--check` only says whether they are current."""
+"""Write the catalogue table of README.md; with `--check` only test whether it is current."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from generate.evidence import of, short
+from generate.evidence import load_evidence, short
 from generate.text import cell
 from intaglio.methods.registry import PUBLISHED
 
@@ -16,27 +16,28 @@ START, END = "<!-- catalogue: written by `make readme` -->", "<!-- end of catalo
 
 
 def catalogue_table() -> str:
-    """The catalogue as a Markdown table, with the verdicts of the committed records.
+    """Return the catalogue as a Markdown table, with the verdicts of the committed records.
 
-    Whether a record is stale is not said here: a changed file would make the README one too.
+    Staleness is left out: otherwise any changed file would make the README stale too.
     """
-    rows = ["| method | room | what it does | source | verdict |", "| --- | --- | --- | --- | --- |"]
+    rows = ["| method | area | what it does | source | verdict |", "| --- | --- | --- | --- | --- |"]
     rows += [
-        f"| `{e.slug}` | {e.area} | {cell(e.summary)} | [{cell(e.citation)}]({e.url}) | {cell(short(of(e.slug)))} |"
+        f"| `{e.slug}` | {e.area} | {cell(e.summary)} | [{cell(e.citation)}]({e.url}) "
+        f"| {cell(short(load_evidence(e.slug)))} |"
         for e in PUBLISHED.values()
     ]
     return "\n".join(rows)
 
 
 def renewed(text: str) -> str:
-    """The README with its generated parts written anew."""
+    """Return the README with its generated part replaced."""
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     return f"{before}{START}\n{catalogue_table()}\n{END}{after}"
 
 
 def main() -> int:
-    """Write or check; the exit code says whether the file was current."""
+    """Write or check the file; with `--check` the exit code is 1 if it is out of date."""
     text = README.read_text(encoding="utf-8")
     new = renewed(text)
     if "--check" in sys.argv:

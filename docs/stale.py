@@ -1,4 +1,4 @@
-"""Say which committed records are stale: their code does something else now. Reports, reruns nothing, never fails."""
+"""List the committed records whose code has changed since; exits with 0 in any case."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from intaglio.evidence.record import Record, all_shipped, stale_parts
 
 
 def report(records: dict[str, Record]) -> str:
-    """A line for each stale record, or one that says there is none.
-
-    Args:
-        records: by slug.
-    """
+    """Return a line for each stale record, or a line stating that there is none."""
     stale = {slug: parts for slug, record in records.items() if (parts := stale_parts(record))}
     if not stale:
         return f"evidence: {len(records)} committed records, none is stale"

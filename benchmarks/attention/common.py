@@ -1,4 +1,4 @@
-"""What both sides of the benchmark share: the tokens, the clock, the options. Needs torch and safetensors alone."""
+"""Token ids, timing and options shared by both sides; imports only torch and safetensors."""
 
 from __future__ import annotations
 
@@ -19,23 +19,12 @@ HIDDEN = "hidden"
 
 
 def token_ids(vocabulary: int, tokens: int) -> Tensor:
-    """The same token ids on both sides, int64 [1, tokens].
-
-    Args:
-        vocabulary: ids are below it.
-        tokens: how many.
-    """
+    """Return the token ids of both sides, int64 [1, tokens]."""
     return torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def timed(model: Any, ids: Tensor, kind: str) -> float:
-    """Seconds of one pass over the body: without gradients, or with the gradients of all weights.
-
-    Args:
-        model: returns `last_hidden_state`.
-        ids: int64 [1, tokens].
-        kind: `forward` or `step` (the optimizer's own work is the same whatever is seen, and left out).
-    """
+    """Return the seconds of a pass: `forward` without gradients, or `step` with those of all weights (no optimizer)."""
     model.train(kind == "step")
     begun = time.perf_counter()
     if kind == "forward":
@@ -49,15 +38,11 @@ def timed(model: Any, ids: Tensor, kind: str) -> float:
 
 
 def worker_options(what: str) -> argparse.ArgumentParser:
-    """The options of a worker.
-
-    Args:
-        what: it does, for its help.
-    """
+    """Return the argument parser of a worker."""
     parser = argparse.ArgumentParser(description=what)
     parser.add_argument("--model", required=True, help="checkpoint directory")
     parser.add_argument("--variant", required=True)
-    parser.add_argument("--start", type=int, default=0, help="the first layer that sees both ways")
+    parser.add_argument("--start", type=int, default=0, help="first bidirectional layer")
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -66,12 +51,7 @@ def worker_options(what: str) -> argparse.ArgumentParser:
 
 
 def report(make: Callable[[], Any], arguments: argparse.Namespace) -> None:
-    """Make the model, time it, and print one JSON line.
-
-    Args:
-        make: returns the body of a model in float32.
-        arguments: from `worker_options`.
-    """
+    """Make the model, time it, and print one JSON line."""
     torch.set_num_threads(arguments.threads)
     model = make()
     ids = token_ids(model.config.vocab_size, arguments.tokens)
@@ -80,8 +60,8 @@ def report(make: Callable[[], Any], arguments: argparse.Namespace) -> None:
         with torch.no_grad():
             hidden = model(input_ids=ids, use_cache=False).last_hidden_state
         save_file({HIDDEN: hidden.contiguous()}, arguments.hidden)
-    found = {}
+    results = {}
     for kind in KINDS:
         timed(model, ids, kind)  # not counted
-        found[kind] = statistics.median(timed(model, ids, kind) for _ in range(arguments.repeats))
-    print(json.dumps(found))
+        results[kind] = statistics.median(timed(model, ids, kind) for _ in range(arguments.repeats))
+    print(json.dumps(results))

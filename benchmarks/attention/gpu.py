@@ -1,10 +1,10 @@
-"""Block-sparse FlexAttention against dense SDPA on an accelerator, one layer, the block mask's cost included.
+"""Block-sparse FlexAttention against dense SDPA on an accelerator: one layer, including the cost of the block mask.
 
-For each rule and length: SDPA with the stock causal kernel (what a model without a rule runs), SDPA with the rule as a
-dense mask, and FlexAttention with the rule's block mask, made anew (as for the first layer of a pass) and given (as for
-the layers after it).
+For each rule and length: SDPA with the stock causal kernel (a model without a rule), SDPA with the rule as a dense
+mask, and FlexAttention with the rule's block mask, newly built (as in the first layer of a pass) and reused (as in the
+others).
 
-Dimension letters: B rows, H heads, T tokens, D width of a head.
+Dimension letters: B rows, H heads, T tokens, D head width.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ RULES: dict[str, Callable[[int], Rule]] = {
 
 def _seconds(work: Callable[[], Any]) -> float:
     work()
-    found = []
+    results = []
     for _ in range(REPEATS):
         torch.cuda.synchronize()
         begun = time.perf_counter()
         work()
         torch.cuda.synchronize()
-        found.append(time.perf_counter() - begun)
-    return statistics.median(found)
+        results.append(time.perf_counter() - begun)
+    return statistics.median(results)
 
 
 def _asked(length: int, query_BHTD: Tensor) -> Any:
@@ -55,14 +55,14 @@ def _asked(length: int, query_BHTD: Tensor) -> Any:
 
 
 def measure() -> list[dict[str, Any]]:
-    """Seconds of every rule and length, in bfloat16.
+    """Return the seconds of every rule and length, in bfloat16.
 
     Raises:
         IntaglioError: there is no CUDA device.
     """
     if not torch.cuda.is_available():
         raise IntaglioError("the part gpu needs a CUDA device, and this machine has none")
-    found = []
+    results = []
     for length in LENGTHS:
         q, k, v = torch.randn(3, 1, HEADS, length, HEAD, device="cuda", dtype=torch.bfloat16)
         stock = _seconds(lambda q=q, k=k, v=v: scaled_dot_product_attention(q, k, v, is_causal=True))
@@ -86,16 +86,12 @@ def measure() -> list[dict[str, Any]]:
                 row["dense"] = _seconds(
                     lambda q=q, k=k, v=v, dense=dense: scaled_dot_product_attention(q, k, v, attn_mask=dense)
                 )
-            found.append({**row, "device": torch.cuda.get_device_name()})
-    return found
+            results.append({**row, "device": torch.cuda.get_device_name()})
+    return results
 
 
 def markdown(rows: list[dict[str, Any]]) -> list[str]:
-    """The table for people; a ratio below 1 is faster than the dense mask.
-
-    Args:
-        rows: from `measure`.
-    """
+    """Return the results as a Markdown table; a ratio below 1 is faster than the dense mask."""
     lines = [
         "| rule | tokens | blocks seen | causal ms | dense ms | sparse ms | block mask ms | sparse/dense | with mask |",
         "| --- |" + " --- |" * 8,

@@ -1,10 +1,10 @@
-"""Visibility rules against the stock model, and against llm2vec and billm, alternated on the same tokens.
+"""Visibility rules against the stock model, llm2vec and billm, alternated on the same tokens.
 
     python benchmarks/attention/run.py                        # the stock model, then the peers in their own environment
     python benchmarks/attention/run.py --parts stock --repeats 3
     python benchmarks/attention/run.py --parts gpu            # block-sparse against dense, on an accelerator
 
-Writes `results.json` and `results.md` into the output directory. Run it on a quiet machine.
+Writes `results.json` and `results.md` to the output directory. Run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -44,18 +44,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peer-python", type=Path, help="the interpreter of an environment with the peers")
+    parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with the peers")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     return parser.parse_args()
 
 
 def set_rules(model: Any, variant: str) -> None:
-    """Set what a variant sees.
-
-    Args:
-        model: a decoder.
-        variant: of `RULES`, or `stock`.
-    """
+    """Set the rules of a variant: one of `RULES`, or `stock`."""
     depth = model.config.num_hidden_layers
     if variant == "stock":
         clear_visibility(model)
@@ -70,11 +65,7 @@ def set_rules(model: Any, variant: str) -> None:
 
 
 def against_stock(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Median seconds of each variant, all on the same weights in one process, taking turns.
-
-    Args:
-        arguments: of the command line.
-    """
+    """Return the median seconds of each variant, alternated on the same weights in one process."""
     torch.set_num_threads(arguments.threads)
     model: Any = intaglio.load(arguments.model, dtype="float32").model
     body, ids = model.base_model, common.token_ids(model.config.vocab_size, arguments.tokens)
@@ -93,11 +84,7 @@ def against_stock(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def peer_python(arguments: argparse.Namespace) -> Path:
-    """The interpreter of the peers' environment, made at the first run.
-
-    Args:
-        arguments: of the command line.
-    """
+    """Return the interpreter of the peers' environment, creating it on the first run."""
     if arguments.peer_python is not None:
         return Path(arguments.peer_python)
     place = HERE / ".venv-peer"
@@ -111,11 +98,7 @@ def peer_python(arguments: argparse.Namespace) -> Path:
 
 
 def old_config(arguments: argparse.Namespace) -> Path:
-    """The checkpoint with a configuration that the peers' transformers reads as ours does: it knew other names.
-
-    Args:
-        arguments: of the command line.
-    """
+    """Return the checkpoint with its configuration in the names that the peers' transformers expects."""
     source, config = intaglio.checkpoint.load_config(arguments.model)
     place = arguments.out / "model"
     place.mkdir(parents=True, exist_ok=True)
@@ -143,15 +126,11 @@ def _worker(python: Path, script: str, model: Path, variant: str, start: int, ar
 
 
 def against_peers(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Median seconds and the greatest difference of hidden states, each side in fresh processes that take turns.
-
-    Args:
-        arguments: of the command line.
-    """
+    """Return median seconds and the maximum difference of hidden states, in alternated fresh processes."""
     python, model = peer_python(arguments), old_config(arguments)
     depth = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     pairs = {"stock": ("stock", 0), "llm2vec": ("llm2vec", 0), "billm": ("billm", depth - depth // 3)}
-    found: dict[str, dict[str, Any]] = {}
+    collected: dict[str, dict[str, Any]] = {}
     for name, (variant, start) in pairs.items():
         sides: dict[str, list[Any]] = {"ours": [], "peer": []}
         try:
@@ -161,10 +140,10 @@ def against_peers(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
                     runner = Path(sys.executable) if side == "ours" else python
                     sides[side].append(_worker(runner, script, model, variant, start, arguments))
         except IntaglioError as error:
-            found[name] = {"failed": str(error)}
+            collected[name] = {"failed": str(error)}
             continue
         ours, peer = (load_file(sides[side][-1][1])[common.HIDDEN] for side in ("ours", "peer"))
-        found[name] = {
+        collected[name] = {
             "first layer": start,
             "difference": float((ours - peer).abs().max()),
             "scale": float(peer.abs().max()),
@@ -173,15 +152,11 @@ def against_peers(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
                 for side, runs in sides.items()
             },
         }
-    return found
+    return collected
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables for people.
-
-    Args:
-        results: of the parts that were run.
-    """
+    """Return the results as Markdown tables."""
     lines: list[str] = []
     if "stock" in results:
         lines += ["| rules | forward s | step s | forward | step | target |", "| --- | --- | --- | --- | --- | --- |"]
@@ -194,17 +169,18 @@ def markdown(results: dict[str, Any]) -> str:
         lines.append("")
     if "peers" in results:
         lines += [
-            "| peer | both ways from layer | forward s: ours, peer | step s: ours, peer | forward | step | differ by |",
+            "| peer | bidirectional from layer | forward s: ours, peer | step s: ours, peer | forward | step "
+            "| max. difference |",
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
-        for name, one in results["peers"].items():
-            if "failed" in one:
-                lines.append(f"| {name} | {one['failed']} | – | – | – | – | – |")
+        for name, item in results["peers"].items():
+            if "failed" in item:
+                lines.append(f"| {name} | {item['failed']} | – | – | – | – | – |")
                 continue
-            cells = [f"{one['ours'][kind]:.3f}, {one['peer'][kind]:.3f}" for kind in common.KINDS]
-            ratios = [f"{one['ours'][kind] / one['peer'][kind]:.2f}" for kind in common.KINDS]
-            where = "none (stock)" if name == "stock" else one["first layer"]
-            differ = f"{one['difference']:.1e} of {one['scale']:.0f}"
+            cells = [f"{item['ours'][kind]:.3f}, {item['peer'][kind]:.3f}" for kind in common.KINDS]
+            ratios = [f"{item['ours'][kind] / item['peer'][kind]:.2f}" for kind in common.KINDS]
+            where = "none (stock)" if name == "stock" else item["first layer"]
+            differ = f"{item['difference']:.1e} of {item['scale']:.0f}"
             lines.append(f"| {name} | {where} | {' | '.join([*cells, *ratios, differ])} |")
         lines.append("")
     if "gpu" in results:

@@ -1,4 +1,4 @@
-"""Our side in a process of its own, with the same weights and rules as a peer; prints one JSON line."""
+"""Worker for our side, with the same weights and rules as a peer; prints one JSON line."""
 
 from __future__ import annotations
 

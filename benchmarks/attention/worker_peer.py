@@ -1,4 +1,4 @@
-"""One peer in its own environment: stock transformers of its time, llm2vec, or billm; prints one JSON line."""
+"""Worker for a peer in its own environment: stock transformers, llm2vec or billm; prints one JSON line."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""BiP's masks and steps beside torch.nn.utils.prune with a retraining loop.
+"""BiP's masks and steps against torch.nn.utils.prune with a retraining loop.
 
     python benchmarks/bip/run.py
     python benchmarks/bip/run.py --sizes small --repeats 1
 
-Fresh processes, in turn; medians and their ratios. `results.json` and `results.md` are written at the end.
+Runs alternate in fresh processes. Writes medians and their ratios to `results.json` and `results.md`.
 """
 
 from __future__ import annotations
@@ -32,16 +32,12 @@ def _one(side: str, size: str, threads: int) -> Run:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"the worker of {side} failed:\n{done.stderr[-2000:]}")
-    found: Run = json.loads(done.stdout.splitlines()[-1])
-    return found
+    results: Run = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 def summary(runs: list[Run]) -> dict[str, Any]:
-    """Return medians of each side by size.
-
-    Args:
-        runs: what the workers printed.
-    """
+    """Return medians of each side by size."""
     return {
         size: {
             side: {
@@ -53,17 +49,13 @@ def summary(runs: list[Run]) -> dict[str, Any]:
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Return the table for people.
-
-    Args:
-        found: from `summary`.
-    """
+def markdown(results: dict[str, Any]) -> str:
+    """Return the results as a Markdown table."""
     lines = [
-        "| weights | side | kept | processor ms a step | over torch | a mask | over torch | peak MiB | over torch |",
+        "| weights | side | kept | CPU ms per step | over torch | ms per mask | over torch | peak MiB | over torch |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for sides in found.values():
+    for sides in results.values():
         peer = sides["torch"]
         for side, its in sides.items():
             lines.append(
@@ -76,7 +68,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="BiP beside torch.nn.utils.prune.")
-    parser.add_argument("--sizes", default="small,large", help="separated by commas; default: %(default)s")
+    parser.add_argument("--sizes", default="small,large", help="comma-separated; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=HERE / "out")
@@ -88,12 +80,12 @@ def main() -> None:
             for side in (*SIDES[repeat % 3 :], *SIDES[: repeat % 3]):
                 runs.append(_one(side, size, arguments.threads))
                 print(f"{size} {side}: {runs[-1]['ms']:.2f} ms a step", file=sys.stderr)
-    found = summary(runs)
+    results = summary(runs)
     about = {"torch": torch.__version__, "threads": arguments.threads}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    atomic_io.write_json(arguments.out / "results.json", {"about": about, "summary": found, "runs": runs})
-    atomic_io.write_text(arguments.out / "results.md", markdown(found))
-    print(markdown(found))
+    atomic_io.write_json(arguments.out / "results.json", {"about": about, "summary": results, "runs": runs})
+    atomic_io.write_text(arguments.out / "results.md", markdown(results))
+    print(markdown(results))
 
 
 if __name__ == "__main__":

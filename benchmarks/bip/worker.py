@@ -107,7 +107,7 @@ def main() -> None:
         else:
             steps, masks = ours(net, batches, both=arguments.side == "ours-bip")
     layers = [module for module in net if isinstance(module, nn.Linear)]
-    found = {
+    results = {
         "side": arguments.side,
         "size": arguments.size,
         "weights": sum(layer.weight.numel() for layer in layers),
@@ -116,7 +116,7 @@ def main() -> None:
         "mask_ms": 1000 * median(masks),
         "peak_bytes": peak.bytes,
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

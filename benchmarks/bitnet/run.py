@@ -1,16 +1,16 @@
-"""Training with rounded weights beside two peers: PyPI's bitlinear (the paper's authors) and torchao's QAT.
+"""Training with rounded weights against bitlinear (by the paper's authors) and torchao's QAT.
 
-    PEER/bin/pip install --no-deps -r benchmarks/bitnet/peer-requirements.txt   # an environment with Intaglio, too
+    PEER/bin/pip install --no-deps -r benchmarks/bitnet/peer-requirements.txt   # into an environment with Intaglio
     PEER/bin/python benchmarks/bitnet/run.py
     PEER/bin/python benchmarks/bitnet/run.py --width 128 --repeats 5
 
-First the same weight and input through bitlinear and ours: the outputs must be equal up to rounding where there is no
-bias; with one, bitlinear adds it before it divides by the scales, so its outputs differ. Then the processor time of a
-training step (forward, backward, AdamW) of one Llama in all forms, the steps of all of them alternated, medians and
-ratios to the step in float32. Ternary forms do what bitlinear does (median, 8-bit activations, layer norm); torchao has
-no ternary weights, so its 4-bit weights a row with 8-bit activations a token stand beside ours of as many bits.
+First compares the outputs of bitlinear and ours for the same weight and input: equal up to rounding without a bias;
+with one, bitlinear adds it before dividing by the scales, so they differ. Then measures the CPU time of a training step
+(forward, backward, AdamW) of a Llama in all variants, alternated: medians and ratios to the float32 step. The ternary
+variants do what bitlinear does (median, 8-bit activations, layer norm); torchao has no ternary weights, so its 4-bit
+weights per row with 8-bit activations per token are compared with ours of as many bits.
 
-`out/results.json` and `out/results.md` are written at the end.
+Writes `out/results.json` and `out/results.md`.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ FOUR = BitNet(bits=4.0, per="row", norm="none")
 
 
 def same_outputs() -> dict[str, float]:
-    """The largest difference of the outputs over their largest value, for the same weight and input."""
-    found = {}
+    """Return the relative maximum difference of the outputs for the same weight and input."""
+    results = {}
     for bias in (False, True):
         for scale, measure in (("median", "AbsMedian"), ("mean", "AbsMean")):
             torch.manual_seed(0)
@@ -53,16 +53,12 @@ def same_outputs() -> dict[str, float]:
             x = torch.randn(32, 96)
             with torch.no_grad():
                 a, b = theirs(x), ours(x)
-            found[f"{scale}, {'with' if bias else 'without'} bias"] = float((a - b).abs().max() / b.abs().max())
-    return found
+            results[f"{scale}, {'with' if bias else 'without'} bias"] = float((a - b).abs().max() / b.abs().max())
+    return results
 
 
 def forms(base: nn.Module) -> dict[str, nn.Module]:
-    """The model in every form, the head in float in all of them.
-
-    Args:
-        base: in float32.
-    """
+    """Return the model in every variant, all with the head in floating point."""
 
     def made(change: Callable[[Any], Any] | None = None) -> nn.Module:
         model = copy.deepcopy(base).train()
@@ -89,15 +85,9 @@ def forms(base: nn.Module) -> dict[str, nn.Module]:
 
 
 def times(models: dict[str, nn.Module], ids: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Median milliseconds of processor time of a training step, the forms taking turns.
-
-    Args:
-        models: by name.
-        ids: a batch, int64 [B, L].
-        repeats: counted steps of each; one more goes before.
-    """
+    """Return the median CPU milliseconds of a training step, with the variants alternated."""
     optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-4) for name, model in models.items()}
-    found: dict[str, list[float]] = {name: [] for name in models}
+    results: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
         for name, model in models.items():
             begun = time.process_time()
@@ -107,21 +97,16 @@ def times(models: dict[str, nn.Module], ids: torch.Tensor, repeats: int) -> dict
             optimizers[name].step()
             optimizers[name].zero_grad()
             if repeat:
-                found[name].append(1000 * (time.process_time() - begun))
-    return {name: median(values) for name, values in found.items()}
+                results[name].append(1000 * (time.process_time() - begun))
+    return {name: median(values) for name, values in results.items()}
 
 
-def markdown(outputs: dict[str, float], found: dict[str, float]) -> str:
-    """The tables for people.
-
-    Args:
-        outputs: from `same_outputs`.
-        found: from `times`.
-    """
-    lines = ["| the same weight and input | largest difference of outputs |", "| --- | --- |"]
+def markdown(outputs: dict[str, float], results: dict[str, float]) -> str:
+    """Return the results as Markdown tables."""
+    lines = ["| the same weight and input | maximum difference of outputs |", "| --- | --- |"]
     lines += [f"| {name} | {value:.1e} |" for name, value in outputs.items()]
-    lines += ["", "| training step | processor ms | over float32 |", "| --- | --- | --- |"]
-    lines += [f"| {name} | {value:.1f} | {value / found['float32']:.2f} |" for name, value in found.items()]
+    lines += ["", "| training step | CPU ms | over float32 |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {value:.1f} | {value / results['float32']:.2f} |" for name, value in results.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -138,11 +123,11 @@ def main() -> None:
     checkpoint = new("llama", width=chosen.width, depth=chosen.depth, context=chosen.tokens, tie_word_embeddings=False)
     ids = torch.randint(256, (chosen.batch, chosen.tokens), generator=torch.Generator().manual_seed(0))
     outputs = same_outputs()
-    found = times(forms(checkpoint.model), ids, chosen.repeats)
+    results = times(forms(checkpoint.model), ids, chosen.repeats)
     (HERE / "out").mkdir(exist_ok=True)
-    document = {"options": vars(chosen), "outputs": outputs, "ms": found, "versions": versions()}
+    document = {"options": vars(chosen), "outputs": outputs, "ms": results, "versions": versions()}
     atomic_io.write_json(HERE / "out" / "results.json", document | {"torchao": torchao.__version__})
-    table = markdown(outputs, found)
+    table = markdown(outputs, results)
     atomic_io.write_text(HERE / "out" / "results.md", table)
     print(table)
 

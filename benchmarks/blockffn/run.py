@@ -1,21 +1,18 @@
-"""Layers of experts beside the dense product, and beside what the memory allows; then decoding and drafting; on a CPU.
+"""Expert layers against the dense product and the memory-bandwidth bound, and decoding with them, on a CPU.
 
     python benchmarks/blockffn/run.py                                  # the named shapes, one token and eight
     python benchmarks/blockffn/run.py --shapes 768x48x64 --dtypes float32 --seconds 2 --decode 0
 
-A layer of a width, some experts and their inner width multiplies one token or a chunk of eight, of which a token takes
-some experts and the chunk a union of given size. What takes turns: the layer's product (`experts.apply`), the same in
-plain torch (the rows of the union copied), and the whole product with scores of zero, which is what a dense MLP of that
-width costs. Copies of the weights are together larger than the last cache, so that each call reads them from memory. In
-turns of their own some megabytes are read as fast as torch reads: the bytes of the union over that speed are the byte
-bound.
+An expert layer processes one token, or a chunk of eight whose experts form a union of a given size. Alternated are the
+layer's product (`experts.apply`), the same in plain torch (copying the rows of the union), and the full product with
+zero scores, the cost of a dense MLP of that width. The copies of the weights exceed the last-level cache, so each call
+reads from memory. The byte bound is the bytes of the union over torch's read bandwidth, measured in the same rotation.
 
-Then a small model with random weights, whose routers are set so that the given share of the experts fires, writes some
-tokens, plainly and with prompt lookup through the verify loop: seconds with the kernels over those of the dense
-product, for each apart.
+Then a small model with random weights, whose routers activate a given share of the experts, generates tokens plainly
+and with prompt lookup through the verify loop: the time with kernels against that with the dense product.
 
-With one thread the time is that of the thread on the processor, which others who use the machine add least to; with
-more, wall time. The least time of a call is told, and ratios of medians stand beside it.
+With one thread, times are the thread's CPU time, which other processes affect least; otherwise wall time. Reported are
+the minimum over calls and ratios of medians.
 """
 
 from __future__ import annotations
@@ -51,7 +48,7 @@ Call = Callable[[int], Any]
 
 
 def taken(tokens: int, count: int, draws: torch.Generator) -> torch.Tensor:
-    """Scores [tokens, count]: a token alone takes a fifth of the experts, each of a chunk two fifths of the union."""
+    """Return scores [tokens, count]: one token uses a fifth of the experts, each of a chunk two fifths of the union."""
     score = torch.zeros(tokens, count)
     union = max(1, round((ALONE if tokens == 1 else UNION) * count))
     each = union if tokens == 1 else max(1, round(0.4 * union))
@@ -63,13 +60,7 @@ def taken(tokens: int, count: int, draws: torch.Generator) -> torch.Tensor:
 
 
 def layer(shape: str, tokens: int, dtype: torch.dtype) -> tuple[dict[str, Call], int]:
-    """What takes turns, and the bytes of the union.
-
-    Args:
-        shape: width x experts x inner width of an expert.
-        tokens: in the call.
-        dtype: of weights and tokens.
-    """
+    """Return the calls to alternate for `shape` (width x experts x inner width), and the bytes of the union."""
     width, count, inner = map(int, shape.split("x"))
     draws = torch.Generator().manual_seed(0)
     score = taken(tokens, count, draws)
@@ -80,22 +71,16 @@ def layer(shape: str, tokens: int, dtype: torch.dtype) -> tuple[dict[str, Call],
     def over(call: Callable[..., Any]) -> Call:
         return lambda i: call(x, *copies[i % len(copies)], score)
 
-    found = {
+    results = {
         "experts": over(sparse_experts.apply),
         "torch": over(sparse_experts.gathered),
         "dense": over(sparse_experts.masked),
     }
-    return found, weights.nbytes * int((score != 0).any(0).sum()) // count
+    return results, weights.nbytes * int((score != 0).any(0).sum()) // count
 
 
 def turns(calls: dict[str, Call], threads: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of every call, all taking turns.
-
-    Args:
-        calls: by name.
-        threads: of torch.
-        seconds: to go on for; at least five turns.
-    """
+    """Return the seconds of every call, alternated for at least `seconds` and five rounds."""
     clock = time.thread_time if threads == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
@@ -112,15 +97,7 @@ def turns(calls: dict[str, Call], threads: int, seconds: float) -> dict[str, lis
 
 
 def measure(shape: str, tokens: int, dtype: torch.dtype, threads: int, seconds: float) -> dict[str, Any]:
-    """One shape.
-
-    Args:
-        shape: width x experts x inner width of an expert.
-        tokens: in the call.
-        dtype: of weights and tokens.
-        threads: of torch and numba.
-        seconds: to measure for.
-    """
+    """Measure one shape (width x experts x inner width of an expert)."""
     calls, size = layer(shape, tokens, dtype)
     words = torch.ones(READ // 4)
     with torch.no_grad():
@@ -139,38 +116,25 @@ def measure(shape: str, tokens: int, dtype: torch.dtype, threads: int, seconds: 
 
 
 def model(width: int, depth: int, share: float) -> Any:
-    """A model with random experts, routers moved so that about this share of them fires.
-
-    Args:
-        width: of it.
-        depth: layers.
-        share: of the experts that a token takes.
-    """
+    """Return a model with random experts, with routers shifted so that about this share of them is active."""
     checkpoint = intaglio.new("llama", width=width, depth=depth, context=512)
     layers = BlockFFN(experts=48, router_std=0.02).replace(checkpoint.model)
     ids = torch.randint(0, 256, (1, 256), generator=torch.Generator().manual_seed(0))
-    for one in layers.values():
+    for item in layers.values():
         with torch.no_grad():
             seen: list[torch.Tensor] = []
-            handle = one.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+            handle = item.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
             checkpoint.model(ids)
             handle.remove()
             # A direction that all inputs share bends every output down until the share is left.
             mean = seen[0].flatten(0, 1).mean(0)
-            raw = seen[0].flatten(0, 1) @ one.router.T
-            one.router -= raw.quantile(1 - share) * mean / mean.square().sum()
+            raw = seen[0].flatten(0, 1) @ item.router.T
+            item.router -= raw.quantile(1 - share) * mean / mean.square().sum()
     return checkpoint.model
 
 
 def decoding(width: int, depth: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Seconds of decoding and of drafting, with the kernels and with the dense product, taking turns.
-
-    Args:
-        width: of the model.
-        depth: layers.
-        tokens: that are written.
-        repeats: of each.
-    """
+    """Measure decoding and drafting with the kernels and with the dense product, alternated."""
     llm, times = model(width, depth, ALONE), dict[str, list[float]]()
     ids = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(1)).repeat(1, 4)
     options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -198,12 +162,7 @@ def decoding(width: int, depth: int, tokens: int, repeats: int) -> dict[str, Any
 
 
 def markdown(runs: list[dict[str, Any]], decoded: dict[str, Any] | None) -> str:
-    """The tables for people.
-
-    Args:
-        runs: from `measure`.
-        decoded: from `decoding`, if it ran.
-    """
+    """Return the results as Markdown tables."""
     lines = [
         "| width x experts x inner | tokens | dtype | threads | experts µs | of the byte bound | dense over it |"
         " torch over it |",
@@ -224,16 +183,16 @@ def markdown(runs: list[dict[str, Any]], decoded: dict[str, Any] | None) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="width x experts x inner, with commas")
-    parser.add_argument("--tokens", default="1,8", help="in a call, with commas")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="with commas")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="width x experts x inner, comma-separated")
+    parser.add_argument("--tokens", default="1,8", help="in a call, comma-separated")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=10.0, help="to measure each for")
-    parser.add_argument("--decode", type=int, default=64, help="tokens that the model writes; 0: leave it out")
-    parser.add_argument("--width", type=int, default=768, help="of the model that writes")
+    parser.add_argument("--seconds", type=float, default=10.0, help="measuring time of each")
+    parser.add_argument("--decode", type=int, default=64, help="tokens to generate; 0 skips decoding")
+    parser.add_argument("--width", type=int, default=768, help="of the decoding model")
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=HERE / "out", help="where results.json and results.md go")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="output directory")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     numba.set_num_threads(min(given.threads, numba.config.NUMBA_NUM_THREADS))

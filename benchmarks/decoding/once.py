@@ -1,4 +1,4 @@
-"""One call of `generate`, timed and counted."""
+"""A timed call of `generate` with its counts."""
 
 from __future__ import annotations
 
@@ -23,15 +23,7 @@ def once(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Run:
-    """Go on from prompts.
-
-    Args:
-        checkpoint: the target.
-        rows: token ids of each prompt; shorter ones are padded in front.
-        new: tokens at the most.
-        options: what the mode hands to `generate`.
-        temperature: 0 is greedy; above, all tokens are drawn from.
-        seed: of the draws.
+    """Continue prompts.
 
     Returns:
         `seconds, cpu_seconds, ids` of each row up to its stop token, `new_tokens` and `row_passes` of all rows; of a
@@ -60,10 +52,10 @@ def once(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds, cpu = time.perf_counter() - start, time.process_time() - begun
-    found = [until(ids, stops) for ids in whole_BL[:, longest:].tolist()]
-    tokens = sum(map(len, found))
+    results = [until(ids, stops) for ids in whole_BL[:, longest:].tolist()]
+    tokens = sum(map(len, results))
     # A row that has ended takes part in stock passes, but is not counted; only one row drafts there.
-    run: Run = {"seconds": seconds, "cpu_seconds": cpu, "ids": found, "new_tokens": tokens,
+    run: Run = {"seconds": seconds, "cpu_seconds": cpu, "ids": results, "new_tokens": tokens,
                 "row_passes": passes[0] if counted else tokens}  # fmt: skip
     decoder = options.get("custom_generate")
     if decoder is not None:
@@ -81,14 +73,7 @@ def once(
 
 @torch.no_grad()
 def gap(checkpoint: Any, prompt: list[int], stock: list[int], other: list[int]) -> float:
-    """How far apart the target's two highest logits are where two continuations part.
-
-    Args:
-        checkpoint: the target.
-        prompt: token ids.
-        stock: stock greedy's continuation.
-        other: another.
-    """
+    """Return the gap of the target's two highest logits where two continuations diverge."""
     place = next((n for n, (a, b) in enumerate(zip(stock, other, strict=False)) if a != b), min(len(stock), len(other)))
     ids_1L = torch.tensor([prompt + stock[:place]], device=checkpoint.device)
     top = checkpoint.model(ids_1L).logits[0, -1].topk(2).values

@@ -1,4 +1,4 @@
-"""Twenty prompts of four kinds, and the corpus that resembles two of them; nothing of a prompt is in the corpus."""
+"""Twenty prompts of four kinds, and a corpus like two of them that contains nothing of a prompt."""
 
 from __future__ import annotations
 
@@ -27,11 +27,6 @@ Prompt = dict[str, Any]
 def prompts(tokenizer: Any, texts: str = "wikipedia", context: int = 1500) -> list[Prompt]:
     """Return `{kind, name, ids}` of each prompt.
 
-    Args:
-        tokenizer: of the target, with a chat template.
-        texts: articles; the held-out part is used.
-        context: tokens of articles in a retrieval prompt: of three articles, or of one more for each 500 beyond 1,500.
-
     Raises:
         IntaglioError: too few held-out articles of 400 tokens.
     """
@@ -43,65 +38,51 @@ def prompts(tokenizer: Any, texts: str = "wikipedia", context: int = 1500) -> li
     others = articles[EACH:]
 
     def turn(text: str) -> list[int]:
-        found: list[int] = tokenizer.apply_chat_template(
+        results: list[int] = tokenizer.apply_chat_template(
             [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
         )["input_ids"]
-        return found
+        return results
 
     modules = {file.module: file.text for file in source_files()}
-    found = [{"kind": "chat", "name": text, "ids": turn(text)} for text in CHAT]
-    found += [
+    results = [{"kind": "chat", "name": text, "ids": turn(text)} for text in CHAT]
+    results += [
         {"kind": "code", "name": name, "ids": tokenizer(modules[name], verbose=False)["input_ids"][:160]}
         for name in CODE
     ]
     for place in range(EACH):
         text = tokenizer.decode(articles[place][:350])
-        found.append({"kind": "summary", "name": text[:40], "ids": turn(f"Summarize this text.\n\n{text}")})
+        results.append({"kind": "summary", "name": text[:40], "ids": turn(f"Summarize this text.\n\n{text}")})
     pieces = max(3, -(-context // 500))
     for place in range(EACH):
         # Beginnings spread over the articles, so that no two prompts are the same where there are few.
         group = [others[(place * len(others) // EACH + more) % len(others)] for more in range(pieces)]
         parts = [tokenizer.decode(ids[: context // pieces]) for ids in group]
         question = f"What does the text say about {parts[1][:40].strip()}? Answer with sentences of the text."
-        found.append(
+        results.append(
             {"kind": "retrieval", "name": f"{place + 1}: {parts[1][:40]}", "ids": turn("\n\n".join([*parts, question]))}
         )
-    return found
+    return results
 
 
 def corpus(texts: str = "wikipedia") -> list[str]:
-    """Return the documents of the table: the articles that no prompt is of, and the modules likewise.
-
-    Args:
-        texts: as for `prompts`.
-    """
+    """Return the documents of the table: the articles and modules that no prompt is taken from."""
     articles, _ = load_texts(texts).split()
     return [*articles.documents, *(file.text for file in source_files() if file.module not in CODE)]
 
 
-def chosen(found: list[Prompt], count: int, kinds: Sequence[str] = KINDS) -> list[Prompt]:
-    """The first prompts of each kind in turn.
-
-    Args:
-        found: from `prompts`.
-        count: how many.
-        kinds: that are wanted.
-    """
-    by_kind = [[prompt for prompt in found if prompt["kind"] == kind] for kind in kinds]
+def chosen(results: list[Prompt], count: int, kinds: Sequence[str] = KINDS) -> list[Prompt]:
+    """Return the first prompts, alternating between the kinds."""
+    by_kind = [[prompt for prompt in results if prompt["kind"] == kind] for kind in kinds]
     return [prompt for group in zip(*by_kind, strict=True) for prompt in group][:count]
 
 
-def groups(found: list[Prompt], rows: int) -> list[list[Prompt]]:
+def groups(results: list[Prompt], rows: int) -> list[list[Prompt]]:
     """Batches of prompts of one kind, the kinds in turn; what fills no batch is left out, unless a kind fills none:
     then its prompts stand in it several times.
-
-    Args:
-        found: from `chosen`.
-        rows: of a batch.
     """
     batches: list[tuple[int, list[Prompt]]] = []
-    for kind in dict.fromkeys(prompt["kind"] for prompt in found):
-        own = [prompt for prompt in found if prompt["kind"] == kind]
+    for kind in dict.fromkeys(prompt["kind"] for prompt in results):
+        own = [prompt for prompt in results if prompt["kind"] == kind]
         if len(own) < rows:
             own = [own[place % len(own)] for place in range(rows)]
         batches += [(at, own[at : at + rows]) for at in range(0, len(own) - rows + 1, rows)]

@@ -1,22 +1,21 @@
-"""Decoding: every drafter against stock `generate` and its own assisted modes, alternated on the same prompts.
+"""Every drafter against stock `generate` and its assisted modes, alternated on the same prompts.
 
     python benchmarks/decoding/run.py                                 # twenty prompts, 64 new tokens, greedy
     python benchmarks/decoding/run.py --batch 1,4 --temperatures 0,0.6
     python benchmarks/decoding/run.py --prompts 4 --new 8 --draft none --modes greedy,aded
     python benchmarks/decoding/run.py --lud DIR                       # with a model trained by recipes/lud.yaml
-    python benchmarks/decoding/run.py --device cuda --dtype bfloat16  # against the loop whose passes are a CUDA graph
+    python benchmarks/decoding/run.py --device cuda --dtype bfloat16  # against a loop with CUDA graphs
 
-Trees have the same number of nodes in every mode that has such a setting (`--nodes`); `draft_model` drafts a chain of
-five, and `undrafted` is our loop without any draft, which tells what the loop itself is worth. `hidden_transfer` and
-`chimera` use what is attached to the model or comes with the package, `medusa` heads in `--medusa DIR`; a mode without
-its heads, draft or trained model is left out with a sentence. The assisted modes of transformers take no batches, so at
-`--batch 4` there is stock `generate` alone to compare with; `greedy` is that, and samples where the temperature is
-above 0. On a CUDA device most of a short pass is the launching of its kernels, which a captured graph spares: there
-`captured`, stock `generate` with a static cache and compiled passes, is what everything is compared with.
+Trees have the same number of nodes in every mode with such a setting (`--nodes`); `draft_model` drafts a chain of five,
+and `undrafted` is our loop without drafts. `hidden_transfer` and `chimera` use heads attached to the model or bundled
+with the package, `medusa` those in `--medusa DIR`; a mode without its heads, draft or model is skipped with a message.
+Transformers' assisted modes take no batches, so for `--batch 4` the only comparison is stock `generate` (`greedy`,
+which samples above temperature 0). On a CUDA device short passes are launch-bound, so the baseline there is `captured`:
+stock `generate` with a static cache and compiled passes.
 
-Every finished run is a line of `runs.jsonl` in the output directory; a run that is there already is not done again, so
-a stopped benchmark goes on where it was. `results.json` and `results.md` are written at the end. Run it on a quiet
-machine; on a busy one give `--threads 1`, and speed is told in CPU time.
+Each finished run is a line of `runs.jsonl` in the output directory and is not repeated, so an interrupted benchmark
+continues. Writes `results.json` and `results.md`. Run it on a quiet machine; on a busy one use `--threads 1`, which
+measures CPU time.
 """
 
 from __future__ import annotations
@@ -68,12 +67,12 @@ WITH_DRAFT = ("assistant_model", "draft_model", "dyspec")
 
 
 class Undrafted:
-    """A drafter that drafts nothing."""
+    """Drafter without drafts."""
 
     needs_hidden = False
 
     def start(self, run: Run) -> Session:
-        """A session of roots alone."""
+        """Return a session that proposes nothing."""
         return by_row(run, lambda prompt: _Roots(0))
 
 
@@ -90,16 +89,7 @@ class _Roots:
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to generate.
-
-    Args:
-        options: gives what is handed to `generate`.
-        checkpoint: the target.
-        key: what its runs depend on beside the settings of all.
-        batches: whether it takes more than one prompt at a time.
-        lossless: whether its greedy text is stock greedy's.
-        compiles: whether its first call on a prompt compiles or captures, and so is not counted.
-    """
+    """A generation mode."""
 
     options: Callable[[], dict[str, Any]]
     checkpoint: Any
@@ -112,21 +102,21 @@ class Mode:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Decoding: drafters against the modes of transformers.")
     parser.add_argument("--model", default="smollm2", help="checkpoint directory or bundled name")
-    parser.add_argument("--texts", default="wikipedia", help="bundled name, file or folder")
+    parser.add_argument("--texts", default="wikipedia", help="bundled name, file or directory")
     parser.add_argument(
         "--draft", default="smollm2-draft", help="directory of a draft model; none leaves out the modes that need one; "
-        "default: two layers trained on what SmolLM2 says itself, made once (about 20 minutes) and found again",
+        "default: two layers trained on SmolLM2 output, made once (about 20 minutes) and cached",
     )  # fmt: skip
-    parser.add_argument("--lud", help="directory of a model that was trained with the objective lud")
+    parser.add_argument("--lud", help="directory of a model trained with the objective lud")
     parser.add_argument("--medusa", help="directory whose attachments hold Medusa heads for the model")
     parser.add_argument("--modes", default=",".join([*STOCK, *OURS]),
-                        help=f"separated by commas; default: %(default)s; also: {', '.join(MORE)}")  # fmt: skip
-    parser.add_argument("--batch", default="1", help="prompts at a time, separated by commas; default: %(default)s")
-    parser.add_argument("--temperatures", default="0", help="separated by commas; 0 is greedy; default: %(default)s")
+                        help=f"comma-separated; default: %(default)s; also: {', '.join(MORE)}")  # fmt: skip
+    parser.add_argument("--batch", default="1", help="prompts at a time, comma-separated; default: %(default)s")
+    parser.add_argument("--temperatures", default="0", help="comma-separated; 0 is greedy; default: %(default)s")
     parser.add_argument("--nodes", type=int, default=15, help="drafted tokens of a tree; default: %(default)s")
     parser.add_argument("--kinds", default=",".join(prompts.KINDS), help="of prompts; default: %(default)s")
     parser.add_argument("--context", type=int, default=1500, help="tokens of a retrieval prompt; default: %(default)s")
-    parser.add_argument("--prompts", type=int, default=20, help="how many, spread over the kinds; default: %(default)s")
+    parser.add_argument("--prompts", type=int, default=20, help="number, spread over the kinds; default: %(default)s")
     parser.add_argument("--new", type=int, default=64, help="new tokens; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
@@ -137,11 +127,7 @@ def _arguments() -> argparse.Namespace:
 
 
 class Journal:
-    """The finished runs: one JSON line each.
-
-    Args:
-        path: the file; made when the first run is done.
-    """
+    """Log of finished runs, one JSON line each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -156,11 +142,7 @@ class Journal:
             self.done[entry["key"]] = entry
 
     def append(self, entry: Timed) -> None:
-        """Add one finished run.
-
-        Args:
-            entry: with its `key`.
-        """
+        """Append a finished run."""
         self.done[entry["key"]] = entry
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as file:
@@ -172,7 +154,7 @@ class Journal:
 
 
 def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Mode]:
-    """The modes that can run; whatever is slow to make is made once."""
+    """The available modes; expensive parts are built once."""
     wanted = list(dict.fromkeys([table.BASE, *_listed("--modes", arguments.modes, [*STOCK, *OURS, *MORE])]))
     code = _digest(sorted(path for pattern in CODE for path in SOURCE.glob(pattern)))
     ours = f"{code} {arguments.nodes}"
@@ -185,13 +167,13 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Mode]:
     if {"aded", "aded-best"} & {*wanted}:
         aded = ADED(corpus=prompts.corpus(arguments.texts), tokenizer=checkpoint.tokenizer, nodes=arguments.nodes)
         aded.table(checkpoint.model)
-    found: dict[str, Mode] = {}
+    collected: dict[str, Mode] = {}
     for mode in wanted:
         try:
-            found[mode] = _mode(mode, arguments, checkpoint, ours, draft, aded)
+            collected[mode] = _mode(mode, arguments, checkpoint, ours, draft, aded)
         except IntaglioError as error:
             print(f"{mode} is left out: {error}", flush=True)
-    return found
+    return collected
 
 
 def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, draft: Any, aded: Any) -> Mode:
@@ -210,7 +192,7 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
         return Mode(lambda: {"assistant_model": draft}, checkpoint, arguments.draft, batches=False)
     if mode == "lud":
         if arguments.lud is None:
-            raise IntaglioError("there is no model that was trained with the objective lud; give one with --lud")
+            raise IntaglioError("there is no model trained with the objective lud; give one with --lud")
         tuned = _load(arguments.lud, arguments)
         lud = LUD(tokenizer=tuned.tokenizer)
         return Mode(_with(lud), tuned, f"{ours} {stat_fingerprint(arguments.lud)}", lossless=False)
@@ -241,12 +223,12 @@ def _with(decoder: Any) -> Callable[[], dict[str, Any]]:
 
 
 def _medusa(arguments: argparse.Namespace, checkpoint: Any) -> tuple[MedusaHeads, Any]:
-    """Medusa's heads as they are stored: what they are like is read off their tensors."""
+    """Load Medusa heads, with their configuration inferred from the tensors."""
     attached = read_attachments(Path(arguments.medusa)) if arguments.medusa else checkpoint.attachments
-    found: Attachment | None = attached.get("medusa")
-    if found is None:
+    collected: Attachment | None = attached.get("medusa")
+    if collected is None:
         raise IntaglioError("there are no heads; name a directory whose attachments hold some with --medusa")
-    tensors = found.tensors
+    tensors = collected.tensors
     count, layers = tensors["weights_KLDD"].shape[:2]
     full, change = tensors.get("vocabulary.full_MVX"), tensors.get("vocabulary.out_Vr")
     rank = None if full is not None else 0 if change is None else change.shape[1]
@@ -257,7 +239,7 @@ def _medusa(arguments: argparse.Namespace, checkpoint: Any) -> tuple[MedusaHeads
     except RuntimeError as error:
         raise IntaglioError("the heads belong to another model than this") from error
     heads.to(checkpoint.device, checkpoint.model.dtype)
-    return heads.requires_grad_(False), likely(arguments.nodes, found.about.get("chances") or assumed(count))
+    return heads.requires_grad_(False), likely(arguments.nodes, collected.about.get("chances") or assumed(count))
 
 
 def _of_heads(heads: Any, shape: Any) -> str:
@@ -273,20 +255,20 @@ def _say(done: int, total: int, what: str) -> None:
 
 
 def _listed(option: str, words: str, accepted: list[str]) -> list[str]:
-    found = words.split(",")
-    if unknown := [word for word in found if word not in accepted]:
+    collected = words.split(",")
+    if unknown := [word for word in collected if word not in accepted]:
         raise IntaglioError(f"{option} has {unknown[0]!r}; accepted: {', '.join(accepted)}")
-    return found
+    return collected
 
 
 def _numbers(option: str, words: str, kind: Callable[[str], Any], least: float) -> list[Any]:
     try:
-        found = [kind(word) for word in words.split(",")]
+        collected = [kind(word) for word in words.split(",")]
     except ValueError:
         raise IntaglioError(f"{option} has {words!r}, which should be numbers with commas") from None
-    if min(found) < least:
-        raise IntaglioError(f"{option} has {min(found)}; from {least:g} on is accepted")
-    return found
+    if min(collected) < least:
+        raise IntaglioError(f"{option} has {min(collected)}; from {least:g} on is accepted")
+    return collected
 
 
 def _digest(paths: list[Path]) -> str:
@@ -311,7 +293,7 @@ def main() -> None:
                 "transformers": transformers.__version__}  # fmt: skip
     if checkpoint.device.type != "cpu":
         settings |= {"device": torch.cuda.get_device_name(checkpoint.device), "dtype": str(checkpoint.model.dtype)}
-    told = {
+    summary = {
         "nodes": arguments.nodes,
         "prompts": len(chosen),
         "context": arguments.context,
@@ -335,10 +317,10 @@ def main() -> None:
                     arguments, journal, some, group, temperature, settings, f"{number + 1}/{len(groups)}"
                 )
             ]
-            found = table.results(runs, clock, base)
-            tables.append({"batch": batch, "temperature": temperature, "base": base, "modes": found})
-            texts.append(table.markdown(found, batch, temperature, base))
-    atomic_io.write_json(arguments.out / "results.json", {"settings": settings | told, "tables": tables})
+            collected = table.results(runs, clock, base)
+            tables.append({"batch": batch, "temperature": temperature, "base": base, "modes": collected})
+            texts.append(table.markdown(collected, batch, temperature, base))
+    atomic_io.write_json(arguments.out / "results.json", {"settings": settings | summary, "tables": tables})
     atomic_io.write_text(arguments.out / "results.md", "\n".join(texts))
     print("\n" + "\n".join(texts))
 
@@ -352,7 +334,7 @@ def _alternated(
     settings: dict[str, Any],
     where: str,
 ) -> list[Timed]:
-    """The runs of one batch of prompts, from the journal or done now."""
+    """Return the runs of a batch of prompts, from the log or newly measured."""
     rows, name = [prompt["ids"] for prompt in group], " + ".join(prompt["name"] for prompt in group)
     about = {"kind": group[0]["kind"], "prompt": name, "batch": len(rows), "temperature": temperature}
     kept: list[Timed] = []
@@ -360,13 +342,13 @@ def _alternated(
         # Begun with another mode each time, so that no mode has the machine's better moments.
         names = list(modes)
         for mode in [*names[repeat % len(names) :], *names[: repeat % len(names)]]:
-            one = modes[mode]
-            key = json.dumps([rows, mode, repeat, one.key, temperature, settings])
+            item = modes[mode]
+            key = json.dumps([rows, mode, repeat, item.key, temperature, settings])
             key = hashlib.sha256(key.encode()).hexdigest()[:24]
             if key not in journal.done:
-                if one.compiles:
-                    once(one.checkpoint, rows, arguments.new, one.options(), temperature, seed=repeat)
-                run = once(one.checkpoint, rows, arguments.new, one.options(), temperature, seed=repeat)
+                if item.compiles:
+                    once(item.checkpoint, rows, arguments.new, item.options(), temperature, seed=repeat)
+                run = once(item.checkpoint, rows, arguments.new, item.options(), temperature, seed=repeat)
                 journal.append({"key": key, **about, "mode": mode, "repeat": repeat, **run})
                 rate = run["new_tokens"] / run["row_passes"]
                 print(

@@ -1,4 +1,4 @@
-"""From finished runs to the tables (JSON and Markdown): tokens a pass, then tokens per second."""
+"""Tables of finished runs (JSON and Markdown): tokens per pass, then tokens per second."""
 
 from __future__ import annotations
 
@@ -18,12 +18,7 @@ SHARES = ("drafting_share", "loop_share")
 
 
 def per_prompt(runs: list[Run], clock: str = "seconds") -> dict[tuple[str, str], dict[str, Any]]:
-    """Return, for each (prompt, mode), the median tokens per second over its repeats, and means of what is counted.
-
-    Args:
-        runs: of one batch size and temperature; `prompt` names a batch of them.
-        clock: `seconds` on the wall or `cpu_seconds`.
-    """
+    """Return, for each (prompt, mode), the median tokens per second over repeats, and means of the counts."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run["prompt"], run["mode"]), []).append(run)
@@ -46,48 +41,40 @@ def results(runs: list[Run], clock: str = "seconds", base: str = BASE) -> dict[s
     Of the prompts of a kind, tokens a pass are the mean, speed is the median, its ratio that of each prompt. `ALL` is
     the geometric mean over the kinds, and what is counted is summed: `differ`, the prompts whose text is not stock
     greedy's, and `unexplained`, those of them where the target's two highest logits are not nearly tied.
-
-    Args:
-        runs: of one batch size and temperature.
-        clock: as `per_prompt`.
-        base: the mode that speed is compared with.
     """
-    found = per_prompt(runs, clock)
-    kinds = list(dict.fromkeys(one["kind"] for one in found.values()))
+    collected = per_prompt(runs, clock)
+    kinds = list(dict.fromkeys(item["kind"] for item in collected.values()))
     table: dict[str, Any] = {}
-    for mode in dict.fromkeys(mode for _, mode in found):
-        own = [(one, found[name, base]) for (name, m), one in found.items() if m == mode and (name, base) in found]
+    for mode in dict.fromkeys(mode for _, mode in collected):
+        own = [
+            (item, collected[name, base])
+            for (name, m), item in collected.items()
+            if m == mode and (name, base) in collected
+        ]
         by_kind = {
             kind: {
-                "tokens_per_pass": mean(one["tokens_per_pass"] for one, _ in pairs),
-                "tokens_per_second": median(one["tokens_per_second"] for one, _ in pairs),
-                "speed": median(one["tokens_per_second"] / other["tokens_per_second"] for one, other in pairs),
+                "tokens_per_pass": mean(item["tokens_per_pass"] for item, _ in pairs),
+                "tokens_per_second": median(item["tokens_per_second"] for item, _ in pairs),
+                "speed": median(item["tokens_per_second"] / other["tokens_per_second"] for item, other in pairs),
             }
             for kind in kinds
-            if (pairs := [(one, base) for one, base in own if one["kind"] == kind])
+            if (pairs := [(item, base) for item, base in own if item["kind"] == kind])
         }
         if not by_kind:
             continue
         names = ("tokens_per_pass", "tokens_per_second", "speed")
-        whole: dict[str, Any] = {name: geometric_mean(one[name] for one in by_kind.values()) for name in names}
+        whole: dict[str, Any] = {name: geometric_mean(item[name] for item in by_kind.values()) for name in names}
         for name in (*SHARES, "agreement", "threshold"):
-            values = [one[name] for one, _ in own if name in one]
+            values = [item[name] for item, _ in own if name in item]
             whole[name] = mean(values) if values else None
-        gaps = [gap for one, _ in own for gap in one["gaps"]]
+        gaps = [gap for item, _ in own for gap in item["gaps"]]
         whole |= {"differ": len(gaps), "unexplained": sum(gap >= TIED for gap in gaps)}
         table[mode] = {**by_kind, ALL: whole}
     return table
 
 
 def markdown(table: dict[str, Any], batch: int, temperature: float, base: str = BASE) -> str:
-    """Return the two tables for people.
-
-    Args:
-        table: from `results`.
-        batch: its batch size.
-        temperature: its temperature.
-        base: the mode that speed is compared with.
-    """
+    """Return the two tables as Markdown."""
     kinds = list(dict.fromkeys(kind for by_kind in table.values() for kind in by_kind if kind != ALL))
     what = f"batch {batch}, " + (f"temperature {temperature:g}" if temperature else "greedy")
     lossy = any(by_kind[ALL]["agreement"] is not None for by_kind in table.values())
@@ -120,7 +107,7 @@ def _number(by_kind: dict[str, Any], kind: str, name: str) -> str:
 
 
 def _other(whole: dict[str, Any]) -> str:
-    """How many prompts gave another text, and how many of them for no reason that is known."""
+    """Return how many prompts gave another text, and how many of these are not explained by near ties."""
     if whole["agreement"] is not None:
         return "–"
     if not whole["unexplained"]:

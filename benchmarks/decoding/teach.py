@@ -1,11 +1,11 @@
-"""Prompts for SmolLM2 to write text behind that heads learn from: chat turns, articles, code, summaries.
+"""Prompts from which SmolLM2 generates training text for draft heads: chat turns, articles, code, summaries.
 
-    python benchmarks/decoding/teach.py teach.jsonl                   # one prompt a line, 800 of them
-    intaglio carve smollm2 -r benchmarks/decoding/chimera.yaml -o out  # `texts:` in it names teach.jsonl
+    python benchmarks/decoding/teach.py teach.jsonl                   # one prompt per line, 800 of them
+    intaglio carve smollm2 -r benchmarks/decoding/chimera.yaml -o out  # its `texts:` names teach.jsonl
     python benchmarks/decoding/ship.py out
 
-Nothing of a prompt of `prompts.py` is in them: articles are those that are not held out, modules lie inside packages of
-the standard library, and chat turns are questions about what these articles are on.
+They contain nothing of a prompt in `prompts.py`: articles are those that are not held out, modules are inside packages
+of the standard library, and chat turns ask about the subjects of these articles.
 """
 
 from __future__ import annotations
@@ -37,13 +37,7 @@ ARTICLE, CODE, SUMMARY = 100, 100, 140
 
 
 def prompts(tokenizer: object, texts: str, count: int) -> Iterator[str]:
-    """Yield so many prompts, the four kinds by turns, as text with the template's own tokens written out.
-
-    Args:
-        tokenizer: with a chat template.
-        texts: articles; those that `Corpus.split` does not hold out are used.
-        count: how many.
-    """
+    """Yield `count` prompts, alternating between the four kinds, as text that includes the chat template's tokens."""
     kept, _ = load_texts(texts).split()
     pieces = [piece for text in kept.documents for piece in cut_at_blank_lines(text) if len(piece) > 400]
     names = [name for text in kept.documents if (name := _subject(text))]
@@ -57,8 +51,8 @@ def prompts(tokenizer: object, texts: str, count: int) -> Iterator[str]:
         draw = keyed("teach", str(place))
         kind, number = place % 4, place // 4
         if kind == 0:
-            asked, one, other = ASKED[number % len(ASKED)], names[draw % len(names)], names[draw // 7 % len(names)]
-            yield turn(asked.format(one, other))
+            asked, item, other = ASKED[number % len(ASKED)], names[draw % len(names)], names[draw // 7 % len(names)]
+            yield turn(asked.format(item, other))
         elif kind == 1:
             yield pieces[draw % len(pieces)][:ARTICLE]
         elif kind == 2:
@@ -70,7 +64,7 @@ def prompts(tokenizer: object, texts: str, count: int) -> Iterator[str]:
 
 
 def _subject(text: str) -> str:
-    """What an article is on: the words before its first verb, if they are few."""
+    """Return the subject of an article: the words before its first verb, if they are few."""
     first = text.split(". ")[0].split(" is ")[0].split(" are ")[0].split(" was ")[0].split("(")[0].strip()
     article, _, rest = first.partition(" ")
     first = f"{article.lower()} {rest}" if article in ("A", "An", "The") else first
@@ -79,7 +73,7 @@ def _subject(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write prompts that heads are taught with.")
-    parser.add_argument("path", type=Path, metavar="FILE", help="written: one JSON object a line")
+    parser.add_argument("path", type=Path, metavar="FILE", help="output: one JSON object per line")
     parser.add_argument("--model", default="smollm2", help="whose chat template; default: %(default)s")
     parser.add_argument("--texts", default="wikipedia", help="default: %(default)s")
     parser.add_argument("--count", type=int, default=800, help="default: %(default)s")

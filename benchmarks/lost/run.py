@@ -1,10 +1,10 @@
-"""What a training step of LOST costs: beside SLTrain's formulation, a low-rank pair alone and the dense model.
+"""The cost of a LOST training step against SLTrain's formulation, a low-rank pair and the dense model.
 
     python benchmarks/lost/run.py                         # three rounds at two widths
     python benchmarks/lost/run.py --widths 256 --repeats 1
 
-Each training is a fresh process (`worker.py`); the ways take turns, each round begins with another one. Low-rank ways
-have equally many parameters. Writes `out/results.json` and `out/results.md`.
+Each training is a fresh process (`worker.py`); variants alternate, starting with another one each round. The low-rank
+variants have the same number of parameters. Writes `out/results.json` and `out/results.md`.
 """
 
 from __future__ import annotations
@@ -36,43 +36,33 @@ NAMES = {
 Run = dict[str, Any]
 
 
-def one(way: str, width: int, arguments: argparse.Namespace) -> Run:
-    """Run one worker.
-
-    Args:
-        way: of `WAYS`.
-        width: of the model.
-        arguments: the driver's.
-    """
+def run_worker(way: str, width: int, arguments: argparse.Namespace) -> Run:
+    """Run one worker."""
     command = [sys.executable, str(HERE / "worker.py"), "--way", way, "--width", str(width)]
     for name in ("depth", "steps", "threads", "device"):
         command += [f"--{name}", str(getattr(arguments, name))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"the worker of {way} failed:\n{done.stderr[-2000:]}")
-    found: Run = json.loads(done.stdout.splitlines()[-1])
-    return found | {"width": width}
+    results: Run = json.loads(done.stdout.splitlines()[-1])
+    return results | {"width": width}
 
 
 def markdown(runs: list[Run]) -> str:
-    """The table for people, medians.
-
-    Args:
-        runs: what the workers printed.
-    """
+    """Return the medians as a Markdown table."""
     lines = [
-        "| width | way | block parameters | step ms | processor ms | over full | decode ms | peak MiB |",
+        "| width | way | block parameters | step ms | CPU ms | over full | decode ms | peak MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for width in dict.fromkeys(run["width"] for run in runs):
-        told = {}
+        summary = {}
         for way in WAYS:
             own = [run for run in runs if (run["width"], run["way"]) == (width, way)]
-            told[way] = {name: median(run[name] for run in own) for name in NUMBERS}
-        for way, its in told.items():
+            summary[way] = {name: median(run[name] for run in own) for name in NUMBERS}
+        for way, its in summary.items():
             lines.append(
                 f"| {width} | {NAMES[way]} | {its['block_parameters'] / 1e6:.2f}M | {its['step_ms']:.0f} | "
-                f"{its['cpu_ms']:.0f} | {its['cpu_ms'] / told['full']['cpu_ms']:.2f} | {its['decode_ms']:.2f} | "
+                f"{its['cpu_ms']:.0f} | {its['cpu_ms'] / summary['full']['cpu_ms']:.2f} | {its['decode_ms']:.2f} | "
                 f"{its['peak_bytes'] / 2**20:.0f} |"
             )
     return "\n".join(lines) + "\n"
@@ -80,7 +70,7 @@ def markdown(runs: list[Run]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What a training step of LOST costs.")
-    parser.add_argument("--widths", default="256,512", help="separated by commas; default: %(default)s")
+    parser.add_argument("--widths", default="256,512", help="comma-separated; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6)
@@ -93,7 +83,7 @@ def main() -> None:
         for repeat in range(arguments.repeats):
             start = repeat % len(WAYS)
             for way in (*WAYS[start:], *WAYS[:start]):
-                runs.append(one(way, width, arguments))
+                runs.append(run_worker(way, width, arguments))
                 print(f"{width} {way}: {runs[-1]['cpu_ms']:.0f} ms", file=sys.stderr)
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": arguments.threads}
     arguments.out.mkdir(parents=True, exist_ok=True)

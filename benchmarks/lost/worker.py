@@ -1,9 +1,9 @@
-"""One way of training a small Llama, in a process of its own: seconds a step and peak memory.
+"""Train a small Llama in one variant and report seconds per step and peak memory.
 
     python benchmarks/lost/worker.py --way lost --width 512 --depth 4 --steps 6 --threads 1
 
-`sltrain` is SLTrain's formulation, W = (α / r) BA + S with the matrix made in every pass and made again backward: a
-reimplementation from its equation, since the official layer is a C++ extension for CUDA. `sltrain-kept` is the same in
+`sltrain` is SLTrain's formulation, W = (α / r) BA + S, with the matrix formed in every pass and again in backward: a
+reimplementation of its equation, because the official layer is a C++ extension for CUDA. `sltrain-kept` is the same in
 plain autograd, which keeps the matrix.
 """
 
@@ -33,12 +33,7 @@ def _kept(self: ElementsLinear, x: Tensor) -> Tensor:
 
 
 def replace(checkpoint: Any, way: str) -> None:
-    """Give the blocks the projections of one way.
-
-    Args:
-        checkpoint: changed in place.
-        way: of `WAYS`.
-    """
+    """Give the blocks the projections of a variant."""
     share = 0.03
     if way == "low-rank":
         LOST.low_rank().apply(checkpoint)
@@ -89,15 +84,15 @@ def main() -> None:
     model.eval()
     decode = []
     with torch.no_grad():
-        one = ids[:1, :1]
+        item = ids[:1, :1]
         for _ in range(30):
             wait()
             cpu = time.process_time() if device.type == "cpu" else time.perf_counter()
-            model(input_ids=one, use_cache=False)
+            model(input_ids=item, use_cache=False)
             wait()
             decode.append((time.process_time() if device.type == "cpu" else time.perf_counter()) - cpu)
     blocks = sum(p.numel() for block in model.model.layers for p in block.parameters())
-    found = {
+    results = {
         "way": arguments.way,
         "step_ms": 1e3 * median(times[1:]),
         "cpu_ms": 1e3 * median(processor[1:]),
@@ -107,7 +102,7 @@ def main() -> None:
         "block_parameters": blocks,
         "loss": float(loss.detach()),
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""What N:M training reaches at equally many steps: ours beside the sparsifier of torch.ao.pruning and the dense model.
+"""Quality of N:M training at an equal number of steps: ours against torch.ao.pruning's sparsifier and the dense model.
 
     python benchmarks/nm/quality.py                            # one thread, 1:16 and 2:4, two seeds
     python benchmarks/nm/quality.py --patterns 1:16 --steps 100 --seeds 1 --rates 0.004
 
-A byte-level Llama reads the source of Python's standard library, its feed-forward layers pruned N:M. The peer makes its
-mask in `WeightNormSparsifier.step` and lets no pruned weight come back, so it is used in the three ways its interface
-has: one mask before the first step; one after half of the steps, and fine-tuning; and with `CubicSL`, which prunes more
-blocks of M at every tenth step until three quarters of the steps. Ours are the recipes as they come. Weights, rows and
-their order, optimizer and steps are the same; every variant takes the learning rate that is best for it on validation
-files with the first seed. Told are the bits a byte of the sparse model on other files, which share of each pruned layer
-is zero, and the median of a step's process time over the dense one's.
+A byte-level Llama is trained on Python's standard library with its feed-forward layers pruned N:M. The peer makes its
+mask in `WeightNormSparsifier.step` and restores no pruned weight, so it is used in the three ways its interface offers:
+one mask before the first step; one after half of the steps, then fine-tuning; and with `CubicSL`, which prunes more
+blocks of M at every tenth step until three quarters of the steps. Ours are the recipes with their defaults. Weights,
+rows and their order, optimizer and steps are equal; each variant uses the learning rate that is best on validation
+files for the first seed. Reported are bits per byte of the sparse model on other files, the zeros of each pruned layer,
+and the median CPU time of a step over the dense one's.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def idle(step: int) -> None:
 
 
 def layers(model: nn.Module) -> list[str]:
-    """Names of the feed-forward layers."""
+    """Return the names of the feed-forward layers."""
     return [name for name, module in model.named_modules() if ".mlp." in name and isinstance(module, nn.Linear)]
 
 
 def torch_once(model: nn.Module, n: int, m: int, steps: int, share: float) -> tuple[Hook, Callable[[], None]]:
-    """The peer with one mask, made before the step that begins behind `share` of all."""
+    """Return the peer with a single mask, made after `share` of the steps."""
     sparsifier = prepared(model, n, m)
     at = 1 + int(share * steps)
 
@@ -67,7 +67,7 @@ def torch_once(model: nn.Module, n: int, m: int, steps: int, share: float) -> tu
 
 
 def torch_cubic(model: nn.Module, n: int, m: int, steps: int) -> tuple[Hook, Callable[[], None]]:
-    """The peer with more blocks pruned at every tenth step, all of them from three quarters of the steps on."""
+    """Return the peer that prunes more blocks at every tenth step, all of them after three quarters of the steps."""
     sparsifier = prepared(model, n, m)
     last = int(0.75 * steps)
     scheduler = CubicSL(sparsifier, init_sl=0.0, delta_t=1, total_t=last // EVERY - 1)
@@ -81,7 +81,7 @@ def torch_cubic(model: nn.Module, n: int, m: int, steps: int) -> tuple[Hook, Cal
 
 
 def prepared(model: nn.Module, n: int, m: int) -> Any:
-    """The peer's sparsifier with an all-true mask on each layer."""
+    """Return the peer's sparsifier with an all-true mask on each layer."""
     sparsifier = WeightNormSparsifier(sparsity_level=1.0, sparse_block_shape=(1, m), zeros_per_block=m - n)
     sparsifier.prepare(model, [{"tensor_fqn": f"{name}.weight"} for name in layers(model)])
     return sparsifier
@@ -107,7 +107,7 @@ VARIANTS: dict[str, Any] = {
 
 @dataclass
 class Trained:
-    """What a training gave."""
+    """Result of a training."""
 
     checkpoint: Checkpoint
     zeros: float
@@ -115,7 +115,7 @@ class Trained:
 
 
 def train(name: str, world: SourceCode, pattern: tuple[int, int], rate: float, seed: int) -> Trained:
-    """Train one variant and make it a plain sparse model."""
+    """Train one variant and turn it into a plain sparse model."""
     checkpoint = world.new(seed, intermediate_size=INNER)
     model: Any = checkpoint.model.train()
     made = VARIANTS[name]
@@ -149,23 +149,23 @@ def train(name: str, world: SourceCode, pattern: tuple[int, int], rate: float, s
     return Trained(checkpoint, zeros, 1e3 * median(spans))
 
 
-def bits(found: Trained, windows: Any) -> float:
-    """Bits a byte of a model on some windows."""
-    value = quality(found.checkpoint, windows.segments, batch_size=16).bits_per_byte
+def bits(results: Trained, windows: Any) -> float:
+    """Return a model's bits per byte on some windows."""
+    value = quality(results.checkpoint, windows.segments, batch_size=16).bits_per_byte
     return float("nan") if value is None else value
 
 
 def measure(world: SourceCode, pattern: tuple[int, int], rates: Sequence[float], seeds: int) -> list[dict[str, Any]]:
-    """Every variant: its learning rate, its bits a byte for each seed, and its times."""
+    """Return every variant with its learning rate, bits per byte for each seed, and times."""
     rows: list[dict[str, Any]] = []
     for name in VARIANTS:
         tried = {rate: train(name, world, pattern, rate, 0) for rate in rates}
         rate = min(tried, key=lambda tested: bits(tried[tested], world.validation()))
         kept = [tried[rate], *(train(name, world, pattern, rate, seed) for seed in range(1, seeds))]
-        measured = [bits(found, world.documents("run")) for found in kept]
+        measured = [bits(results, world.documents("run")) for results in kept]
         row = {
             "pattern": "{}:{}".format(*pattern), "variant": name, "rate": rate, "bits a byte": measured,
-            "zeros": fmean(found.zeros for found in kept), "ms a step": median(found.ms for found in kept),
+            "zeros": fmean(results.zeros for results in kept), "ms a step": median(results.ms for results in kept),
         }  # fmt: skip
         rows.append(row)
         print(line(row, rows[0]["ms a step"]), flush=True)
@@ -173,7 +173,7 @@ def measure(world: SourceCode, pattern: tuple[int, int], rates: Sequence[float],
 
 
 def line(row: dict[str, Any], dense: float) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     each = ", ".join(f"{value:.3f}" for value in row["bits a byte"])
     return (
         f"| {row['pattern']} | {row['variant']} | {row['rate']:g} | {fmean(row['bits a byte']):.3f} | {each} "
@@ -183,17 +183,17 @@ def line(row: dict[str, Any], dense: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What N:M training reaches beside torch.ao.pruning.")
-    parser.add_argument("--patterns", default="1:16,2:4", help="separated by commas; default: %(default)s")
+    parser.add_argument("--patterns", default="1:16,2:4", help="comma-separated; default: %(default)s")
     parser.add_argument("--steps", type=int, default=400, help="of each training; default: %(default)s")
     parser.add_argument("--rates", default="0.002,0.004", help="learning rates, the best is kept; default: %(default)s")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings told of each variant; default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=2, help="reported trainings per variant; default: %(default)s")
     parser.add_argument("--out", type=Path, default=HERE / "out" / "quality.json", help="default: %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch.ao.pruning")
     world = replace(WORLD, steps=arguments.steps)
     rates = [float(word) for word in arguments.rates.split(",")]
-    print("| pattern | variant | rate | bits a byte | each seed | zeros | step over dense |")
+    print("| pattern | variant | learning rate | bits per byte | each seed | zeros | step over dense |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for word in arguments.patterns.split(","):

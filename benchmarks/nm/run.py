@@ -1,13 +1,12 @@
-"""What N:M training costs a step: ours beside plain SR-STE and the dense model, in turns on the same rows.
+"""The cost of N:M training per step: ours against plain SR-STE and the dense model, alternated on the same rows.
 
     python benchmarks/nm/run.py                                # one thread, 1:16 and 2:4
     python benchmarks/nm/run.py --patterns 1:8 --steps 20 --sizes small
 
-SR-STE is written here from its published equation (Zhou et al., ICLR 2021, equation 7) the way one writes it plainly: a
-layer whose weight goes through an autograd function that sorts each group by magnitude in every forward pass. Every
-variant is a copy of the same model; each round, every one takes a step on the same rows, another one first. Told are
-medians of the process's own time (wall time beyond one thread), their ratios, and the losses: ours and the reference's
-SR-STE must agree.
+SR-STE is implemented from its published equation (Zhou et al., ICLR 2021, equation 7) in the obvious way: an autograd
+function that sorts each group by magnitude in every forward pass. Each variant is a copy of the same model; in each
+round all take a step on the same rows, in rotating order. Reported are medians of CPU time (wall time beyond one
+thread), their ratios, and the losses; ours and the reference's SR-STE must agree.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class SRSTE(torch.autograd.Function):
 
 
 class SparseLinear(nn.Linear):
-    """A linear layer under SR-STE."""
+    """Linear layer with SR-STE."""
 
     pattern: tuple[int, int]
 
@@ -64,12 +63,7 @@ class SparseLinear(nn.Linear):
 
 
 class Variant:
-    """A model and what it takes to train it a step.
-
-    Args:
-        model: a copy of its own.
-        before: called with the step.
-    """
+    """A model with its optimizer and masks."""
 
     def __init__(self, model: Any, before: Callable[[int], None] = lambda t: None) -> None:
         self.model, self.before = model.train(), before
@@ -78,7 +72,7 @@ class Variant:
         self.loss = 0.0
 
     def step(self, t: int, ids: Tensor, clock: Callable[[], float]) -> None:
-        """One step on some rows."""
+        """Train one step on some rows and return its seconds."""
         began = clock()
         self.before(t)
         loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -90,55 +84,55 @@ class Variant:
 
 
 def variants(size: dict[str, int], pattern: tuple[int, int], steps: int) -> dict[str, Variant]:
-    """Every variant of one model."""
+    """Return every variant of a model."""
     sizes = {"width": size["width"], "depth": size["depth"], "context": size["length"]}
     base = intaglio.new("llama", **sizes, intermediate_size=size["inner"]).model
     peer = copy.deepcopy(base)
     for name, module in peer.named_modules():
         if ".mlp." in name and isinstance(module, nn.Linear):
             module.__class__, module.pattern = SparseLinear, pattern
-    found = {"dense": Variant(copy.deepcopy(base)), "SR-STE, reference": Variant(peer)}
+    results = {"dense": Variant(copy.deepcopy(base)), "SR-STE, reference": Variant(peer)}
     for name, recipe in (("SR-STE, ours", "sr-ste"), ("MdGf-Exponential, z > 0", "mdgf-exp")):
         model = copy.deepcopy(base)
         method = ProgressiveNM(pattern="{}:{}".format(*pattern), recipe=recipe, dense=0.0, finetune=0.0)  # type: ignore[arg-type]
         run = TrainingRun(intaglio.Checkpoint(model), steps, None, 0, lambda batch: None)  # type: ignore[arg-type, return-value]
         session = method.attach(run)
-        found[name] = Variant(model, lambda step, session=session: session.before_step(step, {}))
-    return found
+        results[name] = Variant(model, lambda step, session=session: session.before_step(step, {}))
+    return results
 
 
 def measure(
     size: dict[str, int], pattern: tuple[int, int], steps: int, clock: Callable[[], float]
 ) -> dict[str, Variant]:
-    """Let the variants take turns."""
-    found = variants(size, pattern, steps + SKIP)
+    """Alternate the variants."""
+    results = variants(size, pattern, steps + SKIP)
     ids_NT = torch.randint(256, (size["batch"], size["length"]), generator=torch.Generator().manual_seed(0))
-    names = list(found)
+    names = list(results)
     for t in range(1, steps + SKIP + 1):
         for name in (*names[t % len(names) :], *names[: t % len(names)]):
-            found[name].step(t, ids_NT, clock)
-    return found
+            results[name].step(t, ids_NT, clock)
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What N:M training costs a step.")
-    parser.add_argument("--patterns", default="1:16,2:4", help="separated by commas; default: %(default)s")
-    parser.add_argument("--sizes", default="small,wide", help="separated by commas; default: %(default)s")
+    parser.add_argument("--patterns", default="1:16,2:4", help="comma-separated; default: %(default)s")
+    parser.add_argument("--sizes", default="small,wide", help="comma-separated; default: %(default)s")
     parser.add_argument("--steps", type=int, default=30, help="that count; default: %(default)s")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     clock = time.process_time if arguments.threads == 1 else time.perf_counter
-    print("| size | pattern | variant | ms a step | over dense | over the reference | last loss |")
+    print("| size | pattern | variant | ms per step | over dense | over the reference | last loss |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name in arguments.sizes.split(","):
         for word in arguments.patterns.split(","):
             keep, of = map(int, word.split(":"))
-            found = measure(SIZES[name], (keep, of), arguments.steps, clock)
-            times = {variant: 1e3 * median(its.spans[SKIP:]) for variant, its in found.items()}
+            results = measure(SIZES[name], (keep, of), arguments.steps, clock)
+            times = {variant: 1e3 * median(its.spans[SKIP:]) for variant, its in results.items()}
             for variant, ms in times.items():
                 over = f"{ms / times['dense']:.2f} | {ms / times['SR-STE, reference']:.2f}"
-                print(f"| {name} | {word} | {variant} | {ms:.1f} | {over} | {found[variant].loss:.4f} |", flush=True)
+                print(f"| {name} | {word} | {variant} | {ms:.1f} | {over} | {results[variant].loss:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What both workers and the judge share; it runs in our environment and in the peer's, so it imports neither library.
+"""Helpers of both workers and the judge; imports neither library, because it runs in both environments.
 
 Dimension letters: N sequences, T tokens of a sequence.
 """
@@ -22,11 +22,7 @@ IDS = "input_ids"
 
 
 def worker_arguments(description: str) -> argparse.Namespace:
-    """Read the command line that both workers take.
-
-    Args:
-        description: the first line of `--help`.
-    """
+    """Return the parsed command line of a worker."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint directory (safetensors)")
     parser.add_argument("--calibration", type=Path, required=True, help="safetensors file with input_ids [N, T]")
@@ -34,7 +30,7 @@ def worker_arguments(description: str) -> argparse.Namespace:
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--sparsity", type=float, help="share of zeros, between 0 and 1")
     amount.add_argument("--pattern", help="N:M, N kept of every M consecutive inputs")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences a forward pass")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per forward pass")
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--output", type=Path, help="where to save the pruned checkpoint (not timed); default: nowhere")
     arguments = parser.parse_args()
@@ -43,11 +39,7 @@ def worker_arguments(description: str) -> argparse.Namespace:
 
 
 def load_ids(path: Path) -> torch.Tensor:
-    """Return the token ids [N, T] (int64) of a file.
-
-    Args:
-        path: a safetensors file with one tensor, `input_ids`.
-    """
+    """Return the token ids [N, T] (int64) of a file."""
     return load_file(path)[IDS].long()
 
 
@@ -60,7 +52,7 @@ def _status_kib(field: str) -> int:
 
 
 def resident_mib() -> float:
-    """Return the resident memory of this process; called after the imports, it says what the libraries alone hold."""
+    """Return the resident memory of this process (after the imports: that of the libraries)."""
     return round(_status_kib("VmRSS") / 1024, 1)
 
 
@@ -69,9 +61,6 @@ def measure(call: Callable[[], object]) -> dict[str, float]:
 
     The kernel's high-water mark of resident memory is reset right before the call (`/proc/self/clear_refs`, Linux
     only), so that neither loading the model nor imports count, except for what they still hold.
-
-    Args:
-        call: the pruning call alone; the model is loaded and the data are in memory.
 
     Returns:
         `seconds` (wall), `cpu_seconds` (user and system, all threads), `before_mib` (resident before the call),
@@ -92,22 +81,14 @@ def measure(call: Callable[[], object]) -> dict[str, float]:
 
 
 def block_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Yield the linears that both sides must prune: every `nn.Linear` but the output head.
-
-    Args:
-        model: a stock decoder.
-    """
+    """Yield the linears that both sides must prune: every `nn.Linear` but the output head."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not name.endswith("lm_head"):
             yield name, module
 
 
 def zeros(model: nn.Module) -> dict[str, Any]:
-    """Return how many linears a model has and the lowest, mean and highest share of zeros in one of them.
-
-    Args:
-        model: the pruned model.
-    """
+    """Return how many linears a model has and the lowest, mean and highest share of zeros in one of them."""
     shares = [(module.weight == 0).double().mean().item() for _, module in block_linears(model)]
     return {
         "linears": len(shares),
@@ -118,10 +99,6 @@ def zeros(model: nn.Module) -> dict[str, Any]:
 
 
 def emit(result: dict[str, Any]) -> None:
-    """Print one JSON line and flush it: the last line of a worker's standard output is its answer.
-
-    Args:
-        result: plain values.
-    """
+    """Print one JSON line and flush it: the last line of a worker's standard output is its answer."""
     line = {**result, "torch": torch.__version__, "threads": torch.get_num_threads(), "load_average": os.getloadavg()}
     print(json.dumps(line), flush=True)

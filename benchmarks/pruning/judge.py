@@ -1,4 +1,4 @@
-"""Measure saved checkpoints: the one piece of code that judges both sides; prints one JSON line.
+"""Evaluate saved checkpoints of either side with the same code; prints one JSON line.
 
 Dimension letters: N sequences, T tokens of a sequence, V vocabulary.
 """
@@ -19,13 +19,7 @@ from transformers import AutoModelForCausalLM
 
 @torch.inference_mode()
 def perplexity(directory: Path, ids_NT: torch.Tensor, batch_size: int = 2) -> dict[str, Any]:
-    """Return exp of the mean negative log-likelihood of tokens 2..T of every sequence, in float32, and the zeros.
-
-    Args:
-        directory: an ordinary checkpoint.
-        ids_NT: held-out token ids.
-        batch_size: sequences a forward pass. Default 2.
-    """
+    """Return exp of the mean negative log-likelihood of tokens 2..T of every sequence, in float32, and the zeros."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     total, count = 0.0, 0
     for batch_NT in ids_NT.split(batch_size):
@@ -38,12 +32,8 @@ def perplexity(directory: Path, ids_NT: torch.Tensor, batch_size: int = 2) -> di
     return {"perplexity": math.exp(total / count), "tokens": count, **common.zeros(model)}
 
 
-def agreement(one: Path, other: Path) -> dict[str, Any]:
+def agreement(element: Path, other: Path) -> dict[str, Any]:
     """Compare two pruned checkpoints of the same model entry by entry.
-
-    Args:
-        one: a checkpoint of one file, `model.safetensors`.
-        other: one with the same tensors.
 
     Returns:
         `masks_differ`: the share of the projections' entries that are zero in exactly one of them; `weights_differ`:
@@ -51,7 +41,10 @@ def agreement(one: Path, other: Path) -> dict[str, Any]:
         tensors are equal bit for bit.
     """
     entries, unlike, distance, norm = 0, 0, 0.0, 0.0
-    with safe_open(one / "model.safetensors", "pt") as first, safe_open(other / "model.safetensors", "pt") as second:
+    with (
+        safe_open(element / "model.safetensors", "pt") as first,
+        safe_open(other / "model.safetensors", "pt") as second,
+    ):
         others_equal = set(first.keys()) == set(second.keys())
         for name in sorted(set(first.keys()) & set(second.keys())):
             a, b = first.get_tensor(name), second.get_tensor(name)

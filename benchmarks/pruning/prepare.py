@@ -1,4 +1,4 @@
-"""What both sides read: a checkpoint directory, calibration and held-out token ids, and the peer's environment."""
+"""Inputs of both sides: a checkpoint directory, calibration and held-out token ids, and the peer's environment."""
 
 from __future__ import annotations
 
@@ -23,9 +23,6 @@ REQUIREMENTS = HERE / "peer-requirements.txt"
 def checkpoint_directory(model: str) -> Path:
     """Return the directory of a checkpoint.
 
-    Args:
-        model: a directory with one model.safetensors, or the name of a bundled model.
-
     Raises:
         IntaglioError: it is neither, or its weights are in several files.
     """
@@ -39,15 +36,6 @@ def token_files(
     model: Path, texts: str, folder: Path, samples: int, held_out: int, length: int, seed: int
 ) -> tuple[Path, Path, dict[str, str]]:
     """Write the calibration and the held-out token ids; no document is in both.
-
-    Args:
-        model: whose tokenizer is used.
-        texts: what `load_texts` takes.
-        folder: where the two safetensors files go.
-        samples: calibration segments.
-        held_out: held-out segments.
-        length: tokens a segment.
-        seed: orders the documents.
 
     Returns:
         The two files and the digests of the two sets of ids.
@@ -65,10 +53,6 @@ def token_files(
 
 def peer_python(given: Path | None, environment: Path) -> Path:
     """Return a Python that has the peer, making its virtual environment when it is missing.
-
-    Args:
-        given: an interpreter to use as it is, or None.
-        environment: the directory of the virtual environment to use or make.
 
     Raises:
         IntaglioError: the given interpreter is missing, or the installation fails.

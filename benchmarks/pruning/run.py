@@ -1,10 +1,10 @@
-"""Pruning, ours against llmcompressor: the same checkpoint, the same token ids, alternated fresh processes.
+"""Pruning against llmcompressor: the same checkpoint and token ids, alternated fresh processes.
 
     python benchmarks/pruning/run.py --out bench-out            # everything: five repeats of six variants
     python benchmarks/pruning/run.py --variants wanda-50 --repeats 1 --peer-python PATH
 
-Every finished run is a line of `runs.jsonl` in the output directory; a run that is there already is not done again, so
-a stopped benchmark goes on where it was. `results.json` and `results.md` are written at the end.
+Each finished run is a line of `runs.jsonl` in the output directory and is not repeated, so an interrupted benchmark
+continues. Writes `results.json` and `results.md`.
 """
 
 from __future__ import annotations
@@ -39,34 +39,31 @@ Run = dict[str, Any]
 def amount(variant: str) -> tuple[str, list[str]]:
     """Return a variant's method and the workers' option for how much is pruned.
 
-    Args:
-        variant: `METHOD-PERCENT` or `METHOD-N:M`.
-
     Raises:
         IntaglioError: it is neither.
     """
-    found = re.fullmatch(r"(magnitude|wanda|sparsegpt)-(?:(\d{1,2})|(\d+:\d+))", variant)
-    if not found:
+    collected = re.fullmatch(r"(magnitude|wanda|sparsegpt)-(?:(\d{1,2})|(\d+:\d+))", variant)
+    if not collected:
         raise IntaglioError(f"the variant {variant!r} is unknown; accepted: {', '.join(VARIANTS)} and other amounts")
-    method, percent, pattern = found.groups()
+    method, percent, pattern = collected.groups()
     return method, ["--pattern", pattern] if pattern else ["--sparsity", str(int(percent) / 100)]
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pruning: ours against llmcompressor.")
     parser.add_argument("--model", default="smollm2", help="checkpoint directory or bundled name")
-    parser.add_argument("--texts", default="wikipedia", help="bundled name, file or folder")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="separated by commas; default: %(default)s")
+    parser.add_argument("--texts", default="wikipedia", help="bundled name, file or directory")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--samples", type=int, default=32, help="calibration segments")
     parser.add_argument("--held-out", type=int, default=64, help="held-out segments")
-    parser.add_argument("--length", type=int, default=512, help="tokens a segment")
+    parser.add_argument("--length", type=int, default=512, help="tokens per segment")
     parser.add_argument("--seed", type=int, default=0, help="orders the documents")
-    parser.add_argument("--batch-size", type=int, default=2, help="sequences a forward pass, ours")
-    parser.add_argument("--peer-batch-size", type=int, default=2, help="sequences a forward pass, the peer's")
+    parser.add_argument("--batch-size", type=int, default=2, help="sequences per forward pass, ours")
+    parser.add_argument("--peer-batch-size", type=int, default=2, help="sequences per forward pass, the peer's")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peer-python", type=Path, help="an interpreter that has llmcompressor")
-    parser.add_argument("--peer-venv", type=Path, default=HERE / ".venv-peer", help="made when it is missing")
+    parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with llmcompressor")
+    parser.add_argument("--peer-venv", type=Path, default=HERE / ".venv-peer", help="created if missing")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     parser.add_argument("--keep", action="store_true", help="keep the pruned checkpoints (538 MB each)")
     return parser.parse_args()
@@ -80,7 +77,7 @@ def _digest(paths: list[Path]) -> str:
 
 
 class Bench:
-    """One benchmark: its settings, and the runs that are done."""
+    """A benchmark: its settings and finished runs."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -146,7 +143,7 @@ class Bench:
         return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
     def checkpoint(self, variant: str, side: str) -> Path:
-        """Where one side's pruned checkpoint of a variant lies until it is judged."""
+        """Return the path of a side's pruned checkpoint of a variant until it is judged."""
         return self.out / "checkpoints" / f"{variant.replace(':', 'of')}-{side}"
 
     def _key(self, variant: str, side: str, repeat: int) -> str:
@@ -154,7 +151,7 @@ class Bench:
         return f"{base}/{self.code[side]}/{self.batch_size[side]}/{variant}/{side}/{repeat}"
 
     def _work(self, variant: str, side: str, repeat: int, save: bool) -> Run:
-        """Run a worker once; with `save`, its checkpoint is kept beside a note of which run made it."""
+        """Run a worker once; with `save`, keep its checkpoint and the id of the run that made it."""
         method, how_much = amount(variant)
         options = ["--model", str(self.model), "--calibration", str(self.calibration)]
         options += ["--method", method, *how_much, "--batch-size", str(self.batch_size[side])]
@@ -169,7 +166,7 @@ class Bench:
         return answer
 
     def saved(self, variant: str, side: str) -> Path:
-        """Return the checkpoint of a side's first run; one that is gone or of another run is made again, untimed."""
+        """Return the checkpoint of a side's first run, remade untimed if it is missing or of another run."""
         target = self.checkpoint(variant, side)
         note = target.with_suffix(".key")
         if not (target.is_dir() and note.is_file() and note.read_text() == self._key(variant, side, 0)):
@@ -178,7 +175,7 @@ class Bench:
         return target
 
     def prune(self, variant: str, side: str, repeat: int) -> Run:
-        """Return one run, from the journal or by doing it; the first repeat's checkpoint is kept for the judge."""
+        """Return one run, from the log or newly measured; the first repeat's checkpoint is kept for the judge."""
         key = self._key(variant, side, repeat)
         if key not in self.done:
             answer = self._work(variant, side, repeat, save=repeat == 0)
@@ -189,12 +186,7 @@ class Bench:
         return self.done[key]
 
     def judge(self, name: str, runs: list[Run]) -> Run:
-        """Return what `judge.py` says of the runs' checkpoints (of the dense one if there are none), measured once.
-
-        Args:
-            name: of the variant, or `dense`.
-            runs: first runs of one or both sides, or none.
-        """
+        """Return the output of `judge.py` for the runs' checkpoints (the dense one if there are none), cached."""
         tail = "+".join(run["key"] for run in runs)
         code = _digest([HERE / "judge.py", HERE / "common.py"])
         key = f"{self.weights}/{self.digests['held_out'][:16]}/{code}/judge/{name}/{tail}"
@@ -205,7 +197,7 @@ class Bench:
         return self.done[key]
 
     def variant(self, variant: str) -> dict[str, Any]:
-        """Return the finished row of one variant: A B A B, then the judge."""
+        """Return the finished row of a variant: alternated runs, then the judge."""
         runs: list[Run] = []
         for repeat in range(self.arguments.repeats):
             for side in table.SIDES:
@@ -220,7 +212,7 @@ class Bench:
         return table.summary(variant, runs, judged)
 
     def results(self) -> dict[str, Any]:
-        """Do everything that is not done yet and return the results."""
+        """Run everything that is missing and return the results."""
         names = self.arguments.variants.split(",")
         for name in names:
             amount(name)

@@ -1,4 +1,4 @@
-"""From finished runs to medians, ratios and the two tables (JSON and Markdown)."""
+"""Medians, ratios and tables (JSON and Markdown) of finished runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ Run = dict[str, Any]
 
 
 def side(runs: list[Run]) -> dict[str, Any]:
-    """Return medians and extremes of one side's runs of one variant.
-
-    Args:
-        runs: finished runs, at least one.
-    """
+    """Return medians and extremes of one side's runs of one variant."""
     seconds = [run["seconds"] for run in runs]
     return {
         "library": runs[0]["library"],
@@ -35,13 +31,7 @@ def side(runs: list[Run]) -> dict[str, Any]:
 
 
 def summary(variant: str, runs: list[Run], judged: Run | None) -> dict[str, Any]:
-    """Return one variant's row: both sides, ratios ours over peer, and which targets are met.
-
-    Args:
-        variant: `METHOD-AMOUNT`.
-        runs: all its runs, of both sides.
-        judged: what `judge.py` said about the two checkpoints (ours first), or about ours alone, or None.
-    """
+    """Return a variant's row: both sides, ratios of ours to the peer's, and the targets met."""
     row: dict[str, Any] = {"variant": variant}
     for name in SIDES:
         mine = [run for run in runs if run["side"] == name]
@@ -62,8 +52,8 @@ def summary(variant: str, runs: list[Run], judged: Run | None) -> dict[str, Any]
 def _ratios(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
     time, memory = ours["seconds"] / peer["seconds"], ours["peak_mib"] / peer["peak_mib"]
     # The peer imports more libraries than it needs for this; without them the ratio says what the algorithm takes.
-    own, theirs = (one["peak_mib"] - one["imports_mib"] for one in (ours, peer))
-    found: dict[str, Any] = {
+    own, theirs = (item["peak_mib"] - item["imports_mib"] for item in (ours, peer))
+    collected: dict[str, Any] = {
         "time_ratio": time,
         "cpu_time_ratio": ours["cpu_seconds"] / peer["cpu_seconds"],
         "memory_ratio": memory,
@@ -72,18 +62,18 @@ def _ratios(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, Any]:
         "meets": {"time": time <= TIME_TARGET, "memory": memory <= MEMORY_TARGET, "perplexity": False},
     }
     if "perplexity" in ours and "perplexity" in peer:
-        found["perplexity_change"] = ours["perplexity"] / peer["perplexity"] - 1
-        found["meets"]["perplexity"] = found["perplexity_change"] <= PERPLEXITY_TARGET
-    return found
+        collected["perplexity_change"] = ours["perplexity"] / peer["perplexity"] - 1
+        collected["meets"]["perplexity"] = collected["perplexity_change"] <= PERPLEXITY_TARGET
+    return collected
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
     cells = [row["variant"]]
     for name in SIDES:
-        one = row.get(name, {})
-        if "seconds" in one:
-            cells += [f"{one['seconds']:.1f}", f"{one['peak_mib']:.0f} ({one['before_mib']:.0f})"]
-            cells.append(f"{one['perplexity']:.3f}" if "perplexity" in one else "-")
+        item = row.get(name, {})
+        if "seconds" in item:
+            cells += [f"{item['seconds']:.1f}", f"{item['peak_mib']:.0f} ({item['before_mib']:.0f})"]
+            cells.append(f"{item['perplexity']:.3f}" if "perplexity" in item else "-")
         else:
             cells += ["-", "-", "-"]
     if "time_ratio" not in row:
@@ -101,11 +91,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """Return the results as a page.
-
-    Args:
-        results: what `run.py` writes as JSON.
-    """
+    """Return the results as a Markdown page."""
     rows, settings = results["variants"], results["settings"]
     head = ["variant", "ours s", "ours MiB", "ours ppl", "peer s", "peer MiB", "peer ppl"]
     head += ["time", "memory", "without imports", "perplexity", "masks differ"]

@@ -1,4 +1,4 @@
-"""Prune one variant with intaglio; prints one JSON line; the same interface as `worker_peer.py`."""
+"""Prune one variant with intaglio; prints one JSON line; same interface as `worker_peer.py`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS: dict[str, Any] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": 
 
 
 def pruning_call(arguments: argparse.Namespace, checkpoint: Any) -> Callable[[], object]:
-    """Return what is timed: one call of the method's `apply`."""
+    """Return the timed call: the method's `apply`."""
     amount = {"pattern": arguments.pattern} if arguments.pattern else {"sparsity": arguments.sparsity}
     method = METHODS[arguments.method](**amount)
     if arguments.method == "magnitude":

@@ -1,8 +1,8 @@
-"""Prune one variant with llmcompressor; runs in the peer's environment and prints one JSON line.
+"""Prune one variant with llmcompressor in its own environment; prints one JSON line.
 
-The peer gets the path its documentation recommends: `oneshot` on a loaded model, the sequential pipeline (one decoder
-layer at a time, its pruned output goes to the next), block size 128 and dampening 0.01. A ready DataLoader is passed,
-which `oneshot` documents, because the loader it makes itself shuffles without a seed.
+Uses the documented path: `oneshot` on a loaded model with the sequential pipeline (one decoder layer at a time, on the
+pruned output of the previous one), block size 128 and dampening 0.01. It passes a DataLoader, which `oneshot`
+documents, because the one it makes itself shuffles without a seed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def magnitude(arguments: argparse.Namespace) -> Any:
 
 
 def pruning_call(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Callable[[], object]:
-    """Return what is timed: one call of `oneshot`."""
+    """Return the timed call of `oneshot`."""
     if arguments.method == "magnitude":
         return lambda: oneshot(model=model, processor=tokenizer, recipe=magnitude(arguments))
     ids_NT = common.load_ids(arguments.calibration)

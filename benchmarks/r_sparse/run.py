@@ -1,20 +1,19 @@
-"""Gathered columns beside torch's dense products and what the memory allows, and SmolLM2 decoding with them; on a CPU.
+"""Gathered columns against dense products and the memory-bandwidth bound, and decoding with SmolLM2, on a CPU.
 
     python benchmarks/r_sparse/run.py                                # the named shapes, one and two threads
     python benchmarks/r_sparse/run.py --shapes 4096x4096 --left-out 0.5 --threads 1 --seconds 20
     python benchmarks/r_sparse/run.py --decode --tokens 64 --rounds 5
 
-*Products.* A weight in->out and one row of activations, drawn anew for each call, so that other columns are wanted each
-time: `F.linear` in float32 and bfloat16, and the product from the columns whose inputs are above the threshold that
-leaves out a share of them. All take turns of some calls, over copies of the weight that together are far larger than
-the last cache. In turns of their own some megabytes of memory are read as fast as can be: the bytes of the wanted
-columns over the best of these speeds is the byte bound. With one thread the time is that of the thread on the
-processor, which others who use the machine add least to; with more, wall time.
+*Products.* A weight in->out and one row of activations, drawn for each call so that other columns are read each time:
+`F.linear` in float32 and bfloat16, and the product from the columns whose inputs exceed the threshold that skips a
+given share. All alternate over copies of the weight that far exceed the last-level cache. The byte bound is the bytes
+of the required columns over the best read bandwidth measured in the same rotation. With one thread, times are the
+thread's CPU time, which other processes affect least; otherwise wall time.
 
-*Decoding* (`--decode`). SmolLM2 goes on from prompts by stock `generate`: the dense model and the carved ones in turns,
-in tokens a second behind the prompt. Beside it stands the perplexity on held-out text with every token sparse, and the
-share of the projections' weights that those tokens read. CATS cannot leave out half of this model's weights, so there
-are rows of 30 %, too. Wanda's zeros are stored and read: it stands for the harm that a static mask does.
+*Decoding* (`--decode`). SmolLM2 continues prompts with stock `generate`: the dense and the sparse models in
+alternation, in tokens per second after the prompt, with held-out perplexity with all tokens sparse and the share of the
+projection weights that these tokens read. CATS cannot skip half of this model's weights, so there are rows at 30 % too.
+Wanda's zeros are stored and read; its row shows the quality of a static mask.
 """
 
 from __future__ import annotations
@@ -65,11 +64,11 @@ PROMPT = "The river rises in the hills to the north of the town and"
 
 
 def variants(inputs: int, outputs: int, shares: list[float]) -> dict[str, tuple[Call, float]]:
-    """What takes turns, each with the bytes of weights that it must read."""
+    """Return the calls to alternate, each with the bytes of weights that it must read."""
     draws = torch.Generator().manual_seed(0)
     weight_IO = torch.randn(inputs, outputs, generator=draws)
     x_R1I = [torch.randn(1, inputs, generator=draws) for _ in range(ROWS)]
-    found: dict[str, tuple[Call, float]] = {}
+    results: dict[str, tuple[Call, float]] = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         weight = weight_IO.to(dtype)
         copies = [weight.clone() for _ in range(max(2, -(-4 * CACHE // weight.nbytes)))]
@@ -79,26 +78,19 @@ def variants(inputs: int, outputs: int, shares: list[float]) -> dict[str, tuple[
         def dense(i: int, rows: Any = rows, xs: Any = xs) -> Any:
             return F.linear(xs[i % ROWS], rows[i % len(rows)])
 
-        found[f"{name}, dense"] = (dense, float(weight.nbytes))
+        results[f"{name}, dense"] = (dense, float(weight.nbytes))
         for share in shares:
             limit = float(torch.cat(x_R1I).abs().flatten().quantile(share))
 
             def sparse(i: int, copies: Any = copies, xs: Any = xs, limit: float = limit) -> Any:
                 return gather.rows(xs[i % ROWS], copies[i % len(copies)], limit, None, None, None, None)
 
-            found[f"{name}, {share:.0%} left out"] = (sparse, (1 - share) * weight.nbytes)
-    return found
+            results[f"{name}, {share:.0%} left out"] = (sparse, (1 - share) * weight.nbytes)
+    return results
 
 
 def measure(shape: str, shares: list[float], threads: int, seconds: float) -> dict[str, Any]:
-    """Let all take turns for some seconds.
-
-    Args:
-        shape: inputs x outputs.
-        shares: of the inputs that are left out.
-        threads: of torch, and of the reader.
-        seconds: to measure for; at least five turns.
-    """
+    """Alternate all calls for some seconds and return their times."""
     inputs, outputs = map(int, shape.split("x"))
     calls = variants(inputs, outputs, shares)
     times, turn, speed = in_turns({name: call for name, (call, _) in calls.items()}, threads, seconds)
@@ -111,26 +103,24 @@ def measure(shape: str, shares: list[float], threads: int, seconds: float) -> di
 
 
 def decode(tokens: int, rounds: int, documents: int, samples: int) -> list[dict[str, Any]]:
-    """Every arm's perplexity, and its speed by turns.
-
-    Args:
-        tokens: that are generated in a turn.
-        rounds: turns of each arm; the first is not counted.
-        documents: of 256 tokens that perplexity is taken on.
-        samples: calibration segments of 256 tokens.
-    """
+    """Return every arm's perplexity and its speed, measured in alternation."""
     world = SmolLM2Wikipedia(samples=samples, documents_pilot=documents)
     base, calibration, texts = world.load(), world.calibration(0).segments, world.documents("pilot").segments
     models: dict[str, Checkpoint] = {}
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, arm in ARMS.items():
         checkpoint = Checkpoint(copy.deepcopy(base.model), base.tokenizer, base.source)
         if arm is not None:
             cast(Carving, arm).apply(checkpoint, calibration, batch_size=8)
         with count_inputs(checkpoint.model) as tallies:
-            told = quality(checkpoint, texts, batch_size=8)
+            summary = quality(checkpoint, texts, batch_size=8)
         share = reading(checkpoint, {module: tally.left_out for module, tally in tallies.items()}).share
-        found[name] = {"perplexity": told.perplexity, "read": share, "left_out": input_sparsity(tallies), "seconds": []}
+        results[name] = {
+            "perplexity": summary.perplexity,
+            "read": share,
+            "left_out": input_sparsity(tallies),
+            "seconds": [],
+        }
         models[name] = checkpoint
     ids = base.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     for turn in range(rounds + 1):
@@ -138,16 +128,21 @@ def decode(tokens: int, rounds: int, documents: int, samples: int) -> list[dict[
             begun = _generated(checkpoint, ids, 1)
             seconds = _generated(checkpoint, ids, tokens + 1) - begun
             if turn:
-                found[name]["seconds"].append(seconds)
-    dense = median(found["dense"]["seconds"])
+                results[name]["seconds"].append(seconds)
+    dense = median(results["dense"]["seconds"])
     return [
-        {"arm": name, **one, "tokens_per_s": tokens / median(one["seconds"]), "ratio": dense / median(one["seconds"])}
-        for name, one in found.items()
+        {
+            "arm": name,
+            **item,
+            "tokens_per_s": tokens / median(item["seconds"]),
+            "ratio": dense / median(item["seconds"]),
+        }
+        for name, item in results.items()
     ]
 
 
 def _generated(checkpoint: Checkpoint, ids: torch.Tensor, tokens: int) -> float:
-    """Seconds that so many tokens take, the prompt with them."""
+    """Return the seconds of generating `tokens` tokens, including the prompt."""
     start = time.perf_counter()
     generate = cast(Callable[..., Any], checkpoint.model.generate)
     generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
@@ -155,12 +150,7 @@ def _generated(checkpoint: Checkpoint, ids: torch.Tensor, tokens: int) -> float:
 
 
 def markdown(runs: list[dict[str, Any]], decoded: list[dict[str, Any]]) -> str:
-    """Return the tables for people.
-
-    Args:
-        runs: from `measure`.
-        decoded: from `decode`.
-    """
+    """Return the results as Markdown tables."""
     lines: list[str] = []
     for threads in dict.fromkeys(run["threads"] for run in runs):
         some = [run for run in runs if run["threads"] == threads]
@@ -187,25 +177,25 @@ def markdown(runs: list[dict[str, Any]], decoded: list[dict[str, Any]]) -> str:
             "| --- | --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {one['arm']} | {one['perplexity']:.1f} | {one['read']:.0%} | {one['tokens_per_s']:.1f} "
-            f"| {one['ratio']:.2f} |"
-            for one in decoded
+            f"| {item['arm']} | {item['perplexity']:.1f} | {item['read']:.0%} | {item['tokens_per_s']:.1f} "
+            f"| {item['ratio']:.2f} |"
+            for item in decoded
         ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="inputs x outputs, with commas")
-    parser.add_argument("--left-out", default="0.5,0.7,0.9", help="shares of the inputs, with commas")
-    parser.add_argument("--threads", default="1,2", help="with commas; decoding takes the last")
-    parser.add_argument("--seconds", type=float, default=8.0, help="to measure each shape for")
-    parser.add_argument("--decode", action="store_true", help="SmolLM2 end to end, in the place of products")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="inputs x outputs, comma-separated")
+    parser.add_argument("--left-out", default="0.5,0.7,0.9", help="shares of the inputs, comma-separated")
+    parser.add_argument("--threads", default="1,2", help="comma-separated; decoding takes the last")
+    parser.add_argument("--seconds", type=float, default=8.0, help="measuring time of each shape")
+    parser.add_argument("--decode", action="store_true", help="SmolLM2 end to end, instead of products")
     parser.add_argument("--tokens", type=int, default=64, help="of a generation")
-    parser.add_argument("--rounds", type=int, default=5, help="of every arm")
-    parser.add_argument("--documents", type=int, default=11, help="that perplexity is taken on")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per arm")
+    parser.add_argument("--documents", type=int, default=11, help="evaluated for perplexity")
     parser.add_argument("--samples", type=int, default=16, help="calibration segments")
-    parser.add_argument("--out", type=Path, default=HERE / "out", help="where results.json and results.md go")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="output directory")
     given = parser.parse_args()
     runs: list[dict[str, Any]] = []
     decoded: list[dict[str, Any]] = []

@@ -1,15 +1,15 @@
-"""What a pruned model wins back a token: recovered on PASER's choice, on random pairs, and on all of them.
+"""Recovery of a pruned model per training token: on PASER's selection, on random pairs, and on the whole pool.
 
     python benchmarks/recovery/run.py                                   # SmolLM2 at 50 % and 2:4, three seeds
     python benchmarks/recovery/run.py --sparsities 50 --repeats 1 --tokens 2048 --candidates 100
     python benchmarks/recovery/run.py --model DIR --instructions pairs.jsonl --texts FILE
 
-Every arm begins with the same pruned model and trains on exactly as many tokens, in as many steps, with the same LoRA
-and rate; `full` sees each pair once, the others go over a share of the tokens several times. Measured are held-out
-answers of the same kind and held-out prose, which nothing was chosen or trained on. Seeds draw the pool's order and the
-training; the arms of a seed take turns. Medians over seeds are told, and what choosing took beside what training took.
-Writes `results.json` and `results.md` into the output directory as results come; `--json` prints the first. Called
-again with the same arguments it goes on where it stopped.
+Every arm starts from the same pruned model and trains on the same number of tokens and steps with the same LoRA and
+learning rate; `full` sees each pair once, the others repeat a share of the tokens. Measured are held-out answers of the
+same kind and held-out prose, neither used for selection or training. Seeds determine the pool's order and the training;
+the arms of a seed alternate. Reported are medians over seeds, and the time of selection and training. Writes
+`results.json` and `results.md` as results arrive; `--json` prints the former. An interrupted run with the same
+arguments continues.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a pruned model wins back a token.")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--instructions", default="docstrings", help="a file of pairs; default: %(default)s")
-    parser.add_argument("--texts", default="wikipedia", help="calibrated on, and measured on; default: %(default)s")
+    parser.add_argument("--texts", default="wikipedia", help="for calibration and evaluation; default: %(default)s")
     parser.add_argument("--embedding", default="minilm")
     parser.add_argument("--sparsities", default=",".join(SPARSITIES), help="of 50, 2:4; default: both")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--candidates", type=int, default=160, help="pairs of a pool; default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=8192, help="trained on, by each arm; default: %(default)s")
-    parser.add_argument("--passes", type=int, default=2, help="over what was chosen; default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=8192, help="training tokens of each arm; default: %(default)s")
+    parser.add_argument("--passes", type=int, default=2, help="over the selection; default: %(default)s")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row; default: %(default)s")
     parser.add_argument("--rows", type=int, default=4, help="of a step; default: %(default)s")
     parser.add_argument("--rate", type=float, default=5e-4)
-    parser.add_argument("--samples", type=int, default=16, help="segments that are measured on; default: %(default)s")
+    parser.add_argument("--samples", type=int, default=16, help="evaluation segments; default: %(default)s")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     parser.add_argument("--json", action="store_true", help="print results.json")
@@ -72,26 +72,13 @@ def _arguments() -> argparse.Namespace:
 
 
 def fitting(checkpoint: Checkpoint, pairs: Sequence[Example], length: int) -> list[Example]:
-    """The pairs whose prompts leave room for an answer.
-
-    Args:
-        checkpoint: its tokenizer is used.
-        pairs: `prompt` and `answer`.
-        length: tokens of a row.
-    """
+    """Return the pairs whose prompts leave room for an answer."""
     asked = checkpoint.tokenizer([pair["prompt"] for pair in pairs], verbose=False)["input_ids"]
     return [pair for pair, ids in zip(pairs, asked, strict=True) if len(ids) <= length // 2]
 
 
 def cut_to(checkpoint: Checkpoint, pairs: Sequence[Example], tokens: int, length: int) -> list[Example]:
-    """Pairs of exactly so many tokens together; the last one is cut.
-
-    Args:
-        checkpoint: its tokenizer is used.
-        pairs: in their order.
-        tokens: of all together.
-        length: of a row, which none is longer than.
-    """
+    """Return pairs of exactly `tokens` tokens in total; the last one is truncated."""
     documents: list[Example] = []
     left = tokens
     for number, pair in enumerate(pairs):
@@ -107,7 +94,7 @@ def cut_to(checkpoint: Checkpoint, pairs: Sequence[Example], tokens: int, length
 def chosen(
     arm: str, pool: list[Example], pruned: Checkpoint, dense: Checkpoint, seed: int, wanted: int, arguments: Any
 ):
-    """The pairs of an arm with at least the wanted tokens, and the seconds that choosing took."""
+    """Return the pairs of an arm with at least the wanted tokens, and the seconds of the selection."""
     begun = time.perf_counter()
     if arm != "paser":
         order = list(RandomExamples(budget=1.0).select(pool, pruned, None, 1.0, KeyedRNG(seed)))
@@ -125,13 +112,7 @@ def chosen(
 
 @torch.no_grad()
 def answer_loss(checkpoint: Checkpoint, pairs: Sequence[Example], length: int) -> float:
-    """Nats a token of the answers.
-
-    Args:
-        checkpoint: what is measured.
-        pairs: held out.
-        length: of a row.
-    """
+    """Return the nats per token of the answers."""
     total, count = 0.0, 0
     for start in range(0, len(pairs), BATCH):
         part = pairs[start : start + BATCH]
@@ -147,33 +128,19 @@ def answer_loss(checkpoint: Checkpoint, pairs: Sequence[Example], length: int) -
 def measured(
     checkpoint: Checkpoint, prose: Segments, original: Reference, pairs: Sequence[Example], length: int
 ) -> dict[str, float]:
-    """Log-perplexity of answers and of prose, and agreement with the original.
-
-    Args:
-        checkpoint: what is measured.
-        prose: held-out segments.
-        original: from `reference` on them.
-        pairs: held out.
-        length: of a row of pairs.
-    """
-    found = quality(checkpoint, prose, original, batch_size=BATCH)
-    assert found.perplexity is not None
-    assert found.top1_agreement is not None
+    """Return the log-perplexity of answers and prose, and the agreement with the original."""
+    results = quality(checkpoint, prose, original, batch_size=BATCH)
+    assert results.perplexity is not None
+    assert results.top1_agreement is not None
     return {
         "answers, nats a token": answer_loss(checkpoint, pairs, length),
-        "prose, nats a token": math.log(found.perplexity),
-        "agreement": found.top1_agreement,
+        "prose, nats a token": math.log(results.perplexity),
+        "agreement": results.top1_agreement,
     }
 
 
 def recovered(name: str, arguments: argparse.Namespace, had: Collection[tuple[int, str]]) -> Iterator[dict[str, Any]]:
-    """Every arm of every seed at one sparsity, as they come.
-
-    Args:
-        name: of the sparsity.
-        arguments: of the command line.
-        had: (seed, arm) of what is there already.
-    """
+    """Yield every arm of every seed at one sparsity."""
     if len(had) == arguments.repeats * len(ARMS):
         return
     dense = intaglio.load(arguments.model, device=arguments.device, dtype="float32")
@@ -224,12 +191,8 @@ def recovered(name: str, arguments: argparse.Namespace, had: Collection[tuple[in
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians over seeds, and what is regained by a thousand tokens.
-
-    Args:
-        rows: from `recovered`.
-    """
-    found = []
+    """Return medians over seeds, and the recovery per thousand tokens."""
+    results = []
     for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
         for arm in ARMS:
             own = [row for row in rows if (row["sparsity"], row["arm"]) == (sparsity, arm)]
@@ -243,23 +206,19 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 sign = 1 if what == "agreement" else -1
                 gain = median(sign * (row[what] - row[f"{what}, before"]) for row in own)
                 middle[f"{what.partition(',')[0]}, regained by a thousand tokens"] = gain / thousands
-            found.append({"sparsity": sparsity, "arm": arm, **middle})
-    return found
+            results.append({"sparsity": sparsity, "arm": arm, **middle})
+    return results
 
 
 def write(out: Path, asked: dict[str, str], rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
-    """Write what there is, as JSON and as a table; returns both.
-
-    Args:
-        out: directory.
-        asked: arguments of the command line.
-        rows: from `recovered`.
-    """
-    told = summary(rows)
-    document = {"medians": told, "runs": list(rows), "arguments": asked}
-    names = list(told[0])
+    """Write the results so far as JSON and as a table; return both."""
+    medians = summary(rows)
+    document = {"medians": medians, "runs": list(rows), "arguments": asked}
+    names = list(medians[0])
     lines = ["| " + " | ".join(names) + " |", "| " + " | ".join(["---"] * len(names)) + " |"]
-    lines += ["| " + " | ".join(v if isinstance(v, str) else f"{v:,.4g}" for v in row.values()) + " |" for row in told]
+    lines += [
+        "| " + " | ".join(v if isinstance(v, str) else f"{v:,.4g}" for v in row.values()) + " |" for row in medians
+    ]
     table = "\n".join(lines)
     atomic_io.write_json(out / "results.json", document)
     (out / "results.md").write_text(table + "\n", encoding="utf-8")

@@ -1,17 +1,16 @@
-"""The ternary product from two-bit weights beside torch's dense ones, and beside what the memory allows; on a CPU.
+"""Ternary products from two-bit weights against dense products and the memory-bandwidth bound, on a CPU.
 
     python benchmarks/ternary/run.py                              # the named shapes, 1 to 16 rows, one and two threads
     python benchmarks/ternary/run.py --shapes 4096x4096 --rows 1,64,512 --threads 1 --seconds 20
 
-A weight in->out is multiplied by some rows of activations: from two bits with activations of eight bits (`linear`,
-whole: quantizing, product, scaling), from two bits with floating activations, and as torch does it (`F.linear` in
-float32 and bfloat16; both also with weights that oneDNN has laid out beforehand, as the verify loop runs them;
-`_int_mm` for the bare product of bytes). All of them take turns of some calls, over copies of the weight that together
-are larger than the last cache, so that each call reads its weight from memory. In turns of their own some megabytes of
-memory are read as fast as can be: the packed bytes over the best of these speeds is the byte bound.
+A weight in->out times some rows of activations: from two bits with 8-bit activations (a full `linear`: quantizing,
+product, scaling), from two bits with float activations, and in torch (`F.linear` in float32 and bfloat16, both also
+with weights packed by oneDNN in advance, as in the verify loop; `_int_mm` for the bare integer product). All alternate
+over copies of the weight that exceed the last-level cache, so each call reads its weight from memory. The byte bound is
+the packed bytes over the best read bandwidth measured in the same rotation.
 
-With one thread the time is that of the thread on the processor, which others who use the machine add least to; with
-more, wall time. The least time of a call is told, and the medians stand beside it in `results.json`.
+With one thread, times are the thread's CPU time, which other processes affect least; otherwise wall time. Reported is
+the minimum over calls, with the medians in `results.json`.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ SHAPES = ("576x1536", "1536x576", "4096x4096", "4096x14336", "14336x4096")
 
 
 def variants(inputs: int, outputs: int, rows: int) -> dict[str, tuple[Call, int]]:
-    """What takes turns, each with the bytes of its weight."""
+    """Return the calls to alternate, each with the bytes of its weight."""
     draws = torch.Generator().manual_seed(0)
     weight_OI = torch.randint(-1, 2, (outputs, inputs), generator=draws, dtype=torch.int8)
     x_BI = torch.randn(rows, inputs, generator=draws)
@@ -56,31 +55,24 @@ def variants(inputs: int, outputs: int, rows: int) -> dict[str, tuple[Call, int]
     def laid_out(weight: Tensor) -> Tensor:
         return torch.ops.mkldnn._reorder_linear_weight(weight, 16)
 
-    packed_OJ, found = ternary.pack(weight_OI), {}
-    found["ternary"] = over(packed_OJ, lambda packed: ternary.linear(x_BI, packed, 1.7))
-    found["ternary, float x"] = over(packed_OJ, lambda packed: ternary.linear(x_BI, packed, 1.7, bits=None))
+    packed_OJ, results = ternary.pack(weight_OI), {}
+    results["ternary"] = over(packed_OJ, lambda packed: ternary.linear(x_BI, packed, 1.7))
+    results["ternary, float x"] = over(packed_OJ, lambda packed: ternary.linear(x_BI, packed, 1.7, bits=None))
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         dense, x = weight_OI.to(dtype), x_BI.to(dtype)
-        found[name] = over(dense, lambda weight, x=x: F.linear(x, weight))
+        results[name] = over(dense, lambda weight, x=x: F.linear(x, weight))
         few = F.pad(x, (0, 0, 0, max(0, 4 - rows)))
-        found[f"{name}, laid out"] = over(
+        results[f"{name}, laid out"] = over(
             dense,
             lambda weight, few=few: torch.ops.mkldnn._linear_pointwise(few, weight, None, "none", [], ""),
             laid_out,
         )
-    found["int8"] = over(weight_OI, lambda weight: torch._int_mm(q_BI, weight.T))
-    return found
+    results["int8"] = over(weight_OI, lambda weight: torch._int_mm(q_BI, weight.T))
+    return results
 
 
 def measure(shape: str, rows: int, threads: int, seconds: float) -> dict[str, Any]:
-    """Let all take turns for some seconds.
-
-    Args:
-        shape: inputs x outputs.
-        rows: of activations.
-        threads: of torch, and of the reader.
-        seconds: to measure for; at least five turns.
-    """
+    """Alternate all calls for some seconds and return their times."""
     inputs, outputs = map(int, shape.split("x"))
     calls = variants(inputs, outputs, rows)
     times, turn, speed = in_turns({name: call for name, (call, _) in calls.items()}, threads, seconds)
@@ -93,11 +85,7 @@ def measure(shape: str, rows: int, threads: int, seconds: float) -> dict[str, An
 
 
 def markdown(runs: list[dict[str, Any]]) -> str:
-    """Return the tables for people.
-
-    Args:
-        runs: from `measure`.
-    """
+    """Return the results as Markdown tables."""
     lines: list[str] = []
     for threads in dict.fromkeys(run["threads"] for run in runs):
         some = [run for run in runs if run["threads"] == threads]
@@ -121,11 +109,11 @@ def markdown(runs: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default=",".join(SHAPES), help="inputs x outputs, with commas")
-    parser.add_argument("--rows", default="1,4,8,16", help="rows of activations, with commas")
-    parser.add_argument("--threads", default="1,2", help="with commas")
-    parser.add_argument("--seconds", type=float, default=8.0, help="to measure each for")
-    parser.add_argument("--out", type=Path, default=HERE / "out", help="where results.json and results.md go")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="inputs x outputs, comma-separated")
+    parser.add_argument("--rows", default="1,4,8,16", help="rows of activations, comma-separated")
+    parser.add_argument("--threads", default="1,2", help="comma-separated")
+    parser.add_argument("--seconds", type=float, default=8.0, help="measuring time of each")
+    parser.add_argument("--out", type=Path, default=HERE / "out", help="output directory")
     given = parser.parse_args()
     runs = []
     for threads in map(int, given.threads.split(",")):

@@ -1,11 +1,11 @@
-"""What the training loop costs: `intaglio.train` beside a bare loop and beside `transformers.Trainer`, alternated.
+"""The cost of the training loop: `intaglio.train` against a bare loop and `transformers.Trainer`, alternated.
 
     python benchmarks/training/run.py                          # five repeats of each, small and large
     python benchmarks/training/run.py --repeats 1 --sizes small
 
-Each training is a fresh process (`worker.py`). For the time, a bare loop takes a step after each step of the loop that
-is measured, and what is told is the median of the paired differences: two processes differ by more than the loops do.
-For the memory each loop runs once more by itself. `results.json` and `results.md` are written at the end.
+Each training is a fresh process (`worker.py`). For time, a bare loop takes a step after each step of the measured loop,
+and the median of the paired differences is reported, because two processes differ by more than the loops do. For
+memory, each loop runs once more alone. Writes `results.json` and `results.md`.
 """
 
 from __future__ import annotations
@@ -40,17 +40,13 @@ def _one(loop: str, size: str, threads: int, between: bool) -> Run:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"the worker of {loop} failed:\n{done.stderr[-2000:]}")
-    found: Run = json.loads(done.stdout.splitlines()[-1])
-    return found
+    results: Run = json.loads(done.stdout.splitlines()[-1])
+    return results
 
 
 def summary(runs: list[Run]) -> dict[str, Any]:
-    """Return medians of each loop by size, and ours against the others.
-
-    Args:
-        runs: what the workers printed, in the order in which they ran.
-    """
-    found: dict[str, Any] = {}
+    """Return medians of each loop by size, and ours relative to the others."""
+    results: dict[str, Any] = {}
     for size in dict.fromkeys(run["size"] for run in runs):
         loops = {}
         for loop in LOOPS:
@@ -58,44 +54,40 @@ def summary(runs: list[Run]) -> dict[str, Any]:
             loops[loop] = {name: median(run[name] for run in own if run["between"]) for name in TIMES}
             loops[loop] |= {name: median(run[name] for run in own if not run["between"]) for name in OTHERS}
         ours, trainer = loops["ours"], loops["trainer"]
-        found[size] = {
+        results[size] = {
             "loops": loops,
             "time over bare": ours["ms"] / (ours["ms"] - ours["above_bare_ms"]),
             "memory over trainer": ours["peak_bytes"] / trainer["peak_bytes"],
             "same loss": abs(ours["loss"] - loops["bare"]["loss"]) < 1e-3,
         }
-    return found
+    return results
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """Return the table for people.
-
-    Args:
-        found: from `summary`.
-    """
+def markdown(results: dict[str, Any]) -> str:
+    """Return the results as a Markdown table."""
     lines = [
-        "| parameters | loop | ms a step | above bare | processor ms above bare | peak MiB | last loss |",
+        "| parameters | loop | ms per step | above bare | CPU ms above bare | peak MiB | last loss |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for one in found.values():
-        for loop, its in one["loops"].items():
+    for item in results.values():
+        for loop, its in item["loops"].items():
             lines.append(
                 f"| {its['parameters'] / 1e6:.1f}M | {loop} | {its['ms']:.2f} | {its['above_bare_ms']:+.2f} | "
                 f"{its['cpu_above_bare_ms']:+.2f} | {its['peak_bytes'] / 2**20:.0f} | {its['loss']:.4f} |"
             )
-    for size, one in found.items():
-        losses = "agree" if one["same loss"] else "DIFFER"
+    for size, item in results.items():
+        losses = "agree" if item["same loss"] else "DIFFER"
         lines += [
             "",
-            f"{size}: ours takes {one['time over bare']:.3f} of a bare step's time and "
-            f"{one['memory over trainer']:.3f} of Trainer's memory; the losses {losses}.",
+            f"{size}: ours takes {item['time over bare']:.3f} of a bare step's time and "
+            f"{item['memory over trainer']:.3f} of Trainer's memory; the losses {losses}.",
         ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What the training loop costs.")
-    parser.add_argument("--sizes", default="small,large", help="separated by commas; default: %(default)s")
+    parser.add_argument("--sizes", default="small,large", help="comma-separated; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="of the times; default: %(default)s")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE / "out")
@@ -107,17 +99,17 @@ def main() -> None:
             for loop in (*LOOPS[repeat % 3 :], *LOOPS[: repeat % 3]):
                 runs.append(_one(loop, size, arguments.threads, between=repeat < arguments.repeats))
                 print(f"{size} {loop}: {runs[-1]['ms']:.2f} ms a step", file=sys.stderr)
-    found = summary(runs)
+    results = summary(runs)
     about = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": arguments.threads}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    atomic_io.write_json(arguments.out / "results.json", {"about": about, "summary": found, "runs": runs})
-    atomic_io.write_text(arguments.out / "results.md", markdown(found))
-    print(markdown(found))
-    for size, one in found.items():
+    atomic_io.write_json(arguments.out / "results.json", {"about": about, "summary": results, "runs": runs})
+    atomic_io.write_text(arguments.out / "results.md", markdown(results))
+    print(markdown(results))
+    for size, item in results.items():
         if size == "small":
-            met = one["loops"]["ours"]["above_bare_ms"] <= MOST_MS
+            met = item["loops"]["ours"]["above_bare_ms"] <= MOST_MS
             print(f"at most {MOST_MS} ms above a bare loop at a million parameters: {'met' if met else 'MISSED'}")
-        met = one["memory over trainer"] <= MOST_MEMORY
+        met = item["memory over trainer"] <= MOST_MEMORY
         print(f"{size}: at most {MOST_MEMORY} of Trainer's peak memory: {'met' if met else 'MISSED'}")
 
 

@@ -1,13 +1,13 @@
-"""One loop, one training, one line of JSON: milliseconds a step, peak memory, last loss.
+"""Train with one loop and print one line of JSON: milliseconds per step, peak memory, last loss.
 
     python benchmarks/training/worker.py --loop ours --size small
     python benchmarks/training/worker.py --loop ours --size small --between
 
-With `--between` the loop and a bare one take turns step by step in one process, and the median of the paired
-differences is told as well: it changes far less than the difference of two medians when the machine is not quiet.
+With `--between`, the loop and a bare one alternate step by step in one process, and the median of the paired
+differences is reported too: on a busy machine it varies far less than the difference of two medians.
 
-All loops train the same weights on the same rows in the same order with the same optimizer: fused AdamW, a constant
-rate, the gradient clipped to norm 1, float32. The last loss says whether they did the same.
+All loops train the same weights on the same rows in the same order with the same optimizer: fused AdamW, constant
+learning rate, gradient norm clipped at 1, float32. Equal last losses show that they did the same.
 """
 
 from __future__ import annotations
@@ -35,13 +35,7 @@ RATE = 1e-3
 
 
 class Bare:
-    """What anybody would write in ten lines.
-
-    Args:
-        model: trained in place.
-        ids_NT: rows.
-        size: an entry of `SIZES`.
-    """
+    """A bare training loop."""
 
     def __init__(self, model: Any, ids_NT: torch.Tensor, size: dict[str, int]) -> None:
         decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -53,7 +47,7 @@ class Bare:
         self.losses: list[torch.Tensor] = []
 
     def step(self) -> None:
-        """One step on the next rows."""
+        """Train one step on the next rows."""
         batch = next(self._batches)
         loss = self._model(input_ids=batch, labels=batch, use_cache=False).loss
         self.losses.append(loss.detach())
@@ -64,12 +58,7 @@ class Bare:
 
 
 class Clock:
-    """Notes when each step ends; the wall and the processor's time of the process.
-
-    Args:
-        skip: first steps that do not count.
-        between: a bare loop that takes a step of its own after each; None: none does.
-    """
+    """Clock of step ends, in wall and CPU time."""
 
     def __init__(self, skip: int, between: Bare | None = None) -> None:
         self._skip, self._between = skip, between
@@ -78,7 +67,7 @@ class Clock:
         self._began = _now()
 
     def tick(self, *_: Any) -> None:
-        """End a step."""
+        """Record the end of a step."""
         self._spans.append(_since(self._began))
         if self._between is not None:
             began = _now()
@@ -86,14 +75,14 @@ class Clock:
             self._bare.append(_since(began))
         self._began = _now()
 
-    def told(self) -> dict[str, float]:
-        """Milliseconds of a step, medians: wall and processor, and what they are above the bare step beside them."""
+    def summary(self) -> dict[str, float]:
+        """Return median milliseconds per step, wall and CPU, and their excess over the paired bare step."""
         kept = self._spans[self._skip :]
-        found = {name: 1000 * median(span[i] for span in kept) for i, name in enumerate(("ms", "cpu_ms"))}
+        results = {name: 1000 * median(span[i] for span in kept) for i, name in enumerate(("ms", "cpu_ms"))}
         pairs = list(zip(kept, self._bare[self._skip :], strict=False))
         for i, name in enumerate(("above_bare_ms", "cpu_above_bare_ms") if pairs else ()):
-            found[name] = 1000 * median(span[i] - bare[i] for span, bare in pairs)
-        return found
+            results[name] = 1000 * median(span[i] - bare[i] for span, bare in pairs)
+        return results
 
 
 def _now() -> tuple[float, float]:
@@ -108,7 +97,7 @@ def _since(began: tuple[float, float]) -> tuple[float, ...]:
 
 
 def bare(model: Any, ids_NT: torch.Tensor, size: dict[str, int], clock: Clock) -> float:
-    """`Bare` to the end."""
+    """Run `Bare` to the end."""
     loop, every = Bare(model, ids_NT, size), max(1, size["steps"] // 100)
     for _ in range(size["steps"]):
         loop.step()
@@ -117,25 +106,25 @@ def bare(model: Any, ids_NT: torch.Tensor, size: dict[str, int], clock: Clock) -
 
 
 class Ticking(TrainerCallback):
-    """Tells the clock."""
+    """Callback for the clock."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
     def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        """See the class."""
+        """Record the end of a step."""
         self._clock.tick()
 
 
 class InOrder(Trainer):
-    """The stock Trainer without shuffling."""
+    """Stock Trainer without shuffling."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return SequentialSampler(self.train_dataset)
 
 
 def stock(model: Any, ids_NT: torch.Tensor, size: dict[str, int], clock: Clock) -> float:
-    """`transformers.Trainer` with its own loss."""
+    """Run `transformers.Trainer` with its own loss."""
     arguments = TrainingArguments(
         output_dir="unused", use_cpu=True, max_steps=size["steps"], per_device_train_batch_size=size["batch"],
         learning_rate=RATE, lr_scheduler_type="constant", max_grad_norm=1.0, logging_steps=max(1, size["steps"] // 100),
@@ -182,16 +171,16 @@ def main() -> None:
     clock = Clock(size["skip"], Bare(_new(size), ids_NT, size) if arguments.between else None)
     with peak_memory(torch.device("cpu")) as peak:
         loss = LOOPS[arguments.loop](model, ids_NT, size, clock)
-    found = {
+    results = {
         "loop": arguments.loop,
         "size": arguments.size,
         "between": arguments.between,
         "parameters": sum(p.numel() for p in model.parameters()),
-        **clock.told(),
+        **clock.summary(),
         "peak_bytes": peak.bytes,
         "loss": loss,
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The transplant against mergekit's tokensurgeon: the same checkpoints, the same anchors, the same number of atoms.
+"""The transplant against mergekit's tokensurgeon: the same checkpoints, anchors and number of atoms.
 
     python benchmarks/transplant/run.py                                # two small models on source code, and SmolLM2
     python benchmarks/transplant/run.py --pairs small --k 8,64
     python benchmarks/transplant/run.py --base DIR --donor DIR --texts FILE
 
-Both sides run with one thread, in processes of their own, taking turns; seconds are of CPU time. Writes `results.json`
-and `results.md` into the output directory.
+Both sides run with one thread in alternated processes; times are CPU time. Writes `results.json` and `results.md` to
+the output directory.
 """
 
 from __future__ import annotations
@@ -43,20 +43,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", default=",".join(PAIRS), help=f"of {', '.join(PAIRS)}; default: all")
     parser.add_argument("--k", default="8,64", help="numbers of atoms; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--base", type=Path, help="checkpoint directory; with --donor, in the place of the pairs")
+    parser.add_argument("--base", type=Path, help="checkpoint directory; with --donor, instead of the pairs")
     parser.add_argument("--donor", type=Path)
-    parser.add_argument("--texts", help="what is measured on; default: held-out source, or the bundled Wikipedia")
-    parser.add_argument("--peer-python", type=Path, help="the interpreter of an environment with mergekit")
+    parser.add_argument("--texts", help="evaluation texts; default: held-out source, or the bundled Wikipedia")
+    parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with mergekit")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     return parser.parse_args()
 
 
 def peer_python(arguments: argparse.Namespace) -> Path:
-    """The interpreter of the peer's environment, made at the first run.
-
-    Args:
-        arguments: of the command line.
-    """
+    """Return the interpreter of the peer's environment, creating it on the first run."""
     if arguments.peer_python is not None:
         return Path(arguments.peer_python)
     place = HERE / ".venv-peer"
@@ -70,14 +66,10 @@ def peer_python(arguments: argparse.Namespace) -> Path:
 
 
 def prepared(name: str, arguments: argparse.Namespace) -> tuple[Path, Path, dict[str, str]]:
-    """The checkpoints of a pair on disk, and documents to measure on.
+    """Return the checkpoints of a pair on disk, and evaluation documents.
 
     `small`: the two models of the claim's world, with a seed of their own. `smollm2`: SmolLM2 in float32, and a Llama
     as wide with a vocabulary of Python source and random weights: for time and rows; what it says means nothing.
-
-    Args:
-        name: of the pair.
-        arguments: of the command line.
     """
     if name == "given":
         texts = load_texts(arguments.texts or "wikipedia").documents[:20]
@@ -101,15 +93,7 @@ def prepared(name: str, arguments: argparse.Namespace) -> tuple[Path, Path, dict
 
 
 def worked(python: Path, side: str, what: str, k: int, **paths: Path) -> dict[str, float]:
-    """One run of one side in a process of its own.
-
-    Args:
-        python: the interpreter.
-        side: `ours` or `peer`.
-        what: `coded` or `whole`.
-        k: atoms.
-        paths: options of the worker.
-    """
+    """Run one side in its own process."""
     shutil.rmtree(paths["out"], ignore_errors=True)
     options = [part for name, path in paths.items() for part in (f"--{name}", str(path))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -117,18 +101,12 @@ def worked(python: Path, side: str, what: str, k: int, **paths: Path) -> dict[st
         environment.pop("PYTHONPATH", None)
     command = [str(python), str(HERE / f"worker_{side}.py"), what, "--k", str(k), *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
-    found: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    results: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return results
 
 
 def tensors_of(base: Path, donor: Path, out: Path) -> dict[str, Any]:
-    """Write the targets and the atoms of the input embedding, as both sides have them; what they are.
-
-    Args:
-        base: checkpoint.
-        donor: checkpoint.
-        out: the file.
-    """
+    """Write the targets and atoms of the input embedding for both sides, and return their sizes."""
     read = Donor.read(str(donor))
     own = intaglio.load(base)
     joined = join(Vocabulary.of(own.tokenizer), Vocabulary.of(read.tokenizer), "strings")
@@ -139,41 +117,28 @@ def tensors_of(base: Path, donor: Path, out: Path) -> dict[str, Any]:
     return {"shared": shared, "new": fresh, "base": [joined.ids[i] for i in shared], "width": rows.shape[1]}
 
 
-def judged(outs: dict[str, Path], told: dict[str, Any], documents: dict[str, str]) -> dict[str, float]:
-    """How far the matrices of both sides are apart, and what both models say of the documents.
-
-    Args:
-        outs: the checkpoint of each side.
-        told: from `tensors_of`.
-        documents: `{name: text}`.
-    """
+def judged(outs: dict[str, Path], summary: dict[str, Any], documents: dict[str, str]) -> dict[str, float]:
+    """Compare the matrices of both sides, and the losses of both models on the documents."""
     models = {side: intaglio.load(path) for side, path in outs.items()}
-    found: dict[str, float] = {}
+    results: dict[str, float] = {}
     for name in ("input", "output"):
         ours, peer = (getattr(m.model, f"get_{name}_embeddings")().weight.detach().float() for m in models.values())
         rows = min(len(ours), len(peer))
         difference = (ours[:rows] - peer[:rows]).abs()
-        found[f"{name}: largest difference, shared rows"] = float(difference[told["shared"]].max())
-        found[f"{name}: largest difference, new rows"] = float(difference[told["new"]].max())
-        found[f"{name}: median difference, new rows"] = float(difference[told["new"]].median())
+        results[f"{name}: largest difference, shared rows"] = float(difference[summary["shared"]].max())
+        results[f"{name}: largest difference, new rows"] = float(difference[summary["new"]].max())
+        results[f"{name}: median difference, new rows"] = float(difference[summary["new"]].median())
     for side, model in models.items():
-        found[f"nats a byte, {side}"] = statistics.fmean(nats_per_byte(model, documents).values())
-    return found
+        results[f"nats a byte, {side}"] = statistics.fmean(nats_per_byte(model, documents).values())
+    return results
 
 
 def compared(name: str, k: int, python: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Everything on one pair with one number of atoms.
-
-    Args:
-        name: of the pair.
-        k: atoms.
-        python: of the peer.
-        arguments: of the command line.
-    """
+    """Measure a pair with a number of atoms."""
     base, donor, documents = prepared(name, arguments)
     place = arguments.out / name
     place.mkdir(parents=True, exist_ok=True)
-    told = tensors_of(base, donor, place / "tensors.safetensors")
+    summary = tensors_of(base, donor, place / "tensors.safetensors")
     pythons = {"ours": Path(sys.executable), "peer": python}
     runs: dict[str, dict[str, list[dict[str, float]]]] = {what: {s: [] for s in pythons} for what in ("coded", "whole")}
     for repeat in range(arguments.repeats):
@@ -183,7 +148,7 @@ def compared(name: str, k: int, python: Path, arguments: argparse.Namespace) -> 
             whole = {"base": base, "donor": donor, "out": place / f"out-{side}"}
             runs["whole"][side].append(worked(pythons[side], side, "whole", k, **whole))
             print(f"{name}, k {k}, run {repeat + 1}: {side}", file=sys.stderr)
-    row: dict[str, Any] = {"pair": name, "k": k, "shared": len(told["shared"]), "new": len(told["new"])}
+    row: dict[str, Any] = {"pair": name, "k": k, "shared": len(summary["shared"]), "new": len(summary["new"])}
     given = load_file(place / "tensors.safetensors")
     supports = {}
     for side in pythons:
@@ -200,7 +165,7 @@ def compared(name: str, k: int, python: Path, arguments: argparse.Namespace) -> 
             ours, peer = (statistics.median(run[measure] for run in sides[side]) for side in ("ours", "peer"))
             row |= {f"{what}, {measure}, ours": ours, f"{what}, {measure}, peer": peer}
             row[f"{what}, {measure}, ratio"] = ours / peer
-    return row | judged({side: place / f"out-{side}" for side in pythons}, told, documents)
+    return row | judged({side: place / f"out-{side}" for side in pythons}, summary, documents)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Intaglio's transplant: codes targets, or transplants a whole checkpoint; the same options as the peer's worker."""
+"""Our transplant: codes targets, or transplants a whole checkpoint; same options as the peer's worker."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from safetensors.torch import load_file, save_file
 
 
 def coded(arguments: argparse.Namespace) -> dict[str, float]:
-    """The pursuit on tensors from disk."""
+    """Run the pursuit on tensors from disk."""
     from intaglio.methods.weights.omp_transplant import omp
 
     given = load_file(arguments.tensors)
     omp(given["targets"][:2], given["atoms"], 2)  # not counted
     begun = time.process_time()
-    found = omp(given["targets"], given["atoms"], arguments.k)
+    results = omp(given["targets"], given["atoms"], arguments.k)
     seconds = time.process_time() - begun
-    save_file({"support": found.support_TK, "weight": found.weight_TK}, arguments.out)
+    save_file({"support": results.support_TK, "weight": results.weight_TK}, arguments.out)
     return {"cpu_seconds": seconds, "peak_bytes": 1024 * getrusage(RUSAGE_SELF).ru_maxrss}
 
 
 def whole(arguments: argparse.Namespace) -> dict[str, float]:
-    """From checkpoints to checkpoint, imports included."""
+    """Run the transplant from checkpoints to checkpoint, imports included."""
     import intaglio
 
     checkpoint = intaglio.load(arguments.base)

@@ -1,4 +1,4 @@
-"""mergekit's tokensurgeon in its own environment: codes targets, or transplants a whole checkpoint; one JSON line."""
+"""mergekit's tokensurgeon in its own environment: codes targets, or transplants a checkpoint; one JSON line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 
 def coded(arguments: argparse.Namespace) -> dict[str, float]:
-    """Its pursuit on tensors from disk, in batches as its command has them."""
+    """Run its pursuit on tensors from disk, in the batches of its command."""
     from mergekit.tokensurgeon.omp import batch_omp
 
     given = load_file(arguments.tensors)
@@ -29,7 +29,7 @@ def coded(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def whole(arguments: argparse.Namespace) -> dict[str, float]:
-    """Its command, from checkpoints to checkpoint."""
+    """Run its command, from checkpoints to checkpoint."""
     command = Path(sys.executable).parent / "mergekit-tokensurgeon"
     options = ["-k", str(arguments.k), "-a", "omp", "--batch-size", "512"]
     subprocess.run([command, arguments.base, arguments.donor, arguments.out, *options], check=True, stdout=sys.stderr)

@@ -1,13 +1,12 @@
-"""What the site says of methods and claims, made from the catalogue, the classes, the registrations and the records.
+"""Generator of the site's pages from the catalogue, the method classes, and the committed claims and records.
 
-What lives here:
-
-- `cards`: a page a method; the catalogue.
-- `evidence`: a claim and its record, as words and rows.
-- `facts`: a method's parameters, description and use, from its class.
-- `notes`: the few sentences on a card that are written by hand.
-- `pages`: pages made from the README and other files of the repository, and from docstrings.
+- `cards`: the page of each method, and the catalogue.
+- `evidence`: a claim and its record as text and table rows.
+- `facts`: the example recipe and the constructor call of a method.
+- `notes`: the hand-written part of a method's page.
+- `pages`: pages from the README, other repository files and docstrings.
+- `style`: the colours of the site.
 - `text`: links, inline code, templates.
 
-Nothing here knows MkDocs; `hooks` beside this folder hands the pages to it.
+Nothing here depends on MkDocs, which gets the pages from `docs/hooks.py`.
 """

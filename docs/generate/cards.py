@@ -1,11 +1,13 @@
-"""A page a method, and the catalogue of them all."""
+"""The page of each method, and the catalogue."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from intaglio.methods.registry import AREAS, PUBLISHED, Entry, get_method
+from pydantic import BaseModel
 
 from generate import evidence as shown
 from generate import facts, notes
@@ -13,42 +15,47 @@ from generate.evidence import Evidence
 from generate.text import cell, environment
 from intaglio.evidence.outlook import outlook
 from intaglio.methods import describe
+from intaglio.methods.base import Method
 
-FACTS = "../api/methods.html#intaglio.methods.base.Capability"
-"""Where it stands what a fact is, as seen from a card."""
+CAPABILITIES = "../api/methods.html#intaglio.methods.base.Capability"
+"""Where the site documents what methods require and invalidate, as a link from a method's page."""
 
 
 def card(slug: str, evidence: Evidence, note: dict[str, str]) -> str:
-    """The page of a method, as Markdown.
-
-    Args:
-        slug: of the method.
-        evidence: its claim and record.
-        note: from `notes.read`.
-    """
+    """Return a method's page as Markdown, `note` being from `notes.read`."""
     entry, method = PUBLISHED[slug], get_method(slug)
-    recipe = facts.example(slug)
-    given = facts.given(recipe, slug) if recipe else describe.required_fields(method)
-    paper = describe.paper_values(method, given)
+    example = facts.example(slug)
+    given = (facts.fields_of(example.document, slug) if example else None) or describe.required_fields(method)
+    paper = _paper_values(method, given)
     values: dict[str, Any] = {
         "entry": entry,
-        "room": AREAS[entry.area],
+        "area": AREAS[entry.area],
         "carving": method if "carving" in entry.kinds else None,
         "changes": sorted(method.changes),
         "requires": sorted(method.requires),
         "invalidates": sorted(method.invalidates),
-        "facts_page": FACTS,
+        "capabilities": CAPABILITIES,
         "description": describe.describe(inspect.getdoc(method) or ""),
-        "recipe": facts.as_yaml(recipe) if recipe else "",
-        "applied": recipe is not None and facts.used(recipe["steps"][-1]) == slug and not entry.fitted,
+        "example": example,
+        "in_python": example is not None and facts.is_last_step(example.document, slug),
         "call": facts.call(slug, given),
         "parameters": describe.parameters(method, paper),
         "paper": paper,
-        "advice": [(heading, note[heading]) for heading in notes.ALWAYS if heading in note],
+        "note": note,
+        "advice": notes.SECTIONS[:2],
         "evidence": evidence,
         "record": evidence.record,
     }
     return environment().get_template("card.md.j2").render(values | _evidence_values(evidence, note))
+
+
+def _paper_values(method: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the paper's values, with the example's fields only where `paper()` cannot do without them."""
+    try:
+        paper = describe.paper_values(method, describe.required_fields(method))
+    except ValueError:  # such as: sparsity or pattern has to be given
+        paper = describe.paper_values(method, given)
+    return {name: value.model_dump() if isinstance(value, BaseModel) else value for name, value in paper.items()}
 
 
 def _evidence_values(evidence: Evidence, note: dict[str, str]) -> dict[str, Any]:
@@ -62,14 +69,14 @@ def _evidence_values(evidence: Evidence, note: dict[str, str]) -> dict[str, Any]
     }
     if (record := evidence.record) is not None:
         values |= {
-            "to_pass": shown.to_pass(record.delta, record.kind),
+            "threshold": shown.threshold(record.delta, record.kind),
             "changed": ", ".join(f"`{name}`" for name in evidence.stale),
             "sentence": shown.sentence(record),
             "perplexity": shown.in_perplexity(record),
-            "picture": shown.picture(record),
-            "meaning": note.get(notes.OF_VERDICTS[record.verdict], ""),
+            "plot": shown.effects_plot(record),
+            "meaning": note.get(f"Verdict: {record.verdict}", ""),
             "outlook": outlook(record),
-            "price": shown.price(record),
+            "cost": shown.cost_sentence(record),
             "columns": shown.arm_columns(record),
             "arms": shown.arm_rows(record),
             "tuned": shown.tuned_rows(record),
@@ -80,36 +87,29 @@ def _evidence_values(evidence: Evidence, note: dict[str, str]) -> dict[str, Any]
     return values
 
 
-def by_room() -> dict[str, list[Entry]]:
-    """The methods of each room that has some, in the order of the rooms."""
-    found = {room: [entry for entry in PUBLISHED.values() if entry.area == room] for room in AREAS}
-    return {room: entries for room, entries in found.items() if entries}
+def by_area() -> dict[str, list[Entry]]:
+    """Return the methods of each area that has any, in the order of the areas."""
+    entries = {area: [entry for entry in PUBLISHED.values() if entry.area == area] for area in AREAS}
+    return {area: methods for area, methods in entries.items() if methods}
 
 
 def table(entries: list[Entry], folder: str) -> str:
-    """Methods with their verdicts, as a Markdown table.
-
-    Args:
-        entries: the methods.
-        folder: where their cards lie, as seen from the page.
-    """
+    """Return methods with their verdicts as a Markdown table; `folder` is that of their pages, seen from the page."""
     rows = ["| method | what it does | verdict |", "| --- | --- | --- |"]
     for entry in entries:
-        found = shown.of(entry.slug)
-        stale = " (stale)" if found.stale else ""
-        rows.append(
-            f"| [{entry.name}]({folder}{entry.slug}.md) | {cell(entry.summary)} | {cell(shown.short(found))}{stale} |"
-        )
+        evidence = shown.load_evidence(entry.slug)
+        verdict = shown.short(evidence) + (" (stale)" if evidence.stale else "")
+        rows.append(f"| [{entry.name}]({folder}{entry.slug}.md) | {cell(entry.summary)} | {cell(verdict)} |")
     return "\n".join(rows)
 
 
 def catalogue() -> str:
-    """The page with all methods, by room."""
+    """Return the page that lists all methods by area."""
     parts = [
         "# Methods",
-        f"{len(PUBLISHED)} methods in {len(by_room())} of {len(AREAS)} rooms; the others are being built. A verdict is"
-        " that of the committed record: [how claims are judged](evidence.md).",
+        f"{len(PUBLISHED)} methods in {len(by_area())} areas. The verdict is that of the committed record; see"
+        " [how claims are tested](evidence.md).",
     ]
-    for room, entries in by_room().items():
-        parts += [f"## {room.capitalize()}", f"{AREAS[room][0].upper()}{AREAS[room][1:]}.", table(entries, "methods/")]
+    for area, entries in by_area().items():
+        parts += [f"## {area.capitalize()}", f"{AREAS[area][0].upper()}{AREAS[area][1:]}.", table(entries, "methods/")]
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""A claim and what came of it, ready for a page: rows of text, from the registration and the record alone."""
+"""A claim and its record as text and table rows."""
 
 from __future__ import annotations
 
@@ -13,19 +13,13 @@ from intaglio.evidence.experiment import LEVEL
 from intaglio.evidence.record import Record, preregistered, shipped, stale_parts
 
 State = Literal["none", "registered", "run"]
-WORDS = {"none": "no evidence yet", "registered": "registered, not yet run"}
+NO_VERDICT = {"none": "no evidence yet", "registered": "registered, not yet run"}
 NATS = "nats a token"
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What there is of a method's claim.
-
-    Args:
-        slug: of the method.
-        registration: what was committed before the first run; None if nothing was.
-        record: of the run; None if there was none.
-    """
+    """The claim of a method as registered before its first run, and the record of the run, where they exist."""
 
     slug: str
     registration: Mapping[str, Any] | None
@@ -33,7 +27,7 @@ class Evidence:
 
     @property
     def state(self) -> State:
-        """No claim, a claim that was not run, or a run."""
+        """Whether there is no claim, a claim that was not run, or a run."""
         if self.record is not None:
             return "run"
         return "none" if self.registration is None else "registered"
@@ -41,114 +35,91 @@ class Evidence:
     @property
     def word(self) -> str:
         """The verdict, or why there is none."""
-        return self.record.verdict if self.record is not None else WORDS[self.state]
+        return self.record.verdict if self.record is not None else NO_VERDICT[self.state]
 
     @property
     def stale(self) -> tuple[str, ...]:
-        """Modules that changed since the run."""
+        """The modules that changed since the run."""
         return () if self.record is None else stale_parts(self.record)
 
     @property
     def claim(self) -> Mapping[str, Any]:
-        """Every choice: as the record has it, or as it was registered."""
-        found = self.registration if self.record is None else self.record.preregistration
-        assert found is not None
-        return found
+        """The registered choices, from the record if there is one."""
+        claim = self.registration if self.record is None else self.record.preregistration
+        assert claim is not None
+        return claim
 
     @property
     def command(self) -> str:
-        """What gives the record, or gives it again."""
+        """The command that makes the record."""
         if self.record is not None:
             return self.record.command
         return f"intaglio prove {self.slug} --tier {self.claim['tier']}"
 
 
-def of(slug: str) -> Evidence:
-    """The evidence of a method, from what is committed.
-
-    Args:
-        slug: of the method.
-    """
+def load_evidence(slug: str) -> Evidence:
+    """Return a method's committed evidence."""
     return Evidence(slug, preregistered(slug), shipped(slug))
 
 
 def short(evidence: Evidence) -> str:
-    """The verdict with its numbers, for a row of a table.
-
-    Args:
-        evidence: of a method.
-    """
+    """Return the verdict with its numbers, for a table cell."""
     record = evidence.record
     if record is None:
         return evidence.word
     low, high = record.interval
     return (
         f"**{record.verdict}**: {record.metric} {record.effect:+.4f} ({low:+.4f} to {high:+.4f}), "
-        f"{to_pass(record.delta, record.kind)} to pass"
+        f"threshold {threshold(record.delta, record.kind)}"
     )
 
 
-def to_pass(delta: float, kind: str) -> str:
-    """What the interval has to lie above.
-
-    Args:
-        delta: the least effect that matters.
-        kind: `better` or `as good as`.
-    """
+def threshold(delta: float, kind: str) -> str:
+    """Return the value that the whole interval must exceed for a claim of `kind` (`better` or `as good as`)."""
     return f"{delta if kind == 'better' else -delta:+g}"
 
 
 def claim_rows(claim: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was fixed before the first run.
-
-    Args:
-        claim: the registration.
-    """
+    """Return the choices that were fixed before the first run, as (name, text)."""
     arms, rules = claim["arms"], claim["rules"]
     run, unit = (*claim["factors"], "")[:2]  # where runs are independent there is no other factor
     design = {
-        "independent": f"one value a {run}",
-        "clustered": f"units of its own a {run}: {unit}s, not equally many",
-        "crossed": f"a {unit} crossed with a {run}; {claim['units']} {unit}s",
+        "independent": f"one value per {run}",
+        "clustered": f"{unit}s nested in each {run}, in varying numbers",
+        "crossed": f"{claim['units']} {unit}s crossed with each {run}",
     }[claim["design"]]
     few = claim.get("secondary_runs")
-    first = f"; arms that only secondary comparisons need take part in the first {few}" if few else ""
+    first = f"; arms used only by secondary comparisons run in the first {few}" if few else ""
     tuning = claim.get("tuning")
-    kind = "better by more than" if claim["kind"] == "better" else "not worse by more than"
+    kind = "better by more than" if claim["kind"] == "better" else "worse by no more than"
     rows = [
         ("Method", f"`{claim['method']}`: {arms[claim['method']]}"),
         ("Baseline", f"`{claim['baseline']}`: {arms[claim['baseline']]}"),
         ("Metric", f"{claim['metric']}, {claim['unit']}; {claim['direction']} is better"),
-        ("Least effect that matters", f"{kind} {claim['delta']:g} {claim['unit']}"),
-        ("What is paired", design),
-        ("Kept equal", claim["parity"]),
+        ("Smallest effect that matters", f"{kind} {claim['delta']:g} {claim['unit']}"),
+        ("Pairing", design),
+        ("Held equal", claim["parity"]),
         (
             "Number of runs",
-            f"a pilot of {claim['pilot_runs']} on other seeds says, at least {rules['least runs']} and at most "
+            f"set by a pilot of {claim['pilot_runs']} runs on other seeds, between {rules['least runs']} and "
             f"{claim['most_runs']}{first}",
         ),
         ("Needs", {"cpu": "a CPU", "gpu": "a GPU"}[claim["tier"]]),
     ]
     if tuning:
         tried = {arm: ", ".join(f"`{choice}`" for choice in choices) for arm, choices in tuning["choices"].items()}
-        trials = f"each on validation data, in {tuning['runs']} runs on seeds of their own"
+        trials = f"each on validation data, in {tuning['runs']} runs on separate seeds"
         rows.append(("Tuned", f"{'; '.join(f'`{arm}`: {choices}' for arm, choices in tried.items())}; {trials}"))
-    return rows + ([("Before the first run", claim["why"])] if claim["why"] else [])
+    return rows + ([("Rationale", claim["why"])] if claim["why"] else [])
 
 
-def settings_rows(settings: Mapping[str, Any], above: str = "") -> list[tuple[str, str]]:
-    """Settings, nested ones under their path.
-
-    Args:
-        settings: of a registration.
-        above: the path so far.
-    """
+def settings_rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Return settings as (path, text), nested mappings flattened."""
     rows: list[tuple[str, str]] = []
     for name, value in settings.items():
-        path = f"{above}, {name}" if above else name
+        path = f"{prefix}, {name}" if prefix else name
         if isinstance(value, Mapping) and all(not isinstance(v, Mapping) for v in value.values()):
-            kept = [f"{k} = {v}" for k, v in value.items() if v is not None]
-            rows.append((path, ", ".join(kept)))
+            rows.append((path, ", ".join(f"{k} = {v}" for k, v in value.items() if v is not None)))
         elif isinstance(value, Mapping):
             rows += settings_rows(value, path)
         else:
@@ -156,31 +127,19 @@ def settings_rows(settings: Mapping[str, Any], above: str = "") -> list[tuple[st
     return rows
 
 
-def picture(record: Record) -> str:
-    """The effects with their intervals, in the page's colours.
-
-    Args:
-        record: of a run.
-    """
+def effects_plot(record: Record) -> str:
+    """Return an SVG of the effects with their intervals, in the page's colours."""
     return plot.effects(record, alone=False)
 
 
 def sentence(record: Record) -> str:
-    """The verdict in words, as the command line says it; the claim, which stands above it, left out.
-
-    Args:
-        record: of a run.
-    """
-    said = summary.sentence(record).removeprefix(f"{record.slug}: ").replace(f" {record.claim}", "")
-    return said[0].upper() + said[1:]
+    """Return the verdict as the command line prints it, without the claim, which the page shows above it."""
+    text = summary.sentence(record).removeprefix(f"{record.slug}: ").replace(f" {record.claim}", "")
+    return text[0].upper() + text[1:]
 
 
 def in_perplexity(record: Record) -> str:
-    """What an effect on the logarithm of the perplexity does to the perplexity; "" for another metric.
-
-    Args:
-        record: of a run.
-    """
+    """Return an effect on log-perplexity as a change of perplexity in percent; "" for any other metric."""
     if record.unit != NATS or record.direction != "lower":
         return ""
     middle, least, most = (100 * math.expm1(-value) for value in (record.effect, *record.interval))
@@ -189,14 +148,7 @@ def in_perplexity(record: Record) -> str:
 
 @dataclass(frozen=True)
 class Arm:
-    """A row of the table of arms.
-
-    Args:
-        name: of the arm.
-        what: it is.
-        compared: `method`, `baseline` or "".
-        cells: its metric and costs, in the order of `arm_columns`.
-    """
+    """A row of the table of arms; `compared` is `method`, `baseline` or "", `cells` are ordered as `arm_columns`."""
 
     name: str
     what: str
@@ -205,11 +157,7 @@ class Arm:
 
 
 def arm_columns(record: Record) -> tuple[str, ...]:
-    """What the cells of an arm are; a star marks what is equal by design.
-
-    Args:
-        record: of a run.
-    """
+    """Return the column titles of the table of arms; a star marks a cost that is equal by design."""
     equal = record.preregistration.get("equal", ())
     costs = {
         "tokens": "tokens",
@@ -231,11 +179,7 @@ def _any_diverged(record: Record) -> bool:
 
 
 def arm_rows(record: Record) -> list[Arm]:
-    """Every arm with its mean and its mean costs.
-
-    Args:
-        record: of a run.
-    """
+    """Return every arm with its mean metric and mean costs."""
     compared = {record.method: "method", record.baseline: "baseline"}
     rows = []
     for name, arm in record.arms.items():
@@ -254,20 +198,16 @@ def arm_rows(record: Record) -> list[Arm]:
     return rows
 
 
-def price(record: Record) -> str:
-    """What the method costs over its baseline, in a sentence.
-
-    Args:
-        record: of a run.
-    """
+def cost_sentence(record: Record) -> str:
+    """Return the method's cost relative to its baseline."""
     method, baseline = record.cost[record.method], record.cost[record.baseline]
     seconds = f"{method.seconds:,.1f} against {baseline.seconds:,.1f} s"
-    parts = [
+    parts = (
         f"{_times(method.seconds, baseline.seconds)} the time ({seconds})",
         f"{_times(method.peak_bytes, baseline.peak_bytes)} the peak memory",
-        f"{_times(method.parameters, baseline.parameters)} the parameters that are not zero",
-    ]
-    return f"Beside its baseline the method took {', '.join(parts[:-1])}, and left {parts[-1]}."
+        f"{_times(method.parameters, baseline.parameters)} the non-zero parameters",
+    )
+    return f"Relative to its baseline the method used {parts[0]}, {parts[1]} and {parts[2]}."
 
 
 def _times(a: float, b: float) -> str:
@@ -276,17 +216,7 @@ def _times(a: float, b: float) -> str:
 
 @dataclass(frozen=True)
 class SecondaryRow:
-    """A comparison beside the primary one.
-
-    Args:
-        name: what it asks.
-        arms: which is held against which.
-        metric: of which values, and over how many runs.
-        effect: larger = the method is better.
-        interval: 95 %, not corrected.
-        p: after Holm's correction.
-        reads: which is better, by that p.
-    """
+    """A secondary comparison as text; a larger effect favours the first arm, p is Holm-corrected."""
 
     name: str
     arms: str
@@ -294,34 +224,26 @@ class SecondaryRow:
     effect: str
     interval: str
     p: str
-    reads: str
+    result: str
 
 
 def tuned_rows(record: Record) -> list[tuple[str, str, str, str]]:
-    """`(arm, choice, mean on validation data, whether it was chosen)`, in the order in which choices were registered.
-
-    Args:
-        record: of a run.
-    """
+    """Return (arm, choice, mean on validation data, "chosen" or "") in the order of registration."""
     rows = []
     for arm, choices in record.preregistration.get("tuning", {}).get("choices", {}).items():
-        found = record.tuned[arm]
+        tuned = record.tuned[arm]
         for choice, what in choices.items():
-            mean = found.means[choice]
-            said = "diverged" if mean is None else f"{mean:.4f}"
-            rows.append((arm, f"{choice}: {what}", said, "chosen" if choice == found.chosen else ""))
+            mean = tuned.means[choice]
+            text = "diverged" if mean is None else f"{mean:.4f}"
+            rows.append((arm, f"{choice}: {what}", text, "chosen" if choice == tuned.chosen else ""))
     return rows
 
 
 def secondary_rows(record: Record) -> list[SecondaryRow]:
-    """Every secondary comparison.
-
-    Args:
-        record: of a run.
-    """
+    """Return the secondary comparisons."""
     rows = []
     for second in record.secondaries:
-        shown = second.p_holm < 1 - LEVEL
+        significant = second.p_holm < 1 - LEVEL
         better = second.method if second.effect > 0 else second.baseline
         rows.append(
             SecondaryRow(
@@ -331,7 +253,7 @@ def secondary_rows(record: Record) -> list[SecondaryRow]:
                 effect=summary.signed(second.effect),
                 interval=" to ".join(summary.signed(end) for end in second.interval),
                 p=_p(second.p_holm),
-                reads=f"`{better}` is better" if shown else "no difference shown",
+                result=f"`{better}` is better" if significant else "no significant difference",
             )
         )
     return rows
@@ -342,30 +264,22 @@ def _p(p: float) -> str:
 
 
 def pilot_sentence(record: Record) -> str:
-    """How the number of runs came about.
-
-    Args:
-        record: of a run.
-    """
+    """Return how the number of runs was chosen."""
     if record.pilot is None:
         return f"The number of runs, {record.units}, was given on the command line; there was no pilot."
-    asked = (
-        "found that no number of runs makes the interval as narrow as wanted"
+    required = (
+        "no number of runs would make the interval narrow enough"
         if record.pilot.asked is None
-        else f"asked for {record.pilot.asked}"
+        else f"{record.pilot.asked} runs are needed"
     )
     return (
-        f"A pilot of {record.pilot.runs} runs, on seeds of its own, {asked}; the time of the tier allows"
-        f" {record.pilot.most}. {record.units} were run, and none was added after a look."
+        f"A pilot of {record.pilot.runs} runs on separate seeds showed that {required}; the time budget allows"
+        f" {record.pilot.most}. {record.units} were run; none were added after seeing results."
     )
 
 
 def run_rows(record: Record) -> list[tuple[str, ...]]:
-    """`(run, seed, baseline, method, difference)`: means over the units of each run that did not diverge.
-
-    Args:
-        record: of a run.
-    """
+    """Return (run, seed, baseline, method, difference): means over the units of each run that did not diverge."""
     of_run = {(run.index, run.arm): run for run in record.runs if run.stage == "run"}
     sign = 1 if record.direction == "higher" else -1
     rows: list[tuple[str, ...]] = []
@@ -389,11 +303,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def digest_of(evidence: Evidence) -> str:
-    """SHA-256 of every choice, as it was registered.
-
-    Args:
-        evidence: with a claim.
-    """
+    """Return the SHA-256 of the registered choices."""
     if evidence.record is not None:
         return evidence.record.preregistration_digest
     return str(evidence.claim["digest"])

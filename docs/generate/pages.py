@@ -1,4 +1,4 @@
-"""The pages that are made: from the README and other files of the repository, from docstrings, from the catalogue."""
+"""Pages generated from the README and other repository files, from docstrings and from the catalogue."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from intaglio.trainer.loop import train
 from intaglio.trainer.lora import Lora
 from intaglio.trainer.recipe_step import Train
 
-NOT_AT_HOME = ("Methods", "Against the peer", "Adding a method")
-"""Sections of the README that have a page of their own here."""
+NOT_AT_HOME = ("Methods", "Comparison with llm-compressor", "Repository layout", "Contributing")
+"""Sections of the README that are pages of their own on the site."""
 
 API: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "api/methods.md": (
-        "What a method is",
-        "The protocols that a method may implement, and the registry. Each method's own page is in"
+        "Method protocols",
+        "The protocols that a method may implement, and the registry. The methods themselves are listed in"
         " [the catalogue](../catalogue.md).",
         ("intaglio.methods.base",),
     ),
     "api/masks.md": (
-        "Masks over attention",
-        "Visibility rules for stock models, set from outside, a layer at a time.",
+        "Attention masks",
+        "Visibility rules, set per layer on stock models.",
         (
             "intaglio.masks",
             "intaglio.masks.rules",
@@ -61,10 +61,15 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
             "intaglio.trainer.history",
         ),
     ),
-    "api/soup.md": ("Parameter averaging", "Soups of checkpoints, and moving averages.", ("intaglio.modeling.soup",)),
+    "api/drafters.md": (
+        "Drafters",
+        "The protocol of drafters for [speculative decoding](../decoding.md).",
+        ("intaglio.speculative.protocols",),
+    ),
+    "api/soup.md": ("Parameter averaging", "Checkpoint soups and moving averages.", ("intaglio.modeling.soup",)),
     "api/evidence.md": (
         "Evidence",
-        "Claims as experiments; [how they are judged](../evidence.md) says the same at length.",
+        "Claims as experiments; see [how claims are tested](../evidence.md).",
         (
             "intaglio.evidence.experiment",
             "intaglio.evidence.run",
@@ -74,10 +79,10 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ),
     ),
 }
-"""`{page: (title, first sentence, modules)}` beside `api/index.md`, which has the names of the package itself."""
+"""`{page: (title, first sentence, modules)}`; `api/index.md` documents the names of the package itself."""
 
 BUNDLED = ("mkdocs-material", "pymdown-extensions", "mkdocs")
-"""What lends the site its scripts, styles and icons."""
+"""Packages whose scripts, styles and icons the site contains."""
 
 
 def _read(path: str) -> str:
@@ -85,97 +90,92 @@ def _read(path: str) -> str:
 
 
 def home() -> str:
-    """The README without the sections that have a page of their own, and with a way into the catalogue."""
+    """Return the README without the sections in `NOT_AT_HOME`, with tables that link to the methods' pages."""
     first, *sections = re.split(r"^(?=## )", _read("README.md"), flags=re.MULTILINE)
     kept = [s for s in sections if s.partition("\n")[0].removeprefix("## ") not in NOT_AT_HOME]
     text = relink("".join([first, *kept[:-1]]), "README.md", "index.md")
-    methods = [cards.table(entries, "methods/") for entries in cards.by_room().values()]
+    methods = [cards.table(entries, "methods/") for entries in cards.by_area().values()]
     last = relink(kept[-1], "README.md", "index.md")
-    return "\n\n".join([text.rstrip(), "## Methods", *methods, "[All methods, by room](catalogue.md).", last])
+    return "\n\n".join([text.rstrip(), "## Methods", *methods, "[All methods by area](catalogue.md).", last])
 
 
 def api_index() -> str:
-    """What `import intaglio` offers, methods left to the catalogue."""
+    """Return the page of the public names of `intaglio`; methods are linked to their own pages."""
     methods = {entry.name: slug for slug, entry in PUBLISHED.items()}
     names = [name for name in intaglio.__all__ if name not in methods]
     cards_of = ", ".join(f"[`{name}`](../methods/{slug}.md)" for name, slug in methods.items())
     parts = [
         "# Python",
-        "Everything here is an attribute of `intaglio`, loaded when it is first used. The methods are too: "
-        f"{cards_of}.",
+        f"Everything here is an attribute of `intaglio`, loaded lazily. So are the methods: {cards_of}.",
     ]
     parts += [f"::: {getattr(intaglio, name).__module__}.{name}" for name in sorted(names, key=str.lower)]
     return "\n\n".join(parts) + "\n"
 
 
 def api_page(page: str) -> str:
-    """A page of docstrings.
-
-    Args:
-        page: a key of `API`.
-    """
+    """Return a page of docstrings; `page` is a key of `API`."""
     title, first, modules = API[page]
     return "\n\n".join([f"# {title}", first, *(f"::: {module}" for module in modules)]) + "\n"
 
 
 def licences() -> str:
-    """The licences of what the site itself is made with, from their own packages."""
-    parts = ["# Licences of this site", "Scripts, styles and icons of these pages come with:"]
+    """Return the licences of the packages in `BUNDLED`."""
+    parts = ["# Licences of this site", "The scripts, styles and icons of these pages come from:"]
     for name in BUNDLED:
-        found = distribution(name)
-        files = [path for path in found.files or () if re.match(r"LICEN[CS]E", path.name)]
+        package = distribution(name)
+        files = [path for path in package.files or () if re.match(r"LICEN[CS]E", path.name)]
         for path in files:
             text = Path(path.locate()).read_text(encoding="utf-8").strip()
-            parts += [f"## {name} {found.version}", f"```text\n{text}\n```"]
+            parts += [f"## {name} {package.version}", f"```text\n{text}\n```"]
         if not files:
-            raise ValueError(f"the package {name} brings no licence file, and the site must show one")
+            raise ValueError(f"the package {name} contains no licence file, which the site must show")
     return "\n\n".join(parts) + "\n"
 
 
 def recipe_fields() -> str:
-    """The keys of a recipe file, from the classes that read it."""
-    steps = "| `steps` | a list of steps: each a method with its [parameters](catalogue.md) | required | in order |"
-    return "\n".join(
-        ["| key | type | default | what it is |", "| --- | --- | --- | --- |", steps, *_field_rows("", RecipeHeader)]
-    )
+    """Return the table of a recipe's keys."""
+    steps = "| `steps` | list of methods with their [parameters](catalogue.md) | required | steps, in order |"
+    return _table([steps, *_field_rows("", RecipeHeader)])
 
 
 def new_fields() -> str:
-    """The keys of a model from scratch."""
-    return "\n".join(["| key | type | default | what it is |", "| --- | --- | --- | --- |", *_field_rows("", New)])
+    """Return the table of the keys of `new`."""
+    return _table(_field_rows("", New))
 
 
 def train_fields() -> str:
-    """The keys of a training step: its own, and those of `intaglio.train`."""
-    said = {**_said(train), **_said(Train)}
+    """Return the table of the keys of a `train` step: its own and those of `intaglio.train`."""
+    descriptions = {**_descriptions(train), **_descriptions(Train)}
     schema = Train.model_json_schema()
     rows = []
     for name, field in Train.model_fields.items():
         accepted = describe.describe_type(schema["properties"][name], schema.get("$defs", {}))
         default = describe.to_yaml(field.get_default(call_default_factory=True))
-        rows.append(f"| `{name}` | {cell(accepted)} | `{default}` | {cell(said[name])} |")
-    return "\n".join(
-        ["| key | type | default | what it is |", "| --- | --- | --- | --- |", *rows, *_field_rows("lora.", Lora)]
-    )
+        rows.append(f"| `{name}` | {cell(accepted)} | `{default}` | {cell(descriptions[name])} |")
+    return _table([*rows, *_field_rows("lora.", Lora)])
 
 
-def _said(documented: Any) -> Mapping[str, str]:
+def _table(rows: list[str]) -> str:
+    return "\n".join(["| key | type | default | description |", "| --- | --- | --- | --- |", *rows])
+
+
+def _descriptions(documented: Any) -> Mapping[str, str]:
     return describe.describe(inspect.getdoc(documented) or "").lists["Args"]
 
 
-def _field_rows(above: str, kind: type[BaseModel]) -> list[str]:
-    """A row for each field, those of nested models at the end."""
+def _field_rows(prefix: str, kind: type[BaseModel]) -> list[str]:
+    """Return a row for each field; those of nested models come last."""
     schema = kind.model_json_schema()
-    said = _said(kind)
+    descriptions = _descriptions(kind)
     rows, nested = [], []
     for name, field in kind.model_fields.items():
         if isinstance(field.default, BaseModel):
-            nested += _field_rows(f"{above}{name}.", type(field.default))
+            nested += _field_rows(f"{prefix}{name}.", type(field.default))
             accepted, default = "mapping, below", ""
         else:
             accepted = describe.describe_type(schema["properties"][name], schema.get("$defs", {}))
             default = "required" if field.is_required() else f"`{describe.to_yaml(field.default)}`"
-        rows.append(f"| `{above}{name}` | {cell(accepted)} | {default} | {cell(said[name])} |")
+        rows.append(f"| `{prefix}{name}` | {cell(accepted)} | {default} | {cell(descriptions[name])} |")
     return rows + nested
 
 
@@ -187,29 +187,17 @@ SLOTS: dict[str, Callable[[], str]] = {
 
 
 def fill(markdown: str) -> str:
-    """Replace each `<!-- made: NAME -->` of a guide by what is made under that name.
-
-    Args:
-        markdown: of the guide.
-
-    Raises:
-        KeyError: nothing is made under a name.
-    """
-    return re.sub(r"<!-- made: (.+?) -->", lambda found: SLOTS[found[1]](), markdown)
+    """Replace each `<!-- generated: NAME -->` of a guide by the table of that name in `SLOTS`."""
+    return re.sub(r"<!-- generated: (.+?) -->", lambda match: SLOTS[match[1]](), markdown)
 
 
 def from_file(source: str, page: str) -> str:
-    """A file of the repository as a page.
-
-    Args:
-        source: its path in the repository.
-        page: that it becomes.
-    """
+    """Return a file of the repository as a page of the site."""
     return relink(_read(source), source, page)
 
 
-def made() -> Iterator[tuple[str, str]]:
-    """Every page and file of the site that is made: `(path in the site's source, content)`."""
+def generated() -> Iterator[tuple[str, str]]:
+    """Yield every generated page and file: `(path in the site's source, content)`."""
     yield "index.md", home()
     for source, page in (
         ("benchmarks/README.md", "benchmarks.md"),
@@ -219,7 +207,7 @@ def made() -> Iterator[tuple[str, str]]:
         yield page, from_file(source, page)
     yield "catalogue.md", cards.catalogue()
     for slug in PUBLISHED:
-        yield f"methods/{slug}.md", cards.card(slug, shown.of(slug), notes.read(slug))
+        yield f"methods/{slug}.md", cards.card(slug, shown.load_evidence(slug), notes.read(slug))
         record = records.RESULTS / f"{slug}.json"
         if record.is_file():
             yield f"records/{slug}.json", record.read_text(encoding="utf-8")
@@ -231,8 +219,8 @@ def made() -> Iterator[tuple[str, str]]:
 
 
 def navigation() -> list[Mapping[str, Any]]:
-    """The methods' part of the navigation, by room."""
+    """Return the navigation entries of the methods, by area."""
     return [
-        {room.capitalize(): [{entry.name: f"methods/{entry.slug}.md"} for entry in entries]}
-        for room, entries in cards.by_room().items()
+        {area.capitalize(): [{entry.name: f"methods/{entry.slug}.md"} for entry in entries]}
+        for area, entries in cards.by_area().items()
     ]

@@ -1,4 +1,4 @@
-"""The site's colours: those of the reports, read from their style sheet, so that a picture looks the same in both."""
+"""The site's colours, read from the style sheet of the reports so that figures look the same in both."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ _BLOCK = re.compile(r":root \{([^}]*)\}")
 
 
 def style(sheet: str) -> str:
-    """The palettes under Material's two schemes, and the rules of the pictures.
-
-    Args:
-        sheet: the reports' style sheet.
+    """Return the palettes of the reports' style sheet under Material's two schemes, and its rules for figures.
 
     Raises:
-        ValueError: it has no two palettes, or no rules for pictures.
+        ValueError: the sheet does not have two palettes, or has no rules for figures.
     """
     palettes = [block for block in _BLOCK.findall(sheet) if "--ink" in block]
     pictures = [line for line in sheet.split("\n") if line.startswith(".picture")]
     if len(palettes) != 2 or not pictures:
-        raise ValueError(f"{SHEET} has {len(palettes)} palettes and {len(pictures)} rules for pictures")
-    # The second changes some of the first: what it leaves out stays.
+        raise ValueError(f"{SHEET} has {len(palettes)} palettes and {len(pictures)} rules for figures")
+    # The dark palette overrides part of the light one.
     light, dark = (re.sub(r"\s*color-scheme:[^;]*;", "", palette).strip() for palette in palettes)
     return "\n".join(
         [

@@ -1,4 +1,4 @@
-"""The site's generator lies beside the guides, not in the package; here it joins the import path."""
+"""Fixtures for the tests of the site's generator, which is in docs/ and joins the import path here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 @pytest.fixture(scope="session")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """A finished run of the toy claim, under the slug of Wanda, with a pilot and secondaries."""
+    """Return a finished run of the toy claim, with the slug of Wanda, a pilot and secondary comparisons."""
     folder = tmp_path_factory.mktemp("prove")
     experiment = toy(Toy(units=3), most_runs=8, claim="The toy lowers the <b>loss</b> | by half a nat.")
     return Record.model_validate_json(json.dumps(prove("wanda", experiment=experiment, directory=folder)))

@@ -1,4 +1,4 @@
-"""Cards: every number on them is the record's, and a method without a record says so."""
+"""Method pages: every number comes from the record, and a method without a record is shown as such."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from tests.evidence.toy import COST, toy
 
 NOTE = {
     "Use it when": "Toys are at hand.",
-    "If the verdict is holds": "It works.",
-    "If the verdict is fails": "It broke.",
+    "Verdict: holds": "It works.",
 }
 
 
-def of(record: Record) -> Evidence:
+def evidence_of(record: Record) -> Evidence:
     return Evidence("wanda", {"digest": record.preregistration_digest, **record.preregistration}, record)
 
 
 def plain(page: str) -> str:
-    """A page without tags."""
+    """Return a page without tags."""
     return re.sub(r"<[^>]+>", " ", page)
 
 
-def test_a_card_has_every_number_of_its_record(record: Record) -> None:
-    page = cards.card("wanda", of(record), {})
+def test_a_page_has_every_number_of_its_record(record: Record) -> None:
+    page = cards.card("wanda", evidence_of(record), {})
     text = plain(page)
     low, high = record.interval
     for value in (record.effect, low, high):
@@ -59,10 +58,10 @@ def test_a_card_has_every_number_of_its_record(record: Record) -> None:
     assert "not yet run" not in text
 
 
-def test_the_numbers_are_read_not_typed(record: Record) -> None:
+def test_numbers_follow_the_record(record: Record) -> None:
     numbers = {"effect": 7.7777, "interval": (6.6666, 8.8888), "verdict": "inconclusive", "made": "2031-01-31"}
     changed = record.model_copy(update={**numbers, "secondaries": []})
-    before, after = cards.card("wanda", of(record), {}), plain(cards.card("wanda", of(changed), {}))
+    before, after = cards.card("wanda", evidence_of(record), {}), plain(cards.card("wanda", evidence_of(changed), {}))
     for text in ("+7.7777", "+6.6666", "+8.8888", "2031-01-31", "Inconclusive"):
         assert text in after
         assert text not in before
@@ -70,68 +69,67 @@ def test_the_numbers_are_read_not_typed(record: Record) -> None:
         assert text not in after
 
 
-def test_the_picture_is_the_records(record: Record) -> None:
-    page = cards.card("wanda", of(record), {})
+def test_the_plot_is_that_of_the_record(record: Record) -> None:
+    page = cards.card("wanda", evidence_of(record), {})
     found = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
-    assert found == [shown.picture(record)]
+    assert found == [shown.effects_plot(record)]
     assert ET.fromstring(found[0]).get("role") == "img"
     assert "prefers-color-scheme" not in found[0]  # its colours are the page's
 
 
-def test_what_a_verdict_means_is_shown_with_that_verdict_only(record: Record) -> None:
+def test_the_meaning_of_a_verdict_is_shown_with_that_verdict_only(record: Record) -> None:
     assert record.verdict == "holds"
-    page = cards.card("wanda", of(record), NOTE)
+    page = cards.card("wanda", evidence_of(record), NOTE)
     assert "## Use it when\n\nToys are at hand." in page
     assert "It works." in page
-    assert "It broke." not in page
     failed = record.model_copy(update={"verdict": "fails"})
-    assert "It broke." in cards.card("wanda", of(failed), NOTE)
-    registered = Evidence("wanda", of(record).registration, None)
+    assert "It works." not in cards.card("wanda", evidence_of(failed), NOTE)
+    registered = Evidence("wanda", evidence_of(record).registration, None)
     assert "It works." not in cards.card("wanda", registered, NOTE)
 
 
-def test_what_a_record_says_is_text(record: Record) -> None:
-    page = cards.card("wanda", of(record), {})
+def test_text_of_a_record_is_escaped(record: Record) -> None:
+    page = cards.card("wanda", evidence_of(record), {})
     assert "<b>loss</b>" not in page
     assert "The toy lowers the &lt;b&gt;loss&lt;/b&gt; | by half a nat." in page
 
 
-def test_a_stale_record_says_what_changed(record: Record) -> None:
-    fresh = cards.card("wanda", of(record), {})
+def test_a_stale_record_names_the_changed_modules(record: Record) -> None:
+    fresh = cards.card("wanda", evidence_of(record), {})
     assert f"unchanged since: {len(record.sources)} modules" in fresh
     assert "Stale" not in fresh
     changed = record.model_copy(
         update={"sources": {**record.sources, "intaglio.methods.weights.wanda": "0", "intaglio.gone": "0"}}
     )
-    page = cards.card("wanda", of(changed), {})
+    page = cards.card("wanda", evidence_of(changed), {})
     # All of it is inside the box: indented, and closed by an empty line.
     (box,) = re.findall(r'^!!! warning "Stale"\n\n((?: {4}.+\n)+)\n', page, re.MULTILINE)
     assert "`intaglio.gone`, `intaglio.methods.weights.wanda`." in box
     assert "changed since: 2 of" in page
     assert "`intaglio prove wanda --renew`" in box
-    assert f"`{record.command} --record` makes the record anew" in box
+    assert f"`{record.command} --record` makes a new record" in box
 
 
-def test_a_renewed_record_says_so(record: Record) -> None:
-    assert "renewed" not in cards.card("wanda", of(record), {})
+def test_a_renewed_record_is_marked(record: Record) -> None:
+    assert "renewed" not in cards.card("wanda", evidence_of(record), {})
     assert "renewed 2031-01-31: one run" in cards.card(
-        "wanda", of(record.model_copy(update={"renewed": "2031-01-31"})), {}
+        "wanda", evidence_of(record.model_copy(update={"renewed": "2031-01-31"})), {}
     )
 
 
-def test_diverged_units_have_a_column_where_there_are_some(record: Record) -> None:
-    assert "No unit diverged." in cards.card("wanda", of(record), {})
+def test_there_is_a_column_for_diverged_units_only_if_there_are_some(record: Record) -> None:
+    assert "No unit diverged." in cards.card("wanda", evidence_of(record), {})
     arms = {**record.arms, "method": record.arms["method"].model_copy(update={"diverged": 0.25})}
-    page = cards.card("wanda", of(record.model_copy(update={"arms": arms})), {})
+    page = cards.card("wanda", evidence_of(record.model_copy(update={"arms": arms})), {})
     assert "No unit diverged." not in page
     assert '<th class="number">diverged</th>' in page
     assert '<td class="number">25%</td>' in page
 
 
-def test_a_claim_that_was_registered_and_not_run(record: Record) -> None:
-    page = cards.card("wanda", Evidence("wanda", of(record).registration, None), {})
+def test_a_registered_claim_without_a_run(record: Record) -> None:
+    page = cards.card("wanda", Evidence("wanda", evidence_of(record).registration, None), {})
     assert "Registered, not yet run" in page
-    assert "the run that decides it has not been made yet" in page
+    assert "its run has not been made yet" in page
     assert "by half a nat" in page
     assert "```sh\nintaglio prove wanda --tier cpu\n```" in page
     assert "<svg" not in page
@@ -145,8 +143,8 @@ def test_a_method_without_a_claim() -> None:
 
 
 @pytest.mark.parametrize("slug", PUBLISHED)
-def test_the_card_of_each_method_as_it_is_committed(slug: str) -> None:
-    evidence = shown.of(slug)
+def test_the_page_of_each_method_as_committed(slug: str) -> None:
+    evidence = shown.load_evidence(slug)
     page = cards.card(slug, evidence, notes.read(slug))
     entry = PUBLISHED[slug]
     for text in (entry.name, entry.url, entry.citation.replace("&", "&amp;"), evidence.word[1:]):
@@ -159,16 +157,16 @@ def test_the_claim_as_rows() -> None:
     rows = dict(shown.claim_rows(toy().preregistration()))
     assert rows["Baseline"] == "`baseline`: nothing"
     assert rows["Metric"] == "loss, nats; lower is better"
-    assert rows["Least effect that matters"] == "better by more than 0.5 nats"
-    assert rows["Number of runs"] == "a pilot of 5 on other seeds says, at least 5 and at most 1000"
-    assert "Before the first run" not in rows
+    assert rows["Smallest effect that matters"] == "better by more than 0.5 nats"
+    assert rows["Number of runs"] == "set by a pilot of 5 runs on other seeds, between 5 and 1000"
+    assert "Rationale" not in rows
     few = dict(shown.claim_rows(toy(secondary_runs=4).preregistration()))
-    assert few["Number of runs"].endswith("; arms that only secondary comparisons need take part in the first 4")
+    assert few["Number of runs"].endswith("; arms used only by secondary comparisons run in the first 4")
     other = toy(kind="as good as", tier="gpu", why="Delta was 1.").preregistration()
     rows = dict(shown.claim_rows(other))
-    assert rows["Least effect that matters"] == "not worse by more than 0.5 nats"
-    assert (rows["Needs"], rows["Before the first run"]) == ("a GPU", "Delta was 1.")
-    assert shown.to_pass(0.5, "as good as") == "-0.5"
+    assert rows["Smallest effect that matters"] == "worse by no more than 0.5 nats"
+    assert (rows["Needs"], rows["Rationale"]) == ("a GPU", "Delta was 1.")
+    assert shown.threshold(0.5, "as good as") == "-0.5"
 
 
 def test_settings_as_rows() -> None:
@@ -181,39 +179,43 @@ def test_settings_as_rows() -> None:
     ]
 
 
-def test_effects_on_the_logarithm_are_told_as_perplexity_too(record: Record) -> None:
+def test_effects_on_log_perplexity_are_also_shown_as_perplexity(record: Record) -> None:
     assert shown.in_perplexity(record) == ""
     found = record.model_copy(update={"unit": "nats a token", "effect": 0.02, "interval": (0.01, 0.03)})
     # exp(-0.02) = 0.9802, exp(-0.03) = 0.9704, exp(-0.01) = 0.9900
     assert shown.in_perplexity(found) == "-2.0 % perplexity (95 % interval -3.0 to -1.0 %)"
 
 
-def test_secondaries_read_by_their_corrected_p(record: Record) -> None:
+def test_secondaries_are_significant_by_their_corrected_p(record: Record) -> None:
     one = record.secondaries[0]
-    cases = [(0.2, 0.01, "`method` is better"), (-0.2, 0.01, "`other` is better"), (0.2, 0.06, "no difference shown")]
+    cases = [
+        (0.2, 0.01, "`method` is better"),
+        (-0.2, 0.01, "`other` is better"),
+        (0.2, 0.06, "no significant difference"),
+    ]
     seconds = [one.model_copy(update={"effect": effect, "p_holm": p}) for effect, p, _ in cases]
     rows = shown.secondary_rows(record.model_copy(update={"secondaries": seconds}))
-    assert [row.reads for row in rows] == [reads for *_, reads in cases]
+    assert [row.result for row in rows] == [result for *_, result in cases]
     tiny = one.model_copy(update={"p_holm": 1e-9})
     assert shown.secondary_rows(record.model_copy(update={"secondaries": [tiny]}))[0].p == "< 0.0001"
 
 
-def test_the_price_and_the_pilot(record: Record) -> None:
+def test_the_cost_and_the_pilot(record: Record) -> None:
     cost = {
         arm: COST.model_copy(update={"seconds": s}) for arm, s in (("baseline", 2.0), ("method", 5.0), ("other", 1.0))
     }
-    said = shown.price(record.model_copy(update={"cost": cost}))
-    assert "2.50 times the time (5.0 against 2.0 s)" in said
-    assert "1.00 times the peak memory" in said
+    text = shown.cost_sentence(record.model_copy(update={"cost": cost}))
+    assert "2.50 times the time (5.0 against 2.0 s)" in text
+    assert "1.00 times the peak memory" in text
     assert record.pilot is not None
     asked = record.model_copy(update={"pilot": record.pilot.model_copy(update={"asked": 12})})
-    assert "A pilot of 5 runs, on seeds of its own, asked for 12;" in shown.pilot_sentence(asked)
+    assert "A pilot of 5 runs on separate seeds showed that 12 runs are needed;" in shown.pilot_sentence(asked)
     none = record.model_copy(update={"pilot": record.pilot.model_copy(update={"asked": None})})
-    assert "no number of runs" in shown.pilot_sentence(none)
+    assert "no number of runs would make the interval narrow enough" in shown.pilot_sentence(none)
     assert "was given on the command line" in shown.pilot_sentence(record.model_copy(update={"pilot": None}))
 
 
-def test_every_run_has_its_row(record: Record) -> None:
+def test_every_run_has_a_row(record: Record) -> None:
     rows = shown.run_rows(record)
     assert [row[1] for row in rows] == [str(seed) for seed in record.seeds["run"]]
     # Equal numbers of units: the mean of the runs' differences is the effect.
@@ -240,12 +242,12 @@ def test_diverged_units_are_left_out_of_a_runs_row(record: Record) -> None:
     assert with_kept(0)[2:] == ("diverged", "diverged", "")
 
 
-def test_the_row_of_a_table(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_row_of_the_catalogue(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "RESULTS", tmp_path)
     (tmp_path / "wanda.json").write_text(record.model_dump_json())
     low, high = record.interval
     row = next(line for line in cards.catalogue().split("\n") if "methods/wanda.md" in line)
-    assert f"**holds**: loss {record.effect:+.4f} ({low:+.4f} to {high:+.4f}), +0.5 to pass" in row
+    assert f"**holds**: loss {record.effect:+.4f} ({low:+.4f} to {high:+.4f}), threshold +0.5" in row
     assert row.replace("\\|", "").count("|") == 4
     assert not row.endswith("(stale) |")
     changed = record.model_copy(update={"sources": {}})
@@ -253,7 +255,7 @@ def test_the_row_of_a_table(record: Record, tmp_path: Path, monkeypatch: pytest.
     assert "(stale)" in next(line for line in cards.catalogue().split("\n") if "methods/wanda.md" in line)
 
 
-def test_the_catalogue_has_every_method_under_its_room() -> None:
+def test_the_catalogue_has_every_method_under_its_area() -> None:
     page = cards.catalogue()
     for entry in PUBLISHED.values():
         assert f"## {entry.area.capitalize()}\n" in page

@@ -1,4 +1,4 @@
-"""The guides are true: their recipes validate, their commands parse, their Python compiles, their constants agree."""
+"""In guides and method pages, recipes validate, commands parse, Python compiles and constants match the code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from intaglio.recipe.yaml import parse_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
-PAGES = GUIDES | {"index.md": pages.home()} | {f"{s}.md": cards.card(s, shown.of(s), notes.read(s)) for s in PUBLISHED}
+PAGES = (
+    GUIDES
+    | {"index.md": pages.home()}
+    | {f"{s}.md": cards.card(s, shown.load_evidence(s), notes.read(s)) for s in PUBLISHED}
+)
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -31,7 +35,7 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def commands() -> list[str]:
-    """Every `intaglio ...` line of a shell block or of running text."""
+    """Return every `intaglio ...` line of a shell block or of running text."""
     lines = [line for _, code in blocks("sh") for line in code.splitlines()]
     spans = [code for text in PAGES.values() for code in re.findall(r"`(intaglio [a-z][^`\n]*)`", text)]
     return sorted({line for line in lines + spans if line.startswith("intaglio ")})
@@ -43,7 +47,7 @@ def test_recipes_validate(name: str, code: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "code"), blocks("python"))
-def test_python_compiles_and_names_what_there_is(name: str, code: str) -> None:
+def test_python_compiles_and_uses_public_names(name: str, code: str) -> None:
     tree = ast.parse(code, name)
     used = {
         node.attr
@@ -56,30 +60,29 @@ def test_python_compiles_and_names_what_there_is(name: str, code: str) -> None:
 @pytest.mark.parametrize("command", commands())
 def test_commands_are_accepted(command: str) -> None:
     words = shlex.split(command)[1:]
-    # In running text a verb may stand alone, or with a name in the place of a value.
+    # In running text a command may have no arguments, or placeholders.
     root = typer.main.get_command(app)
-    verb = root.get_command(typer.Context(root), words[0])  # type: ignore[attr-defined]
-    assert verb is not None, words[0]
+    subcommand = root.get_command(typer.Context(root), words[0])  # type: ignore[attr-defined]
+    assert subcommand is not None, words[0]
     if len(words) > 1:
-        with verb.make_context(
+        with subcommand.make_context(
             words[0], [word for word in words[1:] if word not in ("A", "B")] or ["--help"], resilient_parsing=True
         ):
             pass
-    known = {option for parameter in verb.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    known = {option for parameter in subcommand.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {word for word in words if word.startswith("-")} - {"-"} <= known
 
 
 def test_there_is_something_to_check() -> None:
     assert len(commands()) > 5
-    steps = [slug for slug, entry in PUBLISHED.items() if entry.fitted or "carving" in entry.kinds]
-    assert {name for name, _ in blocks("yaml")} >= {"recipes.md", "index.md", *(f"{slug}.md" for slug in steps)}
-    assert {name for name, _ in blocks("python")} >= {"recipes.md", "evidence.md"}
+    assert {name for name, _ in blocks("yaml")} >= {"recipes.md", "index.md", "lost.md", "bip.md", "aded.md"}
+    assert {name for name, _ in blocks("python")} >= {"recipes.md", "training.md", "wanda.md"}
 
 
 def test_the_rules_are_those_of_the_code() -> None:
     text = re.sub(r"\s+", " ", GUIDES["evidence.md"])
     least = experiment.LEAST_RUNS
-    for said in (
+    for rule in (
         f"{experiment.LEVEL:.0%}".replace("%", " % interval"),
         f"at the upper {experiment.BOUND:.0%}".replace("%", " % bound"),
         f"half-width of at most {experiment.TARGET:g} delta",
@@ -88,12 +91,12 @@ def test_the_rules_are_those_of_the_code() -> None:
         f"more than {experiment.MOST_DIVERGED:.0%}".replace("%", " %"),
         f"2 ({experiment.MOST_INDEX} *base* + *i*)",
     ):
-        assert said in text, said
+        assert rule in text, rule
     base, index = 3, 7
     assert Unit("run", index, base).seed == 2 * (experiment.MOST_INDEX * base + index)
     assert Unit("pilot", index, base).seed == Unit("run", index, base).seed + 1
 
 
-def test_what_is_made_names_no_machine() -> None:
+def test_no_page_contains_a_path_of_this_machine() -> None:
     for name, text in PAGES.items():
         assert not re.search(r"(?<![\w.])/(work|tmp|root|home)/", text), name

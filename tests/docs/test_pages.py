@@ -1,4 +1,4 @@
-"""Pages made from the README, other files of the repository and docstrings; links lead to pages."""
+"""Pages generated from the README, other repository files and docstrings; links lead to pages of the site."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_links(link: str, source: str, page: str, expected: str) -> None:
     assert text.relink(link, source, page) == expected
 
 
-def test_a_link_to_a_file_that_is_no_page_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"README.md links to src/intaglio/anatomy.py, which is no page"):
+def test_a_link_to_a_file_outside_the_site_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"README.md links to src/intaglio/anatomy.py, which is not a page"):
         text.relink("[x](src/intaglio/anatomy.py)", "README.md", "index.md")
 
 
@@ -43,7 +43,7 @@ def test_inline_code() -> None:
     assert text.cell("|x|") == "\\|x\\|"
 
 
-def test_indices_in_a_docstring_are_no_links_and_comparisons_no_tags() -> None:
+def test_brackets_and_comparisons_in_docstrings_are_escaped() -> None:
     assert text.prose("M[(a, b)][c] of `x[1]`\nhere\n\n    y[a][b]\n\nz") == (
         "M\\[(a, b)]\\[c] of `x[1]`\nhere\n\n    y[a][b]\n\nz"
     )
@@ -59,7 +59,7 @@ def test_home_is_the_readme() -> None:
     kept = [name for name in sections if name not in pages.NOT_AT_HOME]
     assert re.findall(r"^## (.+)$", home, re.MULTILINE) == [*kept[:-1], "Methods", kept[-1]]
     lines = set(home.split("\n"))
-    for name in ("Two commands", "What `demo` prints"):
+    for name in ("Quick start", "What `demo` prints"):
         section = readme.partition(f"## {name}\n")[2].partition("\n## ")[0]
         code = [line for line in section.split("\n") if line.startswith("    ")]
         assert code
@@ -89,12 +89,12 @@ def test_the_keys_of_a_recipe() -> None:
 
 
 def test_slots_are_filled() -> None:
-    assert pages.fill("a\n<!-- made: recipe keys -->\nb") == f"a\n{pages.recipe_fields()}\nb"
+    assert pages.fill("a\n<!-- generated: recipe keys -->\nb") == f"a\n{pages.recipe_fields()}\nb"
     with pytest.raises(KeyError):
-        pages.fill("<!-- made: something else -->")
+        pages.fill("<!-- generated: something else -->")
 
 
-def test_the_sites_colours_are_the_reports() -> None:
+def test_the_colours_are_those_of_the_reports() -> None:
     sheet = (ROOT / style.SHEET).read_text(encoding="utf-8")
     made = style.style(sheet)
     light, dark = re.findall(r"--ink: (#[0-9a-f]+)", sheet)[:2]
@@ -113,6 +113,6 @@ def test_the_sites_colours_are_the_reports() -> None:
 
 def test_the_navigation_has_every_method() -> None:
     found = [
-        page for room in pages.navigation() for methods in room.values() for one in methods for page in one.values()
+        page for area in pages.navigation() for methods in area.values() for link in methods for page in link.values()
     ]
     assert sorted(found) == sorted(f"methods/{slug}.md" for slug in PUBLISHED)

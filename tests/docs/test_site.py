@@ -1,4 +1,4 @@
-"""The site builds without a warning, with and without a record, and asks nothing of another host."""
+"""The site builds without warnings, with and without a record, and loads nothing from other hosts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Fetched(HTMLParser):
-    """Addresses that a browser fetches to show a page, those that it links to, and what in it can be linked to."""
+    """Addresses that a page loads, addresses that it links to, and its own link targets."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def build(out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory, record: Record) -> Path:
-    """The site with a record of Wanda, and none of the others."""
+    """Build the site with a record of Wanda and no others."""
     results = tmp_path_factory.mktemp("results")
     (results / "wanda.json").write_text(record.model_dump_json())
     with pytest.MonkeyPatch.context() as patched:
@@ -67,7 +67,7 @@ def test_every_method_has_its_page(site: Path, record: Record) -> None:
     assert not (site / "records" / "dsnot.json").exists()
 
 
-def test_nothing_is_asked_of_another_host(site: Path) -> None:
+def test_nothing_is_loaded_from_another_host(site: Path) -> None:
     for page in site.rglob("*.html"):
         seen = Fetched(page)
         assert seen.addresses
@@ -77,7 +77,7 @@ def test_nothing_is_asked_of_another_host(site: Path) -> None:
         assert not re.search(r"url\(\s*['\"]?(https?:)?//|@import", text), sheet
 
 
-def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:
+def test_every_internal_link_has_a_target(site: Path) -> None:
     pages = {page.resolve(): Fetched(page) for page in site.rglob("*.html")}
     for page, seen in pages.items():
         if page.name == "404.html":  # its links start at the root of a host
@@ -92,7 +92,7 @@ def test_every_link_within_the_site_leads_somewhere(site: Path) -> None:
             assert target not in pages or unquote(address.fragment) in pages[target].ids, (page, link)
 
 
-def test_what_makes_the_site_stays_out_of_it(site: Path) -> None:
+def test_the_generator_is_not_part_of_the_site(site: Path) -> None:
     names = {path.suffix for path in site.rglob("*") if path.is_file()}
     assert not names & {".py", ".j2", ".pyc", ".md"}
     assert not (site / "methods" / "notes").exists()
@@ -104,7 +104,7 @@ def test_licences_are_shown(site: Path) -> None:
     assert "Permission is hereby granted" in text
 
 
-def test_it_builds_as_it_is_committed(tmp_path: Path) -> None:
+def test_the_site_builds_as_committed(tmp_path: Path) -> None:
     site = build(tmp_path / "site")
     for slug in PUBLISHED:
         assert (site / "records" / f"{slug}.json").exists() == (records.shipped(slug) is not None)
