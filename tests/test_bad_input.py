@@ -263,7 +263,7 @@ def test_code_in_a_checkpoint_is_never_run(model: Path, family: str, tmp_path: P
     edit_json(model / "config.json", model_type=family, auto_map=code)
     edit_json(model / "tokenizer_config.json", auto_map=code)
     if family == "evil":
-        says = "it brings code of its own (auto_map in its config.json), which is never run here"
+        says = "it needs its own code (auto_map in its config.json), which is never run"
         refusal(lambda: load(model), f"the model '{model}' cannot be read: {says}")
     else:  # a family that the stock library has: its own code is used
         assert generate(load(model), "the fox", max_new_tokens=2)["new_tokens"] == 2
@@ -427,7 +427,7 @@ def test_texts_that_are_not_there(tiny_dir: TinyDir, recipe: Write, tmp_path: Pa
 def test_texts_that_are_too_short(tiny_dir: TinyDir, recipe: Write, corpus_file: Path, tmp_path: Path) -> None:
     made = recipe(WANDA, calibration={"texts": str(corpus_file), "samples": 100_000, "length": 32})
     said = cli_refusal(tmp_path, "carve", tiny_dir("llama"), "-r", made, "-o", tmp_path / "out")
-    assert "segments of 32 tokens, 100000 were asked for; give more text" in said
+    assert "segments of 32 tokens, 100000 are needed; give more text" in said
     count = int(said.partition(" give ")[2].split()[0])
     assert 100 < count < 100_000
 

@@ -30,7 +30,7 @@ from intaglio.checkpoint.from_scratch import new, trained_tokenizer
 from intaglio.data.python_source import source_files
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.evidence.worlds.two_tokenizers import TwoTokenizers, nats_per_byte
-from intaglio.methods.weights.omp_transplant import Donor, Vocabulary, join
+from intaglio.methods.weights.omp_transplant import Donor, Vocabulary, match_tokens
 
 HERE = Path(__file__).resolve().parent
 PAIRS = ("small", "smollm2")
@@ -107,9 +107,11 @@ def worked(python: Path, side: str, what: str, k: int, **paths: Path) -> dict[st
 
 def tensors_of(base: Path, donor: Path, out: Path) -> dict[str, Any]:
     """Write the targets and atoms of the input embedding for both sides, and return their sizes."""
-    read = Donor.read(str(donor))
+    read = Donor.load(str(donor))
     own = intaglio.load(base)
-    joined = join(Vocabulary.of(own.tokenizer), Vocabulary.of(read.tokenizer), "strings")
+    joined = match_tokens(
+        Vocabulary.from_tokenizer(own.tokenizer), Vocabulary.from_tokenizer(read.tokenizer), "strings"
+    )
     shared = sorted(joined.ids)
     fresh = sorted(joined.donor.tokens.keys() - joined.ids.keys())
     rows = read.embedding_VD.float()

@@ -1,4 +1,4 @@
-"""What a result is made with: versions, told without importing anything, torch's threads, libraries that keep still."""
+"""Reproducibility helpers: package versions, torch thread count, logger silencing."""
 
 from __future__ import annotations
 
@@ -9,31 +9,23 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 
 PACKAGES = ("intaglio", "torch", "transformers", "tokenizers", "safetensors", "numpy")
-"""What decides the numbers of a carve."""
+"""Packages that affect the numbers of a carve."""
 
 
-def versions(also: Sequence[str] = ()) -> dict[str, str]:
-    """Versions of everything that decides a result, Python's first; `unknown` for what is not installed as a package.
-
-    Args:
-        also: further packages. Default: none.
-    """
-    found = {"python": platform.python_version()}
-    for name in (*PACKAGES, *also):
+def versions(extra: Sequence[str] = ()) -> dict[str, str]:
+    """Return the versions of Python and of packages, without importing them; `unknown` for missing ones."""
+    result = {"python": platform.python_version()}
+    for name in (*PACKAGES, *extra):
         try:
-            found[name] = version(name)
+            result[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
+            result[name] = "unknown"
+    return result
 
 
 @contextmanager
 def torch_threads(threads: int | None) -> Iterator[None]:
-    """Run the block with this many of torch's threads.
-
-    Args:
-        threads: None leaves them as they are.
-    """
+    """Run a block with this number of torch threads."""
     if threads is None:
         yield
         return
@@ -49,11 +41,7 @@ def torch_threads(threads: int | None) -> Iterator[None]:
 
 @contextmanager
 def silence_loggers(*names: str) -> Iterator[None]:
-    """Let these loggers say nothing but errors while the block runs.
-
-    Args:
-        names: of the loggers.
-    """
+    """Silence loggers below errors while the block runs."""
     loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     for logger in loggers:

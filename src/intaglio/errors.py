@@ -1,8 +1,8 @@
-"""The one error a user can cause.
+"""The error for bad input.
 
-Every boundary (recipe, checkpoint directory, corpus, prompt, index, output directory) answers bad input by raising
-`IntaglioError` with one clear sentence that names the field, the value and what would be accepted. The command line
-prints that sentence and exits with 2; anything else that escapes is a defect of Intaglio.
+Every boundary (recipe, checkpoint directory, corpus, prompt, index, output directory) answers bad input with an
+`IntaglioError`: one clear sentence with the field, the value and what is accepted. The command line prints it and exits
+with 2; any other exception is a bug of Intaglio.
 """
 
 from __future__ import annotations
@@ -12,43 +12,27 @@ from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
-    """Return text as one line that any terminal can show: line breaks, control characters and halves of characters
-    (lone surrogates) become escapes such as `\\n`.
+    r"""Return text as a printable line.
 
-    Args:
-        text: anything, such as what a user wrote.
+    Line breaks, control characters and lone surrogates become escapes such as `\n`.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def shorten(text: str, most: int = 60) -> str:
-    """Return the text, or its front with three dots behind it where it is too long for a sentence.
-
-    Args:
-        text: what a user wrote.
-        most: characters. Default 60.
-    """
-    return text if len(text) <= most else text[: most - 3] + "..."
+def shorten(text: str, max_length: int = 60) -> str:
+    """Return the text, truncated with an ellipsis where it is too long for a sentence."""
+    return text if len(text) <= max_length else text[: max_length - 3] + "..."
 
 
 class IntaglioError(ValueError):
-    """Bad input or an impossible request; its message is one sentence, fit to be shown to a user as it stands.
-
-    Args:
-        sentence: the message; what cannot be printed in it is escaped.
-    """
+    """Bad input or an impossible request; its message is one sentence for the user, unprintable characters escaped."""
 
     def __init__(self, sentence: str) -> None:
         super().__init__(printable(sentence))
 
 
 def did_you_mean(word: str, accepted: Iterable[str]) -> str:
-    """Return what would have been accepted, as the end of a sentence: the nearest names, or all of them if few.
-
-    Args:
-        word: what the user wrote.
-        accepted: every name that would have been right.
-    """
+    """Return the accepted names as the end of a sentence: the nearest, or all of them if few."""
     names = sorted(accepted)
     near = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if near:
@@ -57,12 +41,8 @@ def did_you_mean(word: str, accepted: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The reason that an error gives, as a clause.
-
-    Args:
-        error: what a library raised.
-    """
+    """Return an error's reason as a clause."""
     lines = str(error).strip().splitlines() or [""]
-    # Validators put the reason on the second line; a lone key or number says nothing without the error's name.
+    # Validators put the reason on the second line; a bare key or number needs the error's name.
     text = " ".join(line.strip() for line in lines[:2]) if lines[0].endswith(":") else lines[0].rstrip(". ")
     return text if " " in text else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -86,8 +86,8 @@ def test_damaged_shards_are_one_sentence(model: Path, tmp_path: Path) -> None:
         "no index": (lambda folder: (folder / index).unlink(), f"attachments is incomplete: {index} is missing"),
         "cut": (cut, f"{last} is damaged or truncated"),
         "bad index": (lambda folder: (folder / index).write_text("[]"), f"{index} is not a valid index of shards"),
-        "mixed": (mixed, f"{index} names do not belong together"),
-        "lacks": (lacks, f"{index} names do not belong together"),
+        "mixed": (mixed, f"{index} do not belong together"),
+        "lacks": (lacks, f"{index} do not belong together"),
         "both": (both, "has chimera twice, in one file and in shards"),
     }
     for name, (damage, says) in cases.items():

@@ -90,7 +90,7 @@ def test_edited_weights_do_not_get_them(model: Path, root: Path, tmp_path: Path)
     Magnitude(sparsity=0.5).apply(carved)
     says = (
         r"nothing of hidden_transfer is attached to .*; a recipe with the step fit: \{hidden_transfer: \{\}\} does "
-        r"that; the heads that come with the package, for tiny as it is, belong to other weights"
+        r"that; the bundled heads, for unchanged tiny, belong to other weights"
     )
     with pytest.raises(IntaglioError, match=says) as caught:
         carved.decoder("hidden_transfer")

@@ -211,7 +211,7 @@ def test_damaged_attachments(tiny_dir: TinyDir, tmp_path: Path) -> None:
     with pytest.raises(IntaglioError, match="is damaged or truncated"):
         load(tmp_path / "a")
     shutil.copy(tmp_path / "a" / "model.safetensors", path)
-    with pytest.raises(IntaglioError, match="is no attachment of Intaglio; a fit step of a recipe makes one"):
+    with pytest.raises(IntaglioError, match="is not an attachment of Intaglio; a fit step of a recipe makes one"):
         load(tmp_path / "a")
     path.rename(path.with_name("other.safetensors"))
     path.with_name("other.safetensors").write_bytes(content)
@@ -267,7 +267,7 @@ def test_a_model_of_sentence_transformers_stays_one(tiny_dir: TinyDir, tmp_path:
     assert kept == {"modules.json", "sentence_bert_config.json", "1_Pooling/config.json"}
     assert set(checkpoint.companions) == kept
     (tmp_path / "out" / "modules.json").write_text("{")
-    with pytest.raises(IntaglioError, match="is no list of modules"):
+    with pytest.raises(IntaglioError, match="is not a list of modules"):
         load(tmp_path / "out")
 
 
@@ -323,7 +323,7 @@ def test_a_name_and_its_revision(x: Any, revision: str | None, found: tuple[str,
 
 def test_revisions_that_are_refused() -> None:
     for name, revision, says in (
-        ("user/name@v1", "v2", "the model 'user/name@v1' is given together with another revision, 'v2'; name one of"),
+        ("user/name@v1", "v2", "the model 'user/name@v1' is given with another revision, 'v2'; give only one"),
         ("user/name@", None, "the model 'user/name@' names no revision after its @; accepted: user/name@revision"),
         ("smollm2@v1", None, "the model 'smollm2@v1' is a bundled name with a revision; only a hub id has one"),
         ("@v1", None, "the model's name is empty"),

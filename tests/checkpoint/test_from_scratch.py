@@ -101,19 +101,19 @@ def test_sizes_scale() -> None:
 @pytest.mark.parametrize(
     ("family", "sizes", "sentence"),
     [
-        ("lama", {}, "no family 'lama' to make a model of; did you mean llama?"),
+        ("lama", {}, "no family 'lama'; did you mean llama?"),
         ("llama", {"width": 0}, "width is 0; it must be a whole number of at least 1"),
         ("llama", {"width": 33}, "width is 33; it must be even"),
         ("llama", {"depth": 1.5}, "depth is 1.5; it must be a whole number"),
-        ("llama", {"heads": 5}, "width is 32, no even multiple of heads, 5"),
-        ("llama", {"heads": 32}, "width is 32, no even multiple of heads, 32"),
+        ("llama", {"heads": 5}, "width is 32, which is not an even multiple of heads, 5"),
+        ("llama", {"heads": 32}, "width is 32, which is not an even multiple of heads, 32"),
         ("llama", {"heads": 4, "kv_heads": 3}, "kv_heads is 3, which does not divide heads, 4"),
         ("bert", {"heads": 4, "kv_heads": 2}, "kv_heads is 2; bert has as many as heads, 4"),
         ("llama", {"vocab": 100}, "vocab is 100; the tokenizer has 260 entries"),
         ("llama", {"vocab": 100, "tokenizer": TEXTS}, "needs at least 260 entries"),
         ("llama", {"tokenizer": 3}, "tokenizer is 3; accepted: bytes, texts to train one on, a tokenizer"),
         ("llama", {"tokenizer": "no-such-texts"}, "no file, no folder"),
-        ("llama", {"hidden_act": "nope"}, "no llama can be made of these sizes"),
+        ("llama", {"hidden_act": "nope"}, "a llama of these sizes cannot be created"),
         ("llama", {"sliding_windo": 3}, "llama has no field 'sliding_windo'"),
     ],
 )

@@ -86,5 +86,5 @@ def test_a_package_that_is_not_there_is_one_sentence(name: str) -> None:
 def test_folders_without_source_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(IntaglioError, match="has no Python source"):
         source_folder(str(tmp_path))
-    with pytest.raises(IntaglioError, match="is no directory"):
+    with pytest.raises(IntaglioError, match="is not a directory"):
         source_folder(str(tmp_path / "nowhere"))

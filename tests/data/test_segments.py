@@ -136,7 +136,7 @@ def test_too_little_text_is_told_with_the_number_it_gives() -> None:
     texts = Corpus("tale", ("a b c d e f g h " * 5,))
     # 40 words, 8 of them a segment between [CLS] and [SEP].
     assert segments(WORDS, texts, samples=5, length=10, seed=0).n == 5
-    with pytest.raises(IntaglioError, match="'tale' give 5 segments of 10 tokens, 6 were asked"):
+    with pytest.raises(IntaglioError, match="'tale' give 5 segments of 10 tokens, 6 are needed"):
         segments(WORDS, texts, samples=6, length=10, seed=0)
 
 

@@ -79,7 +79,7 @@ def test_a_data_set_of_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.M
         ("a.jsonl", b'{"text": "a"}\n{"body": 1}', "line 2 of .* has no field 'text'; it has: body"),
         ("a.jsonl", b"\xff\xfe", "are not UTF-8"),
         ("a.txt", b"\xff\xfe", "are not UTF-8"),
-        ("a.json", b"[]", "are one JSON list, which is read whole"),
+        ("a.json", b"[]", "are a JSON list, which is read whole"),
         ("none", None, "are no file, no folder and no bundled name"),
     ],
 )

@@ -242,7 +242,8 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     class Rows(list[dict[str, object]]):
         column_names = ("text", "n")
 
-    def load_dataset(name: str, split: str) -> Rows:
+    def load_dataset(name: str, split: str, streaming: bool) -> Rows:
+        assert not streaming
         if name == "no/net":
             raise ConnectionError("cannot reach the hub\nlong trace")
         return Rows([{"text": f"{name} {split}", "n": 1}])

@@ -58,8 +58,8 @@ def test_files(tmp_path: Path) -> None:
     assert found_labels([as_labelled(example, "it") for example in found]) == ("x", "y")
     for content, words in (
         ("", "has no labelled examples"),
-        ("[1]", "line 1 of .* is no JSON object"),
-        ('{"words": ["a"], "labels": ["x"]}\n{', "line 2 of .* is no JSON object"),
+        ("[1]", "line 1 of .* is not a JSON object"),
+        ('{"words": ["a"], "labels": ["x"]}\n{', "line 2 of .* is not a JSON object"),
         ('{"words": ["a"]}', "line 1 of .* has no labels"),
     ):
         path.write_text(content, encoding="utf-8")
@@ -131,5 +131,5 @@ def test_a_tokenizer_that_tells_no_places_is_refused() -> None:
     class Slow:
         is_fast = False
 
-    with pytest.raises(IntaglioError, match="this tokenizer does not tell"):
+    with pytest.raises(IntaglioError, match="needs a fast tokenizer"):
         list(rows(Slow(), Labelled("a", ((0, 1),), ("x",)), 9, "first"))

@@ -395,10 +395,10 @@ def test_refusals() -> None:
 
     set_visibility(model, {0: ExplicitMask(torch.ones(L, L)), 1: Causal()})
     for mask in (torch.ones(B, 1, L, L, dtype=torch.bool), torch.zeros(B, 1, L, L)):
-        with pytest.raises(IntaglioError, match=r"an attention_mask \(2, 1, 18, 18\) cannot be joined"):
+        with pytest.raises(IntaglioError, match=r"an attention_mask \(2, 1, 18, 18\) cannot be combined"):
             model(input_ids=inputs["input_ids"], attention_mask=mask)
     packed = torch.tensor([list(range(8)) + list(range(10))] * B)
-    with pytest.raises(IntaglioError, match="cannot be joined with packed position_ids"):
+    with pytest.raises(IntaglioError, match="cannot be combined with packed position_ids"):
         model(input_ids=inputs["input_ids"], position_ids=packed, use_cache=False)
     with pytest.raises(IntaglioError, match="covers 18 positions, and the input has 19"):
         model(input_ids=torch.ones(1, 19, dtype=torch.long))

@@ -35,7 +35,7 @@ def test_counts_by_hand() -> None:
     assert found.right_CNK.flatten().tolist() == [2.0, 2.0]
     assert found.f1_CNK.flatten().tolist() == pytest.approx([2 * 2 / (3 + 3), 2 * 2 / (2 + 3)])
     assert found.precision_CNK.flatten().tolist() == pytest.approx([2 / 3, 1.0])
-    with pytest.raises(IntaglioError, match="4 positions have activations and 3 properties"):
+    with pytest.raises(IntaglioError, match="4 positions have activations and 3 have properties"):
         Counts.of(z, true[:3], torch.zeros(1, 1))
 
 

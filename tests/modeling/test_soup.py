@@ -163,10 +163,10 @@ def test_refusals(tmp_path: Path) -> None:
         ([one, {"a": one["a"]}], None, "the tensor b of source 0 is missing in source 1"),
         ([one, {**one, "a": torch.ones(3, 5)}], None, r"tensor a has the shape \(3, 4\) in source 0 and \(3, 5\)"),
         ([one, {**one, "steps": torch.tensor([1, 2, 4])}], None, "tensor steps holds int64 values that differ"),
-        ([tmp_path / "empty"], None, "no directory that holds one"),
-        ([tmp_path / "absent"], None, "is no safetensors file"),
+        ([tmp_path / "empty"], None, "a directory with one"),
+        ([tmp_path / "absent"], None, "is neither a safetensors file"),
         ([tmp_path / "broken.safetensors"], None, "cannot be read as a safetensors file"),
-        ([tmp_path / "index"], None, "is no index of safetensors files"),
+        ([tmp_path / "index"], None, "is not a valid index"),
         ([tmp_path / "twice"], None, "holds the tensor w in two files"),
     ]
     for sources, numbers, words in cases:
@@ -217,7 +217,7 @@ def test_greedy_on_files_and_with_nan(tmp_path: Path) -> None:
     paths = [tmp_path / f"{index}.safetensors" for index in range(3)]
     result = greedy(paths, near(1.4))
     assert result.chosen == (2, 1)
-    with pytest.raises(IntaglioError, match="none of the 1 candidates of the soup has a score that is a number"):
+    with pytest.raises(IntaglioError, match="none of the 1 candidates of the soup has a numeric score"):
         greedy(paths[:1], near(0.0))
     with pytest.raises(IntaglioError, match="none of the 0 candidates"):
         greedy([], near(0.0))

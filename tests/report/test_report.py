@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from intaglio import report
+from intaglio.cli.demo import _best
 from intaglio.errors import IntaglioError
 from intaglio.report import svg
 from intaglio.report.formatting import RARE
@@ -118,7 +119,7 @@ def demo(overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         "model": "smollm2",
         "dense": side(),
         "variants": variants,
-        "best": {"50 %": "sparsegpt", "2:4": "sparsegpt"},
+        "best": {"50 %": ["sparsegpt"], "2:4": "sparsegpt"},  # a plain slug in older documents
         "notes": ["Calibration and evaluation texts share no segment."],
         "seconds": 311.0,
         **COMMON,
@@ -318,7 +319,12 @@ def test_live_checkpoints_say_what_is_needed() -> None:
 def test_encoder_rows_give_the_reason() -> None:
     text = Page(report.carve_page(encoder())).text
     table = one_line(printed(report.carve_table(encoder()), 120))
-    for words in ("no decode: predicts no", "no perplexity: predicts no", "no KL divergence: predicts no", "0.931"):
+    for words in (
+        "no decode: does not predict",
+        "no perplexity: does not predict",
+        "no KL divergence: does not",
+        "0.931",
+    ):
         assert words in text
         assert words in table
     assert report.summary(encoder()).startswith("Embeddings have a mean cosine of 0.931 to the original's; 50.0 %")
@@ -407,12 +413,12 @@ def test_a_step_draws_the_shares_that_it_chose() -> None:
     assert "Where the zeros are" not in page
     assert "Inputs left out 50.7 % of the projections', a token" in Page(page).text
     assert "layer 1, self_attn.q_proj: 95.00 %" in page
-    assert "a token leaves out 50.7 % of the projections' inputs" in report.summary(document)
+    assert "a token skips 50.7 % of the projections' inputs" in report.summary(document)
     assert "Inputs left out" in printed(report.carve_table(document), 100)
     assert "Inputs left out" not in printed(report.carve_table(carve()), 100)
 
 
-def test_demo_page_tells_every_variant() -> None:
+def test_demo_page_shows_every_variant() -> None:
     parsed = Page(report.demo_page(demo()))
     for words in ("1,284", "40.62", "33.08 best", "38.90", "88,214", "78.40 best", "Best at 50 %", "Best at 2:4"):
         assert words in parsed.text
@@ -422,6 +428,34 @@ def test_demo_page_tells_every_variant() -> None:
     assert [name.strip() for _, name in rows] == ["Dense", "50 %", *short, "2:4", *short]
     assert [name.strip() for kind, name in rows if kind == "best"] == ["SparseGPT", "SparseGPT"]
     assert "no calibration data" not in parsed.text
+
+
+def test_the_demo_counts_perplexities_within_5_percent_of_the_lowest_as_a_tie() -> None:
+    def best(**perplexities: float | None) -> list[str]:
+        return _best([{"amount": "2:4", "slug": slug, "perplexity": value} for slug, value in perplexities.items()])[
+            "2:4"
+        ]
+
+    assert best(dsnot=53.2, sparsegpt=54.1, wanda=70.0) == ["dsnot", "sparsegpt"]  # as measured on one machine
+    assert best(dsnot=53.3, sparsegpt=51.5, wanda=70.0) == ["sparsegpt", "dsnot"]  # and on another
+    assert best(dsnot=53.2, sparsegpt=56.0, wanda=None) == ["dsnot"]
+
+
+def test_a_tie_is_shown_as_a_tie() -> None:
+    document = demo()
+    document["best"] = {"50 %": ["sparsegpt", "dsnot"], "2:4": ["sparsegpt"]}
+    page = report.demo_page(document)
+    tied = [NAMES["sparsegpt"], NAMES["dsnot"]]
+    assert re.findall(r'<tr class="best"><th scope="row"[^>]*>([^<]+?) *<', page) == [*tied, NAMES["sparsegpt"]]
+    assert "SparseGPT and Wanda + DSnoT tie, within 5.0 %" in Page(page).text
+    assert "at 50 % SparseGPT (33.08) and Wanda + DSnoT" in report.summary(document)
+    assert "tie, within 5.0 %; at 2:4 SparseGPT (78.40) is best" in report.summary(document)
+    starred = [
+        line.partition(",")[0].strip()
+        for line in printed(report.demo_table(document), 80).splitlines()
+        if " * " in line
+    ]
+    assert starred == [*tied, NAMES["sparsegpt"]]
 
 
 def test_chart_lengths_follow_the_logarithm_and_need_no_colour_or_unicode() -> None:
@@ -454,7 +488,7 @@ def test_summaries() -> None:
         "in A, 25.0 % in B) alone change neither bytes nor speed."
     )
     assert report.summary(demo()) == (
-        "Perplexity 18.55 before; at 50 % SparseGPT does least harm (33.08); at 2:4 SparseGPT does least harm (78.40); "
+        "Perplexity 18.55 before; at 50 % SparseGPT (33.08) is best; at 2:4 SparseGPT (78.40) is best; "
         "the zeros alone change neither bytes nor speed."
     )
     uneven = carve(after=side(37.2, zero_fraction={"layers.0.a": 0.25, "layers.1.a": 0.75}))

@@ -1,15 +1,15 @@
-"""Checkpoint: a model, its tokenizer, and the record of what was done to it (`intaglio.json`).
+"""Checkpoint: a model, its tokenizer, and the record of the steps applied to it (`intaglio.json`).
 
     from intaglio.checkpoint import load
 
     checkpoint = load("smollm2")
     checkpoint.save("out/")
 
-- `kept`: `Checkpoint`, what every method is applied to, and how it is saved.
-- `loading`: `load`; configuration, record, class and tokenizer alone; dtypes and devices by name.
-- `rebuilding`: weights of live parts, read into modules that are not the stock ones.
-- `record`: `Record` and its `StepRecord`s, and reading them.
-- `files`: where a name leads, what is refused unread, digests and stamps, what lies beside the weights.
+- `kept`: `Checkpoint`, the object that every method is applied to, and saving.
+- `loading`: `load`; reading config, record, class and tokenizer alone; dtypes and devices by name.
+- `rebuilding`: loading weights into replaced modules.
+- `record`: `Record` and its `StepRecord`s.
+- `files`: name resolution, directory checks, digests, other files beside the weights.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Attachments: what a decoder, a drafter or a dictionary owns, kept beside the weights it was made for.
+"""Attachments: fitted parts of a decoder, drafter or dictionary, stored beside the weights they belong to.
 
     OUT/attachments/SLUG.safetensors
     OUT/attachments/SLUG.safetensors.index.json, SLUG-00001-of-00002.safetensors, ...      (the same in shards)
 
-A `fit` step makes one. The weights are not touched; the file says to which weights it belongs, and so does every shard.
+A `fit` step makes an attachment. The weights are unchanged; the file, and every shard, names the weights it belongs to.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 FOLDER = "attachments"
 KEY = "intaglio"
-"""Where a file says everything about itself, as one JSON object: the order of several keys would change by chance."""
+"""Metadata key for one JSON object: with several keys their order would be random."""
 
 
 @dataclass(frozen=True)
 class Attachment:
-    """What one `fit` made.
+    """Result of a `fit` step, stored beside the weights.
 
     Args:
         slug: of the method.
         tensors: its content.
-        parameters: the hyperparameters it was fitted with.
+        parameters: the hyperparameters of the fit.
         step: index of the fit in the checkpoint's record.
-        about: what else the method wants to know when it reads it again.
-        base: digest of the weights' files that it belongs to (`weights_digest`); empty until they were saved once.
+        about: further data of the method.
+        base: digest of the weight files it belongs to (`weights_digest`); empty until they are saved.
     """
 
     slug: str
@@ -52,28 +52,16 @@ class Attachment:
     base: str = ""
 
     def of(self, base: str) -> Attachment:
-        """The same, for weights with a digest, unless it belongs to some already.
-
-        Args:
-            base: `weights_digest` of a directory.
-        """
+        """Return it with the weights' digest set, unless it has one."""
         return self if self.base else replace(self, base=base)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def write(self, folder: Path, most: int | None = None) -> None:
-        """Write `SLUG.safetensors` into a folder that is there, or shards and their index.
-
-        Args:
-            folder: `attachments` of a directory that the writer made.
-            most: bytes of tensors in a file. Default: no limit, so one file.
-
-        Raises:
-            IntaglioError: a tensor is larger than a file may be.
-        """
+        """Write `SLUG.safetensors` into an existing folder, or shards and their index."""
         from safetensors.torch import save_file
 
         own = {"slug": self.slug, "base": self.base, "step": self.step, "parameters": self.parameters}
@@ -82,78 +70,55 @@ class Attachment:
         if len(parts) == 1:
             save_file(parts[0], folder / f"{self.slug}.safetensors", metadata)
             return
-        where: dict[str, str] = {}
+        shard_of: dict[str, str] = {}
         for number, part in enumerate(parts, start=1):
             name = f"{self.slug}-{number:05d}-of-{len(parts):05d}.safetensors"
             save_file(part, folder / name, metadata)
-            where |= dict.fromkeys(part, name)
-        index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(where.items()))}
+            shard_of |= dict.fromkeys(part, name)
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(shard_of.items()))}
         (folder / f"{self.slug}{INDEX}").write_text(to_json(index), encoding="utf-8")
 
 
-def _parts(tensors: Mapping[str, Tensor], most: int) -> list[dict[str, Tensor]]:
-    """Tensors in the order of their names, as many to a part as it may hold."""
+def _parts(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
+    """Yield groups of tensors in the order of their names, each up to the shard size."""
     parts: list[dict[str, Tensor]] = [{}]
-    room = most
+    remaining = max_bytes
     for name, tensor in sorted(tensors.items()):
-        if tensor.nbytes > most:
-            raise IntaglioError(f"the tensor {name} has {tensor.nbytes} bytes; a file may hold {most} at the most")
-        if tensor.nbytes > room:
+        if tensor.nbytes > max_bytes:
+            raise IntaglioError(f"the tensor {name} has {tensor.nbytes} bytes; a file may hold {max_bytes} at the most")
+        if tensor.nbytes > remaining:
             parts.append({})
-            room = most
+            remaining = max_bytes
         parts[-1][name] = tensor
-        room -= tensor.nbytes
+        remaining -= tensor.nbytes
     return parts
 
 
 def encode_metadata(about: dict[str, Any]) -> dict[str, str]:
-    """The metadata of a safetensors file.
-
-    Args:
-        about: anything `json.dumps` takes.
-    """
+    """Encode metadata for a safetensors file."""
     return {KEY: json.dumps(about, sort_keys=True)}
 
 
 def decode_metadata(metadata: dict[str, str] | None) -> dict[str, Any]:
-    """What `described` was given; empty where it was not used.
-
-    Args:
-        metadata: of a safetensors file.
-    """
+    """Decode the metadata written by `described`; empty for other files."""
     try:
-        found = json.loads((metadata or {}).get(KEY, "{}"))
+        decoded = json.loads((metadata or {}).get(KEY, "{}"))
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return decoded if isinstance(decoded, dict) else {}
 
 
 def read_attachments(directory: Path) -> dict[str, Attachment]:
-    """The attachments of a checkpoint directory, by slug.
-
-    Args:
-        directory: holds the weights.
-
-    Raises:
-        IntaglioError: a file is no attachment, or damaged; or a shard is missing.
-    """
+    """Read the attachments of a checkpoint directory, by slug."""
     folder = directory / FOLDER
     sharded = {index.name.removesuffix(INDEX): read_index(index) for index in sorted(folder.glob(f"*{INDEX}"))}
-    shards = {shard for where in sharded.values() for shard in where.values()}
-    whole = {path.stem for path in folder.glob("*.safetensors") if path.name not in shards}
-    return {slug: read_attachment(folder, slug) for slug in sorted(whole | sharded.keys())}
+    shards = {shard for shard_of in sharded.values() for shard in shard_of.values()}
+    single = {path.stem for path in folder.glob("*.safetensors") if path.name not in shards}
+    return {slug: read_attachment(folder, slug) for slug in sorted(single | sharded.keys())}
 
 
 def read_attachment(folder: Path, slug: str) -> Attachment:
-    """One attachment, in one file or in shards.
-
-    Args:
-        folder: that it is in.
-        slug: of the method.
-
-    Raises:
-        IntaglioError: it is none, or damaged; or a shard is missing.
-    """
+    """Read an attachment from a file or shards."""
     index = folder / f"{slug}{INDEX}"
     if not index.is_file():
         path = folder / f"{slug}.safetensors"
@@ -161,15 +126,15 @@ def read_attachment(folder: Path, slug: str) -> Attachment:
         if shard is not None:
             raise IntaglioError(f"{folder} is incomplete: {shard[1]}{INDEX} is missing")
         return _read(path, slug)
-    where = read_index(index)
+    shard_of = read_index(index)
     if (folder / f"{slug}.safetensors").is_file():
         raise IntaglioError(f"{folder} has {slug} twice, in one file and in shards; remove one of the two")
-    parts = [_read(folder / name, slug) for name in sorted(set(where.values()))]
+    parts = [_read(folder / name, slug) for name in sorted(set(shard_of.values()))]
     tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
     if any(replace(part, tensors={}) != replace(parts[0], tensors={}) for part in parts) or (
-        tensors.keys() != where.keys() or len(tensors) != sum(len(part.tensors) for part in parts)
+        tensors.keys() != shard_of.keys() or len(tensors) != sum(len(part.tensors) for part in parts)
     ):
-        raise IntaglioError(f"the shards that {index} names do not belong together; one of them is of another fit")
+        raise IntaglioError(f"the shards in {index} do not belong together: one is from another fit")
     return replace(parts[0], tensors=tensors)
 
 
@@ -177,27 +142,29 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 
 
 def _read(path: Path, slug: str) -> Attachment:
-    """What one file says and holds."""
+    """Read metadata and tensors of a file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             about = decode_metadata(file.metadata())
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         own = about.pop("attachment")
-        found = Attachment(own["slug"], tensors, own["parameters"], int(own["step"]), about, own["base"])
+        attachment = Attachment(own["slug"], tensors, own["parameters"], int(own["step"]), about, own["base"])
     except (SafetensorError, OSError) as error:
         raise IntaglioError(f"{path} is damaged or truncated: {error}") from error
     except (KeyError, TypeError, ValueError):
-        raise IntaglioError(f"{path} is no attachment of Intaglio; a fit step of a recipe makes one") from None
-    if found.slug != slug:
-        raise IntaglioError(f"{path} is the attachment of {found.slug}; its name must be {found.slug}.safetensors")
-    return found
+        raise IntaglioError(f"{path} is not an attachment of Intaglio; a fit step of a recipe makes one") from None
+    if attachment.slug != slug:
+        raise IntaglioError(
+            f"{path} is the attachment of {attachment.slug}; its name must be {attachment.slug}.safetensors"
+        )
+    return attachment
 
 
 @runtime_checkable
 class Fittable(Protocol):
-    """A method with something to build or train that leaves the weights alone: what a `fit` step runs."""
+    """A method with something to build or train without changing the weights, for a `fit` step."""
 
     def fit(
         self,
@@ -210,15 +177,14 @@ class Fittable(Protocol):
         resume: bool = False,
         progress: Progress = no_progress,
     ) -> Checkpoint:
-        """Make it, note the step (`verb="fit"`), attach it to `checkpoint` and return that.
+        """Fit, record the step (`verb="fit"`), attach the result to `checkpoint` and return it.
 
-        What takes long keeps its state in `directory`, and goes on with what is there if `resume`; the rest ignores
-        both.
+        Long fits keep their state in `directory` and continue from it if `resume`; others ignore both.
         """
 
     @classmethod
     def restore(cls, attachment: Attachment, checkpoint: Checkpoint, **fields: Any) -> Self:
-        """The method, ready, out of what `fit` attached; `fields` win over those it was fitted with."""
+        """Restore the method from an attachment; `fields` override the fitted ones."""
 
     def estimate_fit(self, workload: Workload, texts: Corpus) -> Cost:
-        """Say what `fit` on these texts will take."""
+        """Estimate the cost of `fit` on these texts."""

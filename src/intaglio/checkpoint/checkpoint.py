@@ -1,4 +1,4 @@
-"""Checkpoint: what every method is applied to, and how it is saved."""
+"""The `Checkpoint` class, and saving."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from intaglio.methods.registry import PUBLISHED, get_method
 
 
 class Checkpoint:
-    """A model with its tokenizer and its record; what every method is applied to.
+    """A model with its tokenizer and its record, the object that every method is applied to.
 
     Args:
         model: a Hugging Face model, on its device, in its dtype.
-        tokenizer: its tokenizer, or None (then only token ids can be given as data).
-        source: where it came from, for the record.
-        record: what was done to it before; None: nothing.
-        attachments: what was fitted to it, by slug; None: nothing.
+        tokenizer: its tokenizer, or None (then data must be token ids).
+        source: its origin, for the record.
+        record: earlier steps; None: none.
+        attachments: fitted results by slug; None: none.
         directory: where weights and attachments were read from, if from a directory.
-        companions: other files that are saved beside the weights, by their path; see `read_companions`.
+        companions: further files to save, by path; see `read_companions`.
     """
 
     def __init__(
@@ -56,17 +56,17 @@ class Checkpoint:
 
     @property
     def kind(self) -> Literal["standalone", "runtime"]:
-        """`baked`: the stock loader suffices; `live`: only `intaglio.load` puts all of it back."""
+        """`baked`: the stock loader suffices; `live`: only `intaglio.load` restores all of it."""
         return "runtime" if self.record.live else "standalone"
 
     @property
     def config(self) -> Any:
-        """The configuration of the text part."""
+        """The text config."""
         return self.model.config.get_text_config()  # type: ignore[operator, union-attr]
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.model.parameters()).device
 
     @property
@@ -81,7 +81,7 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weights, shared tensors counted once."""
+        """Size of the weights in bytes, shared tensors counted once."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     def record_step(
@@ -94,16 +94,7 @@ class Checkpoint:
         chosen: dict[str, Any] | None = None,
         verb: Literal["carve", "fit"] = "carve",
     ) -> None:
-        """Append a finished step to the record.
-
-        Args:
-            slug: the method.
-            parameters: its hyperparameters.
-            seed: the seed it was given.
-            calibration: what identifies its calibration data.
-            chosen: values it derived.
-            verb: whether it edited the model (`carve`, default) or attached something to it (`fit`).
-        """
+        """Append a finished step to the record."""
         self.record.steps.append(
             StepRecord(
                 slug=slug, parameters=parameters, seed=seed, calibration=calibration, chosen=chosen or {}, verb=verb
@@ -114,66 +105,43 @@ class Checkpoint:
         self.record.dtype = str(next(self.model.parameters()).dtype).removeprefix("torch.")
 
     def set_runtime_state(self, slug: str, part: dict[str, Any] | None) -> None:
-        """Note what must be put back after a load, in the place of what the same method noted before.
-
-        Args:
-            slug: the method, a `Live` one.
-            part: data for its `restore_runtime`, ready for JSON; None: nothing.
-        """
+        """Set a method's data to restore after loading, replacing its earlier data."""
         others = [known for known in self.record.live if known.get("slug") != slug]
         self.record.live = others + ([] if part is None else [{"slug": slug, **part}])
 
     def attach(
         self, slug: str, tensors: dict[str, Tensor], parameters: dict[str, Any], about: dict[str, Any] | None = None
     ) -> None:
-        """Keep what a method fitted to these weights; called right after `note`.
-
-        Args:
-            slug: the method; what it attached before is replaced.
-            tensors: the content.
-            parameters: its hyperparameters.
-            about: what else it wants to know when it reads it again.
-        """
+        """Attach a fitted result; called right after `note`."""
         self.attachments[slug] = Attachment(slug, tensors, parameters, len(self.record.steps) - 1, about or {})
 
     def decoder(self, slug: str, **fields: Any) -> Any:
-        """A decoder with what was fitted to this checkpoint, ready for `generate(custom_generate=...)`.
+        """Return a decoder with its fitted parts, ready for `generate(custom_generate=...)`.
 
-        Where nothing was fitted, heads that come with the package are taken, if they belong to these very weights.
-
-        Args:
-            slug: the method, such as `aded`.
-            **fields: win over the hyperparameters that it was fitted with.
-
-        Raises:
-            IntaglioError: no such decoder, nothing was fitted, or it was fitted to other weights.
+        Without an attachment, the heads bundled with the package are used if they belong to these very weights.
         """
         method = get_method(slug)
         if not (method.fitted and {"decoder", "drafter"} & set(method.kinds)):
             known = [s for s, entry in PUBLISHED.items() if entry.fitted and {"decoder", "drafter"} & set(entry.kinds)]
             raise IntaglioError(f"{slug} is no decoder that is fitted to a checkpoint; {did_you_mean(slug, known)}")
         if slug in self.attachments:
-            found = self.attachments[slug]
-            self._check_base(found)
+            attachment = self.attachments[slug]
+            self._check_base(attachment)
         else:
-            found = self._shipped(slug)
-        restored: Fittable = cast(type[Fittable], method).restore(found, self, **fields)
+            attachment = self._shipped(slug)
+        restored: Fittable = cast(type[Fittable], method).restore(attachment, self, **fields)
         return restored
 
     def _shipped(self, slug: str) -> Attachment:
-        """The heads of a method that come with the package for this very model."""
+        """Return the bundled heads of a method for this very model."""
         heads = bundled_heads(slug)
         if heads and not any(step.verb == "carve" for step in self.record.steps):
             own = fingerprint(self.model)
-            for one in heads:
-                if one.fits(own):
-                    return one.attachment()
-        others = (
-            f"; the heads that come with the package, for {', '.join(one.model for one in heads)} as it is, belong to "
-            "other weights"
-            if heads
-            else ""
-        )
+            for head in heads:
+                if head.fits(own):
+                    return head.attachment()
+        models = ", ".join(head.model for head in heads)
+        others = f"; the bundled heads, for unchanged {models}, belong to other weights" if heads else ""
         raise IntaglioError(
             f"nothing of {slug} is attached to {self.source or 'this checkpoint'}; a recipe with the step "
             f"fit: {{{slug}: {{}}}} does that{others}"
@@ -192,14 +160,7 @@ class Checkpoint:
             )
 
     def check_ids(self, ids: Tensor) -> None:
-        """Refuse token ids that the model has no embedding for, or more of them in a row than it takes.
-
-        Args:
-            ids: int64 [..., L].
-
-        Raises:
-            IntaglioError: says which id or which length.
-        """
+        """Refuse token ids without an embedding, and rows longer than the context."""
         rows, low, high = self.vocabulary, int(ids.min()), int(ids.max())
         if low < 0 or high >= rows:
             raise IntaglioError(f"token id {high if high >= rows else low} is outside the model's vocabulary of {rows}")
@@ -209,29 +170,22 @@ class Checkpoint:
     def save(self, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
         """Write a Hugging Face checkpoint and `intaglio.json`, atomically.
 
-        A baked one is an ordinary one. A live one has a `model_type` of its own, so that the stock loader stops with an
-        error in the place of running another model; `intaglio.load` reads it.
+        A baked checkpoint is an ordinary one. A live one has a `model_type` of its own, so that the stock loader raises
+        an error instead of running another model; `intaglio.load` reads it.
 
         Args:
-            path: the directory to make.
-            overwrite: replace one that is there. Default False.
+            path: the directory to create.
+            overwrite: replace an existing directory. Default False.
 
         Raises:
-            IntaglioError: the directory is taken or the disk refuses.
+            IntaglioError: the directory exists or cannot be written.
         """
         with atomic_io.directory(path, overwrite) as temporary:
             self.write_files(temporary)
         return Path(path)
 
     def write_files(self, directory: Path) -> None:
-        """Write the checkpoint's files into a directory that is already there (the writer's temporary one).
-
-        Args:
-            directory: receives weights, config, generation config, tokenizer, attachments and record.
-
-        Raises:
-            OSError: the disk refuses.
-        """
+        """Write the checkpoint's files into an existing directory (the writer's temporary one)."""
         with silence_transformers():
             try:
                 self.model.save_pretrained(directory)  # type: ignore[operator]
@@ -255,7 +209,7 @@ class Checkpoint:
 
 
 def _hide_from_stock(directory: Path) -> None:
-    """Give a saved checkpoint the type and the file names of a live one."""
+    """Give a saved checkpoint the model type and file names of a live one."""
     file = directory / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["model_type"] = LIVE_TYPE + config["model_type"]

@@ -1,4 +1,4 @@
-"""`new`: small models of stock architectures with random weights, and a tokenizer of bytes or of a user's texts."""
+"""`new`: small models of stock architectures with random weights, and tokenizers of bytes or trained on texts."""
 
 from __future__ import annotations
 
@@ -18,21 +18,18 @@ from intaglio.errors import IntaglioError, did_you_mean, shorten
 SPECIAL = {"pad_token": "<|pad|>", "bos_token": "<|bos|>", "eos_token": "<|eos|>", "mask_token": "<|mask|>"}
 BYTES = 256
 TRAINED = 4096
-"""Entries of a vocabulary that is trained on texts, where none is said."""
+"""Default size of a vocabulary that is trained on texts."""
 
 TIED = 65536
-"""Vocabularies up to this size share one table between input and output."""
+"""Largest vocabulary with tied embeddings."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What an architecture asks of its configuration beyond the sizes.
+    """Requirements of an architecture's config beyond the sizes.
 
-    Args:
-        model_type: transformers' name.
-        feed_forward: inner width over width, by the family's habit.
-        encoder: a masked language model, which sees both sides.
-        extra: `(context, depth, head size) -> fields` of its own.
+    `feed_forward` is the default ratio of inner width to width; `extra` returns further fields for `(context, depth,
+    head size)`.
     """
 
     model_type: str
@@ -42,7 +39,7 @@ class Family:
 
 
 def _gemma3(context: int, depth: int, head: int) -> dict[str, Any]:
-    # Five layers of a window, then one that sees all; a shallow model has its last layer see all.
+    # Five layers with a window, then one with full attention; a shallow model has full attention in its last layer.
     full = {index for index in range(depth) if index % 6 == 5} or {depth - 1}
     kinds = ["full_attention" if index in full else "sliding_attention" for index in range(depth)]
     window = max(8, context // 4)
@@ -76,24 +73,24 @@ def new(
     tokenizer: Any = "bytes",
     **overrides: Any,
 ) -> Checkpoint:
-    """Make a model of a stock architecture with random weights: something to train from scratch.
+    """Create a model of a stock architecture with random weights, to train from scratch.
 
-    The weights are drawn by transformers' own rule from `seed`; the global generator is left as it was. Saved by
-    `Checkpoint.save`, the stock loader reads it.
+    The weights are drawn by transformers' own rule from `seed`; the global generator is unchanged. The stock loader
+    reads the result of `Checkpoint.save`.
 
     Args:
         family: `llama`, `qwen3`, `mistral` (without a window), `gemma3` (text), `bert` or `modernbert`.
         width: of the hidden state, a multiple of `heads`.
-        depth: layers.
+        depth: number of layers.
         vocab: rows of the embedding, at least the tokenizer's entries; with texts as `tokenizer`, the size of the
-            vocabulary that is trained. Default: as many as the tokenizer has; 4,096 for texts.
-        heads: of attention. Default: such that a head has 64 numbers from a width of 512 on, 32 below.
-        kv_heads: of keys and values, a divisor of `heads`. Default: `heads`.
+            trained vocabulary. Default: the tokenizer's size; 4,096 for texts.
+        heads: attention heads. Default: head size 64 from a width of 512 on, 32 below.
+        kv_heads: key-value heads, a divisor of `heads`. Default: `heads`.
         context: longest input in tokens. Default 512.
         seed: of the weights. Default 0.
         tokenizer: `bytes` (256 bytes and four special tokens; reads any text without loss), a tokenizer, or texts to
-            train a byte-level BPE on (whatever `load_texts` takes). Default `bytes`.
-        **overrides: fields of the configuration, over the family's own (inner width, windows, ties ...).
+            train a byte-level BPE on (any argument of `load_texts`). Default `bytes`.
+        **overrides: fields of the config, overriding the family's (inner width, windows, ties ...).
 
     Returns:
         The model in evaluation mode with its tokenizer.
@@ -102,14 +99,14 @@ def new(
         IntaglioError: an unknown family or field, or sizes that do not fit each other.
     """
     if family not in FAMILIES:
-        raise IntaglioError(f"there is no family {family!r} to make a model of; {did_you_mean(str(family), FAMILIES)}")
+        raise IntaglioError(f"there is no family {family!r}; {did_you_mean(str(family), FAMILIES)}")
     sizes = {"width": width, "depth": depth, "vocab": vocab, "heads": heads, "kv_heads": kv_heads, "context": context}
     for name, value in sizes.items():
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise IntaglioError(f"{name} is {shorten(repr(value))}; it must be a whole number of at least 1")
     heads = _heads(width) if heads is None else heads
     if width % heads or width // heads % 2:
-        raise IntaglioError(f"width is {width}, no even multiple of heads, {heads}")
+        raise IntaglioError(f"width is {width}, which is not an even multiple of heads, {heads}")
     if heads % (kv_heads or heads):
         raise IntaglioError(f"kv_heads is {kv_heads}, which does not divide heads, {heads}")
     spec = FAMILIES[family]
@@ -136,12 +133,12 @@ def new(
 
 
 def _heads(width: int) -> int:
-    """The number of heads whose size comes nearest to the habit, among those that leave an even size."""
-    habit = 64 if width >= 512 else 32
-    fitting = [heads for heads in range(1, width + 1) if width % heads == 0 and width // heads % 2 == 0]
-    if not fitting:
+    """Return the number of heads whose even size is nearest to the default."""
+    target = 64 if width >= 512 else 32
+    divisors = [heads for heads in range(1, width + 1) if width % heads == 0 and width // heads % 2 == 0]
+    if not divisors:
         raise IntaglioError(f"width is {width}; it must be even")
-    return min(fitting, key=lambda heads: (abs(width // heads - habit), heads))
+    return min(divisors, key=lambda heads: (abs(width // heads - target), heads))
 
 
 def _model(spec: Family, fields: dict[str, Any], overrides: dict[str, Any], seed: int) -> Any:
@@ -158,13 +155,13 @@ def _model(spec: Family, fields: dict[str, Any], overrides: dict[str, Any], seed
             return auto.from_config(config).eval()
     except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise IntaglioError(f"no {spec.model_type} can be made of these sizes: {reason}") from error
+        raise IntaglioError(f"a {spec.model_type} of these sizes cannot be created: {reason}") from error
 
 
 def _rows(tokenizer: Any, vocab: int | None) -> int:
     entries = max(tokenizer.get_vocab().values(), default=-1) + 1
     if vocab is not None and vocab < entries:
-        raise IntaglioError(f"vocab is {vocab}; the tokenizer has {entries} entries, at least so many are needed")
+        raise IntaglioError(f"vocab is {vocab}; the tokenizer has {entries} entries, and vocab must be at least that")
     return vocab or entries
 
 
@@ -179,7 +176,7 @@ def _tokenizer(wanted: Any, vocab: int | None, context: int, encoder: bool) -> A
 
 
 def byte_letters() -> list[str]:
-    """Return the letter that byte-level tokenizers write for each of the 256 bytes.
+    """Return the letter by which byte-level tokenizers write each of the 256 bytes.
 
     Printable bytes are written as themselves, the others as the letters from U+0100 on, in order (Radford et al.,
     Language Models are Unsupervised Multitask Learners, 2019).
@@ -190,29 +187,14 @@ def byte_letters() -> list[str]:
 
 
 def byte_tokenizer(context: int, *, encoder: bool = False) -> PreTrainedTokenizerFast:
-    """Return a tokenizer whose tokens are the 256 bytes: byte b is id b; the special tokens follow from 256.
-
-    Args:
-        context: longest input in tokens, noted in it.
-        encoder: whether texts are put between the begin and end tokens, as encoders want. Default False.
-    """
+    """Return a tokenizer whose tokens are the 256 bytes: byte b is id b; the special tokens start at 256."""
     backend = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(byte_letters())}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return _finished(backend, context, encoder)
+    return _wrap(backend, context, encoder)
 
 
 def trained_tokenizer(texts: Corpus, vocab: int, context: int, *, encoder: bool = False) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on texts; it reads any text without loss.
-
-    Args:
-        texts: what it is trained on.
-        vocab: entries, special tokens included, at least 260; few texts may give fewer.
-        context: longest input in tokens, noted in it.
-        encoder: whether texts are put between the begin and end tokens. Default False.
-
-    Raises:
-        IntaglioError: a vocabulary too small for the bytes.
-    """
+    """Return a byte-level BPE tokenizer trained on texts; it reads any text without loss."""
     least = BYTES + len(SPECIAL)
     if vocab < least:
         raise IntaglioError(f"vocab is {vocab}; a tokenizer trained on texts needs at least {least} entries")
@@ -220,10 +202,10 @@ def trained_tokenizer(texts: Corpus, vocab: int, context: int, *, encoder: bool 
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=vocab - len(SPECIAL), initial_alphabet=byte_letters(), show_progress=False)
     backend.train_from_iterator(texts.documents, trainer)
-    return _finished(backend, context, encoder)
+    return _wrap(backend, context, encoder)
 
 
-def _finished(backend: Tokenizer, context: int, encoder: bool) -> PreTrainedTokenizerFast:
+def _wrap(backend: Tokenizer, context: int, encoder: bool) -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(list(SPECIAL.values()))
     special = dict(SPECIAL)
@@ -239,7 +221,7 @@ def _finished(backend: Tokenizer, context: int, encoder: bool) -> PreTrainedToke
         tokenizer_object=backend,
         model_max_length=context,
         clean_up_tokenization_spaces=False,
-        # A text that spells out a special token is text.
+        # Text that spells a special token is ordinary text.
         split_special_tokens=True,
         **special,
     )

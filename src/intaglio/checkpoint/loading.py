@@ -1,4 +1,4 @@
-"""From a name to a checkpoint: configuration, class, weights, tokenizer; and whether they fit one another."""
+"""Loading by name: config, class, weights, tokenizer, and their consistency."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
 }
 LEAST_USED = 2 / 3
-"""Share of the embeddings that a model's own tokenizer has tokens for, at least: padding is a few percent of them."""
+"""Least share of the embeddings covered by a model's own tokenizer: padding is a few percent."""
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -58,18 +58,18 @@ def load(
 
     Args:
         x: a bundled name (`smollm2`, `minilm`), a directory, or a hub id (`user/name`, pinned: `user/name@revision`).
-        revision: branch, tag or commit of a hub id, given apart. Default: the one after its @, or its main branch.
+        revision: branch, tag or commit of a hub id, instead of `@`. Default: the main branch.
         dtype: of the weights, a name or a torch dtype. Default: the checkpoint's own.
-        device: where to put it. Default: the CPU.
+        device: a device name. Default: the CPU.
 
     Returns:
         The model in evaluation mode, with its tokenizer (None if it has none), record and attachments.
 
     Raises:
-        IntaglioError: one sentence on what is missing, damaged, unsupported or refused (pickles, remote code).
+        IntaglioError: something is missing, damaged, unsupported or refused (pickles, remote code).
     """
     name = os.fspath(x)
-    target, wanted = parse_device(device), parse_dtype(dtype)
+    target, torch_dtype = parse_device(device), parse_dtype(dtype)
     _, revision = split_revision(x, revision)
     source, config = load_config(x, revision)
     cls = model_class(config, name)
@@ -83,7 +83,7 @@ def load(
                 source,
                 config=config,
                 revision=revision,
-                dtype=wanted,
+                dtype=torch_dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
@@ -92,18 +92,18 @@ def load(
             )
         except (MemoryError, IntaglioError):
             raise
-        except Exception as error:  # as for the configuration
+        except Exception as error:  # as in `load_config`
             raise IntaglioError(f"the weights of {name!r} cannot be loaded: {first_line(error)}") from error
     _check_info(name, info, model.state_dict().keys())
     if any("pooler" in key for key in info.get("missing_keys", ())):
-        model.pooler = None  # it got random weights, which would be saved
+        model.pooler = None  # its random weights would be saved
     model.eval()
     vars(model.config).pop("transformers_weights", None)
     if rebuild:
         remove_quantizer_state(model)
     origin = name
     if local is None and revision is not None:
-        # Decoders that know the model alone find its tokenizer by this name.
+        # Decoders find the model's tokenizer by this name.
         origin = model.name_or_path = f"{source}@{revision}"
     checkpoint = Checkpoint(
         model,
@@ -117,23 +117,12 @@ def load(
     checkpoint.record.source = checkpoint.record.source or origin
     _check_tensors(checkpoint, name)
     model.to(target)
-    _put_live_back(checkpoint, name, live)
+    _restore_live(checkpoint, name, live)
     return checkpoint
 
 
 def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple[str, Any]:
-    """Resolve a model's name and read its configuration alone.
-
-    Args:
-        x: a bundled name, a directory or a hub id, which may be pinned (`user/name@revision`).
-        revision: of a hub id, given apart. Default: the one after its @, or its main branch.
-
-    Returns:
-        What to load from, without a revision, and the configuration.
-
-    Raises:
-        IntaglioError: there is no such model, or it is no safetensors checkpoint of a known family.
-    """
+    """Return what to load from (without a revision) and the config of a model."""
     name, revision = split_revision(x, revision)
     source, local = resolve(name)
     if local:
@@ -150,24 +139,17 @@ def load_config(x: str | os.PathLike[str], revision: str | None = None) -> tuple
                 config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         except (MemoryError, IntaglioError):
             raise
-        except Exception as error:  # a damaged file makes transformers raise whatever it stumbles over
+        except Exception as error:  # transformers raises many types for damaged files
             reason = first_line(error)
             if "trust_remote_code" in str(error):
-                reason = "it brings code of its own (auto_map in its config.json), which is never run here"
+                reason = "it needs its own code (auto_map in its config.json), which is never run"
             what = "cannot be read" if local else "is no directory here and cannot be had from the hub"
             raise IntaglioError(f"the model {os.fspath(x)!r} {what}: {reason}") from error
     return source, config
 
 
 def load_record(x: str | os.PathLike[str]) -> Record | None:
-    """What was done to a checkpoint, read without its weights; None where it has no record.
-
-    Args:
-        x: a bundled name, a directory or a hub id, which may be pinned (`user/name@revision`).
-
-    Raises:
-        IntaglioError: there is no such model, or its record cannot be read.
-    """
+    """Return the record of a checkpoint, read without its weights, or None."""
     source, _ = load_config(x)
     if Path(source).is_dir():
         return read_record(Path(source))
@@ -176,7 +158,7 @@ def load_record(x: str | os.PathLike[str]) -> Record | None:
 
 
 def _live_config(source: str, revision: str | None) -> Any:
-    """The configuration of a live checkpoint, with the type and the files that it really has; None for any other."""
+    """Return the config of a live checkpoint with its real type and files; None for any other."""
     values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     kind = values.get("model_type")
     if not isinstance(kind, str) or not kind.startswith(LIVE_TYPE):
@@ -193,42 +175,26 @@ def _live_config(source: str, revision: str | None) -> Any:
 
 
 def model_class(config: Any, name: str) -> type[Any]:
-    """The transformers class for a configuration: with the head that the checkpoint says it has.
-
-    Args:
-        config: from `load_config`.
-        name: of the model, for the sentence.
-
-    Raises:
-        IntaglioError: no text model of transformers has this configuration.
-    """
+    """Return the transformers class for a config, with the head that the checkpoint names."""
     if is_classifier(config):
         return classifier_class(config)
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING):
-        # The last table has models of images and sound too.
+        # The last mapping includes image and audio models.
         if type(config) not in mapping or (mapping is MODEL_MAPPING and not hasattr(config, "vocab_size")):
             continue
-        found = mapping[type(config)]
-        found = found[0] if isinstance(found, tuple) else found
+        cls = mapping[type(config)]
+        cls = cls[0] if isinstance(cls, tuple) else cls
         listed = getattr(config, "architectures", None) or []
-        # A BERT is in the causal table too; what the checkpoint itself says it is decides.
-        if mapping is MODEL_MAPPING or not listed or any(arch == found.__name__ for arch in listed):
-            return found
+        # BERT is in the causal mapping too: the checkpoint's own architecture decides.
+        if mapping is MODEL_MAPPING or not listed or any(arch == cls.__name__ for arch in listed):
+            return cls
     raise IntaglioError(
         f"the model {name!r} has the type {config.model_type!r}, which is no text model of transformers"
     )
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> Any:
-    """The tokenizer of a checkpoint, or None where it has none.
-
-    Args:
-        source: a directory or a hub id, which may be pinned (`user/name@revision`).
-        revision: of a hub id, given apart. Default: the one after its @, or its main branch.
-
-    Raises:
-        IntaglioError: it cannot be read.
-    """
+    """Return the tokenizer of a checkpoint, or None."""
     source, revision = split_revision(source, revision)
     path = Path(source)
     if path.is_dir() and not any((path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json")):
@@ -238,19 +204,12 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
             return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         except MemoryError:
             raise
-        except Exception as error:  # as for the configuration
+        except Exception as error:  # as in `load_config`
             raise IntaglioError(f"the tokenizer of {source!r} cannot be loaded: {first_line(error)}") from error
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | Literal["auto"]:
-    """Return a torch dtype from its name; None means the checkpoint's own.
-
-    Args:
-        dtype: `float32`, `bfloat16`, `float16`, `float64`, a torch dtype, or None.
-
-    Raises:
-        IntaglioError: another name.
-    """
+    """Return a torch dtype from its name; None means the checkpoint's own."""
     if dtype is None or dtype == "auto":
         return "auto"
     if isinstance(dtype, torch.dtype):
@@ -261,28 +220,23 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | Literal["auto"
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """Return a torch device that this machine has; None means the CPU.
-
-    Args:
-        device: `cpu`, `cuda`, `cuda:1`, `mps`, or None.
-
-    Raises:
-        IntaglioError: an unknown name, or a device that is not there.
-    """
+    """Return a torch device that this machine has; None means the CPU."""
     if device is None:
         return torch.device("cpu")
     try:
-        found = torch.device(device)
+        result = torch.device(device)
     except RuntimeError:
         raise IntaglioError(f"the device {device!r} is unknown; accepted: cpu, cuda, cuda:N, mps") from None
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not here.get(found.type, False) or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(result.type, False) or (
+        result.type == "cuda" and (result.index or 0) >= torch.cuda.device_count()
+    ):
         raise IntaglioError(f"the device {device} is not available on this machine")
-    return found
+    return result
 
 
-def _put_live_back(checkpoint: Checkpoint, name: str, live: bool) -> None:
-    """Put the live parts of a record back: the one place where this module reaches up to methods, by their slugs."""
+def _restore_live(checkpoint: Checkpoint, name: str, live: bool) -> None:
+    """Restore the live parts of a record through their methods, by slug."""
     parts = checkpoint.record.live
     if live != bool(parts):
         words = ("is marked as live", "names no live part"), ("names live parts", "is not marked as live")
@@ -307,23 +261,22 @@ def _check_info(name: str, info: dict[str, Any], model_keys: Iterable[str]) -> N
     if mismatched:
         raise IntaglioError(f"the weights of {name!r} do not fit its config.json: {mismatched[0]} has another shape")
     missing = sorted(info.get("missing_keys", ()))
-    # A pooler is missing from many masked-LM encoders and feeds nothing here; anything else would be random.
+    # Many masked-LM encoders lack a pooler, which is unused here; anything else would be random.
     missing = [key for key in missing if "pooler" not in key]
     if missing:
         more = f" and {len(missing) - 1} more are" if len(missing) > 1 else " is"
         raise IntaglioError(f"the weights of {name!r} are incomplete: {missing[0]}{more} not in its files")
-    # Some families leave tensors in their files that nothing needs; a whole layer more than the model has is another
-    # matter.
+    # Some families' files hold unused tensors; those of further layers are an error.
     known = {_INDEX.sub("#", key) for key in model_keys}
-    left = sorted(key for key in info.get("unexpected_keys", ()) if _INDEX.sub("#", key) in known)
-    if left:
-        raise IntaglioError(f"the weights of {name!r} do not fit its config.json: it has no place for {left[0]}")
+    unexpected = sorted(key for key in info.get("unexpected_keys", ()) if _INDEX.sub("#", key) in known)
+    if unexpected:
+        raise IntaglioError(f"the weights of {name!r} do not fit its config.json: it has no place for {unexpected[0]}")
 
 
 def _check_tensors(checkpoint: Checkpoint, name: str) -> None:
     for key, parameter in checkpoint.model.named_parameters():
         if parameter.is_floating_point() and parameter.numel() and not torch.isfinite(parameter.detach().sum()):
-            # The sum of finite values can overflow in half precision: look closely before refusing.
+            # The sum of finite values can overflow in half precision: check element-wise before refusing.
             if torch.isfinite(parameter.detach()).all():
                 continue
             raise IntaglioError(f"the weights of {name!r} hold NaN or infinite values: {key}")

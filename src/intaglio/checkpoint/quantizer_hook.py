@@ -1,8 +1,7 @@
-"""Loading weights into a model some of whose modules are not the stock ones, through transformers' own hook for it.
+"""Loading weights into a model with replaced modules, through transformers' quantizer hook.
 
-`from_pretrained` makes a model without weights, hands it to the quantizer that its caller named, and reads the weights
-into what that one left. Ours puts the modules of live parts in their places. It is gone again after loading: the model
-has nothing of it.
+`from_pretrained` creates a model without weights, passes it to the given quantizer, and reads the weights into the
+result. Ours inserts the modules of live parts. Its traces are removed after loading.
 """
 
 from __future__ import annotations
@@ -24,31 +23,27 @@ NAME = "intaglio"
 
 @register_quantization_config(NAME)
 class _Rebuild(QuantizationConfigMixin):
-    """Carries a function to the moment at which the model is there without its weights.
+    """Quantization config that carries a function to the point where the model exists without its weights."""
 
-    Args:
-        rebuild: puts modules into it.
-    """
-
-    def __init__(self, rebuild: Callable[[nn.Module], None] | None = None, **more: Any) -> None:
+    def __init__(self, rebuild: Callable[[nn.Module], None] | None = None, **kwargs: Any) -> None:
         super().__init__(quant_method=cast(Any, NAME))
         if rebuild is None:
             raise IntaglioError(f"the quantization method {NAME!r} belongs to no checkpoint")
         self.rebuild = rebuild
 
     def to_dict(self) -> dict[str, Any]:
-        """What transformers prints of it."""
+        """Return the printable form."""
         return {"quant_method": NAME}
 
 
 @register_quantizer(NAME)
 class _Rebuilder(HfQuantizer):
-    """See the module."""
+    """Quantizer that calls the function of `_Rebuild`."""
 
-    def _process_model_before_weight_loading(self, model: Any, **more: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         cast(_Rebuild, self.quantization_config).rebuild(model)
-        # Some families draw random weights for a whole layer by the names of its projections; nothing is to be drawn
-        # here, since every weight is in the files. What has buffers of its own must still fill them.
+        # Some families initialise a whole layer by the names of its projections; that is skipped, since every weight
+        # is in the files. Modules with buffers of their own must still fill them.
         for name, module in model.named_modules():
             if isinstance(module, REPLACED):
                 while name:
@@ -58,31 +53,26 @@ class _Rebuilder(HfQuantizer):
                         owner._is_hf_initialized = True
 
     def is_serializable(self) -> bool:
-        """Read by transformers."""
+        """Return True; read by transformers."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Read by transformers."""
+        """Always True; read by transformers."""
         return True
 
 
 def quantizer_kwargs(name: str, live: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Arguments for `from_pretrained` with which it reads the weights of live parts, too; none where none needs it.
-
-    Args:
-        name: of the model, for sentences.
-        live: the parts in the checkpoint's record.
-    """
+    """Return arguments for `from_pretrained` that load the weights of replaced modules; empty where there are none."""
     parts = [(get_method(str(part["slug"])), part) for part in live if isinstance(part.get("slug"), str)]
-    ours = [
+    rebuilding_parts = [
         (cast(type[HasCustomModules], method), part) for method, part in parts if isinstance(method, HasCustomModules)
     ]
-    if not ours:
+    if not rebuilding_parts:
         return {}
 
     def rebuild(model: nn.Module) -> None:
-        for method, part in ours:
+        for method, part in rebuilding_parts:
             try:
                 method.build_empty(part, model)
             except (KeyError, TypeError, ValueError) as error:
@@ -94,15 +84,8 @@ def quantizer_kwargs(name: str, live: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def remove_quantizer_state(model: Any) -> None:
-    """Leave nothing in a model of how it was read: for transformers, too, it is a model like any other.
-
-    Args:
-        model: just loaded.
-    """
+    """Remove the traces of the quantizer from a model."""
     for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(owner, name):
             delattr(owner, name)
     model.is_quantized = False
-
-
-__all__ = ["quantizer_kwargs", "remove_quantizer_state"]

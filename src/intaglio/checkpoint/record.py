@@ -1,4 +1,4 @@
-"""The record of what was done to a checkpoint (`intaglio.json`), and reading it."""
+"""The record of a checkpoint's steps (`intaglio.json`), and reading it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ RECORD = "intaglio.json"
 
 
 class StepRecord(BaseModel):
-    """What one step did: enough to do it again.
+    """A finished step, with all that is needed to repeat it.
 
     Args:
         slug: the method.
-        parameters: its hyperparameters, defaults written out.
-        seed: the seed it was given.
+        parameters: its hyperparameters, defaults included.
+        seed: its seed.
         calibration: digest, samples, length and batch size of its calibration data, or None.
-        chosen: values the method derived from the model in hand (scaled thresholds, zero fractions ...).
+        chosen: values derived from the model (scaled thresholds, zero fractions ...).
         verb: `carve`, which edits the model, or `fit`, which attaches something to it.
-        timings: seconds that parts of it took, for a report; never written, as no two runs have the same.
+        timings: seconds by part, for a report; never written, as they differ between runs.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -41,13 +41,13 @@ class Record(BaseModel):
     """The content of `intaglio.json`.
 
     Args:
-        format: of this file.
+        format: version of this file.
         source: what the checkpoint was loaded from.
-        steps: what was done to it, in order.
-        versions: of the libraries, when it was last carved.
-        threads: of torch, which decide the last bits of some sums.
+        steps: the steps, in order.
+        versions: of the libraries, at the last step.
+        threads: of torch, which affect the last bits of some sums.
         dtype: of the weights.
-        live: parts that must be put back after a load; empty for a baked checkpoint.
+        live: parts to restore after loading; empty for a baked checkpoint.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -62,14 +62,7 @@ class Record(BaseModel):
 
 
 def read_record(path: Path) -> Record | None:
-    """The record in a directory, or None where it has none.
-
-    Args:
-        path: of the directory.
-
-    Raises:
-        IntaglioError: the file is no record.
-    """
+    """Return the record in a directory, or None."""
     file = path / RECORD
     if not file.is_file():
         return None
@@ -77,22 +70,12 @@ def read_record(path: Path) -> Record | None:
         return Record.model_validate_json(file.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        place = "".join(f"{part}: " for part in [".".join(str(part) for part in first["loc"])] if part)
-        raise IntaglioError(f"{file} is not a record of Intaglio: {place}{first['msg']}") from error
+        location = "".join(f"{part}: " for part in [".".join(str(part) for part in first["loc"])] if part)
+        raise IntaglioError(f"{file} is not a record of Intaglio: {location}{first['msg']}") from error
 
 
 def hub_record(source: str, revision: str | None, needed: bool = True) -> Record | None:
-    """The record of a model on the hub, or None where it has none.
-
-    Args:
-        source: a hub id.
-        revision: branch, tag or commit; None: its main branch.
-        needed: whether a hub that cannot be reached is an error (default) or counts as no record.
-
-    Raises:
-        IntaglioError: the file is no record.
-        OSError: the hub cannot be reached, or does not give the model.
-    """
+    """Return the record of a model on the hub, or None."""
     file = cached_file(
         source,
         RECORD,

@@ -1,4 +1,4 @@
-"""A checkpoint's files: where a name leads, what is refused unread, what lies beside the weights."""
+"""Files of a checkpoint: name resolution, refused formats, digests, further files beside the weights."""
 
 from __future__ import annotations
 
@@ -21,54 +21,39 @@ from intaglio.errors import IntaglioError, first_line, shorten
 
 BUNDLED = ("smollm2", "minilm")
 LIVE_TYPE, LIVE_WEIGHTS = "intaglio_", "live.safetensors"
-"""What goes before the `model_type` of a live checkpoint, and what its weights are called: neither the automatic
-classes of transformers nor those of one family find what they look for."""
-_SENTENCES = ("config_sentence_transformers.json", "sentence_bert_config.json")
+"""Prefix of a live checkpoint's `model_type`, and its weight file name: the stock loaders recognise neither."""
+_SENTENCE_TRANSFORMERS_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
 _FOLDER = re.compile(r"\w[\w-]*")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 
 
 def split_revision(x: str | os.PathLike[str], revision: str | None = None) -> tuple[str, str | None]:
-    """A model's name without the revision that pins it, and that revision: `user/name@revision` taken apart.
-
-    Args:
-        x: a bundled name, a directory or a hub id, pinned or not.
-        revision: the same, given apart. Default: none.
-
-    Returns:
-        The name, and the revision or None.
-
-    Raises:
-        IntaglioError: two revisions that differ, none after the @, or one of what has no revisions.
-    """
+    """Split `user/name@revision` into the name and the revision (or None)."""
     text = os.fspath(x)
     name, at, pin = text.partition("@")
-    told = repr(shorten(text))
-    # A path may have an @ of its own, a hub id cannot.
+    shown = repr(shorten(text))
+    # A path may contain @, a hub id cannot.
     if not at or os.path.exists(text) or text.startswith((".", "~", os.sep)) or name.count("/") > 1:
         if revision is not None and (os.path.isdir(text) or text in BUNDLED):
             what = "directory" if os.path.isdir(text) else "bundled name"
-            raise IntaglioError(f"the model {told} is a {what}, which has no revision {revision!r}; only a hub id has")
+            raise IntaglioError(
+                f"the model {shown} is a {what}, which has no revision {revision!r}; only a hub id has one"
+            )
         return text, revision
     if not pin.strip():
-        raise IntaglioError(f"the model {told} names no revision after its @; accepted: user/name@revision")
+        raise IntaglioError(f"the model {shown} names no revision after its @; accepted: user/name@revision")
     if os.path.isdir(name) or name in BUNDLED:
         what = "directory" if os.path.isdir(name) else "bundled name"
-        raise IntaglioError(f"the model {told} is a {what} with a revision; only a hub id has one (user/name@revision)")
+        raise IntaglioError(
+            f"the model {shown} is a {what} with a revision; only a hub id has one (user/name@revision)"
+        )
     if revision not in (None, pin):
-        raise IntaglioError(f"the model {told} is given together with another revision, {revision!r}; name one of them")
+        raise IntaglioError(f"the model {shown} is given with another revision, {revision!r}; give only one")
     return name, pin
 
 
 def resolve(x: str | os.PathLike[str]) -> tuple[str, bool]:
-    """What to hand to transformers, and whether it is a local directory.
-
-    Args:
-        x: a bundled name, a directory or a hub id, without a revision.
-
-    Raises:
-        IntaglioError: it is empty, a file, or a path that leads nowhere.
-    """
+    """Return the path or hub id for transformers, and whether it is a local directory."""
     text = os.fspath(x)
     if not text.strip():
         raise IntaglioError("the model's name is empty; accepted: a bundled name, a directory, a hub id (user/name)")
@@ -89,14 +74,7 @@ def resolve(x: str | os.PathLike[str]) -> tuple[str, bool]:
 
 
 def check_directory(path: Path) -> None:
-    """Refuse a directory that is no safetensors checkpoint, before transformers tries to read it.
-
-    Args:
-        path: of the directory.
-
-    Raises:
-        IntaglioError: it lacks a file, or has a damaged one; its weights are pickles.
-    """
+    """Refuse a directory that is not a safetensors checkpoint, before transformers reads it."""
     if not (path / "config.json").is_file():
         raise IntaglioError(f"{path} is not a checkpoint: it has no config.json")
     files = sorted(path.glob("*.safetensors"))
@@ -119,23 +97,16 @@ def check_directory(path: Path) -> None:
 
 
 def read_extra_files(source: str, revision: str | None = None) -> dict[str, bytes]:
-    """What makes a checkpoint a model of sentence-transformers: its modules' list, settings and small weights.
+    """Read the sentence-transformers files of a checkpoint (module list, settings, small weights), if any.
 
-    A carved one stays such a model. Other kinds of checkpoints have none of these files.
-
-    Args:
-        source: a directory or a hub id.
-        revision: of a hub id.
-
-    Raises:
-        IntaglioError: the list of modules cannot be read.
+    They are saved again, so that the result stays a sentence-transformers model.
     """
 
-    def read(place: str) -> bytes | None:
+    def read(path: str) -> bytes | None:
         with silence_transformers():
             file = cached_file(
                 source,
-                place,
+                path,
                 revision=revision,
                 _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False,
@@ -148,20 +119,19 @@ def read_extra_files(source: str, revision: str | None = None) -> dict[str, byte
     try:
         folders = [str(module["path"]) for module in json.loads(modules) if module["path"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise IntaglioError(f"modules.json of {source!r} is no list of modules: {first_line(error)}") from error
-    # Names only: a path that leads out of the checkpoint is not followed.
-    inside = [folder for folder in folders if _FOLDER.fullmatch(folder)]
-    places = [*_SENTENCES, *(f"{folder}/{name}" for folder in inside for name in ("config.json", "model.safetensors"))]
-    found = {place: content for place in places for content in [read(place)] if content is not None}
-    return {"modules.json": modules, **found}
+        raise IntaglioError(f"modules.json of {source!r} is not a list of modules: {first_line(error)}") from error
+    # Plain names only: a path out of the checkpoint is not followed.
+    safe = [folder for folder in folders if _FOLDER.fullmatch(folder)]
+    paths = [
+        *_SENTENCE_TRANSFORMERS_FILES,
+        *(f"{folder}/{name}" for folder in safe for name in ("config.json", "model.safetensors")),
+    ]
+    contents = {path: content for path in paths for content in [read(path)] if content is not None}
+    return {"modules.json": modules, **contents}
 
 
 def weights_digest(directory: Path) -> str:
-    """sha256 over the safetensors files of a checkpoint directory, in the order of their names.
-
-    Args:
-        directory: holds `*.safetensors`.
-    """
+    """Return the sha256 over the safetensors files of a checkpoint directory, in the order of their names."""
     digest = hashlib.sha256()
     for file in sorted(directory.glob("*.safetensors")):
         with file.open("rb") as stream:
@@ -171,23 +141,19 @@ def weights_digest(directory: Path) -> str:
 
 
 def stat_fingerprint(x: str | os.PathLike[str]) -> str:
-    """What tells a model's files from other ones without reading them: names, sizes and times of change.
-
-    Args:
-        x: as in `load`. A hub id has no files here, and gives an empty text.
-    """
+    """Return a fingerprint of a model's files without reading them: names, sizes and modification times."""
     name, _ = split_revision(x)
     source, local = resolve(name)
     if not local:
         return ""
     files = sorted(file for file in Path(source).iterdir() if file.is_file())
-    told = [(file.name, found.st_size, found.st_mtime_ns) for file in files for found in [file.stat()]]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    stats = [(file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Silence progress bars, load reports and retries; what matters in them is checked and raised here."""
+    """Silence progress bars, load reports and retries of transformers; errors are checked and raised here."""
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

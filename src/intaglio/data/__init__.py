@@ -1,13 +1,14 @@
-"""Where text and interactions come from, and how they become token batches; nothing here knows about models.
+"""Texts, labelled texts and interactions, and token batches made from them; independent of models.
 
-- `assets`: the bundled models and texts: what they are, how they are fetched, where they lie.
+- `assets`: bundled models and texts: table, download, cache.
 - `wikitext`: MediaWiki pages to plain English prose (used by `assets`).
-- `texts`: `Corpus`, a set of documents with stable hashes; `load_texts` reads one from a name, a file, a folder,
-  the Hugging Face hub or a list; calibration and held-out texts that never overlap.
+- `texts`: `Corpus`, documents with stable hashes, and `load_texts`; disjoint calibration and held-out texts.
+- `streams`: corpora larger than memory.
 - `python_source`: source files of the standard library and of installed packages.
-- `docstrings`: documented functions out of those, as pairs of text and code.
-- `interactions`: who did what when: tables of users and items.
-- `segments`: `Segments`, token ids of equal length ready for a model, cut from a corpus in a seeded order.
+- `docstrings`: documented functions from those, as pairs of text and code.
+- `labelled`: token-classification data.
+- `interactions`: tables of users, items and times.
+- `segments`: `Segments`, token ids of equal length, cut from a corpus in a seeded order.
 
 Importing this package, `assets` or `texts` does not import torch; `segments` does.
 """

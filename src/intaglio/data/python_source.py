@@ -1,7 +1,6 @@
-"""Python source that every installation has: the standard library's and that of installed packages, without running it.
+"""Python source of the standard library and of installed packages, found without importing or running it.
 
-Tests, generated files and what is no UTF-8 are left out, and so is every file that holds the same bytes as one before
-it. Nothing is imported to be found.
+Tests, generated files, files that are not UTF-8 and duplicates are left out.
 """
 
 from __future__ import annotations
@@ -18,25 +17,18 @@ from pathlib import Path
 from intaglio.errors import IntaglioError, shorten
 
 STANDARD_LIBRARY = "stdlib"
-"""The name under which the standard library is asked for, beside those of packages."""
+"""Name of the standard library among package names."""
 
 # `_sysconfigdata_*` is written when Python is built and names the builder's directories.
 _LEFT_OUT = re.compile(r"site-packages|dist-packages|tests?|testing|idle_test|__pycache__|_sysconfigdata_.*|\..*")
 _GENERATED = re.compile(rb"auto-?generated|automatically generated|generated (?:by|from|using) |do not edit", re.I)
 _HEAD_LINES = 10
-"""A generated file says so at its top."""
+"""Lines at the top of a file that are searched for it."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of Python source.
-
-    Args:
-        package: `stdlib`, or the package that it was found in.
-        module: its dotted name.
-        text: its content, line ends as newlines.
-        hash: SHA-256 (64 hexadecimal digits) of its bytes.
-    """
+    """A file of Python source, with its package, dotted module name and the SHA-256 of its bytes."""
 
     package: str
     module: str
@@ -45,52 +37,32 @@ class SourceFile:
 
 
 def source_files(packages: Iterable[str] = (STANDARD_LIBRARY,)) -> tuple[SourceFile, ...]:
-    """The source of some packages, in the order in which they are named, each sorted by path.
-
-    The standard library is that of the running interpreter.
-
-    Args:
-        packages: names of importable packages, and `stdlib`. Default the standard library alone.
-
-    Raises:
-        IntaglioError: no package of that name is installed, or it has no Python source.
-    """
-    return _distinct(file for package in dict.fromkeys(packages) for file in _of(package, _place(package)))
+    """Return the source of packages in the given order, each sorted by path; `stdlib` is the running interpreter's."""
+    return _distinct(file for package in dict.fromkeys(packages) for file in _read(package, _root_of(package)))
 
 
 def source_folder(folder: str) -> tuple[SourceFile, ...]:
-    """The Python source below any folder, as `source_files` gives it; its package is the folder's name.
-
-    Args:
-        folder: a directory.
-
-    Raises:
-        IntaglioError: it is no directory, or has no Python source.
-    """
+    """Return the Python source below a folder, with the folder's name as package."""
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise IntaglioError(f"the source folder {folder!r} is no directory")
-    return _distinct(_of(root.resolve().name, root))
+        raise IntaglioError(f"the source folder {folder!r} is not a directory")
+    return _distinct(_read(root.resolve().name, root))
 
 
 def sources_digest(files: Iterable[SourceFile]) -> str:
-    """One SHA-256 over what some files hold, whatever their order: another Python or package version changes it.
-
-    Args:
-        files: from `source_files` or `source_folder`.
-    """
+    """Return a SHA-256 over the contents of files in any order; it changes with Python and package versions."""
     return hashlib.sha256("\n".join(sorted(file.hash for file in files)).encode("ascii")).hexdigest()
 
 
 def _distinct(files: Iterable[SourceFile]) -> tuple[SourceFile, ...]:
-    """The first file of each content."""
-    found: dict[str, SourceFile] = {}
+    """Return the first file of each content."""
+    first: dict[str, SourceFile] = {}
     for file in files:
-        found.setdefault(file.hash, file)
-    return tuple(found.values())
+        first.setdefault(file.hash, file)
+    return tuple(first.values())
 
 
-def _place(package: str) -> Path:
+def _root_of(package: str) -> Path:
     if package == STANDARD_LIBRARY:
         return Path(sysconfig.get_path("stdlib"))
     # A top-level name only: to find a dotted one, its parent would be imported.
@@ -104,7 +76,7 @@ def _place(package: str) -> Path:
 
 
 @lru_cache(maxsize=16)
-def _of(package: str, root: Path) -> tuple[SourceFile, ...]:
+def _read(package: str, root: Path) -> tuple[SourceFile, ...]:
     files = []
     for path in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix()):
         parts = path.relative_to(root).with_suffix("").parts
@@ -116,7 +88,7 @@ def _of(package: str, root: Path) -> tuple[SourceFile, ...]:
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError:
-            continue  # such files name another encoding; there are a handful
+            continue  # a few files in another encoding
         names = parts if package == STANDARD_LIBRARY else (package, *parts)
         files.append(
             SourceFile(

@@ -1,4 +1,4 @@
-"""Token batches: segments of equal length cut from a corpus, and the bytes that their tokens stand for.
+"""Token batches: segments of equal length cut from a corpus, and the bytes of their text.
 
 Dimension letters: N segments, T tokens of a segment.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 LEAST_LENGTH = 8
-"""The shortest segment that is accepted, in tokens."""
+"""Fewest tokens of a segment."""
 
 _SEPARATOR = "\n\n"
 
@@ -56,10 +56,7 @@ class Segments:
 
     @classmethod
     def of(cls, ids: Tensor | Sequence[Sequence[int]]) -> Segments:
-        """Return segments without padding.
-
-        Args:
-            ids: token ids, [N, T]; a tensor of any integer type or lists of equal length.
+        """Return segments without padding, from a tensor of any integer type or lists of equal length.
 
         Raises:
             IntaglioError: the ids are not integers in two dimensions.
@@ -84,12 +81,12 @@ class Segments:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens that are not padding."""
+        """The number of tokens without padding."""
         return self.ids_NT.numel() if self.mask_NT is None else int(self.mask_NT.sum())
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the shape, the ids and the mask: equal exactly when the segments are."""
+        """SHA-256 over the shape, the ids and the mask."""
         total = hashlib.sha256(f"{self.n}x{self.length}".encode("ascii"))
         total.update(self.ids_NT.cpu().numpy().astype("<i8").tobytes())
         if self.mask_NT is not None:
@@ -98,9 +95,6 @@ class Segments:
 
     def batches(self, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Yield keyword arguments for a model: `input_ids` [B, T] and, if there is a mask, `attention_mask` [B, T].
-
-        Args:
-            batch_size: segments a batch, at least 1; the last batch may be smaller.
 
         Raises:
             IntaglioError: the batch size is below 1.
@@ -118,14 +112,7 @@ class Segments:
 
 
 def special_affixes(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
-    """Return the token ids that the tokenizer puts before and after every text (Gemma: BOS; BERT: [CLS] and [SEP]).
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-
-    Raises:
-        IntaglioError: the tokenizer changes a text's own tokens when it adds the special ones.
-    """
+    """Return the token ids that the tokenizer puts before and after every text (Gemma: BOS; BERT: [CLS] and [SEP])."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a", add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(plain) + 1):
@@ -155,19 +142,8 @@ def segments(
 
     The documents are ordered by SHA-256 of "seed:document hash", so that the order of two documents does not depend on
     the rest of the corpus; they are joined by two newlines and tokenised one by one until there are enough tokens.
-    Every segment starts and ends with the special tokens that the tokenizer itself would add. Fewer samples of the
-    same length are the first ones of more.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-        corpus: where the text comes from.
-        samples: the number of segments N, at least 1.
-        length: tokens a segment T, special tokens included, at least 8.
-        seed: any integer; keys the order of the documents.
-        order: "shuffled" (default) or "file", the corpus's own order (the seed has no effect then).
-
-    Raises:
-        IntaglioError: an argument is out of range, or the corpus is too short.
+    Every segment starts and ends with the tokenizer's own special tokens. A smaller number of samples gives the first
+    ones of a larger number.
     """
     if samples < 1:
         raise IntaglioError(f"samples is {samples}; it must be at least 1")
@@ -183,13 +159,13 @@ def segments(
     for number, document in enumerate(_ordered(corpus, seed, order)):
         if len(stream) >= samples * inner:
             break
-        # The separator goes in front: a byte-level pre-tokenizer then cuts it as it does between two paragraphs.
+        # The separator comes first: a byte-level pre-tokenizer then splits it as between two paragraphs.
         text = _SEPARATOR + document if number else document
         stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(stream) < samples * inner:
         raise IntaglioError(
-            f"the texts {corpus.name!r} give {len(stream) // inner} segments of {length} tokens, {samples} were asked"
-            " for; give more text, or ask for fewer samples or a shorter length"
+            f"the texts {corpus.name!r} give {len(stream) // inner} segments of {length} tokens, {samples} are needed;"
+            " give more text, fewer samples or a shorter length"
         )
     rows = [prefix + stream[i * inner : (i + 1) * inner] + suffix for i in range(samples)]
     return Segments.of(rows)
@@ -204,7 +180,7 @@ def _is_byte_level(tokenizer: PreTrainedTokenizerFast) -> bool:
 
 
 def _byte_level_count(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> int:
-    # In a byte-level vocabulary a token is spelled with one letter a byte; only added tokens are spelled as they read.
+    # A byte-level vocabulary spells a token with a letter per byte; only added tokens are spelled literally.
     added = tokenizer.added_tokens_decoder
     plain = [token for token in ids if token not in added]
     names = tokenizer.convert_ids_to_tokens(plain)
@@ -219,22 +195,15 @@ def _decoded_count(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> in
 
 
 def segment_bytes(tokenizer: PreTrainedTokenizerFast, segments: Segments) -> list[int]:
-    """Return, for each segment, the UTF-8 bytes of the text that its scored tokens stand for.
+    """Return, for each segment, the UTF-8 bytes of the text of its scored tokens.
 
-    A causal model scores every token that has a token before it, so the first token of a segment is never scored:
-    where that is BOS, all of the text is, else all but the first token of it. Special tokens and padding stand for no
-    bytes. Bits per byte is the summed negative log2-likelihood of the scored tokens over this number.
+    A causal model scores every token but the first of a segment: where that is BOS, all of the text is scored, else all
+    but its first token. Special tokens and padding have no bytes. Bits per byte is the summed negative log2-likelihood
+    of the scored tokens over this number.
 
-    With a byte-level vocabulary (GPT-2, Llama 3, Qwen, SmolLM2) the count is exact for any cut, also one inside a
-    character. With others it is the length of the whole segment decoded, less that of the part that is not scored; a
-    character broken by a cut then counts as the three bytes of the replacement sign.
-
-    Args:
-        tokenizer: the tokenizer that made the ids.
-        segments: the token ids.
-
-    Raises:
-        IntaglioError: an id is not in a byte-level vocabulary.
+    With a byte-level vocabulary (GPT-2, Llama 3, Qwen, SmolLM2) the count is exact for any cut, also inside a
+    character. With others it is the length of the decoded segment less that of the unscored part; a character broken by
+    a cut counts as the three bytes of the replacement character.
     """
     special = set(tokenizer.all_special_ids)
     byte_level = _is_byte_level(tokenizer)
@@ -242,9 +211,9 @@ def segment_bytes(tokenizer: PreTrainedTokenizerFast, segments: Segments) -> lis
     for index, row in enumerate(segments.ids_NT.tolist()):
         mask = [True] * len(row) if segments.mask_NT is None else segments.mask_NT[index].tolist()
         first = mask.index(True) if any(mask) else len(row)
-        shown = [(place, token) for place, token in enumerate(row) if mask[place] and token not in special]
-        scored = [token for place, token in shown if place > first]
-        unscored = [token for place, token in shown if place <= first]
+        shown = [(i, token) for i, token in enumerate(row) if mask[i] and token not in special]
+        scored = [token for i, token in shown if i > first]
+        unscored = [token for i, token in shown if i <= first]
         if byte_level:
             counts.append(_byte_level_count(tokenizer, scored))
         else:

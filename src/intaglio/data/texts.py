@@ -1,7 +1,7 @@
-"""Where text comes from: a corpus of documents out of a bundled name, a file, a folder, the hub or a list.
+"""Corpora of documents from a bundled name, a file, a folder, the hub or a list.
 
-A document is known by the hash of its words, not by its place, so that the split into training and held-out texts
-stays the same whatever the order and whatever else is in the corpus.
+A document is identified by the hash of its words, so that the split into training and held-out texts does not depend on
+the order or the rest of the corpus.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from intaglio.environment import silence_loggers
 from intaglio.errors import IntaglioError, did_you_mean
 
 DOCUMENT_CHARACTERS = 2000
-"""About how long a document cut out of a text file is."""
+"""Approximate characters of a document cut from a text file."""
 
 _BLANK_LINES = re.compile(r"\n[^\S\n]*(?:\n[^\S\n]*)*\n")
 _DATASET_ID = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.-]+(?:\[[\w%:-]*\])?))?")
@@ -30,11 +30,7 @@ _TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".json", ".jsonl", ".c
 
 
 def document_hash(document: str) -> str:
-    """Return the SHA-256 (64 hexadecimal digits) of a document whose runs of white space count as one space.
-
-    Args:
-        document: any text that UTF-8 can hold.
-    """
+    """Return the SHA-256 (64 hexadecimal digits) of a document with white space collapsed."""
     return hashlib.sha256(" ".join(document.split()).encode("utf-8")).hexdigest()
 
 
@@ -42,17 +38,17 @@ def document_hash(document: str) -> str:
 class Corpus:
     """An ordered set of documents.
 
-    Blank documents are dropped, and so is every document whose hash was seen before (the first one stays).
+    Blank and duplicate documents (by hash) are dropped.
 
     Args:
-        name: where the documents come from, as the user wrote it; shown in reports and errors.
+        name: origin of the documents as the user wrote it, for reports and errors.
         documents: the texts, in order.
 
     Attributes:
         hashes: the hash of each document, in order; see `document_hash`.
 
     Raises:
-        IntaglioError: a document holds half a character (a lone surrogate), which UTF-8 cannot.
+        IntaglioError: a document holds a lone surrogate, which UTF-8 cannot encode.
     """
 
     name: str
@@ -76,11 +72,11 @@ class Corpus:
 
     @cached_property
     def digest(self) -> str:
-        """One SHA-256 over the sorted hashes: equal exactly when two corpora hold the same documents in any order."""
+        """SHA-256 over the sorted hashes: equal exactly when two corpora hold the same documents in any order."""
         return hashlib.sha256("\n".join(sorted(self.hashes)).encode("ascii")).hexdigest()
 
     def __len__(self) -> int:
-        """The number of documents."""
+        """Return the number of documents."""
         return len(self.documents)
 
     def _where(self, name: str, keep: Callable[[str], bool]) -> Corpus:
@@ -106,27 +102,16 @@ class Corpus:
         return train, self._where(f"{self.name} (held out)", held_out)
 
     def without(self, hashes: Collection[str]) -> Corpus:
-        """Return the corpus less the documents with one of these hashes; it may be empty.
-
-        Args:
-            hashes: document hashes, for example another corpus's `hashes`.
-        """
+        """Return the corpus without the documents of these hashes; it may be empty."""
         dropped = frozenset(hashes)
         return self._where(self.name, lambda digest: digest not in dropped)
 
 
 def calibration_and_held_out(calibration: Corpus, evaluation: Corpus) -> tuple[Corpus, Corpus]:
-    """Return calibration texts and evaluation texts that share no document.
+    """Return disjoint calibration and evaluation texts.
 
-    If both corpora hold the same documents, the corpus is split by document hash (`Corpus.split`). If not, the
-    evaluation texts lose every document that is also a calibration text.
-
-    Args:
-        calibration: the texts that a method may look at.
-        evaluation: the texts that the result is measured on.
-
-    Raises:
-        IntaglioError: one of the two would be empty.
+    If both corpora hold the same documents, the corpus is split by document hash (`Corpus.split`). Otherwise the
+    evaluation texts lose the documents that are also calibration texts.
     """
     if calibration.digest == evaluation.digest:
         train, held_out = calibration.split()
@@ -148,22 +133,22 @@ def calibration_and_held_out(calibration: Corpus, evaluation: Corpus) -> tuple[C
 
 
 def load_texts(source: str | os.PathLike[str] | Sequence[str] | Corpus, field: str = "text") -> Corpus:
-    """Return the documents that `source` names.
+    """Return the documents of a source.
 
     Args:
         source: one of
             - a bundled name (`wikipedia`; see `intaglio assets`);
             - a text file, cut at blank lines into documents of about 2,000 characters (never inside a paragraph);
-            - a `.jsonl` file, one JSON object with `field` a line; or a `.json` file, a list of strings or objects;
-            - a folder: each UTF-8 text file below it is one document, in the order of the sorted paths (hidden files
-              and folders and everything that is not UTF-8 text are passed over);
+            - a `.jsonl` file, one JSON object with `field` per line; or a `.json` file, a list of strings or objects;
+            - a folder: each UTF-8 text file below it is a document, in the order of the sorted paths (hidden files and
+              folders and files that are not UTF-8 text are skipped);
             - a data set of the Hugging Face hub, `user/name` or `user/name:split` (default split `train`; a part of
               one is written `user/name:train[:1000]`);
-            - a sequence of strings, one document each; or a `Corpus`, returned as it is.
+            - a sequence of strings, one document each; or a `Corpus`, returned unchanged.
         field: the name of the text in JSON objects and in a data set's rows. Default "text".
 
     Raises:
-        IntaglioError: nothing is there, or it is not text, or it holds no document.
+        IntaglioError: the source does not exist, is not text, or holds no document.
     """
     if isinstance(source, Corpus):
         return source
@@ -203,12 +188,12 @@ def _read(name: str, field: str) -> Iterator[str]:
         raise IntaglioError(f"the texts {name!r} are neither a regular file nor a folder")
     match = _DATASET_ID.fullmatch(name)
     if match and Path(match["id"]).suffix.lower() not in _TEXT_SUFFIXES and not name.startswith("."):
-        return _from_hub(match["id"], match["split"] or "train", field)
+        return from_hub(match["id"], match["split"] or "train", field)
     raise IntaglioError(f"the texts {name!r} are no file, no folder and no bundled name: {did_you_mean(name, bundled)}")
 
 
 def _text_of(path: Path) -> str:
-    """Return a file's text with line ends as newlines, or one sentence saying where it stops being UTF-8 text."""
+    """Return a file's text with newlines as line ends, or a sentence on where it is not UTF-8."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -224,14 +209,7 @@ def _text_of(path: Path) -> str:
 
 
 def cut_at_blank_lines(text: str, characters: int = DOCUMENT_CHARACTERS) -> Iterator[str]:
-    """Yield pieces of whole paragraphs, each the longest run that stays within `characters`.
-
-    A paragraph that is longer than that is a piece of its own. Inside a piece the text is as it was.
-
-    Args:
-        text: paragraphs separated by blank lines.
-        characters: the length aimed at. Default 2,000.
-    """
+    """Yield runs of whole paragraphs, each as long as fits in `characters`; longer paragraphs stay whole."""
     gaps = [match.span() for match in _BLANK_LINES.finditer(text)]
     starts = [0, *(stop for _, stop in gaps)]
     ends = [*(start for start, _ in gaps), len(text)]
@@ -272,31 +250,36 @@ def _is_text(path: Path) -> bool:
 _JSON_NAMES = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
 
 
-def _text_under(value: Any, field: str, place: str) -> str:
+def _text_under(value: Any, field: str, location: str) -> str:
     if not isinstance(value, dict):
-        found = _JSON_NAMES.get(type(value), "a number")
-        raise IntaglioError(f"{place} is {found}; an object with the field {field!r} is accepted")
+        kind = _JSON_NAMES.get(type(value), "a number")
+        raise IntaglioError(f"{location} is {kind}; an object with the field {field!r} is accepted")
     if field not in value:
         names = ", ".join(sorted(value)[:8]) or "nothing"
-        raise IntaglioError(f"{place} has no field {field!r}; it has: {names}")
+        raise IntaglioError(f"{location} has no field {field!r}; it has: {names}")
     text = value[field]
     if not isinstance(text, str):
-        found = _JSON_NAMES.get(type(text), "a number")
-        raise IntaglioError(f"the field {field!r} of {place} is {found}; only a string is accepted")
+        kind = _JSON_NAMES.get(type(text), "a number")
+        raise IntaglioError(f"the field {field!r} of {location} is {kind}; only a string is accepted")
     return text
 
 
 def _from_jsonl(path: Path, field: str) -> Iterator[str]:
-    # Not splitlines(): it also cuts at separators that JSON allows inside a string.
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
+    # Not splitlines(): it also splits at separators that JSON allows inside a string.
+    return parse_jsonl(_text_of(path).split("\n"), path, field)
+
+
+def parse_jsonl(lines: Iterable[str], path: Path, field: str) -> Iterator[str]:
+    """Yield the text of each JSON line that is not blank."""
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        place = f"line {number} of {path}"
+        location = f"line {number} of {path}"
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise IntaglioError(f"{place} is not JSON: {error}") from None
-        yield _text_under(value, field, place)
+            raise IntaglioError(f"{location} is not JSON: {error}") from None
+        yield _text_under(value, field, location)
 
 
 def _from_json(path: Path, field: str) -> Iterator[str]:
@@ -305,31 +288,35 @@ def _from_json(path: Path, field: str) -> Iterator[str]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise IntaglioError(f"the texts {path} are not JSON: {error}") from None
     if not isinstance(values, list):
-        found = _JSON_NAMES.get(type(values), "a number")
-        raise IntaglioError(f"the texts {path} are {found}; a list of strings or of objects is accepted")
+        kind = _JSON_NAMES.get(type(values), "a number")
+        raise IntaglioError(f"the texts {path} are {kind}; a list of strings or of objects is accepted")
     for index, value in enumerate(values):
         yield value if isinstance(value, str) else _text_under(value, field, f"item {index} of {path}")
 
 
-def _from_hub(name: str, split: str, field: str) -> Iterator[str]:
+def from_hub(name: str, split: str, field: str, *, streaming: bool = False) -> Iterator[str]:
+    """Yield the texts of a data set of the Hugging Face hub."""
     try:
         import datasets  # optional, and slow to import
     except ImportError:
         raise IntaglioError(
-            f"the texts {name!r} are no file or folder here, and reading a data set of that name needs the package"
-            " datasets: pip install 'intaglio[datasets]'"
+            f"the texts {name!r} are not a file or folder here, and a data set of that name needs the package datasets:"
+            " pip install 'intaglio[datasets]'"
         ) from None
     try:
         with silence_loggers("datasets", "huggingface_hub"):
-            rows = datasets.load_dataset(name, split=split)
+            rows = datasets.load_dataset(name, split=split, streaming=streaming)
+        columns = getattr(rows, "column_names", None)  # None for some streams
+        if columns is not None and field not in columns:
+            raise IntaglioError(f"the data set {name!r} has no field {field!r}; it has: {', '.join(columns)}")
+        for number, row in enumerate(rows):
+            yield _text_under(row, field, f"row {number} of the data set {name!r}")
+    except IntaglioError:
+        raise
     except Exception as error:
-        # The library raises many kinds (no network, no such name or split, a broken file): to a user they are one.
+        # datasets raises many types (no network, no such name or split, a broken file), all alike to a user.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise IntaglioError(
-            f"the texts {name!r} are no file or folder here, and the data set of that name, split {split!r}, cannot be"
-            f" loaded: {reason}"
+            f"the texts {name!r} are not a file or folder here, and the data set of that name, split {split!r}, cannot"
+            f" be loaded: {reason}"
         ) from error
-    if field not in rows.column_names:
-        raise IntaglioError(f"the data set {name!r} has no field {field!r}; it has: {', '.join(rows.column_names)}")
-    for number, row in enumerate(rows):
-        yield _text_under(row, field, f"row {number} of the data set {name!r}")

@@ -1,8 +1,8 @@
 """MediaWiki pages to plain English prose.
 
-What a reader of the rendered page would call running text stays; everything else goes: templates, tables, references,
-pictures and their captions, categories, formulas, headings, short list items and the sections that only list sources.
-A paragraph that would have a hole in it (a formula or a table was part of the sentence) goes as a whole.
+Running text as rendered stays; the rest is dropped: templates, tables, references, pictures and captions, categories,
+formulas, headings, short list items and sections that only list sources. A paragraph in which something was dropped
+from a sentence (a formula or a table) is dropped as a whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mwparserfromhell
 from mwparserfromhell import nodes
 
 LEAST_CHARACTERS = 500
-"""A page with less prose than this is dropped."""
+"""Fewest characters of prose of a page."""
 
 _LEAST_PARAGRAPH = 40
 _LEAST_LIST_ITEM = 80
@@ -54,7 +54,7 @@ _UNITS = {
     "sqmi": "square miles",
 }
 _SOURCE = re.compile(r"\bISBN\b|\bpp?\. ?\d|\bPress\b|\(\d{4}\)[.,:]|\b(?:London|New York|Paris|Berlin|Oxford):")
-# A link with one of these prefixes shows its own text; any other prefix that looks like a language is not shown.
+# A link with one of these prefixes is shown; any other prefix that looks like a language is not.
 _SHOWN_PREFIXES = frozenset({"wikt", "wiktionary", "w", "wikipedia", "wp", "s", "wikisource", "commons", "species"})
 _NAMESPACES = frozenset({"file", "image", "category", "media", "template", "portal"})
 _HOLE = "\ufffc"
@@ -81,39 +81,25 @@ _REPAIRS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def pages(archive: Path) -> Iterator[tuple[str, str]]:
-    """Yield the title and the markup of each article in a compressed MediaWiki export, in the order of the file.
-
-    Articles are the pages of name space 0 that are no redirects.
-
-    Args:
-        archive: an XML export compressed with bzip2.
-    """
+    """Yield title and markup of each article (name space 0, no redirects) of a compressed MediaWiki export."""
     with bz2.open(archive) as file:
         for _, page in ElementTree.iterparse(file):
             if page.tag.rpartition("}")[2] != "page":
                 continue
-            # The export's XML name space carries its version; the names below do not depend on it.
+            # The export's XML namespace contains its version; the names below do not depend on it.
             if page.findtext("{*}ns") == "0" and page.find("{*}redirect") is None:
                 yield page.findtext("{*}title") or "", page.findtext("{*}revision/{*}text") or ""
             page.clear()
 
 
 def prose(markup: str) -> str:
-    """Return the running text of a page: paragraphs separated by blank lines; empty if there is none.
-
-    Args:
-        markup: a page's MediaWiki source.
-    """
+    """Return the running text of a page, paragraphs separated by blank lines."""
     text = _render(_kept_sections(mwparserfromhell.parse(markup).nodes))
     return "\n\n".join(filter(None, map(_paragraph, _blocks(text))))
 
 
 def documents(archive: Path) -> Iterator[dict[str, str]]:
-    """Yield {"title", "text"} for each article of an export that has at least 500 characters of prose.
-
-    Args:
-        archive: an XML export compressed with bzip2.
-    """
+    """Yield {"title", "text"} for each article of an export that has at least 500 characters of prose."""
     for title, markup in pages(archive):
         text = prose(markup)
         if len(text) >= LEAST_CHARACTERS:
@@ -193,7 +179,7 @@ def _template(node: Any) -> str:
 
 
 def _converted(values: list[str]) -> str:
-    # {{convert|5|to|6|km|mi}}: a range has a joining word in its second place.
+    # {{convert|5|to|6|km|mi}}: a range has a joining word as its second argument.
     if values[1] in {"-", "–", "to", "and", "x", "by", "or"}:
         joint = {"-": "–", "–": "–"}.get(values[1], f" {values[1]} ")
         return f"{values[0]}{joint}{values[2]} {_unit(values[3])}"
@@ -216,7 +202,7 @@ def _constant(text: str) -> Callable[[list[str]], str]:
     return lambda values: text
 
 
-# The templates that stand for words inside a sentence; without them the sentence would have a hole. All others go.
+# Templates for words inside a sentence, which would be incomplete without them. All others are dropped.
 _TEMPLATES: dict[str, Callable[[list[str]], str]] = {
     **dict.fromkeys(("convert", "cvt"), _converted),
     **dict.fromkeys(("nowrap", "nobr", "small", "smaller", "big", "large", "sc", "sic", "linktext", "abbr"), _first),
@@ -260,7 +246,7 @@ def _blocks(text: str) -> Iterator[str]:
 
 
 def _paragraph(block: str) -> str:
-    """Return a block as one line of prose, or nothing if it is not whole sentences."""
+    """Return a block as a line of prose, or "" if it is not whole sentences."""
     item = _ITEM in block
     text = block.replace(_ITEM, " ")
     for pattern, replacement in _REPAIRS:

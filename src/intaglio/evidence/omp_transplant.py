@@ -84,7 +84,7 @@ class Transplant:
         with peak_memory(done.device) as peak:
             begun = time.perf_counter()
             if fields is not None:
-                donor = Donor.of(_model(self.world, "donor", seed))
+                donor = Donor.from_checkpoint(_model(self.world, "donor", seed))
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # 64 atoms are too many, which is what that arm shows
                     OMPTransplant(donor="donor", **fields | _chosen(arm, unit.choice)).transplant(

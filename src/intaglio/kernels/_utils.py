@@ -1,4 +1,4 @@
-"""What the kernels share beside their code: whether the package that one needs works, and tensors in words."""
+"""Helpers shared by the kernels: availability of packages, tensor descriptions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,7 @@ from torch import Tensor
 
 @lru_cache
 def works(package: str, kernel: str, otherwise: str) -> bool:
-    """Whether a package is there and works; a numba that is too old for the numpy beside it cannot be imported.
-
-    Args:
-        package: `numba` or `triton`.
-        kernel: what needs it: `gather` for `gather_numba`.
-        otherwise: what happens without it, for the warning where it is there and fails.
-    """
+    """Return whether a package can be imported (a numba too old for the installed numpy cannot)."""
     if find_spec(package) is None:
         return False
     try:
@@ -30,11 +24,7 @@ def works(package: str, kernel: str, otherwise: str) -> bool:
 
 
 def describe_tensor(tensor: Tensor) -> str:
-    """Shape and dtype for a sentence: `4x3 of float32`.
-
-    Args:
-        tensor: any.
-    """
+    """Return shape and dtype for a message: `4x3 of float32`."""
     return f"{'x'.join(map(str, tensor.shape)) or 'a scalar'} of {str(tensor.dtype).removeprefix('torch.')}"
 
 

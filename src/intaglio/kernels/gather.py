@@ -1,18 +1,17 @@
-"""Linear layers that read the columns of some inputs alone: those whose score is above a threshold (inference of
-R-Sparse, arXiv 2504.19449; without a low-rank part, of TEAL, arXiv 2408.14690).
+"""Linear layers that read only the columns of inputs with a score above a threshold.
 
     y_BO = linear(x_BI, weight_IO, threshold, scale_I, down_RI, up_RO, bias_O)
 
     m_bi = not (|x_bi| scale_i <= threshold_b)
     y_b = W (m_b x_b) + up^T (down ((1 - m_b) x_b)) + bias
 
-The weight lies column by column (`weight_IO`, contiguous), so that what belongs to one input is one run of memory, and
-inputs that are not wanted cost nothing but a look at them. An input that is not a number is wanted, so that it is seen
-in the result.
+Used for inference of R-Sparse (arXiv 2504.19449) and, without a low-rank part, of TEAL (arXiv 2408.14690). The weight
+is stored column by column (`weight_IO`, contiguous), so that an input's column is contiguous and skipped inputs cost
+only a comparison. NaN inputs are selected, so that they show in the result.
 
-Which code runs: on a CPU numba's, if numba is installed (`pip install 'intaglio[kernels]'`), for float32 and bfloat16
-weights and at most `MOST_ROWS` rows; on a CUDA device Triton's, for one row; else torch's, which multiplies zeros. All
-add in float32 (torch in the weight's dtype), each in an order of its own.
+Dispatch: numba on a CPU, if installed (`pip install 'intaglio[kernels]'`), for float32 and bfloat16 weights and at most
+`MOST_ROWS` rows; Triton on a CUDA device, for one row; else torch, which multiplies zeros. All add in float32 (torch in
+the weight's dtype), each in its own order.
 
 Dimension letters: B rows of activations (tokens), I inputs, O outputs, R rank of the low-rank part.
 """
@@ -26,7 +25,7 @@ from intaglio.errors import IntaglioError
 from intaglio.kernels._utils import describe_tensor, works
 
 MOST_ROWS = 4
-"""Rows for which columns are gathered; more of them want nearly every column between them."""
+"""Most rows for which columns are gathered; more rows together select nearly every column."""
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -39,23 +38,7 @@ def linear(
     up_RO: Tensor | None = None,
     bias_O: Tensor | None = None,
 ) -> Tensor:
-    """Apply a linear layer from the columns of the inputs that score above the threshold; see the module.
-
-    Args:
-        x: [..., I], floating point.
-        weight_IO: [I, O], contiguous, on the same device, as are all others.
-        threshold: one number, or one a row, float32 [B]. Below 0: every input; infinity: none.
-        scale_I: float32 [I], of the scores; None: ones.
-        down_RI: [R, I] in the weight's dtype, contiguous: where the other inputs go; None: nowhere.
-        up_RO: [R, O], likewise, given with `down_RI`.
-        bias_O: [O], or None.
-
-    Returns:
-        [..., O], in x's dtype.
-
-    Raises:
-        IntaglioError: shapes, dtypes or devices that do not fit; x asks for a gradient, which there is none of.
-    """
+    """Apply a linear layer to the inputs that score above the threshold [..., O], in x's dtype; see the module."""
     if not x.ndim or not x.is_floating_point():
         raise IntaglioError(
             f"x: {describe_tensor(x)} cannot be multiplied: floating point of at least one dimension can."
@@ -65,7 +48,8 @@ def linear(
     inputs, outputs = weight_IO.shape if weight_IO.ndim == 2 else (0, 0)
     if inputs != x.shape[-1] or not weight_IO.is_contiguous():
         raise IntaglioError(
-            f"weight: {describe_tensor(weight_IO)} does not fit {x.shape[-1]} inputs: a contiguous matrix with as many rows does."
+            f"weight: {describe_tensor(weight_IO)} does not fit {x.shape[-1]} inputs: a contiguous matrix with as many "
+            "rows does."
         )
     if (down_RI is None) != (up_RO is None):
         raise IntaglioError("down and up: one of the two is given: both or none are accepted.")
@@ -90,15 +74,7 @@ def rows(
     up_RO: Tensor | None,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """The same for rows, without a look at what is given: for modules that know that it fits.
-
-    Args:
-        x_BI: [B, I].
-        weight_IO, threshold, scale_I, down_RI, up_RO, bias_O: see `linear`.
-
-    Returns:
-        [B, O], in x's dtype.
-    """
+    """Do the same for rows [B, O] without checks, for modules whose arguments are known to be valid."""
     fast = kernel(x_BI, weight_IO.dtype)
     if not fast:
         return _dense(x_BI, weight_IO, threshold, scale_I, down_RI, up_RO, bias_O)
@@ -107,7 +83,7 @@ def rows(
     if fast == "numba":
         from intaglio.kernels import gather_numba
 
-        # A product of SmolLM2's size takes some tens of microseconds, and what torch is asked for beside it one each.
+        # A product of SmolLM2's size takes some tens of microseconds, and each torch call beside it one.
         x_float = x_BI if x_BI.dtype == torch.float32 else x_BI.float()
         bias_O = bias_O if bias_O is None or bias_O.dtype == torch.float32 else bias_O.float()
         y_BO = gather_numba.linear(
@@ -121,13 +97,7 @@ def rows(
 
 
 def wanted(x: Tensor, threshold: float | Tensor, scale_I: Tensor | None) -> Tensor:
-    """The mask m, bool [..., I].
-
-    Args:
-        x: [..., I].
-        threshold: one number, or a tensor that broadcasts to [..., 1].
-        scale_I: float32 [I], or None.
-    """
+    """Return the mask m, bool [..., I]."""
     score = x.abs().float()
     if scale_I is not None:
         score = score * scale_I
@@ -143,7 +113,7 @@ def _dense(
     up_RO: Tensor | None,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """The product in torch."""
+    """Compute the product in torch."""
     limit = threshold[:, None] if isinstance(threshold, Tensor) else threshold
     keep_BI = wanted(x_BI, limit, scale_I)
     x = x_BI.to(weight_IO.dtype)
@@ -156,13 +126,8 @@ def _dense(
 
 
 def kernel(x_BI: Tensor, dtype: torch.dtype) -> str:
-    """What gathers columns for these rows: "numba", "triton", or nothing (an empty text).
-
-    Args:
-        x_BI: [B, I].
-        dtype: of the weight.
-    """
-    if dtype not in _DTYPES or torch.compiler.is_compiling():  # a compiler must not look into calls by address
+    """Return the implementation for these rows: "numba", "triton", or "" for torch."""
+    if dtype not in _DTYPES or torch.compiler.is_compiling():  # compilers must not trace into calls by address
         return ""
     if x_BI.device.type == "cpu":
         return "numba" if 0 < len(x_BI) <= MOST_ROWS and _has("numba") else ""
@@ -173,11 +138,11 @@ def _has(package: str) -> bool:
     return works(package, "gather", "no columns are gathered, and zeros are multiplied")
 
 
-def _check_fits(name: str, given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> None:
-    if given is None:
+def _check_fits(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, x: Tensor) -> None:
+    if tensor is None:
         return
-    if given.shape != shape or given.dtype != dtype or given.device != x.device or not given.is_contiguous():
+    if tensor.shape != shape or tensor.dtype != dtype or tensor.device != x.device or not tensor.is_contiguous():
         wanted = f"{'x'.join(map(str, shape))} of {str(dtype).removeprefix('torch.')}"
         raise IntaglioError(
-            f"{name}: {describe_tensor(given)} does not fit: {wanted} on {x.device}, contiguous, would."
+            f"{name}: {describe_tensor(tensor)} does not fit: {wanted} on {x.device}, contiguous, would."
         )

@@ -1,15 +1,14 @@
-"""The product from some columns of a weight on a CPU. See `gather` for what is computed.
+"""CPU kernel of `gather`.
 
-A call chooses the inputs, notes their places and values, and adds their columns to the outputs eight at a time, so that
-outputs are read and written once for eight columns; columns lie one behind the other in memory, and those of inputs
-that were not chosen are not touched; towards their ends the next eight are asked for (see `rows`). Then come the rows
-of `up`, which are added in just the same way. With several rows of activations a column is read where one of them wants
-it, and counts nothing for the others.
+A call selects the inputs, records their indices and values, and adds their columns to the outputs eight at a time, so
+that outputs are read and written once per eight columns; columns are contiguous, and those of skipped inputs are not
+touched; the next eight are prefetched (see `rows`). Then the rows of `up` are added in the same way. With several rows
+of activations a column is read where any of them selects it, and adds zero for the others.
 
-Outputs are shared out over torch's number of threads where a product is worth it. Each output is a sum in one order,
-whatever the threads, so results do not depend on them.
+Outputs are split over torch's number of threads where a product is large enough. Each output is summed in a fixed
+order, so results do not depend on the threads.
 
-Dimension letters: B rows of activations, I inputs, O outputs, R rank; C chosen inputs.
+Dimension letters: B rows of activations, I inputs, O outputs, R rank; C selected inputs.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from intaglio.kernels.llvm_emitter import LINE as _LINE
 from intaglio.kernels.numba_pointers import as_float, compiled, may_share, pointer
 
 _WORTH = 1 << 20
-"""Weights that a further thread is worth waking for: about 15 microseconds."""
+"""Weights per further thread (about 15 microseconds of work)."""
 _CHUNK = 1024
-"""Outputs that are worked on at a time where several rows read the same columns: those stay in the first cache."""
+"""Outputs processed at a time where several rows read the same columns: they stay in the L1 cache."""
 _TOGETHER = 8
-"""Columns that are added at a time."""
+"""Columns added at a time."""
 
 _dots = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 
@@ -46,42 +45,35 @@ def linear(
     up_RO: Tensor | None,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """Apply a linear layer; see `gather.linear`, which has checked the arguments.
-
-    Args:
-        x_BI: float32 [B, I]. weight_IO: float32 or bfloat16 [I, O], contiguous, as are down_RI [R, I] and up_RO [R, O],
-        which have its dtype, or are None. threshold_B: float32 [B], or one number. scale_I: float32 [I], or None.
-        bias_O: float32 [O], or None.
-
-    Returns:
-        float32 [B, O].
-    """
+    """Apply a linear layer, float32 [B, O]; arguments are checked in `gather.linear`."""
     (B, inputs), outputs = x_BI.shape, weight_IO.shape[1]
     rank = 0 if down_RI is None else len(down_RI)
     y_BO = torch.empty(B, outputs)
     one, many = (threshold_B, 0) if isinstance(threshold_B, float) else (0.0, threshold_B.data_ptr())
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + B * inputs * outputs // _WORTH)
     room = torch.empty(4 * (inputs + B * (2 * inputs + rank)) + (threads + 2) * _LINE, dtype=torch.uint8)
-    given = (
+    arguments = (
         x_BI.data_ptr(), B, inputs, weight_IO.data_ptr(), outputs, one, many,
         0 if scale_I is None else scale_I.data_ptr(), 0 if down_RI is None else down_RI.data_ptr(),
         0 if up_RO is None else up_RO.data_ptr(), rank, 0 if bias_O is None else bias_O.data_ptr(),
         y_BO.data_ptr(), room.data_ptr(),
     )  # fmt: skip
     if threads > 1 and may_share():
-        _together(weight_IO.dtype)(*given, threads)
+        _together(weight_IO.dtype)(*arguments, threads)
     else:
-        _alone(weight_IO.dtype)(*given)
+        _alone(weight_IO.dtype)(*arguments)
     return y_BO
 
 
-# What follows is compiled. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
+# Compiled from here on. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
 
 
 @compiled
 def _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest):
-    """Note the inputs that a row wants, their values [C, B] (0 for a row that does not want them) and what is left
-    [B, I], and return C. What is not a number is wanted, so that it shows in the result."""
+    """Record the selected inputs, their values [C, B] (0 for rows that skip them) and the rest [B, I]; return C.
+
+    NaN inputs are selected, so that they show in the result.
+    """
     x_BI, scale_I, threshold_B = pointer(x, np.float32), pointer(scale, np.float32), pointer(thresholds, np.float32)
     place_C, value_CB, rest_BI = pointer(places, np.int32), pointer(values, np.float32), pointer(rest, np.float32)
     chosen = 0
@@ -103,7 +95,7 @@ def _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest):
 
 @compiled
 def _parts(B, inputs, rank, room):
-    """Where places, values, rests, low-rank activations [R, B] and what each thread writes down begin, a line each."""
+    """Return the offsets of indices, values, rests, low-rank activations [R, B] and per-thread buffers."""
     places = (room + _LINE - 1) // _LINE * _LINE
     values = places + 4 * inputs
     rest = values + 4 * B * inputs
@@ -113,7 +105,7 @@ def _parts(B, inputs, rank, room):
 
 @lru_cache
 def _functions(dtype: torch.dtype) -> tuple[Any, Any]:
-    """`(dots, add)` for weights of a dtype."""
+    """Return `(dots, add)` for a weight dtype."""
     half = dtype == torch.bfloat16
     stored = np.uint16 if half else np.float32
     size = 2 if half else 4
@@ -131,7 +123,7 @@ def _functions(dtype: torch.dtype) -> tuple[Any, Any]:
 
     @_dots
     def dots(down, inputs, rest, B, low, first, end):
-        """low[r, b] = sum_i down[r, i] rest[b, i] for the rows `first` to `end`."""
+        """Compute low[r, b] = sum_i down[r, i] rest[b, i] for the rows `first` to `end`."""
         low_RB = pointer(low, np.float32)
         for r in range(first, end):
             down_I = pointer(down + size * r * inputs, stored)
@@ -147,7 +139,7 @@ def _functions(dtype: torch.dtype) -> tuple[Any, Any]:
 
     @compiled
     def columns(start, row, places, c):
-        """Where eight columns begin."""
+        """Return the addresses of eight columns."""
         place_C = pointer(places, np.int32)
         return (
             start + row * np.int64(place_C[c] if places else c),
@@ -162,9 +154,10 @@ def _functions(dtype: torch.dtype) -> tuple[Any, Any]:
 
     @compiled
     def add(weight, outputs, places, values, count, B, y, first, end, numbers):
-        """y[b, o] += sum_c values[c, b] weight[places[c], o] for the outputs `first` to `end`; without places, all.
+        """Add sum_c values[c, b] weight[places[c], o] to y[b, o] for the outputs `first` to `end`.
 
-        One column after the other is added, so that what a row gets does not depend on what the others want.
+        Without places all c are added. Columns are added one after the other, so that a row's result does not depend on
+        the other rows.
         """
         place_C, value_CB = pointer(places, np.int32), pointer(values, np.float32)
         number_N = pointer(numbers, np.float32)
@@ -206,7 +199,7 @@ def _begin(y, B, outputs, bias, first, end):
 
 @lru_cache
 def _alone(dtype: torch.dtype) -> Any:
-    """The product in one thread."""
+    """Compute the product in one thread."""
     dots, add = _functions(dtype)
 
     @compiled
@@ -223,7 +216,7 @@ def _alone(dtype: torch.dtype) -> Any:
 
 @lru_cache
 def _together(dtype: torch.dtype) -> Any:
-    """The product in several."""
+    """Compute the product in several threads."""
     dots, add = _functions(dtype)
 
     @njit(nogil=True, error_model="numpy", parallel=True)
@@ -238,7 +231,7 @@ def _together(dtype: torch.dtype) -> Any:
                 dots(down, inputs, rest, B, low, min(rank, share * some), min(rank, (share + 1) * some))
         else:
             dots(down, inputs, rest, B, low, 0, rank)
-        # Sixteen outputs are a line of the cache, which two threads had better not write to.
+        # Sixteen outputs are a cache line, which two threads should not share.
         part = ((outputs + threads - 1) // threads + 15) // 16 * 16
         for share in prange(threads):
             first, end = min(outputs, share * part), min(outputs, (share + 1) * part)

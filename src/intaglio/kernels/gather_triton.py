@@ -1,15 +1,13 @@
-"""The product from some columns of a weight on a GPU, for one token. See `gather` for what is computed.
+"""GPU kernel of `gather`, for one token.
 
-Two launches. The first looks at the inputs and writes, for each block of them, the places and values of those that are
-wanted, the others' values, and how many are wanted: no block waits for another. The second gives each program some
-outputs and some blocks of inputs; it reads the columns of the places of its blocks alone, and adds what they come to
-onto the result with atomic additions, so that there are programs enough for a GPU. The low-rank part is two small dense
-products of torch.
+Two launches. The first writes, for each block of inputs, the indices and values of the selected ones, the others'
+values, and the number selected: blocks are independent. The second gives each program some outputs and some blocks of
+inputs; it reads the selected columns of its blocks and adds the result with atomics, so that there are enough programs
+for a GPU. The low-rank part is two small dense products of torch.
 
-As results are added in any order, their last bits may differ from call to call.
+As atomics run in any order, the last bits may differ from call to call.
 
-The kernels hold to Triton's interpreter in the tests; **on a GPU they were not run yet**, so the sizes of blocks are
-guesses that no measurement stands behind.
+The kernels are tested in Triton's interpreter; **not run on a GPU yet**, so block sizes are unmeasured guesses.
 
 Dimension letters: I inputs, O outputs, R rank, N blocks of inputs.
 """
@@ -28,12 +26,12 @@ _INPUTS = 256
 _OUTPUTS = 128
 """Outputs of a program."""
 _COLUMNS = 16
-"""Columns that a program reads together."""
+"""Columns read together by a program."""
 
 
 @triton.jit
 def _choose(x, scale, limit, places, values, rest, counts, inputs, SCALED: tl.constexpr, BLOCK: tl.constexpr):
-    """Places and values of a block's wanted inputs, the wanted in front; the others' values; and their number."""
+    """Write a block's selected indices and values, in front, the others' values, and the number selected."""
     start = tl.program_id(0) * BLOCK
     i = start + tl.arange(0, BLOCK)
     inside = i < inputs
@@ -43,9 +41,9 @@ def _choose(x, scale, limit, places, values, rest, counts, inputs, SCALED: tl.co
         score = score * tl.load(scale + i, mask=inside, other=0)
     kept = ((score <= tl.load(limit)) == 0) & inside
     order = tl.cumsum(kept.to(tl.int32), 0)
-    there = start + order - 1
-    tl.store(places + there, i, mask=kept)
-    tl.store(values + there, value, mask=kept)
+    target = start + order - 1
+    tl.store(places + target, i, mask=kept)
+    tl.store(values + target, value, mask=kept)
     tl.store(rest + i, tl.where(kept, 0.0, value), mask=inside)
     tl.store(counts + tl.program_id(0), tl.sum(kept.to(tl.int32), 0))
 
@@ -54,7 +52,7 @@ def _choose(x, scale, limit, places, values, rest, counts, inputs, SCALED: tl.co
 def _gather(
     weight, places, values, counts, y, outputs, BLOCK: tl.constexpr, BLOCK_O: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """y[o] += the wanted columns of one block of inputs, BLOCK_O outputs a program."""
+    """Add the selected columns of a block of inputs to y[o], BLOCK_O outputs per program."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     start = tl.program_id(1) * BLOCK
     count = tl.load(counts + tl.program_id(1))
@@ -63,8 +61,8 @@ def _gather(
         c = first + tl.arange(0, COLUMNS)
         place = tl.load(places + start + c, mask=c < count, other=0).to(tl.int64)
         value = tl.load(values + start + c, mask=c < count, other=0)
-        there = weight + place[:, None] * outputs + o[None, :]
-        some = tl.load(there, mask=(c < count)[:, None] & (o < outputs)[None, :], other=0).to(tl.float32)
+        target = weight + place[:, None] * outputs + o[None, :]
+        some = tl.load(target, mask=(c < count)[:, None] & (o < outputs)[None, :], other=0).to(tl.float32)
         sums += tl.sum(some * value[:, None], 0)
     tl.atomic_add(y + o, sums, mask=o < outputs)
 
@@ -78,20 +76,7 @@ def linear(
     up_RO: Tensor | None,
     bias_O: Tensor | None,
 ) -> Tensor:
-    """Apply a linear layer to one row; see `gather.linear`, which has checked the arguments.
-
-    Args:
-        x_BI: [1, I], contiguous.
-        weight_IO: float32 or bfloat16 [I, O], contiguous.
-        threshold: float32 [1], or a number.
-        scale_I: float32 [I], or None.
-        down_RI: [R, I], or None.
-        up_RO: [R, O], or None.
-        bias_O: [O], or None.
-
-    Returns:
-        [1, O], in x's dtype.
-    """
+    """Apply a linear layer to a row [1, O], in x's dtype; arguments are checked in `gather.linear`."""
     (inputs, outputs), device = weight_IO.shape, x_BI.device
     limit = threshold if isinstance(threshold, Tensor) else torch.full((1,), threshold, device=device)
     blocks = triton.cdiv(inputs, _INPUTS)
@@ -99,7 +84,7 @@ def linear(
     values, counts = torch.empty(blocks * _INPUTS, device=device), torch.empty(blocks, dtype=torch.int32, device=device)
     rest_1I = torch.empty(1, inputs, device=device)
     y_1O = torch.zeros(1, outputs, device=device) if bias_O is None else bias_O.float()[None].clone()
-    # Triton launches on the current device, whichever the tensors are on; its interpreter takes tensors of a CPU.
+    # Triton launches on the current device, not the tensors'; its interpreter takes CPU tensors.
     with torch.cuda.device(device) if x_BI.is_cuda else nullcontext():
         _choose[(blocks,)](
             x_BI, x_BI if scale_I is None else scale_I, limit, places, values, rest_1I, counts, inputs,

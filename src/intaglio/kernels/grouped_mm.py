@@ -1,4 +1,4 @@
-"""Products of rows with a matrix each, the rows of one matrix lying side by side: what experts multiply with.
+"""Grouped GEMM: products of rows with a matrix each, the rows of a matrix being contiguous.
 
 Dimension letters: R rows, E matrices, I inputs, O outputs.
 """
@@ -10,20 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ALIGNED = 16
-"""Bytes that a row of every operand must be a multiple of for torch's own product."""
+"""Row alignment in bytes of the operands of torch's grouped product."""
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor, bias_EO: Tensor | None = None) -> Tensor:
-    """y_r = W_e x_r + b_e, where e is the matrix that row r belongs to [R, O].
+    """Return y_r = W_e x_r + b_e [R, O], where e is the matrix of row r.
 
-    torch's grouped product where its operands allow it, else a product a matrix. Under autocast both are cast, as
-    `F.linear` would.
-
-    Args:
-        x_RI: the rows of the first matrix, then those of the second, and so on.
-        weight_EOI: W.
-        counts_E: rows of each matrix, int64, together R.
-        bias_EO: b. Default: none.
+    Uses torch's grouped product where its operands allow it, else a product per matrix. Under autocast both are cast,
+    as `F.linear` would.
     """
     kind = x_RI.device.type
     if torch.is_autocast_enabled(kind):
@@ -40,20 +34,14 @@ def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor, bias_EO: 
 
 
 def one_by_one(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """The same without a bias, as a product a matrix [R, O]: says what is computed, and takes any sizes and dtypes.
-
-    Args:
-        x_RI: the rows.
-        weight_EOI: the matrices.
-        counts_E: rows of each.
-    """
+    """Return the same without bias, a product per matrix [R, O]: the reference, for any sizes and dtypes."""
     pieces = zip(x_RI.split(counts_E.tolist()), weight_EOI.unbind(0), strict=True)
     return torch.cat([F.linear(rows, weight_OI) for rows, weight_OI in pieces])
 
 
 def _grouped_fits(x_RI: Tensor, weight_EOI: Tensor) -> bool:
     _, outputs, inputs = weight_EOI.shape
-    if torch.compiler.is_compiling() and x_RI.dtype is not torch.bfloat16:  # its shape rule knows no other
+    if torch.compiler.is_compiling() and x_RI.dtype is not torch.bfloat16:  # its shape rule supports only bfloat16
         return False
     if x_RI.device.type == "cuda" and torch.cuda.get_device_capability(x_RI.device) < (8, 0):
         return False

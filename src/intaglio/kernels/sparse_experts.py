@@ -1,17 +1,16 @@
-"""Experts without a gate, of which each token takes some: the product of those that fire, and of no others.
+"""Sparse non-gated MoE: the product of the active experts only.
 
     u = SiLU(x up^T), seen as [T, E, H], times score [T, E, 1];   y = u down
 
-Both matrices have the H rows of an expert side by side. A few tokens (a decode step, the rows of a verify pass, a chunk
-of a prompt) together take the union of their experts; its rows are read once, the others not at all:
+Both matrices store the H rows of an expert contiguously. A few tokens (a decode step, the rows of a verify pass, a
+chunk of a prompt) together read the union of their experts once, and no other expert:
 
     y_TD = apply(x_TD, up_FD, down_FD, score_TE)
 
-Which code runs. With a gradient, or with more than `MOST_ROWS` tokens, the whole product with scores of zero
-(`masked`). Without, on a CPU numba's, if numba is installed (`pip install 'intaglio[kernels]'`), on a CUDA device
-Triton's; else torch's, which copies the rows of the union (`gathered`) where they are few, and is the whole product
-where they are not. All give the same numbers to the tolerance of their sums. The union of a chunk is the kernel of Song
-et al., BlockFFN, COLM 2025 (arXiv 2507.08771).
+Dispatch: with a gradient, or with more than `MOST_ROWS` tokens, the dense product with scores of zero (`masked`).
+Otherwise numba on a CPU, if installed (`pip install 'intaglio[kernels]'`), Triton on a CUDA device; else torch, which
+copies the rows of the union (`gathered`) where they are few. All agree to the tolerance of their sums. The union of a
+chunk is the kernel of Song et al., BlockFFN, COLM 2025 (arXiv 2507.08771).
 
 Dimension letters: T tokens, D width, E experts, H rows of an expert, F = E H, U experts of the union.
 """
@@ -26,30 +25,19 @@ from intaglio.errors import IntaglioError
 from intaglio.kernels._utils import works
 
 MOST_ROWS = 16
-"""Tokens; more of them together take most experts, and dense products gain more from each row that they read."""
+"""Most tokens; more of them together activate most experts, and dense products reuse each row better."""
 FEW = 1 / 3
-"""The share of the experts from which on copying their rows costs torch more than reading all: a copy is written once
-and read twice."""
+"""Share of the experts from which copying their rows costs torch more than reading all of them."""
 LEAST = 4
-"""Rows of a matrix that the kernels are made for, at the least."""
+"""Fewest rows of a matrix that the kernels support."""
 SMALL = 1 << 17
-"""Elements of a matrix below which it stays in the caches, where the whole product takes no longer than a call."""
+"""Elements of a matrix below which it stays in cache and the dense product is as fast as a call."""
 DTYPES = (torch.float32, torch.bfloat16)
-"""Of the weights in the kernels."""
+"""Weight dtypes of the kernels."""
 
 
 def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Tensor:
-    """Return y [T, D], in x's dtype, by the fastest way that there is.
-
-    Args:
-        x_TD: the tokens, T may be 0.
-        up_FD: H rows an expert.
-        down_FD: likewise: the second matrix, transposed.
-        score_TE: what an expert is multiplied with for a token, float32; 0: not taken.
-
-    Raises:
-        IntaglioError: shapes or devices that do not fit.
-    """
+    """Return y [T, D], in x's dtype, by the fastest available implementation."""
     _check(x_TD, up_FD, down_FD, score_TE)
     if torch.is_grad_enabled() or not 0 < len(x_TD) <= MOST_ROWS or torch.compiler.is_compiling():
         return masked(x_TD, up_FD, down_FD, score_TE)
@@ -63,14 +51,14 @@ def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Ten
 
 
 def masked(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Tensor:
-    """All experts, those that a token does not take times zero; gradients pass. See `apply`."""
+    """Compute all experts, inactive ones times zero; differentiable. See `apply`."""
     u_TF = F.silu(F.linear(x_TD, up_FD))
     u_TEH = u_TF.unflatten(-1, (score_TE.shape[1], -1)) * score_TE.to(u_TF.dtype)[..., None]
     return u_TEH.flatten(-2) @ down_FD
 
 
 def gathered(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Tensor:
-    """The union of the experts, its rows copied; what the kernels are held to. See `apply`."""
+    """Compute the union of the experts from copied rows; the reference of the kernels. See `apply`."""
     union_U = (score_TE != 0).any(0).nonzero()[:, 0]
     up_FD, down_FD = (
         weight.unflatten(0, (score_TE.shape[1], -1)).index_select(0, union_U).flatten(0, 1)
@@ -98,7 +86,7 @@ def _told(tensor: Tensor) -> str:
 
 
 def _kernel(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor) -> str:
-    """What multiplies: "numba", "triton" or "torch"."""
+    """Return the implementation to use: "numba", "triton" or "torch"."""
     plain = up_FD.dtype in DTYPES and up_FD.dtype == down_FD.dtype == x_TD.dtype
     if not plain or len(up_FD) < LEAST or up_FD.numel() < SMALL or torch.is_autocast_enabled(x_TD.device.type):
         return "torch"

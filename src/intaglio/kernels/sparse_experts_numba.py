@@ -1,12 +1,12 @@
-"""Experts on a CPU. See `experts` for what is computed.
+"""CPU kernel of `experts`.
 
-Work is cut into pieces of some rows of one expert of the union. A piece finds the tokens that take its expert, makes
-the inner features of its rows, then adds them, times the rows of the second matrix, to those tokens; so each row of
-either matrix is read once, whatever number of tokens takes it, and a token that does not take it costs nothing. The
-rows of a piece are four runs that are read side by side (see `rows`), and up to four tokens meet a row at a time, so
-that what is read serves four times. Threads take pieces in a row and have sums of their own, added up at the end.
+Work is split into chunks of rows of one expert of the union. A chunk collects the tokens of its expert, computes the
+inner features of its rows, then adds them, times the rows of the second matrix, to those tokens; so each row of either
+matrix is read once, whatever the number of tokens, and inactive tokens cost nothing. The rows of a chunk are four runs
+that are read side by side (see `rows`), and up to four tokens share a read of a row. Threads take chunks in turn and
+have sums of their own, added up at the end.
 
-bfloat16 is widened as it is read; sums are float32. The first call compiles, some seconds for each dtype.
+bfloat16 is widened when read; sums are float32. The first call compiles, some seconds for each dtype.
 
 Dimension letters: T tokens, D width, E experts, H rows of an expert, F = E H, U experts of the union.
 """
@@ -28,49 +28,39 @@ from intaglio.kernels.llvm_emitter import LINE as _LINE
 from intaglio.kernels.numba_pointers import compiled, may_share, pointer
 
 _ROWS = 4
-"""Rows that are multiplied at a time."""
+"""Rows multiplied at a time."""
 _PIECE = 64
-"""Rows of a piece: enough to be worth the look for its tokens, few enough that two threads get equally many."""
+"""Rows of a chunk: enough to amortise the search for tokens, few enough to balance two threads."""
 _WORTH = 1 << 19
-"""Elements of the weights that a further thread is worth waking for: about 50 microseconds."""
+"""Weight elements per further thread (about 50 microseconds of work)."""
 
 
 def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Tensor:
-    """Multiply; see `experts.apply`, which has checked the arguments.
-
-    Args:
-        x_TD: float32 or bfloat16.
-        up_FD: in the same dtype.
-        down_FD: likewise.
-        score_TE: floating point.
-
-    Returns:
-        [T, D] in x's dtype.
-    """
+    """Compute the product [T, D] in x's dtype; arguments are checked in `experts.apply`."""
     dtype, (T, D), (F, E) = x_TD.dtype, x_TD.shape, (len(up_FD), score_TE.shape[1])
     x_TD, score_TE = x_TD.detach().float().contiguous(), score_TE.detach().float().contiguous()
     up_FD, down_FD = up_FD.detach().contiguous(), down_FD.detach().contiguous()
     half = dtype == torch.bfloat16
-    # How much a further thread is worth is known only when the union is, which is found in compiled code.
+    # The number of useful threads depends on the union, which compiled code determines.
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + 2 * F * D // _WORTH)
     threads = threads if threads > 1 and may_share() else 1
     y_STD = torch.zeros(threads, T, D)
-    # What compiled code writes down on the way; arrays of its own would be freed once only their addresses are left.
+    # Buffer of the compiled code: arrays of its own would be freed once only their addresses are left.
     room = torch.empty(8 * E + _LINE + threads * _own(T), dtype=torch.uint8)
-    given = (
+    arguments = (
         x_TD.data_ptr(), up_FD.data_ptr(), down_FD.data_ptr(), score_TE.data_ptr(), T, D, F, E, y_STD.data_ptr(),
         room.data_ptr(),
     )  # fmt: skip
     if threads > 1:
-        _together(half)(*given, threads)
+        _together(half)(*arguments, threads)
     else:
-        _alone(half)(*given)
+        _alone(half)(*arguments)
     return (y_STD[0] if threads == 1 else y_STD.sum(0)).to(dtype)
 
 
 @compiled
 def _own(T):
-    """Bytes that a thread writes down: the tokens of an expert, and the inner features of a piece for each."""
+    """Return a thread's buffer in bytes: the tokens of an expert, and the inner features of a chunk for each."""
     return (8 * T + 4 * _PIECE * T + _LINE - 1) // _LINE * _LINE
 
 
@@ -80,26 +70,21 @@ def _silu(z):
 
 
 @compiled
-def _union(score, T, E, found):
-    """Note the experts that some token takes, and return how many they are."""
-    score_TE, found_U = pointer(score, np.float32), pointer(found, np.int64)
+def _union(score, T, E, union):
+    """Record the experts that any token activates and return their number."""
+    score_TE, union_U = pointer(score, np.float32), pointer(union, np.int64)
     count = 0
     for e in range(E):
         for t in range(T):
             if score_TE[t * E + e] != 0:
-                found_U[count] = e
+                union_U[count] = e
                 count += 1
                 break
     return count
 
 
 def _by_tokens(multiply: Any, half: bool) -> Any:
-    """Four rows against all tokens that take their expert, as many at a time as `multiply` is good for.
-
-    Args:
-        multiply: `rows.dots` or `rows.adds`, which are called alike.
-        half: whether the rows are bfloat16.
-    """
+    """Multiply four rows with the tokens of their expert, as many at a time as `multiply` supports."""
     most = row_dot_llvm.most_vectors()
     one, two, three, four = (multiply(_ROWS, min(n, most), half) for n in (1, 2, 3, 4))
 
@@ -108,30 +93,30 @@ def _by_tokens(multiply: Any, half: bool) -> Any:
         token_N = pointer(tokens, np.int64)
         w1, w2, w3 = w + apart[0], w + apart[1], w + apart[2]
         for n in range(0, taken, most):
-            some, there = min(most, taken - n), numbers + 4 * _ROWS * n
+            some, target = min(most, taken - n), numbers + 4 * _ROWS * n
             a, b = vectors + 4 * D * token_N[n], vectors + 4 * D * token_N[n + min(1, some - 1)]
             c, d = vectors + 4 * D * token_N[n + min(2, some - 1)], vectors + 4 * D * token_N[n + some - 1]
             if some == 1:
-                one((D, there, w, w1, w2, w3, a))
+                one((D, target, w, w1, w2, w3, a))
             elif some == 2:
-                two((D, there, w, w1, w2, w3, a, b))
+                two((D, target, w, w1, w2, w3, a, b))
             elif some == 3 and most > 2:
-                three((D, there, w, w1, w2, w3, a, b, c))
+                three((D, target, w, w1, w2, w3, a, b, c))
             elif most > 2:
-                four((D, there, w, w1, w2, w3, a, b, c, d))
+                four((D, target, w, w1, w2, w3, a, b, c, d))
 
     return by_tokens
 
 
 @lru_cache
 def _functions(half: bool) -> Any:
-    """What goes over some pieces, for weights of a dtype."""
+    """Return the function that processes chunks, for a weight dtype."""
     size = 2 if half else 4
     dots, adds = _by_tokens(row_dot_llvm.dots, half), _by_tokens(row_dot_llvm.adds, half)
 
     @compiled
     def piece(x, up, down, score, T, D, E, expert, first, count, tokens, sums, y):
-        """`count` rows of one expert from `first` on, in four runs side by side, for all tokens that take it."""
+        """Process `count` rows of an expert from `first` on, in four side-by-side runs, for all its tokens."""
         score_TE, token_N = pointer(score, np.float32), pointer(tokens, np.int64)
         sum_NR = pointer(sums, np.float32)
         taken, row = 0, size * D
@@ -156,7 +141,7 @@ def _functions(half: bool) -> Any:
 
     @compiled
     def some(x, up, down, score, T, D, H, E, union, low, high, y, tokens):
-        """Pieces `low` to `high` of the union; `tokens` is where a thread writes."""
+        """Process chunks `low` to `high` of the union; `tokens` is the thread's buffer."""
         union_U, sums = pointer(union, np.int64), tokens + 8 * T
         each = (H + _PIECE - 1) // _PIECE
         for number in range(low, high):
@@ -169,7 +154,7 @@ def _functions(half: bool) -> Any:
 
 @lru_cache
 def _alone(half: bool) -> Any:
-    """The product in one thread."""
+    """Compute the product in one thread."""
     some = _functions(half)
 
     @compiled
@@ -183,7 +168,7 @@ def _alone(half: bool) -> Any:
 
 @lru_cache
 def _together(half: bool) -> Any:
-    """The product in several, each into sums of its own."""
+    """Compute the product in several threads, each into its own sums."""
     some = _functions(half)
 
     @njit(nogil=True, error_model="numpy", parallel=True)
@@ -196,8 +181,8 @@ def _together(half: bool) -> Any:
         numba.set_num_threads(threads)
         for share in prange(threads):
             low, high = share * pieces // threads, (share + 1) * pieces // threads
-            there = own + share * _own(T)
-            some(x, up, down, score, T, D, H, E, room, low, high, y + 4 * T * D * share, there)
+            target = own + share * _own(T)
+            some(x, up, down, score, T, D, H, E, room, low, high, y + 4 * T * D * share, target)
         numba.set_num_threads(before)
 
     return together

@@ -1,13 +1,12 @@
-"""Experts on a GPU. See `experts` for what is computed.
+"""GPU kernel of `experts`.
 
-Two launches. The first makes the inner features: a program takes some rows of one expert, and is gone at once where no
-token takes it. The second adds up the second matrix: a program takes some columns and a share of the experts, passes
-over those that rest, and writes sums of its own, which are added at the end, so that the result does not depend on who
-was first. The union is never counted out on the host, which would have to wait for it. Up to sixteen tokens are a tile
-of the tensor cores; sums are float32, without TF32.
+Two launches. The first computes the inner features: a program takes some rows of an expert, and exits at once where no
+token activates it. The second reduces over the second matrix: a program takes some columns and a share of the experts,
+skips inactive ones, and writes its own sums, which are added at the end, so that the result is deterministic. The union
+is never computed on the host, which would have to wait. Up to sixteen tokens form a tensor-core tile; sums are float32,
+without TF32.
 
-**On a GPU the kernels were not run yet**, nor in Triton's interpreter: sizes of blocks are guesses that no measurement
-stands behind.
+**Not run on a GPU yet**, nor in Triton's interpreter: block sizes are unmeasured guesses.
 
 Dimension letters: T tokens, D width, E experts, H rows of an expert, F = E H, S shares of the experts.
 """
@@ -28,7 +27,7 @@ _SHARES = 8
 
 @triton.jit
 def _inner(x, up, score, u, tokens, D, E, H, T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK_H inner features of one expert for all tokens, [T, F] float32."""
+    """Compute BLOCK_H inner features of an expert for all tokens, [T, F] float32."""
     expert = tl.program_id(0)
     t = tl.arange(0, T)
     by = tl.load(score + t * E + expert, mask=t < tokens, other=0.0).to(tl.float32)
@@ -44,13 +43,13 @@ def _inner(x, up, score, u, tokens, D, E, H, T: tl.constexpr, BLOCK_H: tl.conste
             up + f.to(tl.int64)[None, :] * D + d[:, None], mask=(h < H)[None, :] & (d < D)[:, None], other=0.0
         )
         sums = tl.dot(some, rows, sums, input_precision="ieee")
-    found = sums * tl.sigmoid(sums) * by[:, None]
-    tl.store(u + t[:, None] * (E * H) + f[None, :], found, mask=(t < tokens)[:, None] & (h < H)[None, :])
+    hidden = sums * tl.sigmoid(sums) * by[:, None]
+    tl.store(u + t[:, None] * (E * H) + f[None, :], hidden, mask=(t < tokens)[:, None] & (h < H)[None, :])
 
 
 @triton.jit
 def _outer(u, down, score, y, tokens, D, E, H, each, T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr):
-    """BLOCK_D columns of the sum over one share of the experts, [S, T, D] float32."""
+    """Compute BLOCK_D columns of the sum over a share of the experts, [S, T, D] float32."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     share = tl.program_id(1)
     t = tl.arange(0, T)
@@ -68,29 +67,19 @@ def _outer(u, down, score, y, tokens, D, E, H, each, T: tl.constexpr, BLOCK_H: t
                     down + f.to(tl.int64)[:, None] * D + d[None, :], mask=(h < H)[:, None] & (d < D)[None, :], other=0.0
                 )
                 sums = tl.dot(some.to(rows.dtype), rows, sums, input_precision="ieee")
-    there = y + (share * tokens + t)[:, None] * D + d[None, :]
-    tl.store(there, sums, mask=(t < tokens)[:, None] & (d < D)[None, :])
+    target = y + (share * tokens + t)[:, None] * D + d[None, :]
+    tl.store(target, sums, mask=(t < tokens)[:, None] & (d < D)[None, :])
 
 
 def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Tensor:
-    """Multiply; see `experts.apply`, which has checked the arguments.
-
-    Args:
-        x_TD: float32 or bfloat16, at most `experts.MOST_ROWS` tokens.
-        up_FD: in the same dtype.
-        down_FD: likewise.
-        score_TE: floating point.
-
-    Returns:
-        [T, D] in x's dtype.
-    """
+    """Compute the product [T, D] in x's dtype; arguments are checked in `experts.apply`."""
     x_TD, up_FD, down_FD, score_TE = (tensor.contiguous() for tensor in (x_TD, up_FD, down_FD, score_TE))
     (tokens, D), E = x_TD.shape, score_TE.shape[1]
     H = len(up_FD) // E
     u_TF = torch.empty(tokens, len(up_FD), device=x_TD.device)
     shares = min(_SHARES, E)
     y_STD = torch.empty(shares, tokens, D, device=x_TD.device)
-    # Triton launches on the current device, whichever the tensors are on; its interpreter takes tensors of a CPU.
+    # Triton launches on the current device, not the tensors'; its interpreter takes CPU tensors.
     with torch.cuda.device(x_TD.device) if x_TD.is_cuda else nullcontext():
         _inner[(E, triton.cdiv(H, _ROWS))](
             x_TD, up_FD, score_TE, u_TF, tokens, D, E, H, T=_TOKENS, BLOCK_H=_ROWS, BLOCK_D=_COLUMNS

@@ -1,20 +1,21 @@
-"""Ternary weights in two bits each, and the matrix product from them (inference of BitNet b1.58; arXiv 2402.17764).
+"""Ternary weights in two bits each, and the matrix product (inference of BitNet b1.58; arXiv 2402.17764).
 
-    packed_OJ = pack(weight_OI)                         # -1, 0, 1 in int8 -> four weights a byte
-    y_BO = linear(x_BI, packed_OJ, weight_scale)        # activations to int8 by the token, product, scaled back
+    packed_OJ = pack(weight_OI)                         # -1, 0, 1 in int8 -> four weights per byte
+    y_BO = linear(x_BI, packed_OJ, weight_scale)        # activations to int8 per token, product, rescaling
 
-Layout. A row of I weights becomes J bytes, J = 16 ceil(I / 64): the width is filled up to 4J with zeros. Byte j of a
-row holds the weights of the columns j, J + j, 2J + j and 3J + j, each as weight + 1, from the lowest two bits up:
+Layout. A row of I weights becomes J bytes, J = 16 ceil(I / 64): the width is padded to 4J with zeros. Byte j of a row
+holds the weights of the columns j, J + j, 2J + j and 3J + j, each as weight + 1, from the lowest two bits up:
 
     packed[o, j] = sum_k (weight[o, kJ + j] + 1) 4^k
 
-So a run of bytes, shifted by 2k and masked, is a run of weights that meets a run of activations: no shuffling. With the
-codes 0, 1, 2 in place of -1, 0, 1 a product of unsigned and signed bytes gives sum_i (w_i + 1) x_i, from which sum_i
-x_i is taken. The width itself is not in the tensor: an activation brings it, and `unpack` is told.
+So a run of bytes, shifted by 2k and masked, is a run of weights that aligns with a run of activations, without
+shuffling. With the codes 0, 1, 2 instead of -1, 0, 1 a product of unsigned and signed bytes gives sum_i (w_i + 1) x_i,
+from which sum_i x_i is subtracted. The width itself is not stored: it comes from the activations, and is an argument of
+`unpack`.
 
-Which code runs: on a CPU numba's, if numba is installed (`pip install 'intaglio[kernels]'`); on a CUDA device Triton's;
-else torch's, which unpacks some rows of the weight at a time and multiplies them as floating point: the same numbers,
-but slower than a dense weight. Integer results are exact in all of them.
+Dispatch: numba on a CPU, if installed (`pip install 'intaglio[kernels]'`); Triton on a CUDA device; else torch, which
+unpacks some rows of the weight at a time and multiplies them as floating point: the same numbers, but slower than a
+dense weight. Integer results are exact in all of them.
 
 Dimension letters: B rows of activations (tokens), I inputs, O outputs, J bytes of a packed row.
 """
@@ -28,39 +29,26 @@ from intaglio.errors import IntaglioError
 from intaglio.kernels._utils import describe_tensor, works
 
 EPS = 1e-5
-"""Least magnitude that a row's largest is taken for (bitlinear, transformers)."""
+"""Lower bound of a row's peak (bitlinear, transformers)."""
 _GROUP = 64
-"""Weights that a row is filled up to a multiple of: sixteen bytes, the shortest vector of the kernels."""
+"""Row padding in weights: sixteen bytes, the shortest vector of the kernels."""
 _AT_ONCE = 1 << 22
-"""Weights that the product in torch unpacks at a time: 16 MiB."""
+"""Weights that the torch product unpacks at a time: 16 MiB."""
 _EXACT = 1 << 24
-"""Integers below it are exact in float32, and so is a sum of them that stays below."""
+"""Sums of integers below this are exact in float32."""
 
 
 def packed_width(width: int) -> int:
-    """Return J, the bytes of a packed row.
-
-    Args:
-        width: I, weights of a row; at least 1.
-    """
+    """Return J, the bytes of a packed row."""
     return -(-width // _GROUP) * (_GROUP // 4)
 
 
 def pack(weight_OI: Tensor) -> Tensor:
-    """Pack ternary weights, four a byte.
-
-    Args:
-        weight_OI: int8 [O, I] of -1, 0 and 1, O and I at least 1.
-
-    Returns:
-        uint8 [O, J] on the same device, contiguous.
-
-    Raises:
-        IntaglioError: another shape, dtype or value.
-    """
+    """Pack ternary weights, four per byte; uint8 [O, J], contiguous."""
     if weight_OI.ndim != 2 or not weight_OI.numel() or weight_OI.dtype != torch.int8:
         raise IntaglioError(
-            f"weight: {describe_tensor(weight_OI)} cannot be packed: a matrix of int8 with at least one row and one column can."
+            f"weight: {describe_tensor(weight_OI)} cannot be packed: a matrix of int8 with at least one row and one "
+            "column can."
         )
     if int(weight_OI.min()) < -1 or int(weight_OI.max()) > 1:
         raise IntaglioError(
@@ -74,19 +62,7 @@ def pack(weight_OI: Tensor) -> Tensor:
 
 
 def unpack(packed_OJ: Tensor, width: int, dtype: torch.dtype = torch.int8) -> Tensor:
-    """Return the weights, the inverse of `pack`.
-
-    Args:
-        packed_OJ: from `pack`.
-        width: I, as it was packed.
-        dtype: of the result, signed. Default int8.
-
-    Returns:
-        [O, I] of -1, 0 and 1.
-
-    Raises:
-        IntaglioError: the width does not belong to the bytes of a row, or a byte holds the code that is no weight.
-    """
+    """Return the weights [O, I] of -1, 0 and 1, the inverse of `pack`."""
     _check_packed(packed_OJ, width)
     if bool((packed_OJ & (packed_OJ >> 1) & 0x55).any()):
         raise IntaglioError("packed: a byte holds two set bits for one weight, which stand for none of -1, 0 and 1.")
@@ -94,31 +70,18 @@ def unpack(packed_OJ: Tensor, width: int, dtype: torch.dtype = torch.int8) -> Te
 
 
 def _unpacked(packed_OJ: Tensor, dtype: torch.dtype) -> Tensor:
-    """All 4J columns."""
+    """Return all 4J columns."""
     planes = torch.stack([packed_OJ >> 2 * k & 3 for k in range(4)], 1)
     return planes.to(dtype).sub_(1).flatten(1)
 
 
 def quantize(x: Tensor, bits: int = 8, peak: int | None = None, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """Round activations to integers, with a scale for each row.
+    """Round activations to integers, with a scale for each row: q int8 [..., I] and s float32 [..., 1].
 
         s = peak / max(max_i |x_i|, eps),   q = clamp(round(x s), -2^(bits-1), 2^(bits-1) - 1)
 
-    with halves to the even integer, and the quotient as torch takes that of a number and a tensor: the reciprocal times
-    peak. A row with a value that is not finite has q = 0 and s = NaN.
-
-    Args:
-        x: [..., I], floating point; taken as float32.
-        bits: of q, 2 to 8. Default 8.
-        peak: the integer that the largest magnitude of a row goes to: 2^(bits-1) (default, the code of the papers; a
-            positive largest value is then clamped, 0.8 % at 8 bits) or 2^(bits-1) - 1 (transformers, Microsoft).
-        eps: least magnitude that a row's largest is taken for. Default 1e-5.
-
-    Returns:
-        q int8 [..., I] and s float32 [..., 1].
-
-    Raises:
-        IntaglioError: another number of bits or peak.
+    with halves to the even integer, and the quotient as torch computes it for a number and a tensor: the reciprocal
+    times peak. A row with a value that is not finite has q = 0 and s = NaN.
     """
     low, high, peak = _range(bits, peak)
     x = x.float()
@@ -130,18 +93,7 @@ def quantize(x: Tensor, bits: int = 8, peak: int | None = None, eps: float = EPS
 
 
 def matmul(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
-    """Multiply integers: y_bo = sum_i x_bi w_oi, exact.
-
-    Args:
-        x_BI: int8 [B, I], B may be 0.
-        packed_OJ: from `pack`, on the same device.
-
-    Returns:
-        int32 [B, O].
-
-    Raises:
-        IntaglioError: shapes, dtypes or devices that do not fit.
-    """
+    """Multiply integers exactly: y_bo = sum_i x_bi w_oi, int32 [B, O]."""
     if torch.compiler.is_compiling():
         return torch.ops.intaglio.ternary_matmul(x_BI, packed_OJ)
     if x_BI.ndim != 2 or x_BI.dtype != torch.int8:
@@ -168,29 +120,14 @@ def linear(
     peak: int | None = None,
     eps: float = EPS,
 ) -> Tensor:
-    """Apply a linear layer with ternary weights.
+    """Apply a linear layer with ternary weights [..., O], in x's dtype.
 
         y = (sum_i q_i w_i) / (s_w s_x) + bias,   q, s_x = quantize(x, bits, peak, eps)
         y = (sum_i x_i w_i) / s_w + bias          without bits
 
-    With bits all code gives the same float32 numbers to the last bit, those of `F.linear(q, w) / (s_w * s_x) + bias`.
-    Without, numba takes a row of x in 31-bit fixed point, relative to the row's largest magnitude, so that the sum
-    itself is exact, where torch and Triton add in float32.
-
-    Args:
-        x: [..., I], floating point. Computed in float32.
-        packed_OJ: from `pack`, on the same device.
-        weight_scale: s_w, what the weights were multiplied with before they were rounded: one number (the papers) or a
-            tensor of one or of O.
-        bias_O: [O], or None.
-        bits: of the activations, 2 to 8; None: they are not quantized.
-        peak, eps: see `quantize`.
-
-    Returns:
-        [..., O], in x's dtype.
-
-    Raises:
-        IntaglioError: shapes, dtypes or devices that do not fit; x asks for a gradient, which there is none of.
+    With bits all implementations give the same float32 numbers to the last bit, those of `F.linear(q, w) / (s_w * s_x)
+    + bias`. Without, numba takes a row of x in 31-bit fixed point, relative to the row's largest magnitude, so that the
+    sum itself is exact, where torch and Triton add in float32.
     """
     if torch.compiler.is_compiling():
         if not isinstance(weight_scale, Tensor):
@@ -210,7 +147,7 @@ def linear(
     if bias_O is not None:
         _check_fits("bias", bias_O, (outputs,), x)
     limits = None if bits is None else _range(bits, peak)
-    # A small product takes some microseconds, and what torch is asked for beside it a quarter to one each.
+    # A small product takes some microseconds, and each torch call beside it a quarter to one.
     x_BI = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     y_BO = _linear(x_BI.float(), packed_OJ, weight_scale.float(), bias_O, bits or 0, limits, eps)
     if x.dtype != torch.float32:
@@ -218,8 +155,8 @@ def linear(
     return y_BO if len(shape) == 2 else y_BO.view(*shape[:-1], outputs)
 
 
-# What a compiler must not look into: kernels that are called by address. Outside of it they are called without the
-# detour, which takes as long as a small product.
+# Compilers must not trace into kernels called by address. Outside of compilation they are called without the custom
+# op, whose overhead equals a small product.
 @torch.library.custom_op("intaglio::ternary_matmul", mutates_args=(), schema="(Tensor x, Tensor packed) -> Tensor")
 def _matmul_op(x: Tensor, packed: Tensor) -> Tensor:
     return matmul(x, packed)
@@ -279,7 +216,7 @@ def _linear(
 
 
 def _dense(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
-    """The product in torch, some rows of the weight at a time; of integers exact: in float64 if float32 is short."""
+    """Compute the product in torch, some rows at a time; exact for integers (in float64 where float32 is short)."""
     width = x_BI.shape[1]
     exact = x_BI.is_floating_point() or 128 * width <= _EXACT
     dtype = torch.float32 if exact else torch.float64
@@ -296,7 +233,7 @@ def _most_rows() -> int:
 
 
 def _kernel(x: Tensor) -> str:
-    """What multiplies on this tensor's device: "numba", "triton" or "torch"."""
+    """Return the implementation for this tensor's device: "numba", "triton" or "torch"."""
     if x.device.type == "cpu" and _has("numba"):
         return "numba"
     return "triton" if x.device.type == "cuda" and _has("triton") else "torch"
@@ -307,7 +244,7 @@ def _has(package: str) -> bool:
 
 
 def _range(bits: int, peak: int | None) -> tuple[int, int, int]:
-    """The least and the greatest integer, and the one that a row's largest magnitude goes to."""
+    """Return the smallest and largest integer, and the integer of a row's peak."""
     if bits not in range(2, 9):
         raise IntaglioError(f"bits: {bits} is not possible for activations: 2 to 8 are.")
     half = 1 << (bits - 1)
@@ -328,12 +265,11 @@ def _check_packed(packed_OJ: Tensor, width: int, x: Tensor | None = None) -> Non
         raise IntaglioError(f"x: it is on {x.device}, the packed weights on {packed_OJ.device}; both must be on one.")
 
 
-def _check_fits(name: str, given: Tensor, sizes: tuple[int, ...], x: Tensor) -> None:
-    if given.numel() not in sizes or given.device != x.device:
+def _check_fits(name: str, tensor: Tensor, sizes: tuple[int, ...], x: Tensor) -> None:
+    if tensor.numel() not in sizes or tensor.device != x.device:
         accepted = " or ".join(map(str, dict.fromkeys(sizes)))
-        raise IntaglioError(
-            f"{name}: {describe_tensor(given)} on {given.device} does not fit: {accepted} on {x.device} would."
-        )
+        shown = f"{describe_tensor(tensor)} on {tensor.device}"
+        raise IntaglioError(f"{name}: {shown} does not fit: {accepted} on {x.device} would.")
 
 
 def _widths(J: int) -> str:

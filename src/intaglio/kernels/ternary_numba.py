@@ -1,12 +1,11 @@
-"""The ternary product on a CPU. See `ternary` for what is computed and `ternary_simd` for the inner loop.
+"""CPU kernel of `ternary`; the inner loop is in `ternary_simd`.
 
-A call makes integers of the activations, multiplies, and scales back, all of it in one compiled function. Rows of the
-weight are shared out over torch's number of threads where a product is worth it; results do not depend on it. Without
-quantization the activations become 31-bit fixed point, whose four digits in base 256 (each from -128 to 127) are four
-rows of integers.
+A call quantizes the activations, multiplies, and rescales in one compiled function. Rows of the weight are split over
+torch's number of threads where a product is large enough; results do not depend on it. Without quantization the
+activations become 31-bit fixed point, whose four digits in base 256 (each from -128 to 127) are four rows of integers.
 
-Tensors are passed as addresses (`addresses`): a product of SmolLM2's size is a matter of ten microseconds. The first
-call compiles (about two seconds; as long again the first with several threads), and nothing is kept on disk.
+Tensors are passed as addresses (`addresses`): a product of SmolLM2's size takes about ten microseconds. The first call
+compiles (about two seconds; as long again the first with several threads), and nothing is cached on disk.
 
 Dimension letters: B rows of activations, I inputs, O outputs, J bytes of a packed row; D rows of integers (B, or 4B
 digits).
@@ -28,30 +27,22 @@ from intaglio.kernels.ternary_simd import ROWS, instructions, tile
 
 _GIVEN, _QUANTIZED, _FLOATING = 0, 1, 2
 _DIGITS = 4
-"""Integers of eight bits that make one of the fixed-point numbers."""
+"""8-bit digits of a fixed-point number."""
 _CACHE = 1 << 19
-"""Bytes of activations that are multiplied with all rows before the next ones are: half of a second-level cache."""
+"""Bytes of activations multiplied with all rows at a time: half of an L2 cache."""
 _WORTH = 1 << 21
-"""Products of two integers that a further thread is worth waking for: about 15 microseconds."""
+"""Integer products per further thread (about 15 microseconds of work)."""
 _LINE = 64
 _INFINITE = np.int32(0x7F800000)
-"""The bits of the float32; those of what is not a number are greater."""
+"""Bits of infinity in float32; those of NaN are greater."""
 
 _AHEAD, _AHEAD_RUNS = 1 << 14, 1 << 11
-"""Bytes between what is multiplied and what is asked for, where rows follow each other and where they are four runs."""
+"""Prefetch distances in bytes, for consecutive rows and for four runs."""
 _tile_1, _tile_2, _tile_4 = (tile(tokens, *instructions()) for tokens in (1, 2, 4))
 
 
 def matmul(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
-    """Multiply integers; see `ternary.matmul`, which has checked the arguments.
-
-    Args:
-        x_BI: int8 [B, I].
-        packed_OJ: uint8 [O, J].
-
-    Returns:
-        int32 [B, O].
-    """
+    """Multiply integers, int32 [B, O]; arguments are checked in `ternary.matmul`."""
     y_BO = torch.empty(len(x_BI), len(packed_OJ), dtype=torch.int32)
     _call(_GIVEN, x_BI, packed_OJ, y_BO)
     return y_BO
@@ -65,16 +56,7 @@ def linear(
     limits: tuple[int, int, int] | None,
     eps: float,
 ) -> Tensor:
-    """Apply a linear layer; see `ternary.linear`, which has checked the arguments.
-
-    Args:
-        x_BI: float32 [B, I]. packed_OJ: uint8 [O, J]. scale_S: float32, one or O. bias_O: float32 [O], or None. limits:
-        the least and the greatest integer, and the one that a row's largest magnitude goes to; None: not quantized.
-        eps: see `ternary.quantize`.
-
-    Returns:
-        float32 [B, O].
-    """
+    """Apply a linear layer, float32 [B, O]; arguments are checked in `ternary.linear`."""
     y_BO = torch.empty(len(x_BI), len(packed_OJ))
     kind = _FLOATING if limits is None else _QUANTIZED
     _call(kind, x_BI, packed_OJ, y_BO, scale_S, bias_O, limits or (0, 0, 0), eps)
@@ -97,22 +79,22 @@ def _call(
     (B, width), (outputs, J) = x_BI.shape, packed_OJ.shape
     D = _DIGITS * B if kind == _FLOATING else B
     room = torch.empty(D * (4 * J + 4 * (outputs + ROWS) + 12) + 2 * _LINE, dtype=torch.uint8)
-    given = (
+    arguments = (
         kind, x_BI.data_ptr(), B, width, packed_OJ.data_ptr(), outputs, J, y_BO.data_ptr(),
         0 if scale_S is None else scale_S.data_ptr(), 1 if scale_S is None else scale_S.numel(),
         0 if bias_O is None else bias_O.data_ptr(), *limits, eps, room.data_ptr(),
     )  # fmt: skip
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + D * outputs * J * 4 // _WORTH)
     if threads > 1 and may_share():
-        _together(*given, threads)
+        _together(*arguments, threads)
     else:
-        _alone(*given)
+        _alone(*arguments)
 
 
-# What follows is compiled. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
+# Compiled from here on. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
 @intrinsic
 def _nearest(_context, x):
-    """The nearest integer, the even one of two, as a float; np.rint would be a call for each number."""
+    """Round half to even, as a float; np.rint would be a function call per number."""
 
     def emit(_context, builder, _signature, values):
         return builder.call(builder.module.declare_intrinsic("llvm.rint", [values[0].type]), values)
@@ -122,12 +104,12 @@ def _nearest(_context, x):
 
 @compiled
 def _largest(bits, width):
-    """The bits of the greatest magnitude of a row: ordered as integers, with those of what is not finite highest."""
-    found = np.int32(0)
+    """Return the bits of the greatest magnitude of a row: ordered as integers, infinities and NaN highest."""
+    largest = np.int32(0)
     for i in range(width):
         magnitude = bits[i] & np.int32(0x7FFFFFFF)
-        found = magnitude if magnitude > found else found
-    return found
+        largest = magnitude if magnitude > largest else largest
+    return largest
 
 
 @compiled
@@ -153,7 +135,7 @@ def _rounded(x, q, width, scale, low, high):
 
 @compiled
 def _digits(x, q, width, filled, scale, totals):
-    """Digits in base 256 of the fixed-point numbers round(x scale), a row for each, from the lowest."""
+    """Write the base-256 digits of the fixed-point numbers round(x scale), a row per digit, lowest first."""
     t0, t1, t2, t3 = np.int32(0), np.int32(0), np.int32(0), np.int32(0)
     for i in range(width):
         left = np.int32(_nearest(np.float64(x[i]) * scale))
@@ -173,23 +155,23 @@ def _digits(x, q, width, filled, scale, totals):
 
 @compiled
 def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, scales):
-    """Make the integers [D, 4J], the sum of each row [D] (int32), and the scale of each token [B] (float64)."""
+    """Compute the integers [D, 4J], the sum of each row [D] (int32), and the scale of each token [B] (float64)."""
     total_D, scale_B = pointer(totals, np.int32), pointer(scales, np.float64)
     size = 1 if kind == _GIVEN else 4
     each = _DIGITS if kind == _FLOATING else 1
     for b in range(B):
-        there = digits + b * each * filled
-        q = pointer(there, np.int8)
+        address = digits + b * each * filled
+        q = pointer(address, np.int8)
         for d in range(each):
             for i in range(width, filled):
                 q[d * filled + i] = np.int8(0)
         row = x + size * b * width
         x_I = pointer(row, np.float32)
-        found = np.int32(0) if kind == _GIVEN else _largest(pointer(row, np.int32), width)
-        largest = as_float(found)
+        largest_bits = np.int32(0) if kind == _GIVEN else _largest(pointer(row, np.int32), width)
+        largest = as_float(largest_bits)
         if kind == _GIVEN:
             total_D[b] = _copied(pointer(row, np.int8), q, width)
-        elif found >= _INFINITE:
+        elif largest_bits >= _INFINITE:
             for i in range(each * filled):
                 q[i] = np.int8(0)
             for d in range(each):
@@ -200,8 +182,8 @@ def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, sc
             scale_B[b] = scale
             total_D[b] = _rounded(x_I, q, width, scale, np.float32(low), np.float32(high))
         else:
-            # The power of two that takes the largest magnitude to [2^29, 2^30).
-            power = math.ldexp(1.0, 30 - math.frexp(np.float64(largest))[1]) if found else 1.0
+            # The power of two that scales the largest magnitude to [2^29, 2^30).
+            power = math.ldexp(1.0, 30 - math.frexp(np.float64(largest))[1]) if largest_bits else 1.0
             scale_B[b] = power
             _digits(x_I, q, width, filled, power, pointer(totals + 4 * each * b, np.int32))
 
@@ -209,8 +191,8 @@ def _prepare(kind, x, B, width, filled, low, high, peak, eps, digits, totals, sc
 @compiled
 def _multiply(digits, D, packed, J, sums, stride, first, end):
     """Multiply rows `first` to `end` of the weight with all rows of integers; `stride`: bytes of a row of sums."""
-    # One or two rows of integers wait for the memory, which is read fastest in four runs side by side; more of them
-    # wait for products, and are better off with rows that follow each other. What is left over is done twice.
+    # One or two rows of integers are memory-bound, fastest in four runs side by side; more are compute-bound,
+    # fastest with consecutive rows. Remaining rows are computed twice.
     count = end - first
     groups = (count + ROWS - 1) // ROWS
     apart, most, ahead = (groups, count - groups, _AHEAD_RUNS) if D <= 2 else (1, count - 1, _AHEAD)
@@ -220,20 +202,20 @@ def _multiply(digits, D, packed, J, sums, stride, first, end):
         stop = min(D, start + many)
         for group in range(groups):
             o = first + (group if D <= 2 else min(ROWS * group, max(0, count - ROWS)))
-            rows, there, d = packed + o * J, sums + 4 * o, start
+            rows, address, d = packed + o * J, sums + 4 * o, start
             while d + 4 <= stop:
-                _tile_4(rows, b, c, e, ahead, J, digits + d * 4 * J, there + d * stride, stride)
+                _tile_4(rows, b, c, e, ahead, J, digits + d * 4 * J, address + d * stride, stride)
                 d += 4
             if d + 2 <= stop:
-                _tile_2(rows, b, c, e, ahead, J, digits + d * 4 * J, there + d * stride, stride)
+                _tile_2(rows, b, c, e, ahead, J, digits + d * 4 * J, address + d * stride, stride)
                 d += 2
             if d < stop:
-                _tile_1(rows, b, c, e, ahead, J, digits + d * 4 * J, there + d * stride, stride)
+                _tile_1(rows, b, c, e, ahead, J, digits + d * 4 * J, address + d * stride, stride)
 
 
 @compiled
 def _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, token_scales, first, end):
-    """Take sum_i x_i from the sums, divide by the scales and add the bias, for the outputs `first` to `end`."""
+    """Subtract sum_i x_i from the sums, divide by the scales and add the bias, for the outputs `first` to `end`."""
     total_D, token_scale_B = pointer(totals, np.int32), pointer(token_scales, np.float64)
     scale_S, bias_O = pointer(scale, np.float32), pointer(bias, np.float32)
     for b in range(B):
@@ -254,10 +236,10 @@ def _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, toke
                     y_O[o] = np.float32(np.int32(sum_O[o] - total)) / np.float32(scale_S[o] * own)
         else:
             for o in range(first, end):
-                whole = np.int64(0)
+                value = np.int64(0)
                 for d in range(_DIGITS * b + _DIGITS - 1, _DIGITS * b - 1, -1):
-                    whole = 256 * whole + (pointer(sums + d * stride, np.int32)[o] - total_D[d])
-                y_O[o] = np.float32(whole / token_scale_B[b]) / scale_S[o if scales > 1 else 0]
+                    value = 256 * value + (pointer(sums + d * stride, np.int32)[o] - total_D[d])
+                y_O[o] = np.float32(value / token_scale_B[b]) / scale_S[o if scales > 1 else 0]
         if bias:
             for o in range(first, end):
                 y_O[o] += bias_O[o]
@@ -265,7 +247,7 @@ def _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, toke
 
 @compiled
 def _parts(D, J, outputs, room):
-    """Where integers, sums, scales of tokens and totals of rows begin, and the bytes between rows of sums."""
+    """Return the offsets of integers, sums, scales and totals, and the stride of the sums in bytes."""
     stride = 4 * ROWS * ((outputs + ROWS - 1) // ROWS)
     digits = (room + _LINE - 1) // _LINE * _LINE
     sums = digits + D * 4 * J
@@ -289,7 +271,7 @@ def _together(kind, x, B, width, packed, outputs, J, y, scale, scales, bias, low
     _prepare(kind, x, B, width, 4 * J, low, high, peak, eps, digits, totals, own)
     before = numba.get_num_threads()
     numba.set_num_threads(threads)
-    # Sixteen outputs are a line of the cache, which two threads had better not write to.
+    # Sixteen outputs are a cache line, which two threads should not share.
     part = ((outputs + threads - 1) // threads + 15) // 16 * 16
     for share in prange(threads):
         first, end = share * part, min(outputs, (share + 1) * part)

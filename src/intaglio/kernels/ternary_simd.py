@@ -1,8 +1,7 @@
-"""The inner loop of the ternary product in vector instructions, as LLVM code inside of numba's.
+"""Inner loop of the ternary product as LLVM vector code inside numba's.
 
-numba compiles scalar loops, and LLVM does not find the instructions for them that multiply bytes: written so, the
-product runs at a fifth of the memory's speed. `tile` gives numba a function whose body is emitted here, vector by
-vector:
+numba compiles scalar loops, for which LLVM does not find the byte multiplication instructions: the product would run at
+a fifth of the memory's speed. `tile` gives numba a function whose body is emitted here, vector by vector:
 
     load V bytes of four rows of weights        shift by 0, 2, 4, 6 and mask: the codes (weight + 1) of 4V columns a row
     for each of some tokens: load 4 V bytes     multiply with the codes and add four neighbours into 32-bit lanes
@@ -13,10 +12,9 @@ for V of the widest vectors of this processor, then of 16 bytes for the rest of 
 - `avx2`: PMADDUBSW and PMADDWD; sums of 16 bits never saturate, as a code is at most 2: 4 (2 x 2 x 128) = 2048;
 - `any`: shifts and 16-bit products, on any processor.
 
-Weights are read once, so that memory is what limits one to three tokens, and every step asks for lines of the weights
-that are needed some steps later.
+Weights are read once, so that one to three tokens are memory-bound, and every step prefetches weights of later steps.
 
-Unsigned codes that the sum of x corrects are what llama.cpp's TQ2_0 multiplies, too (its pull request 8151).
+Unsigned codes corrected by the sum of x are also the layout of llama.cpp's TQ2_0 (its pull request 8151).
 """
 
 from __future__ import annotations
@@ -34,13 +32,13 @@ from intaglio.kernels.llvm_emitter import Value, features
 ROWS = 4
 """Rows of the weight that a tile multiplies together."""
 _TAIL = 16
-"""Bytes of the vectors for what is left of a row; what rows are filled up to."""
+"""Bytes of the vectors for the rest of a row; rows are padded to it."""
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 
 def instructions() -> tuple[str, int]:
-    """Return how this processor multiplies bytes, and the bytes of its vectors, as numba will compile for it."""
+    """Return this processor's byte multiplication and vector width in bytes, as numba will compile for it."""
     has = features()
     if {"avx512vnni", "avx512bw", "avx512vl"} <= has:
         return "vnni", 64
@@ -48,43 +46,38 @@ def instructions() -> tuple[str, int]:
 
 
 class Emitter(Base):
-    """See the base.
-
-    Args:
-        builder: numba's.
-        kind: from `instructions`.
-    """
+    """Emitter for the ternary product, for a kind of `instructions`."""
 
     def __init__(self, builder: ir.IRBuilder, kind: str) -> None:
         super().__init__(builder)
         self.kind = kind
 
     def load(self, address: Value, size: int) -> Value:
-        """A vector of this many bytes, wherever it lies."""
+        """Load an unaligned vector of this many bytes."""
         pointer = self.builder.inttoptr(address, ir.VectorType(_I8, size).as_pointer())
         return self.builder.load(pointer, align=1)
 
     def codes(self, packed: Value, size: int) -> list[Value]:
-        """The four vectors of codes in one of packed bytes; 16 bits are shifted, as no processor shifts bytes."""
+        """Return the four vectors of codes in a vector of packed bytes, by 16-bit shifts (there are no byte shifts)."""
         halves = self.builder.bitcast(packed, ir.VectorType(_I16, size // 2))
-        found = []
+        result = []
         for k in range(4):
             moved = self.builder.lshr(halves, _splat(_I16, size // 2, 2 * k)) if k else halves
             masked = self.builder.and_(moved, _splat(_I16, size // 2, 0x0303))
-            found.append(self.builder.bitcast(masked, ir.VectorType(_I8, size)))
-        return found
+            result.append(self.builder.bitcast(masked, ir.VectorType(_I8, size)))
+        return result
 
     def add_products(self, sums: Value, codes: list[Value], xs: list[Value], size: int) -> Value:
-        """sums[n] + what lanes 4n to 4n + 3 of the codes times those of x come to, over the four pairs of vectors."""
+        """Add to sums[n] the products of lanes 4n to 4n + 3 of codes and x, over the four pairs of vectors."""
         return getattr(self, f"_{self.kind}")(sums, codes, xs, size)
 
     def _vnni(self, sums: Value, codes: list[Value], xs: list[Value], size: int) -> Value:
         lanes = ir.VectorType(_I32, size // 4)
-        found = ir.Constant(lanes, None)  # a chain of its own: iterations then wait for one addition only
+        result = ir.Constant(lanes, None)  # a separate chain: iterations then wait for one addition only
         for code, x in zip(codes, xs, strict=True):
             pair = (self.builder.bitcast(value, lanes) for value in (code, x))
-            found = self.call(f"llvm.x86.avx512.vpdpbusd.{8 * size}", lanes, found, *pair)
-        return self.builder.add(sums, found)
+            result = self.call(f"llvm.x86.avx512.vpdpbusd.{8 * size}", lanes, result, *pair)
+        return self.builder.add(sums, result)
 
     def _avx2(self, sums: Value, codes: list[Value], xs: list[Value], size: int) -> Value:
         bytes_, halves = {
@@ -93,8 +86,8 @@ class Emitter(Base):
         }[size]
         pairs = None
         for code, x in zip(codes, xs, strict=True):
-            found = self.call(bytes_, ir.VectorType(_I16, size // 2), code, x)
-            pairs = found if pairs is None else self.builder.add(pairs, found)
+            result = self.call(bytes_, ir.VectorType(_I16, size // 2), code, x)
+            pairs = result if pairs is None else self.builder.add(pairs, result)
         fours = self.call(halves, ir.VectorType(_I32, size // 4), pairs, _splat(_I16, size // 2, 1))
         return self.builder.add(sums, fours)
 
@@ -105,14 +98,14 @@ class Emitter(Base):
             code, x = b.bitcast(code, lanes), b.bitcast(x, lanes)
             even = b.mul(b.and_(code, _splat(_I16, size // 2, 255)), _low(b, x, _I16, size // 2))
             odd = b.mul(b.lshr(code, _splat(_I16, size // 2, 8)), b.ashr(x, _splat(_I16, size // 2, 8)))
-            found = b.add(even, odd)
-            pairs = found if pairs is None else b.add(pairs, found)
+            result = b.add(even, odd)
+            pairs = result if pairs is None else b.add(pairs, result)
         fours = b.bitcast(pairs, ir.VectorType(_I32, size // 4))
         fours = b.add(_low(b, fours, _I32, size // 4), b.ashr(fours, _splat(_I32, size // 4, 16)))
         return b.add(sums, fours)
 
     def folded(self, sums: Value, size: int) -> Value:
-        """The lanes added up to four."""
+        """Add the lanes up to four."""
         lanes = size // 4
         while lanes > 4:
             lanes //= 2
@@ -120,7 +113,7 @@ class Emitter(Base):
         return sums
 
     def across(self, fours: list[Value]) -> Value:
-        """A vector of the sums of four vectors of four lanes."""
+        """Return a vector of the sums of four vectors of four lanes."""
         pairs = [
             self.builder.add(self.pick(one, other, (0, 4, 2, 6)), self.pick(one, other, (1, 5, 3, 7)))
             for one, other in (fours[:2], fours[2:])
@@ -129,7 +122,7 @@ class Emitter(Base):
         return self.builder.add(self.pick(one, other, (0, 1, 4, 5)), self.pick(one, other, (2, 3, 6, 7)))
 
     def pick(self, one: Value, other: Value, lanes: Any) -> Value:
-        """The named lanes of two vectors, those of the second counted on."""
+        """Shuffle the lanes of two vectors; the second's are numbered after the first's."""
         return self.builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(_I32, len(lanes)), list(lanes)))
 
 
@@ -138,7 +131,7 @@ def _splat(of: ir.IntType, lanes: int, value: int) -> ir.Constant:
 
 
 def _low(b: ir.IRBuilder, value: Value, of: ir.IntType, lanes: int) -> Value:
-    """The lower half of each lane, with its sign."""
+    """Return the lower half of each lane, sign-extended."""
     by = _splat(of, lanes, of.width // 2)
     return b.ashr(b.shl(value, by), by)
 
@@ -148,15 +141,10 @@ def tile(tokens: int, kind: str, size: int) -> Callable[..., None]:
 
         tile(rows, b, c, d, ahead, J, x, sums, stride)
 
-    `rows` is the address of the first row; b, c and d say how many rows behind it the others lie, `ahead` how many
-    bytes lie between what is multiplied and what is asked for; J is the bytes of a row. `x` is the address of the first
-    token's 4J integers, the next token's follow them; `sums` that of the first row's 32-bit result for the first token:
-    those of the other rows lie b, c and d behind it, those of the next token `stride` bytes. All are 64-bit integers.
-
-    Args:
-        tokens: 1 to 4.
-        kind: from `instructions`.
-        size: bytes of a vector.
+    `rows` is the address of the first row; b, c and d are the offsets of the other rows in rows, `ahead` the prefetch
+    distance in bytes; J is the bytes of a row. `x` is the address of the first token's 4J integers, followed by the
+    next token's; `sums` that of the first row's 32-bit result for the first token: those of the other rows are at the
+    offsets b, c and d, those of the next token at `stride` bytes. All are 64-bit integers.
     """
 
     @intrinsic
@@ -168,24 +156,24 @@ def tile(tokens: int, kind: str, size: int) -> Callable[..., None]:
     return multiply
 
 
-def _emit(context: Any, emit: Emitter, tokens: int, widest: int, *given: Value) -> Value:
-    rows, *behind_R, ahead, J, x, sums, stride = given
+def _emit(context: Any, emit: Emitter, tokens: int, widest: int, *arguments: Value) -> Value:
+    rows, *offset_R, ahead, J, x, sums, stride = arguments
     b = emit.builder
     number = lambda value: ir.Constant(_I64, value)  # noqa: E731
-    row_R = [rows, *(b.add(rows, b.mul(J, behind)) for behind in behind_R)]
+    row_R = [rows, *(b.add(rows, b.mul(J, after)) for after in offset_R)]
     x_TK = [[b.add(x, b.mul(J, number(4 * token + k))) for k in range(4)] for token in range(tokens)]
     total_TR = [[ir.Constant(ir.VectorType(_I32, 4), None)] * ROWS for _ in range(tokens)]
     start: Value = number(0)
     for size in (widest, _TAIL):
         end = b.and_(J, number(-size))
-        before, head, body, behind = b.block, *(b.append_basic_block() for _ in range(3))
+        before, head, body, after = b.block, *(b.append_basic_block() for _ in range(3))
         b.branch(head)
         b.position_at_end(head)
         j = b.phi(_I64)
         j.add_incoming(start, before)
         lanes = ir.VectorType(_I32, size // 4)
         sum_TR = [[b.phi(lanes) for _ in range(ROWS)] for _ in range(tokens)]
-        b.cbranch(b.icmp_unsigned("<", j, end), body, behind)
+        b.cbranch(b.icmp_unsigned("<", j, end), body, after)
 
         b.position_at_end(body)
         for row in row_R:
@@ -199,15 +187,15 @@ def _emit(context: Any, emit: Emitter, tokens: int, widest: int, *given: Value) 
         j.add_incoming(b.add(j, number(size)), body)
         b.branch(head)
 
-        b.position_at_end(behind)
+        b.position_at_end(after)
         total_TR = [
-            [b.add(total, emit.folded(found, size)) for total, found in zip(*both, strict=True)]
+            [b.add(total, emit.folded(result, size)) for total, result in zip(*both, strict=True)]
             for both in zip(total_TR, sum_TR, strict=True)
         ]
         start = end
     for token, total_R in enumerate(total_TR):
-        there, four = b.add(sums, b.mul(stride, number(token))), emit.across(total_R)
-        for r, behind in enumerate([number(0), *behind_R]):
-            place = b.inttoptr(b.add(there, b.mul(behind, number(4))), _I32.as_pointer())
-            b.store(b.extract_element(four, ir.Constant(_I32, r)), place, align=4)
+        address, four = b.add(sums, b.mul(stride, number(token))), emit.across(total_R)
+        for r, after in enumerate([number(0), *offset_R]):
+            pointer = b.inttoptr(b.add(address, b.mul(after, number(4))), _I32.as_pointer())
+            b.store(b.extract_element(four, ir.Constant(_I32, r)), pointer, align=4)
     return context.get_dummy_value()

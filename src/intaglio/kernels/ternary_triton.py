@@ -1,12 +1,12 @@
-"""The ternary product on a GPU. See `ternary` for what is computed.
+"""GPU kernel of `ternary`.
 
-One row of activations is multiplied by the ordinary units: a program takes some rows of the weight, reads each of their
-bytes once, and adds up its four weights times the four activations that it meets. From two rows on the tensor cores
-multiply, at least sixteen rows at a time (of zeros where there are fewer), as the weight is what takes the time to
-read. Integers are multiplied as int8 and added in int32, exactly; floating point in float32, without TF32.
+A single row of activations is multiplied by the ordinary units: a program takes some rows of the weight, reads each
+byte once, and adds its four weights times their activations. From two rows on the tensor cores multiply, at least
+sixteen rows at a time (zero-padded), as reading the weight dominates. Integers are multiplied as int8 and added in
+int32, exactly; floating point in float32, without TF32.
 
-The kernels hold to Triton's interpreter in the tests; **on a GPU they were not run yet**, so the sizes of blocks and
-`MOST_ROWS` are guesses that no measurement stands behind.
+The kernels are tested in Triton's interpreter; **not run on a GPU yet**, so block sizes and `MOST_ROWS` are unmeasured
+guesses.
 
 Dimension letters: B rows of activations, I inputs, O outputs, J bytes of a packed row.
 """
@@ -21,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_ROWS = 128
-"""Rows of activations; beyond them unpacking the weight for a dense product should pay."""
+"""Most rows of activations; beyond, unpacking for a dense product should pay."""
 
 
 @triton.jit
 def _vector(x, packed, y, inputs, outputs, J, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr):
-    """One row of activations: BLOCK_O outputs a program."""
+    """Multiply one row of activations: BLOCK_O outputs per program."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     row = packed + o.to(tl.int64)[:, None] * J
     sums = tl.zeros((BLOCK_O, BLOCK_J), dtype=y.dtype.element_ty)
@@ -44,7 +44,7 @@ def _vector(x, packed, y, inputs, outputs, J, BLOCK_O: tl.constexpr, BLOCK_J: tl
 def _matrix(
     x, packed, y, rows, inputs, outputs, J, BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_J: tl.constexpr
 ):
-    """BLOCK_B rows of activations and BLOCK_O outputs a program."""
+    """Multiply BLOCK_B rows of activations: BLOCK_O outputs per program."""
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     b = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
     row = packed + o.to(tl.int64)[None, :] * J
@@ -58,24 +58,16 @@ def _matrix(
             some = tl.load(token + i[None, :], mask=(b < rows)[:, None] & ((j < J) & (i < inputs))[None, :], other=0)
             weights = (((codes >> 2 * k) & 3).to(tl.int8) - 1).to(x.dtype.element_ty)
             sums = tl.dot(some, weights, sums, input_precision="ieee", out_dtype=y.dtype.element_ty)
-    there = y + b.to(tl.int64)[:, None] * outputs + o[None, :]
-    tl.store(there, sums, mask=(b < rows)[:, None] & (o < outputs)[None, :])
+    target = y + b.to(tl.int64)[:, None] * outputs + o[None, :]
+    tl.store(target, sums, mask=(b < rows)[:, None] & (o < outputs)[None, :])
 
 
 def matmul(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:
-    """Multiply; see `ternary.matmul`, which has checked the arguments.
-
-    Args:
-        x_BI: int8 or float32 [B, I].
-        packed_OJ: uint8 [O, J].
-
-    Returns:
-        int32 or float32 [B, O].
-    """
+    """Multiply, int32 or float32 [B, O]; arguments are checked in `ternary.matmul`."""
     x_BI, packed_OJ = x_BI.contiguous(), packed_OJ.contiguous()
     (B, width), (outputs, J) = x_BI.shape, packed_OJ.shape
     y_BO = torch.empty(B, outputs, dtype=torch.float32 if x_BI.is_floating_point() else torch.int32, device=x_BI.device)
-    # Triton launches on the current device, whichever the tensors are on; its interpreter takes tensors of a CPU.
+    # Triton launches on the current device, not the tensors'; its interpreter takes CPU tensors.
     with torch.cuda.device(x_BI.device) if x_BI.is_cuda else nullcontext():
         if B == 1:
             _vector[(triton.cdiv(outputs, 16),)](

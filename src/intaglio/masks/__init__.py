@@ -1,18 +1,18 @@
-"""Masks over attention: which positions each layer of a stock model sees, set from outside.
+"""Attention masks of stock models, set from outside.
 
     from intaglio.masks import Causal, Bidirectional, Window, Sinks, set_visibility
 
-    set_visibility(model, {28: Bidirectional(), 29: Bidirectional()})   # the last two layers look right
+    set_visibility(model, {28: Bidirectional(), 29: Bidirectional()})   # the last two layers are bidirectional
     set_visibility(model, Causal() & (Window(64) | Sinks(4)))           # all layers: a window with sinks
     clear_visibility(model)                                             # the stock model again
 
-- `rules`: the rules themselves; `named`: by name, as recipes write them.
-- `attend`: how a rule gets into stock attention layers; `visibility`: set, read, cleared, guarded.
-- `step`: the step `visibility` of a recipe, and rules as a live part of a checkpoint.
-- `picture`: what each layer sees, drawn.
+- `rules`: the rules; `named`: rules by name, for recipes.
+- `attend`: registration with the stock attention interface; `visibility`: setting, reading and clearing rules.
+- `step`: the recipe step `visibility`.
+- `picture`: drawings of each layer's mask.
 
-Importing the package makes the attention implementations `intaglio_sdpa`, `intaglio_eager` and
-`intaglio_flex_attention` known to transformers.
+Importing the package registers the attention implementations `intaglio_sdpa`, `intaglio_eager` and
+`intaglio_flex_attention` with transformers.
 """
 
 from __future__ import annotations

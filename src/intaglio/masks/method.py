@@ -26,63 +26,39 @@ _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(\d+))?")
 
 
 def layer_numbers(layers: str | int | Sequence[int], depth: int) -> list[int]:
-    """Return the layers that a step names, in order, from 0.
-
-    Args:
-        layers: `all`, a number, numbers (negative ones count from the end), or a slice such as `"16:"` or `"::2"`.
-        depth: layers of the model.
-
-    Raises:
-        IntaglioError: a layer does not exist, or none is named.
-    """
+    """Return the layer indices that a step names, in order, from 0."""
     if layers == "all":
         return list(range(depth))
     if isinstance(layers, str):
         match = _SLICE.fullmatch(layers)
         if match is None or match[3] == "0":
             raise IntaglioError(f'layers is {shorten(repr(layers))}; accepted: all, numbers, or a slice such as "16:"')
-        found = list(range(depth))[slice(*(int(part) if part else None for part in match.groups()))]
+        indices = list(range(depth))[slice(*(int(part) if part else None for part in match.groups()))]
     else:
         numbers = [layers] if isinstance(layers, int) else list(layers)
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, int) or not -depth <= number < depth:
                 raise IntaglioError(f"layers names the layer {number!r}; the model has the layers 0 to {depth - 1}")
-        found = sorted({number % depth for number in numbers})
-    if not found:
+        indices = sorted({number % depth for number in numbers})
+    if not indices:
         raise IntaglioError(f"layers is {layers!r}, which names no layer of the model")
-    return found
+    return indices
 
 
 def check_windows(windows: Sequence[int | None], rules: Mapping[int, Rule]) -> None:
-    """Refuse a rule that names more positions than a layer's own sliding window has.
-
-    Args:
-        windows: of each layer, None where it sees everything (`Anatomy.windows`).
-        rules: layer -> rule.
-
-    Raises:
-        IntaglioError: the window would cut the rule off in silence.
-    """
+    """Refuse a rule that needs more positions than a layer's own sliding window has."""
     for layer, rule in rules.items():
         window = windows[layer]
         if window is not None and rule.extent is not None and rule.extent > window:
-            asks = "any distance" if rule.extent == float("inf") else f"{rule.extent:g} positions"
+            reach = "any distance" if rule.extent == float("inf") else f"{rule.extent:g} positions"
             raise IntaglioError(
-                f"the rule {describe(rule)} reaches over {asks}, and layer {layer} has a sliding window of {window}, "
+                f"the rule {describe(rule)} reaches over {reach}, and layer {layer} has a sliding window of {window}, "
                 "which would cut it off; name a smaller one, or leave that layer out"
             )
 
 
 def keep(checkpoint: Checkpoint, rules: Mapping[int, Rule]) -> None:
-    """Set the rules of a checkpoint's layers, in place of all it had, and note them as its live part.
-
-    Args:
-        checkpoint: its model is changed in place.
-        rules: layer -> rule; layers not named keep the model's own mask. Empty: the stock model again.
-
-    Raises:
-        IntaglioError: the model cannot have such rules (see `set_visibility`), or its windows are smaller.
-    """
+    """Replace all rules of a checkpoint's layers and record them as its live part."""
     check_windows(anatomy(checkpoint.model).windows, rules)
     if rules:
         set_visibility(checkpoint.model, rules)
@@ -92,11 +68,7 @@ def keep(checkpoint: Checkpoint, rules: Mapping[int, Rule]) -> None:
 
 
 def as_data(rules: Mapping[int, Rule]) -> list[dict[str, Any]]:
-    """Return rules as plain data, layers with equal rules together.
-
-    Args:
-        rules: layer -> rule.
-    """
+    """Return rules as plain data, layers with equal rules together."""
     groups: list[tuple[Rule, list[int]]] = []
     for layer in sorted(rules):
         same = next((layers for rule, layers in groups if rule == rules[layer]), None)
@@ -108,27 +80,23 @@ def as_data(rules: Mapping[int, Rule]) -> list[dict[str, Any]]:
 
 
 def from_data(data: Iterable[Mapping[str, Any]]) -> dict[int, Rule]:
-    """Return what `as_data` was given.
-
-    Args:
-        data: from `as_data`.
-    """
-    found: dict[int, Rule] = {}
+    """Return rules from the data of `as_data`."""
+    rules: dict[int, Rule] = {}
     for group in data:
-        found.update(dict.fromkeys(group["layers"], rule_from_dict(group["rule"])))
-    return found
+        rules.update(dict.fromkeys(group["layers"], rule_from_dict(group["rule"])))
+    return rules
 
 
 class Visibility(Method, slug=SLUG):
-    """Says what layers of a model see: the named rules as a step of a recipe.
+    """Set the attention mask of layers by a named rule, as a recipe step.
 
-    Layers that the step does not name keep what they see. Rules are no weights: the checkpoint becomes a live one,
-    which `intaglio.load` reads. A rule that looks right does away with next-token prediction and with the cache.
+    Other layers keep their masks. Rules are not weights: the checkpoint becomes a live one, which `intaglio.load`
+    reads. A rule that sees later tokens rules out next-token prediction and the KV cache.
 
     Args:
         layers: `all` (default), a number, numbers (negative ones count from the end), or a slice such as `"16:"`.
         rule: a name (`causal`, `bidirectional`), a name with its fields (`prefix_lm`, `sliding`, `dilated`, `blocks`,
-            `packed`, `arbitrary`), or rules joined by `and`, `or`, `not`. `stock` gives the model's own mask back.
+            `packed`, `arbitrary`), or rules joined by `and`, `or`, `not`. `stock` restores the model's own mask.
     """
 
     storage: ClassVar[Literal["runtime"]] = "runtime"
@@ -141,7 +109,7 @@ class Visibility(Method, slug=SLUG):
     @field_validator("layers")
     @classmethod
     def _layers(cls, value: Any) -> Any:
-        layer_numbers(value, 1 << 20)  # its form; the depth is not known yet
+        layer_numbers(value, 1 << 20)  # checks the format only: the depth is not known yet
         return value
 
     @field_validator("rule", mode="before")
@@ -156,7 +124,7 @@ class Visibility(Method, slug=SLUG):
 
     @property
     def invalidates(self) -> frozenset[Capability]:  # type: ignore[override]
-        """The stock mask that verifying drafts relies on; under a rule that looks right, next-token prediction too."""
+        """The stock mask, needed to verify drafts; under a rule that sees later tokens, next-token prediction too."""
         rule = self.made
         if rule is None:
             return frozenset()
@@ -164,27 +132,20 @@ class Visibility(Method, slug=SLUG):
 
     @property
     def restores(self) -> frozenset[Capability]:  # type: ignore[override]
-        """Where every layer gets the model's own mask back, what rules had done away with."""
+        """Where every layer gets the model's own mask back, the capabilities that rules had removed."""
         return frozenset({"cache", "causal"} if self.made is None and self.layers == "all" else ())
 
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
         """Accept any linears: they stay as they are."""
 
     def check_model(self, parts: Anatomy) -> None:
-        """Refuse, before any work, a model without the layers that are named, or with smaller windows.
-
-        Args:
-            parts: of the model.
-
-        Raises:
-            IntaglioError: names the layer.
-        """
+        """Refuse a model without the named layers, or with smaller windows."""
         rule, layers = self.made, layer_numbers(self.layers, len(parts.blocks))
         if rule is not None:
             check_windows(parts.windows, dict.fromkeys(layers, rule))
 
     def estimate(self, workload: Workload) -> Cost:
-        """Return nothing: no weight is looked at."""
+        """Return a cost of zero."""
         return Cost()
 
     def apply(
@@ -196,18 +157,7 @@ class Visibility(Method, slug=SLUG):
         batch_size: int = 4,
         progress: Progress = no_progress,
     ) -> Checkpoint:
-        """Set the rule on the layers of `checkpoint` and return it.
-
-        Args:
-            checkpoint: changed in place.
-            calibration: not used.
-            seed: not used.
-            batch_size: not used.
-            progress: not used.
-
-        Raises:
-            IntaglioError: a layer does not exist, its window is smaller, or the model takes no rules.
-        """
+        """Set the rule on the layers of `checkpoint` and return it."""
         parts, rule = anatomy(checkpoint.model), self.made
         self.check_model(parts)
         layers = layer_numbers(self.layers, len(parts.blocks))
@@ -218,10 +168,5 @@ class Visibility(Method, slug=SLUG):
 
     @classmethod
     def restore_runtime(cls, part: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-        """Set the rules of a record on a model that was just loaded.
-
-        Args:
-            part: of the record.
-            checkpoint: its model is changed in place.
-        """
+        """Set the rules of a record on a loaded model."""
         set_visibility(checkpoint.model, from_data(part["layers"]))

@@ -1,10 +1,10 @@
-"""Rules by name, as a recipe writes them, and what a rule is called.
+"""Rules by name, for recipes, and short descriptions of rules.
 
-    causal                                  # a name alone where nothing has to be said
-    sliding: {window: 64, sinks: 4}         # a name with its numbers
-    and: [causal, {blocks: {size: 128}}]    # joined by and, or, not
+    causal                                  # a name without fields
+    sliding: {window: 64, sinks: 4}         # a name with its fields
+    and: [causal, {blocks: {size: 128}}]    # combined by and, or, not
 
-Whatever `Rule.to_dict` gives is read too.
+The output of `Rule.to_dict` is accepted too.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def _blocks(size: int, causal: bool = True) -> Rule:
 def _arbitrary(visible: Any = None, file: str | None = None) -> Rule:
     if (visible is None) == (file is None):
         raise IntaglioError("the rule 'arbitrary' takes visible, a table, or file, a .npy or .json file with one")
-    return ExplicitMask(visible if file is None else _table(Path(file)))
+    return ExplicitMask(visible if file is None else _read_table(Path(file)))
 
 
-def _table(path: Path) -> Any:
+def _read_table(path: Path) -> Any:
     try:
         if path.suffix == ".npy":
             return torch.from_numpy(np.load(path, allow_pickle=False))
@@ -79,28 +79,24 @@ def _table(path: Path) -> Any:
 
 
 NAMED: dict[str, tuple[Callable[..., Rule], str]] = {
-    "causal": (Causal, "itself and what came before"),
+    "causal": (Causal, "itself and earlier tokens"),
     "bidirectional": (Bidirectional, "everything"),
-    "prefix_lm": (PrefixLM, "prefix: the first so many tokens see one another both ways, the rest is causal"),
-    "sliding": (_sliding, "window: so many tokens back, its own included; sinks: and the first so many; causal: true"),
-    "dilated": (_dilated, "size: so many tokens back; step: apart; causal: true"),
-    "blocks": (_blocks, "size: inside blocks of so many positions; causal: true"),
-    "packed": (_packed, "lengths: inside documents of these lengths, one after the other; causal: true"),
+    "prefix_lm": (PrefixLM, "prefix: number of first tokens that see each other both ways, the rest is causal"),
+    "sliding": (
+        _sliding,
+        "window: tokens back, its own included; sinks: number of first tokens always seen; causal: true",
+    ),
+    "dilated": (_dilated, "size: number of tokens back; step: distance between them; causal: true"),
+    "blocks": (_blocks, "size: positions of a block, within which tokens see each other; causal: true"),
+    "packed": (_packed, "lengths: of consecutive documents, within which tokens see each other; causal: true"),
     "arbitrary": (_arbitrary, "visible: a table [L, L], [heads, L, L] or [rows, heads, L, L]; or file: .npy, .json"),
 }
-"""`{name: (what makes the rule, what it takes)}`, beside `and`, `or` and `not`."""
-_JOINED = {"and": And, "or": Or}
+"""`{name: (constructor, its fields)}`, besides `and`, `or` and `not`."""
+_OPERATORS = {"and": And, "or": Or}
 
 
 def read_rule(value: Any) -> Rule:
-    """Return a rule from what a recipe holds.
-
-    Args:
-        value: a name; a mapping of one name to its fields; what `Rule.to_dict` gave; or a rule.
-
-    Raises:
-        IntaglioError: the name is unknown, or a field is missing, unknown or out of range.
-    """
+    """Return the rule that a recipe describes."""
     if isinstance(value, Rule):
         return value
     if isinstance(value, str):
@@ -111,43 +107,39 @@ def read_rule(value: Any) -> Rule:
         )
     if "kind" in value:
         return rule_from_dict(value)
-    names = [*NAMED, *_JOINED, "not"]
+    names = [*NAMED, *_OPERATORS, "not"]
     name, fields = next(iter(value.items()))
     if len(value) > 1 or name not in names:
         more = "one name is needed" if len(value) > 1 else did_you_mean(str(name), names)
         raise IntaglioError(f"there is no visibility rule {', '.join(map(repr, value))}; {more}")
     if name == "not":
         return Not(read_rule(fields))
-    if name in _JOINED:
+    if name in _OPERATORS:
         if not isinstance(fields, list) or len(fields) < 2:
             raise IntaglioError(f"the rule {name!r} joins a list of two or more rules, not {shorten(repr(fields))}")
         rules = [read_rule(item) for item in fields]
-        return _JOINED[name](tuple(rules))
-    make, takes = NAMED[name]
+        return _OPERATORS[name](tuple(rules))
+    make, accepted = NAMED[name]
     fields = {} if fields is None else fields
     if not isinstance(fields, Mapping) or not all(isinstance(key, str) for key in fields):
-        raise IntaglioError(f"the fields of the rule {name!r} must be a mapping; it takes {takes}")
+        raise IntaglioError(f"the fields of the rule {name!r} must be a mapping; it takes {accepted}")
     if "causal" in fields and not isinstance(fields["causal"], bool):
         raise IntaglioError(f"causal of the rule {name!r} is {fields['causal']!r}; true or false is accepted")
     try:
         return make(**fields)
     except TypeError:
         given = ", ".join(sorted(fields)) or "nothing"
-        raise IntaglioError(f"the rule {name!r} cannot be made of {given}; it takes {takes}") from None
+        raise IntaglioError(f"the rule {name!r} cannot be made of {given}; it takes {accepted}") from None
 
 
 def describe(rule: Rule | None) -> str:
-    """Return what a rule is called, in a few words.
-
-    Args:
-        rule: of a layer; None is the model's own mask.
-    """
+    """Return a short description of a rule."""
     if rule is None:
         return "stock"
     if isinstance(rule, And):
-        named = _causal(rule)
-        if named is not None:
-            return named
+        causal_name = _causal_name(rule)
+        if causal_name is not None:
+            return causal_name
         return " & ".join(_bracketed(part) for part in rule.rules)
     if isinstance(rule, Or):
         return " | ".join(_bracketed(part) for part in rule.rules)
@@ -162,8 +154,8 @@ def describe(rule: Rule | None) -> str:
     return f"{words} ({', '.join(f'{name} {value}' for name, value in fields.items())})" if fields else words
 
 
-def _causal(rule: And) -> str | None:
-    """The name of a rule that `NAMED` makes causal; None for any other."""
+def _causal_name(rule: And) -> str | None:
+    """Return the name of a causal rule in `NAMED`; None for any other rule."""
     if len(rule.rules) != 2 or rule.rules[0] != Causal():
         return None
     inner = rule.rules[1]
@@ -174,8 +166,8 @@ def _causal(rule: And) -> str | None:
         return f"sliding (window {fields[0]['size']}, sinks {fields[1]['count']})"
     if isinstance(inner, BlockDiagonal) and inner.document_ids.dim() == 1:
         lengths = torch.unique_consecutive(inner.document_ids, return_counts=True)[1].tolist()
-        shown = [*map(str, lengths[:4]), *(["..."] if len(lengths) > 4 else [])]
-        return f"packed (lengths {', '.join(shown)})"
+        lengths_shown = [*map(str, lengths[:4]), *(["..."] if len(lengths) > 4 else [])]
+        return f"packed (lengths {', '.join(lengths_shown)})"
     return describe(inner) if isinstance(inner, (Dilated, BlockLocal)) else None
 
 

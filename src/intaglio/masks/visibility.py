@@ -1,4 +1,4 @@
-"""Set, read and clear the rules of a model's layers, and see what each layer sees.
+"""Set, read and clear the rules of a model's layers, and compute each layer's mask.
 
 Dimension letters: N layers, H heads, Q query positions, K key positions.
 """
@@ -28,14 +28,9 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass
 class _State:
-    """What the guard needs and `clear_visibility` puts back; an attribute of the base model.
+    """State of the guard, an attribute of the base model; restored by `clear_visibility`.
 
-    Attributes:
-        stock: the attention implementation under ours.
-        guard: the handle of the pre-hook on the base model.
-        parameters: names of the base model's positional parameters.
-        ruled: whether any layer has a rule.
-        is_noncausal: whether any of them looks right.
+    `stock` is the attention implementation below ours, `parameters` are the base model's positional parameters.
     """
 
     stock: str
@@ -46,7 +41,7 @@ class _State:
 
 
 def _base(model: nn.Module) -> Any:
-    """The innermost pretrained model that holds the blocks: the one that makes the masks."""
+    """Return the innermost pretrained model that holds the blocks, which makes the masks."""
     first = blocks(model)[0]
     holders = [
         module
@@ -59,7 +54,7 @@ def _base(model: nn.Module) -> Any:
 
 
 def _guard(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Before each forward: refuse what would silently drop the rules, or be silently wrong under them."""
+    """Refuse, before each forward, arguments that would drop the rules or give wrong results under them."""
     state: _State = getattr(base, _STATE)
     name = base.config._attn_implementation
     if state.ruled and not (name or "").startswith(PREFIX):
@@ -69,13 +64,13 @@ def _guard(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
         )
     if not state.is_noncausal:
         return args, kwargs
-    given = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
-    if any(given.get(name) is not None for name in CACHES):
+    values = {**dict(zip(state.parameters, args, strict=False)), **kwargs}
+    if any(values.get(name) is not None for name in CACHES):
         raise IntaglioError(
             "a visibility rule that looks right cannot be used with a KV cache, since earlier keys would depend on "
             "later tokens; pass use_cache=False"
         )
-    return (), ({**given, "use_cache": False} if "use_cache" in state.parameters else given)
+    return (), ({**values, "use_cache": False} if "use_cache" in state.parameters else values)
 
 
 def _set_implementation(base: Any, name: str) -> None:
@@ -87,7 +82,7 @@ def _set_implementation(base: Any, name: str) -> None:
 
 
 def _install(model: nn.Module) -> _State:
-    """Switch the model to our attention and put the guard on it, unless that is done."""
+    """Switch the model to our attention and install the guard, once."""
     base = _base(model)
     current = base.config._attn_implementation
     stock = current.removeprefix(PREFIX) if isinstance(current, str) else current
@@ -99,8 +94,8 @@ def _install(model: nn.Module) -> _State:
     state: _State | None = getattr(base, _STATE, None)
     if state is None:
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        found = inspect.signature(base.forward).parameters.values()
-        names = tuple(parameter.name for parameter in found if parameter.kind in positional)
+        parameters = inspect.signature(base.forward).parameters.values()
+        names = tuple(parameter.name for parameter in parameters if parameter.kind in positional)
         state = _State(stock, base.register_forward_pre_hook(_guard, with_kwargs=True), names)
         setattr(base, _STATE, state)
     state.stock = stock
@@ -108,17 +103,17 @@ def _install(model: nn.Module) -> _State:
     return state
 
 
-def _by_layer(model: nn.Module, given: Any, what: str) -> dict[int, Any]:
-    """The rule of each layer that has one, from what the user gave."""
+def _by_layer(model: nn.Module, values: Any, what: str) -> dict[int, Any]:
+    """Return the rule of each layer that has one, from the user's argument."""
     count = len(blocks(model))
-    if not isinstance(given, Mapping):
-        return {} if given is None else dict.fromkeys(range(count), given)
+    if not isinstance(values, Mapping):
+        return {} if values is None else dict.fromkeys(range(count), values)
     wrong = [
-        layer for layer in given if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count
+        layer for layer in values if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < count
     ]
     if wrong:
         raise IntaglioError(f"{what} names the layer {wrong[0]!r}; the model has the layers 0 to {count - 1}")
-    return {layer: value for layer, value in given.items() if value is not None}
+    return {layer: value for layer, value in values.items() if value is not None}
 
 
 def _check_layer(config: Any, layer: int) -> None:
@@ -129,12 +124,12 @@ def _check_layer(config: Any, layer: int) -> None:
         )
 
 
-def _place(model: nn.Module, attribute: str, values: Mapping[int, Any]) -> None:
-    """Put the values on the attention modules of their layers, in place of all that were there before."""
+def _set_on_layers(model: nn.Module, attribute: str, values: Mapping[int, Any]) -> None:
+    """Replace all values on the attention modules of their layers."""
     base = _base(model)
     for layer in values:
         _check_layer(base.config, layer)
-    # Found before anything is changed, so that a refusal leaves the model as it was.
+    # Located before any change, so that a refusal leaves the model unchanged.
     targets = {layer: attention(blocks(model)[layer]) for layer in values}
     state = _install(model)
     for module in model.modules():
@@ -148,38 +143,30 @@ def _place(model: nn.Module, attribute: str, values: Mapping[int, Any]) -> None:
 
 
 def _guard_generate(model: nn.Module, wanted: bool) -> None:
-    """Stand before the model's own `generate` while a rule looks right, and step aside when none does."""
+    """Guard the model's `generate` while a rule sees later tokens; remove the guard when none does."""
     model.__dict__.pop("generate", None)
     if wanted and hasattr(model, "generate"):
-        # A partial, unlike a bound method, is copied and pickled along with the model that it belongs to.
+        # A partial, unlike a bound method, is copied and pickled with its model.
         model.__dict__["generate"] = functools.partial(_generate, model)
 
 
 def _generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """`generate` of a model with a rule that looks right: without a cache where that is right, else a sentence."""
-    refuse_to_generate(model, _shortest(args, kwargs))
+    """Generate under a rule that sees later tokens: without a cache where that is correct, else refuse."""
+    refuse_to_generate(model, _shortest_prompt(args, kwargs))
     return type(model).generate(model, *args, **{"use_cache": False, **kwargs})
 
 
-def _shortest(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Real tokens of the shortest prompt, as far as the arguments of `generate` say."""
-    given = kwargs.get("attention_mask")
-    if isinstance(given, Tensor) and given.dim() == 2:
-        return int(given.sum(-1).min())
+def _shortest_prompt(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Return the real tokens of the shortest prompt, as far as the arguments of `generate` show."""
+    values = kwargs.get("attention_mask")
+    if isinstance(values, Tensor) and values.dim() == 2:
+        return int(values.sum(-1).min())
     inputs = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
     return int(inputs.shape[1]) if isinstance(inputs, Tensor) else None
 
 
 def refuse_to_generate(model: nn.Module, tokens: int | None = None) -> None:
-    """Refuse to go on from a prompt under rules by which a new token would change what earlier ones saw.
-
-    Args:
-        model: a Hugging Face model, with or without rules.
-        tokens: of the shortest prompt. Default None: not known.
-
-    Raises:
-        IntaglioError: a rule never settles, or only after more tokens than the prompt has.
-    """
+    """Refuse to generate under rules by which a new token would change what earlier tokens saw."""
     for layer, rule in get_visibility(model).items():
         if rule.prefix_stable_after is None:
             raise IntaglioError(
@@ -194,95 +181,79 @@ def refuse_to_generate(model: nn.Module, tokens: int | None = None) -> None:
 
 
 def is_noncausal(model: nn.Module) -> bool:
-    """Return whether some layer of a model has a rule that sees later tokens.
-
-    Args:
-        model: a Hugging Face model.
-    """
+    """Return whether some layer of a model has a rule that sees later tokens."""
     return any(rule.is_noncausal for rule in get_visibility(model).values())
 
 
 def predicts_next(parts: Anatomy) -> bool:
-    """Return whether a model predicts the next token: a decoder with its head, and no layer that sees that token.
-
-    Args:
-        parts: of the model.
-    """
+    """Return whether a model predicts the next token: a decoder with its head, without rules that see later tokens."""
     return parts.causal and parts.head is not None and not is_noncausal(parts.model)
 
 
 def set_visibility(model: nn.Module, rules: Mapping[int, Rule | None] | Rule | None) -> None:
-    """Say what each layer of a model sees, in place of all rules it had.
+    """Set the attention mask of each layer of a model, replacing all earlier rules.
 
     A layer without a rule keeps the model's own mask. Padding (2-D `attention_mask`, left or right) always applies. So
-    does a layer's sliding window: under any rule the layer sees what rule and window both allow, the window counted to
-    both sides. Rules are not written into the model's configuration: a reload sees as the stock model does.
+    does a layer's sliding window: a rule is intersected with the window, which extends to both sides. Rules are not
+    written into the model's config: a reloaded model has stock masks.
 
-    A rule that looks right has no KV cache: the model is run with `use_cache=False`, and a cache that is passed is
-    refused. `generate` is refused too, unless the rule settles (`Rule.prefix_stable_after`) within the prompt, as a prefix does;
-    then it runs without a cache. Under a rule, a 4-D `attention_mask` and packed `position_ids` are refused.
+    A rule that sees later tokens has no KV cache: the model runs with `use_cache=False`, and a given cache is refused.
+    `generate` is refused too, unless the rule settles (`Rule.prefix_stable_after`) within the prompt, as a prefix does; then it
+    runs without a cache. Under a rule, a 4-D `attention_mask` and packed `position_ids` are refused.
 
     Args:
         model: a Hugging Face model, loaded with the attention implementation sdpa, eager or flex_attention.
-        rules: layer -> rule, from 0; layers not named, or with None, keep the model's own mask. One rule alone goes to
-            every layer. `{}` or None leaves the stock masks everywhere.
+        rules: layer -> rule, from 0; other layers, or those with None, keep the model's own mask. A single rule applies
+            to every layer. `{}` or None restores the stock masks.
 
     Raises:
-        IntaglioError: the attention implementation reads no mask function, a layer does not exist or is of a kind that
-            has no such mask, or something that is no rule is given.
+        IntaglioError: the attention implementation reads no mask function, a layer does not exist or has no such mask,
+            or a value is not a rule.
     """
-    given = _by_layer(model, rules, "rules")
+    values = _by_layer(model, rules, "rules")
     device = next(model.parameters()).device
     shared: list[Rule] = []  # equal rules become one object, so that their layers share a mask
-    for layer, rule in given.items():
+    for layer, rule in values.items():
         if not isinstance(rule, Rule):
             raise IntaglioError(f"layer {layer} was given {rule!r}, which is not a visibility rule")
         same = next((other for other in shared if other == rule), None)
         if same is None:
             same = rule.to(device)
             shared.append(same)
-        given[layer] = same
-    _place(model, RULE, given)
+        values[layer] = same
+    _set_on_layers(model, RULE, values)
 
 
 def set_scores(model: nn.Module, scores: Mapping[int, Score | None] | Score | None) -> None:
-    """Say what is added to each layer's attention scores before the softmax, in place of all score rules it had.
+    """Set the bias added to each layer's attention scores before the softmax, replacing all earlier score rules.
 
     Args:
         model: as for `set_visibility`, with which this can be combined.
         scores: layer -> `score(b, h, q, kv) -> float tensor`, such as `Alibi`, or one for every layer. Positions count
-            from a row's first real token. Scores are taken as constants: no gradient reaches what they are made of.
+            from a row's first real token. Scores are constants: they receive no gradient.
 
     Raises:
         IntaglioError: as `set_visibility`.
     """
-    given = _by_layer(model, scores, "scores")
-    for layer, score in given.items():
+    values = _by_layer(model, scores, "scores")
+    for layer, score in values.items():
         if not callable(score):
             raise IntaglioError(f"layer {layer} was given {score!r}, which is not a score rule")
-    _place(model, SCORE, given)
+    _set_on_layers(model, SCORE, values)
 
 
 def get_visibility(model: nn.Module) -> dict[int, Rule]:
-    """Return the rule of every layer that has one.
-
-    Args:
-        model: a Hugging Face model.
-    """
-    found: dict[int, Rule] = {}
+    """Return the rule of every layer that has one."""
+    rules: dict[int, Rule] = {}
     for layer, block in enumerate(blocks(model)):
         for module in block.modules():
             if RULE in module.__dict__:
-                found[layer] = module.__dict__[RULE]
-    return found
+                rules[layer] = module.__dict__[RULE]
+    return rules
 
 
 def clear_visibility(model: nn.Module) -> None:
-    """Take every rule and score rule off a model and give it its stock attention implementation back.
-
-    Args:
-        model: a Hugging Face model; one without rules stays as it is.
-    """
+    """Remove every rule and score rule from a model and restore its stock attention implementation."""
     base = _base(model)
     state: _State | None = getattr(base, _STATE, None)
     if state is None:
@@ -299,7 +270,7 @@ def clear_visibility(model: nn.Module) -> None:
 
 @contextmanager
 def _requesting(base: Any) -> Iterator[None]:
-    """Have the model hand out mask requests, whatever its attention implementation."""
+    """Make the model return mask requests, whatever its attention implementation."""
     before = base.config._attn_implementation
     if not (before or "").startswith(PREFIX):
         _set_implementation(base, f"{PREFIX}sdpa")
@@ -312,10 +283,10 @@ def _requesting(base: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def visible(model: nn.Module, length: int) -> Tensor:
-    """Return what each layer sees of a row without padding: bool [N, H, Q, K] with Q = K = length, on the CPU.
+    """Return the mask of each layer for a row without padding, bool [N, H, Q, K] with Q = K = length, on the CPU.
 
-    H is 1 where all heads of all layers see the same. It works on any checkpoint: without rules it shows the stock
-    masks with their windows. The model's own code makes the masks; no block is run.
+    H is 1 where all heads of all layers agree. Without rules these are the stock masks with their windows. The model's
+    own code makes the masks; no block is run.
 
     Args:
         model: a Hugging Face text model, decoder or encoder.

@@ -1,6 +1,6 @@
-"""What each layer of a model sees, as a picture and in numbers: `intaglio inspect MODEL --masks`.
+"""Mask visualisation: what each layer sees, as a picture and as data, for `intaglio inspect MODEL --masks`.
 
-Layers that see the same are shown once. Standing alone, the picture brings its colours with it, light and dark.
+Layers with the same mask are shown once. The picture is self-contained, with light and dark colours.
 
 Dimension letters: N layers, H heads, Q query positions, K key positions.
 """
@@ -22,7 +22,7 @@ from intaglio.modeling.anatomy import anatomy
 from intaglio.report.svg import clean_text
 
 LENGTH = 32
-"""Tokens that are shown by default; a longer window needs more."""
+"""Tokens shown by default; a longer window needs more."""
 WIDTH, SIDE, GAP, ACROSS = 900, 190, 34, 4
 STRIP = 26
 _SHADES = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)")
@@ -42,13 +42,9 @@ _STYLE = """
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Layers that see the same.
+    """Layers with the same mask: their indices, rule (None: the model's own), sliding window, and mask.
 
-    Args:
-        layers: their numbers, from 0.
-        rule: their rule; None for the model's own mask.
-        window: their sliding window in tokens; None without one.
-        seen_HQK: what they see, bool; H is 1 where all heads see the same.
+    The mask has H = 1 where all heads agree.
     """
 
     layers: tuple[int, ...]
@@ -58,7 +54,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """What they see, in words."""
+        """Description of the mask."""
         if self.rule is not None:
             words = describe(self.rule)
             wide = self.rule.ignores_window
@@ -75,7 +71,7 @@ class Group:
 
     @property
     def share(self) -> float:
-        """The share of all pairs of positions that is seen."""
+        """The visible share of all pairs of positions."""
         return float(self.seen_HQK.float().mean())
 
     @property
@@ -91,36 +87,24 @@ class Group:
 
 
 def groups(model: nn.Module, length: int = LENGTH) -> list[Group]:
-    """Return the groups of layers that see the same, in the order of their first layer.
-
-    Args:
-        model: a Hugging Face text model; no block of it is run.
-        length: tokens of a row without padding. Default 32.
-
-    Raises:
-        IntaglioError: the length is out of range, or the model does not ask transformers for its masks.
-    """
+    """Return the groups of layers with the same mask, in the order of their first layer."""
     windows, rules = anatomy(model).windows, get_visibility(model)
-    found: list[Group] = []
+    result: list[Group] = []
     for layer, seen_HQK in enumerate(visible(model, length)):
         small_HQK = seen_HQK[:1] if bool((seen_HQK == seen_HQK[:1]).all()) else seen_HQK
         rule, window = rules.get(layer), windows[layer]
-        for place, group in enumerate(found):
+        for index, group in enumerate(result):
             same = (group.rule, group.window) == (rule, window) and torch.equal(group.seen_HQK, small_HQK)
             if same:
-                found[place] = Group((*group.layers, layer), rule, window, small_HQK)
+                result[index] = Group((*group.layers, layer), rule, window, small_HQK)
                 break
         else:
-            found.append(Group((layer,), rule, window, small_HQK))
-    return found
+            result.append(Group((layer,), rule, window, small_HQK))
+    return result
 
 
-def as_json(found: list[Group]) -> list[dict[str, Any]]:
-    """Return the groups as plain data: layers, rule, window, and rows of 0 and 1 for each head (one where all agree).
-
-    Args:
-        found: from `groups`.
-    """
+def as_json(groups: list[Group]) -> list[dict[str, Any]]:
+    """Return the groups as plain data: layers, rule, window, and rows of 0 and 1 for each head (or all heads)."""
     return [
         {
             "layers": list(group.layers),
@@ -131,17 +115,12 @@ def as_json(found: list[Group]) -> list[dict[str, Any]]:
             "share": group.share,
             "visible": [["".join("01"[int(cell)] for cell in row) for row in head] for head in group.seen_HQK.tolist()],
         }
-        for group in found
+        for group in groups
     ]
 
 
 def drawing(group: Group, most: int = 24) -> Text:
-    """Return a small drawing for the terminal: a key a character, two queries a line; heads are laid over each other.
-
-    Args:
-        group: what is drawn.
-        most: positions that are drawn, from the first. Default 24.
-    """
+    """Return a small drawing for the terminal: one character per key, two queries per line, heads overlaid."""
     seen_QK = group.seen_HQK.any(0)[:most, :most]
     rows = []
     for upper, lower in zip(seen_QK[::2], seen_QK[1::2], strict=False):
@@ -150,31 +129,24 @@ def drawing(group: Group, most: int = 24) -> Text:
     return Text("\n".join(rows))
 
 
-def svg(title: str, found: list[Group]) -> str:
-    """Draw what each layer sees: a strip of all layers, and below it a panel for each group, queries down, keys across.
+def svg(title: str, groups: list[Group]) -> str:
+    """Draw the masks as SVG: a strip of all layers, and a panel for each group, queries down, keys across.
 
-    Where heads differ, a cell is as dark as the share of heads that see it.
-
-    Args:
-        title: what the model is called.
-        found: from `groups`.
-
-    Returns:
-        An SVG document.
+    Where heads differ, a cell's darkness is the share of heads that see it.
     """
-    depth = sum(len(group.layers) for group in found)
-    rows = -(-len(found) // ACROSS)
+    depth = sum(len(group.layers) for group in groups)
+    rows = -(-len(groups) // ACROSS)
     top = 110
     height = top + rows * (SIDE + 78) + 16
-    length = found[0].seen_HQK.shape[-1]
+    length = groups[0].seen_HQK.shape[-1]
     title = clean_text(title)
-    said = "; ".join(f"layers {group.where}: {group.name}" for group in found)
+    description = "; ".join(f"layers {group.where}: {group.name}" for group in groups)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" class="masks" '
-        f'aria-label="{escape(f"What each layer of {title} sees: {said}", quote=True)}">',
-        f"<title>{escape(f'What each layer of {title} sees')}</title><desc>{escape(said)}</desc>",
+        f'aria-label="{escape(f"What each layer of {title} sees: {description}", quote=True)}">',
+        f"<title>{escape(f'What each layer of {title} sees')}</title><desc>{escape(description)}</desc>",
         f"<style>{_STYLE}</style>",
-        _text(16, 28, _cut(title, 90), "strong"),
+        _text(16, 28, _truncate(title, 90), "strong"),
         _text(
             16,
             48,
@@ -183,7 +155,7 @@ def svg(title: str, found: list[Group]) -> str:
         ),
     ]
     wide = (WIDTH - 32) / depth
-    shade = {layer: _SHADES[n % len(_SHADES)] for n, group in enumerate(found) for layer in group.layers}
+    shade = {layer: _SHADES[n % len(_SHADES)] for n, group in enumerate(groups) for layer in group.layers}
     for layer in range(depth):
         x = 16 + layer * wide
         parts.append(
@@ -192,7 +164,7 @@ def svg(title: str, found: list[Group]) -> str:
         )
         if wide > 18 or layer % 5 == 0:
             parts.append(_text(x, 60 + STRIP + 14, str(layer), "small"))
-    for number, group in enumerate(found):
+    for number, group in enumerate(groups):
         x = 16 + (number % ACROSS) * (SIDE + GAP)
         y = top + 46 + (number // ACROSS) * (SIDE + 78)
         parts += _panel(x, y, group, _SHADES[number % len(_SHADES)])
@@ -203,7 +175,7 @@ def _text(x: float, y: float, text: str, kind: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(text)}</text>'
 
 
-def _cut(text: str, most: int) -> str:
+def _truncate(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
@@ -213,12 +185,12 @@ def _panel(x: float, y: float, group: Group, colour: str) -> list[str]:
     cell = SIDE / length
     label = f"layer{'s' if len(group.layers) > 1 else ''} {group.where}"
     parts = [
-        _text(x, y - 24, _cut(label, 26)),
-        f"<g><title>{escape(group.name)}</title>{_text(x, y - 8, _cut(group.name, 32), 'small')}</g>",
+        _text(x, y - 24, _truncate(label, 26)),
+        f"<g><title>{escape(group.name)}</title>{_text(x, y - 8, _truncate(group.name, 32), 'small')}</g>",
         f'<rect x="{x}" y="{y}" width="{SIDE}" height="{SIDE}" class="bare"/>',
         '<g shape-rendering="crispEdges">',
     ]
-    # One rectangle for each run of equal cells in a row: pictures of long rows stay small.
+    # A rectangle for each run of equal cells in a row keeps pictures of long rows small.
     for query, row in enumerate(seen_QK.tolist()):
         start = 0
         for key in range(1, length + 1):

@@ -1,11 +1,11 @@
-"""Numbers about a checkpoint; each measure takes a checkpoint and data and returns plain values.
+"""Metrics of a checkpoint; each takes a checkpoint and data and returns plain values.
 
-What lives here:
-
-- `quality`: perplexity, bits per byte, agreement with the original (an encoder: cosine of its embeddings).
-- `zeros`: the share of zeros of every projection.
+- `quality`: perplexity, bits per byte, agreement with the original (for an encoder: cosine of embeddings).
+- `zeros`: weight sparsity of every projection.
+- `firing`, `units`: activation sparsity; share of skipped inputs.
 - `speed`: prefill and decode tokens per second.
-- `memory`: peak memory of a piece of work.
-- `board`: how much of a known state single neurons tell.
-- `side`: the others together, one side of a before/after report.
+- `memory`: peak memory of a block of code.
+- `labels`: token-classification metrics.
+- `board`: how well single neurons predict a known state.
+- `side`: all of them, for one side of a before/after report.
 """

@@ -18,16 +18,7 @@ Pooling = Literal["mean", "cls", "last"]
 
 
 def pool(hidden_BLD: Tensor, mask_BL: Tensor | None, how: Pooling = "mean") -> Tensor:
-    """One vector a text.
-
-    Args:
-        hidden_BLD: final hidden states.
-        mask_BL: True at real tokens; None when nothing is padded.
-        how: `mean` over real tokens (default), `cls` the first real token, `last` the last real token.
-
-    Returns:
-        float32 [B, D], not normalised.
-    """
+    """Return the pooled embedding of each text, float32 [B, D], not normalised."""
     hidden_BLD = hidden_BLD.float()
     if mask_BL is None:
         mask_BL = torch.ones(hidden_BLD.shape[:2], dtype=torch.bool, device=hidden_BLD.device)
@@ -35,29 +26,19 @@ def pool(hidden_BLD: Tensor, mask_BL: Tensor | None, how: Pooling = "mean") -> T
         weight_BL1 = mask_BL[..., None].float()
         return (hidden_BLD * weight_BL1).sum(1) / weight_BL1.sum(1).clamp(min=1)
     position_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
-    far = mask_BL.shape[1] if how == "cls" else -1
-    at_BL = torch.where(mask_BL, position_L, far)
-    at_B = (at_BL.amin(1) if how == "cls" else at_BL.amax(1)).clamp(0, mask_BL.shape[1] - 1)
-    return hidden_BLD[torch.arange(len(at_B), device=at_B.device), at_B]
+    excluded = mask_BL.shape[1] if how == "cls" else -1
+    index_BL = torch.where(mask_BL, position_L, excluded)
+    index_B = (index_BL.amin(1) if how == "cls" else index_BL.amax(1)).clamp(0, mask_BL.shape[1] - 1)
+    return hidden_BLD[torch.arange(len(index_B), device=index_B.device), index_B]
 
 
 @torch.no_grad()
 def embeddings(checkpoint: Checkpoint, data: Segments, how: Pooling = "mean", batch_size: int = 8) -> Tensor:
-    """Embed every segment.
-
-    Args:
-        checkpoint: an encoder or decoder.
-        data: token ids, with a mask where there is padding.
-        how: see `pool`.
-        batch_size: segments that pass at a time.
-
-    Returns:
-        float32 [N, D] on the CPU, not normalised.
-    """
+    """Embed every segment; float32 [N, D] on the CPU, not normalised."""
     parts = anatomy(checkpoint.model)
-    found = []
+    result = []
     for batch in data.batches(batch_size):
         hidden_BLD = final_hidden(parts, batch)
         mask = batch.get("attention_mask")
-        found.append(pool(hidden_BLD, None if mask is None else mask.bool().to(hidden_BLD.device), how).cpu())
-    return torch.cat(found)
+        result.append(pool(hidden_BLD, None if mask is None else mask.bool().to(hidden_BLD.device), how).cpu())
+    return torch.cat(result)

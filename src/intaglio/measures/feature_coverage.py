@@ -1,17 +1,17 @@
-"""How much of a known state single neurons tell: coverage and reconstruction, as board games are read.
+"""Feature coverage and board reconstruction: how well single neurons predict a known state.
 
-A neuron and a cut make a classifier of a property: it says yes where the activation is above the cut. Cuts, and which
-neuron stands for a property, are chosen on one set of positions and judged on another.
+A neuron and a threshold form a classifier of a property: positive where the activation is above the threshold.
+Thresholds, and the neuron of a property, are chosen on one set of positions and evaluated on another.
 
-    coverage         the mean over properties of the F1 of the best classifier
-    reconstruction   the mean over positions of the F1 of what is said by all classifiers of high precision together
+    coverage         mean over properties of the F1 of the best classifier
+    reconstruction   mean over positions of the F1 of the predictions of all classifiers of high precision together
 
-More neurons find more by luck and by right: `chances` compares at an equal number of them.
+More neurons score higher, partly by chance: `chances` compares at an equal number of neurons.
 
 Source: Karvonen et al., Measuring Progress in Dictionary Learning for Language Model Interpretability with Board Game
-Models, NeurIPS 2024, section 4; there the best classifier is judged where it was chosen.
+Models, NeurIPS 2024, section 4; there the best classifier is evaluated where it was chosen.
 
-Dimension letters: P positions, N neurons, C cuts, K properties.
+Dimension letters: P positions, N neurons, C thresholds, K properties.
 """
 
 from __future__ import annotations
@@ -24,32 +24,21 @@ from torch import Tensor
 from intaglio.errors import IntaglioError
 
 CUTS = 10
-"""Cuts of a neuron: 0, a tenth, two tenths ... of its largest activation."""
+"""Thresholds per neuron: 0, a tenth, two tenths ... of its largest activation."""
 PRECISION = 0.95
-"""Of a classifier that the reconstruction hears."""
+"""Precision from which a classifier takes part in the reconstruction."""
 LEAST = 10
-"""Positions that such a classifier must have said yes at: fewer are precise by chance."""
+"""Positive predictions that such a classifier needs: fewer are precise by chance."""
 
 
 def cuts(z_PN: Tensor, count: int = CUTS) -> Tensor:
-    """The cuts of each neuron, shares of its largest activation [C, N].
-
-    Args:
-        z_PN: activations.
-        count: C. Default 10.
-    """
+    """Return the thresholds of each neuron, as shares of its largest activation [C, N]."""
     return torch.arange(count)[:, None] / count * z_PN.float().amax(0).clamp_min(0)
 
 
 @dataclass(frozen=True, eq=False)
 class Counts:
-    """How every classifier fares with every property on some positions.
-
-    Args:
-        right_CNK: positions where it says yes and the property holds.
-        yes_CN: where it says yes.
-        holds_K: where the property holds.
-    """
+    """True positives and positive predictions of every classifier, and positives of every property."""
 
     right_CNK: Tensor
     yes_CN: Tensor
@@ -57,18 +46,11 @@ class Counts:
 
     @classmethod
     def of(cls, z_PN: Tensor, true_PK: Tensor, cuts_CN: Tensor) -> Counts:
-        """Count.
-
-        Args:
-            z_PN: activations.
-            true_PK: bool, the properties.
-            cuts_CN: from `cuts`.
-
-        Raises:
-            IntaglioError: activations and properties are not of the same positions.
-        """
+        """Count on some positions."""
         if len(z_PN) != len(true_PK):
-            raise IntaglioError(f"{len(z_PN)} positions have activations and {len(true_PK)} properties; as many must")
+            raise IntaglioError(
+                f"{len(z_PN)} positions have activations and {len(true_PK)} have properties; the numbers must agree"
+            )
         true_PK = true_PK.float()
         right, yes = [], []
         for cut_N in cuts_CN:
@@ -84,43 +66,30 @@ class Counts:
 
     @property
     def precision_CNK(self) -> Tensor:
-        """Right / yes of every classifier; 0 where it never says yes."""
+        """Right / yes of every classifier; 0 without positive predictions."""
         return self.right_CNK / self.yes_CN[:, :, None].clamp_min(1)
 
 
 def coverage(chosen: Counts, judged: Counts, neurons: Tensor | None = None) -> Tensor:
-    """The F1 of the best neuron and cut of each property [K]; their mean is the coverage.
+    """Return the F1 of the best neuron and threshold of each property [K]; their mean is the coverage.
 
-    Properties that hold nowhere where they are judged are NaN.
-
-    Args:
-        chosen: on what neuron and cut are chosen.
-        judged: on what they are judged.
-        neurons: those that may be chosen, int64. Default: all.
+    Properties without a positive in the evaluation set are NaN.
     """
-    seen_CNK, judged_CNK = chosen.f1_CNK, judged.f1_CNK
+    chosen_CNK, judged_CNK = chosen.f1_CNK, judged.f1_CNK
     if neurons is not None:
-        seen_CNK, judged_CNK = seen_CNK[:, neurons], judged_CNK[:, neurons]
-    best_K = seen_CNK.flatten(0, 1).argmax(0)
-    found_K = judged_CNK.flatten(0, 1).gather(0, best_K[None])[0]
-    return torch.where(judged.holds_K > 0, found_K, torch.nan)
+        chosen_CNK, judged_CNK = chosen_CNK[:, neurons], judged_CNK[:, neurons]
+    best_K = chosen_CNK.flatten(0, 1).argmax(0)
+    f1_K = judged_CNK.flatten(0, 1).gather(0, best_K[None])[0]
+    return torch.where(judged.holds_K > 0, f1_K, torch.nan)
 
 
 def random_coverage(chosen: Counts, judged: Counts, count: int, draws: int, generator: torch.Generator) -> float:
-    """The mean coverage of neurons drawn at random, as many as another model has.
-
-    Args:
-        chosen: on what neuron and cut are chosen.
-        judged: on what they are judged.
-        count: neurons of a draw; all of them where there are no more.
-        draws: that are averaged over.
-        generator: of the draws.
-    """
-    have = chosen.yes_CN.shape[1]
-    if count >= have:
+    """Return the mean coverage of random subsets of `count` neurons."""
+    num_neurons = chosen.yes_CN.shape[1]
+    if count >= num_neurons:
         return float(coverage(chosen, judged).nanmean())
-    drawn = [torch.randperm(have, generator=generator)[:count] for _ in range(draws)]
-    return sum(float(coverage(chosen, judged, neurons).nanmean()) for neurons in drawn) / draws
+    subsets = [torch.randperm(num_neurons, generator=generator)[:count] for _ in range(draws)]
+    return sum(float(coverage(chosen, judged, neurons).nanmean()) for neurons in subsets) / draws
 
 
 def reconstruction(
@@ -133,35 +102,24 @@ def reconstruction(
     least: int = LEAST,
     count: int = CUTS,
 ) -> float:
-    """The mean over positions of the F1 of the state that precise classifiers tell.
+    """Return the mean over positions of the F1 of the state that precise classifiers predict.
 
-    A property is said to hold where any classifier whose precision for it is high says yes. One cut, the same share of
-    the largest activation for all neurons, is used: the best where it is chosen.
-
-    Args:
-        read_PN: activations on which classifiers and cut are chosen.
-        read_true_PK: bool, the state there.
-        z_PN: activations on which they are judged.
-        true_PK: bool, the state there.
-        precision: that is high. Default 0.95.
-        least: positions that a classifier must say yes at. Default 10.
-        count: cuts to choose from. Default 10.
+    A property is predicted where any of its classifiers of high precision is positive. All neurons share the threshold
+    (as a share of the largest activation) that is best where it is chosen.
     """
     cuts_CN = cuts(read_PN, count)
     counts = Counts.of(read_PN, read_true_PK, cuts_CN)
     precise_CNK = (counts.precision_CNK >= precision) & (counts.yes_CN[:, :, None] >= least)
-    told = [
-        _told_f1(read_PN, read_true_PK, cut_N, hear_NK) for cut_N, hear_NK in zip(cuts_CN, precise_CNK, strict=True)
+    scores = [
+        _prediction_f1(read_PN, read_true_PK, cut_N, selected_NK)
+        for cut_N, selected_NK in zip(cuts_CN, precise_CNK, strict=True)
     ]
-    best = max(range(count), key=lambda place: told[place])
-    return _told_f1(z_PN, true_PK, cuts_CN[best], precise_CNK[best])
+    best = max(range(count), key=lambda index: scores[index])
+    return _prediction_f1(z_PN, true_PK, cuts_CN[best], precise_CNK[best])
 
 
-def _told_f1(z_PN: Tensor, true_PK: Tensor, cut_N: Tensor, hear_NK: Tensor) -> float:
-    """The mean F1 of positions, a property holding where some neuron that is heard of it says yes."""
-    said_PK = (z_PN > cut_N).float() @ hear_NK.float() > 0
-    right_P = (said_PK & true_PK).sum(1)
-    return float((2 * right_P / (said_PK.sum(1) + true_PK.sum(1)).clamp_min(1)).mean())
-
-
-__all__ = ["CUTS", "LEAST", "PRECISION", "Counts", "coverage", "cuts", "random_coverage", "reconstruction"]
+def _prediction_f1(z_PN: Tensor, true_PK: Tensor, cut_N: Tensor, selected_NK: Tensor) -> float:
+    """Return the mean F1 over positions; a property is predicted where any selected neuron fires."""
+    predicted_PK = (z_PN > cut_N).float() @ selected_NK.float() > 0
+    right_P = (predicted_PK & true_PK).sum(1)
+    return float((2 * right_P / (predicted_PK.sum(1) + true_PK.sum(1)).clamp_min(1)).mean())

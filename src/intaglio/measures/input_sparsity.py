@@ -1,4 +1,4 @@
-"""The share of the projections' inputs that a token leaves out, counted while a model runs."""
+"""Input sparsity: the share of the projections' inputs that a token skips, counted while a model runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from intaglio.modeling.replacement import InputCounter
 
 @contextmanager
 def count_inputs(model: nn.Module) -> Iterator[dict[str, InputCounter]]:
-    """Count what the modules that choose their inputs keep, by module name; nothing in a model without such.
-
-    Args:
-        model: runs inside of the context.
-    """
+    """Count the inputs that input-selecting modules keep, by module name."""
     modules = {name: module for name, module in model.named_modules() if hasattr(module, "tally")}
     tallies = {name: InputCounter() for name in modules}
     for name, module in modules.items():
@@ -29,13 +25,6 @@ def count_inputs(model: nn.Module) -> Iterator[dict[str, InputCounter]]:
 
 
 def input_sparsity(tallies: Mapping[str, InputCounter]) -> float | None:
-    """The share of all inputs that were left out; None where nothing was counted.
-
-    Args:
-        tallies: from `counted`.
-    """
-    whole = InputCounter(sum(one.kept for one in tallies.values()), sum(one.seen for one in tallies.values()))
-    return whole.left_out if whole.seen else None
-
-
-__all__ = ["count_inputs", "input_sparsity"]
+    """Return the share of all inputs that were skipped; None where nothing was counted."""
+    total = InputCounter(sum(tally.kept for tally in tallies.values()), sum(tally.seen for tally in tallies.values()))
+    return total.left_out if total.seen else None

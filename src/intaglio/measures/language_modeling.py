@@ -20,19 +20,19 @@ from intaglio.measures.embeddings import embeddings, pool
 from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import HeadOnly, anatomy, final_hidden
 
-# Logits are made for as many positions at a time as keep one float32 table below this many elements.
+# Limit of elements in a float32 table of logits computed at a time.
 ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What is kept of an original to compare a carved model with: not its blocks, only what came out of them.
+    """Outputs of an original model, for measuring agreement after its blocks were edited.
 
     Args:
-        hidden: final hidden states of each batch [B, L, D] (what predicts the next token).
-        head: turns them into logits, as the original did (likewise).
+        hidden: final hidden states of each batch [B, L, D] (models that predict the next token).
+        head: the original's head (likewise).
         embedded_ND: pooled embeddings (encoders, and decoders that see later tokens or have no head).
-        digest: of the data they were made from.
+        digest: of the data.
         tokens: rows of the token embedding.
     """
 
@@ -43,12 +43,7 @@ class Reference:
     tokens: int = 0
 
     def fits(self, checkpoint: Checkpoint, data: Segments) -> bool:
-        """Whether agreement with it has a meaning: the same tokens of one vocabulary, or embeddings of one width.
-
-        Args:
-            checkpoint: what would be measured.
-            data: what it would be measured on.
-        """
+        """Return whether agreement is defined: the same tokens and vocabulary, or embeddings of equal width."""
         parts = anatomy(checkpoint.model)
         if self.digest != data.digest:
             return False
@@ -60,15 +55,15 @@ class Reference:
 
 @dataclass(frozen=True)
 class Quality:
-    """What a model predicts on held-out text; None where it has no meaning for the model.
+    """Predictions on held-out text; None where a metric is undefined for the model.
 
     Args:
         perplexity: exp of the mean negative log-likelihood of a token.
-        bits_per_byte: negative log2-likelihood over the UTF-8 bytes of the scored text; compares tokenizers fairly.
+        bits_per_byte: negative log2-likelihood over the UTF-8 bytes of the scored text; comparable between tokenizers.
         kl_mean: mean over positions of KL(original || model), in nats.
         top1_agreement: share of positions at which both have the same most likely next token.
-        cosine: (what does not predict the next token) mean cosine between the pooled embeddings of both.
-        losses: mean negative log-likelihood of each segment, in nats a token: the unit of paired comparisons.
+        cosine: (models that do not predict the next token) mean cosine between the pooled embeddings of both.
+        losses: mean negative log-likelihood of each segment, nats per token: the unit of paired comparisons.
     """
 
     perplexity: float | None = None
@@ -85,14 +80,9 @@ def _finite(value: float) -> float | None:
 
 @torch.no_grad()
 def reference(checkpoint: Checkpoint, data: Segments, batch_size: int = 4) -> Reference:
-    """Keep what agreement with this checkpoint will be measured by.
+    """Store a checkpoint's outputs, against which agreement is measured.
 
-    Costs tokens * width elements and one copy of the head; the model may be carved afterwards.
-
-    Args:
-        checkpoint: the original.
-        data: held-out segments.
-        batch_size: segments that pass at a time; the same as in `quality`.
+    Takes tokens * width elements and a copy of the head; the model may be edited afterwards.
     """
     parts = anatomy(checkpoint.model)
     if not predicts_next(parts):
@@ -111,31 +101,21 @@ def quality(
 ) -> Quality:
     """Measure a checkpoint on held-out segments.
 
-    Every token of a segment but its first is predicted from those before it in the same segment.
-
-    Args:
-        checkpoint: what is measured.
-        data: held-out segments, without padding (decoders).
-        original: from `reference` on the same data and batch size; None leaves agreement out.
-        batch_size: segments that pass at a time.
-        progress: called after each batch.
-
-    Raises:
-        IntaglioError: the reference is of other data or another vocabulary, or ids are outside the vocabulary.
+    Every token of a segment but the first is predicted from the earlier ones in the segment.
     """
     checkpoint.check_ids(data.ids_NT)
     if original is not None and original.digest != data.digest:
         raise IntaglioError("agreement needs both models on the same tokens: the reference was made from other data")
     parts = anatomy(checkpoint.model)
-    if not predicts_next(parts):  # an encoder, a decoder without its head, or one that sees what it would predict
-        now_ND = embeddings(checkpoint, data, batch_size=batch_size)
-        then_ND = None if original is None else original.embedded_ND
+    if not predicts_next(parts):  # an encoder, or a decoder without its head or with later tokens in sight
+        model_ND = embeddings(checkpoint, data, batch_size=batch_size)
+        original_ND = None if original is None else original.embedded_ND
         if original is not None and original.hidden:
-            then_ND = torch.cat([pool(hidden_BLD, None).cpu() for hidden_BLD in original.hidden])
-        cosine = None if then_ND is None else float(F.cosine_similarity(now_ND, then_ND, dim=1).mean())
+            original_ND = torch.cat([pool(hidden_BLD, None).cpu() for hidden_BLD in original.hidden])
+        cosine = None if original_ND is None else float(F.cosine_similarity(model_ND, original_ND, dim=1).mean())
         return Quality(cosine=None if cosine is None else _finite(cosine))
     if original is not None and original.head is None:
-        original = None  # it predicted no next token, so there is nothing to agree with
+        original = None  # it does not predict the next token
     head = HeadOnly(parts, frozen=False)
     total, count, divergence, agree = 0.0, 0, 0.0, 0
     losses: list[float] = []
@@ -144,8 +124,8 @@ def quality(
         hidden_BLD = final_hidden(parts, batch)
         ids_BL = batch["input_ids"].to(hidden_BLD.device)
         for row in range(len(ids_BL)):
-            then = None if original is None else original.hidden[index][row]
-            nll, kl, same = _row(head, hidden_BLD[row], ids_BL[row], original, then)
+            original_hidden = None if original is None else original.hidden[index][row]
+            nll, kl, same = _row(head, hidden_BLD[row], ids_BL[row], original, original_hidden)
             losses.append(nll / (ids_BL.shape[1] - 1))
             total, count = total + nll, count + ids_BL.shape[1] - 1
             divergence, agree = divergence + kl, agree + same
@@ -162,29 +142,29 @@ def quality(
 
 
 def _row(
-    head: HeadOnly, hidden_LD: Tensor, ids_L: Tensor, original: Reference | None, then_LD: Tensor | None
+    head: HeadOnly, hidden_LD: Tensor, ids_L: Tensor, original: Reference | None, original_LD: Tensor | None
 ) -> tuple[float, float, int]:
-    """Summed negative log-likelihood, summed KL and the count of equal choices of one segment."""
+    """Return a segment's summed negative log-likelihood, summed KL and count of equal choices."""
     nll, kl, same = 0.0, 0.0, 0
     low, last = 0, ids_L.shape[0] - 1
     step = last
     while low < last:
         logits_TV = head.logits(hidden_LD[None, low : min(low + step, last)])[0].float()
         if step * logits_TV.shape[1] > ELEMENTS and step > 1:
-            # Now that the vocabulary is known, go on in pieces that fit.
+            # The vocabulary size is known now: continue in chunks that fit.
             step = max(1, ELEMENTS // logits_TV.shape[1])
             logits_TV = logits_TV[:step]
         high = low + len(logits_TV)
         log_p_TV = F.log_softmax(logits_TV, dim=-1)
         nll += float(F.nll_loss(log_p_TV, ids_L[low + 1 : high + 1], reduction="sum"))
-        if original is not None and original.head is not None and then_LD is not None:
-            then_TV = original.head.logits(then_LD[None, low:high])[0].float()
-            if then_TV.shape != log_p_TV.shape:
+        if original is not None and original.head is not None and original_LD is not None:
+            original_TV = original.head.logits(original_LD[None, low:high])[0].float()
+            if original_TV.shape != log_p_TV.shape:
                 raise IntaglioError(
-                    f"agreement needs one vocabulary: the original has {then_TV.shape[1]} tokens, the model "
+                    f"agreement needs one vocabulary: the original has {original_TV.shape[1]} tokens, the model "
                     f"{log_p_TV.shape[1]}"
                 )
-            kl += float(F.kl_div(log_p_TV, F.log_softmax(then_TV, dim=-1), log_target=True, reduction="sum"))
-            same += int((then_TV.argmax(-1) == log_p_TV.argmax(-1)).sum())
+            kl += float(F.kl_div(log_p_TV, F.log_softmax(original_TV, dim=-1), log_target=True, reduction="sum"))
+            same += int((original_TV.argmax(-1) == log_p_TV.argmax(-1)).sum())
         low = high
     return nll, kl, same

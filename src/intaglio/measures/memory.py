@@ -15,17 +15,13 @@ import torch
 
 @dataclass
 class Peak:
-    """Filled in when the block ends.
-
-    Args:
-        bytes: the most that was held at once: device memory on a GPU, resident memory of the process on a CPU.
-    """
+    """Peak memory in bytes, set when the block ends: of the device on a GPU, of the process on a CPU."""
 
     bytes: int = 0
 
 
 def _reset_peak() -> bool:
-    """Start the kernel's high-water mark anew; False where that cannot be had (then the process's own peak counts)."""
+    """Reset the kernel's high-water mark; return False where that is impossible (the process's own peak counts)."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
         return True
@@ -43,19 +39,16 @@ def _high_water() -> int:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure the most memory held at once while the block runs.
+    """Measure the peak memory of a block.
 
     On a CPU this is the resident memory of the whole process, libraries and mapped weights included.
-
-    Args:
-        device: where the work is done.
     """
-    found = Peak()
+    peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        yield found
-        found.bytes = torch.cuda.max_memory_allocated(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device)
         return
     _reset_peak()
-    yield found
-    found.bytes = max(_high_water(), psutil.Process().memory_info().rss)
+    yield peak
+    peak.bytes = max(_high_water(), psutil.Process().memory_info().rss)

@@ -15,18 +15,13 @@ from intaglio.modeling.anatomy import CACHE, anatomy
 PREFILL = 256
 DECODE = 24
 WARM = 2
-"""Steps of the run that is not counted: enough to have touched every weight in both shapes."""
+"""Steps of the warm-up: enough to use every weight in both shapes."""
 REPEATS = 3
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second.
-
-    Args:
-        prefill: of a pass over `PREFILL` tokens (or the context, if that is shorter).
-        decode: of greedy steps of one token behind that prefill; None for what does not predict the next token.
-    """
+    """Tokens per second of a prefill of `PREFILL` tokens (at most the context) and of greedy decoding after it."""
 
     prefill: float
     decode: float | None
@@ -40,12 +35,7 @@ def _now(device: torch.device) -> float:
 
 @torch.no_grad()
 def speed(checkpoint: Checkpoint, repeats: int = REPEATS) -> Speed:
-    """Time the model: a short run that is not counted, then the median of `repeats`.
-
-    Args:
-        checkpoint: what is timed.
-        repeats: counted runs. Default 3.
-    """
+    """Time the model: a short warm-up, then the median of `repeats`."""
     model, device = checkpoint.model, checkpoint.device
     causal = predicts_next(anatomy(model))
     length = max(2, min(PREFILL, checkpoint.context - DECODE - 1))

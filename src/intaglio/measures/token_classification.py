@@ -1,4 +1,4 @@
-"""How well words are labelled: macro-F1 over labels, accuracy, and strict F1 of whole entities in IOB2 tags."""
+"""Token-classification metrics: macro-F1 over labels, accuracy, strict entity F1 for IOB2 tags."""
 
 from __future__ import annotations
 
@@ -10,26 +10,16 @@ Labels = Sequence[Sequence[str | None]]
 
 
 def macro_f1(gold: Labels, predicted: Labels) -> float:
-    """Return the mean over labels of F1 = 2 TP / (2 TP + FP + FN), over the labels that occur in `gold`.
-
-    Args:
-        gold: the labels; words with None are left out.
-        predicted: as many; None counts as wrong.
-    """
+    """Return the mean over labels of F1 = 2 TP / (2 TP + FP + FN), over the labels that occur in `gold`."""
     pairs = _pairs(gold, predicted)
     right = Counter(a for a, b in pairs if a == b)
-    wanted, said = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
-    scores = [2 * right[label] / (count + said[label]) for label, count in sorted(wanted.items())]
+    gold_counts, predicted_count = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    scores = [2 * right[label] / (count + predicted_count[label]) for label, count in sorted(gold_counts.items())]
     return sum(scores) / len(scores) if scores else 0.0
 
 
 def accuracy(gold: Labels, predicted: Labels) -> float:
-    """Return the share of words whose label is right.
-
-    Args:
-        gold: the labels; words with None are left out.
-        predicted: as many.
-    """
+    """Return the share of correctly labelled words."""
     pairs = _pairs(gold, predicted)
     return sum(a == b for a, b in pairs) / len(pairs) if pairs else 0.0
 
@@ -39,58 +29,41 @@ def _pairs(gold: Labels, predicted: Labels) -> list[tuple[str, str | None]]:
 
 
 def is_iob2(labels: Sequence[str]) -> bool:
-    """Return whether labels are IOB2 tags: `O`, `B-X`, `I-X`.
-
-    Args:
-        labels: all that there are.
-    """
+    """Return whether labels are IOB2 tags: `O`, `B-X`, `I-X`."""
     return any(label.startswith("B-") for label in labels) and all(
         label == "O" or label[:2] in ("B-", "I-") for label in labels
     )
 
 
 def entities(tags: Sequence[str | None]) -> set[tuple[str, int, int]]:
-    """Return `(type, first word, one past the last)` of the entities of a text, strictly read.
+    """Return `(type, first word, one past the last)` of the entities of a text.
 
-    An entity begins with B-X and goes on with I-X of the same type; an I-X that continues none begins none.
-
-    Args:
-        tags: IOB2 tags.
+    An entity begins with B-X and continues with I-X of the same type; other I-X begin none.
     """
-    found, kind, begin = set(), "", 0
-    for place, tag in enumerate([*tags, "O"]):
+    result, kind, begin = set(), "", 0
+    for position, tag in enumerate([*tags, "O"]):
         tag = tag or "O"
         if kind and tag != f"I-{kind}":
-            found.add((kind, begin, place))
+            result.add((kind, begin, position))
             kind = ""
         if tag.startswith("B-"):
-            kind, begin = tag[2:], place
-    return found
+            kind, begin = tag[2:], position
+    return result
 
 
 def strict_f1(gold: Labels, predicted: Labels) -> float:
-    """Return micro-averaged F1 of entities; right are those with the same type, beginning and end.
-
-    Args:
-        gold: IOB2 tags.
-        predicted: as many; None is read as O.
-    """
-    right = wanted = said = 0
+    """Return micro-averaged F1 of entities; type, beginning and end must match."""
+    right = gold_count = predicted_count = 0
     for x, y in zip(gold, predicted, strict=True):
         a, b = entities(x), entities(y)
-        right, wanted, said = right + len(a & b), wanted + len(a), said + len(b)
-    return 2 * right / (wanted + said) if wanted + said else 0.0
+        right, gold_count, predicted_count = right + len(a & b), gold_count + len(a), predicted_count + len(b)
+    return 2 * right / (gold_count + predicted_count) if gold_count + predicted_count else 0.0
 
 
 def scores(gold: Labels, predicted: Labels) -> dict[str, float]:
-    """Return `macro_f1`, `accuracy`, `error` (1 - the F1 that counts: less is better), for IOB2 `strict_f1` too.
-
-    Args:
-        gold: the labels.
-        predicted: as many.
-    """
-    found = {"macro_f1": macro_f1(gold, predicted), "accuracy": accuracy(gold, predicted)}
+    """Return `macro_f1`, `accuracy`, for IOB2 `strict_f1`, and `error` (1 - strict F1, or macro-F1)."""
+    result = {"macro_f1": macro_f1(gold, predicted), "accuracy": accuracy(gold, predicted)}
     known = sorted({label for row in gold for label in row if label is not None})
     if is_iob2(known):
-        found["strict_f1"] = strict_f1(gold, predicted)
-    return {**found, "error": 1.0 - found.get("strict_f1", found["macro_f1"])}
+        result["strict_f1"] = strict_f1(gold, predicted)
+    return {**result, "error": 1.0 - result.get("strict_f1", result["macro_f1"])}

@@ -55,6 +55,8 @@ class Method(BaseModel):
     changes: ClassVar[frozenset[ModelAspect]] = frozenset()
     requires: ClassVar[frozenset[Capability]] = frozenset()
     invalidates: ClassVar[frozenset[Capability]] = frozenset()
+    vocabulary_config_keys: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the model's config in which it keeps token ids; a step that replaces the vocabulary removes them."""
     restores: ClassVar[frozenset[Capability]] = frozenset()
     """What it gives back, where steps that changed nothing but what it changes itself had done away with it."""
 
@@ -267,6 +269,11 @@ def get(slug: str) -> type[Method]:
         raise IntaglioError(f"there is no method named {slug!r}; {did_you_mean(slug, PUBLISHED)}")
     found: type[Method] = getattr(import_module(entry.module), entry.name)
     return found
+
+
+def vocabulary_config_keys() -> frozenset[str]:
+    """Return the config keys in which any method keeps token ids."""
+    return frozenset().union(*(get(slug).vocabulary_config_keys for slug in (*PUBLISHED, *SHARED)))
 
 
 class StepContract(Protocol):

@@ -1,9 +1,9 @@
-"""The one file that knows model families: blocks, linears (fused ones as views), norms, embedding, head, ties, windows.
+"""The only module that knows model families: blocks, linears (fused ones as views), norms, embedding, head, windows.
 
-Nothing here names a model class. Blocks are the one `ModuleList` whose items are all `GradientCheckpointingLayer`,
-which every family of transformers 5 has; a model is refused in one sentence when that does not single them out.
+Nothing here names a model class. Blocks are the only `ModuleList` whose items are all `GradientCheckpointingLayer`,
+which every family of transformers 5 has; a model where that is not unique is refused.
 
-Dimension letters: B batch, L sequence, D width, O output features, I input features.
+Dimension letters: B batch, L sequence, D width, O output features, I input features, F hidden features of an MLP.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CACHE = CACHES[0 if "cache" in {f.name for f in fields(BaseModelOutputWithPastAn
 """What the installed version calls it."""
 
 _ATTENTION_WORDS = ("attn", "attention")
-# Last name of a projection -> the roles of the equal or grouped parts that are fused in it, in the order of its rows.
+# Last name of a projection -> the roles of the parts fused in it, in the order of its rows.
 _FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q", "k", "v"),
     "Wqkv": ("q", "k", "v"),
@@ -53,13 +53,13 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 
 @dataclass(frozen=True, eq=False)
 class Linear:
-    """One projection of a block as a matrix [O, I], whatever the module stores: a plain, transposed or fused weight.
+    """A projection of a block as a matrix [O, I], whether the stored weight is plain, transposed or fused.
 
     Args:
-        name: where it stands in its block, such as `self_attn.q_proj`; a part of a fused weight has its role behind it,
-            as in `self_attn.qkv_proj[k]`.
+        name: name in the block, such as `self_attn.q_proj`; a part of a fused weight has its role appended, as in
+            `self_attn.qkv_proj[k]`.
         part: `attention` or `mlp`.
-        role: `q`, `k`, `v`, `o`, `gate`, `up`, `down`, or the module's own name where the family has another.
+        role: `q`, `k`, `v`, `o`, `gate`, `up`, `down`, or the module's own name for other projections.
         module: the `nn.Linear` or `Conv1D` that holds the weight.
         rows: the module's output rows that belong to this projection, int64 [O]; None for all of them.
     """
@@ -83,12 +83,12 @@ class Linear:
 
     @torch.no_grad()
     def read(self) -> Tensor:
-        """The matrix [O, I] in the module's dtype: the weight itself where possible, else a copy. Do not edit it."""
+        """Return the matrix [O, I] in the module's dtype, as a view where possible; do not edit it."""
         return self._stored.detach() if self.rows is None else self._stored.detach()[self.rows.to(self._stored.device)]
 
     @torch.no_grad()
     def read_bias(self) -> Tensor | None:
-        """The bias [O] in the module's dtype, or None. Do not edit it."""
+        """Return the bias [O] in the module's dtype, or None; do not edit it."""
         bias: Tensor | None = self.module.bias  # type: ignore[assignment]
         if bias is None or self.rows is None:
             return bias if bias is None else bias.detach()
@@ -96,11 +96,7 @@ class Linear:
 
     @torch.no_grad()
     def write(self, weight_OI: Tensor) -> None:
-        """Replace the matrix.
-
-        Args:
-            weight_OI: the new values [O, I], cast to the module's dtype.
-        """
+        """Replace the matrix."""
         if self.rows is None:
             self._stored.copy_(weight_OI)
         else:
@@ -109,49 +105,28 @@ class Linear:
 
 
 def block_list(model: nn.Module) -> nn.ModuleList:
-    """The list that holds the transformer blocks, the model's own object.
-
-    Args:
-        model: a Hugging Face model, with or without a head.
-
-    Raises:
-        IntaglioError: the blocks cannot be told: no such list, or several.
-    """
-    found = [
+    """Return the model's own list of transformer blocks."""
+    lists = [
         module
         for module in model.modules()
         if isinstance(module, nn.ModuleList)
         and len(module)
         and all(isinstance(item, GradientCheckpointingLayer) for item in module)
     ]
-    if len(found) != 1:
+    if len(lists) != 1:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        what = "no list of transformer blocks" if not found else f"{len(found)} lists of transformer blocks"
+        what = "no list of transformer blocks" if not lists else f"{len(lists)} lists of transformer blocks"
         raise IntaglioError(f"the model family {kind!r} is not supported: {what} could be identified in it")
-    return found[0]
+    return lists[0]
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, in order.
-
-    Args:
-        model: a Hugging Face model, with or without a head.
-
-    Raises:
-        IntaglioError: the blocks cannot be told: no such list, or several.
-    """
+    """Return the transformer blocks, in order."""
     return list(block_list(model))
 
 
 def attention(block: nn.Module) -> nn.Module:
-    """The self-attention module of a block: the one that calls the attention interface.
-
-    Args:
-        block: one of `blocks(model)`.
-
-    Raises:
-        IntaglioError: the block has none.
-    """
+    """Return the self-attention module of a block: the module that calls the attention interface."""
     candidates = [
         module
         for name, module in block.named_modules()
@@ -170,7 +145,7 @@ def _part(name: str) -> Part:
 
 
 def _fused_rows(name: str, module: nn.Module, config: Any) -> list[tuple[str, Tensor]]:
-    """The `(role, rows)` parts of a fused projection, or an empty list if it is not one."""
+    """Return the `(role, rows)` parts of a fused projection; empty for any other."""
     roles = _FUSED.get(name.rpartition(".")[2])
     if roles is None:
         return []
@@ -191,18 +166,11 @@ def _fused_rows(name: str, module: nn.Module, config: Any) -> list[tuple[str, Te
 
 
 def linears(block: nn.Module, config: Any) -> list[Linear]:
-    """The projections of one block, in the order of its modules, fused ones taken apart.
+    """Return the projections of a block in module order, fused projections split.
 
-    Those that a method has replaced (`intaglio.modeling.replacement`) are not among them: they have no plain weight.
-
-    Args:
-        block: one of `blocks(model)`.
-        config: the model's (text) configuration.
-
-    Raises:
-        IntaglioError: the block has none, or holds weights that are no linear (such as stacked experts).
+    Replaced projections (`intaglio.modeling.replacement`) are excluded: they have no plain weight.
     """
-    found: list[Linear] = []
+    result: list[Linear] = []
     covered: set[int] = set()
     inside: set[int] = set()
     for name, module in block.named_modules():
@@ -215,66 +183,52 @@ def linears(block: nn.Module, config: Any) -> list[Linear]:
         part = _part(name)
         fused = _fused_rows(name, module, config)
         for role, rows in fused:
-            found.append(Linear(f"{name}[{role}]", part, role, module, rows))
+            result.append(Linear(f"{name}[{role}]", part, role, module, rows))
         if not fused:
             last = name.rpartition(".")[2]
-            found.append(Linear(name, part, _ROLES.get(last, last), module))
+            result.append(Linear(name, part, _ROLES.get(last, last), module))
     for name, parameter in block.named_parameters():
         if parameter.dim() > 1 and id(parameter) not in covered:
             raise IntaglioError(
                 f"the model family {config.model_type!r} is not supported: its blocks hold {name} "
                 f"{tuple(parameter.shape)}, which is not a linear layer"
             )
-    if not found and not inside:
+    if not result and not inside:
         raise IntaglioError(
             f"the model family {config.model_type!r} is not supported: its blocks have no linear layers"
         )
-    return found
+    return result
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Where the feed-forward part of a block stands, as names in the block: what a whole MLP can take the place of.
+    """Location of a block's feed-forward part, which a whole MLP can replace.
 
-    Args:
-        place: of the module from D to D features that is replaced.
-        passed: of a module before it that would do half of the work, and is to pass on what it gets; None: there is
-            none. BERT has one: its two projections lie in two modules, the second of which adds and normalises too.
+    `place` is the name in the block of a module from D to D. `passed` is an earlier module that would do part of the
+    work and becomes the identity. BERT has one: its two projections are in two modules, the second of which also adds
+    and normalises.
     """
 
     place: str
     passed: str | None = None
 
     def puts(self, prefix: str, module: nn.Module) -> dict[str, nn.Module]:
-        """What `intaglio.modeling.replacement.replace_modules` takes to put a module there.
-
-        Args:
-            prefix: the block's name in the model.
-            module: from D to D features.
-        """
+        """Return the argument of `intaglio.modeling.replacement.replace_modules` that inserts a module."""
         other = {} if self.passed is None else {f"{prefix}.{self.passed}": nn.Identity()}
         return {**other, f"{prefix}.{self.place}": module}
 
 
 def feed_forward(block: nn.Module, config: Any) -> FeedForward:
-    """Find the feed-forward part of a block.
-
-    Args:
-        block: one of `blocks(model)`, with its own projections.
-        config: the model's (text) configuration.
-
-    Raises:
-        IntaglioError: a method has replaced something in it, or it cannot be told.
-    """
+    """Locate the feed-forward part of a block."""
     for name, module in block.named_modules():
         if isinstance(module, REPLACED) and _part(name) == "mlp":
             raise IntaglioError(
                 f"the feed-forward part of a block is not the model's own: {module.slug} replaced {name}"
             )
-    found = [linear for linear in linears(block, config) if linear.part == "mlp"]
-    names = list(dict.fromkeys(linear.name.partition("[")[0] for linear in found))
+    mlp_linears = [linear for linear in linears(block, config) if linear.part == "mlp"]
+    names = list(dict.fromkeys(linear.name.partition("[")[0] for linear in mlp_linears))
     width = int(config.hidden_size)
-    fits = bool(found) and found[0].shape[1] == width == found[-1].shape[0]
+    fits = bool(mlp_linears) and mlp_linears[0].shape[1] == width == mlp_linears[-1].shape[0]
     levels = zip(*(name.split(".")[:-1] for name in names), strict=False)
     common = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels)]
     if fits and common:
@@ -282,22 +236,17 @@ def feed_forward(block: nn.Module, config: Any) -> FeedForward:
     if fits and len(names) == 2 and names[0].partition(".")[0] != names[1].partition(".")[0]:
         return FeedForward(names[1], names[0].partition(".")[0])
     raise IntaglioError(
-        f"the model family {config.model_type!r} is not supported: the feed-forward part of its blocks is no module "
-        "that another could take the place of"
+        f"the model family {config.model_type!r} is not supported: the feed-forward part of its blocks is not a "
+        "replaceable module"
     )
 
 
 @dataclass(frozen=True, eq=False)
 class MLP:
-    """The MLP of one block: out(act(into x)), or out(act(into x) * factor x) where it is gated.
+    """The MLP of a block: out(act(into x)), or out(act(into x) * factor x) where it is gated.
 
-    Args:
-        where: where it stands, as names in the block.
-        into: the projection whose outputs the activation is of [F, D].
-        factor: the one whose outputs those are multiplied with [F, D]; None: it is not gated.
-        out: the projection back [D, F].
-        activation: its name, as transformers spells it.
-        dropout: of its output, in training.
+    `into` and `factor` are [F, D], `out` is [D, F]; `activation` is named as in transformers, `dropout` is that of the
+    output.
     """
 
     where: FeedForward
@@ -309,27 +258,18 @@ class MLP:
 
 
 def mlp(block: nn.Module, config: Any) -> MLP:
-    """The MLP of one block.
-
-    Args:
-        block: one of `blocks(model)`.
-        config: the model's (text) configuration.
-
-    Raises:
-        IntaglioError: a method has replaced it or part of it, or it is none that is known: a plain one of two
-            projections or a gated one of three, with nothing else that has weights.
-    """
+    """Return the MLP of a block."""
     where = feed_forward(block, config)
-    found = [linear for linear in linears(block, config) if linear.part == "mlp"]
-    parts = _mlp_parts(found)
+    mlp_linears = [linear for linear in linears(block, config) if linear.part == "mlp"]
+    parts = _mlp_parts(mlp_linears)
     activations = [getattr(config, name, None) for name in _ACTIVATIONS]
-    activation = next((one for one in activations if isinstance(one, str)), None)
+    activation = next((value for value in activations if isinstance(value, str)), None)
     if parts is not None and activation is not None:
         home = parts[0].name.partition("[")[0].rpartition(".")[0]
         module = block.get_submodule(home)
-        known = {id(parameter) for linear in found for parameter in linear.module.parameters()}
+        known = {id(parameter) for linear in mlp_linears for parameter in linear.module.parameters()}
         if home and all(id(parameter) in known for parameter in module.parameters()):
-            dropout = max((float(one.p) for one in module.modules() if isinstance(one, nn.Dropout)), default=0.0)
+            dropout = max((float(value.p) for value in module.modules() if isinstance(value, nn.Dropout)), default=0.0)
             return MLP(where, *parts, activation, dropout)
     raise IntaglioError(
         f"the MLP of the model family {config.model_type!r} is not understood: it must be two projections, or three of"
@@ -337,47 +277,40 @@ def mlp(block: nn.Module, config: Any) -> MLP:
     )
 
 
-def _mlp_parts(found: Sequence[Linear]) -> tuple[Linear, Linear | None, Linear] | None:
-    """The projection that is activated, the one it is multiplied with, and the one back; None if they are not those."""
-    roles = {linear.role: linear for linear in found}
-    into, factor = (found[0], None) if len(found) == 2 else (roles.get("gate"), roles.get("up"))
-    if found and found[0].name.endswith("Wi[up]"):  # of its halves the first is activated
+def _mlp_parts(mlp_linears: Sequence[Linear]) -> tuple[Linear, Linear | None, Linear] | None:
+    """Return the activated projection, its factor and the down projection, or None for any other structure."""
+    roles = {linear.role: linear for linear in mlp_linears}
+    into, factor = (mlp_linears[0], None) if len(mlp_linears) == 2 else (roles.get("gate"), roles.get("up"))
+    if mlp_linears and mlp_linears[0].name.endswith("Wi[up]"):  # its first half is activated
         into, factor = factor, into
-    if into is None or len(found) != (2 if factor is None else 3):
+    if into is None or len(mlp_linears) != (2 if factor is None else 3):
         return None
-    shapes = {into.shape, (factor or into).shape, found[-1].shape[::-1]}
-    return (into, factor, found[-1]) if len(shapes) == 1 else None
+    shapes = {into.shape, (factor or into).shape, mlp_linears[-1].shape[::-1]}
+    return (into, factor, mlp_linears[-1]) if len(shapes) == 1 else None
 
 
 def norms(block: nn.Module) -> dict[str, nn.Module]:
-    """The normalisations of one block by name.
-
-    Args:
-        block: one of `blocks(model)`.
-
-    Raises:
-        IntaglioError: the block has none.
-    """
-    found = {name: m for name, m in block.named_modules() if "norm" in type(m).__name__.lower()}
-    if not found:
+    """Return the normalisations of a block by name."""
+    result = {name: m for name, m in block.named_modules() if "norm" in type(m).__name__.lower()}
+    if not result:
         raise IntaglioError(f"no normalisation could be identified in a {type(block).__name__}")
-    return found
+    return result
 
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """The parts of one model; made by `anatomy(model)`.
+    """The parts of a model, from `anatomy(model)`.
 
     Args:
         model: the whole model.
         base: the model without its head.
-        config: the configuration of the text part.
+        config: the text config.
         blocks: the transformer blocks.
         embedding: the token embedding.
         head: the output projection onto the vocabulary, or None.
-        tied: whether head and embedding share one tensor.
+        tied: whether head and embedding share a tensor.
         causal: whether it is a decoder.
-        windows: the sliding window of each block in tokens, None where it sees everything.
+        windows: the sliding window of each block in tokens, None for full attention.
     """
 
     model: nn.Module
@@ -391,23 +324,19 @@ class Anatomy:
     windows: tuple[int | None, ...]
 
     def linears(self, index: int) -> list[Linear]:
-        """The projections of block `index`."""
+        """Return the projections of block `index`."""
         return linears(self.blocks[index], self.config)
 
     def mlp(self, index: int) -> MLP:
-        """The MLP of block `index`."""
+        """Return the MLP of block `index`."""
         return mlp(self.blocks[index], self.config)
 
     def all_linears(self) -> list[tuple[str, Linear]]:
-        """Every projection of every block with its full name, such as `layers.3.self_attn.q_proj`."""
+        """Return every projection of every block with its full name, such as `layers.3.self_attn.q_proj`."""
         return [(f"layers.{i}.{linear.name}", linear) for i in range(len(self.blocks)) for linear in self.linears(i)]
 
     def feed_forwards(self) -> list[tuple[str, FeedForward]]:
-        """The feed-forward part of every block, with the block's name in the model.
-
-        Raises:
-            IntaglioError: see `feed_forward`.
-        """
+        """Return the feed-forward location of every block, with the block's name in the model."""
         names = module_names(self.model)
         return [(names[id(block)], feed_forward(block, self.config)) for block in self.blocks]
 
@@ -435,15 +364,15 @@ def _window(block: nn.Module, config: Any, index: int) -> int | None:
     return int(window) if window else None
 
 
-def _refuse_shared(found: Sequence[nn.Module], config: Any) -> None:
-    """Refuse blocks that hold one weight together: carving the one would carve the other, for other inputs."""
+def _refuse_shared(block_modules: Sequence[nn.Module], config: Any) -> None:
+    """Refuse blocks with shared weights: editing a weight would edit it for other inputs."""
     owners: dict[int, nn.Module] = {}
-    for block in found:
+    for block in block_modules:
         norms(block)
         for linear in linears(block, config):
             if (
                 owners.setdefault(id(linear.module.weight), linear.module) is not linear.module
-                or found.count(block) > 1
+                or block_modules.count(block) > 1
             ):
                 raise IntaglioError(
                     f"the model family {config.model_type!r} is not supported: its blocks share weights ({linear.name})"
@@ -451,44 +380,33 @@ def _refuse_shared(found: Sequence[nn.Module], config: Any) -> None:
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """Take a model apart by name.
-
-    Args:
-        model: a Hugging Face text model, with or without a head.
-
-    Raises:
-        IntaglioError: its blocks, linears, norms or embedding cannot be identified.
-    """
-    found = blocks(model)
+    """Identify the parts of a model."""
+    block_modules = blocks(model)
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     base: nn.Module = getattr(model, "base_model", model)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     if embedding is None:
         raise IntaglioError(f"the model family {config.model_type!r} is not supported: it has no token embedding")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    _refuse_shared(found, config)
+    _refuse_shared(block_modules, config)
     return Anatomy(
         model=model,
         base=base,
         config=config,
-        blocks=tuple(found),
+        blocks=tuple(block_modules),
         embedding=embedding,
         head=head,
         tied=head is not None and head.weight is embedding.weight,
-        causal=any(getattr(module, "is_causal", False) for module in found[0].modules()),
-        windows=tuple(_window(block, config, index) for index, block in enumerate(found)),
+        causal=any(getattr(module, "is_causal", False) for module in block_modules[0].modules()),
+        windows=tuple(_window(block, config, index) for index, block in enumerate(block_modules)),
     )
 
 
 @dataclass
 class BlockInputs:
-    """What one batch brings to every block: the hidden state, and the arguments the model passes beside it.
+    """Inputs of the blocks for a batch: the hidden state of the next block to run, and each block's other arguments.
 
-    Args:
-        hidden_BLD: the input of the next block to run.
-        args: positional arguments of each block after the hidden state.
-        kwargs: keyword arguments of each block. Layers share tensors here, so this holds references, not copies.
-        mask_BL: True at real tokens, or None when nothing is padded.
+    Layers share tensors, so `kwargs` holds references. `mask_BL` is True at real tokens, None without padding.
     """
 
     hidden_BLD: Tensor
@@ -499,7 +417,7 @@ class BlockInputs:
 
 @contextmanager
 def _pass_through(parts: Anatomy, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Iterator[None]:
-    """Make every block hand on its input and note what it was called with."""
+    """Make every block return its input and record the arguments of its call."""
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append((args, kwargs))
@@ -518,22 +436,17 @@ def _pass_through(parts: Anatomy, inputs: list[tuple[tuple[Any, ...], dict[str, 
 
 @torch.no_grad()
 def capture(parts: Anatomy, batch: Mapping[str, Any]) -> BlockInputs:
-    """Run the model around its blocks: what enters block 0, and the masks and positions that every block gets.
+    """Run the model around its blocks to record the input of block 0 and every block's masks and positions.
 
-    The arguments are taken for each block apart, since layers may differ (sliding and full attention).
-
-    Args:
-        parts: the model's anatomy.
-        batch: `input_ids` [B, L] and, where there is padding, `attention_mask` [B, L]; anything else that the base
-            takes goes through as it is, so a mask by layer type and a cache, which the blocks will then fill, do too.
+    Arguments are recorded per block, since layers may differ (sliding and full attention).
     """
     device = next(parts.base.parameters()).device
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     extra: dict[str, Any] = {"use_cache": False} if parts.causal else {}
-    given = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     with _pass_through(parts, calls):
-        parts.base(**extra | given)
-    mask = given.get("attention_mask")
+        parts.base(**extra | inputs)
+    mask = inputs.get("attention_mask")
     padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     hidden = calls[0][0][0] if calls[0][0] else calls[0][1]["hidden_states"]
     return BlockInputs(
@@ -546,14 +459,7 @@ def capture(parts: Anatomy, batch: Mapping[str, Any]) -> BlockInputs:
 
 @torch.no_grad()
 def run_blocks(parts: Anatomy, low: int, high: int, inputs: BlockInputs) -> Tensor:
-    """Run blocks `low` to `high - 1` on `inputs.hidden_BLD` and return the hidden state [B, L, D] after them.
-
-    Args:
-        parts: the model's anatomy.
-        low: the first block.
-        high: one past the last.
-        inputs: from `capture`, with the hidden state that enters block `low`.
-    """
+    """Run blocks `low` to `high - 1` on `inputs.hidden_BLD` and return the hidden state [B, L, D]."""
     hidden = inputs.hidden_BLD
     for index in range(low, high):
         hidden = run_block(parts.blocks[index], index, hidden, inputs)
@@ -561,28 +467,16 @@ def run_blocks(parts: Anatomy, low: int, high: int, inputs: BlockInputs) -> Tens
 
 
 def run_block(block: nn.Module, index: int, hidden_BLD: Tensor, inputs: BlockInputs) -> Tensor:
-    """Run one block on a hidden state and return the one after it [B, L, D]; gradients pass.
-
-    Args:
-        block: the block, or another of its architecture.
-        index: whose arguments it gets.
-        hidden_BLD: what enters it.
-        inputs: from `capture`.
-    """
+    """Run a block on a hidden state and return the next [B, L, D]; differentiable."""
     output = block(hidden_BLD, *inputs.args[index], **inputs.kwargs[index])
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 def after_blocks(parts: Anatomy, hidden_RD: Tensor, head: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    """Logits [R, V] of what the last block gave: final norm, head and whatever the model does besides; gradients pass.
+    """Return logits [R, V] from the last block's output, through final norm, head and scalings; differentiable.
 
-    The model's own `forward` runs around blocks that pass on what they get, the last of them `hidden_RD`.
-
-    Args:
-        parts: the model's anatomy.
-        hidden_RD: hidden states after the last block, one a row.
-        head: what is called in the place of the output projection, such as one onto some tokens only. Default: itself.
+    The model's own `forward` runs around blocks that return their inputs, the last of them `hidden_RD`.
     """
     ids = torch.zeros((len(hidden_RD), 1), dtype=torch.long, device=hidden_RD.device)
     with _pass_through(parts, []), _forward(parts.head, head):
@@ -593,7 +487,7 @@ def after_blocks(parts: Anatomy, hidden_RD: Tensor, head: Callable[[Tensor], Ten
 
 @contextmanager
 def _forward(module: nn.Module | None, call: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
-    """Call something else in the place of a module inside; nothing where either is None."""
+    """Replace a module's `forward` inside the context; do nothing where either is None."""
     if module is None or call is None:
         yield
         return
@@ -608,15 +502,15 @@ def _forward(module: nn.Module | None, call: Callable[[Tensor], Tensor] | None) 
 
 
 class HeadOnly:
-    """The part of a model after its last hidden state: turns hidden states into logits.
+    """The part of a model after its last hidden state, from hidden states to logits.
 
-    Frozen, it keeps a copy of the head's parameters (not of the blocks), so the original's predictions can be had again
-    after the blocks were carved, for the price of its final hidden states. Scalings and soft caps after the head are
-    the model's own, since the model's own `forward` runs around a stand-in for its base.
+    Frozen, it keeps a copy of the head's parameters (not of the blocks), so the original's predictions can be
+    recomputed from its final hidden states after the blocks were edited. Scalings and soft caps after the head are the
+    model's own, since the model's own `forward` runs around a stand-in for its base.
 
     Args:
         parts: the model's anatomy; it must have a head.
-        frozen: keep the head as it is now (default); False follows the model.
+        frozen: copy the head (default); False follows the model.
 
     Raises:
         IntaglioError: the model has no output head.
@@ -635,11 +529,7 @@ class HeadOnly:
 
     @torch.no_grad()
     def logits(self, hidden_BLD: Tensor) -> Tensor:
-        """Logits [B, L, V] of final hidden states, in the model's dtype.
-
-        Args:
-            hidden_BLD: what the base model returned as `last_hidden_state`.
-        """
+        """Return logits [B, L, V] of final hidden states, in the model's dtype."""
         self._base.hidden = hidden_BLD
         ids = torch.zeros(hidden_BLD.shape[:2], dtype=torch.long, device=hidden_BLD.device)
         logits: Tensor = self._shell(input_ids=ids).logits
@@ -647,7 +537,7 @@ class HeadOnly:
 
 
 class _Given(nn.Module):
-    """Stands where the base model stood and returns the hidden state it was given."""
+    """Stand-in for the base model that returns a given hidden state."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -660,12 +550,7 @@ class _Given(nn.Module):
 
 @torch.no_grad()
 def final_hidden(parts: Anatomy, batch: Mapping[str, Tensor]) -> Tensor:
-    """The base model's `last_hidden_state` [B, L, D] for one batch.
-
-    Args:
-        parts: the model's anatomy.
-        batch: `input_ids` and, where there is padding, `attention_mask`.
-    """
+    """Return the base model's `last_hidden_state` [B, L, D] for a batch."""
     device = next(parts.base.parameters()).device
     extra = {"use_cache": False} if parts.causal else {}
     output = parts.base(**{name: value.to(device) for name, value in batch.items()}, **extra)
@@ -674,16 +559,7 @@ def final_hidden(parts: Anatomy, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def check_widths(named: Sequence[tuple[str, int, int]], group: int, what: str) -> None:
-    """Refuse a group size that does not divide the width of every projection.
-
-    Args:
-        named: `(name, rows, columns)` of the projections.
-        group: how many consecutive inputs belong together.
-        what: the field and value that asked for it, for the sentence.
-
-    Raises:
-        IntaglioError: names the first projection whose width is not a multiple.
-    """
+    """Refuse a group size that does not divide the input width of every projection."""
     for name, _, columns in named:
         if columns % group:
             raise IntaglioError(f"{what} does not fit {name}: its {columns} inputs are not a multiple of {group}")

@@ -7,7 +7,6 @@ are state dicts in memory, `.safetensors` files or checkpoint directories; those
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from intaglio.checkpoint.sharding import INDEX, read_index
 from intaglio.errors import IntaglioError
 
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
@@ -28,7 +28,7 @@ _Storage = tuple[Any, ...]
 
 
 class _InMemory:
-    """A state dict."""
+    """Tensors of a state dict."""
 
     def __init__(self, state: Mapping[str, Tensor], label: str) -> None:
         self.label = label
@@ -39,12 +39,12 @@ class _InMemory:
         return self._state[name].detach()
 
     def storage(self, name: str) -> _Storage:
-        """Equal for names that share one tensor."""
+        """Return a key that is equal for names of the same tensor."""
         return _storage(self._state[name])
 
 
 class _OnDisk:
-    """The tensors of one or several safetensors files, read when asked for."""
+    """Lazily read tensors of one or several safetensors files."""
 
     def __init__(self, files: Iterable[Path], label: str, stack: ExitStack) -> None:
         self.label = label
@@ -55,7 +55,7 @@ class _OnDisk:
                 handle = stack.enter_context(safe_open(file, framework="pt"))
             except (OSError, SafetensorError) as error:
                 raise IntaglioError(f"{file} cannot be read as a safetensors file: {error}") from None
-            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+            for name in handle.keys():  # noqa: SIM118 - the handle is not a mapping
                 if name in self._handles:
                     raise IntaglioError(f"{label} holds the tensor {name} in two files")
                 self._handles[name] = handle
@@ -66,7 +66,7 @@ class _OnDisk:
         return tensor
 
     def storage(self, name: str) -> _Storage:
-        """A file holds every tensor once."""
+        """Return the name: a file holds every tensor once."""
         return (name,)
 
 
@@ -80,20 +80,16 @@ def _storage(tensor: Tensor) -> _Storage:
 
 
 def _files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: the path itself, those of its index, or all in the directory."""
+    """Return the safetensors files of a checkpoint."""
     if path.is_file():
         return [path]
-    index = path / "model.safetensors.index.json"
+    index = path / f"model{INDEX}"
     if index.is_file():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-            raise IntaglioError(f"{index} is no index of safetensors files: {error}") from None
-        return [path / name for name in sorted(names)]
-    found = sorted(path.glob("*.safetensors"))
-    if not found:
-        raise IntaglioError(f"{path} is no safetensors file and no directory that holds one")
-    return found
+        return [path / name for name in sorted(set(read_index(index).values()))]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise IntaglioError(f"{path} is neither a safetensors file nor a directory with one")
+    return files
 
 
 def _open(source: Source, index: int, stack: ExitStack) -> _Reader:
@@ -103,7 +99,7 @@ def _open(source: Source, index: int, stack: ExitStack) -> _Reader:
 
 
 def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """One weight for each source, summing to 1."""
+    """Return a weight for each source, summing to 1."""
     if not count:
         raise IntaglioError("there is nothing to average; one or more checkpoints are accepted")
     if weights is None:
@@ -116,32 +112,32 @@ def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 
 def _aliases(readers: Sequence[_Reader]) -> dict[str, str]:
-    """Names that share their tensor with another name in every source that has them -> that name, which all have."""
+    """Map names that share a tensor with another in every source that has them to that other name."""
     everywhere = [name for name in readers[0].shapes if all(name in reader.shapes for reader in readers)]
-    found: dict[str, str] = {}
+    aliases: dict[str, str] = {}
     kept: dict[tuple[_Storage, ...], str] = {}
     for name in everywhere:
         other = kept.setdefault(tuple(reader.storage(name) for reader in readers), name)
         if other != name:
-            found[name] = other
-    # A tied tensor has one name only in a file: the other names need not be there, but must be tied where they are.
+            aliases[name] = other
+    # A tied tensor has only one name in a file: its other names may be missing, but must be tied where present.
     for name in {name for reader in readers for name in reader.shapes} - set(everywhere):
         holders = [reader for reader in readers if name in reader.shapes]
         same = (other for other in kept.values() if all(r.storage(other) == r.storage(name) for r in holders))
         other = next(same, name)
         if other != name:
-            found[name] = other
-    return found
+            aliases[name] = other
+    return aliases
 
 
 def _check_names(readers: Sequence[_Reader], aliases: Mapping[str, str]) -> list[str]:
-    """The names of all tensors, in the first source's order; refuses what does not match."""
+    """Return the names of all tensors in the first source's order; refuse mismatches."""
     first = readers[0]
     for reader in readers[1:]:
-        for one, other in ((first, reader), (reader, first)):
-            missing = next((name for name in one.shapes if name not in other.shapes and name not in aliases), None)
+        for reader_a, other in ((first, reader), (reader, first)):
+            missing = next((name for name in reader_a.shapes if name not in other.shapes and name not in aliases), None)
             if missing is not None:
-                raise IntaglioError(f"the tensor {missing} of {one.label} is missing in {other.label}")
+                raise IntaglioError(f"the tensor {missing} of {reader_a.label} is missing in {other.label}")
         for name, shape in reader.shapes.items():
             own = first.shapes.get(name, shape)
             if own != shape:
@@ -152,7 +148,7 @@ def _check_names(readers: Sequence[_Reader], aliases: Mapping[str, str]) -> list
 
 
 def _mean(name: str, readers: Sequence[_Reader], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """The weighted mean of one tensor, as a running mean: equal inputs give their own bits back."""
+    """Return the weighted mean of a tensor as a running mean, which reproduces equal inputs bit for bit."""
     first = readers[0].read(name)
     if not (first.is_floating_point() or first.is_complex()):
         for reader in readers[1:]:
@@ -182,21 +178,9 @@ def average(
 ) -> dict[str, Tensor]:
     """Return the weighted mean of the parameters of several checkpoints: `sum_i w_i theta_i`.
 
-    Names that share one tensor in the sources (tied embeddings) share one in the result; a file, which holds such a
+    Names that share a tensor in the sources (tied embeddings) share one in the result; a file, which holds such a
     tensor under one of its names only, matches a state dict with both. Of sources on disk one tensor is in memory at a
-    time. The mean of equal tensors is that tensor, bit for bit.
-
-    Args:
-        sources: state dicts, `.safetensors` files or checkpoint directories, with the same names and shapes.
-        weights: one number from 0 for each source; they are divided by their sum. Default: all equal.
-        dtype: in which the mean is computed, at least; a wider source widens it. Default float32.
-
-    Returns:
-        New tensors with the dtype and device of the first source, files on the CPU.
-
-    Raises:
-        IntaglioError: no source, weights that do not fit, a tensor that is missing or has another shape somewhere, or
-            an integer or bool tensor that is not the same everywhere; names the tensor.
+    time. New tensors have the dtype and device of the first source, files are on the CPU.
     """
     shares = _check_weights(weights, len(sources))
     with ExitStack() as stack:
@@ -209,13 +193,7 @@ def average(
 
 @dataclass(frozen=True)
 class Trial:
-    """One soup that was scored.
-
-    Attributes:
-        members: indices of the candidates in it.
-        score: what the score function returned.
-        kept: whether it became the soup so far.
-    """
+    """A scored soup: the indices of its candidates, its score, and whether it became the current soup."""
 
     members: tuple[int, ...]
     score: float
@@ -224,14 +202,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Soup:
-    """What `greedy` chose.
-
-    Attributes:
-        state: the averaged parameters.
-        chosen: indices of the candidates in it, best first.
-        score: the soup's score.
-        log: every soup that was scored, in order: the candidates alone, then the attempts to add one.
-    """
+    """Result of `greedy`: parameters, indices of the candidates (best first), score, and every scored soup in order."""
 
     state: dict[str, Tensor]
     chosen: tuple[int, ...]
@@ -242,25 +213,17 @@ class Soup:
 def greedy(
     candidates: Sequence[Source], score: Callable[[dict[str, Tensor]], float], higher_is_better: bool = True
 ) -> Soup:
-    """Return the greedy soup (Wortsman et al. 2022, recipe 1): add the candidates one at a time while it does not hurt.
+    """Return the greedy soup (Wortsman et al. 2022, recipe 1): add candidates one at a time while the score holds.
 
-    The candidates are ranked by their own score. Beginning with the best, each is added to the mean if the score of the
-    mean with it is at least as good as without. So the soup is never worse than the best candidate on the score that it
-    was chosen by; report it on data that the score has not seen. A candidate whose score is NaN is left out.
-
-    Args:
-        candidates: as the sources of `average`.
-        score: parameters -> number, called 2k - 1 times for k candidates. It may keep no reference to its argument.
-        higher_is_better: False for losses. Default True.
-
-    Raises:
-        IntaglioError: as `average`, or no candidate has a score.
+    The candidates are ranked by their own score. Starting with the best, each is added to the mean if the score does
+    not fall. So the soup is never worse than the best candidate on the score used for the choice; report it on other
+    data. A candidate whose score is NaN is left out.
     """
     sign = 1.0 if higher_is_better else -1.0
     alone = [float(score(average([candidate]))) for candidate in candidates]
     order = sorted((i for i in range(len(alone)) if not math.isnan(alone[i])), key=lambda i: -sign * alone[i])
     if not order:
-        raise IntaglioError(f"none of the {len(alone)} candidates of the soup has a score that is a number")
+        raise IntaglioError(f"none of the {len(alone)} candidates of the soup has a numeric score")
     log = [Trial((i,), alone[i], i == order[0]) for i in range(len(alone))]
     chosen: tuple[int, ...] = (order[0],)
     best = alone[order[0]]
@@ -278,18 +241,10 @@ def greedy(
 
 @torch.no_grad()
 def ema_update(average: Tensors, model: Tensors, decay: float) -> None:
-    """Move a running average towards a model, in place: `average <- decay * average + (1 - decay) * model`.
+    """Update a running average in place: `average <- decay * average + (1 - decay) * model`.
 
-    Integer and bool tensors are copied. A tensor under two names is moved once. Keep the average in float32: in
+    Integer and bool tensors are copied. A tensor under two names is updated once. Keep the average in float32: in
     bfloat16 the steps of a decay near 1 are rounded away.
-
-    Args:
-        average: a module or state dict; changed.
-        model: a module or state dict with the same names and shapes.
-        decay: from 0 (copy the model) to 1 (leave the average).
-
-    Raises:
-        IntaglioError: decay is out of range, or a name or shape does not match; nothing is changed then.
     """
     if not 0.0 <= decay <= 1.0:
         raise IntaglioError(f"decay is {decay}; a number from 0 to 1 is accepted")

@@ -1,12 +1,12 @@
-"""Measurement documents -> one self-contained HTML page, tables for the terminal, one sentence.
+"""Reports: measurement documents as a self-contained HTML page, terminal tables and a summary sentence.
 
-`document` says what a document holds and checks it; `numbers` turns values and their changes into words; `sentence`,
-`tables` and `page` tell a document in a line, in the terminal and in a browser.
+`document` describes and checks the documents; `numbers` formats values and their changes; `sentence`, `tables` and
+`page` render a document as a line, in the terminal and in a browser.
 """
 
 from intaglio.report.formatting import MEASURES, Cell, Change, Measure, Row, rows
 from intaglio.report.html import carve_page, compare_page, demo_page, training_page
-from intaglio.report.schema import BAKED, FORMAT, LIVE, ZEROS
+from intaglio.report.schema import BAKED, FORMAT, LIVE, TIE, ZEROS
 from intaglio.report.summary import summary
 from intaglio.report.tables import carve_table, compare_table, demo_chart, demo_table
 
@@ -15,6 +15,7 @@ __all__ = [
     "FORMAT",
     "LIVE",
     "MEASURES",
+    "TIE",
     "ZEROS",
     "Cell",
     "Change",

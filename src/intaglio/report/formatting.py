@@ -1,4 +1,4 @@
-"""Numbers in words, what is measured, and what became of a measure from one checkpoint to another."""
+"""Formatting of numbers, metrics, and the change of a metric between two checkpoints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from intaglio.report.schema import Document, any_has, finite, has_cosine, other_
 
 
 def plain_number(value: float) -> str:
-    """A number without a unit: enough digits to tell it from its neighbours, no more.
-
-    Args:
-        value: any.
-    """
+    """Format a number with a precision that depends on its size."""
     if not math.isfinite(value):
-        return "beyond measure"
+        return "not finite"
     size = abs(value)
     if 0 < size < 0.0005 or size >= 1e6:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
@@ -33,17 +29,13 @@ def _nats(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in percent.
-
-    Args:
-        value: 0 to 1, or more.
-    """
+    """Format a share in percent."""
     return f"{100 * value:.1f} %" if abs(value) < 100 else f"{plain_number(100 * value)} %"
 
 
 def _size(value: float) -> str:
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        # The rounded number decides, so that 999,999,999 is 1.00 GB and not 1,000 MB.
+        # Decided on the rounded number, so that 999,999,999 is 1.00 GB and not 1,000 MB.
         if round(value / scale, 2 if unit != "MB" else 0) >= 1:
             scaled = value / scale
             return f"{scaled:,.{2 if scaled < 10 else 1 if scaled < 100 else 0}f} {unit}"
@@ -62,11 +54,7 @@ def _speed(value: float) -> str:
 
 
 def duration(value: Any) -> str:
-    """Seconds in words.
-
-    Args:
-        value: seconds, or None.
-    """
+    """Format seconds."""
     seconds = finite(value)
     if seconds is None:
         return "-"
@@ -80,17 +68,17 @@ def duration(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """One number of a SIDE and how it is told.
+    """A metric of a SIDE and its presentation.
 
     Args:
         key: its field.
-        name: what it is called.
-        hint: what it means, in a few words.
-        show: the value in words, with its unit.
-        better: which way is better; None for neither.
-        noise: a relative change below this is called noise. Default 0: the number is exact.
+        name: its display name.
+        hint: a short explanation.
+        show: formats the value with its unit.
+        better: the better direction; None for neither.
+        noise: relative change below which a change is noise. Default 0: the number is exact.
         points: the change is a difference of shares, not a ratio.
-        text: a property of text generation, which a model that predicts no next token lacks.
+        text: defined only for models that predict the next token.
     """
 
     key: str
@@ -104,50 +92,45 @@ class Measure:
 
 
 SPEED_NOISE = 0.25
-"""The very same matrix products, timed some minutes apart, differ by up to this much where other work is done too."""
+"""The same matrix products, timed minutes apart on a shared machine, differ by up to this much."""
 MEMORY_NOISE = 0.05
 MEASURES = (
-    Measure("perplexity", "Perplexity", "surprise at held-out text; lower is better", plain_number, "lower", text=True),
-    Measure("bits_per_byte", "Bits per byte", "the same, whatever the tokenizer", plain_number, "lower", text=True),
-    Measure("kl_mean", "KL divergence", "distance from the original, a token", _nats, "lower", text=True),
+    Measure("perplexity", "Perplexity", "on held-out text; lower is better", plain_number, "lower", text=True),
+    Measure("bits_per_byte", "Bits per byte", "comparable between tokenizers", plain_number, "lower", text=True),
+    Measure("kl_mean", "KL divergence", "from the original, per token", _nats, "lower", text=True),
     Measure(
-        "top1_agreement", "Same choice", "of next tokens, as the original", percent, "higher", points=True, text=True
+        "top1_agreement", "Same choice", "of next tokens as the original", percent, "higher", points=True, text=True
     ),
-    Measure("cosine", "Cosine", "of embeddings to the original's; 1 is the same", plain_number, "higher"),
-    Measure("zero_fraction", "Zeros", "share of all weights in the linears of the blocks", percent, None, points=True),
+    Measure("cosine", "Cosine", "of embeddings to the original's; 1 is equal", plain_number, "higher"),
+    Measure("zero_fraction", "Zeros", "share of the weights in the blocks' linears", percent, None, points=True),
     Measure(
         "activation_sparsity",
         "Inputs left out",
-        "of the projections' inputs, a token on the held-out text",
+        "of the projections' inputs, per token",
         percent,
         None,
         points=True,
     ),
-    Measure("token_sparsity", "At rest", "units that do not fire for a token", percent, "higher", points=True),
-    Measure("chunk_sparsity", "At rest together", "units that fire for none of 8", percent, "higher", points=True),
+    Measure("token_sparsity", "At rest", "units inactive for a token", percent, "higher", points=True),
+    Measure("chunk_sparsity", "At rest together", "units inactive for 8 tokens", percent, "higher", points=True),
     Measure("bytes", "Size on disk", "all weights, as stored", _size, "lower"),
     Measure("prefill_tokens_per_s", "Prefill", "reading a prompt", _speed, "higher", noise=SPEED_NOISE),
     Measure(
         "decode_tokens_per_s", "Decode", "writing, one token at a time", _speed, "higher", noise=SPEED_NOISE, text=True
     ),
-    Measure("peak_memory_bytes", "Peak memory", "while it was measured", _size, "lower", noise=MEMORY_NOISE),
-    Measure("parameters", "Parameters", "zeros counted", _count, None),
+    Measure("peak_memory_bytes", "Peak memory", "during measurement", _size, "lower", noise=MEMORY_NOISE),
+    Measure("parameters", "Parameters", "zeros included", _count, None),
 )
 BY_TOKEN = frozenset({"perplexity", "kl_mean", "top1_agreement", "prefill_tokens_per_s", "decode_tokens_per_s"})
-"""Measures that are told by the token: between two tokenizers they do not compare."""
+"""Per-token metrics, which do not compare between tokenizers."""
 RARE = frozenset({"cosine", "activation_sparsity", "token_sparsity", "chunk_sparsity"})
-"""Measures that few models have: told only where a side has one."""
+"""Metrics of few models, shown only where a side has one."""
 BY_KEY = {measure.key: measure for measure in MEASURES}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A value in words, or a dash and the reason.
-
-    Args:
-        text: the value; `-` when there is none.
-        why: why there is none; empty when there is one, or when nobody knows.
-    """
+    """A formatted value, or `-` and the reason, if known."""
 
     text: str
     why: str = ""
@@ -155,13 +138,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Change:
-    """What became of a value.
-
-    Args:
-        text: the difference in words.
-        verdict: `better`, `worse`, or empty.
-        rises: whether the value went up; None when it did not move.
-    """
+    """The formatted change of a value, its verdict, and whether the value increased (None if it did not move)."""
 
     text: str
     verdict: Literal["better", "worse", ""] = ""
@@ -170,7 +147,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Row:
-    """One measure on two checkpoints."""
+    """A metric on two checkpoints."""
 
     measure: Measure
     before: Cell
@@ -183,19 +160,12 @@ def _lower(name: str) -> str:
 
 
 def cell_of(side: Document, measure: Measure, cosine: bool, original: bool) -> Cell:
-    """One measure of a SIDE in words.
-
-    Args:
-        side: see `document`.
-        measure: which.
-        cosine: whether a side of the document has one (`has_cosine`).
-        original: whether the side is what others are held against.
-    """
+    """Format a metric of a SIDE."""
     value = value_of(side, measure.key)
     if value is not None:
         return Cell(measure.show(value))
     if cosine and measure.text:
-        return Cell("-", f"no {_lower(measure.name)}: predicts no next token")
+        return Cell("-", f"no {_lower(measure.name)}: does not predict the next token")
     if original and measure.key in ("kl_mean", "top1_agreement", "cosine"):
         return Cell("-", "the original")
     if measure.key in ("kl_mean", "top1_agreement") and value_of(side, "perplexity") is not None:
@@ -232,38 +202,27 @@ def _change(measure: Measure, before: float | None, after: float | None) -> Chan
 
 
 def measures_of(sides: Sequence[Document]) -> list[Measure]:
-    """The measures that these SIDEs are told by, in order.
-
-    Args:
-        sides: of one document.
-    """
-    there = {key for key in RARE if any_has(sides, key)}
-    return [measure for measure in MEASURES if measure.key not in RARE - there]
+    """Return the metrics to show for these SIDEs, in order."""
+    present = {key for key in RARE if any_has(sides, key)}
+    return [measure for measure in MEASURES if measure.key not in RARE - present]
 
 
 def rows(before: Document, after: Document, baked: bool = False) -> list[Row]:
-    """Return every measure of two SIDEs, in order, with what changed; those of `RARE` only where one has it.
-
-    Args:
-        before: the SIDE that is the reference.
-        after: the other.
-        baked: whether stock code runs both. With equally many parameters and bytes they then do the same work, and what
-            their speeds differ by is the machine's. Default False.
-    """
-    cosine, apart = has_cosine((before, after)), other_tokens(before, after)
+    """Return every metric of two SIDEs with its change, in order; those of `RARE` only where a SIDE has them."""
+    cosine, other = has_cosine((before, after)), other_tokens(before, after)
     alike = baked and all(before.get(key) == after.get(key) is not None for key in ("parameters", "bytes"))
-    found = []
+    result = []
     for measure in measures_of((before, after)):
         old, new = cell_of(before, measure, cosine, original=True), cell_of(after, measure, cosine, original=False)
-        if apart and measure.key in ("kl_mean", "top1_agreement") and new.why:
-            found.append(Row(measure, old, Cell("-", "on other tokens"), Change("-")))
-        elif apart and measure.key in BY_TOKEN and not (old.why or new.why):
-            found.append(Row(measure, old, new, Change("of other tokens: does not compare")))
+        if other and measure.key in ("kl_mean", "top1_agreement") and new.why:
+            result.append(Row(measure, old, Cell("-", "on other tokens"), Change("-")))
+        elif other and measure.key in BY_TOKEN and not (old.why or new.why):
+            result.append(Row(measure, old, new, Change("other tokens: not comparable")))
         elif old.why and old.why == new.why:
-            found.append(Row(measure, Cell("-"), Cell("-"), Change(old.why)))
+            result.append(Row(measure, Cell("-"), Cell("-"), Change(old.why)))
         else:
             change = _change(measure, value_of(before, measure.key), value_of(after, measure.key))
             if alike and measure.noise == SPEED_NOISE and change.verdict:
                 change = replace(change, text=f"{change.text}, the same work: noise", verdict="")
-            found.append(Row(measure, old, new, change))
-    return found
+            result.append(Row(measure, old, new, change))
+    return result

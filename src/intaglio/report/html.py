@@ -1,4 +1,4 @@
-"""A document as one self-contained HTML page: no script, nothing loaded from elsewhere."""
+"""Documents as self-contained HTML pages: no script, no external resource."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from intaglio.report.schema import (
     BAKED,
     EVEN,
     LIVE,
+    TIE,
     ZEROS,
     Document,
     about_zeros,
@@ -53,7 +54,7 @@ from intaglio.report.tables import variant_bars
 
 @dataclass(frozen=True)
 class Headline:
-    """One of the few numbers at the top of a page."""
+    """A key number at the top of a page."""
 
     name: str
     value: str
@@ -108,46 +109,41 @@ def _headline(row: Row) -> Headline:
     if row.change.rises is not None:
         words = f"from {row.before.text}: {words}"
     elif row.change.text == "-":
-        words = row.after.why or row.before.why or "no change to tell"
+        words = row.after.why or row.before.why or "no change"
     return Headline(row.measure.name, row.after.text, words)
 
 
 def _headlines(before: Document, after: Document, reference: str) -> list[Headline]:
-    found = {row.measure.key: row for row in rows(before, after)}
+    by_key = {row.measure.key: row for row in rows(before, after)}
     shares = shares_of(after)
     spread = "no layer was measured"
     if shares:
         low, high = min(shares), max(shares)
         spread = "in every layer" if high - low < EVEN else f"{percent(low)} to {percent(high)} a layer"
     strip = []
-    if "cosine" in found:
-        cosine = Headline("Cosine", found["cosine"].after.text, f"of embeddings to {reference}'s")
+    if "cosine" in by_key:
+        cosine = Headline("Cosine", by_key["cosine"].after.text, f"of embeddings to {reference}'s")
         strip = [cosine]
     else:
-        agreement = Headline("Same choice", found["top1_agreement"].after.text, f"of next tokens, as {reference}")
-        strip = [_headline(found["perplexity"]), agreement]
+        agreement = Headline("Same choice", by_key["top1_agreement"].after.text, f"of next tokens, as {reference}")
+        strip = [_headline(by_key["perplexity"]), agreement]
         if other_tokens(before, after):
-            strip = [_headline(found["bits_per_byte"])]
+            strip = [_headline(by_key["bits_per_byte"])]
     if not shares and has_left_out([after]):
         strip.append(
-            Headline("Inputs left out", found["activation_sparsity"].after.text, "of the projections', a token")
+            Headline("Inputs left out", by_key["activation_sparsity"].after.text, "of the projections', a token")
         )
     else:
-        strip.append(Headline("Zeros", found["zero_fraction"].after.text, spread))
-    strip.append(_headline(found["bytes"]))
+        strip.append(Headline("Zeros", by_key["zero_fraction"].after.text, spread))
+    strip.append(_headline(by_key["bytes"]))
     return strip
 
 
 @dataclass(frozen=True)
 class ZeroMap:
-    """Where the zeros of one checkpoint are: a picture, and the same as a table of layer by projection.
+    """The zeros of a checkpoint by layer and projection, as an SVG picture and a table.
 
-    Args:
-        name: which checkpoint.
-        picture: an SVG element; empty when no name could be placed.
-        projections: the columns.
-        lines: `(layer, cells)` of each line.
-        others: share of each measured name that is no projection of a numbered layer.
+    `others` are measured names that are not a projection of a numbered layer.
     """
 
     name: str
@@ -176,16 +172,16 @@ def _zero_map(side: Document, name: str) -> ZeroMap:
     words = f"{len(projections)} projections of {len(layers)} layers; {zeros_words(side)}. Means: "
     words += ", ".join(f"{row} {mean}" for row, mean in means.items()) + "."
     title = f"Zeros in each layer: {name}"
-    drawn = svg.heatmap(title, words, projections, layers, values, column_title="layer", summaries=means)
-    return ZeroMap(name, Markup(drawn), projections, lines, others)
+    picture = svg.heatmap(title, words, projections, layers, values, column_title="layer", summaries=means)
+    return ZeroMap(name, Markup(picture), projections, lines, others)
 
 
 def _pairs(before: Document, after: Document, names: tuple[str, str]) -> Markup:
     items = []
-    # What is told by the token does not compare between tokenizers.
-    apart = other_tokens(before, after)
-    speeds = () if apart else ("prefill_tokens_per_s", "decode_tokens_per_s")
-    for key in ("bits_per_byte" if apart else "perplexity", "bytes", "peak_memory_bytes", *speeds):
+    # Per-token metrics do not compare between tokenizers.
+    other = other_tokens(before, after)
+    speeds = () if other else ("prefill_tokens_per_s", "decode_tokens_per_s")
+    for key in ("bits_per_byte" if other else "perplexity", "bytes", "peak_memory_bytes", *speeds):
         old, new = value_of(before, key), value_of(after, key)
         if old is not None and new is not None and min(old, new) >= 0:
             measure = BY_KEY[key]
@@ -199,10 +195,14 @@ def _pairs(before: Document, after: Document, names: tuple[str, str]) -> Markup:
 
 def _step(step: Document) -> dict[str, Any]:
     # A variant of the demo is a step and a SIDE at once; a SIDE's `parameters` is a count.
-    found = step.get("parameters")
-    parameters: dict[str, Any] = found if isinstance(found, dict) else {}
-    given = step.get("given")
-    chosen = dict(given) if isinstance(given, Mapping) else {k: v for k, v in parameters.items() if v is not None}
+    parameters_field = step.get("parameters")
+    parameters: dict[str, Any] = parameters_field if isinstance(parameters_field, dict) else {}
+    non_default = step.get("given")
+    chosen = (
+        dict(non_default)
+        if isinstance(non_default, Mapping)
+        else {k: v for k, v in parameters.items() if v is not None}
+    )
     derived = dict(step.get("chosen") or {})
     return {
         "slug": step.get("slug", "not named"),
@@ -223,84 +223,69 @@ def _step(step: Document) -> dict[str, Any]:
     }
 
 
-def _selection(found: Any, timings: Any) -> dict[str, Any]:
-    """What a selector told of its choice: words, and its parts as lines of a table; nothing where there was none."""
-    told = dict(found) if isinstance(found, Mapping) else {}
-    parts = [part for part in told.pop("clusters", None) or [] if isinstance(part, Mapping)]
+def _selection(selection: Any, timings: Any) -> dict[str, Any]:
+    """Return a selector's summary as values and table rows."""
+    values = dict(selection) if isinstance(selection, Mapping) else {}
+    parts = [part for part in values.pop("clusters", None) or [] if isinstance(part, Mapping)]
     if isinstance(timings, Mapping):
-        told |= {f"seconds of {name}": plain_number(value) for name, value in timings.items()}
+        values |= {f"seconds of {name}": plain_number(value) for name, value in timings.items()}
     columns = list(parts[0]) if parts else []
     lines = [[_short(part.get(name)) for name in columns] for part in parts]
-    return {"words": told, "columns": columns, "lines": lines}
+    return {"words": values, "columns": columns, "lines": lines}
 
 
 def _short(value: Any) -> str:
     return plain_number(value) if isinstance(value, float) else _json(value)
 
 
-def _bars(found: Any) -> Markup:
-    """What a step measured of parts of the model, as bars; nothing where it brought none."""
-    values = found.get("items") if isinstance(found, Mapping) else None
+def _bars(bars: Any) -> Markup:
+    """Return a step's measurements of parts of the model as bars."""
+    values = bars.get("items") if isinstance(bars, Mapping) else None
     if not isinstance(values, Mapping) or not values:
         return Markup()
-    marked, mark = found.get("marked") or [], str(found.get("mark", "marked"))
+    marked, mark = bars.get("marked") or [], str(bars.get("mark", "marked"))
     items = []
     for name, value in values.items():
         number, strong = finite(value), name in marked
         text = "not finite" if number is None else plain_number(number)
         items.append(svg.Bar(str(name), number, f"{text}, {mark}" if strong else text, strong=strong))
     words = "; ".join(f"{bar.label}: {bar.text}" for bar in items) + "."
-    title, axis = str(found.get("title", "What was measured")), str(found.get("axis", ""))
+    title, axis = str(bars.get("title", "Measured")), str(bars.get("axis", ""))
     return Markup(svg.bars(title, words, items, axis=axis))
 
 
-def _grid(found: Any) -> Markup:
-    """The shares that a step chose for projections, by layer; nothing where it brought none."""
-    values = found.get("values") if isinstance(found, Mapping) else None
+def _grid(grid: Any) -> Markup:
+    """Return the shares that a step chose for projections as a heatmap."""
+    values = grid.get("values") if isinstance(grid, Mapping) else None
     known = {str(k): v for k, value in (values or {}).items() for v in [share(value)] if v is not None}
     rows, columns, cells = svg.layer_grid(known)
     if not cells:
         return Markup()
     words = "; ".join(f"{name}: {percent(value)}" for name, value in known.items()) + "."
-    return Markup(svg.heatmap(_titled(found), words, rows, columns, cells, column_title="layer"))
+    return Markup(svg.heatmap(_titled(grid), words, rows, columns, cells, column_title="layer"))
 
 
 def _titled(grid: Any) -> str:
-    """What the shares of a grid are."""
-    return str(grid.get("title", "What was chosen")) if isinstance(grid, Mapping) else ""
+    return str(grid.get("title", "Chosen")) if isinstance(grid, Mapping) else ""
 
 
-def training_page(title: str, told: str, columns: training_curves.Columns, notes: Mapping[str, str]) -> str:
-    """Return how a run goes as a self-contained HTML page: written while it is still going on.
-
-    Args:
-        title: of the page.
-        told: how far it is, in a sentence.
-        columns: see `curves`; at least two lines.
-        notes: what else there is to say, by name.
-    """
+def training_page(title: str, summary: str, columns: training_curves.Columns, notes: Mapping[str, str]) -> str:
+    """Return the progress of a training run as a self-contained HTML page."""
     return (
         _environment()
         .get_template("training.html.j2")
-        .render(document={"title": title}, summary=told, curves=Markup(training_curves.curves(columns)), notes=notes)
+        .render(document={"title": title}, summary=summary, curves=Markup(training_curves.curves(columns)), notes=notes)
     )
 
 
 def carve_page(document: Document) -> str:
-    """Return the report of one carve as a self-contained HTML page: no script, nothing loaded from elsewhere.
-
-    Args:
-        document: see the module.
-
-    Raises:
-        IntaglioError: another format, or a field is missing.
-    """
+    """Return the report of a carve as a self-contained HTML page."""
     document = checked(document, "carve")
     before, after = document["before"], document["after"]
-    # A map of nothing says nothing. (Some originals have a zero here and there.)
-    begins, ends = (max(shares_of(side), default=0.0) >= EVEN for side in (before, after))
-    maps = [_zero_map(before, "Before")] if begins else []
-    if begins or ends or not (shares_of(after) or has_left_out([after])):
+    # A map without zeros is left out. (Some originals have a few zeros.)
+    zeros_before, zeros_after = (max(shares_of(side), default=0.0) >= EVEN for side in (before, after))
+    maps = [_zero_map(before, "Before")] if zeros_before else []
+    if zeros_before or zeros_after or not (shares_of(after) or has_left_out([after])):
         maps.append(_zero_map(after, "After"))
     return _render(
         "carve.html.j2",
@@ -315,14 +300,7 @@ def carve_page(document: Document) -> str:
 
 
 def compare_page(document: Document) -> str:
-    """Return the comparison of two checkpoints as a self-contained HTML page.
-
-    Args:
-        document: see the module.
-
-    Raises:
-        IntaglioError: another format, or a field is missing.
-    """
+    """Return the comparison of two checkpoints as a self-contained HTML page."""
     document = checked(document, "compare")
     a, b = document["a"], document["b"]
     reference = reference_of(a)
@@ -341,13 +319,12 @@ def compare_page(document: Document) -> str:
 
 def _demo_headlines(document: Document) -> list[Headline]:
     dense = document["dense"]
-    strip = [
-        Headline("Dense perplexity", cell_of(dense, BY_KEY["perplexity"], False, True).text, "the model as it came")
-    ]
-    for variant in best_variants(document):
-        row = rows(dense, variant)[0]
-        note = f"{short_name(variant)} does least harm"
-        strip.append(Headline(f"Best at {variant['amount']}", row.after.text, f"{note}: {_typeset(row.change.text)}"))
+    strip = [Headline("Dense perplexity", cell_of(dense, BY_KEY["perplexity"], False, True).text, "the original model")]
+    for amount, tied in best_variants(document):
+        row = rows(dense, tied[0])[0]
+        names = " and ".join(short_name(variant) for variant in tied)
+        note = f"{names} tie, within {percent(TIE)}" if len(tied) > 1 else f"{names}: {_typeset(row.change.text)}"
+        strip.append(Headline(f"Best at {amount}", row.after.text, note))
     sizes = {value_of(side, "bytes") for side in (dense, *document["variants"])}
     same = "the same for every variant" if len(sizes) == 1 else "dense"
     return [*strip, Headline("Size on disk", cell_of(dense, BY_KEY["bytes"], False, True).text, same)]
@@ -358,8 +335,8 @@ def _demo_zeros(document: Document) -> Markup:
     names: list[str] = []
     for position, variant in enumerate(document["variants"]):
         if not fractions_of(variant):
-            continue  # its projections are no plain weights
-        # Two variants may bear one name; a row of the picture is one variant.
+            continue  # its projections have no plain weights
+        # Names may repeat; a row of the picture is one variant.
         name = variant_name(variant)
         name = name if name not in names else f"{name} ({position + 1})"
         names.append(name)
@@ -385,20 +362,13 @@ def _demo_zeros(document: Document) -> Markup:
 
 
 def demo_page(document: Document) -> str:
-    """Return the report of the demo as a self-contained HTML page: the dense model and every variant side by side.
-
-    Args:
-        document: see the module.
-
-    Raises:
-        IntaglioError: another format, or a field is missing.
-    """
+    """Return the demo's report as a self-contained HTML page, with the dense model and every variant."""
     document = checked(document, "demo")
     dense, variants = document["dense"], document["variants"]
     sides = (dense, *variants)
     cosine = has_cosine(sides)
-    told = [measure for measure in measures_of(sides) if measure.key != "parameters"]
-    measures = [measure for measure in told if any(value_of(side, measure.key) is not None for side in sides)]
+    shown = [measure for measure in measures_of(sides) if measure.key != "parameters"]
+    measures = [measure for measure in shown if any(value_of(side, measure.key) is not None for side in sides)]
     lines = [
         {
             "name": "Dense" if side is dense else short_name(side),
@@ -420,10 +390,10 @@ def demo_page(document: Document) -> str:
     )
     shares = variant_bars(document, "top1_agreement", short_name, mark=False)
     agreement = svg.bars(
-        "Next-token choices that equal the dense model's",
+        "Next-token choices equal to the dense model's",
         "; ".join(f"{bar.label}: {bar.text}" for bar in shares) + ".",
         shares,
-        axis="share of next-token choices that equal the dense model's: longer is better",
+        axis="share of next-token choices equal to the dense model's: longer is better",
         ticks=[(step / 5, f"{20 * step} %") for step in range(6)],
     )
     return _render(

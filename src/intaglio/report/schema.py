@@ -1,18 +1,19 @@
-"""What a report is made from: the measurement documents, checked and cleaned before anything is told.
+"""Measurement documents, checked and cleaned before they are rendered.
 
-A document is a plain dict, the same that is written as `report.json`. There are three: `carve` (`before`, `after`,
-`steps`), `compare` (`a`, `b`) and `demo` (`dense`, `variants`). A SIDE is what was measured on one checkpoint:
-`perplexity`, `bits_per_byte`, `kl_mean` (nats a token, against the original), `top1_agreement`, `cosine` (see
-`has_cosine`), `zero_fraction` (layer to share), `zeros` (share of all weights of the layers), `activation_sparsity`
-(see `has_left_out`), `token_sparsity` and `chunk_sparsity` (units that rest), `bytes`, `prefill_tokens_per_s`,
-`decode_tokens_per_s`, `peak_memory_bytes`, `parameters`, `tokens` (a digest of those that it was measured on). A number
+A document is a plain dict, as written to `report.json`. There are three kinds: `carve` (`before`, `after`, `steps`),
+`compare` (`a`, `b`) and `demo` (`dense`, `variants`). A SIDE holds the metrics of one checkpoint: `perplexity`,
+`bits_per_byte`, `kl_mean` (nats per token, against the original), `top1_agreement`, `cosine` (see `has_cosine`),
+`zero_fraction` (layer to share), `zeros` (share of all weights of the layers), `activation_sparsity` (see
+`has_left_out`), `token_sparsity` and `chunk_sparsity` (inactive units), `bytes`, `prefill_tokens_per_s`,
+`decode_tokens_per_s`, `peak_memory_bytes`, `parameters`, `tokens` (a digest of the tokens it was measured on). A number
 that is null, missing or not finite is shown as a dash, with the reason where it is known.
 
-A step or variant may bring `given`, its parameters that are not as they are by default: they are shown, the others are
-folded away. Without it, those that are not null are shown. A step may bring `bars`, what it measured of parts of the
-model: `title`, `axis`, `items` (name to value), and which of these are `marked`, by the word `mark`; a `grid`, shares
-that it chose for projections: `title` and `values` (layer to share); and `timings`, the seconds of its parts. What it
-chose may hold a `selection` of examples, with `clusters` (a list).
+A step or variant may have `given`, its non-default parameters: they are shown, the others are folded away. Without it,
+those that are not null are shown. A step may have `bars`, measurements of parts of the model: `title`, `axis`, `items`
+(name to value), and which of these are `marked`, with the word `mark`; a `grid`, shares chosen for projections: `title`
+and `values` (layer to share); and `timings`, the seconds of its parts. Its `chosen` values may hold a `selection` of
+examples, with `clusters` (a list). In a demo, `best` maps an amount to the slugs of its best variants, several in a
+tie.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ from intaglio.report import svg
 Document = Mapping[str, Any]
 Kind = Literal["carve", "compare", "demo"]
 FORMAT = 1
-# Layers whose shares of zeros differ by less are said to have the same.
 EVEN = 0.001
+"""Shares of zeros that differ by less count as equal."""
+TIE = 0.05
+"""Relative difference of perplexities up to which demo variants tie: results vary as much between machines."""
 ZEROS = (
     "Zeros alone change neither bytes nor speed: a zero is stored and multiplied like any other number. "
-    "What would: dropping whole blocks or units, packed N:M storage with kernels that use it, or fewer bits."
+    "To gain either: drop whole blocks or units, use packed N:M storage with matching kernels, or fewer bits."
 )
 LIVE = (
-    "A live checkpoint: part of it is put in place when it is loaded. "
-    "The stock loader refuses it; intaglio.load is needed."
+    "A live checkpoint: part of it is restored when it is loaded. "
+    "The stock loader refuses it; load it with intaglio.load."
 )
-BAKED = "A baked checkpoint: plain tensors that the stock loader of transformers reads; nothing of Intaglio is needed."
+BAKED = "A baked checkpoint: plain tensors that the stock loader of transformers reads; Intaglio is not needed."
 NEEDED: dict[Kind, tuple[str, ...]] = {
     "carve": ("title", "model", "kind", "steps", "before", "after"),
     "compare": ("title", "a", "b"),
@@ -46,68 +49,43 @@ NEEDED: dict[Kind, tuple[str, ...]] = {
 
 
 def finite(value: Any) -> float | None:
-    """The number, or None if it is none or not finite.
-
-    Args:
-        value: anything that a document may hold.
-    """
+    """Return the number, or None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def share(value: Any) -> float | None:
-    """The number, or None if it is no share: not from 0 to 1.
-
-    Args:
-        value: anything that a document may hold.
-    """
+    """Return the number, or None if it is not from 0 to 1."""
     number = finite(value)
     return number if number is not None and 0 <= number <= 1 else None
 
 
 def fractions_of(side: Document) -> dict[str, float]:
-    """The share of zeros of each layer whose share is known.
-
-    Args:
-        side: see the module.
-    """
-    found = side.get("zero_fraction")
-    items = found.items() if isinstance(found, Mapping) else ()
+    """Return the share of zeros of each layer where it is known."""
+    fractions = side.get("zero_fraction")
+    items = fractions.items() if isinstance(fractions, Mapping) else ()
     return {name: known for name, value in items for known in [share(value)] if known is not None}
 
 
 def shares_of(side: Document) -> list[float]:
-    """The shares of zeros alone.
-
-    Args:
-        side: see the module.
-    """
+    """Return the known shares of zeros."""
     return list(fractions_of(side).values())
 
 
 def about_zeros(side: Document) -> str:
-    """What zeros are worth; nothing where there are none to speak of, nor where inputs are left out and none counted.
-
-    Args:
-        side: see the module.
-    """
+    """Return a note on the effect of zeros, or "" where there are none to speak of."""
     shares = shares_of(side)
     none = max(shares) < EVEN if shares else has_left_out([side])
     return "" if none else ZEROS
 
 
 SHARES = frozenset({"top1_agreement", "activation_sparsity", "token_sparsity", "chunk_sparsity"})
-"""Numbers of a SIDE that lie between 0 and 1."""
+"""Numbers of a SIDE from 0 to 1."""
 
 
 def value_of(side: Document, key: str) -> float | None:
-    """One number of a SIDE, or None; of `zero_fraction` the share of all weights, or without it the mean over layers.
-
-    Args:
-        side: see the module.
-        key: its field.
-    """
+    """Return a number of a SIDE, or None; for `zero_fraction` the share of all weights, else the mean over layers."""
     if key == "zero_fraction":
         shares, of_all = shares_of(side), share(side.get("zeros"))
         if not shares:
@@ -117,42 +95,25 @@ def value_of(side: Document, key: str) -> float | None:
 
 
 def other_tokens(a: Document, b: Document) -> bool:
-    """Whether two SIDEs were measured on different tokens, so that nothing that is told by the token compares.
-
-    Args:
-        a: one side.
-        b: the other.
-    """
+    """Return whether two SIDEs were measured on different tokens, so that per-token metrics do not compare."""
     return a.get("tokens") is not None and b.get("tokens") is not None and a["tokens"] != b["tokens"]
 
 
 def any_has(sides: Iterable[Document], key: str) -> bool:
-    """Whether one of these has a number.
-
-    Args:
-        sides: of one document.
-        key: the number's field.
-    """
+    """Return whether any SIDE has a number."""
     return any(value_of(side, key) is not None for side in sides)
 
 
 def has_cosine(sides: Iterable[Document]) -> bool:
-    """Whether one of these has a cosine in the place of a perplexity, as it predicts no next token.
+    """Return whether any SIDE has a cosine instead of a perplexity, as it does not predict the next token.
 
-    An encoder does not, nor does a decoder that labels words or sees both ways.
-
-    Args:
-        sides: of one document.
+    That holds for encoders, and decoders that label words or see both ways.
     """
     return any_has(sides, "cosine")
 
 
 def has_left_out(sides: Iterable[Document]) -> bool:
-    """Whether one of these leaves out some of its projections' inputs, whichever a token needs least.
-
-    Args:
-        sides: of one document.
-    """
+    """Return whether any SIDE skips some of its projections' inputs, chosen per token."""
     return any_has(sides, "activation_sparsity")
 
 
@@ -167,19 +128,9 @@ def _clean(value: Any) -> Any:
 
 
 def checked(document: Document, kind: Kind) -> dict[str, Any]:
-    """The document without what no reader can show: control characters and numbers that are not finite.
-
-    Args:
-        document: what `report.json` holds.
-        kind: which of the three it is.
-
-    Raises:
-        IntaglioError: another format, or a field is missing.
-    """
+    """Return the document without control characters and numbers that are not finite."""
     if not isinstance(document, Mapping):
-        raise IntaglioError(
-            f"the {kind} report is a {type(document).__name__}; accepted: what report.json holds, an object"
-        )
+        raise IntaglioError(f"the {kind} report is a {type(document).__name__}; accepted: the object in report.json")
     if document.get("format") != FORMAT:
         raise IntaglioError(f"the {kind} report has format {document.get('format')!r}; accepted: {FORMAT}")
     for field in NEEDED[kind]:
@@ -190,56 +141,41 @@ def checked(document: Document, kind: Kind) -> dict[str, Any]:
 
 
 def kind_of(document: Document) -> Kind:
-    """Which of the three a document is.
-
-    Args:
-        document: see the module.
-    """
+    """Return the kind of a document."""
     if "variants" in document:
         return "demo"
     return "compare" if "a" in document else "carve"
 
 
 def reference_of(a: Document) -> str:
-    """What B of a comparison was held against: A, unless A itself is at a distance from an original."""
+    """Return the name of the reference of B: A, unless A itself was compared with an original."""
     return "the original" if value_of(a, "kl_mean") or (value_of(a, "cosine") or 1.0) < 1.0 else "A"
 
 
-def best_variants(document: Document) -> list[dict[str, Any]]:
-    """The variant that does least harm at each amount.
-
-    Args:
-        document: of a demo.
-    """
-    found = []
-    for amount, slug in document["best"].items():
-        found += [v for v in document["variants"] if v.get("amount") == amount and v.get("slug") == slug][:1]
-    return found
+def best_variants(document: Document) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Return each amount with its best variants, several in a tie."""
+    by_name = {(v.get("amount"), v.get("slug")): v for v in reversed(document["variants"])}
+    best = (
+        (amount, [by_name.get((amount, slug)) for slug in _slugs(slugs)]) for amount, slugs in document["best"].items()
+    )
+    return [(amount, [v for v in tied if v is not None]) for amount, tied in best if any(tied)]
 
 
 def variant_name(variant: Document) -> str:
-    """What a variant is called.
-
-    Args:
-        variant: of a demo.
-    """
+    """Return the name of a variant."""
     return str(variant.get("name", variant.get("slug", "not named")))
 
 
 def short_name(variant: Document) -> str:
-    """Its name without the amount.
-
-    Args:
-        variant: of a demo.
-    """
+    """Return its name without the amount."""
     return variant_name(variant).removesuffix(f", {variant.get('amount')}")
 
 
-def is_best(document: Document, variant: Document) -> bool:
-    """Whether the variant does least harm at its amount.
+def _slugs(best: str | list[str]) -> list[str]:
+    """Return the slugs of an entry of `best`, a single slug in older documents."""
+    return [best] if isinstance(best, str) else best
 
-    Args:
-        document: of a demo.
-        variant: one of its.
-    """
-    return variant.get("slug") is not None and document["best"].get(variant.get("amount")) == variant["slug"]
+
+def is_best(document: Document, variant: Document) -> bool:
+    """Return whether the variant is among the best at its amount."""
+    return variant.get("slug") in _slugs(document["best"].get(variant.get("amount"), []))

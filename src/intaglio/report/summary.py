@@ -1,10 +1,11 @@
-"""A document in one plain sentence."""
+"""Documents as one plain sentence."""
 
 from __future__ import annotations
 
 from intaglio.report.formatting import BY_KEY, cell_of, percent, plain_number
 from intaglio.report.schema import (
     EVEN,
+    TIE,
     Document,
     best_variants,
     checked,
@@ -17,15 +18,11 @@ from intaglio.report.schema import (
 )
 
 UNSEEN = 0.0005
-"""A share of zeros that is told as 0.0 %."""
+"""A share of zeros that is shown as 0.0 %."""
 
 
 def zeros_words(side: Document) -> str:
-    """How much of the blocks is zero, as a clause.
-
-    Args:
-        side: see `document`.
-    """
+    """Return the share of zeros in the blocks, as a clause."""
     shares = shares_of(side)
     if not shares:
         return "no layer's zeros were counted"
@@ -55,23 +52,20 @@ def _quality_words(before: Document, after: Document, reference: str) -> list[st
 
 
 def summary(document: Document) -> str:
-    """Say a document in one plain sentence, ASCII but for what the document itself holds.
-
-    Args:
-        document: a carve, compare or demo document.
-
-    Raises:
-        IntaglioError: another format, or a field is missing.
-    """
+    """Return a document as one plain sentence, ASCII apart from the document's own text."""
     kind = kind_of(document)
     document = checked(document, kind)
     if kind == "demo":
         dense = value_of(document["dense"], "perplexity")
         parts = [f"perplexity {plain_number(dense)} before" if dense is not None else "perplexity before not measured"]
-        for variant in best_variants(document):
-            value = value_of(variant, "perplexity")
-            words = plain_number(value) if value is not None else "not finite"
-            parts.append(f"at {variant['amount']} {short_name(variant)} does least harm ({words})")
+        for amount, tied in best_variants(document):
+            values = (value_of(variant, "perplexity") for variant in tied)
+            words = [
+                f"{short_name(variant)} ({'not finite' if value is None else plain_number(value)})"
+                for variant, value in zip(tied, values, strict=True)
+            ]
+            tie = f" tie, within {percent(TIE)}" if len(tied) > 1 else " is best"
+            parts.append(f"at {amount} {' and '.join(words)}{tie}")
         parts.append("the zeros alone change neither bytes nor speed")
     elif kind == "compare":
         parts = _quality_words(document["a"], document["b"], reference_of(document["a"]))
@@ -87,7 +81,7 @@ def summary(document: Document) -> str:
         old, new = (value_of(document[side], "zero_fraction") for side in ("before", "after"))
         left_out = value_of(document["after"], "activation_sparsity")
         if left_out is not None:
-            parts.append(f"a token leaves out {percent(left_out)} of the projections' inputs")
+            parts.append(f"a token skips {percent(left_out)} of the projections' inputs")
         if new is None:
             parts += [zeros_words(document["after"])] if left_out is None else []
         elif old is not None and new - old < UNSEEN:

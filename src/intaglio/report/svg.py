@@ -1,8 +1,8 @@
-"""Pictures for the reports: inline SVG (heatmap, horizontal bars, before/after pairs), and bars for the terminal.
+"""Inline SVG for the reports (heatmap, horizontal bars, before/after pairs), and bars for the terminal.
 
 Each drawing function returns one `<svg>` element as text, with `role="img"`, a `<title>` and a `<desc>`. Colours and
-fonts come from the classes of the page's style sheet, so that a picture follows its light, dark and print palettes. The
-numbers stand in the pictures as text: nothing is said by colour alone.
+fonts come from the classes of the page's style sheet, so that a picture follows its light, dark and print palettes.
+Numbers appear as text: nothing relies on colour alone.
 """
 
 from __future__ import annotations
@@ -25,18 +25,14 @@ SMALL_CHARACTER = 6.8
 LONGEST_LABEL = 34
 # The darkest cell is still light enough for the ink of a number on it, in both palettes.
 HEAT_OPACITY = 0.72
-# What an axis is made for; values beyond it are drawn at its end.
+# Limits of an axis; values beyond are drawn at its end.
 LEAST, MOST = 1e-12, 1e15
-# Control characters and surrogates have no place in XML, even escaped.
+# XML forbids control characters and surrogates, even escaped.
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
 def clean_text(text: str) -> str:
-    """Return `text` with what no XML or HTML may hold (control characters, lone surrogates) replaced by U+FFFD.
-
-    Args:
-        text: anything a user may have written, such as a path.
-    """
+    """Return `text` with characters invalid in XML (control characters, lone surrogates) replaced by U+FFFD."""
     return _FORBIDDEN.sub("\ufffd", text)
 
 
@@ -50,14 +46,7 @@ def _number(value: float) -> str:
 
 
 def add(parent: ET.Element, tag: str, text: str | None = None, **attributes: float | str) -> ET.Element:
-    """Add an element and return it.
-
-    Args:
-        parent: gets it.
-        tag: its name.
-        text: inside it. Default none.
-        **attributes: a final `_` is cut off, others become `-`.
-    """
+    """Add an element and return it."""
     named = {
         key.rstrip("_").replace("_", "-"): value if isinstance(value, str) else _number(value)
         for key, value in attributes.items()
@@ -75,29 +64,13 @@ def write(
     kind: str = "small",
     anchor: Literal["start", "middle", "end"] = "start",
 ) -> None:
-    """Add a text.
-
-    Args:
-        parent: gets it.
-        text: what it says.
-        x: its place.
-        y: of its baseline.
-        kind: its class. Default `small`.
-        anchor: which end of it is at `x`. Default `start`.
-    """
+    """Add a text."""
     add(parent, "text", text, x=x, y=y, class_=kind, text_anchor=anchor)
 
 
 def canvas(title: str, description: str, height: float, width: float = WIDTH) -> ET.Element:
-    """An empty picture.
-
-    Args:
-        title: what it shows.
-        description: the same at length.
-        height: in its own units.
-        width: Default 900.
-    """
-    # The ids must differ between the pictures of one page, and be the same each time the page is made.
+    """Return an empty picture."""
+    # Ids must differ between the pictures of a page, and be reproducible.
     key = sha256(f"{title}\n{description}".encode("utf-8", "replace")).hexdigest()[:10]
     root = ET.Element(
         "svg",
@@ -114,11 +87,7 @@ def canvas(title: str, description: str, height: float, width: float = WIDTH) ->
 
 
 def text_of(root: ET.Element) -> str:
-    """The picture as text.
-
-    Args:
-        root: from `canvas`.
-    """
+    """Return the picture as text."""
     return ET.tostring(root, encoding="unicode")
 
 
@@ -132,21 +101,9 @@ def heatmap(
     column_title: str,
     summaries: Mapping[str, str] | None = None,
 ) -> str:
-    """Draw shares as a grid of cells, the darker the larger, with a scale below.
+    """Draw shares as a grid of cells, darker for larger ones, with a scale below.
 
-    A cell holds its number where it is wide enough, and always has a tooltip; a missing cell is left blank.
-
-    Args:
-        title: what the picture shows.
-        description: the same at length, for those who cannot see it.
-        rows: names, from the top.
-        columns: names, from the left.
-        values: share from 0 to 1 of each `(row, column)`; outside that range it is clamped.
-        column_title: what the columns are, such as `layer`.
-        summaries: a short text at the right end of each row. Default none.
-
-    Returns:
-        An SVG element.
+    A cell shows its number where it is wide enough, and always has a tooltip; a missing cell is blank.
     """
     left = 16 + LABEL_CHARACTER * max((len(_shorten(row)) for row in rows), default=0)
     right = 16 + LABEL_CHARACTER * max((len(text) for text in (summaries or {}).values()), default=0)
@@ -188,29 +145,22 @@ def _cell(root: ET.Element, x: float, y: float, wide: float, tall: float, share:
 
 def _scale(root: ET.Element, x: float, y: float) -> None:
     for step in range(5):
-        at = x + 58.0 * step
+        left = x + 58.0 * step
         shade = f"{HEAT_OPACITY * step / 4:.3f}"
-        add(root, "rect", x=at, y=y, width=14, height=14, rx=2, class_="cell", fill_opacity=shade)
-        write(root, f"{25 * step} %", at + 19, y + 11)
+        add(root, "rect", x=left, y=y, width=14, height=14, rx=2, class_="cell", fill_opacity=shade)
+        write(root, f"{25 * step} %", left + 19, y + 11)
 
 
 _LAYER = re.compile(r"(?:^|.*?\.)layers?\.(\d+)\.(.+)")
 
 
 def layer_grid(zero_fraction: Mapping[str, float]) -> tuple[list[str], list[str], dict[tuple[str, str], float]]:
-    """Sort measurements by layer name into a grid of projection by layer.
-
-    Args:
-        zero_fraction: share of zeros of each `layers.N.<projection>`; other names are left out.
-
-    Returns:
-        `(projections in order of appearance, layers in order, {(projection, layer): share})`.
-    """
+    """Arrange measurements by layer name as `(projections, layers, {(projection, layer): share})`."""
     values: dict[tuple[str, str], float] = {}
     for name, share in zero_fraction.items():
-        found = _LAYER.fullmatch(clean_text(name))
-        if found is not None:
-            values[found[2], found[1]] = share
+        match = _LAYER.fullmatch(clean_text(name))
+        if match is not None:
+            values[match[2], match[1]] = share
     projections = list(dict.fromkeys(row for row, _ in values))
     layers = sorted({column for _, column in values}, key=int)
     return projections, layers, values
@@ -218,14 +168,9 @@ def layer_grid(zero_fraction: Mapping[str, float]) -> tuple[list[str], list[str]
 
 @dataclass(frozen=True)
 class Bar:
-    """One horizontal bar.
+    """A horizontal bar; a value of None draws only the text.
 
-    Args:
-        label: its name, at the left.
-        value: its length on the scale; None draws no bar, only the text.
-        text: the value in words, at its end.
-        group: a heading is drawn where it changes. Default none.
-        strong: drawn in the accent colour; the text must say why.
+    A heading is drawn where `group` changes. `strong` uses the accent colour; the text must say why.
     """
 
     label: str
@@ -236,17 +181,13 @@ class Bar:
 
 
 def nice_range(values: Sequence[float]) -> tuple[float, float]:
-    """Return the nearest of 1, 2, 5 times a power of ten strictly below and at or above positive values.
-
-    Args:
-        values: positive numbers; an empty sequence gives (1, 10).
-    """
+    """Return the nearest of 1, 2, 5 times a power of ten strictly below and at or above positive values."""
     if not values:
         return 1.0, 10.0
     low, high = min(values), max(values)
 
     def ladder(value: float) -> list[float]:
-        # Parsed from decimal text, so that a rung is the float its label says.
+        # Parsed from decimal text, so that a rung equals its label.
         decade = math.floor(math.log10(value))
         return [float(f"{m}e{e}") for e in (decade - 1, decade, decade + 1) for m in (1, 2, 5)]
 
@@ -254,13 +195,7 @@ def nice_range(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Round numbers from at or below `low` to at or above `high`, at equal steps of 1, 2 or 5 times a power of ten.
-
-    Args:
-        low: left end.
-        high: right end, above `low`.
-        most: steps at the most.
-    """
+    """Return round numbers from at or below `low` to at or above `high`, at steps of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next((m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9)), 10 * power)
@@ -269,13 +204,7 @@ def ticks(low: float, high: float, most: int = 7) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
-    """Return round numbers from `low` to `high` for a logarithmic axis: 1, 2, 5 a decade, fewer over a long range.
-
-    Args:
-        low: left end, positive.
-        high: right end, above `low`.
-        most: how many ticks there may be.
-    """
+    """Return round numbers from `low` to `high` for a log axis: 1, 2, 5 per decade, fewer over a long range."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     choices: list[tuple[tuple[int, ...], int]] = [((1, 2, 5), 1), ((1,), 1), ((1,), 2), ((1,), 5)]
     for multiples, stride in [*choices, ((1,), max(1, (last - first) // 4))]:
@@ -296,23 +225,10 @@ def bars(
     ticks: Sequence[tuple[float, str]] | None = None,
     reference: tuple[float, str] | None = None,
 ) -> str:
-    """Draw horizontal bars over one axis.
-
-    Args:
-        title: what the picture shows.
-        description: the same at length.
-        items: the bars, from the top.
-        axis: what is measured, with its unit; a log scale is named in it.
-        scale: `linear` (default; from 0) or `log` (from the round number below the smallest value).
-        ticks: `(place, text)` on the axis; its ends are the first and the last place. Default: round numbers.
-        reference: `(place, text)` of a line through all bars. Default none.
-
-    Returns:
-        An SVG element.
-    """
+    """Draw horizontal bars over an axis."""
     if ticks is None:
-        wanted = [bar.value for bar in items if bar.value is not None] + ([reference[0]] if reference else [])
-        low, high = nice_range([value for value in wanted if LEAST <= value <= MOST])
+        values = [bar.value for bar in items if bar.value is not None] + ([reference[0]] if reference else [])
+        low, high = nice_range([value for value in values if LEAST <= value <= MOST])
         ticks = [(t, f"{t:,g}" if t < 1e6 else f"{t:.0e}".replace("e+0", "e")) for t in log_ticks(low, high)]
         if scale == "linear":
             ticks = [(high * step / 5, f"{high * step / 5:,g}") for step in range(6)]
@@ -323,9 +239,9 @@ def bars(
     right = 22 + LABEL_CHARACTER * max((len(bar.text) for bar in items), default=0)
     span = WIDTH - left - right
 
-    def place(value: float) -> float:
-        inside = min(max(value, low), high)
-        share = (inside - low) / (high - low) if scale == "linear" else math.log(inside / low) / math.log(high / low)
+    def x_of(value: float) -> float:
+        clamped = min(max(value, low), high)
+        share = (clamped - low) / (high - low) if scale == "linear" else math.log(clamped / low) / math.log(high / low)
         return left + span * share
 
     line, head, top = 26.0, 26.0, 30.0
@@ -333,15 +249,15 @@ def bars(
     bottom = top + line * len(items) + head * groups
     root = canvas(title, description, bottom + 46)
     for value, text in ticks:
-        add(root, "line", x1=place(value), x2=place(value), y1=top - 4, y2=bottom + 2, class_="grid")
-        write(root, text, place(value), bottom + 18, anchor="middle")
+        add(root, "line", x1=x_of(value), x2=x_of(value), y1=top - 4, y2=bottom + 2, class_="grid")
+        write(root, text, x_of(value), bottom + 18, anchor="middle")
     write(root, axis, left, bottom + 38)
     y = top
     for position, bar in enumerate(items):
         if bar.group and (position == 0 or items[position - 1].group != bar.group):
             write(root, _shorten(bar.group), 0, y + 18, "heading")
             y += head
-        end = left if bar.value is None or bar.value <= 0 else place(bar.value)
+        end = left if bar.value is None or bar.value <= 0 else x_of(bar.value)
         write(root, _shorten(bar.label), left - 8, y + 16, "label", "end")
         if end > left:
             kind = "bar strong" if bar.strong else "bar"
@@ -349,23 +265,15 @@ def bars(
         write(root, bar.text, end + 8, y + 16, "label strong" if bar.strong else "label")
         y += line
     if reference is not None:
-        at = place(reference[0])
-        add(root, "line", x1=at, x2=at, y1=top - 6, y2=bottom + 2, class_="reference")
-        write(root, reference[1], at, top - 12, anchor="start" if at < left + 60 else "middle")
+        x_reference = x_of(reference[0])
+        add(root, "line", x1=x_reference, x2=x_reference, y1=top - 6, y2=bottom + 2, class_="reference")
+        write(root, reference[1], x_reference, top - 12, anchor="start" if x_reference < left + 60 else "middle")
     return text_of(root)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A quantity before and after.
-
-    Args:
-        label: its name, with its direction ("lower is better").
-        before: value, at least 0; None draws no bar.
-        after: the same.
-        before_text: value in words.
-        after_text: the same.
-    """
+    """A quantity before and after; a value of None draws no bar. The label holds the direction ("lower is better")."""
 
     label: str
     before: float | None
@@ -375,17 +283,7 @@ class Pair:
 
 
 def pairs(title: str, description: str, items: Sequence[Pair], names: tuple[str, str] = ("before", "after")) -> str:
-    """Draw a pair of bars for each quantity, from zero; each pair has a scale of its own, given by its longer bar.
-
-    Args:
-        title: what the picture shows.
-        description: the same at length.
-        items: the quantities, from the top.
-        names: what the two bars of a pair are called. Default `before` and `after`.
-
-    Returns:
-        An SVG element.
-    """
+    """Draw a pair of bars for each quantity, each pair on a scale of its own from zero."""
     left = 24 + LABEL_CHARACTER * max((len(_shorten(item.label)) for item in items), default=0)
     name = 8 + SMALL_CHARACTER * max(len(text) for text in names)
     right = 22 + LABEL_CHARACTER * max((len(text) for i in items for text in (i.before_text, i.after_text)), default=0)
@@ -408,14 +306,7 @@ def pairs(title: str, description: str, items: Sequence[Pair], names: tuple[str,
 
 @dataclass(frozen=True)
 class TerminalBars:
-    """Bars of text on a log scale; made of `#` where the terminal has no blocks.
-
-    Args:
-        title: a line above.
-        items: the bars.
-        low: the value at which a bar has no length.
-        high: the value of the longest bar.
-    """
+    """Bars of text on a log scale from `low` to `high`; made of `#` where the terminal has no block characters."""
 
     title: str
     items: tuple[Bar, ...]
@@ -423,12 +314,12 @@ class TerminalBars:
     high: float
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield one line a bar, fitted to the width of the console."""
+        """Yield a line per bar, fitted to the width of the console."""
         block = "#" if options.ascii_only else "█"
         names = max((len(bar.label) for bar in self.items), default=0)
         names = min(names, max(8, options.max_width // 2))
         texts = max((len(bar.text) for bar in self.items), default=0)
-        room = max(1, min(60, options.max_width - names - texts - 3))
+        max_length = max(1, min(60, options.max_width - names - texts - 3))
         yield Text(self.title, style="bold")
         for position, bar in enumerate(self.items):
             if position and bar.group != self.items[position - 1].group:
@@ -436,7 +327,7 @@ class TerminalBars:
             length = 0
             if bar.value is not None and bar.value > self.low:
                 share = math.log(bar.value / self.low) / math.log(self.high / self.low)
-                length = max(1, round(room * min(share, 1.0)))
+                length = max(1, round(max_length * min(share, 1.0)))
             line = Text(f"{bar.label[:names]:<{names}} ")
             line.append(block * length, style="cyan" if bar.strong else "bright_black")
             line.append(f" {bar.text}", style="bold" if bar.strong else "")

@@ -1,4 +1,4 @@
-"""A document as tables and bars for the terminal."""
+"""Documents as tables and bars for the terminal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from intaglio.report import svg
-from intaglio.report.formatting import BY_KEY, Cell, Change, cell_of, plain_number, rows
+from intaglio.report.formatting import BY_KEY, Cell, Change, cell_of, percent, plain_number, rows
 from intaglio.report.schema import (
     LIVE,
+    TIE,
     ZEROS,
     Document,
     about_zeros,
@@ -60,14 +61,7 @@ def _two_sides(
 
 
 def carve_table(document: Document) -> Table:
-    """Return the table measure | before | after | change of a carve document.
-
-    Args:
-        document: see the module.
-
-    Raises:
-        IntaglioError: another format, or a field is missing.
-    """
+    """Return the table measure | before | after | change of a carve document."""
     document = checked(document, "carve")
     caption = " ".join([about_zeros(document["after"]), LIVE if document["kind"] == "runtime" else ""]).strip()
     names, baked = ("before", "after", "change"), document["kind"] == "standalone"
@@ -75,14 +69,7 @@ def carve_table(document: Document) -> Table:
 
 
 def compare_table(document: Document) -> Table:
-    """Return the table measure | A | B | B against A of a compare document.
-
-    Args:
-        document: see the module.
-
-    Raises:
-        IntaglioError: another format, or a field is missing.
-    """
+    """Return the table measure | A | B | B against A of a compare document."""
     document = checked(document, "compare")
     a, b = document["a"], document["b"]
     title = f"{document['title']}\nA: {a.get('model', 'not named')}\nB: {b.get('model', 'not named')}"
@@ -90,7 +77,7 @@ def compare_table(document: Document) -> Table:
 
 
 DEMO_COLUMNS = ("perplexity", "top1_agreement", "kl_mean", "cosine", "zero_fraction", "bytes", "decode_tokens_per_s")
-# Headings that carry the unit and break in two, so that a row fits into 80 characters.
+# Headings with the unit, on two lines, so that a row fits into 80 characters.
 NARROW = {
     "kl_mean": ("KL,\nnats", " nats"),
     "top1_agreement": ("same\nchoice", ""),
@@ -100,29 +87,23 @@ NARROW = {
 
 
 def demo_table(document: Document) -> Table:
-    """Return the table of a demo document: the dense model first, a row a variant, the best of each amount marked.
+    """Return the table of a demo document: the dense model, then a row per variant, the best of each amount starred.
 
-    Columns that no row has a number for are left out; a size that all share, or all but some of one other size, stands
-    below. What leaves out inputs shows their share in the place of that of zeros.
-
-    Args:
-        document: see the module.
-
-    Raises:
-        IntaglioError: another format, or a field is missing.
+    Columns without a number are dropped; a size that all rows share, or all but some of one other size, is in the
+    caption. Variants that skip inputs show that share instead of zeros.
     """
     document = checked(document, "demo")
     dense, variants = document["dense"], document["variants"]
     used = [key for key in DEMO_COLUMNS if any(value_of(side, key) is not None for side in (dense, *variants))]
     narrow = NARROW | ({"zero_fraction": ("zeros or\nleft out", "")} if has_left_out(variants) else {})
-    caption = "* the best of its amount. "
+    caption = f"* the best of its amount, all within {percent(TIE)} of the lowest perplexity. "
     others = {variant_name(v): v for v in variants if value_of(v, "bytes") != value_of(dense, "bytes")}
     if len({value_of(side, "bytes") for side in others.values()}) <= 1 and "bytes" in used:
         used.remove("bytes")
         size = BY_KEY["bytes"]
-        told = f"Size on disk of each: {cell_of(dense, size, False, False).text}"
-        told += "".join(f"; of {name}: {cell_of(side, size, False, False).text}" for name, side in others.items())
-        caption += f"{told}. "
+        sizes = f"Size on disk of each: {cell_of(dense, size, False, False).text}"
+        sizes += "".join(f"; of {name}: {cell_of(side, size, False, False).text}" for name, side in others.items())
+        caption += f"{sizes}. "
     table = _table(document["title"], caption + ZEROS, [("variant", "left")])
     for key in used:
         heading, _ = narrow.get(key, (BY_KEY[key].name.lower(), ""))
@@ -147,31 +128,17 @@ def demo_table(document: Document) -> Table:
 
 
 def variant_bars(document: Document, key: str, name: Callable[[Document], str], mark: bool) -> list[svg.Bar]:
-    """One measure of every variant of a demo as bars.
-
-    Args:
-        document: of a demo.
-        key: of the measure.
-        name: what a variant is called.
-        mark: whether the best of each amount is marked.
-    """
-    found = []
+    """Return a metric of every variant of a demo as bars."""
+    bars = []
     for variant in document["variants"]:
         value, best = value_of(variant, key), mark and is_best(document, variant)
         text = "not finite or not measured" if value is None else f"{BY_KEY[key].show(value)}{' best' if best else ''}"
-        found.append(svg.Bar(name(variant), value, text, str(variant.get("amount", "")), best))
-    return found
+        bars.append(svg.Bar(name(variant), value, text, str(variant.get("amount", "")), best))
+    return bars
 
 
 def demo_chart(document: Document) -> svg.TerminalBars:
-    """Return the perplexities of a demo document as bars for the terminal, on a log scale; it reads without colour too.
-
-    Args:
-        document: see the module.
-
-    Raises:
-        IntaglioError: another format, or a field is missing.
-    """
+    """Return the perplexities of a demo document as terminal bars on a log scale, readable without colour."""
     document = checked(document, "demo")
     dense = value_of(document["dense"], "perplexity")
     text = "not finite or not measured" if dense is None else plain_number(dense)
@@ -179,6 +146,6 @@ def demo_chart(document: Document) -> svg.TerminalBars:
         svg.Bar("dense", dense, text, "dense"),
         *variant_bars(document, "perplexity", variant_name, mark=True),
     )
-    drawn = [bar.value for bar in items if bar.value is not None and svg.LEAST <= bar.value <= svg.MOST]
-    low, high = svg.nice_range(drawn)
+    values = [bar.value for bar in items if bar.value is not None and svg.LEAST <= bar.value <= svg.MOST]
+    low, high = svg.nice_range(values)
     return svg.TerminalBars(f"Perplexity, log scale from {low:,g} (lower is better)", items, low, high)

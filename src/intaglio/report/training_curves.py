@@ -1,7 +1,7 @@
-"""How training went: the curves of a run as one SVG, and the columns they are kept in.
+"""Training curves as SVG, and their columns.
 
 Columns are a dict of lists of equal length: `step`, `loss`, `learning_rate`, `gradient_norm`, `part/NAME` for each part
-of the loss and `evaluation/NAME` for each value of the evaluations; None where a line of the log has no such value.
+of the loss and `evaluation/NAME` for each evaluated value; None where a log line lacks the value.
 """
 
 from __future__ import annotations
@@ -15,17 +15,13 @@ from intaglio.report.svg import SMALL_CHARACTER, WIDTH, add, canvas, text_of, ti
 
 Columns = Mapping[str, Sequence[float | None]]
 HEIGHT = 190.0
-"""Of one panel, its axis included."""
+"""Height of a panel, its axis included."""
 
 EVALUATION, PART = "evaluation/", "part/"
 
 
 def is_columns(value: Any) -> bool:
-    """Whether a value read from a file is the columns of a run with at least two lines.
-
-    Args:
-        value: any.
-    """
+    """Return whether a value read from a file is a run's columns with at least two lines."""
     return (
         isinstance(value, Mapping)
         and all(isinstance(column, list) for column in value.values())
@@ -39,16 +35,10 @@ def _inside(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def curves(columns: Columns) -> str:
-    """Draw the curves of a run, a panel for each thing that is measured, steps from left to right.
+    """Draw the curves of a run, a panel per quantity, steps from left to right.
 
-    The loss on training batches and an evaluated loss share a panel, as they are in one unit; each part of the loss has
-    one, and so has each other evaluated value. The learning rate is last.
-
-    Args:
-        columns: see the module; at least two lines.
-
-    Returns:
-        An SVG element.
+    The training loss and an evaluated loss share a panel; each part of the loss and each other evaluated value has its
+    own. The learning rate is last.
     """
     panels = _panels(columns)
     steps = [float(step or 0) for step in columns["step"]]

@@ -22,11 +22,11 @@ from intaglio.errors import IntaglioError
 from intaglio.methods.base import Workload
 from intaglio.methods.training.paser import PASER, ConsistencyGraph, Pool, Sample, budgets, efficiency, jsd, key_phrases
 from intaglio.methods.training.paser.clusters import affinity, cluster, coordinates
-from intaglio.methods.training.paser.concepts import merged
+from intaglio.methods.training.paser.concepts import merge_synonyms
 from intaglio.methods.training.paser.divergence import degradation, positions
+from intaglio.methods.training.paser.embeddings import embed
 from intaglio.methods.training.paser.samples import read_samples
-from intaglio.methods.training.paser.vectors import vectors
-from intaglio.methods.training.paser.walk import walk
+from intaglio.methods.training.paser.select import select_samples
 from intaglio.trainer import CausalLM, KeyedRNG, Selection, Selector
 from intaglio.trainer.dataset import all_examples
 from intaglio.trainer.recipe_step import Train
@@ -203,8 +203,8 @@ def test_odd_clusterings() -> None:
     assert cluster(alike, 3).labels.tolist() == [0] * 5
     assert cluster(np.eye(3), 10).labels.max() <= 2  # no more clusters than samples
     assert cluster(np.concatenate([alike, 2 * alike]), 2).labels.tolist() == [0] * 5 + [1] * 5
-    assert vectors(["...", "!"], "tfidf").tolist() == [[0.0], [0.0]]
-    many = vectors([f"word{n} word{n + 1} other{n % 3}" for n in range(150)], "tfidf")
+    assert embed(["...", "!"], "tfidf").tolist() == [[0.0], [0.0]]
+    many = embed([f"word{n} word{n + 1} other{n % 3}" for n in range(150)], "tfidf")
     assert many.shape == (150, 100)
     assert np.linalg.norm(many, axis=1) == pytest.approx(1)
 
@@ -214,12 +214,12 @@ def test_odd_clusterings() -> None:
 
 def test_budgets_by_hand() -> None:
     big = [1000] * 3
-    assert budgets([0.3, 0.1, 0.1], big, 100) == budgets([0.3, 0.1, 0.1], big, 100, whole=False) == [60, 20, 20]
-    assert budgets([1, 1, 1], big, 100, whole=False) == [33, 33, 33]
+    assert budgets([0.3, 0.1, 0.1], big, 100) == budgets([0.3, 0.1, 0.1], big, 100, redistribute=False) == [60, 20, 20]
+    assert budgets([1, 1, 1], big, 100, redistribute=False) == [33, 33, 33]
     assert budgets([1, 1, 1], big, 100) == [34, 33, 33]
     assert budgets([0, 0, 0], [50, 5, 50], 30) == [12, 5, 13] or sum(budgets([0, 0, 0], [50, 5, 50], 30)) == 30
     assert budgets([1, 0], [3, 9], 8) == [3, 5]
-    assert budgets([1, 0], [3, 9], 8, whole=False) == [3, 0]
+    assert budgets([1, 0], [3, 9], 8, redistribute=False) == [3, 0]
 
 
 @given(
@@ -228,7 +228,7 @@ def test_budgets_by_hand() -> None:
 @settings(max_examples=60, deadline=None)
 def test_budgets_keep_to_the_total_and_to_the_clusters(rows: list[tuple[float, int]], total: int, whole: bool) -> None:
     weights_K, sizes = [weight for weight, _ in rows], [size for _, size in rows]
-    found = budgets(weights_K, sizes, total, whole=whole)
+    found = budgets(weights_K, sizes, total, redistribute=whole)
     assert all(0 <= count <= size for count, size in zip(found, sizes, strict=True))
     assert sum(found) == min(total, sum(sizes)) if whole else sum(found) <= total
 
@@ -253,7 +253,7 @@ def test_among_equally_degraded_samples_the_shorter_come_first() -> None:
     for value in (0.2, 0.0):
         choice = paser.pick(pool([value] * 6, [9, 3, 7, 3, 5, 8], [0, 0, 0, 1, 1, 1]), 4)
         assert sorted(choice.indices) == [1, 2, 3, 4]
-        assert [row["budget"] for row in choice.told["clusters"]] == [2, 2]  # an undamaged model has uniform budgets
+        assert [row["budget"] for row in choice.summary["clusters"]] == [2, 2]  # an undamaged model has uniform budgets
 
 
 # The graph and the walk.
@@ -277,7 +277,7 @@ def test_the_graph_by_hand() -> None:
 @settings(max_examples=60, deadline=None)
 def test_what_was_taken_is_consistent(concepts: list[set[str]], order: Any) -> None:
     ranked = [list(range(0, len(concepts), 2)), list(range(1, len(concepts), 2))]
-    done = walk(ranked, [2.0, 1.0], 6, concepts=lambda n: sorted(concepts[n]), order=order)
+    done = select_samples(ranked, [2.0, 1.0], 6, concepts=lambda n: sorted(concepts[n]), order=order)
     graph = ConsistencyGraph()
     for n in done.taken:
         assert graph.consistent(concepts[n])
@@ -286,17 +286,17 @@ def test_what_was_taken_is_consistent(concepts: list[set[str]], order: Any) -> N
     assert len(done.taken) <= 6
     # All is looked at before the budget is left unfilled.
     assert len(done.taken) == 6 or len(done.taken) + len(done.skipped) == len(concepts)
-    late = walk(ranked, [2.0, 1.0], 6, concepts=lambda n: sorted(concepts[n]), order=order, last=True)
+    late = select_samples(ranked, [2.0, 1.0], 6, concepts=lambda n: sorted(concepts[n]), order=order, last=True)
     assert late.taken[: len(done.taken)] == done.taken
     assert len(late.taken) == min(6, len(concepts))
 
 
 def test_the_order_of_clusters() -> None:
     ranked = [[0, 1], [2, 3]]
-    assert walk(ranked, [1, 1], 4).taken == [0, 2, 1, 3]
-    assert walk(ranked, [1, 1], 4, order="sequential").taken == [0, 1, 2, 3]
+    assert select_samples(ranked, [1, 1], 4).taken == [0, 2, 1, 3]
+    assert select_samples(ranked, [1, 1], 4, order="sequential").taken == [0, 1, 2, 3]
     by_hand = {0: "ab", 1: "ac", 2: "cd", 3: "ef"}
-    done = walk(ranked, [1, 1], 4, concepts=by_hand.__getitem__, whole=False)
+    done = select_samples(ranked, [1, 1], 4, concepts=by_hand.__getitem__, redistribute=False)
     assert (done.taken, done.skipped, done.rate) == ([0, 2, 3], [1], 0.25)
 
 
@@ -307,10 +307,10 @@ def test_a_graph_that_refuses_too_much_is_left_out() -> None:
     assert list(lenient.pick(known, 3).indices) == [0, 1]
     choice = strict.pick(known, 3)
     assert list(choice.indices) == [0, 1, 2]
-    assert choice.told["consistency"].startswith("left out: 50%")
+    assert choice.summary["consistency"].startswith("left out: 50%")
     late = PASER(clusters=1, inconsistent="last").pick(known, 3)
     assert list(late.indices) == [0, 1, 2]
-    assert late.told["rejection_rate"] == 0.5
+    assert late.summary["rejection_rate"] == 0.5
 
 
 def test_key_phrases() -> None:
@@ -325,8 +325,8 @@ def test_key_phrases() -> None:
 
 def test_synonyms_are_one_concept() -> None:
     near = np.array([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
-    assert merged(["a", "b", "c"], near, 0.7) == {"a": "a", "b": "a", "c": "c"}
-    assert merged(["a", "b", "c"], near, 0.95) == {"a": "a", "b": "b", "c": "c"}
+    assert merge_synonyms(["a", "b", "c"], near, 0.7) == {"a": "a", "b": "a", "c": "c"}
+    assert merge_synonyms(["a", "b", "c"], near, 0.95) == {"a": "a", "b": "b", "c": "c"}
 
 
 # The method.
@@ -341,7 +341,7 @@ def test_it_chooses_again_the_same_without_duplicates(dense: Checkpoint) -> None
     assert found[0].indices == found[1].indices
     assert len(found[0].indices) == len(set(found[0].indices)) == 8
     assert max(found[0].indices) < len(PAIRS)  # the first of equal ones
-    told = found[0].told
+    told = found[0].summary
     assert (told["examples"], told["duplicates"], told["chosen"]) == (16, 4, 8)
     assert told["chosen_tokens"] < told["tokens"]
     assert set(told["seconds"]) == {"embedding", "clustering", "comparing", "concepts"}
@@ -357,7 +357,7 @@ def test_it_may_look_at_some_only(dense: Checkpoint) -> None:
     paser = PASER(count=3, candidates=5, clusters=2, **WORDS)
     choice = paser.choose(examples(dense), pruned(dense), dense, progress=lambda done, total, what: seen.append(total))
     assert set(seen) == {5}
-    assert choice.told["looked_at"] == 5
+    assert choice.summary["looked_at"] == 5
     assert len(choice.indices) == 3
     other = paser.choose(examples(dense), pruned(dense), dense, seed=1)
     assert set(other.indices) != set(choice.indices)
@@ -380,11 +380,13 @@ def test_it_trains_on_what_it_chose_and_says_so(dense: Checkpoint) -> None:
     assert asked == [1]
     noted = part.record.steps[-1].chosen
     assert noted["selection"]["chosen"] == 3
-    assert noted["selection"]["clusters"] == choice.told["clusters"]
-    assert sum(noted["bars"]["items"].values()) == pytest.approx(sum(r["degradation"] for r in choice.told["clusters"]))
+    assert noted["selection"]["clusters"] == choice.summary["clusters"]
+    assert sum(noted["bars"]["items"].values()) == pytest.approx(
+        sum(r["degradation"] for r in choice.summary["clusters"])
+    )
 
 
-def test_baselines_ask_no_model(dense: Checkpoint) -> None:
+def test_baselines_run_no_model(dense: Checkpoint) -> None:
     selector = PASER.uniform(budget=0.5, clusters=2, **WORDS)
     assert not selector.compares
     found = selector.select(examples(dense), dense, None, 0.5, KeyedRNG(0))
@@ -414,8 +416,8 @@ def test_the_paper_and_the_code_as_they_are(dense: Checkpoint) -> None:
 
 def test_an_undamaged_model_has_uniform_budgets(dense: Checkpoint) -> None:
     choice = PASER(budget=0.5, clusters=2, **WORDS).choose(examples(dense), dense, checkpoint())
-    assert [row["degradation"] for row in choice.told["clusters"]] == [0.0, 0.0]
-    assert [row["budget"] for row in choice.told["clusters"]] == [3, 3]
+    assert [row["degradation"] for row in choice.summary["clusters"]] == [0.0, 0.0]
+    assert [row["budget"] for row in choice.summary["clusters"]] == [3, 3]
 
 
 def test_a_vocabulary_that_grew_is_compared_on_what_both_have(dense: Checkpoint) -> None:
@@ -459,7 +461,7 @@ def test_refusals_about_models(dense: Checkpoint) -> None:
     paser = PASER(**WORDS)
     with pytest.raises(IntaglioError, match="the model before it was carved, and there is none"):
         paser.choose(examples(dense), dense)
-    with pytest.raises(IntaglioError, match="whose tokenizer is another one"):
+    with pytest.raises(IntaglioError, match="whose tokenizer differs"):
         paser.choose(examples(dense), dense, new("llama", width=8, depth=1))
     bare = Checkpoint(checkpoint("bert").model, None, "other")
     bare.model.resize_token_embeddings(90, mean_resizing=False)
@@ -467,9 +469,9 @@ def test_refusals_about_models(dense: Checkpoint) -> None:
         paser.choose(examples(dense), dense, bare)
     with pytest.raises(IntaglioError, match="example 1 of the training data: its prompt is"):
         paser.choose([*PAIRS[:1], {**PAIRS[1], "prompt": "the dog " * 90}, *PAIRS[2:]], dense, dense)
-    with pytest.raises(IntaglioError, match="neither a pair nor a text; it has: word"):
+    with pytest.raises(IntaglioError, match="neither a pair nor a text; its fields: word"):
         paser.choose([{"word": "x", "id": 0}] * 9, dense, dense)
-    with pytest.raises(IntaglioError, match="token ids alone"):
+    with pytest.raises(IntaglioError, match="only token ids"):
         paser.choose([{"input_ids": [3, 4], "id": 0}] * 9, Checkpoint(dense.model, None, "bare"), dense)
     broken = pruned(dense)
     broken.model.lm_head.weight.data.fill_(float("nan"))

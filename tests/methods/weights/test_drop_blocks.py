@@ -387,7 +387,7 @@ def test_with_pruning_training_and_fitting_in_one_recipe(corpus: Path, tmp_path:
         ({"visibility": {"layers": [2], "rule": "causal"}}, "names the layer 2; the model has the layers 0 to 1"),
         ({"wanda": {"sparsity": 0.5, "ignore": ["layers.3.*"]}}, "names no layer of this model"),
         ({"layerwise_unmasking": {"groups": 4}}, "4 groups"),
-        ({"drop_blocks": {"count": 2}}, "count is 2, and the model has 2 blocks"),
+        ({"drop_blocks": {"count": 2}}, "count is 2; the model has 2 blocks"),
     ],
 )
 def test_later_steps_are_held_against_what_is_left(
@@ -434,10 +434,10 @@ def test_the_estimate_is_a_cost(way: dict[str, Any]) -> None:
         ({"count": 0}, "greater than or equal to 1"),
         ({"layers": "two"}, "accepted: all, numbers, or a slice"),
         ({"count": 1, "keep": "x"}, "accepted: all, numbers, or a slice"),
-        ({"layers": [0], "keep": [1]}, "keep belongs to count"),
-        ({"layers": [0], "by": "loss"}, "by belongs to count"),
-        ({"layers": [0], "iterative": False}, "iterative belongs to count"),
-        ({"count": 2, "contiguous": True, "iterative": True}, "set one of them"),
+        ({"layers": [0], "keep": [1]}, "keep works with count only"),
+        ({"layers": [0], "by": "loss"}, "by works with count only"),
+        ({"layers": [0], "iterative": False}, "iterative works with count only"),
+        ({"count": 2, "contiguous": True, "iterative": True}, "set only one of them"),
         ({"count": 1, "by": "size"}, "should be 'influence' or 'loss'"),
     ],
 )
@@ -450,12 +450,12 @@ def test_fields_that_do_not_fit(fields: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("family", "fields", "words"),
     [
-        ("llama", {"count": 4}, "count is 4, and the model has 4 blocks; accepted: 1 to 3"),
-        ("llama", {"count": 9, "by": "loss"}, "count is 9, and the model has 4 blocks; accepted: 1 to 3"),
-        ("llama", {"count": 2, "keep": [0, 1, 2]}, "count is 2, and only 1 of the model's 4 blocks may go"),
-        ("llama", {"count": 1, "keep": "all"}, "count is 1, and only 0 of the model's 4 blocks may go"),
+        ("llama", {"count": 4}, "count is 4; the model has 4 blocks; accepted: 1 to 3"),
+        ("llama", {"count": 9, "by": "loss"}, "count is 9; the model has 4 blocks; accepted: 1 to 3"),
+        ("llama", {"count": 2, "keep": [0, 1, 2]}, "count is 2; only 1 of the model's 4 blocks may be removed"),
+        ("llama", {"count": 1, "keep": "all"}, "count is 1; only 0 of the model's 4 blocks may be removed"),
         ("llama", {"count": 2, "keep": [1], "contiguous": True}, None),
-        ("llama", {"count": 2, "keep": [1, 2], "contiguous": True}, "no 2 neighbouring blocks may go"),
+        ("llama", {"count": 2, "keep": [1, 2], "contiguous": True}, "no 2 neighbouring blocks may be removed"),
         ("llama", {"count": 1, "keep": [4]}, "names the layer 4; the model has the layers 0 to 3"),
         ("llama", {"layers": [4]}, "names the layer 4; the model has the layers 0 to 3"),
         ("llama", {"layers": "all"}, "layers names all 4 blocks of the model"),

@@ -1,18 +1,18 @@
-"""Visibility rules: which key position a query position may see, as data.
+"""Visibility rules: which key positions a query position may attend to, as data.
 
 A rule is a frozen object called with index tensors, `rule(b, h, q, kv) -> bool tensor`: batch row, head, query position
 and key position, shaped so that they broadcast (dense masks) or scalar (the tracing of a block-sparse kernel). Rules
-are put together with `&`, `|` and `~`, compare by value, pickle, and turn into plain data and back (`to_dict`,
+combine with `&`, `|` and `~`, compare by value, pickle, and convert to plain data and back (`to_dict`,
 `rule_from_dict`).
 
     Causal() & (Window(64) | Sinks(4))        # a sliding window that always keeps the first four tokens
 
-Positions count from a row's first real token. A window of the model itself and padding are no part of a rule: they are
-taken into account where the rule is applied.
+Positions count from a row's first real token. The model's own window and padding are not part of a rule: they are added
+where the rule is applied.
 
-- `base.py`: what every rule is; `combined.py`: what `&`, `|` and `~` make of rules
-- `positions.py`: rules that follow from positions alone; `tables.py`: those that are looked up in a tensor
-- `scores.py`: what is added to scores instead
+- `base`: the base class; `combined`: boolean combinations
+- `positions`: positional rules; `tables`: rules given by a tensor
+- `scores`: biases on attention scores
 
 Dimension letters: B batch rows, H heads, Q query positions, K key positions, L positions.
 """

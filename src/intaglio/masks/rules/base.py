@@ -1,26 +1,24 @@
-"""What every rule is: called with index tensors, put together with others, turned into plain data and back."""
+"""Base class of visibility rules: evaluation on index tensors, combination, conversion to plain data."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from intaglio.errors import IntaglioError, did_you_mean
 
-if TYPE_CHECKING:
-    from intaglio.masks.rules.boolean import And, Or
-
 _KINDS: dict[str, type[Rule]] = {}
+"""Rules by kind; `combined` registers `and`, `or` and `not`, which the operators use."""
 
 
 class Rule:
-    """Base of all rules: who may see whom, as `rule(b, h, q, kv) -> bool`.
+    """Base of visibility rules, `rule(b, h, q, kv) -> bool`.
 
-    A rule of your own is a frozen dataclass that names its kind and is written with arithmetic, comparisons, `&`, `|`:
+    A custom rule is a frozen dataclass that names its kind and uses arithmetic, comparisons, `&`, `|`:
 
         @dataclass(frozen=True)
         class Every(Rule, kind="every"):
@@ -29,10 +27,10 @@ class Rule:
             def __call__(self, b, h, q, kv):
                 return (q - kv) % self.step == 0
 
-    The properties below describe the rule to the code that applies it. Their defaults are the careful answer.
+    The properties below describe the rule to the code that applies it. Their defaults are the safe answer.
 
     Args:
-        kind: class argument; the name of the rule in `to_dict`. Bases that are no rule themselves leave it out.
+        kind: class argument; the name of the rule in `to_dict`. Abstract bases leave it out.
     """
 
     kind: ClassVar[str] = ""
@@ -49,34 +47,33 @@ class Rule:
 
     @property
     def is_noncausal(self) -> bool:
-        """Whether some query may see a later key. False is a promise; True may be too careful."""
+        """Whether some query may see a later key; may be True for a rule where none does, never False otherwise."""
         return True
 
     @property
     def prefix_stable_after(self) -> int | None:
-        """After how many tokens of a text a further one changes nothing that earlier tokens see; None: never.
+        """Number of tokens after which a further token changes nothing that earlier ones see; None: never.
 
-        With a number a model can go on from a prompt of at least so many tokens, without a cache.
+        A model can continue a prompt of at least that length, without a cache.
         """
         return None if self.is_noncausal else 0
 
     @property
     def extent(self) -> float | None:
-        """How many positions on one side, the query's own included, the rule names by a number; None: it names none.
+        """Largest distance (the query's own position counts as 1) that the rule names explicitly; None: none.
 
-        Infinite where it names tokens that may be any distance away. A layer's own window that is smaller would cut
-        them off in silence.
+        Infinite where it names tokens at any distance. A layer's own window below it would silently hide them.
         """
         return None
 
     @property
     def ignores_window(self) -> bool:
-        """Whether the rule holds beyond a layer's own sliding window, which otherwise applies too."""
+        """Whether the rule overrides a layer's own sliding window."""
         return False
 
     @property
     def shift_invariant(self) -> bool:
-        """Whether only the distance `q - kv` counts. If not, left padding must be subtracted from both first."""
+        """Whether the rule depends on `q - kv` only; if not, left padding must be subtracted first."""
         return False
 
     @property
@@ -86,27 +83,14 @@ class Rule:
 
     @property
     def bounded(self) -> bool:
-        """Whether the rule is defined for so many positions only, which `check` then compares."""
+        """Whether the rule is defined for a limited number of positions, which `check` compares."""
         return False
 
     def check(self, rows: int, heads: int, length: int) -> None:
-        """Refuse an input that the rule has no answer for.
-
-        Args:
-            rows: rows of the batch.
-            heads: attention heads (of the queries).
-            length: one past the last query position; 0 if the rule is not `bounded`.
-
-        Raises:
-            IntaglioError: names the size that does not fit.
-        """
+        """Refuse an input that the rule does not cover."""
 
     def to(self, device: torch.device | str) -> Rule:
-        """Return the rule with its tensors on `device`; itself when nothing has to move.
-
-        Args:
-            device: where the index tensors will be.
-        """
+        """Return the rule with its tensors on `device`."""
         moved = {
             field.name: value.to(device)
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
@@ -129,22 +113,24 @@ class Rule:
         return cls(**fields)
 
     def __and__(self, other: Rule) -> Rule:
-        """Seen where both rules allow it."""
-        from intaglio.masks.rules.boolean import And
-
-        return And((*_parts(self, And), *_parts(other, And)))
+        """Visible where both rules allow it."""
+        return self._combined("and", other)
 
     def __or__(self, other: Rule) -> Rule:
-        """Seen where either rule allows it."""
-        from intaglio.masks.rules.boolean import Or
-
-        return Or((*_parts(self, Or), *_parts(other, Or)))
+        """Visible where either rule allows it."""
+        return self._combined("or", other)
 
     def __invert__(self) -> Rule:
-        """Seen where the rule forbids it."""
-        from intaglio.masks.rules.boolean import Not
+        """Visible where the rule forbids it."""
+        return self.rule if self.kind == "not" else _KINDS["not"](self)  # type: ignore[attr-defined, call-arg]
 
-        return self.rule if isinstance(self, Not) else Not(self)
+    def _combined(self, kind: str, other: Rule) -> Rule:
+        """Combine two rules under an operator, flattening nested uses of it."""
+        for rule in (self, other):
+            if not isinstance(rule, Rule):
+                raise IntaglioError(f"a rule is combined with another rule, not with {rule!r}")
+        parts = [part for rule in (self, other) for part in (rule.rules if rule.kind == kind else (rule,))]  # type: ignore[attr-defined]
+        return _KINDS[kind](tuple(parts))  # type: ignore[call-arg]
 
 
 def _plain(value: Any) -> Any:
@@ -153,21 +139,8 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _parts(rule: Rule, kind: type[And] | type[Or]) -> tuple[Rule, ...]:
-    if not isinstance(rule, Rule):
-        raise IntaglioError(f"a rule is combined with another rule, not with {rule!r}")
-    return rule.rules if isinstance(rule, kind) else (rule,)
-
-
 def rule_from_dict(data: Mapping[str, Any]) -> Rule:
-    """Return the rule that `to_dict` wrote.
-
-    Args:
-        data: `kind` and the fields of that kind.
-
-    Raises:
-        IntaglioError: the kind is unknown, or a field is missing, unknown or out of range.
-    """
+    """Return the rule of the plain data of `to_dict`."""
     fields = dict(data)
     kind = fields.pop("kind", None)
     if kind not in _KINDS:
@@ -176,32 +149,13 @@ def rule_from_dict(data: Mapping[str, Any]) -> Rule:
 
 
 def check_size(rule: Rule, name: str, own: int, given: int) -> None:
-    """Refuse an input of another size than a rule is made for.
-
-    Args:
-        rule: the rule.
-        name: what is counted.
-        own: the rule's number.
-        given: the input's.
-
-    Raises:
-        IntaglioError: the two differ.
-    """
+    """Refuse an input of a size that the rule was not made for."""
     if own != given:
         raise IntaglioError(f"the rule {rule.kind!r} is made for {own} {name}, and the input has {given}")
 
 
 def check_count(rule: Rule, name: str, least: int = 1) -> None:
-    """Refuse a field of a rule that is no whole number, or too small a one.
-
-    Args:
-        rule: the rule.
-        name: of the field.
-        least: what it may be. Default 1.
-
-    Raises:
-        IntaglioError: the field is something else.
-    """
+    """Refuse a field that is not an integer or is too small."""
     value = getattr(rule, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise IntaglioError(f"{name} of the rule {rule.kind!r} is {value!r}; a whole number from {least} is accepted")

@@ -1,9 +1,11 @@
-"""Rules made of rules: both, either, not, and beyond a layer's own window."""
+"""Combinations of rules: and, or, not, and a rule beyond a layer's own window."""
 
-# ruff: noqa: D102 - what a rule overrides is described once, in `Rule`
+# ruff: noqa: D102 - overrides are documented in `Rule`
 from __future__ import annotations
 
 import dataclasses
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -60,7 +62,7 @@ class _Composite(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class And(_Composite, kind="and"):
-    """Seen where every one of the rules allows it.
+    """Visible where all of the rules allow it.
 
     Args:
         rules: two or more.
@@ -69,10 +71,7 @@ class And(_Composite, kind="and"):
     rules: tuple[Rule, ...]
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        seen = self.rules[0](b, h, q, kv)
-        for rule in self.rules[1:]:
-            seen = seen & rule(b, h, q, kv)
-        return seen
+        return functools.reduce(operator.and_, (rule(b, h, q, kv) for rule in self.rules))
 
     @property
     def is_noncausal(self) -> bool:
@@ -91,7 +90,7 @@ class And(_Composite, kind="and"):
 
 @dataclasses.dataclass(frozen=True)
 class Or(_Composite, kind="or"):
-    """Seen where any of the rules allows it.
+    """Visible where any of the rules allows it.
 
     Args:
         rules: two or more.
@@ -100,10 +99,7 @@ class Or(_Composite, kind="or"):
     rules: tuple[Rule, ...]
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        seen = self.rules[0](b, h, q, kv)
-        for rule in self.rules[1:]:
-            seen = seen | rule(b, h, q, kv)
-        return seen
+        return functools.reduce(operator.or_, (rule(b, h, q, kv) for rule in self.rules))
 
     @property
     def is_noncausal(self) -> bool:
@@ -120,7 +116,7 @@ class Or(_Composite, kind="or"):
 
 
 class _Wrapping(Rule):
-    """Another view of one rule."""
+    """A rule that modifies another."""
 
     rule: Rule
 
@@ -156,10 +152,10 @@ class _Wrapping(Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Not(_Wrapping, kind="not"):
-    """Seen where the rule forbids it. Taken to look right, whatever the rule.
+    """Visible where the rule forbids it; always treated as seeing later tokens.
 
     Args:
-        rule: the rule that is turned round.
+        rule: the negated rule.
     """
 
     rule: Rule
@@ -170,10 +166,10 @@ class Not(_Wrapping, kind="not"):
 
 @dataclasses.dataclass(frozen=True)
 class IgnoreSlidingWindow(_Wrapping, kind="wide"):
-    """The same rule without the sliding window that a layer may have; run without a cache, which keeps the window.
+    """The same rule, ignoring a layer's own sliding window; runs without a cache, which is limited to the window.
 
     Args:
-        rule: what is seen.
+        rule: the rule.
     """
 
     rule: Rule

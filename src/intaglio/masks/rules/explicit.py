@@ -1,9 +1,9 @@
-"""Rules that look their answer up in a tensor: the documents of a packed row, and any pattern at all.
+"""Rules given by a tensor: documents of a packed row, and arbitrary masks.
 
 Dimension letters: B batch rows, H heads, L positions.
 """
 
-# ruff: noqa: D102 - what a rule overrides is described once, in `Rule`
+# ruff: noqa: D102 - overrides are documented in `Rule`
 from __future__ import annotations
 
 import dataclasses
@@ -17,7 +17,7 @@ from intaglio.masks.rules.base import Rule, check_size
 
 
 class _Table(Rule):
-    """A rule that looks its answer up in one tensor; two are equal when their tensors are."""
+    """A rule that indexes a tensor; two are equal when their tensors are."""
 
     _field: ClassVar[str]
 
@@ -55,10 +55,10 @@ class _Table(Rule):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockDiagonal(_Table, kind="block_diagonal"):
-    """Tokens see one another only inside the same document of a packed row; join it with `Causal()` for a decoder.
+    """Tokens see each other within the same document of a packed row; combine it with `Causal()` for a decoder.
 
     Args:
-        document_ids: int64 [L] for all rows alike, or [B, L]: the document each position belongs to.
+        document_ids: int64 [L] for all rows, or [B, L]: the document of each position.
     """
 
     document_ids: Tensor
@@ -92,10 +92,10 @@ class BlockDiagonal(_Table, kind="block_diagonal"):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExplicitMask(_Table, kind="arbitrary"):
-    """Any pattern, as a table: query `q` sees key `kv` where `visible[..., q, kv]` is True.
+    """An explicit mask: query `q` sees key `kv` where `visible[..., q, kv]` is True.
 
     Args:
-        visible: bool [L, L] for all rows and heads alike, [H, L, L], or [B, H, L, L] (B or H may be 1).
+        visible: bool [L, L] for all rows and heads, [H, L, L], or [B, H, L, L] (B or H may be 1).
     """
 
     visible: Tensor
@@ -139,5 +139,5 @@ class ExplicitMask(_Table, kind="arbitrary"):
 
 
 def _inside(position: Tensor, end: int) -> Tensor:
-    """Keep lookups of padded positions (below 0) and of unfilled cache rows (from `end`) inside the table."""
+    """Clamp padded positions (below 0) and unfilled cache rows (from `end`) into the table."""
     return position.clamp(0, end - 1)

@@ -1,6 +1,6 @@
-"""Rules that follow from positions alone: causal, windows, blocks, prefixes, sinks."""
+"""Positional rules: causal, bidirectional, windows, blocks, prefixes, sinks."""
 
-# ruff: noqa: D102 - what a rule overrides is described once, in `Rule`
+# ruff: noqa: D102 - overrides are documented in `Rule`
 from __future__ import annotations
 
 import dataclasses
@@ -15,7 +15,7 @@ from intaglio.masks.rules.base import Rule, check_count, check_size
 
 @dataclasses.dataclass(frozen=True)
 class Causal(Rule, kind="causal"):
-    """Every query sees itself and what came before: `kv <= q`."""
+    """Every query sees itself and earlier keys: `kv <= q`."""
 
     is_noncausal = False
     shift_invariant = True
@@ -37,8 +37,27 @@ class Bidirectional(Rule, kind="bidirectional"):
 
 
 @dataclasses.dataclass(frozen=True)
-class Window(Rule, kind="window"):
-    """A query sees what is fewer than `size` positions away, on both sides: `|q - kv| < size`.
+class _Sized(Rule):
+    """A rule with a size in positions, from 1."""
+
+    size: int
+    per_head = False
+
+    def __post_init__(self) -> None:
+        check_count(self, "size")
+
+    @property
+    def is_noncausal(self) -> bool:
+        return self.size > 1
+
+    @property
+    def extent(self) -> float | None:
+        return self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class Window(_Sized, kind="window"):
+    """Every query sees the keys fewer than `size` positions away, on both sides: `|q - kv| < size`.
 
     `Causal() & Window(size)` is the sliding window of Mistral and Gemma with `sliding_window=size`.
 
@@ -46,77 +65,44 @@ class Window(Rule, kind="window"):
         size: positions on one side, the query's own included; at least 1.
     """
 
-    size: int
     shift_invariant = True
-    per_head = False
-
-    def __post_init__(self) -> None:
-        check_count(self, "size")
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (q - kv).abs() < self.size
 
-    @property
-    def is_noncausal(self) -> bool:
-        return self.size > 1
-
-    @property
-    def extent(self) -> float | None:
-        return self.size
-
 
 @dataclasses.dataclass(frozen=True)
-class BlockLocal(Rule, kind="blocks"):
-    """Tokens see one another only inside the same block of `size` positions, counted from the row's first token.
+class BlockLocal(_Sized, kind="blocks"):
+    """Tokens see each other within the same block of `size` positions, counted from the row's first token.
 
     Args:
         size: positions of a block; at least 1.
     """
 
-    size: int
-    per_head = False
-
-    def __post_init__(self) -> None:
-        check_count(self, "size")
-
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return torch.div(q, self.size, rounding_mode="floor") == torch.div(kv, self.size, rounding_mode="floor")
 
-    @property
-    def is_noncausal(self) -> bool:
-        return self.size > 1
-
-    @property
-    def extent(self) -> float | None:
-        return self.size
-
 
 @dataclasses.dataclass(frozen=True)
-class Dilated(Rule, kind="dilated"):
+class Dilated(_Sized, kind="dilated"):
     """A window with gaps: `size` keys on one side, `step` apart, the query's own included (Beltagy et al. 2020).
 
     `|q - kv| < size * step` and `q - kv` a multiple of `step`.
 
     Args:
         size: keys on one side; at least 1.
-        step: distance between two of them; at least 1, which is `Window(size)`.
+        step: distance between neighbouring keys; at least 1, which is `Window(size)`.
     """
 
-    size: int
     step: int
     shift_invariant = True
-    per_head = False
 
     def __post_init__(self) -> None:
-        check_count(self, "size")
+        super().__post_init__()
         check_count(self, "step")
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return ((q - kv).abs() < self.size * self.step) & ((q - kv) % self.step == 0)
-
-    @property
-    def is_noncausal(self) -> bool:
-        return self.size > 1
 
     @property
     def extent(self) -> float | None:
@@ -125,10 +111,10 @@ class Dilated(Rule, kind="dilated"):
 
 @dataclasses.dataclass(frozen=True)
 class PrefixLM(Rule, kind="prefix_lm"):
-    """Causal, but the first `length` tokens see one another in both directions (Dong et al. 2019).
+    """Causal, except that the first `prefix` tokens see each other in both directions (Dong et al. 2019).
 
     Args:
-        prefix: number of tokens of the prefix, from 0; or one number for each row of the batch.
+        prefix: number of tokens of the prefix, from 0; or a number for each row of the batch.
     """
 
     prefix: int | tuple[int, ...]
@@ -170,7 +156,7 @@ class PrefixLM(Rule, kind="prefix_lm"):
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSinks(Rule, kind="sinks"):
-    """Every query sees the first `count` tokens (the attention sinks of Xiao et al. 2023); join it with `Causal()`.
+    """Every query sees the first `count` tokens (attention sinks, Xiao et al. 2023); combine it with `Causal()`.
 
     Args:
         count: number of tokens; at least 1.

@@ -1,4 +1,4 @@
-"""Score rules: what is added to the attention scores instead of hiding a key."""
+"""Score rules: biases added to attention scores, instead of hiding keys."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Score = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Alibi:
-    """A score rule: `-slope_h * |q - kv|` is added to the attention scores (Press et al. 2021).
+    """ALiBi: `-slope_h * |q - kv|` is added to the attention scores (Press et al. 2021).
 
-    Slopes are the powers of `2 ** (-8 / heads)`, from the first on; `heads` should be a power of two.
+    Slopes are the powers of `2 ** (-8 / heads)`, starting with the first; `heads` should be a power of two.
 
     Args:
         heads: number of attention heads.
@@ -24,5 +24,5 @@ class Alibi:
     heads: int
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        """Return what is added where query `q` of head `h` in row `b` sees key `kv`."""
+        """Return the bias where query `q` of head `h` in row `b` sees key `kv`."""
         return -(2.0 ** (-8.0 / self.heads * (h + 1))) * (q - kv).abs()

@@ -1,5 +1,4 @@
-"""DSnoT (Zhang et al., ICLR 2024): refine a pruning mask without training, by growing and pruning one weight a row at
-a time.
+"""DSnoT (Zhang et al., ICLR 2024): refine a pruning mask without training, swapping one weight per row and cycle.
 
 Dimension letters: R rows (outputs), I inputs, M group size.
 """
@@ -27,37 +26,23 @@ PAPER_CYCLES = 50
 PAPER_THRESHOLD = 0.1
 PAPER_WIDTH = 4096
 PAPER_LENGTH = 2048
-# Below this the variance of an input is rounding noise: such a feature is as good as constant.
+# Below this the variance of an input is rounding noise: the feature is effectively constant.
 SMALLEST_VARIANCE = 1e-12
 
 
 def scaled_cycles(inputs: int) -> int:
-    """The paper's 50 cycles were tuned for rows of 4096 inputs: the same share of a narrower row, at least 1.
-
-    Args:
-        inputs: width of a row.
-    """
+    """Return the paper's 50 cycles for rows of 4096 inputs, scaled to the row's width; at least 1."""
     return max(1, round(PAPER_CYCLES * inputs / PAPER_WIDTH))
 
 
 def scaled_threshold(length: float) -> float:
-    """The paper's 0.1 is an error summed over segments of 2048 tokens: the same error a token for other lengths.
-
-    Args:
-        length: mean calibration segment in tokens.
-    """
+    """Return the paper's 0.1, an error summed over segments of 2048 tokens, scaled to the segment length."""
     return PAPER_THRESHOLD * length / PAPER_LENGTH
 
 
 @dataclass(frozen=True)
 class Refined:
-    """What `refine` returns.
-
-    Args:
-        mask_RI: the refined mask, True = pruned.
-        error_R: expected output error (dense minus sparse) before and after, float32 [R] each.
-        swaps_R: accepted swaps of each row, int64 [R].
-    """
+    """Result of `refine`: mask (True = pruned), expected output error (dense minus sparse) before and after, swaps."""
 
     mask_RI: Tensor
     error_before_R: Tensor
@@ -65,13 +50,10 @@ class Refined:
     swaps_R: Tensor
 
 
-class _Pointers:
-    """For each row a list of candidates in the order in which they are to be taken, and how far it has been used.
+class _Candidates:
+    """Sorted candidates of each row (smallest key first, ties by position), with a cursor.
 
-    Args:
-        key_RI: order of the candidates, smallest first; among equals the first inputs first.
-        candidate_RI: True at candidates.
-        most: how many of a row will be asked for at the most: only these are put in order.
+    At most `most` candidates of a row are taken: only these are sorted.
     """
 
     def __init__(self, key_RI: Tensor, candidate_RI: Tensor, most: int) -> None:
@@ -84,12 +66,12 @@ class _Pointers:
         self._used_R = torch.zeros_like(self._count_R)
 
     def take(self, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        """The next candidate of every row and whether there was one; rows where `rows_R` is True use theirs up."""
-        there_R = self._used_R < self._count_R
-        at_R = self._used_R.clamp(max=self._order_RK.shape[1] - 1)
-        index_R = self._order_RK.gather(1, at_R[:, None]).squeeze(1)
-        self._used_R += rows_R & there_R
-        return index_R, there_R
+        """Return the next candidate of every row and whether there was one; rows where `rows_R` is True consume it."""
+        available_R = self._used_R < self._count_R
+        cursor_R = self._used_R.clamp(max=self._order_RK.shape[1] - 1)
+        index_R = self._order_RK.gather(1, cursor_R[:, None]).squeeze(1)
+        self._used_R += rows_R & available_R
+        return index_R, available_R
 
 
 def refine(
@@ -105,42 +87,27 @@ def refine(
     variance_power: float,
     same_sign: bool,
 ) -> Refined:
-    """Swap pruned for kept weights, one of each a row and cycle, so that the expected output error goes to zero.
+    """Swap pruned for kept weights, one pair per row and cycle, to drive the expected output error to zero.
 
     With C = W * mu the contribution of each weight to the expected output, err = sum of C over the pruned entries. Grow
     the pruned entry with the largest C / var^p if err > 0, with the smallest if err < 0. Unstructured: prune the kept
     entry with the smallest key among those whose C has the sign opposite to err. N:M: prune the kept entry with the
-    smallest key in the grown one's own group, whatever its sign. A row stops for good when |err| <= threshold, when
-    the swap would change the sign of its first error (`same_sign`), or when candidates of the needed sign run out.
+    smallest key in the grown entry's group, whatever its sign. A row stops for good when |err| <= threshold, when the
+    swap would change the sign of its first error (`same_sign`), or when candidates of the needed sign run out.
 
     Every entry moves at most once, so the pattern holds after each cycle. The released code takes entries of the other
     sign, or entry 0 again, when candidates run out; here the row stops.
-
-    Args:
-        weight_RI: dense weights.
-        mask_RI: the start, True = pruned; equally many in every row (unstructured) or group (N:M).
-        sum_I: mu, the sum of each input over the tokens of a sequence, averaged over sequences.
-        variance_I: biased variance of each input; clamped away from zero.
-        prune_key_RI: order in which kept entries are given up, smallest first.
-        group: M for N:M, None for unstructured.
-        cycles: swaps a row at the most.
-        threshold: stop a row whose |err| is not above this.
-        variance_power: p.
-        same_sign: accept a swap only if the error keeps the sign it had at the start.
-
-    Returns:
-        The refined mask, errors before and after, and accepted swaps.
     """
     contribution_RI = weight_RI.float() * sum_I
     error_R = contribution_RI.masked_fill(~mask_RI, 0).sum(1)
     start_R = error_R.clone()
     grow_key_RI = contribution_RI / variance_I.clamp(min=SMALLEST_VARIANCE) ** variance_power
     positive_RI, negative_RI = contribution_RI > 0, contribution_RI < 0
-    grow_positive = _Pointers(-grow_key_RI, mask_RI & positive_RI, cycles)
-    grow_negative = _Pointers(grow_key_RI, mask_RI & negative_RI, cycles)
+    grow_positive = _Candidates(-grow_key_RI, mask_RI & positive_RI, cycles)
+    grow_negative = _Candidates(grow_key_RI, mask_RI & negative_RI, cycles)
     if group is None:
-        prune_negative = _Pointers(prune_key_RI, ~mask_RI & negative_RI, cycles)
-        prune_positive = _Pointers(prune_key_RI, ~mask_RI & positive_RI, cycles)
+        prune_negative = _Candidates(prune_key_RI, ~mask_RI & negative_RI, cycles)
+        prune_positive = _Candidates(prune_key_RI, ~mask_RI & positive_RI, cycles)
     else:
         free_RI = prune_key_RI.masked_fill(mask_RI, float("inf"))
         offset_M = torch.arange(group, device=weight_RI.device)
@@ -187,22 +154,22 @@ class DSnoT(OneShotPruner, SparsityTarget, Method, slug="dsnot"):
     its score alone, on the original weights, without compensation).
 
     The paper's constants are tied to its scale: 50 cycles to rows of 4096 inputs, the threshold of 0.1 to segments of
-    2048 tokens. By default both are scaled to the model and the data in hand (50 * inputs/4096, at least 1; 0.1 *
-    length/2048), and all layers are refined. `DSnoT.paper()` gives the paper's values, with attention refined only, as
-    the released code does by default.
+    2048 tokens. By default both are scaled to the model and the data (50 * inputs/4096, at least 1; 0.1 * length/2048),
+    and all layers are refined. `DSnoT.paper()` gives the paper's values, with attention refined only, as the released
+    code does by default.
 
     Args:
         sparsity: share of zeros in each row, 0 <= sparsity < 1.
-        pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+        pattern: `N:M`, keep N of every M consecutive inputs. Give exactly one of `sparsity` and `pattern`.
         ignore: layers that keep all their weights, by name or shell pattern. Default: none.
-        base: where the mask starts: `wanda` (default), `magnitude` or `sparsegpt`.
-        refine: which layers are refined: `all` (default), `attention` or `mlp`; the others keep the base's mask.
-        max_cycles: swaps a row at the most; None (default) scales with the width; 0 gives the base's mask.
-        threshold: a row whose |err| is not above it is left alone; None (default) scales with the segment length.
-        same_sign: accept a swap only if err keeps its first sign. None (default): on. The released code has it
-            off for unstructured masks and always on for N:M.
+        base: method of the initial mask: `wanda` (default), `magnitude` or `sparsegpt`.
+        refine: layers to refine: `all` (default), `attention` or `mlp`; the others keep the base's mask.
+        max_cycles: most swaps per row; None (default) scales with the width; 0 gives the base's mask.
+        threshold: rows with |err| up to this are left alone; None (default) scales with the segment length.
+        same_sign: accept a swap only if err keeps its first sign. None (default): on. The released code has it off for
+            unstructured masks and always on for N:M.
         variance_power: p in the growing criterion C / var^p. Default 1.
-        dampening: of the Hessian, for the base `sparsegpt`. Default 0.01.
+        dampening: dampening of the Hessian, for the base `sparsegpt`. Default 0.01.
 
     Raises:
         IntaglioError: (in `apply`) the pattern does not fit a width, no calibration data, NaN statistics.
@@ -211,28 +178,28 @@ class DSnoT(OneShotPruner, SparsityTarget, Method, slug="dsnot"):
         UserWarning: `max_cycles` is over 5 % of a row's inputs and the same-sign test is off, which ruins narrow
             layers.
 
-    Source: Zhang et al., Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs, ICLR 2024,
-    arXiv 2310.08915, section 3; where they differ, the released code. Two departures from it: the variance is pooled
-    exactly (the code drops the part between batches), and a row stops when candidates run out (see `refine`).
+    Source: Zhang et al., Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs, ICLR 2024, arXiv
+    2310.08915, section 3; where they differ, the released code. Two departures from it: the variance is pooled exactly
+    (the code drops the part between batches), and a row stops when candidates run out (see `refine`).
     """
 
     moments: ClassVar[bool] = True
 
-    base: Literal["wanda", "magnitude", "sparsegpt"] = Field("wanda", description="where the mask starts")
-    refine: Literal["all", "attention", "mlp"] = Field("all", description="which layers are refined")
-    max_cycles: Annotated[int, Field(ge=0, description="swaps a row at the most")] | None = None
-    threshold: Annotated[float, Field(ge=0, description="least |expected error| that is worked on")] | None = None
+    base: Literal["wanda", "magnitude", "sparsegpt"] = Field("wanda", description="method of the initial mask")
+    refine: Literal["all", "attention", "mlp"] = Field("all", description="layers to refine")
+    max_cycles: Annotated[int, Field(ge=0, description="most swaps per row")] | None = None
+    threshold: (
+        Annotated[float, Field(ge=0, description="rows with |expected error| up to this are left alone")] | None
+    ) = None
     same_sign: bool | None = Field(None, description="accept a swap only if the error keeps its sign")
     variance_power: Annotated[float, Field(ge=0, description="power of the variance when growing")] = 1.0
-    dampening: Annotated[float, Field(gt=0, le=1, description="of the Hessian, for the base sparsegpt")] = DAMPENING
+    dampening: Annotated[float, Field(gt=0, le=1, description="dampening of the Hessian, for the base sparsegpt")] = (
+        DAMPENING
+    )
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """The paper's values: 50 cycles, threshold 0.1, attention only, no same-sign test unless N:M.
-
-        Args:
-            overrides: fields that the caller sets, such as `sparsity` or `pattern`.
-        """
+        """Return the paper's values: 50 cycles, threshold 0.1, attention only, no same-sign test unless N:M."""
         same_sign = overrides.get("pattern") is not None
         values: dict[str, Any] = {
             "refine": "attention",
@@ -243,13 +210,7 @@ class DSnoT(OneShotPruner, SparsityTarget, Method, slug="dsnot"):
         return cls(**(values | overrides))
 
     def base_score(self, weight_RI: Tensor, statistics: InputStatistics, factor: Factor | None = None) -> Tensor:
-        """The score of the base, float32 [R, I]: |W|, |W| sqrt(l2) or W^2/U_kk^2.
-
-        Args:
-            weight_RI: dense weights.
-            statistics: of the layer's input.
-            factor: (base `sparsegpt`) keeps U for the next linear with the same input. Default: computed anew.
-        """
+        """Return the score of the base, float32 [R, I]: |W|, |W| sqrt(l2) or W^2/U_kk^2."""
         if self.base == "magnitude":
             return weight_RI.float().abs()
         if self.base == "wanda":
@@ -260,14 +221,7 @@ class DSnoT(OneShotPruner, SparsityTarget, Method, slug="dsnot"):
     def mask(
         self, weight_RI: Tensor, statistics: InputStatistics, refined: bool = True, factor: Factor | None = None
     ) -> Refined:
-        """The mask of one matrix.
-
-        Args:
-            weight_RI: dense weights.
-            statistics: of the layer's input, with moments (and the Hessian for the base `sparsegpt`).
-            refined: False gives the base's mask as it is.
-            factor: see `base_score`.
-        """
+        """Compute the mask of a matrix."""
         amount = self.amount
         score_RI = self.base_score(weight_RI, statistics, factor)
         mask_RI = prune_mask(score_RI, amount)
@@ -279,7 +233,7 @@ class DSnoT(OneShotPruner, SparsityTarget, Method, slug="dsnot"):
             mask_RI,
             statistics.sum_I,
             statistics.variance_I,
-            # Unstructured swaps give up weights in Wanda's order whatever the base; N:M in the base's own.
+            # Unstructured swaps prune in Wanda's order whatever the base; N:M in the base's own.
             prune_key_RI=wanda_score(weight_RI, statistics.square_I) if group is None else score_RI,
             group=group,
             cycles=cycles if refined else 0,
@@ -290,11 +244,11 @@ class DSnoT(OneShotPruner, SparsityTarget, Method, slug="dsnot"):
 
     @property
     def hessian(self) -> bool:
-        """Only the base `sparsegpt` needs the Hessian."""
+        """True for the base `sparsegpt`."""
         return self.base == "sparsegpt"
 
     def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[PruneFn, dict[str, Any]]:
-        """Refine the base's mask where `refine` says so; notes the swaps and the summed |err| before and after."""
+        """Return the rule that refines the base's mask, and a record of swaps and summed |err| before and after."""
         narrowest = min(columns for _, _, columns in linears)
         if self.same_sign is False and (self.max_cycles or 0) > max(1, 0.05 * narrowest):
             warnings.warn(
@@ -306,15 +260,15 @@ class DSnoT(OneShotPruner, SparsityTarget, Method, slug="dsnot"):
         factor = Factor(self.dampening)
 
         def rule(linear: Linear, statistics: InputStatistics) -> Tensor:
-            found = self.mask(linear.read(), statistics, self.refine in ("all", linear.part), factor)
-            chosen["swaps"] += int(found.swaps_R.sum())
-            chosen["error_before"] += float(found.error_before_R.abs().sum())
-            chosen["error_after"] += float(found.error_R.abs().sum())
-            return masked(linear, found.mask_RI)
+            result = self.mask(linear.read(), statistics, self.refine in ("all", linear.part), factor)
+            chosen["swaps"] += int(result.swaps_R.sum())
+            chosen["error_before"] += float(result.error_before_R.abs().sum())
+            chosen["error_after"] += float(result.error_R.abs().sum())
+            return masked(linear, result.mask_RI)
 
         return rule, chosen
 
     def estimate(self, workload: Workload) -> Cost:
-        """Two passes, the base's selection, and four of candidates."""
+        """Return the cost of two passes, the base's selection, and four selections of candidates."""
         walked = walk_cost(workload, hessian=self.hessian)
         return Cost(walked.flops, 5 * walked.sorted_elements, walked.extra_bytes)

@@ -1,4 +1,4 @@
-"""Magnitude pruning (Han et al., NeurIPS 2015): the smallest weights of each layer go."""
+"""Magnitude pruning (Han et al., NeurIPS 2015): prune the smallest weights of each layer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from intaglio.modeling.anatomy import Linear
 class Magnitude(OneShotPruner, SparsityTarget, Method, slug="magnitude"):
     """Prune by S = |W|, without data.
 
-    Unstructured: one threshold a layer (`per="layer"`, as the pruning papers run it) or a share of every row
-    (`per="row"`). N:M: the smallest of every group. Kept weights keep their bits; ties go by position, first inputs
-    first.
+    Unstructured: one threshold per layer (`per="layer"`, as the pruning papers run it) or a share of every row
+    (`per="row"`). N:M: the smallest of every group. Kept weights are bit-identical; ties are broken by position, first
+    inputs first.
 
     Args:
         sparsity: share of zeros in each layer, 0 <= sparsity < 1.
-        pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+        pattern: `N:M`, keep N of every M consecutive inputs. Give exactly one of `sparsity` and `pattern`.
         ignore: layers that keep all their weights, by name or shell pattern. Default: none.
-        per: what weights are compared with, `layer` (default) or `row`.
+        per: scope of the comparison, `layer` (default) or `row`.
 
     Raises:
         IntaglioError: (in `apply`) the pattern does not fit a width.
@@ -40,14 +40,14 @@ class Magnitude(OneShotPruner, SparsityTarget, Method, slug="magnitude"):
     per: Literal["layer", "row"] = Field("layer", description="compare weights within a layer or within a row")
 
     def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[PruneFn, dict[str, Any]]:
-        """Keep the largest weights; nothing is known of the input, nor needed."""
+        """Return the rule that keeps the largest weights."""
 
-        def rule(linear: Linear, nothing: InputStatistics) -> Tensor:
+        def rule(linear: Linear, _: InputStatistics) -> Tensor:
             return masked(linear, prune_mask(linear.read().abs().float(), self.amount, self.per))
 
         return rule, {}
 
     def estimate(self, workload: Workload) -> Cost:
-        """One selection over all weights."""
+        """Return the cost of one selection over all weights."""
         largest = max(rows * columns for rows, columns in workload.linears)
         return Cost(sorted_elements=float(sum(r * c for r, c in workload.linears)), extra_bytes=largest * 16)

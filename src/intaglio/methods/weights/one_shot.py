@@ -1,4 +1,4 @@
-"""What every pruning step does around its own rule: the walk over the blocks, the write, the record.
+"""Base of the one-shot pruning methods: blockwise calibration, writing the weights, the record.
 
 Dimension letters: R rows (outputs), I inputs.
 """
@@ -24,39 +24,27 @@ SAMPLES = 128
 LENGTH = 512
 
 PruneFn = Callable[[Linear, InputStatistics], Tensor]
-"""`rule(linear, statistics of its input) -> its new weight [R, I]`."""
+"""`rule(linear, input statistics) -> new weight [R, I]`."""
 
 
 def shapes(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
-    """`(name, rows, columns)` of every linear that pruning edits.
-
-    Args:
-        checkpoint: its model is taken apart.
-
-    Raises:
-        IntaglioError: it has none, since a method put others in their place.
-    """
-    found = [(name, *linear.shape) for name, linear in anatomy(checkpoint.model).all_linears()]
-    if not found:
-        raise IntaglioError("the model has no plain projections that could be pruned: a method replaced them")
-    return found
+    """Return `(name, rows, columns)` of every linear that pruning edits."""
+    linears = [(name, *linear.shape) for name, linear in anatomy(checkpoint.model).all_linears()]
+    if not linears:
+        raise IntaglioError("the model has no plain projections to prune: another step replaced them")
+    return linears
 
 
 def masked(linear: Linear, mask_RI: Tensor) -> Tensor:
-    """The linear's weight with zeros where the mask is True and the very same values elsewhere.
-
-    Args:
-        linear: whose weight is read.
-        mask_RI: True = pruned.
-    """
+    """Return the linear's weight with zeros where the mask is True and the other values unchanged."""
     return linear.read().masked_fill(mask_RI, 0)
 
 
 class OneShotPruner(ABC):
-    """What pruning methods share: `apply` walks over the blocks and replaces each linear's weight by what `rule` gives.
+    """Base of pruning methods: `apply` replaces each linear's weight, block by block, by the result of `rule`.
 
-    A mixin beside `Amount` and `Method`. What it asks of the class: `rule`, and `moments` or `hessian` where the rule
-    needs more of a linear's input than its norms. A class whose rule looks at no data says `needs_calibration = False`.
+    A mixin beside `Amount` and `Method`. A subclass implements `rule` and sets `moments` or `hessian` where the rule
+    needs more input statistics than norms, or `needs_calibration = False` where it needs no data.
     """
 
     storage: ClassVar[Literal["standalone"]] = "standalone"
@@ -72,7 +60,7 @@ class OneShotPruner(ABC):
 
     @abstractmethod
     def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[PruneFn, dict[str, Any]]:
-        """The rule for a model with these linears `(name, rows, columns)`, and what it notes for the record."""
+        """Return the rule for a model with these linears `(name, rows, columns)`, and its dict for the record."""
 
     def apply(
         self,
@@ -83,20 +71,7 @@ class OneShotPruner(ABC):
         batch_size: int = 4,
         progress: Progress = no_progress,
     ) -> Checkpoint:
-        """Prune `checkpoint` in place and return it.
-
-        Args:
-            checkpoint: what to prune.
-            calibration: segments, token ids [N, L], texts, a bundled name, a file or a folder; not looked at by a
-                method that needs none.
-            seed: chooses the calibration documents, where text is given. Default 0.
-            batch_size: sequences that pass at a time. Default 4.
-            progress: called after each batch, or after each block where no data is needed.
-
-        Raises:
-            IntaglioError: the pattern does not fit a width, `ignore` names no layer, no calibration data, or statistics
-                that are not finite.
-        """
+        """Prune `checkpoint` in place and return it."""
         method, amount = cast(Method, self), cast(SparsityTarget, self)
         amount.check(shapes(checkpoint))
         linears = amount.taken(shapes(checkpoint))
@@ -107,7 +82,7 @@ class OneShotPruner(ABC):
         def statistic(features: int, device: torch.device) -> InputStatistics:
             return InputStatistics(features, device, moments=self.moments, hessian=self.hessian)
 
-        def carve(index: int, group: SharedInputGroup) -> None:
+        def prune_group(index: int, group: SharedInputGroup) -> None:
             for linear in group.linears:
                 if f"layers.{index}.{linear.name}" in names:
                     linear.write(rule(linear, group.statistic))
@@ -120,7 +95,7 @@ class OneShotPruner(ABC):
                 checkpoint,
                 data,
                 statistic=statistic,
-                carve=carve,
+                carve=prune_group,
                 batch_size=batch_size,
                 what=method.slug,
                 progress=progress,
@@ -129,49 +104,32 @@ class OneShotPruner(ABC):
             parts = anatomy(checkpoint.model)
             for index in range(len(parts.blocks)):
                 for linear in parts.linears(index):
-                    carve(index, SharedInputGroup([linear], statistic(linear.shape[1], checkpoint.device)))
+                    prune_group(index, SharedInputGroup([linear], statistic(linear.shape[1], checkpoint.device)))
                 progress(index + 1, len(parts.blocks), f"{method.slug}: block {index + 1}/{len(parts.blocks)}")
         checkpoint.record_step(method.slug, method.model_dump(), seed=seed, calibration=identity, chosen=chosen)
         return checkpoint
 
 
 def describe(data: Segments, batch_size: int) -> dict[str, Any]:
-    """What identifies calibration data in the record.
-
-    Args:
-        data: the segments.
-        batch_size: sequences that passed at a time.
-    """
+    """Return the identity of calibration data for the record."""
     return {"digest": data.digest, "samples": data.n, "length": data.length, "batch_size": batch_size}
 
 
 def walk_cost(workload: Workload, *, hessian: bool = False) -> Cost:
-    """What the two passes and the statistics take.
-
-    Args:
-        workload: sizes of the model and the calibration data.
-        hessian: whether input products are accumulated.
-    """
+    """Return the cost of the two passes and the statistics."""
     flops = 4.0 * workload.block_parameters * workload.tokens
     widest = max(columns for _, columns in workload.linears)
     extra = workload.tokens * workload.hidden * workload.element_size
     extra += workload.batch_tokens * widest * workload.element_size * 6
     if hessian:
-        # One product serves the linears that share an input; by columns that is about half of them.
+        # Linears with a shared input share a product: about half of the columns.
         flops += sum(2.0 * workload.tokens * columns**2 for _, columns in workload.linears) / 2
         extra += 4 * 4 * widest**2
     return Cost(flops=flops, sorted_elements=float(sum(r * c for r, c in workload.linears)), extra_bytes=int(extra))
 
 
 def refuse_packed(checkpoint: Checkpoint) -> None:
-    """Refuse weights that are no plain numbers: packed or quantized ones mean something only with their scales.
-
-    Args:
-        checkpoint: whose linears are looked at.
-
-    Raises:
-        IntaglioError: names the first such linear and its dtype.
-    """
+    """Refuse packed or quantized weights, which have no meaning without their scales."""
     for name, linear in anatomy(checkpoint.model).all_linears():
         dtype = linear.module.weight.dtype
         if dtype not in DTYPES.values():

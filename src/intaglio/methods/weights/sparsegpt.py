@@ -1,4 +1,4 @@
-"""SparseGPT (Frantar and Alistarh, ICML 2023): prune column by column, the rest of the row makes up for each loss.
+"""SparseGPT (Frantar and Alistarh, ICML 2023): prune column by column, compensating with the rest of the row.
 
 Dimension letters: R rows (outputs), I inputs, C columns of one block.
 """
@@ -25,21 +25,14 @@ INNER = 16
 
 
 def inverse_factor(hessian_II: Tensor, dampening: float = DAMPENING) -> tuple[Tensor, Tensor]:
-    """U, the upper Cholesky factor of the inverse of the dampened Hessian: U^T U = (H + d mean(diag H) I)^-1.
+    """Return U, the upper Cholesky factor of the inverse dampened Hessian: U^T U = (H + d mean(diag H) I)^-1.
 
     Inputs that are always zero (H_kk = 0) get H_kk = 1 first. The factorisation runs in float64 on the CPU, so that it
-    agrees over thread counts; it is retried with ten times the dampening if the matrix is not positive definite in
-    rounding, as happens with few samples.
-
-    Args:
-        hessian_II: float32 [I, I].
-        dampening: d, a share of the mean of the diagonal. Default 0.01.
+    agrees over thread counts; it is retried with ten times the dampening if the matrix is numerically not positive
+    definite, as happens with few samples.
 
     Returns:
         U as float32 [I, I], and the dead inputs as bool [I].
-
-    Raises:
-        IntaglioError: the Hessian is not finite, or not positive definite even with dampening 1.
     """
     if not torch.isfinite(hessian_II).all():
         raise IntaglioError("the calibration statistics are not finite: the inputs of a layer hold NaN or overflow")
@@ -53,10 +46,10 @@ def inverse_factor(hessian_II: Tensor, dampening: float = DAMPENING) -> tuple[Te
 
 
 def _factor(hessian_II: Tensor, dampening: float) -> Tensor | None:
-    """U in float64 on the CPU, or None if the dampened Hessian is not positive definite in rounding.
+    """Return U in float64 on the CPU, or None if the dampened Hessian is numerically not positive definite.
 
     With P the reversal of order and P H P = L L^T, H^-1 = (P L^-1 P)^T (P L^-1 P), and P L^-1 P is upper triangular:
-    the wanted factor from one factorisation and one triangular inverse.
+    one factorisation and one triangular inverse.
     """
     reversed_II = hessian_II.flip(0, 1).to("cpu", torch.float64)
     diagonal = reversed_II.diagonal()
@@ -65,75 +58,51 @@ def _factor(hessian_II: Tensor, dampening: float) -> Tensor | None:
     lower, failed = torch.linalg.cholesky_ex(reversed_II)
     if failed:
         return None
-    # The reversed Hessian is not needed any more: its memory takes the identity.
+    # Reuses the memory of the reversed Hessian.
     identity = reversed_II.zero_().fill_diagonal_(1.0)
     return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
 
 
 class Factor:
-    """`inverse_factor` of what enters a linear, computed once for the linears that share an input (q, k and v).
-
-    Args:
-        dampening: see `inverse_factor`.
-    """
+    """Cached `inverse_factor`, shared by the linears with the same input (q, k and v)."""
 
     def __init__(self, dampening: float) -> None:
         self._dampening = dampening
         self._last: tuple[InputStatistics, tuple[Tensor, Tensor]] | None = None
 
     def of(self, statistics: InputStatistics) -> tuple[Tensor, Tensor]:
-        """U [I, I] and the dead inputs [I].
-
-        Args:
-            statistics: with the Hessian; the same object for linears that share an input, which come one after the
-                other.
-        """
+        """Return U [I, I] and the dead inputs [I]."""
         if self._last is None or self._last[0] is not statistics:
-            self._last = None  # its memory first
+            self._last = None  # free its memory first
             self._last = (statistics, inverse_factor(statistics.hessian_II, self._dampening))
         return self._last[1]
 
 
 def sparsegpt_score(weight_RI: Tensor, upper_II: Tensor) -> Tensor:
-    """S_rk = W_rk^2 / U_kk^2, in float32 [R, I].
-
-    Args:
-        weight_RI: the weights.
-        upper_II: from `inverse_factor`.
-    """
+    """Return S_rk = W_rk^2 / U_kk^2, float32 [R, I]."""
     return weight_RI.float().square() / upper_II.diagonal().square()
 
 
 def sparsegpt(
     weight_RI: Tensor, upper_II: Tensor, dead_I: Tensor, amount: float | tuple[int, int], block: int = BLOCK
 ) -> Tensor:
-    """Prune one matrix with compensation.
+    """Prune a matrix with compensation; return the updated weights, float32 [R, I].
 
     For each block of columns the mask takes the lowest W^2/U_kk^2 of the whole block (all rows together), or, for N:M,
     the lowest of each row's group, scored when the group's first column is reached. Then for each column i of the
     block, with w masked to q: e = (w - q)/U_ii, and the columns from i on lose e U[i, i:]; after the block the rest of
     the matrix loses E U[block, rest].
-
-    Args:
-        weight_RI: the dense weights, any floating dtype.
-        upper_II: U from `inverse_factor`.
-        dead_I: inputs that are always zero; their weights go first.
-        amount: a share of zeros, or (N, M).
-        block: columns of a block. Default 128.
-
-    Returns:
-        The pruned and updated weights, float32 [R, I].
     """
     weight_RI = weight_RI.float().clone()
     weight_RI[:, dead_I] = 0
     inputs = weight_RI.shape[1]
-    # Within a block the columns just ahead are kept up to date one by one and the others by one product a few columns,
-    # as the block itself does with the rest of the matrix: the same sums, with less traffic.
+    # Within a block the next few columns are updated one by one, the others by one product per `inner` columns, as the
+    # block itself updates the rest of the matrix: the same sums, with less memory traffic.
     group_size = amount[1] if isinstance(amount, tuple) else 1
     inner = max(INNER // group_size, 1) * group_size
     for low in range(0, inputs, block):
         high = min(low + block, inputs)
-        # Columns are worked on one at a time: as rows of the transpose each lies in one piece of memory.
+        # Columns are processed one at a time: as rows of the transpose each is contiguous.
         w_CR = weight_RI[:, low:high].T.contiguous()
         upper_CC = upper_II[low:high, low:high]
         error_CR = torch.empty_like(w_CR)
@@ -158,21 +127,20 @@ def sparsegpt(
 
 
 class SparseGPT(OneShotPruner, SparsityTarget, Method, slug="sparsegpt"):
-    """Prune by W_rk^2 / U_kk^2 and update what is kept, so that the layer's outputs on calibration data change least.
+    """Prune by W_rk^2 / U_kk^2 and update the remaining weights to preserve the layer's outputs on calibration data.
 
     With H = (2/n) sum_t x_t x_t^T over the calibration tokens and U the upper Cholesky factor of (H + d I)^-1, columns
     are pruned from left to right in blocks; each pruned weight's error is spread over the columns to its right by U.
-    Weights change, unlike under Wanda: compare it as such.
+    Weights change, unlike under Wanda.
 
     The pruned share of a block of columns is exact (floor); the released code's `<= threshold` prunes one more, and
     more under ties. Weights of inputs that are always zero are set to zero whatever the amount, as there.
 
     Args:
         sparsity: share of zeros in each layer, 0 <= sparsity < 1.
-        pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+        pattern: `N:M`, keep N of every M consecutive inputs. Give exactly one of `sparsity` and `pattern`.
         dampening: share of the mean diagonal added to the Hessian. Default 0.01.
-        block: columns that are pruned at a time; for N:M a multiple of M. None (default): 128, or the multiple of M
-            next below it.
+        block: columns pruned at a time; for N:M a multiple of M. None (default): 128, or the next lower multiple of M.
         ignore: layers that keep all their weights, by name or shell pattern. Default: none.
 
     Raises:
@@ -185,11 +153,11 @@ class SparseGPT(OneShotPruner, SparsityTarget, Method, slug="sparsegpt"):
     dampening: Annotated[float, Field(gt=0, le=1, description="share of the mean diagonal added to the Hessian")] = (
         DAMPENING
     )
-    block: Annotated[int, Field(ge=1, description="columns that are pruned at a time")] | None = None
+    block: Annotated[int, Field(ge=1, description="columns pruned at a time")] | None = None
 
     @property
     def hessian(self) -> bool:
-        """The rule needs the Hessian."""
+        """Always True."""
         return True
 
     @property
@@ -201,18 +169,14 @@ class SparseGPT(OneShotPruner, SparsityTarget, Method, slug="sparsegpt"):
         return max(BLOCK // group, 1) * group
 
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
-        """Refuse a width that the pattern does not fit, and a block that would cut the pattern's groups.
-
-        Args:
-            linears: `(name, rows, columns)` of each projection.
-        """
+        """Refuse a width that the pattern does not divide, and a block that would cut the pattern's groups."""
         super().check(linears)
         amount = self.amount
         if isinstance(amount, tuple) and self.columns % amount[1]:
             raise IntaglioError(f"the block of {self.block} columns is not a multiple of the pattern's {amount[1]}")
 
     def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[PruneFn, dict[str, Any]]:
-        """Prune with compensation."""
+        """Return the rule that prunes with compensation."""
         factor = Factor(self.dampening)
 
         def rule(linear: Linear, statistics: InputStatistics) -> Tensor:
@@ -221,7 +185,7 @@ class SparseGPT(OneShotPruner, SparsityTarget, Method, slug="sparsegpt"):
         return rule, {}
 
     def estimate(self, workload: Workload) -> Cost:
-        """Two passes, the Hessians and their inversion, and the column updates."""
+        """Return the cost of two passes, the Hessians and their inversion, and the column updates."""
         walked = walk_cost(workload, hessian=True)
         solve = sum(float(rows) * columns**2 + 2.0 * columns**3 for rows, columns in workload.linears)
         return Cost(walked.flops + solve, walked.sorted_elements, walked.extra_bytes)

@@ -15,27 +15,19 @@ from intaglio.modeling.anatomy import Linear
 
 
 def wanda_score(weight_RI: Tensor, square_I: Tensor) -> Tensor:
-    """S_rk = |W_rk| * sqrt(l2_k), in float32.
-
-    Args:
-        weight_RI: the weights.
-        square_I: l2_k = (sum over tokens of x_k^2) / sequences.
-
-    Returns:
-        float32 [R, I].
-    """
+    """Return S_rk = |W_rk| * sqrt(l2_k), float32 [R, I]."""
     return weight_RI.float().abs() * square_I.sqrt()
 
 
 class Wanda(OneShotPruner, SparsityTarget, Method, slug="wanda"):
     """Prune by S_rk = |W_rk| ||x_k||_2, compared within each output row (unstructured) or each group (N:M).
 
-    ||x_k||_2 is the norm of input feature k over the calibration tokens, taken on the outputs of the already pruned
-    blocks before. Weights are not updated; kept ones keep their bits.
+    ||x_k||_2 is the norm of input feature k over the calibration tokens, computed from the outputs of the already
+    pruned previous blocks. Weights are not updated; kept weights are bit-identical.
 
     Args:
-        sparsity: share of zeros in each row, 0 <= sparsity < 1; floor(inputs * sparsity) of a row go.
-        pattern: `N:M`, keep N of every M consecutive inputs. Give one of the two.
+        sparsity: share of zeros in each row, 0 <= sparsity < 1; floor(inputs * sparsity) of a row are pruned.
+        pattern: `N:M`, keep N of every M consecutive inputs. Give exactly one of `sparsity` and `pattern`.
         ignore: layers that keep all their weights, by name or shell pattern. Default: none.
 
     Raises:
@@ -46,7 +38,7 @@ class Wanda(OneShotPruner, SparsityTarget, Method, slug="wanda"):
     """
 
     def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[PruneFn, dict[str, Any]]:
-        """Keep the weights that score highest."""
+        """Return the rule that keeps the highest scores."""
 
         def rule(linear: Linear, statistics: InputStatistics) -> Tensor:
             return masked(linear, prune_mask(wanda_score(linear.read(), statistics.square_I), self.amount))
@@ -54,5 +46,5 @@ class Wanda(OneShotPruner, SparsityTarget, Method, slug="wanda"):
         return rule, {}
 
     def estimate(self, workload: Workload) -> Cost:
-        """Two passes over the blocks and one selection."""
+        """Return the cost of two passes over the blocks and one selection."""
         return walk_cost(workload)

@@ -133,6 +133,7 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
     model_config = ConfigDict(arbitrary_types_allowed=True)
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights", "vocabulary"})
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache"})
+    vocabulary_config_keys: ClassVar[frozenset[str]] = frozenset({NOTE})
     needs_hidden: ClassVar[bool] = False
 
     alpha: Annotated[float, Field(ge=0, le=2)] = 0.9

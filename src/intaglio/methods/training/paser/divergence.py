@@ -1,4 +1,4 @@
-"""How far a carved model is from its original on a sample: the Jensen-Shannon divergence of what both predict.
+"""Degradation of a model on a sample: the Jensen-Shannon divergence of its predictions from the original's.
 
     JSD(p, q) = 1/2 KL(p || m) + 1/2 KL(q || m),  m = (p + q) / 2,  in nats, from 0 to ln 2
 
@@ -25,62 +25,44 @@ Scope = Literal["answer", "prompt", "both"]
 Reduce = Literal["mean", "sum"]
 
 ELEMENTS = 1 << 22
-"""Predictions are compared for as many positions at a time as keep one float32 table below this many elements."""
-FAR = 80.0
-"""A difference of log-probabilities that is as good as infinite."""
+"""Limit of elements in a float32 table of predictions compared at a time."""
+MAX_GAP = 80.0
+"""A difference of log-probabilities that is effectively infinite."""
 
 
 def jsd(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
-    """The Jensen-Shannon divergence of two distributions at each position, in nats [T].
+    """Return the Jensen-Shannon divergence of two distributions at each position, in nats [T].
 
-    With d = log q - log p the two halves are -p ln((1 + e^d) / 2) and -q ln((1 + e^-d) / 2): no logarithm of a mixture
-    is taken, so equal distributions give exactly 0, and an outcome of probability 0 gives no NaN.
-
-    Args:
-        log_p_TV: log-probabilities; -inf is accepted.
-        log_q_TV: those of the other.
+    With d = log q - log p the two halves are -p ln((1 + e^d) / 2) and -q ln((1 + e^-d) / 2): without the logarithm of a
+    mixture equal distributions give exactly 0, and zero probabilities no NaN.
     """
-    gap_TV = (log_q_TV - log_p_TV).nan_to_num(0.0, posinf=FAR, neginf=-FAR).clamp_(-FAR, FAR)
+    gap_TV = (log_q_TV - log_p_TV).nan_to_num(0.0, posinf=MAX_GAP, neginf=-MAX_GAP).clamp_(-MAX_GAP, MAX_GAP)
     first_TV = log_p_TV.exp() * torch.expm1(gap_TV).div_(2).log1p_()
     second_TV = log_q_TV.exp() * torch.expm1(-gap_TV).div_(2).log1p_()
     return -0.5 * (first_TV + second_TV).sum(-1)
 
 
 def positions(sample: Sample, scope: Scope) -> range:
-    """At which tokens of a sample the predictions are compared: those from which something is predicted.
-
-    Args:
-        sample: prompt and answer, one after the other.
-        scope: `answer`: where a token of the answer is predicted; `prompt`: at every token of the prompt, as the
-            authors' code has it; `both`. A plain text is all answer, and all prompt.
-    """
-    prompt, whole = len(sample.prompt), len(sample.prompt) + len(sample.answer)
+    """Return the positions of a sample at which predictions are compared."""
+    prompt, redistribute = len(sample.prompt), len(sample.prompt) + len(sample.answer)
     if not prompt:
-        return range(0, whole - 1)
+        return range(0, redistribute - 1)
     if scope == "prompt":
         return range(0, prompt)
-    return range(prompt - 1 if scope == "answer" else 0, whole - 1)
+    return range(prompt - 1 if scope == "answer" else 0, redistribute - 1)
 
 
 def shared_vocabulary(model: Checkpoint, original: Checkpoint) -> int:
-    """How many ids mean the same to both, from 0 on: a vocabulary may have grown since.
-
-    Args:
-        model: carved.
-        original: before.
-
-    Raises:
-        IntaglioError: their tokenizers say different things.
-    """
+    """Return the number of ids, from 0 on, that mean the same to both: a vocabulary may have grown since."""
     rows = min(model.vocabulary, original.vocabulary)
     if model.tokenizer is not None and original.tokenizer is not None:
         ours, theirs = (
-            {id: token for token, id in one.tokenizer.get_vocab().items() if id < rows} for one in (model, original)
+            {id: token for token, id in side.tokenizer.get_vocab().items() if id < rows} for side in (model, original)
         )
-        differ = sum(ours[id] != theirs[id] for id in ours.keys() & theirs.keys())
-        if differ or not ours.keys() & theirs.keys():
+        different = sum(ours[id] != theirs[id] for id in ours.keys() & theirs.keys())
+        if different or not ours.keys() & theirs.keys():
             raise IntaglioError(
-                f"paser compares the model with {original.source}, whose tokenizer is another one ({differ} ids stand "
+                f"paser compares the model with {original.source}, whose tokenizer differs ({different} ids stand "
                 "for other tokens); an original with the same tokenizer is needed"
             )
     elif model.vocabulary != original.vocabulary:
@@ -102,39 +84,30 @@ def degradation(
     batch_size: int = 8,
     progress: Progress = no_progress,
 ) -> list[float]:
-    """J of each sample: its divergences over the tokens in scope, averaged or summed.
-
-    Args:
-        samples: what both models read; a sample that predicts nothing has J = 0.
-        model: carved.
-        original: before.
-        scope: see `positions`. Default `answer`.
-        reduce: `mean` (default) over the positions, or `sum`, in which long samples dominate.
-        batch_size: samples that pass at a time, those of like length together. Default 8.
-        progress: called after each batch.
-
-    Raises:
-        IntaglioError: the tokenizers differ, or a divergence is not finite.
-    """
+    """Return J of each sample: its divergences over the tokens in scope, averaged or summed."""
     rows = shared_vocabulary(model, original)
-    sides = [(anatomy(one.model), HeadOnly(anatomy(one.model), frozen=False)) for one in (model, original)]
+    sides = [(anatomy(side.model), HeadOnly(anatomy(side.model), frozen=False)) for side in (model, original)]
     order = sorted(range(len(samples)), key=lambda n: len(samples[n].prompt) + len(samples[n].answer))
-    found = [0.0] * len(samples)
+    scores = [0.0] * len(samples)
     with preserve_modes(model.model), preserve_modes(original.model):
         model.model.eval()
         original.model.eval()
         for start in range(0, len(order), batch_size):
             part = [samples[n] for n in order[start : start + batch_size]]
-            for n, value in zip(order[start : start + batch_size], _scored(part, sides, rows, scope), strict=True):
-                found[n] = float(value.mean() if reduce == "mean" else value.sum()) if len(value) else 0.0
+            for n, value in zip(
+                order[start : start + batch_size], _batch_divergences(part, sides, rows, scope), strict=True
+            ):
+                scores[n] = float(value.mean() if reduce == "mean" else value.sum()) if len(value) else 0.0
             progress(min(start + batch_size, len(order)), len(order), "paser: comparing predictions")
-    if not all(map(torch.isfinite, torch.tensor(found, dtype=torch.float64))):
+    if not all(map(torch.isfinite, torch.tensor(scores, dtype=torch.float64))):
         raise IntaglioError("paser: a prediction is not finite; the weights or their dtype overflow")
-    return found
+    return scores
 
 
-def _scored(samples: Sequence[Sample], sides: Sequence[tuple[Any, HeadOnly]], rows: int, scope: Scope) -> list[Tensor]:
-    """The divergences of each sample of a batch, float64 [positions]."""
+def _batch_divergences(
+    samples: Sequence[Sample], sides: Sequence[tuple[Any, HeadOnly]], rows: int, scope: Scope
+) -> list[Tensor]:
+    """Return the divergences of each sample of a batch, float64 [positions]."""
     ids = [torch.tensor([*sample.prompt, *sample.answer]) for sample in samples]
     ids_BL = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]

@@ -1,4 +1,4 @@
-"""What is looked at of an example: its tokens, cut as they would be trained on, and its words."""
+"""Tokenised samples, truncated as in training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,10 @@ from intaglio.trainer.protocols import Example
 
 @dataclass(frozen=True)
 class Sample:
-    """An example, read.
+    """A tokenised example.
 
-    Args:
-        prompt: token ids of what is asked; empty where the example is a plain text.
-        answer: token ids of what is learnt, the token that ends it among them; of a plain text all of its tokens.
-        tokens: that are trained on, prompt and answer, before anything is cut.
-        instruction: what is asked, in words; a plain text itself.
-        words: all of it.
+    A plain text has an empty `prompt` and itself as `instruction`. `answer` ends with the end token. `tokens` is the
+    length before truncation.
     """
 
     prompt: tuple[int, ...]
@@ -35,40 +31,30 @@ class Sample:
 def read_samples(
     examples: Sequence[Example], checkpoint: Checkpoint, length: int | None, *, chat: bool
 ) -> list[Sample]:
-    """Read examples as they will be trained on.
-
-    Args:
-        examples: pairs, texts or token ids.
-        checkpoint: its tokenizer is used.
-        length: most tokens that are scored of an example; None: the model's context, at most 1,024. Of a pair the end
-            of the answer goes, and the beginning of a prompt that takes more than half.
-        chat: whether prompts are put into the tokenizer's chat template, if it has one.
-
-    Raises:
-        IntaglioError: an example is malformed, its prompt leaves no room for an answer in the model's context, or it is
-            token ids without a tokenizer that could read them.
-    """
-    most = row_length(checkpoint, length)
-    return [_read(checkpoint, example, number, most, chat) for number, example in enumerate(examples)]
+    """Tokenise examples as for training."""
+    max_length = row_length(checkpoint, length)
+    return [_read(checkpoint, example, number, max_length, chat) for number, example in enumerate(examples)]
 
 
-def _read(checkpoint: Checkpoint, example: Example, number: int, most: int, chat: bool) -> Sample:
-    what = f"example {number} of the training data"
+def _read(checkpoint: Checkpoint, example: Example, number: int, max_length: int, chat: bool) -> Sample:
+    label = f"example {number} of the training data"
     if any(question in example and reply in example for question, reply in NAMES):
-        question, reply = prompt_and_answer(example, what)
-        asked, said, stop = tokenize_pair(checkpoint, example, number, row_length(checkpoint, None), chat=chat)
-        learnt = [*said, *stop]
-        kept = learnt[: max(most - len(asked), most // 2)]
-        prompt = asked[max(0, len(asked) + len(kept) - most) :]
-        return Sample(tuple(prompt), tuple(kept), len(asked) + len(learnt), question, f"{question}\n{reply}")
+        question, reply = prompt_and_answer(example, label)
+        prompt_ids, answer_ids, stop = tokenize_pair(
+            checkpoint, example, number, row_length(checkpoint, None), chat=chat
+        )
+        target_ids = [*answer_ids, *stop]
+        kept = target_ids[: max(max_length - len(prompt_ids), max_length // 2)]
+        prompt = prompt_ids[max(0, len(prompt_ids) + len(kept) - max_length) :]
+        return Sample(tuple(prompt), tuple(kept), len(prompt_ids) + len(target_ids), question, f"{question}\n{reply}")
     if "input_ids" not in example:
         known = ", ".join(sorted(key for key in example if key != "id")) or "nothing"
-        raise IntaglioError(f"{what} is neither a pair nor a text; it has: {known}")
-    ids = as_ids(example["input_ids"], what)
-    checkpoint.check_ids(ids[:most])
+        raise IntaglioError(f"{label} is neither a pair nor a text; its fields: {known}")
+    ids = as_ids(example["input_ids"], label)
+    checkpoint.check_ids(ids[:max_length])
     text = example.get("text")
     if text is None and checkpoint.tokenizer is None:
-        raise IntaglioError(f"{what} is token ids alone, and there is no tokenizer that could tell what they say")
+        raise IntaglioError(f"{label} has only token ids, and there is no tokenizer to decode them")
     if text is None:
         text = checkpoint.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
-    return Sample((), tuple(ids[:most].tolist()), len(ids), text, text)
+    return Sample((), tuple(ids[:max_length].tolist()), len(ids), text, text)

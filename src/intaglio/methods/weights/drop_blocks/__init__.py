@@ -1,13 +1,13 @@
-"""`drop_blocks` as a step of a recipe: whole transformer blocks go, and the checkpoint is smaller and faster.
+"""`drop_blocks`: a recipe step that removes whole transformer blocks, so that the checkpoint is smaller and faster.
 
 steps:
   - drop_blocks: {count: 6}                          # the six of least influence
-  - drop_blocks: {count: 6, contiguous: true}        # the run of six that turns the hidden state least
-  - drop_blocks: {count: 2, by: loss, keep: [0, -1]} # one after the other, by what each adds to the loss
-  - drop_blocks: {layers: "20:26"}                   # these
+  - drop_blocks: {count: 6, contiguous: true}        # the six neighbours that change the hidden state least
+  - drop_blocks: {count: 2, by: loss, keep: [0, -1]} # one after the other, by how much each lowers the loss
+  - drop_blocks: {layers: "20:26"}                   # exactly these
 
 - `influence`: the measures.
-- `surgery`: how blocks are taken out of a model.
+- `removal`: removes blocks from a model.
 """
 
 from __future__ import annotations
@@ -30,48 +30,48 @@ from intaglio.masks.method import keep as keep_visibility
 from intaglio.masks.method import layer_numbers
 from intaglio.measures.language_modeling import ELEMENTS
 from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Progress, Workload, no_progress
-from intaglio.methods.weights.drop_blocks.influence import Run, Tick, distance, influence, loss_rise
-from intaglio.methods.weights.drop_blocks.surgery import carry_out, plan_cut, unlike
+from intaglio.methods.weights.drop_blocks.influence import BlockRun, OnBatch, distance, influence, loss_rise
+from intaglio.methods.weights.drop_blocks.removal import apply_plan, atypical_blocks, plan_removal
 from intaglio.methods.weights.one_shot import LENGTH, SAMPLES, describe
 from intaglio.modeling.anatomy import Anatomy, anatomy
 
 Layers = str | int | list[int]
-_Measure = Callable[[Anatomy, Segments, Sequence[int], Sequence[Run], int, Tick], dict[Run, float]]
-_TOLD = {
+_MeasureFn = Callable[[Anatomy, Segments, Sequence[int], Sequence[BlockRun], int, OnBatch], dict[BlockRun, float]]
+_CHART_LABELS = {
     influence: ("Influence of each block", "1 - cosine of a block's input and output, mean over tokens"),
     distance: ("Angular distance over each run of blocks", "angle between input and output of the run, in half turns"),
-    loss_rise: ("What leaving blocks out adds to the loss", "rise of the log-perplexity, nats a token"),
+    loss_rise: ("Rise of the loss without each block", "rise of the log-perplexity, nats per token"),
 }
 
 
 class DropBlocks(Method, slug="drop_blocks"):
-    """Drops the transformer blocks that do least, by a measure that is taken on the calibration texts.
+    """Remove the transformer blocks that matter least, by a measure taken on the calibration texts.
 
     influence (default):      BI_i = 1 - E_t[cos(x_{i,t}, x_{i+1,t})]          x_{i,t}: input of block i at token t
     influence, contiguous:    d_l = E_T[arccos(cos(x_l, x_{l+n}))] / π         at each sequence's last token T
-    loss:                     mean negative log-likelihood without the blocks, less that with them, nats a token
+    loss:                     mean negative log-likelihood without the blocks, less that with them, nats per token
 
-    The result is a stock checkpoint with fewer layers: bytes and the time of a token fall with them. It predicts worse,
-    and gets much of that back by training on. Lists with an entry a layer (`layer_types`), the numbers by which blocks
-    find their key-value cache and rules of `visibility` follow their blocks. The last block's output is taken before
-    the final norm. A first block that is built unlike the others (ModernBERT's has no norm) always stays.
+    The result is a stock checkpoint with fewer layers: size and time per token fall with them. It predicts worse, and
+    regains much of that with further training. Per-layer lists of the config (`layer_types`), the blocks' key-value
+    cache indices and `visibility` rules follow their blocks. The last block's output is taken before the final norm. A
+    first block that is built unlike the others (ModernBERT's has no norm) always stays.
 
     Source: Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect, 2024 (influence);
     Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers, 2024 (contiguous).
 
     Args:
-        count: how many blocks go; in place of `layers`.
-        layers: the very blocks that go, counted from 0: a number, numbers (negative ones count from the end), or a
-            slice such as `"20:26"`. No calibration data is needed then.
+        count: number of blocks to remove; alternative to `layers`.
+        layers: indices of the blocks to remove, from 0: a number, numbers (negative ones count from the end), or a
+            slice such as `"20:26"`. Needs no calibration data.
         by: `influence` (default), or `loss`, for models that predict the next token. Loss takes about half a pass over
-            the data for every block that is left: calibrate on little.
-        contiguous: take one run of `count` neighbouring blocks. Default false.
-        iterative: measure anew after each block that went. Default: with `loss`, not with `influence`.
-        keep: blocks that never go, named as in `layers`, such as `[0, -1]`. Default: none.
+            the data for every remaining block: calibrate on little.
+        contiguous: remove one run of `count` neighbouring blocks. Default false.
+        iterative: measure again after each removed block. Default: with `loss`, not with `influence`.
+        keep: blocks that are never removed, as in `layers`, such as `[0, -1]`. Default: none.
 
     Raises:
-        IntaglioError: the model has not enough blocks, or none may go; it predicts no next token and `by` is `loss`;
-            no calibration data; measures that are not finite; a family that ties blocks to their places.
+        IntaglioError: the model has too few removable blocks; it does not predict the next token and `by` is `loss`; no
+            calibration data; measures that are not finite; a family whose blocks depend on their position.
     """
 
     model_config = ConfigDict(
@@ -86,30 +86,30 @@ class DropBlocks(Method, slug="drop_blocks"):
     storage: ClassVar[Literal["standalone"]] = "standalone"
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"depth"})
 
-    count: Annotated[int, Field(ge=1, description="how many blocks go")] | None = None
-    layers: Annotated[Layers, Field(description="the very blocks that go")] | None = None
+    count: Annotated[int, Field(ge=1, description="number of blocks to remove")] | None = None
+    layers: Annotated[Layers, Field(description="blocks to remove")] | None = None
     by: Literal["influence", "loss"] = "influence"
     contiguous: bool = False
     iterative: bool | None = None
-    keep: Layers = Field([], description="blocks that never go")
+    keep: Layers = Field([], description="blocks that are never removed")
 
     @field_validator("layers", "keep")
     @classmethod
     def _numbers(cls, value: Any) -> Any:
         if value not in (None, []):
-            layer_numbers(value, 1 << 20)  # its form; the depth is not known yet
+            layer_numbers(value, 1 << 20)  # checks the format only: the depth is not known yet
         return value
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _check_fields(self) -> Self:
         if (self.count is None) == (self.layers is None):
             raise ValueError("give either count or layers")
         measured = {"by": self.by != "influence", "contiguous": self.contiguous, "keep": self.keep != []}
         for name, given in (measured | {"iterative": self.iterative is not None}).items():
             if self.layers is not None and given:
-                raise ValueError(f"{name} belongs to count, where blocks are measured; layers names them already")
+                raise ValueError(f"{name} works with count only; layers names the blocks already")
         if self.contiguous and self.iterative:
-            raise ValueError("iterative goes block by block, and contiguous takes one run at once; set one of them")
+            raise ValueError("iterative removes block by block, contiguous one run at once; set only one of them")
         return self
 
     @property
@@ -123,41 +123,33 @@ class DropBlocks(Method, slug="drop_blocks"):
         return frozenset({"causal"} if self.by == "loss" else ())
 
     @property
-    def _again(self) -> bool:
-        """Whether measures are taken anew after each block."""
+    def _remeasures(self) -> bool:
         return not self.contiguous and (self.by == "loss" if self.iterative is None else self.iterative)
 
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
         """Accept any linears: those that stay are not touched."""
 
     def check_model(self, parts: Anatomy) -> None:
-        """Refuse, before any work, a model that has too few blocks, or that cannot do without some of them.
-
-        Args:
-            parts: of the model.
-
-        Raises:
-            IntaglioError: see the class.
-        """
+        """Refuse a model that has too few blocks or blocks that cannot be removed."""
         if self.by == "loss" and not predicts_next(parts):
             raise IntaglioError("by: loss needs a model that predicts the next token; by: influence works on any")
         if self.layers is not None:
-            gone = self._named(parts)
+            removed = self._listed_blocks(parts)
         else:
-            gone = list(self._runs(parts, range(len(parts.blocks)))[0]) if self.contiguous else self._free(parts)
-            assert self.count is not None  # checked when the step was read
-            gone = gone[: self.count]  # which they will be is not known; without the first ones, most others move
-        plan_cut(parts, [index for index in range(len(parts.blocks)) if index not in gone])
+            removed = (
+                list(self._candidate_runs(parts, range(len(parts.blocks)))[0])
+                if self.contiguous
+                else self._removable(parts)
+            )
+            assert self.count is not None  # by the validator
+            removed = removed[: self.count]  # not known yet; removing the first ones shifts most others
+        plan_removal(parts, [index for index in range(len(parts.blocks)) if index not in removed])
 
     def anatomy_after(self, parts: Anatomy) -> Anatomy:
-        """The anatomy behind the step; which blocks are left is not known before they are measured, only how many.
-
-        Args:
-            parts: of the model before it.
-        """
+        """Return the anatomy after the step; without `layers` only the number of remaining blocks is known."""
         depth = len(parts.blocks)
         if self.layers is not None:
-            kept = [index for index in range(depth) if index not in self._named(parts)]
+            kept = [index for index in range(depth) if index not in self._listed_blocks(parts)]
             windows = tuple(parts.windows[index] for index in kept)
         else:
             assert self.count is not None
@@ -167,21 +159,17 @@ class DropBlocks(Method, slug="drop_blocks"):
         return dataclasses.replace(parts, blocks=tuple(parts.blocks[index] for index in kept), windows=windows)
 
     def estimate(self, workload: Workload) -> Cost:
-        """Return what the measuring takes.
-
-        Args:
-            workload: of the model and the calibration data.
-        """
+        """Return the cost of the measurements."""
         if self.count is None:
             return Cost()
         pass_, head = 2.0 * workload.block_parameters, 2.0 * (workload.parameters - workload.block_parameters)
         flops, depth = 0.0, workload.blocks
-        for gone in range(min(self.count, depth) if self._again else 1):
-            here = depth - gone
-            runs = here - self.count + 1 if self.contiguous else here
-            # Without block i those behind it run again: half of them, on average.
-            extra = runs * (pass_ * here / depth / 2 + head) + head if self.by == "loss" else 0.0
-            flops += workload.tokens * (pass_ * here / depth + extra)
+        for removed in range(min(self.count, depth) if self._remeasures else 1):
+            remaining = depth - removed
+            runs = remaining - self.count + 1 if self.contiguous else remaining
+            # Without block i the blocks after it run again: half of them, on average.
+            extra = runs * (pass_ * remaining / depth / 2 + head) + head if self.by == "loss" else 0.0
+            flops += workload.tokens * (pass_ * remaining / depth + extra)
         widest = max(columns for _, columns in workload.linears)
         memory = workload.batch_tokens * (4 * workload.hidden + 6 * widest) * workload.element_size
         return Cost(flops=flops, extra_bytes=int(memory + (12 * ELEMENTS if self.by == "loss" else 0)))
@@ -195,36 +183,24 @@ class DropBlocks(Method, slug="drop_blocks"):
         batch_size: int = 4,
         progress: Progress = no_progress,
     ) -> Checkpoint:
-        """Drop blocks of `checkpoint` in place and return it.
-
-        Args:
-            checkpoint: what to shorten; what is live in it must not hang on its blocks, rules of `visibility` excepted.
-            calibration: segments, token ids [N, L], texts, a bundled name, a file or a folder; not looked at where
-                `layers` names the blocks.
-            seed: chooses the calibration documents, where text is given. Default 0.
-            batch_size: sequences that pass at a time. Default 4.
-            progress: called after each batch.
-
-        Raises:
-            IntaglioError: see the class.
-        """
+        """Remove blocks of `checkpoint` in place and return it."""
         parts = anatomy(checkpoint.model)
         self.check_model(parts)
-        _refuse_live(checkpoint)
+        _refuse_runtime_state(checkpoint)
         depth, identity = len(parts.blocks), None
         chosen: dict[str, Any] = {"blocks": depth}
         if self.layers is not None:
-            gone = self._named(parts)
+            removed = self._listed_blocks(parts)
         else:
             data = as_segments(checkpoint, calibration, SAMPLES, LENGTH, seed)
             identity = describe(data, batch_size)
-            gone, values = self._measured(parts, data, batch_size, progress)
-            chosen["bars"] = self._bars(values, gone)
-        chosen["dropped"] = gone
-        cut = plan_cut(parts, [index for index in range(depth) if index not in gone])
+            removed, values = self._select(parts, data, batch_size, progress)
+            chosen["bars"] = self._chart(values, removed)
+        chosen["dropped"] = removed
+        plan = plan_removal(parts, [index for index in range(depth) if index not in removed])
         rules = get_visibility(checkpoint.model)
-        carry_out(parts, cut)
-        if rules:  # they stand on the blocks, and went or stayed with them
+        apply_plan(parts, plan)
+        if rules:  # they are attached to the blocks
             rules = get_visibility(checkpoint.model)
             if any(part.get("slug") == VISIBILITY for part in checkpoint.record.live):
                 keep_visibility(checkpoint, rules)
@@ -233,107 +209,110 @@ class DropBlocks(Method, slug="drop_blocks"):
         checkpoint.record_step(self.slug, self.model_dump(), seed=seed, calibration=identity, chosen=chosen)
         return checkpoint
 
-    def _named(self, parts: Anatomy) -> list[int]:
-        """The blocks that `layers` names."""
+    def _listed_blocks(self, parts: Anatomy) -> list[int]:
+        """Return the blocks that `layers` names."""
         assert self.layers is not None
         depth = len(parts.blocks)
-        gone = layer_numbers(self.layers, depth)
-        if len(gone) == depth:
+        removed = layer_numbers(self.layers, depth)
+        if len(removed) == depth:
             raise IntaglioError(f"layers names all {depth} blocks of the model; at least one must stay")
-        for index in unlike(parts):
-            if index in gone:
+        for index in atypical_blocks(parts):
+            if index in removed:
                 raise IntaglioError(
                     f"layers names block {index}, which this {parts.config.model_type} builds unlike the others, so "
-                    "that none of them can take its place"
+                    "no other block can replace it"
                 )
-        return gone
+        return removed
 
-    def _free(self, parts: Anatomy) -> list[int]:
-        """The blocks that may go."""
+    def _removable(self, parts: Anatomy) -> list[int]:
+        """Return the blocks that may be removed."""
         depth = len(parts.blocks)
         if self.count is None or self.count >= depth:
-            raise IntaglioError(f"count is {self.count}, and the model has {depth} blocks; accepted: 1 to {depth - 1}")
-        kept = {*(layer_numbers(self.keep, depth) if self.keep != [] else ()), *unlike(parts)}
+            raise IntaglioError(f"count is {self.count}; the model has {depth} blocks; accepted: 1 to {depth - 1}")
+        kept = {*(layer_numbers(self.keep, depth) if self.keep != [] else ()), *atypical_blocks(parts)}
         free = [index for index in range(depth) if index not in kept]
         if len(free) < self.count:
-            raise IntaglioError(f"count is {self.count}, and only {len(free)} of the model's {depth} blocks may go")
+            raise IntaglioError(f"count is {self.count}; only {len(free)} of the model's {depth} blocks may be removed")
         return free
 
-    def _runs(self, parts: Anatomy, order: Sequence[int]) -> list[Run]:
-        """What can go at once: single blocks, or runs of neighbours."""
-        free = set(self._free(parts))
+    def _candidate_runs(self, parts: Anatomy, order: Sequence[int]) -> list[BlockRun]:
+        """Return the candidates: single blocks, or runs of neighbours."""
+        free = set(self._removable(parts))
         if not self.contiguous:
             return [(index,) for index in order if index in free]
         assert self.count is not None
         starts = range(len(order) - self.count + 1)
-        found = [run for start in starts for run in [tuple(order[start : start + self.count])] if free >= set(run)]
-        if not found:
-            raise IntaglioError(f"no {self.count} neighbouring blocks may go: keep names one in every run of them")
-        return found
+        runs = [run for start in starts for run in [tuple(order[start : start + self.count])] if free >= set(run)]
+        if not runs:
+            raise IntaglioError(
+                f"no {self.count} neighbouring blocks may be removed: keep names a block in every such run"
+            )
+        return runs
 
-    def _measured(
+    def _select(
         self, parts: Anatomy, data: Segments, batch_size: int, progress: Progress
-    ) -> tuple[list[int], dict[Run, float]]:
-        """The blocks that go, in order, and the value of each run, as it was when last measured."""
+    ) -> tuple[list[int], dict[BlockRun, float]]:
+        """Return the blocks to remove, in order, and the last measured value of each run."""
         measure = self._measure
-        rounds = self.count if self._again and self.count is not None else 1
+        rounds = self.count if self._remeasures and self.count is not None else 1
         total, done = rounds * math.ceil(data.n / batch_size), 0
 
-        def tick() -> None:
+        def on_batch() -> None:
             nonlocal done
             done += 1
             progress(done, total, f"{self.slug}: measuring {self.by}")
 
-        values: dict[Run, float] = {}
+        values: dict[BlockRun, float] = {}
         order = list(range(len(parts.blocks)))
-        was = parts.model.training
+        was_training = parts.model.training
         parts.model.eval()
         try:
             with torch.no_grad():
                 for _ in range(rounds):
-                    now = measure(parts, data, order, self._runs(parts, order), batch_size, tick)
-                    _refuse_infinite(now)
-                    values |= now
-                    taken = 1 if self._again or self.contiguous else self.count
-                    least = sorted(now, key=lambda run: (now[run], run))[:taken]
+                    measured = measure(parts, data, order, self._candidate_runs(parts, order), batch_size, on_batch)
+                    _refuse_infinite(measured)
+                    values |= measured
+                    count = 1 if self._remeasures or self.contiguous else self.count
+                    least = sorted(measured, key=lambda run: (measured[run], run))[:count]
                     order = [index for index in order if not any(index in run for run in least)]
         finally:
-            parts.model.train(was)
+            parts.model.train(was_training)
         return sorted(set(range(len(parts.blocks))) - set(order)), values
 
     @property
-    def _measure(self) -> _Measure:
+    def _measure(self) -> _MeasureFn:
         if self.by == "loss":
             return loss_rise
         return distance if self.contiguous else influence
 
-    def _bars(self, values: dict[Run, float], gone: list[int]) -> dict[str, Any]:
-        """What the report draws."""
-        title, axis = _TOLD[self._measure]  # type: ignore[index]
+    def _chart(self, values: dict[BlockRun, float], removed: list[int]) -> dict[str, Any]:
+        title, axis = _CHART_LABELS[self._measure]  # type: ignore[index]
         return {
             "title": title,
-            "axis": axis + (", when it was last measured" if self._again else "") + ": the least go",
+            "axis": axis + (", as last measured" if self._remeasures else "") + ": the lowest are removed",
             "items": {_name(run): value for run, value in sorted(values.items())},
-            "marked": [_name(run) for run in sorted(values) if gone == list(run) or (len(run) == 1 and run[0] in gone)],
+            "marked": [
+                _name(run) for run in sorted(values) if removed == list(run) or (len(run) == 1 and run[0] in removed)
+            ],
             "mark": "dropped",
         }
 
 
-def _name(run: Run) -> str:
+def _name(run: BlockRun) -> str:
     return f"block {run[0]}" if len(run) == 1 else f"blocks {run[0]} to {run[-1]}"
 
 
-def _refuse_infinite(values: dict[Run, float]) -> None:
+def _refuse_infinite(values: dict[BlockRun, float]) -> None:
     for run, value in values.items():
         if not math.isfinite(value):
             raise IntaglioError(
-                f"the measure of {_name(run)} is not finite: the weights or the calibration data overflow; another "
-                "dtype may help, or naming it in keep"
+                f"the measure of {_name(run)} is not finite: the weights or the calibration data overflow; try "
+                "another dtype, or list the block in keep"
             )
 
 
-def _refuse_live(checkpoint: Checkpoint) -> None:
-    """Refuse what is live and says something of single blocks, but for rules of visibility."""
+def _refuse_runtime_state(checkpoint: Checkpoint) -> None:
+    """Refuse runtime state that refers to single blocks, except `visibility` rules."""
     for part in checkpoint.record.live:
         if part.get("slug") != VISIBILITY and part.keys() - {"slug"}:
             raise IntaglioError(

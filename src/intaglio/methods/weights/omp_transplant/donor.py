@@ -1,4 +1,4 @@
-"""The donor: its tokenizer, its ids, and of its weights the embedding and the head alone."""
+"""The donor model: its tokenizer, its token ids, its embedding and its head; other weights are not read."""
 
 from __future__ import annotations
 
@@ -18,25 +18,16 @@ from intaglio.checkpoint import DTYPES, LIVE_WEIGHTS, Checkpoint, load, load_con
 from intaglio.checkpoint.resolve import silence_transformers, split_revision
 from intaglio.checkpoint.sharding import INDEX
 from intaglio.errors import IntaglioError
-from intaglio.methods.weights.omp_transplant.pursuit import Rope
+from intaglio.methods.weights.omp_transplant.matching_pursuit import Rope
 from intaglio.modeling.anatomy import anatomy
 
 IDS = ("pad", "bos", "eos", "unk", "mask", "sep", "cls")
-"""Tokens whose ids a configuration may name."""
+"""Special tokens whose ids a config may hold."""
 
 
 @dataclass(frozen=True, eq=False)
 class Donor:
-    """What is taken from the donor.
-
-    Args:
-        name: as the user gave it.
-        tokenizer: its own.
-        config: of its text part.
-        generation: its generation config, or None.
-        embedding_VD: its input embedding.
-        head_VD: its head, or None where that is the embedding, or where it has none.
-    """
+    """The transplanted parts of a donor; `head_VD` is None where it is tied or missing."""
 
     name: str
     tokenizer: Any
@@ -46,15 +37,8 @@ class Donor:
     head_VD: Tensor | None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Donor:
-        """A checkpoint that is loaded.
-
-        Args:
-            checkpoint: the donor.
-
-        Raises:
-            IntaglioError: it has no tokenizer.
-        """
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> Donor:
+        """Take the parts of a loaded checkpoint."""
         parts = anatomy(checkpoint.model)
         _check_tokenizer(checkpoint.tokenizer, checkpoint.source)
         embedding: Any = parts.embedding
@@ -69,73 +53,55 @@ class Donor:
         )
 
     @classmethod
-    def read(cls, name: str) -> Donor:
-        """Read a donor's tokenizer and its two matrices; its other weights are not touched.
-
-        Args:
-            name: a bundled name, a directory or a hub id, as in `intaglio.load`.
-
-        Raises:
-            IntaglioError: as `intaglio.load`, or it has no tokenizer.
-        """
-        config, tokenizer = about(name)
-        source, whole = load_config(name)
+    def load(cls, name: str) -> Donor:
+        """Read a donor's tokenizer and its two matrices by name, directory or hub id."""
+        config, tokenizer = load_config_and_tokenizer(name)
+        source, full_config = load_config(name)
         _, revision = split_revision(name)
         with torch.device("meta"):
-            skeleton = model_class(whole, name)(whole)
-        embedding, head = skeleton.get_input_embeddings(), skeleton.get_output_embeddings()
-        keys = [_parameter(skeleton, module) for module in (embedding, head) if module is not None]
-        found = _tensors(source, revision, keys)
-        if keys[0] not in found:  # a family whose files name it otherwise: transformers knows how
-            return cls.of(load(name))
+            meta_model = model_class(full_config, name)(full_config)
+        embedding, head = meta_model.get_input_embeddings(), meta_model.get_output_embeddings()
+        keys = [_weight_name(meta_model, module) for module in (embedding, head) if module is not None]
+        tensors = _read_tensors(source, revision, keys)
+        if keys[0] not in tensors:  # the family stores it under another name, which transformers maps
+            return cls.from_checkpoint(load(name))
         return cls(
             name,
             tokenizer,
             config,
-            _generation(source, revision),
-            found[keys[0]],
-            # A file without the head's own tensor is one of tied weights.
-            None if len(keys) == 1 or anatomy(skeleton).tied else found.get(keys[1]),
+            _load_generation_config(source, revision),
+            tensors[keys[0]],
+            # Without a tensor of its own the head is tied.
+            None if len(keys) == 1 or anatomy(meta_model).tied else tensors.get(keys[1]),
         )
 
     @property
     def ids(self) -> dict[str, Any]:
-        """`{eos_token_id: 2, ...}`: what its configuration says, or else its tokenizer; None where neither has one."""
-        found = {}
+        """Return `{eos_token_id: 2, ...}` from its config, or else its tokenizer; None where neither has the id."""
+        ids = {}
         for role in IDS:
             field = f"{role}_token_id"
-            own = getattr(self.config, field, None)
-            found[field] = getattr(self.tokenizer, field, None) if own is None else own
-        return found
+            value = getattr(self.config, field, None)
+            ids[field] = getattr(self.tokenizer, field, None) if value is None else value
+        return ids
 
     @property
     def rope(self) -> Rope | None:
-        """How its attention rotates its heads; see `rope_of`."""
+        """Return the rotation of its attention heads; see `rope_of`."""
         return rope_of(self.config)
 
 
 def rope_of(config: Any) -> Rope | None:
-    """The rotation of a model's heads, or None where positions are told otherwise.
-
-    Args:
-        config: of its text part.
-    """
-    found = getattr(config, "rope_parameters", None) or {}
-    if isinstance(found, Mapping) and "rope_theta" not in found:  # one for each kind of layer
-        found = next((part for part in found.values() if isinstance(part, Mapping)), {})
-    base = found.get("rope_theta", getattr(config, "rope_theta", None))
+    """Return the rotation of a model's attention heads, or None without rotary positions."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if isinstance(rope, Mapping) and "rope_theta" not in rope:  # nested by layer type
+        rope = next((part for part in rope.values() if isinstance(part, Mapping)), {})
+    base = rope.get("rope_theta", getattr(config, "rope_theta", None))
     return None if base is None else Rope(int(config.num_attention_heads), float(base))
 
 
-def about(name: str) -> tuple[Any, Any]:
-    """A donor's configuration and tokenizer, without any weights.
-
-    Args:
-        name: as in `intaglio.load`.
-
-    Raises:
-        IntaglioError: there is no such model, or it has no tokenizer.
-    """
+def load_config_and_tokenizer(name: str) -> tuple[Any, Any]:
+    """Return a donor's text config and tokenizer, without any weights."""
     try:
         source, config = load_config(name)
         model_class(config, name)
@@ -149,51 +115,51 @@ def about(name: str) -> tuple[Any, Any]:
 
 def _check_tokenizer(tokenizer: Any, name: str) -> None:
     if tokenizer is None or not tokenizer.get_vocab():
-        raise IntaglioError(f"donor: {name} has no tokenizer to give")
+        raise IntaglioError(f"donor: {name} has no tokenizer")
 
 
-def _parameter(model: nn.Module, module: nn.Module) -> str:
-    """The name of a module's weight."""
-    found = [name for name, other in model.named_modules() if other is module]
-    return f"{found[0]}.weight"
+def _weight_name(model: nn.Module, module: nn.Module) -> str:
+    """Return the name of a module's weight."""
+    names = [name for name, other in model.named_modules() if other is module]
+    return f"{names[0]}.weight"
 
 
-def _tensors(source: str, revision: str | None, keys: list[str]) -> dict[str, Tensor]:
-    """Those of the named tensors that are in a checkpoint's files, by name; their other tensors are not read."""
+def _read_tensors(source: str, revision: str | None, keys: list[str]) -> dict[str, Tensor]:
+    """Read the named tensors that a checkpoint's files contain."""
 
     def file(name: str) -> Path | None:
         with silence_transformers():
-            found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return None if found is None else Path(found)
+            tensors = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return None if tensors is None else Path(tensors)
 
-    places: dict[str, str] = {}
+    shards: dict[str, str] = {}
     for stem in ("model", LIVE_WEIGHTS.removesuffix(".safetensors")):
         if (index := file(f"{stem}{INDEX}")) is not None:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         elif (whole := file(f"{stem}.safetensors")) is not None:
             with safe_open(whole, framework="pt") as handle:
-                places = dict.fromkeys(handle.keys(), whole.name)
-        if places:
+                shards = dict.fromkeys(handle.keys(), whole.name)
+        if shards:
             break
-    found = {}
+    tensors = {}
     for key in keys:
-        stored = _stored(key, list(places))
-        shard = None if stored is None else file(places[stored])
+        stored = _stored_name(key, list(shards))
+        shard = None if stored is None else file(shards[stored])
         if shard is not None:
             with safe_open(shard, framework="pt") as handle:
-                found[key] = handle.get_tensor(stored)
-    return found
+                tensors[key] = handle.get_tensor(stored)
+    return tensors
 
 
-def _stored(key: str, names: list[str]) -> str | None:
-    """What a parameter is called in the files: its own name, or with a base model's name more or less before it."""
+def _stored_name(key: str, names: list[str]) -> str | None:
+    """Return a parameter's name in the files: its own, or one that differs by a base model's prefix."""
     if key in names:
         return key
-    near = [name for name in names if name.endswith(f".{key}") or key.endswith(f".{name}")]
-    return near[0] if len(near) == 1 else None
+    matches = [name for name in names if name.endswith(f".{key}") or key.endswith(f".{name}")]
+    return matches[0] if len(matches) == 1 else None
 
 
-def _generation(source: str, revision: str | None) -> Any:
+def _load_generation_config(source: str, revision: str | None) -> Any:
     with silence_transformers():
         file = cached_file(
             source, "generation_config.json", revision=revision,
@@ -203,17 +169,11 @@ def _generation(source: str, revision: str | None) -> Any:
 
 
 def check_matrix(matrix_VD: Tensor, whose: str) -> None:
-    """Refuse a matrix that is none of plain finite numbers.
-
-    Args:
-        matrix_VD: an embedding or a head.
-        whose: for the sentence.
-
-    Raises:
-        IntaglioError: packed numbers, or NaN or infinite ones.
-    """
+    """Refuse a matrix that is packed or holds NaN or infinite values."""
     if matrix_VD.dim() != 2 or matrix_VD.dtype not in DTYPES.values():
-        raise IntaglioError(f"{whose} is stored as {str(matrix_VD.dtype).removeprefix('torch.')}, not as plain numbers")
+        raise IntaglioError(
+            f"{whose} is stored as {str(matrix_VD.dtype).removeprefix('torch.')}, not in a plain floating-point dtype"
+        )
     if not torch.isfinite(matrix_VD.float().sum()) and not torch.isfinite(matrix_VD).all():
         row = int((~torch.isfinite(matrix_VD)).any(1).nonzero()[0])
         raise IntaglioError(f"{whose} holds NaN or infinite values, first in row {row}")

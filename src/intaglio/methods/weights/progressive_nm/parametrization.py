@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intaglio.methods.weights.masks import as_numbers
 from intaglio.methods.weights.progressive_nm.masks import keep_mask
 from intaglio.methods.weights.progressive_nm.schedule import Gradient, Moment, Schedule
+from intaglio.methods.weights.sparsity_target import as_numbers
 
 
 class StraightThrough(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Putting matrices, tokenizer and ids of special tokens into a checkpoint."""
+"""Write matrices, tokenizer and special-token ids into a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,35 +12,27 @@ from torch import Tensor, nn
 from intaglio.checkpoint import DTYPES, Checkpoint
 from intaglio.checkpoint.resolve import silence_transformers
 from intaglio.errors import IntaglioError
+from intaglio.methods.base import vocabulary_config_keys
 from intaglio.methods.weights.omp_transplant.donor import Donor
 from intaglio.modeling.anatomy import Anatomy, anatomy
 
-NOTES = ("lexical_units",)
-"""What trainings of ours note in a configuration about ids of the vocabulary that they saw."""
-_OLD_IDS = (
+_TOKEN_ID_FIELDS = (
     "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "sequence_bias",
     "forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id",
 )  # fmt: skip
-"""What a generation config says in ids of the vocabulary that is replaced."""
+"""Settings of a generation config that hold token ids."""
 
 
 def check_parts(parts: Anatomy) -> None:
-    """Refuse a model whose embedding or head cannot be replaced row by row.
-
-    Args:
-        parts: of the model.
-
-    Raises:
-        IntaglioError: says which.
-    """
+    """Refuse a model whose embedding or head cannot be replaced row by row."""
     kind = parts.config.model_type
     weight = getattr(parts.embedding, "weight", None)
     if not isinstance(parts.embedding, nn.Embedding) or weight is None or weight.dtype not in DTYPES.values():
         raise IntaglioError(
-            f"the embedding of {kind!r} is no plain table of rows, so its vocabulary cannot be replaced"
+            f"the embedding of {kind!r} is not a plain nn.Embedding, so its vocabulary cannot be replaced"
         )
     if getattr(parts.config, "hidden_size_per_layer_input", 0):
-        raise IntaglioError(f"{kind!r} has a second table of token embeddings for its layers, which no donor has")
+        raise IntaglioError(f"{kind!r} has per-layer token embeddings, which no donor has")
     head: Any = parts.head
     if head is None:
         return
@@ -57,16 +49,13 @@ def check_parts(parts: Anatomy) -> None:
 
 
 @torch.no_grad()
-def graft(checkpoint: Checkpoint, tokenizer: Any, donor: Donor, matrices: dict[Any, Tensor], unsaid: list[int]) -> None:
-    """Replace the vocabulary.
+def swap_vocabulary(
+    checkpoint: Checkpoint, tokenizer: Any, donor: Donor, matrices: dict[Any, Tensor], suppressed: list[int]
+) -> None:
+    """Replace the vocabulary in place.
 
-    Args:
-        checkpoint: changed in place.
-        tokenizer: the new one.
-        donor: whose ids configuration and generation config get.
-        matrices: `{"embedding": [R, E], "head": [R, E]}`, the head only where it is a matrix of its own; a last column
-            beyond the width is the head's bias.
-        unsaid: ids that are never generated.
+    `matrices` holds `embedding` [R, E] and, for an untied head, `head` [R, E]; a last column beyond the width is the
+    head's bias. `suppressed` ids are never generated.
     """
     model: Any = checkpoint.model
     rows = len(matrices["embedding"])
@@ -88,47 +77,40 @@ def graft(checkpoint: Checkpoint, tokenizer: Any, donor: Donor, matrices: dict[A
     for config in {id(c): c for c in (model.config, parts.config)}.values():
         config.vocab_size = rows
         for field, value in ids.items():
-            # A configuration that never knew of a token goes without, unless the donor has one.
+            # A config without this field does not get it, unless the donor has the token.
             if value is not None or hasattr(config, field):
                 setattr(config, field, value)
-        for note in NOTES:
-            vars(config).pop(note, None)
+        for key in vocabulary_config_keys():
+            vars(config).pop(key, None)
     embedding.num_embeddings = rows
     pad = ids["pad_token_id"]
     embedding.padding_idx = pad if embedding.padding_idx is not None and isinstance(pad, int) else None
-    _generation(model, donor, ids, unsaid)
+    _update_generation_config(model, donor, ids, suppressed)
     checkpoint.tokenizer = tokenizer
 
 
-def _generation(model: Any, donor: Donor, ids: dict[str, Any], unsaid: list[int]) -> None:
+def _update_generation_config(model: Any, donor: Donor, ids: dict[str, Any], suppressed: list[int]) -> None:
     settings = getattr(model, "generation_config", None)
     if settings is None:
         return
-    for field in _OLD_IDS:
+    for field in _TOKEN_ID_FIELDS:
         if getattr(settings, field, None) is not None:
             setattr(settings, field, None)
     for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
         own = getattr(donor.generation, field, None)
         setattr(settings, field, ids[field] if own is None else own)
-    if unsaid:
-        settings.suppress_tokens = unsaid
+    if suppressed:
+        settings.suppress_tokens = suppressed
 
 
 def single_digits(tokenizer: Any) -> Any:
-    """A copy of a tokenizer that writes numbers digit by digit.
-
-    Args:
-        tokenizer: a fast one.
-
-    Raises:
-        IntaglioError: it is not, so it cannot be changed.
-    """
+    """Return a copy of a fast tokenizer that splits numbers digit by digit."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise IntaglioError("digits: single needs a fast tokenizer; the donor's has no backend that can be changed")
-    made = copy.deepcopy(tokenizer)
-    backend = made.backend_tokenizer
+        raise IntaglioError("digits: single needs a fast tokenizer; the donor's tokenizer is a slow one")
+    result = copy.deepcopy(tokenizer)
+    backend = result.backend_tokenizer
     digits = pre_tokenizers.Digits(individual_digits=True)
     own = backend.pre_tokenizer
-    # Behind what the donor does, so that marks of spaces are where it puts them.
+    # After the donor's own pre-tokenizer, so that its marks of spaces stay.
     backend.pre_tokenizer = digits if own is None else pre_tokenizers.Sequence([own, digits])
-    return made
+    return result
