@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow readme docs docs-serve wheel wheel-test bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-blockffn bench-r-sparse bench-r-sparse-decode clean
+.PHONY: help install assets demo lint format test test-slow catalogue new-method readme docs docs-serve wheel wheel-test bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-blockffn bench-r-sparse bench-r-sparse-decode clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -43,7 +43,13 @@ test: lint  ## lint and the fast tests
 test-slow: assets  ## tests that need the bundled models or more time
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow --durations=10
 
-readme: install  ## update the generated table in the README
+catalogue: install  ## write the table of methods from their classes
+	$(BIN)/python tools/catalogue.py
+
+new-method: install  ## write the skeleton of a method and its tests: SLUG=row_norm AREA=weights
+	$(BIN)/python tools/new_method.py "$(SLUG)" "$(AREA)"
+
+readme: install  ## write the generated parts of the README
 	$(BIN)/python docs/readme.py
 
 docs: install  ## build the site into site/, with broken links as errors

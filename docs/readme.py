@@ -7,9 +7,9 @@ from pathlib import Path
 
 from generate.evidence import load_evidence, short
 from generate.text import cell
-from intaglio.methods.registry import PUBLISHED
 
 from intaglio import atomic_io
+from intaglio.methods.registry import PUBLISHED
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- catalogue: written by `make readme` -->", "<!-- end of catalogue -->"

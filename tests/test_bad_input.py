@@ -653,7 +653,7 @@ def test_a_dry_run_needs_a_model(recipe: Write) -> None:
     [
         (MemoryError(), 2, "error: this machine has too little memory for that"),
         (OSError(errno.EIO, "Input/output error", "a\nb"), 2, "error: Input/output error: a\\nb"),
-        (KeyboardInterrupt(), 130, "interrupted; a carve goes on with --resume"),
+        (KeyboardInterrupt(), 130, "interrupted; carve resumes with --resume"),
         (RuntimeError("first\nsecond"), 70, "error: a defect of intaglio, please report it: RuntimeError: first ("),
     ],
 )
@@ -663,7 +663,7 @@ def test_whatever_else_goes_wrong_is_one_line_too(
     def fail(slug: str) -> Any:
         raise error
 
-    monkeypatch.setattr("intaglio.methods.base.get", fail)
+    monkeypatch.setattr("intaglio.methods.registry.get_method", fail)
     found = CliRunner().invoke(app, ["show", "wanda"])
     assert found.exit_code == code
     assert found.stderr.startswith(says)
@@ -675,6 +675,6 @@ def test_a_defect_shows_where_it_came_from_when_asked(monkeypatch: pytest.Monkey
     def fail(slug: str) -> Any:
         raise RuntimeError("inside")
 
-    monkeypatch.setattr("intaglio.methods.base.get", fail)
+    monkeypatch.setattr("intaglio.methods.registry.get_method", fail)
     monkeypatch.setenv("INTAGLIO_TRACEBACK", "1")
     assert isinstance(CliRunner().invoke(app, ["show", "wanda"]).exception, RuntimeError)

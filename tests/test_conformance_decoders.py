@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from intaglio.methods.registry import PUBLISHED, get_method
 from transformers.cache_utils import DynamicCache, QuantizedCache, StaticCache
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Cost, Fittable, Method, Workload
+from intaglio.methods.registry import PUBLISHED, get_method
 from intaglio.modeling.anatomy import CACHE
 from intaglio.recipe.schema import Fit, Recipe, json_schema
 from tests.examples import EXAMPLES

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from intaglio.methods.registry import PUBLISHED, get_method
 
 from intaglio.errors import IntaglioError
+from intaglio.methods.registry import PUBLISHED, get_method
 from intaglio.trainer import Loss, Objective
 from tests.examples import EXAMPLES
 from tests.families import DECODERS, ENCODERS, tiny_model

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from intaglio.methods.registry import PUBLISHED, get_method
 
 from intaglio.checkpoint import Checkpoint, load
+from intaglio.methods.registry import PUBLISHED, get_method
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe, json_schema
 from intaglio.trainer import CausalLM, KeyedRNG, Selector, TrainingModifier

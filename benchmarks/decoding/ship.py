@@ -18,7 +18,6 @@ from pathlib import Path
 
 import prompts
 import torch
-from intaglio.methods.registry import get_method
 from once import once
 
 import intaglio
@@ -27,6 +26,7 @@ from intaglio.checkpoint.attachments import Attachment, read_attachments
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.checkpoint.record import read_record
 from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.methods.registry import get_method
 from intaglio.speculative.heads.base import TrainedHeads
 
 

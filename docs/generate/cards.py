@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from intaglio.methods.registry import AREAS, PUBLISHED, Entry, get_method
 from pydantic import BaseModel
 
 from generate import evidence as shown
@@ -16,6 +15,7 @@ from generate.text import cell, environment
 from intaglio.evidence.outlook import outlook
 from intaglio.methods import describe
 from intaglio.methods.base import Method
+from intaglio.methods.registry import AREAS, PUBLISHED, Entry, get_method
 
 CAPABILITIES = "../api/methods.html#intaglio.methods.base.Capability"
 """Where the site documents what methods require and invalidate, as a link from a method's page."""

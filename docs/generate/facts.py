@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from intaglio.methods.registry import PUBLISHED, get_method
 
 from generate.text import ROOT
 

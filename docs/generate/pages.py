@@ -9,7 +9,6 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
-from intaglio.methods.registry import PUBLISHED
 from pydantic import BaseModel
 
 import intaglio
@@ -18,6 +17,7 @@ from generate import evidence as shown
 from generate.text import ROOT, cell, relink
 from intaglio.evidence import record as records
 from intaglio.methods import describe
+from intaglio.methods.registry import PUBLISHED
 from intaglio.recipe.schema import New, RecipeHeader
 from intaglio.trainer.loop import train
 from intaglio.trainer.lora import Lora

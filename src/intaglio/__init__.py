@@ -1,4 +1,4 @@
-"""Intaglio carves pretrained transformers: masks over tokens, attention, weights, units and next tokens.
+"""Intaglio applies published masking and sparsity methods to pretrained transformers.
 
     import intaglio
     ckpt = intaglio.load("smollm2")                  # a bundled name, a directory, or a hub id
@@ -7,13 +7,13 @@
 
 Every name below is loaded when it is first used, so that importing the package costs nothing:
 
-- `load`, `Checkpoint`: a model, its tokenizer and the record of what was done to it
-- `Recipe`, `carve`, `compare`, `plan`: recipes and what runs them
+- `load`, `Checkpoint`: a model, its tokenizer and its record
+- `Recipe`, `carve`, `compare`, `plan`: recipes, and running them
 - `export`: a checkpoint in a format that stock transformers loads
-- `new`, `train`, `CausalLM`, `InstructionTuning`: small models from scratch, and the one training loop
+- `new`, `train`, `CausalLM`, `InstructionTuning`: small models from scratch, and the training loop
 - `load_texts`, `Corpus`, `Segments`: data
-- `IntaglioError`: the one error a user can cause
-- every method of the catalogue by its name (`Magnitude`, `Wanda`, `SparseGPT`, `DSnoT`)
+- `IntaglioError`: the error raised for bad input
+- every published method by its name (`Magnitude`, `Wanda`, `SparseGPT`, `DSnoT`)
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ if TYPE_CHECKING:
     from intaglio.trainer.instruction_tuning import InstructionTuning
     from intaglio.trainer.loop import train
 
-_HOMES = {
-    "CausalLM": "trainer.causal_lm",
-    "Checkpoint": "checkpoint",
-    "Corpus": "data.texts",
-    "InstructionTuning": "trainer.instruction_tuning",
-    "IntaglioError": "errors",
-    "Recipe": "recipe.schema",
-    "Segments": "data.segments",
-    "carve": "recipe",
-    "compare": "recipe",
-    "export": "export",
-    "load": "checkpoint",
-    "load_texts": "data.texts",
-    "new": "checkpoint.from_scratch",
-    "plan": "recipe",
-    "train": "trainer.loop",
+_MODULES = {
+    "CausalLM": "intaglio.trainer.causal_lm",
+    "Checkpoint": "intaglio.checkpoint",
+    "Corpus": "intaglio.data.texts",
+    "InstructionTuning": "intaglio.trainer.instruction_tuning",
+    "IntaglioError": "intaglio.errors",
+    "Recipe": "intaglio.recipe.schema",
+    "Segments": "intaglio.data.segments",
+    "carve": "intaglio.recipe.run",
+    "compare": "intaglio.recipe.run",
+    "export": "intaglio.export",
+    "load": "intaglio.checkpoint",
+    "load_texts": "intaglio.data.texts",
+    "new": "intaglio.checkpoint.from_scratch",
+    "plan": "intaglio.recipe.plan",
+    "train": "intaglio.trainer.loop",
 }
 _METHODS = {entry.name: entry.module for entry in PUBLISHED.values()}
 
@@ -77,10 +77,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(f"intaglio.{_HOMES[name]}"), name)
-    if name in _METHODS:
-        return getattr(import_module(_METHODS[name]), name)
+    if module := _MODULES.get(name) or _METHODS.get(name):
+        return getattr(import_module(module), name)
     raise AttributeError(f"module 'intaglio' has no attribute {name!r}")
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from intaglio.methods.registry import PUBLISHED, get_method
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -27,6 +26,7 @@ from intaglio.cli.settings import Painter
 from intaglio.evidence.record import all_shipped
 from intaglio.methods.decoding.aded import ADED, Table
 from intaglio.methods.decoding.lud import LUD
+from intaglio.methods.registry import PUBLISHED, get_method
 from intaglio.recipe.schema import Recipe, json_schema
 from intaglio.speculative.protocols import Step
 from intaglio.trainer import train
@@ -88,14 +88,14 @@ def recipe(tmp_path: Path, corpus_file: Path) -> Callable[..., Path]:
 
 def test_list() -> None:
     rows = document("list")
-    assert [set(row) for row in rows] == [{"slug", "room", "kind", "paper", "verdict"}] * len(PUBLISHED)
+    assert [set(row) for row in rows] == [{"slug", "area", "kind", "paper", "verdict"}] * len(PUBLISHED)
     assert [row["slug"] for row in rows] == list(PUBLISHED)
     assert {row["slug"]: row["kind"] for row in rows}["wanda"] == ["carving"]
     records = all_shipped()
     assert {row["slug"]: row["verdict"] for row in rows if row["verdict"]} == {s: r.verdict for s, r in records.items()}
     weights = [slug for slug, entry in PUBLISHED.items() if entry.area == "weights"]
-    assert [row["slug"] for row in document("list", "--room", "weights")] == weights
-    assert document("list", "--room", "probes") == []
+    assert [row["slug"] for row in document("list", "--area", "weights")] == weights
+    assert document("list", "--room", "probes") == []  # the former name of --area
     shown = run("list").stdout
     assert all(slug in shown for slug in PUBLISHED)
 
@@ -103,7 +103,7 @@ def test_list() -> None:
 @pytest.mark.parametrize("slug", PUBLISHED)
 def test_show(slug: str) -> None:
     found = document("show", slug)
-    assert {"slug", "room", "kind", "name", "paper", "verdict", "parameters", "description"} <= set(found)
+    assert {"slug", "area", "kind", "name", "paper", "verdict", "parameters", "description"} <= set(found)
     record = all_shipped().get(slug)
     assert (found["slug"], found["verdict"]) == (slug, record and record.verdict)
     fields = get_method(slug).model_fields
@@ -529,7 +529,7 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (["--set", "corpus="], "--set, corpus: the corpus is empty; accepted: texts"),
         (["--set", "corpus=nowhere.txt"], "the texts 'nowhere.txt' are no file, no folder and no bundled name"),
         (["--set", "corpus=no.safetensors"], "there is no tri-gram table no.safetensors"),
-        (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; leave one"),
+        (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; give one"),
         (["--decoder", "greedy", "--set", "nodes=1"], "the decoder greedy has nothing to set (--set nodes); aded"),
         (["--decoder", "sample", "--show-drafts"], "the decoder sample drafts nothing that --show-drafts could show"),
         (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, chimera, dyspec"),
@@ -634,8 +634,8 @@ def test_progress_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("nosuch",), "error: no such command 'nosuch'; intaglio --help says what there is"),
-        (("prove",), "error: missing argument 'slug'; intaglio prove --help says what there is"),
+        (("nosuch",), "error: no such command 'nosuch'; see intaglio --help"),
+        (("prove",), "error: missing argument 'slug'; see intaglio prove --help"),
         (("list", "--rom", "x"), "error: no such option: --rom"),
         (("generate", "m", "p", "--top-k", "0"), "error: invalid value for '--top-k': Input should be greater"),
     ],

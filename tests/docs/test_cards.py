@@ -11,11 +11,11 @@ import pytest
 from generate import cards, notes
 from generate import evidence as shown
 from generate.evidence import Evidence
-from intaglio.methods.registry import PUBLISHED
 
 from intaglio.evidence import record as records
 from intaglio.evidence.experiment import Outcome
 from intaglio.evidence.record import Record, preregistered
+from intaglio.methods.registry import PUBLISHED
 from tests.evidence.toy import COST, toy
 
 NOTE = {

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 from generate import facts
-from intaglio.methods.registry import PUBLISHED, get_method
 
+from intaglio.methods.registry import PUBLISHED, get_method
 from intaglio.recipe.schema import Fit, Recipe
 
 EXAMPLES = {slug: example for slug in PUBLISHED if (example := facts.example(slug))}

@@ -11,12 +11,12 @@ import pytest
 import typer
 from generate import cards, notes, pages
 from generate import evidence as shown
-from intaglio.methods.registry import PUBLISHED
 
 import intaglio
 from intaglio.cli.app import app
 from intaglio.evidence import experiment
 from intaglio.evidence.experiment import Unit
+from intaglio.methods.registry import PUBLISHED
 from intaglio.recipe.schema import Recipe
 from intaglio.recipe.yaml import parse_yaml
 

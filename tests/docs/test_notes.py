@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from generate import notes
-from intaglio.methods.registry import PUBLISHED
 
 from intaglio.evidence.record import Record, all_shipped
+from intaglio.methods.registry import PUBLISHED
 
 SHIPPED = sorted(path.stem for path in notes.NOTES.glob("*.md"))
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from generate import pages, style, text
-from intaglio.methods.registry import PUBLISHED
 
 import intaglio
+from intaglio.methods.registry import PUBLISHED
 from intaglio.recipe.schema import Calibration, Measure, RecipeHeader
 
 ROOT = Path(__file__).resolve().parents[2]

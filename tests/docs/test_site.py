@@ -9,10 +9,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from intaglio.methods.registry import PUBLISHED
 
 from intaglio.evidence import record as records
 from intaglio.evidence.record import Record
+from intaglio.methods.registry import PUBLISHED
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from intaglio.methods.registry import PUBLISHED
 
 from intaglio.evidence import sources
+from intaglio.methods.registry import PUBLISHED
 
 PLAIN = '''"""Says what it is."""
 from __future__ import annotations

@@ -124,7 +124,7 @@ def test_words_by_hand() -> None:
 
 
 REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
-    ("bitnet", "llama", {"bits": 1.58}, "activation_range is 128; the format bitnet of transformers has 127 alone"),
+    ("bitnet", "llama", {"bits": 1.58}, "activation_range is 128; the format bitnet of transformers supports only 127"),
     ("bitnet", "llama", {"activation_range": 127, "bits": 4.0}, "bits is 4"),
     ("bitnet", "llama", {"activation_range": 127, "per": "row"}, "per is row"),
     ("bitnet", "llama", {"activation_bits": None}, "activation_bits is None"),
@@ -133,9 +133,9 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("bitnet", "llama", {"activation_range": 127, "activation_scale": "mean"}, "activation_scale is mean"),
     ("bitnet", "phi3", {"activation_range": 127}, "fused of projections with a scale each"),
     ("compressed-tensors", "llama", {"bits": 4.0}, "scaled by 128 / max.x. here and by 255 / 2"),
-    ("compressed-tensors", "llama", {"activation_bits": None, "norm": "rmsnorm"}, "no norm in front"),
+    ("compressed-tensors", "llama", {"activation_bits": None, "norm": "rmsnorm"}, "no norm before a projection"),
     ("compressed-tensors", "gpt2", {"activation_bits": None}, "is a Conv1D in the stock model"),
-    ("safetensors", "llama", {"bits": 8.0}, "live parts .bitnet."),
+    ("safetensors", "llama", {"bits": 8.0}, "runtime parts .bitnet."),
     ("onnx", "llama", {"bits": 8.0}, "the format 'onnx' is unknown"),
 ]
 
@@ -152,7 +152,7 @@ def test_what_a_format_cannot_say_is_one_sentence(
 
 def test_live_parts_that_merge_are_told_how_and_go_out_after_it(tmp_path: Path) -> None:
     checkpoint = LOST(rank=8, columns=0.05, activation="identity").apply(made())
-    with pytest.raises(IntaglioError, match=r"live parts \(lost\).*a step `lost: \{merge: true\}`"):
+    with pytest.raises(IntaglioError, match=r"runtime parts \(lost\).*a step `lost: \{merge: true\}`"):
         export(checkpoint, tmp_path / "out")
     LOST(merge=True).apply(checkpoint)
     export(checkpoint, tmp_path / "out")
@@ -164,7 +164,7 @@ def test_nothing_quantized_and_other_live_parts(format: Any, tmp_path: Path) -> 
     with pytest.raises(IntaglioError, match="nothing in the checkpoint is quantized"):
         export(made(), tmp_path / "out", format)
     both = intaglio.LayerwiseUnmasking(configuration="01").apply(made(bits=8.0))
-    with pytest.raises(IntaglioError, match="no place for the live part of visibility"):
+    with pytest.raises(IntaglioError, match="cannot represent the runtime part of visibility"):
         export(both, tmp_path / "out", format)
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from intaglio.methods.registry import PUBLISHED, get_method
 
 import intaglio
 from intaglio.methods import describe
+from intaglio.methods.registry import PUBLISHED, get_method
 
 DOCSTRING = """What it is.
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from intaglio.methods.registry import Entry
 from torch import Tensor, nn
 
 import intaglio
-from intaglio import registry
 from intaglio.errors import IntaglioError
+from intaglio.methods import registry
 from intaglio.methods.base import Method
+from intaglio.methods.registry import Entry
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.replacement import FusedLinears, ReplacedLinear, ReplacedMLP, module_names, replace_modules
 from tests.families import FAMILIES, tiny_model

@@ -10,13 +10,13 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from intaglio.methods.registry import get_method, list_methods
 
 from intaglio.checkpoint import RECORD, Record, StepRecord, load, loading
 from intaglio.checkpoint.record import hub_record
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
 from intaglio.methods.base import Capability, Method, ModelAspect, RecordedStep, check_order
+from intaglio.methods.registry import get_method, list_methods
 from intaglio.modeling.anatomy import anatomy
 from intaglio.recipe import run, source
 from intaglio.recipe.compatibility import recorded_steps
@@ -186,8 +186,8 @@ def test_a_record_says_of_a_step_what_the_step_said() -> None:
             RecordedStep(method.slug, method.changes, method.invalidates, method.restores)
         ]
         record.live = []
-        taken_back = getattr(method, "storage", "") == "runtime"
-        assert [one.slug for one in recorded_steps(record)] == ([] if taken_back else [method.slug])
+        not_in_effect = getattr(method, "storage", "") == "runtime"
+        assert [one.slug for one in recorded_steps(record)] == ([] if not_in_effect else [method.slug])
 
 
 def test_fits_and_what_this_version_does_not_know_undo_nothing() -> None:
@@ -208,7 +208,7 @@ def test_steps_are_refused_behind_a_record_as_behind_the_steps_themselves(
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("weights were read")
 
-    for module, name in ((source, "load"), (run, "load"), (run, "begin"), (source, "model_class")):
+    for module, name in ((source, "load"), (run, "load"), (run, "load_source"), (source, "model_class")):
         monkeypatch.setattr(module, name, never)
     impossible = [(a, b) for a, b in PAIRS if not isinstance(READ[a], Fit) and lacking(a, b)]
     assert impossible

@@ -184,8 +184,8 @@ def test_killed_just_after_out_appeared(
     def die(*_: object) -> None:
         raise Killed
 
-    real = run.finish
-    monkeypatch.setattr(run, "finish", lambda *arguments: (real(*arguments), die()))
+    real = run.publish
+    monkeypatch.setattr(run, "publish", lambda *arguments: (real(*arguments), die()))
     with pytest.raises(Killed):
         carve(recipe, out, model=str(model))
     monkeypatch.undo()
@@ -329,7 +329,7 @@ def test_compare_of_other_sizes_has_no_agreement(family: str, field: str, corpus
 
 def test_a_model_that_knows_less_than_nothing_is_noted(model: Path, corpus: Path, tmp_path: Path) -> None:
     checkpoint, side = load(model), {"perplexity": 1e6}
-    assert "worse than a blind guess among its" in warn_if_worse_than_uniform(checkpoint, side)[0]
+    assert "worse than a uniform guess among its" in warn_if_worse_than_uniform(checkpoint, side)[0]
     for perplexity in (None, 1.0, float(checkpoint.vocabulary)):
         assert warn_if_worse_than_uniform(checkpoint, {"perplexity": perplexity}) == []
 

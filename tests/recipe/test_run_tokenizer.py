@@ -75,7 +75,7 @@ def test_what_follows_is_calibrated_and_measured_in_the_new_tokens(
     carve(recipe(corpus, *steps[1:]), tmp_path / "then", model=str(tmp_path / "first"))
     assert back.record.steps[1].calibration == load(tmp_path / "then").record.steps[1].calibration
     assert weights_digest(tmp_path / "out") == weights_digest(tmp_path / "then")
-    assert re.search(r"replaced: [\d.]+% of the held-out tokens behind omp_transplant are ones", document["notes"][-1])
+    assert re.search(r"replaced: after omp_transplant, [\d.]+% of the held-out tokens are new", document["notes"][-1])
 
 
 def test_a_report_gives_no_verdict_on_other_tokens(corpus: Path, donor: Path, model: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from intaglio.errors import IntaglioError
-from intaglio.recipe import yaml
+from intaglio.recipe import yaml as recipe_yaml
 from intaglio.recipe.yaml import MAX_DEPTH, Document, parse_yaml, read_yaml
 
 # Characters that mean something to YAML, so that random text gets past the first token.
@@ -70,8 +70,8 @@ def test_scalars(text: str, value: Any) -> None:
         ("a: !!int 3", "r.yaml, line 1: a tag of YAML is not accepted"),
         ("a: &x 1\nb: *x", "r.yaml, line 1: an anchor of YAML is not accepted"),
         ("b: *x", "r.yaml, line 1: an alias of YAML is not accepted"),
-        ("a: 1\nb: 2\na: 3", "r.yaml, line 3: the key 'a' stands twice"),
-        ("a: {1: 2, '1': 3}", "r.yaml, line 1: the key '1' stands twice"),
+        ("a: 1\nb: 2\na: 3", "r.yaml, line 3: the key 'a' is repeated"),
+        ("a: {1: 2, '1': 3}", "r.yaml, line 1: the key '1' is repeated"),
         ("? [a]\n: b", "r.yaml, line 1: a key must be a word"),
         ("a: [1", "r.yaml, line 1 is not valid YAML: expected ',' or ']'"),
         ("\n\tx: 1", "r.yaml, line 2 is not valid YAML: found character '\\t'"),
@@ -107,7 +107,7 @@ def test_tags_run_nothing(tmp_path: Path) -> None:
         (b"\x93NUMPY\x01\x00v\x00{'descr'", "is not text: byte 0 is not UTF-8"),
         (b"GGUF\x03\x00\x00\x00", "is not valid YAML: special characters are not allowed"),
         (b"a: \xff", "is not text: byte 3 is not UTF-8"),
-        (b"# " + b"x" * (2 << 20), "is over 1 MiB; that is no recipe"),
+        (b"# " + b"x" * (2 << 20), "is over 1 MiB, too large for a recipe"),
     ],
 )
 def test_files_that_are_no_yaml(tmp_path: Path, content: bytes, sentence: str) -> None:
@@ -125,12 +125,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(yaml, "MAX_BYTES", 100)
+    monkeypatch.setattr(recipe_yaml, "MAX_BYTES", 100)
     path = tmp_path / "r.yaml"
     path.write_bytes(b"a: 1 #" + b"x" * 94)
     assert read_yaml(path).value == {"a": 1}
     path.write_bytes(b"a: 1 #" + b"x" * 95)
-    with pytest.raises(IntaglioError, match="that is no recipe"):
+    with pytest.raises(IntaglioError, match="too large for a recipe"):
         read_yaml(path)
 
 

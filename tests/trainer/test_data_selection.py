@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from intaglio.methods.registry import get_method
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.methods.base import Progress, no_progress
+from intaglio.methods.registry import get_method
 from intaglio.recipe.run import carve
 from intaglio.report import carve_page
 from intaglio.trainer import Example, KeyedRNG, Selection, Selector

@@ -307,8 +307,8 @@ def test_earlier_spellings_of_settings_are_accepted() -> None:
     ("arguments", "sentence"),
     [
         ({"lora": {"targets": ["q_pro"]}}, "lora: no linear layer is named 'q_pro'; did you mean q_proj"),
-        ({"lora": {"r": 0}}, r"lora\.r is 0; it should be greater"),
-        ({"lora": {"rank": 4}}, "training has no setting 'lora.rank'; accepted: alpha, dropout, r, targets"),
+        ({"lora": {"r": 0}}, r"lora\.r: 0 is not accepted, it should be greater"),
+        ({"lora": {"rank": 4}}, "lora.rank: there is no such field here; accepted: alpha, dropout, r, targets"),
         ({"modifiers": [3]}, "modifiers holds int; a training modifier has attach"),
         ({"select": 3}, "select is int; it needs select and budget"),
         ({"select": Picks([0]), "data": iter(TEXTS)}, "select needs data in memory"),

@@ -9,7 +9,6 @@ from typing import Annotated, Any, ClassVar
 
 import pytest
 import torch
-from intaglio.methods.registry import PUBLISHED, Entry
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -17,6 +16,7 @@ from torch.nn.utils import parametrize
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Method, ModelAspect, Progress, no_progress
+from intaglio.methods.registry import PUBLISHED, Entry
 from intaglio.trainer import Example, KeyedRNG, Loss, ModifierSession, TrainingRun
 from intaglio.trainer.sparsity_mask import linear_modules
 

@@ -13,18 +13,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
+from typing import Any
+
+from torch import Tensor
 
 from intaglio.atomic_io import to_json
 from intaglio.checkpoint.sharding import INDEX, read_index
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import Cost, Progress, Workload, no_progress
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from intaglio.checkpoint import Checkpoint
-    from intaglio.data.texts import Corpus
 
 FOLDER = "attachments"
 KEY = "intaglio"
@@ -160,31 +155,3 @@ def _read(path: Path, slug: str) -> Attachment:
             f"{path} is the attachment of {attachment.slug}; its name must be {attachment.slug}.safetensors"
         )
     return attachment
-
-
-@runtime_checkable
-class Fittable(Protocol):
-    """A method with something to build or train without changing the weights, for a `fit` step."""
-
-    def fit(
-        self,
-        checkpoint: Checkpoint,
-        texts: Any = None,
-        *,
-        seed: int = 0,
-        batch_size: int = 4,
-        directory: Path | None = None,
-        resume: bool = False,
-        progress: Progress = no_progress,
-    ) -> Checkpoint:
-        """Fit, record the step (`verb="fit"`), attach the result to `checkpoint` and return it.
-
-        Long fits keep their state in `directory` and continue from it if `resume`; others ignore both.
-        """
-
-    @classmethod
-    def restore(cls, attachment: Attachment, checkpoint: Checkpoint, **fields: Any) -> Self:
-        """Restore the method from an attachment; `fields` override the fitted ones."""
-
-    def estimate_fit(self, workload: Workload, texts: Corpus) -> Cost:
-        """Estimate the cost of `fit` on these texts."""

@@ -1,4 +1,4 @@
-"""The verbs. Anything heavy is imported when a verb runs, so that `intaglio --help` stays quick."""
+"""The commands. Heavy modules are imported when a command runs, so that `intaglio --help` stays fast."""
 
 from __future__ import annotations
 
@@ -10,23 +10,34 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from intaglio.cli.console import Verbs, err, out, paint, print_json, progress_bar, read_stdin, say, speaks_plainly
+from intaglio.cli.console import (
+    CommandGroup,
+    err,
+    handle_errors,
+    out,
+    paint,
+    print_err,
+    print_json,
+    print_out,
+    progress_bar,
+    read_stdin,
+)
 
 app = typer.Typer(
     name="intaglio",
-    cls=Verbs,
-    help="Carve pretrained transformers: published methods on stock checkpoints, measured before and after.",
+    cls=CommandGroup,
+    help="Apply published masking and sparsity methods to stock checkpoints, measured before and after.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Device = Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:N, mps. [default: cpu]")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
+Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:N, mps. [default: cpu]")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Of the weights: float32, bfloat16, float16. [default: the checkpoint's own]"),
+    typer.Option(help="Dtype of the weights: float32, bfloat16, float16. [default: the checkpoint's own]"),
 ]
 Model = Annotated[
     str,
@@ -48,64 +59,63 @@ def _root(
 
 
 @app.command("list")
-@speaks_plainly
+@handle_errors
 def list_methods(
-    room: Annotated[str | None, typer.Option(help="Only the methods of this room.")] = None,
+    area: Annotated[str | None, typer.Option(help="Only the methods of this area.")] = None,
+    room: Annotated[str | None, typer.Option(hidden=True)] = None,  # the former name of --area
     json: Json = False,
 ) -> None:
-    """The catalogue: every method, where it comes from, what its evidence says."""
+    """List the published methods with their sources and verdicts."""
     from intaglio.errors import IntaglioError, did_you_mean
-    from intaglio.evidence.record import is_stale, preregistered, shipped
+    from intaglio.evidence.record import preregistered, shipped_verdict
     from intaglio.methods.registry import AREAS, PUBLISHED
 
-    if room is not None and room not in AREAS:
-        raise IntaglioError(f"there is no room named {room!r}; {did_you_mean(room, AREAS)}")
-    entries = [entry for entry in PUBLISHED.values() if room in (None, entry.area)]
-    records = {entry.slug: record for entry in entries if (record := shipped(entry.slug)) is not None}
-    verdicts = {slug: record.verdict for slug, record in records.items()}
+    area = area or room
+    if area is not None and area not in AREAS:
+        raise IntaglioError(f"there is no area named {area!r}; {did_you_mean(area, AREAS)}")
+    entries = [entry for entry in PUBLISHED.values() if area in (None, entry.area)]
+    verdicts = {entry.slug: shipped_verdict(entry.slug) for entry in entries}
     if json:
         print_json(
             [
                 {
-                    "slug": e.slug,
-                    "room": e.area,
-                    "kind": list(e.kinds),
-                    "paper": e.citation,
-                    "verdict": verdicts.get(e.slug),
+                    "slug": entry.slug,
+                    "area": entry.area,
+                    "kind": list(entry.kinds),
+                    "paper": entry.citation,
+                    "verdict": verdicts[entry.slug],
                 }
-                for e in entries
+                for entry in entries
             ]
         )
         return
-    table = Table("method", "room", "what it does, and its source", "verdict", box=SIMPLE_HEAD)
-    for e in entries:
-        said: str = verdicts.get(e.slug, "not yet run" if preregistered(e.slug) else "no evidence yet")
-        stale = " (stale)" if e.slug in records and is_stale(records[e.slug]) else ""
-        table.add_row(e.slug, e.area, f"{e.summary}\n[dim]{e.citation}[/dim]", said + stale)
+    table = Table("method", "area", "what it does, and its source", "verdict", box=SIMPLE_HEAD)
+    for entry in entries:
+        verdict = verdicts[entry.slug] or ("not yet run" if preregistered(entry.slug) else "no evidence yet")
+        table.add_row(entry.slug, entry.area, f"{entry.summary}\n[dim]{entry.citation}[/dim]", verdict)
     out.print(table)
 
 
 @app.command()
-@speaks_plainly
+@handle_errors
 def show(
-    slug: Annotated[str, typer.Argument(help="A method's slug; see `intaglio list`.")], json: Json = False
+    slug: Annotated[str, typer.Argument(help="Slug of a method; see `intaglio list`.")], json: Json = False
 ) -> None:
-    """One method: its description, parameters and evidence."""
+    """Show a method: its description, parameters and evidence."""
     import inspect
 
     from intaglio.checkpoint.bundled import bundled_heads as shipped_heads
     from intaglio.evidence import summary
     from intaglio.evidence.record import shipped, stale_parts
-    from intaglio.methods.registry import PUBLISHED, get_method
+    from intaglio.methods.registry import METHODS, get_method
 
     method, heads = get_method(slug), shipped_heads(slug)
-    entry, record = PUBLISHED[slug], shipped(slug)
-    schema = method.model_json_schema()
+    entry, record = METHODS[slug], shipped(slug)
     if json:
         print_json(
             {
                 "slug": slug,
-                "room": entry.area,
+                "area": entry.area,
                 "kind": list(entry.kinds),
                 "name": entry.name,
                 "summary": entry.summary,
@@ -115,7 +125,7 @@ def show(
                 "stale": [] if record is None else stale_parts(record),
                 "evidence": None if record is None else summary.document(record),
                 "shipped": [one.told() for one in heads],
-                "parameters": schema.get("properties", {}),
+                "parameters": method.model_json_schema().get("properties", {}),
                 "description": inspect.getdoc(method),
             }
         )
@@ -125,68 +135,68 @@ def show(
     for one in heads:
         out.print(f"\n[bold]Shipped[/bold]: {one.sentence()}", highlight=False)
     if record is None:
-        out.print(f"\n[bold]Evidence[/bold]: {summary.without(slug)}", highlight=False)
+        if entry.citation:
+            out.print(f"\n[bold]Evidence[/bold]: {summary.without(slug)}", highlight=False)
         return
     out.print("\n[bold]Evidence[/bold]")
-    out.print(summary.legend(record), markup=False, highlight=False)
+    print_out(summary.legend(record))
     out.print(summary.arms(record))
     if record.secondaries:
         out.print(summary.secondaries(record))
-    out.print(summary.sentence(record), markup=False, highlight=False)
+    print_out(summary.sentence(record))
     if stale := stale_parts(record):
-        again = f"`intaglio prove {slug} --renew` clears it if the values are the same"
-        out.print(f"Stale: {', '.join(stale)} changed since; {again}.", markup=False, highlight=False)
+        again = f"`intaglio prove {slug} --renew` renews the record if the values are the same"
+        print_out(f"Stale: {', '.join(stale)} changed since; {again}.")
 
 
 @app.command()
-@speaks_plainly
+@handle_errors
 def schema(json: Json = False) -> None:
-    """Print the JSON Schema of a recipe (for editors and checkers)."""
+    """Print the JSON Schema of a recipe, for editors and validators."""
     from intaglio.recipe.schema import json_schema
 
     print_json(json_schema())
 
 
 @app.command()
-@speaks_plainly
+@handle_errors
 def assets(
-    names: Annotated[list[str] | None, typer.Argument(help="Which ones. [default: all]")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Names of assets. [default: all]")] = None,
     json: Json = False,
 ) -> None:
     """Fetch the bundled models and texts into the user's cache, once."""
     from intaglio.data import assets as bundled
 
-    paths = bundled.fetch(names or None, progress=say)
-    found = [{"name": path.name, "path": str(path)} for path in paths]
+    paths = bundled.fetch(names or None, progress=print_err)
     if json:
-        print_json(found)
+        print_json([{"name": path.name, "path": str(path)} for path in paths])
         return
-    for row in found:
-        out.print(f"{row['name']}: {row['path']}", markup=False, highlight=False, soft_wrap=True)
+    for path in paths:
+        print_out(f"{path.name}: {path}")
 
 
 @app.command()
-@speaks_plainly
+@handle_errors
 def carve(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="A bundled name, a directory or a hub id (user/name or user/name@revision); wins over the recipe's."
+            help="A bundled name, a directory or a hub id (user/name or user/name@revision); overrides the recipe's."
         ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", "-r", help="A YAML recipe.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The directory to make.")] = None,
     device: Device = None,
     dtype: Dtype = None,
-    seed: Annotated[int | None, typer.Option(help="Wins over the recipe's seed.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last finished step.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume after the last finished step.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output or an interrupted run.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, its time and memory; do nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan with its time and memory; do nothing.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run a recipe on a checkpoint: measured before and after, with a report beside the weights."""
+    """Run a recipe on a checkpoint, measure before and after, and write the result with a report."""
     from intaglio.errors import IntaglioError
     from intaglio.recipe.schema import Recipe
 
@@ -195,45 +205,27 @@ def carve(
     if output is None and not dry_run:
         raise IntaglioError("an output directory is missing: name one with -o DIR")
     read = Recipe.read(recipe)
-    if seed is not None:
-        read = Recipe.from_dict(read.dump() | {"seed": seed}, "--seed")
+    source: dict[str, Any] = {"model": model, "device": device, "dtype": dtype, "seed": seed}
     if dry_run:
-        _plan(read, model, device, dtype, output, overwrite, json)
+        _print_plan(read, source, output, overwrite, json)
         return
     assert output is not None
     from intaglio import report
     from intaglio.recipe.run import carve as run
 
     with progress_bar() as progress:
-        document = run(
-            read,
-            output,
-            model=model,
-            device=device,
-            dtype=dtype,
-            resume=resume,
-            overwrite=overwrite,
-            progress=progress,
-        )
+        document = run(read, output, **source, resume=resume, overwrite=overwrite, progress=progress)
     if json:
         print_json(document)
         return
     out.print(report.carve_table(document))
-    out.print(report.summary(document), markup=False, highlight=False)
+    print_out(report.summary(document))
     for note in document["notes"]:
-        out.print(note, markup=False, highlight=False)
-    out.print(f"checkpoint: {output}\nreport: {output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+        print_out(note)
+    print_out(f"checkpoint: {output}\nreport: {output / 'report.html'}")
 
 
-def _plan(
-    recipe: Any,
-    model: str | None,
-    device: str | None,
-    dtype: str | None,
-    output: Path | None,
-    overwrite: bool,
-    json: bool,
-) -> None:
+def _print_plan(recipe: Any, source: dict[str, Any], output: Path | None, overwrite: bool, json: bool) -> None:
     import yaml
 
     from intaglio.recipe.plan import plan
@@ -241,29 +233,29 @@ def _plan(
 
     if output is not None:
         check_output(output, overwrite)
-    found = plan(recipe, model=model, device=device, dtype=dtype)
+    document = plan(recipe, **source)
     if json:
-        print_json(found)
+        print_json(document)
         return
     table = Table("step", "parameters", "seconds", "memory", title="The plan; nothing is done", box=SIMPLE_HEAD)
-    for index, step in enumerate(found["steps"], start=1):
+    for index, step in enumerate(document["steps"], start=1):
         given = yaml.safe_dump(step["given"], default_flow_style=True, sort_keys=False, width=1 << 20)
         parameters = given.strip()[1:-1]  # as a recipe has them, without the outer braces
         label = step["slug"] if step["verb"] in ("carve", step["slug"]) else f"{step['verb']} {step['slug']}"
         table.add_row(f"{index}. {label}", parameters, f"{step['seconds']:.0f}", _megabytes(step["memory_bytes"]))
-    table.add_row("measuring, before and after", "", f"{found['measure_seconds']:.0f}", "")
-    table.add_row("together", "", f"{found['seconds']:.0f}", _megabytes(found["memory_bytes"]), style="bold")
+    table.add_row("measurements before and after", "", f"{document['measure_seconds']:.0f}", "")
+    table.add_row("total", "", f"{document['seconds']:.0f}", _megabytes(document["memory_bytes"]), style="bold")
     out.print(table)
     out.print(
-        f"{found['model']}, estimated at {found['gflops']:.0f} GFLOP/s, measured just now; memory beside "
-        f"{_megabytes(found['libraries_bytes'])} of libraries.",
+        f"{document['model']}, estimated at {document['gflops']:.0f} GFLOP/s, measured just now; memory without the "
+        f"{_megabytes(document['libraries_bytes'])} of the libraries.",
         highlight=False,
     )
-    if found["left"] < found["parameters"]:
-        share = found["left"] / found["parameters"]
+    if document["left"] < document["parameters"]:
+        share = document["left"] / document["parameters"]
         out.print(
-            f"{found['left'] / 1e6:,.1f} of {found['parameters'] / 1e6:,.1f} million parameters are left, "
-            f"{_megabytes(found['bytes'] * share)} of {_megabytes(found['bytes'])}.",
+            f"{document['left'] / 1e6:,.1f} of {document['parameters'] / 1e6:,.1f} million parameters are left, "
+            f"{_megabytes(document['bytes'] * share)} of {_megabytes(document['bytes'])}.",
             highlight=False,
         )
 
@@ -273,28 +265,30 @@ def _megabytes(size: float) -> str:
 
 
 @app.command()
-@speaks_plainly
+@handle_errors
 def compare(
     a: Model,
-    b: Annotated[str, typer.Argument(help="The other checkpoint; its agreement with the first is measured.")],
+    b: Annotated[str, typer.Argument(help="The second checkpoint; its agreement with the first is measured.")],
     texts: Annotated[
         str, typer.Option(help="Held-out text: a bundled name, file, folder or datasets id.")
     ] = "wikipedia",
-    samples: Annotated[int, typer.Option(min=1, help="Segments to measure on.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Number of segments.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a segment.")] = 512,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write a page to this HTML file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write a report to this HTML file.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """The same measurements on any two checkpoints, side by side."""
+    """Compare two checkpoints by the same measurements."""
     from intaglio import report
     from intaglio.recipe.run import compare as run
     from intaglio.recipe.schema import Measure
 
     with progress_bar() as progress:
-        wanted = Measure(texts=texts, samples=samples, length=length)
-        document = run(a, b, wanted=wanted, device=device, dtype=dtype, progress=progress)
+        measure = Measure(texts=texts, samples=samples, length=length)
+        document = run(a, b, wanted=measure, device=device, dtype=dtype, progress=progress)
     if output is not None:
         writer.write_text(output, report.compare_page(document))
     if json:
@@ -302,38 +296,40 @@ def compare(
         return
     out.print(report.compare_table(document))
     if output is not None:
-        out.print(f"report: {output}", markup=False, highlight=False, soft_wrap=True)
+        print_out(f"report: {output}")
 
 
 @app.command()
-@speaks_plainly
+@handle_errors
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
     decoder: Annotated[
         str,
         typer.Option(
-            help="greedy, sample; or one that drafts: aded, dyspec, lud, prompt_lookup, ngram, draft_model, ..."
+            help="greedy, sample, or a speculative decoder: aded, dyspec, lud, prompt_lookup, ngram, draft_model, ..."
         ),
     ] = "greedy",
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="(drafting) a setting as key=value, such as corpus=FILE; may stand several times."),
+        typer.Option("--set", help="(speculative) A setting as key=value, such as corpus=FILE; can be repeated."),
     ] = None,
     show_drafts: Annotated[
-        bool, typer.Option("--show-drafts", help="(drafting) colour the tokens that were drafted and accepted.")
+        bool, typer.Option("--show-drafts", help="(speculative) Colour the accepted draft tokens.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at the most.")] = 128,
-    temperature: Annotated[float | None, typer.Option(help="(sampling) divides the logits.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="(sampling) keep the k most likely.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="(sampling) keep the smallest set with this probability.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="(sampling) of the draws.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 128,
+    temperature: Annotated[float | None, typer.Option(help="(sampling) Divisor of the logits.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="(sampling) Keep the k most likely tokens.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="(sampling) Keep the smallest set of tokens with this probability.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="(sampling) Seed of the random draws.")] = 0,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Generate from a prompt, streaming; says what it cost."""
+    """Generate from a prompt, streaming, and report the cost."""
     from intaglio.checkpoint import load
     from intaglio.cli.generate import check_drafting, check_options
     from intaglio.cli.generate import generate as run
@@ -344,7 +340,7 @@ def generate(
     check_options(decoder, temperature, top_k, top_p)
     check_drafting(decoder, settings, show_drafts)
     if json and show_drafts:
-        raise IntaglioError("--show-drafts colours text, which --json does not print; leave one of the two out")
+        raise IntaglioError("--show-drafts colours text, which --json does not print; give one of them")
     text = read_stdin() if prompt == "-" else prompt
     checkpoint = load(model, device=device, dtype=dtype)
 
@@ -352,7 +348,7 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    found = run(
+    result = run(
         checkpoint,
         text,
         decoder=decoder,
@@ -367,49 +363,49 @@ def generate(
         paint=paint if show_drafts else None,
     )
     if json:
-        print_json(found)
+        print_json(result)
         return
     write("\n")
     if starts_empty(decoder, settings, checkpoint.attachments):
-        say(f"{decoder} had no corpus and started empty; --set corpus=FILE gives it one")
+        print_err(f"{decoder} had no corpus and started empty; --set corpus=FILE gives it one")
     line = (
-        f"{found['new_tokens']} tokens in {found['passes']} passes, {found['seconds']:.1f} s "
-        f"({found['tokens_per_second']:.1f} tokens/s, {decoder})"
+        f"{result['new_tokens']} tokens in {result['passes']} passes, {result['seconds']:.1f} s "
+        f"({result['tokens_per_second']:.1f} tokens/s, {decoder})"
     )
-    lossy = found["lossy"]
+    per_pass, lossy = f": {result['tokens_per_pass']:.2f} tokens a pass", result["lossy"]
     if lossy is not None:
         line += (
-            f": {found['tokens_per_pass']:.2f} tokens a pass; not lossless: at threshold {lossy['threshold']:g} "
-            f"{lossy['agreement']:.1%} agreement with the unaided model, {lossy['speed_up']:.2f} times its speed"
+            f"{per_pass}; not lossless: at threshold {lossy['threshold']:g} {lossy['agreement']:.1%} agreement with "
+            f"the unaided model, {lossy['speed_up']:.2f} times its speed"
         )
-    elif found["accepted_share"] is not None:
-        line += f": {found['tokens_per_pass']:.2f} tokens a pass, {found['accepted_share']:.0%} of the drafts accepted"
-    say(line)
+    elif result["accepted_share"] is not None:
+        line += f"{per_pass}, {result['accepted_share']:.0%} of the drafts accepted"
+    print_err(line)
 
 
 @app.command()
-@speaks_plainly
+@handle_errors
 def inspect(
     model: Model,
-    masks: Annotated[bool, typer.Option("--masks", help="What each layer sees: who may look at whom.")] = False,
+    masks: Annotated[bool, typer.Option("--masks", help="Show the attention mask of each layer.")] = False,
     experts: Annotated[
-        str | None, typer.Option(metavar="TEXTS", help="How the experts of moe_x are used on these texts.")
+        str | None, typer.Option(metavar="TEXTS", help="Show how the experts of moe_x are used on these texts.")
     ] = None,
-    length: Annotated[int, typer.Option(min=1, help="(masks) tokens that are shown.")] = 32,
+    length: Annotated[int, typer.Option(min=1, help="(masks) Number of tokens.")] = 32,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="(masks) also draw it into this SVG file.")
+        Path | None, typer.Option("--output", "-o", help="(masks) Also draw the masks to this SVG file.")
     ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Read a model: with --masks what each layer sees, of a stock one too; with --experts how its experts are used."""
+    """Inspect a model: its attention masks (--masks, of any model) or the use of its experts (--experts)."""
     from intaglio.errors import IntaglioError
 
     if masks == (experts is not None):
         raise IntaglioError(
-            "--masks and --experts are asked for; give one"
+            "--masks and --experts are given; give one of them"
             if masks
-            else "nothing is asked for: --masks shows what each layer sees, --experts how the experts of moe_x are used"
+            else "an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts"
         )
 
     if experts is not None:
@@ -419,17 +415,17 @@ def inspect(
         else:
             out.print(inspecting.experts_table(model, experts, used))
         return
-    found, data = inspecting.masks(model, length, output, device)
+    layers, data = inspecting.masks(model, length, output, device)
     if json:
         print_json(data)
         return
-    out.print(inspecting.masks_table(model, found, length))
+    out.print(inspecting.masks_table(model, layers, length))
     if output is not None:
-        out.print(f"picture: {output}", markup=False, highlight=False, soft_wrap=True)
+        print_out(f"picture: {output}")
 
 
 @app.command()
-@speaks_plainly
+@handle_errors
 def export(
     model: Model,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The directory to make.")] = None,
@@ -441,7 +437,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint as stock transformers loads it by itself, or say why the format cannot hold it."""
+    """Write a checkpoint for stock transformers, or say why the format cannot hold it."""
     from intaglio.checkpoint import load
     from intaglio.errors import IntaglioError
     from intaglio.export import export as run
@@ -452,29 +448,31 @@ def export(
     if json:
         print_json({"model": model, "format": format, "path": str(path)})
         return
-    out.print(f"checkpoint ({format}): {path}", markup=False, highlight=False, soft_wrap=True)
+    print_out(f"checkpoint ({format}): {path}")
 
 
 @app.command()
-@speaks_plainly
+@handle_errors
 def prove(
     slug: Annotated[str, typer.Argument(help="A method's slug; see `intaglio list`.")],
-    seed_base: Annotated[int, typer.Option(help="All seeds follow from it; another one gives other data.")] = 0,
-    units: Annotated[int | None, typer.Option(help="Runs to compare. [default: a pilot says]")] = None,
+    seed_base: Annotated[int, typer.Option(help="Seed that all others derive from.")] = 0,
+    units: Annotated[int | None, typer.Option(help="Number of runs. [default: from a pilot]")] = None,
     tier: Annotated[str | None, typer.Option(help="cpu or gpu. [default: the claim's]")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("intaglio-prove"),
-    workers: Annotated[int, typer.Option(help="Processes that share the work; the result is the same.")] = 1,
-    record: Annotated[bool, typer.Option("--record", help="Also write the shipped record (source checkout).")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the results.")] = Path("intaglio-prove"),
+    workers: Annotated[int, typer.Option(help="Number of processes; the result is the same.")] = 1,
+    record: Annotated[
+        bool, typer.Option("--record", help="Also write the committed record (source checkout).")
+    ] = False,
     renew: Annotated[
-        bool, typer.Option("--renew", help="Run one run again; the same values clear a stale record (source checkout).")
+        bool, typer.Option("--renew", help="Repeat one run; equal values renew a stale record (source checkout).")
     ] = False,
     beside: Annotated[
         bool,
-        typer.Option("--beside", help="(--renew) Compare with what the code on record gives on this machine."),
+        typer.Option("--beside", help="(--renew) Compare with the recorded code, run on this machine."),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run a method's published claim: baseline and method side by side, and a verdict. Goes on where it was stopped."""
+    """Test a method's published claim against its baseline and give a verdict; an interrupted run resumes."""
     from intaglio.errors import IntaglioError
     from intaglio.evidence import summary
     from intaglio.evidence.outlook import outlook
@@ -483,9 +481,9 @@ def prove(
     from intaglio.evidence.run import prove as run
 
     if renew and (record or units is not None or seed_base or tier):
-        raise IntaglioError("--renew does one run of the record again, as it was made; leave out the other options")
+        raise IntaglioError("--renew repeats one run of the record as it was made; leave out the other options")
     if beside and not renew:
-        raise IntaglioError("--beside says what --renew compares with; it stands beside it")
+        raise IntaglioError("--beside needs --renew")
     if renew:
         with progress_bar() as progress:
             renewed = again(slug, beside=beside, workers=workers, progress=progress)
@@ -493,7 +491,7 @@ def prove(
             print_json(renewed)
         else:
             same = "its values are the same with the changed" if renewed["changed"] else "not stale; nothing was run:"
-            out.print(f"{slug}: {same} {', '.join(renewed['changed'])}".rstrip(" :"), markup=False, highlight=False)
+            print_out(f"{slug}: {same} {', '.join(renewed['changed'])}".rstrip(" :"))
         return
     with progress_bar() as progress:
         document = run(
@@ -509,29 +507,29 @@ def prove(
     if json:
         print_json(document)
         return
-    found = Record.model_validate(document)
-    out.print(summary.legend(found), markup=False, highlight=False)
-    out.print(summary.arms(found))
-    if found.secondaries:
-        out.print(summary.secondaries(found))
-    out.print(f"{summary.sentence(found)} {outlook(found)}".rstrip(), markup=False, highlight=False)
-    out.print(f"results: {output}", markup=False, highlight=False, soft_wrap=True)
+    result = Record.model_validate(document)
+    print_out(summary.legend(result))
+    out.print(summary.arms(result))
+    if result.secondaries:
+        out.print(summary.secondaries(result))
+    print_out(f"{summary.sentence(result)} {outlook(result)}".rstrip())
+    print_out(f"results: {output}")
 
 
 @app.command()
-@speaks_plainly
+@handle_errors
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the report goes.")] = Path("intaglio-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the report.")] = Path("intaglio-demo"),
     device: Device = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: Json = False,
 ) -> None:
-    """The main job, nothing to configure: a real 135M model pruned by four methods at 50 % and 2:4, measured."""
+    """Prune a real 135M-parameter model by four methods at 50 % and 2:4, and measure the results."""
     from intaglio import report
     from intaglio.cli.demo import demo as run
     from intaglio.data import assets as bundled
 
-    bundled.fetch(("smollm2", "wikipedia"), progress=say)
+    bundled.fetch(("smollm2", "wikipedia"), progress=print_err)
     with progress_bar() as progress:
         document = run(output, device=device, seed=seed, progress=progress)
     if json:
@@ -540,12 +538,12 @@ def demo(
     out.print(report.demo_table(document))
     out.print(report.demo_chart(document))
     for note in document["notes"]:
-        out.print(note, markup=False, highlight=False)
-    out.print(f"report: {output / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+        print_out(note)
+    print_out(f"report: {output / 'report.html'}")
 
 
 def main() -> None:
-    """Entry point of the `intaglio` command."""
+    """Run the `intaglio` command."""
     err.soft_wrap = True
     app()
 

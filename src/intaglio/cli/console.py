@@ -1,4 +1,4 @@
-"""Where output goes: results to stdout, progress and sentences to stderr."""
+"""Console output: results to stdout, progress and messages to stderr."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ BAD_INPUT = 2
 DEFECT = 70
 INTERRUPTED = 130
 
-# Newer versions of typer bring a click of their own; this is the UsageError of whichever it uses.
+# Newer versions of typer vendor click; this is the UsageError of the one in use.
 USAGE: Any = typer.BadParameter.__mro__[1]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
-def say(text: str) -> None:
-    """Print one line to stderr, as it stands."""
+def print_out(text: str) -> None:
+    """Print one line to stdout, without markup or wrapping."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_err(text: str) -> None:
+    """Print one line to stderr, without markup or wrapping."""
     err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def paint(piece: str, marked: bool) -> None:
-    """Print a piece of text to stdout as it comes, in green if it is marked; plain where nobody sees colours.
-
-    Args:
-        piece: any text.
-        marked: whether it stands out.
-    """
+    """Print a piece of text to stdout, in green if it is marked and stdout is a terminal."""
     out.print(Text(piece, style="bold green" if marked else ""), end="", soft_wrap=True)
     out.file.flush()
 
 
 def print_json(value: Any) -> None:
-    """Print one JSON document to stdout and nothing else."""
+    """Print one JSON document to stdout."""
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     sys.stdout.flush()
 
@@ -69,10 +69,10 @@ def read_stdin() -> str:
 
 @contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Say a warning as one line on stderr; what libraries tell their own callers is left out."""
+    """Print warnings as one line on stderr, without those that address a library's developers."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        say(f"warning: {printable(str(message))}")
+        print_err(f"warning: {printable(str(message))}")
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -81,11 +81,11 @@ def _warnings_in_one_line() -> Iterator[None]:
         yield
 
 
-def speaks_plainly(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Turn what goes wrong in a command into one sentence on stderr and an exit code.
+def handle_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Turn an exception in a command into one sentence on stderr and an exit code.
 
-    Bad input exits with 2, an interrupt with 130. Anything else is a defect of Intaglio and exits with 70; set
-    INTAGLIO_TRACEBACK=1 to see where it came from.
+    Bad input exits with 2, an interrupt with 130. Any other exception is a bug of Intaglio and exits with 70; with
+    INTAGLIO_TRACEBACK=1 its traceback is shown.
     """
 
     @functools.wraps(command)
@@ -96,26 +96,28 @@ def speaks_plainly(command: Callable[_P, _R]) -> Callable[_P, _R]:
             with _warnings_in_one_line():
                 return command(*args, **kwargs)
         except IntaglioError as error:
-            say(f"error: {error}")
+            print_err(f"error: {error}")
             raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt:
-            say("interrupted; a carve goes on with --resume, prove when it is called again")
+            print_err("interrupted; carve resumes with --resume, prove when it is run again")
             raise typer.Exit(INTERRUPTED) from None
         except MemoryError:
-            say("error: this machine has too little memory for that; lower batch_size, samples or length")
+            print_err("error: this machine has too little memory for that; lower batch_size, samples or length")
             raise typer.Exit(BAD_INPUT) from None
         except BrokenPipeError:
-            # The reader went away; nothing is left to say to it.
+            # The reader has closed the pipe.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
         except OSError as error:
-            say("error: " + printable(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
+            print_err(
+                "error: " + printable(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+            )
             raise typer.Exit(BAD_INPUT) from None
         except (typer.Exit, typer.Abort):
             raise
         except Exception as error:
             text = (str(error).strip().splitlines() or [""])[0]
-            say(
+            print_err(
                 f"error: a defect of intaglio, please report it: {type(error).__name__}: {printable(text)} "
                 "(INTAGLIO_TRACEBACK=1 shows where)"
             )
@@ -124,8 +126,8 @@ def speaks_plainly(command: Callable[_P, _R]) -> Callable[_P, _R]:
     return run
 
 
-class Verbs(TyperGroup):
-    """The group of all verbs: what is wrong with the words of a command line is one sentence too, without its usage."""
+class CommandGroup(TyperGroup):
+    """The group of all commands; a usage error is one sentence, too."""
 
     def main(
         self,
@@ -144,11 +146,11 @@ class Verbs(TyperGroup):
             result = run()
         except USAGE as error:
             what = error.format_message().rstrip(".")
-            if what.count("\n") > 1:  # no verb was given: the list of verbs
+            if what.count("\n") > 1:  # no command was given: the list of commands
                 err.print(what, markup=False, highlight=False)
             else:
                 where = error.ctx.command_path if error.ctx else "intaglio"
-                say(f"error: {printable(what[:1].lower() + what[1:])}; {where} --help says what there is")
+                print_err(f"error: {printable(what[:1].lower() + what[1:])}; see {where} --help")
             sys.exit(BAD_INPUT)
         except typer.Abort:
             sys.exit(INTERRUPTED)
@@ -157,7 +159,7 @@ class Verbs(TyperGroup):
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
-    """A `Progress` callback drawn on stderr; silent where stderr is no terminal."""
+    """Yield a `Progress` callback drawn on stderr; it does nothing if stderr is not a terminal."""
     if not err.is_terminal:
         yield lambda done, total, what: None
         return

@@ -1,4 +1,4 @@
-"""`intaglio inspect`: what is read out of a model."""
+"""`intaglio inspect`: attention masks and experts of a model."""
 
 from __future__ import annotations
 
@@ -16,56 +16,40 @@ from intaglio.methods.activations.moe_x import monitor
 
 
 def masks(model: str, length: int, output: Path | None, device: str | None) -> tuple[list[Group], dict[str, Any]]:
-    """Read what each layer of a model sees, and draw it if asked for.
+    """Return the groups of layers with the same attention mask over `length` tokens, also as plain data.
 
     Args:
         model: a bundled name, a directory or a hub id, which may be pinned (`user/name@revision`).
         length: tokens.
-        output: an SVG file to write; None: none.
-        device: where to work.
-
-    Returns:
-        The groups of layers, and the same as plain data.
+        output: SVG file to write, or None.
+        device: where to load the model.
 
     Raises:
-        IntaglioError: the model cannot be loaded or read, or the file is no `.svg`.
+        IntaglioError: the model cannot be loaded or read, or the file name does not end in `.svg`.
     """
     if output is not None and output.suffix.lower() != ".svg":
         raise IntaglioError(f"the picture {output} must be an .svg file")
     checkpoint = load(model, device=device)
-    found = groups(checkpoint.model, length)
+    layers = groups(checkpoint.model, length)
     if output is not None:
-        atomic_io.write_text(output, svg(model, found))
-    data = {"model": model, "kind": checkpoint.kind, "length": length, "groups": as_json(found)}
-    return found, data
+        atomic_io.write_text(output, svg(model, layers))
+    return layers, {"model": model, "kind": checkpoint.kind, "length": length, "groups": as_json(layers)}
 
 
-def masks_table(model: str, found: list[Group], length: int) -> Table:
-    """The groups as a table with a small drawing of each.
-
-    Args:
-        model: its name.
-        found: groups.
-        length: tokens.
-    """
+def masks_table(model: str, layers: list[Group], length: int) -> Table:
+    """Return the groups of layers as a table, with a small drawing of each mask."""
     caption = (
-        f"Among {length} tokens; queries down, keys across, the first 24 drawn (█ two queries see the key, ▀▄ one)."
+        f"Over {length} tokens; queries down, keys across, the first 24 drawn (█ two queries see the key, ▀▄ one)."
     )
-    table = Table(
-        "layers", "see", "share", "", title=f"What each layer of {model} sees", caption=caption, box=SIMPLE_HEAD
-    )
-    for group in found:
+    title = f"Attention masks of {model}"
+    table = Table("layers", "mask", "share", "", title=title, caption=caption, box=SIMPLE_HEAD)
+    for group in layers:
         table.add_row(group.where, group.name, f"{group.share:.0%}", drawing(group))
     return table
 
 
 def experts(model: str, texts: str, device: str | None) -> dict[str, dict[str, Any]]:
-    """How each layer of experts in a model is used on some text; see `intaglio.methods.activations.moe_x.monitor`.
-
-    Args:
-        model: a directory or a hub id, which may be pinned (`user/name@revision`).
-        texts: a bundled name, a file or a folder.
-        device: where to work.
+    """Return statistics of each layer of experts on some texts; see `intaglio.methods.activations.moe_x.monitor`.
 
     Raises:
         IntaglioError: the model cannot be loaded, has no experts, or there is too little text.
@@ -73,24 +57,18 @@ def experts(model: str, texts: str, device: str | None) -> dict[str, dict[str, A
     return monitor(load(model, device=device), texts)
 
 
-def experts_table(model: str, texts: str, found: dict[str, dict[str, Any]]) -> Table:
-    """The same as a table, a layer a row.
-
-    Args:
-        model: its name.
-        texts: what they were used on.
-        found: from `experts`.
-    """
-    caption = "Evenness: entropy of the loads, 1 where all are alike. Dead: share of units that fired for no token."
-    heads = ("layer", "experts", "evenness", "fire", "expected", "dead")
-    table = Table(*heads, title=f"The experts of {model} on {texts}", caption=caption, box=SIMPLE_HEAD)
-    for name, one in found.items():
+def experts_table(model: str, texts: str, statistics: dict[str, dict[str, Any]]) -> Table:
+    """Return the statistics from `experts` as a table, a layer a row."""
+    caption = "Evenness: entropy of the loads, 1 if all are equal. Dead: share of units that fired for no token."
+    columns = ("layer", "experts", "evenness", "fire", "expected", "dead")
+    table = Table(*columns, title=f"The experts of {model} on {texts}", caption=caption, box=SIMPLE_HEAD)
+    for name, layer in statistics.items():
         table.add_row(
             name,
-            str(len(one["load"])),
-            f"{one['load_entropy']:.2f}",
-            f"{one['l0']:.1f}",
-            f"{one['expected_l0']:.1f}",
-            f"{one['dead_units']:.1%}",
+            str(len(layer["load"])),
+            f"{layer['load_entropy']:.2f}",
+            f"{layer['l0']:.1f}",
+            f"{layer['expected_l0']:.1f}",
+            f"{layer['dead_units']:.1%}",
         )
     return table

@@ -1,4 +1,4 @@
-"""A method's description for the terminal: prose in paragraphs, equations as they stand, parameters as a table."""
+"""The description of a method for the terminal: prose in paragraphs, equations unchanged, parameters as a table."""
 
 from __future__ import annotations
 
@@ -16,33 +16,29 @@ from intaglio.methods import describe
 from intaglio.methods.base import Method
 
 _ITEM = re.compile(r"(\d+\.|-) +")
-_MARKED = re.compile(r"\*(\S[^*]*\S|\S)\*")
+_EMPHASIS = re.compile(r"\*(\S[^*]*\S|\S)\*")
 
 
 def description(method: type[Method]) -> RenderableType:
-    """What a class says of itself.
-
-    Args:
-        method: the class.
-    """
-    found = describe.describe(inspect.getdoc(method) or "")
-    parts: list[RenderableType] = [part for block in found.prose.split("\n\n") for part in (*_blocks(block), "")]
+    """Return the docstring of a method, with its parameters as a table."""
+    docstring = describe.describe(inspect.getdoc(method) or "")
+    parts: list[RenderableType] = [part for block in docstring.prose.split("\n\n") for part in (*_blocks(block), "")]
     if method.model_fields:
         parts.append(_parameters(method))
     for heading in ("Raises", "Warns"):
-        for name, text in found.lists.get(heading, {}).items():
+        for name, text in docstring.lists.get(heading, {}).items():
             parts += [Padding(_text(f"{heading} {name}: {text}"), (0, 0, 1, 0))]
-    if found.source:
-        parts.append(_text(found.source))
+    if docstring.source:
+        parts.append(_text(docstring.source))
     return Group(*parts)
 
 
 def _blocks(block: str) -> Iterator[RenderableType]:
-    """A paragraph, the items of a list, or lines that stay as they are."""
+    """Yield a paragraph, the items of a list, or an indented block unchanged."""
     if all(line.startswith("    ") for line in block.split("\n")):
         yield Text(block)
         return
-    # A line that begins an item begins anew; others were broken for an editor and are joined.
+    # The item of a list begins a new line; other lines were broken for an editor and are joined.
     for piece in re.split(r"\n(?= *(?:\d+\.|-) )", block):
         line = " ".join(part.strip() for part in piece.split("\n"))
         item = _ITEM.match(line)
@@ -55,7 +51,7 @@ def _blocks(block: str) -> Iterator[RenderableType]:
 
 
 def _parameters(method: type[Method]) -> Table:
-    table = Table("parameter", "default", "what it is", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table("parameter", "default", "description", box=SIMPLE_HEAD, pad_edge=False)
     for row in describe.parameters(method, {}):
         accepted = f" [{row.type}]" if row.type else ""
         table.add_row(row.name, Text(row.default), _text(row.description) + Text(accepted.replace("`", ""), "dim"))
@@ -63,9 +59,9 @@ def _parameters(method: type[Method]) -> Table:
 
 
 def _text(line: str) -> Text:
-    """Emphasis as the docstring marks it; nothing else is markup."""
+    """Render emphasis as the docstring marks it; nothing else is markup."""
     text, end = Text(), 0
-    for found in _MARKED.finditer(line):
-        text.append(line[end : found.start()]).append(found[1], "italic")
-        end = found.end()
+    for match in _EMPHASIS.finditer(line):
+        text.append(line[end : match.start()]).append(match[1], "italic")
+        end = match.end()
     return text.append(line[end:])

@@ -261,6 +261,13 @@ def shipped(slug: str) -> Record | None:
     return read_record(path, slug) if path.is_file() else None
 
 
+def shipped_verdict(slug: str) -> str | None:
+    """Return the verdict of a method's committed record without validating the record; None if there is none."""
+    path = RESULTS / f"{slug}.json"
+    verdict: str | None = json.loads(path.read_bytes())["verdict"] if path.is_file() else None
+    return verdict
+
+
 def all_shipped() -> dict[str, Record]:
     """Every committed record, by slug.
 

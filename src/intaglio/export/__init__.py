@@ -1,14 +1,13 @@
-"""`export`: a checkpoint in a format that stock transformers loads by itself, without Intaglio.
+"""`export`: write a checkpoint in a format that stock transformers loads without Intaglio.
 
     export(checkpoint, "out/", "safetensors")            # plain weights: pruned, trained, merged
-    export(checkpoint, "out/", "compressed-tensors")     # whole numbers of few bits, `pack-quantized`
+    export(checkpoint, "out/", "compressed-tensors")     # low-bit integers, `pack-quantized`
     export(checkpoint, "out/", "bitnet")                 # ternary, transformers' own format
 
-A format holds what it holds: where the checkpoint computes anything that the format cannot say, it is refused, and
-never written as something near to it.
+A checkpoint that a format cannot represent exactly is refused, never approximated.
 
 - `compressed`, `bitnet`: the two formats of quantized weights.
-- `quantized`: what both ask of a checkpoint.
+- `quantized`: their common part.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.export import bitnet, compressed_tensors
 from intaglio.export.base import Exported, write
-from intaglio.methods import base
+from intaglio.methods.registry import get_method
 
 Format = Literal["safetensors", "compressed-tensors", "bitnet"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -39,11 +38,11 @@ def export(
     """Write a checkpoint for stock transformers, atomically: weights, configuration, tokenizer.
 
     Args:
-        checkpoint: what is written; it stays as it is.
+        checkpoint: the checkpoint; it stays unchanged.
         path: the directory to make.
         format: `safetensors` (default) for plain weights, `compressed-tensors` (its `pack-quantized`; the package of
-            that name is needed to load it) or `bitnet` for those that `bitnet` quantized.
-        overwrite: replace a directory that is there. Default False.
+            that name is needed to load it) or `bitnet` for weights quantized by `bitnet`.
+        overwrite: replace an existing directory. Default False.
 
     Raises:
         IntaglioError: an unknown format, a checkpoint that the format cannot hold, or the directory is taken.
@@ -55,20 +54,20 @@ def export(
     if format == "safetensors":
         if checkpoint.kind == "runtime":
             slugs = sorted({str(part.get("slug")) for part in checkpoint.record.live})
-            merging = [slug for slug in slugs if "merge" in base.get(slug).model_fields]
+            merging = [slug for slug in slugs if "merge" in get_method(slug).model_fields]
             way = (
-                f"a step `{merging[0]}: {{merge: true}}` makes plain ones of those of {merging[0]}"
+                f"a step `{merging[0]}: {{merge: true}}` merges those of {merging[0]} into plain weights"
                 if merging
-                else "quantized weights have the formats compressed-tensors and bitnet"
+                else "export quantized weights as compressed-tensors or bitnet"
             )
             raise IntaglioError(
-                f"the checkpoint has live parts ({', '.join(slugs)}), which plain weights cannot say; {way}"
+                f"the checkpoint has runtime parts ({', '.join(slugs)}), which plain weights cannot represent; {way}"
             )
-        found = Exported({}, {})
+        exported = Exported({}, {})
     else:
-        found = _QUANTIZED[format](checkpoint)
+        exported = _QUANTIZED[format](checkpoint)
     with atomic_io.directory(target, overwrite) as temporary:
-        write(checkpoint, found, temporary)
+        write(checkpoint, exported, temporary)
     return target
 
 

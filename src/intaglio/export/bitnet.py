@@ -1,11 +1,11 @@
 """transformers' own `bitnet` format: ternary weights, four in a byte, and 8-bit activations scaled by 127 / max|x|.
 
     weight        [O / 4, I] uint8    rows o, o + O/4, o + 2 O/4, o + 3 O/4 in one byte, lowest bits first, code + 1
-    weight_scale  [1]                 what the weights were multiplied with: y = product / (weight_scale * s_x)
-    rms_norm.weight [I]               where the inner norm is one
+    weight_scale  [1]                 factor of the weights: y = product / (weight_scale * s_x)
+    rms_norm.weight [I]               where the inner norm is RMSNorm
 
-Read in transformers 5.24 (`integrations/bitnet.py`, `linear_class: bitlinear`); its other class, `autobitlinear`,
-scales the bias with the product.
+As read by transformers 5.24 (`integrations/bitnet.py`, `linear_class: bitlinear`); its other class, `autobitlinear`,
+also scales the bias.
 
 Dimension letters: O output features, I input features.
 """
@@ -27,7 +27,7 @@ EPS = 1e-5
 
 
 def _check(how: Quantization) -> None:
-    """Refuse what the format cannot say."""
+    """Refuse a quantization that the format cannot represent."""
     low, high = how.weight_range
     wanted: dict[str, tuple[Any, bool, str]] = {
         "bits": (f"{how.bits:g}", (low, high) == (-1, 1), "1.58, ternary weights"),
@@ -40,7 +40,7 @@ def _check(how: Quantization) -> None:
     }
     for name, (value, fits, accepted) in wanted.items():
         if not fits:
-            raise IntaglioError(f"{name} is {value}; the format {FORMAT} of transformers has {accepted} alone")
+            raise IntaglioError(f"{name} is {value}; the format {FORMAT} of transformers supports only {accepted}")
 
 
 def _packed(codes_OI: Tensor) -> Tensor:
@@ -55,40 +55,37 @@ def _tensors(p: Projection, how: Quantization, dtype: torch.dtype) -> dict[str, 
         )
     if len(p.codes_OI) % 4:
         raise IntaglioError(f"{p.name} has {len(p.codes_OI)} outputs; the format {FORMAT} needs a multiple of 4")
-    found = {f"{p.name}.weight": _packed(p.codes_OI), f"{p.name}.weight_scale": p.scale_O1[0].to(dtype)}
+    tensors = {f"{p.name}.weight": _packed(p.codes_OI), f"{p.name}.weight_scale": p.scale_O1[0].to(dtype)}
     if p.bias_O is not None:
-        found[f"{p.name}.bias"] = p.bias_O
+        tensors[f"{p.name}.bias"] = p.bias_O
     if how.norm == "rmsnorm":
         norms = [part.norm_weight for part in p.parts]
         first = torch.ones(p.codes_OI.shape[1], dtype=dtype) if norms[0] is None else norms[0].detach()
         if any(norm is not None and not torch.equal(norm, first) for norm in norms):
             raise IntaglioError(f"{p.name} is fused of projections with a norm each; the format {FORMAT} has one")
-        found[f"{p.name}.rms_norm.weight"] = first
-    return found
+        tensors[f"{p.name}.rms_norm.weight"] = first
+    return tensors
 
 
 def exported(checkpoint: Checkpoint) -> Exported:
-    """What a ternary checkpoint is in this format.
-
-    Args:
-        checkpoint: quantized by `bitnet`.
+    """Return a checkpoint quantized by `bitnet` in this format.
 
     Raises:
-        IntaglioError: it was quantized in another way than the format has.
+        IntaglioError: the format cannot represent its quantization.
     """
     how = quantization_of(checkpoint, FORMAT)
     _check(how)
-    found = projections(checkpoint.model)
-    left = stock_linears(checkpoint, FORMAT, found)
+    quantized = projections(checkpoint.model)
+    unquantized = stock_linears(checkpoint, FORMAT, quantized)
     dtype = next(p for p in checkpoint.model.parameters() if p.is_floating_point()).dtype
     tensors: dict[str, Tensor] = {}
-    for projection in found:
+    for projection in quantized:
         tensors |= _tensors(projection, how, dtype)
     config = {
         "quant_method": FORMAT,
         "linear_class": "bitlinear",
         "quantization_mode": "offline",
-        "modules_to_not_convert": left,
+        "modules_to_not_convert": unquantized,
         "use_rms_norm": how.norm == "rmsnorm",
         "rms_norm_eps": RMSNORM_EPS,
     }

@@ -99,6 +99,9 @@ class Visibility(Method, slug=SLUG):
             `packed`, `arbitrary`), or rules joined by `and`, `or`, `not`. `stock` restores the model's own mask.
     """
 
+    kinds = ("carving", "visibility")
+    summary = "sets by rule which positions the attention layers see"
+
     storage: ClassVar[Literal["runtime"]] = "runtime"
     needs_calibration: ClassVar[bool] = False
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"attention"})

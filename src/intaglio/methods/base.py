@@ -1,64 +1,92 @@
-"""What a method is, the protocols it may implement, and the registry.
+"""Method, the base class of every published technique, and the protocols that a method may implement.
 
-A method is one published technique: a frozen pydantic model whose fields are its hyperparameters (so a recipe validates
-before any model loads), plus what it does. It is called once and returns. Which protocols it implements is said by the
-catalogue's `kinds` and checked by the conformance suite; there is no class per protocol to inherit from.
+A method is a frozen pydantic model: its fields are its hyperparameters, so a recipe validates before any model loads.
+Its class attributes describe it (`kinds`, `summary`, `citation`, `url`); the registry's table is generated from them.
+The protocols are structural: `kinds` names those that a method implements, and the conformance suite checks them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self, get_args, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.methods.base import Kind
-from intaglio.methods.registry import PUBLISHED, Entry
+from intaglio.errors import IntaglioError, did_you_mean, shorten
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from intaglio.checkpoint import Checkpoint
-    from intaglio.modeling.anatomy import Anatomy
+Kind = Literal[
+    "carving",
+    "objective",
+    "modifier",
+    "selector",
+    "decoder",
+    "drafter",
+    "visibility",
+    "encoder",
+    "dictionary",
+    "probe",
+    "study",
+]
+"""A protocol that a method implements."""
 
 ModelAspect = Literal["weights", "width", "depth", "vocabulary", "attention", "cache", "activations"]
 """A part of a checkpoint that a method edits."""
 
 Capability = Literal["linear_weights", "matrix_products", "causal", "cache", "tokenizer", "zeros"]
-"""Something that holds of a checkpoint and that a later step may need: `linear_weights` (the blocks' projections are
-plain matrices), `matrix_products` (whatever stands in their place multiplies with a matrix), `causal` (a decoder that
-generates), `cache` (its key-value cache is stock), `tokenizer` (ids mean what the original's meant), `zeros` (the
-pattern of zeros that an earlier step made)."""
+"""A property of a checkpoint that a later step may require: `linear_weights` (the blocks' projections are plain
+matrices), `matrix_products` (the projections, plain or replaced, multiply by a matrix), `causal` (a decoder that
+generates), `cache` (a stock key-value cache), `tokenizer` (token ids keep their original meaning), `zeros` (the zeros
+of an earlier pruning step are kept)."""
 
 Progress = Callable[[int, int, str], None]
-"""Called as `progress(done, total, what)` after each unit of long work."""
+"""Called as `progress(done, total, label)` after each unit of long work."""
+
+# The protocols below take a `Checkpoint`, an `Anatomy` and an `Attachment`. Those modules import this one.
+AnyCheckpoint = Any
+AnyAnatomy = Any
+AnyAttachment = Any
 
 
 def no_progress(done: int, total: int, what: str) -> None:
-    """The default `Progress`: shows nothing."""
+    """Report no progress; the default `Progress`."""
 
 
 class Method(BaseModel):
-    """One published technique: its hyperparameters are its fields.
+    """One published technique; its fields are its hyperparameters.
 
-    Subclasses name their slug: `class Wanda(Method, slug="wanda")`. A subclass adds the functions of the protocols it
-    implements (`apply` for a carving).
+    A subclass passes its slug (`class Wanda(Method, slug="wanda")`), sets the class attributes below and adds the
+    functions of the protocols in `kinds` (`apply` for a carving).
+
+    Attributes:
+        slug: name in recipes, on the command line and of the file.
+        kinds: protocols it implements; empty for a base class.
+        summary: what it does, in one clause.
+        citation: authors, title, venue and year of the paper; empty for shared machinery that no paper describes.
+        url: of the paper.
+        fitted: whether a `fit` step builds or trains what it owns. Default False.
+        changes: parts of the checkpoint that it edits.
+        requires: properties that the checkpoint must have.
+        invalidates: properties that the checkpoint loses.
+        restores: properties that it gives back, where only steps whose `changes` are among its own took them away.
     """
 
-    # strict: the word "0.5", yes and no are not taken for numbers, nor 1 for true.
+    # strict: neither "0.5" nor true is taken for a number, nor 1 for true.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
     slug: ClassVar[str]
+    kinds: ClassVar[tuple[Kind, ...]] = ()
+    summary: ClassVar[str] = ""
+    citation: ClassVar[str] = ""
+    url: ClassVar[str] = ""
+    fitted: ClassVar[bool] = False
     changes: ClassVar[frozenset[ModelAspect]] = frozenset()
     requires: ClassVar[frozenset[Capability]] = frozenset()
     invalidates: ClassVar[frozenset[Capability]] = frozenset()
     vocabulary_config_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of the model's config in which it keeps token ids; a step that replaces the vocabulary removes them."""
     restores: ClassVar[frozenset[Capability]] = frozenset()
-    """What it gives back, where steps that changed nothing but what it changes itself had done away with it."""
 
     def __init_subclass__(cls, slug: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -66,13 +94,8 @@ class Method(BaseModel):
             cls.slug = slug
 
     @classmethod
-    def entry(cls) -> Entry:
-        """The method's line in the catalogue."""
-        return PUBLISHED[cls.slug]
-
-    @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """The method with the constants of its paper, where the defaults here are scaled to the model in hand.
+        """Return the method with the paper's constants, where the defaults scale with the model.
 
         Args:
             overrides: fields that the caller sets.
@@ -81,11 +104,11 @@ class Method(BaseModel):
 
 
 class Depends:
-    """A class's attribute that says what holds for most steps, and on a step what holds for that one.
+    """A class attribute with another value on an instance.
 
     Args:
-        mostly: on the class.
-        of: a step -> its own.
+        mostly: value on the class.
+        of: function of the instance that returns its value.
     """
 
     def __init__(self, mostly: Any, of: Callable[[Any], Any]) -> None:
@@ -97,17 +120,17 @@ class Depends:
 
 @dataclass(frozen=True)
 class Workload:
-    """What an estimate of time and memory is made from; no weights are read for it.
+    """Sizes from which time and memory are estimated; no weights are read for it.
 
     Args:
-        linears: `(rows, columns)` of every linear that a carving of weights would edit.
-        block_parameters: parameters of all blocks together.
+        linears: `(rows, columns)` of every linear layer in the blocks.
+        block_parameters: parameters of all blocks.
         parameters: parameters of the whole model.
-        hidden: width of the hidden state.
+        hidden: hidden size.
         tokens: calibration tokens.
-        batch_tokens: calibration tokens that pass at a time.
-        element_size: bytes of one parameter.
-        blocks: transformer blocks. Default 1: not told apart.
+        batch_tokens: calibration tokens of a batch.
+        element_size: bytes of a parameter.
+        blocks: number of transformer blocks. Default 1.
     """
 
     linears: tuple[tuple[int, int], ...]
@@ -122,12 +145,12 @@ class Workload:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step is expected to take.
+    """Estimated cost of a step.
 
     Args:
         flops: floating-point operations in matrix products.
         sorted_elements: elements that pass through a sort or a selection.
-        extra_bytes: memory at the peak, beyond the model itself.
+        extra_bytes: peak memory beyond the model itself.
     """
 
     flops: float = 0.0
@@ -139,8 +162,8 @@ class Cost:
 class Carving(Protocol):
     """A method that edits a checkpoint in place and appends itself to its record.
 
-    `storage` says whether the result is plain tensors that the stock loader reads (`baked`), or needs Intaglio to put
-    live parts back (`live`).
+    `storage` is `standalone` where the result is plain tensors that the stock loader reads, `runtime` where loading it
+    needs Intaglio.
     """
 
     storage: ClassVar[Literal["standalone", "runtime"]]
@@ -148,127 +171,102 @@ class Carving(Protocol):
 
     def apply(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: AnyCheckpoint,
         calibration: Any = None,
         *,
         seed: int = 0,
         batch_size: int = 4,
         progress: Progress = no_progress,
-    ) -> Checkpoint:
+    ) -> AnyCheckpoint:
         """Edit `checkpoint` and return it."""
 
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
-        """Refuse, before any work, a model whose linears `(name, rows, columns)` do not fit."""
+        """Refuse, before any work, a model whose linear layers `(name, rows, columns)` do not fit."""
 
     def estimate(self, workload: Workload) -> Cost:
-        """Say what `apply` will take."""
+        """Estimate the cost of `apply`."""
 
 
 @runtime_checkable
 class ChecksModel(Protocol):
-    """A carving that can tell from a model's anatomy, before any work, that it does not fit."""
+    """A carving that can refuse a model from its anatomy alone."""
 
-    def check_model(self, parts: Anatomy) -> None:
-        """Refuse a model."""
+    def check_model(self, parts: AnyAnatomy) -> None:
+        """Refuse a model that does not fit."""
 
 
 @runtime_checkable
 class RemovesBlocks(Protocol):
-    """A carving that leaves a model with fewer blocks, so that later steps are held against what is left."""
+    """A carving that removes blocks, so that later steps are checked against the remaining ones."""
 
-    def anatomy_after(self, parts: Anatomy) -> Anatomy:
-        """The anatomy behind the step, as far as it can be told before any work."""
+    def anatomy_after(self, parts: AnyAnatomy) -> AnyAnatomy:
+        """Return the anatomy after the step, as far as it is known before any work."""
 
 
 @runtime_checkable
 class Resumable(Protocol):
-    """A carving that may be long enough to go on after it was killed; `apply` then takes `directory` and `resume`."""
+    """A carving that may run long enough to be resumed; `apply` then takes `directory` and `resume`."""
 
     @property
     def long(self) -> bool:
-        """Whether it is, as its fields are."""
+        """Whether it does with its fields as they are."""
 
 
 @runtime_checkable
 class RestoresRuntime(Protocol):
-    """A method whose result is data in the record that must be put back after a load; see `Checkpoint.set_runtime_state`."""
+    """A method whose result includes data in the record, restored after a load; see `Checkpoint.set_runtime_state`."""
 
     @classmethod
-    def restore_runtime(cls, part: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-        """Put a live part back into a model that was just loaded."""
+    def restore_runtime(cls, part: Mapping[str, Any], checkpoint: AnyCheckpoint) -> None:
+        """Restore a part of the record in a model that was just loaded."""
 
 
 @runtime_checkable
 class HasCustomModules(Protocol):
-    """A `Live` method whose part has modules of its own in the model (`intaglio.modeling.replacement`)."""
+    """A `RestoresRuntime` method with modules of its own in the model (`intaglio.modeling.replacement`)."""
 
     @classmethod
-    def build_empty(cls, part: Mapping[str, Any], model: nn.Module) -> None:
-        """Put the modules, empty, into a model that has no weights yet: they are read into it next.
-
-        Args:
-            part: as it was given to `set_runtime_state`.
-            model: on the meta device.
-        """
+    def build_empty(cls, part: Mapping[str, Any], model: Any) -> None:
+        """Insert the modules, without weights, into a model on the meta device; their weights are loaded next."""
 
 
 @runtime_checkable
 class ReplacesTokenizer(Protocol):
-    """A carving that gives the checkpoint another tokenizer: what is calibrated and measured on is cut anew then."""
+    """A carving that replaces the tokenizer, so that calibration and held-out texts are tokenized again."""
 
     def check_tokenizer(self, tokenizer: Any, source: str) -> None:
-        """Refuse, before any work, a checkpoint of that name whose tokenizer does not fit."""
+        """Refuse, before any work, the tokenizer of the checkpoint named `source` if it does not fit."""
 
     def new_tokens(self, before: Any, after: Any) -> frozenset[int]:
-        """Ids of the new tokenizer's tokens that an earlier one did not have."""
+        """Return the ids of `after`'s tokens that the tokenizer `before` did not have."""
 
 
-@dataclass(frozen=True)
-class Shared:
-    """What a recipe can name beside the published methods: machinery that several of them need.
+@runtime_checkable
+class Fittable(Protocol):
+    """A method that builds or trains an attachment and leaves the weights alone; a `fit` step runs it."""
 
-    Args:
-        module: where its class is.
-        name: of the class.
-        kinds: the protocols it implements.
-    """
+    def fit(
+        self,
+        checkpoint: AnyCheckpoint,
+        texts: Any = None,
+        *,
+        seed: int = 0,
+        batch_size: int = 4,
+        directory: Path | None = None,
+        resume: bool = False,
+        progress: Progress = no_progress,
+    ) -> AnyCheckpoint:
+        """Build the attachment, record the step (`verb="fit"`), attach it to `checkpoint` and return that.
 
-    module: str
-    name: str
-    kinds: tuple[Kind, ...]
+        Long work keeps its state in `directory` and resumes from it if `resume`; other methods ignore both.
+        """
 
+    @classmethod
+    def restore(cls, attachment: AnyAttachment, checkpoint: AnyCheckpoint, **fields: Any) -> Self:
+        """Return the method, ready to use, from its attachment; `fields` override those it was fitted with."""
 
-SHARED: dict[str, Shared] = {
-    "token_classification": Shared("intaglio.trainer.token_classification", "TokenClassification", ("objective",)),
-    "random": Shared("intaglio.trainer.data_selection", "RandomExamples", ("selector",)),
-    "drop_blocks": Shared("intaglio.methods.weights.drop_blocks", "DropBlocks", ("carving",)),
-    "visibility": Shared("intaglio.masks.method", "Visibility", ("carving", "visibility")),
-}
-
-
-def slugs(kind: Kind) -> list[str]:
-    """Return the names of all methods of a kind, shared machinery behind the published ones.
-
-    Args:
-        kind: a protocol.
-    """
-    return [slug for table in (PUBLISHED, SHARED) for slug, entry in table.items() if kind in entry.kinds]
-
-
-def get(slug: str) -> type[Method]:
-    """Return the class of a method.
-
-    Args:
-        slug: its name in the catalogue, or in `SHARED`.
-
-    Raises:
-        IntaglioError: no method has that name.
-    """
-    entry: Entry | Shared | None = PUBLISHED.get(slug) or SHARED.get(slug)
-    if entry is None:
-        raise IntaglioError(f"there is no method named {slug!r}; {did_you_mean(slug, PUBLISHED)}")
-    found: type[Method] = getattr(import_module(entry.module), entry.name)
-    return found
+    def estimate_fit(self, workload: Workload, texts: Any) -> Cost:
+        """Estimate the cost of `fit` on these texts."""
 
 
 def vocabulary_config_keys() -> frozenset[str]:
@@ -277,40 +275,32 @@ def vocabulary_config_keys() -> frozenset[str]:
 
 
 class StepContract(Protocol):
-    """What an order of steps is judged by: a method, or what is known of one that was applied before."""
+    """The declarations by which the order of steps is checked: those of a method, or of a recorded step."""
 
     @property
     def slug(self) -> str:
-        """Its name."""
+        """Name of the method."""
 
     @property
     def changes(self) -> frozenset[ModelAspect]:
-        """What it edits."""
+        """Parts of the checkpoint that it edits."""
 
     @property
     def requires(self) -> frozenset[Capability]:
-        """What it needs."""
+        """Properties that the checkpoint must have."""
 
     @property
     def invalidates(self) -> frozenset[Capability]:
-        """What it does away with."""
+        """Properties that the checkpoint loses."""
 
     @property
     def restores(self) -> frozenset[Capability]:
-        """What it gives back."""
+        """Properties that it gives back."""
 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A step of an earlier run, as a checkpoint's record has it.
-
-    Args:
-        slug: the method.
-        changes: what it edited.
-        invalidates: what it did away with.
-        restores: what it gave back.
-        requires: nothing: it is done.
-    """
+    """A step of an earlier run, from a checkpoint's record; a `StepContract` that requires nothing more."""
 
     slug: str
     changes: frozenset[ModelAspect] = frozenset()
@@ -320,34 +310,99 @@ class RecordedStep:
 
 
 def check_order(
-    methods: Iterable[StepContract], earlier: Iterable[StepContract] = (), fitted: Sequence[Method] = ()
+    methods: Iterable[StepContract], earlier: Iterable[StepContract] = (), fitted: Iterable[Method] = ()
 ) -> None:
-    """Refuse a sequence in which a step needs what an earlier one has undone.
+    """Refuse a sequence in which a step requires a property that an earlier step has invalidated.
 
     Args:
         methods: the steps in order.
-        earlier: what was done before them to the checkpoint that they begin with. Default: nothing.
-        fitted: those of them that are fitted there: they learn the ids that they find, whatever these meant before.
+        earlier: steps recorded in the checkpoint. Default: none.
+        fitted: those of `methods` that are fitted; they learn the tokenizer's ids anew, so they do not require it.
 
     Raises:
-        IntaglioError: names both steps and the fact.
+        IntaglioError: names both steps and the property.
     """
-    undone: dict[Capability, list[StepContract]] = {}
-    done = tuple(earlier)
-    for method in (*done, *methods):
-        learnt = {"tokenizer"} if any(method is one for one in fitted) else set()
-        for fact in sorted(method.requires - learnt):
-            if undone.get(fact):
-                last = undone[fact][-1]
-                whose = (
-                    f"{last.slug}, which the checkpoint's record names"
-                    if any(last is one for one in done)
-                    else last.slug
-                )
+    lost: dict[Capability, list[StepContract]] = {}
+    recorded, fitted_ids = tuple(earlier), set(map(id, fitted))
+    for method in (*recorded, *methods):
+        learnt: set[Capability] = {"tokenizer"} if id(method) in fitted_ids else set()
+        for capability in sorted(method.requires - learnt):
+            if lost.get(capability):
+                last = lost[capability][-1]
+                from_record = any(last is step for step in recorded)
+                name = f"{last.slug}, which the checkpoint's record names" if from_record else last.slug
                 raise IntaglioError(
-                    f"{method.slug} cannot follow {whose}: it needs {fact}, which {last.slug} does away with"
+                    f"{method.slug} cannot follow {name}: it needs {capability}, which {last.slug} does away with"
                 )
-        for fact in method.restores:
-            undone[fact] = [one for one in undone.get(fact, []) if not one.changes <= method.changes]
-        for fact in method.invalidates:
-            undone.setdefault(fact, []).append(method)
+        for capability in method.restores:
+            lost[capability] = [step for step in lost.get(capability, []) if not step.changes <= method.changes]
+        for capability in method.invalidates:
+            lost.setdefault(capability, []).append(method)
+
+
+def accepted_fields(cls: type[BaseModel]) -> list[str]:
+    """Return the fields that a file or the command line can set; the others take Python objects."""
+    return [name for name, field in cls.model_fields.items() if not field.exclude]
+
+
+def unknown_field(name: str, cls: type[BaseModel]) -> str:
+    """Return the message for a field that a model does not have."""
+    return f"there is no such field here; {did_you_mean(name, accepted_fields(cls))}"
+
+
+def validation_sentence(
+    error: ValidationError,
+    cls: type[BaseModel],
+    value: Any,
+    where: Callable[[tuple[Any, ...]], str] = lambda location: ".".join(map(str, location)),
+) -> str:
+    """Return one sentence on the first problem that pydantic reports: the place, the value, what is accepted.
+
+    Args:
+        error: raised while `value` was validated as a `cls`.
+        where: names a place in `value`, given by keys and indices. Default: joined by dots.
+    """
+    problems = [(_location(value, problem), problem) for problem in error.errors(include_url=False)]
+    of_field = [(at, problem) for at, problem in problems if problem["loc"][:1] == problems[0][1]["loc"][:1]]
+    # Of a union's branches the user meant that whose error is deepest.
+    location, first = max(of_field, key=lambda item: len(item[0]))
+    if first["type"] == "extra_forbidden":
+        message = unknown_field(str(first["loc"][-1]), _owner(cls, location))
+    elif first["type"] in ("missing", "value_error"):
+        message = _message(first)
+    else:
+        expected = dict.fromkeys(_message(problem) for at, problem in of_field if at == location)
+        message = f"{shorten(repr(first['input']))} is not accepted, {', or '.join(expected)}"
+    place = where(location)
+    return f"{place}: {message}" if place else message
+
+
+def _location(value: Any, problem: Any) -> tuple[Any, ...]:
+    """Return the place of a problem without the parts that only name a branch of a union."""
+    location = []
+    for part in problem["loc"]:
+        if part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int):
+            value = value[part]
+            location.append(part)
+    missing = problem["type"] == "missing"
+    return (*location, problem["loc"][-1]) if missing else tuple(location)
+
+
+def _owner(cls: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
+    """Return the model, nested in `cls`, to which the last part of a location belongs."""
+    for part in location[:-1]:
+        if str(part) not in cls.model_fields:
+            break
+        annotation = cls.model_fields[str(part)].annotation
+        for option in (annotation, *get_args(annotation)):  # an optional field is a union with None
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                cls = option
+    return cls
+
+
+def _message(problem: Any) -> str:
+    if problem["type"] in ("model_type", "dict_type"):
+        return "it should be a mapping"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return message if problem["type"] in ("missing", "value_error") else message.replace("input", "it", 1)

@@ -1,4 +1,4 @@
-"""What a method's class says of itself: its docstring in parts, and its parameters with types and defaults."""
+"""A method's description, from its class: the docstring in parts, and a table of its parameters."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Description:
     """A docstring in parts.
 
     Args:
-        prose: what stands before and after the lists, as Markdown; the source left out.
+        prose: the paragraphs before and after the lists, as Markdown, without the source.
         lists: `{heading: {name: text}}`, for Args, Raises and Warns.
-        source: the paragraph that begins with "Source:", in one line; empty where there is none.
+        source: the paragraph that begins with "Source:", in one line; empty if there is none.
     """
 
     prose: str
@@ -31,11 +31,7 @@ class Description:
 
 
 def describe(docstring: str) -> Description:
-    """Take a docstring of the house's style apart.
-
-    Args:
-        docstring: dedented, as `inspect.getdoc` gives it.
-    """
+    """Split a docstring, dedented as by `inspect.getdoc`, into its parts."""
     prose: list[str] = []
     source = ""
     lists: dict[str, dict[str, str]] = {}
@@ -52,26 +48,26 @@ def describe(docstring: str) -> Description:
 
 
 def _items(block: str) -> dict[str, str]:
-    """`    name: text` with continuation lines further in."""
-    found: dict[str, str] = {}
+    """Parse lines `    name: text`, whose continuation lines are indented further."""
+    items: dict[str, str] = {}
     for line in block.split("\n"):
         if item := re.fullmatch(r" {4}(\w+): (.*)", line):
-            found[item[1]] = item[2]
+            items[item[1]] = item[2]
         else:
-            name = next(reversed(found))
-            found[name] = f"{found[name]} {line.strip()}"
-    return found
+            name = next(reversed(items))
+            items[name] = f"{items[name]} {line.strip()}"
+    return items
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A row of a method's table.
+    """A row of a method's table of parameters.
 
     Args:
         name: of the field.
-        type: what is accepted, in words; values as code.
-        default: as written in YAML; "required" where there is none.
-        paper: the paper's value where `Method.paper` gives another one, else "".
+        type: accepted values in words; literal values as code.
+        default: as YAML; "required" if there is none.
+        paper: the paper's value where `Method.paper` differs from the default, else "".
         description: from the docstring, or else from the field.
     """
 
@@ -82,22 +78,13 @@ class Parameter:
     description: str
 
 
-def needed(method: type[Method]) -> dict[str, Any]:
-    """The fields that have no default, each with its name in capitals in the place of a value.
-
-    Args:
-        method: its class; it takes any text there.
-    """
+def required_fields(method: type[Method]) -> dict[str, Any]:
+    """Return the fields without a default, each with its name in capitals as a placeholder."""
     return {name: name.upper() for name, field in method.model_fields.items() if field.is_required()}
 
 
 def paper_values(method: type[Method], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The paper's values of the fields in which `Method.paper` differs from the defaults.
-
-    Args:
-        method: its class.
-        given: fields that a user has to set.
-    """
+    """Return the fields in which `Method.paper(**given)` differs from the defaults, without those in `given`."""
     if method.paper.__func__ is Method.paper.__func__:  # type: ignore[attr-defined]
         return {}
     paper = method.paper(**given)
@@ -109,7 +96,7 @@ def paper_values(method: type[Method], given: Mapping[str, Any]) -> dict[str, An
 
 
 def parameters(method: type[Method], paper: Mapping[str, Any]) -> list[Parameter]:
-    """The fields of a method, those that only Python can set last.
+    """Return the rows of a method's fields, those that take Python objects last.
 
     Args:
         method: its class.
@@ -117,35 +104,31 @@ def parameters(method: type[Method], paper: Mapping[str, Any]) -> list[Parameter
     """
     schema = method.model_json_schema()
     properties, definitions = schema.get("properties", {}), schema.get("$defs", {})
-    said = describe(inspect.getdoc(method) or "").lists.get("Args", {})
+    documented = describe(inspect.getdoc(method) or "").lists.get("Args", {})
     rows = []
     for name, field in sorted(method.model_fields.items(), key=lambda item: bool(item[1].exclude)):
-        of_field = properties.get(name)
-        default = "required" if field.is_required() else written(field.get_default(call_default_factory=True))
+        field_schema = properties.get(name)
+        default = "required" if field.is_required() else to_yaml(field.get_default(call_default_factory=True))
         rows.append(
             Parameter(
                 name=name,
-                # What no recipe can hold has no schema.
-                type="an object of Python" if of_field is None else accepted(of_field, definitions),
+                # A field that a recipe cannot hold has no schema.
+                type="a Python object" if field_schema is None else describe_type(field_schema, definitions),
                 default=default,
-                paper=written(paper[name]) if name in paper else "",
-                description=said.get(name) or _described(of_field or {}),
+                paper=to_yaml(paper[name]) if name in paper else "",
+                description=documented.get(name) or _field_description(field_schema or {}),
             )
         )
     return rows
 
 
-def _described(schema: Mapping[str, Any]) -> str:
+def _field_description(schema: Mapping[str, Any]) -> str:
     choices = [schema, *schema.get("anyOf", ())]
     return next((choice["description"] for choice in choices if "description" in choice), "")
 
 
-def written(value: Any) -> str:
-    """A value as one writes it in a recipe.
-
-    Args:
-        value: of a field.
-    """
+def to_yaml(value: Any) -> str:
+    """Return the value of a field as a recipe has it."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
     return "none" if value is None else text
 
@@ -154,30 +137,31 @@ _TYPES = {"number": "number", "integer": "whole number", "string": "text", "bool
 _BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 
 
-def accepted(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    """What a field takes, in words, from its JSON Schema.
+def describe_type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    """Return the accepted values of a field in words.
 
     Args:
-        schema: of the field.
+        schema: JSON Schema of the field.
         definitions: the `$defs` it may refer to.
     """
     if "$ref" in schema:
-        return accepted(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+        return describe_type(definitions[schema["$ref"].rpartition("/")[2]], definitions)
     if "anyOf" in schema:
-        return ", or ".join(accepted(choice, definitions) for choice in schema["anyOf"])
+        return ", or ".join(describe_type(choice, definitions) for choice in schema["anyOf"])
     if "enum" in schema:
         *most, last = [f"`{value}`" for value in schema["enum"]]
         return f"{', '.join(most)} or {last}" if most else last
     if "const" in schema:
         return f"`{schema['const']}`"
-    if isinstance(schema.get("type"), list):
-        return ", or ".join(accepted({**schema, "type": kind}, definitions) for kind in schema["type"])
-    if schema.get("type", "anything") not in (*_TYPES, "array", "object"):
-        return "anything"
-    if schema.get("type") == "array":
+    kind = schema.get("type")
+    if isinstance(kind, list):
+        return ", or ".join(describe_type({**schema, "type": one}, definitions) for one in kind)
+    if kind == "array":
         inner = schema.get("items")
-        return f"list of: {accepted(inner, definitions)}" if inner else "list"
-    if schema.get("type") == "object":
+        return f"list of: {describe_type(inner, definitions)}" if inner else "list"
+    if kind == "object":
         return "mapping"
+    if kind not in _TYPES:
+        return "anything"
     bounds = [f"{word} {schema[key]:g}" for key, word in _BOUNDS.items() if key in schema]
-    return ", ".join([_TYPES[schema["type"]], *bounds])
+    return ", ".join([_TYPES[kind], *bounds])

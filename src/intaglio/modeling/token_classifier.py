@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -64,8 +64,16 @@ def label_names(model: Any) -> tuple[str, ...]:
     return tuple(model.config.id2label[index] for index in range(model.config.num_labels))
 
 
+class _Checkpoint(Protocol):
+    """The part of a `Checkpoint` that is edited here; its own module imports this one."""
+
+    model: nn.Module
+
+    def set_runtime_state(self, slug: str, part: dict[str, Any] | None) -> None: ...
+
+
 def to_classifier(
-    checkpoint: Any, labels: Sequence[str], *, dropout: float = 0.1, place: str = "first", seed: int = 0
+    checkpoint: _Checkpoint, labels: Sequence[str], *, dropout: float = 0.1, place: str = "first", seed: int = 0
 ) -> None:
     """Turn a checkpoint's model into a token classifier: keep its body, replace its head by a new one.
 

@@ -1,32 +1,13 @@
-"""Recipes at work: checkpoint in, checkpoint out; killed at any moment, a run can be resumed.
+"""Recipes: read, validated, planned, run and resumed; a killed run resumes to the same bytes.
 
-- `run`: `carve` and `compare`.
-- `planning`: what a carve would do and take, without weights.
-- `begin`: what the steps begin with.
-- `earlier`: what was done to it before, and whether the steps can follow that.
-- `data`: what is calibrated and measured on.
-- `steps`: whether a step fits, and one applied.
-- `scratch`: where finished steps wait until the output appears.
-- `told`: what a report says beside the numbers.
+- `schema`: `Recipe`, its steps and its JSON Schema; `yaml`: YAML with line numbers.
+- `source`: `RunSpec`, and the checkpoint that a run starts from.
+- `compatibility`: the steps against the recorded history of the source.
+- `data`: calibration and held-out data.
+- `steps`: whether a step fits a model, and how it is applied.
+- `plan`: dry run and cost estimate.
+- `run`: `carve` and `compare`; `resume`: the state of an unfinished run.
+- `report_document`: the report of a run.
+
+Nothing is imported here: reading a recipe needs neither torch nor transformers.
 """
-
-from intaglio.recipe.data import Data, make_evaluator, prepare_data, read_texts
-from intaglio.recipe.plan import plan
-from intaglio.recipe.report_document import environment, non_default_fields
-from intaglio.recipe.resume import check_output
-from intaglio.recipe.run import carve, compare
-from intaglio.recipe.steps import apply_step
-
-__all__ = [
-    "Data",
-    "apply_step",
-    "carve",
-    "check_output",
-    "compare",
-    "given",
-    "make_evaluator",
-    "plan",
-    "prepare_data",
-    "provenance",
-    "read_texts",
-]

@@ -1,4 +1,4 @@
-"""What a checkpoint's record says was done to it, held against the steps of a recipe before any weights are read."""
+"""Compatibility of a recipe's steps with the recorded history of the checkpoint they start from."""
 
 from __future__ import annotations
 
@@ -8,74 +8,62 @@ from typing import Any
 from pydantic import ValidationError
 
 from intaglio.checkpoint import Record, StepRecord, load_record
-from intaglio.methods.base import Method, RecordedStep, check_order
-from intaglio.methods.registry import METHODS, PUBLISHED, get_method
-from intaglio.recipe.schema import Recipe
-from intaglio.recipe.source import is_new, name_of
+from intaglio.methods.base import Capability, Method, ModelAspect, RecordedStep, check_order
+from intaglio.methods.registry import METHODS, get_method
+from intaglio.recipe.schema import fitted_methods, method_of
+from intaglio.recipe.source import RunSpec
 
 
-def check_earlier(recipe: Recipe, model: str | None) -> None:
-    """Refuse steps that need what an earlier run has undone.
-
-    Args:
-        recipe: what would be done.
-        model: the one on the command line, which wins over the recipe's.
+def check_history(spec: RunSpec) -> None:
+    """Refuse steps that require a property which a recorded step of the source has invalidated.
 
     Raises:
-        IntaglioError: names both steps and the fact; or there is no such model.
+        IntaglioError: names both steps and the property; or there is no such model.
     """
-    if is_new(recipe, model):
-        return
-    record = load_record(name_of(recipe, model))
+    record = None if spec.from_scratch else load_record(spec.source_name)
     if record is not None:
-        check_order(recipe.steps, applied(record))
+        steps = spec.recipe.steps
+        check_order(map(method_of, steps), recorded_steps(record), fitted_methods(steps))
 
 
-def applied(record: Record) -> list[RecordedStep]:
-    """The steps of a record that edited the checkpoint, with what they changed, took and gave back.
+def recorded_steps(record: Record) -> list[RecordedStep]:
+    """Return the steps of a record that edited the checkpoint.
 
-    A live step counts only while something of the record is live. Of what this version does not know nothing is said.
-
-    Args:
-        record: of a checkpoint.
+    A runtime step counts only while the record has runtime parts. Steps unknown to this version are skipped.
     """
-    done = [_applied(step, bool(record.live)) for step in record.steps if step.verb == "carve"]
-    return [one for one in done if one is not None]
+    steps = [_recorded(step, bool(record.live)) for step in record.steps if step.verb == "carve"]
+    return [step for step in steps if step is not None]
 
 
-def _applied(step: StepRecord, live: bool) -> RecordedStep | None:
+def _recorded(step: StepRecord, runtime: bool) -> RecordedStep | None:
     if step.slug == "train":
-        return _trained(step.parameters)
-    method = _known(step.slug, step.parameters)
-    if method is None or (getattr(method, "storage", "standalone") == "runtime" and not live):
+        return _training(step.parameters)
+    method = _method(step.slug, step.parameters)
+    if method is None or (getattr(method, "storage", "standalone") == "runtime" and not runtime):
         return None
     return RecordedStep(step.slug, method.changes, method.invalidates, method.restores)
 
 
-def _trained(parameters: Mapping[str, Any]) -> RecordedStep:
-    """A training, whose record names its parts as `train` was given them, which may be objects without a slug."""
-    named = [
-        parameters.get("objective"),
-        parameters.get("select"),
-        *(parameters.get("modifiers", parameters.get("shape")) or ()),
-    ]
-    found = [_known(slug, fields) for one in named if isinstance(one, Mapping) for slug, fields in one.items()]
-    parts = [part for part in found if part is not None]
-    own = RecordedStep(
-        "train", frozenset({"weights"}), frozenset(() if parameters.get("keep_mask", True) else {"zeros"})
-    )
+def _training(parameters: Mapping[str, Any]) -> RecordedStep:
+    """Return a recorded `train` step, whose parts may be Python objects without a slug."""
+    modifiers = parameters.get("modifiers") or parameters.get("shape") or ()
+    named = [parameters.get("objective"), parameters.get("select"), *modifiers]
+    methods = [_method(slug, fields) for part in named if isinstance(part, Mapping) for slug, fields in part.items()]
+    parts = [method for method in methods if method is not None]
+    weights: frozenset[ModelAspect] = frozenset({"weights"})
+    lost: frozenset[Capability] = frozenset(() if parameters.get("keep_mask", True) else {"zeros"})
     return RecordedStep(
-        own.slug,
-        own.changes.union(*(part.changes for part in parts)),
-        own.invalidates.union(*(part.invalidates for part in parts)),
+        "train",
+        weights.union(*(part.changes for part in parts)),
+        lost.union(*(part.invalidates for part in parts)),
     )
 
 
-def _known(slug: str, fields: Any) -> Method | None:
-    """The method with the fields of a record; None where this version has none such."""
-    if slug not in PUBLISHED and slug not in METHODS:
+def _method(slug: str, fields: Any) -> Method | None:
+    """Return the method with recorded fields, or None where this version has no such method or fields."""
+    if slug not in METHODS:
         return None
     try:
         return get_method(slug).model_validate(fields)
-    except ValidationError:  # of another version, whose fields had other names
+    except ValidationError:
         return None

@@ -1,9 +1,9 @@
-"""What a run measures and calibrates on, and what it measures with."""
+"""Calibration and held-out data of a run, and its evaluator."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments, segments
@@ -17,13 +17,13 @@ from intaglio.recipe.schema import Fit, Measure, Recipe
 
 @dataclass(frozen=True)
 class Data:
-    """The token segments of a run.
+    """The token segments of a run; no document is in both `calibration` and `held_out`.
 
     Args:
-        calibration: what steps are calibrated on; None if no step needs it.
-        held_out: what is measured on. No document is in both.
-        texts: the documents that `calibration` is cut from: what fits and training see.
-        sealed: hashes of the documents that `held_out` is cut from: nothing is trained on them.
+        calibration: calibration segments; None if no step needs any.
+        held_out: segments for the measurements.
+        texts: the calibration documents, which fits and training see.
+        sealed: hashes of the held-out documents; nothing is trained on them.
     """
 
     calibration: Segments | None
@@ -33,38 +33,27 @@ class Data:
 
 
 def read_texts(recipe: Recipe) -> tuple[Corpus, Corpus]:
-    """What a recipe calibrates on and what it measures on; no document is in both.
-
-    Args:
-        recipe: names the texts.
+    """Return the calibration and the held-out documents of a recipe, which share none.
 
     Raises:
-        IntaglioError: missing or empty texts, or too few of them.
+        IntaglioError: texts are missing, empty or too few.
     """
     return calibration_and_held_out(load_texts(recipe.calibration.texts), load_texts(recipe.measure.texts))
 
 
 def prepare_data(recipe: Recipe, checkpoint: Checkpoint, texts: tuple[Corpus, Corpus]) -> Data:
-    """Cut calibration and held-out segments.
-
-    Args:
-        recipe: how many of which length.
-        checkpoint: whose tokenizer and context are used.
-        texts: from `read_texts`.
+    """Cut the documents from `read_texts` into segments with the checkpoint's tokenizer.
 
     Raises:
         IntaglioError: no tokenizer, or too few texts.
     """
     calibration, held_out = texts
+    sizes = recipe.calibration
     needed = any(not isinstance(step, Fit) and cast(Carving, step).needs_calibration for step in recipe.steps)
     return Data(
         held_out=held_out_segments(checkpoint, held_out, recipe.measure),
         calibration=segments(
-            checkpoint.tokenizer,
-            calibration,
-            recipe.calibration.samples,
-            min(recipe.calibration.length, checkpoint.context),
-            recipe.seed,
+            checkpoint.tokenizer, calibration, sizes.samples, min(sizes.length, checkpoint.context), recipe.seed
         )
         if needed
         else None,
@@ -73,34 +62,29 @@ def prepare_data(recipe: Recipe, checkpoint: Checkpoint, texts: tuple[Corpus, Co
     )
 
 
-def held_out_segments(checkpoint: Checkpoint, corpus: Any, wanted: Measure) -> Segments:
-    """Segments to measure on: the same for every seed, so that runs can be compared.
-
-    Args:
-        checkpoint: whose tokenizer and context are used.
-        corpus: held-out documents.
-        wanted: samples and length.
+def held_out_segments(checkpoint: Checkpoint, corpus: Corpus, measure: Measure) -> Segments:
+    """Cut held-out documents into segments: the same for every seed, so that runs can be compared.
 
     Raises:
         IntaglioError: no tokenizer, or too few texts.
     """
     if checkpoint.tokenizer is None:
         raise IntaglioError(f"{checkpoint.source} has no tokenizer, so no text can be measured")
-    return segments(checkpoint.tokenizer, corpus, wanted.samples, min(wanted.length, checkpoint.context), seed=0)
+    return segments(checkpoint.tokenizer, corpus, measure.samples, min(measure.length, checkpoint.context), seed=0)
 
 
 def make_evaluator(
-    original: Checkpoint, held_out: Segments, wanted: Measure, progress: Progress = no_progress, repeats: int = REPEATS
+    original: Checkpoint, held_out: Segments, measure: Measure, progress: Progress = no_progress, repeats: int = REPEATS
 ) -> Evaluator:
-    """What a recipe's `measure` asks for.
+    """Return the evaluator of a recipe's `measure`.
 
     Args:
-        original: what agreement is with.
-        held_out: what is measured on.
-        wanted: batch size, and whether speed is timed.
+        original: checkpoint with which agreement is measured.
+        held_out: segments for the measurements.
+        measure: batch size, and whether speed is timed.
         progress: called after each batch.
-        repeats: counted runs of the timing.
+        repeats: counted repeats of each timing.
     """
     return Evaluator(
-        original, held_out, batch_size=wanted.batch_size, timed=wanted.speed, repeats=repeats, progress=progress
+        original, held_out, batch_size=measure.batch_size, timed=measure.speed, repeats=repeats, progress=progress
     )

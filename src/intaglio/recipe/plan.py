@@ -1,4 +1,4 @@
-"""What a carve would do and take, told from the configuration alone."""
+"""Dry run: what a carve would do, with its time and memory estimated from the configuration alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, cast
 import psutil
 import torch
 
-from intaglio.checkpoint import load_config, load_tokenizer, parse_device, parse_dtype
+from intaglio.checkpoint import load_config, load_tokenizer
 from intaglio.data.texts import Corpus
 from intaglio.measures.language_modeling import ELEMENTS
 from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
@@ -20,42 +20,49 @@ from intaglio.recipe.compatibility import check_history
 from intaglio.recipe.data import read_texts
 from intaglio.recipe.report_document import non_default_fields
 from intaglio.recipe.schema import Fit, Measure, Recipe, Step, method_of
-from intaglio.recipe.source import is_new, meta_model, name_of
-from intaglio.recipe.steps import check_fit, retokenizes, trains
+from intaglio.recipe.source import RunSpec, meta_model
+from intaglio.recipe.steps import check_fit, is_training, replaces_tokenizer
 
 LAUNCH = 0.00025
-"""Seconds that a block of one decoding step takes beside reading its weights."""
+"""Seconds of a block in a decoding step, beyond reading its weights."""
 TIMED = 0.3
-"""Seconds that each rate of the machine is timed for."""
+"""Seconds spent on timing each rate of the machine."""
 
 
 def plan(
-    recipe: Recipe, *, model: str | None = None, device: str | None = None, dtype: str | None = None
+    recipe: Recipe,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int | None = None,
 ) -> dict[str, Any]:
-    """What a carve would do and take, from the model's configuration alone: no weights are read.
+    """Estimate a carve from the model's configuration alone; no weights are read.
 
     Args:
         recipe: what would be done.
-        model: what would be carved; wins over the recipe's.
-        device: where.
+        model: source of the run; overrides the recipe's.
+        device: where. Default: the CPU.
         dtype: of the weights. Default: the checkpoint's own.
+        seed: overrides the recipe's.
 
     Returns:
         `{model, parameters, bytes, tokens, steps: [{slug, verb, parameters, given, seconds, memory_bytes}], left,
-        measure_seconds, seconds, memory_bytes, libraries_bytes, gflops}`. `given` are the parameters that are not as
-        by default, `left` those of the model behind the steps. Seconds come from work timed on this machine just now.
-        Memory is the peak beside `libraries_bytes`, which the process holds already.
+        measure_seconds, seconds, memory_bytes, libraries_bytes, gflops}`. `given` holds the non-default parameters,
+        `left` the number of parameters after the steps. Seconds come from work timed on this machine just now. Memory
+        is the peak beyond `libraries_bytes`, which the process holds already.
 
     Raises:
-        IntaglioError: as `carve` would, as far as can be told without weights.
+        IntaglioError: as `carve`, as far as the configuration shows it.
     """
-    name = name_of(recipe, model)
-    where, wanted = parse_device(device), parse_dtype(dtype)
-    check_history(recipe, model)
-    weightless = meta_model(recipe, model)
-    kind = wanted if isinstance(wanted, torch.dtype) else (getattr(weightless.config, "dtype", None) or torch.float32)
+    spec = RunSpec.from_args(recipe, model, device, dtype, seed)
+    recipe, name = spec.recipe, spec.source_name
+    check_history(spec)
+    weightless = meta_model(spec)
+    own = getattr(weightless.config, "dtype", None) or torch.float32
+    kind = spec.dtype if isinstance(spec.dtype, torch.dtype) else own
     parts = anatomy(weightless)
-    replaced = retokenizes(recipe.steps) and not is_new(recipe, model)
+    replaced = replaces_tokenizer(*recipe.steps) and not spec.from_scratch
     check_fit(recipe.steps, parts, name, _tokenizer(name) if replaced else None)
     texts, _ = read_texts(recipe)
     length = min(recipe.calibration.length, int(getattr(parts.config, "max_position_embeddings", 1 << 30)))
@@ -71,21 +78,21 @@ def plan(
         element_size=element,
         blocks=len(parts.blocks),
     )
-    rates = machine_rates(where, kind)
+    rates = machine_rates(spec.device, kind)
     measure_seconds, held, measuring = _measuring(recipe.measure, workload, parts, rates)
     steps: list[dict[str, Any]] = []
     for step in recipe.steps:
-        cost = _estimate(step, workload, texts)
-        took = cost.flops / rates.flops + cost.sorted_elements / rates.elements
-        memory = held + cost.extra_bytes
-        method = method_of(step)
-        told = {
-            "slug": step.slug,
-            "verb": _verb(step),
-            "parameters": method.model_dump(),
-            "given": non_default_fields(method),
-        }
-        steps.append({**told, "seconds": took, "memory_bytes": memory})
+        cost, method = _estimate(step, workload, texts), method_of(step)
+        steps.append(
+            {
+                "slug": step.slug,
+                "verb": "train" if is_training(step) else "fit" if isinstance(step, Fit) else "carve",
+                "parameters": method.model_dump(),
+                "given": non_default_fields(method),
+                "seconds": cost.flops / rates.flops + cost.sorted_elements / rates.elements,
+                "memory_bytes": held + cost.extra_bytes,
+            }
+        )
         if isinstance(step, RemovesBlocks):
             parts = step.anatomy_after(parts)
             workload = _shortened(workload, parts)
@@ -109,7 +116,7 @@ def _in_blocks(parts: Anatomy) -> int:
 
 
 def _shortened(workload: Workload, parts: Anatomy) -> Workload:
-    """The sizes of a model with fewer blocks."""
+    """Return the workload of a model with fewer blocks."""
     inside = _in_blocks(parts)
     return replace(
         workload,
@@ -125,11 +132,11 @@ def _tokenizer(name: str) -> Any:
     return load_tokenizer(name if "@" in name else source)
 
 
-def _measuring(wanted: Measure, workload: Workload, parts: Anatomy, rates: Rates) -> tuple[float, int, int]:
-    """Seconds of measuring before and after; bytes that are held all the time, and at the peak of measuring."""
+def _measuring(measure: Measure, workload: Workload, parts: Anatomy, rates: Rates) -> tuple[float, int, int]:
+    """Return seconds of both measurements, bytes held during the whole run, and peak bytes of a measurement."""
     width, element = workload.hidden, workload.element_size
-    length = min(wanted.length, int(getattr(parts.config, "max_position_embeddings", None) or wanted.length))
-    tokens = wanted.samples * length
+    length = min(measure.length, int(getattr(parts.config, "max_position_embeddings", None) or measure.length))
+    tokens = measure.samples * length
     held = workload.parameters * element
     peak = held
     # The blocks run for the reference, before and after.
@@ -137,21 +144,17 @@ def _measuring(wanted: Measure, workload: Workload, parts: Anatomy, rates: Rates
     if parts.causal:
         vocabulary = int(parts.config.vocab_size)
         flops += 4 * 2.0 * vocabulary * width * tokens  # the original's predictions and the model's own, twice
-        held += (vocabulary + tokens) * width * element  # the head's copy and the original's hidden states
-        # Logits of one segment; of a piece of it log-probabilities of both models and what their divergence takes.
+        held += (vocabulary + tokens) * width * element  # a copy of the head and the original's hidden states
+        # Logits of a segment; for a part of it, log-probabilities of both models and the terms of their divergence.
         peak = held + 4 * vocabulary * (length + 6 * min(length, max(1, ELEMENTS // vocabulary)))
     seconds = flops / rates.flops
-    if wanted.speed:
+    if measure.speed:
         passes = 2 * (REPEATS + 1)
         seconds += passes * 2.0 * workload.block_parameters * PREFILL / rates.flops
         if parts.causal:
             step = workload.parameters * element / rates.bytes + LAUNCH * len(parts.blocks)
             seconds += 2 * (REPEATS * DECODE + WARM) * step
     return seconds, held, peak
-
-
-def _verb(step: Step) -> str:
-    return "train" if trains(step) else "fit" if isinstance(step, Fit) else "carve"
 
 
 def _estimate(step: Step, workload: Workload, texts: Corpus) -> Cost:
@@ -162,12 +165,12 @@ def _estimate(step: Step, workload: Workload, texts: Corpus) -> Cost:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second.
+    """Throughput of a machine, per second.
 
     Args:
         flops: floating-point operations of a transformer's pass.
         elements: elements that pass through a selection.
-        bytes: bytes of weights that a matrix-vector product reads.
+        bytes: bytes of weights read by a matrix-vector product.
     """
 
     flops: float
@@ -176,12 +179,7 @@ class Rates:
 
 
 def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """Time a matrix product, a selection and a matrix-vector product, each for a fraction of a second.
-
-    Args:
-        device: where.
-        dtype: of the products.
-    """
+    """Time a matrix product, a selection and a matrix-vector product, each for a fraction of a second."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(512, 768, generator=generator).to(device, dtype)
     y = torch.randn(768, 768, generator=generator).to(device, dtype)
@@ -190,8 +188,8 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     vector = torch.ones(4096, dtype=dtype, device=device)
 
     def best(work: Callable[[], Any]) -> float:
-        # The best of many: on a busy machine most of them are interrupted.
-        found, begun = float("inf"), time.perf_counter()
+        # The best of many repeats: on a busy machine most of them are interrupted.
+        shortest, begun = float("inf"), time.perf_counter()
         while time.perf_counter() - begun < TIMED:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -199,10 +197,10 @@ def machine_rates(device: torch.device, dtype: torch.dtype) -> Rates:
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            found = min(found, time.perf_counter() - start)
-        return found
+            shortest = min(shortest, time.perf_counter() - start)
+        return shortest
 
-    # A transformer's pass reaches about half of what a lone product does.
+    # A transformer's pass reaches about half the throughput of a single product.
     return Rates(
         flops=0.5 * 2 * 512 * 768 * 768 / best(lambda: x @ y),
         elements=score.numel() / best(lambda: score.kthvalue(384, dim=1)),

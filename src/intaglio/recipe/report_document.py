@@ -1,4 +1,4 @@
-"""What a report says of a run beside the numbers."""
+"""The report document of a run, beside its measurements."""
 
 from __future__ import annotations
 
@@ -12,73 +12,58 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.environment import versions
 from intaglio.methods.base import Method, ReplacesTokenizer, accepted_fields
-from intaglio.methods.registry import PUBLISHED, get_method
+from intaglio.methods.registry import METHODS, get_method
 from intaglio.recipe.data import Data
 from intaglio.recipe.schema import Fit, Measure, Recipe, Step, method_of
-from intaglio.recipe.steps import trains
+from intaglio.recipe.steps import is_training
 
 
-def given(method: Method) -> dict[str, Any]:
-    """The fields of a method that are not as they are by default, and of the methods in it as well.
-
-    Args:
-        method: of a step.
-    """
-    left = method.model_dump(include=set(accepted_fields(type(method))), exclude_defaults=True)
-    # A part that was given with all its defaults is told whole.
-    return {name: _given(value) or method.model_dump(include={name})[name] for name, value in left.items()}
+def non_default_fields(method: Method) -> dict[str, Any]:
+    """Return the non-default fields of a method, recursively; a nested method with none is listed whole."""
+    fields = method.model_dump(include=set(accepted_fields(type(method))), exclude_defaults=True)
+    return {name: _non_default(value) or method.model_dump(include={name})[name] for name, value in fields.items()}
 
 
-def _given(value: Any) -> Any:
-    """The same of what a field holds: `{slug: fields}`, a list of such, or anything else, which stays."""
+def _non_default(value: Any) -> Any:
+    """Reduce `{slug: fields}`, or a list of such, to the non-default fields; return other values unchanged."""
     if isinstance(value, list):
-        return [_given(item) for item in value]
+        return [_non_default(item) for item in value]
     if isinstance(value, dict) and len(value) == 1:
         slug, fields = next(iter(value.items()))
-        if slug in PUBLISHED and isinstance(fields, dict):
-            return {slug: given(get_method(slug)(**fields))}
+        if slug in METHODS and isinstance(fields, dict):
+            return {slug: non_default_fields(get_method(slug)(**fields))}
     return value
 
 
-def what_was_done(steps: tuple[Step, ...]) -> str:
-    """The steps in a few words: `carved by wanda, dsnot; fitted aded`.
-
-    Args:
-        steps: of the recipe.
-    """
+def steps_title(steps: tuple[Step, ...]) -> str:
+    """Return the steps in a few words: `carved by wanda, dsnot; fitted aded`."""
     fitted = ", ".join(step.slug for step in steps if isinstance(step, Fit))
-    carved = ", ".join(step.slug for step in steps if not isinstance(step, Fit) and not trains(step))
-    trained = any(map(trains, steps))
-    return "; ".join(
-        [f"carved by {carved}"] * bool(carved) + ["trained"] * trained + [f"fitted {fitted}"] * bool(fitted)
-    )
+    carved = ", ".join(step.slug for step in steps if not isinstance(step, Fit) and not is_training(step))
+    parts = {f"carved by {carved}": carved, "trained": any(map(is_training, steps)), f"fitted {fitted}": fitted}
+    return "; ".join(part for part, present in parts.items() if present)
 
 
-def provenance(checkpoint: Checkpoint, wanted: Measure, held_out: Segments) -> dict[str, Any]:
-    """What every report says about how it was measured.
-
-    Args:
-        checkpoint: gives device and dtype.
-        wanted: what was asked for.
-        held_out: what was measured on.
-    """
+def environment(checkpoint: Checkpoint, measure: Measure, held_out: Segments) -> dict[str, Any]:
+    """Return the conditions of the measurements: held-out data, library versions, threads, device and dtype."""
     return {
-        "measure": {"texts": wanted.texts, "samples": held_out.n, "length": held_out.length, "digest": held_out.digest},
+        "measure": {
+            "texts": measure.texts, "samples": held_out.n, "length": held_out.length, "digest": held_out.digest
+        },
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "device": str(checkpoint.device),
         "dtype": str(next(checkpoint.model.parameters()).dtype).removeprefix("torch."),
-    }
+    }  # fmt: skip
 
 
 def new_tokens_note(steps: tuple[Step, ...], before: Any, checkpoint: Checkpoint, held_out: Segments) -> list[str]:
-    """How much of the held-out text is written with tokens that the model did not have before; nothing if it had all.
+    """Return a note on the share of held-out tokens that the replaced tokenizer did not have, if one was replaced.
 
     Args:
         steps: of the recipe.
-        before: its tokenizer then.
-        checkpoint: what came out.
-        held_out: the text in its tokens.
+        before: the tokenizer before the steps.
+        checkpoint: the result.
+        held_out: the held-out text in the tokens of the result.
     """
     step = next((step for step in reversed(steps) if isinstance(step, ReplacesTokenizer)), None)
     if step is None:
@@ -86,8 +71,8 @@ def new_tokens_note(steps: tuple[Step, ...], before: Any, checkpoint: Checkpoint
     new = step.new_tokens(before, checkpoint.tokenizer)
     share = float(torch.isin(held_out.ids_NT, torch.tensor(sorted(new), dtype=torch.int64)).float().mean())
     return [
-        f"The tokenizer was replaced: {share:.1%} of the held-out tokens behind {step.slug} are ones that the model "
-        "did not have before. Perplexity is a token's, so compare bits per byte."
+        f"The tokenizer was replaced: after {step.slug}, {share:.1%} of the held-out tokens are new to the model. "
+        "Perplexity is per token, so compare bits per byte."
     ]
 
 
@@ -100,40 +85,37 @@ def make_document(
     after: dict[str, Any],
     seconds: list[float | None],
 ) -> dict[str, Any]:
-    """What `report.json` holds, but for the times of the whole run.
+    """Return the content of `report.json`, without the digest, time and notes of the whole run.
 
     Args:
-        recipe: what was run.
-        checkpoint: what came out.
-        name: what it was made from.
-        data: what it was made and measured with.
-        before: the measurements before the steps.
-        after: those behind them.
-        seconds: that each step took; None for one of an earlier run.
+        recipe: the recipe.
+        checkpoint: the result.
+        name: of the source.
+        data: calibration and held-out data.
+        before: measurements before the steps.
+        after: measurements after the steps.
+        seconds: duration of each step; None for a step of an interrupted run.
     """
-    made = checkpoint.record.steps[-len(recipe.steps) :]
+    records = checkpoint.record.steps[-len(recipe.steps) :]
     return {
         "format": report.FORMAT,
-        "title": f"{name} {what_was_done(recipe.steps)}",
+        "title": f"{name} {steps_title(recipe.steps)}",
         "model": name,
         "kind": checkpoint.kind,
         "steps": [
-            _with_pictures(record.model_dump())
-            | {"given": given(method_of(step)), "seconds": took}
+            _with_charts(record.model_dump())
+            | {"given": non_default_fields(method_of(step)), "seconds": duration}
             | ({"timings": record.timings} if record.timings else {})
-            for record, step, took in zip(made, recipe.steps, seconds, strict=True)
+            for record, step, duration in zip(records, recipe.steps, seconds, strict=True)
         ],
         "before": before,
         "after": after,
-        **provenance(checkpoint, recipe.measure, data.held_out),
+        **environment(checkpoint, recipe.measure, data.held_out),
         "recipe": yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True),
     }
 
 
-def _with_pictures(step: dict[str, Any]) -> dict[str, Any]:
-    """A step's record with what is drawn of it beside what it chose rather than in it.
-
-    That is `curve`, training curves (see `intaglio.report.training_curves`), `bars` and `grid` (see `report.document`).
-    """
-    drawn = {name: step["chosen"].pop(name) for name in ("curve", "bars", "grid") if name in step["chosen"]}
-    return step | drawn
+def _with_charts(step: dict[str, Any]) -> dict[str, Any]:
+    """Move the chart data of a step (`curve`, `bars`, `grid`; see `report.document`) out of its chosen values."""
+    charts = {name: step["chosen"].pop(name) for name in ("curve", "bars", "grid") if name in step["chosen"]}
+    return step | charts

@@ -1,4 +1,4 @@
-"""Where a run keeps its finished steps until OUT can appear, so that a killed one goes on."""
+"""The scratch directory of a run: finished steps are kept there until the output appears, so a killed run resumes."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from intaglio.errors import IntaglioError
 STATE = "state.json"
 TRAINING = "training"
 TRIALS = "trial-*"
-"""What a step that trains several times leaves in its directory."""
+"""Directories left by a step that trains several times."""
 
 
 def check_output(out: Path, overwrite: bool) -> None:
     """Refuse an output directory that is taken, before any work is done; see `writer.check_target`.
 
     Args:
-        out: the directory that is to be made.
-        overwrite: whether an earlier result may be replaced. Anything else that stands there may not.
+        out: the directory to make.
+        overwrite: whether an earlier result may be replaced; anything else may not.
 
     Raises:
         IntaglioError: it is taken, or cannot be written.
     """
     atomic_io.check_target(out, overwrite)
     if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
-        raise IntaglioError(f"{out} holds something that is no result of a carve (no {RECORD}); name another directory")
+        raise IntaglioError(f"{out} is not the result of a carve (it has no {RECORD}); name another directory")
 
 
 def _scratch_path(out: Path) -> Path:
@@ -42,7 +42,7 @@ def _scratch_path(out: Path) -> Path:
 
 
 def finished_report(out: Path, digest: str) -> dict[str, Any] | None:
-    """The report of the very same run, if it has ended; what it left when it was killed at its end is swept."""
+    """Return the report of the same run if it has finished; remains of a run killed at its end are removed."""
     try:
         document: dict[str, Any] = json.loads((out / "report.json").read_text(encoding="utf-8"))
         if document["digest"] != digest:
@@ -55,21 +55,16 @@ def finished_report(out: Path, digest: str) -> dict[str, Any] | None:
 
 @contextmanager
 def scratch_directory(out: Path) -> Iterator[Path]:
-    """The directory beside OUT where finished steps wait, locked against a second run."""
+    """Yield the scratch directory next to `out`, locked against a second run; it is kept if there is work in it."""
     path = _scratch_path(out)
     with atomic_io.locked(path / "lock", f"another carve to {out} is running"):
         try:
             yield path
         finally:
-            if not _worth_keeping(path):
+            state = _read_state(path)
+            begun = [*path.glob(f"{TRAINING}-*/checkpoint-*"), *path.glob(f"{TRAINING}-*/{TRIALS}")]
+            if state is None or not (state["done"] or begun):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _worth_keeping(scratch: Path) -> bool:
-    """Whether a step is finished, or training has saved its state."""
-    state = _read_state(scratch)
-    begun = (f"{TRAINING}-*/checkpoint-*", f"{TRAINING}-*/{TRIALS}")
-    return state is not None and (state["done"] > 0 or any(path for how in begun for path in scratch.glob(how)))
 
 
 def _read_state(scratch: Path) -> dict[str, Any] | None:
@@ -83,7 +78,7 @@ def _read_state(scratch: Path) -> dict[str, Any] | None:
 def start_or_resume(
     scratch: Path, out: Path, digest: str, steps: int, resume: bool, overwrite: bool
 ) -> tuple[int, int | None]:
-    """How many steps are done already, and with how many threads; leftovers of no use are refused or cleared."""
+    """Return the number of finished steps and their thread count; refuse or clear the state of another run."""
     state = _read_state(scratch)
     if state is None:
         return 0, None
@@ -104,16 +99,16 @@ def start_or_resume(
     return 0, None
 
 
-def put_aside(checkpoint: Checkpoint, scratch: Path, done: int, digest: str) -> None:
-    """Save the state after a step; the state file names it only when it is whole."""
+def save_step(checkpoint: Checkpoint, scratch: Path, done: int, digest: str) -> None:
+    """Save the checkpoint after a step; the state file names it only once it is complete."""
     checkpoint.save(scratch / f"step-{done}", overwrite=True)
-    note_done(scratch, done, digest)
+    write_state(scratch, done, digest)
     shutil.rmtree(scratch / f"step-{done - 1}", ignore_errors=True)
     shutil.rmtree(scratch / f"{TRAINING}-{done - 1}", ignore_errors=True)
 
 
-def note_done(scratch: Path, done: int, digest: str) -> None:
-    """Write how many steps are done."""
+def write_state(scratch: Path, done: int, digest: str) -> None:
+    """Write the number of finished steps."""
     atomic_io.write_json(scratch / STATE, {"digest": digest, "done": done, "threads": torch.get_num_threads()})
 
 
@@ -124,15 +119,8 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def finish(out: Path, last: Path, document: dict[str, Any], overwrite: bool) -> None:
-    """Let OUT appear: the last step's files, and the report.
-
-    Args:
-        out: the directory that is made.
-        last: the directory of the last step.
-        document: of the report.
-        overwrite: whether an earlier result may be replaced.
-    """
+def publish(out: Path, last: Path, document: dict[str, Any], overwrite: bool) -> None:
+    """Make `out` from the directory of the last step and the report, atomically."""
     with atomic_io.directory(out, overwrite) as temporary:
         shutil.copytree(last, temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
         (temporary / "report.json").write_text(atomic_io.to_json(document), encoding="utf-8")

@@ -1,30 +1,30 @@
-"""Recipe: an ordered list of steps, YAML <-> objects; it validates before any model loads."""
+"""Recipe: an ordered list of steps and what they share, validated before any model loads."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from intaglio.errors import IntaglioError, did_you_mean, shorten
-from intaglio.methods.base import Kind, Method, StepContract, check_order
-from intaglio.methods.registry import PUBLISHED, get_method, list_methods
-from intaglio.recipe.yaml import Document, Place, read_yaml
+from intaglio.methods.base import Kind, Method, accepted_fields, check_order, unknown_field, validation_sentence
+from intaglio.methods.registry import METHODS, get_method, list_fitted, list_methods
+from intaglio.recipe.yaml import Document, Position, read_yaml
 
 
 class Calibration(BaseModel):
-    """The data that steps are calibrated on.
+    """The calibration data of a recipe's steps.
 
     Args:
         texts: a bundled name, a text file, a folder or a datasets id. Default `wikipedia`.
-        samples: segments. Default 128.
-        length: tokens of a segment, cut to the model's context. Default 512.
-        batch_size: segments that pass at a time; sums are grouped by it. Default 4.
+        samples: number of segments. Default 128.
+        length: tokens of a segment, at most the model's context. Default 512.
+        batch_size: segments of a batch; statistics are summed by batch. Default 4.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -36,13 +36,13 @@ class Calibration(BaseModel):
 
 
 class Measure(BaseModel):
-    """What is measured before and after.
+    """The measurements before and after the steps.
 
     Args:
-        texts: held-out text, as under `calibration`; documents that are calibrated on are left out, by hash.
-        samples: segments. Default 16.
-        length: tokens of a segment, cut to the model's context. Default 512.
-        batch_size: segments that pass at a time. Default 4.
+        texts: held-out text, as in `calibration`; calibration documents are excluded by hash.
+        samples: number of segments. Default 16.
+        length: tokens of a segment, at most the model's context. Default 512.
+        batch_size: segments of a batch. Default 4.
         speed: whether to time prefill and decode. Default true.
     """
 
@@ -60,13 +60,13 @@ class New(BaseModel):
 
     Args:
         family: `llama`, `qwen3`, `mistral`, `gemma3`, `bert` or `modernbert`. Default `llama`.
-        width: of the hidden state.
-        depth: layers.
-        heads: of attention. Default: by width.
-        kv_heads: of keys and values. Default: `heads`.
+        width: hidden size.
+        depth: number of layers.
+        heads: attention heads. Default: by width.
+        kv_heads: key-value heads. Default: `heads`.
         context: longest input in tokens. Default 512.
         tokenizer: `bytes`, or `texts`: a vocabulary trained on the recipe's calibration texts. Default `bytes`.
-        vocab: entries of a vocabulary that is trained. Default 4,096.
+        vocab: size of a trained vocabulary. Default 4,096.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -83,20 +83,20 @@ class New(BaseModel):
     @model_validator(mode="after")
     def _vocabulary(self) -> Self:
         if self.vocab is not None and self.tokenizer == "bytes":
-            raise ValueError("vocab belongs to a vocabulary that is trained; add tokenizer: texts")
+            raise ValueError("vocab is the size of a trained vocabulary; add tokenizer: texts")
         return self
 
 
-class Header(BaseModel):
-    """What the steps of a recipe share.
+class RecipeHeader(BaseModel):
+    """The settings that the steps of a recipe share.
 
     Args:
-        model: a bundled name, a directory or a hub id, pinned by `user/name@revision`; a model on the command line wins
-            over it.
-        new: in place of a model, a small one from scratch.
-        seed: of everything random. Default 0.
-        calibration: the data that steps are calibrated on.
-        measure: what is measured before and after.
+        model: a bundled name, a directory or a hub id, pinned by `user/name@revision`; a model on the command line
+            overrides it.
+        new: instead of a model, a small one from scratch.
+        seed: of all randomness. Default 0.
+        calibration: the calibration data of the steps.
+        measure: the measurements before and after the steps.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -110,44 +110,41 @@ class Header(BaseModel):
     @model_validator(mode="after")
     def _one_model(self) -> Self:
         if self.model is not None and self.new is not None:
-            raise ValueError("model and new are given; one of them says what is carved")
+            raise ValueError("model and new are given; give one of them")
         return self
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A step `fit: {SLUG: {...}}`: builds or trains what a method owns and attaches it; the weights stay as they are.
-
-    Args:
-        method: what is fitted.
-    """
+    """A step `fit: {SLUG: {...}}`: builds or trains what a method owns and attaches it; the weights stay unchanged."""
 
     method: Method
 
     @property
     def slug(self) -> str:
-        """The method's."""
+        """The method's slug."""
         return self.method.slug
 
 
 Step = Method | Fit
-"""One step of a recipe: a carving, or something that is done with a method."""
+"""A step of a recipe: a method that is applied, or one that is fitted."""
 
 
 def method_of(step: Step) -> Method:
-    """The method of a step, whatever is done with it.
-
-    Args:
-        step: of a recipe.
-    """
+    """Return the method that a step applies or fits."""
     return step.method if isinstance(step, Fit) else step
 
 
-class Recipe(Header):
-    """An ordered list of steps and what they share.
+def fitted_methods(steps: Iterable[Step]) -> list[Method]:
+    """Return the methods that are fitted in a recipe's steps."""
+    return [step.method for step in steps if isinstance(step, Fit)]
+
+
+class Recipe(RecipeHeader):
+    """An ordered list of steps and the settings that they share.
 
     Args:
-        steps: in order: carvings, each a method, and fits.
+        steps: methods to apply or fit, in order.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -162,17 +159,20 @@ class Recipe(Header):
             path: a YAML file.
 
         Raises:
-            IntaglioError: one sentence that names the place in the file and what would be accepted.
+            IntaglioError: one sentence with the place in the file and what is accepted.
         """
         return cls.from_document(read_yaml(Path(path)))
 
     @classmethod
-    def of(cls, value: dict[str, Any], name: str = "recipe") -> Self:
+    def from_dict(cls, value: dict[str, Any], name: str = "recipe") -> Self:
         """Validate a recipe given as plain data.
 
         Args:
-            value: what the YAML file would hold.
-            name: used in sentences.
+            value: the content of a recipe file.
+            name: of the recipe, for error messages.
+
+        Raises:
+            IntaglioError: as `read`.
         """
         return cls.from_document(Document(name, value, {}))
 
@@ -182,267 +182,192 @@ class Recipe(Header):
         value = document.value
         if not isinstance(value, dict):
             raise IntaglioError(f"{document.name} is not a recipe: it must be a mapping with the key steps")
-        header = _validate(Header, {k: v for k, v in value.items() if k != "steps"}, document, ())
+        fields = {name: field for name, field in value.items() if name != "steps"}
+        header = _validate(RecipeHeader, fields, document, (), described_as=cls)
         if "steps" not in value:
             raise IntaglioError(f"{document.name} is not a recipe: the key steps is missing")
-        steps = value["steps"]
-        if not isinstance(steps, list) or not steps:
+        given = value["steps"]
+        if not isinstance(given, list) or not given:
             raise IntaglioError(f"{document.where(('steps',))}: a list of at least one step is needed")
-        read = tuple(_step(step, document, ("steps", index)) for index, step in enumerate(steps))
+        steps = tuple(_step(step, document, ("steps", index)) for index, step in enumerate(given))
         try:
-            check_steps(read)
-            _check_fits_last(read)
+            check_order(map(method_of, steps), fitted=fitted_methods(steps))
+            _check_fits_last(steps)
         except IntaglioError as error:
             raise IntaglioError(f"{document.where(('steps',))}: {error}") from error
-        return cls(**{name: getattr(header, name) for name in Header.model_fields}, steps=read)
+        return cls(**{name: getattr(header, name) for name in RecipeHeader.model_fields}, steps=steps)
 
     def dump(self) -> dict[str, Any]:
-        """The recipe as plain data, every default written out; `Recipe.from_dict` takes it back."""
-        header = {name: getattr(self, name) for name in Header.model_fields}
+        """Return the recipe as plain data with every default written out; `Recipe.from_dict` reads it."""
+        header = {name: getattr(self, name) for name in RecipeHeader.model_fields}
         plain = {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in header.items()}
-        return {**plain, "steps": [_plain(step) for step in self.steps]}
+        steps = [{step.slug: method_of(step).model_dump()} for step in self.steps]
+        steps = [
+            {"fit": named} if isinstance(step, Fit) else named for step, named in zip(self.steps, steps, strict=True)
+        ]
+        return {**plain, "steps": steps}
+
+    def with_seed(self, seed: int | None) -> Self:
+        """Return the recipe with another seed, or unchanged for None.
+
+        Raises:
+            IntaglioError: the seed is negative or too large.
+        """
+        return self if seed is None else self.from_dict(self.dump() | {"seed": seed}, "--seed")
 
     def digest(self, model: str) -> str:
-        """A hash of everything that decides the result.
-
-        Args:
-            model: what is carved.
-        """
+        """Return a hash of everything that determines the result; `model` identifies the source and environment."""
         text = json.dumps([self.dump() | {"model": model}], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _plain(step: Step) -> dict[str, Any]:
-    """A step as the YAML file would hold it, every default written out."""
-    named = {step.slug: method_of(step).model_dump()}
-    return {"fit": named} if isinstance(step, Fit) else named
-
-
-def check_steps(steps: Sequence[Step], earlier: Iterable[StepContract] = ()) -> None:
-    """Refuse steps of which one needs what another before it has undone; see `check_order`.
-
-    Args:
-        steps: of a recipe, in order.
-        earlier: what was done before them. Default: nothing.
-
-    Raises:
-        IntaglioError: names both and the fact.
-    """
-    check_order(map(method_of, steps), earlier, [step.method for step in steps if isinstance(step, Fit)])
-
-
-def _check_fits_last(steps: tuple[Step, ...]) -> None:
-    """What is fitted belongs to the weights as they are then."""
+def _check_fits_last(steps: Sequence[Step]) -> None:
+    """Refuse a step that changes weights after a fit, whose attachment belongs to the weights before."""
     fitted = None
     for step in steps:
         if isinstance(step, Fit):
             fitted = step.slug
         elif fitted is not None:
             raise IntaglioError(
-                f"{step.slug} cannot follow the fit of {fitted}, which belongs to the weights as they were; put fit "
-                "behind the steps that change them"
+                f"{step.slug} cannot follow the fit of {fitted}, which belongs to the weights at that point; put fit "
+                "after the steps that change them"
             )
 
 
-def _carvings() -> list[str]:
-    return list_methods("carving")
-
-
-def _fitted() -> list[str]:
-    return [slug for slug, entry in PUBLISHED.items() if entry.fitted]
-
-
-def _step(step: Any, document: Document, place: Place) -> Step:
-    verb, value = _only_item(
-        step, document, place, "a step is one method with its parameters", "wanda: {sparsity: 0.5}"
+def _step(step: Any, document: Document, position: Position) -> Step:
+    key, value = _only_item(
+        step, document, position, "a step is one method with its parameters", "wanda: {sparsity: 0.5}"
     )
-    reader = _VERBS.get(verb) if isinstance(verb, str) else None
+    reader = _READERS.get(key) if isinstance(key, str) else None
     if reader is not None:
-        return reader(value, document, (*place, verb))
-    return _method(verb, value, document, place, _carvings())
+        return reader(value, document, (*position, key))
+    return _method(key, value, document, position, list_methods("carving"))
 
 
-def _fit(value: Any, document: Document, place: Place) -> Fit:
-    slug, fields = _only_item(value, document, place, "fit names one method with its parameters", "fit: {aded: {}}")
-    return Fit(_method(slug, fields, document, place, _fitted()))
+def _fit(value: Any, document: Document, position: Position) -> Fit:
+    slug, fields = _only_item(value, document, position, "fit names one method with its parameters", "fit: {aded: {}}")
+    return Fit(_method(slug, fields, document, position, list_fitted()))
 
 
-def _train(value: Any, document: Document, place: Place) -> Method:
+def _train(value: Any, document: Document, position: Position) -> Method:
     from intaglio.trainer.recipe_step import Train  # imports transformers, which most recipes do not need here
 
     if not isinstance(value, dict):
-        raise IntaglioError(f"{document.where(place)}: train takes a mapping, such as train: {{steps: 500}}")
-    return _validate(Train, value, document, place)
+        raise IntaglioError(f"{document.where(position)}: train takes a mapping, such as train: {{steps: 500}}")
+    return _validate(Train, value, document, position)
 
 
-_VERBS: dict[str, Callable[[Any, Document, Place], Step]] = {"fit": _fit, "train": _train}
-"""Steps that are no carving: what to do with a method, and what reads it."""
+_READERS: dict[str, Callable[[Any, Document, Position], Step]] = {"fit": _fit, "train": _train}
+"""Steps whose key is not a method that is applied."""
 
 
-def _only_item(value: Any, document: Document, place: Place, what: str, example: str) -> tuple[Any, Any]:
+def _only_item(value: Any, document: Document, position: Position, what: str, example: str) -> tuple[Any, Any]:
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, dict) or len(value) != 1:
-        raise IntaglioError(f"{document.where(place)}: {what}, such as {example}")
-    found: tuple[Any, Any] = next(iter(value.items()))
-    return found
+        raise IntaglioError(f"{document.where(position)}: {what}, such as {example}")
+    item: tuple[Any, Any] = next(iter(value.items()))
+    return item
 
 
-def _method(slug: Any, fields: Any, document: Document, place: Place, accepted: list[str]) -> Method:
-    """The method that a step names, if it can stand there."""
+def _method(slug: Any, fields: Any, document: Document, position: Position, accepted: list[str]) -> Method:
+    """Return the validated method of a step; `accepted` are the slugs that the step can name."""
     if slug not in accepted:
-        fits = place[-1:] == ("fit",)
-        if slug in PUBLISHED and (fits or slug not in _fitted()):
-            known = f"{slug!r} is a method, but " + ("not one that is fitted" if fits else "no step of a recipe")
-        elif slug in PUBLISHED:
-            raise IntaglioError(f"{document.where(place)}: {slug} is fitted, not applied; write fit: {{{slug}: {{}}}}")
+        fits = position[-1:] == ("fit",)
+        names = accepted if fits else [*accepted, *_READERS]
+        if slug not in METHODS:
+            problem = f"there is no method named {shorten(repr(slug))}; {did_you_mean(str(slug), names)}"
+        elif fits:
+            problem = f"{slug!r} is a method, but not one that is fitted; {did_you_mean(str(slug), names)}"
+        elif METHODS[slug].fitted:
+            problem = f"{slug} is fitted, not applied; write fit: {{{slug}: {{}}}}"
         else:
-            known = f"there is no method named {_show(slug)}"
-        names = accepted if fits else [*accepted, *_VERBS]
-        raise IntaglioError(f"{document.where(place)}: {known}; {did_you_mean(str(slug), names)}")
+            problem = f"{slug!r} is a method, but not a step of a recipe; {did_you_mean(str(slug), names)}"
+        raise IntaglioError(f"{document.where(position)}: {problem}")
     fields = {} if fields is None else fields
     if not isinstance(fields, dict):
-        raise IntaglioError(f"{document.where((*place, slug))}: the parameters of {slug} must be a mapping")
-    return _validate(get_method(slug), fields, document, (*place, slug))
-
-
-def accepted_fields(cls: type[BaseModel]) -> list[str]:
-    """The fields that can be set in a file or on the command line; the others take objects of Python.
-
-    Args:
-        cls: a method or another model.
-    """
-    return [name for name, found in cls.model_fields.items() if not found.exclude]
+        raise IntaglioError(f"{document.where((*position, slug))}: the parameters of {slug} must be a mapping")
+    return _validate(get_method(slug), fields, document, (*position, slug))
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def from_words(cls: type[_Model], words: dict[str, str], name: str) -> _Model:
-    """A model whose fields were given as words on the command line; each word is read as its field's type.
+def from_cli(cls: type[_Model], words: dict[str, str], name: str) -> _Model:
+    """Return a model from words of the command line, each converted to its field's type.
 
     Args:
         cls: a method or another model.
         words: `{field: word}`.
-        name: of the option, for sentences.
+        name: of the option, for error messages.
 
     Raises:
         IntaglioError: one sentence on the first field that is wrong.
     """
-    return _checked(cls, words, Document(name, words, {}), (), cls.model_validate_strings)
+    return _validate(cls, words, Document(name, words, {}), (), validate=cls.model_validate_strings)
 
 
-def _validate(cls: type[_Model], value: Any, document: Document, place: Place) -> _Model:
-    return _checked(cls, value, document, place, cls.model_validate)
-
-
-def _checked(cls: type[_Model], value: Any, document: Document, place: Place, read: Callable[[Any], _Model]) -> _Model:
+def _validate(
+    cls: type[_Model],
+    value: Any,
+    document: Document,
+    position: Position,
+    validate: Callable[[Any], _Model] | None = None,
+    described_as: type[BaseModel] | None = None,
+) -> _Model:
+    """Validate a part of a document; `described_as` has the fields that error messages list. Default: `cls`."""
+    shown = described_as or cls
     for name in value:
         if name in cls.model_fields and name not in accepted_fields(cls):
-            raise IntaglioError(_no_such_field(document.where((*place, name)), name, accepted_fields(cls)))
+            raise IntaglioError(f"{document.where((*position, name))}: {unknown_field(name, shown)}")
     try:
-        return read(value)
+        return (validate or cls.model_validate)(value)
     except ValidationError as error:
-        raise IntaglioError(_sentence(cls, value, error, document, place)) from error
-
-
-def _no_such_field(where: str, name: str, fields: list[str]) -> str:
-    return f"{where}: there is no such field here; {did_you_mean(name, fields)}"
-
-
-def _in_file(value: Any, error: Any) -> tuple[Any, ...]:
-    """Where an error is, without what is in no file: which of several types a value was tried as."""
-    found = []
-    for part in error["loc"]:
-        if part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int):
-            value = value[part]
-            found.append(part)
-    missing = error["type"] == "missing"
-    return (*found, error["loc"][-1]) if missing else tuple(found)
-
-
-def _sentence(cls: type[BaseModel], value: Any, error: ValidationError, document: Document, place: Place) -> str:
-    """One sentence on the first thing that is wrong: where, what was given, what is accepted."""
-    errors = [(_in_file(value, e), e) for e in error.errors(include_url=False)]
-    of_field = [(at, e) for at, e in errors if e["loc"][:1] == errors[0][1]["loc"][:1]]
-    # Of a value that may be of several types, what was found furthest inside it is what was meant.
-    inside, first = max(of_field, key=lambda found: len(found[0]))
-    where = document.where((*place, *inside))
-    owner: type[BaseModel] = cls
-    for part in inside[:-1]:
-        if str(part) not in owner.model_fields:
-            break
-        annotation = owner.model_fields[str(part)].annotation
-        for kind in (annotation, *get_args(annotation)):  # a field that may be left out is a union with None
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                owner = kind
-    if first["type"] == "extra_forbidden":
-        fields = [*accepted_fields(owner), "steps"] if owner is Header else accepted_fields(owner)
-        return _no_such_field(where, str(first["loc"][-1]), fields)
-    if first["type"] in ("missing", "value_error"):
-        return f"{where}: {_message(first)}"
-    told = dict.fromkeys(_message(e) for at, e in of_field if at == inside)
-    return f"{where}: {_show(first['input'])} is not accepted, {', or '.join(told)}"
-
-
-def _message(error: Any) -> str:
-    """What pydantic says is wrong, in our words."""
-    if error["type"] in ("model_type", "dict_type"):
-        return "it should be a mapping"
-    said = error["msg"].removeprefix("Value error, ")
-    said = said[0].lower() + said[1:]
-    return said if error["type"] in ("missing", "value_error") else said.replace("input", "it", 1)
-
-
-def _show(value: Any) -> str:
-    return shorten(repr(value))
+        sentence = validation_sentence(error, shown, value, lambda inside: document.where((*position, *inside)))
+        raise IntaglioError(sentence) from error
 
 
 def _one_key(key: str, value: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a mapping with one key."""
+    """Return the schema of a mapping with one key."""
     return {"type": "object", "properties": {key: value}, "required": [key], "additionalProperties": False}
 
 
+def _choices(slugs: list[str], definitions: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the schemas of `{slug: fields}`; those of the methods join the definitions."""
+    for slug in slugs:
+        if slug not in definitions:
+            definitions[slug] = _inlined(get_method(slug), definitions) | {"description": METHODS[slug].summary}
+    return [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in slugs]
+
+
+def _inlined(cls: type[BaseModel], definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a model; those of its nested models join the definitions."""
+    schema = cls.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(schema.pop("$defs", {}))
+    schema.pop("title", None)
+    return schema
+
+
 def _train_schema(definitions: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a training step; those of the methods that it can name join the definitions."""
     from intaglio.trainer.recipe_step import Train
 
-    own = Train.model_json_schema(ref_template="#/$defs/{model}")
-    definitions.update(own.pop("$defs", {}))
-    own.pop("title", None)
+    schema = _inlined(Train, definitions)
     kinds: dict[str, Kind] = {"objective": "objective", "select": "selector"}
     for field, kind in kinds.items():
-        own["properties"][field] = {"oneOf": _schemas_of(kind, definitions), "description": f"one {kind}"}
-    own["properties"]["modifiers"]["items"] = {"oneOf": _schemas_of("modifier", definitions)}
-    own["description"] = "trains the weights"
-    return own
-
-
-def _schemas_of(kind: Kind, definitions: dict[str, Any]) -> list[dict[str, Any]]:
-    found = list_methods(kind)
-    for slug in found:
-        if slug not in definitions:  # a method may be a step of its own, too
-            definitions[slug] = get_method(slug).model_json_schema(ref_template="#/$defs/{model}")
-            definitions.update(definitions[slug].pop("$defs", {}))
-    # Nothing is accepted where no method of the kind is there yet.
-    return [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in found] or [{"not": {}}]
+        choices = _choices(list_methods(kind), definitions)
+        schema["properties"][field] = {"oneOf": choices, "description": f"one {kind}"}
+    schema["properties"]["modifiers"]["items"] = {"oneOf": _choices(list_methods("modifier"), definitions)}
+    schema["description"] = "trains the weights"
+    return schema
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe file, every method's parameters included."""
-    schema = Header.model_json_schema()
+    """Return the JSON Schema of a recipe file, every method's parameters included."""
+    schema = RecipeHeader.model_json_schema()
     definitions = schema.setdefault("$defs", {})
-    for slug in dict.fromkeys([*_carvings(), *_fitted()]):
-        own = get_method(slug).model_json_schema(ref_template="#/$defs/{model}")
-        definitions.update(own.pop("$defs", {}))
-        own.pop("title", None)
-        if slug in PUBLISHED:
-            own["description"] = PUBLISHED[slug].summary
-        definitions[slug] = own
-    choices = [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in _carvings()]
-    fitted = [_one_key(slug, {"$ref": f"#/$defs/{slug}"}) for slug in _fitted()]
-    about = "builds or trains what a method owns and attaches it; the weights stay as they are"
-    choices.append(_one_key("fit", {"oneOf": fitted, "description": about}))
+    choices = _choices(list_methods("carving"), definitions)
+    about = "builds or trains what a method owns and attaches it; the weights stay unchanged"
+    choices.append(_one_key("fit", {"oneOf": _choices(list_fitted(), definitions), "description": about}))
     choices.append(_one_key("train", _train_schema(definitions)))
     schema["properties"]["steps"] = {
         "type": "array",

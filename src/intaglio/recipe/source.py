@@ -1,8 +1,9 @@
-"""What the steps of a recipe begin with: a checkpoint that is loaded, or a model from scratch."""
+"""The source of a run: which checkpoint a recipe starts from, on which device and in which dtype."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import torch
 
@@ -13,63 +14,95 @@ from intaglio.errors import IntaglioError
 from intaglio.recipe.schema import Recipe
 
 
-def is_new(recipe: Recipe, model: str | None) -> bool:
-    """Whether the recipe makes its model itself.
+@dataclass(frozen=True)
+class RunSpec:
+    """A validated recipe run: the recipe, with its seed, and what the command line adds to it.
 
     Args:
-        recipe: what is run.
-        model: the one on the command line, which wins.
+        recipe: the steps and the settings that they share.
+        model: source named on the command line; None: the recipe's.
+        device: device of the model.
+        dtype: dtype of the weights; `auto`: the checkpoint's own.
     """
-    return model is None and recipe.new is not None
+
+    recipe: Recipe
+    model: str | None
+    device: torch.device
+    dtype: torch.dtype | Literal["auto"]
+
+    @classmethod
+    def from_args(
+        cls,
+        recipe: Recipe,
+        model: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        seed: int | None = None,
+    ) -> Self:
+        """Validate the arguments of a run.
+
+        Args:
+            recipe: the recipe.
+            model: a bundled name, a directory or a hub id; overrides the recipe's.
+            device: name of a device. Default: the CPU.
+            dtype: name of a dtype. Default: the checkpoint's own.
+            seed: overrides the recipe's.
+
+        Raises:
+            IntaglioError: no model is given, or an unknown device, dtype or seed.
+        """
+        if model is None and recipe.model is None and recipe.new is None:
+            raise IntaglioError("no model is given: name one on the command line or in the recipe")
+        return cls(recipe.with_seed(seed), model, parse_device(device), parse_dtype(dtype))
+
+    @property
+    def from_scratch(self) -> bool:
+        """Whether the recipe makes a new model."""
+        return self.model is None and self.recipe.new is not None
+
+    @property
+    def source_name(self) -> str:
+        """Name of the source, for the report and error messages."""
+        if self.model is None and self.recipe.new is not None:
+            return f"new {self.recipe.new.family}"
+        return str(self.model or self.recipe.model)
+
+    def identity(self) -> list[str]:
+        """Return source, device and dtype as text, for the digest of a run."""
+        return [self.source_name, str(self.device), str(self.dtype)]
 
 
-def name_of(recipe: Recipe, model: str | None) -> str:
-    """What is carved, in words: the model on the command line, or else the recipe's."""
-    name = recipe.model if model is None else model
-    if name is None and recipe.new is not None:
-        return f"new {recipe.new.family}"
-    if name is None:
-        raise IntaglioError("no model is given: name one on the command line or in the recipe")
-    return name
-
-
-def begin(recipe: Recipe, texts: Corpus, model: str | None, device: str | None, dtype: str | None) -> Checkpoint:
-    """What the steps begin with: a checkpoint that is loaded, or a model from scratch."""
-    if recipe.new is None or model is not None:
-        return load(name_of(recipe, model), device=device, dtype=dtype)
-    fields = recipe.new.model_dump()
-    if recipe.new.tokenizer == "texts":  # of those that are calibrated on alone
+def load_source(spec: RunSpec, texts: Corpus) -> Checkpoint:
+    """Load the source, or make a new model; `texts` train its tokenizer where the recipe has `tokenizer: texts`."""
+    if spec.recipe.new is None or not spec.from_scratch:
+        return load(spec.source_name, device=spec.device, dtype=spec.dtype)
+    fields = spec.recipe.new.model_dump()
+    if spec.recipe.new.tokenizer == "texts":
         fields["tokenizer"] = texts
-    made = new(**fields, seed=recipe.seed % 2**32)
-    kind = parse_dtype(dtype)
-    made.model.to(parse_device(device), kind if isinstance(kind, torch.dtype) else None)
-    return made
+    checkpoint = new(**fields, seed=spec.recipe.seed % 2**32)
+    checkpoint.model.to(spec.device, spec.dtype if isinstance(spec.dtype, torch.dtype) else None)
+    return checkpoint
 
 
-def skeleton(recipe: Recipe, model: str | None) -> Any:
-    """The model without its weights."""
+def meta_model(spec: RunSpec) -> Any:
+    """Return the source's model on the meta device, without weights."""
     with torch.device("meta"):
-        if recipe.new is None or model is not None:
-            name = name_of(recipe, model)
-            _, config = load_config(name)
-            return model_class(config, name)(config)
-        fields = recipe.new.model_dump() | {"tokenizer": "bytes"}
-        if recipe.new.tokenizer == "texts":
-            fields["vocab"] = recipe.new.vocab or TRAINED
+        if spec.recipe.new is None or not spec.from_scratch:
+            _, config = load_config(spec.source_name)
+            return model_class(config, spec.source_name)(config)
+        fields = spec.recipe.new.model_dump() | {"tokenizer": "bytes"}
+        if spec.recipe.new.tokenizer == "texts":
+            fields["vocab"] = spec.recipe.new.vocab or TRAINED
         return new(**fields).model
 
 
-def blind_guess(checkpoint: Checkpoint, side: dict[str, Any]) -> list[str]:
-    """A note on a model that knows less of the text than nothing, which no trained model with its own tokenizer does.
-
-    Args:
-        checkpoint: what was measured, before anything was done to it.
-        side: its measurements.
-    """
-    perplexity, rows = side["perplexity"], checkpoint.vocabulary
-    if perplexity is None or perplexity <= rows:
+def warn_if_worse_than_uniform(checkpoint: Checkpoint, measured: dict[str, Any]) -> list[str]:
+    """Return a note if the source's perplexity exceeds that of a uniform guess; no trained model's does."""
+    perplexity, vocabulary = measured["perplexity"], checkpoint.vocabulary
+    if perplexity is None or perplexity <= vocabulary:
         return []
     return [
-        f"Before anything was done the model predicted the held-out text worse than a blind guess among its {rows:,} "
-        f"tokens would (perplexity {perplexity:,.0f}): it is not trained, or its tokenizer is another model's."
+        f"Before the first step the model predicted the held-out text worse than a uniform guess among its "
+        f"{vocabulary:,} tokens (perplexity {perplexity:,.0f}): it is untrained, or its tokenizer belongs to another "
+        "model."
     ]

@@ -143,6 +143,9 @@ class RandomExamples(Method, slug="random"):
         budget: share of the examples, above 0 and at most 1; at least one is chosen. Default 0.2.
     """
 
+    kinds = ("selector",)
+    summary = "selects examples at random"
+
     compares: ClassVar[bool] = False
 
     budget: Annotated[float, Field(gt=0, le=1)] = 0.2

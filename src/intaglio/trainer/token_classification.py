@@ -41,6 +41,9 @@ class TokenClassification(Method, slug=SLUG):
             1,024.
     """
 
+    kinds = ("objective",)
+    summary = "labels words by cross-entropy on one token of each"
+
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
     invalidates: ClassVar[frozenset[Capability]] = frozenset({"causal"})
     storage: ClassVar[str] = "standalone"

@@ -18,6 +18,13 @@ from intaglio.methods.activations.blockffn.adaptive_weight import AdaptiveWeight
 from intaglio.methods.activations.blockffn.router import expert_shares, normalize, scores
 from intaglio.trainer.causal_lm import causal_batch
 
+EXAMPLES = (
+    {"experts": 6},
+    {"experts": 4, "width": 32, "norm": "sum", "chunk": 4, "adapt": False, "router_rate": 3e-3, "router_decay": 0.1},
+    {"experts": 5, "expert_width": 3, "router": "topk", "k": 2},
+    {"experts": 5, "expert_width": 3, "router": "remoe", "k": 2, "l1": 1e-4},
+)
+
 CONFIG = BlockFFNConfig(experts=4, expert_width=3)
 
 

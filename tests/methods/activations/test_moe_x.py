@@ -23,6 +23,12 @@ from intaglio.methods.activations.moe_x.routing import (
     sparsity_scores,
 )
 
+EXAMPLES = (
+    {},
+    {"experts": 3, "active": 1, "router": "linear", "activation": "own", "gates": "all", "layers": [0], "reset": 0.5},
+    {"experts": 4, "active": 3, "start": "split", "gated": "drop", "noise": 0.2, "temperature": 0.5, "balance": 0.0},
+)
+
 DOUBLE = torch.float64
 
 

@@ -25,6 +25,18 @@ from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.loop import Speculative
 from tests.methods.activations.helpers import IDS, PROMPT, carved, drawn, layers, masked, tiny
 
+EXAMPLES = (
+    {"alpha": 0.9},
+    {
+        "sparsity": 0.3,
+        "alpha": {"layers.0.*": 0.0, "layers.1.*": 0.4},
+        "threshold": "topk",
+        "strict": True,
+        "ignore": ["layers.2.*"],
+    },
+    {"how": "teal", "tokens": 64},
+)
+
 # sizes
 
 

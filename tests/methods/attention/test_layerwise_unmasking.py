@@ -31,6 +31,8 @@ from intaglio.trainer import train
 from intaglio.trainer.token_classification import TokenClassification, make_evaluator, predict
 from tests.families import DECODERS, ENCODERS, FAMILIES, WINDOW, tiny_model, tiny_tokenizer
 
+EXAMPLES = ({"configuration": "01"}, {"configuration": "0110", "window": "none"}, {"groups": 2})
+
 T = 12
 IDS = torch.randint(8, 150, (2, T), generator=torch.Generator().manual_seed(3))
 DESIGN_DECODERS = [name for name in DECODERS if name not in ("llama_tied", "gpt2")]

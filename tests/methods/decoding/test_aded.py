@@ -43,6 +43,12 @@ from tests.conftest import TinyDir
 from tests.families import DECODERS, VOCAB, tiny_model, tiny_tokenizer
 from tests.speculative.test_sampling import p_value
 
+EXAMPLES = (
+    {},
+    {"search": "best", "nodes": 7},
+    {"trim": "distinct", "draft_cost": 0.0, "token_cost": 0.0, "carry_over": True},
+)
+
 V = 10
 a, b, c, d, e = range(1, 6)
 SEQUENCES = st.lists(st.lists(st.integers(0, V - 1), max_size=30), min_size=1, max_size=5)

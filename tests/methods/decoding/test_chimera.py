@@ -21,6 +21,14 @@ from tests.families import DECODERS, tiny_model
 from tests.speculative.distributions import check_law
 from tests.speculative.toys import ragged, target
 
+# Heads that were never trained draft badly, but must not change a token.
+HEADS = {"untrained": True, "steps": 2, "batch_size": 2, "prompt": 4, "length": 16}
+EXAMPLES = (
+    HEADS,
+    {**HEADS, "heads": 2, "rank": 2, "head_sharing": True, "start_from": "copy", "feature": 1.0, "distil": 1.0},
+    {**HEADS, "tree": [[0], [1], [0, 0]], "encoders": "no_context", "own_text": False},
+)
+
 IDS = [9, 30, 31, 32, 9, 30, 31, 32, 9, 30, 12, 40]
 FAMILIES = ("llama", "qwen3_window", "mistral_window", "gemma3", "gpt2")
 

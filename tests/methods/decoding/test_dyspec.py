@@ -32,9 +32,14 @@ from intaglio.speculative.drafters import NGramStore
 from intaglio.speculative.drafters.dynamic_tree import Growing
 from intaglio.speculative.drafters.rank_statistics import draft_ranks
 from tests.conftest import TinyDir
-from tests.families import DECODERS, tiny_model, tiny_tokenizer
+from tests.families import DECODERS, VOCAB, tiny_model, tiny_tokenizer
 from tests.speculative.test_sampling import Toy, p_value
 from tests.speculative.toys import cousin, prompt, ragged, target
+
+EXAMPLES = (
+    {"draft": tiny_model("llama", seed=1, layers=1, dtype=torch.float64), "budget": 9},
+    {"draft": NGramStore.build([list(range(5, 40)) * 2], VOCAB), "algorithm": "threshold", "order": "blocks"},
+)
 
 V = 6
 Laws = Callable[[int], torch.Tensor]

@@ -22,6 +22,14 @@ from tests.families import DECODERS, VOCAB, tiny_model
 from tests.speculative.distributions import check_law
 from tests.speculative.toys import ragged, target
 
+# Heads that were never trained draft badly, but must not change a token.
+HEADS = {"untrained": True, "steps": 2, "batch_size": 2, "prompt": 4, "length": 16}
+EXAMPLES = (
+    HEADS,
+    {**HEADS, "ahead": 2, "layers": [0, 1], "draft_rows": "path", "goal": "text", "decay": 0.9, "state": 0.1},
+    {**HEADS, "tree": [[0], [1], [0, 0]], "drawn": False, "own_text": False},
+)
+
 PROMPT = [9, 30, 31, 32, 9, 30, 31, 32, 9, 30, 12, 40]
 TREE = TokenTree([40, 5, 6, 7, 8], [-1, 0, 0, 1, 3])
 FAMILIES = ("llama", "qwen3_window", "mistral_window", "gemma3")

@@ -34,6 +34,13 @@ from tests.families import DECODERS, EOS, VOCAB, tiny_checkpoint_dir, tiny_model
 from tests.speculative.toys import DESIGN_DECODERS, prompt, ragged, target
 from tests.trainer.helpers import checkpoint, run, same, weights
 
+# Lossless where it verifies, or is never sure enough; PAD is a token of the vocabulary, so that it decodes untrained.
+EXAMPLES = (
+    {"length": 24, "pad_token": 3, "alpha": 0.0, "verify": True, "beta": 0.0},
+    {"length": 24, "pad_token": 3, "alpha": 0.0, "verify": True, "cap": 3, "layout": "truncated", "identify": "before"},
+    {"length": 24, "pad_token": 3, "alpha": 0.0, "beta": 1.01, "pack": False},
+)
+
 PAD = 3
 DRAWS = KeyedRNG(0)
 IDS = torch.randint(8, 150, (6, 16), generator=torch.Generator().manual_seed(0))

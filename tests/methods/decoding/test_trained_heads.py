@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from intaglio.methods.registry import get_method
 from typer.testing import CliRunner
 
 from intaglio import recipe
@@ -17,6 +16,7 @@ from intaglio.cli.app import app
 from intaglio.cli.generate import generate
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
+from intaglio.methods.registry import get_method
 from intaglio.recipe.plan import plan
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe

@@ -25,6 +25,8 @@ from tests.families import VOCAB, tiny_model, tiny_tokenizer
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
+EXAMPLES = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
+
 DRAWS = KeyedRNG(0)
 IDS = torch.randint(8, 150, (12, 16), generator=torch.Generator().manual_seed(0))
 MASK = VOCAB  # the row that is added

@@ -32,6 +32,11 @@ from intaglio.trainer.dataset import all_examples
 from intaglio.trainer.recipe_step import Train
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
+EXAMPLES = (
+    {"embedding": "tfidf", "clusters": 3},
+    {"embedding": "tfidf", "clusters": None, "scope": "both", "concepts": None, "synonyms": 0.9, "order": "sequential"},
+)
+
 PAIRS = [
     {"prompt": f"{ask} number {n} of the river", "answer": f"{reply} {n} and then it is in the sun"}
     for n in range(6)

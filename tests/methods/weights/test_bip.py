@@ -26,6 +26,12 @@ from intaglio.trainer.sparsity_mask import linear_modules
 from tests.families import DECODERS, tiny_model
 from tests.trainer.helpers import checkpoint, far, run, same, weights
 
+EXAMPLES = (
+    {"sparsity": 0.5},
+    {"sparsity": 0.5, "kind": "neuron", "implicit": False, "schedule": "cosine"},
+    {"sparsity": 0.25, "kind": "head", "scope": "layer", "normalise": False, "clip": 1.0, "implicit": "released"},
+)
+
 
 def mlp(seed: int = 0, widths: tuple[int, ...] = (6, 9, 8, 3)) -> nn.Sequential:
     torch.manual_seed(seed)

@@ -36,6 +36,27 @@ from intaglio.trainer import CausalLM, Loss, ModifierSession, TrainingRun
 from tests.families import DECODERS, tiny_model
 from tests.trainer.helpers import TEXTS, checkpoint, run
 
+EXAMPLES = (
+    {},
+    {
+        "bits": 4,
+        "scale": "max",
+        "per": "row",
+        "activation_bits": None,
+        "norm": "layernorm",
+        "learnable_norm": True,
+        "targets": ["layers.0.*"],
+    },
+    {
+        "norm": "rmsnorm",
+        "strategy": "stochastic",
+        "activation_range": 127,
+        "keep": "shadow",
+        "lambda_warmup": 0.5,
+        "decay_until": 0.5,
+    },
+)
+
 W = torch.tensor([[0.9, -0.2], [0.05, -1.1]])
 PLAIN = Quantization(norm="none")
 

@@ -22,6 +22,8 @@ from intaglio.methods.weights.wanda import Wanda, wanda_score
 from intaglio.modeling.anatomy import anatomy
 from tests.families import tiny_model
 
+EXAMPLES = ({"sparsity": 0.5}, {"pattern": "2:4"})
+
 IDS = torch.randint(8, 150, (6, 16), generator=torch.Generator().manual_seed(0))
 BASES = ("magnitude", "wanda", "sparsegpt")
 

@@ -7,11 +7,11 @@ from typing import Any, cast
 
 import pytest
 import torch
-from intaglio.methods.registry import get_method
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Carving
+from intaglio.methods.registry import get_method
 from intaglio.modeling.anatomy import anatomy
 from tests.families import tiny_model
 

@@ -35,6 +35,13 @@ from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint, run, same, weights
 from tests.trainer.test_resume import Killed, killer
 
+EXAMPLES = (
+    {},
+    {"activation": "identity", "rank": {"layers.1.*": 9, "*": 0.5}, "columns": 3, "columns_by": "l1", "inverse": True},
+    {"adapter": True, "alpha": 2.0, "columns_by": "random", "column_values": "complement", "ignore": ["layers.1.*"]},
+    {"elements": 0.1, "activation": "identity", "init": "zero", "gamma": [0.25, 1.0], "rank": 8, "within_rank": True},
+)
+
 IDENTITY: dict[str, Any] = {"activation": "identity"}
 IDS = torch.randint(8, 150, (4, 16), generator=torch.Generator().manual_seed(0))
 

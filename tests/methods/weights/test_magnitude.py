@@ -13,6 +13,8 @@ from intaglio.methods.weights.magnitude import Magnitude
 from intaglio.modeling.anatomy import anatomy
 from tests.families import tiny_model
 
+EXAMPLES = ({"sparsity": 0.5}, {"pattern": "2:4"})
+
 
 def test_one_threshold_a_layer() -> None:
     dense = tiny_model("llama")

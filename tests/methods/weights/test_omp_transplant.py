@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import json
+import shutil
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from intaglio.checkpoint import Checkpoint, load
+from intaglio.checkpoint import Checkpoint, from_scratch, load
 from intaglio.checkpoint.from_scratch import byte_letters, new
 from intaglio.errors import IntaglioError
 from intaglio.methods.decoding import lud
@@ -34,7 +37,19 @@ from intaglio.methods.weights.omp_transplant.baselines import (
 )
 from intaglio.methods.weights.omp_transplant.matching_pursuit import Rope, mp_rope
 from intaglio.methods.weights.omp_transplant.vocabulary import Token
-from tests.families import tiny_model, tiny_tokenizer
+from tests.families import VOCAB, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
+
+# A donor with the same tokens, and one with others.
+_DONORS = Path(tempfile.mkdtemp(prefix="intaglio-donors-"))
+atexit.register(shutil.rmtree, _DONORS, ignore_errors=True)
+_OTHER = from_scratch.new(
+    "llama", width=24, depth=1, vocab=VOCAB + 200, seed=2, tokenizer=["a rather quick, lazy river 1995\n" * 9]
+).save(_DONORS / "other")
+EXAMPLES = (
+    {"donor": str(tiny_checkpoint_dir("llama", _DONORS / "same", seed=1))},
+    {"donor": str(_OTHER), "k": 3, "join": "strings", "byte_match": "both"},
+    {"donor": str(_OTHER), "method": "linear", "noise": 0.01, "digits": "single"},
+)
 
 CODE = [
     "def area(width, height):\n    return width * height\n\nfor item in items:\n    print(item, 1234)\n" * 3,

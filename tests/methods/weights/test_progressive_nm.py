@@ -38,6 +38,13 @@ from tests.families import tiny_model
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint, run, same, weights
 
+EXAMPLES = (
+    {"pattern": "1:8"},
+    {"pattern": "2:4", "recipe": "sr-ste", "targets": ["mlp", "q", "k", "v", "o"], "attention": "1:4"},
+    {"pattern": "1:4", "recipe": "custom", "custom": {"0": "3:4", "1": "2:4"}, "masked_momentum": True, "dense": 0.0},
+    {"sparsity": 0.75, "recipe": "mdgf-linear", "masked_momentum": True, "along": "outputs", "finetune": 0.4},
+)
+
 RECIPES: list[Any] = ["mdgf-exp", "mdgf-linear", "sdgf-stepwise", "sdgf-geometric", "sdgf-densify", "ste", "sr-ste"]
 PATTERNS = [(1, 2), (2, 4), (3, 4), (1, 8), (7, 8), (1, 16), (2, 16), (5, 16), (1, 32), (3, 32)]
 

@@ -13,6 +13,8 @@ from intaglio.methods.weights.sparsegpt import SparseGPT, inverse_factor, sparse
 from intaglio.methods.weights.sparsity_target import prune_mask
 from tests.families import tiny_model
 
+EXAMPLES = ({"sparsity": 0.5, "block": 16}, {"pattern": "2:4", "block": 16})
+
 
 def correlated(seed: int, tokens: int, inputs: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)

@@ -14,6 +14,8 @@ from intaglio.methods.weights.wanda import Wanda, wanda_score
 from intaglio.modeling.anatomy import anatomy
 from tests.families import tiny_model
 
+EXAMPLES = ({"sparsity": 0.5}, {"pattern": "2:4"})
+
 
 @given(st.integers(0, 10_000), st.floats(0.1, 10.0), st.integers(0, 15))
 def test_scaling_an_input_and_its_weights_leaves_the_mask(seed: int, factor: float, index: int) -> None:

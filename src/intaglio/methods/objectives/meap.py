@@ -125,6 +125,11 @@ class MEAP(Method, slug="meap"):
         chat: whether prompts are put into the tokenizer's chat template, if it has one. Default True.
     """
 
+    kinds = ("objective",)
+    summary = "masks a small share of the input tokens during training, then predicts every next token as usual"
+    citation = "Zhuang et al., Mask-Enhanced Autoregressive Prediction: Pay Less Attention to Learn More, ICML 2025"
+    url = "https://arxiv.org/abs/2502.07490"
+
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights", "vocabulary"})
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal"})
 

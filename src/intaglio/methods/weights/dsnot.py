@@ -183,6 +183,11 @@ class DSnoT(OneShotPruner, SparsityTarget, Method, slug="dsnot"):
     (the code drops the part between batches), and a row stops when candidates run out (see `refine`).
     """
 
+    kinds = ("carving",)
+    summary = "refines a pruning mask without training, swapping weights to cancel the expected output error"
+    citation = "Zhang et al., Dynamic Sparse No Training: Training-Free Fine-tuning for Sparse LLMs, ICLR 2024"
+    url = "https://arxiv.org/abs/2310.08915"
+
     moments: ClassVar[bool] = True
 
     base: Literal["wanda", "magnitude", "sparsegpt"] = Field("wanda", description="method of the initial mask")

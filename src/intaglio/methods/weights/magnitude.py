@@ -35,6 +35,11 @@ class Magnitude(OneShotPruner, SparsityTarget, Method, slug="magnitude"):
     baseline of Wanda (Sun et al., ICLR 2024), section 4.
     """
 
+    kinds = ("carving",)
+    summary = "removes the smallest weights of each layer; needs no data"
+    citation = "Han et al., Learning both Weights and Connections for Efficient Neural Networks, NeurIPS 2015"
+    url = "https://arxiv.org/abs/1506.02626"
+
     needs_calibration: ClassVar[bool] = False
 
     per: Literal["layer", "row"] = Field("layer", description="compare weights within a layer or within a row")

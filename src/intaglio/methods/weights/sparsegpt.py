@@ -150,6 +150,13 @@ class SparseGPT(OneShotPruner, SparsityTarget, Method, slug="sparsegpt"):
     Source: Frantar and Alistarh, SparseGPT, ICML 2023, arXiv 2301.00774, algorithm 1 and section 3.
     """
 
+    kinds = ("carving",)
+    summary = "removes weights column by column and updates the rest of the row to compensate"
+    citation = (
+        "Frantar and Alistarh, SparseGPT: Massive Language Models Can be Accurately Pruned in One-Shot, ICML 2023"
+    )
+    url = "https://arxiv.org/abs/2301.00774"
+
     dampening: Annotated[float, Field(gt=0, le=1, description="share of the mean diagonal added to the Hessian")] = (
         DAMPENING
     )

@@ -37,6 +37,11 @@ class Wanda(OneShotPruner, SparsityTarget, Method, slug="wanda"):
     arXiv 2306.11695, section 3.
     """
 
+    kinds = ("carving",)
+    summary = "removes the weights with the smallest |weight| times input norm, row by row"
+    citation = "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024"
+    url = "https://arxiv.org/abs/2306.11695"
+
     def rule(self, linears: Sequence[tuple[str, int, int]]) -> tuple[PruneFn, dict[str, Any]]:
         """Return the rule that keeps the highest scores."""
 

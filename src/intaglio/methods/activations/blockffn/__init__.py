@@ -119,6 +119,13 @@ class BlockFFN(ReplacesMLPs, Method, slug="blockffn"):
     warm-up-stable-decay schedule; `schedule: constant` with a warm-up is that without the decay.
     """
 
+    kinds = ("modifier",)
+    summary = "trains experts behind a ReLU router instead of MLPs; few fire, and neighbouring tokens share them"
+    citation = (
+        "Song et al., BlockFFN: Towards End-Side Acceleration-Friendly Mixture-of-Experts with Chunk-Level "
+        "Activation Sparsity, COLM 2025"
+    )
+    url = "https://arxiv.org/abs/2507.08771"
     invalidates: ClassVar[frozenset[Capability]] = frozenset({"zeros"})
     trains_weights: ClassVar[bool] = True
     module_types: ClassVar[tuple[type[BlockFFNLayer], ...]] = (BlockFFNLayer,)

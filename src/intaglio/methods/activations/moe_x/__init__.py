@@ -97,6 +97,12 @@ class MoEX(ReplacesMLPs, Method, slug="moe_x"):
             already or has none to train on, or adapters and frozen weights.
     """
 
+    kinds = ("carving", "modifier")
+    summary = (
+        "turns each MLP into experts and routes each token to those expected to be sparsest, for interpretable units"
+    )
+    citation = "Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025"
+    url = "https://arxiv.org/abs/2503.07639"
     trains_weights: ClassVar[bool] = True
     module_types: ClassVar[tuple[type[MoELayer], ...]] = (MoELayer,)
 

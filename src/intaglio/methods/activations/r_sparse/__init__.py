@@ -111,6 +111,12 @@ class RSparse(ReplacesLinears, Method, slug="r_sparse"):
     are of the real shapes. TEAL: Liu et al., Training-Free Activation Sparsity in Large Language Models, ICLR 2025.
     """
 
+    kinds = ("carving",)
+    summary = (
+        "lets each token read only the weight columns that matter to it, and a low-rank approximation for the rest"
+    )
+    citation = "Zhang et al., R-Sparse: Rank-Aware Activation Sparsity for Efficient LLM Inference, ICLR 2025"
+    url = "https://arxiv.org/abs/2504.19449"
     needs_calibration: ClassVar[bool] = True
     invalidates: ClassVar[frozenset[Capability]] = frozenset({"linear_weights", "matrix_products"})
     module_types: ClassVar[tuple[type[SparseLinear], ...]] = (SparseLinear,)

@@ -80,6 +80,16 @@ class LayerwiseUnmasking(Method, slug="layerwise_unmasking"):
         IntaglioError: the groups do not divide the layers, bits and groups disagree, or the model is an encoder.
     """
 
+    kinds = ("carving", "visibility")
+    summary = (
+        "removes the causal mask from groups of layers, so that a decoder labels tokens with context on both sides"
+    )
+    citation = (
+        "Dukić and Šnajder, Looking Right is Sometimes Right: Investigating the Capabilities of Decoder-only LLMs "
+        "for Sequence Labeling, Findings of ACL 2024"
+    )
+    url = "https://arxiv.org/abs/2401.14556"
+
     storage: ClassVar[Literal["runtime"]] = "runtime"
     needs_calibration: ClassVar[bool] = False
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"attention"})

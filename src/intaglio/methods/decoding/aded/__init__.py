@@ -120,6 +120,12 @@ class ADED(decoder_mixin.Drafting, Method, slug="aded"):
     so its law is the target's.
     """
 
+    kinds = ("decoder", "drafter")
+    summary = "drafts by tree search over a tri-gram table updated from the target's output; lossless"
+    citation = "Liu et al., Adaptive Draft-Verification for Efficient Large Language Model Decoding, AAAI 2025"
+    url = "https://arxiv.org/abs/2407.12021"
+    fitted = True
+
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache", "tokenizer"})
     changes: ClassVar[frozenset[ModelAspect]] = frozenset()
     needs_hidden: ClassVar[bool] = False

@@ -69,6 +69,15 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
     Medusa's typical acceptance, which the code's test uses, would change it and is not offered.
     """
 
+    kinds = ("decoder", "drafter")
+    summary = "drafts with one trained layer over the target's hidden states and token tri-grams; lossless"
+    citation = (
+        "Zeng et al., Chimera: A Lossless Decoding Method for Accelerating Large Language Models Inference by "
+        "Fusing all Tokens, 2024"
+    )
+    url = "https://arxiv.org/abs/2402.15758"
+    fitted = True
+
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache", "tokenizer"})
     changes: ClassVar[frozenset[ModelAspect]] = frozenset()
     level_cost: ClassVar[float] = 0.1  # measured with SmolLM2 on one core: F, the tri-grams and the output

@@ -128,6 +128,14 @@ class DySpec(Drafting, Method, slug="dyspec"):
     from a normal law; both are read as misprints.
     """
 
+    kinds = ("decoder", "drafter")
+    summary = "grows a draft model's token tree where the draft model expects acceptance; lossless"
+    citation = (
+        "Xiong et al., DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure, World Wide Web "
+        "Journal 2025"
+    )
+    url = "https://arxiv.org/abs/2410.11744"
+
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache", "tokenizer"})
     changes: ClassVar[frozenset[ModelAspect]] = frozenset()
     needs_hidden: ClassVar[bool] = False

@@ -67,6 +67,12 @@ class HiddenTransfer(TrainedHeads, Drafting, Method, slug="hidden_transfer"):
     target's.
     """
 
+    kinds = ("decoder", "drafter")
+    summary = "drafts inside the target's pass, by trained maps to pseudo hidden states of future tokens; lossless"
+    citation = "Wu et al., Parallel Decoding via Hidden Transfer for Lossless Large Language Model Acceleration, 2024"
+    url = "https://arxiv.org/abs/2404.12022"
+    fitted = True
+
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache", "tokenizer"})
     changes: ClassVar[frozenset[ModelAspect]] = frozenset()
     architecture: ClassVar[tuple[str, ...]] = ("ahead", "layers")

@@ -130,6 +130,16 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
     Under LoRA, PAD's row stays as it was drawn, and the adapters learn to read it.
     """
 
+    kinds = ("objective", "decoder", "drafter")
+    summary = (
+        "trains a model to emit the rest of a lexical unit in one pass, and decodes so; lossless only with verification"
+    )
+    citation = (
+        "Sun et al., Decoding at the Speed of Thought: Harnessing Parallel Decoding of Lexical Units for LLMs, "
+        "LREC-COLING 2024"
+    )
+    url = "https://arxiv.org/abs/2405.15208"
+
     model_config = ConfigDict(arbitrary_types_allowed=True)
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights", "vocabulary"})
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache"})

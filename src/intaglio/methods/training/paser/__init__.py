@@ -120,6 +120,15 @@ class PASER(Method, slug="paser"):
     2026; code BokwaiHo/PASER.
     """
 
+    kinds = ("selector",)
+    summary = (
+        "selects the few instructions that recover most of what pruning lost, by divergence from the original model"
+    )
+    citation = (
+        "He et al., PASER: Post-Training Data Selection for Efficient Pruned Large Language Model Recovery, ICLR 2026"
+    )
+    url = "https://arxiv.org/abs/2502.12594"
+
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "tokenizer"})
 
     budget: Annotated[float, Field(gt=0, le=1)] = 0.2

@@ -101,6 +101,11 @@ class BiP(Method, slug="bip"):
     OPTML-Group/BiP.
     """
 
+    kinds = ("modifier",)
+    summary = "learns which weights to keep during training, by alternating steps of weights and mask scores"
+    citation = "Zhang et al., Advancing Model Pruning via Bi-level Optimization, NeurIPS 2022"
+    url = "https://arxiv.org/abs/2210.04092"
+
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
     requires: ClassVar[frozenset[Capability]] = frozenset({"linear_weights"})
     trains_weights: ClassVar[bool] = True

@@ -88,6 +88,14 @@ class BitNet(ReplacesLinears, Quantization, Method, slug="bitnet"):
     forward scales the bias by token; its stochastic rounding draws in evaluation, too.
     """
 
+    kinds = ("carving", "modifier")
+    summary = "trains ternary weights and 8-bit activations by straight-through rounding, and packs them"
+    citation = (
+        "Nielsen and Schneider-Kamp, BitNet b1.58 Reloaded: State-of-the-art Performance Also on Smaller Networks, "
+        "DeLTA 2024"
+    )
+    url = "https://arxiv.org/abs/2407.09527"
+
     module_types: ClassVar[tuple[type[QuantizedLinear], ...]] = (BitLinear, PackedLinear)
 
     keep: Literal["packed", "shadow"] = "packed"

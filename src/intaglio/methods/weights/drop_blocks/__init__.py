@@ -74,6 +74,9 @@ class DropBlocks(Method, slug="drop_blocks"):
             calibration data; measures that are not finite; a family whose blocks depend on their position.
     """
 
+    kinds = ("carving",)
+    summary = "removes whole transformer blocks, by measured influence or by index"
+
     model_config = ConfigDict(
         json_schema_extra={
             "oneOf": [

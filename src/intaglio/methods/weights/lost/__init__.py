@@ -120,6 +120,12 @@ class LOST(ReplacesLinears, Method, slug="lost"):
             next token, or nothing can be merged.
     """
 
+    kinds = ("carving",)
+    summary = (
+        "replaces each projection by a low-rank pair and a few whole columns, to train from scratch in less memory"
+    )
+    citation = "Li et al., LOST: Low-rank and Sparse Pre-training for Large Language Models, 2025"
+    url = "https://arxiv.org/abs/2508.02668"
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
     module_types: ClassVar[tuple[type[LowRankLinear], ...]] = (LostLinear, ElementsLinear)
 

@@ -156,6 +156,16 @@ class OMPTransplant(Method, slug="omp_transplant"):
     arXiv 2506.06607; where they differ, the released code. Departures from it are listed in the package's docstring.
     """
 
+    kinds = ("carving",)
+    summary = (
+        "gives a model another model's tokenizer without training; new embeddings are sparse combinations of "
+        "shared tokens"
+    )
+    citation = (
+        "Goddard and Fernandes Neto, Training-Free Tokenizer Transplantation via Orthogonal Matching Pursuit, 2025"
+    )
+    url = "https://arxiv.org/abs/2506.06607"
+
     storage: ClassVar[Literal["standalone"]] = "standalone"
     needs_calibration: ClassVar[bool] = False
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"vocabulary"})

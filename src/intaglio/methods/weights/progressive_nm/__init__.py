@@ -105,6 +105,13 @@ class ProgressiveNM(SparsityTarget, Method, slug="progressive_nm"):
     2021.
     """
 
+    kinds = ("modifier",)
+    summary = "trains with N:M sparsity that increases gradually: pruned weights decay, or the pattern tightens"
+    citation = (
+        "Bambhaniya et al., Progressive Gradient Flow for Robust N:M Sparsity Training in Transformers, CPAL 2025"
+    )
+    url = "https://arxiv.org/abs/2402.04744"
+
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
     requires: ClassVar[frozenset[Capability]] = frozenset({"linear_weights"})
     trains_weights: ClassVar[bool] = True
