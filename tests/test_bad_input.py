@@ -565,7 +565,7 @@ def test_a_page_that_cannot_be_written(tiny_dir: TinyDir, corpus_file: Path, tmp
     ("options", "says"),
     [
         (["the fox " * 100], "tokens are more than the model's context of 128"),
-        (["the fox", "--max-new-tokens", "128"], "in the context of 128; 128 were asked for"),
+        (["the fox", "--max-new-tokens", "128"], "in the context of 128; max_new_tokens is 128"),
         ([""], "the prompt is empty"),
         (["the fox", "--decoder", "beam"], "there is no decoder named 'beam'; accepted: greedy, sample"),
         (["the fox", "--decoder", "sample", "--temperature", "0"], "temperature is 0.0; it must be above 0"),
@@ -574,7 +574,7 @@ def test_a_page_that_cannot_be_written(tiny_dir: TinyDir, corpus_file: Path, tmp
         (["the fox", "--decoder", "sample", "--temperature", "inf"], "temperature is inf; it must be"),
         (["the fox", "--decoder", "sample", "--top-p", "2"], "top_p is 2.0; it must be above 0 and at most 1"),
         (["the fox", "--decoder", "sample", "--top-p", "0"], "top_p is 0.0; it must be above 0 and at most 1"),
-        (["the fox", "--temperature", "2"], "temperature has no meaning for the decoder greedy"),
+        (["the fox", "--temperature", "2"], "temperature has no effect on the decoder greedy"),
         (["half a \ud800 character"], "half a character"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from intaglio.cli.generate import count_passes
-from intaglio.speculative.heads.self_generated_data import stop_ids, until
+from intaglio.speculative.heads.self_generated_data import stop_ids, truncate_at_stop
 
 Run = dict[str, Any]
 
@@ -52,7 +52,7 @@ def once(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds, cpu = time.perf_counter() - start, time.process_time() - begun
-    results = [until(ids, stops) for ids in whole_BL[:, longest:].tolist()]
+    results = [truncate_at_stop(ids, stops) for ids in whole_BL[:, longest:].tolist()]
     tokens = sum(map(len, results))
     # A row that has ended takes part in stock passes, but is not counted; only one row drafts there.
     run: Run = {"seconds": seconds, "cpu_seconds": cpu, "ids": results, "new_tokens": tokens,

@@ -35,7 +35,7 @@ import prompts
 import table
 import torch
 import transformers
-from once import Run as Timed
+from once import DecodingRun as Timed
 from once import gap, once
 
 import intaglio
@@ -50,10 +50,10 @@ from intaglio.methods.decoding.lud import LUD
 from intaglio.speculative.drafters.draft_model import DraftModel
 from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
-from intaglio.speculative.heads.static_tree import assumed, likely
 from intaglio.speculative.loop import Speculative
-from intaglio.speculative.prepacked_linear import WORTH
-from intaglio.speculative.protocols import Run, Session, Step, by_row
+from intaglio.speculative.prepacked_linear import MIN_NEW_TOKENS
+from intaglio.speculative.protocols import DecodingRun, Session, Step, by_row
+from intaglio.speculative.static_tree import best_tree, default_acceptance
 from intaglio.speculative.tree import TokenTree, root_only
 
 HERE = Path(__file__).resolve().parent
@@ -71,7 +71,7 @@ class Undrafted:
 
     needs_hidden = False
 
-    def start(self, run: Run) -> Session:
+    def start(self, run: DecodingRun) -> Session:
         """Return a session that proposes nothing."""
         return by_row(run, lambda prompt: _Roots(0))
 
@@ -198,7 +198,7 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
         return Mode(_with(lud), tuned, f"{ours} {stat_fingerprint(arguments.lud)}", lossless=False)
     if mode in ("hidden_transfer", "chimera"):
         decoder = checkpoint.decoder(mode, nodes=nodes)
-        return Mode(_with(decoder), checkpoint, f"{ours} {_of_heads(decoder._heads, decoder.shape)}")
+        return Mode(_with(decoder), checkpoint, f"{ours} {_of_heads(decoder._heads, decoder.static_tree())}")
     if mode == "medusa":
         heads, shape = _medusa(arguments, checkpoint)
         return Mode(_with(Speculative(Medusa(heads, shape))), checkpoint, f"{ours} {_of_heads(heads, shape)}")
@@ -239,7 +239,8 @@ def _medusa(arguments: argparse.Namespace, checkpoint: Any) -> tuple[MedusaHeads
     except RuntimeError as error:
         raise IntaglioError("the heads belong to another model than this") from error
     heads.to(checkpoint.device, checkpoint.model.dtype)
-    return heads.requires_grad_(False), likely(arguments.nodes, collected.about.get("chances") or assumed(count))
+    chances = collected.about.get("chances") or default_acceptance(count)
+    return heads.requires_grad_(False), best_tree(chances, arguments.nodes)
 
 
 def _of_heads(heads: Any, shape: Any) -> str:
@@ -305,7 +306,7 @@ def main() -> None:
     journal, tables, texts = Journal(arguments.out / "runs.jsonl"), [], []
     for mode in modes.values():
         # Not counted: the first call of a model lays its weights out.
-        once(mode.checkpoint, [chosen[0]["ids"]], WORTH, mode.options())
+        once(mode.checkpoint, [chosen[0]["ids"]], MIN_NEW_TOKENS, mode.options())
     for temperature in temperatures:
         for batch in batches:
             some = {name: mode for name, mode in modes.items() if batch == 1 or mode.batches}

@@ -87,11 +87,11 @@ def main() -> None:
     acceptance = {
         "prompts": len(chosen),
         "new_tokens": arguments.new,
-        "nodes": len(decoder.shape),
+        "nodes": len(decoder.static_tree()),
         "tokens_a_pass": round(sum(tokens.values()) / sum(passes.values()), 4),
         "kinds": {kind: round(tokens[kind] / passes[kind], 4) for kind in tokens},
     }
-    item = bundled.bundle(results, Path(model).name, acceptance, arguments.into)
+    item = bundled.write_bundled(results, Path(model).name, acceptance, arguments.into)
     print(f"{results.slug}, in {item.folder}: {item.sentence()}")
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.checkpoint import bundled as package
 from intaglio.checkpoint.attachments import Attachment
-from intaglio.checkpoint.bundled import MOST, ROOT, SHARD, bundle, bundled_heads
+from intaglio.checkpoint.bundled import MAX_BYTES, ROOT, SHARD_BYTES, bundled_heads, write_bundled
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.cli.app import app
 from intaglio.cli.generate import generate
@@ -38,7 +38,7 @@ def heads_for(checkpoint: Checkpoint, **fields: Any) -> Attachment:
 
 
 def ship_for(checkpoint: Checkpoint, root: Path, **fields: Any) -> package.BundledHeads:
-    return bundle(heads_for(checkpoint, **fields), "tiny", ACCEPTANCE, root)
+    return write_bundled(heads_for(checkpoint, **fields), "tiny", ACCEPTANCE, root)
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_they_are_used_out_of_the_box(model: Path, root: Path) -> None:
     assert found["token_ids"] == generate(load(model), "the quick", max_new_tokens=12)["token_ids"]
     assert found["accepted_share"] is not None
     decoder = load(model).decoder("hidden_transfer", nodes=5)
-    assert len(decoder.shape) == 5
+    assert len(decoder.static_tree()) == 5
     assert decoder._about["chances"] == one.about["chances"]
     words = ["--decoder", "hidden_transfer", "--max-new-tokens", "8", "--json"]
     run = CliRunner().invoke(app, ["generate", str(model), "the quick", *words])
@@ -130,19 +130,19 @@ def test_they_are_written_small_and_beside_others(model: Path, root: Path, monke
     checkpoint = load(model)
     (root / "tiny").mkdir(parents=True)
     (root / "tiny" / "chimera.json").write_text("another's")
-    monkeypatch.setattr(package, "SHARD", 6143)
+    monkeypatch.setattr(package, "SHARD_BYTES", 6143)
     with pytest.raises(IntaglioError, match="the tensor change_kDD has 6144 bytes; a file may hold 6143 at the most"):
         ship_for(checkpoint, root)
     assert sorted(path.name for path in (root / "tiny").iterdir()) == ["chimera.json"]
-    monkeypatch.setattr(package, "SHARD", SHARD)
+    monkeypatch.setattr(package, "SHARD_BYTES", SHARD_BYTES)
     one = ship_for(checkpoint, root)
     assert one.bytes == 3 * 32 * 32 * 2
     again = ship_for(checkpoint, root, ahead=2)
     names = sorted(path.name for path in (root / "tiny").iterdir())
     assert names == ["chimera.json", "hidden_transfer.json", "hidden_transfer.safetensors"]
     assert again.attachment().tensors["change_kDD"].dtype == torch.bfloat16
-    monkeypatch.setattr(package, "MOST", 100)
-    with pytest.raises(IntaglioError, match=r"have 0\.0 MB in bfloat16; at most 0 MB are shipped"):
+    monkeypatch.setattr(package, "MAX_BYTES", 100)
+    with pytest.raises(IntaglioError, match=r"have 0\.0 MB in bfloat16; at most 0 MB are accepted"):
         ship_for(checkpoint, root)
 
 
@@ -150,12 +150,12 @@ def test_damaged_ones_are_one_sentence(model: Path, root: Path) -> None:
     checkpoint = load(model)
     ship_for(checkpoint, root)
     heads, description = (root / "tiny" / f"hidden_transfer.{end}" for end in ("safetensors", "json"))
-    content, told = heads.read_bytes(), description.read_text()
+    content, summary = heads.read_bytes(), description.read_text()
     cases: list[tuple[str, bytes | None, str, str]] = [
-        ("cut", content[: len(content) // 2], told, "is damaged or truncated"),
-        ("gone", None, told, "is damaged or truncated: No such file"),
-        ("other", content, told.replace('"ahead": 3', '"ahead": 4'), "are not those that hidden_transfer.json desc"),
-        ("half", content, told[:40], "does not describe heads that come with the package"),
+        ("cut", content[: len(content) // 2], summary, "is damaged or truncated"),
+        ("gone", None, summary, "is damaged or truncated: No such file"),
+        ("other", content, summary.replace('"ahead": 3', '"ahead": 4'), "are not those that hidden_transfer.json desc"),
+        ("half", content, summary[:40], "does not describe heads that come with the package"),
         ("empty", content, "{}", "does not describe heads that come with the package"),
     ]
     for _, data, text, says in cases:
@@ -186,9 +186,9 @@ def test_what_is_shipped_is_whole() -> None:
         if description.name.endswith(".index.json"):
             continue
         (one,) = [found for found in bundled_heads(description.stem) if found.model == description.parent.name]
-        assert one.fits(one.about["model"])
-        assert one.fits(one.about["float16"])
-        assert not one.fits("")
-        assert one.attachment().bytes == one.bytes <= MOST
+        assert one.matches(one.about["model"])
+        assert one.matches(one.about["float16"])
+        assert not one.matches("")
+        assert one.attachment().bytes == one.bytes <= MAX_BYTES
         assert all(path.stat().st_size < 16_000_000 for path in description.parent.iterdir())
         assert one.acceptance["tokens_a_pass"] > 1

@@ -21,8 +21,7 @@ from typer.testing import CliRunner
 from intaglio.checkpoint import RECORD, Checkpoint, load, weights_digest
 from intaglio.cli.app import app
 from intaglio.cli.console import progress_bar
-from intaglio.cli.generate import count_passes, generate
-from intaglio.cli.settings import Painter
+from intaglio.cli.generate import DraftPainter, count_passes, generate
 from intaglio.evidence.record import all_shipped
 from intaglio.methods.decoding.aded import ADED, Table
 from intaglio.methods.decoding.lud import LUD
@@ -509,7 +508,7 @@ def test_half_characters_wait_for_their_other_half() -> None:
             return bytes(ids).decode("utf-8", "replace")
 
     seen: list[tuple[str, bool]] = []
-    painter = Painter(Bytes(), lambda piece, drafted: seen.append((piece, drafted)))
+    painter = DraftPainter(Bytes(), lambda piece, drafted: seen.append((piece, drafted)))
     step = {"row": 0, "tree": None, "path": (), "hidden": None, "logits": torch.zeros(1, 1)}
     painter(Step(tokens=[*"a\u00e9".encode()], drafted=1, done=False, **step))  # type: ignore[arg-type]
     painter(Step(tokens=[*b"\nb", 0xC3], drafted=3, done=True, **step))  # type: ignore[arg-type]
@@ -520,7 +519,7 @@ def test_half_characters_wait_for_their_other_half() -> None:
     ("words", "says"),
     [
         (["--set", "nodes"], "--set 'nodes' is not accepted; write key=value, such as nodes=7"),
-        (["--set", "nodes=1", "--set", "nodes=2"], "--set nodes stands twice; give it once"),
+        (["--set", "nodes=1", "--set", "nodes=2"], "--set nodes is given twice; give it once"),
         (["--set", "node=1"], "--set, node: there is no such field here; did you mean nodes?"),
         (["--set", "tokenizer=x"], "--set, tokenizer: there is no such field here; accepted: adaptive, boost"),
         (["--set", "nodes=0"], "--set, nodes: '0' is not accepted, it should be greater than or equal to 1"),
@@ -529,9 +528,9 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (["--set", "corpus="], "--set, corpus: the corpus is empty; accepted: texts"),
         (["--set", "corpus=nowhere.txt"], "the texts 'nowhere.txt' are no file, no folder and no bundled name"),
         (["--set", "corpus=no.safetensors"], "there is no tri-gram table no.safetensors"),
-        (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; give one"),
-        (["--decoder", "greedy", "--set", "nodes=1"], "the decoder greedy has nothing to set (--set nodes); aded"),
-        (["--decoder", "sample", "--show-drafts"], "the decoder sample drafts nothing that --show-drafts could show"),
+        (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; leave one"),
+        (["--decoder", "greedy", "--set", "nodes=1"], "the decoder greedy has no settings (--set nodes); aded"),
+        (["--decoder", "sample", "--show-drafts"], "the decoder sample drafts nothing for --show-drafts to show"),
         (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, chimera, dyspec"),
         (["--decoder", "ngram"], "the decoder ngram needs a corpus; give it with --set corpus=..."),
         (["--decoder", "ngram", "--set", "order=1", "--set", "corpus={corpus}"], "order is 1; it must be at least 2"),
@@ -539,19 +538,22 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (["--decoder", "prompt_lookup", "--set", "corpus=x"], "there is no such field here; accepted: candidates"),
         (
             ["--decoder", "draft_model", "--set", "model={tiny}", "--set", "length=0"],
-            "--set length is 0; it must be at least 1",
+            "length is 0; it must be at least 1",
         ),
         (
             ["--decoder", "draft_model", "--set", "model={other}"],
             "the draft model knows 99 token ids and the target 160",
         ),
-        (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "widths=2,x"], "widths: '2,x' is not accepted"),
+        (
+            ["--decoder", "draft_model", "--set", "model={tiny}", "--set", "widths=2,x"],
+            "widths is '2,x'; numbers separated by commas",
+        ),
         (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "widths=0"], "a width is 0; it must be"),
         (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "nodes=3"], "nodes belongs to acceptance"),
         (["--decoder", "draft_model", "--set", "model={tiny}", "--set", "acceptance=2"], "lie between 0 and 1"),
         (
             ["--decoder", "draft_model", "--set", "model={tiny}", "--set", "widths=2", "--set", "length=2"],
-            "length, widths and acceptance each say what the tree is like; give one",
+            "length, widths and acceptance each define the tree; give only one",
         ),
         (["--decoder", "dyspec"], "the decoder dyspec needs a draft; give it with --set draft=..."),
         (["--decoder", "dyspec", "--set", "draft={other}"], "the draft model knows 99 token ids and the target 160"),

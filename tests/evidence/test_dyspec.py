@@ -22,7 +22,7 @@ from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
 from intaglio.methods.decoding.dyspec import DySpec
 from intaglio.speculative.drafters.rank_statistics import draft_ranks
-from intaglio.speculative.drafters.static_tree import chain
+from intaglio.speculative.static_tree import StaticTree
 from tests.families import tiny_checkpoint_dir, tiny_model, tiny_tokenizer
 
 
@@ -94,7 +94,7 @@ def test_the_fixed_tree_is_the_best_on_the_fitting_prompts_alone() -> None:
         fixed = dyspec.shape(world, "fixed", nodes, False, new)
         assert len(fixed) <= nodes
         passes = sum(map(fixed.replay, ranks))
-        for other in (dyspec.shape(world, "widths", nodes, False, new), chain(nodes)):
+        for other in (dyspec.shape(world, "widths", nodes, False, new), StaticTree.from_widths((1,) * nodes)):
             assert passes <= sum(map(other.replay, ranks))
     warm = dyspec.shape(world, "fixed", NODES, True, new)
     chances = dyspec._chances(world, True, new)

@@ -19,8 +19,8 @@ from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
 from intaglio.methods.decoding.chimera import Chimera
 from intaglio.methods.decoding.hidden_transfer import HiddenTransfer
 from intaglio.speculative.drafters.medusa import MedusaHeads
-from intaglio.speculative.heads.self_generated_data import prompts_of
-from intaglio.speculative.heads.static_tree import assumed
+from intaglio.speculative.heads.self_generated_data import extract_prompts
+from intaglio.speculative.static_tree import default_acceptance
 from tests.families import tiny_checkpoint_dir, tiny_model
 
 QUICK = Training(texts=4, prompt=4, length=16, epochs=1, batch_size=2, rates=(1e-3,), trial=1, threads=1)
@@ -97,7 +97,7 @@ def test_as_many_texts_are_written_as_the_claim_says(small: SmolLM2Wikipedia) ->
 def test_the_articles_give_as_many_prompts_as_the_claims_ask_for() -> None:
     training, texts = Training(), trained_heads.WORLD.part("calibration")
     assert len(texts) < training.texts
-    prompts = prompts_of(trained_heads.WORLD.load(), texts, training.prompt, training.texts)
+    prompts = extract_prompts(trained_heads.WORLD.load(), texts, training.prompt, training.texts)
     assert [len(ids) for ids in prompts] == [training.prompt] * training.texts
     assert len(set(map(tuple, prompts))) == training.texts
     for stage, most in (("pilot", 10), ("run", trained_heads.WORLD.documents_run)):
@@ -125,7 +125,7 @@ def _checkpoint(model: Any) -> Any:
 def test_what_a_tree_is_expected_to_accept() -> None:
     assert accepted([[1.0], [1.0]]) == 2
     assert accepted([[0.5, 0.25], [0.5, 0.0]]) == pytest.approx(0.5 + 0.25 + 0.25 + 0.125)
-    assert accepted(assumed(3)) > accepted(assumed(2))
+    assert accepted(default_acceptance(3)) > accepted(default_acceptance(2))
 
 
 @pytest.mark.parametrize("slug", ["chimera", "hidden_transfer"])

@@ -12,7 +12,7 @@ from transformers.cache_utils import LinearAttentionLayer, QuantizedCache
 from intaglio.errors import IntaglioError
 from intaglio.masks import Bidirectional, clear_visibility, set_visibility
 from intaglio.modeling.anatomy import CACHE
-from intaglio.speculative import Pass, Run, Speculative, Step, TokenTree, chain, root_only
+from intaglio.speculative import DecodingRun, Speculative, Step, TokenTree, TreePass, chain, root_only
 from intaglio.speculative.drafters import DraftModel, NGramStore, PromptLookup
 from intaglio.speculative.target_model import Reader
 from tests.families import tiny_model, tiny_tokenizer
@@ -136,9 +136,9 @@ class _Session:
     def observe(self, steps: list[Step]) -> None:
         self.last = steps[0].tokens[-1]
 
-    def forward(self, call: Pass) -> torch.Tensor:
-        call.reader.run(call.inputs)
-        return call.reader.run(call.inputs)
+    def forward(self, call: TreePass) -> torch.Tensor:
+        call.reader.forward(call.inputs)
+        return call.reader.forward(call.inputs)
 
 
 class _Drafter:
@@ -147,7 +147,7 @@ class _Drafter:
     def __init__(self, trees: int) -> None:
         self.trees = trees
 
-    def start(self, run: Run) -> _Session:
+    def start(self, run: DecodingRun) -> _Session:
         return _Session(self.trees)
 
 
@@ -163,7 +163,7 @@ def test_a_streamer_or_scores_for_several_rows() -> None:
     decoder = Speculative(nothing(), streamer=TextStreamer(tiny_tokenizer("llama")))
     with pytest.raises(IntaglioError, match="a streamer was given with 2 rows"):
         target("llama").generate(**inputs, custom_generate=decoder, max_new_tokens=3)
-    with pytest.raises(IntaglioError, match="output_scores or output_logits was asked for with 2 rows"):
+    with pytest.raises(IntaglioError, match="output_scores or output_logits is set with 2 rows"):
         run(target("llama"), return_dict_in_generate=True, output_scores=True, **inputs)
 
 

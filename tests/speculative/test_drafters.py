@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from intaglio.errors import IntaglioError
-from intaglio.speculative import Run, Speculative, Step, TokenTree
+from intaglio.speculative import DecodingRun, Speculative, Step, TokenTree
 from intaglio.speculative.drafters import DraftModel, NGramStore, PromptLookup
 from tests.speculative.toys import prompt, ragged, target
 
 
 def session(drafter: Any, seen: list[int], first: int) -> Any:
     """A session of one row after the prefill, with `first` emitted."""
-    run = Run(target("llama"), (tuple(seen),), False, target("llama").generation_config, 99)
+    run = DecodingRun(target("llama"), (tuple(seen),), False, target("llama").generation_config, 99)
     found = drafter.start(run)
     found.observe([Step(0, [first], 0, None, (), None, torch.zeros(1, 160), False)])
     return found

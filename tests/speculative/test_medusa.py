@@ -12,8 +12,9 @@ from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import anatomy, final_hidden
 from intaglio.speculative import Speculative
 from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
-from intaglio.speculative.heads.objective import head_batch, measured_chances, train_heads
-from intaglio.speculative.heads.static_tree import Shape
+from intaglio.speculative.heads.lm_head import TargetHead
+from intaglio.speculative.heads.objective import head_batch, measure_acceptance, train_heads
+from intaglio.speculative.static_tree import StaticTree
 from tests.families import DECODERS, tiny_model, tiny_tokenizer
 from tests.speculative.distributions import check_law
 from tests.speculative.toys import ragged, target
@@ -26,7 +27,7 @@ def test_an_untrained_head_says_what_the_model_says() -> None:
     heads = MedusaHeads(model, heads=2, layers=2, rank=3).double()
     hidden = final_hidden(anatomy(model), {"input_ids": torch.tensor([IDS])})
     states = torch.stack(heads.states(hidden), 2)[0]
-    found = heads.score(states, model.lm_head.weight)
+    found = heads.score(states, TargetHead(anatomy(model), heads.words))
     with torch.no_grad():
         expected = model(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(found[:, 0], expected)
@@ -59,7 +60,7 @@ def test_output_is_stock_before_and_after_a_short_training(family: str) -> None:
     assert float(heads.weights_KLDD.detach().abs().max()) > 0
     inputs = ragged([6, 9, 4])
     expected = model.generate(**inputs, do_sample=False, max_new_tokens=10)
-    loop = Speculative(Medusa(heads, Shape.of("0 1 00 000")))
+    loop = Speculative(Medusa(heads, StaticTree.from_paths("0 1 00 000")))
     found = model.double().generate(**inputs, do_sample=False, max_new_tokens=10, custom_generate=loop)
     assert torch.equal(found, model.generate(**inputs, do_sample=False, max_new_tokens=10))
     assert expected.shape[0] == 3
@@ -68,14 +69,14 @@ def test_output_is_stock_before_and_after_a_short_training(family: str) -> None:
 def test_chances_are_measured() -> None:
     checkpoint = Checkpoint(tiny_model("llama", layers=1), tiny_tokenizer("llama"), "tiny")
     heads = MedusaHeads(checkpoint.model, heads=2)
-    chances = measured_chances(checkpoint, heads, [{"input_ids": IDS}, {"input_ids": IDS[::-1]}], 12, ranks=4)
+    chances = measure_acceptance(checkpoint, heads, [{"input_ids": IDS}, {"input_ids": IDS[::-1]}], 12, ranks=4)
     assert len(chances) == 2
     assert all(len(level) == 4 and 0 <= min(level) <= max(level) <= 1 for level in chances)
     assert heads.ranks == 1
 
 
 def test_sampling_keeps_the_law() -> None:
-    check_law(lambda model: Speculative(Medusa(MedusaHeads(model, heads=2), Shape.of("0 1 2 00 01 10"))))
+    check_law(lambda model: Speculative(Medusa(MedusaHeads(model, heads=2), StaticTree.from_paths("0 1 2 00 01 10"))))
 
 
 def test_heads_of_another_width_are_refused() -> None:

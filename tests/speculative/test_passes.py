@@ -14,9 +14,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from intaglio.speculative import tree_attention
-from intaglio.speculative.cache import ROOM, drop_last, is_windowed, roomy
+from intaglio.speculative.cache import ROOM, drop_last, is_windowed, preallocated_cache
 from intaglio.speculative.statistics import Statistics
-from intaglio.speculative.target_model import Reader, as_taken, stack
+from intaglio.speculative.target_model import Reader, format_mask, stack
 from intaglio.speculative.tree import TokenTree
 from tests.speculative.toys import prompt, target
 
@@ -87,7 +87,7 @@ def test_a_pass_that_fails_leaves_the_model_as_it_was() -> None:
 @settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(1, 200), st.integers(0, 250), st.booleans()), min_size=1, max_size=6))
 def test_a_roomy_layer_holds_what_the_stock_one_does(steps: list[tuple[int, int, bool]]) -> None:
-    ours, stock = roomy(), DynamicCache()
+    ours, stock = preallocated_cache(), DynamicCache()
     draws = torch.Generator().manual_seed(0)
     rows = 2
     for new, dropped, select in steps:
@@ -104,7 +104,7 @@ def test_a_roomy_layer_holds_what_the_stock_one_does(steps: list[tuple[int, int,
 
 
 def test_a_roomy_layer_writes_in_place_and_can_be_copied() -> None:
-    cache = roomy()
+    cache = preallocated_cache()
     cache.update(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4), 0)
     place = cache.layers[0].keys.data_ptr()
     for new in (1, ROOM - 1):
@@ -119,7 +119,7 @@ def test_a_roomy_layer_writes_in_place_and_can_be_copied() -> None:
 
 def test_the_last_slots_are_dropped_and_no_more() -> None:
     config = target("mistral_window").config
-    for cache in (DynamicCache(config=config), roomy()):
+    for cache in (DynamicCache(config=config), preallocated_cache()):
         layers = cache.layers
         for index in range(2):
             cache.update(torch.arange(6.0).view(1, 1, 6, 1), torch.arange(6.0).view(1, 1, 6, 1), index)
@@ -142,15 +142,15 @@ def test_the_last_slots_are_dropped_and_no_more() -> None:
 def test_a_mask_as_attention_takes_it() -> None:
     seen = torch.tensor([[True, False]])
     for name in ("sdpa", "intaglio_sdpa", "flex_attention"):
-        assert as_taken(seen, name, torch.float32) is seen
+        assert format_mask(seen, name, torch.float32) is seen
     for name in ("eager", "intaglio_eager"):
-        assert as_taken(seen, name, torch.bfloat16).tolist() == [[0.0, torch.finfo(torch.bfloat16).min]]
+        assert format_mask(seen, name, torch.bfloat16).tolist() == [[0.0, torch.finfo(torch.bfloat16).min]]
 
 
 def test_a_pass_is_booked() -> None:
     found = Statistics()
     start = time.perf_counter()
     for rows in (3, 2):
-        found.book(rows, start, torch.device("cpu"))
+        found.record_pass(rows, start, torch.device("cpu"))
     assert (found.passes, found.row_passes) == (2, 5)
     assert 0 < found.model_seconds <= 2 * (time.perf_counter() - start)

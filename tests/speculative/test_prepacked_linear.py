@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from intaglio.speculative import Speculative, prepacked_linear
 from intaglio.speculative.drafters import PromptLookup
-from intaglio.speculative.prepacked_linear import MOST, WORTH, Prepacked, prepacked
+from intaglio.speculative.prepacked_linear import MAX_ROWS, MIN_NEW_TOKENS, Prepacked, prepacked
 from tests.families import DECODERS, tiny_model
 
 CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2}}
@@ -48,7 +48,7 @@ def test_products_are_those_of_the_module(
     with torch.inference_mode():
         expected = module(x)
         with Prepacked(module):
-            assert is_prepacked(module)
+            assert is_prepacked(module) == prepacked_linear._works(dtype)
             found = module(x)
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, **CLOSE[dtype])
@@ -78,7 +78,7 @@ def test_another_weight_gets_another_copy(change: str) -> None:
 def test_gradients_and_many_rows_go_through_the_module_itself() -> None:
     module = nn.Linear(8, 8)
     x = torch.randn(2, 8, requires_grad=True)
-    many = torch.randn(MOST + 1, 8)
+    many = torch.randn(MAX_ROWS + 1, 8)
     with Prepacked(module):
         module(x).sum().backward()
         with torch.no_grad():
@@ -115,16 +115,16 @@ def test_an_error_leaves_nothing_behind() -> None:
 def test_when_copies_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(64, 64)
     assert prepacked(model, False, 1000) is None
-    assert prepacked(model, None, WORTH - 1) is None
+    assert prepacked(model, None, MIN_NEW_TOKENS - 1) is None
     assert prepacked(model, True, 1) is not None
-    assert prepacked(model, None, WORTH) is not None
+    assert prepacked(model, None, MIN_NEW_TOKENS) is not None
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * model.weight.nbytes - 1))
-    assert prepacked(model, None, WORTH) is None
-    assert prepacked(model, True, WORTH) is not None
+    assert prepacked(model, None, MIN_NEW_TOKENS) is None
+    assert prepacked(model, True, MIN_NEW_TOKENS) is not None
     monkeypatch.undo()
     with monkeypatch.context() as without:
         without.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-        assert prepacked(model, True, WORTH) is None
+        assert prepacked(model, True, MIN_NEW_TOKENS) is None
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_torch_without_the_operators_is_run_as_ever(operator: Any, monkeypatch
         found._linear_pointwise = operator
     monkeypatch.setattr(torch.ops, "mkldnn", found)
     try:
-        assert prepacked(nn.Linear(4, 4), True, WORTH) is None
+        assert prepacked(nn.Linear(4, 4), True, MIN_NEW_TOKENS) is None
     finally:
         prepacked_linear._works.cache_clear()
 

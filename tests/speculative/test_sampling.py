@@ -17,9 +17,9 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from intaglio.errors import IntaglioError
 from intaglio.speculative import Speculative, TokenTree, sampling
 from intaglio.speculative import acceptance as walking
-from intaglio.speculative.acceptance import walk
+from intaglio.speculative.acceptance import verify_tree
 from intaglio.speculative.drafters import DraftModel
-from intaglio.speculative.sampling import reject
+from intaglio.speculative.sampling import rejection_sample
 from tests.families import tiny_model
 from tests.speculative.toys import mixed, prompt, target, wrong
 
@@ -52,7 +52,7 @@ def p_value(counts: np.ndarray, law: np.ndarray) -> float:
 class Toy:
     """A Markov target and a Markov draft, and the loop's own walk and rules between them, without a model's passes.
 
-    It is chooser and row of the walk at once: the target's law after each token is worked out beforehand.
+    It is selector and row of the walk at once: the target's law after each token is worked out beforehand.
     """
 
     def __init__(self, warp: str, widths: tuple[int, ...], drawn: bool, replace: bool = False) -> None:
@@ -72,13 +72,13 @@ class Toy:
     def append(self, token: int) -> None:
         self.tokens.append(token)
 
-    def drawn(self, tree: TokenTree, node: int) -> bool:
+    def uses_draft_probs(self, tree: TokenTree, node: int) -> bool:
         return tree.q is not None
 
-    def choose(self, row: Any, place: int, tree: TokenTree, node: int, logits: Any) -> tuple[int, int | None]:
+    def select(self, row: Any, place: int, tree: TokenTree, node: int, logits: Any) -> tuple[int, int | None]:
         law = self.p[tree.tokens[node]]
         if tree.q is not None and tree.children[node]:
-            return walking.reject(tree, node, law, self.generator)
+            return walking.rejection_sample(tree, node, law, self.generator)
         return self.random.choices(range(V), self.laws[tree.tokens[node]])[0], None
 
     def children(self, token: int, width: int) -> list[int]:
@@ -111,7 +111,7 @@ class Toy:
         for _ in range(draws):
             self.tokens = [0]
             while len(self.tokens) < 3:
-                walk(self, self, 0, self.tree(self.tokens[-1]), [None] * 99)  # type: ignore[arg-type]
+                verify_tree(self, self, 0, self.tree(self.tokens[-1]), [None] * 99)  # type: ignore[arg-type]
             found[self.tokens[1], self.tokens[2]] += 1
         return found
 
@@ -146,26 +146,26 @@ def test_the_first_two_tokens_have_the_targets_joint_law(
 
 
 def accepts_too_often(tree: TokenTree, node: int, p: torch.Tensor, generator: Any) -> tuple[int, int | None]:
-    """As `reject`, with every probability of acceptance raised by a quarter."""
+    """As `rejection_sample`, with every probability of acceptance raised by a quarter."""
     raised = p.clone()
     raised[[tree.tokens[child] for child in tree.children[node]]] *= 1.25
-    return reject(tree, node, raised, generator)
+    return rejection_sample(tree, node, raised, generator)
 
 
 def ignores_the_residual(tree: TokenTree, node: int, p: torch.Tensor, generator: Any) -> tuple[int, int | None]:
-    """As `reject`, but what is left after the rejections is drawn from the target's whole law."""
-    token, child = reject(tree, node, p, generator)
+    """As `rejection_sample`, but what is left after the rejections is drawn from the target's whole law."""
+    token, child = rejection_sample(tree, node, p, generator)
     return (token, child) if child is not None else (int(torch.multinomial(p, 1, generator=generator)), None)
 
 
 def forgets_earlier_siblings(tree: TokenTree, node: int, p: torch.Tensor, generator: Any) -> tuple[int, int | None]:
-    """As `reject`, but as though siblings had been drawn with replacement."""
-    return reject(TokenTree(tree.tokens, tree.parents, tree.q, True), node, p, generator)
+    """As `rejection_sample`, but as though siblings had been drawn with replacement."""
+    return rejection_sample(TokenTree(tree.tokens, tree.parents, tree.q, True), node, p, generator)
 
 
 @pytest.mark.parametrize("broken", [accepts_too_often, ignores_the_residual, forgets_earlier_siblings])
 def test_the_same_test_rejects_a_broken_verifier(broken: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "reject", broken)
+    monkeypatch.setattr(walking, "rejection_sample", broken)
     toy = Toy("temperature", (3,), True)
     assert p_value(toy.counts(4_000), toy.law) < 1e-4
 
@@ -186,7 +186,7 @@ class _Scripted:
 
 
 def exact_law(p: torch.Tensor, q: torch.Tensor, width: int, replace: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The law [V] of `reject` over all draws of `width` children, by running every branch of it."""
+    """The law [V] of `rejection_sample` over all draws of `width` children, by running every branch of it."""
     total = np.zeros(len(p))
     weights = q.double().numpy() / float(q.double().sum())
     for children in itertools.product(range(len(p)), repeat=width):
@@ -201,8 +201,8 @@ def exact_law(p: torch.Tensor, q: torch.Tensor, width: int, replace: bool, monke
         rest: list[np.ndarray] = []
         draws = iter(scripts)
         monkeypatch.setattr(sampling, "_level", lambda _, draws=draws: next(draws))
-        monkeypatch.setattr(sampling, "_draw_rest", lambda law, _, rest=rest: rest.append(law) or 0)
-        sampling.reject(tree, 0, p, None)
+        monkeypatch.setattr(sampling, "_sample_residual", lambda law, _, rest=rest: rest.append(law) or 0)
+        sampling.rejection_sample(tree, 0, p, None)
         reached = drawn
         for token, script in zip(children, scripts, strict=True):
             total[token] += reached * script.chance
@@ -226,7 +226,7 @@ def test_a_chain_is_accepted_as_often_as_the_laws_overlap() -> None:
     accepted = 0
     for _ in range(4_000):
         tree = toy.tree(0)
-        _, child = reject(tree, 0, toy.p[0], toy.generator)
+        _, child = rejection_sample(tree, 0, toy.p[0], toy.generator)
         accepted += child is not None
     overlap = float(np.minimum(toy.p[0].numpy(), toy.q[0].numpy()).sum())
     assert abs(accepted / 4_000 - overlap) < 4 * math.sqrt(overlap * (1 - overlap) / 4_000)
@@ -237,11 +237,11 @@ def test_equal_laws_accept_the_first_child_always_and_leave_nothing_out() -> Non
     generator = torch.Generator().manual_seed(0)
     for token in range(5):
         tree = TokenTree([0, token, (token + 1) % 5], [-1, 0, 0], {0: law})
-        assert reject(tree, 0, law, generator) == (token, 1)
+        assert rejection_sample(tree, 0, law, generator) == (token, 1)
     # Every token as a child, without replacement: one of them is always accepted.
     for order in itertools.islice(itertools.permutations(range(5)), 40):
         tree = TokenTree([0, *order], [-1, 0, 0, 0, 0, 0], {0: torch.full((5,), 0.2)})
-        assert reject(tree, 0, law, generator)[1] is not None
+        assert rejection_sample(tree, 0, law, generator)[1] is not None
 
 
 def test_draft_probabilities_that_cannot_be_true_are_refused() -> None:
@@ -249,9 +249,9 @@ def test_draft_probabilities_that_cannot_be_true_are_refused() -> None:
     target_law, generator = torch.tensor([0.0, 0.0, 1.0]), torch.Generator()
     for tokens, parents in (([0, 2], [-1, 0]), ([0, 1, 1], [-1, 0, 0])):
         with pytest.raises(IntaglioError, match="has no probability left among its siblings"):
-            reject(TokenTree(tokens, parents, {0: law}), 0, target_law, generator)
+            rejection_sample(TokenTree(tokens, parents, {0: law}), 0, target_law, generator)
     with pytest.raises(IntaglioError, match="cover 3 tokens; the target has 4"):
-        reject(TokenTree([0, 1], [-1, 0], {0: law}), 0, torch.ones(4) / 4, generator)
+        rejection_sample(TokenTree([0, 1], [-1, 0], {0: law}), 0, torch.ones(4) / 4, generator)
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_k": 5, "repetition_penalty": 1.2}, {"top_p": 0.6}])

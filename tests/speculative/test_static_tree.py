@@ -1,4 +1,4 @@
-"""Fixed trees: the best shape against all shapes, and chances of acceptance against what the loop does with them."""
+"""Static trees: the best tree against all trees, and acceptance statistics against what the loop does with them."""
 
 from __future__ import annotations
 
@@ -13,37 +13,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intaglio.errors import IntaglioError
-from intaglio.speculative import Run, Speculative
+from intaglio.speculative import DecodingRun, Speculative
 from intaglio.speculative.drafters import DraftModel, NGramStore
-from intaglio.speculative.drafters.dynamic_tree import draft_law
-from intaglio.speculative.drafters.rank_statistics import draft_ranks, sampled_shares, shares
-from intaglio.speculative.drafters.static_tree import Shape, best, by_widths, chain, widths_within
+from intaglio.speculative.drafters.dynamic_tree import draft_probs_fn
+from intaglio.speculative.drafters.rank_statistics import acceptance_by_rank, draft_ranks, sampled_acceptance_by_rank
+from intaglio.speculative.static_tree import (
+    CHIMERA,
+    StaticTree,
+    best_tree,
+    best_tree_for_cost,
+    default_acceptance,
+    widths_within,
+)
 from tests.speculative.toys import cousin, prompt, ragged, target
 
 
-def all_shapes(nodes: int) -> Iterator[Shape]:
+def all_trees(nodes: int) -> Iterator[StaticTree]:
     """Every tree of so many nodes behind the root, some of them several times."""
     for parents in itertools.product(*(range(node) for node in range(1, nodes + 1))):
-        yield Shape([-1, *parents])
+        yield StaticTree([-1, *parents])
 
 
-def test_shapes() -> None:
-    tree = by_widths((2, 1))
+def test_trees_of_widths_and_parents() -> None:
+    tree = StaticTree.from_widths((2, 1))
     assert tree.parents == (-1, 0, 0, 1, 2)
-    assert (len(tree), tree.depth, tree.ranks) == (4, 2, [-1, 0, 1, 0, 0])
-    assert chain(3).parents == (-1, 0, 1, 2)
+    assert (len(tree), tree.depth, tree.paths) == (4, 2, [(), (0,), (1,), (0, 0), (1, 0)])
+    assert StaticTree.from_widths((1,) * 3).parents == (-1, 0, 1, 2)
     assert tree.expected([0.5, 0.25]) == pytest.approx(1 + 0.5 + 0.25 + 0.25 + 0.125)
     assert tree.expected([0.5]) == pytest.approx(1 + 0.5 + 0.25)
     for parents in ([], [0], [-1, 1], [-1, -1]):
-        with pytest.raises(IntaglioError, match="a shape"):
-            Shape(parents)
+        with pytest.raises(IntaglioError, match="a static tree"):
+            StaticTree(parents)
 
 
 def test_widths_within_a_budget() -> None:
     assert set(widths_within(5)) == {(5,), (4,), (3,), (2, 1), (1, 1, 1, 1, 1)}
     for widths in widths_within(32):
         assert list(widths) == sorted(widths, reverse=True)
-        nodes = len(by_widths(widths))
+        nodes = len(StaticTree.from_widths(widths))
         leaves = int(np.prod(widths))
         assert nodes <= 32 < nodes + leaves  # no level more fits
 
@@ -54,20 +61,20 @@ def test_widths_within_a_budget() -> None:
     st.integers(1, 6),
     st.integers(1, 6),
 )
-def test_the_best_shape_is_the_best_of_all(chances: list[float], nodes: int, depth: int) -> None:
-    found = best(chances, nodes, depth)
+def test_the_best_tree_is_the_best_of_all(chances: list[float], nodes: int, depth: int) -> None:
+    found = best_tree(chances, nodes, depth)
     assert len(found) <= nodes
     assert found.depth <= depth
     most = max(
-        shape.expected(chances)
+        tree.expected(chances)
         for size in range(1, nodes + 1)
-        for shape in all_shapes(size)
-        if shape.depth <= depth and max(map(len, shape.children)) <= len(chances)
+        for tree in all_trees(size)
+        if tree.depth <= depth and max(map(len, tree.children)) <= len(chances)
     )
     assert found.expected(chances) == pytest.approx(most)
 
 
-def test_large_shapes_are_the_likeliest_paths() -> None:
+def test_large_trees_are_the_most_likely_paths() -> None:
     """Where earlier ranks are likelier, the best tree is the nodes with the largest products."""
     chances = [0.5, 0.2, 0.1, 0.05, 0.02]
     values = [1.0]
@@ -77,9 +84,9 @@ def test_large_shapes_are_the_likeliest_paths() -> None:
         values += frontier
     for nodes in (16, 64):
         expected = 1 + sum(sorted(values[1:], reverse=True)[:nodes])
-        assert best(chances, nodes).expected(chances) == pytest.approx(expected)
-    assert best([1.0], 9).parents == chain(9).parents
-    assert best([0.3, 0.3, 0.3], 3, 1).parents == (-1, 0, 0, 0)
+        assert best_tree(chances, nodes).expected(chances) == pytest.approx(expected)
+    assert best_tree([1.0], 9).parents == StaticTree.from_widths((1,) * 9).parents
+    assert best_tree([0.3, 0.3, 0.3], 3, 1).parents == (-1, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -92,15 +99,22 @@ def test_large_shapes_are_the_likeliest_paths() -> None:
         ([0.5], 3, 0, "depth is 0"),
     ],
 )
-def test_shapes_that_cannot_be(chances: list[float], nodes: int, depth: int | None, says: str) -> None:
+def test_impossible_settings_of_the_best_tree_are_refused(
+    chances: list[float], nodes: int, depth: int | None, says: str
+) -> None:
     with pytest.raises(IntaglioError, match=says):
-        best(chances, nodes, depth)
+        best_tree(chances, nodes, depth)
 
 
-SHAPES = {"chain": chain(4), "widths": by_widths((3, 2)), "best": best([0.4, 0.2, 0.1], 12), "one": chain(1)}
+TREES = {
+    "chain": StaticTree.from_widths((1,) * 4),
+    "widths": StaticTree.from_widths((3, 2)),
+    "best": best_tree([0.4, 0.2, 0.1], 12),
+    "one": StaticTree.from_widths((1,) * 1),
+}
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", TREES)
 def test_a_replay_is_what_the_loop_does(name: str) -> None:
     """Passes counted from ranks alone are those of a run, for a model and for a table."""
     model, ids = target("llama"), prompt(7)
@@ -108,54 +122,126 @@ def test_a_replay_is_what_the_loop_does(name: str) -> None:
     whole = model.generate(ids, **options)
     store = NGramStore.build([whole[0, 4:20].tolist(), prompt(60, 3)[0].tolist()], 160)
     for draft in (target("llama"), cousin("llama"), store):
-        decoder = Speculative(DraftModel(draft, shape=SHAPES[name].parents))
+        decoder = Speculative(DraftModel(draft, shape=TREES[name].parents))
         assert torch.equal(model.generate(ids, custom_generate=decoder, **options), whole)
         ranks = draft_ranks(draft, (whole[0].tolist(), 8))  # the first new token is the prefill's
-        assert SHAPES[name].replay(ranks) == decoder.statistics.passes - 1
+        assert TREES[name].replay(ranks) == decoder.statistics.passes - 1
 
 
 def test_fixed_trees_keep_batches_and_draws() -> None:
     model, inputs = target("qwen3"), ragged([4, 9, 2])
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": [2, 15, 33], "pad_token_id": 0}
     expected = model.generate(**inputs, **options)
-    for shape in SHAPES.values():
+    for shape in TREES.values():
         decoder = Speculative(DraftModel(cousin("qwen3"), shape=shape.parents))
         assert torch.equal(model.generate(**inputs, custom_generate=decoder, **options), expected)
 
 
 def test_chances_are_shares_of_ranks() -> None:
-    assert shares([[0, 0, 1], [2, 9]], 3) == pytest.approx([0.4, 0.2, 0.2])
+    assert acceptance_by_rank([[0, 0, 1], [2, 9]], 3) == pytest.approx([0.4, 0.2, 0.2])
     with pytest.raises(IntaglioError, match="at least one text"):
-        shares([], 3)
+        acceptance_by_rank([], 3)
     for text in (([1, 2], 2), ([1, 2], 0), ([], 1)):
-        with pytest.raises(IntaglioError, match="at least one token stands before and behind"):
+        with pytest.raises(IntaglioError, match="need at least one "):
             draft_ranks(target("llama"), text)
 
 
 def test_chances_under_sampling() -> None:
     model = target("llama")
-    run = Run(model, ((1,),), True, model.generation_config, 9)
-    law = draft_law(run)
+    run = DecodingRun(model, ((1,),), True, model.generation_config, 9)
+    to_probs = draft_probs_fn(run)
     texts = [(prompt(20, seed)[0].tolist(), 5) for seed in range(3)]
     draws = torch.Generator().manual_seed(0)
-    assert sampled_shares(model, model, texts, law, law, 3, draws) == [1.0, 0.0, 0.0]  # itself: the first child
-    found = sampled_shares(model, cousin("llama"), texts, law, law, 3, draws)
+    assert sampled_acceptance_by_rank(model, model, texts, to_probs, to_probs, 3, draws) == [
+        1.0,
+        0.0,
+        0.0,
+    ]  # itself: the first child
+    found = sampled_acceptance_by_rank(model, cousin("llama"), texts, to_probs, to_probs, 3, draws)
     assert 0 < found[0] < 1
     assert sum(found) < 1
     with pytest.raises(IntaglioError, match="at least one text"):
-        sampled_shares(model, model, [], law, law, 3, draws)
+        sampled_acceptance_by_rank(model, model, [], to_probs, to_probs, 3, draws)
 
 
-def test_a_stores_law_is_a_law() -> None:
+def test_the_stores_distribution_is_a_distribution() -> None:
     store = NGramStore.build([[1, 2, 3, 1, 2, 4, 1, 2, 3]], 160, order=3)
     for context in ([1], [1, 2], [9, 2], [9], [], [5, 1, 2]):
-        law = store.law(context)
-        assert law.sum() == pytest.approx(1)
-        assert (law >= 0).all()
+        probs = store.probs(context)
+        assert probs.sum() == pytest.approx(1)
+        assert (probs >= 0).all()
     # After 1 2: 3 twice and 4 once, two kinds; after 2 the same; by themselves 1 3, 2 3, 3 1 of 8 (the last 3 ends it).
     alone = np.array([3, 3, 1, 1]) / 8
-    assert store.law([])[1:5] == pytest.approx(alone)
+    assert store.probs([])[1:5] == pytest.approx(alone)
     one = (np.array([0, 0, 2, 1]) + 2 * alone) / 5
-    assert store.law([2])[1:5] == pytest.approx(one)
-    assert store.law([1, 2])[1:5] == pytest.approx((np.array([0, 0, 2, 1]) + 2 * one) / 5)
-    assert store.law([7, 2])[1:5] == pytest.approx(one)
+    assert store.probs([2])[1:5] == pytest.approx(one)
+    assert store.probs([1, 2])[1:5] == pytest.approx((np.array([0, 0, 2, 1]) + 2 * one) / 5)
+    assert store.probs([7, 2])[1:5] == pytest.approx(one)
+
+
+ACCEPTANCE = st.lists(st.lists(st.floats(0.01, 0.99), min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+def test_chimeras_tree_of_25() -> None:
+    tree = StaticTree.from_paths(CHIMERA)
+    assert (len(tree), tree.depth, tree.widths) == (25, 5, (4, 3, 3, 3, 2))
+    assert [len(tree.children[node]) for node in (0, 1)] == [4, 3]
+    assert [tree.paths[node] for node in tree.inner(3)] == [(0, 0, 0)]
+    assert len(tree.truncate(2)) == 12
+    assert StaticTree.from_paths([[1], [0], [0, 0]]).paths == [(), (0,), (1,), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("paths", "says"),
+    [
+        ([], "the tree has no nodes"),
+        ([[0], [1, 0]], r"the node \[1, 0\] without its parent \[1\]"),
+        ([[0], [2]], r"the node \[2\] without its better sibling \[1\]"),
+        ([[]], r"the tree's node \[\] is no path of ranks"),
+        ([[-1]], r"the tree's node \[-1\] is no path of ranks"),
+    ],
+)
+def test_paths_that_are_no_tree_are_refused(paths: list[list[int]], says: str) -> None:
+    with pytest.raises(IntaglioError, match=says):
+        StaticTree.from_paths(paths)
+
+
+def value(path: tuple[int, ...], acceptance: list[list[float]]) -> float:
+    return float(np.prod([acceptance[level][rank] for level, rank in enumerate(path)]))
+
+
+@given(st.integers(1, 12), ACCEPTANCE)
+def test_the_best_tree_by_level_has_the_most_likely_nodes(nodes: int, acceptance: list[list[float]]) -> None:
+    acceptance = [sorted(level, reverse=True) for level in acceptance]
+    tree = best_tree(acceptance, nodes)
+
+    def every(path: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
+        if len(path) == len(acceptance):
+            return []
+        below = [(*path, rank) for rank in range(len(acceptance[len(path)]))]
+        return below + [more for child in below for more in every(child)]
+
+    best = sorted((value(path, acceptance) for path in every()), reverse=True)[:nodes]
+    assert sorted((value(path, acceptance) for path in tree.paths[1:]), reverse=True) == pytest.approx(best)
+    assert tree.expected(acceptance) == pytest.approx(1 + sum(best))
+
+
+def test_the_default_acceptance_gives_a_tree_that_narrows() -> None:
+    tree = best_tree(default_acceptance(4), 15)
+    assert len(tree) == 15
+    assert tree.widths == tuple(sorted(tree.widths, reverse=True))
+    assert best_tree([[0.5]], 3).paths == [(), (0,)]  # there is no more
+
+
+def test_a_tree_is_as_large_as_it_pays_to_be() -> None:
+    assert len(best_tree_for_cost([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]], 0.0)) == 12  # all nodes with known acceptance
+    assert best_tree_for_cost([[0.5, 0.3], [0.5, 0.3]], 10.0).paths == [(), (0,)]
+    acceptance = [[0.6, 0.2, 0.1], [0.5, 0.2, 0.1], [0.4, 0.2, 0.1]]
+    assert best_tree_for_cost(acceptance, 0.05, level_cost=5.0).depth == 1
+    for token_cost, level_cost in ((0.035, 0.0), (0.05, 0.1), (0.2, 0.02)):
+
+        def rate(tree: StaticTree, a: float = token_cost, b: float = level_cost) -> float:
+            return tree.expected(acceptance) / (1 + a * len(tree) + b * tree.depth)
+
+        others = (best_tree(acceptance[:depth], nodes) for depth in (1, 2, 3) for nodes in range(1, 40))
+        assert rate(best_tree_for_cost(acceptance, token_cost, level_cost)) == pytest.approx(max(map(rate, others)))

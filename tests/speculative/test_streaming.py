@@ -11,7 +11,7 @@ import torch
 from transformers import TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from intaglio.speculative import Pass, Run, Speculative, Step, TokenTree, chain, root_only
+from intaglio.speculative import DecodingRun, Speculative, Step, TokenTree, TreePass, chain, root_only
 from tests.families import tiny_tokenizer
 from tests.speculative.toys import Made, mixed, oracle, prompt, ragged, target
 
@@ -74,7 +74,7 @@ class _Reading:
     def __init__(self, model: Any, answers: list[list[int]], inside: bool) -> None:
         self.model, self.answers, self.inside = model, answers, inside
 
-    def start(self, run: Run) -> Any:
+    def start(self, run: DecodingRun) -> Any:
         self.seen = [list(ids) for ids in run.prompts]
         self.starts = [len(ids) for ids in self.seen]
         self.steps = 0
@@ -111,7 +111,7 @@ class _Outside:
 class _Inside(_Outside):
     """Makes the pass itself, with one more token behind each tree, which it then takes out of the cache again."""
 
-    def forward(self, call: Pass) -> torch.Tensor:
+    def forward(self, call: TreePass) -> torch.Tensor:
         reader, inputs = call.reader, call.inputs
         rows, nodes = inputs.tokens_BQ.shape
         tokens = torch.cat([inputs.tokens_BQ, torch.full((rows, 1), 7)], 1)
@@ -119,7 +119,7 @@ class _Inside(_Outside):
         visible = torch.nn.functional.pad(inputs.visible_BQK, (0, 1, 0, 1))
         visible[:, -1] = visible[:, 0]  # it sees what the root sees, and itself
         visible[:, -1, -1] = True
-        logits = reader.run(type(inputs)(tokens, positions, visible, reader.masks(visible, positions)))
+        logits = reader.forward(type(inputs)(tokens, positions, visible, reader.masks(visible, positions)))
         reader.cache.crop(-1)
         if reader.hidden_BQD is not None:
             reader.hidden_BQD = reader.hidden_BQD[:, :nodes]

@@ -45,7 +45,7 @@ def follow(model: Any, cache: DynamicCache | None, length: int, seed: int, round
         tree = random_tree(draws, draws.randrange(160), draws.randint(0, 10))
         check_nodes(model, seen, tree, reader.extend(*stack([tree]))[0])
         path = tree.path(draws.randrange(len(tree)))
-        reader.keep([path])
+        reader.keep_rows([path])
         seen += [tree.tokens[node] for node in path]
         assert reader.cache.get_seq_length() == reader.width == len(seen)
 
@@ -75,7 +75,7 @@ def test_a_windowed_cache_stays_as_small_as_its_window() -> None:
     for _ in range(3):
         tree = random_tree(random.Random(0), 5, 9)
         reader.extend(*stack([tree]))
-        reader.keep([tree.path(9)])
+        reader.keep_rows([tree.path(9)])
         assert all(layer.keys.shape[-2] <= 7 for layer in reader.cache.layers)
 
 
@@ -96,10 +96,10 @@ def test_rows_of_a_batch_keep_paths_of_unlike_lengths(family: str, implementatio
         for ids, tree, row in zip(seen, trees, logits, strict=True):
             check_nodes(model, ids, tree, row)
         paths = [tree.path(draws.randrange(len(tree))) for tree in trees]
-        reader.keep(paths)
+        reader.keep_rows(paths)
         seen = [[*ids, *(tree.tokens[n] for n in path)] for ids, tree, path in zip(seen, trees, paths, strict=True)]
         if step == 1:  # the middle row has ended
-            reader.select([0, 2])
+            reader.select_rows([0, 2])
             seen = [seen[0], seen[2]]
         used = [length - pad for length, pad in zip(reader.lengths, reader.pads, strict=True)]
         assert used == [len(ids) for ids in seen]
@@ -120,7 +120,7 @@ def test_a_tree_read_level_by_level_equals_one_read_at_once() -> None:
     ]
     check_nodes(model, ids[0].tolist(), tree, torch.cat(levels, 1)[0])
     assert reader.pending == 5
-    reader.keep([[0, 2, 4]])
+    reader.keep_rows([[0, 2, 4]])
     torch.testing.assert_close(
         reader.extend([[3]], [[0]], [[[True]]])[0, 0], plain(model, [*ids[0].tolist(), 5, 7, 9, 3]), **EXACT
     )

@@ -33,7 +33,7 @@ def test_a_cut_tree_holds_the_same_paths_up_to_its_depth(tree: TokenTree, depth:
     def paths(of: TokenTree) -> list[tuple[int, ...]]:
         return sorted(tuple(of.tokens[n] for n in of.path(node)) for node in range(len(of)) if of.depths[node] <= depth)
 
-    cut = tree.cut(depth)
+    cut = tree.truncate(depth)
     assert max(cut.depths) <= depth
     assert paths(cut) == paths(tree)
 
@@ -41,12 +41,12 @@ def test_a_cut_tree_holds_the_same_paths_up_to_its_depth(tree: TokenTree, depth:
 def test_a_cut_keeps_the_draft_probabilities_of_nodes_that_keep_their_children() -> None:
     law = torch.tensor([0.5, 0.5])
     tree = TokenTree([1, 0, 1, 0], [-1, 0, 0, 2], {0: law, 2: law / 2})
-    assert tree.cut(2) is tree
-    one = tree.cut(1)
+    assert tree.truncate(2) is tree
+    one = tree.truncate(1)
     assert list(one.q or {}) == [0]
-    assert tree.cut(0).q is None
+    assert tree.truncate(0).q is None
     deep = TokenTree([1, 0, 1, 0, 1], [-1, 0, 1, 0, 3], {3: law})
-    assert list(deep.cut(2).q or {}) == [3]
+    assert list(deep.truncate(2).q or {}) == [3]
 
 
 def test_a_trie_merges_what_begins_alike_and_keeps_the_best_within_its_budget() -> None:

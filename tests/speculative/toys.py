@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from intaglio.speculative import Run, Session, Step, TokenTree, by_row, chain, root_only
+from intaglio.speculative import DecodingRun, Session, Step, TokenTree, by_row, chain, root_only
 from tests.families import VOCAB, tiny_model
 
 DESIGN_DECODERS = ("llama", "qwen3", "qwen3_window", "mistral", "mistral_window", "gemma3")
@@ -74,7 +74,7 @@ class Made:
     def __init__(self, make: Callable[[int, list[int], int, int], TokenTree]) -> None:
         self._make = make
 
-    def start(self, run: Run) -> Session:
+    def start(self, run: DecodingRun) -> Session:
         rows = iter(range(len(run.prompts)))
 
         def begin(seen: Sequence[int]) -> _Row:

@@ -1,9 +1,9 @@
-"""Trained heads that come with the package, for the bundled models as they are: data in the attachment format.
+"""Pretrained draft heads that come with the package, for the unmodified bundled models, in the attachment format.
 
-    pretrained/MODEL/SLUG.json                             what they belong to, how they were trained, what they were worth
+    pretrained/MODEL/SLUG.json                             model fingerprints, training settings, acceptance
     pretrained/MODEL/SLUG.safetensors (or in shards)       the heads, in bfloat16
 
-`Checkpoint.decoder` takes them where nothing is attached and the model's fingerprint is theirs.
+`Checkpoint.decoder` uses them if nothing is attached and the model's fingerprint matches.
 `benchmarks/decoding/ship.py` writes them.
 """
 
@@ -20,27 +20,27 @@ from intaglio.checkpoint.attachments import Attachment, read_attachment
 from intaglio.errors import IntaglioError
 
 ROOT = Path(__file__).parent / "pretrained"
-MOST = 24_000_000
-"""Bytes of a drafter's heads at the most."""
-SHARD = 15_900_000
-"""Bytes of tensors in one file, so that with its header it stays below 16 MB."""
+MAX_BYTES = 24_000_000
+"""Most bytes of a drafter's heads."""
+SHARD_BYTES = 15_900_000
+"""Most bytes of tensors in a file, so that with its header it stays below 16 MB."""
 
 
 @dataclass(frozen=True)
 class BundledHeads:
-    """Heads that are there, without their tensors.
+    """Description of bundled heads, without their tensors.
 
     Args:
         slug: of the method.
-        model: the model's name.
+        model: name of the model.
         base: digest of the weights' files that they were fitted to.
         bytes: of the tensors.
-        parameters: the hyperparameters that they were fitted with.
-        about: what the method wants to know when it reads them: among it `model` and `float16`, the fingerprints of the
-            model that they belong to (the other one: of the same model loaded in that precision).
-        acceptance: what they were worth on held-out prompts, greedily: `prompts`, `new_tokens` of each, `nodes` of a
-            tree, `tokens_a_pass` over all of them and by kind (`kinds`).
-        folder: that the files are in.
+        parameters: the hyperparameters of the fit.
+        about: metadata for the method; its `model` and `float16` are fingerprints of the model (the second: of the same
+            model loaded in that precision).
+        acceptance: results on held-out prompts, greedily: `prompts`, `new_tokens` of each, `nodes` of a tree,
+            `tokens_a_pass` over all of them and by kind (`kinds`).
+        folder: of the files.
     """
 
     slug: str
@@ -52,45 +52,42 @@ class BundledHeads:
     acceptance: dict[str, Any]
     folder: Path
 
-    def told(self) -> dict[str, Any]:
-        """What `intaglio show` says of them."""
+    def summary(self) -> dict[str, Any]:
+        """Return the part that `intaglio show --json` prints."""
         return {"model": self.model, "bytes": self.bytes, "acceptance": self.acceptance}
 
     def sentence(self) -> str:
-        """The same in words."""
-        found = self.acceptance
-        kinds = ", ".join(f"{kind} {rate:.2f}" for kind, rate in found["kinds"].items())
+        """Return the line that `intaglio show` prints."""
+        measured = self.acceptance
+        kinds = ", ".join(f"{kind} {rate:.2f}" for kind, rate in measured["kinds"].items())
         return (
-            f"heads for {self.model} come with the package ({self.bytes / 1e6:.1f} MB): {found['tokens_a_pass']:.2f} "
-            f"tokens a pass on {found['prompts']} held-out prompts, {found['nodes']} drafted tokens in each ({kinds})"
+            f"heads for {self.model} come with the package ({self.bytes / 1e6:.1f} MB): "
+            f"{measured['tokens_a_pass']:.2f} tokens a pass on {measured['prompts']} held-out prompts, "
+            f"{measured['nodes']} drafted tokens in each ({kinds})"
         )
 
-    def fits(self, fingerprint: str) -> bool:
-        """Whether the heads belong to a model.
-
-        Args:
-            fingerprint: of the model as it is loaded.
-        """
+    def matches(self, fingerprint: str) -> bool:
+        """Return whether the heads belong to the loaded model with this fingerprint."""
         return fingerprint in (self.about.get("model"), self.about.get("float16"))
 
     def attachment(self) -> Attachment:
-        """The heads, as if they were attached to the model.
+        """Return the heads as if they were attached to the model.
 
         Raises:
-            IntaglioError: a file is missing or damaged, or holds other heads than its description says.
+            IntaglioError: a file is missing or damaged, or does not match its description.
         """
-        found = read_attachment(self.folder, self.slug)
-        if (found.parameters, found.base, found.bytes) != (self.parameters, self.base, self.bytes):
+        heads = read_attachment(self.folder, self.slug)
+        if (heads.parameters, heads.base, heads.bytes) != (self.parameters, self.base, self.bytes):
             raise IntaglioError(f"the heads in {self.folder} are not those that {self.slug}.json describes")
-        return Attachment(self.slug, found.tensors, self.parameters, -1, self.about, self.base)
+        return Attachment(self.slug, heads.tensors, self.parameters, -1, self.about, self.base)
 
 
 def bundled_heads(slug: str, root: Path | None = None) -> list[BundledHeads]:
-    """The heads of a method that come with the package, by the names of their models.
+    """Return the bundled heads of a method, ordered by model.
 
     Args:
         slug: of the method.
-        root: holds a folder a model. Default: the package's own.
+        root: directory with a folder per model. Default: the package's own.
 
     Raises:
         IntaglioError: a description is damaged.
@@ -106,10 +103,7 @@ def _read(path: Path) -> BundledHeads:
 
 
 def to_bfloat16(attachment: Attachment) -> Attachment:
-    """Heads as they are shipped: in bfloat16.
-
-    Args:
-        attachment: what a fit step made.
+    """Return heads in bfloat16, as they are bundled.
 
     Raises:
         IntaglioError: more than 24 MB.
@@ -120,44 +114,37 @@ def to_bfloat16(attachment: Attachment) -> Attachment:
         name: tensor.to(torch.bfloat16).contiguous() if tensor.is_floating_point() else tensor
         for name, tensor in attachment.tensors.items()
     }
-    found = Attachment(attachment.slug, tensors, attachment.parameters, 0, attachment.about, attachment.base)
-    if found.bytes > MOST:
+    heads = Attachment(attachment.slug, tensors, attachment.parameters, 0, attachment.about, attachment.base)
+    if heads.bytes > MAX_BYTES:
         raise IntaglioError(
-            f"the heads of {found.slug} have {found.bytes / 1e6:.1f} MB in bfloat16; at most {MOST / 1e6:.0f} MB are "
-            "shipped"
+            f"the heads of {heads.slug} have {heads.bytes / 1e6:.1f} MB in bfloat16; at most {MAX_BYTES / 1e6:.0f} MB "
+            "are accepted"
         )
-    return found
+    return heads
 
 
-def bundle(
-    attachment: Attachment,
-    model: str,
-    acceptance: dict[str, Any],
-    root: Path | None = None,
+def write_bundled(
+    attachment: Attachment, model: str, acceptance: dict[str, Any], root: Path | None = None
 ) -> BundledHeads:
-    """Write heads to where the package finds them, in the place of those of the same method and model.
-
-    Args:
-        attachment: what a fit step made.
-        model: the model's name: of the folder.
-        acceptance: as in `Shipped`.
-        root: as in `shipped`.
+    """Write the heads of a fit to the package, replacing those of the same method and model.
 
     Raises:
-        IntaglioError: more than 24 MB, or the disk refuses.
+        IntaglioError: more than 24 MB.
     """
-    found = to_bfloat16(attachment)
+    heads = to_bfloat16(attachment)
     target = (ROOT if root is None else root) / model
-    own = BundledHeads(found.slug, model, found.base, found.bytes, found.parameters, found.about, acceptance, target)
+    bundled = BundledHeads(
+        heads.slug, model, heads.base, heads.bytes, heads.parameters, heads.about, acceptance, target
+    )
     with atomic_io.directory(target, overwrite=True) as folder:
         for path in target.glob("*") if target.is_dir() else ():
-            if path.name.partition(".")[0].partition("-")[0] != found.slug:
+            if path.name.partition(".")[0].partition("-")[0] != heads.slug:
                 shutil.copy2(path, folder / path.name)
-        found.write(folder, SHARD)
-        plain = asdict(own)
+        heads.write(folder, SHARD_BYTES)
+        plain = asdict(bundled)
         del plain["folder"]
-        atomic_io.write_json(folder / f"{found.slug}.json", plain)
-    return own
+        atomic_io.write_json(folder / f"{heads.slug}.json", plain)
+    return bundled
 
 
-__all__ = ["MOST", "ROOT", "SHARD", "BundledHeads", "bundle", "bundled_heads", "to_bfloat16"]
+__all__ = ["MAX_BYTES", "ROOT", "SHARD_BYTES", "BundledHeads", "bundled_heads", "to_bfloat16", "write_bundled"]

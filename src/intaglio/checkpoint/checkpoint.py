@@ -138,7 +138,7 @@ class Checkpoint:
         if heads and not any(step.verb == "carve" for step in self.record.steps):
             own = fingerprint(self.model)
             for head in heads:
-                if head.fits(own):
+                if head.matches(own):
                     return head.attachment()
         models = ", ".join(head.model for head in heads)
         others = f"; the bundled heads, for unchanged {models}, belong to other weights" if heads else ""

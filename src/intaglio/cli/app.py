@@ -104,13 +104,14 @@ def show(
     """Show a method: its description, parameters and evidence."""
     import inspect
 
-    from intaglio.checkpoint.bundled import bundled_heads as shipped_heads
+    from intaglio.checkpoint.bundled import bundled_heads
     from intaglio.evidence import summary
     from intaglio.evidence.record import shipped, stale_parts
     from intaglio.methods.registry import METHODS, get_method
 
-    method, heads = get_method(slug), shipped_heads(slug)
+    method, heads = get_method(slug), bundled_heads(slug)
     entry, record = METHODS[slug], shipped(slug)
+    schema = method.model_json_schema()
     if json:
         print_json(
             {
@@ -124,8 +125,8 @@ def show(
                 "verdict": None if record is None else record.verdict,
                 "stale": [] if record is None else stale_parts(record),
                 "evidence": None if record is None else summary.document(record),
-                "shipped": [one.told() for one in heads],
-                "parameters": method.model_json_schema().get("properties", {}),
+                "shipped": [one.summary() for one in heads],
+                "parameters": schema.get("properties", {}),
                 "description": inspect.getdoc(method),
             }
         )

@@ -1,4 +1,4 @@
-"""`intaglio generate`: generation with streaming, by stock decoders and by those that draft, and what it cost."""
+"""`intaglio generate`: streaming generation with stock and drafting decoders, and its cost."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch import nn
 from transformers.generation.streamers import TextStreamer
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.cli import settings
+from intaglio.cli.settings import check_settings
 from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import anatomy
+from intaglio.speculative.factory import drafter_names, make_decoder
+from intaglio.speculative.protocols import Step
 
 
 class _Streamer(TextStreamer):
-    """Hands each finished piece of text to a function."""
+    """Passes each finished piece of text to a function."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -35,11 +37,7 @@ STOCK = ("greedy", "sample")
 
 @contextmanager
 def count_passes(model: nn.Module) -> Iterator[list[int]]:
-    """Count the forward calls of a model: the list's one number grows as they happen.
-
-    Args:
-        model: the target.
-    """
+    """Count the forward calls of a model in the only element of the list."""
     passes = [0]
 
     def count(*_: Any) -> None:
@@ -53,16 +51,10 @@ def count_passes(model: nn.Module) -> Iterator[list[int]]:
 
 
 def encode(checkpoint: Checkpoint, prompt: str, chat: bool) -> torch.Tensor:
-    """Token ids [1, L] of a prompt, through the chat template if asked.
-
-    Args:
-        checkpoint: a decoder with a tokenizer.
-        prompt: the user's text.
-        chat: put it into the tokenizer's chat template as the user's turn.
+    """Return token ids [1, L] of a prompt, with `chat` as a user's turn in the chat template.
 
     Raises:
-        IntaglioError: an encoder, no tokenizer, no chat template or a broken one, an empty prompt, or one that is no
-            text.
+        IntaglioError: an encoder, no tokenizer, no or a broken chat template, or an empty or invalid prompt.
     """
     parts = anatomy(checkpoint.model)
     if not parts.causal or parts.head is None:
@@ -80,7 +72,7 @@ def encode(checkpoint: Checkpoint, prompt: str, chat: bool) -> torch.Tensor:
             raise IntaglioError(f"the tokenizer of {checkpoint.source} has no chat template; leave --chat out")
         turns = [{"role": "user", "content": prompt}]
         try:
-            found = tokenizer.apply_chat_template(
+            encoded = tokenizer.apply_chat_template(
                 turns,
                 add_generation_prompt=True,
                 return_tensors="pt",
@@ -89,9 +81,9 @@ def encode(checkpoint: Checkpoint, prompt: str, chat: bool) -> torch.Tensor:
             )
         except TemplateError as error:
             raise IntaglioError(f"the chat template of {checkpoint.source} cannot be used: {error}") from error
-        ids: torch.Tensor = found["input_ids"]
+        ids: torch.Tensor = encoded["input_ids"]
     else:
-        # Not verbose: a prompt beyond the context is refused by us, in one sentence.
+        # Not verbose: a prompt beyond the context is refused later, in one sentence.
         ids = tokenizer(prompt, return_tensors="pt", verbose=False)["input_ids"].to(torch.long)
     if ids.shape[1] == 0:
         raise IntaglioError("the prompt is empty; give at least one token")
@@ -101,12 +93,12 @@ def encode(checkpoint: Checkpoint, prompt: str, chat: bool) -> torch.Tensor:
 def check_options(
     decoder: str, temperature: float | None, top_k: int | None, top_p: float | None
 ) -> dict[str, float | int]:
-    """The sampling options that were given, checked before any model loads; arguments as in `generate`.
+    """Return the given sampling options, checked before any model loads; arguments as in `generate`.
 
     Raises:
         IntaglioError: an unknown decoder, a value out of range, or a sampling option for greedy.
     """
-    known = [*STOCK, *settings.names()]
+    known = [*STOCK, *drafter_names()]
     if decoder not in known:
         raise IntaglioError(f"there is no decoder named {decoder!r}; accepted: {', '.join(known)}")
     if temperature is not None and not 0 < temperature < float("inf"):
@@ -118,24 +110,20 @@ def check_options(
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     given = {name: value for name, value in options.items() if value is not None}
     if decoder == "greedy" and given:
-        raise IntaglioError(f"{next(iter(given))} has no meaning for the decoder greedy; use --decoder sample")
+        raise IntaglioError(f"{next(iter(given))} has no effect on the decoder greedy; use --decoder sample")
     return given
 
 
 def check_drafting(decoder: str, settings: Mapping[str, str], show_drafts: bool) -> None:
-    """Refuse settings and options that a decoder has no use for, before any model loads; arguments as in `generate`.
-
-    Raises:
-        IntaglioError: something set for a stock decoder, or drafts asked of it, or settings that are wrong.
-    """
+    """Raise an `IntaglioError` for settings and options that a decoder does not have, before any model loads."""
     if decoder not in STOCK:
-        settings.check_settings(decoder, settings)
+        check_settings(decoder, settings)
         return
-    others = ", ".join(settings.names())
+    others = ", ".join(drafter_names())
     if settings:
-        raise IntaglioError(f"the decoder {decoder} has nothing to set (--set {next(iter(settings))}); {others} have")
+        raise IntaglioError(f"the decoder {decoder} has no settings (--set {next(iter(settings))}); {others} have")
     if show_drafts:
-        raise IntaglioError(f"the decoder {decoder} drafts nothing that --show-drafts could show; {others} do")
+        raise IntaglioError(f"the decoder {decoder} drafts nothing for --show-drafts to show; {others} do")
 
 
 def generate(
@@ -153,32 +141,32 @@ def generate(
     write: Callable[[str], None] | None = None,
     paint: Callable[[str, bool], None] | None = None,
 ) -> dict[str, Any]:
-    """Generate from one prompt and say what it cost.
+    """Generate from one prompt and measure the cost.
 
     Args:
         checkpoint: a decoder with a tokenizer.
         prompt: the user's text.
-        decoder: `greedy`, `sample`, or one that drafts, which is greedy unless a sampling option is given.
-        max_new_tokens: tokens at the most. Default 128.
+        decoder: `greedy`, `sample`, or a drafting decoder, which is greedy unless a sampling option is given.
+        max_new_tokens: most new tokens. Default 128.
         temperature: (sample) divides the logits; None: 1.
         top_k: (sample) keep the k most likely; None: all.
         top_p: (sample) keep the smallest set with this probability; None: all.
         chat: use the chat template.
         seed: (sample) of the draws.
-        settings: (one that drafts) its settings as words; see `drafting.read_settings`.
-        write: called with each piece of text as it comes.
-        paint: (one that drafts) called in its place, with each piece and whether it was drafted.
+        settings: (drafting) settings as words; see `settings.read_settings`.
+        write: called with each piece of text as it is generated.
+        paint: (drafting) called instead, with each piece and whether it was drafted.
 
     Returns:
         `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, tokens_per_pass,
         accepted_share, lossy, decoder`; `passes` counts the target's forward passes, prefill included, and
-        `accepted_share` is the share of the drafted tokens verified that were accepted (None where nothing drafts).
-        `lossy` is None where the output is the target's own, else `threshold`, `agreement` with the unaided target and
+        `accepted_share` is the share of the verified drafted tokens that were accepted (None for stock decoders).
+        `lossy` is None if the output is the target's own, else `threshold`, `agreement` with the unaided target and
         `speed_up` in seconds over it, for which it is run too.
 
     Raises:
-        IntaglioError: an unknown decoder, sampling options for greedy, settings that are wrong, or a prompt that leaves
-            no room in the context.
+        IntaglioError: an unknown decoder, sampling options for greedy, wrong settings, or a prompt that leaves no
+            room in the context.
     """
     settings = settings or {}
     given = check_options(decoder, temperature, top_k, top_p)
@@ -189,12 +177,12 @@ def generate(
     if room < max_new_tokens:
         raise IntaglioError(
             f"a prompt of {ids.shape[1]} tokens leaves room for {room} new ones in the context of "
-            f"{checkpoint.context}; {max_new_tokens} were asked for"
+            f"{checkpoint.context}; max_new_tokens is {max_new_tokens}"
         )
     model: Any = checkpoint.model
     sampled = decoder == "sample" or bool(given)
     options: dict[str, Any] = {"do_sample": sampled, "max_new_tokens": max_new_tokens, "num_beams": 1}
-    # What the checkpoint's own generation config says about sampling must not leak into what was asked for.
+    # The sampling options of the checkpoint's own generation config must not leak in.
     options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | given if sampled else {
         "temperature": None, "top_k": None, "top_p": None
     }  # fmt: skip
@@ -203,8 +191,8 @@ def generate(
     if decoder in STOCK:
         options["streamer"] = streamer
     else:
-        shown = None if paint is None else settings.Painter(checkpoint.tokenizer, paint)
-        loop = settings.make_decoder(decoder, settings, checkpoint, streamer, shown)
+        painter = None if paint is None else DraftPainter(checkpoint.tokenizer, paint)
+        loop = make_decoder(decoder, check_settings(decoder, settings), checkpoint, streamer, painter)
         options["custom_generate"] = loop
     if model.generation_config.pad_token_id is None:
         options["pad_token_id"] = checkpoint.tokenizer.pad_token_id or checkpoint.tokenizer.eos_token_id or 0
@@ -238,8 +226,36 @@ def generate(
     }
 
 
+class DraftPainter:
+    """An `on_step` callback that passes text on token by token, with whether each piece was drafted.
+
+    Args:
+        tokenizer: of the target.
+        paint: called with a piece of text and whether its tokens were drafted and accepted.
+    """
+
+    def __init__(self, tokenizer: Any, paint: Callable[[str, bool], None]) -> None:
+        self._tokenizer = tokenizer
+        self._paint = paint
+        self._ids: list[int] = []  # since the last line end
+        self._shown = 0
+
+    def __call__(self, step: Step) -> None:
+        """Show the tokens of a pass over a single row."""
+        for index, token in enumerate(step.tokens):
+            self._ids.append(token)
+            text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+            # Half a character waits for its other half, unless it is the end.
+            last = step.done and index == len(step.tokens) - 1
+            if len(text) > self._shown and (last or not text.endswith("\ufffd")):
+                self._paint(text[self._shown :], index < step.drafted)
+                self._shown = len(text)
+                if text.endswith("\n"):
+                    self._ids, self._shown = [], 0
+
+
 def _timed(model: Any, ids: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tensor, float]:
-    """Prompt and new tokens [1, L], and the seconds they took."""
+    """Return prompt and new tokens [1, L], and the seconds they took."""
     start = time.perf_counter()
     whole = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
     return whole, time.perf_counter() - start

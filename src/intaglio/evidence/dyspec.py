@@ -32,11 +32,16 @@ from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
 from intaglio.measures.memory import peak_memory
 from intaglio.methods.decoding.dyspec import AcceptanceTable, DySpec
 from intaglio.speculative.drafters.draft_model import DraftModel
-from intaglio.speculative.drafters.dynamic_tree import law_of
-from intaglio.speculative.drafters.rank_statistics import Text, draft_ranks, sampled_shares, shares
-from intaglio.speculative.drafters.static_tree import Shape, best, by_widths, chain, widths_within
+from intaglio.speculative.drafters.dynamic_tree import probs_fn
+from intaglio.speculative.drafters.rank_statistics import (
+    Text,
+    acceptance_by_rank,
+    draft_ranks,
+    sampled_acceptance_by_rank,
+)
 from intaglio.speculative.loop import Speculative
 from intaglio.speculative.protocols import Drafter, Step
+from intaglio.speculative.static_tree import StaticTree, best_tree, widths_within
 
 TOKENS = "tokens a pass"
 FRESH = "tokens a pass before a loop"
@@ -269,7 +274,7 @@ def make(arm: str, world: World, new: int) -> Drafter:
 
 
 @lru_cache(maxsize=16)
-def shape(world: World, tree: str, nodes: int, warm: bool, new: int) -> Shape:
+def shape(world: World, tree: str, nodes: int, warm: bool, new: int) -> StaticTree:
     """The best fixed tree on the fitting prompts.
 
     For greedy text that is the one with the fewest passes, counted exactly. Where tokens are drawn, it is the one with
@@ -283,11 +288,11 @@ def shape(world: World, tree: str, nodes: int, warm: bool, new: int) -> Shape:
         new: tokens that are generated from each prompt.
     """
     if tree == "chain":
-        return chain(nodes)
+        return StaticTree.from_widths((1,) * nodes)
     chances = _chances(world, warm, new)
-    found = [by_widths(widths) for widths in widths_within(nodes)]
+    found = [StaticTree.from_widths(widths) for widths in widths_within(nodes)]
     if tree == "fixed":
-        found = [*(best(chances, nodes, depth) for depth in (*range(2, 17), nodes)), *found]
+        found = [*(best_tree(chances, nodes, depth) for depth in (*range(2, 17), nodes)), *found]
     if warm:
         return max(found, key=lambda one: one.expected(chances))
     ranks = _ranks(world, new)
@@ -298,10 +303,10 @@ def shape(world: World, tree: str, nodes: int, warm: bool, new: int) -> Shape:
 def _chances(world: World, warm: bool, new: int) -> tuple[float, ...]:
     """How often each of the draft's choices is the right one on the fitting prompts."""
     if not warm:
-        return tuple(shares(_ranks(world, new), RANKS))
-    draws, law = torch.Generator().manual_seed(0), law_of(WARM)
+        return tuple(acceptance_by_rank(_ranks(world, new), RANKS))
+    draws, law = torch.Generator().manual_seed(0), probs_fn(WARM)
     target, draft = world.target().model, world.draft().model
-    return tuple(sampled_shares(target, draft, list(_said(world, True, new)), law, law, RANKS, draws))
+    return tuple(sampled_acceptance_by_rank(target, draft, list(_said(world, True, new)), law, law, RANKS, draws))
 
 
 @lru_cache(maxsize=4)

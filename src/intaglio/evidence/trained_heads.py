@@ -32,10 +32,10 @@ from intaglio.measures.memory import peak_memory
 from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
 from intaglio.speculative.heads.base import TrainedHeads, split, stored
-from intaglio.speculative.heads.objective import measured_chances, train_heads
-from intaglio.speculative.heads.self_generated_data import own_text, prompts_of
-from intaglio.speculative.heads.static_tree import likely
+from intaglio.speculative.heads.objective import measure_acceptance, train_heads
+from intaglio.speculative.heads.self_generated_data import extract_prompts, generate_corpus
 from intaglio.speculative.protocols import Drafter
+from intaglio.speculative.static_tree import best_tree
 from intaglio.trainer.protocols import Example
 
 TOKENS = "tokens a pass"
@@ -98,12 +98,12 @@ class Training:
             IntaglioError: the set gives fewer prompts than texts are to be written.
         """
         target = world.load()
-        prompts = prompts_of(target, world.part("calibration"), self.prompt, self.texts)
+        prompts = extract_prompts(target, world.part("calibration"), self.prompt, self.texts)
         if len(prompts) < self.texts:
             raise IntaglioError(
                 f"the calibration set gives {len(prompts)} prompts; {self.texts} texts are to be written"
             )
-        return own_text(target, prompts, tokens=self.length - self.prompt, seed=SEED)
+        return generate_corpus(target, prompts, tokens=self.length - self.prompt, seed=SEED)
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class Trainer:
             seed=SEED,
             **({"steps": steps} if steps is not None else {"epochs": float(training.epochs)}),
         )
-        chances = measured_chances(shadow, heads, held_out, training.length)
+        chances = measure_acceptance(shadow, heads, held_out, training.length)
         return Attachment("medusa", stored(heads), dict(chosen.medusa or {}), 0, {"chances": chances})
 
     def drafter(self, arm: str) -> tuple[Drafter, int]:
@@ -285,7 +285,7 @@ def accepted(chances: Sequence[Sequence[float]]) -> float:
         chances: by level and rank.
     """
     total = 0.0
-    for path in likely(NODES, chances).paths:
+    for path in best_tree(chances, NODES).paths:
         chance = 1.0
         for level, rank in enumerate(path):
             chance *= chances[level][rank]
@@ -310,7 +310,7 @@ def _drafter(
         else:
             heads = medusa_heads(target, chosen, training.examples(world))
             heads.load_state_dict(found.tensors)
-            _ready[key] = (Medusa(heads, likely(NODES, found.about["chances"])), parameters_of)
+            _ready[key] = (Medusa(heads, best_tree(found.about["chances"], NODES)), parameters_of)
     return _ready[key]
 
 

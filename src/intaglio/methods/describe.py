@@ -116,7 +116,7 @@ def parameters(method: type[Method], paper: Mapping[str, Any]) -> list[Parameter
                 type="a Python object" if field_schema is None else describe_type(field_schema, definitions),
                 default=default,
                 paper=to_yaml(paper[name]) if name in paper else "",
-                description=documented.get(name) or _field_description(field_schema or {}),
+                description=documented.get(name) or field.description or _field_description(field_schema or {}),
             )
         )
     return rows

@@ -1,12 +1,12 @@
-"""Keeping the accepted path's rows of a key-value cache, and which caches that can be done with.
+"""Row operations on a KV cache: keep the accepted path's rows, and refuse caches where that is impossible.
 
-A pass over a tree leaves one row a node at the end of every layer's keys and values. The rows of the accepted path are
-copied to the front of those, and the rest is cropped. Rows of different lengths in one batch stay aligned to the left:
-row b uses the slots up to its own length, and what lies behind is a hole that no mask shows.
+A pass over a tree leaves one row per node at the end of every layer's keys and values. The rows of the accepted path
+are copied to the front of those, and the rest is cropped. Rows of different lengths in one batch stay left-aligned: row
+b uses the slots up to its own length, and the slots after it are a hole that no mask shows.
 
 Two kinds of stock cache serve windowed layers: `DynamicCache()` keeps every row, and the masks carry the window;
-`DynamicCache(config)` keeps the window's rows, and remembers what a crop may need back once recording is switched on
-after the prefill.
+`DynamicCache(config)` keeps the window's rows, and keeps the rows that a crop may need back once recording is switched
+on after the prefill.
 
 Dimension letters: B rows, H heads, K slots, D width of a head, M rows moved.
 """
@@ -23,60 +23,49 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from intaglio.errors import IntaglioError
 
 ROOM = 256
-"""Rows of room at the least."""
+"""Fewest spare rows."""
 
 
-class RoomyLayer(DynamicLayer):
-    """A layer's keys and values with room behind them, so that a pass writes its rows where they stay.
+class PreallocatedLayer(DynamicLayer):
+    """Keys and values of a layer in preallocated memory, so that a pass writes its rows in place.
 
-    The stock layer copies all that it holds at every pass: with 4,096 tokens of SmolLM2 that takes as long as a quarter
-    of the pass. `keys` and `values` are the filled part, and may be replaced as with the stock layer; then the next
-    pass makes room anew.
+    The stock layer copies all its content at every pass: with 4,096 tokens of SmolLM2 that takes a quarter of the pass.
+    `keys` and `values` are the filled part, and may be replaced as with the stock layer; then the next pass allocates
+    again.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write rows behind those that are there.
-
-        Args:
-            key_states: [B, H, Q, D].
-            value_states: likewise.
-            *args: not used.
-            **kwargs: not used.
-        """
+        """Append rows [B, H, Q, D]; other arguments are ignored."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._room: dict[str, Tensor] = {}
+            self._buffers: dict[str, Tensor] = {}
         for name, states in (("keys", key_states), ("values", value_states)):
             held = getattr(self, name)
             before = held.shape[-2] if held.numel() else 0
             after = before + states.shape[-2]
-            room = self._room.get(name)
-            ours = room is not None and held.data_ptr() == room.data_ptr() and held.shape[:2] == room.shape[:2]
-            if room is None or not ours or after > room.shape[-2]:
+            buffer = self._buffers.get(name)
+            ours = buffer is not None and held.data_ptr() == buffer.data_ptr() and held.shape[:2] == buffer.shape[:2]
+            if buffer is None or not ours or after > buffer.shape[-2]:
                 shape = (*states.shape[:-2], after + max(ROOM, after // 4), states.shape[-1])
-                room = self._room[name] = states.new_empty(shape)
+                buffer = self._buffers[name] = states.new_empty(shape)
                 if before:
-                    room[:, :, :before] = held
-            room[:, :, before:after] = states
-            setattr(self, name, room[:, :, :after])
+                    buffer[:, :, :before] = held
+            buffer[:, :, before:after] = states
+            setattr(self, name, buffer[:, :, :after])
         return self.keys, self.values
 
 
-def roomy() -> DynamicCache:
-    """An empty cache that keeps every row and has room for more."""
+def preallocated_cache() -> DynamicCache:
+    """Return an empty cache that keeps every row, in preallocated memory."""
     cache = DynamicCache()
-    cache.layer_class_to_replicate = RoomyLayer
+    cache.layer_class_to_replicate = PreallocatedLayer
     return cache
 
 
 def check_cache(cache: Any) -> None:
-    """Refuse a cache whose rows cannot be put in another order.
+    """Raise an `IntaglioError` if the rows of a cache cannot be reordered.
 
-    Args:
-        cache: what `generate` would use.
-
-    Raises:
-        IntaglioError: no cache at all, or a static, quantized, offloaded, hybrid or encoder-decoder one.
+    Refused are no cache at all, and static, quantized, offloaded, hybrid and encoder-decoder caches.
     """
     if cache is None:
         raise IntaglioError("use_cache is False; speculative decoding keeps the accepted rows of a key-value cache")
@@ -85,7 +74,7 @@ def check_cache(cache: Any) -> None:
     if cache.offloading:
         raise IntaglioError("the cache is offloaded; speculative decoding needs a DynamicCache that stays in memory")
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, RoomyLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PreallocatedLayer):
             raise IntaglioError(
                 f"the cache holds a {type(layer).__name__}; speculative decoding needs attention layers with dynamic "
                 "keys and values"
@@ -93,33 +82,21 @@ def check_cache(cache: Any) -> None:
 
 
 def is_windowed(cache: DynamicCache) -> bool:
-    """Whether some layer of a cache drops the rows outside its window.
-
-    Args:
-        cache: a dynamic cache.
-    """
+    """Return whether some layer of a cache drops the rows outside its window."""
     return any(cache.is_sliding)
 
 
 def stop_recording(cache: DynamicCache) -> None:
-    """Let a windowed cache drop rows as it goes again; other caches stay as they are.
-
-    Args:
-        cache: a dynamic cache, cropped.
-    """
+    """Let a cropped windowed cache drop rows again; other caches stay unchanged."""
     for layer in cache.layers:
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.record_past = False
 
 
 def drop_last(layers: Iterable[Any], count: int) -> None:
-    """Drop the last slots of some layers, and nothing else.
+    """Drop the last `count` slots of some layers of a dynamic cache (recording, if they are windowed).
 
     `crop` would also cut a windowed layer down to its window, and a later crop could not have the rows back.
-
-    Args:
-        layers: of a dynamic cache; recording, where they are windowed. Those that hold nothing stay so.
-        count: slots, at least 0.
     """
     for layer in layers:
         if count and layer.is_initialized and layer.keys.numel():
@@ -129,27 +106,24 @@ def drop_last(layers: Iterable[Any], count: int) -> None:
 
 
 def _filled(cache: DynamicCache) -> list[Any]:
-    """The layers that hold rows; layers that share another's keys hold none."""
+    """Return the layers that hold rows; layers that share another's keys hold none."""
     return [layer for layer in cache.layers if layer.is_initialized and layer.keys.numel()]
 
 
 def move_rows(cache: DynamicCache, source_BM: Tensor, target_BM: Tensor) -> None:
-    """Copy rows within the last ones of every layer; sources are all read before any target is written.
+    """Copy rows within the last ones of every layer; all sources are read before any target is written.
 
-    Args:
-        cache: a dynamic cache.
-        source_BM: where each row is, counted back from the end, int64 below 0.
-        target_BM: where it goes, counted likewise.
+    Indices are counted back from the end (int64 below 0).
     """
     rows, first = len(source_BM), int(target_BM[0, 0])
-    straight = rows == 1  # one row: the targets are consecutive, so a plain slice takes them
+    consecutive = rows == 1  # so the targets are a plain slice
     layers = _filled(cache)
     device = layers[0].keys.device
     source_BM, target_BM = source_BM.to(device), target_BM.to(device)
     for layer in layers:
         for held in (layer.keys, layer.values):
             slots = held.shape[-2]
-            if straight:
+            if consecutive:
                 moved = held.index_select(2, source_BM[0] + slots)
                 held[:, :, slots + first : slots + first + moved.shape[2]] = moved
                 continue
@@ -158,34 +132,27 @@ def move_rows(cache: DynamicCache, source_BM: Tensor, target_BM: Tensor) -> None
             held.scatter_(2, (target_BM + slots)[:, None, :, None].expand(shape), moved)
 
 
-def moves(kept: Sequence[Sequence[int]], behind: Sequence[int], pending: int) -> tuple[Tensor, Tensor] | None:
-    """Where the kept rows are and where they go, counted back from the end of the cache.
+def row_moves(kept: Sequence[Sequence[int]], gaps: Sequence[int], pending: int) -> tuple[Tensor, Tensor] | None:
+    """Return sources and targets [B, M] for `move_rows`; None if every row stays where it is.
 
     Args:
         kept: for each row, which of its `pending` last slots stay, in their new order.
-        behind: for each row, how many slots lie empty between its own rows and the pending ones.
+        gaps: for each row, the empty slots between its own rows and the pending ones.
         pending: slots that the last passes added.
-
-    Returns:
-        sources and targets [B, M], or None where every row stays where it is.
     """
-    if all(not gap and list(slots) == list(range(len(slots))) for slots, gap in zip(kept, behind, strict=True)):
+    if all(not gap and list(slots) == list(range(len(slots))) for slots, gap in zip(kept, gaps, strict=True)):
         return None
     most = max(map(len, kept))
     # A row that keeps fewer than another copies its last slot onto itself.
     source = torch.full((len(kept), most), -1)
     target = torch.full((len(kept), most), -1)
-    for row, (slots, gap) in enumerate(zip(kept, behind, strict=True)):
+    for row, (slots, gap) in enumerate(zip(kept, gaps, strict=True)):
         source[row, : len(slots)] = torch.tensor(slots, dtype=torch.long) - pending
         target[row, : len(slots)] = torch.arange(len(slots)) - pending - gap
     return source, target
 
 
 def release(cache: DynamicCache) -> None:
-    """Give every layer rows of its own, outside of inference mode, so that the user may do with them what they like.
-
-    Args:
-        cache: a dynamic cache filled under inference mode.
-    """
+    """Copy the rows of a cache filled under inference mode, so that users may compute with them."""
     for layer in _filled(cache):
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()

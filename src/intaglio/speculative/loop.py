@@ -1,13 +1,13 @@
-"""The one lossless verify loop: every drafter runs through it.
+"""The loop that every speculative decoder runs through: draft a tree, verify it in one pass of the target, emit, keep.
 
     decoder = Speculative(PromptLookup())
     model.generate(**inputs, custom_generate=decoder, max_new_tokens=128)
     decoder.statistics.tokens_per_pass
 
-A pass of the target reads the last token emitted and a tree of guesses behind it at once. The walk down the tree emits
-the tokens that the target itself would have, one or more a pass. Greedy output equals stock greedy `generate` up to
-floating point: a pass over several tokens rounds otherwise than a pass over one, so two logits that are nearly tied may
-change places. Sampled output has the target's law for every tree (`sampling.py`).
+A pass of the target reads the last token emitted and a tree of guesses after it. The default acceptance policy is
+lossless: greedy output equals stock greedy `generate` up to floating point (a pass over several tokens rounds otherwise
+than a pass over one, so two logits that are nearly tied may change places); sampled output has the target's
+distribution for every tree (`sampling.py`). A session may bring a policy of its own (`AcceptingSession`).
 
 Dimension letters: B rows, P prompt tokens, Q nodes of a row, L tokens of a row, N nodes, V vocabulary, D width.
 """
@@ -22,35 +22,34 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
-from intaglio.speculative.acceptance import Chooser, walk
-from intaglio.speculative.outputs import SpeculativeOutput, as_asked, gathered, going, streaming
+from intaglio.speculative.acceptance import AcceptancePolicy, TokenSelector, verify_tree
+from intaglio.speculative.outputs import SpeculativeOutput, active_rows, build_output, collect_rows, streaming
 from intaglio.speculative.prepacked_linear import prepacked
-from intaglio.speculative.protocols import Drafter, Pass, PassingSession, Run, Step
+from intaglio.speculative.protocols import AcceptingSession, DecodingRun, Drafter, ForwardSession, Step, TreePass
 from intaglio.speculative.request import Request, read_request
-from intaglio.speculative.sequences import Row, end_together
+from intaglio.speculative.sequences import SequenceState, stop_together
 from intaglio.speculative.statistics import Statistics
-from intaglio.speculative.target_model import Reader, stack
+from intaglio.speculative.target_model import Reader, check_tree_attention, stack
 from intaglio.speculative.tree import TokenTree, root_only
 
 
 class Speculative:
-    """Lossless speculative decoding as a `custom_generate` callable of stock `generate`.
+    """Speculative decoding as a `custom_generate` callable of stock `generate`.
 
-    Decoders of every stock kind with full or sliding attention under SDPA or eager attention, any batch size with
-    padding in front, greedy or sampling, with every logits processor and stopping criterion that `generate` builds or
-    is given (stop strings as `stopping_criteria=[StopStringCriteria(tokenizer, ...)]`, since `generate` keeps the
-    tokenizer to itself). A cache given to `generate` is filled and continued (one row).
+    Accepts decoders with full or sliding attention under SDPA or eager attention, any batch size with left padding,
+    greedy decoding or sampling, every logits processor and stopping criterion that `generate` builds or gets (stop
+    strings as `stopping_criteria=[StopStringCriteria(tokenizer, ...)]`, since `generate` does not pass the tokenizer
+    on). A cache given to `generate` is filled and continued (one row).
 
     Args:
-        drafter: where guesses come from.
-        streamer: gets the prompt, each block of tokens as it is accepted, and the end; one row only. `generate` has an
-            argument of the same name that never reaches a custom decoder: give it here.
-        on_step: called with each row's `Step` after every pass, the prefill first; `step.drafted` of the tokens were
-            drafted.
-        generator: what draws come from. Default None: torch's global generator, as in stock `generate`.
-        prepack: whether the passes on a CPU use copies of the linears' weights, laid out for a few tokens at a time (as
-            much memory again as the weights take; they are kept for the next call). True: wherever that can be done.
-            False: never, as stock `generate`. Default None: from 32 new tokens on, if there is memory for them.
+        drafter: source of the guesses.
+        streamer: receives the prompt, each block of tokens as it is accepted, and the end; one row only. The argument
+            of `generate` with the same name never reaches a custom decoder: pass it here.
+        on_step: called with each row's `Step` after every pass, the prefill first.
+        generator: source of the draws. Default None: torch's global generator, as in stock `generate`.
+        prepack: whether passes on a CPU use copies of the linear weights laid out for a few tokens at a time (as much
+            memory again as the weights take; kept for the next call). True: wherever possible. False: never, as stock
+            `generate`. Default None: from 32 new tokens on, if there is memory for them.
 
     Attributes:
         statistics: of the last run.
@@ -70,7 +69,11 @@ class Speculative:
         self.on_step = on_step
         self.generator = generator
         self.prepack = prepack
-        self.statistics = Statistics()
+        self.statistics = self._new_statistics()
+
+    def _new_statistics(self) -> Statistics:
+        make: Callable[[], Statistics] = getattr(self.drafter, "new_statistics", Statistics)
+        return make()
 
     def __call__(
         self,
@@ -81,165 +84,158 @@ class Speculative:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Tensor | SpeculativeOutput:
-        """Called by `model.generate(..., custom_generate=self)`.
+        """Generate; called by `model.generate(..., custom_generate=self)`.
 
         Args:
             model: the target.
-            input_ids: the prompts [B, P].
-            logits_processor: as `generate` made them.
-            stopping_criteria: as `generate` made them.
-            generation_config: the merged one.
-            **model_kwargs: what `generate` prepared for the model.
+            input_ids: prompts [B, P].
+            logits_processor: as `generate` built it.
+            stopping_criteria: as `generate` built them.
+            generation_config: the merged config.
+            **model_kwargs: model arguments that `generate` prepared.
 
         Returns:
-            the prompts and their continuations [B, L], or a `SpeculativeOutput`.
+            prompts and continuations [B, L], or a `SpeculativeOutput`.
 
         Raises:
-            IntaglioError: something that the loop cannot honour, or a drafter that does not fit.
+            IntaglioError: an option that the loop cannot honour, or a drafter that does not fit.
         """
         request = read_request(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
-        rows = request.ids_BP.shape[0]
-        config = generation_config
-        if rows > 1 and config.return_dict_in_generate and (config.output_scores or config.output_logits):
-            raise IntaglioError(
-                f"output_scores or output_logits was asked for with {rows} rows, which end after unlike numbers of "
-                "passes; it is accepted with one row"
-            )
+        self.statistics = self._new_statistics()
         with streaming(self.streamer, request.ids_BP), torch.inference_mode():
-            state = _State(self, model, request)
-            ids_BL = state.run()
-        return as_asked(request, ids_BL, self.statistics, state.chooser.scores, state.chooser.logits)
+            generation = _Generation(self, model, request)
+            ids_BL = generation.run()
+        selector = generation.selector
+        return build_output(request, ids_BL, self.statistics, selector.scores, selector.logits)
 
 
-class _State:
-    """One run of the loop.
-
-    Args:
-        decoder: drafter, streamer, callback, generator.
-        model: the target.
-        request: what was asked for.
-    """
+class _Generation:
+    """One call of `generate`."""
 
     def __init__(self, decoder: Speculative, model: Any, request: Request) -> None:
         self._began = time.perf_counter()
         self._decoder = decoder
         self._request = request
-        self._counts = decoder.statistics = Statistics()
+        self._counts = decoder.statistics
         self._model = model
-        own = prepacked(model, decoder.prepack, request.room)
-        self._reader = Reader(model, request.cache, hidden=decoder.drafter.needs_hidden, prepacked=own)
+        weights = prepacked(model, decoder.prepack, request.room)
+        self._reader = Reader(model, request.cache, hidden=decoder.drafter.needs_hidden, prepacked=weights)
+        check_tree_attention(model)
         shape = (request.ids_BP.shape[0], request.max_length)
         self._ids_BL = torch.full(shape, request.pad, device=request.ids_BP.device)
-        self._rows = [Row(index, buffer_L, request) for index, buffer_L in enumerate(self._ids_BL)]
-        self.chooser = Chooser(request, decoder.generator)
-        self._vocabulary = self._reader.vocabulary
-        self._session = self._timed(decoder.drafter.start, self._as_run())
-        self._forward = self._session.forward if isinstance(self._session, PassingSession) else None
+        self._rows = [SequenceState(index, buffer_L, request) for index, buffer_L in enumerate(self._ids_BL)]
+        self.selector = TokenSelector(request, decoder.generator)
+        self._session = self._timed(decoder.drafter.start, self._decoding_run())
+        self._forward = self._session.forward if isinstance(self._session, ForwardSession) else None
+        accepting = isinstance(self._session, AcceptingSession)
+        self._accept: AcceptancePolicy = self._session.accept if accepting else verify_tree
 
-    def _as_run(self) -> Run:
+    def _decoding_run(self) -> DecodingRun:
         request = self._request
-        real = request.ids_BP.tolist()
+        prompts = request.ids_BP.tolist()
         if request.mask_BP is not None:
-            shown = request.mask_BP.tolist()
-            real = [[t for t, on in zip(ids, row, strict=True) if on] for ids, row in zip(real, shown, strict=True)]
-        return Run(
+            masks = request.mask_BP.tolist()
+            prompts = [
+                [t for t, on in zip(ids, mask, strict=True) if on] for ids, mask in zip(prompts, masks, strict=True)
+            ]
+        return DecodingRun(
             model=self._model,
-            prompts=tuple(tuple(ids) for ids in real),
+            prompts=tuple(tuple(ids) for ids in prompts),
             sampling=bool(request.config.do_sample),
             config=request.config,
             limit=request.room,
             generator=self._decoder.generator,
             prepack=self._decoder.prepack,
+            statistics=self._counts,
         )
 
     def _timed(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call the drafter, on its own account."""
+        """Call the drafter and add the time to its account."""
         start = time.perf_counter()
         with self._reader.linears:  # heads that draft call the target's own last linear
-            found = function(*args)
+            result = function(*args)
         self._counts.drafter_seconds += time.perf_counter() - start
-        return found
+        return result
 
     def run(self) -> Tensor:
         """Generate, and return the padded rows [B, L]."""
         self._prefill()
-        for rows in going(self._rows, self._reader):
+        for rows in active_rows(self._rows, self._reader):
             self._pass(rows)
-        found_BL = gathered(self._request, self._rows, self._ids_BL, self._counts)
+        ids_BL = collect_rows(self._request, self._rows, self._ids_BL, self._counts)
         self._counts.seconds = time.perf_counter() - self._began
-        return found_BL
+        return ids_BL
 
     def _prefill(self) -> None:
         start = time.perf_counter()
         logits_BV = self._reader.prefill(self._request.ids_BP, self._request.mask_BP)
-        self._counts.book(len(self._rows), start, self._model.device)
-        self.chooser.prepare(logits_BV[:, None])
+        self._counts.record_pass(len(self._rows), start, self._model.device)
+        self.selector.prepare(logits_BV[:, None])
         steps = []
         for row in self._rows:
-            logits_NV = logits_BV[row.index][None]
-            tokens, _, _ = walk(self.chooser, row, row.index, root_only(row.last), logits_NV)
+            logits_1V = logits_BV[row.index][None]
+            (first,) = verify_tree(self.selector, row, row.index, root_only(row.last), logits_1V)
+            row.unread = first.tokens
             hidden_BPD = self._reader.hidden_BQD
             hidden = None if hidden_BPD is None else hidden_BPD[row.index, self._reader.pads[row.index] :]
-            steps.append(Step(row.index, tokens, 0, None, (), hidden, logits_NV, row.done))
-        self._tell(steps)
+            steps.append(Step(row.index, first.tokens, 0, None, (), hidden, logits_1V, row.done))
+        self._report(steps)
 
-    def _draft(self, rows: Sequence[Row]) -> list[TokenTree]:
-        """A checked tree for every row."""
-        rooms = [row.left - 1 for row in rows]
-        trees: Sequence[TokenTree] = self._timed(self._session.propose, [row.index for row in rows], rooms)
+    def _draft(self, rows: Sequence[SequenceState]) -> list[TokenTree]:
+        """Return a checked tree for every row, no deeper than it can use."""
+        room = [row.remaining - 1 for row in rows]
+        trees: Sequence[TokenTree] = self._timed(self._session.propose, [row.index for row in rows], room)
+        name, last_id = type(self._decoder.drafter).__name__, self._reader.vocabulary - 1
         if len(trees) != len(rows):
-            raise IntaglioError(
-                f"{self._drafter} proposed {len(trees)} trees for {len(rows)} rows; one a row is needed"
-            )
+            raise IntaglioError(f"{name} proposed {len(trees)} trees for {len(rows)} rows; one per row is needed")
         for tree, row in zip(trees, rows, strict=True):
-            if tree.tokens[0] != row.last:
+            if list(tree.tokens[: len(row.unread)]) != row.unread:
                 raise IntaglioError(
-                    f"{self._drafter} proposed a tree with the root {tree.tokens[0]}; the last token emitted is "
-                    f"{row.last}"
+                    f"{name} proposed a tree with the root {tree.tokens[0]}; the last token emitted is {row.unread[0]}"
                 )
-            if max(tree.tokens) >= self._vocabulary:
+            if max(tree.tokens) > last_id:
                 raise IntaglioError(
-                    f"{self._drafter} proposed the token {max(tree.tokens)}; the target's vocabulary ends at "
-                    f"{self._vocabulary - 1}"
+                    f"{name} proposed the token {max(tree.tokens)}; the target's vocabulary ends at {last_id}"
                 )
-        return [tree.cut(room) for tree, room in zip(trees, rooms, strict=True)]
+        return [tree.truncate(most + len(row.unread) - 1) for tree, row, most in zip(trees, rows, room, strict=True)]
 
-    @property
-    def _drafter(self) -> str:
-        return type(self._decoder.drafter).__name__
-
-    def _pass(self, rows: list[Row]) -> None:
+    def _pass(self, rows: list[SequenceState]) -> None:
         """Draft, verify, emit and keep, once."""
         trees = self._draft(rows)
-        inputs = self._reader.lay(*stack(trees))
+        inputs = self._reader.prepare_inputs(*stack(trees))
         start = time.perf_counter()
         if self._forward is None:
-            logits_BQV = self._reader.run(inputs)
+            logits_BQV = self._reader.forward(inputs)
         else:
             indices = [row.index for row in rows]
             with self._reader.linears:
-                logits_BQV = self._forward(Pass(self._model, indices, trees, inputs, self._reader))
-        self._counts.book(len(rows), start, self._model.device)
-        self._reader.added(inputs)
-        self.chooser.prepare(logits_BQV)
+                logits_BQV = self._forward(TreePass(self._model, indices, trees, inputs, self._reader))
+        self._counts.record_pass(len(rows), start, self._model.device)
+        self._reader.commit(inputs)
+        self.selector.prepare(logits_BQV)
         steps, kept = [], []
-        for place, (row, tree) in enumerate(zip(rows, trees, strict=True)):
-            logits_NV = logits_BQV[place, : len(tree)]
-            tokens, drafted, path = walk(self.chooser, row, place, tree, logits_NV)
-            hidden_BQD = self._reader.hidden_BQD
-            hidden = None if hidden_BQD is None else hidden_BQD[place, path]
-            steps.append(Step(row.index, tokens, drafted, tree, path, hidden, logits_NV, row.done))
-            kept.append(path)
-            self._counts.nodes += len(tree) - 1
+        for index, (row, tree) in enumerate(zip(rows, trees, strict=True)):
+            logits_NV = logits_BQV[index, : len(tree)]
+            accepted = self._accept(self.selector, row, index, tree, logits_NV)
+            for part in accepted:
+                hidden_BQD = self._reader.hidden_BQD
+                hidden = None if hidden_BQD is None else hidden_BQD[index, part.path]
+                done = row.done and part is accepted[-1]
+                steps.append(Step(row.index, part.tokens, part.drafted, tree, part.path, hidden, logits_NV, done))
+            kept.append([node for part in accepted for node in part.path])
+            tokens = [token for part in accepted for token in part.tokens]
+            row.unread = tokens[len(kept[-1]) - len(row.unread) :]
+            drafted = sum(part.drafted for part in accepted)
+            self._counts.nodes += sum(part.tried for part in accepted)
             self._counts.accepted += drafted
             self._counts.lengths.append(drafted)
-        self._reader.keep(kept)
-        self._tell(steps)
+        self._reader.keep_rows(kept)
+        self._report(steps)
 
-    def _tell(self, steps: list[Step]) -> None:
-        """Hand the pass's tokens to everyone who listens."""
+    def _report(self, steps: list[Step]) -> None:
+        """Pass the steps to the session, the streamer and the callback."""
         if self._request.together:
-            end_together(self._rows)
+            stop_together(self._rows)
         self._timed(self._session.observe, steps)
         for step in steps:
             if self._decoder.streamer is not None:

@@ -1,4 +1,4 @@
-"""What `generate` returns, whichever loop made it, and the streamer while it is made.
+"""Output of `generate`: streaming, active rows, padded ids, the returned object.
 
 Dimension letters: B rows, P prompt tokens, L tokens of a row, V vocabulary.
 """
@@ -17,14 +17,14 @@ from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import CACHE
 from intaglio.speculative.cache import is_windowed, release, stop_recording
 from intaglio.speculative.request import Request
-from intaglio.speculative.sequences import Row
+from intaglio.speculative.sequences import SequenceState
 from intaglio.speculative.statistics import Statistics
 from intaglio.speculative.target_model import Reader
 
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `return_dict_in_generate=True` returns: stock fields, and the run's statistics.
+    """Stock output of `return_dict_in_generate=True` with the run's statistics.
 
     Attributes:
         statistics: counts and seconds of the run.
@@ -35,11 +35,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
 @contextmanager
 def streaming(streamer: Any, ids_BP: Tensor) -> Iterator[None]:
-    """Give a streamer the prompt at first and the end at last, whatever happens in between.
-
-    Args:
-        streamer: of one row, or None.
-        ids_BP: the prompts.
+    """Give a streamer the prompt first and the end last, even after an error.
 
     Raises:
         IntaglioError: a streamer for more than one row.
@@ -56,30 +52,18 @@ def streaming(streamer: Any, ids_BP: Tensor) -> Iterator[None]:
         streamer.end()
 
 
-def going(rows: list[Row], reader: Reader) -> Iterator[list[Row]]:
-    """The rows of each pass: those that have not ended, until all have; the reader drops the others.
-
-    Args:
-        rows: all rows, read so far.
-        reader: holds them.
-    """
+def active_rows(rows: list[SequenceState], reader: Reader) -> Iterator[list[SequenceState]]:
+    """Yield the rows of each pass until all have ended; ended rows are dropped from the reader."""
     live = rows
-    while left := [row for row in live if not row.done]:
-        if len(left) < len(live):
-            reader.select([place for place, row in enumerate(live) if not row.done])
-        live = left
+    while active := [row for row in live if not row.done]:
+        if len(active) < len(live):
+            reader.select_rows([index for index, row in enumerate(live) if not row.done])
+        live = active
         yield live
 
 
-def gathered(request: Request, rows: Sequence[Row], ids_BL: Tensor, counts: Statistics) -> Tensor:
-    """The rows [B, L] as long as the longest of them, padded, when all have ended; counts their tokens.
-
-    Args:
-        request: what was asked for.
-        rows: all of them.
-        ids_BL: what they were written into.
-        counts: gets the number of tokens emitted.
-    """
+def collect_rows(request: Request, rows: Sequence[SequenceState], ids_BL: Tensor, counts: Statistics) -> Tensor:
+    """Return the ended rows [B, L], padded to the longest, and count their tokens."""
     if is_windowed(request.cache):
         stop_recording(request.cache)
     for row in rows:
@@ -88,26 +72,18 @@ def gathered(request: Request, rows: Sequence[Row], ids_BL: Tensor, counts: Stat
     return ids_BL[:, : max(row.length for row in rows)]
 
 
-def as_asked(
+def build_output(
     request: Request,
     ids_BL: Tensor,
     counts: Statistics,
-    scores: Sequence[Tensor] | None = None,
-    logits: Sequence[Tensor] | None = None,
+    scores: Sequence[Tensor] | None,
+    logits: Sequence[Tensor] | None,
 ) -> Tensor | SpeculativeOutput:
-    """The rows, or the output with all that was asked for, out of inference mode: the user may compute with them.
-
-    Args:
-        request: what was asked for.
-        ids_BL: from `gathered`.
-        counts: of the run.
-        scores: of each token [1, V]. Default None: not asked for.
-        logits: likewise.
-    """
-    sequences_BL, wanted = ids_BL.clone(), request.config.return_dict_in_generate
-    if wanted or getattr(request.cache, "_is_user_defined", False):
+    """Return the rows, or the requested output object, outside of inference mode, so that users may compute with it."""
+    sequences_BL, as_object = ids_BL.clone(), request.config.return_dict_in_generate
+    if as_object or getattr(request.cache, "_is_user_defined", False):
         release(request.cache)
-    if not wanted:
+    if not as_object:
         return sequences_BL
     return SpeculativeOutput(
         sequences=sequences_BL,

@@ -1,4 +1,4 @@
-"""What a call of `generate` asks for, checked: everything that the loop could not honour is refused in one sentence.
+"""Arguments of a `generate` call, checked: every option that the loop cannot honour is refused in one sentence.
 
 Dimension letters: B rows, P prompt tokens.
 """
@@ -17,7 +17,8 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import CACHES
-from intaglio.speculative.cache import check_cache, is_windowed, roomy
+from intaglio.speculative._utils import context_length
+from intaglio.speculative.cache import check_cache, is_windowed, preallocated_cache
 
 _KNOWN = frozenset({"attention_mask", "position_ids", *CACHES, "use_cache", "logits_to_keep"})
 
@@ -27,15 +28,15 @@ class Request:
     """One call of `generate`.
 
     Args:
-        ids_BP: the prompts, padded in front.
+        ids_BP: prompts, padded on the left.
         mask_BP: 1 at real tokens, or None.
-        cache: what the target's rows go to.
+        cache: cache of the target.
         config: the merged generation config.
-        processors: logits processors, called once for each token emitted.
+        processors: logits processors, called once per emitted token.
         stops: token ids that end a row.
         criteria: other stopping criteria, called with a row [1, L] after each token.
         max_length: most tokens of a row, the prompt and its padding included.
-        pad: token id behind rows that ended early.
+        pad: token id after the end of rows that ended early.
         together: no stop token ends rows, so stock `generate` lets every row go on until the last one has met a
             criterion.
     """
@@ -58,10 +59,10 @@ class Request:
 
 
 def _dropped() -> dict[str, Any]:
-    """Arguments of `generate` that it keeps from a custom decoder without a word, as far as they were given.
+    """Return the given arguments of `generate` that it silently keeps from a custom decoder.
 
-    An assistant would be ignored, and a streamer would never be ended, so that who reads it waits for ever. The only
-    place where they can still be seen is the caller's own frame.
+    An assistant would be ignored, and a streamer would never end, so that its reader waits for ever. They can be seen
+    only in the caller's own frame.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
@@ -72,14 +73,14 @@ def _dropped() -> dict[str, Any]:
     return {}
 
 
-def _check_mode(config: Any) -> None:
+def _check_mode(config: Any, rows: int) -> None:
     dropped = _dropped()
     if "assistant_model" in dropped:
         raise IntaglioError(
             "an assistant_model was given beside a speculative decoder; give it to the decoder as its draft model"
         )
     if "streamer" in dropped:
-        raise IntaglioError("a streamer was given to generate, which does not hand it on; give it to the decoder")
+        raise IntaglioError("a streamer was given to generate, which does not pass it on; give it to the decoder")
     if config.num_beams > 1:
         raise IntaglioError(
             f"num_beams is {config.num_beams}; speculative decoding follows one beam, so only 1 is accepted"
@@ -88,24 +89,29 @@ def _check_mode(config: Any) -> None:
         raise IntaglioError("prompt_lookup_num_tokens was given beside a speculative decoder; use one of the two")
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise IntaglioError(f"generate was asked for {mode.value}; speculative decoding is greedy or samples")
+        raise IntaglioError(f"the generation mode is {mode.value}; speculative decoding is greedy or samples")
     for name in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, name):
             raise IntaglioError(f"{name} is True; a pass over a tree has no such output for a single token")
+    if rows > 1 and config.return_dict_in_generate and (config.output_scores or config.output_logits):
+        raise IntaglioError(
+            f"output_scores or output_logits is set with {rows} rows, which end after different numbers of passes; it "
+            "is accepted with one row"
+        )
     if getattr(config, "prefill_chunk_size", None) is not None:
         raise IntaglioError(f"prefill_chunk_size is {config.prefill_chunk_size}; the prompt is read in one pass here")
 
 
 def _cache(given: Any, rows: int, use_cache: Any) -> DynamicCache:
-    """The cache to fill: the given one where its rows can be kept, else one of our own."""
+    """Return the cache to fill: the given one if its rows can be kept, else a new one."""
     check_cache(None if use_cache is False else given)
     if rows > 1:
         if given.get_seq_length():
             raise IntaglioError(f"a cache that holds tokens was given with {rows} rows; it is accepted with one row")
-        # Rows of unlike lengths leave holes, which a cache of the window cannot have, and nobody else could read.
-        return roomy()
+        # Rows of different lengths leave holes, which a windowed cache cannot have and no other code could read.
+        return preallocated_cache()
     if not (is_windowed(given) or getattr(given, "_is_user_defined", False)):
-        return roomy()
+        return preallocated_cache()
     if is_windowed(given) and any(
         layer.is_initialized and layer.record_past for layer in given.layers if layer.is_sliding
     ):
@@ -115,34 +121,21 @@ def _cache(given: Any, rows: int, use_cache: Any) -> DynamicCache:
     return given
 
 
-def _context(model: Any) -> int | None:
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if found is None else int(found)
-
-
 def read_request(
     model: Any, input_ids: Tensor, processors: Any, criteria: Any, config: Any, given: dict[str, Any]
 ) -> Request:
-    """Check a call of `generate` and sort its arguments.
-
-    Args:
-        model: the target.
-        input_ids: the prompts [B, P].
-        processors: `logits_processor`.
-        criteria: `stopping_criteria`.
-        config: `generation_config`.
-        given: every other model argument that `generate` prepared.
+    """Check a call of `generate` and sort its arguments; `given` holds the other model arguments that it prepared.
 
     Raises:
         IntaglioError: beams, an assistant or a streamer given to `generate`, another kind of cache, arguments that
-            cannot be handed on, or more tokens than the context holds.
+            cannot be passed on, or more tokens than the context holds.
     """
     if getattr(model.config, "is_encoder_decoder", False):
         raise IntaglioError(f"{model.config.model_type} is an encoder-decoder; speculative decoding needs a decoder")
-    _check_mode(config)
+    _check_mode(config, len(input_ids))
     for name, value in given.items():
         if name not in _KNOWN and value is not None:
-            raise IntaglioError(f"generate was given {name}, which speculative decoding does not hand on to the model")
+            raise IntaglioError(f"generate was given {name}, which speculative decoding does not pass on to the model")
     rows, length = input_ids.shape
     cache = _cache(next((given[name] for name in CACHES if name in given), None), rows, given.get("use_cache"))
     stops: set[int] = set()
@@ -154,7 +147,7 @@ def read_request(
             limits.append(int(criterion.max_length))
         else:
             others.append(criterion)
-    context = _context(model)
+    context = context_length(model)
     if context is not None and min(limits) > context:
         raise IntaglioError(
             f"a prompt of {length} tokens and {min(limits) - length} new ones need more than the model's context of "

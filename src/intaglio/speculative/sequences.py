@@ -1,6 +1,6 @@
-"""One row of the output as it grows, and what ends it.
+"""State of one sequence of the batch while it is generated, and the conditions that end it.
 
-Dimension letters: L tokens of the row, padding of the prompt included.
+Dimension letters: L tokens of the sequence, padding of the prompt included.
 """
 
 from __future__ import annotations
@@ -12,19 +12,20 @@ from torch import Tensor
 from intaglio.speculative.request import Request
 
 
-class Row:
-    """One row of the output.
+class SequenceState:
+    """One sequence of the output.
 
     Args:
-        index: which row of the batch it is.
-        buffer_L: where its tokens go, int64, as long as the row can get; the prompt is written in.
-        request: what ends it.
+        index: row of the batch.
+        buffer_L: where its tokens go, int64, as long as it can get; the prompt is written in.
+        request: stop tokens, stopping criteria and limits.
 
     Attributes:
         length: tokens written.
         last: the last of them.
+        unread: emitted tokens that the target has not read yet, the first one first.
         done: whether it has ended.
-        met: the length at which a criterion was first met, where rows end together.
+        stopped_at: length at which a criterion was first met, where sequences end together.
         scores: what the stopping criteria get beside the tokens.
     """
 
@@ -35,9 +36,10 @@ class Row:
         self.length = request.ids_BP.shape[1]
         buffer_L[: self.length] = request.ids_BP[index]
         self.last = int(buffer_L[self.length - 1])
+        self.unread: list[int] = []
         self.limit = request.max_length
         self.done = False
-        self.met: int | None = None
+        self.stopped_at: int | None = None
         self.scores: Any = None
 
     @property
@@ -46,16 +48,12 @@ class Row:
         return self._buffer_L[None, : self.length]
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """New tokens that it may still take."""
         return self.limit - self.length
 
     def append(self, token: int) -> None:
-        """Write one token and see whether it ends the row.
-
-        Args:
-            token: its id.
-        """
+        """Write one token and check whether it ends the sequence."""
         self._buffer_L[self.length] = token
         self.length += 1
         self.last = token
@@ -63,21 +61,17 @@ class Row:
         for criterion in self._request.criteria:
             if bool(criterion(self.ids, self.scores)):
                 if self._request.together:
-                    self.met = self.length if self.met is None else self.met
+                    self.stopped_at = self.length if self.stopped_at is None else self.stopped_at
                 else:
                     self.done = True
 
 
-def end_together(rows: list[Row]) -> None:
-    """Where rows end together: once every row has met a criterion, none goes beyond the longest that had to.
-
-    Args:
-        rows: all rows of the batch.
-    """
-    met = [row.met for row in rows]
-    if None in met:
+def stop_together(rows: list[SequenceState]) -> None:
+    """Once every sequence has met a criterion, cut all of them at the longest length that needed it."""
+    stopped = [row.stopped_at for row in rows]
+    if None in stopped:
         return
-    limit = max(length for length in met if length is not None)
+    limit = max(length for length in stopped if length is not None)
     for row in rows:
         row.limit = min(row.limit, limit)
         row.length = min(row.length, limit)

@@ -1,4 +1,4 @@
-"""What a run cost: passes, nodes, accepted tokens, and where the time went."""
+"""Cost of a run: passes, nodes, accepted tokens, and where the time went."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Statistics:
 
     Attributes:
         passes: forward passes of the target, the prefill included.
-        row_passes: the same, counted once for each row that was still going; equals `passes` with one row.
+        row_passes: the same, counted once for each row that was still active; equals `passes` with one row.
         nodes: drafted nodes verified, the roots not counted.
         tokens: tokens emitted.
         accepted: drafted tokens emitted.
@@ -35,33 +35,27 @@ class Statistics:
     model_seconds: float = 0.0
     drafter_seconds: float = 0.0
 
-    def book(self, rows: int, start: float, device: torch.device) -> None:
-        """Book one pass of the target that has just been called.
-
-        Args:
-            rows: that it read.
-            start: `time.perf_counter()` before the call, seconds.
-            device: of the target; where it works on behind the call, the end is waited for.
-        """
+    def record_pass(self, rows: int, start: float, device: torch.device) -> None:
+        """Count a pass of the target over `rows` rows that began at `start` (`time.perf_counter()`)."""
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the call returns before the work is done
         self.model_seconds += time.perf_counter() - start
         self.passes += 1
         self.row_passes += rows
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens emitted by a pass and row, the prefill included."""
+        """Tokens emitted per pass and row, the prefill included."""
         return self.tokens / self.row_passes if self.row_passes else 0.0
 
     @property
     def accepted_share(self) -> float:
-        """Share of the drafted nodes verified that were accepted."""
+        """Share of the verified drafted nodes that were accepted."""
         return self.accepted / self.nodes if self.nodes else 0.0
 
     @property
     def drafted_share(self) -> float:
-        """Share of the tokens emitted that had been drafted."""
+        """Share of the emitted tokens that had been drafted."""
         return self.accepted / self.tokens if self.tokens else 0.0
 
     @property
@@ -70,7 +64,7 @@ class Statistics:
         return self.seconds - self.model_seconds - self.drafter_seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything above as plain numbers, ready for JSON."""
+        """Return everything above as plain numbers, ready for JSON."""
         names = ("passes", "row_passes", "nodes", "tokens", "accepted", "lengths", "tokens_per_pass", "accepted_share",
                  "drafted_share", "seconds", "model_seconds", "drafter_seconds", "loop_seconds")  # fmt: skip
         return {name: getattr(self, name) for name in names}

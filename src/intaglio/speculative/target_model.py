@@ -1,8 +1,8 @@
-"""A causal language model with its cache: reads prompts and trees, and keeps the rows that turn out to be wanted.
+"""A causal language model with its KV cache: reads prompts and trees, and keeps the accepted rows.
 
-The target reads through one, and so does a smaller model that drafts. Masks are made from slots and positions: slot k
-of row b holds the token at position `k - pads[b]`, and the row's own slots are `pads[b] <= k < lengths[b]`. So rows of
-different lengths need nothing else.
+The target reads through one, and so does a draft model. Masks are made from slots and positions: slot k of row b holds
+the token at position `k - pads[b]`, and the row's own slots are `pads[b] <= k < lengths[b]`, so rows of different
+lengths need nothing else.
 
 Dimension letters: B rows, Q tokens of a row in a pass, R pending slots (read, not yet kept), K slots, V vocabulary,
 D width, P prompt tokens.
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,8 +24,9 @@ from transformers.cache_utils import DynamicCache
 
 from intaglio.errors import IntaglioError
 from intaglio.masks import get_visibility
-from intaglio.modeling.anatomy import CACHE, anatomy
-from intaglio.speculative.cache import check_cache, is_windowed, move_rows, moves, roomy
+from intaglio.modeling.anatomy import CACHE, anatomy, attention
+from intaglio.speculative._utils import vocabulary_size
+from intaglio.speculative.cache import check_cache, is_windowed, move_rows, preallocated_cache, row_moves
 from intaglio.speculative.prepacked_linear import Prepacked
 from intaglio.speculative.tree import TokenTree
 from intaglio.speculative.tree_attention import NAME, configs, grouped
@@ -35,15 +37,15 @@ _ADDITIVE = ("eager", "intaglio_eager")
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What the model is called with for one pass over trees.
+    """Model inputs of one pass over trees.
 
     Args:
         tokens_BQ: token ids, int64.
         positions_BQ: position ids, int64.
         visible_BQK: which slots each token may see, bool, before any window; K counts the slots of the cache and then
             the Q new ones.
-        mask: the same as the model takes it: [B, 1, Q, K] (bool under SDPA, additive under eager), a dict of them by
-            layer type where the model has several, or None for one token that sees the whole cache.
+        mask: the same in the model's format: [B, 1, Q, K] (bool under SDPA, additive under eager), a dict of them by
+            layer type if the model has several, or None for one token that sees the whole cache.
     """
 
     tokens_BQ: Tensor
@@ -53,21 +55,21 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """A layer type: its first layer, and its window in tokens (None: it sees everything)."""
+class _LayerType:
+    """First layer of a type, and its window in tokens (None: it sees everything)."""
 
     layer: int
     window: int | None
 
 
-def _kinds(config: Any, windows: Sequence[int | None]) -> dict[str, _Kind]:
+def _layer_types(config: Any, windows: Sequence[int | None]) -> dict[str, _LayerType]:
     names = getattr(config, "layer_types", None) or ["full_attention"] * len(windows)
     for name in names:
         if name not in ("full_attention", "sliding_attention"):
             raise IntaglioError(
                 f"the model has layers of the type {name!r}; speculative decoding needs full or sliding attention"
             )
-    return {name: _Kind(names.index(name), windows[names.index(name)]) for name in dict.fromkeys(names)}
+    return {name: _LayerType(names.index(name), windows[names.index(name)]) for name in dict.fromkeys(names)}
 
 
 class Reader:
@@ -76,15 +78,15 @@ class Reader:
     Args:
         model: a stock causal language model.
         cache: a dynamic cache, empty or with rows; None makes one that keeps every row.
-        hidden: whether the last hidden states of each pass are wanted (`hidden_BQD`). Default False.
-        prepacked: the context that its passes are made in (`prepack.prepacked`). Default: none.
+        hidden: whether to record the last hidden states of each pass (`hidden_BQD`). Default False.
+        prepacked: context that its passes run in (`prepack.prepacked`). Default: none.
 
     Attributes:
         lengths: slots of each row that are in use, padding included.
         pads: empty slots in front of each row.
-        pending: slots added by `extend` since the last `keep`.
+        pending: slots added since the last `keep_rows`.
         hidden_BQD: the last pass's hidden states after the final norm.
-        linears: the context that passes are made in, for what calls parts of the model itself.
+        linears: context that passes run in, for code that calls parts of the model itself.
 
     Raises:
         IntaglioError: an encoder or encoder-decoder, a model whose attention takes no mask (flash) or carries rules of
@@ -119,7 +121,7 @@ class Reader:
             )
         self.model = model
         self.base = parts.base
-        self.cache = roomy() if cache is None else cache
+        self.cache = preallocated_cache() if cache is None else cache
         check_cache(self.cache)
         self.lengths: list[int] = []
         self.pads: list[int] = []
@@ -128,14 +130,14 @@ class Reader:
         self._hidden = hidden
         self.linears: AbstractContextManager[None] = prepacked or nullcontext()
         self._grouped = configs(model, model.device)
-        self._kinds = _kinds(parts.config, parts.windows)
-        self._seen_positions_BR: list[Tensor] = []
+        self._layer_types = _layer_types(parts.config, parts.windows)
+        self._pending_positions_BR: list[Tensor] = []
         self._keeps_few = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
     def vocabulary(self) -> int:
-        """The number of token ids the model knows."""
-        return int(self.model.get_input_embeddings().num_embeddings)
+        """Number of token ids the model knows."""
+        return vocabulary_size(self.model)
 
     @property
     def width(self) -> int:
@@ -143,36 +145,32 @@ class Reader:
         return max(self.lengths)
 
     def _call(self, **arguments: Any) -> Tensor:
-        """One forward pass; the last hidden state is noted on the way where it is wanted."""
-        arguments |= {CACHE: self.cache, "use_cache": True}
-        if not self._hidden:
-            with grouped(self._grouped), self.linears:
-                logits: Tensor = self.model(**arguments).logits
-            return logits
+        """Run one forward pass, and record the last hidden states if needed."""
 
-        def note(module: Any, args: Any, output: Any) -> None:
+        def record(module: Any, args: Any, output: Any) -> None:
             self.hidden_BQD = output.last_hidden_state
 
-        handle = self.base.register_forward_hook(note)
+        handle = self.base.register_forward_hook(record) if self._hidden else None
         try:
             with grouped(self._grouped), self.linears:
-                logits = self.model(**arguments).logits
+                logits: Tensor = self.model(**arguments, **{CACHE: self.cache, "use_cache": True}).logits
             return logits
         finally:
-            handle.remove()
+            if handle is not None:
+                handle.remove()
 
     def prefill(self, ids_BP: Tensor, mask_BP: Tensor | None = None) -> Tensor:
-        """Read the prompts; what the cache already holds of them is not read again.
+        """Read the prompts, except the tokens that the cache already holds.
 
         Args:
-            ids_BP: token ids, padded in front.
-            mask_BP: 1 at real tokens; None where nothing is padded.
+            ids_BP: token ids, padded on the left.
+            mask_BP: 1 at real tokens; None if nothing is padded.
 
         Returns:
             the logits [B, V] after the last token, in the model's dtype.
 
         Raises:
-            IntaglioError: padding that is not in front, or a cache that holds the whole prompt or rows of a batch.
+            IntaglioError: padding that is not on the left, or a cache that holds the whole prompt or rows of a batch.
         """
         rows, length = ids_BP.shape
         past = self.cache.get_seq_length()
@@ -188,7 +186,7 @@ class Reader:
         if mask_BP is not None:
             real_BP = mask_BP.bool()
             if bool((real_BP[:, :-1] & ~real_BP[:, 1:]).any()) or not bool(real_BP[:, -1].all()):
-                raise IntaglioError("the attention mask hides tokens behind real ones; pad prompts on the left")
+                raise IntaglioError("the attention mask hides tokens after real ones; pad prompts on the left")
             self.pads = (length - real_BP.sum(1)).tolist()
             positions_BP = (torch.arange(length, device=ids_BP.device) - self._column(self.pads)).clamp(min=0)
             arguments = {"position_ids": positions_BP[:, past:], "attention_mask": mask_BP}
@@ -204,8 +202,8 @@ class Reader:
     def _column(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, device=self.model.device)[:, None]
 
-    def lay(self, tokens_BQ: Any, depths_BQ: Any, seen_BQR: Any) -> Inputs:
-        """Lay tokens out behind the cache: their positions and what each may see.
+    def prepare_inputs(self, tokens_BQ: Any, depths_BQ: Any, seen_BQR: Any) -> Inputs:
+        """Return positions and masks of tokens after the cache.
 
         Args:
             tokens_BQ: token ids [B, Q], as nested lists or an array.
@@ -229,7 +227,7 @@ class Reader:
         return Inputs(tokens, positions, visible, self.masks(visible, positions))
 
     def masks(self, visible_BQK: Tensor, positions_BQ: Tensor) -> Any:
-        """Turn visibility into what the model takes as `attention_mask`, windows included.
+        """Convert visibility to the model's `attention_mask`, windows included.
 
         Args:
             visible_BQK: which slots each token may see, K counting the cache's slots and then the Q new ones.
@@ -239,89 +237,61 @@ class Reader:
             [B, 1, Q, K] for a model with one layer type, else a dict by layer type.
         """
         new = positions_BQ.shape[1]
-        found = {}
-        for name, kind in self._kinds.items():
+        masks = {}
+        for name, kind in self._layer_types.items():
             length, offset = self.cache.get_mask_sizes(new, kind.layer)
             seen = visible_BQK[:, :, offset : offset + length]
             if kind.window is not None:
                 positions_BK = self._slot_positions(positions_BQ)[:, offset : offset + length]
                 seen = seen & (positions_BQ[:, :, None] - positions_BK[:, None] < kind.window)
-            found[name] = as_taken(seen[:, None], self.implementation, self.model.dtype)
-        return found if len(found) > 1 else next(iter(found.values()))
+            masks[name] = format_mask(seen[:, None], self.implementation, self.model.dtype)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _slot_positions(self, positions_BQ: Tensor) -> Tensor:
-        """The position that each slot holds: cache, pending and new."""
+        """Return the position that each slot holds: cache, pending and new."""
         slots = torch.arange(self.width, device=positions_BQ.device) - self._column(self.pads)
-        return torch.cat([slots, *self._seen_positions_BR, positions_BQ], 1)
+        return torch.cat([slots, *self._pending_positions_BR, positions_BQ], 1)
 
-    def run(self, inputs: Inputs) -> Tensor:
-        """Call the model; the new slots are pending from `added` on.
-
-        Args:
-            inputs: from `lay`.
-
-        Returns:
-            logits [B, Q, V] in the model's dtype.
-        """
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Return the logits [B, Q, V] of a pass, in the model's dtype; `commit` must follow."""
         return self._call(input_ids=inputs.tokens_BQ, attention_mask=inputs.mask, position_ids=inputs.positions_BQ)
 
-    def added(self, inputs: Inputs) -> None:
-        """Note that a pass over `inputs` has put its slots into the cache.
-
-        Args:
-            inputs: from `lay`.
+    def commit(self, inputs: Inputs) -> None:
+        """Count the slots that a pass over `inputs` has added to the cache as pending.
 
         Raises:
             IntaglioError: the cache has not grown by that many slots.
         """
         expected = self.width + self.pending + inputs.tokens_BQ.shape[1]
-        found = self.cache.get_seq_length()
-        if found != expected:
+        length = self.cache.get_seq_length()
+        if length != expected:
             raise IntaglioError(
-                f"the cache holds {found} slots after a pass that should have left {expected}; a drafter that makes "
+                f"the cache holds {length} slots after a pass that should have left {expected}; a drafter that makes "
                 "the pass itself leaves the trees' nodes in it and nothing else"
             )
         self.pending += inputs.tokens_BQ.shape[1]
-        self._seen_positions_BR.append(inputs.positions_BQ)
+        self._pending_positions_BR.append(inputs.positions_BQ)
 
     def extend(self, tokens_BQ: Any, depths_BQ: Any, seen_BQR: Any) -> Tensor:
-        """Read tokens behind the cache and the pending slots, as `lay` lays them out.
-
-        Args:
-            tokens_BQ: as `lay`.
-            depths_BQ: as `lay`.
-            seen_BQR: as `lay`.
-
-        Returns:
-            logits [B, Q, V] in the model's dtype.
-        """
-        inputs = self.lay(tokens_BQ, depths_BQ, seen_BQR)
-        logits = self.run(inputs)
-        self.added(inputs)
+        """Read tokens after the cache and the pending slots; arguments as `prepare_inputs`, logits as `forward`."""
+        inputs = self.prepare_inputs(tokens_BQ, depths_BQ, seen_BQR)
+        logits = self.forward(inputs)
+        self.commit(inputs)
         return logits
 
-    def keep(self, kept: Sequence[Sequence[int]]) -> None:
-        """Keep some of the pending slots behind each row, in the order given, and drop the rest.
-
-        Args:
-            kept: for each row, indices of pending slots along one path, the first first.
-        """
+    def keep_rows(self, kept: Sequence[Sequence[int]]) -> None:
+        """Keep some pending slots of each row, along one path and in the order given, and drop the rest."""
         before, pending = self.width, self.pending
-        moved = moves(kept, [before - length for length in self.lengths], pending)
-        if moved is not None:
-            source, target = moved
-            move_rows(self.cache, source, target)
+        moves = row_moves(kept, [before - length for length in self.lengths], pending)
+        if moves is not None:
+            move_rows(self.cache, *moves)
         self.lengths = [length + len(slots) for length, slots in zip(self.lengths, kept, strict=True)]
         self.cache.crop(self.width - before - pending)
         self.pending = 0
-        self._seen_positions_BR.clear()
+        self._pending_positions_BR.clear()
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Go on with some rows only.
-
-        Args:
-            rows: which of the present rows stay, increasing.
-        """
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Continue with some of the present rows only, in increasing order."""
         before = self.width
         self.cache.batch_select_indices(torch.tensor(rows, device=self.model.device))
         self.lengths = [self.lengths[row] for row in rows]
@@ -329,28 +299,72 @@ class Reader:
         self.cache.crop(self.width - before)
 
 
-def as_taken(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
-    """Visibility as an attention implementation takes it: as it is, or additive for an eager one.
+class _BaseReader(Reader):
+    """Reads with the base model: its logits are hidden states."""
 
-    Args:
-        seen: what each token may see, bool, of any shape.
-        implementation: name of the attention, as in the model's configuration.
-        dtype: of the model.
+    def _call(self, **arguments: Any) -> Tensor:
+        arguments.pop("logits_to_keep", None)
+        with grouped(self._grouped):
+            hidden: Tensor = self.base(**arguments, **{CACHE: self.cache, "use_cache": True}).last_hidden_state
+        return hidden
+
+
+_CHECKED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""Attention implementations with which a model has passed `check_tree_attention`."""
+
+
+@torch.inference_mode()
+def check_tree_attention(model: Any) -> None:
+    """Raise an `IntaglioError` if a branch of a tree gets other hidden states than the same tokens in a chain.
+
+    Some families mask by cache slot, whatever mask they are given. The check is made once per model and attention
+    implementation, with a few tokens through the base model.
     """
+    implementation = model.config._attn_implementation
+    if implementation in _CHECKED.get(model, ()):
+        return
+    for block in anatomy(model).blocks:
+        for name, buffer in attention(block).named_buffers():
+            if (
+                buffer.dtype not in (torch.bool, torch.uint8)
+                or buffer.dim() < 2
+                or buffer.shape[-1] != buffer.shape[-2]
+            ):
+                continue
+            if bool((~buffer.bool() & torch.ones_like(buffer, dtype=torch.bool).tril()).any()):
+                raise IntaglioError(
+                    f"the attention of {model.config.model_type} hides cache slots by its own buffer {name!r}, but the "
+                    "nodes of a tree are not in the slots of their positions; speculative decoding needs attention "
+                    "that follows the mask"
+                )
+    ids = torch.randint(vocabulary_size(model), (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    states = []
+    for tree in (
+        TokenTree([ids[8], ids[9], ids[10], ids[11]], (-1, 0, 0, 2)),
+        TokenTree([ids[8], ids[10], ids[11]], (-1, 0, 1)),  # its second branch alone
+    ):
+        reader = _BaseReader(model)
+        reader.prefill(torch.tensor([ids[:8]], device=model.device))
+        hidden_BQD = reader.forward(reader.prepare_inputs(*stack([tree])))
+        states.append(hidden_BQD[0, -1].double())
+    error = float((states[0] - states[1]).norm() / states[1].norm())
+    if not error < 4 * torch.finfo(model.dtype).eps ** 0.5:
+        raise IntaglioError(
+            f"the hidden states of {model.config.model_type} in a branch of a tree differ from those in a chain by "
+            f"{error:.1%}; speculative decoding needs attention that follows the mask"
+        )
+    _CHECKED.setdefault(model, set()).add(implementation)
+
+
+def format_mask(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:
+    """Return bool visibility in the format of an attention implementation: unchanged, or additive for an eager one."""
     if implementation not in _ADDITIVE:
         return seen
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def stack(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Trees of several rows as arrays, padded with nodes that see only themselves.
-
-    Args:
-        trees: one a row.
-
-    Returns:
-        tokens [B, Q], depths [B, Q] and, bool, who sees whom [B, Q, Q].
-    """
+    """Return tokens [B, Q], depths [B, Q] and visibility [B, Q, Q] of trees, padded with nodes that see themselves."""
     most = max(map(len, trees))
     tokens = np.zeros((len(trees), most), dtype=np.int64)
     depths = np.zeros((len(trees), most), dtype=np.int64)

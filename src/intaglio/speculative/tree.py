@@ -22,8 +22,8 @@ from intaglio.errors import IntaglioError
 class TokenTree:
     """Candidate continuations of one row, as nodes with parents.
 
-    Siblings may repeat a token; so may cousins. Which rule verifies the children of a node under sampling is said by
-    `q`, node by node (`sampling.py` has both rules and why they keep the target's law). Greedy verification ignores it.
+    Siblings may repeat a token; so may cousins. Under sampling, `q` decides node by node by which rule the children are
+    verified (`sampling.py` has both rules and their proof). Greedy verification ignores it.
 
     Args:
         tokens: token id of each node [N]; `tokens[0]` is the root, the last token emitted.
@@ -39,7 +39,7 @@ class TokenTree:
 
     Raises:
         IntaglioError: no nodes, unequal lengths, a parent that does not come before its child, a negative token id,
-            or a `q` for a node that is not there.
+            or a `q` for a missing node.
     """
 
     tokens: Sequence[int]
@@ -52,7 +52,7 @@ class TokenTree:
             raise IntaglioError("a token tree has no nodes; it holds at least its root, the last token emitted")
         if len(self.tokens) != len(self.parents):
             raise IntaglioError(
-                f"a token tree has {len(self.tokens)} tokens and {len(self.parents)} parents; give one a node"
+                f"a token tree has {len(self.tokens)} tokens and {len(self.parents)} parents; give one per node"
             )
         if self.parents[0] != -1:
             raise IntaglioError(f"a token tree's node 0 has the parent {self.parents[0]}; it is the root, whose is -1")
@@ -74,98 +74,85 @@ class TokenTree:
     @cached_property
     def depths(self) -> list[int]:
         """Edges between the root and each node [N]."""
-        found: list[int] = []
+        depths: list[int] = []
         for parent in self.parents:
-            found.append(found[parent] + 1 if parent >= 0 else 0)
-        return found
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        return depths
 
     @cached_property
     def children(self) -> list[list[int]]:
-        """The children of each node [N], in the order of their indices."""
-        found: list[list[int]] = [[] for _ in self.tokens]
+        """Children of each node [N], in the order of their indices."""
+        children: list[list[int]] = [[] for _ in self.tokens]
         for node in range(1, len(self.parents)):
-            found[self.parents[node]].append(node)
-        return found
+            children[self.parents[node]].append(node)
+        return children
 
     @cached_property
     def ancestors(self) -> np.ndarray:
         """bool [N, N]: whether column j is an ancestor of node i, or i itself."""
-        found = np.eye(len(self.tokens), dtype=bool)
+        ancestors = np.eye(len(self.tokens), dtype=bool)
         for node in range(1, len(self.parents)):
-            found[node] |= found[self.parents[node]]
-        return found
+            ancestors[node] |= ancestors[self.parents[node]]
+        return ancestors
 
     def path(self, node: int) -> list[int]:
-        """The nodes from the root to `node`, both included.
+        """Return the nodes from the root to `node`, both included."""
+        path = [node]
+        while path[-1] > 0:
+            path.append(self.parents[path[-1]])
+        return path[::-1]
 
-        Args:
-            node: an index.
+    def subtree(self, kept: Sequence[int]) -> TokenTree:
+        """Return the tree of some nodes, which include the root and their parents.
+
+        Drawn siblings must stay or go together, so that `q` stays true.
         """
-        found = [node]
-        while found[-1] > 0:
-            found.append(self.parents[found[-1]])
-        return found[::-1]
-
-    def cut(self, depth: int) -> TokenTree:
-        """The tree without the nodes below a depth; itself where there are none. Siblings stay or go together, so `q`
-        stays true.
-
-        Args:
-            depth: the deepest level kept, at least 0 (the root alone).
-        """
-        if max(self.depths) <= depth:
-            return self
-        kept = [node for node, found in enumerate(self.depths) if found <= depth]
-        place = {node: index for index, node in enumerate(kept)}
-        inner = {place[n]: row for n, row in (self.q or {}).items() if n in place and self.depths[n] < depth}
+        index = {node: new for new, node in enumerate(kept)}
+        inner = {self.parents[node] for node in kept[1:]}
         return TokenTree(
             [self.tokens[node] for node in kept],
-            [place.get(self.parents[node], -1) for node in kept],
-            inner or None,
+            [index.get(self.parents[node], -1) for node in kept],
+            {index[node]: probs_V for node, probs_V in (self.q or {}).items() if node in inner} or None,
             self.replace,
         )
 
+    def truncate(self, depth: int) -> TokenTree:
+        """Return the tree without the nodes below a depth (at least 0, the root alone)."""
+        if max(self.depths) <= depth:
+            return self
+        return self.subtree([node for node, own in enumerate(self.depths) if own <= depth])
+
 
 def root_only(root: int) -> TokenTree:
-    """The tree of a step without a draft.
-
-    Args:
-        root: the last token emitted.
-    """
+    """Return the tree of a step without a draft."""
     return TokenTree((root,), (-1,))
 
 
 def chain(root: int, tokens: Iterable[int]) -> TokenTree:
-    """A tree that does not branch.
-
-    Args:
-        root: the last token emitted.
-        tokens: what is guessed to follow it, in order.
-    """
+    """Return a tree that does not branch: the last token emitted and the guesses after it, in order."""
     nodes = [root, *tokens]
     return TokenTree(nodes, range(-1, len(nodes) - 1))
 
 
 def trie(root: int, paths: Iterable[Sequence[int]], nodes: int) -> TokenTree:
-    """Candidate continuations merged where they begin alike; chosen without chance, so without `q`.
+    """Merge candidate continuations that share a prefix; chosen without chance, so without `q`.
 
     Args:
         root: the last token emitted.
         paths: continuations of the root, the best first.
-        nodes: most nodes, the root not counted; what comes after them is left out, beginning with the ends of the last
-            paths.
+        nodes: most nodes, the root not counted; the ends of the last paths are left out first.
     """
     tokens, parents = [root], [-1]
-    found: dict[tuple[int, int], int] = {}
+    known: dict[tuple[int, int], int] = {}
     for path in paths:
         node = 0
         for token in path:
-            following = found.get((node, token))
-            if following is None:
+            child = known.get((node, token))
+            if child is None:
                 if len(tokens) > nodes:
                     return TokenTree(tokens, parents)
-                following = found[node, token] = len(tokens)
+                child = known[node, token] = len(tokens)
                 tokens.append(token)
                 parents.append(node)
-            node = following
+            node = child
     return TokenTree(tokens, parents)

@@ -1,9 +1,9 @@
-"""Stock SDPA attention over trees, without copying keys and values once for each head that shares them.
+"""Grouped-query SDPA attention over trees, without a copy of keys and values for each query head.
 
 Under a mask transformers repeats the keys and values of grouped heads before it calls SDPA. On a CPU SDPA reads the
-groups as they are, mask or none, with the same bits as the outcome, so that the copy is for nothing: in a pass of
-SmolLM2 over 16 tokens behind 1,500 it takes longer than the attention itself. The function here leaves it out; it is in
-use during the reader's own passes alone.
+groups directly, with or without a mask, with bit-identical results, so the copy is useless: in a pass of SmolLM2 over
+16 tokens after 1,500 it takes longer than the attention itself. The function here leaves it out; it is in use only
+during the reader's own passes.
 
 Dimension letters: B rows, H query heads, G key heads, Q query positions, K key positions, D width of a head.
 """
@@ -24,7 +24,7 @@ from intaglio.modeling.anatomy import attention, blocks
 
 NAME = "intaglio_grouped_sdpa"
 _UNDERSTOOD = frozenset({"sliding_window", "position_ids", "use_cache", "output_attentions", "is_causal"})
-"""Further arguments that a mask already accounts for, or that say nothing here; with any other, stock code decides."""
+"""Further arguments that a mask already accounts for, or that change nothing; any other goes to stock code."""
 
 
 def attend(
@@ -37,30 +37,22 @@ def attend(
     scaling: float | None = None,
     **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Stock `sdpa_attention_forward`; where grouped heads meet a mask on a CPU, the same without repeated keys.
+    """Compute stock `sdpa_attention_forward`; for grouped heads under a mask on a CPU, without repeated keys.
 
-    Args:
-        module: the attention module.
-        query: [B, H, Q, D].
-        key: [B, G, K, D].
-        value: [B, G, K, D].
-        attention_mask: [B, 1, Q, K], or None.
-        dropout: of the weights.
-        scaling: of the scores. Default: 1 / sqrt(D).
-        **more: what the model hands on beside that.
+    Shapes: query [B, H, Q, D], key and value [B, G, K, D], mask [B, 1, Q, K] or None.
     """
-    given = {name for name, found in more.items() if found is not None and found is not False}
+    used = {name for name, value_ in more.items() if value_ is not None and value_ is not False}
     grouped = key.shape[1] < query.shape[1] and query.device.type == "cpu"
-    if attention_mask is None or not grouped or given - _UNDERSTOOD:
+    if attention_mask is None or not grouped or used - _UNDERSTOOD:
         stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        found: tuple[Tensor, Tensor | None] = stock(
+        result: tuple[Tensor, Tensor | None] = stock(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )
-        return found
-    seen_BHQD = nn.functional.scaled_dot_product_attention(
+        return result
+    attended_BHQD = nn.functional.scaled_dot_product_attention(
         query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
     )
-    return seen_BHQD.transpose(1, 2).contiguous(), None
+    return attended_BHQD.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attend)
@@ -68,18 +60,13 @@ AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
 def configs(model: nn.Module, device: torch.device) -> list[Any]:
-    """The configurations to switch during a pass: those of SDPA layers with grouped heads, on a CPU; else none.
-
-    Args:
-        model: a causal language model.
-        device: where it is.
-    """
+    """Return the configurations to switch during a pass: those of SDPA layers with grouped heads, on a CPU."""
     if device.type != "cpu":
         return []
-    found = {id(c): c for block in blocks(model) if (c := getattr(attention(block), "config", None)) is not None}
+    unique = {id(c): c for block in blocks(model) if (c := getattr(attention(block), "config", None)) is not None}
     return [
         config
-        for config in found.values()
+        for config in unique.values()
         if config._attn_implementation in ("sdpa", NAME)
         and (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) < config.num_attention_heads
     ]
@@ -87,11 +74,7 @@ def configs(model: nn.Module, device: torch.device) -> list[Any]:
 
 @contextmanager
 def grouped(configs: list[Any]) -> Iterator[None]:
-    """Let layers attend by groups for the time of a pass.
-
-    Args:
-        configs: from `configs`; another thread may be in a pass of the same model.
-    """
+    """Switch configurations to `attend` during a pass; another thread may be in a pass of the same model."""
     for config in configs:
         config._attn_implementation = NAME
     try:

@@ -23,18 +23,18 @@ from transformers.generation.streamers import TextStreamer
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
-from intaglio.methods.decoding.aded import ADED, Drafting, Table
-from intaglio.methods.decoding.aded.memory import Memory
+from intaglio.methods.decoding.aded import ADED, ADEDRow, ADEDSession, Table
+from intaglio.methods.decoding.aded.memory import AdaptiveTable
 from intaglio.methods.decoding.aded.search import (
     best_first,
     full,
     greedy,
     mcts,
     most_visited,
+    path_probs,
+    prune_by_cost,
     puct,
-    shares,
     trim,
-    worthwhile,
 )
 from intaglio.speculative.loop import Speculative
 from intaglio.speculative.target_model import Reader, stack
@@ -59,14 +59,14 @@ def key(first: int, second: int) -> int:
     return first * V + second
 
 
-def memory(sequences: Sequence[Sequence[int]], top: int = 12) -> Memory:
+def adaptive_table(sequences: Sequence[Sequence[int]], top: int = 12) -> AdaptiveTable:
     long_enough = [ids for ids in sequences if len(ids) > 2]
-    return Memory(Table.build(long_enough, V) if long_enough else Table.empty(V), top)
+    return AdaptiveTable(Table.build(long_enough, V) if long_enough else Table.empty(V), top)
 
 
-def drafting(settings: ADED, prompt: Sequence[int], corpus: Sequence[Sequence[int]] = ()) -> Drafting:
+def drafting(settings: ADED, prompt: Sequence[int], corpus: Sequence[Sequence[int]] = ()) -> ADEDRow:
     table = Table.build(corpus, V) if corpus else Table.empty(V)
-    return Drafting(settings, table, prompt)
+    return ADEDRow(settings, table, prompt)
 
 
 def said(*tokens: int) -> Any:
@@ -103,7 +103,7 @@ def test_the_table_is_the_shares_of_what_followed(sequences: list[list[int]]) ->
 
 def test_twelve_successors_are_taken_and_learnt_rows_grow_beyond() -> None:
     table = Table.build([[1, 2, token] for token in range(20)], 20)
-    found = Memory(table, ADED().top)
+    found = AdaptiveTable(table, ADED().top)
     row = found.row(22)
     assert row is not None
     assert (len(row.tokens), sum(row.weights)) == (12, pytest.approx(12 / 20))
@@ -160,9 +160,9 @@ def test_what_is_no_table(tmp_path: Path) -> None:
     }
     for name, array in damaged.items():
         with pytest.raises(IntaglioError, match="f is no tri-gram table, or a damaged one"):
-            Table.of(table.arrays() | {name: array}, table.about(), "f")
+            Table.from_arrays(table.arrays() | {name: array}, table.about(), "f")
     with pytest.raises(IntaglioError, match="is no tri-gram table"):
-        Table.of(table.arrays(), {}, "f")
+        Table.from_arrays(table.arrays(), {}, "f")
 
 
 # --- the adaptation --------------------------------------------------------------------------------------------------
@@ -173,34 +173,34 @@ def test_an_empty_table_learns_from_the_prompt() -> None:
     found = drafting(ADED.paper(), [a, b, c, a, b])
     found.observe(said(d))
     found.propose(8)
-    assert found.memory.learnt == {
+    assert found.table.learnt == {
         key(a, b): {c: 0.04, d: 0.04}, key(b, c): {a: 0.04}, key(c, a): {b: 0.04}
     }  # fmt: skip
     found.observe(said(e))
     found.propose(8)
     # Once a step while it stays in the window.
-    assert found.memory.learnt[key(a, b)] == {c: 0.08, d: 0.08}
-    assert found.memory.learnt[key(b, d)] == {e: 0.04}
+    assert found.table.learnt[key(a, b)] == {c: 0.08, d: 0.08}
+    assert found.table.learnt[key(b, d)] == {e: 0.04}
 
 
 def test_the_whole_prompt_is_learnt_as_if_it_had_stood_in_the_window_for_some_steps() -> None:
     prompt = [a, b, c, *[9] * 30]
-    found = drafting(ADED(prompt=3), prompt).memory.learnt
+    found = drafting(ADED(prompt=3), prompt).table.learnt
     assert found[key(a, b)] == {c: pytest.approx(3 * 0.2)}
     assert found[key(9, 9)] == {9: 3.0}
     said_so = drafting(ADED(prompt=0), prompt[:2])
     said_so.observe(said(c))
     for _ in range(3):
         said_so.propose(8)
-    assert said_so.memory.learnt[key(a, b)] == {c: pytest.approx(3 * 0.2)}
-    assert drafting(ADED.paper(), prompt).memory.learnt == drafting(ADED(adaptive=False), prompt).memory.learnt == {}
+    assert said_so.table.learnt[key(a, b)] == {c: pytest.approx(3 * 0.2)}
+    assert drafting(ADED.paper(), prompt).table.learnt == drafting(ADED(adaptive=False), prompt).table.learnt == {}
 
 
 def test_a_trigram_is_boosted_as_often_as_it_stands_in_the_window() -> None:
     found = drafting(ADED.paper(), [a, a, a, a])
     found.observe(said(a))
     found.propose(0)
-    assert found.memory.learnt[key(a, a)][a] == pytest.approx(3 * 0.04)
+    assert found.table.learnt[key(a, a)][a] == pytest.approx(3 * 0.04)
 
 
 def test_only_the_last_sixteen_tokens_are_boosted() -> None:
@@ -210,11 +210,11 @@ def test_only_the_last_sixteen_tokens_are_boosted() -> None:
     found.propose(0)
     window = [*ids, 9][-16:]
     expected = {key(x, y) for x, y in pairwise(window[:-1])}
-    assert set(found.memory.learnt) == expected
+    assert set(found.table.learnt) == expected
 
 
 def test_weights_end_at_the_cap() -> None:
-    found = memory([])
+    found = adaptive_table([])
     for _ in range(75):
         found.boost(key(a, b), c, 0.04, 3.0)
     assert found.learnt[key(a, b)][c] == pytest.approx(3.0)
@@ -227,7 +227,7 @@ def test_without_adaptation_nothing_is_learnt() -> None:
     found = drafting(ADED.paper(adaptive=False), [a, b, c, a])
     found.observe(said(b))
     assert len(found.propose(8)) == 1
-    assert found.memory.learnt == {}
+    assert found.table.learnt == {}
 
 
 @settings(max_examples=40)
@@ -235,14 +235,14 @@ def test_without_adaptation_nothing_is_learnt() -> None:
 def test_what_is_learnt_leaves_the_table_alone(sequences: list[list[int]], ids: list[int]) -> None:
     table = Table.build([*sequences, [1, 2, 3]], V)
     before = {name: array.copy() for name, array in table.arrays().items()}
-    first = Drafting(ADED(), table, ids[:2])
+    first = ADEDRow(ADED(), table, ids[:2])
     for token in ids[2:]:
         first.observe(said(token))
         first.propose(8)
     assert all(np.array_equal(table.arrays()[name], array) for name, array in before.items())
     # Another run knows nothing of it, and the same run again drafts the same.
-    assert Drafting(ADED(), table, ids[:2]).memory.learnt == {}
-    one, other = (Drafting(ADED(), table, ids) for _ in range(2))
+    assert ADEDRow(ADED(), table, ids[:2]).table.learnt == {}
+    one, other = (ADEDRow(ADED(), table, ids) for _ in range(2))
     assert (one.propose(8).tokens, one.propose(8).tokens) == (other.propose(8).tokens, other.propose(8).tokens)
 
 
@@ -267,7 +267,7 @@ class Node:
 
 
 def plain_mcts(
-    table: Memory, root: int, iterations: int, length: int, reward: str, rng: Random, c1: float, c2: float
+    table: AdaptiveTable, root: int, iterations: int, length: int, reward: str, rng: Random, c1: float, c2: float
 ) -> list[Node]:
     """The card's words, line by line, without any thought of speed; nodes in the order they are made."""
     top, made = Node(root, 0.0, None), []
@@ -303,7 +303,7 @@ def plain_mcts(
 def test_the_search_is_the_cards(
     sequences: list[list[int]], root: int, reward: Literal["path", "official"], length: int
 ) -> None:
-    table = memory(sequences)
+    table = adaptive_table(sequences)
     for c1 in (32.0, 0.5):
         tree = mcts(table, root, iterations=40, length=length, c1=c1, c2=8.0, reward=reward, rng=Random(3))
         plain = plain_mcts(table, root, 40, length, reward, Random(3), c1, 8.0)
@@ -319,18 +319,18 @@ def test_the_search_is_the_cards(
 def test_the_papers_search_visits_the_root_150_times() -> None:
     paper = ADED.paper()
     tree = mcts(
-        memory([[1, 2, 3, 1, 2, 4, 1, 2]]), key(1, 2), iterations=paper.iterations, length=paper.length, c1=paper.c1,
-        c2=paper.c2, reward=paper.reward, rng=Random(0),
+        adaptive_table([[1, 2, 3, 1, 2, 4, 1, 2]]), key(1, 2), iterations=paper.iterations, length=paper.length,
+        c1=paper.c1, c2=paper.c2, reward=paper.reward, rng=Random(0),
     )  # fmt: skip
     assert tree.visits[0] == 150
 
 
 def test_the_official_reward_sees_the_token_that_is_there_already() -> None:
     options: dict[str, Any] = {"iterations": 1, "length": 4, "c1": 32.0, "c2": 8.0}
-    table = memory([[1, 2, 3, 4, 5]])
+    table = adaptive_table([[1, 2, 3, 4, 5]])
     assert mcts(table, key(1, 2), reward="path", rng=Random(0), **options).rewards[0] == pytest.approx(1 + 3)
     assert mcts(table, key(1, 2), reward="official", rng=Random(0), **options).rewards[0] == 1.0
-    same = memory([[1, 1, 1, 1, 1, 1]])
+    same = adaptive_table([[1, 1, 1, 1, 1, 1]])
     assert mcts(same, key(1, 1), reward="official", rng=Random(0), **options).rewards[0] == pytest.approx(1 + 3)
 
 
@@ -339,7 +339,7 @@ def test_a_table_of_single_successors_gives_one_chain() -> None:
     tree = found.propose(99)
     assert (list(tree.tokens), list(tree.parents)) == ([2, 3, 4, 5, 6], [-1, 0, 1, 2, 3])
     # By the search: three keys behind the root; then the most likely next token.
-    table = memory(CHAIN)
+    table = adaptive_table(CHAIN)
     searched = mcts(table, key(1, 2), iterations=150, length=4, c1=32.0, c2=8.0, reward="path", rng=Random(0))
     assert searched.keys == [key(1, 2), key(2, 3), key(3, 4), key(4, 5)]
     assert max(most_visited(table, searched, 24), key=len) == (3, 4, 5, 6)
@@ -353,7 +353,7 @@ def test_drafts_end_where_the_table_ends() -> None:
 
 
 def test_the_most_visited_are_taken_with_their_likeliest_next() -> None:
-    table = memory([[1, 2, 3, 5]] * 3 + [[1, 2, 4]])
+    table = adaptive_table([[1, 2, 3, 5]] * 3 + [[1, 2, 4]])
     tree = mcts(table, key(1, 2), iterations=20, length=2, c1=32.0, c2=8.0, reward="path", rng=Random(0))
     # Root, then 3 (prior 3/4), then 4, which nothing follows.
     assert most_visited(table, tree, 24) == [(3,), (3, 5), (4,)]
@@ -378,7 +378,7 @@ def test_a_trim_fits(paths: list[tuple[int, ...]]) -> None:
 
 
 def test_the_other_searches() -> None:
-    table = memory([[1, 2, 3, 5]] * 3 + [[1, 2, 4, 6]])
+    table = adaptive_table([[1, 2, 3, 5]] * 3 + [[1, 2, 4, 6]])
     root = key(1, 2)
     assert greedy(table, root, 9) == [(3, 5)]
     assert greedy(table, root, 1) == [(3,)]
@@ -390,17 +390,24 @@ def test_the_other_searches() -> None:
     assert best_first(table, root, 9, 2) == [(3,), (3, 5)]
 
 
+def test_drafts_shrink_with_the_rows_that_share_a_pass() -> None:
+    corpus = [[1, 2, 3, 5]] * 3 + [[1, 2, 4, 6]]  # 3 and 5 with 3/4, 4 and 6 with 1/4
+    for count, size in ((1, 5), (4, 3), (40, 1)):
+        rows = [drafting(ADED(prompt=0, adaptive=False, token_cost=0.1), [1, 2], corpus) for _ in range(count)]
+        assert [len(tree) for tree in ADEDSession(rows).propose(range(count), [99] * count)] == [size] * count
+
+
 def test_what_is_verified_is_worth_its_cost() -> None:
-    table = memory([[1, 2, 3, 5]] * 3 + [[1, 2, 4, 6]])
+    table = adaptive_table([[1, 2, 3, 5]] * 3 + [[1, 2, 4, 6]])
     tree = trie(2, [(4, 6), (3, 5), (3, 9)], 9)  # nodes 4, 6, 3, 5, 9
-    found = shares(table, key(1, 2), tree)
+    found = path_probs(table, key(1, 2), tree)
     assert found == pytest.approx([1, 0.25, 0.25, 0.75, 0.75, 0])
     # With the first costs: 1.75 tokens for 1.3, 2.5 for 1.4, 2.75 for 1.5, 3 for 1.6, 3 for 1.7.
     for costs, kept in (
         ((0.2, 0.1), [2, 4, 6, 3, 5]), ((0.2, 0.2), [2, 3, 5]), ((0.6, 0.1), [2, 4, 6, 3, 5]), ((0.0, 0.74), [2, 3, 5]),
         ((1.8, 0.1), [2]), ((0.0, 0.76), [2]),
     ):  # fmt: skip
-        assert list(worthwhile(tree, found, *costs).tokens) == kept, costs
+        assert list(prune_by_cost(tree, found, *costs).tokens) == kept, costs
 
 
 def test_what_promises_too_much_is_trusted_less_and_tried_again_later() -> None:
@@ -440,7 +447,7 @@ def test_the_verified_part_is_the_best_of_all_parts(
         for part in combinations(range(1, len(tree)), count)
         if all(tree.parents[node] in (0, *part) for node in part)
     ]
-    found = worthwhile(tree, likely, draft_cost, token_cost)
+    found = prune_by_cost(tree, likely, draft_cost, token_cost)
     kept = {tuple(found.tokens[n] for n in found.path(node)) for node in range(1, len(found))}
     nodes = [node for node in range(1, len(tree)) if tuple(tree.tokens[n] for n in tree.path(node)) in kept]
     assert len(nodes) == len(found) - 1
@@ -550,12 +557,12 @@ def _joint_law(model: Any, ids: torch.Tensor, warps: LogitsProcessorList) -> np.
 def test_the_logits_of_a_node_are_its_paths(family: str) -> None:
     model = tiny_model(family, layers=2, dtype=torch.float64)
     table = Table.build([[30, x, y] for x in (5, 6, 7) for y in (8, 9)] + [[9, 30, 5], [9, 30, 6], [9, 30, 7]], VOCAB)
-    tree: TokenTree = Drafting(ADED.paper(adaptive=False), table, PROMPT).propose(99)
+    tree: TokenTree = ADEDRow(ADED.paper(adaptive=False), table, PROMPT).propose(99)
     assert len(tree) > 6
     reader = Reader(model)
     with torch.inference_mode():
         reader.prefill(torch.tensor([PROMPT[:-1]]), None)
-        logits = reader.run(reader.lay(*stack([tree])))[0]
+        logits = reader.forward(reader.prepare_inputs(*stack([tree])))[0]
         for node in range(len(tree)):
             ids = [*PROMPT[:-1], *(tree.tokens[n] for n in tree.path(node))]
             assert torch.allclose(logits[node], model(torch.tensor([ids])).logits[0, -1], atol=1e-9)
@@ -682,5 +689,5 @@ def test_fit_notes_what_it_read() -> None:
     assert (step.slug, step.verb, step.seed, step.parameters["corpus"]) == ("aded", "fit", 5, None)
     assert step.chosen["documents"] == 2  # one stands twice
     assert seen == [0]
-    with pytest.raises(IntaglioError, match="a table has to be counted in something; give aded a corpus"):
+    with pytest.raises(IntaglioError, match="aded has no corpus to count the table in"):
         ADED().fit(checkpoint)

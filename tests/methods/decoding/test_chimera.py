@@ -11,12 +11,21 @@ from pydantic import ValidationError
 
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.methods.decoding.chimera import Chimera
-from intaglio.methods.decoding.chimera.drafting import Chain, Draft, chain_visible, edges, source_block, trigrams
-from intaglio.methods.decoding.chimera.session import Branches
+from intaglio.methods.decoding.chimera.drafting import (
+    BranchEncoder,
+    ChimeraModel,
+    branch_visible,
+    source_block,
+    trigram_at,
+    trigrams,
+)
+from intaglio.methods.decoding.chimera.session import ChimeraSession
 from intaglio.modeling.anatomy import anatomy, final_hidden
-from intaglio.speculative.heads.objective import frozen, head_batch
-from intaglio.speculative.heads.static_tree import CHIMERA, Picker, Shape
-from intaglio.speculative.protocols import Run, Step
+from intaglio.speculative.heads.candidates import CandidateSampler
+from intaglio.speculative.heads.lm_head import TargetHead
+from intaglio.speculative.heads.objective import freeze, head_batch
+from intaglio.speculative.protocols import DecodingRun, Step
+from intaglio.speculative.static_tree import CHIMERA, StaticTree
 from tests.families import DECODERS, tiny_model
 from tests.speculative.distributions import check_law
 from tests.speculative.toys import ragged, target
@@ -33,25 +42,27 @@ IDS = [9, 30, 31, 32, 9, 30, 31, 32, 9, 30, 12, 40]
 FAMILIES = ("llama", "qwen3_window", "mistral_window", "gemma3", "gpt2")
 
 
-def draft_of(model: Any, **more: Any) -> Draft:
+def draft_of(model: Any, **more: Any) -> ChimeraModel:
     """Modules that are trained, as far as chance goes, in the model's dtype."""
-    draft, rng = Draft(model, seed=1, **more), torch.Generator().manual_seed(2)
+    draft, rng = ChimeraModel(model, seed=1, **more), torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=rng))
     return draft.to(next(model.parameters()).dtype).eval()
 
 
-def chain(model: Any, draft: Draft, ids: Sequence[int]) -> Chain:
+def chain(model: Any, draft: ChimeraModel, ids: Sequence[int]) -> BranchEncoder:
     row = torch.tensor([list(ids)])
     parts = anatomy(model)
     with torch.no_grad():
-        return Chain(draft, parts, final_hidden(parts, {"input_ids": row}), row)
+        return BranchEncoder(draft, parts, final_hidden(parts, {"input_ids": row}), row)
 
 
-def session(model: Any, draft: Draft, prompts: Sequence[Sequence[int]], tree: str = CHIMERA) -> Branches:
-    run = Run(model, tuple(map(tuple, prompts)), False, model.generation_config, 50)
-    return Branches(draft, run, Picker(lambda logits: logits.softmax(-1), False), Shape.of(tree))
+def session(model: Any, draft: ChimeraModel, prompts: Sequence[Sequence[int]], tree: str = CHIMERA) -> ChimeraSession:
+    run = DecodingRun(model, tuple(map(tuple, prompts)), False, model.generation_config, 50)
+    return ChimeraSession(
+        draft, run, CandidateSampler(lambda logits: logits.softmax(-1), False), StaticTree.from_paths(tree)
+    )
 
 
 def step(row: int, tokens: Sequence[int], hidden: torch.Tensor) -> Step:
@@ -63,44 +74,44 @@ def step(row: int, tokens: Sequence[int], hidden: torch.Tensor) -> Step:
 
 def test_trigrams_at_the_edges() -> None:
     assert trigrams(torch.tensor([[7, 8, 9, 3]])).tolist() == [[[7, 7, 7], [7, 8, 8], [7, 8, 9], [8, 9, 3]]]
-    assert [edges([7, 8, 9, 3], place) for place in range(4)] == [(7, 7, 7), (7, 8, 8), (7, 8, 9), (8, 9, 3)]
+    assert [trigram_at([7, 8, 9, 3], place) for place in range(4)] == [(7, 7, 7), (7, 8, 8), (7, 8, 9), (8, 9, 3)]
     assert trigrams(torch.tensor([[7]])).tolist() == [[[7, 7, 7]]]
 
 
 def test_at_first_u_is_a_projection_and_the_head_is_the_models_own() -> None:
     model = target("llama")
-    draft, parts = Draft(model).double(), anatomy(model)
+    draft, parts = ChimeraModel(model).double(), anatomy(model)
     ids = torch.tensor([[7, 8, 9]])
     embedded = parts.embedding(ids).flatten()
     torch.testing.assert_close(draft.embed(parts, ids)[0], draft.trigram.down.weight @ embedded)
     weight = parts.head.weight  # type: ignore[union-attr]
     h, z = torch.randn(2, 1, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for depth in (0, 3, 7):
-        torch.testing.assert_close(draft.score(h, z, depth, weight), (h + z) @ weight.T)
-    low = Draft(model, rank=4).double()
-    torch.testing.assert_close(low.score(h, z, 1, weight), (h + z) @ weight.T)
+        torch.testing.assert_close(draft.score(h, z, depth, TargetHead(parts, draft.words)), (h + z) @ weight.T)
+    low = ChimeraModel(model, rank=4).double()
+    torch.testing.assert_close(low.score(h, z, 1, TargetHead(parts, draft.words)), (h + z) @ weight.T)
     assert {name for name, _ in low.vocabulary.named_parameters()} == {"out_Vr", "in_MrX"}
 
 
 def test_with_the_true_hidden_state_the_first_head_says_what_the_model_says_next() -> None:
     model = target("llama")
-    draft, parts = Draft(model).double(), anatomy(model)
+    draft, parts = ChimeraModel(model).double(), anatomy(model)
     weight = parts.head.weight  # type: ignore[union-attr]
     with torch.no_grad():
         draft.vocabulary.full_MVX[0] = torch.cat([torch.zeros_like(weight), weight], 1)
         output = model(torch.tensor([IDS]), output_hidden_states=True)
         hidden = output.hidden_states[-1][0]
-        found = draft.score(hidden[:-1], hidden[1:], 0, weight)
+        found = draft.score(hidden[:-1], hidden[1:], 0, TargetHead(parts, draft.words))
     torch.testing.assert_close(found, output.logits[0, 1:])
 
 
 def test_masks() -> None:
-    assert chain_visible(2, 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]]
+    assert branch_visible(2, 0).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]]
     # H H U U | Z0 Z0 U'1 U'1
-    assert chain_visible(2, 1).int().tolist() == [
+    assert branch_visible(2, 1).int().tolist() == [
         [0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0], [1, 0, 0, 0, 1, 0, 1, 0], [1, 1, 0, 0, 0, 1, 0, 1],
     ]  # fmt: skip
-    last = chain_visible(2, 2).int().tolist()[-1]
+    last = branch_visible(2, 2).int().tolist()[-1]
     assert last == [1, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 1]
 
 
@@ -140,7 +151,6 @@ def test_the_layer_is_one_that_sees_everything_if_there_is_one() -> None:
 def test_drafting_makes_the_estimates_of_training(family: str, implementation: str) -> None:
     model = target(family, implementation)
     draft, parts = draft_of(model), anatomy(model)
-    weight = parts.head.weight  # type: ignore[union-attr]
     with torch.no_grad():
         hidden = final_hidden(parts, {"input_ids": torch.tensor([IDS])})[0]
         other = final_hidden(parts, {"input_ids": torch.tensor([IDS[::-1]])})[0]
@@ -155,16 +165,19 @@ def test_drafting_makes_the_estimates_of_training(family: str, implementation: s
         drafting.observe([step(0, IDS[8:], hidden[7:11]), step(1, IDS[::-1][4:5], other[3:4])])
         trees = drafting.propose([0, 1], [4, 4])
         for tree, ids in zip(trees, (IDS, IDS[::-1][:5]), strict=True):
-            whole = chain(model, draft, ids)
+            whole, guesses = chain(model, draft, ids), None
             last = hidden[10] if tree is trees[0] else other[3]
             for depth in range(4):
-                z = whole.step()
-                token = draft.score(last[None], z[0, -1:], depth, weight).argmax(-1)
+                z = whole.step(guesses)
+                token = draft.score(last[None], z[0, -1:], depth, TargetHead(parts, draft.words)).argmax(-1)
                 assert tree.tokens[depth + 1] == int(token)
                 every = draft.score(
-                    hidden[: len(ids) - 1] if tree is trees[0] else other[: len(ids) - 1], z[0], depth, weight
+                    hidden[: len(ids) - 1] if tree is trees[0] else other[: len(ids) - 1],
+                    z[0],
+                    depth,
+                    TargetHead(parts, draft.words),
                 )
-                whole.guess(every.argmax(-1)[None])
+                guesses = every.argmax(-1)[None]
         drafting.observe([step(0, [5], hidden[:1]), step(1, IDS[::-1][5:6], other[4:5])])
         drafting.propose([1], [2])  # the first row has ended
         drafting.observe([step(1, IDS[::-1][6:8], other[5:7])])
@@ -194,19 +207,18 @@ def test_branches_do_not_see_each_other() -> None:
 def test_the_loss_is_cross_entropy_on_the_heads_own_guesses() -> None:
     model = target("llama")
     draft, parts = draft_of(model, heads=3, feature=0.5, distil=0.25), anatomy(model)
-    weight = parts.head.weight  # type: ignore[union-attr]
     labels = torch.tensor(IDS)
     labels[:3] = -100
     with torch.no_grad():
         found = draft.loss(model, head_batch([{"input_ids": torch.tensor(IDS), "labels": labels}]))
         output = model(torch.tensor([IDS]), output_hidden_states=True)
         hidden, said = output.hidden_states[-1][0], output.logits[0].log_softmax(-1)
-        expected, whole = 0.0, chain(model, draft, IDS)
+        expected, whole, guesses = 0.0, chain(model, draft, IDS), None
         n = len(IDS)
         for m in range(3):
-            z = whole.step()[0]
-            logits = draft.score(hidden[:-1], z, m, weight)
-            whole.guess(logits.argmax(-1)[None])
+            z = whole.step(guesses)[0]
+            logits = draft.score(hidden[:-1], z, m, TargetHead(parts, draft.words))
+            guesses = logits.argmax(-1)[None]
             q = logits.log_softmax(-1)
             scored = [j for j in range(1, n - 1) if j + 2 + m < n and j + 2 + m >= 3]
             expected -= sum(float(q[j, IDS[j + 2 + m]]) for j in scored) / len(scored)
@@ -225,22 +237,22 @@ def test_the_loss_is_cross_entropy_on_the_heads_own_guesses() -> None:
         {},
         {"rank": 4},
         {"sharing": True},
-        {"parts_used": "no_context"},
-        {"parts_used": "no_trigram"},
+        {"encoders": "no_context"},
+        {"encoders": "no_trigram"},
         {"start": "copy"},
     ],
 )
 def test_everything_of_the_draft_is_trained_and_nothing_of_the_model(more: dict[str, Any]) -> None:
     model = tiny_model("qwen3", layers=2)
     draft = draft_of(model, heads=2, **more)
-    with frozen(model):
+    with freeze(model):
         found = draft.loss(model, head_batch([{"input_ids": torch.tensor(IDS)}] * 2))
         found.total.backward()
         assert all(parameter.grad is None for parameter in model.parameters())
     for name, parameter in draft.named_parameters():
         assert parameter.grad is not None, name
         assert float(parameter.grad.abs().max()) > 0, name
-    assert (draft.layer is None) == (more.get("parts_used") == "no_context")
+    assert (draft.layer is None) == (more.get("encoders") == "no_context")
 
 
 def test_a_row_that_is_too_short_has_no_loss() -> None:
@@ -254,11 +266,11 @@ def test_a_row_that_is_too_short_has_no_loss() -> None:
 
 def test_steps_bring_the_loss_down() -> None:
     model = tiny_model("llama", layers=1)
-    draft = Draft(model, heads=2)
+    draft = ChimeraModel(model, heads=2)
     batch = head_batch([{"input_ids": torch.tensor(IDS)}])
     optimizer = torch.optim.AdamW(draft.parameters(), lr=3e-3)
     losses = []
-    with frozen(model):
+    with freeze(model):
         for _ in range(12):
             optimizer.zero_grad()
             loss = draft.loss(model, batch).total
@@ -311,7 +323,7 @@ def test_a_prompt_of_one_token_and_a_cache_that_goes_on() -> None:
 
 
 def test_the_tree_of_the_released_code() -> None:
-    shape = Chimera.paper().shape
+    shape = Chimera.paper().static_tree()
     assert (len(shape), shape.depth, shape.widths) == (25, 5, (4, 3, 3, 3, 2))
     assert all(path[:-1] == () or path[:-1] in shape.paths for path in shape.paths)
     assert (Chimera.paper().learning_rate, Chimera.paper().heads, Chimera.paper().length) == (2e-4, 4, 1024)

@@ -24,12 +24,12 @@ from intaglio.checkpoint import Checkpoint, load
 from intaglio.cli.settings import check_settings
 from intaglio.errors import IntaglioError
 from intaglio.methods.decoding.dyspec import AcceptanceTable, DySpec, growth
-from intaglio.methods.decoding.dyspec.acceptance import BINS, EDGES, Acceptance, counted
-from intaglio.methods.decoding.dyspec.growth import Grower
+from intaglio.methods.decoding.dyspec.acceptance import BINS, EDGES, Acceptance, count_acceptance
+from intaglio.methods.decoding.dyspec.growth import TreeGrower
 from intaglio.methods.decoding.dyspec.residual import Residual
 from intaglio.speculative import Speculative, Step, TokenTree
 from intaglio.speculative.drafters import NGramStore
-from intaglio.speculative.drafters.dynamic_tree import Growing
+from intaglio.speculative.drafters.dynamic_tree import PartialTree
 from intaglio.speculative.drafters.rank_statistics import draft_ranks
 from tests.conftest import TinyDir
 from tests.families import DECODERS, VOCAB, tiny_model, tiny_tokenizer
@@ -51,9 +51,9 @@ def markov(seed: int, scale: float = 2.0, size: int = V) -> Laws:
     return lambda token: table[token]
 
 
-def grow(grower: Grower, laws: Laws, *, least: float | None = None, root: int = 0) -> tuple[TokenTree, list[int]]:
+def grow(grower: TreeGrower, laws: Laws, *, least: float | None = None, root: int = 0) -> tuple[TokenTree, list[int]]:
     """Drive a growth by hand; the tree, and what its nodes are called by the grower."""
-    tree = Growing(root, grower.depth)
+    tree = PartialTree(root, grower.depth)
     growing = grower.heap(tree) if least is None else grower.threshold(tree, least)
     wanted = next(growing, None)
     while wanted is not None:
@@ -61,21 +61,21 @@ def grow(grower: Grower, laws: Laws, *, least: float | None = None, root: int = 
             wanted = growing.send(torch.stack([laws(tree.tokens[node]) for node in wanted]))
         except StopIteration:
             wanted = None
-    return tree.finished()
+    return tree.finish()
 
 
-def by_law(law_V: torch.Tensor, drawn: bool, generator: Any) -> Residual:
+def by_law(probs_V: torch.Tensor, drawn: bool, generator: Any) -> Residual:
     """A residual whose draws follow from the law alone, so that two algorithms see the same ones."""
-    return Residual(law_V, drawn, torch.Generator().manual_seed(int(1e6 * float(law_V[0]))))
+    return Residual(probs_V, drawn, torch.Generator().manual_seed(int(1e6 * float(probs_V[0]))))
 
 
-def likeliest(law_V: torch.Tensor, drawn: bool, generator: Any) -> Residual:
+def likeliest(probs_V: torch.Tensor, drawn: bool, generator: Any) -> Residual:
     """As though each draw had come out as the likeliest token."""
-    return Residual(law_V, False, generator)
+    return Residual(probs_V, False, generator)
 
 
-def grower(nodes: int, depth: int = 99, drawn: bool = True, **more: Any) -> Grower:
-    return Grower(nodes, depth, drawn, torch.Generator().manual_seed(0), **more)
+def grower(nodes: int, depth: int = 99, drawn: bool = True, **more: Any) -> TreeGrower:
+    return TreeGrower(nodes, depth, drawn, torch.Generator().manual_seed(0), **more)
 
 
 def paths(tree: TokenTree) -> list[tuple[int, ...]]:
@@ -245,24 +245,24 @@ def test_one_node_is_ordinary_speculative_decoding() -> None:
     laws, generator = markov(3, 1.0), torch.Generator().manual_seed(1)
     counts = np.zeros(V, dtype=np.int64)
     for _ in range(2_000):
-        tree, _ = grow(Grower(1, 99, True, generator), laws)
+        tree, _ = grow(TreeGrower(1, 99, True, generator), laws)
         assert list(tree.parents) == [-1, 0]
         counts[tree.tokens[1]] += 1
     assert p_value(counts, laws(0).double().numpy()) > 1e-4
 
 
 def test_depth_first_keeps_parents_before_children_and_siblings_in_order() -> None:
-    tree = Growing(0, 9)
+    tree = PartialTree(0, 9)
     for parent, token in ((0, 1), (0, 2), (1, 3), (2, 4), (1, 5), (3, 6)):
         tree.add(parent, token)
     tree.q = {0: torch.ones(1), 1: torch.ones(2)}
-    found, order = tree.finished(depth_first=True)
+    found, order = tree.finish(depth_first=True)
     assert order == [0, 1, 3, 6, 5, 2, 4]
     assert list(found.tokens) == [0, 1, 3, 6, 5, 2, 4]
     assert list(found.parents) == [-1, 0, 1, 2, 1, 0, 5]
     assert found.q is not None
     assert {node: len(law) for node, law in found.q.items()} == {0: 1, 1: 2}
-    plain, order = tree.finished()
+    plain, order = tree.finish()
     assert order == list(range(7))
     assert list(plain.parents) == [-1, 0, 0, 1, 2, 1, 3]
 
@@ -279,7 +279,7 @@ class Sampled(Toy):
         self.draws = torch.Generator().manual_seed(7)
 
     def tree(self, root: int) -> TokenTree:
-        one = Grower(6, 4, True, self.draws, self.chance)
+        one = TreeGrower(6, 4, True, self.draws, self.chance)
         return grow(one, self.q.__getitem__, least=self.least, root=root)[0]
 
 
@@ -539,7 +539,7 @@ def test_a_greedy_text_is_counted_child_by_child() -> None:
     laws = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [1.0, 0.0, 0.0]])
 
     def table(most: int) -> AcceptanceTable:
-        return counted([(laws, [0, 2, 1])], most, lambda law_V: Residual(law_V, False, None))
+        return count_acceptance([(laws, [0, 2, 1])], most, lambda probs_V: Residual(probs_V, False, None))
 
     def of(*pairs: tuple[float, bool]) -> AcceptanceTable:
         found = Acceptance()
@@ -551,7 +551,7 @@ def test_a_greedy_text_is_counted_child_by_child() -> None:
     assert table(9) == of((0.5, True), (0.5, False), (0.6, False), (1.0, True), (1.0, False))
     assert table(2) == of((0.5, True), (0.5, False), (0.6, False), (1.0, False))
     with pytest.raises(IntaglioError, match="at least one text with a continuation"):
-        counted([], 3, lambda law_V: Residual(law_V, False, None))
+        count_acceptance([], 3, lambda probs_V: Residual(probs_V, False, None))
 
 
 def test_acceptance_fitted_beforehand() -> None:
@@ -582,9 +582,7 @@ def test_a_table_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     file.write_text(table.model_dump_json())
     assert DySpec(draft="x", acceptance=file).acceptance == table  # type: ignore[arg-type]
-    assert check_settings("dyspec", {"draft": "x", "acceptance": str(file)}).model_dump()["acceptance"] == (
-        table.model_dump()
-    )
+    assert check_settings("dyspec", {"draft": "x", "acceptance": str(file)})["acceptance"] == table
     file.write_text("{")
     for name, says in ((file, "is no JSON file with a table"), (tmp_path / "none", "cannot read the table .*No such")):
         with pytest.raises(IntaglioError, match=says) as caught:

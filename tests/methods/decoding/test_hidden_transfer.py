@@ -12,10 +12,15 @@ from transformers.cache_utils import DynamicCache
 
 from intaglio.errors import IntaglioError
 from intaglio.methods.decoding.hidden_transfer import HiddenTransfer
-from intaglio.methods.decoding.hidden_transfer.passing import carry, deepest_path
-from intaglio.methods.decoding.hidden_transfer.transfer import TransferHeads, default_layers, pseudo_visible, recorded
+from intaglio.methods.decoding.hidden_transfer.passing import deepest_path, run_with_pseudo_states
+from intaglio.methods.decoding.hidden_transfer.transfer import (
+    TransferHeads,
+    default_layers,
+    pseudo_visible,
+    record_states,
+)
 from intaglio.modeling.anatomy import HeadOnly, after_blocks, anatomy
-from intaglio.speculative.heads.objective import frozen, head_batch
+from intaglio.speculative.heads.objective import freeze, head_batch
 from intaglio.speculative.target_model import Reader, stack
 from intaglio.speculative.tree import TokenTree, root_only
 from tests.families import DECODERS, VOCAB, tiny_model
@@ -47,15 +52,15 @@ def passed(model: Any, heads: TransferHeads, ids: list[int], tree: TokenTree, ca
     """Nodes and pseudo states after a pass over a tree behind a prompt, whose last token is the root."""
     reader = Reader(model, cache)
     reader.prefill(torch.tensor([ids[:-1]]))
-    inputs = reader.lay(*stack([tree]))
-    return (*carry(anatomy(model), heads, reader, inputs, [range(len(tree))]), reader, inputs)
+    inputs = reader.prepare_inputs(*stack([tree]))
+    return (*run_with_pseudo_states(anatomy(model), heads, reader, inputs, [range(len(tree))]), reader, inputs)
 
 
 def guesses(model: Any, heads: TransferHeads, ids: list[int]) -> torch.Tensor:
     """Pseudo states of the last place as training makes them [k, D]."""
     reader, parts = Reader(model, hidden=True), anatomy(model)
     with torch.no_grad():
-        with recorded(parts, heads.layers) as states:
+        with record_states(parts, heads.layers) as states:
             reader.prefill(torch.tensor([ids]))
         return torch.stack([step[0, -1] for step in heads.refine(parts, reader, states)])
 
@@ -80,7 +85,7 @@ def test_the_nodes_do_not_notice(family: str, implementation: str) -> None:
         plain = Reader(model, copy.deepcopy(cache))
         with torch.inference_mode():
             plain.prefill(torch.tensor([PROMPT[:-1]]))
-            expected = plain.run(plain.lay(*stack([TREE])))[0]
+            expected = plain.forward(plain.prepare_inputs(*stack([TREE])))[0]
         real, _, reader, _ = passed(model, heads, PROMPT, TREE, cache)
         with torch.inference_mode():
             torch.testing.assert_close(after_blocks(anatomy(model), real[0]), expected, rtol=0, atol=atol)
@@ -109,7 +114,7 @@ def test_rows_of_unlike_lengths_make_the_same_states() -> None:
         reader.prefill(**{f"{name.partition('_')[0].replace('input', 'ids')}_BP": v for name, v in _named(inputs)})
         trees = [TREE, root_only(7)]
         owners = [deepest_path(tree) for tree in trees]
-        _, pseudo = carry(anatomy(model), heads, reader, reader.lay(*stack(trees)), owners)
+        _, pseudo = run_with_pseudo_states(anatomy(model), heads, reader, reader.prepare_inputs(*stack(trees)), owners)
     for row, (tree, own) in enumerate(zip(trees, owners, strict=True)):
         real = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
         for place, node in enumerate(own):
@@ -135,7 +140,7 @@ def test_behind_the_last_block_it_is_a_linear_head() -> None:
     model = target("llama")
     heads = heads_of(model, [2])
     parts = anatomy(model)
-    with torch.no_grad(), recorded(parts, [2]) as states:
+    with torch.no_grad(), record_states(parts, [2]) as states:
         model(torch.tensor([PROMPT]))
     last = states[2][0, -1]
     with torch.no_grad():
@@ -174,7 +179,7 @@ def test_only_the_maps_are_trained_and_padding_counts_for_nothing() -> None:
     for batches in ([rows], [[rows[0]], [rows[1]]]):
         heads = heads_of(model, [1])
         weights = [11, 4]  # n + 1 < N
-        with frozen(model):
+        with freeze(model):
             losses = [heads.loss(model, head_batch(batch)).total for batch in batches]
             total = losses[0] if len(losses) == 1 else sum(w * x for w, x in zip(weights, losses, strict=True)) / 15
             total.backward()
@@ -276,8 +281,8 @@ def test_default_layers_rise_through_the_upper_middle() -> None:
     ("fields", "says"),
     [
         ({"layers": [1, 5, 2]}, "layers has the transfer layer 5; the model has 2 blocks, so 0 to 2 is accepted"),
-        ({"layers": [2, 1, 1]}, r"layers is \[2, 1, 1\]; transfer layers do not fall"),
-        ({"layers": [1]}, "layers has 1 transfer layers for 3 steps; one a step is needed"),
+        ({"layers": [2, 1, 1]}, r"layers is \[2, 1, 1\]; transfer layers must not decrease"),
+        ({"layers": [1]}, "layers has 1 transfer layers for 3 steps; one per step is needed"),
         ({"ahead": 1, "tree": [[0], [0, 0]]}, "the tree is 2 levels deep; the heads look 1 ahead"),
     ],
 )
@@ -298,7 +303,7 @@ def test_settings_that_are_wrong() -> None:
 def test_the_head_is_the_models_own() -> None:
     model = target("gemma3")
     parts = anatomy(model)
-    with torch.no_grad(), recorded(parts, [4]) as states:
+    with torch.no_grad(), record_states(parts, [4]) as states:
         output = model(torch.tensor([PROMPT]), output_hidden_states=True)
         found = after_blocks(parts, states[4][0])
         torch.testing.assert_close(found, output.logits[0], rtol=0, atol=1e-12)

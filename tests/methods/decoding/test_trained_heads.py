@@ -106,8 +106,8 @@ def test_a_killed_fit_resumes_to_the_same_bytes(
     decoder = load(tmp_path / "whole").decoder(slug)
     assert {tensor.dtype for tensor in load(tmp_path / "whole").attachments[slug].tensors.values()} == {torch.bfloat16}
     assert isinstance(decoder, TrainedHeads)
-    assert 1 <= len(decoder.shape) <= 15
-    assert len(load(tmp_path / "whole").decoder(slug, nodes=15).shape) == 15
+    assert 1 <= len(decoder.static_tree()) <= 15
+    assert len(load(tmp_path / "whole").decoder(slug, nodes=15).static_tree()) == 15
     found = generate(load(tmp_path / "whole"), "the quick", decoder=slug, max_new_tokens=8)
     assert found["token_ids"] == generate(load(model), "the quick", max_new_tokens=8)["token_ids"]
     assert found["accepted_share"] is not None
@@ -144,7 +144,7 @@ def test_what_heads_are_cannot_be_set_afterwards(slug: str, field: str) -> None:
     get_method(slug)(**QUICK).fit(checkpoint, [{"input_ids": IDS}] * 2)  # type: ignore[attr-defined]
     with pytest.raises(IntaglioError, match=f"{field} is 2; the heads of {slug} were fitted with"):
         checkpoint.decoder(slug, **{field: 2})
-    assert len(checkpoint.decoder(slug, nodes=5).shape) == 5
+    assert len(checkpoint.decoder(slug, nodes=5).static_tree()) == 5
 
 
 @pytest.mark.parametrize("slug", METHODS)
@@ -258,3 +258,11 @@ def test_smollm2_says_the_same(slug: str) -> None:
     assert torch.equal(found, expected)
     assert decoder.statistics.nodes > 0
     assert sum(parameter.numel() for parameter in decoder._heads.parameters()) * 2 <= 24e6  # bytes in bfloat16
+
+
+@pytest.mark.parametrize("slug", METHODS)
+def test_trees_shrink_with_the_rows_that_share_a_pass(slug: str) -> None:
+    method: Any = get_method(slug)(untrained=True)
+    sizes = [len(method.static_tree(rows)) for rows in (1, 4, 16)]
+    assert sizes[0] > sizes[1] >= sizes[2] == 1
+    assert len(get_method(slug)(untrained=True, nodes=9).static_tree(4)) == 9  # type: ignore[attr-defined]

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from intaglio.speculative.heads.chunked_loss import in_pieces, kl, nothing
-from intaglio.speculative.heads.lm_head import Vocabulary, rank_of
-from intaglio.speculative.heads.multi_token_loss import ahead, ahead_loss, hits, reachable
+from intaglio.speculative.heads.chunked_loss import chunked, kl, zero_loss
+from intaglio.speculative.heads.lm_head import DraftLMHead, resolve_rank
+from intaglio.speculative.heads.multi_token_loss import multi_token_loss, shift_states, topk_hits, valid_targets
 from intaglio.speculative.heads.objective import head_batch
 
 
@@ -28,7 +28,7 @@ def test_pieces_give_the_gradient_of_the_whole(size: int) -> None:
         loss = F.cross_entropy(logits, target, reduction="sum")
         return loss, loss[None], logits.argmax(-1)
 
-    total, sums, each = in_pieces(piece, [x, target], [weight, unused], size)
+    total, sums, each = chunked(piece, [x, target], [weight, unused], size)
     (3 * total).backward()
     found = (x.grad, weight.grad)
     x.grad = weight.grad = None
@@ -40,9 +40,9 @@ def test_pieces_give_the_gradient_of_the_whole(size: int) -> None:
     assert each is not None
     assert torch.equal(each, (x @ weight.T).argmax(-1))
     with torch.no_grad():
-        torch.testing.assert_close(in_pieces(piece, [x, target], [weight], size)[0].double(), expected.detach(),
+        torch.testing.assert_close(chunked(piece, [x, target], [weight], size)[0].double(), expected.detach(),
                                    rtol=1e-6, atol=1e-6)  # fmt: skip
-    loss = nothing([weight, unused])
+    loss = zero_loss([weight, unused])
     loss.backward()
     assert loss.item() == 0
 
@@ -64,7 +64,7 @@ def test_the_first_head_is_compared_with_the_next_place(goal: Any) -> None:
         said = 50 * F.one_hot(batch["target"].clamp(min=0), 6).float()
     # A head that knows what the model will say one place later, and one that knows it two places later.
     states = [torch.cat([said[:, k:], torch.zeros(2, k, 6)], 1).requires_grad_() for k in (1, 2)]
-    found = ahead_loss(batch, states, said, lambda x: x, lambda x: x, [], goal=goal, weights=[1.0, 0.5], ranks=3)
+    found = multi_token_loss(batch, states, said, lambda x: x, lambda x: x, [], goal=goal, weights=[1.0, 0.5], ranks=3)
     assert found.total.item() < 1e-5
     assert {name: value.item() for name, value in found.parts.items() if "right" in name} == {
         "right_1": 1.0, "right_2": 1.0,
@@ -72,7 +72,7 @@ def test_the_first_head_is_compared_with_the_next_place(goal: Any) -> None:
     # Places 0 to 7 and 0 to 4; the last one's next token is not known.
     assert found.outputs.counts_K.tolist() == ([7 + 4, 6 + 3] if goal == "model" else [6 + 3, 5 + 2])
     assert found.outputs.right_Kr.shape == (2, 3)
-    wrong = ahead_loss(batch, [said, said], said, lambda x: x, lambda x: x, [], goal=goal, weights=[1.0, 1.0])
+    wrong = multi_token_loss(batch, [said, said], said, lambda x: x, lambda x: x, [], goal=goal, weights=[1.0, 1.0])
     assert wrong.total.item() > 0.1
 
 
@@ -84,11 +84,11 @@ def test_what_is_scored() -> None:
     assert batch["target"].tolist() == [[-100, 5, 6, 7, -100], [-100] * 5]
     assert batch["scored"].int().tolist() == [[0, 1, 1, 1, 1], [1, 0, 0, 0, 0]]
     assert batch["weight"] == 3
-    assert reachable(batch, 2, "model").int().tolist() == [[0, 0, 1, 1, 1], [0] * 5]
-    assert reachable(batch, 2, "text").int().tolist() == [[0, 0, 1, 1, 0], [0] * 5]
-    assert ahead(torch.arange(3.0)[None], 1).tolist() == [[0, 0, 1]]
-    assert ahead(torch.arange(3.0)[None], 5).tolist() == [[0, 0, 0]]
-    assert hits(torch.tensor([[1.0, 3, 2]]), torch.tensor([2]), 2).tolist() == [[False, True]]
+    assert valid_targets(batch, 2, "model").int().tolist() == [[0, 0, 1, 1, 1], [0] * 5]
+    assert valid_targets(batch, 2, "text").int().tolist() == [[0, 0, 1, 1, 0], [0] * 5]
+    assert shift_states(torch.arange(3.0)[None], 1).tolist() == [[0, 0, 1]]
+    assert shift_states(torch.arange(3.0)[None], 5).tolist() == [[0, 0, 0]]
+    assert topk_hits(torch.tensor([[1.0, 3, 2]]), torch.tensor([2]), 2).tolist() == [[False, True]]
 
 
 def test_a_low_rank_change_begins_at_nothing_and_is_shared() -> None:
@@ -96,12 +96,12 @@ def test_a_low_rank_change_begins_at_nothing_and_is_shared() -> None:
     x = torch.randn(3, 8)
     both = x[:, :4] + x[:, 4:]
     for rank in (None, 0, 2):
-        vocabulary = Vocabulary(weight, 3, 2, rank)
+        vocabulary = DraftLMHead(weight, 3, 2, rank)
         for head in range(3):
             torch.testing.assert_close(vocabulary(x, head, weight), both @ weight.T)
     torch.nn.init.ones_(vocabulary.out_Vr)
     change = (x @ vocabulary.in_MrX[1].T).sum(-1, keepdim=True)
     torch.testing.assert_close(vocabulary(x, 1, weight), both @ weight.T + change)
-    assert rank_of(None, 4, 160, 64) is None
-    assert rank_of(None, 4, 49_152, 1152) == 32
-    assert rank_of(8, 4, 160, 64) == 8
+    assert resolve_rank(None, 4, 160, 64) is None
+    assert resolve_rank(None, 4, 49_152, 1152) == 32
+    assert resolve_rank(8, 4, 160, 64) == 8

@@ -18,8 +18,8 @@ from intaglio.methods.base import Method
 from intaglio.methods.decoding.chimera import Chimera
 from intaglio.methods.decoding.hidden_transfer import HiddenTransfer
 from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
-from intaglio.speculative.heads.lm_head import Words, words_of
-from intaglio.speculative.heads.multi_token_loss import ahead_loss
+from intaglio.speculative.heads.lm_head import DraftVocabulary, build_draft_vocabulary
+from intaglio.speculative.heads.multi_token_loss import multi_token_loss
 from intaglio.speculative.loop import Speculative
 from intaglio.trainer.causal_lm import IGNORED
 from tests.families import tiny_checkpoint_dir
@@ -29,14 +29,14 @@ KINDS: list[type[Any]] = [Chimera, HiddenTransfer]
 
 
 def test_the_most_frequent_tokens_and_then_the_lowest_ids() -> None:
-    found = words_of([[7, 7, 9], [9, 7, 3, 5, 5]], 12, 3)
+    found = build_draft_vocabulary([[7, 7, 9], [9, 7, 3, 5, 5]], 12, 3)
     assert found is not None
     assert found.tolist() == [5, 7, 9]
-    more = words_of([[7, 7]], 12, 4)
+    more = build_draft_vocabulary([[7, 7]], 12, 4)
     assert more is not None
     assert more.tolist() == [0, 1, 2, 7]
-    assert words_of([[7]], 12, 12) is words_of([[7]], 12, None) is None
-    default = words_of([], 49_152, None)
+    assert build_draft_vocabulary([[7]], 12, 12) is build_draft_vocabulary([[7]], 12, None) is None
+    default = build_draft_vocabulary([], 49_152, None)
     assert default is not None
     assert default.tolist() == list(range(8192))
 
@@ -45,30 +45,32 @@ def test_the_most_frequent_tokens_and_then_the_lowest_ids() -> None:
 def test_there_and_back(chosen: list[int], seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
     tokens_K, weight_VD = torch.tensor(sorted(chosen)), torch.randn(30, 4, generator=rng)
-    words, x_RD = Words(weight_VD, tokens_K), torch.randn(3, 4, generator=rng)
+    words, x_RD = DraftVocabulary(weight_VD, tokens_K), torch.randn(3, 4, generator=rng)
     logits_RK = x_RD @ words.matrix(weight_VD).T
     whole_RV = x_RD @ weight_VD.T
     torch.testing.assert_close(words.narrow(whole_RV), logits_RK)
     wide_RV = words.wide(logits_RK)
     assert torch.equal(words.narrow(wide_RV), logits_RK)
     assert int(torch.isinf(wide_RV).sum()) == 3 * (30 - len(chosen))
-    assert torch.equal(words.places(words.tokens(torch.arange(len(chosen)))), torch.arange(len(chosen)))
+    assert torch.equal(words.indices(words.tokens(torch.arange(len(chosen)))), torch.arange(len(chosen)))
     others = torch.tensor([IGNORED, *(set(range(30)) - set(chosen))])
-    assert (words.places(others) == IGNORED).all()
+    assert (words.indices(others) == IGNORED).all()
 
 
 def test_all_tokens_lead_nowhere() -> None:
-    words, x = Words(), torch.randn(2, 5)
+    words, x = DraftVocabulary(), torch.randn(2, 5)
     assert words.wide(x) is words.narrow(x) is words.matrix(x) is x
     assert not words.state_dict()
 
 
 def test_a_token_that_may_not_be_guessed_is_a_wrong_guess() -> None:
-    words, batch = Words(torch.eye(4), torch.tensor([1, 3])), {
+    words, batch = DraftVocabulary(torch.eye(4), torch.tensor([1, 3])), {
         "scored": torch.ones(1, 4, dtype=torch.bool), "target": torch.tensor([[1, 3, 0, 3]])}  # fmt: skip
     logits = torch.randn(1, 4, 2)  # the "states" are logits
-    found = ahead_loss(batch, [logits], torch.randn(1, 4, 4), lambda x: x, lambda x: x, [], goal="text", weights=[1.0],
-                       words=words)  # fmt: skip
+    hidden = torch.randn(1, 4, 4)
+    found = multi_token_loss(
+        batch, [logits], hidden, lambda x: x, lambda x: x, [], goal="text", weights=[1.0], words=words
+    )
     # Places 1 to 3 are guessed from places 0 to 2; token 0, at place 2, cannot be.
     expected = torch.nn.functional.cross_entropy(logits[0, [0, 2]], torch.tensor([1, 1]), reduction="sum") / 3
     torch.testing.assert_close(found.total, expected)

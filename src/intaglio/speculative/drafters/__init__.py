@@ -1,17 +1,13 @@
-"""The plain drafters: what every method that drafts is measured against, and may build on.
+"""Plain drafters: the baselines of every method that drafts, which some methods build on.
 
-They live here and not in the room `decoding` because a room's files are the methods of the catalogue, and because
-drafters of several rooms, the benchmarks and the evidence share them.
-
-- `lookup.py`: `PromptLookup`, what followed the last tokens when they stood in the context before
+- `lookup.py`: `PromptLookup`, continuations of earlier occurrences of the last tokens
 - `ngrams.py`: `NGramStore`, n-grams counted in a corpus, saved as safetensors
-- `counting.py`: how n-grams are counted, also for other tables
-- `draft_model.py`: `DraftModel`, a smaller model with its own cache, a chain or a fixed tree, with draft probabilities
-- `shapes.py`: fixed trees: chains, widths, and the best shape for given chances of acceptance
-- `ranks.py`: those chances, from other texts
-- `growing.py`: what drafters with a draft have in common: trees that grow, the draft's cache, its laws
-- `medusa.py`: `Medusa`, heads on the last hidden state, the baseline of trained heads; imported from there, as it comes
-  with what trains them
+- `counting.py`: bounded n-gram counting
+- `draft_model.py`: `DraftModel`, a smaller model with its own cache, a chain or a static tree
+- `ranks.py`: acceptance statistics by rank, for the best static tree
+- `growing.py`: dynamically grown trees and the drafts behind them
+- `medusa.py`: `Medusa`, heads on the last hidden state, the baseline of trained heads; not imported here, as it needs
+  the training code
 """
 
 from __future__ import annotations

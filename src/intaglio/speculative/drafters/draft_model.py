@@ -1,8 +1,8 @@
-"""A smaller model that drafts: a chain or a fixed tree of its own likely continuations.
+"""A smaller model that drafts: a chain or a static tree of its own likely continuations.
 
 Sources: Leviathan et al., Fast Inference from Transformers via Speculative Decoding, ICML 2023 (a chain); Miao et al.,
-SpecInfer, ASPLOS 2024 (a tree of fixed widths); Chen et al., Sequoia, NeurIPS 2024 (a tree of the best shape, which
-`shapes.best` finds).
+SpecInfer, ASPLOS 2024 (a tree of fixed widths); Chen et al., Sequoia, NeurIPS 2024 (the best tree,
+`static_tree.best_tree`).
 
 Dimension letters: N nodes, V vocabulary.
 """
@@ -16,19 +16,19 @@ import torch
 
 from intaglio.errors import IntaglioError
 from intaglio.speculative.drafters.dynamic_tree import (
-    Calls,
+    CachedModelDraft,
     Draft,
-    Growing,
-    GrowingSession,
+    DraftStats,
+    DynamicTreeSession,
     Growth,
-    ModelDraft,
+    PartialTree,
     TableDraft,
     check_draft_model,
-    draft_law,
+    draft_probs_fn,
 )
 from intaglio.speculative.drafters.ngrams import NGramStore
-from intaglio.speculative.drafters.static_tree import Shape, by_widths
-from intaglio.speculative.protocols import Run, Session
+from intaglio.speculative.protocols import DecodingRun, Session
+from intaglio.speculative.static_tree import StaticTree
 
 
 class DraftModel:
@@ -41,14 +41,15 @@ class DraftModel:
 
     Args:
         model: the draft model; or an `NGramStore` over the target's vocabulary.
-        widths: children of each node, level by level; `(1,) * n` is a chain. Default five levels of one.
-        shape: the tree in the place of `widths`: the parent of each node, such as `shapes.best` gives. Default None.
+        widths: children of each node, level by level; `(1,) * n` is a chain. Default: five levels of one.
+        shape: the tree instead of `widths`: the parent of each node, such as those of `static_tree.best_tree`. Default
+            None.
         confidence: a node whose most likely next token has a lower draft probability gets no children, 0 to 1.
             Default 0: every node gets them.
         temperature: of the draft when sampling, above 0. Default None: the target's.
 
     Attributes:
-        calls: what the draft did in the last run.
+        calls: passes of the draft in the last run.
 
     Raises:
         IntaglioError: no widths, a width below 1, a shape that is no tree, a confidence outside 0 to 1, or a
@@ -71,13 +72,13 @@ class DraftModel:
         if temperature is not None and not temperature > 0:
             raise IntaglioError(f"temperature is {temperature}; it must be above 0")
         self.model = model
-        self.shape = by_widths(widths) if shape is None else Shape(shape)
+        self.tree = StaticTree.from_widths(widths) if shape is None else StaticTree(shape)
         self.confidence = confidence
         self.temperature = temperature
-        self.calls = Calls()
+        self.calls = DraftStats()
 
-    def start(self, run: Run) -> Session:
-        """Begin a run: the draft model reads the prompts; see `Drafter.start`.
+    def start(self, run: DecodingRun) -> Session:
+        """Start a run: the draft model reads the prompts; see `Drafter.start`.
 
         Raises:
             IntaglioError: another vocabulary than the target's, or a context that is too short.
@@ -85,37 +86,33 @@ class DraftModel:
         draft = open_draft(self.model, run)
         self.calls = draft.calls
         temperature = self.temperature if run.sampling else None
-        return GrowingSession(draft, draft_law(run, temperature), lambda row, tree: self._grow(run, tree))
+        return DynamicTreeSession(draft, draft_probs_fn(run, temperature), lambda row, tree: self._grow(run, tree))
 
-    def _grow(self, run: Run, tree: Growing) -> Growth:
-        """Level by level, every node as many children as the shape has there."""
-        level = [(0, 0)]  # nodes of the tree, and of the shape
+    def _grow(self, run: DecodingRun, tree: PartialTree) -> Growth:
+        """Level by level, give every node as many children as the static tree has there."""
+        level = [(0, 0)]  # nodes of the partial tree, and of the static tree
         while tree.depths[-1] < tree.room:
-            level = [(node, place) for node, place in level if self.shape.children[place]]
+            level = [(node, static) for node, static in level if self.tree.children[static]]
             if not level:
                 return
-            laws_NV = yield [node for node, _ in level]
-            sure = (laws_NV.amax(-1) >= self.confidence).tolist()
+            probs_NV = yield [node for node, _ in level]
+            confident = (probs_NV.amax(-1) >= self.confidence).tolist()
             before, level = level, []
-            for (node, place), law_V, is_sure in zip(before, laws_NV, sure, strict=True):
-                if not is_sure:
+            for (node, static), probs_V, is_confident in zip(before, probs_NV, confident, strict=True):
+                if not is_confident:
                     continue
-                below = self.shape.children[place]
+                below = self.tree.children[static]
                 if run.sampling:
-                    most = min(len(below), int((law_V > 0).sum()))
-                    tokens = torch.multinomial(law_V, most, generator=run.generator)
-                    tree.q[node] = law_V
+                    most = min(len(below), int((probs_V > 0).sum()))
+                    tokens = torch.multinomial(probs_V, most, generator=run.generator)
+                    tree.q[node] = probs_V
                 else:
-                    tokens = law_V.topk(min(len(below), len(law_V))).indices
+                    tokens = probs_V.topk(min(len(below), len(probs_V))).indices
                 level += [(tree.add(node, token), child) for token, child in zip(tokens.tolist(), below, strict=False)]
 
 
-def open_draft(draft: Any, run: Run) -> Draft:
-    """A model or a table at work in a run.
-
-    Args:
-        draft: a causal language model with the target's vocabulary, or an `NGramStore`.
-        run: the run.
+def open_draft(draft: Any, run: DecodingRun) -> Draft:
+    """Return the `Draft` of a causal language model or an `NGramStore` for a run.
 
     Raises:
         IntaglioError: another vocabulary than the target's, or a model's context that is too short.
@@ -124,4 +121,4 @@ def open_draft(draft: Any, run: Run) -> Draft:
         draft.check(run.model)
         return TableDraft(draft, run)
     check_draft_model(draft, run)
-    return ModelDraft(draft, run)
+    return CachedModelDraft(draft, run)

@@ -1,13 +1,13 @@
-"""Trees that grow by the distributions of a draft: what every drafter with a draft has in common.
+"""Dynamically grown trees: the machinery of every drafter that expands a tree by a draft's distributions.
 
-How a tree grows is said by a generator: it yields nodes, and is sent the draft's law after each of them. So a growth
-reads like its algorithm, and the nodes that the rows of a batch ask for at the same time are read in one pass.
+A growth is a generator: it yields nodes, and is sent the draft's distribution after each of them. So it reads like its
+algorithm, and the nodes that the rows of a batch need at the same time are read in one pass.
 
     def chain(tree):                          # three drawn tokens
         for node in range(3):
-            law_NV = yield [node]
-            tree.q[node] = law_NV[0]
-            tree.add(node, int(torch.multinomial(law_NV[0], 1)))
+            probs_NV = yield [node]
+            tree.q[node] = probs_NV[0]
+            tree.add(node, int(torch.multinomial(probs_NV[0], 1)))
 
 A draft is a smaller model with a cache of its own, which is kept from step to step, or a table of n-grams.
 
@@ -26,14 +26,15 @@ from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from intaglio.errors import IntaglioError
+from intaglio.speculative._utils import context_length
 from intaglio.speculative.drafters.ngrams import NGramStore
 from intaglio.speculative.prepacked_linear import prepacked
-from intaglio.speculative.protocols import Run, Step
+from intaglio.speculative.protocols import DecodingRun, Step
 from intaglio.speculative.target_model import Reader
 from intaglio.speculative.tree import TokenTree
 
 
-class Growing:
+class PartialTree:
     """The tree of one row while it grows.
 
     Args:
@@ -44,7 +45,7 @@ class Growing:
         tokens: of each node, the root first.
         parents: of each node; -1 for the root.
         depths: of each node; 0 for the root.
-        q: the law [V] that the children of a node were drawn from, as `TokenTree` takes it.
+        q: the distribution [V] that the children of a node were drawn from, as in `TokenTree`.
         kept: nodes of the finished tree, the root first, parents before children and siblings in their order. Default
             None: all of them.
     """
@@ -59,71 +60,55 @@ class Growing:
         return len(self.tokens)
 
     def add(self, parent: int, token: int) -> int:
-        """Give a node its next child; returns the child.
-
-        Args:
-            parent: a node.
-            token: the child's.
-        """
+        """Add the next child of a node, and return it."""
         self.tokens.append(token)
         self.parents.append(parent)
         self.depths.append(self.depths[parent] + 1)
         return len(self.tokens) - 1
 
     def path(self, node: int) -> list[int]:
-        """The nodes from the root's child to `node`; none for the root.
-
-        Args:
-            node: an index.
-        """
-        found = []
+        """Return the nodes from the root's child to `node`; none for the root."""
+        path = []
         while node > 0:
-            found.append(node)
+            path.append(node)
             node = self.parents[node]
-        return found[::-1]
+        return path[::-1]
 
-    def finished(self, depth_first: bool = False) -> tuple[TokenTree, list[int]]:
-        """The tree as the loop takes it, and which of these nodes each of its nodes is.
+    def finish(self, depth_first: bool = False) -> tuple[TokenTree, list[int]]:
+        """Return the token tree, and for each of its nodes the node of this tree.
 
-        Args:
-            depth_first: put the nodes in depth-first order. Default false: as in `kept`, or as they were added.
+        Nodes are in depth-first order, or as in `kept`, or as they were added.
         """
         order = list(range(len(self))) if self.kept is None else self.kept
         if depth_first:
             order = self._depth_first(order)
-        place = {node: index for index, node in enumerate(order)}
-        branching = {self.parents[node] for node in order}
-        tree = TokenTree(
-            [self.tokens[node] for node in order],
-            [place.get(self.parents[node], -1) for node in order],
-            {place[node]: law for node, law in self.q.items() if node in branching} or None,
-        )
-        return tree, order
+        tree = TokenTree(self.tokens, self.parents, self.q)
+        return tree.subtree(order), order
 
-    def _depth_first(self, order: Sequence[int]) -> list[int]:
-        children: dict[int, list[int]] = {node: [] for node in order}
-        for node in reversed(order[1:]):
-            children[self.parents[node]].append(node)  # the last one first: a stack turns them round
-        found, waiting = [], [0]
+    def _depth_first(self, nodes: Sequence[int]) -> list[int]:
+        children: dict[int, list[int]] = {node: [] for node in nodes}
+        for node in reversed(nodes[1:]):
+            children[self.parents[node]].append(node)  # the last one first: the stack reverses them
+        order, waiting = [], [0]
         while waiting:
-            found.append(waiting.pop())
-            waiting += children[found[-1]]
-        return found
+            order.append(waiting.pop())
+            waiting += children[order[-1]]
+        return order
 
 
 Growth = Generator[Sequence[int], Tensor, Any]
-"""Yields nodes that no one has asked for yet, whose parents have been asked for; is sent their laws [N, V]."""
-Law = Callable[[Tensor], Tensor]
+"""Yields nodes not yet read whose parents have been read; is sent their distributions [N, V]."""
+ProbsFn = Callable[[Tensor], Tensor]
 """From logits [..., V] to the distribution that is drafted from, float32."""
 
 
 @dataclass
-class Calls:
-    """What a draft did in a run.
+class DraftStats:
+    """Work of a draft in a run.
 
     Attributes:
         passes: forward passes of a draft model, its prefill included; look-ups of several nodes at once in a table.
-        nodes: nodes whose law was asked for, over all rows.
+        nodes: nodes whose distribution was read, over all rows.
     """
 
     passes: int = 0
@@ -131,66 +116,46 @@ class Calls:
 
 
 class Draft(Protocol):
-    """Gives the draft's logits after the nodes of growing trees, row by row, and remembers what was accepted."""
+    """Computes the draft's logits after the nodes of growing trees, and remembers the accepted ones."""
 
-    calls: Calls
+    calls: DraftStats
 
-    def begin(self, rows: Sequence[int], trees: Sequence[Growing]) -> None:
-        """Start new trees.
+    def begin(self, rows: Sequence[int], trees: Sequence[PartialTree]) -> None:
+        """Start new trees, of which there is only the root.
 
         Args:
-            rows: indices in `Run.prompts`, increasing; rows that are missing have ended.
-            trees: of each, the root alone.
+            rows: indices in `DecodingRun.prompts`, increasing; rows that are missing have ended.
+            trees: of each row.
         """
 
     def read(self, wanted: Sequence[Sequence[int]]) -> Sequence[Tensor]:
-        """Logits [N, V] after the nodes wanted of each row; of any number of rows where none is wanted.
-
-        Args:
-            wanted: nodes of each row, as a `Growth` yields them.
-        """
+        """Return logits [N, V] after the nodes wanted of each row; of any number of rows if none is wanted."""
 
     def observe(self, row: int, tokens: Sequence[int], path: Sequence[int]) -> None:
-        """Hear what was emitted; `close` follows when all rows have been told.
+        """Take in the emitted tokens of a row; `close` follows after all rows.
 
-        Args:
-            row: index in `Run.prompts`.
-            tokens: emitted.
-            path: nodes of the growing tree, the root first: `tokens[j]` follows `path[j]`. Empty at the prefill.
+        `path` are nodes of the growing tree, the root first: `tokens[j]` follows `path[j]`. Empty at the prefill.
         """
 
     def close(self) -> None:
-        """Take note that all rows have been observed."""
+        """End the step after all rows have been observed."""
 
 
-def check_draft_model(model: Any, run: Run) -> None:
-    """Refuse a draft model that does not fit the target.
-
-    Args:
-        model: the draft model.
-        run: the run it should draft for.
-
-    Raises:
-        IntaglioError: another vocabulary than the target's, or a context that is too short.
-    """
-    own, wanted = (int(found.config.get_text_config().vocab_size) for found in (model, run.model))
+def check_draft_model(model: Any, run: DecodingRun) -> None:
+    """Raise an `IntaglioError` if a draft model has another vocabulary or too short a context for the run."""
+    own, wanted = (int(m.config.get_text_config().vocab_size) for m in (model, run.model))
     if own != wanted:
         raise IntaglioError(
             f"the draft model knows {own} token ids and the target {wanted}; a draft model has the target's vocabulary"
         )
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(model)
     needed = max(map(len, run.prompts)) + run.limit
     if context is not None and needed > context:
         raise IntaglioError(f"the draft model's context is {context} tokens; this run may need {needed}")
 
 
 def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Prompts as one tensor [B, P], padded in front with id 0, and the mask [B, P] or None where nothing is padded.
-
-    Args:
-        prompts: token ids of each row.
-        device: where the tensors go.
-    """
+    """Return prompts [B, P] left-padded with id 0, and their mask [B, P], or None if nothing is padded."""
     most = max(map(len, prompts))
     ids = torch.tensor([[0] * (most - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     if min(map(len, prompts)) == most:
@@ -198,25 +163,20 @@ def pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return ids, torch.tensor([[0] * (most - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
 
 
-def draft_law(run: Run, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None) -> Law:
-    """A function from a draft's logits to the distribution that it drafts from.
-
-    Args:
-        run: says whether and how the target samples.
-        temperature: of the draft; None for the target's, or 1 where the target is greedy.
-        top_k: keep the k most likely; None for the target's, or all where it is greedy.
-        top_p: keep the smallest set with this probability; None likewise.
-    """
-    given = run.config if run.sampling else None
-    return law_of(
-        getattr(given, "temperature", None) if temperature is None else temperature,
-        getattr(given, "top_k", None) if top_k is None else top_k,
-        getattr(given, "top_p", None) if top_p is None else top_p,
+def draft_probs_fn(
+    run: DecodingRun, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None
+) -> ProbsFn:
+    """Return `probs_fn` with the target's settings where None is given (1 and no filter for a greedy target)."""
+    config = run.config if run.sampling else None
+    return probs_fn(
+        getattr(config, "temperature", None) if temperature is None else temperature,
+        getattr(config, "top_k", None) if top_k is None else top_k,
+        getattr(config, "top_p", None) if top_p is None else top_p,
     )
 
 
-def law_of(temperature: float | None = None, top_k: int | None = None, top_p: float | None = None) -> Law:
-    """A function from logits to a distribution, in the order in which `generate` warps them.
+def probs_fn(temperature: float | None = None, top_k: int | None = None, top_p: float | None = None) -> ProbsFn:
+    """Return a function from logits to a distribution, warped in the order of `generate`.
 
     Args:
         temperature: above 0. Default None: 1.
@@ -231,21 +191,21 @@ def law_of(temperature: float | None = None, top_k: int | None = None, top_p: fl
     if top_p is not None and top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
 
-    def law(logits: Tensor) -> Tensor:
+    def to_probs(logits: Tensor) -> Tensor:
         scores = logits.float()
         for warp in warpers:
             scores = warp(None, scores)
         return torch.softmax(scores, -1)
 
-    return law
+    return to_probs
 
 
 @dataclass
-class _Row:
-    """What the draft model knows of a row.
+class _DraftRow:
+    """State of a row in the draft model's cache.
 
     Args:
-        unread: tokens that it has not read, the root last.
+        unread: tokens that the model has not read, the root last.
         slots: pending slot of each node read in this step.
         chain: pending slots of `unread`, once it is read.
     """
@@ -255,111 +215,104 @@ class _Row:
     chain: list[int] = field(default_factory=list)
 
 
-class ModelDraft:
+class CachedModelDraft:
     """A smaller model with its cache over all rows; a `Draft`.
 
-    Nodes wait in the cache behind the row until the pass is observed: those of the accepted path stay, so that the
-    model reads no token twice.
-
-    Args:
-        model: the draft model, with the target's vocabulary.
-        run: the run; its prompts are read at once.
+    Nodes stay pending in the cache until the pass is observed: those of the accepted path stay, so that the model reads
+    no token twice. The prompts are read at once.
     """
 
-    def __init__(self, model: Any, run: Run) -> None:
+    def __init__(self, model: Any, run: DecodingRun) -> None:
         self._device = run.model.device
         self._reader = Reader(model, prepacked=prepacked(model, run.prepack, run.limit))
         self._reader.prefill(*pad_left(run.prompts, model.device))
-        self.calls = Calls(passes=1)
-        self._known = {row: _Row() for row in range(len(run.prompts))}
-        self._rows = list(self._known)
-        self._trees: Sequence[Growing] = ()
+        self.calls = DraftStats(passes=1)
+        self._state = {row: _DraftRow() for row in range(len(run.prompts))}
+        self._rows = list(self._state)
+        self._trees: Sequence[PartialTree] = ()
         self._kept: dict[int, list[int]] = {}
 
-    def begin(self, rows: Sequence[int], trees: Sequence[Growing]) -> None:
+    def begin(self, rows: Sequence[int], trees: Sequence[PartialTree]) -> None:
         """See `Draft.begin`."""
         if list(rows) != self._rows:
-            self._reader.select([place for place, row in enumerate(self._rows) if row in rows])
+            self._reader.select_rows([index for index, row in enumerate(self._rows) if row in rows])
             self._rows = list(rows)
         self._trees = trees
         for row in rows:
-            self._known[row].slots, self._known[row].chain = {}, []
+            self._state[row].slots, self._state[row].chain = {}, []
 
     def read(self, wanted: Sequence[Sequence[int]]) -> list[Tensor]:
         """See `Draft.read`: one pass over all rows."""
         pending = self._reader.pending
-        entries = [self._entries(row, nodes, pending) for row, nodes in zip(self._rows, wanted, strict=True)]
+        entries = [
+            self._entries(row, tree, nodes, pending)
+            for row, tree, nodes in zip(self._rows, self._trees, wanted, strict=True)
+        ]
         most = max(map(len, entries))
         tokens = np.zeros((len(entries), most), dtype=np.int64)
         depths = np.zeros((len(entries), most), dtype=np.int64)
         seen = np.zeros((len(entries), most, pending + most), dtype=bool)
-        seen[:, :, pending:] = np.eye(most, dtype=bool)  # what pads a row sees itself alone
-        for place, row in enumerate(entries):
-            for slot, (token, depth, visible) in enumerate(row):
-                tokens[place, slot], depths[place, slot] = token, depth
-                seen[place, slot, visible] = True
+        seen[:, :, pending:] = np.eye(most, dtype=bool)  # padding sees only itself
+        for index, row_entries in enumerate(entries):
+            for slot, (token, depth, visible) in enumerate(row_entries):
+                tokens[index, slot], depths[index, slot] = token, depth
+                seen[index, slot, visible] = True
         logits_BQV = self._reader.extend(tokens, depths, seen)
         self.calls.passes += 1
         self.calls.nodes += sum(map(len, wanted))
-        found = []
-        for place, (row_index, nodes) in enumerate(zip(self._rows, wanted, strict=True)):
-            slots = [self._known[row_index].slots[node] - pending for node in nodes]
-            found.append(logits_BQV[place, slots].to(self._device))
-        return found
+        return [
+            logits_BQV[index, [self._state[row].slots[node] - pending for node in nodes]].to(self._device)
+            for index, (row, nodes) in enumerate(zip(self._rows, wanted, strict=True))
+        ]
 
-    def _entries(self, row: int, nodes: Sequence[int], pending: int) -> list[tuple[int, int, list[int]]]:
-        """Token, depth and visible pending slots of all that a row reads in this pass: what it has not read of its own
-        text first, then the nodes.
-        """
-        known, tree = self._known[row], self._trees[self._rows.index(row)]
-        found: list[tuple[int, int, list[int]]] = []
-        if nodes and not known.chain:
-            known.chain = list(range(pending, pending + len(known.unread)))
-            known.slots[0] = known.chain[-1]
-            found = [(token, place, known.chain[: place + 1]) for place, token in enumerate(known.unread)]
+    def _entries(
+        self, row: int, tree: PartialTree, nodes: Sequence[int], pending: int
+    ) -> list[tuple[int, int, list[int]]]:
+        """Return token, depth and visible pending slots of all that a row reads: its unread text, then the nodes."""
+        state = self._state[row]
+        entries: list[tuple[int, int, list[int]]] = []
+        if nodes and not state.chain:
+            state.chain = list(range(pending, pending + len(state.unread)))
+            state.slots[0] = state.chain[-1]
+            entries = [(token, depth, state.chain[: depth + 1]) for depth, token in enumerate(state.unread)]
         for node in nodes:
             if node:
-                known.slots[node] = pending + len(found)
-                visible = known.chain + [known.slots[above] for above in tree.path(node)]
-                found.append((tree.tokens[node], len(known.unread) - 1 + tree.depths[node], visible))
-        return found
+                state.slots[node] = pending + len(entries)
+                visible = state.chain + [state.slots[above] for above in tree.path(node)]
+                entries.append((tree.tokens[node], len(state.unread) - 1 + tree.depths[node], visible))
+        return entries
 
     def observe(self, row: int, tokens: Sequence[int], path: Sequence[int]) -> None:
         """See `Draft.observe`."""
-        known = self._known[row]
-        read = [node for node in path if node in known.slots]
+        state = self._state[row]
+        read = [node for node in path if node in state.slots]
         if read:
-            self._kept[row] = [*known.chain, *(known.slots[node] for node in read[1:])]
-            known.unread = list(tokens[len(read) - 1 :])
+            self._kept[row] = [*state.chain, *(state.slots[node] for node in read[1:])]
+            state.unread = list(tokens[len(read) - 1 :])
         else:
             self._kept[row] = []
-            known.unread += tokens
+            state.unread += tokens
 
     def close(self) -> None:
         """See `Draft.close`."""
         if self._reader.pending:
-            self._reader.keep([self._kept[row] for row in self._rows])
+            self._reader.keep_rows([self._kept[row] for row in self._rows])
         self._kept = {}
 
 
 class TableDraft:
-    """A table of n-grams as a draft: the law after a node is that of its last tokens; a `Draft`.
+    """A table of n-grams as a `Draft`: the distribution after a node is that of its last tokens."""
 
-    Args:
-        store: counted over the target's vocabulary.
-        run: the run.
-    """
-
-    def __init__(self, store: NGramStore, run: Run) -> None:
+    def __init__(self, store: NGramStore, run: DecodingRun) -> None:
         self._store = store
         self._most = len(store.tables)
         self._device = run.model.device
         self._ids = [list(prompt[-self._most :]) for prompt in run.prompts]
-        self.calls = Calls()
+        self.calls = DraftStats()
         self._rows: Sequence[int] = ()
-        self._trees: Sequence[Growing] = ()
+        self._trees: Sequence[PartialTree] = ()
 
-    def begin(self, rows: Sequence[int], trees: Sequence[Growing]) -> None:
+    def begin(self, rows: Sequence[int], trees: Sequence[PartialTree]) -> None:
         """See `Draft.begin`."""
         self._rows, self._trees = rows, trees
 
@@ -367,14 +320,15 @@ class TableDraft:
         """See `Draft.read`."""
         self.calls.passes += 1
         self.calls.nodes += sum(map(len, wanted))
-        found = []
+        logits = []
         for row, tree, nodes in zip(self._rows, self._trees, wanted, strict=True):
-            laws = [
-                self._store.law([*self._ids[row], *(tree.tokens[above] for above in tree.path(node))]) for node in nodes
+            probs = [
+                self._store.probs([*self._ids[row], *(tree.tokens[above] for above in tree.path(node))])
+                for node in nodes
             ]
-            logits_NV = torch.from_numpy(np.stack(laws)).log() if laws else torch.empty(0)
-            found.append(logits_NV.to(self._device))
-        return found
+            logits_NV = torch.from_numpy(np.stack(probs)).log() if probs else torch.empty(0)
+            logits.append(logits_NV.to(self._device))
+        return logits
 
     def observe(self, row: int, tokens: Sequence[int], path: Sequence[int]) -> None:
         """See `Draft.observe`."""
@@ -384,21 +338,26 @@ class TableDraft:
         """See `Draft.close`."""
 
 
-class GrowingSession:
+class DynamicTreeSession:
     """A session that grows a tree for every row of a pass; see `protocols.Session`.
 
     Args:
-        draft: gives the laws.
-        law: what they are made of its logits by.
-        grow: called with the index of a row and its tree; makes the growth.
-        depth_first: hand the trees' nodes on in depth-first order. Default false: as they grew.
+        draft: computes the logits.
+        to_probs: from its logits to the distributions.
+        grow: called with the index of a row and its tree; returns the growth.
+        depth_first: order the trees' nodes depth first. Default false: as they grew.
     """
 
     def __init__(
-        self, draft: Draft, law: Law, grow: Callable[[int, Growing], Growth], *, depth_first: bool = False
+        self,
+        draft: Draft,
+        to_probs: ProbsFn,
+        grow: Callable[[int, PartialTree], Growth],
+        *,
+        depth_first: bool = False,
     ) -> None:
         self._draft = draft
-        self._law = law
+        self._to_probs = to_probs
         self._grow = grow
         self._depth_first = depth_first
         self._last: dict[int, int] = {}
@@ -406,16 +365,16 @@ class GrowingSession:
 
     def propose(self, rows: Sequence[int], room: Sequence[int]) -> list[TokenTree]:
         """See `Session.propose`."""
-        trees = [Growing(self._last[row], left) for row, left in zip(rows, room, strict=True)]
+        trees = [PartialTree(self._last[row], most) for row, most in zip(rows, room, strict=True)]
         self._draft.begin(rows, trees)
         growths = [self._grow(row, tree) for row, tree in zip(rows, trees, strict=True)]
         wanted = [next(growth, ()) for growth in growths]
         while any(map(len, wanted)):
             logits = self._draft.read(wanted)
-            for place, (growth, nodes) in enumerate(zip(growths, wanted, strict=True)):
+            for index, (growth, nodes) in enumerate(zip(growths, wanted, strict=True)):
                 if nodes:
-                    wanted[place] = _send(growth, self._law(logits[place]))
-        finished = [tree.finished(self._depth_first) for tree in trees]
+                    wanted[index] = _send(growth, self._to_probs(logits[index]))
+        finished = [tree.finish(self._depth_first) for tree in trees]
         self._orders = {row: order for row, (_, order) in zip(rows, finished, strict=True)}
         return [tree for tree, _ in finished]
 
@@ -428,18 +387,15 @@ class GrowingSession:
         self._draft.close()
 
     def order_of(self, row: int) -> list[int]:
-        """Which node of the growing tree each node of a row's last tree was.
+        """Return for each node of a row's last token tree the node of its partial tree.
 
-        No tree is cut by the loop, as none grows beyond the room.
-
-        Args:
-            row: index in `Run.prompts`.
+        The loop truncates no tree, as none grows beyond the room.
         """
         return self._orders[row]
 
 
-def _send(growth: Growth, laws_NV: Tensor) -> Sequence[int]:
+def _send(growth: Growth, probs_NV: Tensor) -> Sequence[int]:
     try:
-        return growth.send(laws_NV)
+        return growth.send(probs_NV)
     except StopIteration:
         return ()

@@ -1,4 +1,4 @@
-"""Counting n-grams in tokenised texts, bounded in memory: for the n-gram store and the tri-gram table.
+"""Count n-grams in tokenised texts with bounded memory, for the n-gram store and the tri-gram table.
 
 Dimension letters: C contexts, T most likely successors.
 """
@@ -14,8 +14,8 @@ from intaglio.errors import IntaglioError
 _CHUNK = 1 << 20
 
 
-class Counts:
-    """How often each (context, next token) was seen, bounded in memory.
+class NGramCounts:
+    """Counts of (context, next token) pairs.
 
     Args:
         vocabulary: token ids are below this.
@@ -31,13 +31,8 @@ class Counts:
         self.counts = np.zeros(0, dtype=np.int64)
 
     def add(self, sequences: Sequence[np.ndarray]) -> None:
-        """Count every window of each sequence; the rarest pairs go where there are too many.
-
-        Args:
-            sequences: token ids of each text, int64.
-        """
-        found = [self.pairs]
-        weights = [self.counts]
+        """Count every window of int64 token ids; the rarest pairs are dropped if there are too many."""
+        all_pairs, weights = [self.pairs], [self.counts]
         for ids in sequences:
             windows = len(ids) - self._context
             if windows < 1:
@@ -45,31 +40,27 @@ class Counts:
             pairs = np.zeros(windows, dtype=np.int64)
             for offset in range(self._context + 1):
                 pairs = pairs * self._vocabulary + ids[offset : offset + windows]
-            found.append(pairs)
+            all_pairs.append(pairs)
             weights.append(np.ones(windows, dtype=np.int64))
-        self.pairs, inverse = np.unique(np.concatenate(found), return_inverse=True)
+        self.pairs, inverse = np.unique(np.concatenate(all_pairs), return_inverse=True)
         self.counts = np.bincount(inverse, np.concatenate(weights), len(self.pairs)).astype(np.int64)
         if len(self.pairs) > self._most:
             kept = np.sort(np.argsort(-self.counts, kind="stable")[: self._most])
             self.pairs, self.counts = self.pairs[kept], self.counts[kept]
 
     def table(self, contexts: int, top: int) -> dict[str, np.ndarray]:
-        """The most frequent contexts with their most frequent successors, as `NGramStore` keeps them.
-
-        Args:
-            contexts: kept at the most, C.
-            top: successors of each at the most, T.
-        """
+        """Return the `contexts` most frequent contexts with their `top` successors, as `NGramStore` keeps them."""
         keys, tokens = np.divmod(self.pairs, self._vocabulary)
         names, first = np.unique(keys, return_index=True)
         totals = np.add.reduceat(self.counts, first) if len(first) else np.zeros(0, dtype=np.int64)
         # Within a context: the most frequent first, the smaller id on a tie.
         order = np.lexsort((tokens, -self.counts, keys))
-        rank = np.arange(len(keys)) - np.repeat(first, np.diff(np.append(first, len(keys))))
+        sizes = np.diff(np.append(first, len(keys)))
+        rank = np.arange(len(keys)) - np.repeat(first, sizes)
         kept = np.sort(np.argsort(-totals, kind="stable")[:contexts])
-        place = np.full(len(names), -1)
-        place[kept] = np.arange(len(kept))
-        row = np.repeat(place, np.diff(np.append(first, len(keys))))
+        index = np.full(len(names), -1)
+        index[kept] = np.arange(len(kept))
+        row = np.repeat(index, sizes)
         chosen = (rank < top) & (row >= 0)
         following = np.full((len(kept), top), -1, dtype=np.int32)
         counts = np.zeros((len(kept), top), dtype=np.int32)
@@ -79,11 +70,7 @@ class Counts:
 
 
 def chunks(sequences: Iterable[Sequence[int]], vocabulary: int) -> Iterable[list[np.ndarray]]:
-    """The texts as arrays, about a million tokens at a time.
-
-    Args:
-        sequences: token ids of each text.
-        vocabulary: number of token ids.
+    """Yield token ids as arrays, about a million tokens at a time.
 
     Raises:
         IntaglioError: a token id outside the vocabulary.

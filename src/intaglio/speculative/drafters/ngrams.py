@@ -1,4 +1,4 @@
-"""A store of n-grams counted in a corpus: a draft from what usually follows.
+"""N-grams counted in a corpus, as a drafter and as a draft distribution.
 
 Dimension letters: C contexts, T most likely successors.
 """
@@ -19,9 +19,9 @@ from safetensors.numpy import save
 
 from intaglio import atomic_io
 from intaglio.errors import IntaglioError
-from intaglio.speculative.drafters.ngram_counts import Counts, chunks
-from intaglio.speculative.drafters.prompt_lookup import check_count
-from intaglio.speculative.protocols import Run, Session, Step, by_row
+from intaglio.speculative._utils import check_count, vocabulary_size
+from intaglio.speculative.drafters.ngram_counts import NGramCounts, chunks
+from intaglio.speculative.protocols import DecodingRun, Session, Step, by_row
 from intaglio.speculative.tree import TokenTree
 
 _FORMAT = "intaglio n-gram store 1"
@@ -30,12 +30,12 @@ _BACK_OFF = 0.4
 
 
 class NGramStore:
-    """Drafts from n-grams of a corpus, the longest context that is known first.
+    """Drafts from n-grams of a corpus, the longest known context first.
 
     The tree is grown best first: the value of a node is the product of the relative frequencies along its path, 0.4
-    for each token of context that had to be given up. The store never changes, so equal contexts give equal trees.
+    for each token of context that had to be dropped. The store never changes, so equal contexts give equal trees.
 
-    Made by `build` or `load`.
+    Built by `build` or `load`.
 
     Args:
         tables: for each context length, from 1, the arrays `keys` int64 [C] (contexts as numbers in base `vocabulary`,
@@ -74,14 +74,14 @@ class NGramStore:
     ) -> NGramStore:
         """Count the n-grams of tokenised texts.
 
-        Memory is bounded by about `8 * contexts` pairs while counting (the rarest are given up when there are more, so
+        Memory is bounded by about `8 * contexts` pairs while counting (the rarest are dropped when there are more, so
         counts of a very long corpus are lower bounds) and by `contexts * (top + 2)` numbers for each context length
         afterwards.
 
         Args:
             sequences: token ids of each text; n-grams never cross from one text to the next.
             vocabulary: number of token ids of the target.
-            order: tokens of the longest n-gram, the one that follows included. Default 3.
+            order: tokens of the longest n-gram, the successor included. Default 3.
             contexts: contexts kept of each length, the most frequent. Default 500,000.
             top: successors kept of each. Default 8.
             nodes: as the constructor.
@@ -97,7 +97,7 @@ class NGramStore:
             raise IntaglioError(
                 f"order is {order}; with a vocabulary of {vocabulary} at most {_largest(vocabulary)} fits"
             )
-        counters = [Counts(vocabulary, n, 8 * contexts) for n in range(1, order)]
+        counters = [NGramCounts(vocabulary, n, 8 * contexts) for n in range(1, order)]
         for chunk in chunks(sequences, vocabulary):
             for counter in counters:
                 counter.add(chunk)
@@ -106,26 +106,14 @@ class NGramStore:
         return cls([counter.table(contexts, top) for counter in counters], vocabulary, nodes, length)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the store as one safetensors file, atomically.
-
-        Args:
-            path: the file.
-
-        Raises:
-            IntaglioError: the disk refuses.
-        """
+        """Write the store to one safetensors file, atomically."""
         tensors = {f"{n}.{name}": array for n, table in enumerate(self.tables, 1) for name, array in table.items()}
         # One entry: several would be written in another order each time.
         atomic_io.write_bytes(path, save(tensors, {_FORMAT: f"{self.vocabulary} {len(self.tables) + 1}"}))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, nodes: int = 15, length: int = 8) -> NGramStore:
-        """Read what `save` wrote.
-
-        Args:
-            path: the file.
-            nodes: as the constructor.
-            length: as the constructor.
+        """Read a file that `save` wrote; `nodes` and `length` as in the constructor.
 
         Raises:
             IntaglioError: no such file, or one that is no n-gram store.
@@ -145,16 +133,12 @@ class NGramStore:
             tables = [{name: arrays[f"{n}.{name}"] for name in names} for n in range(1, order)]
         except (KeyError, ValueError):
             tables = []
-        if not tables or not all(map(_sound, tables)):
+        if not tables or not all(map(_is_consistent, tables)):
             raise IntaglioError(f"{path} is no n-gram store; make one with NGramStore.build(...).save")
         return cls(tables, vocabulary, nodes, length)
 
     def following(self, context: Sequence[int]) -> list[tuple[int, float]]:
-        """The likely next tokens with their values, the most likely first; the longest known context decides.
-
-        Args:
-            context: the tokens so far.
-        """
+        """Return the likely next tokens with their values, the most likely first, by the longest known context."""
         weight = 1.0
         for n in range(min(len(self.tables), len(context)), 0, -1):
             table, key = self.tables[n - 1], 0
@@ -170,25 +154,22 @@ class NGramStore:
 
     @cached_property
     def _frequencies(self) -> np.ndarray:
-        """The share of each token among those that something follows, float64 [V]."""
-        found = np.zeros(self.vocabulary)
-        found[self.tables[0]["keys"]] = self.tables[0]["totals"]
-        return found / found.sum()
+        """Unigram frequencies of the tokens that have a successor, float64 [V]."""
+        counts = np.zeros(self.vocabulary)
+        counts[self.tables[0]["keys"]] = self.tables[0]["totals"]
+        return counts / counts.sum()
 
-    def law(self, context: Sequence[int]) -> np.ndarray:
-        """The next token's distribution, float64 [V]: every known context tells, the longest most.
+    def probs(self, context: Sequence[int]) -> np.ndarray:
+        """Return the next token's distribution, float64 [V], interpolated over every known context.
 
-        p_0 is the tokens' own frequency, and with N the count of the last n tokens and T the number of their successors
+        p_0 is the unigram frequency, and with N the count of the last n tokens and T the number of their successors
         (both of those that were kept)
 
             p_n(t) = (count(t) + T p_{n-1}(t)) / (N + T)
 
         (Witten and Bell, The Zero-Frequency Problem, 1991, method C).
-
-        Args:
-            context: the tokens so far.
         """
-        found: np.ndarray = self._frequencies.copy()
+        probs_V: np.ndarray = self._frequencies.copy()
         key, scale = 0, 1
         for n, table in enumerate(self.tables[: len(context)], 1):
             key, scale = key + context[-n] * scale, scale * self.vocabulary
@@ -197,38 +178,27 @@ class NGramStore:
                 known = table["following"][row] >= 0
                 tokens, counts = table["following"][row][known], table["counts"][row][known]
                 total = counts.sum() + len(tokens)
-                found *= len(tokens) / total
-                found[tokens] += counts / total
-        return found
+                probs_V *= len(tokens) / total
+                probs_V[tokens] += counts / total
+        return probs_V
 
     def check(self, model: Any) -> None:
-        """Refuse a target with another vocabulary.
-
-        Args:
-            model: the target.
-
-        Raises:
-            IntaglioError: the store was counted over other token ids.
-        """
-        found = model.get_input_embeddings().num_embeddings
-        if found != self.vocabulary:
+        """Raise an `IntaglioError` if the target has another vocabulary."""
+        size = vocabulary_size(model)
+        if size != self.vocabulary:
             raise IntaglioError(
-                f"the n-gram store was counted over {self.vocabulary} token ids; the target has {found}, so it was "
+                f"the n-gram store was counted over {self.vocabulary} token ids; the target has {size}, so it was "
                 "made with another tokenizer"
             )
 
-    def start(self, run: Run) -> Session:
-        """Begin a run; see `Drafter.start`.
-
-        Raises:
-            IntaglioError: the store was counted with another vocabulary than the target's.
-        """
+    def start(self, run: DecodingRun) -> Session:
+        """Start a run; see `Drafter.start`."""
         self.check(run.model)
         return by_row(run, lambda prompt: _Tail(self, prompt))
 
 
 class _Tail:
-    """One row: its last tokens, as many as a context needs."""
+    """Last tokens of one row, as many as a context needs."""
 
     def __init__(self, store: NGramStore, prompt: Sequence[int]) -> None:
         self._store = store
@@ -242,14 +212,14 @@ class _Tail:
         store = self._store
         most = min(store.length, room)
         tokens, parents, depths, contexts = [self._ids[-1]], [-1], [0], [self._ids]
-        # (minus the value, order of discovery, token, parent): the order makes ties, so trees, the same every time.
+        # (minus the value, age, token, parent): the age breaks ties, so equal contexts give equal trees.
         heap: list[tuple[float, int, int, int]] = []
-        found = itertools.count()
+        age = itertools.count()
 
         def open_node(node: int, value: float) -> None:
             if depths[node] < most:
                 for token, share in store.following(contexts[node]):
-                    heapq.heappush(heap, (-value * share, next(found), token, node))
+                    heapq.heappush(heap, (-value * share, next(age), token, node))
 
         open_node(0, 1.0)
         while heap and len(tokens) <= store.nodes:
@@ -263,11 +233,11 @@ class _Tail:
 
 
 def _largest(vocabulary: int) -> int:
-    """The longest n-gram whose number fits 63 bits."""
+    """Return the longest n-gram whose number fits 63 bits."""
     return max(n for n in range(1, 64) if vocabulary**n < 2**63)
 
 
-def _sound(table: dict[str, np.ndarray]) -> bool:
+def _is_consistent(table: dict[str, np.ndarray]) -> bool:
     contexts = len(table["keys"])
     return (
         table["totals"].shape == (contexts,)

@@ -1,4 +1,4 @@
-"""Prompt lookup: what followed the last tokens when they stood in the context before.
+"""Prompt lookup: draft the tokens that followed an earlier occurrence of the last tokens.
 
 Source: Saxena, Prompt Lookup Decoding, 2023 (one chain, the first match); here several matches become a tree.
 """
@@ -7,31 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from intaglio.errors import IntaglioError
-from intaglio.speculative.protocols import Run, Session, Step, by_row
+from intaglio.speculative._utils import check_count
+from intaglio.speculative.protocols import DecodingRun, Session, Step, by_row
 from intaglio.speculative.tree import TokenTree, trie
 
 
-def check_count(name: str, value: int, least: int = 1) -> None:
-    """Refuse a setting that counts something and is too small.
-
-    Args:
-        name: of the setting.
-        value: what was given.
-        least: the smallest accepted. Default 1.
-
-    Raises:
-        IntaglioError: names the setting and what is accepted.
-    """
-    if value < least:
-        raise IntaglioError(f"{name} is {value}; it must be at least {least}")
-
-
 class PromptLookup:
-    """Drafts by looking the last tokens up in the row's own context, prompt and output.
+    """Drafts from the row's own context, prompt and output.
 
-    For n from `longest` down to 1, the places where the last n tokens stood before are taken, the latest first; what
-    follows each is a candidate. The candidates are merged into one tree. Nothing is learnt or loaded.
+    For n from `longest` down to 1, earlier occurrences of the last n tokens are looked up, the latest first; the tokens
+    after each are a candidate. The candidates are merged into one tree. Nothing is learnt or loaded.
 
     Args:
         nodes: most drafted nodes of a tree. Default 15, so that a pass reads 16 tokens.
@@ -53,18 +38,18 @@ class PromptLookup:
         self.length = length
         self.candidates = candidates
 
-    def start(self, run: Run) -> Session:
-        """Begin a run; see `Drafter.start`."""
+    def start(self, run: DecodingRun) -> Session:
+        """Start a run; see `Drafter.start`."""
         return by_row(run, lambda prompt: _Context(self, prompt))
 
 
 class _Context:
-    """One row: its tokens, and where each short run of them was followed by something."""
+    """Tokens of one row, and where each short n-gram of them ends."""
 
     def __init__(self, settings: PromptLookup, prompt: Sequence[int]) -> None:
         self._settings = settings
         self._ids: list[int] = []
-        self._after: dict[tuple[int, ...], list[int]] = {}  # n-gram -> places right behind it
+        self._after: dict[tuple[int, ...], list[int]] = {}  # n-gram -> positions right after it
         self._append(prompt)
 
     def _append(self, tokens: Sequence[int]) -> None:
@@ -81,11 +66,11 @@ class _Context:
     def propose(self, room: int) -> TokenTree:
         settings, ids = self._settings, self._ids
         length = min(settings.length, room)
-        found: dict[tuple[int, ...], None] = {}
+        candidates: dict[tuple[int, ...], None] = {}
         for n in range(min(settings.longest, len(ids)), 0, -1):
-            # A frequent token stands in many places: a few looks tell enough.
-            for place in self._after.get(tuple(ids[-n:]), [])[: -4 * settings.candidates - 1 : -1]:
-                if len(found) >= settings.candidates or not length:
+            # A frequent token has many occurrences: the latest few are enough.
+            for position in self._after.get(tuple(ids[-n:]), [])[: -4 * settings.candidates - 1 : -1]:
+                if len(candidates) >= settings.candidates or not length:
                     break
-                found[tuple(ids[place : place + length])] = None
-        return trie(ids[-1], found, settings.nodes)
+                candidates[tuple(ids[position : position + length])] = None
+        return trie(ids[-1], candidates, settings.nodes)

@@ -1,7 +1,8 @@
-"""The loss of heads that each look a fixed number of places ahead, all of them from one pass: the k-th from place n
-predicts what the model itself will predict at place n + k.
+"""Multi-token loss of heads that each look a fixed number of positions ahead, all trained from one pass.
 
-Dimension letters: B rows, T tokens of a row, R places that are scored, K heads, X inputs of a head's output, D width,
+The k-th head from position n predicts what the model itself will predict at position n + k.
+
+Dimension letters: B rows, T tokens of a row, R scored positions, K heads, X inputs of a head's output, D width,
 V vocabulary.
 """
 
@@ -15,42 +16,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from intaglio.speculative.heads.chunked_loss import in_pieces, kl, nothing
-from intaglio.speculative.heads.lm_head import Words
+from intaglio.speculative.heads.chunked_loss import chunked, kl, zero_loss
+from intaglio.speculative.heads.lm_head import DraftVocabulary
 from intaglio.trainer.causal_lm import IGNORED
 from intaglio.trainer.protocols import Batch, Loss
 
 Goal = Literal["model", "text"]
-"""What heads learn: `model`, its distribution (KL divergence); `text`, the token that came (cross-entropy)."""
+"""Target of the heads: `model`, its distribution (KL divergence); `text`, the next token (cross-entropy)."""
 
 
-def ahead(states_BTX: Tensor, places: int) -> Tensor:
-    """Each state moved to the place whose prediction it guesses: `places` along T, zeros in front.
-
-    Args:
-        states_BTX: states, T their second dimension.
-        places: at least 1.
-    """
+def shift_states(states_BTX: Tensor, ahead: int) -> Tensor:
+    """Move each state to the position whose prediction it guesses: `ahead` (at least 1) along T, zeros in front."""
     moved = torch.zeros_like(states_BTX)
-    moved[:, places:] = states_BTX[:, :-places]
+    moved[:, ahead:] = states_BTX[:, :-ahead]
     return moved
 
 
-def reachable(batch: Batch, places: int, goal: Goal) -> Tensor:
-    """Which predictions a head that looks so many places ahead is scored on, bool [B, T].
-
-    Args:
-        batch: from `head_batch`.
-        places: at least 1.
-        goal: for `text`, the token must be known.
-    """
-    scored_BT: Tensor = batch["scored"] if goal == "model" else batch["target"] != IGNORED
-    found_BT = scored_BT.clone()
-    found_BT[:, :places] = False
-    return found_BT
+def valid_targets(batch: Batch, ahead: int, goal: Goal) -> Tensor:
+    """Return which predictions of `head_batch` a head that looks `ahead` positions ahead is scored on, bool [B, T]."""
+    valid_BT: Tensor = (batch["scored"] if goal == "model" else batch["target"] != IGNORED).clone()
+    valid_BT[:, :ahead] = False
+    return valid_BT
 
 
-def ahead_loss(
+def multi_token_loss(
     batch: Batch,
     states: Sequence[Tensor],
     hidden_BTD: Tensor,
@@ -61,48 +50,48 @@ def ahead_loss(
     goal: Goal,
     weights: Sequence[float],
     ranks: int = 1,
-    words: Words | None = None,
+    words: DraftVocabulary | None = None,
 ) -> Loss:
-    """The sum over heads of their weighted means.
+    """Return the weighted sum of the heads' mean losses.
 
     Args:
         batch: from `head_batch`.
-        states: of each head, [B, T, X] by the place that it looks from.
+        states: of each head, [B, T, X] by the position that it looks from.
         hidden_BTD: the model's last hidden states, after its final norm.
-        score: logits [R, K, W] of states [R, K, X], W the tokens that may be guessed.
-        teach: the model's logits [R, V] of hidden states [R, D].
-        parameters: what `score` uses.
-        goal: what is learnt.
+        score: from states [R, K, X] to logits [R, K, W], W the tokens that may be guessed.
+        teach: from hidden states [R, D] to the model's logits [R, V].
+        parameters: trained tensors that `score` uses.
+        goal: target of the heads.
         weights: of the heads.
-        ranks: of each head that are looked at. Default 1.
-        words: the tokens that may be guessed. Where another one is right, a guess is wrong; from the text nothing is
-            learnt there, from the model its distribution over those that may be guessed. Default: all.
+        ranks: how many candidates of each head `TopKHits` counts. Default 1.
+        words: tokens that may be guessed. If another token is right, a guess is wrong; from the text nothing is learnt
+            there, from the model its distribution over the tokens that may be guessed. Default: all.
 
     Returns:
         parts `loss_k` and `right_k`, the share of predictions whose most likely token is the model's (the text's);
-        as outputs, see `Hits`.
+        outputs are `TopKHits`.
     """
-    words = words or Words()
-    moved_BTKX = torch.stack([ahead(state, place) for place, state in enumerate(states, 1)], 2)
-    valid_BTK = torch.stack([reachable(batch, place, goal) for place in range(1, len(states) + 1)], 2)
-    wanted_BT = valid_BTK.any(-1)
-    if not bool(wanted_BT.any()):
-        return Loss(nothing([*states, *parameters]))
+    words = words or DraftVocabulary()
+    moved_BTKX = torch.stack([shift_states(state, k) for k, state in enumerate(states, 1)], 2)
+    valid_BTK = torch.stack([valid_targets(batch, k, goal) for k in range(1, len(states) + 1)], 2)
+    used_BT = valid_BTK.any(-1)
+    if not bool(used_BT.any()):
+        return Loss(zero_loss([*states, *parameters]))
     counts_K = valid_BTK.sum((0, 1)).clamp(min=1)
     scale_K = torch.tensor(weights, device=counts_K.device) / counts_K
 
-    def piece(
+    def chunk_loss(
         states_RKX: Tensor, hidden_RD: Tensor, valid_RK: Tensor, target_R: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         logits_RKV = score(states_RKX)
         if goal == "model":
             with torch.no_grad():
                 teacher_RV = teach(hidden_RD)
-            best_R = words.places(teacher_RV.argmax(-1))
+            best_R = words.indices(teacher_RV.argmax(-1))
             teacher_RV = words.narrow(teacher_RV)
             losses_RK = torch.stack([kl(teacher_RV, logits_RV) for logits_RV in logits_RKV.unbind(1)], 1)
         else:
-            best_R = target_R = words.places(target_R)
+            best_R = target_R = words.indices(target_R)
             flat = F.cross_entropy(
                 logits_RKV.flatten(0, 1).float(),
                 target_R[:, None].expand(-1, len(states)).flatten(),
@@ -110,33 +99,27 @@ def ahead_loss(
                 reduction="none",
             )
             losses_RK = flat.view(len(target_R), -1)
-        # Not a product: what is not scored may be no number.
+        # Not a product: losses that are not scored may be NaN.
         losses_RK = torch.where(valid_RK, losses_RK, 0.0)
-        hits_RKr = hits(logits_RKV, best_R[:, None], ranks) & valid_RK[:, :, None]
+        hits_RKr = topk_hits(logits_RKV, best_R[:, None], ranks) & valid_RK[:, :, None]
         sums = torch.cat([losses_RK.detach().sum(0)[None], hits_RKr.float().sum(0).T])
         return (losses_RK * scale_K).sum(), sums, None
 
-    rows = [moved_BTKX[wanted_BT], hidden_BTD[wanted_BT], valid_BTK[wanted_BT], batch["target"][wanted_BT]]
-    total, sums, _ = in_pieces(piece, rows, parameters)
-    return Loss(total, *named(sums, counts_K))
+    rows = [moved_BTKX[used_BT], hidden_BTD[used_BT], valid_BTK[used_BT], batch["target"][used_BT]]
+    total, sums, _ = chunked(chunk_loss, rows, parameters)
+    return Loss(total, *name_losses(sums, counts_K))
 
 
-def hits(logits: Tensor, best: Tensor, ranks: int) -> Tensor:
-    """Whether the candidate of each rank is the wanted token, bool [..., ranks].
-
-    Args:
-        logits: [..., V].
-        best: the wanted token [...].
-        ranks: the first so many.
-    """
+def topk_hits(logits: Tensor, best: Tensor, ranks: int) -> Tensor:
+    """Return whether each of the first `ranks` candidates of logits [..., V] is the wanted token, bool [..., ranks]."""
     logits = logits.detach()
     tokens = logits.argmax(-1, keepdim=True) if ranks == 1 else logits.topk(min(ranks, logits.shape[-1]), -1).indices
     return tokens == best[..., None]
 
 
 @dataclass(frozen=True)
-class Hits:
-    """How often the candidate of each rank was right.
+class TopKHits:
+    """Counts of correct candidates by rank.
 
     Args:
         right_Kr: by head and rank.
@@ -147,15 +130,15 @@ class Hits:
     counts_K: Tensor
 
 
-def named(sums_nK: Tensor, counts_K: Tensor) -> tuple[dict[str, Tensor], Hits]:
-    """The parts of a loss by name, and its hits.
+def name_losses(sums_nK: Tensor, counts_K: Tensor) -> tuple[dict[str, Tensor], TopKHits]:
+    """Return the named parts of a loss, and its hits.
 
     Args:
-        sums_nK: of each head, the losses and then the hits of each rank, added up.
+        sums_nK: of each head, the summed losses and then the summed hits of each rank.
         counts_K: predictions scored.
     """
     means_nK = sums_nK / counts_K
     parts = {
-        f"{what}_{k + 1}": means_nK[n, k] for n, what in enumerate(("loss", "right")) for k in range(len(counts_K))
+        f"{name}_{k + 1}": means_nK[n, k] for n, name in enumerate(("loss", "right")) for k in range(len(counts_K))
     }
-    return parts, Hits(sums_nK[1:].T, counts_K)
+    return parts, TopKHits(sums_nK[1:].T, counts_K)

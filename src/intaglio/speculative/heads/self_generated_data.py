@@ -1,7 +1,7 @@
-"""Text that a model itself writes: prompts continued, a batch at a time, kept in the user's cache and found again.
+"""Self-generated training data: prompts continued by the model, a batch at a time, kept in the user's cache.
 
-What is in the file is used, however it came there: a killed run goes on behind its last whole batch, and every method
-that asks for the same text of the same model gets it without another pass.
+The content of the file is used whoever wrote it: a killed run continues after its last whole batch, and every method
+that needs the same text of the same model gets it without another pass.
 
 Dimension letters: B rows, P prompt tokens, L tokens.
 """
@@ -33,28 +33,25 @@ FOLDER = "own-text"
 FORMAT = 1
 
 
-def to_go_on_from(texts: Corpus, most: int) -> Corpus:
-    """The texts that prompts are taken from: the documents, or pieces of them where prompts would be fewer than wanted.
+def prompt_sources(texts: Corpus, most: int) -> Corpus:
+    """Return the documents, or with fewer than `most` of them their pieces of about 2,000 characters.
 
-    A corpus of some long articles would otherwise give one prompt an article, however many are asked for.
-
-    Args:
-        texts: documents.
-        most: prompts; with fewer documents, each is cut at blank lines into pieces of about 2,000 characters.
+    A corpus of a few long articles would otherwise give only one prompt per article.
     """
     if len(texts) >= most:
         return texts
     return Corpus(texts.name, tuple(piece for text in texts.documents for piece in cut_at_blank_lines(text)))
 
 
-def prompts_of(checkpoint: Checkpoint, texts: Corpus, tokens: int, most: int, chat: bool = False) -> list[list[int]]:
-    """Prompts: the first tokens of documents, in the order of the documents' hashes.
+def extract_prompts(
+    checkpoint: Checkpoint, texts: Corpus, tokens: int, most: int, chat: bool = False
+) -> list[list[int]]:
+    """Return prompts: the first tokens of documents, in the order of the documents' hashes.
 
     Args:
-        checkpoint: its tokenizer is used.
-        texts: documents, or with fewer than `most` of them their pieces (`to_go_on_from`; never with `chat`); with
-            fewer tokens than a prompt has they are taken whole.
-        tokens: of a prompt at the most, before the chat template.
+        checkpoint: with a tokenizer.
+        texts: documents, or with fewer than `most` of them their pieces (`prompt_sources`; never with `chat`).
+        tokens: most tokens of a prompt, before the chat template.
         most: prompts.
         chat: whether each is put into the tokenizer's chat template as a user's turn.
 
@@ -66,21 +63,21 @@ def prompts_of(checkpoint: Checkpoint, texts: Corpus, tokens: int, most: int, ch
         raise IntaglioError(f"{checkpoint.source or 'the checkpoint'} has no tokenizer, so it can read no prompts")
     if chat and not getattr(tokenizer, "chat_template", None):
         raise IntaglioError(f"the tokenizer of {checkpoint.source} has no chat template; leave chat out")
-    texts = texts if chat else to_go_on_from(texts, most)
-    # By hash: the first so many documents of a corpus are often about one thing.
+    texts = texts if chat else prompt_sources(texts, most)
+    # By hash: the first documents of a corpus are often about a single topic.
     drawn = sorted(zip(texts.hashes, texts.documents, strict=True))[:most]
-    found: list[list[int]] = []
+    prompts: list[list[int]] = []
     for _, text in drawn:
         ids = tokenizer(text[: 64 * tokens], add_special_tokens=not chat, verbose=False)["input_ids"][:tokens]
         if chat:
             turns = [{"role": "user", "content": tokenizer.decode(ids, skip_special_tokens=True)}]
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
         if ids:
-            found.append([int(token) for token in ids])
-    return found
+            prompts.append([int(token) for token in ids])
+    return prompts
 
 
-def own_text(
+def generate_corpus(
     checkpoint: Checkpoint,
     prompts: Sequence[Sequence[int]],
     *,
@@ -90,14 +87,14 @@ def own_text(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> list[Example]:
-    """The model's continuations of prompts, as examples whose labels leave the prompts out.
+    """Return the model's continuations of prompts, as examples whose labels leave the prompts out.
 
     Args:
         checkpoint: a decoder.
         prompts: token ids of each.
-        tokens: new ones at the most; a text ends at the model's own stop token.
+        tokens: most new tokens; a text ends at the model's own stop token.
         temperature: of the draws; 0 is greedy. Default 0.7.
-        batch_size: prompts that are continued together. Default 16.
+        batch_size: prompts continued together. Default 16.
         seed: of the draws.
         progress: called after each batch.
 
@@ -148,13 +145,13 @@ def _line(value: Any) -> bytes:
 
 
 def _read(file: IO[bytes], header: dict[str, Any]) -> list[list[list[int]]]:
-    """The whole batches in a file; what a killed process left behind them is cut off."""
+    """Return the whole batches in a file; the rest that a killed process left is cut off."""
     file.seek(0)
     content = file.read()
     whole = content[: content.rfind(b"\n") + 1]
     lines = [json.loads(line) for line in whole.splitlines()]
     if lines and lines[0] != header:
-        raise IntaglioError(f"{Path(file.name)} holds another text than its name says; remove it")
+        raise IntaglioError(f"{Path(file.name)} holds another text than its name implies; remove it")
     file.truncate(len(whole))
     file.seek(0, 2)
     return lines[1:]
@@ -164,7 +161,7 @@ def _read(file: IO[bytes], header: dict[str, Any]) -> list[list[list[int]]]:
 def _continue(
     checkpoint: Checkpoint, prompts: list[list[int]], tokens: int, temperature: float, rng: torch.Generator
 ) -> list[list[int]]:
-    """The new tokens of each prompt, the stop token included."""
+    """Return the new tokens of each prompt, the stop token included."""
     model: Any = checkpoint.model
     most = max(map(len, prompts))
     ids_BP = torch.tensor([[0] * (most - len(ids)) + ids for ids in prompts], device=checkpoint.device)
@@ -182,31 +179,20 @@ def _continue(
             do_sample=warm,
             num_beams=1,
             max_new_tokens=tokens,
-            # Ids of the vocabulary are all that can be written; what pads ended rows is cut off below.
+            # The padding of ended rows is cut off below.
             pad_token_id=next(iter(stops), 0),
             **options,
         )
-    return [until(row, stops) for row in whole_BL[:, most:].tolist()]
+    return [truncate_at_stop(row, stops) for row in whole_BL[:, most:].tolist()]
 
 
 def stop_ids(model: Any) -> list[int]:
-    """The tokens that end a text.
-
-    Args:
-        model: with a generation config.
-    """
-    found = model.generation_config.eos_token_id
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    """Return the tokens that end a text, by the model's generation config."""
+    ids = model.generation_config.eos_token_id
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def until(ids: list[int], stops: Sequence[int]) -> list[int]:
-    """The tokens up to the first that ends a text, with that.
-
-    Args:
-        ids: of a text.
-        stops: from `stop_ids`.
-    """
-    for place, token in enumerate(ids):
-        if token in stops:
-            return ids[: place + 1]
-    return ids
+def truncate_at_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """Return the tokens up to and including the first stop token."""
+    end = next((index for index, token in enumerate(ids, 1) if token in stops), len(ids))
+    return ids[:end]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -16,31 +16,39 @@ from pydantic import BeforeValidator, Field, InstanceOf, PrivateAttr, WithJsonSc
 from pydantic.json_schema import SkipJsonSchema
 from transformers import PreTrainedTokenizerBase
 
-from intaglio.checkpoint import Checkpoint, load_tokenizer
+from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.attachments import Attachment
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Progress, Workload, no_progress
+from intaglio.methods.base import Cost, Progress, Workload, no_progress
 from intaglio.methods.decoding.aded.corpus import count_tokens, make_table, read_corpus
-from intaglio.methods.decoding.aded.memory import Memory
-from intaglio.methods.decoding.aded.search import best_first, full, greedy, mcts, most_visited, shares, trim, worthwhile
+from intaglio.methods.decoding.aded.memory import AdaptiveTable
+from intaglio.methods.decoding.aded.search import (
+    best_first,
+    full,
+    greedy,
+    mcts,
+    most_visited,
+    path_probs,
+    prune_by_cost,
+    trim,
+)
 from intaglio.methods.decoding.aded.table import ENTRIES, Table
-from intaglio.speculative import decoder_mixin
-from intaglio.speculative.protocols import Run, Session, Step, by_row
+from intaglio.speculative._utils import vocabulary_size
+from intaglio.speculative.decoder_mixin import SpeculativeDecoder, tokenizer_of
+from intaglio.speculative.protocols import DecodingRun, Session, Step
 from intaglio.speculative.tree import TokenTree, root_only, trie
 
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"type": "integer"}}}
 _CORPUS = {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"type": "string"}}, _IDS, {"type": "null"}]}
 _LEARNT = 100_000
-"""Learnt rows kept from run to run at the most."""
+"""Most learnt rows kept from run to run."""
+_DECAY, _PRIOR = 0.95, 2.0
+"""Decay per step of the expected and the accepted tokens, and how many tokens count as accepted beforehand."""
 
 
-_MEMORY, _PRIOR = 0.95, 2.0
-"""How what shares promised and what was accepted fades from step to step, and how many tokens count as kept before."""
-
-
-class ADED(decoder_mixin.Drafting, Method, slug="aded"):
+class ADED(SpeculativeDecoder, slug="aded"):
     """Draft from a table M[(a, b)][c] of how likely c follows a, b; let the target verify; let the table learn.
 
     Every step, with s the tokens so far, the last one x* not yet read by the target:
@@ -52,72 +60,67 @@ class ADED(decoder_mixin.Drafting, Method, slug="aded"):
            PUCT = S/n + (c1 + ln((N + c2 + 1) / c2)) p sqrt(N) / (1 + n)        (infinite where n = 0)
 
        (S: sum of rewards, n: visits, p = M[parent's key][token], N: the parent's visits) down to a node that has no
-       children yet or lies `length` keys deep; give it all of its successors as children and go on in the last; from
+       children yet or lies `length` keys deep; add all of its successors as children and continue in the last; from
        there draw tokens in proportion to M. The reward, 1 + the sum of M along the path, goes to the whole path.
     3. *Draft.* The `candidates` most visited nodes are candidate continuations, each with its most likely next token.
-       They are trimmed and merged into a tree of at most `nodes` tokens, which one pass of the target verifies.
-       Of these only as many as promise to be worth their cost are verified.
+       They are trimmed and merged into a tree of at most `nodes` tokens. Of these, one pass of the target verifies as
+       many as are expected to be worth their cost.
 
-    The output is the target's own, whatever the table holds. The table of the corpus is never changed: what is learnt
-    belongs to one row of one run (or to this object, with `carry_over`).
+    The output is the target's own, whatever the table holds. The table of the corpus never changes: learnt rows belong
+    to one row of one run (or to this object, with `carry_over`).
 
     The defaults are scaled to small targets on a CPU, where (with `prepack`) a pass over 4 tokens costs as much as one
-    over a single token, over 8 about 1.2 and over 16 about 1.5 times that: at most 15 nodes, and no more than promise
-    to be worth it (`token_cost`; on a GPU, where rows cost nothing, set it to 0). A small tree holds few branches, so
-    it goes deeper (`length`), and what was just said has to outrank the corpus sooner (`boost`). The whole prompt is
-    learnt from, not its end alone (`prompt`), and what followed two tokens once in the corpus is not certain to follow
-    them (`discount`). `ADED.paper()` has the constants of the paper and its released code.
+    over a single token, over 8 about 1.2 and over 16 about 1.5 times that: at most 15 nodes, and no more than are
+    expected to be worth it (`token_cost`; on a GPU, where rows cost nothing, set it to 0). A small tree holds few
+    branches, so it goes deeper (`length`), and new text has to outrank the corpus sooner (`boost`). The whole prompt is
+    learnt from, not only its end (`prompt`), and a successor seen once in the corpus is not certain (`discount`).
+    `ADED.paper()` has the constants of the paper and its released code.
 
     Args:
-        corpus: what M is counted in: the name of a bundled corpus, a text file or a folder; a list of texts; a list of
+        corpus: source of M: the name of a bundled corpus, a text file or a folder; a list of texts; a list of
             sequences of token ids; a `Table` or the file of one. Read at the first use. Default: none, so M holds only
-            what is learnt.
-        entries: most entries of the table; the rarest are given up. Default 2,000,000 (at most 48 MB).
-        discount: added to a row's total when the weights are made: in a small corpus what followed two tokens once is
-            no certainty. Default 1; paper 0.
-        top: successors of a row that are taken from the corpus, without renormalising; learnt rows may grow beyond.
-            Default 12.
+            learnt rows.
+        entries: most entries of the table; the rarest are dropped. Default 2,000,000 (at most 48 MB).
+        discount: added to a row's total when the weights are computed: in a small corpus a successor seen once is not
+            certain. Default 1; paper 0.
+        top: successors of a row taken from the corpus, without renormalising; learnt rows may have more. Default 12.
         adaptive: whether the table learns. Default true.
-        prompt: boosts that every tri-gram of the whole prompt gets before the first step. Default 3; paper 0: of the
-            prompt, only what lies in the window is learnt.
+        prompt: boosts that every tri-gram of the whole prompt gets before the first step. Default 3; paper 0: only
+            the window at the end of the prompt is learnt.
         window: tokens whose tri-grams are boosted at a step. Default 16.
-        boost: what a tri-gram gains. Default 0.2; paper 0.04.
-        cap: the largest weight that it can gain. Default 3.
-        carry_over: keep what is learnt from run to run, the newest 100,000 rows. Default false.
-        search: `mcts`; or what it is held against: `greedy` (one chain), `full` (all the table knows, level by level)
-            or `best` (best first by the product of the shares). Default `mcts`.
+        boost: added to the weight of a tri-gram. Default 0.2; paper 0.04.
+        cap: the largest weight by boosts. Default 3.
+        carry_over: keep learnt rows from run to run, the newest 100,000. Default false.
+        search: `mcts`; or a baseline: `greedy` (one chain), `full` (the whole table, level by level) or `best` (best
+            first by the product of the probabilities). Default `mcts`.
         reward: `path` as above, or `official`: the released code looks up the token that the key already ends in, so
-            that nearly every reward is 1. Default `path`.
+            nearly every reward is 1. Default `path`.
         iterations: of the search. Default 64; paper 150.
-        length: keys of a path at the most, the root's included; so drafts have at most as many tokens. Default 8;
+        length: most keys of a path, the root's included; so drafts have at most as many tokens. Default 8;
             paper 4.
         c1: weight of the priors. Default 32.
         c2: visits after which that weight begins to grow. Default 8.
         candidates: nodes taken from the search. Default 24.
-        trim: `visits`: the candidates are merged in the order of their visits until `nodes` are there; `distinct`:
-            candidates with many distinct tokens go until these sum to `choices`, then the shortest are merged first, as
-            in the paper. Default `visits`.
+        trim: `visits`: the candidates are merged in the order of their visits until there are `nodes`; `distinct`:
+            candidates with many distinct tokens are dropped until these sum to `choices`, then the shortest are merged
+            first, as in the paper. Default `visits`.
         choices: the sum for `distinct`. Default 64.
         nodes: most drafted tokens of a tree. Default 15; paper 64.
-        draft_cost: what any draft adds to the cost of a pass, in passes over one token. Default 0; without
+        draft_cost: cost that any draft adds to a pass, in passes over one token. Default 0; without
             `prepack` about 0.35.
-        token_cost: what each drafted token adds to it. Of the tree, the part is verified that promises the most tokens,
-            by the table, for what its pass costs; none where that is a pass without. What the table promises is scaled
-            by how much of its promises was kept in the last steps. Default 0.035; paper 0: all of it.
+        token_cost: cost that each drafted token adds to it, once for each row that shares the pass. The part of the
+            tree with the most tokens expected by the table for the cost of its pass is verified, possibly none. The
+            expectation is scaled by how much of it came true in the last steps. Default 0.035; paper 0: the whole tree.
         seed: of the search's draws, for each row apart. Default 0.
         tokenizer: the target's, for a corpus of texts. Default: the one beside the target's weights.
-        streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
-        on_step: called with each row's `Step` after every pass.
-        generator: what the target's draws come from (sampling). Default: torch's global generator.
-        prepack: whether passes on a CPU use weights laid out beforehand; see `Speculative`. Default: where it pays.
 
     Raises:
         IntaglioError: (at the first use) a corpus of another tokenizer or vocabulary, texts without a tokenizer, and
             all that `Speculative` refuses.
 
     Source: Liu, Lei, Zhang and Xu, Adaptive Draft-Verification for Efficient Large Language Model Decoding, AAAI 2025,
-    arXiv 2407.12021, with the released code's constants. Sampling verifies one draw a node, as `verify.sampling` says,
-    so its law is the target's.
+    arXiv 2407.12021, with the released code's constants. Sampling verifies one draw per node (`verify.sampling`), so
+    the output has the target's distribution.
     """
 
     kinds = ("decoder", "drafter")
@@ -125,10 +128,6 @@ class ADED(decoder_mixin.Drafting, Method, slug="aded"):
     citation = "Liu et al., Adaptive Draft-Verification for Efficient Large Language Model Decoding, AAAI 2025"
     url = "https://arxiv.org/abs/2407.12021"
     fitted = True
-
-    requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache", "tokenizer"})
-    changes: ClassVar[frozenset[ModelAspect]] = frozenset()
-    needs_hidden: ClassVar[bool] = False
 
     corpus: Annotated[Any, BeforeValidator(read_corpus), WithJsonSchema(_CORPUS)] = None
     entries: Annotated[int, Field(ge=1, le=100_000_000)] = ENTRIES
@@ -160,11 +159,7 @@ class ADED(decoder_mixin.Drafting, Method, slug="aded"):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """The constants of the paper and its released code: 150 iterations, 4 keys, trees of 64 nodes, boosts of 0.04.
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return the constants of the paper and its released code."""
         constants: dict[str, Any] = {
             "discount": 0.0, "top": 12, "prompt": 0, "window": 16, "boost": 0.04, "cap": 3.0, "iterations": 150,
             "length": 4, "c1": 32.0, "c2": 8.0, "candidates": 24, "trim": "distinct", "choices": 64, "nodes": 64,
@@ -172,32 +167,22 @@ class ADED(decoder_mixin.Drafting, Method, slug="aded"):
         }  # fmt: skip
         return cls(**constants | overrides)
 
-    def start(self, run: Run) -> Session:
-        """Begin a run; see `Drafter.start`.
-
-        Args:
-            run: what is known before the first pass.
+    def start(self, run: DecodingRun) -> Session:
+        """Start a run; see `Drafter.start`.
 
         Raises:
             IntaglioError: the corpus cannot be read, or is another tokenizer's.
         """
-        table = self.table(run.model)
-        return by_row(run, lambda prompt: Drafting(self, table, prompt, self._learnt if self.carry_over else None))
+        table, learnt = self.table(run.model), self._learnt if self.carry_over else None
+        return ADEDSession([ADEDRow(self, table, prompt, learnt) for prompt in run.prompts])
 
     def table(self, model: Any) -> Table:
-        """The table of the corpus, made at the first use and kept.
-
-        Args:
-            model: the target.
-
-        Raises:
-            IntaglioError: as `start`.
-        """
-        vocabulary = int(model.get_input_embeddings().num_embeddings)
+        """Return the table of the corpus for a target, built at the first use and kept."""
+        vocabulary = vocabulary_size(model)
         if self._table is None or self._table.vocabulary != vocabulary:
-            tokenizer, source = self.tokenizer, str(getattr(model, "name_or_path", ""))
-            if tokenizer is None and self.corpus is not None and source:
-                tokenizer = load_tokenizer(source)
+            tokenizer = self.tokenizer
+            if tokenizer is None and self.corpus is not None:
+                tokenizer = tokenizer_of(model)
             self._table, _ = make_table(self.corpus, vocabulary, tokenizer, self.entries, self.discount)
             self._learnt.clear()
         return self._table
@@ -213,15 +198,15 @@ class ADED(decoder_mixin.Drafting, Method, slug="aded"):
         resume: bool = False,
         progress: Progress = no_progress,
     ) -> Checkpoint:
-        """Build the table and attach it to a checkpoint, whose weights stay as they are.
+        """Build the table and attach it to a checkpoint, whose weights stay unchanged.
 
         Args:
             checkpoint: a decoder with its tokenizer.
-            texts: what M is counted in, unless the field `corpus` names something.
-            seed: noted in the record; nothing is drawn.
-            batch_size: not used.
-            directory: not used: counting takes too little to be resumed.
-            resume: not used.
+            texts: source of M, unless the field `corpus` is set.
+            seed: written to the record; nothing is drawn.
+            batch_size: ignored.
+            directory: ignored: counting is too fast to be resumed.
+            resume: ignored.
             progress: called as texts are read.
 
         Raises:
@@ -229,9 +214,8 @@ class ADED(decoder_mixin.Drafting, Method, slug="aded"):
         """
         corpus = read_corpus(texts) if self.corpus is None else self.corpus
         if corpus is None:
-            raise IntaglioError("a table has to be counted in something; give aded a corpus")
-        vocabulary = int(checkpoint.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        tokenizer = self.tokenizer or checkpoint.tokenizer
+            raise IntaglioError("aded has no corpus to count the table in; give it a corpus")
+        vocabulary, tokenizer = vocabulary_size(checkpoint.model), self.tokenizer or checkpoint.tokenizer
         table, about = make_table(corpus, vocabulary, tokenizer, self.entries, self.discount, progress)
         named = self.corpus if isinstance(self.corpus, str) else None
         parameters = self.model_dump() | {"corpus": named}
@@ -248,101 +232,102 @@ class ADED(decoder_mixin.Drafting, Method, slug="aded"):
 
     @classmethod
     def restore(cls, attachment: Attachment, checkpoint: Checkpoint, **fields: Any) -> Self:
-        """The decoder out of what `fit` attached.
-
-        Args:
-            attachment: of the checkpoint.
-            checkpoint: whose tokenizer the table must have.
-            **fields: win over the fields that it was fitted with.
+        """Return the decoder that `fit` attached; `fields` override those of the fit.
 
         Raises:
             IntaglioError: the attachment is no table.
         """
         arrays = {name: tensor.numpy() for name, tensor in attachment.tensors.items()}
-        table = Table.of(arrays, attachment.about, f"the attachment {attachment.slug}")
+        table = Table.from_arrays(arrays, attachment.about, f"the attachment {attachment.slug}")
         given = {"corpus": table, "tokenizer": checkpoint.tokenizer}
         return cls(**attachment.parameters | given | fields)
 
     def estimate_fit(self, workload: Workload, texts: Corpus) -> Cost:
-        """Reading texts and counting: a few passes over the corpus's tokens, no product.
-
-        Args:
-            workload: not used.
-            texts: what is read, unless the field `corpus` names something.
-        """
+        """Estimate reading and counting: a few passes over the corpus's tokens, no matrix product."""
         tokens = count_tokens(texts if self.corpus is None else self.corpus)
         # Tokenising a token takes about as long as a selection over a hundred numbers.
         return Cost(sorted_elements=100.0 * tokens, extra_bytes=24 * min(tokens, 4 * self.entries))
 
 
-class Drafting:
-    """ADED at work on one row; a `RowSession`.
+class ADEDSession:
+    """A session over all rows."""
+
+    def __init__(self, rows: list[ADEDRow]) -> None:
+        self._rows = rows
+
+    def propose(self, rows: Sequence[int], room: Sequence[int]) -> list[TokenTree]:
+        """See `Session.propose`."""
+        return [self._rows[row].propose(most, len(rows)) for row, most in zip(rows, room, strict=True)]
+
+    def observe(self, steps: Sequence[Step]) -> None:
+        """See `Session.observe`."""
+        for step in steps:
+            self._rows[step.row].observe(step)
+
+
+class ADEDRow:
+    """Drafts for one row.
 
     Args:
         settings: the method.
         table: of the corpus.
         prompt: token ids.
-        learnt: rows learnt before, which are changed. Default None: none, and they end with the row.
+        learnt: rows learnt earlier, changed in place. Default None: none.
     """
 
     def __init__(
         self, settings: ADED, table: Table, prompt: Sequence[int], learnt: dict[int, dict[int, float]] | None = None
     ) -> None:
-        self.memory = Memory(table, settings.top, learnt, None if learnt is None else _LEARNT)
+        self.table = AdaptiveTable(table, settings.top, learnt, None if learnt is None else _LEARNT)
         self._settings = settings
         if settings.adaptive and settings.prompt:
-            self.memory.adapt(prompt, settings.boost * settings.prompt, settings.cap)
+            self.table.adapt(prompt, settings.boost * settings.prompt, settings.cap)
         self._ids = list(prompt[-settings.window :])
         self._rng = Random(settings.seed)
-        self._promised = self._accepted = 0.0  # of late
+        self._expected = self._accepted = 0.0  # decaying sums
 
     def observe(self, step: Step) -> None:
-        """Take in what was said.
-
-        Args:
-            step: its tokens.
-        """
+        """Take in the emitted tokens."""
         self._ids = [*self._ids, *step.tokens][-self._settings.window :]
-        self._accepted = _MEMORY * self._accepted + step.drafted
+        self._accepted = _DECAY * self._accepted + step.drafted
 
-    def propose(self, room: int) -> TokenTree:
-        """Adapt, search and draft.
+    def propose(self, room: int, rows: int = 1) -> TokenTree:
+        """Adapt, search and draft at most `room` levels in a pass that `rows` rows share.
 
-        Args:
-            room: most drafted tokens in a row that can be used.
+        A drafted token adds a slot to every row of the pass, so its cost grows with them.
         """
         settings = self._settings
         if settings.adaptive:
-            self.memory.adapt(self._ids, settings.boost, settings.cap)
+            self.table.adapt(self._ids, settings.boost, settings.cap)
         if room < 1 or len(self._ids) < 2:
             return root_only(self._ids[-1])
         tree = trie(self._ids[-1], self.paths(), settings.nodes)
         if len(tree) == 1 or not (settings.draft_cost or settings.token_cost):
             return tree
-        likely = shares(self.memory, self._root, tree)
-        trust = (self._accepted + _PRIOR) / (self._promised + _PRIOR)
-        tree = worthwhile(tree, likely, settings.draft_cost, settings.token_cost, trust)
-        self._promised = _MEMORY * self._promised + sum(shares(self.memory, self._root, tree)) - 1
+        probs = path_probs(self.table, self._root, tree)
+        trust = (self._accepted + _PRIOR) / (self._expected + _PRIOR)
+        tree = prune_by_cost(tree, probs, settings.draft_cost, settings.token_cost * rows, trust)
+        self._expected = _DECAY * self._expected + sum(path_probs(self.table, self._root, tree)) - 1
         return tree
 
     @property
     def _root(self) -> int:
-        return self._ids[-2] * self.memory.vocabulary + self._ids[-1]
+        return self._ids[-2] * self.table.vocabulary + self._ids[-1]
 
     def paths(self) -> list[tuple[int, ...]]:
-        """The continuations to verify, in the order in which they are merged."""
-        settings, memory, root = self._settings, self.memory, self._root
-        if memory.row(root) is None:
+        """Return the continuations to verify, in the order in which they are merged."""
+        settings, table, root = self._settings, self.table, self._root
+        if table.row(root) is None:
             return []
         if settings.search == "greedy":
-            found = greedy(memory, root, settings.length)
+            paths = greedy(table, root, settings.length)
         elif settings.search == "full":
-            found = full(memory, root, settings.length, settings.nodes)
+            paths = full(table, root, settings.length, settings.nodes)
         elif settings.search == "best":
-            found = best_first(memory, root, settings.length, settings.nodes)
+            paths = best_first(table, root, settings.length, settings.nodes)
         else:
             tree = mcts(
-                memory,
+                table,
                 root,
                 iterations=settings.iterations,
                 length=settings.length,
@@ -351,8 +336,8 @@ class Drafting:
                 reward=settings.reward,
                 rng=self._rng,
             )
-            found = most_visited(memory, tree, settings.candidates)
-        return trim(found, settings.choices) if settings.trim == "distinct" else found
+            paths = most_visited(table, tree, settings.candidates)
+        return trim(paths, settings.choices) if settings.trim == "distinct" else paths
 
 
 __all__ = ["ADED", "Table"]

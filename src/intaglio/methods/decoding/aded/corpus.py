@@ -1,4 +1,4 @@
-"""What a table may be made of: a name or a file, texts, token ids, or a table that is there."""
+"""Build the table from a corpus: a name or a file, texts, token ids, or an existing table."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from intaglio.methods.decoding.aded.table import Table
 _BATCH = 64
 """Documents tokenised at a time."""
 _CHARACTERS = 4
-"""Of a token, about, in English."""
+"""Characters of an average English token."""
 ACCEPTED = "texts (a name, a file, a folder, a list of strings), lists of token ids, or a table"
 
 
 def read_corpus(value: Any) -> Any:
-    """A corpus as it was given, checked as far as can be told without reading files.
+    """Check a corpus without reading files.
 
     Args:
         value: None, a name or path, a list of strings, a `Corpus`, a list of sequences of token ids, or a `Table`.
@@ -30,7 +30,7 @@ def read_corpus(value: Any) -> Any:
         None, a string, a `Corpus`, a `Table`, a list of strings, or a list of lists of integers.
 
     Raises:
-        ValueError: something else, or nothing in it.
+        ValueError: another type, or an empty corpus.
     """
     if value is None or isinstance(value, (Corpus, Table)):
         return value
@@ -45,36 +45,32 @@ def read_corpus(value: Any) -> Any:
         raise ValueError(f"the corpus is empty; accepted: {ACCEPTED}")
     if all(isinstance(item, str) for item in items):
         return list(items)
-    return [_ids(item, place) for place, item in enumerate(items)]
+    return [_token_ids(item, index) for index, item in enumerate(items)]
 
 
-def _ids(item: Any, place: int) -> list[int]:
+def _token_ids(item: Any, index: int) -> list[int]:
     item = item.tolist() if hasattr(item, "tolist") else item
     if not isinstance(item, (list, tuple)) or not all(type(token) is int for token in item):
-        raise ValueError(f"corpus[{place}] is neither a text nor token ids; accepted: {ACCEPTED}")
+        raise ValueError(f"corpus[{index}] is neither a text nor token ids; accepted: {ACCEPTED}")
     return list(item)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of a tokenizer's tokens and their ids.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer.
-    """
+    """Return the SHA-256 of a tokenizer's tokens and their ids."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
 
 
 def make_table(
     corpus: Any, vocabulary: int, tokenizer: Any, entries: int, discount: float, progress: Progress = no_progress
 ) -> tuple[Table, dict[str, Any]]:
-    """Build, read or take the table, and say what it was made of.
+    """Build, read or take over the table of a corpus from `read_corpus`.
 
     Args:
-        corpus: what `read_corpus` returned.
+        corpus: checked by `read_corpus`.
         vocabulary: number of token ids of the target.
-        tokenizer: the target's, or None where it is not known (then texts are refused).
-        entries: most entries of a table that is built.
-        discount: of a table that is built.
+        tokenizer: the target's, or None if it is unknown (then texts are refused).
+        entries: most entries of a new table.
+        discount: of a new table.
         progress: called as texts are tokenised.
 
     Returns:
@@ -112,14 +108,7 @@ def make_table(
 
 
 def count_tokens(corpus: Any) -> int:
-    """About how many tokens a corpus has, without a tokenizer: one for four characters.
-
-    Args:
-        corpus: what `read_corpus` returned.
-
-    Raises:
-        IntaglioError: it cannot be read.
-    """
+    """Estimate the tokens of a corpus without a tokenizer: one for four characters."""
     if corpus is None or isinstance(corpus, Table) or (isinstance(corpus, str) and corpus.endswith(".safetensors")):
         return 0
     if isinstance(corpus, (str, Corpus)) or isinstance(corpus[0], str):

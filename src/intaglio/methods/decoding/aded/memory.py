@@ -1,4 +1,4 @@
-"""The table as one run of a model sees it: the corpus's rows, and on top of them what the target said.
+"""Adaptive tri-gram table of one run: the corpus's rows, overlaid by what the target generated.
 
 A key is a pair of tokens as one number, a * vocabulary + b.
 """
@@ -12,10 +12,10 @@ from itertools import accumulate
 from intaglio.methods.decoding.aded.table import Table
 
 _CACHED = 20_000
-"""Rows of the corpus held as lists at a time; beyond, all are read anew."""
+"""Most rows of the corpus held as lists; beyond, all are read again."""
 
 
-class Row:
+class Successors:
     """The successors of one pair of tokens.
 
     Args:
@@ -23,7 +23,7 @@ class Row:
         weights: of each, above 0.
 
     Attributes:
-        scale: what a weight is divided by for its share: the sum of the row, at least 1.
+        scale: divisor that turns a weight into a probability: the sum of the row, at least 1.
     """
 
     __slots__ = ("_sums", "scale", "tokens", "weights")
@@ -35,31 +35,23 @@ class Row:
         self._sums: list[float] | None = None
 
     def draw(self, level: float) -> int:
-        """The place of a successor drawn in proportion to the weights.
-
-        Args:
-            level: uniform in [0, 1).
-        """
+        """Return the index of a successor drawn in proportion to the weights by a uniform number in [0, 1)."""
         sums = self._sums
         if sums is None:
             sums = self._sums = list(accumulate(self.weights))
         return bisect(sums, level * sums[-1], 0, len(sums) - 1)  # rounding can reach the end, no further
 
     def weight(self, token: int) -> float:
-        """M[key][token], 0 where it is not known.
-
-        Args:
-            token: a successor or not.
-        """
+        """Return M[key][token], 0 if it is unknown."""
         return self.weights[self.tokens.index(token)] if token in self.tokens else 0.0
 
 
-class Memory:
+class AdaptiveTable:
     """M[(a, b)] -> successors: a table that never changes, and learnt rows that hide its own.
 
     Args:
         table: counted in a corpus.
-        top: successors of a row that are taken from the table. Learnt rows may have more.
+        top: successors of a row taken from the table. Learnt rows may have more.
         learnt: rows changed by `boost`, key -> {token: weight}. Default None: none yet.
         most: learnt rows kept, the newest. Default None: all.
     """
@@ -72,39 +64,28 @@ class Memory:
         self._table = table
         self._top = top
         self._most = most
-        self._rows: dict[int, Row | None] = {}
+        self._rows: dict[int, Successors | None] = {}
 
-    def row(self, key: int) -> Row | None:
-        """The successors of a pair, or None where nothing is known.
-
-        Args:
-            key: the pair.
-        """
+    def row(self, key: int) -> Successors | None:
+        """Return the successors of a pair, or None if it is unknown."""
         try:
             return self._rows[key]
         except KeyError:
-            found = self._rows[key] = self._read(key)
-            return found
+            row = self._rows[key] = self._read(key)
+            return row
 
-    def _read(self, key: int) -> Row | None:
+    def _read(self, key: int) -> Successors | None:
         if len(self._rows) >= _CACHED:
             self._rows.clear()
-        known = self.learnt.get(key)
-        if known is not None:
-            pairs = sorted(known.items(), key=lambda pair: (-pair[1], pair[0]))
-            return Row([token for token, _ in pairs], [weight for _, weight in pairs])
+        learnt = self.learnt.get(key)
+        if learnt is not None:
+            pairs = sorted(learnt.items(), key=lambda pair: (-pair[1], pair[0]))
+            return Successors([token for token, _ in pairs], [weight for _, weight in pairs])
         tokens, weights = self._table.row(key, self._top)
-        return Row(tokens, weights) if tokens else None
+        return Successors(tokens, weights) if tokens else None
 
     def boost(self, key: int, token: int, by: float, cap: float) -> None:
-        """M[key][token] += by, at most `cap`; row and entry are made where they are missing.
-
-        Args:
-            key: the pair.
-            token: what followed it.
-            by: how much.
-            cap: the largest weight.
-        """
+        """Add `by` to M[key][token], up to `cap`; missing rows and entries are created."""
         row = self.learnt.get(key)
         if row is None:
             row = self.learnt[key] = dict(zip(*self._table.row(key, self._top), strict=True))
@@ -116,12 +97,6 @@ class Memory:
         self._rows.pop(key, None)
 
     def adapt(self, ids: Sequence[int], by: float, cap: float) -> None:
-        """Boost every tri-gram inside some tokens, as often as it stands there.
-
-        Args:
-            ids: the last tokens said.
-            by: how much.
-            cap: the largest weight.
-        """
+        """Boost every tri-gram of some tokens, once for each occurrence."""
         for a, b, c in zip(ids, ids[1:], ids[2:], strict=False):
             self.boost(a * self.vocabulary + b, c, by, cap)

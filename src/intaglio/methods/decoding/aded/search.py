@@ -1,6 +1,6 @@
-"""Which continuations to draft: the tree search over the table, and what it is held against.
+"""Choice of the continuations to draft: the tree search over the table, and the searches it is compared with.
 
-A path is the tokens behind the root, the nearest first. Every search returns paths without repetition, the best first.
+A path is the tokens after the root, the nearest first. Every search returns paths without repetition, the best first.
 """
 
 from __future__ import annotations
@@ -13,33 +13,27 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
-from intaglio.methods.decoding.aded.memory import Memory, Row
+from intaglio.methods.decoding.aded.memory import AdaptiveTable, Successors
 from intaglio.speculative.tree import TokenTree
 
 Path = tuple[int, ...]
 
 
 def exploration(visits: int, c1: float, c2: float) -> float:
-    """How much a prior counts at a node: (c1 + ln((N + c2 + 1) / c2)) sqrt(N).
-
-    Args:
-        visits: N, of the node whose child is chosen.
-        c1: weight of the prior.
-        c2: visits after which it begins to grow.
-    """
+    """Return the weight of a prior at a node with N visits: (c1 + ln((N + c2 + 1) / c2)) sqrt(N)."""
     return (c1 + math.log((visits + c2 + 1) / c2)) * math.sqrt(visits)
 
 
 def puct(reward: float, visits: int, prior: float, parent_visits: int, c1: float = 32.0, c2: float = 8.0) -> float:
-    """The value that selection maximises: S/n + (c1 + ln((N + c2 + 1)/c2)) p sqrt(N) / (1 + n), infinite at n = 0.
+    """Return the selection value S/n + (c1 + ln((N + c2 + 1)/c2)) p sqrt(N) / (1 + n), infinite at n = 0.
 
     Args:
         reward: S, the sum of the child's rewards.
         visits: n, of the child.
         prior: p, its weight in the table.
         parent_visits: N.
-        c1: as `exploration`.
-        c2: as `exploration`.
+        c1: weight of the prior.
+        c2: visits after which that weight begins to grow.
     """
     if visits == 0:
         return math.inf
@@ -47,17 +41,17 @@ def puct(reward: float, visits: int, prior: float, parent_visits: int, c1: float
 
 
 @dataclass
-class Searched:
-    """The tree of one search, as columns. Node 0 is the root; the children of a node are `first[n]` to `end[n]`.
+class SearchTree:
+    """The tree of one search, as columns. Node 0 is the root; the children of node n are `first[n]` to `end[n]`.
 
     Attributes:
-        keys: the pair of tokens of each node.
+        keys: pair of tokens of each node.
         parents: -1 for the root.
         priors: weight of the node's token in its parent's row.
         visits: n.
         rewards: S.
         first: first child; 0: none.
-        end: behind the last child.
+        end: index after the last child.
     """
 
     keys: list[int]
@@ -68,14 +62,8 @@ class Searched:
     first: list[int] = field(default_factory=lambda: [0])
     end: list[int] = field(default_factory=lambda: [0])
 
-    def grow(self, node: int, row: Row, vocabulary: int) -> None:
-        """Make a child for each successor.
-
-        Args:
-            node: the parent.
-            row: its successors.
-            vocabulary: number of token ids.
-        """
+    def expand(self, node: int, row: Successors, vocabulary: int) -> None:
+        """Add a child for each successor of a node."""
         count, base = len(row.tokens), self.keys[node] % vocabulary * vocabulary
         self.first[node] = len(self.keys)
         self.keys += [base + token for token in row.tokens]
@@ -87,21 +75,16 @@ class Searched:
         self.end[node] = len(self.keys)
 
     def path(self, node: int, vocabulary: int) -> Path:
-        """The tokens from the root, which is left out, to a node.
-
-        Args:
-            node: which.
-            vocabulary: number of token ids.
-        """
-        found = []
+        """Return the tokens from the root, which is left out, to a node."""
+        path = []
         while node:
-            found.append(self.keys[node] % vocabulary)
+            path.append(self.keys[node] % vocabulary)
             node = self.parents[node]
-        return tuple(reversed(found))
+        return tuple(reversed(path))
 
 
 def mcts(
-    memory: Memory,
+    table: AdaptiveTable,
     root: int,
     *,
     iterations: int,
@@ -110,41 +93,41 @@ def mcts(
     c2: float,
     reward: Literal["path", "official"],
     rng: Random,
-) -> Searched:
-    """Monte Carlo tree search: descend by PUCT, expand, roll out, give the reward to the whole path.
+) -> SearchTree:
+    """Run Monte Carlo tree search: descend by PUCT, expand, roll out, give the reward to the whole path.
 
     Args:
-        memory: the table.
-        root: the key to start from.
-        iterations: how often; the root has as many visits afterwards.
-        length: keys of a path at the most, the root's included.
+        table: the table.
+        root: key to start from.
+        iterations: number of descents; the root has as many visits afterwards.
+        length: most keys of a path, the root's included.
         c1: weight of the prior.
         c2: visits after which it begins to grow.
         reward: `path`, 1 + the weights of the path's tokens in the rows before them; or `official`, as in the released
             code, 1 + the weights of the tokens that the rows' own pairs end in, which is nearly always 1.
-        rng: of the roll-outs.
+        rng: source of the roll-outs.
     """
-    vocabulary, row_of, last = memory.vocabulary, memory.row, length - 1
-    tree = Searched([root])
+    vocabulary, row_of, last = table.vocabulary, table.row, length - 1
+    tree = SearchTree([root])
     keys, parents, priors = tree.keys, tree.parents, tree.priors
     visits, rewards, first, end = tree.visits, tree.rewards, tree.first, tree.end
-    # Children are first chosen in their order, but the last one is visited as soon as it is made.
-    fresh: dict[int, int] = {}
+    # Children are first chosen in their order, but the last one is visited as soon as it exists.
+    unvisited: dict[int, int] = {}
     factors = [exploration(count, c1, c2) for count in range(iterations)]
 
     official = reward == "official"
 
-    def slip(key: int) -> float:
-        """What the released code adds in place of the weight: M[(a, b)][b]."""
+    def official_weight(key: int) -> float:
+        """Return M[(a, b)][b], which the released code adds instead of the weight."""
         row = row_of(key)
         return 0.0 if row is None else row.weight(key % vocabulary)
 
     for _ in range(iterations):
         node, level, value = 0, 0, 1.0
         while level < last and first[node]:
-            chosen = fresh[node]
+            chosen = unvisited[node]
             if chosen < end[node] - 1:
-                fresh[node] = chosen + 1
+                unvisited[node] = chosen + 1
             else:
                 factor, most = factors[visits[node]], -1.0
                 for child in range(first[node], end[node]):
@@ -152,20 +135,20 @@ def mcts(
                     score = rewards[child] / count + factor * priors[child] / (1 + count)
                     if score > most:
                         most, chosen = score, child
-            value += slip(keys[node]) if official else priors[chosen]
+            value += official_weight(keys[node]) if official else priors[chosen]
             node, level = chosen, level + 1
         row = row_of(keys[node]) if level < last else None
         key = keys[node]
         if row is not None:
-            tree.grow(node, row, vocabulary)
-            fresh[node] = first[node]
-            value += slip(key) if official else row.weights[-1]
+            tree.expand(node, row, vocabulary)
+            unvisited[node] = first[node]
+            value += official_weight(key) if official else row.weights[-1]
             node, level = len(keys) - 1, level + 1
             key = keys[node]
             while level < last and (row := row_of(key)) is not None:
-                place = row.draw(rng.random())
-                value += slip(key) if official else row.weights[place]
-                key = key % vocabulary * vocabulary + row.tokens[place]
+                index = row.draw(rng.random())
+                value += official_weight(key) if official else row.weights[index]
+                key = key % vocabulary * vocabulary + row.tokens[index]
                 level += 1
         while node >= 0:
             visits[node] += 1
@@ -174,147 +157,114 @@ def mcts(
     return tree
 
 
-def most_visited(memory: Memory, tree: Searched, candidates: int) -> list[Path]:
-    """The paths to the most visited nodes, each with its most likely next token where there is one.
+def most_visited(table: AdaptiveTable, tree: SearchTree, candidates: int) -> list[Path]:
+    """Return the paths to the most visited nodes, each with its most likely next token if there is one.
 
-    Args:
-        memory: the table.
-        tree: from `mcts`.
-        candidates: nodes taken, the root included; on a tie the one made first.
+    The root is one of the `candidates`; on a tie the older node comes first.
     """
-    found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     for node in heapq.nlargest(candidates, range(len(tree.keys)), key=tree.visits.__getitem__):
-        row = memory.row(tree.keys[node])
-        path = tree.path(node, memory.vocabulary)
-        found[path if row is None else (*path, row.tokens[0])] = None
-    found.pop((), None)
-    return list(found)
+        row = table.row(tree.keys[node])
+        path = tree.path(node, table.vocabulary)
+        paths[path if row is None else (*path, row.tokens[0])] = None
+    paths.pop((), None)
+    return list(paths)
 
 
-def greedy(memory: Memory, root: int, length: int) -> list[Path]:
-    """One chain of `length` tokens at the most, each the heaviest successor.
-
-    Args:
-        memory: the table.
-        root: the key to start from.
-        length: tokens.
-    """
-    found: list[int] = []
-    while len(found) < length and (row := memory.row(root)) is not None:
-        found.append(row.tokens[0])
-        root = root % memory.vocabulary * memory.vocabulary + row.tokens[0]
-    return [tuple(found)] if found else []
+def greedy(table: AdaptiveTable, root: int, length: int) -> list[Path]:
+    """Return one chain of at most `length` tokens, each the heaviest successor."""
+    chain: list[int] = []
+    while len(chain) < length and (row := table.row(root)) is not None:
+        chain.append(row.tokens[0])
+        root = root % table.vocabulary * table.vocabulary + row.tokens[0]
+    return [tuple(chain)] if chain else []
 
 
-def full(memory: Memory, root: int, length: int, nodes: int) -> list[Path]:
-    """Full traversal: every path that the table has, level by level, the heaviest successors first.
+def full(table: AdaptiveTable, root: int, length: int, nodes: int) -> list[Path]:
+    """Return the first `nodes` paths of a full traversal, level by level, the heaviest successors first."""
 
-    Args:
-        memory: the table.
-        root: the key to start from.
-        length: tokens of a path at the most.
-        nodes: paths at the most.
-    """
-
-    def walk() -> Iterator[Path]:
+    def traverse() -> Iterator[Path]:
         level: list[tuple[int, Path]] = [(root, ())]
         while level and len(level[0][1]) < length:
             below = []
             for key, path in level:
-                row, base = memory.row(key), key % memory.vocabulary * memory.vocabulary
+                row, base = table.row(key), key % table.vocabulary * table.vocabulary
                 for token in () if row is None else row.tokens:
                     below.append((base + token, (*path, token)))
                     yield below[-1][1]
             level = below
 
-    return list(itertools.islice(walk(), nodes))
+    return list(itertools.islice(traverse(), nodes))
 
 
-def best_first(memory: Memory, root: int, length: int, nodes: int) -> list[Path]:
-    """The paths with the largest products of shares (`shares`), the largest first.
-
-    Args:
-        memory: the table.
-        root: the key to start from.
-        length: tokens of a path at the most.
-        nodes: paths at the most.
-    """
-    found: list[Path] = []
+def best_first(table: AdaptiveTable, root: int, length: int, nodes: int) -> list[Path]:
+    """Return the `nodes` paths with the largest probabilities (`path_probs`), the largest first."""
+    paths: list[Path] = []
     order = itertools.count()
     heap: list[tuple[float, int, int, Path]] = [(-1.0, next(order), root, ())]
-    while heap and len(found) < nodes:
+    while heap and len(paths) < nodes:
         value, _, key, path = heapq.heappop(heap)
         if path:
-            found.append(path)
-        if len(path) == length or (row := memory.row(key)) is None:
+            paths.append(path)
+        if len(path) == length or (row := table.row(key)) is None:
             continue
-        scale, base = value / row.scale, key % memory.vocabulary * memory.vocabulary
+        scale, base = value / row.scale, key % table.vocabulary * table.vocabulary
         for token, weight in zip(row.tokens, row.weights, strict=True):
             heapq.heappush(heap, (scale * weight, next(order), base + token, (*path, token)))
-    return found
+    return paths
 
 
-def shares(memory: Memory, root: int, tree: TokenTree) -> list[float]:
-    """How likely the table holds each node of a draft: the product of the shares on its path; 1 for the root.
+def path_probs(table: AdaptiveTable, root: int, tree: TokenTree) -> list[float]:
+    """Return the table's probability of each node of a draft that starts at the key `root`; 1 for the root.
 
-    A share is a weight over the sum of its row, or the weight itself where the sum is below 1: so a row of few learnt
-    entries is trusted no more than it was learnt.
-
-    Args:
-        memory: the table.
-        root: the key that the draft starts from.
-        tree: the draft.
+    A probability is a weight over the sum of its row, or the weight itself if the sum is below 1: so a row of few
+    learnt entries is trusted no more than it was learnt.
     """
-    keys, found = [root], [1.0]
+    keys, probs = [root], [1.0]
     for node in range(1, len(tree)):
         parent, token = tree.parents[node], tree.tokens[node]
-        row = memory.row(keys[parent])
-        found.append(0.0 if row is None else found[parent] * row.weight(token) / row.scale)
-        keys.append(keys[parent] % memory.vocabulary * memory.vocabulary + token)
-    return found
+        row = table.row(keys[parent])
+        probs.append(0.0 if row is None else probs[parent] * row.weight(token) / row.scale)
+        keys.append(keys[parent] % table.vocabulary * table.vocabulary + token)
+    return probs
 
 
-def worthwhile(
-    tree: TokenTree, shares: Sequence[float], draft_cost: float, token_cost: float, trust: float = 1.0
+def prune_by_cost(
+    tree: TokenTree, probs: Sequence[float], draft_cost: float, token_cost: float, trust: float = 1.0
 ) -> TokenTree:
-    """The part of a draft that promises the most tokens for what its pass costs, or the root alone.
+    """Return the part of a draft with the most expected tokens for the cost of its pass, or the root alone.
 
-    A pass over the k likeliest nodes is expected to give 1 + trust times the sum of their shares, and costs
+    A pass over the k most likely nodes is expected to give 1 + trust times the sum of their probabilities, and costs
     1 + draft_cost + token_cost k passes over one token.
 
     Args:
         tree: the draft, chosen without chance.
-        shares: how likely each node is, none more than its parent.
-        draft_cost: what any draft adds to the cost of a pass.
-        token_cost: what each of its tokens adds.
-        trust: how many tokens were accepted for each that shares promised. Default 1.
+        probs: of each node, none more than its parent's.
+        draft_cost: added to the cost of a pass by any draft.
+        token_cost: added by each of its tokens.
+        trust: tokens accepted for each expected one. Default 1.
     """
-    order = sorted(range(1, len(tree)), key=lambda node: (-shares[node], node))
+    order = sorted(range(1, len(tree)), key=lambda node: (-probs[node], node))
     tokens, best, count = 1.0, 1.0, 0
     for k, node in enumerate(order, 1):
-        tokens += trust * shares[node]
+        tokens += trust * probs[node]
         if tokens > best * (1 + draft_cost + token_cost * k):
             best, count = tokens / (1 + draft_cost + token_cost * k), k
-    kept = [0, *sorted(order[:count])]
-    place = {node: index for index, node in enumerate(kept)}
-    return TokenTree([tree.tokens[node] for node in kept], [place.get(tree.parents[node], -1) for node in kept])
+    return tree.subtree([0, *sorted(order[:count])])
 
 
 def trim(paths: Sequence[Path], choices: int) -> list[Path]:
-    """What is left when paths with many distinct tokens go until their numbers of distinct tokens sum to `choices`.
+    """Drop paths with many distinct tokens until their numbers of distinct tokens sum to at most `choices`.
 
-    The shortest come first then: that is the order in which they are merged.
-
-    Args:
-        paths: the best first; among equally many distinct tokens the last goes first.
-        choices: the sum at the most.
+    Among equally many distinct tokens the last path goes first. The rest is returned in the order in which it is
+    merged, the shortest first.
     """
     sizes = [len(set(path)) for path in paths]
     total = sum(sizes)
-    gone: set[int] = set()
-    for place in sorted(range(len(paths)), key=lambda place: (-sizes[place], -place)):
+    dropped: set[int] = set()
+    for index in sorted(range(len(paths)), key=lambda index: (-sizes[index], -index)):
         if total <= choices:
             break
-        gone.add(place)
-        total -= sizes[place]
-    return sorted((path for place, path in enumerate(paths) if place not in gone), key=len)
+        dropped.add(index)
+        total -= sizes[index]
+    return sorted((path for index, path in enumerate(paths) if index not in dropped), key=len)

@@ -1,9 +1,9 @@
-"""The tri-gram table: for every two tokens in a row, what followed them in a corpus, and how often.
+"""Tri-gram table of a corpus: the successors of every pair of tokens, with their relative frequencies.
 
     M[(a, b)][c] = count(a, b, c) / (discount + sum over c' of count(a, b, c'))
 
-With a discount of 0 this is the paper's. In a small corpus most pairs stand once, so that most weights would be 1; with
-a discount of 1 what followed a pair the only time has the weight 1/2.
+With a discount of 0 this is the paper's table. In a small corpus most pairs occur once, so most weights would be 1;
+with a discount of 1 the only successor of such a pair has the weight 1/2.
 
 Dimension letters: R rows (pairs of tokens), E entries of all rows together.
 """
@@ -22,16 +22,16 @@ from safetensors.numpy import save
 from intaglio import atomic_io
 from intaglio.checkpoint.attachments import decode_metadata, encode_metadata
 from intaglio.errors import IntaglioError
-from intaglio.speculative.drafters.ngram_counts import Counts, chunks
+from intaglio.speculative.drafters.ngram_counts import NGramCounts, chunks
 
 FORMAT = "intaglio trigram table 1"
 ENTRIES = 2_000_000
-"""Entries kept of a corpus by default: at most 48 MB."""
+"""Most entries kept by default: at most 48 MB."""
 _NAMES = ("keys", "starts", "tokens", "weights")
 
 
 class Table:
-    """A sparse tri-gram table; it never changes. Made by `build`, `empty` or `load`.
+    """An immutable sparse tri-gram table. Built by `build`, `empty` or `load`.
 
     Args:
         keys_R: the pairs (a, b) as the numbers a * vocabulary + b, int64, increasing.
@@ -39,7 +39,7 @@ class Table:
         tokens_E: int32, the third tokens; within a row the heaviest first, the smaller id on a tie.
         weights_E: float32, above 0.
         vocabulary: number of token ids.
-        tokenizer: what identifies the tokenizer that made the ids (`tokenizer_digest`); empty if it is not known.
+        tokenizer: digest of the tokenizer that produced the ids (`tokenizer_digest`); empty if it is unknown.
 
     Raises:
         IntaglioError: the arrays do not fit each other.
@@ -57,13 +57,13 @@ class Table:
         self.keys_R, self.starts, self.tokens_E, self.weights_E = keys_R, starts, tokens_E, weights_E
         self.vocabulary = vocabulary
         self.tokenizer = tokenizer
-        if not self._sound():
+        if not self._is_consistent():
             raise IntaglioError("the arrays of a tri-gram table do not fit each other")
-        # Single elements of these are read several times as fast as of the arrays.
+        # Reading single elements of these is several times as fast as of the arrays.
         self._keys, self._starts = keys_R.data, starts.data
         self._tokens, self._weights = tokens_E.data, weights_E.data
 
-    def _sound(self) -> bool:
+    def _is_consistent(self) -> bool:
         arrays = (self.keys_R, self.starts, self.tokens_E, self.weights_E)
         if [array.dtype for array in arrays] != [np.int64, np.int64, np.int32, np.float32]:
             return False
@@ -78,13 +78,9 @@ class Table:
 
     @classmethod
     def empty(cls, vocabulary: int) -> Table:
-        """A table that knows nothing.
-
-        Args:
-            vocabulary: number of token ids.
-        """
-        nothing = np.zeros(0, np.int64)
-        return cls(nothing, np.zeros(1, np.int64), nothing.astype(np.int32), nothing.astype(np.float32), vocabulary)
+        """Return a table without rows."""
+        none = np.zeros(0, np.int64)
+        return cls(none, np.zeros(1, np.int64), none.astype(np.int32), none.astype(np.float32), vocabulary)
 
     @classmethod
     def build(
@@ -101,17 +97,17 @@ class Table:
         Args:
             sequences: token ids of each text; tri-grams never cross from one text to the next.
             vocabulary: number of token ids of the target.
-            entries: most entries; the rarest tri-grams are given up, also while counting, where there are more.
+            entries: most entries; if there are more, the rarest tri-grams are dropped, also while counting.
                 Default 2,000,000. A row that lost some keeps the weights it had.
             discount: added to the total of every row. Default 0.
-            tokenizer: kept with the table.
+            tokenizer: digest kept with the table.
 
         Raises:
             IntaglioError: a token id outside the vocabulary, or no three tokens in a row.
         """
         if vocabulary**3 >= 2**63:
             raise IntaglioError(f"a vocabulary of {vocabulary} ids is too large for a tri-gram table")
-        counter = Counts(vocabulary, 2, 4 * entries)
+        counter = NGramCounts(vocabulary, 2, 4 * entries)
         for chunk in chunks(sequences, vocabulary):
             counter.add(chunk)
         if not len(counter.pairs):
@@ -131,7 +127,7 @@ class Table:
         )
 
     def __len__(self) -> int:
-        """The number of rows."""
+        """Return the number of rows."""
         return len(self.keys_R)
 
     @property
@@ -140,40 +136,29 @@ class Table:
         return sum(array.nbytes for array in (self.keys_R, self.starts, self.tokens_E, self.weights_E))
 
     def row(self, key: int, top: int) -> tuple[list[int], list[float]]:
-        """The heaviest entries of a row, the heaviest first: tokens and weights; empty where there is no row.
+        """Return tokens and weights of the `top` heaviest entries of a row; empty if there is no row.
 
-        Args:
-            key: a * vocabulary + b.
-            top: most entries.
+        The key is a * vocabulary + b.
         """
-        place = self.keys_R.searchsorted(key)
-        if place == len(self._keys) or self._keys[place] != key:
+        index = self.keys_R.searchsorted(key)
+        if index == len(self._keys) or self._keys[index] != key:
             return [], []
-        start = self._starts[place]
-        stop = min(self._starts[place + 1], start + top)
+        start = self._starts[index]
+        stop = min(self._starts[index + 1], start + top)
         weights: list[Any] = self._weights[start:stop].tolist()
         return self._tokens[start:stop].tolist(), weights
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a file holds: `keys`, `starts`, `tokens`, `weights`."""
+        """Return the arrays of a file: `keys`, `starts`, `tokens`, `weights`."""
         return dict(zip(_NAMES, (self.keys_R, self.starts, self.tokens_E, self.weights_E), strict=True))
 
     def about(self) -> dict[str, Any]:
-        """What a file says about them."""
+        """Return the metadata of a file."""
         return {"format": FORMAT, "vocabulary": self.vocabulary, "tokenizer": self.tokenizer}
 
     @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], name: str) -> Table:
-        """The table out of what `arrays` and `about` gave.
-
-        Args:
-            arrays: as a file holds them.
-            about: as a file says it.
-            name: of the file, for the sentence.
-
-        Raises:
-            IntaglioError: they are no table.
-        """
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any], name: str) -> Table:
+        """Return the table of the arrays and metadata of a file; its `name` is for the error message."""
         try:
             if about["format"] != FORMAT:
                 raise KeyError
@@ -185,22 +170,12 @@ class Table:
             ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table as one safetensors file, atomically.
-
-        Args:
-            path: the file.
-
-        Raises:
-            IntaglioError: the disk refuses.
-        """
+        """Write the table to one safetensors file, atomically."""
         atomic_io.write_bytes(path, save(self.arrays(), encode_metadata(self.about())))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Table:
-        """Read what `save` wrote, or a checkpoint's `attachments/aded.safetensors`.
-
-        Args:
-            path: the file.
+        """Read a file that `save` wrote, or a checkpoint's `attachments/aded.safetensors`.
 
         Raises:
             IntaglioError: no such file, or no table.
@@ -213,4 +188,4 @@ class Table:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
         except (SafetensorError, OSError) as error:
             raise IntaglioError(f"{os.fspath(path)} is no tri-gram table: {error}") from error
-        return cls.of(arrays, about, os.fspath(path))
+        return cls.from_arrays(arrays, about, os.fspath(path))

@@ -3,7 +3,7 @@
     decoder = intaglio.load("out").decoder("chimera")       # after a recipe with fit: {chimera: {}}
     model.generate(**inputs, custom_generate=decoder)
 
-- `drafting.py`: the modules, the masks, the training loss
+- `drafting.py`: modules, masks, training loss
 - `session.py`: drafting a tree, level by level
 """
 
@@ -14,16 +14,16 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field
 from torch import Tensor, nn
 
-from intaglio.methods.base import Capability, Method, ModelAspect, Workload
-from intaglio.methods.decoding.chimera.drafting import Draft
-from intaglio.methods.decoding.chimera.session import Branches
-from intaglio.speculative.decoder_mixin import Drafting
+from intaglio.methods.base import Workload
+from intaglio.methods.decoding.chimera.drafting import ChimeraModel
+from intaglio.methods.decoding.chimera.session import ChimeraSession
 from intaglio.speculative.heads.base import TrainedHeads, blocks_of
-from intaglio.speculative.heads.static_tree import CHIMERA, Picker, Shape
-from intaglio.speculative.protocols import Run, Session
+from intaglio.speculative.heads.candidates import CandidateSampler
+from intaglio.speculative.protocols import DecodingRun, Session
+from intaglio.speculative.static_tree import CHIMERA, StaticTree
 
 
-class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
+class Chimera(TrainedHeads, slug="chimera"):
     """Draft token by token with one decoder layer that reads the target's hidden states and tri-grams of tokens.
 
     With h_j the target's last hidden states (after its final norm) and e_i its input embeddings,
@@ -44,18 +44,14 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
 
     Args:
         heads: M. Deeper nodes use the last one. Default 4.
-        rank: of the change that heads share; 0: none. Default: full matrices where they have no more than 2^20 entries
+        rank: of the change that heads share; 0: none. Default: full matrices if they have no more than 2^20 entries
             together, else 32.
         head_sharing: one head for all depths, as the released code generates. Default false.
         start_from: `fresh` weights of F, or a `copy` of the target's block. Default `fresh`.
         feature: weight of MSE(h_{j+1}, z^0). Default 0, as in the released code; the paper has such a term.
         distil: weight of KL(target || head). Default 0, as in the released code; the paper has such a term.
         encoders: `all`; or for comparisons `no_trigram` (u of one token) or `no_context` (no F). Default `all`.
-        learning_rate: at its highest, cosine to 0. Default 2e-4.
-        streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
-        on_step: called with each row's `Step` after every pass.
-        generator: what draws come from (sampling). Default: torch's global generator.
-        prepack: whether passes on a CPU use weights laid out beforehand; see `Speculative`. Default: where it pays.
+        learning_rate: peak learning rate, cosine to 0. Default 2e-4.
 
     The other arguments (trees, sampling, text and training) are those of `intaglio.speculative.heads.base.TrainedHeads`.
 
@@ -65,8 +61,9 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
     Source: Zeng et al., Chimera: A Lossless Decoding Method for Accelerating Large Language Models Inference by Fusing
     all Tokens, arXiv 2402.15758, and its released code (kafkayu/Chimera), which wins where the two differ. In the code
     the mask of the later heads hides even their own place; here each place sees its own branch, as the paper says.
-    Under sampling candidates are drawn from the heads and verified by recursive rejection, so the law is the target's;
-    Medusa's typical acceptance, which the code's test uses, would change it and is not offered.
+    Under sampling candidates are drawn from the heads and verified by recursive rejection, so the output has
+    the target's distribution; Medusa's typical acceptance, which the code's test uses, would change it and is not
+    offered.
     """
 
     kinds = ("decoder", "drafter")
@@ -78,8 +75,6 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
     url = "https://arxiv.org/abs/2402.15758"
     fitted = True
 
-    requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache", "tokenizer"})
-    changes: ClassVar[frozenset[ModelAspect]] = frozenset()
     level_cost: ClassVar[float] = 0.1  # measured with SmolLM2 on one core: F, the tri-grams and the output
     architecture: ClassVar[tuple[str, ...]] = ("heads", "rank", "head_sharing", "encoders")
 
@@ -94,15 +89,15 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """The released code's tree of 25 nodes, full output matrices aside, with the paper's feature and distillation
-        losses, two epochs of rows of 1,024 tokens and batches of 4 x 8.
+        """Return the paper's settings, except full output matrices.
 
-        Args:
-            overrides: fields that the caller sets.
+        The released code's tree of 25 nodes, the paper's feature and distillation losses, two epochs of rows of 1,024
+        tokens and batches of 4 x 8.
         """
         constants: dict[str, Any] = {
-            "heads": 4, "tree": [list(path) for path in Shape.of(CHIMERA).paths], "feature": 1.0, "distil": 1.0,
-            "epochs": 2.0, "length": 1024, "batch_size": 4, "accumulate": 8, "learning_rate": 2e-4, "warmup": 0.01,
+            "heads": 4, "tree": [list(path) for path in StaticTree.from_paths(CHIMERA).paths[1:]], "feature": 1.0,
+            "distil": 1.0, "epochs": 2.0, "length": 1024, "batch_size": 4, "accumulate": 8, "learning_rate": 2e-4,
+            "warmup": 0.01,
         }  # fmt: skip
         return cls(**constants | overrides)
 
@@ -111,20 +106,14 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
         """M."""
         return self.heads
 
-    def make(self, model: nn.Module, seed: int, tokens_K: Tensor | None = None) -> Draft:
-        """Untrained modules.
-
-        Args:
-            model: the target.
-            seed: of what is drawn.
-            tokens_K: the tokens that may be guessed. Default: all.
-        """
-        return Draft(
+    def make(self, model: nn.Module, seed: int, tokens_K: Tensor | None = None) -> ChimeraModel:
+        """See `TrainedHeads.make`."""
+        return ChimeraModel(
             model,
             heads=self.heads,
             rank=self.rank,
             start=self.start_from,
-            parts_used=self.encoders,
+            encoders=self.encoders,
             sharing=self.head_sharing,
             feature=self.feature,
             distil=self.distil,
@@ -132,33 +121,18 @@ class Chimera(TrainedHeads, Drafting, Method, slug="chimera"):
             seed=seed,
         )
 
-    def begin(self, heads: Any, run: Run, picker: Picker, shape: Shape) -> Session:
-        """See `TrainedHeads.begin`.
-
-        Args:
-            heads: the modules.
-            run: the run.
-            picker: takes candidates.
-            shape: the static tree.
-        """
-        return Branches(heads, run, picker, shape)
+    def begin(self, heads: Any, run: DecodingRun, sampler: CandidateSampler, tree: StaticTree) -> Session:
+        """See `TrainedHeads.begin`."""
+        return ChimeraSession(heads, run, sampler, tree)
 
     def head_flops(self, workload: Workload) -> float:
-        """2 M rows of F and M rows of logits a token, forward and backward, and the tri-grams.
-
-        Args:
-            workload: of the model.
-        """
-        head = self.guessed(workload) * workload.hidden
+        """Count 2 M rows of F and M rows of logits per token, forward and backward, and the tri-grams."""
+        head = self.draft_vocabulary(workload) * workload.hidden
         layer, trigram = workload.block_parameters / blocks_of(workload), 12.0 * workload.hidden**2
         return self.heads * (12.0 * layer + 4.0 * head + 6.0 * trigram)
 
     def head_bytes(self, workload: Workload) -> float:
-        """What F keeps of 2 M rows for the gradient, some 30 states of the width each, and as much again for tri-grams.
-
-        Args:
-            workload: of the model.
-        """
+        """Count about 30 states of the width for each of F's 2 M rows, and half as much for tri-grams."""
         return self.heads * (2 * 120.0 + 120.0) * workload.hidden
 
 

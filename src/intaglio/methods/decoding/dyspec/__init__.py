@@ -1,10 +1,10 @@
-"""DySpec (Xiong et al., World Wide Web Journal 2025): a draft's tree that grows where it expects to be accepted.
+"""DySpec (Xiong et al., World Wide Web Journal 2025): a draft tree that grows where it expects to be accepted.
 
     model.generate(**inputs, custom_generate=DySpec(draft=small, budget=32))
 
 - `growth.py`: the two algorithms: a heap of slots, and a threshold level by level
-- `residual.py`: a law without the tokens that siblings took
-- `acceptance.py`: the optional estimate of how often a token is accepted, learnt on the way or beforehand
+- `residual.py`: a distribution without the tokens of earlier siblings
+- `acceptance.py`: the optional acceptance estimate, learnt during the run or beforehand
 """
 
 from __future__ import annotations
@@ -13,30 +13,37 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import BeforeValidator, Field, InstanceOf, PrivateAttr, WithJsonSchema, model_validator
 from pydantic.json_schema import SkipJsonSchema
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from intaglio.checkpoint import Checkpoint, load, load_tokenizer
+from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import Capability, Method, ModelAspect
-from intaglio.methods.decoding.dyspec.acceptance import Acceptance, AcceptanceTable, counted
-from intaglio.methods.decoding.dyspec.growth import Grower
+from intaglio.methods.decoding.dyspec.acceptance import Acceptance, AcceptanceTable, count_acceptance
+from intaglio.methods.decoding.dyspec.growth import TreeGrower
 from intaglio.methods.decoding.dyspec.residual import Residual
-from intaglio.speculative.decoder_mixin import Drafting
+from intaglio.speculative._utils import context_length, vocabulary_size
+from intaglio.speculative.decoder_mixin import SpeculativeDecoder, tokenizer_of
 from intaglio.speculative.drafters.draft_model import open_draft
-from intaglio.speculative.drafters.dynamic_tree import Calls, Draft, Growing, GrowingSession, Growth, draft_law, law_of
+from intaglio.speculative.drafters.dynamic_tree import (
+    Draft,
+    DraftStats,
+    DynamicTreeSession,
+    Growth,
+    PartialTree,
+    draft_probs_fn,
+    probs_fn,
+)
 from intaglio.speculative.drafters.ngrams import NGramStore
-from intaglio.speculative.drafters.rank_statistics import Text, laws
-from intaglio.speculative.protocols import Run, Session, Step
+from intaglio.speculative.drafters.rank_statistics import Text, continuation_probs
+from intaglio.speculative.protocols import DecodingRun, Session, Step
 
 _ACCEPTED = "a model's name or directory, a model, a checkpoint, an n-gram store or the file of one"
-_PAPER = 0.6
-"""Temperature of the draft in the paper."""
+_PAPER_TEMPERATURE = 0.6
 _BUDGET = 15
 
 
@@ -51,7 +58,7 @@ def _read_draft(value: Any) -> Any:
 
 
 def _read_table(value: Any) -> Any:
-    """What a JSON file holds, where one is named."""
+    """Return the content of a JSON file if a path is given."""
     if not isinstance(value, (str, os.PathLike)):
         return value
     try:
@@ -62,30 +69,30 @@ def _read_table(value: Any) -> Any:
         raise ValueError(f"{str(value)!r} is no JSON file with a table from fit_acceptance") from None
 
 
-class DySpec(Drafting, Method, slug="dyspec"):
-    """Spend a budget of nodes where a draft's own probabilities say that they will be accepted.
+class DySpec(SpeculativeDecoder, slug="dyspec"):
+    """Spend a budget of nodes where a draft's own probabilities predict that they will be accepted.
 
-    A *slot* is a place for one more child of a node; its value v is the estimated probability that verification gets
-    there, 1 for the first below the last token emitted. Filling it with a token y, where R is the draft's law D at the
-    node without the tokens of its earlier children, gives two slots:
+    A *slot* is a position for one more child of a node; its value v is the estimated probability that verification
+    reaches it, 1 for the first below the last token emitted. Filling it with a token y, where R is the draft's
+    distribution D at the node without the tokens of its earlier children, gives two slots:
 
         the first child of y:       v R[y]
         the next child of the node: v (1 - R[y])
 
-    *heap* (algorithm 1): fill the most valuable slot of the tree until `budget` nodes are there. A slot is worth no
+    *heap* (algorithm 1): fill the most valuable slot of the tree until it has `budget` nodes. A slot is worth no
     more than the one that it came from, so this is the tree with the largest sum of values.
 
     *threshold* (algorithm 2): level by level, fill every slot with v >= `threshold`; at most `budget` nodes. One draft
     pass a level: for large budgets.
 
     One pass of the target verifies the tree. Under sampling, tokens are drawn from R, and verified against the very
-    same D (`verify.sampling`, without replacement), so the output's law is the target's; a greedy target's output is
-    its own, token by token.
+    same D (`verify.sampling`, without replacement), so the output has the target's distribution; a greedy
+    target's output is its own, token by token.
 
-    Against the paper: the slots of algorithm 1 are found level by level, the same ones in as many draft passes as the
-    tree is deep, instead of one for each node. And where the target is greedy, a node's children are by default its
-    likeliest tokens in order instead of draws; a slot is then worth v R[y], since y is known before it costs anything.
-    `DySpec.paper()` draws, as the paper does.
+    Differences from the paper: the slots of algorithm 1 are found level by level, the same ones in as many draft passes
+    as the tree is deep, instead of one for each node. And if the target is greedy, a node's children are by default its
+    most likely tokens in order instead of draws; a slot is then worth v R[y], since y is known before it costs
+    anything. `DySpec.paper()` draws, as the paper does.
 
     Args:
         draft: a model's bundled name, directory or hub id, a model or a `Checkpoint` with the target's vocabulary; or
@@ -93,39 +100,34 @@ class DySpec(Drafting, Method, slug="dyspec"):
         ngram: `draft` names texts (bundled, a file, a folder, a dataset), over which n-grams are counted at the first
             use. Default false.
         algorithm: `heap` or `threshold`. Default `heap`.
-        budget: most drafted nodes of a tree; what the context has left is the most accepted. Default: 15, so that a
-            pass reads 16 tokens, or what the context has left; paper 64.
+        budget: most drafted nodes of a tree; at most the rest of the context. Default: 15, so that a pass reads 16
+            tokens, or the rest of the context; paper 64.
         threshold: (threshold) least value of a slot, above 0, at most 1. Default: 1 / `budget`; paper 0.001 at 768
             nodes.
         depth: most drafted tokens in a row. Default: as many as nodes.
-        temperature: of the draft, above 0. Default: the target's where it samples; 0.6, the paper's, where it is
-            greedy.
-        top_k: of the draft: only the k likeliest tokens. Default: the target's where it samples, else all.
+        temperature: of the draft, above 0. Default: the target's if it samples; the paper's 0.6 if it is greedy.
+        top_k: of the draft: only the k most likely tokens. Default: the target's if it samples, else all.
         top_p: of the draft: only the smallest set with this probability, above 0, at most 1. Default likewise.
-        draw: `sample` draws children from D; `top` takes the likeliest (then one draw of the target's decides among
-            them, which keeps its law too); `auto` samples where the target does. Default `auto`; paper `sample`.
-        calibrate: use, in the place of R[y], how often tokens of such a probability were accepted earlier in the run.
+        draw: `sample` draws children from D; `top` takes the most likely (then one draw of the target decides among
+            them, which keeps its distribution too); `auto` samples if the target does. Default `auto`; paper `sample`.
+        calibrate: use, instead of R[y], how often tokens of such a probability were accepted earlier in the run.
             Not in the paper. Default false.
-        carry_over: (calibrate) keep what is learnt from run to run. Default false.
-        acceptance: counts from `fit_acceptance`, or the JSON file of them, used in the same place from the first step
-            on; with `calibrate`, what is learnt is added to them. Not in the paper. Default: none.
+        carry_over: (calibrate) keep the learnt counts from run to run. Default false.
+        acceptance: counts from `fit_acceptance`, or a JSON file of them, used likewise from the first step on; with
+            `calibrate`, learnt counts are added to them. Not in the paper. Default: none.
         order: of the nodes in the pass: `grown`, or `blocks`: depth first, so that a block-sparse attention kernel can
             skip blocks. Default `grown`.
         seed: of the draws for a greedy target, for each row apart. Default 0.
         tokenizer: the target's, to compare with the draft's and to read texts with. Default: the one beside the
             target's weights.
-        streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
-        on_step: called with each row's `Step` after every pass.
-        generator: what draws come from (sampling). Default: torch's global generator.
-        prepack: whether passes on a CPU use weights laid out beforehand; see `Speculative`. Default: where it pays.
 
     Raises:
         IntaglioError: (at the first use) a draft that cannot be loaded, has another tokenizer or vocabulary or too
-            short a context, a budget beyond the context that is left, and all that `Speculative` refuses.
+            short a context, a budget beyond the rest of the context, and all that `Speculative` refuses.
 
     Source: Xiong, Zhang, Li, Wu and Zou, DySpec: Faster Speculative Decoding with Dynamic Token Tree Structure, World
-    Wide Web Journal 2025, arXiv 2410.11744, algorithms 1 to 3. Its printed algorithm 2 goes on while v < t and draws
-    from a normal law; both are read as misprints.
+    Wide Web Journal 2025, arXiv 2410.11744, algorithms 1 to 3. Its printed algorithm 2 continues while v < t and
+    draws from a normal distribution; both are read as misprints.
     """
 
     kinds = ("decoder", "drafter")
@@ -135,10 +137,6 @@ class DySpec(Drafting, Method, slug="dyspec"):
         "Journal 2025"
     )
     url = "https://arxiv.org/abs/2410.11744"
-
-    requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache", "tokenizer"})
-    changes: ClassVar[frozenset[ModelAspect]] = frozenset()
-    needs_hidden: ClassVar[bool] = False
 
     draft: Annotated[Any, BeforeValidator(_read_draft), WithJsonSchema({"type": "string", "minLength": 1})]
     ngram: bool = False
@@ -158,7 +156,7 @@ class DySpec(Drafting, Method, slug="dyspec"):
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
 
     _opened: tuple[Any, Any] | None = PrivateAttr(None)
-    _calls: Calls = PrivateAttr(default_factory=Calls)
+    _calls: DraftStats = PrivateAttr(default_factory=DraftStats)
     _learnt: Acceptance = PrivateAttr()
 
     @model_validator(mode="after")
@@ -174,30 +172,23 @@ class DySpec(Drafting, Method, slug="dyspec"):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """The constants of the paper: 64 nodes, draws at temperature 0.6; 768 nodes and 0.001 for the threshold.
-
-        Args:
-            overrides: fields that the caller sets; `draft` is needed.
-        """
+        """Return the paper's constants: 64 nodes, draws at temperature 0.6; for the threshold 768 nodes and 0.001."""
         large = overrides.get("algorithm") == "threshold"
-        constants: dict[str, Any] = {"budget": 64, "temperature": _PAPER, "draw": "sample"}
+        constants: dict[str, Any] = {"budget": 64, "temperature": _PAPER_TEMPERATURE, "draw": "sample"}
         return cls(**constants | ({"budget": 768, "threshold": 0.001} if large else {}) | overrides)
 
     @property
-    def calls(self) -> Calls:
-        """What the draft did in the last `generate` call."""
+    def calls(self) -> DraftStats:
+        """Work of the draft in the last `generate` call."""
         return self._calls
 
-    def start(self, run: Run) -> Session:
-        """Begin a run; see `Drafter.start`.
-
-        Args:
-            run: what is known before the first pass.
+    def start(self, run: DecodingRun) -> Session:
+        """Start a run; see `Drafter.start`.
 
         Raises:
             IntaglioError: a draft or a budget that does not fit.
         """
-        budget = self._room(run)
+        budget = self._budget(run)
         draft = open_draft(self._open(run.model), run)
         self._calls = draft.calls
         return _Session(self, run, draft, budget, self._learnt if self.carry_over else Acceptance(self.acceptance))
@@ -209,31 +200,31 @@ class DySpec(Drafting, Method, slug="dyspec"):
             DySpec(draft=small, acceptance=table)
             Path("table.json").write_text(table.model_dump_json())      # and then acceptance="table.json"
 
-        A pass of the draft a text. At each token of the target's, as many children as the budget allows are tried.
+        One pass of the draft per text. At each of the target's tokens, as many children as the budget allows are tried.
 
         Args:
-            target: what is drafted for, a causal language model.
-            texts: token ids that it wrote greedily, each with the number of those in front that are the prompt.
+            target: a causal language model.
+            texts: token ids that it generated greedily, each with the number of prompt tokens in front.
 
         Raises:
             IntaglioError: no texts, one without a prompt or without a continuation, or a draft that cannot be loaded.
         """
         draft = self._open(target)
-        law = law_of(self._heat(False), self.top_k, self.top_p)
+        to_probs = probs_fn(self._draft_temperature(False), self.top_k, self.top_p)
         draws = torch.Generator(target.device).manual_seed(self.seed)
-        return counted(
-            ((laws(draft, text, law), text[0][text[1] :]) for text in texts),
+        return count_acceptance(
+            ((continuation_probs(draft, text, to_probs), text[0][text[1] :]) for text in texts),
             self.budget or _BUDGET,
-            lambda law_V: Residual(law_V, self.draw == "sample", draws),
+            lambda probs_V: Residual(probs_V, self.draw == "sample", draws),
         )
 
-    def _heat(self, sampling: bool) -> float | None:
-        """The draft's temperature; None for the target's."""
-        return _PAPER if self.temperature is None and not sampling else self.temperature
+    def _draft_temperature(self, sampling: bool) -> float | None:
+        """Return the draft's temperature; None for the target's."""
+        return _PAPER_TEMPERATURE if self.temperature is None and not sampling else self.temperature
 
-    def _room(self, run: Run) -> int:
-        """The budget, checked against the context that is left."""
-        context = getattr(run.model.config.get_text_config(), "max_position_embeddings", None)
+    def _budget(self, run: DecodingRun) -> int:
+        """Return the budget, checked against the rest of the context."""
+        context = context_length(run.model)
         longest = max(map(len, run.prompts))
         left = None if context is None else context - longest
         if self.budget is None:
@@ -246,7 +237,7 @@ class DySpec(Drafting, Method, slug="dyspec"):
         return self.budget
 
     def _open(self, target: Any) -> Any:
-        """The draft as a model or a store, loaded once for a target."""
+        """Return the draft as a model or a store, loaded once for a target."""
         if isinstance(self.draft, (PreTrainedModel, NGramStore)):
             return self.draft
         if self._opened is None or self._opened[0] is not target:
@@ -255,80 +246,65 @@ class DySpec(Drafting, Method, slug="dyspec"):
 
     def _load(self, target: Any) -> Any:
         if self.ngram:
-            texts, tokenizer = load_texts(self.draft), self._tokenizer(target)
+            texts, tokenizer = load_texts(self.draft), self.tokenizer or tokenizer_of(target)
             if tokenizer is None:
                 raise IntaglioError(
                     f"the draft {self.draft!r} is text and the target's tokenizer is not known; give tokenizer="
                 )
             ids = tokenizer(list(texts.documents), add_special_tokens=False, verbose=False)["input_ids"]
-            return NGramStore.build(ids, int(target.get_input_embeddings().num_embeddings))
+            return NGramStore.build(ids, vocabulary_size(target))
         if isinstance(self.draft, str) and self.draft.endswith(".safetensors"):
             return NGramStore.load(self.draft)
-        found = self.draft
-        if not isinstance(found, Checkpoint):
-            found = load(found, device=target.device, dtype=target.dtype)
-        own, wanted = found.tokenizer, self._tokenizer(target)
+        draft = self.draft
+        if not isinstance(draft, Checkpoint):
+            draft = load(draft, device=target.device, dtype=target.dtype)
+        own, wanted = draft.tokenizer, self.tokenizer or tokenizer_of(target)
         if own is not None and wanted is not None and own.get_vocab() != wanted.get_vocab():
             raise IntaglioError(
-                f"the draft model {found.source} has another tokenizer than the target; a draft model has the target's"
+                f"the draft model {draft.source} has another tokenizer than the target; a draft model has the target's"
             )
-        return found.model
-
-    def _tokenizer(self, target: Any) -> Any:
-        if self.tokenizer is not None:
-            return self.tokenizer
-        source = str(getattr(target, "name_or_path", ""))
-        return load_tokenizer(source) if source else None
+        return draft.model
 
 
-class _Session(GrowingSession):
-    """A run: a tree for each row and step, and what was learnt of the draft's probabilities.
+class _Session(DynamicTreeSession):
+    """A run: grows a tree for each row and step, and learns acceptance if `calibrate` is set."""
 
-    Args:
-        settings: the method.
-        run: the run.
-        draft: gives the laws.
-        budget: nodes.
-        learnt: chances of acceptance, learnt on where asked to.
-    """
-
-    def __init__(self, settings: DySpec, run: Run, draft: Draft, budget: int, learnt: Acceptance) -> None:
-        law = draft_law(run, settings._heat(run.sampling), settings.top_k, settings.top_p)
-        super().__init__(draft, law, self._begin, depth_first=settings.order == "blocks")
+    def __init__(self, settings: DySpec, run: DecodingRun, draft: Draft, budget: int, acceptance: Acceptance) -> None:
+        to_probs = draft_probs_fn(run, settings._draft_temperature(run.sampling), settings.top_k, settings.top_p)
+        super().__init__(draft, to_probs, self._begin, depth_first=settings.order == "blocks")
         self._settings = settings
         self._run = run
         self._budget = budget
         self._drawn = settings.draw == "sample" or (settings.draw == "auto" and run.sampling)
-        self._chance = learnt
-        self._growers: dict[int, Grower] = {}
-        # What the user's generator draws is the target's affair; a greedy target's draft draws from its own.
+        self._acceptance = acceptance
+        self._growers: dict[int, TreeGrower] = {}
+        # The user's generator is the target's; a greedy target's draft draws from its own.
         self._generators: dict[int, torch.Generator] = {}
 
-    def _begin(self, row: int, tree: Growing) -> Growth:
+    def _begin(self, row: int, tree: PartialTree) -> Growth:
         settings = self._settings
-        grower = self._growers[row] = Grower(
+        grower = self._growers[row] = TreeGrower(
             nodes=self._budget,
             depth=min(tree.room, settings.depth or self._budget),
             drawn=self._drawn,
-            generator=self._run.generator if self._run.sampling else self._own(row),
-            chance=self._chance if settings.calibrate or settings.acceptance is not None else float,
+            generator=self._run.generator if self._run.sampling else self._own_generator(row),
+            acceptance=self._acceptance if settings.calibrate or settings.acceptance is not None else float,
         )
         if settings.algorithm == "heap":
             return grower.heap(tree)
         return grower.threshold(tree, 1 / self._budget if settings.threshold is None else settings.threshold)
 
-    def _own(self, row: int) -> torch.Generator:
+    def _own_generator(self, row: int) -> torch.Generator:
         if row not in self._generators:
-            made = torch.Generator(self._run.model.device)
-            self._generators[row] = made.manual_seed(self._settings.seed)
+            self._generators[row] = torch.Generator(self._run.model.device).manual_seed(self._settings.seed)
         return self._generators[row]
 
     def observe(self, steps: Sequence[Step]) -> None:
-        """Learn, where asked to, and see `Session.observe`."""
+        """See `Session.observe`; learn acceptance if `calibrate` is set."""
         for step in steps if self._settings.calibrate else ():
             if step.tree is not None:
                 shares = [self._growers[step.row].shares[node] for node in self.order_of(step.row)]
-                self._chance.learn(step.tree, step.path, step.tokens, step.drafted, shares)
+                self._acceptance.learn(step.tree, step.path, step.tokens, step.drafted, shares)
         super().observe(steps)
 
 

@@ -1,8 +1,8 @@
-"""How often a drafted token is accepted, learnt from what was tried: what may stand in for its draft probability.
+"""Acceptance of drafted tokens by their draft probability: an estimate that may replace that probability.
 
-Counted on the steps before (`Acceptance.learn`), or beforehand on texts that the target wrote (`counted`), as fixed
-trees are fitted. Under sampling a drawn token is accepted far more often than its draft probability says (with
-probability sum min(T, D) over the whole law), so plain DySpec gives too much of its budget to siblings.
+Counted on earlier steps (`Acceptance.learn`), or beforehand on texts that the target generated (`count_acceptance`), as
+static trees are fitted. Under sampling a drawn token is accepted far more often than its draft probability (with
+probability sum min(T, D) over the whole distribution), so plain DySpec gives too much of its budget to siblings.
 
 Dimension letters: L tokens of a text, V vocabulary.
 """
@@ -22,7 +22,7 @@ from intaglio.methods.decoding.dyspec.residual import Residual
 from intaglio.speculative.tree import TokenTree
 
 EDGES = (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
-"""Of the bins of R[y]; what lies on an edge belongs to the bin above it."""
+"""Of the bins of R[y]; an edge belongs to the bin above it."""
 BINS = len(EDGES) + 1
 _BOUNDS = (0.0, *EDGES, 1.0)
 WEIGHT = 8.0
@@ -32,7 +32,7 @@ Counts = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=BIN
 
 
 class AcceptanceTable(BaseModel):
-    """What became of drafted tokens, by their draft probability R[y].
+    """Acceptance counts of drafted tokens, by their draft probability R[y].
 
     Args:
         tried: tokens tried in each of the eleven bins of R[y] between 0, `EDGES` and 1.
@@ -49,25 +49,25 @@ class AcceptanceTable(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for place, (tried, accepted) in enumerate(zip(self.tried, self.accepted, strict=True)):
+        for index, (tried, accepted) in enumerate(zip(self.tried, self.accepted, strict=True)):
             if accepted > tried:
-                raise ValueError(f"bin {place} has {accepted} tokens accepted of {tried} tried; no more can be")
+                raise ValueError(f"bin {index} has {accepted} tokens accepted of {tried} tried; no more can be")
         return self
 
 
 class Acceptance:
-    """a(R[y]): the draft probability at first, then what was seen of probabilities like it; it never falls.
+    """Estimate a(R[y]), nondecreasing: the draft probability at first, then the counts of similar probabilities.
 
     In each of eleven bins of R[y], with n tokens tried and k of them accepted,
 
         a(r) = (k + 8 r) / (n + 8).
 
-    Where a bin would so get a lower chance than one below it, the two are pooled, as in isotonic regression: m bins
-    with n tokens have (k + 8 m r) / (n + 8 m). In a bin without a trial, a(r) is r, held between what the nearest bins
-    with trials say.
+    If a bin would get a lower estimate than the one below it, the two are pooled, as in isotonic regression: m bins
+    with n tokens have (k + 8 m r) / (n + 8 m). In a bin without a trial, a(r) is r, clamped between the estimates of
+    the nearest bins with trials.
 
     Args:
-        table: what was counted before. Default None: nothing.
+        table: earlier counts. Default None: nothing.
 
     Attributes:
         tried: tokens tried in each bin.
@@ -77,84 +77,70 @@ class Acceptance:
     def __init__(self, table: AcceptanceTable | None = None) -> None:
         self.tried = [0] * BINS if table is None else list(table.tried)
         self.accepted = [0] * BINS if table is None else list(table.accepted)
-        self._parts: list[_Part] = []
+        self._pools: list[_Pool] = []
 
     def __call__(self, share: float) -> float:
-        """The estimated chance of acceptance.
-
-        Args:
-            share: R[y], from 0 to 1.
-        """
-        if not self._parts:
-            self._parts = _parts(self.tried, self.accepted)
-        return self._parts[bisect(EDGES, share)].chance(share)
+        """Return the estimated acceptance probability of R[y] from 0 to 1."""
+        if not self._pools:
+            self._pools = _pools(self.tried, self.accepted)
+        return self._pools[bisect(EDGES, share)].estimate(share)
 
     def count(self, share: float, accepted: bool) -> None:
-        """Take in what became of a token that was tried.
-
-        Args:
-            share: its R[y].
-            accepted: whether it was right.
-        """
-        place = bisect(EDGES, share)
-        self.tried[place] += 1
-        self.accepted[place] += accepted
-        self._parts = []
+        """Count a token that was tried, by its R[y]."""
+        index = bisect(EDGES, share)
+        self.tried[index] += 1
+        self.accepted[index] += accepted
+        self._pools = []
 
     def learn(self, tree: TokenTree, path: Sequence[int], tokens: Sequence[int], drafted: int,
               shares: Sequence[float]) -> None:  # fmt: skip
-        """Take in what became of the tokens that were tried: the children along the path, up to the accepted one.
+        """Count the tokens tried in a step: the children along the path, up to the accepted one.
 
-        Args:
-            tree: what was verified.
-            path: as in `Step`.
-            tokens: as in `Step`.
-            drafted: as in `Step`.
-            shares: R[y] of each node of the tree.
+        `tree`, `path`, `tokens` and `drafted` are those of the `Step`, `shares` holds R[y] of each node.
         """
-        for place, node in enumerate(path):
+        for index, node in enumerate(path):
             for child in tree.children[node]:
-                hit = place < drafted and tree.tokens[child] == tokens[place]
+                hit = index < drafted and tree.tokens[child] == tokens[index]
                 self.count(shares[child], hit)
                 if hit:
                     break
 
     def table(self) -> AcceptanceTable:
-        """What has been counted."""
+        """Return the counts."""
         return AcceptanceTable(tried=tuple(self.tried), accepted=tuple(self.accepted))
 
 
-def counted(
+def count_acceptance(
     texts: Iterable[tuple[Tensor, Sequence[int]]], most: int, make: Callable[[Tensor], Residual]
 ) -> AcceptanceTable:
-    """Count what would have become of a node's children, at every token that a greedy target wrote.
+    """Count how often a node's children would have been accepted, at every token that a greedy target generated.
 
     Args:
-        texts: of each, the draft's laws [L, V] before the target's tokens, and the tokens [L].
+        texts: of each, the draft's distributions [L, V] before the target's tokens, and the tokens [L].
         most: children of a node.
-        make: from a law [V] to the children in their order.
+        make: from a distribution [V] to the children in their order.
 
     Raises:
         IntaglioError: no token at all.
     """
-    found = Acceptance()
-    for laws_LV, tokens in texts:
-        for law_V, right in zip(laws_LV, tokens, strict=True):
-            left = make(law_V)
+    acceptance = Acceptance()
+    for probs_LV, tokens in texts:
+        for probs_V, right in zip(probs_LV, tokens, strict=True):
+            residual = make(probs_V)
             for _ in range(most):
-                if left.peek() is None:
+                if residual.peek() is None:
                     break
-                token, share = left.take()
-                found.count(share, token == right)
+                token, share = residual.take()
+                acceptance.count(share, token == right)
                 if token == right:
                     break
-    if not any(found.tried):
-        raise IntaglioError("chances of acceptance need at least one text with a continuation")
-    return found.table()
+    if not any(acceptance.tried):
+        raise IntaglioError("acceptance statistics need at least one text with a continuation")
+    return acceptance.table()
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Pool:
     """The estimate in some neighbouring bins.
 
     Args:
@@ -163,8 +149,8 @@ class _Part:
         accepted: tokens.
         tried: tokens.
         weight: trials that the draft probability is worth.
-        low: no chance is below.
-        high: none is above.
+        low: lower bound of the estimate.
+        high: upper bound.
     """
 
     first: int
@@ -175,32 +161,32 @@ class _Part:
     low: float = 0.0
     high: float = 1.0
 
-    def chance(self, share: float) -> float:
-        found = share if not self.tried else (self.accepted + self.weight * share) / (self.tried + self.weight)
-        return min(max(found, self.low), self.high)
+    def estimate(self, share: float) -> float:
+        raw = share if not self.tried else (self.accepted + self.weight * share) / (self.tried + self.weight)
+        return min(max(raw, self.low), self.high)
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The chances at the lowest and the highest share."""
-        return self.chance(_BOUNDS[self.first]), self.chance(_BOUNDS[self.last + 1])
+        """The estimates at the lowest and the highest share."""
+        return self.estimate(_BOUNDS[self.first]), self.estimate(_BOUNDS[self.last + 1])
 
 
-def _parts(tried: Sequence[int], accepted: Sequence[int]) -> list[_Part]:
-    """The part that each bin belongs to."""
-    pools: list[_Part] = []
-    for place, (n, k) in enumerate(zip(tried, accepted, strict=True)):
+def _pools(tried: Sequence[int], accepted: Sequence[int]) -> list[_Pool]:
+    """Return the pool of each bin."""
+    merged: list[_Pool] = []
+    for index, (n, k) in enumerate(zip(tried, accepted, strict=True)):
         if not n:
             continue
-        pool = _Part(place, place, k, n, WEIGHT)
-        while pools and pools[-1].ends[1] > pool.ends[0]:
-            below = pools.pop()
-            pool = _Part(below.first, pool.last, below.accepted + pool.accepted, below.tried + pool.tried,
+        pool = _Pool(index, index, k, n, WEIGHT)
+        while merged and merged[-1].ends[1] > pool.ends[0]:
+            below = merged.pop()
+            pool = _Pool(below.first, pool.last, below.accepted + pool.accepted, below.tried + pool.tried,
                          below.weight + pool.weight)  # fmt: skip
-        pools.append(pool)
-    found: list[_Part] = []
+        merged.append(pool)
+    pools: list[_Pool] = []
     low = 0.0
-    for pool in pools:
-        found += [_Part(place, place, 0, 0, 0.0, low, pool.ends[0]) for place in range(len(found), pool.first)]
-        found += [pool] * (pool.last + 1 - pool.first)
+    for pool in merged:
+        pools += [_Pool(index, index, 0, 0, 0.0, low, pool.ends[0]) for index in range(len(pools), pool.first)]
+        pools += [pool] * (pool.last + 1 - pool.first)
         low = pool.ends[1]
-    return [*found, *(_Part(place, place, 0, 0, 0.0, low) for place in range(len(found), BINS))]
+    return [*pools, *(_Pool(index, index, 0, 0, 0.0, low) for index in range(len(pools), BINS))]

@@ -12,40 +12,39 @@ from torch import Tensor
 
 from intaglio.methods.decoding.hidden_transfer.transfer import (
     TransferHeads,
-    arguments,
+    block_inputs,
     pseudo_positions,
     pseudo_visible,
 )
 from intaglio.modeling.anatomy import Anatomy, BlockInputs, after_blocks, anatomy, run_block
 from intaglio.speculative.cache import drop_last
-from intaglio.speculative.heads.static_tree import Picker, Shape
-from intaglio.speculative.protocols import Pass, Run, Step
+from intaglio.speculative.heads.candidates import CandidateSampler
+from intaglio.speculative.protocols import DecodingRun, Step, TreePass
+from intaglio.speculative.static_tree import StaticTree
 from intaglio.speculative.target_model import Inputs, Reader
 from intaglio.speculative.tree import TokenTree, root_only
 
 
 def deepest_path(tree: TokenTree) -> list[int]:
-    """The nodes of the path to the first of the deepest nodes, the root first.
-
-    Args:
-        tree: a tree.
-    """
+    """Return the nodes of the path to the first of the deepest nodes, the root first."""
     return tree.path(tree.depths.index(max(tree.depths)))
 
 
-class Passing:
-    """A session that makes the target's passes and drafts in them; a `PassingSession`.
+class HiddenTransferSession:
+    """A session that makes the target's passes and drafts in them; a `ForwardSession`.
 
     Args:
         heads: on the target's device.
         run: the run.
-        picker: takes candidates.
-        shape: the static tree.
+        sampler: takes candidates.
+        tree: the static tree.
         path_only: whether only the nodes of the deepest path have pseudo states.
     """
 
-    def __init__(self, heads: TransferHeads, run: Run, picker: Picker, shape: Shape, path_only: bool) -> None:
-        self._heads, self._picker, self._shape, self._path_only = heads, picker, shape, path_only
+    def __init__(
+        self, heads: TransferHeads, run: DecodingRun, sampler: CandidateSampler, tree: StaticTree, path_only: bool
+    ) -> None:
+        self._heads, self._sampler, self._tree, self._path_only = heads, sampler, tree, path_only
         self._parts: Anatomy = anatomy(run.model)
         self._last: dict[int, int] = {}
         self._owners: list[list[int]] = []
@@ -53,52 +52,41 @@ class Passing:
         self._drafts: dict[int, Tensor] = {}  # by row: [k, D]
 
     def observe(self, steps: Sequence[Step]) -> None:
-        """Keep the pseudo states of each row's last accepted node; none at the prefill, nor where it has none.
-
-        Args:
-            steps: of the pass.
-        """
+        """Keep the pseudo states of each row's last accepted node, if it has any."""
         self._drafts = {}
-        for place, step in enumerate(steps):
+        for index, step in enumerate(steps):
             self._last[step.row] = step.tokens[-1]
             if step.tree is None or step.done:
                 continue
             node = step.path[-1]
-            if node in self._owners[place]:
+            if node in self._owners[index]:
                 assert self._pseudo is not None
-                self._drafts[step.row] = self._pseudo[place, :, self._owners[place].index(node)]
+                self._drafts[step.row] = self._pseudo[index, :, self._owners[index].index(node)]
         self._pseudo = None
 
     def propose(self, rows: Sequence[int], room: Sequence[int]) -> list[TokenTree]:
-        """One tree a row: the root alone where there is nothing to draft from.
-
-        Args:
-            rows: indices.
-            room: most drafted tokens of each.
-        """
-        known = [row for row, left in zip(rows, room, strict=True) if left and row in self._drafts]
+        """See `Session.propose`; the root alone where there is nothing to draft from."""
+        rooms = dict(zip(rows, room, strict=True))
+        drafting = [row for row in rows if rooms[row] and row in self._drafts]
         trees = {row: root_only(self._last[row]) for row in rows}
-        if known:
-            states_RkD = torch.stack([self._drafts[row] for row in known])
+        if drafting:
+            states_RkD = torch.stack([self._drafts[row] for row in drafting])
             logits_RkV = self._heads.score(self._parts, states_RkD.flatten(0, 1)).unflatten(0, states_RkD.shape[:2])
-            rooms = dict(zip(rows, room, strict=True))
-            for row, logits_kV in zip(known, logits_RkV, strict=True):
-                trees[row] = self._picker.cartesian(self._last[row], logits_kV, self._shape, rooms[row])
+            for row, logits_kV in zip(drafting, logits_RkV, strict=True):
+                trees[row] = self._sampler.cartesian(self._last[row], logits_kV, self._tree, rooms[row])
         return [trees[row] for row in rows]
 
-    def forward(self, call: Pass) -> Tensor:
-        """The target's pass over the trees, with the pseudo states of their nodes in its later blocks.
-
-        Args:
-            call: the pass.
-        """
+    def forward(self, call: TreePass) -> Tensor:
+        """See `ForwardSession.forward`."""
         self._owners = [deepest_path(tree) if self._path_only else list(range(len(tree))) for tree in call.trees]
-        hidden_BQD, self._pseudo = carry(self._parts, self._heads, call.reader, call.inputs, self._owners)
+        hidden_BQD, self._pseudo = run_with_pseudo_states(
+            self._parts, self._heads, call.reader, call.inputs, self._owners
+        )
         rows, nodes = hidden_BQD.shape[:2]
         return after_blocks(self._parts, hidden_BQD.flatten(0, 1)).view(rows, nodes, -1)
 
 
-def carry(
+def run_with_pseudo_states(
     parts: Anatomy, heads: TransferHeads, reader: Reader, inputs: Inputs, owners: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
     """Run the blocks over the nodes, and over pseudo states from their transfer layers on.
@@ -122,11 +110,11 @@ def carry(
     stages = _stages(parts, heads, reader, inputs, owner_BS)
     hidden_BND = stages[0].hidden_BLD
     nodes, width = hidden_BND.shape[1:]
-    place_BSD = owner_BS[:, :, None].expand(-1, -1, width)
+    index_BSD = owner_BS[:, :, None].expand(-1, -1, width)
     for index in range(blocks + 1):
         for step, layer in enumerate(heads.layers):
             if layer == index:
-                new_BSD = heads.transfer(step, hidden_BND[:, :nodes].gather(1, place_BSD))
+                new_BSD = heads.transfer(step, hidden_BND[:, :nodes].gather(1, index_BSD))
                 hidden_BND = torch.cat([hidden_BND, new_BSD], 1)
         if index < blocks:
             count = heads.present(index)
@@ -139,19 +127,16 @@ def carry(
 def _stages(
     parts: Anatomy, heads: TransferHeads, reader: Reader, inputs: Inputs, owner_BS: Tensor
 ) -> dict[int, BlockInputs]:
-    """What the blocks get, by the number of steps that are there; made before any block changes the cache."""
+    """Return the inputs of the blocks by the number of steps present, before any block changes the cache."""
     visible_BQK, positions_BQ = inputs.visible_BQK, inputs.positions_BQ
     slots = visible_BQK.shape[-1]
     seen_BSK = visible_BQK.gather(1, owner_BS[:, :, None].expand(-1, -1, slots))
-    found: dict[int, BlockInputs] = {}
-    for count in sorted({0, *(heads.present(index) for index in range(len(parts.blocks)))}):
-        if not count:
-            found[0] = arguments(parts, reader, inputs.tokens_BQ, positions_BQ, inputs.mask)
-            continue
+    stages = {0: block_inputs(parts, reader, inputs.tokens_BQ, positions_BQ, inputs.mask)}
+    for count in sorted({heads.present(index) for index in range(len(parts.blocks))} - {0}):
         pseudo_BNK = pseudo_visible(seen_BSK, count)
         blind = pseudo_BNK.new_zeros((*visible_BQK.shape[:2], pseudo_BNK.shape[1]))
-        whole_BNK = torch.cat([torch.cat([visible_BQK, blind], -1), pseudo_BNK], 1)
+        visible_BNK = torch.cat([torch.cat([visible_BQK, blind], -1), pseudo_BNK], 1)
         positions_BN = torch.cat([positions_BQ, pseudo_positions(positions_BQ.gather(1, owner_BS), count, reader)], 1)
-        mask = reader.masks(whole_BNK, positions_BN)
-        found[count] = arguments(parts, reader, torch.zeros_like(positions_BN), positions_BN, mask)
-    return found
+        mask = reader.masks(visible_BNK, positions_BN)
+        stages[count] = block_inputs(parts, reader, torch.zeros_like(positions_BN), positions_BN, mask)
+    return stages

@@ -1,14 +1,14 @@
-"""The trained maps and their loss: pseudo states of future tokens, refined by the model's own later blocks.
+"""Trained maps and their loss: pseudo states of future tokens, refined by the model's own later blocks.
 
-Let h_n^t be the residual stream after block t at place n. For step i = 1..k, with a transfer layer t_i,
+Let h_n^t be the residual stream after block t at position n. For step i = 1..k, with a transfer layer t_i,
 
     p_n,i = h_n^{t_i} + D_i h_n^{t_i}                 (W_i = I + D_i in the paper; D_i starts at 0)
 
 enters block t_i + 1 at position n + i. There it sees what n sees, n itself, the earlier pseudo states p_n,j (j < i) of
-its own that are there, and itself; real places never see it. After the last block the model's own norm and head turn it
-into a guess of the model's prediction at n + i.
+its own that are present, and itself; real positions never see it. After the last block the model's own norm and head
+turn it into a guess of the model's prediction at n + i.
 
-Dimension letters: B rows, T places, D width, S owners (places that have pseudo states), K slots, N pseudo rows.
+Dimension letters: B rows, T positions, D width, S owners (positions that have pseudo states), K slots, N pseudo rows.
 """
 
 from __future__ import annotations
@@ -24,43 +24,32 @@ from transformers.cache_utils import DynamicCache
 
 from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import CACHE, Anatomy, BlockInputs, HeadOnly, after_blocks, anatomy, capture, run_block
-from intaglio.speculative.heads.lm_head import Words
-from intaglio.speculative.heads.multi_token_loss import Goal, ahead, ahead_loss, reachable
+from intaglio.speculative._utils import context_length
+from intaglio.speculative.heads.lm_head import DraftVocabulary
+from intaglio.speculative.heads.multi_token_loss import Goal, multi_token_loss, shift_states, valid_targets
 from intaglio.speculative.target_model import Reader
 from intaglio.trainer.protocols import Batch, Loss
 
 
 def default_layers(steps: int, blocks: int) -> tuple[int, ...]:
-    """Transfer layers evenly spread from two thirds to five sixths of the stack.
-
-    Args:
-        steps: k.
-        blocks: of the model.
-    """
+    """Spread transfer layers evenly from two thirds to five sixths of the stack."""
     low, high = 2 * blocks / 3, 5 * blocks / 6
     return tuple(round(low + (high - low) * i / max(1, steps - 1)) for i in range(steps))
 
 
 def check_layers(layers: Sequence[int], steps: int, blocks: int) -> None:
-    """Refuse transfer layers that the model does not have, or in the wrong order.
-
-    Args:
-        layers: t_1 <= ... <= t_k; t counts the blocks that come before the transfer.
-        steps: k.
-        blocks: of the model.
-
-    Raises:
-        IntaglioError: names what is wrong.
-    """
+    """Raise an `IntaglioError` if transfer layers t_1 <= ... <= t_k are out of order or not in the model."""
     if len(layers) != steps:
-        raise IntaglioError(f"layers has {len(layers)} transfer layers for {steps} steps; one a step is needed")
+        raise IntaglioError(f"layers has {len(layers)} transfer layers for {steps} steps; one per step is needed")
     outside = [layer for layer in layers if not 0 <= layer <= blocks]
     if outside:
         raise IntaglioError(
             f"layers has the transfer layer {outside[0]}; the model has {blocks} blocks, so 0 to {blocks} is accepted"
         )
     if list(layers) != sorted(layers):
-        raise IntaglioError(f"layers is {list(layers)}; transfer layers do not fall, as a later step sees the earlier")
+        raise IntaglioError(
+            f"layers is {list(layers)}; transfer layers must not decrease, as a later step sees the earlier"
+        )
 
 
 class TransferHeads(nn.Module):
@@ -70,9 +59,9 @@ class TransferHeads(nn.Module):
         model: the target.
         layers: transfer layers t_1 <= ... <= t_k.
         goal: `model` (KL divergence from the model's own distribution, as in the paper) or `text`.
-        decay: each step weighs this much of the one before. Default 1.
+        decay: weight of each step relative to the one before. Default 1.
         state: weight of the mean squared distance between pseudo state and true state. Default 0.
-        tokens_K: the tokens that may be guessed; see `Words`. Default: all.
+        tokens_K: tokens that may be guessed; see `DraftVocabulary`. Default: all.
     """
 
     def __init__(
@@ -87,10 +76,10 @@ class TransferHeads(nn.Module):
     ) -> None:
         super().__init__()
         parts = anatomy(model)
-        self.words = Words(None if parts.head is None else parts.head.weight, tokens_K)  # type: ignore[arg-type]
+        self.words = DraftVocabulary(None if parts.head is None else parts.head.weight, tokens_K)  # type: ignore[arg-type]
         check_layers(layers, len(layers), len(parts.blocks))
         self.layers, self.goal, self.decay, self.state = tuple(layers), goal, decay, state
-        self.ranks = 1  # of each step that `loss` looks at
+        self.ranks = 1  # candidates of each step that `loss` counts
         width = int(parts.config.hidden_size)
         self.change_kDD = nn.Parameter(torch.zeros(len(layers), width, width))
 
@@ -100,12 +89,7 @@ class TransferHeads(nn.Module):
         return len(self.layers)
 
     def score(self, parts: Anatomy, states_RD: Tensor) -> Tensor:
-        """Logits [R, W] of pseudo states after the last block, of the tokens that may be guessed.
-
-        Args:
-            parts: of the target.
-            states_RD: the states.
-        """
+        """Return logits [R, W] of the tokens that may be guessed from pseudo states after the last block."""
         if self.words.tokens_K is None:
             return after_blocks(parts, states_RD)
         bias: Tensor | None = getattr(parts.head, "bias", None)
@@ -113,50 +97,33 @@ class TransferHeads(nn.Module):
         return after_blocks(parts, states_RD, lambda x: F.linear(x, self.words.weight_KD.to(x.dtype), narrow))
 
     def transfer(self, step: int, hidden: Tensor) -> Tensor:
-        """The pseudo states of one step, of the shape and dtype of the states they come from.
-
-        Args:
-            step: from 0.
-            hidden: states after block t of the step [..., D].
-        """
+        """Return the pseudo states of a step (from 0) from states after its transfer layer [..., D]."""
         change_DD = self.change_kDD[step]
         return hidden + F.linear(hidden.to(change_DD.dtype), change_DD).to(hidden.dtype)
 
     def present(self, index: int) -> int:
-        """How many steps have entered by the time block `index` runs.
-
-        Args:
-            index: of a block, from 0; the number of blocks for what comes after them.
-        """
+        """Return how many steps have entered before block `index` (from 0) runs."""
         return sum(layer <= index for layer in self.layers)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """KL(model at n + i || guess i at n), averaged over n and summed over i.
+        """Compute KL(model at n + i || guess i at n), averaged over n and summed over i.
 
-        The model reads the rows once, without gradient, and keeps its cache; then the pseudo states alone run through
+        The model reads the rows once, without gradient, and keeps its cache; then only the pseudo states run through
         the later blocks against it.
-
-        Args:
-            model: frozen.
-            batch: from `head_batch`.
         """
         reader = Reader(model, DynamicCache(), hidden=True)  # a stock cache: gradients pass through its rows
         parts = anatomy(model)
-        with torch.no_grad(), recorded(parts, self.layers) as states:
+        with torch.no_grad(), record_states(parts, self.layers) as states:
             reader.prefill(batch["input_ids"])
         hidden_BTD = reader.hidden_BQD
         assert hidden_BTD is not None
         guesses = self.refine(parts, reader, states)
         head = HeadOnly(parts, frozen=False)
-
-        def score(states_RKD: Tensor) -> Tensor:
-            return self.score(parts, states_RKD.flatten(0, 1)).unflatten(0, states_RKD.shape[:2])
-
-        loss = ahead_loss(
+        loss = multi_token_loss(
             batch,
             guesses,
             hidden_BTD,
-            score,
+            lambda states_RKD: self.score(parts, states_RKD.flatten(0, 1)).unflatten(0, states_RKD.shape[:2]),
             lambda hidden_RD: head.logits(hidden_RD[:, None])[:, 0],
             [],
             goal=self.goal,
@@ -170,51 +137,48 @@ class TransferHeads(nn.Module):
         return Loss(loss.total + self.state * distance, {**loss.parts, "state": distance}, loss.outputs)
 
     def _distance(self, batch: Batch, states: dict[int, Tensor]) -> Tensor:
-        found = []
+        distances = []
         for step, layer in enumerate(self.layers):
-            scored_BT = reachable(batch, step + 1, "model")
-            moved_BTD = ahead(self.transfer(step, states[layer]), step + 1)
-            found.append(F.mse_loss(moved_BTD[scored_BT].float(), states[layer][scored_BT].float()))
-        return torch.stack(found).mean()
+            scored_BT = valid_targets(batch, step + 1, "model")
+            moved_BTD = shift_states(self.transfer(step, states[layer]), step + 1)
+            distances.append(F.mse_loss(moved_BTD[scored_BT].float(), states[layer][scored_BT].float()))
+        return torch.stack(distances).mean()
 
     def refine(self, parts: Anatomy, reader: Reader, states: dict[int, Tensor]) -> list[Tensor]:
-        """Pseudo states of every place after the last block, [B, T, D] a step.
+        """Return the pseudo states of every position after the last block, [B, T, D] per step.
 
         Args:
             parts: of the target.
             reader: has read the rows and nothing else.
-            states: by transfer layer, of every place [B, T, D].
+            states: by transfer layer, of every position [B, T, D].
         """
         first = states[self.layers[0]]
-        rows, places = first.shape[:2]
+        rows, length = first.shape[:2]
         device = first.device
-        seen_STK = torch.ones((places, places), dtype=torch.bool, device=device).tril()[None].expand(rows, -1, -1)
-        place_BS = torch.arange(places, device=device)[None].expand(rows, -1)
+        seen_BSK = torch.ones((length, length), dtype=torch.bool, device=device).tril()[None].expand(rows, -1, -1)
+        position_BS = torch.arange(length, device=device)[None].expand(rows, -1)
         stages: dict[int, BlockInputs] = {}
         for count in sorted({self.present(index) for index in range(self.layers[0], len(parts.blocks))}):
-            visible_BNK = pseudo_visible(seen_STK, count)
-            positions_BN = pseudo_positions(place_BS, count, reader)
+            visible_BNK = pseudo_visible(seen_BSK, count)
+            positions_BN = pseudo_positions(position_BS, count, reader)
             mask = reader.masks(visible_BNK, positions_BN)
-            stages[count] = arguments(parts, reader, torch.zeros_like(positions_BN), positions_BN, mask)
-        found_BND: Tensor | None = None
+            stages[count] = block_inputs(parts, reader, torch.zeros_like(positions_BN), positions_BN, mask)
+        pseudo_BND = first[:, :0]
         for index in range(self.layers[0], len(parts.blocks) + 1):
             for step, layer in enumerate(self.layers):
                 if layer == index:
-                    new_BTD = self.transfer(step, states[layer])
-                    found_BND = new_BTD if found_BND is None else torch.cat([found_BND, new_BTD], 1)
+                    pseudo_BND = torch.cat([pseudo_BND, self.transfer(step, states[layer])], 1)
             if index < len(parts.blocks):
-                assert found_BND is not None
-                found_BND = run_block(parts.blocks[index], index, found_BND, stages[self.present(index)])
-        assert found_BND is not None
-        return list(found_BND.split(places, 1))
+                pseudo_BND = run_block(parts.blocks[index], index, pseudo_BND, stages[self.present(index)])
+        return list(pseudo_BND.split(length, 1))
 
 
 def pseudo_visible(seen_BSK: Tensor, count: int) -> Tensor:
-    """What pseudo states see: the slots their owners see, and then the pseudo states, step by step [B, N, K + N].
+    """Return the visibility of pseudo states: the owners' slots, then the pseudo states, step by step [B, N, K + N].
 
     Args:
         seen_BSK: what each owner sees, itself included.
-        count: steps that are there; N = count * S.
+        count: steps present; N = count * S.
     """
     rows, owners, _ = seen_BSK.shape
     own_SS = torch.eye(owners, dtype=torch.bool, device=seen_BSK.device)
@@ -224,47 +188,34 @@ def pseudo_visible(seen_BSK: Tensor, count: int) -> Tensor:
 
 
 def pseudo_positions(position_BS: Tensor, count: int, reader: Reader) -> Tensor:
-    """Positions of the pseudo states: the owner's, and i more [B, N].
+    """Return the positions of the pseudo states, the owner's and i more [B, N], clamped to the model's context.
 
-    Args:
-        position_BS: of the owners.
-        count: steps that are there.
-        reader: whose model may have no position behind its context; what would lie there is of no use anyway.
+    Guesses beyond the context are never used.
     """
-    found_BN = torch.cat([position_BS + step for step in range(1, count + 1)], 1)
-    context = getattr(reader.model.config.get_text_config(), "max_position_embeddings", None)
-    return found_BN if context is None else found_BN.clamp(max=int(context) - 1)
+    positions_BN = torch.cat([position_BS + step for step in range(1, count + 1)], 1)
+    context = context_length(reader.model)
+    return positions_BN if context is None else positions_BN.clamp(max=context - 1)
 
 
-def arguments(parts: Anatomy, reader: Reader, ids_BQ: Tensor, positions_BQ: Tensor, mask: Any) -> BlockInputs:
-    """What enters the first block, and what every block gets beside it, for tokens behind a cache.
+def block_inputs(parts: Anatomy, reader: Reader, ids_BQ: Tensor, positions_BQ: Tensor, mask: Any) -> BlockInputs:
+    """Return the state that enters the first block, and the other inputs of every block, for tokens after a cache.
 
-    Args:
-        parts: of the target.
-        reader: its cache is what the blocks will fill.
-        ids_BQ: token ids; of pseudo states any will do, as what enters the first block is not used.
-        positions_BQ: position ids.
-        mask: as the model takes it.
+    The ids of pseudo states are arbitrary, as the state that enters the first block is not used.
     """
-    given = {"input_ids": ids_BQ, "position_ids": positions_BQ, "attention_mask": mask}
-    return capture(parts, {**given, CACHE: reader.cache, "use_cache": True})
+    batch = {"input_ids": ids_BQ, "position_ids": positions_BQ, "attention_mask": mask}
+    return capture(parts, {**batch, CACHE: reader.cache, "use_cache": True})
 
 
 @contextmanager
-def recorded(parts: Anatomy, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """The residual stream after some numbers of blocks, noted as a pass goes by.
-
-    Args:
-        parts: of the model.
-        layers: numbers of blocks, 0 for what enters the first.
-    """
+def record_states(parts: Anatomy, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Record the residual stream after some numbers of blocks (0: before the first) during a pass."""
     states: dict[int, Tensor] = {}
 
     def before(layer: int) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             states[layer] = args[0] if args else kwargs["hidden_states"]
 
-        return note
+        return record
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         states[len(parts.blocks)] = output[0] if isinstance(output, tuple) else output

@@ -1,41 +1,38 @@
-"""LUD (Sun et al., LREC-COLING 2024): a model that is taught to say several confident tokens in one pass.
+"""LUD (Sun et al., LREC-COLING 2024): a model trained to predict several confident tokens in one pass.
 
     train(ckpt, texts, objective=LUD(), steps=500)
     ckpt.model.generate(**inputs, custom_generate=LUD(beta=0.9))
 
 - `units.py`: runs of tokens that the model predicts with confidence
-- `reconfiguration.py`: rows in which PADs stand for them
+- `reconfiguration.py`: rows in which PADs replace them
 - `accept.py`: the beta rule and the guard; `slots.py`: PADs in a pass
-- `loop.py`: decoding without verification; `drafting.py`: units as drafts for the verify loop
+- `session.py`: decoding with and without verification
 - `statistics.py`: threshold, agreement and speed-up
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import ConfigDict, Field, InstanceOf, PrivateAttr
+from pydantic import Field, InstanceOf, PrivateAttr
 from pydantic.json_schema import SkipJsonSchema
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import Capability, Method, ModelAspect
+from intaglio.methods.base import Capability, ModelAspect
 from intaglio.methods.decoding.lud import reconfiguration
-from intaglio.methods.decoding.lud.accept import Guard, RepeatsText, repeats_id
-from intaglio.methods.decoding.lud.drafting import Drafting
-from intaglio.methods.decoding.lud.loop import Settings, Spans
+from intaglio.methods.decoding.lud.accept import RepeatsText, RepetitionGuard, repeats_id
+from intaglio.methods.decoding.lud.session import LUDSession, UnverifiedLUDSession
 from intaglio.methods.decoding.lud.statistics import UnitStatistics
-from intaglio.methods.decoding.lud.units import READ, confident, rests, spans, units_of
-from intaglio.speculative import decoder_mixin
-from intaglio.speculative.outputs import SpeculativeOutput, as_asked, streaming
-from intaglio.speculative.protocols import Run, Session
-from intaglio.speculative.request import read_request
+from intaglio.methods.decoding.lud.units import READ, confident, remainders, spans, units_of
+from intaglio.speculative._utils import vocabulary_size
+from intaglio.speculative.decoder_mixin import SpeculativeDecoder
+from intaglio.speculative.protocols import DecodingRun, Session
 from intaglio.speculative.target_model import Reader
 from intaglio.trainer.causal_lm import (
     IGNORED,
@@ -54,80 +51,76 @@ from intaglio.trainer.rng import KeyedRNG
 from intaglio.trainer.special_token import reserve_token
 
 TOKEN = "<|unit|>"
-"""PAD's name where it has to be added."""
+"""PAD's name if it has to be added."""
 NOTE = "lexical_units"
-"""Where a tuned model's configuration says which id PAD has, how long units were, and in which vocabulary."""
+"""Key of a tuned model's configuration that holds PAD's id, the cap of the units, and the vocabulary size."""
 CAP = 4
 BETA, VERIFIED_BETA = 0.9, 0.3
 
 
-class LUD(decoder_mixin.Drafting, Method, slug="lud"):
+class LUD(SpeculativeDecoder, slug="lud"):
     """Lexical unit decoding: training that lets a model predict the rest of a unit at once, and decoding that uses it.
 
-    **Not lossless**: without `verify` the model's second, third, ... token of a pass is taken unseen. Whatever reports
-    a run says threshold, agreement with the unaided model and speed-up together.
+    **Not lossless**: without `verify` the model's second, third, ... token of a pass is taken unverified. Every report
+    of a run gives threshold, agreement with the unaided model and speed-up together.
 
-    *Units.* With p_t = P(y_t | x, y_<t) by the model itself, a token joins the unit of the token before it where
+    *Units.* With p_t = P(y_t | x, y_<t) by the model itself, a token joins the unit of the token before it if
     p_t >= `alpha`, up to `cap` tokens k; any other begins a unit.
 
-    *Training.* For a unit y_s .. y_e, PAD stands as the input in the place of y_s .. y_{e-1}, and the model predicts
-    all of the unit from what stands before it:
+    *Training.* For a unit y_s .. y_e, PAD replaces y_s .. y_{e-1} as the input, and the model predicts all of the unit
+    from the tokens before it:
 
         L = mean of -log p(x_t | x_<t) over the real tokens
           + `weight` * mean of -log p(y_{s+j} | x, y_<s, PAD_1 .. PAD_j) over the PADs, j = 1 .. e - s
 
-    Only a unit's own predictions see PADs, and nothing outside of units is taught to PADs, so that the model stays
-    unsure there. With `alpha` above 1 there are no units, and training is plain next-token prediction.
+    Only a unit's own predictions see PADs, and PADs learn nothing outside of units, so the model stays unsure there.
+    With `alpha` above 1 there are no units, and training is plain next-token prediction.
 
     *Decoding.* A pass reads the tokens of the last one and k - 1 PADs; slot 1 is the ordinary next token. With conf_j
     the highest probability at slot j (temperature 1, whatever the sampling), l = max(1, m) tokens are taken, m the most
-    with conf_1 .. conf_m >= `beta`; fewer where a token repeats its predecessor (`guard`). PADs never stay in the
+    with conf_1 .. conf_m >= `beta`; fewer if a token repeats its predecessor (`guard`). PADs never stay in the
     cache. With `beta` above 1, or `cap` 1, the output is the ordinary one. When sampling, slot 1 is drawn, and the
-    others are taken only where the drawn token was itself likely.
+    others are taken only if the drawn token was itself likely.
 
     Args:
         alpha: (training) least probability of a token that joins a unit; above 1: none does. Default 0.9.
         cap: most tokens of a unit, k, and of a pass. Default 4; decoding: as the checkpoint was trained.
         top1: (training) whether such a token must also be the model's most likely one. Default false.
-        identify: (training) `during`: units are found by the model as it is at each step, in a pass of their own, so
-            only what is trained on is read, and data may be a stream; `before`: once, by the model that training
-            starts from, as in the paper. Default `during`.
-        layout: (training) `packed`: PADs stand behind the row; `truncated`: in rows of their own, cut at the unit. Both
+        identify: (training) `during`: units are identified at each step by the current model, in a pass of their own,
+            so only training data is read, and it may be a stream; `before`: once, by the initial model, as in the
+            paper. Default `during`.
+        layout: (training) `packed`: PADs follow the row; `truncated`: in rows of their own, cut at the unit. Both
             have the same loss. Default `packed`.
-        places: (training) where PADs take over: at `any` place of a unit, for what is left of it (of at most k tokens),
-            or at its `start` alone, as in the paper. A unit's first token is by definition one that the model was not
-            sure of, so from there it is seldom sure of the next; the places where a decoder can gain are further in.
-            Default `any`.
-        anchors: (training) such places of a row that are drawn each time it is trained on. Default: an eighth of its
+        places: (training) where PADs begin: at `any` position of a unit, for the rest of it (at most k tokens), or only
+            at its `start`, as in the paper. The model is by definition unsure of a unit's first token, and then seldom
+            sure of the next; the positions where a decoder can gain are further in. Default `any`.
+        anchors: (training) such positions of a row that are drawn each time it is trained on. Default: an eighth of its
             tokens; truncated, 1.
         weight: (training) of the PADs' loss. Default 1.
         length: (training) tokens of a row. Default: the model's context, at most 1,024.
-        pack: (training) whether rows are filled with several documents that do not see each other. Default true.
+        pack: (training) whether rows are packed with several documents that do not see each other. Default true.
         chat: (training) whether prompts of instruction pairs are put into the chat template. Default true.
         pad_token: PAD, by name or id. Default: `<|unit|>`, which training adds; decoding: as the checkpoint was
             trained.
         grow: (training) whether a token that the vocabulary lacks is added to it. Default true.
         beta: (decoding) least confidence; above 1: one token a pass. Default 0.9; with `verify` 0.3.
-        guard: (decoding) stop before a token that repeats its predecessor: its id, or its `text` too (or goes on from
-            it; needs a tokenizer), or `none`, for vocabularies of bytes or characters, which repeat by right. Default
-            `text`.
-        verify: (decoding) whether the model verifies in the next pass what slots said, which the paper does not: the
-            output is then the model's own. Default false.
-        tokenizer: the model's, for the guard. Default: none, and the guard looks at ids.
-        streamer: gets prompt and tokens; `generate` hands none to a custom decoder.
+        guard: (decoding) stop before a token that repeats its predecessor: its id, or its `text` too (or continues
+            it; needs a tokenizer), or `none`, for vocabularies of bytes or characters, which repeat legitimately.
+            Default `text`.
+        verify: (decoding) whether the model verifies the slots' tokens in the next pass, unlike the paper: the output
+            is then the model's own. Default false.
+        tokenizer: the model's, for the guard. Default: none; the guard compares ids.
         on_step: called after every pass with each row's `Step`; without `verify` with its own token first and then with
-            what slots gave.
-        generator: what draws come from. Default: torch's global generator.
-        prepack: whether passes on a CPU use weights laid out beforehand; see `Speculative`. Default: where it pays.
+            those of the slots.
 
     Raises:
-        IntaglioError: the model was not trained so, or with another vocabulary or shorter units; and all that training
-            and the verify loop refuse.
+        IntaglioError: the model was not trained for units, or with another vocabulary or shorter units; and all that
+            training and `Speculative` refuse.
 
     Source: Sun et al., Decoding at the Speed of Thought: Harnessing Parallel Decoding of Lexical Units for LLMs,
     LREC-COLING 2024, arXiv 2405.15208. No code was published, and the paper leaves alpha, beta, k, the mixture of the
-    losses and the layout open; the defaults are ours. The prompt is read without PADs, so the first token comes alone.
-    Under LoRA, PAD's row stays as it was drawn, and the adapters learn to read it.
+    losses and the layout open; the defaults are ours. The prompt is read without PADs, so the first pass emits one
+    token. Under LoRA, PAD's row stays as initialised, and the adapters learn to read it.
     """
 
     kinds = ("objective", "decoder", "drafter")
@@ -140,11 +133,9 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
     )
     url = "https://arxiv.org/abs/2405.15208"
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights", "vocabulary"})
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache"})
     vocabulary_config_keys: ClassVar[frozenset[str]] = frozenset({NOTE})
-    needs_hidden: ClassVar[bool] = False
 
     alpha: Annotated[float, Field(ge=0, le=2)] = 0.9
     cap: Annotated[int, Field(ge=1, le=64)] | None = None
@@ -170,17 +161,13 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """As the paper has it: units found once before training, and learnt from their start.
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return the paper's settings: units identified once before training, and learnt from their start."""
         return cls(**{"identify": "before", "places": "start", **overrides})
 
     # --- training ---
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
-        """Find or make PAD, note it in the model's configuration, and cut or pack the examples into rows.
+        """Find or add PAD, write it to the model's configuration, and cut or pack the examples into rows.
 
         Args:
             checkpoint: a causal decoder; its vocabulary grows by PAD if it lacks it.
@@ -189,7 +176,7 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
 
         Raises:
             IntaglioError: the model is no causal decoder or takes no mask, PAD is missing and may not be added, an
-                example is malformed, or a stream whose units were to be found before training.
+                example is malformed, or a stream with `identify: before`.
         """
         length = row_length(checkpoint, self.length)
         check_causal(checkpoint, packing=self.pack)
@@ -198,10 +185,10 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
         self._pad = reserve_token(
             checkpoint, self.pad_token, name=TOKEN, field="pad_token", grow=self.grow, seed=rng.seed
         )
-        note = {"pad": self._pad, "cap": self._cap, "vocabulary": _rows(checkpoint.model)}
+        note = {"pad": self._pad, "cap": self._cap, "vocabulary": vocabulary_size(checkpoint.model)}
         setattr(checkpoint.model.config, NOTE, note)
         rows = self._cut(checkpoint, examples, length)
-        return self._found(checkpoint.model, rows) if self.identify == "before" else rows
+        return self._with_units(checkpoint.model, rows) if self.identify == "before" else rows
 
     @property
     def _cap(self) -> int:
@@ -214,7 +201,7 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
         if head and "input_ids" not in head[0]:
             answers = self._answers(checkpoint, examples, length)
             return filled(answers, length) if self.pack else answers
-        whole = documents(examples, _rows(checkpoint.model))
+        whole = documents(examples, vocabulary_size(checkpoint.model))
         return packed(whole, length) if self.pack else cut(whole, length)
 
     def _answers(self, checkpoint: Checkpoint, examples: Iterable[Example], length: int) -> Iterator[Example]:
@@ -225,13 +212,13 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
             labels_T[: len(prompt)] = IGNORED
             yield {"input_ids": ids_T, "labels": labels_T}
 
-    def _found(self, model: Any, rows: Iterator[Example]) -> Iterator[Example]:
-        """The rows with the units that the model finds in them now."""
+    def _with_units(self, model: Any, rows: Iterator[Example]) -> Iterator[Example]:
+        """Yield the rows with the units of the current model."""
         while head := list(islice(rows, 1)):
             if model.training:
                 raise IntaglioError(
-                    "units are found before training, but rows are still read or the model is in training mode; give "
-                    "the data in memory and the model in evaluation mode, or set identify: during"
+                    "units are identified before training, but rows are still read or the model is in training mode; "
+                    "give the data in memory and the model in evaluation mode, or set identify: during"
                 )
             some = head + list(islice(rows, max(1, READ // len(head[0]["input_ids"])) - 1))
             for row, units, count in zip(some, *self._units(model, some), strict=True):
@@ -239,7 +226,7 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
                 yield {**row, "units": kept, "counts": torch.tensor(count)}
 
     def _units(self, model: Any, rows: Sequence[Example]) -> tuple[list[list[tuple[int, int]]], list[tuple[int, int]]]:
-        """Of each row: the units that can be learnt, and how many tokens lie in how many units."""
+        """Return of each row the units that can be learnt, and the numbers of tokens in units and of units."""
         learnt, counts = [], []
         for row, joins_T in zip(rows, confident(model, rows, self.alpha, self.top1), strict=True):
             units = units_of(row, joins_T, self._cap)
@@ -247,28 +234,26 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
             if self.places == "start":
                 learnt.append(spans(row, units))
             else:
-                learnt.append(rests(row, units_of(row, joins_T, len(joins_T)), self._cap))
+                learnt.append(remainders(row, units_of(row, joins_T, len(joins_T)), self._cap))
         return learnt, counts
 
     def modules(self) -> nn.ModuleDict:
-        """None."""
+        """Return no modules."""
         return nn.ModuleDict()
 
     def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
-        """Return the batch with its PADs or, where units are found during training, what `loss` lays them into.
+        """Return the batch with its PADs, or with `identify: during` the rows that `loss` adds them to.
 
-        Args:
-            examples: rows.
-            rng: draws the anchors, anew each epoch.
+        Anchors are drawn again in each epoch.
         """
         seeds = [int(torch.randint(2**62, (1,), generator=rng(row, "lud"))) for row in examples]
         if self.identify == "before":
             units = [[(begin, end) for begin, end in row["units"].tolist()] for row in examples]
-            return self._laid(examples, units, [tuple(row["counts"].tolist()) for row in examples], seeds)
+            return self._with_pads(examples, units, [tuple(row["counts"].tolist()) for row in examples], seeds)
         weight = sum(int((targets(row) != IGNORED).sum()) for row in examples)
         return reconfiguration.as_tensors(examples) | {"seeds": torch.tensor(seeds), "weight": weight}
 
-    def _laid(
+    def _with_pads(
         self,
         rows: Sequence[Example],
         units: Sequence[Sequence[tuple[int, int]]],
@@ -276,8 +261,8 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
         seeds: Sequence[int],
     ) -> Batch:
         chosen = [
-            reconfiguration.drawn(found, self._anchors(len(row["input_ids"])), torch.Generator().manual_seed(seed))
-            for row, found, seed in zip(rows, units, seeds, strict=True)
+            reconfiguration.sample_units(own, self._anchors(len(row["input_ids"])), torch.Generator().manual_seed(seed))
+            for row, own, seed in zip(rows, units, seeds, strict=True)
         ]
         if self.layout == "packed":
             batch = reconfiguration.packed(rows, chosen, self._pad)
@@ -292,17 +277,12 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
         return max(1, tokens // 8) if self.layout == "packed" else 1
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Return the loss and its parts: `next_token`, `units` (of PADs), `pads` (how many), `unit_length` (tokens).
-
-        Args:
-            model: the model.
-            batch: from `collate`.
-        """
+        """Return the loss and its parts: `next_token`, `units` (of PADs), `pads` (how many), `unit_length` (tokens)."""
         if "seeds" in batch:
             rows = reconfiguration.as_rows(batch)
             device = batch["input_ids"].device
-            laid = self._laid(rows, *self._units(model, rows), batch["seeds"].tolist())
-            batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in laid.items()}
+            padded = self._with_pads(rows, *self._units(model, rows), batch["seeds"].tolist())
+            batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in padded.items()}
         logits_BSV = reconfiguration.logits(model, batch)
         real, pads = (cross_entropy(logits_BSV, batch[name]) for name in ("target", "pads"))
         count = (batch["pads"] != IGNORED).sum().float()
@@ -318,8 +298,12 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
 
     @property
     def statistics(self) -> UnitStatistics:
-        """What the last `generate` call cost, and how far it agreed with the unaided model."""
+        """Cost of the last `generate` call, and its agreement with the unaided model."""
         return self._statistics
+
+    def new_statistics(self) -> UnitStatistics:
+        """See `SpeculativeDecoder.new_statistics`."""
+        return UnitStatistics(threshold=self.threshold, verified=self.verify)
 
     @property
     def threshold(self) -> float:
@@ -327,8 +311,8 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
         return self.beta if self.beta is not None else VERIFIED_BETA if self.verify else BETA
 
     def _tuned(self, model: Any) -> tuple[int, int]:
-        """PAD's id and k, as the model was trained or as the fields say."""
-        note, rows = _note(model), _rows(model)
+        """Return PAD's id and k, from the fields or the model's training."""
+        note, rows = _note(model), vocabulary_size(model)
         pad, cap = self._named(), self.cap
         if pad is None and not note:
             raise IntaglioError(
@@ -350,89 +334,45 @@ class LUD(decoder_mixin.Drafting, Method, slug="lud"):
         return pad, cap or note.get("cap", CAP)
 
     def _named(self) -> int | None:
-        """The id of the PAD token that the fields name."""
+        """Return the id of the field `pad_token`."""
         if not isinstance(self.pad_token, str):
             return self.pad_token
         if self.tokenizer is None:
             raise IntaglioError(f"pad_token is {self.pad_token!r} and no tokenizer is known; give tokenizer= or its id")
-        found = self.tokenizer.get_vocab().get(self.pad_token)
-        if found is None:
+        token = self.tokenizer.get_vocab().get(self.pad_token)
+        if token is None:
             raise IntaglioError(f"pad_token is {self.pad_token!r}, which the tokenizer does not have")
-        return int(found)
+        return int(token)
 
-    def _guard(self) -> Guard:
-        by_text = self.guard != "id" and self.tokenizer is not None
-        return Guard(RepeatsText(self.tokenizer) if by_text else repeats_id, self.guard != "none", self._statistics)
-
-    def start(self, run: Run) -> Session:
-        """Begin a run in which the model verifies; see `Drafter.start`.
-
-        Args:
-            run: what is known before the first pass.
+    def start(self, run: DecodingRun) -> Session:
+        """Start a run; see `Drafter.start`.
 
         Raises:
-            IntaglioError: the model was not trained for lexical units, or otherwise than the fields say.
+            IntaglioError: the model was not trained for lexical units, or not with these fields; or scores are
+                requested of a run that is not verified.
         """
         pad, cap = self._tuned(run.model)
-        beta = VERIFIED_BETA if self.beta is None else self.beta
-        return Drafting(run, pad, cap - 1, beta, self._guard())
-
-    def __call__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        **model_kwargs: Any,
-    ) -> Tensor | SpeculativeOutput:
-        """Called by `model.generate(..., custom_generate=self)`; see `Speculative` for what is accepted.
-
-        Args:
-            model: tuned by the objective.
-            input_ids: the prompts [B, P].
-            logits_processor: as `generate` made them.
-            stopping_criteria: as `generate` made them.
-            generation_config: the merged one.
-            **model_kwargs: what `generate` prepared for the model.
-        """
-        self._statistics = UnitStatistics(threshold=self.threshold, verified=self.verify)
-        given = (model, input_ids, logits_processor, stopping_criteria, generation_config)
-        return self._verified(given, model_kwargs) if self.verify else self._lossy(given, model_kwargs)
-
-    def _verified(self, given: tuple[Any, ...], model_kwargs: dict[str, Any]) -> Tensor | SpeculativeOutput:
-        loop = self.loop()
-        try:
-            found = loop(*given, **model_kwargs)
-        finally:
-            for field in dataclasses.fields(loop.statistics):
-                setattr(self._statistics, field.name, getattr(loop.statistics, field.name))
-        if isinstance(found, SpeculativeOutput):
-            found.statistics = self._statistics
-        return found
-
-    def _lossy(self, given: tuple[Any, ...], model_kwargs: dict[str, Any]) -> Tensor | SpeculativeOutput:
-        model, ids_BP, processors, criteria, config = given
-        request = read_request(model, ids_BP, processors, criteria, config, model_kwargs)
-        pad, cap = self._tuned(model)
-        settings = Settings(pad, cap - 1, self.threshold, self._guard(), self.generator, self.streamer, self.on_step,
-                            self.prepack)  # fmt: skip
-        with streaming(self.streamer, request.ids_BP), torch.inference_mode():
-            ids_BL = Spans(settings, model, request, self._statistics).run()
-        return as_asked(request, ids_BL, self._statistics)
-
-
-def _rows(model: Any) -> int:
-    """Token ids that a model knows."""
-    return int(model.get_input_embeddings().weight.shape[0])
+        counts = run.statistics
+        assert isinstance(counts, UnitStatistics)
+        by_text = self.guard != "id" and self.tokenizer is not None
+        repeats = RepeatsText(self.tokenizer) if by_text else repeats_id
+        guard = RepetitionGuard(repeats, self.guard != "none", counts)
+        if self.verify:
+            return LUDSession(run, pad, cap - 1, self.threshold, guard)
+        if run.config.return_dict_in_generate and (run.config.output_scores or run.config.output_logits):
+            raise IntaglioError(
+                "output_scores or output_logits is set; a slot's prediction is no score of the model's, so lexical "
+                "units have none"
+            )
+        return UnverifiedLUDSession(run, pad, cap - 1, self.threshold, guard, counts)
 
 
 def _note(model: Any) -> dict[str, int]:
-    """What training has noted in a model's configuration; empty where it was not trained for units."""
-    found = getattr(model.config, NOTE, None)
-    if found is None:
+    """Return the note of the training in a model's configuration; empty if it was not trained for units."""
+    note = getattr(model.config, NOTE, None)
+    if note is None:
         return {}
     names = {"pad", "cap", "vocabulary"}
-    if not (isinstance(found, dict) and names == set(found) and all(type(found[name]) is int for name in names)):
+    if not (isinstance(note, dict) and names == set(note) and all(type(note[name]) is int for name in names)):
         raise IntaglioError(f"{NOTE} in the model's configuration is damaged; train it with the objective lud again")
-    return dict(found)
+    return dict(note)

@@ -1,4 +1,4 @@
-"""How many of the tokens that a pass predicts are taken: the beta rule, and the guard against repetition."""
+"""Acceptance of the tokens that a pass predicts: the beta rule, and the guard against repetition."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ Repeats = Callable[[int, int], bool]
 """Whether a token repeats its predecessor: `repeats(previous, token)`."""
 
 
-def accepted(slots: Iterable[tuple[int, float]], beta: float, stop: Repeats) -> Iterator[int]:
+def accept_confident(slots: Iterable[tuple[int, float]], beta: float, repeats: Repeats) -> Iterator[int]:
     """Yield the tokens that a pass emits: l = max(1, m), m the most with conf_1 .. conf_m all at least beta.
 
-    The first is the ordinary next token and always taken. Each later one is asked for when the one before it has been
-    taken, so that `slots` may look at the text as it grows.
+    The first is the ordinary next token and always taken. Each later slot is read after the token before it has been
+    taken, so that `slots` may depend on the text as it grows.
 
     Args:
         slots: token and confidence of each slot, the ordinary one first.
         beta: least confidence.
-        stop: a token for which `stop(previous, token)` holds is not taken, nor any after it.
+        repeats: a token for which `repeats(previous, token)` holds is not taken, nor any after it.
     """
     previous = -1
     for number, (token, confidence) in enumerate(slots):
-        if number and (confidence < beta or stop(previous, token)):
+        if number and (confidence < beta or repeats(previous, token)):
             return
         yield token
         if confidence < beta:
@@ -33,22 +33,14 @@ def accepted(slots: Iterable[tuple[int, float]], beta: float, stop: Repeats) -> 
 
 
 def repeats_id(previous: int, token: int) -> bool:
-    """Whether a token is its predecessor again.
-
-    Args:
-        previous: id of the token before.
-        token: id.
-    """
+    """Return whether a token equals its predecessor."""
     return previous == token
 
 
 class RepeatsText:
-    """Whether a token is its predecessor again, has the same text, or goes on from its text (`return`, `returns`).
+    """Predicate: a token equals its predecessor, has the same text, or continues its text (`return`, `returns`).
 
-    Spaces round the text do not count, and one character is too little to be gone on from.
-
-    Args:
-        tokenizer: gives the text of a token.
+    Spaces around the text do not count, and a single character is too short to be continued.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -61,28 +53,28 @@ class RepeatsText:
         return self._texts[token]
 
     def __call__(self, previous: int, token: int) -> bool:
-        """As `repeats_id`."""
+        """See `repeats_id`."""
         if previous == token:
             return True
         before, text = self._text(previous), self._text(token)
         return bool(before) and (text == before or (len(before) > 1 and text.startswith(before)))
 
 
-class Guard:
-    """Stops before a token that repeats its predecessor, and counts how often there was one.
+class RepetitionGuard:
+    """Rejects a token that repeats its predecessor, and counts the repetitions.
 
     Args:
-        repeats: what counts as a repetition.
+        repeats: the definition of a repetition.
         stops: False only counts.
-        counts: gets the numbers.
+        counts: receives the numbers.
     """
 
     def __init__(self, repeats: Repeats, stops: bool, counts: UnitStatistics) -> None:
         self._repeats, self._stops, self._counts = repeats, stops, counts
 
     def __call__(self, previous: int, token: int) -> bool:
-        """Whether to stop before a token that was confident enough; arguments as of `repeats_id`."""
-        found = self._repeats(previous, token)
+        """Return whether to stop before a confident token; see `repeats_id`."""
+        repeated = self._repeats(previous, token)
         self._counts.confident += 1
-        self._counts.repeated += found
-        return found and self._stops
+        self._counts.repeated += repeated
+        return repeated and self._stops

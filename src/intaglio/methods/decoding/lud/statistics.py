@@ -1,4 +1,4 @@
-"""What a run of lexical unit decoding cost, and what it gave up: threshold, agreement and speed-up stand together."""
+"""Statistics of lexical unit decoding: threshold, agreement and speed-up are reported together."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from intaglio.speculative.statistics import Statistics
 
 @dataclass
 class UnitStatistics(Statistics):
-    """Counts of one run; those of `Statistics` too, in which `nodes` are slots read, `accepted` tokens taken from them.
+    """Counts of one run; `nodes` are slots read, `accepted` tokens taken from them.
 
     Attributes:
         threshold: beta, the least confidence with which a slot's token was taken.
         verified: whether the model verified them; the output is its own then.
-        checked: tokens taken from slots that a later pass read again. Those of a row's last pass are not.
-        agreed: how many of these the unaided model would have said, reading the same text before them.
-        confident: slots behind the first that were confident enough to be taken.
+        checked: tokens taken from slots that a later pass read again, which excludes those of a row's last pass.
+        agreed: how many of these the unaided model would have chosen after the same text.
+        confident: slots after the first that were confident enough to be taken.
         repeated: how many of these repeated their predecessor, whether the guard stopped them or not.
     """
 
@@ -31,9 +31,9 @@ class UnitStatistics(Statistics):
 
     @property
     def agreement(self) -> float:
-        """Share of the tokens that the unaided model, reading the same text before them, would have said.
+        """Share of the tokens that the unaided model would have chosen after the same text.
 
-        The first token of every pass is its own, drawn or not; the others are held against its most likely token.
+        The first token of every pass is its own, drawn or not; the others are compared with its most likely token.
         """
         if self.verified or not self.tokens:
             return 1.0
@@ -42,27 +42,29 @@ class UnitStatistics(Statistics):
 
     @property
     def speed_up(self) -> float:
-        """Tokens a pass, where the unaided model says one: the speed-up in passes. A pass reads more rows here, so in
-        seconds it is less."""
+        """Speed-up in passes: tokens per pass, of which the unaided model has one.
+
+        A pass reads more rows here, so the speed-up in seconds is less.
+        """
         return self.tokens_per_pass
 
     @property
     def spans(self) -> dict[int, int]:
-        """How many passes, counted by row and the prefill left out, emitted how many tokens."""
+        """Number of passes (by row, without the prefill) by the number of tokens emitted."""
         return dict(sorted(Counter(length + 1 for length in self.lengths).items()))
 
     @property
     def single_share(self) -> float:
-        """Share of these that emitted one token."""
+        """Share of these passes that emitted one token."""
         return self.lengths.count(0) / len(self.lengths) if self.lengths else 0.0
 
     @property
     def duplicated_share(self) -> float:
-        """Share of the confident slots behind the first that repeated their predecessor."""
+        """Share of the confident slots after the first that repeated their predecessor."""
         return self.repeated / self.confident if self.confident else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain data, ready for JSON."""
+        """Return everything as plain data, ready for JSON."""
         names = ("threshold", "agreement", "speed_up", "verified", "checked", "agreed", "spans", "single_share",
                  "confident", "repeated", "duplicated_share")  # fmt: skip
         return super().as_dict() | {name: getattr(self, name) for name in names}
