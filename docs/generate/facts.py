@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from generate.text import ROOT
+from intaglio.methods.registry import PUBLISHED, get_method
 
 RECIPES = ROOT / "recipes"
 

@@ -22,7 +22,7 @@ from intaglio.checkpoint import RECORD, Checkpoint, load, weights_digest
 from intaglio.cli.app import app
 from intaglio.cli.console import progress_bar
 from intaglio.cli.generate import DraftPainter, count_passes, generate
-from intaglio.evidence.record import all_shipped
+from intaglio.evidence.engine.record import all_committed
 from intaglio.methods.decoding.aded import ADED, Table
 from intaglio.methods.decoding.lud import LUD
 from intaglio.methods.registry import PUBLISHED, get_method
@@ -90,7 +90,7 @@ def test_list() -> None:
     assert [set(row) for row in rows] == [{"slug", "area", "kind", "paper", "verdict"}] * len(PUBLISHED)
     assert [row["slug"] for row in rows] == list(PUBLISHED)
     assert {row["slug"]: row["kind"] for row in rows}["wanda"] == ["carving"]
-    records = all_shipped()
+    records = all_committed()
     assert {row["slug"]: row["verdict"] for row in rows if row["verdict"]} == {s: r.verdict for s, r in records.items()}
     weights = [slug for slug, entry in PUBLISHED.items() if entry.area == "weights"]
     assert [row["slug"] for row in document("list", "--area", "weights")] == weights
@@ -103,7 +103,7 @@ def test_list() -> None:
 def test_show(slug: str) -> None:
     found = document("show", slug)
     assert {"slug", "area", "kind", "name", "paper", "verdict", "parameters", "description"} <= set(found)
-    record = all_shipped().get(slug)
+    record = all_committed().get(slug)
     assert (found["slug"], found["verdict"]) == (slug, record and record.verdict)
     fields = get_method(slug).model_fields
     assert set(found["parameters"]) == {name for name in fields if not fields[name].exclude}
@@ -637,7 +637,7 @@ def test_progress_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
     ("words", "sentence"),
     [
         (("nosuch",), "error: no such command 'nosuch'; see intaglio --help"),
-        (("prove",), "error: missing argument 'slug'; see intaglio prove --help"),
+        (("show",), "error: missing argument 'slug'; see intaglio show --help"),
         (("list", "--rom", "x"), "error: no such option: --rom"),
         (("generate", "m", "p", "--top-k", "0"), "error: invalid value for '--top-k': Input should be greater"),
     ],

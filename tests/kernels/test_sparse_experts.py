@@ -43,13 +43,15 @@ def test_the_union_gathered_is_the_whole_product(sizes: Any, seed: int, share: f
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numba_gives_the_same(dtype: torch.dtype) -> None:
 
+    from intaglio.kernels import sparse_experts_numba
+
     torch.manual_seed(0)
     small = ((1, 5, 1, 4), (1, 8, 3, 5), (8, 33, 4, 7), (5, 16, 2, 2))
     for sizes in (*small, (16, 70, 4, 18), (3, 1050, 2, 17), (7, 130, 2, 71)):
         for share in (0.0, 0.3, 1.0):
             x, up, down, score = case(*sizes, share=share)
             rounded = [tensor.to(dtype) for tensor in (x, up, down)]
-            found = experts_numba.apply(*rounded, score)
+            found = sparse_experts_numba.apply(*rounded, score)
             assert found.dtype == dtype
             near(
                 found.float(),
@@ -58,8 +60,8 @@ def test_numba_gives_the_same(dtype: torch.dtype) -> None:
             )
     nan = torch.full((2, 8), float("nan"))
     x, up, down, score = case(2, 8, 2, 4, share=1.0)
-    assert experts_numba.apply(nan, up, down, score).isnan().all()
-    assert not experts_numba.apply(nan, up, down, torch.zeros(2, 2)).any()  # no expert, nothing
+    assert sparse_experts_numba.apply(nan, up, down, score).isnan().all()
+    assert not sparse_experts_numba.apply(nan, up, down, torch.zeros(2, 2)).any()  # no expert, nothing
 
 
 @pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
@@ -84,11 +86,12 @@ def test_who_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by the test below, in the interpreter")
 def test_triton_gives_the_same() -> None:
+    from intaglio.kernels import sparse_experts_triton
 
     for sizes in ((1, 33, 3, 5), (8, 130, 9, 40), (16, 64, 2, 33)):
         for share in (0.0, 0.3, 1.0):
             given_case = case(*sizes, share=share)
-            near(experts_triton.apply(*given_case), sparse_experts.masked(*given_case), 1e-4)
+            near(sparse_experts_triton.apply(*given_case), sparse_experts.masked(*given_case), 1e-4)
 
 
 @pytest.mark.slow

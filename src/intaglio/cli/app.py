@@ -67,14 +67,16 @@ def list_methods(
 ) -> None:
     """List the published methods with their sources and verdicts."""
     from intaglio.errors import IntaglioError, did_you_mean
-    from intaglio.evidence.record import preregistered, shipped_verdict
+    from intaglio.evidence.engine import tables
+    from intaglio.evidence.engine.record import committed
     from intaglio.methods.registry import AREAS, PUBLISHED
 
     area = area or room
     if area is not None and area not in AREAS:
         raise IntaglioError(f"there is no area named {area!r}; {did_you_mean(area, AREAS)}")
     entries = [entry for entry in PUBLISHED.values() if area in (None, entry.area)]
-    verdicts = {entry.slug: shipped_verdict(entry.slug) for entry in entries}
+    records = {entry.slug: record for entry in entries if (record := committed(entry.slug)) is not None}
+    verdicts = {slug: record.verdict for slug, record in records.items()}
     if json:
         print_json(
             [
@@ -89,10 +91,10 @@ def list_methods(
             ]
         )
         return
-    table = Table("method", "area", "what it does, and its source", "verdict", box=SIMPLE_HEAD)
+    table = Table("method", "area", "what it does, and its source", "evidence", box=SIMPLE_HEAD)
     for entry in entries:
-        verdict = verdicts[entry.slug] or ("not yet run" if preregistered(entry.slug) else "no evidence yet")
-        table.add_row(entry.slug, entry.area, f"{entry.summary}\n[dim]{entry.citation}[/dim]", verdict)
+        evidence = tables.cell(records[entry.slug]) if entry.slug in records else tables.without(entry.slug)
+        table.add_row(entry.slug, entry.area, f"{entry.summary}\n[dim]{entry.citation}[/dim]", evidence)
     out.print(table)
 
 
@@ -105,12 +107,13 @@ def show(
     import inspect
 
     from intaglio.checkpoint.bundled import bundled_heads
-    from intaglio.evidence import summary
-    from intaglio.evidence.record import shipped, stale_parts
+    from intaglio.cli.show import description
+    from intaglio.evidence.engine import tables
+    from intaglio.evidence.engine.record import committed
     from intaglio.methods.registry import METHODS, get_method
 
     method, heads = get_method(slug), bundled_heads(slug)
-    entry, record = METHODS[slug], shipped(slug)
+    entry, record = METHODS[slug], committed(slug)
     schema = method.model_json_schema()
     if json:
         print_json(
@@ -123,8 +126,7 @@ def show(
                 "paper": entry.citation,
                 "url": entry.url,
                 "verdict": None if record is None else record.verdict,
-                "stale": [] if record is None else stale_parts(record),
-                "evidence": None if record is None else summary.document(record),
+                "evidence": None if record is None else record.summary(),
                 "shipped": [one.summary() for one in heads],
                 "parameters": schema.get("properties", {}),
                 "description": inspect.getdoc(method),
@@ -132,22 +134,15 @@ def show(
         )
         return
     out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.area}: {entry.summary}\n{entry.citation}\n{entry.url}\n")
-    out.print(showing.description(method))
+    out.print(description(method))
     for one in heads:
         out.print(f"\n[bold]Shipped[/bold]: {one.sentence()}", highlight=False)
     if record is None:
         if entry.citation:
-            out.print(f"\n[bold]Evidence[/bold]: {summary.without(slug)}", highlight=False)
+            out.print(f"\n[bold]Evidence[/bold]: {tables.without(slug)}", highlight=False)
         return
     out.print("\n[bold]Evidence[/bold]")
-    print_out(summary.legend(record))
-    out.print(summary.arms(record))
-    if record.secondaries:
-        out.print(summary.secondaries(record))
-    print_out(summary.sentence(record))
-    if stale := stale_parts(record):
-        again = f"`intaglio prove {slug} --renew` renews the record if the values are the same"
-        print_out(f"Stale: {', '.join(stale)} changed since; {again}.")
+    out.print(tables.report(record), highlight=False)
 
 
 @app.command()
@@ -283,7 +278,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare two checkpoints by the same measurements."""
-    from intaglio import report
+    from intaglio import atomic_io, report
     from intaglio.recipe.run import compare as run
     from intaglio.recipe.schema import Measure
 
@@ -291,7 +286,7 @@ def compare(
         measure = Measure(texts=texts, samples=samples, length=length)
         document = run(a, b, wanted=measure, device=device, dtype=dtype, progress=progress)
     if output is not None:
-        writer.write_text(output, report.compare_page(document))
+        atomic_io.write_text(output, report.compare_page(document))
     if json:
         print_json(document)
         return
@@ -408,19 +403,20 @@ def inspect(
             if masks
             else "an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts"
         )
+    from intaglio.cli import inspect
 
     if experts is not None:
-        used = inspecting.experts(model, experts, device)
+        used = inspect.experts(model, experts, device)
         if json:
             print_json({"model": model, "texts": experts, "layers": used})
         else:
-            out.print(inspecting.experts_table(model, experts, used))
+            out.print(inspect.experts_table(model, experts, used))
         return
-    layers, data = inspecting.masks(model, length, output, device)
+    layers, data = inspect.masks(model, length, output, device)
     if json:
         print_json(data)
         return
-    out.print(inspecting.masks_table(model, layers, length))
+    out.print(inspect.masks_table(model, layers, length))
     if output is not None:
         print_out(f"picture: {output}")
 
@@ -455,48 +451,48 @@ def export(
 @app.command()
 @handle_errors
 def prove(
-    slug: Annotated[str, typer.Argument(help="A method's slug; see `intaglio list`.")],
-    seed_base: Annotated[int, typer.Option(help="Seed that all others derive from.")] = 0,
-    units: Annotated[int | None, typer.Option(help="Number of runs. [default: from a pilot]")] = None,
+    slugs: Annotated[list[str] | None, typer.Argument(help="A method's slug; several with --spot.")] = None,
+    seed_base: Annotated[int, typer.Option(help="All seeds follow from it; another base gives other data.")] = 0,
+    units: Annotated[
+        int | None, typer.Option(help="Units to compare in one look. [default: the claim's looks]")
+    ] = None,
     tier: Annotated[str | None, typer.Option(help="cpu or gpu. [default: the claim's]")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the results.")] = Path("intaglio-prove"),
-    workers: Annotated[int, typer.Option(help="Number of processes; the result is the same.")] = 1,
-    record: Annotated[
-        bool, typer.Option("--record", help="Also write the committed record (source checkout).")
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("intaglio-prove"),
+    workers: Annotated[int, typer.Option(help="Processes that share the work; the result is the same.")] = 1,
+    record: Annotated[bool, typer.Option("--record", help="Write the committed record (source checkout).")] = False,
+    pending: Annotated[
+        bool, typer.Option("--pending", help="Record all registered claims without a record, cheapest first.")
     ] = False,
-    renew: Annotated[
-        bool, typer.Option("--renew", help="Repeat one run; equal values renew a stale record (source checkout).")
-    ] = False,
-    beside: Annotated[
-        bool,
-        typer.Option("--beside", help="(--renew) Compare with the recorded code, run on this machine."),
-    ] = False,
+    minutes: Annotated[float, typer.Option(min=0, help="(--pending) Wall time after which no unit is begun.")] = 60,
+    spot: Annotated[bool, typer.Option("--spot", help="Rerun the cheapest unit of each method's record.")] = False,
     json: Json = False,
 ) -> None:
-    """Test a method's published claim against its baseline and give a verdict; an interrupted run resumes."""
+    """Test a method's published claim: method against baseline, and a verdict. A stopped run resumes."""
     from intaglio.errors import IntaglioError
-    from intaglio.evidence import summary
-    from intaglio.evidence.outlook import outlook
-    from intaglio.evidence.record import Record
-    from intaglio.evidence.renew import renew as again
-    from intaglio.evidence.run import prove as run
+    from intaglio.evidence.engine import tables
+    from intaglio.evidence.engine.pending import prove_pending
+    from intaglio.evidence.engine.run import prove as run
+    from intaglio.evidence.engine.spot import spot as check
 
-    if renew and (record or units is not None or seed_base or tier):
-        raise IntaglioError("--renew repeats one run of the record as it was made; leave out the other options")
-    if beside and not renew:
-        raise IntaglioError("--beside needs --renew")
-    if renew:
-        with progress_bar() as progress:
-            renewed = again(slug, beside=beside, workers=workers, progress=progress)
+    if pending == bool(slugs) or (len(slugs or ()) > 1 and not spot):
+        raise IntaglioError("prove takes the slug of one method, --spot with one or more, or --pending alone")
+    if spot:
+        checks = [check(slug) for slug in slugs or ()]
         if json:
-            print_json(renewed)
-        else:
-            same = "its values are the same with the changed" if renewed["changed"] else "not stale; nothing was run:"
-            print_out(f"{slug}: {same} {', '.join(renewed['changed'])}".rstrip(" :"))
+            print_json([result.document() for result in checks])
+        for result in checks if not json else ():
+            out.print(result.sentence(), markup=False, highlight=False)
+        return
+    if pending:
+        outcomes = prove_pending(minutes, workers)
+        if json:
+            print_json(list(outcomes))
+        for line in outcomes:
+            out.print(line, markup=False, highlight=False)
         return
     with progress_bar() as progress:
-        document = run(
-            slug,
+        proved = run(
+            (slugs or [""])[0],
             seed_base=seed_base,
             units=units,
             tier=tier,
@@ -506,15 +502,11 @@ def prove(
             progress=progress,
         )
     if json:
-        print_json(document)
+        print_json(proved.document())
         return
-    result = Record.model_validate(document)
-    print_out(summary.legend(result))
-    out.print(summary.arms(result))
-    if result.secondaries:
-        out.print(summary.secondaries(result))
-    print_out(f"{summary.sentence(result)} {outlook(result)}".rstrip())
-    print_out(f"results: {output}")
+    out.print(tables.report(proved), highlight=False)
+    if not record:
+        out.print(f"results: {output}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

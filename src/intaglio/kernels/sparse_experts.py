@@ -43,9 +43,13 @@ def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Ten
         return masked(x_TD, up_FD, down_FD, score_TE)
     fast = _kernel(x_TD, up_FD, down_FD)
     if fast == "numba":
-        return experts_numba.apply(x_TD, up_FD, down_FD, score_TE)
+        from intaglio.kernels import sparse_experts_numba
+
+        return sparse_experts_numba.apply(x_TD, up_FD, down_FD, score_TE)
     if fast == "triton":
-        return experts_triton.apply(x_TD, up_FD, down_FD, score_TE)
+        from intaglio.kernels import sparse_experts_triton
+
+        return sparse_experts_triton.apply(x_TD, up_FD, down_FD, score_TE)
     few = up_FD.numel() >= SMALL and int((score_TE != 0).any(0).sum()) <= FEW * score_TE.shape[1]
     return (gathered if few else masked)(x_TD, up_FD, down_FD, score_TE)
 

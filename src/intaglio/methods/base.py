@@ -269,11 +269,6 @@ class Fittable(Protocol):
         """Estimate the cost of `fit` on these texts."""
 
 
-def vocabulary_config_keys() -> frozenset[str]:
-    """Return the config keys in which any method keeps token ids."""
-    return frozenset().union(*(get(slug).vocabulary_config_keys for slug in (*PUBLISHED, *SHARED)))
-
-
 class StepContract(Protocol):
     """The declarations by which the order of steps is checked: those of a method, or of a recorded step."""
 

@@ -31,7 +31,7 @@ AREAS: dict[str, str] = {
 
 def area_package(area: str) -> str:
     """Return the package of an area."""
-    return f"intaglio.{area}"
+    return f"intaglio.methods.{area}"
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,8 @@ def get_method(slug: str) -> type[Method]:
     entry = METHODS[slug]
     method: type[Method] = getattr(import_module(entry.module), entry.name)
     return method
+
+
+def vocabulary_config_keys() -> frozenset[str]:
+    """Return the config keys in which any method keeps token ids."""
+    return frozenset().union(*(get_method(slug).vocabulary_config_keys for slug in METHODS))

@@ -1,1 +1,1 @@
-"""Baselines that the claims compare methods with; no user options."""
+"""Baselines of papers that claims compare against; no user options."""

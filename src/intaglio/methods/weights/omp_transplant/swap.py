@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from intaglio.checkpoint import DTYPES, Checkpoint
 from intaglio.checkpoint.resolve import silence_transformers
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import vocabulary_config_keys
+from intaglio.methods.registry import vocabulary_config_keys
 from intaglio.methods.weights.omp_transplant.donor import Donor
 from intaglio.modeling.anatomy import Anatomy, anatomy
 

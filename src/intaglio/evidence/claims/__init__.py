@@ -1,0 +1,1 @@
+"""Registered claims, one a method: `SLUG.py` defines `CLAIM`."""

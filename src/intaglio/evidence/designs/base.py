@@ -1,0 +1,137 @@
+"""What designs share: the model that is measured, tuned fields of methods, and costs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.errors import IntaglioError
+from intaglio.evidence.engine.claim import Arm, Cost, RunKey
+from intaglio.evidence.testbeds.splits import Windows
+from intaglio.measures.memory import peak_memory
+
+Settings = Mapping[str, Any]
+Values = Mapping[str, float | Mapping[str, float | None] | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A model to measure, and what it came from.
+
+    Args:
+        checkpoint: the model, in evaluation mode.
+        bed: its test bed.
+        key: of the run.
+        settings: of the arm.
+        original: the model before the arm's method, where there is one. Default None.
+        history: log entries of its training. Default none.
+    """
+
+    checkpoint: Checkpoint
+    bed: Any
+    key: RunKey
+    settings: Settings
+    original: Checkpoint | None = None
+    history: Sequence[Any] = ()
+
+    @cached_property
+    def documents(self) -> Windows:
+        """The documents of the run's set."""
+        windows: Windows = self.bed.documents(self.key.split, self.key.base)
+        return windows
+
+
+Measure = Callable[[Measured], Values]
+
+
+@dataclass
+class Usage:
+    """Seconds and peak memory of a block.
+
+    Args:
+        seconds: wall time.
+        peak_bytes: largest memory held.
+    """
+
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@contextmanager
+def usage(device: torch.device) -> Iterator[Usage]:
+    """Fill in the usage of a block."""
+    result = Usage()
+    with peak_memory(device) as peak:
+        start = time.perf_counter()
+        yield result
+        result.seconds = time.perf_counter() - start
+    result.peak_bytes = peak.bytes
+
+
+def training_cost(checkpoint: Checkpoint, tokens: int, spent: Usage) -> Cost:
+    """Return the cost of a training, 6 operations a parameter and token."""
+    parameters = nonzero_parameters(checkpoint)
+    return Cost(tokens, 6.0 * parameters * tokens, parameters, spent.seconds, spent.peak_bytes)
+
+
+def nonzero_parameters(checkpoint: Checkpoint) -> int:
+    """Return the number of parameters that are not zero."""
+    return sum(int(p.count_nonzero()) for p in checkpoint.model.parameters())
+
+
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a copy of a shared checkpoint that may be changed."""
+    return Checkpoint(copy.deepcopy(checkpoint.model), checkpoint.tokenizer, checkpoint.source)
+
+
+class Configured:
+    """The settings of an arm, tuned ones included: a design pops its own, the rest are fields of the arm's methods.
+
+    Args:
+        arm: its settings override tuned ones.
+        tuned: the tuned settings.
+    """
+
+    def __init__(self, arm: Arm, tuned: Settings) -> None:
+        self.settings: dict[str, Any] = {**tuned, **arm.settings}
+        self._own = set(arm.settings)
+        self.used: set[str] = set()
+
+    def pop(self, name: str, default: Any = None) -> Any:
+        """Remove and return a setting."""
+        return self.settings.pop(name, default)
+
+    def pop_all(self, names: Sequence[str]) -> dict[str, Any]:
+        """Remove and return the settings of some names that are given."""
+        return {name: self.settings.pop(name) for name in names if name in self.settings}
+
+    def fill(self, method: Any) -> Any:
+        """Return a method with the remaining settings that are fields of it."""
+        pydantic = hasattr(method, "model_fields_set")
+        names = type(method).model_fields if pydantic else [f.name for f in _fields(method)]
+        own = {name: value for name, value in self.settings.items() if name in names}
+        self.used |= own.keys()
+        if not own:
+            return method
+        if not pydantic:
+            return dataclasses.replace(method, **own)
+        return type(method)(**{**{name: getattr(method, name) for name in method.model_fields_set}, **own})
+
+    def check(self) -> None:
+        """Raise an IntaglioError if a setting of the arm itself reached nothing; tuned ones may, as in a dense arm."""
+        unused = self.settings.keys() & self._own - self.used
+        if unused:
+            raise IntaglioError(f"the settings {', '.join(sorted(unused))} of the arm are no field of its methods")
+
+
+def _fields(method: Any) -> Sequence[Any]:
+    return dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()

@@ -1,0 +1,180 @@
+"""Design that trains an image classifier and measures its accuracy: `Classify`.
+
+Settings of an arm, all optional: `train`, a function `(net, images, seed, design, **settings) -> passes` that replaces
+the library's trainer, for baselines with a loop of their own; `modifiers`, training modifiers; names of `RECIPE`;
+everything else is a field of the modifiers, or an argument of `train`.
+
+Dimension letters: N images, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.evidence.designs.base import Configured, Settings, usage
+from intaglio.evidence.designs.training import RECIPE
+from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
+from intaglio.evidence.testbeds.digits import CLASSES, Digits, Images
+from intaglio.evidence.testbeds.splits import generator
+from intaglio.trainer import train
+from intaglio.trainer.protocols import Loss
+
+ACCURACY = Metric("accuracy", "points", "higher", continuous=False)
+TEST_LOSS = Metric("negative log-likelihood", "nats")
+Network = Literal["mlp", "conv"]
+
+
+@dataclass(frozen=True)
+class Classify:
+    """Train a network on images and measure it; a unit is a training seed.
+
+    Args:
+        bed: the images.
+        network: `mlp` (two hidden layers) or `conv` (three convolutions). Default `mlp`.
+        width: of the network. Default 48.
+        steps: of training. Default 750.
+        batch_size: images of a step. Default 32.
+        learning_rate: peak. Default 0.1.
+        dense_steps: steps of a dense training that all arms of a unit start from. Default 0: none.
+    """
+
+    bed: Digits = field(default_factory=Digits)
+    network: Network = "mlp"
+    width: int = 48
+    steps: int = 750
+    batch_size: int = 32
+    learning_rate: float = 0.1
+    dense_steps: int = 0
+
+    def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
+        """Train an arm on a unit and measure it."""
+        own, seed = Configured(arm, settings), key.seed
+        images, measured = self.bed.training(seed), self.bed.images(key.split, key.base)
+        net = self._start(seed)
+        loop = own.pop("train")
+        with usage(torch.device("cpu")) as spent:
+            if loop is not None:
+                passes = loop(net, images, seed, design=self, **own.settings)
+            else:
+                recipe = {**self._recipe(self.steps, seed), **own.pop_all(RECIPE)}
+                modifiers = [own.fill(modifier) for modifier in own.pop("modifiers", ())]
+                own.check()
+                passes = _train(net, images, modifiers, recipe)
+        loss, accuracy = evaluate(net, measured)
+        parameters = sum(int(p.count_nonzero()) for p in net.parameters())
+        flops = float(passes * self.batch_size * pass_flops(net, self.bed.side))
+        cost = Cost(passes * self.batch_size, flops, parameters, spent.seconds, spent.peak_bytes)
+        parity = {"training": images.digest, "images": measured.digest}
+        return Result({ACCURACY.name: accuracy, TEST_LOSS.name: loss}, cost, parity)
+
+    def _start(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            net = NETWORKS[self.network](self.bed.side, self.width)
+        if self.dense_steps:
+            net.load_state_dict(_dense(self, seed))
+        return net
+
+    def _recipe(self, steps: int, seed: int) -> dict[str, Any]:
+        return {"steps": steps, "batch_size": self.batch_size, "learning_rate": self.learning_rate,
+                "optimizer": "sgd", "weight_decay": 5e-4, "seed": seed}  # fmt: skip
+
+    def toy(self, **changes: Any) -> Classify:
+        """Return the design with a small network and few steps."""
+        sizes = {"width": 16, "steps": 20, "dense_steps": min(self.dense_steps, 20)}
+        return dataclasses.replace(self, bed=self.bed.toy(), **{**sizes, **changes})
+
+
+@lru_cache(maxsize=4)
+def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
+    """The weights that all arms of a unit start from."""
+    net = dataclasses.replace(design, dense_steps=0)._start(seed)
+    _train(net, design.bed.training(seed), [], design._recipe(design.dense_steps, seed))
+    return net.state_dict()
+
+
+def _train(net: nn.Module, images: Images, modifiers: Sequence[Any], recipe: Mapping[str, Any]) -> int:
+    pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
+    rows = [{"pixels": pixels, "label": int(label)} for pixels, label in pairs]
+    return train(Checkpoint(net), rows, objective=Classification(), shape=modifiers, **recipe).steps  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy over the classes of images, an objective of the trainer."""
+
+    def modules(self) -> nn.ModuleDict:
+        """Return none."""
+        return nn.ModuleDict()
+
+    def prepare(self, checkpoint: Checkpoint, examples: Iterable[Any], rng: Any) -> Iterable[Any]:
+        """Return the examples."""
+        return examples
+
+    def collate(self, examples: Sequence[Any], rng: Any) -> dict[str, Any]:
+        """Return a batch `{pixels, labels, weight}`."""
+        labels = torch.tensor([example["label"] for example in examples])
+        return {"pixels": torch.stack([example["pixels"] for example in examples]), "labels": labels,
+                "weight": len(labels)}  # fmt: skip
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Loss:
+        """Return the mean cross-entropy of a batch."""
+        logits_NC = model(batch["pixels"])
+        return Loss(F.cross_entropy(logits_NC, batch["labels"]), outputs=logits_NC)
+
+
+def batches(images: Images, size: int, key: str) -> Iterable[tuple[Tensor, Tensor]]:
+    """Yield endless batches of pixels and labels, shuffled anew each epoch, for loops of baselines."""
+    draws = generator(key)
+    while True:
+        order = torch.from_numpy(draws.permutation(len(images)))
+        for chosen in order[: len(images) // size * size].split(size):
+            yield images.pixels_NCHW[chosen], images.labels_N[chosen]
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, images: Images) -> tuple[float, float]:
+    """Return the negative log-likelihood and the accuracy in percent, by the true classes."""
+    logits_NC = net.eval()(images.pixels_NCHW)
+    accuracy = 100 * float((logits_NC.argmax(1) == images.true_N).double().mean())
+    return float(F.cross_entropy(logits_NC, images.true_N)), accuracy
+
+
+def mlp(side: int, width: int) -> nn.Module:
+    """Return a perceptron with two hidden layers."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(side * side, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+        nn.Linear(width, CLASSES),
+    )  # fmt: skip
+
+
+def conv(side: int, width: int) -> nn.Module:
+    """Return a network of three convolutions with batch norm."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in ((1, width // 2, 1), (width // 2, width, 2), (width, width, 2)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
+
+
+NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"mlp": mlp, "conv": conv}
+
+
+def pass_flops(net: nn.Module, side: int) -> int:
+    """Return the operations of a forward and backward pass of one image; zeros are multiplied like any number."""
+    total = 0
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            side //= module.stride[0]
+            total += 6 * module.weight.numel() * side * side
+        elif isinstance(module, nn.Linear):
+            total += 6 * module.weight.numel()
+    return total

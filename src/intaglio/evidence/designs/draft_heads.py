@@ -1,0 +1,158 @@
+"""Trained draft heads as arms of `Replay`: a unit is a training of the heads, measured on all prompts.
+
+Every arm is trained on the same text, which the target itself generated after the first tokens of training texts, for
+the same number of steps, and verifies trees of as many nodes made from its own acceptance on held-out texts of that
+kind. Heads are stored in bfloat16 and cached by choices.
+
+Dimension letters: V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.attachments import Attachment, read_attachments
+from intaglio.errors import IntaglioError
+from intaglio.evidence.designs.replay import Context
+from intaglio.evidence.testbeds.cache import cached, digest
+from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
+from intaglio.speculative.heads.base import TrainedHeads, split, stored
+from intaglio.speculative.heads.objective import measured_chances, train_heads
+from intaglio.speculative.heads.self_generated_data import own_text, prompts_of
+from intaglio.speculative.heads.static_tree import likely
+from intaglio.speculative.protocols import Drafter
+from intaglio.trainer.protocols import Example
+
+NODES = 15
+
+
+@dataclass(frozen=True)
+class HeadTraining:
+    """Text and training that all arms share.
+
+    Args:
+        texts: that the target generates. Default 400.
+        prompt: tokens of each that are given. Default 32.
+        length: tokens of each. Default 160.
+        steps: of the training. Default 1000.
+        batch_size: rows of a step. Default 8.
+    """
+
+    texts: int = 400
+    prompt: int = 32
+    length: int = 160
+    steps: int = 1000
+    batch_size: int = 8
+
+    def examples(self, bed: Any) -> list[Example]:
+        """Return the text, generated once and cached."""
+        target, corpus = bed.load(), bed.part("train")
+        prompts = prompts_of(target, corpus, self.prompt, self.texts)
+        if len(prompts) < self.texts:
+            raise IntaglioError(f"the training set gives {len(prompts)} prompts; {self.texts} are needed")
+        return own_text(target, prompts, tokens=self.length - self.prompt)
+
+
+def trained_heads(
+    context: Context,
+    method: TrainedHeads,
+    training: HeadTraining = HeadTraining(),
+    learning_rate: float = 1e-3,
+    nodes: int = NODES,
+    **fields: Any,
+) -> Drafter:
+    """Return a method's heads, trained with the seed of the unit."""
+    chosen = method.model_copy(update={
+        **fields, "learning_rate": learning_rate, "steps": training.steps, "batch_size": training.batch_size,
+        "length": training.length,
+    })  # fmt: skip
+
+    def fit(shadow: Checkpoint, examples: list[Example], scratch: Path) -> Attachment:
+        chosen.fit(shadow, examples, seed=context.key.seed, directory=scratch, resume=True)
+        (attachment,) = shadow.attachments.values()
+        return attachment
+
+    choices = {"method": {method.slug: chosen.model_dump()}}
+    attachment = _cached_heads(context, training, choices, fit)
+    drafter: Drafter = type(chosen).restore(attachment, context.target, nodes=nodes)
+    return drafter
+
+
+def medusa(
+    context: Context,
+    like: TrainedHeads,
+    heads: int,
+    goal: str = "text",
+    decay: float = 1.0,
+    training: HeadTraining = HeadTraining(),
+    learning_rate: float = 1e-3,
+    nodes: int = NODES,
+) -> Medusa:
+    """Return Medusa heads with as many parameters as a method's, trained with the seed of the unit."""
+    target, examples, seed = context.target, training.examples(context.bed), context.key.seed
+    tokens_K = like.words(target, examples)
+    budget = sum(p.numel() for p in like.make(target.model, seed, tokens_K).parameters())
+    sizes = medusa_sizes(target.model, heads, budget, None if tokens_K is None else len(tokens_K))
+
+    def new() -> MedusaHeads:
+        return MedusaHeads(target.model, heads=heads, goal=goal, decay=decay, tokens_K=tokens_K, seed=seed, **sizes)  # type: ignore[arg-type]
+
+    def fit(shadow: Checkpoint, examples: list[Example], scratch: Path) -> Attachment:
+        module = new()
+        trained_on, held_out = split(examples)
+        train_heads(
+            shadow, module, trained_on, settings={"medusa": {**sizes, "goal": goal, "decay": decay}},
+            length=training.length, directory=scratch, resume=True, steps=training.steps,
+            batch_size=training.batch_size, learning_rate=learning_rate, warmup=0.01, seed=seed,
+        )  # fmt: skip
+        chances = measured_chances(shadow, module, held_out, training.length)
+        return Attachment("medusa", stored(module), {}, 0, {"chances": chances})
+
+    choices = {"medusa": {**sizes, "heads": heads, "goal": goal, "decay": decay, "learning_rate": learning_rate}}
+    attachment = _cached_heads(context, training, choices, fit)
+    module = new()
+    module.load_state_dict(attachment.tensors)
+    return Medusa(module, likely(nodes, attachment.about["chances"]))
+
+
+def _cached_heads(context: Context, training: HeadTraining, choices: dict[str, Any], fit: Any) -> Attachment:
+    target = context.target
+    examples = training.examples(context.bed)
+    key = {
+        **choices,
+        "training": asdict(training),
+        "text": digest([list(map(int, example["input_ids"])) for example in examples]),
+        "seed": context.key.seed,
+    }
+
+    def build(folder: Path, scratch: Path) -> None:
+        attachment = fit(Checkpoint(target.model, target.tokenizer, target.source), examples, scratch)
+        (folder / "attachments").mkdir()
+        attachment.write(folder / "attachments")
+
+    (attachment,) = read_attachments(cached("draft_heads", key, build)).values()
+    return attachment
+
+
+def medusa_sizes(model: Any, heads: int, budget: int, vocabulary: int | None = None) -> dict[str, int]:
+    """Return layers and rank of Medusa heads with nearly as many parameters as a budget allows, and no more.
+
+    As many layers as fit beside an output change of rank 32 if the budget allows one; the rest widens the rank.
+
+    Args:
+        model: the target.
+        heads: K.
+        budget: parameters.
+        vocabulary: tokens that may be drafted. Default None: all.
+    """
+    weight_VD: Tensor = model.get_output_embeddings().weight
+    rows, width = weight_VD.shape
+    layer, rank = heads * (width**2 + width), (vocabulary or rows) + heads * width
+    reserved = 32 * rank if budget - layer >= 32 * rank else 0
+    layers = max(1, (budget - reserved) // layer)
+    return {"layers": int(layers), "rank": int(max(0, (budget - layers * layer) // rank))}

@@ -1,0 +1,127 @@
+"""Designs that train a small model and measure it: `Pretrain` from scratch, `Finetune` from a trained one.
+
+Settings of an arm, all optional:
+
+- `model`: arguments of the test bed's `new`, such as `{"width": 80}` (`Pretrain`); `start`: a function `(bed, seed,
+  model) -> Checkpoint` that replaces the test bed's untrained or trained model.
+- `apply`: a method applied before training (its `apply(checkpoint, seed=...)`); `prepare`: any callable `(checkpoint,
+  seed)` instead, which may return another checkpoint.
+- `modifiers`: training modifiers; `objective`: what is predicted.
+- `after`: a method applied to the trained model.
+- names of `RECIPE`: arguments of `intaglio.trainer.train` over the test bed's recipe; everything else is a field of the
+  methods above.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.evidence.designs.base import Configured, Measure, Measured, Settings, copied, training_cost, usage
+from intaglio.evidence.designs.measures import bits_per_byte
+from intaglio.evidence.engine.claim import Arm, Result, RunKey
+from intaglio.evidence.testbeds.cache import digest
+from intaglio.evidence.testbeds.source_code import SourceCode
+from intaglio.trainer import train
+
+RECIPE = (
+    *("learning_rate", "steps", "batch_size", "warmup", "weight_decay", "betas", "final_share", "clip", "lora"),
+    *("precision", "min_lr_ratio", "max_grad_norm"),
+)
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train the test bed's untrained model and measure it.
+
+    Args:
+        bed: gives `new(seed, **model)`, `training(seed)`, `recipe(seed)` and what the measures read.
+        measures: functions of the trained model. Default: bits a byte on the test bed's documents.
+    """
+
+    bed: Any = field(default_factory=SourceCode)
+    measures: tuple[Measure, ...] = (bits_per_byte,)
+
+    def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
+        """Train an arm on a unit and measure it."""
+        own, seed = Configured(arm, settings), key.seed
+        every = dict(own.settings)
+        start, model = own.pop("start"), own.pop("model", {})
+        checkpoint = start(self.bed, seed, model) if start else self._start(seed, model)
+        recipe = {**self.bed.recipe(seed), **own.pop_all(RECIPE)}
+        apply, prepare, after = own.pop("apply"), own.pop("prepare"), own.pop("after")
+        modifiers = [own.fill(modifier) for modifier in own.pop("modifiers", ())]
+        objective = own.pop("objective")
+        if objective is not None:
+            recipe["objective"] = own.fill(objective)
+        if apply is not None:
+            own.fill(apply).apply(checkpoint, seed=seed)
+        if prepare is not None:
+            checkpoint = own.fill(prepare)(checkpoint, seed) or checkpoint
+        after = after and own.fill(after)
+        own.check()
+        data = self._data(seed, recipe["steps"])
+        with usage(checkpoint.device) as spent:
+            trained = train(checkpoint, data, shape=modifiers, **recipe)
+            if after is not None:
+                after.apply(checkpoint, seed=seed)
+        checkpoint.model.eval()
+        measured = Measured(checkpoint, self.bed, key, every, history=trained.history)
+        values = {name: value for measure in self.measures for name, value in measure(measured).items()}
+        return Result(values, training_cost(checkpoint, trained.tokens, spent), {"data": data_digest(data)})
+
+    def _start(self, seed: int, model: Settings) -> Checkpoint:
+        checkpoint: Checkpoint = self.bed.new(seed, **model)
+        return checkpoint
+
+    def _data(self, seed: int, steps: int) -> Any:
+        return self.bed.training(seed)
+
+    def toy(self, **changes: Any) -> Any:
+        """Return the design on the test bed in miniature; `changes` are fields of the test bed."""
+        return dataclasses.replace(self, bed=self.bed.toy(**changes))
+
+
+@dataclass(frozen=True)
+class Finetune(Pretrain):
+    """Train the test bed's trained model further and measure it.
+
+    Args:
+        bed: gives `load()` besides; its `finetuning(seed, steps)`, where it has one, gives the data.
+        measures: functions of the trained model. Default: bits a byte on the test bed's documents.
+        steps: of the training. Default 200.
+        learning_rate: peak, where the arm has none. Default 3e-4.
+    """
+
+    steps: int = 200
+    learning_rate: float = 3e-4
+
+    def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
+        """Train an arm on a unit and measure it."""
+        return super().run(arm, key, {"steps": self.steps, "learning_rate": self.learning_rate, **settings})
+
+    def _start(self, seed: int, model: Settings) -> Checkpoint:
+        return copied(self.bed.load())
+
+    def _data(self, seed: int, steps: int) -> Any:
+        finetuning = getattr(self.bed, "finetuning", None)
+        return finetuning(seed, steps) if finetuning else self.bed.training(seed, steps)
+
+    def toy(self, **changes: Any) -> Any:
+        """Return the design on the test bed in miniature."""
+        steps = changes.pop("steps", 3)
+        return dataclasses.replace(self, bed=self.bed.toy(**changes), steps=steps)
+
+
+def data_digest(data: Any) -> str:
+    """Return a digest of training data, so that the arms of a unit can be checked to share it."""
+    own = getattr(data, "digest", None)
+    if own is not None:
+        return str(own)
+    return digest([{name: _plain(value) for name, value in dict(example).items()} for example in data])
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value

@@ -1,0 +1,80 @@
+"""Records in the terminal: a cell, a sentence, and a table of arms with their costs."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from intaglio.evidence.engine.record import Record, is_registered
+
+
+def without(slug: str) -> str:
+    """Return the evidence of a method without a record."""
+    return f"registered, not yet run; `intaglio prove {slug}` runs it." if is_registered(slug) else "no evidence yet."
+
+
+def signed(value: float) -> str:
+    """Return an effect with its sign, to four places or, where it is smaller, to two digits."""
+    return f"{value:+.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:+.2g}"
+
+
+def cell(record: Record) -> str:
+    """Return verdict, effect and a better alternative in a few words: `worse: -0.06 bits; take SparseGPT`."""
+    words = record.reading
+    if record.effect is not None:
+        number = f"{record.effect:+.1%}" if record.metric.relative else f"{record.effect:+.3g} {record.metric.unit}"
+        words = f"{words}: {number.rstrip()}"
+    return f"{words}; take {record.otherwise}" if record.verdict in ("worse", "no effect") else words
+
+
+def sentence(record: Record) -> str:
+    """Return the verdict with its numbers, in words."""
+    if record.interval is None or record.effect is None:
+        return f"{record.slug}: {record.verdict} ({record.why}). {record.says}"
+    low, high = map(signed, record.interval)
+    inner = f" by {len(record.inner)} {record.unit_names[1]}s" if record.inner else ""
+    return (
+        f"{record.slug}: {record.reading}. {record.says} Effect on {record.metric.name}: {signed(record.effect)}"
+        f" {record.metric.unit}, {100 * record.level:g} % interval {low} to {high}, to pass {record.margin:+g}; larger"
+        f" is better for the method. {record.units} {record.unit_names[0]}s{inner}. {record.advice}"
+    )
+
+
+def report(record: Record) -> Group:
+    """Return all of a record: a line for each arm, the table, the sentence."""
+    legend = "\n".join(f"{name} ({arm.role}): {arm.what}" for name, arm in record.arms.items())
+    return Group(Text(legend), arms(record), Text(sentence(record)))
+
+
+def arms(record: Record) -> Table:
+    """Return a table of all arms: means of the metrics, tuned settings, and the mean cost of a unit."""
+    others = list(next(iter(record.arms.values())).metrics)
+    diverged = any(arm.diverged for arm in record.arms.values())
+    tuned = any(arm.settings for arm in record.arms.values())
+    optional = [name for name, shown in (("diverged", diverged), ("settings", tuned)) if shown]
+    costs = ["tokens", "GFLOPs", "nonzero, M", "s", "peak, MB"]
+    title = f"{record.metric.name}, {record.metric.unit}"
+    table = Table(
+        "arm", "units", "mean", *others, *optional, *costs, title=title, caption=record.parity, box=SIMPLE_HEAD
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    table.columns[0].no_wrap = True
+    for name, arm in record.arms.items():
+        cost = arm.cost
+        table.add_row(
+            name,
+            str(arm.units),
+            *("" if mean is None else f"{mean:.4g}" for mean in (arm.mean, *(arm.metrics[other] for other in others))),
+            *([f"{arm.diverged:.0%}"] if diverged else []),
+            *([", ".join(f"{key}={value}" for key, value in arm.settings.items())] if tuned else []),
+            f"{cost.tokens:,}",
+            f"{cost.flops / 1e9:,.0f}",
+            f"{cost.parameters / 1e6:,.1f}",
+            f"{cost.seconds:,.1f}",
+            f"{cost.peak_bytes / 1e6:,.0f}",
+            style="bold" if arm.role in ("baseline", "method") else "",
+        )
+    return table

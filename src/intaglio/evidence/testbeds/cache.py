@@ -1,0 +1,52 @@
+"""Cached artifacts of test beds and designs: directories in the user's cache, keyed by choices and a version.
+
+Two processes that need the same artifact build it once; the second waits. A killed build resumes from its scratch
+directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from intaglio import atomic_io
+from intaglio.data import assets
+
+FOLDER = "testbeds"
+CHOICES = "choices.json"
+"""The key of an artifact, written last: its presence means that the artifact is complete."""
+
+
+def digest(document: Any) -> str:
+    """Return the SHA-256 of a JSON document, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True, allow_nan=False).encode("ascii")).hexdigest()
+
+
+def cached(name: str, choices: Mapping[str, Any], build: Callable[[Path, Path], None], version: int = 1) -> Path:
+    """Return the directory of an artifact; build it unless it is cached.
+
+    Args:
+        name: prefix of the directory's name, such as `source_code`.
+        choices: everything that decides the content; JSON.
+        build: `build(target, scratch)` fills the empty directory `target`; `scratch` survives a killed build.
+        version: raised when the same choices give other content. Default 1.
+
+    Raises:
+        IntaglioError: the cache is not writable.
+    """
+    root = assets.cache_dir() / FOLDER
+    key = {**choices, "version": version}
+    path = root / f"{name}-{digest(key)[:16]}"
+    if not (path / CHOICES).is_file():
+        with atomic_io.locked(root / f"{path.name}.lock"):
+            if not (path / CHOICES).is_file():
+                scratch = root / f"{path.name}.scratch"
+                with atomic_io.directory(path, overwrite=True) as target:
+                    build(target, scratch)
+                    atomic_io.write_json(target / CHOICES, key)
+                shutil.rmtree(scratch, ignore_errors=True)
+    return path

@@ -1,0 +1,342 @@
+"""A needle-in-a-haystack language for small models: facts hidden in filler, and questions about them at the end.
+
+A document is `<s>`, filler words with facts among them, and questions with their answers:
+
+    <s> w3 w3 w9 k7 k2 v4 w1 ... k5 k1 v8 ... w6 ? k7 k2 v4
+
+The filler is a Markov chain of order 1 over `words` words, the same for all sets. A fact is a key of `key_tokens`
+tokens and a value of `value_tokens` tokens, drawn at random. The keys of a document differ from one another in every
+token. Keys are split by their hash: every key token occurs in training, a key of the evaluation never does.
+
+Dimension letters: N documents, T tokens of a document, Q questions, A tokens of an answer, F facts, K tokens of a key,
+L tokens of a fact, W words of filler, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.from_scratch import new
+from intaglio.data.segments import Segments
+from intaglio.errors import IntaglioError
+from intaglio.evidence.testbeds.cached_models import pretraining_recipe
+from intaglio.evidence.testbeds.splits import BOUNDS, Part, check_count, check_part, generator, part_of
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<mask>", "<unk>", "?")
+"""The first tokens of the vocabulary, in the order of their ids."""
+PAD, BOS, EOS, MASK, UNKNOWN, QUESTION = range(len(SPECIAL))
+MOST_KEYS = 1_000_000
+CONCENTRATION = 0.1
+"""Of the Dirichlet distribution of the filler's transitions: a word has two or three likely successors out of 16."""
+
+
+@dataclass(frozen=True, eq=False)
+class Needles:
+    """Documents and the positions of their answers.
+
+    Args:
+        segments: token ids [N, T].
+        positions_NQA: int64, positions of the answers' tokens.
+        depths_NQ: share of the filler before the fact that is asked for, 0 to 1.
+        names: of the documents: set, seed and index.
+    """
+
+    segments: Segments
+    positions_NQA: Tensor
+    depths_NQ: Tensor
+    names: tuple[str, ...]
+
+    @property
+    def answers_NQA(self) -> Tensor:
+        """The answers' tokens."""
+        flat_NP = self.segments.ids_NT.gather(1, self.positions_NQA.flatten(1))
+        return flat_NP.view_as(self.positions_NQA)
+
+    @property
+    def labels_NT(self) -> Tensor:
+        """Ids where an answer stands and -100 elsewhere, not shifted: for `labels=` of a causal model."""
+        ids_NT = self.segments.ids_NT
+        answer_NT = torch.zeros_like(ids_NT, dtype=torch.bool).scatter_(1, self.positions_NQA.flatten(1), True)
+        return ids_NT.masked_fill(~answer_NT, -100)
+
+    @property
+    def prompts_NT(self) -> Tensor:
+        """Each document up to its first answer, whose position is the same in all."""
+        return self.segments.ids_NT[:, : int(self.positions_NQA[0, 0, 0])]
+
+    def correct_NQ(self, predicted_NT: Tensor) -> Tensor:
+        """Return which questions are answered with every token of the answer right.
+
+        With the greedy prediction at every position this is what `generate` would get for the first question: after a
+        wrong token the continuation does not matter.
+        """
+        predicted_NP = predicted_NT.gather(1, (self.positions_NQA - 1).flatten(1))
+        return (predicted_NP.view_as(self.positions_NQA) == self.answers_NQA).all(-1)
+
+
+@torch.no_grad()
+def answers(model: nn.Module, needles: Needles, batch_size: int = 64) -> tuple[Tensor, Tensor]:
+    """Return which questions a causal model answers, bool [N, Q], and the log-probability of each answer [N, Q]."""
+    device = next(model.parameters()).device
+    predicted, scores = [], []
+    for batch in needles.segments.batches(batch_size):
+        ids_NT = batch["input_ids"].to(device)
+        logits_NTV = model(input_ids=ids_NT).logits.float()
+        predicted.append(logits_NTV.argmax(-1).cpu())
+        log_probs_NTV = logits_NTV[:, :-1].log_softmax(-1)
+        scores.append(log_probs_NTV.gather(2, ids_NT[:, 1:, None])[..., 0].cpu())
+    score_NP = torch.cat(scores).gather(1, (needles.positions_NQA - 1).flatten(1))
+    return needles.correct_NQ(torch.cat(predicted)), score_NP.view_as(needles.positions_NQA).sum(-1)
+
+
+@dataclass(frozen=True)
+class Haystack:
+    """One language, the number of documents, and the size of a small Llama that reads them.
+
+    Args:
+        length: tokens of a document. Default 64.
+        facts: in a document. Default 4.
+        questions: at its end, each about another fact. Default 1.
+        words: of the filler. Default 16.
+        keys: different key tokens; at least twice as many as facts. Default 32.
+        key_tokens: of a key, at least 2 (with 1, the keys of the evaluation would be untrained words). Default 2.
+        values: different value tokens. Default 16: guessing is right in 1 of 16.
+        value_tokens: of a value, drawn independently. Default 1.
+        language: seed of the filler's transitions. Default 0.
+        documents_run: evaluation documents. Default 512.
+        documents_pilot: documents of the sets `validation` and `pilot`. Default 256.
+        width: of the model. Default 64.
+        depth: its layers. Default 2.
+        steps: of training. Default 1000.
+        batch: documents of a step. Default 32.
+        learning_rate: peak. Default 3e-3.
+
+    Raises:
+        IntaglioError: a number is out of range, or facts and questions do not fit the document.
+    """
+
+    length: int = 64
+    facts: int = 4
+    questions: int = 1
+    words: int = 16
+    keys: int = 32
+    key_tokens: int = 2
+    values: int = 16
+    value_tokens: int = 1
+    language: int = 0
+    documents_run: int = 512
+    documents_pilot: int = 256
+    width: int = 64
+    depth: int = 2
+    steps: int = 1000
+    batch: int = 32
+    learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        least = {"facts": 1, "questions": 1, "words": 2, "key_tokens": 2, "values": 2, "value_tokens": 1}
+        for name, bound in (least | {"keys": 2 * self.facts}).items():
+            if getattr(self, name) < bound:
+                raise IntaglioError(f"{name} is {getattr(self, name)}; at least {bound} is accepted")
+        if self.questions > self.facts:
+            raise IntaglioError(f"questions is {self.questions}; there are {self.facts} facts to ask for")
+        self._filler(self.length)
+        if self.keys**self.key_tokens > MOST_KEYS:
+            raise IntaglioError(
+                f"keys and key_tokens give {self.keys**self.key_tokens:,} different keys; at most {MOST_KEYS:,} are"
+                " accepted"
+            )
+        sizes = {part: len(self.keys_of(part)) for part in BOUNDS}
+        small = min(sizes, key=lambda part: sizes[part])
+        if sizes[small] < 4 * self.facts:
+            raise IntaglioError(
+                f"keys is {self.keys}; the {small} set then has {sizes[small]} keys, and {4 * self.facts} are needed"
+            )
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The tokens by id: specials, words `w0`, key tokens `k0`, value tokens `v0` and so on."""
+        groups = (("w", self.words), ("k", self.keys), ("v", self.values))
+        return SPECIAL + tuple(f"{letter}{i}" for letter, count in groups for i in range(count))
+
+    def tokenizer(self) -> Any:
+        """Return a tokenizer of the vocabulary: tokens are separated by white space, and nothing is added."""
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import PreTrainedTokenizerFast
+
+        ids = {token: i for i, token in enumerate(self.vocabulary)}
+        backend = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL[UNKNOWN]))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        names = {"pad": PAD, "bos": BOS, "eos": EOS, "mask": MASK, "unk": UNKNOWN}
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, **{f"{name}_token": SPECIAL[index] for name, index in names.items()}
+        )
+
+    def new(self, seed: int, **changes: Any) -> Checkpoint:
+        """Return an untrained Llama that reads the language; `changes` override arguments of `intaglio.new`."""
+        sizes = {"width": self.width, "depth": self.depth, "context": self.length, "seed": seed % 2**32}
+        return new("llama", **{**sizes, "tokenizer": self.tokenizer(), **changes})
+
+    def recipe(self, seed: int) -> dict[str, Any]:
+        """Return the keyword arguments of `intaglio.trainer.train` for this test bed."""
+        return pretraining_recipe(self.steps, self.batch, self.learning_rate, seed)
+
+    def toy(self, **changes: Any) -> Haystack:
+        """Return the test bed in miniature."""
+        sizes = {"length": 32, "width": 16, "depth": 1, "steps": 4, "batch": 4}
+        return replace(self, **{**sizes, "documents_run": 16, "documents_pilot": 16, **changes})
+
+    def keys_of(self, part: Part) -> tuple[tuple[int, ...], ...]:
+        """Return the keys of a set, as numbers of key tokens."""
+        check_part(part)
+        return _keys(self.keys, self.key_tokens)[part]
+
+    def training(self, seed: int, steps: int | None = None) -> Segments:
+        """Return the documents of a training of `steps` (default: the test bed's); fewer are the first of more."""
+        count = (self.steps if steps is None else steps) * self.batch
+        return self.draw("train", count, seed).segments
+
+    def finetuning(self, seed: int, steps: int) -> list[dict[str, Any]]:
+        """Return documents of a fine-tuning, in which the answers alone are predicted."""
+        documents = self.draw("train", steps * self.batch, seed)
+        rows = zip(documents.segments.ids_NT, documents.labels_NT, strict=True)
+        return [{"input_ids": ids_T, "labels": labels_T} for ids_T, labels_T in rows]
+
+    def documents(
+        self, part: Part, base: int = 0, *, depth: float | None = None, length: int | None = None
+    ) -> Needles:  # fmt: skip
+        """Return the documents of a set that every run is measured on; see `draw`."""
+        count = self.documents_run if part == "evaluation" else self.documents_pilot
+        return self.draw(part, count, base, depth=depth, length=length)
+
+    def draw(
+        self,
+        part: Part,
+        count: int,
+        seed: int,
+        *,
+        start: int = 0,
+        depth: float | None = None,
+        length: int | None = None,
+    ) -> Needles:
+        """Return documents of a set; each follows from the set, the seed and its index.
+
+        Args:
+            part: the set.
+            count: N.
+            seed: of the documents.
+            start: index of the first. Default 0.
+            depth: share of the filler before the fact of the first question, 0 (front) to 1 (next to the questions);
+                nothing else changes. Default None: at random, like the other facts.
+            length: tokens T of a document. Default None: the test bed's.
+
+        Raises:
+            IntaglioError: an argument is out of range.
+        """
+        keys = self.keys_of(part)
+        check_count("documents", count)
+        if depth is not None and not 0 <= depth <= 1:
+            raise IntaglioError(f"depth is {depth}; it must lie between 0 (the front) and 1 (next to the questions)")
+        filler = self._filler(self.length if length is None else length)
+        names = tuple(f"{part}-{seed}-{index}" for index in range(start, start + count))
+        drawn = [self._draw_document(name, keys, filler) for name in names]
+        asked_NQ, gaps_NF, facts_NFL, uniform_NW = (np.stack(field) for field in zip(*drawn, strict=True))
+        if depth is not None:
+            gaps_NF[np.arange(count), asked_NQ[:, 0]] = round(depth * filler)
+        ids_NT, positions_NQA = self._assemble(self._walk(uniform_NW), gaps_NF, facts_NFL, asked_NQ)
+        depths_NQ = np.take_along_axis(gaps_NF, asked_NQ, 1) / max(filler, 1)
+        return Needles(
+            Segments.of(torch.from_numpy(ids_NT)), torch.from_numpy(positions_NQA), torch.from_numpy(depths_NQ), names
+        )
+
+    def _filler(self, length: int) -> int:
+        """Words of filler in a document of `length` tokens."""
+        fact = self.key_tokens + self.value_tokens
+        needed = 1 + self.facts * fact + self.questions * (1 + fact)
+        if length < needed:
+            raise IntaglioError(f"length is {length}; facts and questions alone take {needed} tokens")
+        return length - needed
+
+    def _draw_document(
+        self, name: str, keys: Sequence[tuple[int, ...]], filler: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Facts asked for [Q], words before each fact [F], facts' tokens [F, L], a uniform number for each word [W]."""
+        draws = generator(f"haystack:{self.language}:{name}")
+        asked_Q = draws.permutation(self.facts)[: self.questions]
+        value_FA = draws.integers(self.values, size=(self.facts, self.value_tokens))
+        # Scaled uniform numbers, so that what follows does not depend on the length.
+        gaps_F = np.floor(draws.random(self.facts) * (filler + 1)).astype(np.int64)
+        key_FK = np.array(self._distinct_keys(draws, keys))
+        first_key, first_value = len(SPECIAL) + self.words, len(SPECIAL) + self.words + self.keys
+        facts_FL = np.concatenate([first_key + key_FK, first_value + value_FA], axis=1)
+        return asked_Q, gaps_F, facts_FL, draws.random(filler)
+
+    def _distinct_keys(self, draws: np.random.Generator, keys: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """One key a fact, no two with the same token in the same place."""
+        while True:
+            chosen: list[tuple[int, ...]] = []
+            used: set[tuple[int, int]] = set()
+            for index in draws.permutation(len(keys)):
+                tokens = set(enumerate(keys[index]))
+                if used.isdisjoint(tokens):
+                    chosen.append(keys[index])
+                    used |= tokens
+                if len(chosen) == self.facts:
+                    return chosen
+
+    def _walk(self, uniform_NW: np.ndarray) -> np.ndarray:
+        """The filler: a path of the Markov chain for each row of uniform numbers."""
+        start_W, step_WW = _transitions(self.words, self.language)
+        path_NW = np.empty(uniform_NW.shape, dtype=np.int64)
+        for w in range(uniform_NW.shape[1]):
+            bounds = start_W[None] if w == 0 else step_WW[path_NW[:, w - 1]]
+            path_NW[:, w] = (uniform_NW[:, w, None] >= bounds[:, :-1]).sum(1)
+        return len(SPECIAL) + path_NW
+
+    def _assemble(
+        self, filler_NW: np.ndarray, gaps_NF: np.ndarray, facts_NFL: np.ndarray, asked_NQ: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The documents [N, T] and the positions of their answers [N, Q, A]."""
+        count, n_facts, fact = facts_NFL.shape
+        rows = np.arange(count)
+        rank_NF = np.argsort(np.argsort(gaps_NF, axis=1, kind="stable"), axis=1, kind="stable")
+        body = 1 + filler_NW.shape[1] + n_facts * fact
+        ids_NT = np.full((count, body + self.questions * (1 + fact)), BOS, dtype=np.int64)
+        is_filler_NT = np.ones(ids_NT.shape, dtype=bool)
+        position_NFL = (1 + gaps_NF + fact * rank_NF)[:, :, None] + np.arange(fact)
+        is_filler_NT[rows[:, None, None], position_NFL] = False
+        is_filler_NT[:, 0] = False
+        is_filler_NT[:, body:] = False
+        ids_NT[is_filler_NT] = filler_NW.ravel()  # every row has the same number of words
+        ids_NT[rows[:, None, None], position_NFL] = facts_NFL
+        asked_NQL = facts_NFL[rows[:, None], asked_NQ]
+        question_NQL = np.concatenate([np.full((*asked_NQ.shape, 1), QUESTION), asked_NQL], axis=2)
+        ids_NT[:, body:] = question_NQL.reshape(count, -1)
+        answer_Q = body + (1 + fact) * np.arange(self.questions) + 1 + self.key_tokens
+        positions_QA = answer_Q[:, None] + np.arange(self.value_tokens)
+        return ids_NT, np.broadcast_to(positions_QA, (count, *positions_QA.shape)).copy()
+
+
+@lru_cache(maxsize=8)
+def _keys(keys: int, key_tokens: int) -> dict[Part, tuple[tuple[int, ...], ...]]:
+    """Every key, by set."""
+    by_part: dict[Part, list[tuple[int, ...]]] = {part: [] for part in BOUNDS}
+    for key in itertools.product(range(keys), repeat=key_tokens):
+        by_part[part_of(" ".join(f"k{token}" for token in key))].append(key)
+    return {part: tuple(combinations) for part, combinations in by_part.items()}
+
+
+@lru_cache(maxsize=8)
+def _transitions(words: int, language: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cumulative probabilities of the first word [W] and of each word's successors [W, W]."""
+    draws = generator(f"haystack language:{words}:{language}")
+    step_WW = draws.dirichlet(np.full(words, CONCENTRATION), size=words)
+    return np.full(words, 1 / words).cumsum(), step_WW.cumsum(1)

@@ -1,0 +1,164 @@
+"""MovieLens-100K as sequences: the films that each user watched, in order of time, the last two held out.
+
+As in BERT4Rec and RecBole: every rating counts as an interaction whatever its stars; items and users with fewer than
+five are dropped until none is left; each user's last item is the test, the one before it the validation. All users are
+trained on; their tests are split by the user's hash.
+
+Dimension letters: N users, T items of a history.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from intaglio.data.interactions import load_interactions
+from intaglio.errors import IntaglioError
+from intaglio.evidence.testbeds.splits import Bounds, Part, check_part, draw, part_of
+
+PAD = 0
+"""The id of padding; items have 1 to `items`, the mask token `items + 1`."""
+BOUNDS: Bounds = {"pilot": (0, 200), "evaluation": (200, 1000)}
+"""Split of the users' tests; the validation items are those of all users."""
+FEWEST = 3
+"""Items that a user needs: for training, validation and test."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A history and the item that follows it.
+
+    Args:
+        user: name in the data.
+        history: item ids in the order of time.
+        target: id of the next item, never in the history.
+    """
+
+    user: str
+    history: tuple[int, ...]
+    target: int
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """The prepared data.
+
+    Args:
+        sequences: `{user: item ids in the order of time}`, the two held-out items included.
+        names: of the items in the data, by id; names[0] is padding.
+        titles: of the items, by id; "" where there is none.
+        counts: training interactions of each item, by id.
+        digest: of the data.
+    """
+
+    sequences: Mapping[str, tuple[int, ...]]
+    names: tuple[str, ...]
+    titles: tuple[str, ...]
+    counts: tuple[int, ...]
+    digest: str
+
+    @property
+    def items(self) -> int:
+        """Number of items."""
+        return len(self.names) - 1
+
+    @property
+    def mask(self) -> int:
+        """The id of the mask token."""
+        return len(self.names)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows that an embedding table needs: padding, items, mask."""
+        return len(self.names) + 1
+
+
+@dataclass(frozen=True)
+class MovieLens:
+    """The data and the number of users measured on.
+
+    Args:
+        source: the bundled `movielens`, or a directory of the same form. Default `movielens`.
+        least: least interactions of every user and every item. Default 5.
+        users_run: evaluation users. Default 600 of about 750.
+        users_pilot: pilot users. Default 150 of about 190.
+    """
+
+    source: str = "movielens"
+    least: int = 5
+    users_run: int = 600
+    users_pilot: int = 150
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the data."""
+        return self.load().digest
+
+    def load(self) -> Catalogue:
+        """Return the prepared data, one shared object a process; ids are contiguous, more frequent items first.
+
+        Raises:
+            IntaglioError: the asset is not in the cache, the data are malformed, or nothing is left of them.
+        """
+        if self.least < FEWEST:
+            raise IntaglioError(f"least is {self.least}; at least {FEWEST} is accepted, because two items are held out")
+        return _prepared(self.source, self.least)
+
+    def training(self, with_validation: bool = False) -> dict[str, tuple[int, ...]]:
+        """Return `{user: item ids in the order of time}` without the held-out items.
+
+        `with_validation` adds the validation items, as BERT4Rec's last fit does once every setting is chosen.
+        """
+        held_out = 1 if with_validation else 2
+        return {user: items[:-held_out] for user, items in self.load().sequences.items()}
+
+    def questions(self, part: Part, base: int = 0) -> tuple[Question, ...]:
+        """Return the questions of a set: for `validation` every user's last item but one, else some users' last item.
+
+        Raises:
+            IntaglioError: the set has fewer users.
+        """
+        sequences = self.load().sequences
+        if part == "validation":
+            return tuple(Question(user, items[:-2], items[-2]) for user, items in sequences.items())
+        check_part(part, BOUNDS)
+        users = [user for user in sequences if part_of(f"user {user}", BOUNDS) == part]
+        count = self.users_pilot if part == "pilot" else self.users_run
+        chosen = [users[index] for index in draw(f"movielens {part}:{base}", users, count, f"{part} users")]
+        return tuple(Question(user, sequences[user][:-1], sequences[user][-1]) for user in chosen)
+
+
+@lru_cache(maxsize=4)
+def _prepared(source: str, least: int) -> Catalogue:
+    interactions = load_interactions(source)
+    sequences = _dense(interactions.by_user(), least)
+    if not sequences:
+        raise IntaglioError(
+            f"the interactions {source!r} have no users and items with {least} interactions each; nothing is left"
+        )
+    learned = Counter(item for items in sequences.values() for item in items[:-2])
+    everything = {item for items in sequences.values() for item in items}
+    # Equally frequent items by name, shorter first so that numbers are in their order.
+    ordered = sorted(everything, key=lambda item: (-learned[item], len(item), item))
+    ids = {item: index for index, item in enumerate(ordered, 1)}
+    return Catalogue(
+        sequences={user: tuple(ids[item] for item in items) for user, items in sequences.items()},
+        names=("", *ordered),
+        titles=("", *(interactions.titles.get(item, "") for item in ordered)),
+        counts=(0, *(learned[item] for item in ordered)),
+        digest=interactions.digest,
+    )
+
+
+def _dense(sequences: Mapping[str, tuple[str, ...]], least: int) -> dict[str, tuple[str, ...]]:
+    """The largest part in which every user and every item has that many interactions; a repeated item counts once."""
+    current = {user: tuple(dict.fromkeys(items)) for user, items in sequences.items()}
+    while True:
+        counts = Counter(item for items in current.values() for item in items)
+        kept = {user: tuple(item for item in items if counts[item] >= least) for user, items in current.items()}
+        kept = {user: items for user, items in kept.items() if len(items) >= least}
+        if kept == current:
+            return current
+        current = kept

@@ -1,0 +1,55 @@
+"""Golden numbers hold on this machine, with plain kernels too, and catch a changed mechanism."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pkgutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+import intaglio.evidence.claims as claims
+from intaglio.evidence.engine.claim import Arm, Claim
+from intaglio.evidence.engine.golden import moved
+from intaglio.evidence.engine.registration import load_claim
+from intaglio.methods.weights.lost import LOST
+from intaglio.methods.weights.magnitude import Magnitude
+
+SLUGS = sorted(module.name for module in pkgutil.iter_modules(claims.__path__))
+CPU = [slug for slug in SLUGS if load_claim(slug).golden]
+
+
+@pytest.mark.parametrize("slug", CPU)
+def test_golden_numbers_hold(slug: str) -> None:
+    assert moved(load_claim(slug)) == []
+
+
+def changed(slug: str, arm: str, **settings: Any) -> Claim:
+    """A claim whose method does something else; golden numbers stay."""
+    claim = load_claim(slug)
+    own = Arm(claim.arms[arm].what, {**claim.arms[arm].settings, **settings}, claim.arms[arm].tune)
+    return dataclasses.replace(claim, arms={**claim.arms, arm: own}, golden={arm: claim.golden[arm]})
+
+
+@pytest.mark.parametrize(
+    ("slug", "arm", "settings"),
+    [
+        ("dsnot", "wanda", {"method": Magnitude(sparsity=0.5)}),  # scores without the norm of the inputs
+        ("lost", "lost", {"apply": LOST(rank=16, columns=2 / 64, within_rank=True), "gamma": 0.0}),
+    ],
+)
+def test_a_changed_mechanism_moves_them(slug: str, arm: str, settings: dict[str, Any]) -> None:
+    assert moved(load_claim(slug)) == []
+    (message,) = moved(changed(slug, arm, **settings))
+    assert arm in message
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slug", CPU)
+def test_golden_numbers_hold_with_plain_kernels(slug: str) -> None:
+    code = f"from intaglio.evidence.engine.golden import *; assert moved(load_claim({slug!r})) == []"
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

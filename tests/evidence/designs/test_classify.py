@@ -1,0 +1,76 @@
+"""Classify on few digits: pairs of arms, a shared dense start, baselines with a loop of their own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from intaglio.errors import IntaglioError
+from intaglio.evidence.designs.classify import ACCURACY, TEST_LOSS, Classify, batches, conv, evaluate, mlp, pass_flops
+from intaglio.evidence.engine.claim import Arm, RunKey
+from intaglio.evidence.testbeds.digits import Digits, Images
+
+DESIGN = Classify().toy()
+KEY = RunKey("look", 0)
+PLAIN = Arm("as it is")
+
+
+def test_units_are_seeded_and_arms_share_their_images() -> None:
+    results = [DESIGN.run(arm, KEY, {}) for arm in (PLAIN, PLAIN, Arm("slow", {"learning_rate": 1e-3}))]
+    assert results[0].values == results[1].values != results[2].values
+    assert results[0].parity == results[2].parity
+    assert results[0].values != DESIGN.run(PLAIN, RunKey("look", 1), {}).values
+    assert results[0].cost.tokens == 20 * 32
+
+
+def test_training_helps() -> None:
+    before, after = (Classify(steps=steps).toy(steps=steps).run(PLAIN, KEY, {}).values for steps in (1, 100))
+    assert after[ACCURACY.name] > before[ACCURACY.name] + 20  # type: ignore[operator]
+    assert after[TEST_LOSS.name] < before[TEST_LOSS.name]  # type: ignore[operator]
+
+
+def test_arms_of_a_unit_start_from_one_dense_network() -> None:
+    design = Classify(dense_steps=20).toy()
+    starts: list[Any] = []
+
+    def keep(net: nn.Module, images: Images, seed: int, design: Classify, scale: float) -> int:
+        starts.append([p.detach().clone() for p in net.parameters()])
+        with torch.no_grad():
+            for p in net.parameters():
+                p.mul_(scale)
+        return 7
+
+    arms = [Arm(f"times {scale}", {"train": keep, "scale": scale}) for scale in (1.0, 0.0)]
+    results = [design.run(arm, KEY, {}) for arm in arms]
+    assert all(torch.equal(a, b) for a, b in zip(*starts, strict=True))
+    assert results[0].cost.tokens == 7 * 32
+    assert results[0].values[TEST_LOSS.name] < results[1].values[TEST_LOSS.name]  # type: ignore[operator]
+    assert results[1].cost.parameters == 0
+
+
+def test_settings_that_reach_nothing_are_refused() -> None:
+    with pytest.raises(IntaglioError, match="the settings width_of_it of the arm"):
+        DESIGN.run(Arm("wrong", {"width_of_it": 3}), KEY, {})
+
+
+def test_networks_and_their_operations() -> None:
+    images = Digits().toy().images("pilot")
+    for network, width in ((mlp, 16), (conv, 8)):
+        net = network(8, width)
+        loss, accuracy = evaluate(net, images)
+        assert 0 <= accuracy <= 100
+        assert loss > 0
+    assert pass_flops(mlp(8, 16), 8) == 6 * (64 * 16 + 16 * 16 + 16 * 10)
+    assert pass_flops(conv(8, 8), 8) == 6 * (4 * 9 * 64 + 4 * 8 * 9 * 16 + 8 * 8 * 9 * 4 + 8 * 10)
+
+
+def test_batches_cover_each_epoch_in_a_keyed_order() -> None:
+    images = Digits().toy().training(0)
+    first, again, other = ([next(it) for _ in range(5)] for it in map(iter, (
+        batches(images, 32, "a"), batches(images, 32, "a"), batches(images, 32, "b"))))  # fmt: skip
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a[0], b[0]) for a, b in zip(first, other, strict=True))
+    assert sum(int(labels.sum()) for _, labels in first) == int(images.labels_N.sum())

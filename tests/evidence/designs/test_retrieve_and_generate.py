@@ -1,0 +1,62 @@
+"""Retrieve and Generate with toy arms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from intaglio.evidence.designs.generate import DISTINCT, Generate
+from intaglio.evidence.designs.retrieve import MRR, NDCG, Retrieve, ndcg, reciprocal_rank
+from intaglio.evidence.engine.claim import Arm, RunKey
+from intaglio.evidence.testbeds.prompts import Prompts
+
+KEY = RunKey("look", 0)
+
+
+def word_overlap(context: Any, weight: float = 1.0) -> Any:
+    def search(queries: Mapping[str, str], documents: Mapping[str, str]) -> dict[str, dict[str, float]]:
+        return {
+            query: {
+                name: weight * len(set(text.split()) & set(document.split())) for name, document in documents.items()
+            }
+            for query, text in queries.items()
+        }
+
+    return search
+
+
+def test_retrieval_is_measured_for_each_query(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTAGLIO_HOME", str(tmp_path))
+    design = Retrieve().toy()
+    result = design.run(Arm("words", {"retriever": word_overlap}), KEY, {})
+    data = design.bed.retrieval("evaluation")
+    assert result.values[MRR.name].keys() == result.values[NDCG.name].keys() == data.queries.keys()  # type: ignore[union-attr]
+    assert result.parity == {"data": data.digest}
+    reverse = design.run(Arm("the least alike", {"retriever": word_overlap, "weight": -1.0}), KEY, {})
+    assert sum(result.values[MRR.name].values()) > sum(reverse.values[MRR.name].values())  # type: ignore[union-attr]
+
+
+def test_metrics_by_hand() -> None:
+    scores = {"a": 3.0, "b": 2.0, "c": 1.0}
+    assert reciprocal_rank(scores, {"b": 1}) == 0.5
+    assert reciprocal_rank(scores, {"x": 1}) == 0.0
+    assert ndcg(scores, {"a": 1}) == 1.0
+    assert ndcg(scores, {"b": 1}) == pytest.approx(0.6309, abs=1e-4)
+    assert ndcg(scores, {"c": 1, "a": 2}) == pytest.approx((3 + 0.5) / (3 + 0.6309), abs=1e-3)
+    assert ndcg(scores, {}) == 0.0
+
+
+def repeat(model: Any, prompt: tuple[int, ...], seed: int, times: int) -> list[list[int]]:
+    return [list(prompt[:4]) * times, [seed]]
+
+
+def test_outputs_are_scored_for_each_prompt() -> None:
+    design = Generate().toy()
+    once, twice = (design.run(Arm("x", {"generator": repeat}), KEY, {"times": times}) for times in (1, 2))
+    assert len(once.values[DISTINCT.name]) == 8  # type: ignore[arg-type]
+    assert once.parity == twice.parity
+    for name, share in once.values[DISTINCT.name].items():  # type: ignore[union-attr]
+        assert twice.values[DISTINCT.name][name] < share <= 1  # type: ignore[index, operator]
+    assert Generate(Prompts()) == Generate()
