@@ -8,6 +8,6 @@ from typing import Any
 from intaglio.methods.registry import PUBLISHED
 
 EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
-    slug: import_module(f"tests.{entry.area}.test_{slug}").EXAMPLES for slug, entry in PUBLISHED.items()
+    slug: import_module(f"tests.methods.{entry.area}.test_{slug}").EXAMPLES for slug, entry in PUBLISHED.items()
 }
 """`{slug: fields of the method, a dict for each example}`."""

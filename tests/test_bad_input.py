@@ -381,8 +381,8 @@ def test_words_that_are_missing_or_wrong(model: Path, recipe: Write, tmp_path: P
     assert "the dtype 'half' is unknown" in cli_refusal(tmp_path, *words, "--dtype", "half")
     assert "seed: -1 is not accepted" in cli_refusal(tmp_path, *words, "--seed", "-1")
     assert "there is no method named 'wand'" in cli_refusal(tmp_path, "show", "wand")
-    assert "there is no room named 'weigths'; did you mean weights?" in cli_refusal(
-        tmp_path, "list", "--room", "weigths"
+    assert "there is no area named 'weigths'; did you mean weights?" in cli_refusal(
+        tmp_path, "list", "--area", "weigths"
     )
     assert "no bundled asset is called 'smolm'" in cli_refusal(tmp_path, "assets", "smolm")
 
@@ -472,7 +472,7 @@ def test_an_output_that_is_taken(model: Path, recipe: Write, tmp_path: Path) -> 
     assert "model exists and is not empty" in cli_refusal(tmp_path, *words, model)
     assert "model exists and is not empty" in cli_refusal(tmp_path, *words, model, "--dry-run")
     # --overwrite replaces an earlier result, and nothing else that a user has.
-    assert "holds something that is no result of a carve" in cli_refusal(tmp_path, *words, model, "--overwrite")
+    assert "is not the result of a carve" in cli_refusal(tmp_path, *words, model, "--overwrite")
     assert (tmp_path / "file").read_text() == "mine"
 
 

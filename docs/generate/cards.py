@@ -27,13 +27,15 @@ def card(slug: str, evidence: Evidence, note: dict[str, str]) -> str:
     example = facts.example(slug)
     given = (facts.fields_of(example.document, slug) if example else None) or describe.required_fields(method)
     paper = _paper_values(method, given)
+    # What a step needs may depend on its fields; shown are the defaults.
+    step: Any = method.model_construct(**describe.required_fields(method))
     values: dict[str, Any] = {
         "entry": entry,
         "area": AREAS[entry.area],
-        "carving": method if "carving" in entry.kinds else None,
-        "changes": sorted(method.changes),
-        "requires": sorted(method.requires),
-        "invalidates": sorted(method.invalidates),
+        "carving": step if "carving" in entry.kinds else None,
+        "changes": sorted(step.changes),
+        "requires": sorted(step.requires),
+        "invalidates": sorted(step.invalidates),
         "capabilities": CAPABILITIES,
         "description": describe.describe(inspect.getdoc(method) or ""),
         "example": example,

@@ -66,7 +66,7 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "The protocol of drafters for [speculative decoding](../decoding.md).",
         ("intaglio.speculative.protocols",),
     ),
-    "api/soup.md": ("Parameter averaging", "Checkpoint soups and moving averages.", ("intaglio.modeling.soup",)),
+    "api/soup.md": ("Parameter averaging", "Checkpoint soups and moving averages.", ("intaglio.checkpoint.soup",)),
     "api/evidence.md": (
         "Evidence",
         "Claims as experiments; see [how claims are tested](../evidence.md).",

@@ -59,7 +59,7 @@ FILES = {
     "__init__.py": "",
     "errors.py": "A = 1",
     "method.py": "from intaglio.methods.registry import X\nY = 1",
-    "catalogue.py": "X = 1",
+    "registry.py": "X = 1",
     "weights/__init__.py": "",
     "weights/one.py": "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n"
     "if TYPE_CHECKING:\n    from intaglio.types import T\n"
@@ -156,7 +156,7 @@ def test_the_first_experiment_depends_on_its_mechanism_world_and_measure() -> No
     for module in ("evidence.dsnot", "evidence.worlds.smollm2", "weights.dsnot", "weights.amount", "measures.quality"):
         assert f"intaglio.{module}" in found
     assert "intaglio.data.wikitext" in found  # the bundled texts were made with it
-    for module in ("catalogue", "evidence.run", "evidence.experiment", "trainer", "carving"):
+    for module in ("registry", "evidence.run", "evidence.experiment", "trainer", "carving"):
         assert f"intaglio.{module}" not in found
 
 
@@ -168,7 +168,7 @@ def test_the_first_experiment_depends_on_its_mechanism_world_and_measure() -> No
         ("evidence/worlds/smollm2.py", '"evaluation": (600, 1000)', '"evaluation": (601, 1000)', True),
         ("weights/pruning.py", "Pruning", "Pruned", True),
         ("data/wikitext.py", "def ", "def _", True),
-        ("catalogue.py", "weights", "wait", False),
+        ("registry.py", "weights", "wait", False),
         ("evidence/statistics.py", "BOOTSTRAPS = 1999", "BOOTSTRAPS = 999", False),
         ("trainer/loop.py", "def train", "def drain", False),
     ],
@@ -189,7 +189,8 @@ def test_a_changed_mechanism_makes_the_committed_claim_stale(
 def test_every_method_can_be_hashed_without_torch() -> None:
     code = (
         "import sys; from intaglio.evidence import record, sources\n"
-        f"[sources.of_slug(slug) for slug in {list(PUBLISHED)!r}]; [record.shipped(slug) for slug in {list(PUBLISHED)!r}]\n"
+        f"[sources.of_slug(slug) for slug in {list(PUBLISHED)!r}]; "
+        f"[record.shipped(slug) for slug in {list(PUBLISHED)!r}]\n"
         "print(sorted({'torch', 'transformers', 'numpy', 'scipy'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -59,7 +59,7 @@ def test_rows_of_dsnot() -> None:
     assert (rows["base"].default, rows["base"].paper) == ("wanda", "")
     assert rows["sparsity"].type == "number, at least 0, below 1, or none"
     assert (rows["max_cycles"].default, rows["max_cycles"].paper) == ("none", "50")
-    assert rows["max_cycles"].description.startswith("swaps a row at the most; None (default) scales")
+    assert rows["max_cycles"].description.startswith("most swaps per row; None (default) scales")
     assert rows["dampening"].type == "number, above 0, at most 1"
     paper = intaglio.DSnoT.paper(sparsity=0.5)
     changed = {name: row.paper for name, row in rows.items() if row.paper}

@@ -1,21 +1,30 @@
-"""What stands in the place of projections and MLPs: seen by the anatomy, saved and read again with its own tensors."""
+"""Replaced projections and MLPs: planned, refused, seen by the anatomy, merged, saved and loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import intaglio
+from intaglio.checkpoint.replacement import ReplacesLinears
 from intaglio.errors import IntaglioError
 from intaglio.methods import registry
 from intaglio.methods.base import Method
 from intaglio.methods.registry import Entry
 from intaglio.modeling.anatomy import anatomy
-from intaglio.modeling.replacement import FusedLinears, ReplacedLinear, ReplacedMLP, module_names, replace_modules
+from intaglio.modeling.replacement import (
+    FusedLinears,
+    ReplacedLinear,
+    ReplacedMLP,
+    merge_linears,
+    module_names,
+    replace_modules,
+)
+from intaglio.modeling.targets import projections, replace_linears, replace_mlps
 from tests.families import FAMILIES, tiny_model
 
 
@@ -45,7 +54,9 @@ class Signs(ReplacedLinear):
         return x @ self.dense().to(x.dtype).T
 
 
-class AsSigns(Method, slug="signs"):
+class AsSigns(ReplacesLinears, Method, slug="signs"):
+    module_types: ClassVar[tuple[type[ReplacedLinear], ...]] = (Signs,)
+
     @classmethod
     def build_empty(cls, part: Mapping[str, Any], model: nn.Module) -> None:
         replace_modules(model, {name: Signs(*sizes) for name, sizes in part["modules"].items()})
@@ -122,6 +133,67 @@ def test_joined_parts_give_the_rows_of_the_fused_module() -> None:
     torch.testing.assert_close(joined(x), x @ dense.T)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+@torch.no_grad()
+def test_merging_gives_stock_layers_with_the_same_matrix(family: str) -> None:
+    model = tiny_model(family)
+    names = [name for name, _ in projections(model)]
+    made = replace_linears(model, names, lambda name, linear: Signs.of(linear.read()))
+    assert list(made) == names
+    assert projections(model) == []
+    ids = torch.arange(8)[None]
+    before = model(input_ids=ids).logits
+    merged = merge_linears(model, (Signs,))
+    assert [name for name, _ in projections(model)] == names
+    assert len(merged) == len({name.partition("[")[0] for name in names})
+    torch.testing.assert_close(model(input_ids=ids).logits, before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"targets": ["*.nowhere"]}, r"targets: '\*\.nowhere' names no layer of this model; its first is layers\.0"),
+        ({"ignore": ["*"]}, "targets and ignore leave no layer of this model to replace"),
+        ({"ignore": ["*qkv_proj[[]q]"]}, "are one module of this model; name both or neither"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused_in_a_sentence(fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(IntaglioError, match=match):
+        AsSigns(**fields).plan(tiny_model("phi3"))
+
+
+def test_a_model_without_plain_projections_is_refused() -> None:
+    model = tiny_model("llama")
+    replace_linears(model, AsSigns().plan(model), lambda name, linear: Signs.of(linear.read()))
+    with pytest.raises(IntaglioError, match="no projection of this model is a plain matrix, so signs has nothing"):
+        AsSigns().plan(model)
+    with pytest.raises(IntaglioError, match="the model has no projection named layers"):
+        replace_linears(model, ["layers.9.mlp.up_proj"], lambda name, linear: Signs(1, 1))
+    AsSigns.check_restored(model, len(AsSigns.modules_of(model)))
+    with pytest.raises(IntaglioError, match="layers of signs, and its record names 3"):
+        AsSigns.check_restored(model, 3)
+
+
+def test_any_module_has_projections_and_tied_ones_are_refused() -> None:
+    net = nn.Sequential(nn.Embedding(5, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 5)))
+    assert AsSigns().plan(net) == ["1.0", "1.1"]
+    net[1][1].weight = net[0].weight
+    assert AsSigns(ignore=["1.1"]).plan(net) == ["1.0"]
+    with pytest.raises(IntaglioError, match=r"0 and 1\.1 share one weight, so they cannot be replaced"):
+        AsSigns().plan(net)
+
+
+def test_training_beside_adapters_or_frozen_weights_is_refused() -> None:
+    method, net = AsSigns(), nn.Linear(2, 2)
+    method.refuse_frozen(net)
+    with pytest.raises(IntaglioError, match="signs trains weights of the layers that it replaces; leave lora and"):
+        method.refuse_frozen(net.requires_grad_(False))
+    adapted = nn.Linear(2, 2)
+    adapted.peft_config = {"default": {}}  # type: ignore[assignment]
+    with pytest.raises(IntaglioError, match="leave lora and freeze out"):
+        method.refuse_frozen(adapted)
+
+
 class Doubles(ReplacedMLP):
     slug = "doubles"
 
@@ -136,8 +208,7 @@ class Doubles(ReplacedMLP):
 class AsDoubles(Method, slug="doubles"):
     @classmethod
     def build_empty(cls, part: Mapping[str, Any], model: nn.Module) -> None:
-        for block, where in anatomy(model).feed_forwards():
-            replace_modules(model, where.puts(block, Doubles(part["width"])))
+        replace_mlps(model, lambda index, parts: Doubles(part["width"]))
 
     @classmethod
     def restore_runtime(cls, part: Mapping[str, Any], checkpoint: intaglio.Checkpoint) -> None:
@@ -151,10 +222,10 @@ def test_replaced_mlps_are_saved_and_read_again(family: str, monkeypatch: pytest
     parts = anatomy(checkpoint.model)
     attention = [name for name, linear in parts.all_linears() if linear.part == "attention"]
     torch.manual_seed(0)
-    for block, where in parts.feed_forwards():
-        module = Doubles(parts.config.hidden_size)
+    made = replace_mlps(checkpoint.model, lambda index, parts: Doubles(parts.config.hidden_size))
+    assert list(made) == [0, 1, 2, 3]
+    for module in made.values():
         nn.init.normal_(module.weight, std=0.2)
-        replace_modules(checkpoint.model, where.puts(block, module))
     parts = anatomy(checkpoint.model)
     assert [name for name, _ in parts.all_linears()] == attention
     with pytest.raises(IntaglioError, match="not the model's own: doubles replaced"):

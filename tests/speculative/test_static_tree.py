@@ -55,7 +55,7 @@ def test_widths_within_a_budget() -> None:
         assert nodes <= 32 < nodes + leaves  # no level more fits
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.floats(0, 1), min_size=1, max_size=4).filter(lambda chances: max(chances) > 0.01),
     st.integers(1, 6),

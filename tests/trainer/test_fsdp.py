@@ -28,7 +28,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "owned modules": ("gemma3", {"objective": Owning}),
     "replaced": ("llama", {}),
 }
-SETTINGS: dict[str, Any] = {"batch_size": 4, "accumulate": 2, "steps": 6, "save_every": 2}
+SETTINGS: dict[str, Any] = {"batch_size": 4, "gradient_accumulation_steps": 2, "steps": 6, "save_every": 2}
 
 SCRIPT = """
 import os, sys, torch
@@ -56,16 +56,16 @@ def sharded(trainer):
     trainer.is_fsdp_enabled = True
 Trainer.create_accelerator_and_postprocess = sharded
 
-workplaces = []
-class Watched(loops.Workplace):
+modules = []
+class Watched(loops.TrainingModule):
     def __init__(self, *arguments):
         super().__init__(*arguments)
-        workplaces.append(self)
-loops.Workplace = Watched
+        modules.append(self)
+loops.TrainingModule = Watched
 
 def look(done, total, what):
-    assert all(isinstance(p, DTensor) for p in workplaces[0].parameters())
-    blocks = workplaces[0].model.get_submodule("model.layers")
+    assert all(isinstance(p, DTensor) for p in modules[0].parameters())
+    blocks = modules[0].model.get_submodule("model.layers")
     assert all(type(block).__name__.startswith("FSDP") for block in blocks)
     if how == "killed" and done == 3:
         raise Killed

@@ -169,5 +169,5 @@ def test_what_cannot_label_is_refused() -> None:
     with pytest.raises(IntaglioError, match="LlamaForCausalLM does not label tokens"):
         predict(ckpt, ROWS)
     ckpt.tokenizer = None
-    with pytest.raises(IntaglioError, match="no tokenizer, so no label can be put on a token"):
+    with pytest.raises(IntaglioError, match="no tokenizer, so words cannot be labelled"):
         list(TokenClassification().prepare(ckpt, [], KeyedRNG(0)))

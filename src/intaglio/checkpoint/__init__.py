@@ -5,11 +5,11 @@
     checkpoint = load("smollm2")
     checkpoint.save("out/")
 
-- `kept`: `Checkpoint`, the object that every method is applied to, and saving.
+- `checkpoint`: `Checkpoint`, the object that every method is applied to, and saving.
 - `loading`: `load`; reading config, record, class and tokenizer alone; dtypes and devices by name.
-- `rebuilding`: loading weights into replaced modules.
+- `quantizer_hook`: loading weights into replaced modules.
 - `record`: `Record` and its `StepRecord`s.
-- `files`: name resolution, directory checks, digests, other files beside the weights.
+- `resolve`: name resolution, directory checks, digests, other files beside the weights.
 """
 
 from __future__ import annotations

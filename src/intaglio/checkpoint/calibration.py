@@ -1,8 +1,8 @@
 """Block-by-block calibration: edit a model with the activations of one block in memory.
 
-For each block: run it on the outputs of the edited blocks before it and collect statistics of the inputs of its linears;
-edit it; run it again for the inputs of the next block. Two passes over each block, no backward, and the memory of one
-hidden state a batch, whatever the depth. `through_blocks` passes one batch through the blocks without edits.
+For each block: run it on the outputs of the edited blocks before it and collect statistics of its linears' inputs; edit
+it; run it again for the inputs of the next block. Two passes over each block, no backward, and the memory of one hidden
+state a batch, whatever the depth. `through_blocks` passes one batch through the blocks without edits.
 
 Dimension letters: B batch, L sequence, N tokens, I input features.
 """

@@ -1,7 +1,7 @@
 """Bases of methods that replace projections or whole MLPs by modules of their own.
 
-Beside the class's own parts stand: which layers are replaced, the refusals before any work, the replacement itself
-(`intaglio.modeling.targets`), and the check after a reload. Mixed in beside `Method`.
+They select the layers, refuse models that do not fit before any work, and check a reloaded model; `modeling.targets`
+replaces the modules. Both are mixed in beside `Method`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from intaglio.modeling.targets import check_patterns, plan_replacements, project
 
 
 class _Replaces(BaseModel):
-    """What both bases share."""
+    """Shared part of both bases."""
 
     storage: ClassVar[Literal["runtime"]] = "runtime"
     needs_calibration: ClassVar[bool] = False
@@ -119,6 +119,3 @@ def non_default_fields(method: BaseModel) -> list[str]:
     """Return the names of the fields whose value is not the default."""
     fields = type(method).model_fields.items()
     return [name for name, field in fields if getattr(method, name) != field.get_default(call_default_factory=True)]
-
-
-__all__ = ["ReplacesLinears", "ReplacesMLPs", "non_default_fields"]

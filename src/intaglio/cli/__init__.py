@@ -1,5 +1,5 @@
-"""The command line: the verbs, thin.
+"""The command line: thin commands.
 
-What lives here: `app` (the verbs and how errors are said), `console` (progress and where output goes), `generating`
-and `drafting` (`intaglio generate`). Everything else that a verb does is a function of the package.
+`app` holds the commands, `console` error handling, progress bars and output; `generate`, `inspect`, `show` and `demo`
+the larger commands; `settings` parses `--set key=value`.
 """

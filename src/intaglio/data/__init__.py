@@ -3,10 +3,10 @@
 - `assets`: bundled models and texts: table, download, cache.
 - `wikitext`: MediaWiki pages to plain English prose (used by `assets`).
 - `texts`: `Corpus`, documents with stable hashes, and `load_texts`; disjoint calibration and held-out texts.
-- `streams`: corpora larger than memory.
+- `streaming`: corpora larger than memory.
 - `python_source`: source files of the standard library and of installed packages.
 - `docstrings`: documented functions from those, as pairs of text and code.
-- `labelled`: token-classification data.
+- `token_classification`: token-classification data.
 - `interactions`: tables of users, items and times.
 - `segments`: `Segments`, token ids of equal length, cut from a corpus in a seeded order.
 

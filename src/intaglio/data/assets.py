@@ -43,7 +43,7 @@ class Asset:
 
     Args:
         name: as the user writes it.
-        kind: "model" (a checkpoint directory), "texts" (a directory with `texts.jsonl`, one {"title", "text"} per line),
+        kind: "model" (a checkpoint directory), "texts" (a directory with `texts.jsonl`, a {"title", "text"} per line),
             "interactions" (a directory of tab-separated tables) or "images" (a table of pixels and classes).
         description: a line for the user.
         licence: the licence of the content.

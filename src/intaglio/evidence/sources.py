@@ -23,7 +23,7 @@ from intaglio.methods.registry import PUBLISHED
 
 PACKAGE = Path(intaglio.__file__).parent
 SAYING = frozenset(
-    f"intaglio{name}" for name in ("", ".catalogue", ".errors", ".writer", ".pictures", ".report", ".evidence")
+    f"intaglio{name}" for name in ("", ".registry", ".errors", ".writer", ".pictures", ".report", ".evidence")
 )
 """Modules that tables, sentences, files and pictures come from, and no number: a new method in the catalogue makes no
 record stale."""

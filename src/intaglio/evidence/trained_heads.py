@@ -284,13 +284,7 @@ def accepted(chances: Sequence[Sequence[float]]) -> float:
     Args:
         chances: by level and rank.
     """
-    total = 0.0
-    for path in best_tree(chances, NODES).paths:
-        chance = 1.0
-        for level, rank in enumerate(path):
-            chance *= chances[level][rank]
-        total += chance
-    return total
+    return best_tree(chances, NODES).expected(chances) - 1.0
 
 
 _ready: dict[Any, tuple[Drafter, int]] = {}

@@ -6,8 +6,8 @@
 
 A checkpoint that a format cannot represent exactly is refused, never approximated.
 
-- `compressed`, `bitnet`: the two formats of quantized weights.
-- `quantized`: their common part.
+- `compressed_tensors`, `bitnet`: the two formats of quantized weights.
+- `base`: their common part.
 """
 
 from __future__ import annotations

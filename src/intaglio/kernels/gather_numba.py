@@ -2,8 +2,8 @@
 
 A call selects the inputs, records their indices and values, and adds their columns to the outputs eight at a time, so
 that outputs are read and written once per eight columns; columns are contiguous, and those of skipped inputs are not
-touched; the next eight are prefetched (see `rows`). Then the rows of `up` are added in the same way. With several rows
-of activations a column is read where any of them selects it, and adds zero for the others.
+touched; the next eight are prefetched (`row_dot_llvm`). Then the rows of `up` are added alike. With several rows of
+activations a column is read where any of them selects it, and adds zero for the others.
 
 Outputs are split over torch's number of threads where a product is large enough. Each output is summed in a fixed
 order, so results do not depend on the threads.

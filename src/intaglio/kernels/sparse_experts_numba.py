@@ -1,10 +1,10 @@
-"""CPU kernel of `experts`.
+"""CPU kernel of `sparse_experts`.
 
 Work is split into chunks of rows of one expert of the union. A chunk collects the tokens of its expert, computes the
 inner features of its rows, then adds them, times the rows of the second matrix, to those tokens; so each row of either
 matrix is read once, whatever the number of tokens, and inactive tokens cost nothing. The rows of a chunk are four runs
-that are read side by side (see `rows`), and up to four tokens share a read of a row. Threads take chunks in turn and
-have sums of their own, added up at the end.
+that are read side by side (`row_dot_llvm`), and up to four tokens share a read of a row. Threads take chunks in turn,
+with sums of their own, added up at the end.
 
 bfloat16 is widened when read; sums are float32. The first call compiles, some seconds for each dtype.
 
@@ -36,7 +36,7 @@ _WORTH = 1 << 19
 
 
 def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Tensor:
-    """Compute the product [T, D] in x's dtype; arguments are checked in `experts.apply`."""
+    """Compute the product [T, D] in x's dtype; arguments are checked in `sparse_experts.apply`."""
     dtype, (T, D), (F, E) = x_TD.dtype, x_TD.shape, (len(up_FD), score_TE.shape[1])
     x_TD, score_TE = x_TD.detach().float().contiguous(), score_TE.detach().float().contiguous()
     up_FD, down_FD = up_FD.detach().contiguous(), down_FD.detach().contiguous()

@@ -1,4 +1,4 @@
-"""GPU kernel of `experts`.
+"""GPU kernel of `sparse_experts`.
 
 Two launches. The first computes the inner features: a program takes some rows of an expert, and exits at once where no
 token activates it. The second reduces over the second matrix: a program takes some columns and a share of the experts,
@@ -72,7 +72,7 @@ def _outer(u, down, score, y, tokens, D, E, H, each, T: tl.constexpr, BLOCK_H: t
 
 
 def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Tensor:
-    """Compute the product [T, D] in x's dtype; arguments are checked in `experts.apply`."""
+    """Compute the product [T, D] in x's dtype; arguments are checked in `sparse_experts.apply`."""
     x_TD, up_FD, down_FD, score_TE = (tensor.contiguous() for tensor in (x_TD, up_FD, down_FD, score_TE))
     (tokens, D), E = x_TD.shape, score_TE.shape[1]
     H = len(up_FD) // E

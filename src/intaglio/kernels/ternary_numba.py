@@ -4,7 +4,7 @@ A call quantizes the activations, multiplies, and rescales in one compiled funct
 torch's number of threads where a product is large enough; results do not depend on it. Without quantization the
 activations become 31-bit fixed point, whose four digits in base 256 (each from -128 to 127) are four rows of integers.
 
-Tensors are passed as addresses (`addresses`): a product of SmolLM2's size takes about ten microseconds. The first call
+Tensors are passed as addresses (`numba_pointers`): a product of SmolLM2's size takes about ten µs. The first call
 compiles (about two seconds; as long again the first with several threads), and nothing is cached on disk.
 
 Dimension letters: B rows of activations, I inputs, O outputs, J bytes of a packed row; D rows of integers (B, or 4B

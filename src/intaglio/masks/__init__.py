@@ -6,10 +6,10 @@
     set_visibility(model, Causal() & (Window(64) | Sinks(4)))           # all layers: a window with sinks
     clear_visibility(model)                                             # the stock model again
 
-- `rules`: the rules; `named`: rules by name, for recipes.
-- `attend`: registration with the stock attention interface; `visibility`: setting, reading and clearing rules.
-- `step`: the recipe step `visibility`.
-- `picture`: drawings of each layer's mask.
+- `rules`: the rules; `registry`: rules by name, for recipes.
+- `attention_interface`: registration with transformers; `visibility`: setting, reading and clearing rules.
+- `method`: the recipe step `visibility`.
+- `visualize`: drawings of each layer's mask.
 
 Importing the package registers the attention implementations `intaglio_sdpa`, `intaglio_eager` and
 `intaglio_flex_attention` with transformers.

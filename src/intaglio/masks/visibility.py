@@ -175,8 +175,8 @@ def refuse_to_generate(model: nn.Module, tokens: int | None = None) -> None:
             )
         if tokens is not None and tokens < rule.prefix_stable_after:
             raise IntaglioError(
-                f"layer {layer} sees both ways among the first {rule.prefix_stable_after} tokens, and the prompt has {tokens}; give"
-                " a longer prompt or a rule with a shorter prefix"
+                f"layer {layer} sees both ways among the first {rule.prefix_stable_after} tokens, and the prompt has"
+                f" {tokens}; give a longer prompt or a rule with a shorter prefix"
             )
 
 
@@ -198,7 +198,7 @@ def set_visibility(model: nn.Module, rules: Mapping[int, Rule | None] | Rule | N
     written into the model's config: a reloaded model has stock masks.
 
     A rule that sees later tokens has no KV cache: the model runs with `use_cache=False`, and a given cache is refused.
-    `generate` is refused too, unless the rule settles (`Rule.prefix_stable_after`) within the prompt, as a prefix does; then it
+    `generate` is refused too, unless `Rule.prefix_stable_after` lies within the prompt, as a prefix does; then it
     runs without a cache. Under a rule, a 4-D `attention_mask` and packed `position_ids` are refused.
 
     Args:

@@ -50,11 +50,9 @@ class Evaluator:
         Returns:
             `perplexity, bits_per_byte, kl_mean, top1_agreement, cosine, zero_fraction, zeros, activation_sparsity,
             token_sparsity, chunk_sparsity, bytes, parameters, prefill_tokens_per_s, decode_tokens_per_s,
-            peak_memory_bytes, tokens`, ready for JSON. Token and chunk sparsity are those of `firing`, for models with
-            sparse
-            units. Peak memory is that of the evaluation: a forward pass over a batch of held-out text, and the timing.
-            `tokens`
-            is a digest of the token ids: two sides that differ in it were measured on different tokens.
+            peak_memory_bytes, tokens`, ready for JSON. Token and chunk sparsity are for models with sparse
+            units (`activation_sparsity`). Peak memory is that of the evaluation: a forward pass over a batch of
+            held-out text, and the timing. `tokens` is a digest of the token ids: two sides that differ in it were measured on different tokens.
         """
         data = held_out or self.held_out
         zeros = count_zeros(checkpoint)

@@ -103,21 +103,6 @@ class Method(BaseModel):
         return cls(**overrides)
 
 
-class Depends:
-    """A class attribute with another value on an instance.
-
-    Args:
-        mostly: value on the class.
-        of: function of the instance that returns its value.
-    """
-
-    def __init__(self, mostly: Any, of: Callable[[Any], Any]) -> None:
-        self.mostly, self.of = mostly, of
-
-    def __get__(self, step: Method | None, owner: type) -> Any:
-        return self.mostly if step is None else self.of(step)
-
-
 @dataclass(frozen=True)
 class Workload:
     """Sizes from which time and memory are estimated; no weights are read for it.

@@ -1,8 +1,8 @@
 """Base classes of the modules that replace stock linears and MLPs, and how they are put into a model and merged back.
 
-A method puts such modules into a model and notes a live part in the record; its class builds the same modules, empty,
-before a reload reads the weights (`intaglio.checkpoint.replacement`). `anatomy` knows them by their base class: it counts
-them as projections and leaves them out of the plain ones.
+A method puts such modules into a model and notes a runtime part in the record; its class builds the same modules,
+empty, before a reload reads the weights (`intaglio.checkpoint.replacement`). `anatomy` knows their base class: it
+counts them as projections and leaves them out of the plain ones.
 
 Dimension letters: B any leading dimensions, D width, E units, I input features, O output features.
 """
@@ -174,7 +174,7 @@ def merge_linears(model: nn.Module, kinds: tuple[type[ReplacedLinear], ...]) -> 
 @torch.no_grad()
 def stock_linear(module: ReplacedLinear) -> nn.Linear | Conv1D:
     """Return the `nn.Linear` or `Conv1D` that computes the same as a replaced projection, in the same dtype."""
-    weight_OI, like = module.dense(), next(module.parameters())
+    weight_OI, like = module.dense(), next(p for p in module.parameters() if p.is_floating_point())
     with torch.device("meta"):  # nothing is drawn
         stock = (
             Conv1D(module.out_features, module.in_features)
@@ -189,17 +189,3 @@ def stock_linear(module: ReplacedLinear) -> nn.Linear | Conv1D:
             module(like.new_zeros(1, module.in_features))[0] if module.has_bias else stock.bias.new_zeros(())
         )
     return stock
-
-
-__all__ = [
-    "REPLACED",
-    "FusedLinears",
-    "InputCounter",
-    "ReplacedLinear",
-    "ReplacedMLP",
-    "count_parameters",
-    "merge_linears",
-    "module_names",
-    "outermost",
-    "replace_modules",
-]  # fmt: skip

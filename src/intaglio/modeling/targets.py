@@ -164,8 +164,3 @@ def replace_mlps(
         modules |= place.puts(names[id(parts.blocks[index])], made[index])
     replace_modules(model, modules)
     return made
-
-
-__all__ = [
-    "check_patterns", "matches", "plan_replacements", "projections", "replace_linears", "replace_mlps", "select_layers",
-]  # fmt: skip

@@ -65,7 +65,7 @@ class RunSpec:
         """Name of the source, for the report and error messages."""
         if self.model is None and self.recipe.new is not None:
             return f"new {self.recipe.new.family}"
-        return str(self.model or self.recipe.model)
+        return str(self.recipe.model if self.model is None else self.model)
 
     def identity(self) -> list[str]:
         """Return source, device and dtype as text, for the digest of a run."""

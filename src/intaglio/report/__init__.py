@@ -1,7 +1,7 @@
 """Reports: measurement documents as a self-contained HTML page, terminal tables and a summary sentence.
 
-`document` describes and checks the documents; `numbers` formats values and their changes; `sentence`, `tables` and
-`page` render a document as a line, in the terminal and in a browser.
+`schema` describes and checks the documents; `formatting` formats values and their changes; `summary`, `tables` and
+`html` render a document as a line, in the terminal and in a browser.
 """
 
 from intaglio.report.formatting import MEASURES, Cell, Change, Measure, Row, rows

@@ -7,14 +7,14 @@
     model.generate(**inputs, custom_generate=decoder, max_new_tokens=128)
     print(decoder.statistics.tokens_per_pass)
 
-- `loop.py`: `Speculative`, the `custom_generate` callable; `decoder.py`: the base of methods that decode speculatively
+- `loop.py`: `Speculative`, the `custom_generate` callable; `decoder_mixin.py`: the base of speculative methods
 - `protocols.py`: the protocols of a drafter (`Drafter`, `Session`, `ForwardSession`, `AcceptingSession`) and their data
 - `tree.py`: `TokenTree`, the guesses that one pass verifies; `static_tree.py`: trees fixed beforehand
-- `walk.py`: acceptance; `sampling.py`: the rule for drawn nodes, and why it keeps the target's distribution
-- `reader.py`: a model with its cache: positions, masks by layer type, ragged rows; `cache.py`: row operations;
-  `attention.py`: grouped heads under a mask; `prepack.py`: linear weights laid out for few tokens
-- `request.py`: the checked arguments of `generate`; `rows.py`: the state of a sequence
-- `output.py`: the returned object and the streamer; `statistics.py`: the cost of a run
+- `acceptance.py`: acceptance; `sampling.py`: the rule for drawn nodes, and why it keeps the target's distribution
+- `target_model.py`: a model with its cache: positions, masks by layer type, ragged rows; `cache.py`: row operations;
+  `tree_attention.py`: grouped heads under a mask; `prepacked_linear.py`: linear weights laid out for few tokens
+- `request.py`: the checked arguments of `generate`; `sequences.py`: the state of a sequence
+- `outputs.py`: the returned object and the streamer; `statistics.py`: the cost of a run
 - `drafters/`: the plain drafters; `factory.py`: drafters by name
 """
 

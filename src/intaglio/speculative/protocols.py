@@ -44,7 +44,7 @@ class DecodingRun:
         limit: most new tokens of a row.
         generator: source of the loop's draws; None for torch's global generator. A drafter that draws uses it too, and
             a drafter that draws nothing must leave it alone.
-        prepack: whether a draft model runs from weights laid out beforehand; see `prepack.prepacked`.
+        prepack: whether a draft model runs from weights laid out beforehand; see `prepacked_linear.prepacked`.
         statistics: of the run; a drafter with statistics of its own (`new_statistics`) counts there.
     """
 
@@ -100,7 +100,7 @@ class TreePass:
         rows: index in `DecodingRun.prompts` of each row of the pass [B]; ended rows are dropped from cache and pass.
         trees: tree of each row [B].
         inputs: tokens, positions and masks of the nodes [B, Q, ...], right-padded with nodes that see only themselves.
-            A session that adds slots of its own extends `inputs.visible_BQK` and calls `reader.masks`.
+            A session that adds slots of its own extends `inputs.visible_BQK` and calls `target_model.masks`.
         reader: the target's cache, with the lengths and paddings of its rows.
     """
 
@@ -152,7 +152,7 @@ class ForwardSession(Protocol):
 
 @runtime_checkable
 class AcceptingSession(Protocol):
-    """A session with an acceptance policy of its own; without, acceptance is lossless (`walk.verify_tree`).
+    """A session with an acceptance policy of its own; without, acceptance is lossless (`acceptance.verify_tree`).
 
     Tokens that it emits before the target has read them stand at the beginning of the next tree, as a chain.
     """
@@ -160,7 +160,7 @@ class AcceptingSession(Protocol):
     def accept(
         self, selector: TokenSelector, row: SequenceState, index: int, tree: TokenTree, logits_NV: Tensor
     ) -> list[Accepted]:
-        """Append the emitted tokens to the row and return them; see `walk.AcceptancePolicy`."""
+        """Append the emitted tokens to the row and return them; see `acceptance.AcceptancePolicy`."""
 
 
 class Drafter(Protocol):

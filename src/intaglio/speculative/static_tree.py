@@ -171,7 +171,7 @@ class StaticTree:
 
     def expected(self, acceptance: Acceptance) -> float:
         """Return F, the expected tokens per pass; ranks and levels beyond the given ones count 0."""
-        levels = _by_level(acceptance, self.depth)
+        levels = _by_level(acceptance, max(1, self.depth))
         reached = [1.0]
         for parent, path in zip(self.parents[1:], self.paths[1:], strict=True):
             level, rank = len(path) - 1, path[-1]

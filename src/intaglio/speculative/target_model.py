@@ -79,7 +79,7 @@ class Reader:
         model: a stock causal language model.
         cache: a dynamic cache, empty or with rows; None makes one that keeps every row.
         hidden: whether to record the last hidden states of each pass (`hidden_BQD`). Default False.
-        prepacked: context that its passes run in (`prepack.prepacked`). Default: none.
+        prepacked: context that its passes run in (`prepacked_linear.prepacked`). Default: none.
 
     Attributes:
         lengths: slots of each row that are in use, padding included.
@@ -337,7 +337,22 @@ def check_tree_attention(model: Any) -> None:
                     "nodes of a tree are not in the slots of their positions; speculative decoding needs attention "
                     "that follows the mask"
                 )
-    ids = torch.randint(vocabulary_size(model), (12,), generator=torch.Generator().manual_seed(0)).tolist()
+    # Rounding may flip the router of a mixture or a threshold: one attempt of three within the tolerance is enough.
+    tolerance = 0.01 + 12 * torch.finfo(model.dtype).eps
+    errors: list[float] = []
+    while not errors or not errors[-1] < tolerance:
+        if len(errors) == 3:
+            raise IntaglioError(
+                f"the hidden states of {model.config.model_type} in a branch of a tree differ from those in a chain by "
+                f"{min(errors):.1%}; speculative decoding needs attention that follows the mask"
+            )
+        errors.append(_branch_error(model, seed=len(errors)))
+    _CHECKED.setdefault(model, set()).add(implementation)
+
+
+def _branch_error(model: Any, seed: int) -> float:
+    """Return the relative difference of a branch's last hidden state from that of the same tokens in a chain."""
+    ids = torch.randint(vocabulary_size(model), (12,), generator=torch.Generator().manual_seed(seed)).tolist()
     states = []
     for tree in (
         TokenTree([ids[8], ids[9], ids[10], ids[11]], (-1, 0, 0, 2)),
@@ -347,13 +362,7 @@ def check_tree_attention(model: Any) -> None:
         reader.prefill(torch.tensor([ids[:8]], device=model.device))
         hidden_BQD = reader.forward(reader.prepare_inputs(*stack([tree])))
         states.append(hidden_BQD[0, -1].double())
-    error = float((states[0] - states[1]).norm() / states[1].norm())
-    if not error < 4 * torch.finfo(model.dtype).eps ** 0.5:
-        raise IntaglioError(
-            f"the hidden states of {model.config.model_type} in a branch of a tree differ from those in a chain by "
-            f"{error:.1%}; speculative decoding needs attention that follows the mask"
-        )
-    _CHECKED.setdefault(model, set()).add(implementation)
+    return float((states[0] - states[1]).norm() / states[1].norm())
 
 
 def format_mask(seen: Tensor, implementation: str, dtype: torch.dtype) -> Tensor:

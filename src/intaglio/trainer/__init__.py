@@ -10,14 +10,14 @@
 - `loop`: `train` and its result.
 - `settings`: the settings of a run, validated.
 - `protocols`: objectives, training modifiers, selectors.
-- `causal`, `instruct`, `labels`: the objectives `CausalLM`, `InstructionTuning` and `token_classification`.
-- `rows`, `pairs`: from a user's data to rows, in memory or as a stream; instruction pairs.
-- `draws`: randomness keyed by (seed, epoch, example id).
-- `lora`, `zeros`: adapters through PEFT; zeros of pruned layers stay zeros.
-- `select`: data selection and its random baseline.
-- `stock`: `transformers.Trainer` with the loss of an objective and exact resume.
-- `state`, `history`, `early`: the directory of a resumable run, its log, its progress page.
-- `keep`, `sharded`: restoring context managers; FSDP helpers.
+- `causal_lm`, `instruction_tuning`, `token_classification`: objectives.
+- `dataset`, `instruction_data`: from a user's data to rows, in memory or as a stream; instruction pairs.
+- `rng`: randomness keyed by (seed, epoch, example id).
+- `lora`, `sparsity_mask`: adapters through PEFT; zeros of pruned layers stay zeros.
+- `data_selection`: data selection and its random baseline.
+- `hf_trainer`: `transformers.Trainer` with the loss of an objective and exact resume.
+- `resume`, `history`, `progress_report`: the directory of a resumable run, its log, its progress page.
+- `preserve_state`, `fsdp`: restoring context managers; FSDP helpers.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,11 @@ from intaglio.methods.weights.magnitude import Magnitude
 
 SLUGS = sorted(module.name for module in pkgutil.iter_modules(claims.__path__))
 CPU = [slug for slug in SLUGS if load_claim(slug).golden]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTAGLIO_HOME", str(tmp_path))
 
 
 @pytest.mark.parametrize("slug", CPU)

@@ -64,7 +64,7 @@ def test_modifiers_models_and_methods_after_training() -> None:
     wide = Arm("ternary, wide", {"modifiers": (BitNet(),), "model": {"width": 32}})
     values = ternary.run(wide, KEY, {}).values
     full = ternary.run(Arm("full, wide", {"model": {"width": 32}}), KEY, {}).values
-    assert values["bytes of the projections"] < full["bytes of the projections"] / 4  # type: ignore[operator]
+    assert values["bytes of the projections"] < full["bytes of the projections"] / 4
     assert bits(PRETRAIN, Arm("pruned", {"after": Magnitude(sparsity=0.0)})) == bits(PRETRAIN, PLAIN)
     assert bits(PRETRAIN, Arm("started elsewhere", {"start": lambda bed, seed, model: bed.new(seed + 1)})) != bits(
         PRETRAIN, PLAIN
@@ -82,8 +82,8 @@ def test_finetuning_starts_from_the_trained_model_and_leaves_it_alone() -> None:
 def test_other_beds_and_measures() -> None:
     design = Pretrain(Haystack(), measures=(needles,)).toy()
     values = design.run(PLAIN, KEY, {}).values
-    assert values[NEEDLE_SCORE.name] < 0  # type: ignore[operator]
-    assert 0 <= values["answers found"] <= 100  # type: ignore[operator]
+    assert values[NEEDLE_SCORE.name] < 0
+    assert 0 <= values["answers found"] <= 100
 
 
 def test_designs_are_picklable_and_compare_by_their_fields() -> None:

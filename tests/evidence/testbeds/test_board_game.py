@@ -126,15 +126,7 @@ def test_models_and_what_they_are_trained_on(
     assert not torch.equal(next(first.model.parameters()), next(BED.new(3, "relu").model.parameters()))
 
 
-def test_worlds_that_cannot_be() -> None:
-    for fields, words in (
-        ({"columns": 1}, "a board of 1 columns of 4"),
-        ({"columns": 8, "height": 8}, "does not fit 62 bits"),
-        ({"line": 5}, "line is 5; from 2 to the longer side"),
-        ({"skill": 1.5}, "skill is 1.5"),
-    ):
-        with pytest.raises(IntaglioError, match=words):
-            BoardGame(**fields)  # type: ignore[arg-type]
+def test_no_games_are_refused_and_an_empty_board_has_no_property() -> None:
     with pytest.raises(IntaglioError, match="0 games were requested"):
         BED.games("train", "0", 0)
     assert np.array_equal(BED.state(np.array([[BEGIN]]))[0, 0], [False] * len(BED.properties))

@@ -42,7 +42,7 @@ def test_the_draft_learns_from_what_the_target_says_and_drafts_for_it(small: Dra
     assert seen  # it is trained now, and found again afterwards
     again = DraftBed(**vars(small)).load(lambda *_: pytest.fail("it was made twice"))
     assert again.model is draft.model
-    assert (draft.model.config.num_hidden_layers, draft.model.config.vocab_size) == (2, target.model.config.vocab_size)
+    assert (draft.config.num_hidden_layers, draft.config.vocab_size) == (2, target.config.vocab_size)
     decoder = Speculative(DraftModel(draft.model))
     ids = torch.tensor([said[0]["input_ids"][:12]])
     options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}

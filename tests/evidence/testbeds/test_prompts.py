@@ -85,8 +85,8 @@ def test_the_sets_share_no_article_and_no_module(make: Make) -> None:
     assert sum(map(len, names.values())) == len(set.union(*names.values())) == 16
     learned = set(bed.corpus().documents)
     for part in ("validation", "pilot", "evaluation"):
-        assert not learned & {file.text for file in bed.modules(part)}  # type: ignore[arg-type]
-        assert not learned & set(bed.articles.part(part).documents)  # type: ignore[arg-type]
+        assert not learned & {file.text for file in bed.modules(part)}
+        assert not learned & set(bed.articles.part(part).documents)
 
 
 def test_prompts_follow_from_set_index_and_base_alone(make: Make) -> None:
@@ -100,9 +100,6 @@ def test_prompts_follow_from_set_index_and_base_alone(make: Make) -> None:
 @pytest.mark.parametrize(
     ("ask", "sentence"),
     [
-        (lambda make: make(kinds=("cod",)), "no kind of prompt 'cod'; did you mean code?"),
-        (lambda make: make(passages=0), "0 passages"),
-        (lambda make: make(kinds=()), "0 kinds of prompts"),
         (lambda make: make().source("test", 0), "there is no set 'test'"),
         (lambda make: make(**PLAIN).source("pilot", 500), "source 500 was requested; the pilot set has"),
         (lambda make: make("plain").source("pilot", 0), "the tokenizer has no chat template"),

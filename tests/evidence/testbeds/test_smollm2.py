@@ -35,7 +35,7 @@ def test_the_sets_share_no_article_and_calibration_uses_no_measured_one(small: S
         assert set(bed.calibration(seed).names) <= names["train"] | names["validation"]
         assert set(bed.calibration(seed, "validation").names) <= names["train"]
         for part in ("validation", "pilot", "evaluation"):
-            assert set(bed.documents(part, seed).names) <= names[part]  # type: ignore[arg-type]
+            assert set(bed.documents(part, seed).names) <= names[part]
 
 
 def test_windows_follow_from_the_seed_and_have_their_length(small: Small) -> None:

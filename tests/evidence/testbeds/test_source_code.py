@@ -122,8 +122,8 @@ def test_windows_are_of_different_files_of_their_set(
     assert take(small, 4).segments.digest == take(replace(small), 4).segments.digest
 
 
-def test_a_new_model_fits_the_world(small: SourceCode) -> None:
-    model = small.new(3).model
+def test_a_new_model_fits_the_bed(small: SourceCode) -> None:
+    model: Any = small.new(3).model
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (16, 1)
     assert small.new(3).context == 40
     assert small.new(3, width=32).config.hidden_size == 32
@@ -212,7 +212,7 @@ def test_the_real_source_is_enough_for_the_defaults() -> None:
     sizes = {part: len(bed.part(part)) for part in BOUNDS}
     assert sum(sizes.values()) > 400
     for part in ("validation", "pilot"):
-        assert bed.documents(part).segments.ids_NT.shape == (bed.documents_pilot, 256)  # type: ignore[arg-type]
+        assert bed.documents(part).segments.ids_NT.shape == (bed.documents_pilot, 256)
     assert bed.documents("evaluation").segments.ids_NT.shape == (bed.documents_run, 256)
     assert all(len(ids) == 64 for ids in bed.docstring_prompts("evaluation", 0, 20, 64))
     source_code._stream.cache_clear()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from intaglio import recipe
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.cli.app import app
@@ -18,6 +17,7 @@ from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
 from intaglio.methods.registry import get_method
 from intaglio.recipe.plan import plan
+from intaglio.recipe.report_document import non_default_fields
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
 from intaglio.speculative.heads.base import TrainedHeads, split
@@ -202,8 +202,8 @@ def test_the_plan_says_what_a_fit_takes(slug: str, corpus_file: Path, tmp_path: 
     encoder = tiny_checkpoint_dir("bert", tmp_path / "encoder", layers=1)
     with pytest.raises(IntaglioError, match=f"{slug} needs a model that generates"):
         plan(recipe(slug, corpus_file), model=str(encoder))
-    assert recipe.given(get_method(slug)()) == {}
-    assert recipe.given(get_method(slug)(token_cost=0.5)) == {"token_cost": 0.5}
+    assert non_default_fields(get_method(slug)()) == {}
+    assert non_default_fields(get_method(slug)(token_cost=0.5)) == {"token_cost": 0.5}
 
 
 @pytest.mark.parametrize("slug", METHODS)

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative.heads.chunked_loss import chunked, kl, zero_loss
-from intaglio.speculative.heads.lm_head import DraftLMHead, resolve_rank
+from intaglio.speculative.heads.lm_head import DraftLMHead, DraftVocabulary, TargetHead, resolve_rank
 from intaglio.speculative.heads.multi_token_loss import multi_token_loss, shift_states, topk_hits, valid_targets
 from intaglio.speculative.heads.objective import head_batch
+from tests.families import tiny_model
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 100])
@@ -92,16 +94,18 @@ def test_what_is_scored() -> None:
 
 
 def test_a_low_rank_change_begins_at_nothing_and_is_shared() -> None:
-    weight = torch.randn(11, 4)
-    x = torch.randn(3, 8)
-    both = x[:, :4] + x[:, 4:]
+    parts = anatomy(tiny_model("llama", layers=1))
+    weight = parts.head.weight.detach()  # type: ignore[union-attr, operator]
+    target, width = TargetHead(parts, DraftVocabulary()), weight.shape[1]
+    x = torch.randn(3, 2 * width)
+    both = x[:, :width] + x[:, width:]
     for rank in (None, 0, 2):
         vocabulary = DraftLMHead(weight, 3, 2, rank)
         for head in range(3):
-            torch.testing.assert_close(vocabulary(x, head, weight), both @ weight.T)
+            torch.testing.assert_close(vocabulary(x, head, target), both @ weight.T)
     torch.nn.init.ones_(vocabulary.out_Vr)
     change = (x @ vocabulary.in_MrX[1].T).sum(-1, keepdim=True)
-    torch.testing.assert_close(vocabulary(x, 1, weight), both @ weight.T + change)
+    torch.testing.assert_close(vocabulary(x, 1, target), both @ weight.T + change)
     assert resolve_rank(None, 4, 160, 64) is None
     assert resolve_rank(None, 4, 49_152, 1152) == 32
     assert resolve_rank(8, 4, 160, 64) == 8

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from intaglio.evidence.designs.measures import BITS
 from intaglio.evidence.designs.training import Pretrain
 from intaglio.evidence.engine.claim import Arm, Claim
@@ -11,7 +13,7 @@ from intaglio.methods.weights.lost import LOST
 RANK, COLUMNS = 16, 2 / 64
 """Of width 64: a quarter of it, as in the paper, and 3 % of its inputs. With an inner width of three times the model's,
 the columns of every projection are worth whole ranks, so that all arms of the family have equally many parameters."""
-PAID = {"rank": RANK, "columns": COLUMNS, "within_rank": True}
+PAID: dict[str, Any] = {"rank": RANK, "columns": COLUMNS, "within_rank": True}
 
 CLAIM = Claim(
     slug="lost",

@@ -1,4 +1,4 @@
-"""What designs share: the model that is measured, tuned fields of methods, and costs."""
+"""Shared parts of designs: the model that is measured, tuned fields of methods, and costs."""
 
 from __future__ import annotations
 
@@ -55,12 +55,7 @@ Measure = Callable[[Measured], Values]
 
 @dataclass
 class Usage:
-    """Seconds and peak memory of a block.
-
-    Args:
-        seconds: wall time.
-        peak_bytes: largest memory held.
-    """
+    """Wall time and peak memory of a block."""
 
     seconds: float = 0.0
     peak_bytes: int = 0

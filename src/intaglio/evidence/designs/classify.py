@@ -105,7 +105,7 @@ def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
 def _train(net: nn.Module, images: Images, modifiers: Sequence[Any], recipe: Mapping[str, Any]) -> int:
     pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
     rows = [{"pixels": pixels, "label": int(label)} for pixels, label in pairs]
-    return train(Checkpoint(net), rows, objective=Classification(), shape=modifiers, **recipe).steps  # type: ignore[arg-type]
+    return train(Checkpoint(net), rows, objective=Classification(), shape=modifiers, **recipe).steps
 
 
 @dataclass(frozen=True)

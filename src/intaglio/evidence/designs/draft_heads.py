@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -20,12 +20,13 @@ from intaglio.checkpoint.attachments import Attachment, read_attachments
 from intaglio.errors import IntaglioError
 from intaglio.evidence.designs.replay import Context
 from intaglio.evidence.testbeds.cache import cached, digest
+from intaglio.evidence.testbeds.source_code import TOY
 from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
 from intaglio.speculative.heads.base import TrainedHeads, split, stored
-from intaglio.speculative.heads.objective import measured_chances, train_heads
-from intaglio.speculative.heads.self_generated_data import own_text, prompts_of
-from intaglio.speculative.heads.static_tree import likely
+from intaglio.speculative.heads.objective import measure_acceptance, train_heads
+from intaglio.speculative.heads.self_generated_data import extract_prompts, generate_corpus
 from intaglio.speculative.protocols import Drafter
+from intaglio.speculative.static_tree import best_tree
 from intaglio.trainer.protocols import Example
 
 NODES = 15
@@ -52,21 +53,27 @@ class HeadTraining:
     def examples(self, bed: Any) -> list[Example]:
         """Return the text, generated once and cached."""
         target, corpus = bed.load(), bed.part("train")
-        prompts = prompts_of(target, corpus, self.prompt, self.texts)
+        prompts = extract_prompts(target, corpus, self.prompt, self.texts)
         if len(prompts) < self.texts:
             raise IntaglioError(f"the training set gives {len(prompts)} prompts; {self.texts} are needed")
-        return own_text(target, prompts, tokens=self.length - self.prompt)
+        return generate_corpus(target, prompts, tokens=self.length - self.prompt)
+
+
+def default_training(bed: Any) -> HeadTraining:
+    """Return the training of a test bed's heads, a few steps for one in miniature."""
+    return HeadTraining(8, 8, 24, 2, 4) if bed.packages == (TOY,) else HeadTraining()
 
 
 def trained_heads(
     context: Context,
     method: TrainedHeads,
-    training: HeadTraining = HeadTraining(),
+    training: HeadTraining | None = None,
     learning_rate: float = 1e-3,
     nodes: int = NODES,
     **fields: Any,
 ) -> Drafter:
     """Return a method's heads, trained with the seed of the unit."""
+    training = training or default_training(context.bed)
     chosen = method.model_copy(update={
         **fields, "learning_rate": learning_rate, "steps": training.steps, "batch_size": training.batch_size,
         "length": training.length,
@@ -79,8 +86,7 @@ def trained_heads(
 
     choices = {"method": {method.slug: chosen.model_dump()}}
     attachment = _cached_heads(context, training, choices, fit)
-    drafter: Drafter = type(chosen).restore(attachment, context.target, nodes=nodes)
-    return drafter
+    return cast(Drafter, type(chosen).restore(attachment, context.target, nodes=nodes))
 
 
 def medusa(
@@ -89,11 +95,12 @@ def medusa(
     heads: int,
     goal: str = "text",
     decay: float = 1.0,
-    training: HeadTraining = HeadTraining(),
+    training: HeadTraining | None = None,
     learning_rate: float = 1e-3,
     nodes: int = NODES,
 ) -> Medusa:
     """Return Medusa heads with as many parameters as a method's, trained with the seed of the unit."""
+    training = training or default_training(context.bed)
     target, examples, seed = context.target, training.examples(context.bed), context.key.seed
     tokens_K = like.words(target, examples)
     budget = sum(p.numel() for p in like.make(target.model, seed, tokens_K).parameters())
@@ -110,14 +117,14 @@ def medusa(
             length=training.length, directory=scratch, resume=True, steps=training.steps,
             batch_size=training.batch_size, learning_rate=learning_rate, warmup=0.01, seed=seed,
         )  # fmt: skip
-        chances = measured_chances(shadow, module, held_out, training.length)
+        chances = measure_acceptance(shadow, module, held_out, training.length)
         return Attachment("medusa", stored(module), {}, 0, {"chances": chances})
 
     choices = {"medusa": {**sizes, "heads": heads, "goal": goal, "decay": decay, "learning_rate": learning_rate}}
     attachment = _cached_heads(context, training, choices, fit)
     module = new()
     module.load_state_dict(attachment.tensors)
-    return Medusa(module, likely(nodes, attachment.about["chances"]))
+    return Medusa(module, best_tree(attachment.about["chances"], nodes))
 
 
 def _cached_heads(context: Context, training: HeadTraining, choices: dict[str, Any], fit: Any) -> Attachment:

@@ -8,12 +8,14 @@ from typing import Any, Literal
 from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.designs.replay import Context, Text, continuations
 from intaglio.evidence.testbeds.draft_model import DraftModel as DraftBed
+from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.methods.decoding.aded import ADED
 from intaglio.methods.decoding.dyspec import AcceptanceTable, DySpec
+from intaglio.speculative import static_tree
 from intaglio.speculative.drafters.draft_model import DraftModel
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
-from intaglio.speculative.drafters.rank_statistics import draft_ranks, shares
-from intaglio.speculative.drafters.static_tree import Shape, best, by_widths, chain, widths_within
+from intaglio.speculative.drafters.rank_statistics import acceptance_by_rank, draft_ranks
+from intaglio.speculative.static_tree import StaticTree, widths_within
 
 NODES = 15
 """Drafted tokens that an arm may verify in a pass, where its settings have no other number."""
@@ -21,7 +23,6 @@ RANKS = 32
 """Candidates of a draft model that are counted; no node of a fitted tree has more children."""
 FITTED_UNITS = 8
 """Units of the training set that fixed trees and acceptance tables are fitted on."""
-DRAFT = DraftBed()
 Tree = Literal["best", "widths", "chain"]
 
 
@@ -45,7 +46,7 @@ def _table(bed: Any) -> Any:
     return ADED(corpus=bed.corpus(), tokenizer=target.tokenizer).table(target.model)
 
 
-def fixed_tree(context: Context, nodes: int = NODES, tree: Tree = "best", draft: Any = DRAFT) -> DraftModel:
+def fixed_tree(context: Context, nodes: int = NODES, tree: Tree = "best", draft: Any = None) -> DraftModel:
     """Return a draft model with the fixed tree that takes the fewest passes on the training prompts.
 
     Args:
@@ -53,28 +54,34 @@ def fixed_tree(context: Context, nodes: int = NODES, tree: Tree = "best", draft:
         nodes: of the tree.
         tree: `best` of Sequoia's trees of every depth, trees by widths and a chain; `widths`, the best with equally
             many children at every node of a level; `chain`. Default `best`.
-        draft: test bed that gives the draft model.
+        draft: test bed that gives the draft model. Default: SmolLM2's; a small model of bytes drafts for itself.
     """
+    draft = draft or _draft_bed(context.bed)
     return DraftModel(draft.load().model, shape=best_tree(context.bed, draft, nodes, tree, context.design.new).parents)
 
 
-def dyspec(context: Context, nodes: int = NODES, fitted: bool = False, draft: Any = DRAFT, **fields: Any) -> Any:
+def dyspec(context: Context, nodes: int = NODES, fitted: bool = False, draft: Any = None, **fields: Any) -> Any:
     """Return DySpec; `fitted` counts its chances of acceptance on the prompts that fixed trees are fitted on."""
+    draft = draft or _draft_bed(context.bed)
     if fitted:
         fields["acceptance"] = _acceptance(context.bed, draft, nodes, context.design.new)
     return DySpec(draft=draft.load().model, budget=nodes, **fields)
 
 
+def _draft_bed(bed: Any) -> Any:
+    return bed if isinstance(bed, SourceCode) else DraftBed()
+
+
 @lru_cache(maxsize=16)
-def best_tree(bed: Any, draft: Any, nodes: int, tree: Tree, new: int) -> Shape:
+def best_tree(bed: Any, draft: Any, nodes: int, tree: Tree, new: int) -> StaticTree:
     """Return the fixed tree with the fewest passes on the training prompts, counted exactly."""
     if tree == "chain":
-        return chain(nodes)
+        return StaticTree.from_widths((1,) * nodes)
     ranks = _ranks(bed, draft, new)
-    trees = [by_widths(widths) for widths in widths_within(nodes)]
+    trees = [StaticTree.from_widths(widths) for widths in widths_within(nodes)]
     if tree == "best":
-        chances = tuple(shares(ranks, RANKS))
-        trees = [*(best(chances, nodes, depth) for depth in (*range(2, 17), nodes)), *trees]
+        chances = acceptance_by_rank(ranks, RANKS)
+        trees = [*(static_tree.best_tree(chances, nodes, depth) for depth in (*range(2, 17), nodes)), *trees]
     return min(trees, key=lambda shape: sum(shape.replay(of_text) for of_text in ranks))
 
 

@@ -1,4 +1,4 @@
-"""What claims measure on a model: functions `measure(measured) -> {name: value or {inner unit: value}}`."""
+"""Measurements of a model: functions `measure(measured) -> {name: value or {inner unit: value}}`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.designs.base import Measured, Values
 from intaglio.evidence.engine.claim import Metric
 from intaglio.evidence.testbeds.haystack import Needles, answers
-from intaglio.measures.activation_sparsity import activation_sparsity
+from intaglio.measures import activation_sparsity as sparsity
 from intaglio.measures.language_modeling import quality
 from intaglio.modeling.anatomy import Linear, anatomy, final_hidden
 from intaglio.modeling.replacement import ReplacedLinear
@@ -105,7 +105,7 @@ def weight_bytes(measured: Measured) -> Values:
 
 def activation_sparsity(measured: Measured) -> Values:
     """Return the share of experts that are inactive for a token, and through `CHUNK` tokens in a row."""
-    shares = activation_sparsity(measured.checkpoint, measured.documents.segments, CHUNK, 2 * BATCH)
+    shares = sparsity.activation_sparsity(measured.checkpoint, measured.documents.segments, CHUNK, 2 * BATCH)
     if shares is None:
         return {TOKEN_SPARSITY.name: 0.0, CHUNK_SPARSITY.name: 0.0}
     return {TOKEN_SPARSITY.name: shares.token_sparsity, CHUNK_SPARSITY.name: shares.chunk_sparsity}

@@ -58,7 +58,7 @@ class OneShot:
 
 
 def _workload(original: Checkpoint, calibration: Windows) -> Workload:
-    """What methods estimate their own cost from."""
+    """Sizes that methods estimate their own cost from."""
     parts = anatomy(original.model)
     return Workload(
         linears=tuple(linear.shape for _, linear in parts.all_linears()),

@@ -31,9 +31,9 @@ from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
 from intaglio.evidence.testbeds.prompts import Prompts
 from intaglio.modeling.anatomy import anatomy, final_hidden
-from intaglio.speculative.heads.self_generated_data import own_text
+from intaglio.speculative.heads.self_generated_data import generate_corpus
 from intaglio.speculative.loop import Speculative
-from intaglio.speculative.protocols import Drafter, PassingSession, Run, Session, Step
+from intaglio.speculative.protocols import DecodingRun, Drafter, ForwardSession, Session, Step
 from intaglio.speculative.tree import TokenTree
 from intaglio.trainer.causal_lm import IGNORED
 
@@ -49,14 +49,7 @@ LONGEST_LOOP = 32
 
 @dataclass(frozen=True)
 class Context:
-    """What a function that makes a drafter may use.
-
-    Args:
-        bed: the test bed.
-        target: the model that is drafted for, shared.
-        key: of the run.
-        design: the design.
-    """
+    """Inputs of a function that makes a drafter: test bed, shared target model, key of the run, and the design."""
 
     bed: Any
     target: Checkpoint
@@ -153,14 +146,14 @@ class Replay:
     def _passes(self, target: Checkpoint, drafter: Drafter, prompts: Sequence[tuple[int, ...]]) -> list[Passes]:
         if self.real_loop:
             return [decode(target, _drafting(drafter), [prompt], self.new)[0] for prompt in prompts]
-        if isinstance(_start(target, drafter, prompts[:1], self.new), PassingSession):
+        if isinstance(_start(target, drafter, prompts[:1], self.new), ForwardSession):
             return decode(target, _drafting(drafter), prompts, self.new)
         texts = continuations(target, tuple(prompts), self.new, drafter.needs_hidden)
         return replay(target, drafter, texts, self.new)
 
     def toy(self, **changes: Any) -> Replay:
         """Return the design on a small model of bytes; `changes` are fields of its test bed."""
-        return dataclasses.replace(self, bed=self.bed.toy(**changes), new=12)
+        return dataclasses.replace(self, bed=self.bed.toy(**{"context": 64, "tokens": 24, **changes}), new=12)
 
 
 def ratio(counts: Any) -> float:
@@ -175,7 +168,7 @@ def continuations(
     target: Checkpoint, prompts: tuple[tuple[int, ...], ...], new: int, hidden: bool
 ) -> tuple[Text, ...]:  # fmt: skip
     """Return the greedy continuation of each prompt, generated once and cached, and its hidden states if required."""
-    examples = own_text(target, prompts, tokens=new, temperature=0.0)
+    examples = generate_corpus(target, prompts, tokens=new, temperature=0.0)
     texts = []
     for prompt, example in zip(prompts, examples, strict=True):
         ids = list(map(int, example["input_ids"]))
@@ -191,9 +184,9 @@ def hidden_states(target: Checkpoint, ids: Sequence[int]) -> Tensor:
 
 
 def _start(target: Checkpoint, drafter: Drafter, prompts: Sequence[tuple[int, ...]], new: int) -> Session:
-    config = copy.copy(target.model.generation_config)  # type: ignore[has-type]
+    config: Any = copy.copy(target.model.generation_config)
     config.do_sample = False
-    run = Run(target.model, tuple(prompts), sampling=False, config=config, limit=new)
+    run = DecodingRun(target.model, tuple(prompts), sampling=False, config=config, limit=new)
     return drafter.start(run)
 
 
@@ -220,7 +213,7 @@ def replay(target: Checkpoint, drafter: Drafter, texts: Sequence[Text], new: int
         room = [new - len(results[row].new) - 1 for row in rows]
         steps = []
         for row, most, proposed in zip(rows, room, session.propose(rows, room), strict=True):
-            text, result, tree = texts[row], results[row], proposed.cut(most)
+            text, result, tree = texts[row], results[row], proposed.truncate(most)
             tokens, drafted, path = _accept(tree, text.new[len(result.new) :])
             root = len(text.prompt) + len(result.new) - 1
             result.new += tokens

@@ -26,7 +26,7 @@ Scores = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class RetrieveContext:
-    """What a function that makes a retriever may use: the test bed and the key of the run."""
+    """Inputs of a function that makes a retriever: the test bed and the key of the run."""
 
     bed: Any
     key: RunKey

@@ -27,7 +27,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from intaglio.checkpoint import Checkpoint, load
-from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.cached_models import pretraining_recipe, train_once
 from intaglio.evidence.testbeds.splits import Part, check_count, check_part, generator, part_of
 from intaglio.methods.base import Progress, no_progress
@@ -46,22 +45,18 @@ _DECIDES = (
 
 @dataclass(frozen=True, eq=False)
 class Games:
-    """Games.
-
-    Args:
-        ids_NT: tokens, padded on the right.
-    """
+    """Games."""
 
     ids_NT: Tensor
 
     @property
     def mask_NT(self) -> Tensor:
-        """Where a token is no padding, bool [N, T]."""
+        """Mask of the tokens that are no padding, bool [N, T]."""
         return self.ids_NT != PAD
 
     @property
     def is_move_NT(self) -> Tensor:
-        """Where a token is a move, bool [N, T]."""
+        """Mask of the tokens that are moves, bool [N, T]."""
         return self.ids_NT >= len(SPECIAL)
 
     @property
@@ -80,7 +75,6 @@ class Boards:
     """Games and the properties of their positions.
 
     Args:
-        games: the games.
         properties_PK: bool, the properties after every move, game by game.
     """
 
@@ -93,24 +87,11 @@ class BoardGame:
     """The board, how it is played, the size of a small GPT-2 and its training.
 
     Args:
-        columns: C. Default 4.
         height: discs that a column holds. Default 4.
         line: discs that win. Default 3.
         skill: probability of winning, and of blocking, where possible. Default 0.9.
-        width: of the model. Default 64.
-        depth: layers. Default 2.
-        heads: of attention. Default 4.
-        inner: units of its MLPs. Default 128.
         base_steps: of the training that all arms start from. Default 400.
-        steps: of the training that follows. Default 1200.
-        batch: games of a step. Default 128.
-        learning_rate: peak of the first training. Default 3e-3.
         games_read: training games on which neurons and thresholds are chosen. Default 512.
-        games_run: evaluation games. Default 512.
-        games_pilot: games of the sets `validation` and `pilot`. Default 512.
-
-    Raises:
-        IntaglioError: a number is out of range.
     """
 
     columns: int = 4
@@ -128,14 +109,6 @@ class BoardGame:
     games_read: int = 512
     games_run: int = 512
     games_pilot: int = 512
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.columns <= 26 or self.height < 1 or self.columns * (self.height + 1) > 62:
-            raise IntaglioError(f"a board of {self.columns} columns of {self.height} does not fit 62 bits")
-        if not 2 <= self.line <= max(self.columns, self.height):
-            raise IntaglioError(f"line is {self.line}; from 2 to the longer side of the board is accepted")
-        if not 0 <= self.skill <= 1:
-            raise IntaglioError(f"skill is {self.skill}; it is a probability")
 
     def toy(self, **changes: Any) -> BoardGame:
         """Return the test bed in miniature."""

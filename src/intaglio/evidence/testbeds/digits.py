@@ -38,7 +38,6 @@ class Images:
         pixels_NCHW: float32 [N, 1, H, W], 0 to 1.
         labels_N: int64, the labels to learn.
         true_N: int64, the true classes, which differ from the labels where noise was added.
-        names: the first 12 digits of each image's hash.
     """
 
     pixels_NCHW: Tensor
@@ -102,10 +101,6 @@ class Digits:
     Args:
         source: `digits` (scikit-learn, 8x8; default) or `mnist5k` (a bundled asset, 28x28; about 2,500 / 750 / 500 /
             1,250 images).
-        training_images: of a draw. Default 800 of about 900.
-        validation_images: default 250 of about 270.
-        run_images: evaluation images. Default 400 of about 450.
-        pilot_images: default 160 of about 180.
         noise: share of training and validation labels that are wrong. Default 0.
     """
 
@@ -129,7 +124,7 @@ class Digits:
     def toy(self) -> Digits:
         """Return the 8x8 images, few of them."""
         sizes = {"training_images": 160, "validation_images": 100, "run_images": 100, "pilot_images": 100}
-        return replace(self, source="digits", **sizes)  # type: ignore[arg-type]
+        return replace(self, source="digits", **sizes)
 
     def part(self, part: Part) -> Images:
         """Return all images of a set, with clean labels."""

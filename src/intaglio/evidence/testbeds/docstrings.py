@@ -19,7 +19,6 @@ from intaglio import atomic_io
 from intaglio.data.docstrings import Kind, Pair, pairs, words
 from intaglio.data.python_source import source_files, sources_digest
 from intaglio.data.texts import Corpus
-from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.evidence.testbeds.cache import cached
 from intaglio.evidence.testbeds.splits import Part, check_part, draw, keyed, part_of
 
@@ -31,8 +30,6 @@ class Retrieval:
     """Queries, documents and relevance judgements, as retrieval metrics take them.
 
     Args:
-        queries: `{id: text}`.
-        documents: `{id: text}`, those of all queries and others.
         relevant: `{query id: {document id: 1}}`, one document a query.
     """
 
@@ -56,14 +53,6 @@ class Docstrings:
         asked: packages that retrieval is measured on; equal to `learned` for in-domain retrieval. Default NumPy and the
             standard library.
         document: `text`, the docstring after its summary (default), or `code`, the function without docstrings.
-        training_pairs: of a draw. Default 3000.
-        queries_run: evaluation queries. Default 200.
-        queries_pilot: queries of the sets `validation` and `pilot`. Default 100.
-        documents_run: evaluation documents. Default 400.
-        documents_pilot: documents of the sets `validation` and `pilot`. Default 200.
-
-    Raises:
-        IntaglioError: `document` is unknown, or there are fewer documents than queries.
     """
 
     learned: tuple[str, ...] = ("sympy", "torch")
@@ -74,16 +63,6 @@ class Docstrings:
     queries_pilot: int = 100
     documents_run: int = 400
     documents_pilot: int = 200
-
-    def __post_init__(self) -> None:
-        if self.document not in ("code", "text"):
-            raise IntaglioError(f"document is {self.document!r}; {did_you_mean(self.document, ('code', 'text'))}")
-        for stage in ("run", "pilot"):
-            queries, documents = getattr(self, f"queries_{stage}"), getattr(self, f"documents_{stage}")
-            if not 1 <= queries <= documents:
-                raise IntaglioError(
-                    f"queries_{stage} is {queries}; from 1 to documents_{stage} ({documents}) is accepted"
-                )
 
     def toy(self, **changes: Any) -> Docstrings:
         """Return the test bed in miniature, on a small package."""
@@ -119,7 +98,6 @@ class Docstrings:
         Args:
             part: the set.
             base: another base draws others. Default 0.
-            packages: only theirs; `bed.learned` for in-domain retrieval. Default: those of `asked`.
         """
         kind = "run" if part == "evaluation" else "pilot"
         every = self.pairs(part, packages)

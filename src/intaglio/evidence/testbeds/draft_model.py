@@ -24,7 +24,7 @@ from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.testbeds.splits import keyed, remainder
 from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import anatomy
-from intaglio.speculative.heads.self_generated_data import own_text
+from intaglio.speculative.heads.self_generated_data import generate_corpus
 from intaglio.trainer.causal_lm import CausalLM
 from intaglio.trainer.protocols import Example
 
@@ -36,22 +36,10 @@ HELD_OUT = 200
 
 @dataclass(frozen=True)
 class DraftModel:
-    """What the target generates, and how the draft model is trained on it.
+    """Text that the target generates, and the training of the draft model on it.
 
     With the defaults SmolLM2 generates about 17,000 tokens, which the draft reads four times: about ten minutes on two
     idle cores, once.
-
-    Args:
-        model: the target; tests use a tiny checkpoint. Default the bundled `smollm2`.
-        texts: that prompts are made from. Default the bundled `wikipedia`.
-        samples: texts that the target generates. Default 192.
-        prompt: tokens of each prompt. Default 48.
-        new: tokens generated after each, unless a stop token ends it. Default 96.
-        temperature: of the sampling. Default 0.7.
-        depth: layers of the draft model. Default 2.
-        epochs: over the generated text. Default 4.
-        batch: texts of a training step. Default 8.
-        learning_rate: peak. Default 5e-4.
     """
 
     model: str = "smollm2"
@@ -97,7 +85,7 @@ class DraftModel:
 
     def text(self, progress: Progress = no_progress) -> list[Example]:
         """Return the generated texts as training examples whose loss leaves the prompts out."""
-        return own_text(
+        return generate_corpus(
             self.target(), self.prompts(), tokens=self.new, temperature=self.temperature, batch_size=BATCH,
             progress=progress,
         )  # fmt: skip

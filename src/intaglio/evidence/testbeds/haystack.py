@@ -34,7 +34,6 @@ from intaglio.evidence.testbeds.splits import BOUNDS, Part, check_count, check_p
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>", "<unk>", "?")
 """The first tokens of the vocabulary, in the order of their ids."""
 PAD, BOS, EOS, MASK, UNKNOWN, QUESTION = range(len(SPECIAL))
-MOST_KEYS = 1_000_000
 CONCENTRATION = 0.1
 """Of the Dirichlet distribution of the filler's transitions: a word has two or three likely successors out of 16."""
 
@@ -44,10 +43,8 @@ class Needles:
     """Documents and the positions of their answers.
 
     Args:
-        segments: token ids [N, T].
         positions_NQA: int64, positions of the answers' tokens.
         depths_NQ: share of the filler before the fact that is asked for, 0 to 1.
-        names: of the documents: set, seed and index.
     """
 
     segments: Segments
@@ -103,25 +100,10 @@ class Haystack:
     """One language, the number of documents, and the size of a small Llama that reads them.
 
     Args:
-        length: tokens of a document. Default 64.
-        facts: in a document. Default 4.
         questions: at its end, each about another fact. Default 1.
-        words: of the filler. Default 16.
         keys: different key tokens; at least twice as many as facts. Default 32.
         key_tokens: of a key, at least 2 (with 1, the keys of the evaluation would be untrained words). Default 2.
-        values: different value tokens. Default 16: guessing is right in 1 of 16.
-        value_tokens: of a value, drawn independently. Default 1.
         language: seed of the filler's transitions. Default 0.
-        documents_run: evaluation documents. Default 512.
-        documents_pilot: documents of the sets `validation` and `pilot`. Default 256.
-        width: of the model. Default 64.
-        depth: its layers. Default 2.
-        steps: of training. Default 1000.
-        batch: documents of a step. Default 32.
-        learning_rate: peak. Default 3e-3.
-
-    Raises:
-        IntaglioError: a number is out of range, or facts and questions do not fit the document.
     """
 
     length: int = 64
@@ -140,26 +122,6 @@ class Haystack:
     steps: int = 1000
     batch: int = 32
     learning_rate: float = 3e-3
-
-    def __post_init__(self) -> None:
-        least = {"facts": 1, "questions": 1, "words": 2, "key_tokens": 2, "values": 2, "value_tokens": 1}
-        for name, bound in (least | {"keys": 2 * self.facts}).items():
-            if getattr(self, name) < bound:
-                raise IntaglioError(f"{name} is {getattr(self, name)}; at least {bound} is accepted")
-        if self.questions > self.facts:
-            raise IntaglioError(f"questions is {self.questions}; there are {self.facts} facts to ask for")
-        self._filler(self.length)
-        if self.keys**self.key_tokens > MOST_KEYS:
-            raise IntaglioError(
-                f"keys and key_tokens give {self.keys**self.key_tokens:,} different keys; at most {MOST_KEYS:,} are"
-                " accepted"
-            )
-        sizes = {part: len(self.keys_of(part)) for part in BOUNDS}
-        small = min(sizes, key=lambda part: sizes[part])
-        if sizes[small] < 4 * self.facts:
-            raise IntaglioError(
-                f"keys is {self.keys}; the {small} set then has {sizes[small]} keys, and {4 * self.facts} are needed"
-            )
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -232,11 +194,7 @@ class Haystack:
         Args:
             part: the set.
             count: N.
-            seed: of the documents.
             start: index of the first. Default 0.
-            depth: share of the filler before the fact of the first question, 0 (front) to 1 (next to the questions);
-                nothing else changes. Default None: at random, like the other facts.
-            length: tokens T of a document. Default None: the test bed's.
 
         Raises:
             IntaglioError: an argument is out of range.

@@ -49,7 +49,6 @@ class Line:
 
     Args:
         text: begins with a line break, its indentation and a space.
-        names: `(start, end, role)` of its identifiers, in characters; None for one without a label.
     """
 
     text: str
@@ -147,19 +146,7 @@ def _example(text: str, names: list[tuple[int, int, str | None]]) -> dict[str, A
 
 @dataclass(frozen=True)
 class IdentifierRoles:
-    """Source, size of the model, and its training as a causal language model.
-
-    Args:
-        packages: whose source. Default the standard library.
-        folder: source below this directory instead; used by tests. Default "".
-        vocabulary: entries of the byte-level BPE that is trained on the training files. Default 1024.
-        width: of the model. Default 128.
-        depth: layers. Default 4.
-        context: tokens of a training window, and the longest input. Default 128.
-        steps: of training. Default 800.
-        batch: windows of a step. Default 8.
-        learning_rate: peak. Default 3e-3.
-    """
+    """Source, size of the model, and its training as a causal language model."""
 
     packages: tuple[str, ...] = (STANDARD_LIBRARY,)
     folder: str = ""

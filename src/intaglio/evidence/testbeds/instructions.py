@@ -23,7 +23,7 @@ from intaglio.data.docstrings import Pair, pairs
 from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.prompts import Prompts
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
-from intaglio.evidence.testbeds.splits import Part, check_count, draw
+from intaglio.evidence.testbeds.splits import Part, draw
 from intaglio.trainer.causal_lm import IGNORED, causal_batch
 
 Kind = Literal["code", "explain", "document", "article"]
@@ -41,14 +41,7 @@ _QUESTIONS = {
 
 @dataclass(frozen=True)
 class Instruction:
-    """An instruction pair.
-
-    Args:
-        kind: one of `KINDS`.
-        name: of its source and kind, unique in a draw.
-        prompt: text of the prompt.
-        answer: text of the answer.
-    """
+    """An instruction pair."""
 
     kind: Kind
     name: str
@@ -61,16 +54,9 @@ class Instructions:
     """Number and lengths of the pairs.
 
     Args:
-        prompts: the model, the articles and the modules. Default SmolLM2, Wikipedia (16 calibration windows of 128
-            tokens), the standard library.
         each_pool: pairs of each kind in a pool. Default 50.
-        each_run: pairs of each kind that a run is measured on. Default 10.
-        each_pilot: of the sets `validation` and `pilot`. Default 6.
         prompt_tokens: most tokens of a prompt. Default 48.
         answer_tokens: most tokens of an answer. Default 48.
-
-    Raises:
-        IntaglioError: a number is below 1.
     """
 
     prompts: Prompts = field(default_factory=lambda: Prompts(articles=SmolLM2Wikipedia(samples=16, length=128)))
@@ -79,10 +65,6 @@ class Instructions:
     each_pilot: int = 6
     prompt_tokens: int = 48
     answer_tokens: int = 48
-
-    def __post_init__(self) -> None:
-        for name in ("each_pool", "each_run", "each_pilot", "prompt_tokens", "answer_tokens"):
-            check_count(name, getattr(self, name))
 
     def load(self) -> Checkpoint:
         """Return the dense model, one shared object a process: copy it before changing it."""

@@ -22,8 +22,6 @@ PAD = 0
 """The id of padding; items have 1 to `items`, the mask token `items + 1`."""
 BOUNDS: Bounds = {"pilot": (0, 200), "evaluation": (200, 1000)}
 """Split of the users' tests; the validation items are those of all users."""
-FEWEST = 3
-"""Items that a user needs: for training, validation and test."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +29,7 @@ class Question:
     """A history and the item that follows it.
 
     Args:
-        user: name in the data.
         history: item ids in the order of time.
-        target: id of the next item, never in the history.
     """
 
     user: str
@@ -47,8 +43,6 @@ class Catalogue:
 
     Args:
         sequences: `{user: item ids in the order of time}`, the two held-out items included.
-        names: of the items in the data, by id; names[0] is padding.
-        titles: of the items, by id; "" where there is none.
         counts: training interactions of each item, by id.
         digest: of the data.
     """
@@ -82,8 +76,6 @@ class MovieLens:
     Args:
         source: the bundled `movielens`, or a directory of the same form. Default `movielens`.
         least: least interactions of every user and every item. Default 5.
-        users_run: evaluation users. Default 600 of about 750.
-        users_pilot: pilot users. Default 150 of about 190.
     """
 
     source: str = "movielens"
@@ -102,8 +94,6 @@ class MovieLens:
         Raises:
             IntaglioError: the asset is not in the cache, the data are malformed, or nothing is left of them.
         """
-        if self.least < FEWEST:
-            raise IntaglioError(f"least is {self.least}; at least {FEWEST} is accepted, because two items are held out")
         return _prepared(self.source, self.least)
 
     def training(self, with_validation: bool = False) -> dict[str, tuple[int, ...]]:

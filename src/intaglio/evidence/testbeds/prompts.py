@@ -24,10 +24,10 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.docstrings import pairs
 from intaglio.data.python_source import STANDARD_LIBRARY, SourceFile, source_files
 from intaglio.data.texts import Corpus
-from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.smollm2 import BOUNDS, SmolLM2Wikipedia
 from intaglio.evidence.testbeds.source_code import SourceCode
-from intaglio.evidence.testbeds.splits import Part, Prompt, check_count, check_part, draw, keyed, part_of
+from intaglio.evidence.testbeds.splits import Part, Prompt, check_part, draw, keyed, part_of
 
 Kind = Literal["article", "summary", "retrieval", "code", "explain"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -41,15 +41,10 @@ class Prompts:
 
     Args:
         articles: the model, whose tokenizer is used, and the articles. Default SmolLM2 with Wikipedia.
-        packages: whose modules are used. Default the standard library.
         kinds: of prompts; without kinds of articles or of modules, the sources are all of the other. Default all.
         each: prompts of a source; its kinds take turns. Default 5.
-        tokens: of an `article` or `code` prompt. Default 64.
         passage: tokens of a passage, and the most of a function. Default 300.
         passages: of a `retrieval`, each from another article. Default 3.
-
-    Raises:
-        IntaglioError: a number is below 1, or a kind is unknown.
     """
 
     articles: SmolLM2Wikipedia = field(default_factory=SmolLM2Wikipedia)
@@ -59,14 +54,6 @@ class Prompts:
     tokens: int = 64
     passage: int = 300
     passages: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("each", "tokens", "passage", "passages"):
-            check_count(name, getattr(self, name))
-        check_count("kinds of prompts", len(self.kinds))
-        for kind in self.kinds:
-            if kind not in KINDS:
-                raise IntaglioError(f"there is no kind of prompt {kind!r}; {did_you_mean(kind, KINDS)}")
 
     def load(self) -> Checkpoint:
         """Return the model, one shared object a process: copy it before changing it."""

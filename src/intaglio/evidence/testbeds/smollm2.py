@@ -29,17 +29,7 @@ CALIBRATION = (0, 500)
 
 @dataclass(frozen=True)
 class SmolLM2Wikipedia:
-    """The model, the texts, and how much of them is used.
-
-    Args:
-        model: a bundled name or a directory; tests use a tiny checkpoint. Default `smollm2`.
-        texts: default the bundled `wikipedia`.
-        samples: calibration documents of a draw, one window each. Default 32.
-        length: tokens of a calibration window. Default 256.
-        documents_run: evaluation documents. Default 24.
-        documents_pilot: documents of the sets `validation` and `pilot`. Default 10.
-        tokens: of such a document's window. Default 256.
-    """
+    """The model, the texts, and how much of them is used."""
 
     model: str = "smollm2"
     texts: str = "wikipedia"

@@ -53,18 +53,6 @@ class SourceCode:
     Python 3.11's library.
 
     Args:
-        packages: whose source; installed packages beside `stdlib` give more. Default the standard library.
-        folder: source below this directory instead; used by tests. Default "".
-        width: of the model. Default 128.
-        depth: layers. Default 4.
-        context: bytes of a training window, and the longest input. Default 256.
-        steps: of training. Default 1500.
-        batch: windows of a step. Default 8.
-        learning_rate: peak. Default 3e-3.
-        samples: windows of a calibration draw, each from another file. Default 16.
-        documents_run: files measured on, one window each. Default 100.
-        documents_pilot: files of the sets `validation` and `pilot`. Default 40.
-        tokens: bytes of such a window. Default 256.
         overrides: further arguments of `intaglio.new`, such as `(("intermediate_size", 384),)`. Default none.
     """
 

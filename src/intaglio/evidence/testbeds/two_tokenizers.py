@@ -37,19 +37,6 @@ class TwoTokenizers:
     """Source, sizes of both models, their training, and the number of documents measured on.
 
     Args:
-        packages: whose source. Default the standard library.
-        folder: source below this directory instead; used by tests. Default "".
-        vocab: entries of the base's vocabulary. Default 1000.
-        donor_vocab: of the donor's. Default 3000.
-        width: of the base. Default 96.
-        donor_width: of the donor. Default 112.
-        depth: layers of both. Default 2.
-        context: tokens of a training window. Default 128.
-        steps: of training, of both. Default 1000.
-        batch: windows of a step. Default 8.
-        learning_rate: peak. Default 3e-3.
-        documents_run: files measured on, one window each. Default 60.
-        documents_pilot: files of the sets `validation` and `pilot`. Default 30.
         size: bytes of such a window. Default 1024.
     """
 

@@ -10,8 +10,8 @@ combine with `&`, `|` and `~`, compare by value, pickle, and convert to plain da
 Positions count from a row's first real token. The model's own window and padding are not part of a rule: they are added
 where the rule is applied.
 
-- `base`: the base class; `combined`: boolean combinations
-- `positions`: positional rules; `tables`: rules given by a tensor
+- `base`: the base class; `boolean`: boolean combinations
+- `positional`: positional rules; `explicit`: rules given by a tensor
 - `scores`: biases on attention scores
 
 Dimension letters: B batch rows, H heads, Q query positions, K key positions, L positions.

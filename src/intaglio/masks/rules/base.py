@@ -12,7 +12,7 @@ from torch import Tensor
 from intaglio.errors import IntaglioError, did_you_mean
 
 _KINDS: dict[str, type[Rule]] = {}
-"""Rules by kind; `combined` registers `and`, `or` and `not`, which the operators use."""
+"""Rules by kind; `boolean` registers `and`, `or` and `not`, which the operators use."""
 
 
 class Rule:

@@ -10,5 +10,5 @@
 - `bip`: learns the mask while the weights are trained.
 - `lost`: low-rank plus column-sparse projections, trained from scratch.
 - `omp_transplant`: another model's tokenizer, without training.
-- `pruning`, `amount`, `order` (private): one-shot pruning base; sparsity targets and masks; fast selection.
+- `one_shot`, `sparsity_target`, `topk` (private): one-shot pruning base; sparsity targets and masks; fast selection.
 """

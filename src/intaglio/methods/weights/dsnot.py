@@ -205,14 +205,8 @@ class DSnoT(OneShotPruner, SparsityTarget, Method, slug="dsnot"):
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
         """Return the paper's values: 50 cycles, threshold 0.1, attention only, no same-sign test unless N:M."""
-        same_sign = overrides.get("pattern") is not None
-        values: dict[str, Any] = {
-            "refine": "attention",
-            "max_cycles": PAPER_CYCLES,
-            "threshold": PAPER_THRESHOLD,
-            "same_sign": same_sign,
-        }
-        return cls(**(values | overrides))
+        values: dict[str, Any] = {"refine": "attention", "max_cycles": PAPER_CYCLES, "threshold": PAPER_THRESHOLD}
+        return cls(**{**values, "same_sign": overrides.get("pattern") is not None, **overrides})
 
     def base_score(self, weight_RI: Tensor, statistics: InputStatistics, factor: Factor | None = None) -> Tensor:
         """Return the score of the base, float32 [R, I]: |W|, |W| sqrt(l2) or W^2/U_kk^2."""

@@ -1,11 +1,11 @@
 """Plain drafters: the baselines of every method that drafts, which some methods build on.
 
-- `lookup.py`: `PromptLookup`, continuations of earlier occurrences of the last tokens
+- `prompt_lookup.py`: `PromptLookup`, continuations of earlier occurrences of the last tokens
 - `ngrams.py`: `NGramStore`, n-grams counted in a corpus, saved as safetensors
-- `counting.py`: bounded n-gram counting
+- `ngram_counts.py`: bounded n-gram counting
 - `draft_model.py`: `DraftModel`, a smaller model with its own cache, a chain or a static tree
-- `ranks.py`: acceptance statistics by rank, for the best static tree
-- `growing.py`: dynamically grown trees and the drafts behind them
+- `rank_statistics.py`: acceptance statistics by rank, for the best static tree
+- `dynamic_tree.py`: dynamically grown trees and the drafts behind them
 - `medusa.py`: `Medusa`, heads on the last hidden state, the baseline of trained heads; not imported here, as it needs
   the training code
 """

@@ -118,7 +118,7 @@ class TrainedHeads(SpeculativeDecoder):
         Args:
             model: the target.
             seed: of the initial weights.
-            tokens_K: tokens that may be guessed; see `intaglio.speculative.heads.lm_head.DraftVocabulary`. Default: all.
+            tokens_K: tokens that may be guessed; see `heads.lm_head.DraftVocabulary`. Default: all.
 
         Raises:
             IntaglioError: a setting that does not fit the model.
@@ -268,7 +268,7 @@ class TrainedHeads(SpeculativeDecoder):
         return checkpoint
 
     def words(self, checkpoint: Checkpoint, examples: Sequence[Example]) -> Tensor | None:
-        """Return the tokens that heads trained on examples may guess; None for all. See `vocabulary`."""
+        """Return the tokens that heads trained on examples may guess; None for all. See `lm_head`."""
         texts = ([int(token) for token in example["input_ids"]] for example in examples)
         return build_draft_vocabulary(texts, checkpoint.vocabulary, self.vocabulary)
 

@@ -4,7 +4,8 @@
 - `losses`: sparsity and locality losses; `chunk_index`: documents, neighbours and chunks of a batch.
 - `adaptive_weight`: loss weights that follow their loss.
 
-`intaglio.measures.activation_sparsity` measures the sparsity, `intaglio.kernels.sparse_experts` multiplies with the experts of a chunk.
+`intaglio.measures.activation_sparsity` measures the sparsity, `intaglio.kernels.sparse_experts`
+multiplies with the experts of a chunk.
 """
 
 from __future__ import annotations
@@ -174,11 +175,7 @@ class BlockFFN(ReplacesMLPs, Method, slug="blockffn"):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """Return the method with the constants of the paper's model of 0.1B parameters, width 768.
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return the method with the constants of the paper's model of 0.1B parameters, width 768."""
         spread = {"init_std": 0.1 / math.sqrt(768 / 256)}
         sizes = {"experts": 48, "expert_width": 64, "chunk": 64, "hold": 1000, "window": 100}
         return cls(**{**sizes, **spread, **overrides})

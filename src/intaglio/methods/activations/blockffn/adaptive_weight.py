@@ -30,21 +30,15 @@ class AdaptiveWeight:
         first: the first weight.
         hold: steps; at least two windows are seen before the first move.
         window: steps, at least 1.
-        since: the step at which the current move began.
-        seen: the chunk loss of the last steps, two windows at most.
-
-    Attributes:
-        start: the weight at `since`.
-        goal: the weight a window later.
     """
 
     first: float
     hold: int
     window: int
-    start: float = field(init=False)
-    goal: float = field(init=False)
-    since: int = 0
-    seen: list[float] = field(default_factory=list)
+    start: float = field(init=False)  # the weight at `since`
+    goal: float = field(init=False)  # the weight a window later
+    since: int = 0  # the step at which the current move began
+    seen: list[float] = field(default_factory=list)  # the chunk loss of the last two windows
 
     def __post_init__(self) -> None:
         self.start = self.goal = self.first
@@ -108,6 +102,3 @@ class SparsityController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state_dict`."""
         self.now = float(state["now"])
-
-
-__all__ = ["AdaptiveWeight", "SparsityController"]

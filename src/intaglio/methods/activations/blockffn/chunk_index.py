@@ -70,6 +70,3 @@ class ChunkIndex:
         before_N = real_N.roll(1)
         before_N[0] = False
         return cls(~begins_BT.flatten() & real_N & before_N, real_N, chunk_N, size_C, length)
-
-
-__all__ = ["ChunkIndex"]

@@ -21,7 +21,7 @@ class BlockFFNLayer(ReplacedMLP):
         u = SiLU(x Wup^T), seen as [T, E, H], times score [T, E, 1]
         y = u Wdown^T
 
-    Under `torch.no_grad` a few tokens (`intaglio.kernels.sparse_experts.MOST_ROWS`) read the weights of the experts that some
+    Under `torch.no_grad` a few tokens (`kernels.sparse_experts.MOST_ROWS`) read the weights of the experts that some
     of them takes, and no others. Wdown lies transposed, so that an expert is a run of rows in both matrices.
 
     Args:
@@ -89,6 +89,3 @@ class BlockFFNLayer(ReplacedMLP):
     def extra_repr(self) -> str:
         """Return sizes and router."""
         return f"width={self.width}, config={self.config}"
-
-
-__all__ = ["BlockFFNLayer"]

@@ -120,6 +120,3 @@ def inactive_fraction(raw_NKE: Tensor, index: ChunkIndex, config: BlockFFNConfig
     union_CKE = active_NKE.new_zeros((len(index.size_C), *active_NKE.shape[1:]))
     union_CKE = union_CKE.index_add(0, index.chunk_N, active_NKE).clamp(max=1)
     return 1 - active_NKE.float().sum() / tokens, 1 - union_CKE.float().mean()
-
-
-__all__ = ["balance", "chunk_firing", "chunk_firing_from_shares", "inactive_fraction", "l1", "locality"]

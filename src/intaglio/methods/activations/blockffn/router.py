@@ -81,6 +81,3 @@ def scores(raw_BE: Tensor, config: BlockFFNConfig, gain_E: Tensor | None = None)
         return torch.zeros_like(probs_BE).scatter(-1, chosen_BK, best_BK)
     n_BE = normalize(raw_BE, config)
     return n_BE if gain_E is None else n_BE * gain_E.float()
-
-
-__all__ = ["EPS", "BlockFFNConfig", "Norm", "Router", "expert_shares", "normalize", "scores"]

@@ -11,7 +11,7 @@ The paper's MoE-X has experts of ReLU units and a router without weights of its 
 
 The layer is one sparse MLP of E F units (`MoELayer.features`, `MoELayer.wide_decoder`): its units, each times its
 expert's gate, are what can be read. No official code was found. The paper leaves the normalisation of the gates, the
-weight of the balance loss and the way in which copies are told apart open; here they are `gates`, `balance`, `noise`
+weight of the balance loss and the way in which copies differ open; here they are `gates`, `balance`, `noise`
 and `reset`.
 """
 
@@ -130,11 +130,7 @@ class MoEX(ReplacesMLPs, Method, slug="moe_x"):
 
     @classmethod
     def switch(cls, **overrides: Any) -> Self:
-        """Return MoE-X's baseline: experts with a GELU and a linear router, gates as here.
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return MoE-X's baseline: experts with a GELU and a linear router, gates as here."""
         return cls(**{"router": "linear", "activation": "gelu", **overrides})
 
     # Experts that are there already need and invalidate nothing.

@@ -101,6 +101,3 @@ def _watched(totals: dict[str, _LayerTotals]) -> Iterator[None]:
             handle.remove()
         for total in totals.values():
             total.layer.watched, total.layer.routed = False, None
-
-
-__all__ = ["monitor"]

@@ -31,7 +31,7 @@ Router = Literal["sparsity", "linear"]
 
 @dataclass(frozen=True)
 class MoELayerConfig:
-    """Sizes and kinds of a layer: data that a record holds and a layer is built from.
+    """Sizes and kinds of a layer: data that a record holds and a layer is built from. See `MoEX` for other fields.
 
     Args:
         hidden: D.
@@ -39,9 +39,6 @@ class MoELayerConfig:
         experts: E.
         active: K.
         activation: name of the activation in transformers.
-        router: `sparsity` (no weights of its own) or `linear`.
-        gates: a softmax over the `chosen` scores or over `all`.
-        temperature: divisor of the scores.
         factor: whether activated units are multiplied with a second projection.
         biases: whether the encoder, that second projection and the decoder have biases.
         dropout: of the output, in training.
@@ -270,6 +267,3 @@ class MoELayer(ReplacedMLP):
 def moe_layers(model: nn.Module) -> dict[str, MoELayer]:
     """Return the layers of experts in a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
-
-
-__all__ = ["MoELayer", "MoELayerConfig", "Router", "RouterStats", "moe_layers"]

@@ -88,7 +88,8 @@ def loads(chosen_TK: Tensor, experts: int) -> Tensor:
 def balance_loss(scores_TE: Tensor, chosen_TK: Tensor) -> Tensor:
     """Return E Σ_e f_e p_e, with f_e the expert's share of the choices and p_e its mean probability over all tokens.
 
-    Probabilities are a softmax over all experts. 1 where both are even, E where one expert gets everything. The gradient passes through p alone.
+    Probabilities are a softmax over all experts. The loss is 1 where both are even, E where one expert gets everything.
+    The gradient passes through p alone.
 
     Source: Fedus et al., Switch Transformers, JMLR 2022, section 2.2.
     """
@@ -102,16 +103,3 @@ def entropy(share_E: Tensor) -> float:
     if len(share_E) == 1:
         return 1.0
     return float(torch.special.entr(share_E.double()).sum()) / math.log(len(share_E))
-
-
-__all__ = [
-    "EPS",
-    "Gates",
-    "balance_loss",
-    "choose",
-    "entropy",
-    "firing_probability",
-    "loads",
-    "moments",
-    "sparsity_scores",
-]

@@ -22,15 +22,7 @@ Source = Literal["copy", "split"]
 
 @dataclass(frozen=True)
 class UpcycleConfig:
-    """Fields of `MoEX` that decide the experts' initial weights.
-
-    Args:
-        source: `copy`, every expert is the whole MLP, or `split`, each has its share of the units.
-        noise: on the encoders, over their standard deviation.
-        reset: share of each expert's units that are drawn anew.
-        router_std: of a linear router's weights.
-        seed: of the random draws.
-    """
+    """Initial weights of the experts; the fields are those of `MoEX`, `start` being `source`."""
 
     source: Source = "copy"
     noise: float = 0.0
@@ -40,12 +32,7 @@ class UpcycleConfig:
 
     @torch.no_grad()
     def build(self, name: str, mlp: MLP, config: MoELayerConfig) -> MoELayer:
-        """Return the experts that replace one MLP, on its device and in its dtype.
-
-        Args:
-            name: key of the random draws.
-            mlp: the dense MLP.
-            config: of the layer.
+        """Return the experts that replace one MLP, on its device and in its dtype; `name` keys the random draws.
 
         Raises:
             IntaglioError: its weights are packed.
@@ -108,6 +95,3 @@ def _bias(linear: Linear) -> Tensor:
     bias_O = linear.read_bias()
     assert bias_O is not None  # the config says which there are
     return bias_O
-
-
-__all__ = ["Source", "UpcycleConfig"]

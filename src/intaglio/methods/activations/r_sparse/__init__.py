@@ -156,9 +156,6 @@ class RSparse(ReplacesLinears, Method, slug="r_sparse"):
         """Return the setting of the authors' code.
 
         Searched splits, thresholds from 512 tokens, and the last tenth of a prompt sparse.
-
-        Args:
-            overrides: fields that the caller sets.
         """
         return cls(
             **{"search": Search(population=32), "tokens": 512, "mode": "last_fraction", "scale": None, **overrides}
@@ -166,20 +163,12 @@ class RSparse(ReplacesLinears, Method, slug="r_sparse"):
 
     @classmethod
     def teal(cls, **overrides: Any) -> Self:
-        """Return TEAL: every input whose |x| is above a threshold, and nothing of the others.
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return TEAL: every input whose |x| is above a threshold, and nothing of the others."""
         return cls(**{"how": "teal", **overrides})
 
     @classmethod
     def cats(cls, **overrides: Any) -> Self:
-        """Return CATS: units of a gated feed-forward whose gate is above a threshold.
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return CATS: units of a gated feed-forward whose gate is above a threshold."""
         return cls(**{"how": "cats", **overrides})
 
     @property

@@ -81,13 +81,6 @@ class BudgetSpec:
 
         At alpha 1 there is no low-rank path (R = 0, unless `rank` is set), at alpha 0 nothing else (C = 0).
 
-        Args:
-            name: the projection, for the message.
-            outputs: O.
-            inputs: I.
-            sparsity: s.
-            alpha: the channels' share of the budget.
-
         Raises:
             IntaglioError: `rank` is above the narrower side.
         """
@@ -115,6 +108,3 @@ def alpha_of(name: str, alpha: float | Mapping[str, float], default: float) -> f
     if not isinstance(alpha, Mapping):
         return alpha
     return next((value for pattern, value in alpha.items() if matches(name, pattern)), default)
-
-
-__all__ = ["BudgetSpec", "BudgetSplit", "alpha_of", "floor_share"]

@@ -58,6 +58,3 @@ def reading(checkpoint: Checkpoint, left_out: Mapping[str, float] | None = None)
         all_read.append(read)
         all_dense.append(dense)
     return Reading(tuple(all_read), tuple(all_dense))
-
-
-__all__ = ["Reading", "reading"]

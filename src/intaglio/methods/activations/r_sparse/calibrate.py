@@ -43,16 +43,7 @@ def capture_inputs(
     batch_size: int,
     progress: Progress = no_progress,
 ) -> None:
-    """Pass the inputs of projections of the dense model to a function.
-
-    Args:
-        checkpoint: left unchanged.
-        data: calibration segments.
-        names: full names of the projections.
-        on_inputs: called for each.
-        tokens: largest number of tokens to pass.
-        batch_size: sequences of a pass.
-        progress: called after each batch.
+    """Pass the inputs of projections of the dense model, at most `tokens` rows of each, to a function.
 
     Raises:
         IntaglioError: a value is NaN or infinite.
@@ -91,16 +82,8 @@ def apply_rsparse(
 ) -> Applied:
     """Put layers of R-Sparse, or of uniform TEAL, into a checkpoint.
 
-    Args:
-        checkpoint: changed in place.
-        data: calibration segments.
-        start: the alpha of each projection, by its full name, before any search.
-        spec: decides the options beside alpha.
-        search: over the alphas, or none.
-        seed: of the search.
-        directory: where it caches losses, or nowhere.
-        resume: whether it resumes from there.
-        capture: see `capture_inputs`.
+    `start` gives the alpha of each projection, by its full name, before any search. A search caches its losses in
+    `directory`.
     """
     names, grid = list(start), () if search is None else search.grid
     options: dict[str, LayerOptions] = {}
@@ -142,15 +125,7 @@ def apply_rsparse(
 def apply_teal(
     checkpoint: Checkpoint, data: Segments, names: Sequence[str], sparsity: float, **capture: Any
 ) -> Applied:
-    """Put layers of TEAL with its greedy allocation into a checkpoint.
-
-    Args:
-        checkpoint: changed in place.
-        data: calibration segments.
-        names: full names of the projections.
-        sparsity: of the weights of each block.
-        capture: see `capture_inputs`.
-    """
+    """Put layers of TEAL with its greedy allocation into a checkpoint; `sparsity` is that of each block's weights."""
     limits: dict[str, list[float]] = {}
     shares = [1 - step / teal.GRID for step in range(teal.GRID + 1)]
 
@@ -169,14 +144,7 @@ def apply_teal(
 def apply_cats(
     checkpoint: Checkpoint, data: Segments, names: Sequence[str], sparsity: float, **capture: Any
 ) -> tuple[dict[str, SparseLinear], dict[str, float], dict[str, Any]]:
-    """Put CATS into a checkpoint.
-
-    Args:
-        checkpoint: changed in place.
-        data: calibration segments.
-        names: full names of the projections that take part.
-        sparsity: of their weights.
-        capture: see `capture_inputs`.
+    """Put CATS into a checkpoint; `sparsity` is that of the weights of all named projections.
 
     Returns:
         The replacements of the down projections, thresholds by the module names of activation functions, and the
@@ -230,6 +198,3 @@ def _first(data: Segments, count: int) -> Segments:
 def _grid(title: str, values: Mapping[str, float]) -> dict[str, Any]:
     """Return a share for each projection, for the report's picture."""
     return {"title": title, "values": dict(values)}
-
-
-__all__ = ["apply_cats", "apply_rsparse", "apply_teal", "capture_inputs", "transposed", "weight_fingerprints"]

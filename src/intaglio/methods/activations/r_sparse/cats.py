@@ -28,14 +28,7 @@ EXACT: LayerOption = (InputRule(0.0, scaled=False), None)
 
 @dataclass(frozen=True, eq=False)
 class GatedMLP:
-    """One gated feed-forward.
-
-    Args:
-        up: the full name of its up projection.
-        down: the full name of its down projection.
-        gate: its gate.
-        activation: the module name of its activation function.
-    """
+    """One gated feed-forward: the full names of `up` and `down`, its gate, the module name of its activation."""
 
     up: str
     down: str
@@ -79,11 +72,6 @@ def gated_mlps(parts: Anatomy, names: Collection[str]) -> dict[str, GatedMLP]:
 def unit_sparsity(sparsity: float, shapes: Mapping[str, tuple[int, int]], mlps: Collection[GatedMLP]) -> float:
     """Return the share of units to turn off so that a token does not read a share of all weights.
 
-    Args:
-        sparsity: of the weights of all projections that take part.
-        shapes: (outputs, inputs) of each of them.
-        mlps: the feed-forwards.
-
     Raises:
         IntaglioError: their up and down projections have too few weights.
     """
@@ -102,6 +90,3 @@ def put_thresholds(model: nn.Module, limits: Mapping[str, float]) -> None:
     replace_modules(
         model, {name: ThresholdedActivation(model.get_submodule(name), limit) for name, limit in limits.items()}
     )
-
-
-__all__ = ["EXACT", "GatedMLP", "gated_mlps", "put_thresholds", "unit_sparsity"]

@@ -70,6 +70,3 @@ def _read(file: Path) -> tuple[Tensor, Tensor] | None:
         return tensors["down"], tensors["up"]
     except (OSError, KeyError, SafetensorError):
         return None
-
-
-__all__ = ["FLOPS", "FOLDER", "MIN_SIDE", "low_rank_pair"]

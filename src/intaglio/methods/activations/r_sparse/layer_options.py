@@ -114,6 +114,3 @@ def summary(choices: Mapping[str, Choice]) -> dict[str, Any]:
         },
         "overspent": [name for name, split in splits.items() if split.overspent],
     }
-
-
-__all__ = ["Choice", "LayerOptions", "OptionSpec", "summary"]

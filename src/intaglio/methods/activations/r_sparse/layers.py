@@ -85,19 +85,12 @@ LayerOption = tuple[InputRule, Pair | None]
 
 @dataclass
 class _Prepared:
-    """Values that follow from a weight, computed once.
+    """Values that follow from a weight, computed once."""
 
-    Args:
-        key: identifies the weight.
-        scale_I: norms of columns, or None where scores are not scaled.
-        weight_IO: the weight column by column, or None.
-        tried: whether that copy was tried.
-    """
-
-    key: tuple[int, int]
-    scale_I: Tensor | None
-    weight_IO: Tensor | None = None
-    tried: bool = False
+    key: tuple[int, int]  # identifies the weight
+    scale_I: Tensor | None  # norms of columns, where scores are scaled
+    weight_IO: Tensor | None = None  # the weight column by column
+    tried: bool = False  # whether that copy was tried
 
 
 class SparseLinear(ReplacedLinear):
@@ -159,15 +152,7 @@ class SparseLinear(ReplacedLinear):
         pair: Pair | None = None,
         transposed: bool = False,
     ) -> SparseLinear:
-        """Return a layer with this weight: the very tensor where it lies as it should.
-
-        Args:
-            weight_OI: W.
-            bias_O: or None.
-            rule: which inputs are kept.
-            pair: the low-rank factors, or None.
-            transposed: whether it replaces a `Conv1D`.
-        """
+        """Return a layer with this weight: the very tensor where it lies as it should."""
         outputs, inputs = weight_OI.shape
         layer = cls(inputs, outputs, 0, False, rule, transposed, device="meta", dtype=weight_OI.dtype)
         stored = weight_OI.detach().T if transposed else weight_OI.detach()
@@ -303,8 +288,3 @@ class ThresholdedActivation(nn.Module):
         if self.tally is not None:
             self.tally.add(int(keep_BI.sum()), keep_BI.numel())
         return torch.where(keep_BI, a_BI, 0)
-
-
-__all__ = [
-    "ALL", "NONE", "DensePrefill", "InputRule", "LayerOption", "Mode", "Pair", "SparseLinear", "ThresholdedActivation",
-]  # fmt: skip

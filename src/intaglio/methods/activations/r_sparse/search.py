@@ -171,6 +171,3 @@ class LossCache:
         if self._file is not None:
             plain = {one: value if math.isfinite(value) else None for one, value in self.losses.items()}
             atomic_io.write_json(self._file, {"key": self._key, "losses": plain})
-
-
-__all__ = ["FILE", "LossCache", "Search"]

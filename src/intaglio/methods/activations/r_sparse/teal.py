@@ -45,12 +45,12 @@ def allocate(
     sparsity: float,
     progress: Progress = no_progress,
 ) -> dict[str, float]:
-    """Set the rules of layers that are in a model, and return the sparsity of each.
+    """Set the rules of layers that are in a model, and return the sparsity of each by its full name.
 
     Args:
         checkpoint: with the layers.
         layers: by the full names of their projections.
-        limits: of each, the threshold for each step of its sparsity, `GRID` + 1 of them.
+        limits: the thresholds of each for the `GRID` + 1 steps of its sparsity.
         data: calibration segments, which pass together.
         sparsity: of the weights of each block.
         progress: called after each block.
@@ -90,12 +90,9 @@ def _error(
 
 
 def allocate_block(sizes: Mapping[str, int], sparsity: float, error: Callable[[Steps], float]) -> dict[str, int]:
-    """Return the steps of each projection of a block.
+    """Return the steps of each projection of a block with which all reach a sparsity together.
 
-    Args:
-        sizes: weights of each.
-        sparsity: of all together; reached or exceeded, where projections can still give.
-        error: of the block's output, for given steps.
+    `sizes` are the weights of each, and `error` gives the error of the block's output.
     """
     whole, steps = sum(sizes.values()), dict.fromkeys(sizes, 0)
     # Errors one step further, and which of them were measured from the current steps.
@@ -114,6 +111,3 @@ def allocate_block(sizes: Mapping[str, int], sparsity: float, error: Callable[[S
         else:
             errors[name] = error(further)
             current.add(name)
-
-
-__all__ = ["GRID", "PASSES", "SEGMENTS", "STEP", "allocate", "allocate_block"]

@@ -76,6 +76,3 @@ def thresholds(score_NI: Tensor, shares: Sequence[float]) -> list[float]:
         NONE if not share else float(ordered[count - 1]) if count else ALL
         for count, share in zip(counts, shares, strict=True)
     ]
-
-
-__all__ = ["InputSample", "scores", "thresholds"]

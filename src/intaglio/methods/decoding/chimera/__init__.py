@@ -53,7 +53,7 @@ class Chimera(TrainedHeads, slug="chimera"):
         encoders: `all`; or for comparisons `no_trigram` (u of one token) or `no_context` (no F). Default `all`.
         learning_rate: peak learning rate, cosine to 0. Default 2e-4.
 
-    The other arguments (trees, sampling, text and training) are those of `intaglio.speculative.heads.base.TrainedHeads`.
+    The other arguments (trees, sampling, text, training) are those of `intaglio.speculative.heads.base.TrainedHeads`.
 
     Raises:
         IntaglioError: heads of another checkpoint, and all that `Speculative` refuses.

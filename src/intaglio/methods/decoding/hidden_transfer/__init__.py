@@ -51,7 +51,7 @@ class HiddenTransfer(TrainedHeads, slug="hidden_transfer"):
         draft_rows: nodes with pseudo states: `all` (default); or `path`, only the deepest path: fewer rows, and a pass
             without a draft after it fails.
 
-    The other arguments (trees, sampling, text and training) are those of `intaglio.speculative.heads.base.TrainedHeads`.
+    The other arguments (trees, sampling, text, training) are those of `intaglio.speculative.heads.base.TrainedHeads`.
 
     Raises:
         IntaglioError: transfer layers that the model does not have, heads of another checkpoint, and all that

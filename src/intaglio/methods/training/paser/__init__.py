@@ -357,13 +357,7 @@ class PASER(Method, slug="paser"):
                 " to train"
             )
         return degradation(
-            samples,
-            model,
-            before,
-            scope=self.scope,
-            reduce=self.reduce,
-            batch_size=self.batch_size,
-            progress=progress,
+            samples, model, before, scope=self.scope, reduce=self.reduce, batch_size=self.batch_size, progress=progress
         )
 
     def _key(self, pool: Pool, seed: int) -> Callable[[int], tuple[float, int, int]]:

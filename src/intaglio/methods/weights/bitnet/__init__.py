@@ -104,11 +104,7 @@ class BitNet(ReplacesLinears, Quantization, Method, slug="bitnet"):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """Return the method with the layer norm before each projection that the authors' layers have.
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return the method with the layer norm before each projection that the authors' layers have."""
         return cls(**{"norm": "layernorm", **overrides})
 
     def quantization(self, model: nn.Module) -> Quantization:
@@ -197,9 +193,7 @@ class BitNet(ReplacesLinears, Quantization, Method, slug="bitnet"):
 
         Args:
             checkpoint: what to quantize.
-            calibration: Ignored; kept for API compatibility.
-            seed: Ignored; kept for API compatibility.
-            batch_size: Ignored; kept for API compatibility.
+            calibration, seed, batch_size: Ignored; kept for API compatibility.
             progress: called once.
 
         Raises:
@@ -315,13 +309,11 @@ def pack_layers(model: nn.Module) -> list[str]:
 def _bit_linear(linear: Linear, config: Quantization) -> BitLinear:
     """Return a layer with the projection's weight: the very parameters of a plain linear, else copies."""
     stock: Any = linear.module
-    if isinstance(stock, nn.Linear) and linear.rows is None:
+    if isinstance(linear.module, nn.Linear) and linear.rows is None:
         return BitLinear.from_parameters(stock.weight, stock.bias, config)
-    weight = nn.Parameter(linear.read().contiguous().clone(), stock.weight.requires_grad)
-    bias = linear.read_bias()
-    if bias is not None:
-        bias = nn.Parameter(bias.clone(), stock.bias.requires_grad)
-    return BitLinear.from_parameters(weight, cast(nn.Parameter | None, bias), config)
+    weight, bias_O = nn.Parameter(linear.read().contiguous().clone(), stock.weight.requires_grad), linear.read_bias()
+    bias = None if bias_O is None else nn.Parameter(bias_O.clone(), stock.bias.requires_grad)
+    return BitLinear.from_parameters(weight, bias, config)
 
 
 def _check_scale(name: str, weight_OI: Tensor, config: Quantization) -> None:

@@ -190,39 +190,22 @@ class LOST(ReplacesLinears, Method, slug="lost"):
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
-        """Return the method with the sizes of the paper's model of 60M parameters, width 512.
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return the method with the sizes of the paper's model of 60M parameters, width 512."""
         return cls(**{"rank": 128, "complement_rank": 256, **overrides})
 
     @classmethod
     def low_rank(cls, init: Init = "kaiming", **overrides: Any) -> Self:
-        """Return a low-rank pair alone, y = B A x.
-
-        Args:
-            init: of the pair. Default `kaiming`.
-            overrides: fields that the caller sets.
-        """
+        """Return a low-rank pair alone, y = B A x, both factors drawn as `nn.Linear` is by default."""
         return cls(**{"columns": 0, "gamma": 1.0, "activation": "identity", "init": init, **overrides})
 
     @classmethod
     def cola(cls, **overrides: Any) -> Self:
-        """Return CoLA, y = B silu(A x).
-
-        Args:
-            overrides: fields that the caller sets.
-        """
+        """Return CoLA, y = B silu(A x)."""
         return cls(**{"columns": 0, "gamma": 1.0, "activation": "silu", "init": "cola", **overrides})
 
     @classmethod
     def sltrain(cls, **overrides: Any) -> Self:
-        """Return SLTrain, y = (α / r BA + S) x with single weights S at random positions.
-
-        Args:
-            overrides: fields that the caller sets. Defaults: 3 % of the weights, and α / r = 32 / 128.
-        """
+        """Return SLTrain, y = (α / r BA + S) x with 3 % single weights S at random positions, and α / r = 32 / 128."""
         own = {"elements": 0.03, "gamma": [0.25, 1.0], "activation": "identity", "init": "zero"}
         return cls(**{**own, **overrides})
 

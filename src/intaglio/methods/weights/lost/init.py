@@ -76,14 +76,10 @@ class Decomposition:
 
 @dataclass(frozen=True)
 class InitConfig:
-    """Fields of `LOST` that decide the values of new parts.
+    """Initial values of the parts; the fields are those of `LOST`.
 
     Args:
-        config: how they are combined, the scale of an adapter left out (it is `alpha` over the rank).
-        init: of the pair.
-        columns_by: the score of the columns.
-        inverse: whether the complement has the smallest triples.
-        column_values: source of the columns' values, `weight` or `complement`.
+        config: how the parts are combined, the scale of an adapter left out (it is `alpha` over the rank).
         triples: K.
         alpha: of an adapter; None: the parts replace the weight.
         seed: of the random draws.
@@ -109,13 +105,7 @@ class InitConfig:
     def build(
         self, name: str, linear: Linear, sizes: LayerSizes, score_I: Tensor | None = None
     ) -> LostLinear | ElementsLinear:
-        """Return the replacement of one projection, on its device and in its dtype.
-
-        Args:
-            name: key of the random draws.
-            linear: the projection.
-            sizes: of the parts.
-            score_I: scores of the columns, for `columns_by: gradient`.
+        """Return the replacement of one projection, on its device and in its dtype; `name` keys the random draws.
 
         Raises:
             IntaglioError: the weight is packed, or not finite.
@@ -200,6 +190,3 @@ def largest(score_I: Tensor, count: int) -> Tensor:
 def random_subset(size: int, count: int, generator: torch.Generator) -> Tensor:
     """Return distinct random indices below `size`, sorted, int64."""
     return torch.randperm(size, generator=generator)[:count].sort().values
-
-
-__all__ = ["ColumnScore", "Decomposition", "Init", "InitConfig", "kaiming", "largest", "random_pair", "random_subset"]

@@ -234,6 +234,3 @@ class _MaterializedLinear(torch.autograd.Function):
         grad_OI = grad_BO.flatten(0, -2).T @ x_BI.to(B_OR.dtype).flatten(0, -2)
         grad_values = sparse * grad_OI.reshape(-1)[places_E]
         return grad_x, low * grad_OI @ A_RI.T, low * B_OR.T @ grad_OI, grad_values, None, None
-
-
-__all__ = ["Activation", "ElementsLinear", "LostLinear", "LostLinearConfig", "LowRankLinear"]

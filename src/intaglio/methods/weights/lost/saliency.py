@@ -20,14 +20,7 @@ from intaglio.trainer.preserve_state import preserve_grads
 def column_gradients(
     model: nn.Module, linears: Sequence[tuple[str, Linear]], data: Segments, batch_size: int
 ) -> dict[str, Tensor]:
-    """Return the norm of each column of the next-token loss's gradient, [I] by projection; the model is unchanged.
-
-    Args:
-        model: predicts the next token.
-        linears: projections by name.
-        data: the texts.
-        batch_size: segments of a pass.
-    """
+    """Return the norm of each column of the next-token loss's gradient, [I] by projection; the model is unchanged."""
     with preserve_grads(model), torch.enable_grad():
         model.requires_grad_(False)
         for _, linear in linears:
@@ -45,6 +38,3 @@ def column_gradients(
             grad_OI = grad_OI if linear.rows is None else grad_OI[linear.rows.to(device)]
             norms[name] = grad_OI.square().sum(0).sqrt()
     return norms
-
-
-__all__ = ["column_gradients"]

@@ -103,6 +103,3 @@ class SizeSpec:
         if rank is None:
             rank = RANK_SHARE
         return min(narrow, rank if isinstance(rank, int) else max(1, round(rank * width)))
-
-
-__all__ = ["COLUMN_SHARE", "COMPLEMENT_SHARE", "RANK_SHARE", "Amount", "LayerSizes", "SizeSpec"]

@@ -304,7 +304,7 @@ class OMPTransplant(Method, slug="omp_transplant"):
             undertrained = find_undertrained(
                 joined, (donor.embedding_VD, donor.head_VD), (base["embedding"], base.get("head"))
             )
-        bias = getattr(head, "bias", None)
+        bias: Any = getattr(head, "bias", None)
         plans = []
         for role, base_VE in base.items():
             biased = bias is not None and (role == "head" or parts.tied)
@@ -317,10 +317,12 @@ class OMPTransplant(Method, slug="omp_transplant"):
         chosen: dict[str, Any] = {"k": k} if self.method in ("omp", "mp_rope", "common_interpolation", "stb") else {}
         chosen |= self._summary(joined, base["embedding"], donor)
         for plan in plans:
-            label = f"{self.slug}: {plan.role}"
-            matrices[plan.role], chosen[str(plan.role)] = self._build(
-                plan, k, (donor.rope, rope_of(parts.config)), seed, lambda *done, label=label: progress(*done, label)
-            )
+
+            def report(done: int, total: int, role: Role = plan.role) -> None:
+                progress(done, total, f"{self.slug}: {role}")
+
+            ropes = (donor.rope, rope_of(parts.config))
+            matrices[plan.role], chosen[str(plan.role)] = self._build(plan, k, ropes, seed, report)
         tokenizer, suppressed = donor.tokenizer, []
         if self.digits == "single":
             tokenizer = single_digits(donor.tokenizer)

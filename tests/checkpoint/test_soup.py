@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from intaglio.checkpoint import soup
+from intaglio.checkpoint.soup import Soup, average, ema_update, greedy
 from intaglio.errors import IntaglioError
-from intaglio.modeling import soup
-from intaglio.modeling.soup import Soup, average, ema_update, greedy
 from tests.families import tiny_model
 
 
