@@ -43,7 +43,7 @@ from intaglio import atomic_io
 from intaglio.checkpoint import stat_fingerprint
 from intaglio.checkpoint.attachments import Attachment, read_attachments
 from intaglio.errors import IntaglioError
-from intaglio.evidence.worlds.smollm2_draft import SmolLM2Draft
+from intaglio.evidence.testbeds.draft_model import DraftModel as DraftModelBed
 from intaglio.methods.decoding.aded import ADED
 from intaglio.methods.decoding.dyspec import DySpec
 from intaglio.methods.decoding.lud import LUD
@@ -161,7 +161,7 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Mode]:
     draft = None
     if arguments.draft != "none" and {*wanted} & {*WITH_DRAFT}:
         draft = (
-            SmolLM2Draft().load(_say) if arguments.draft == "smollm2-draft" else _load(arguments.draft, arguments)
+            DraftModelBed().load(_say) if arguments.draft == "smollm2-draft" else _load(arguments.draft, arguments)
         ).model.to(checkpoint.device, checkpoint.model.dtype)
     aded = None
     if {"aded", "aded-best"} & {*wanted}:

@@ -20,7 +20,7 @@ import intaglio
 from intaglio.data.python_source import source_files
 from intaglio.data.texts import cut_at_blank_lines, load_texts
 from intaglio.errors import IntaglioError
-from intaglio.evidence.worlds.sealing import keyed
+from intaglio.evidence.testbeds.splits import keyed
 
 ASKED = (
     "Explain what {} is and why it matters.",

@@ -31,8 +31,7 @@ from torch.ao.pruning import CubicSL, WeightNormSparsifier
 from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint
 from intaglio.environment import versions
-from intaglio.evidence.progressive_nm import INNER, WORLD
-from intaglio.evidence.worlds.source_code import SourceCode
+from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.measures.language_modeling import quality
 from intaglio.methods.weights.progressive_nm import ProgressiveNM
 from intaglio.trainer import TrainingRun
@@ -40,6 +39,8 @@ from intaglio.trainer import TrainingRun
 HERE = Path(__file__).resolve().parent
 EVERY = 10  # steps between two masks of CubicSL
 WARM_UP = 0.1
+INNER = 384  # inner width of the feed-forward layers: a multiple of 16, which 8/3 of the width is not
+BED = SourceCode(width=128, depth=4, context=128, steps=600, batch=4, tokens=128, documents_run=110, documents_pilot=50)
 
 Hook = Callable[[int], None]
 """Called with the step, from 1, before its forward pass."""
@@ -114,26 +115,26 @@ class Trained:
     ms: float
 
 
-def train(name: str, world: SourceCode, pattern: tuple[int, int], rate: float, seed: int) -> Trained:
+def train(name: str, bed: SourceCode, pattern: tuple[int, int], rate: float, seed: int) -> Trained:
     """Train one variant and turn it into a plain sparse model."""
-    checkpoint = world.new(seed, intermediate_size=INNER)
+    checkpoint = bed.new(seed, intermediate_size=INNER)
     model: Any = checkpoint.model.train()
     made = VARIANTS[name]
-    before, finish = (idle, lambda: None) if made is None else made(model, *pattern, world.steps)
+    before, finish = (idle, lambda: None) if made is None else made(model, *pattern, bed.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    warm = max(1, int(WARM_UP * world.steps))
+    warm = max(1, int(WARM_UP * bed.steps))
     scheduler = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
         [
             torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warm, 1.0, warm),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, world.steps - warm, 0.1 * rate),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, bed.steps - warm, 0.1 * rate),
         ],
         [warm],
     )
-    rows_NT = world.training(seed).ids_NT
+    rows_NT = bed.training(seed).ids_NT
     spans = []
-    for step in range(1, world.steps + 1):
-        ids_BL = rows_NT[(step - 1) * world.batch : step * world.batch]
+    for step in range(1, bed.steps + 1):
+        ids_BL = rows_NT[(step - 1) * bed.batch : step * bed.batch]
         began = time.process_time()
         before(step)
         model(input_ids=ids_BL, labels=ids_BL, use_cache=False).loss.backward()
@@ -155,14 +156,14 @@ def bits(results: Trained, windows: Any) -> float:
     return float("nan") if value is None else value
 
 
-def measure(world: SourceCode, pattern: tuple[int, int], rates: Sequence[float], seeds: int) -> list[dict[str, Any]]:
+def measure(bed: SourceCode, pattern: tuple[int, int], rates: Sequence[float], seeds: int) -> list[dict[str, Any]]:
     """Return every variant with its learning rate, bits per byte for each seed, and times."""
     rows: list[dict[str, Any]] = []
     for name in VARIANTS:
-        tried = {rate: train(name, world, pattern, rate, 0) for rate in rates}
-        rate = min(tried, key=lambda tested: bits(tried[tested], world.validation()))
-        kept = [tried[rate], *(train(name, world, pattern, rate, seed) for seed in range(1, seeds))]
-        measured = [bits(results, world.documents("run")) for results in kept]
+        tried = {rate: train(name, bed, pattern, rate, 0) for rate in rates}
+        rate = min(tried, key=lambda tested: bits(tried[tested], bed.documents("validation")))
+        kept = [tried[rate], *(train(name, bed, pattern, rate, seed) for seed in range(1, seeds))]
+        measured = [bits(results, bed.documents("evaluation")) for results in kept]
         row = {
             "pattern": "{}:{}".format(*pattern), "variant": name, "rate": rate, "bits a byte": measured,
             "zeros": fmean(results.zeros for results in kept), "ms a step": median(results.ms for results in kept),
@@ -191,14 +192,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module="torch.ao.pruning")
-    world = replace(WORLD, steps=arguments.steps)
+    bed = replace(BED, steps=arguments.steps)
     rates = [float(word) for word in arguments.rates.split(",")]
     print("| pattern | variant | learning rate | bits per byte | each seed | zeros | step over dense |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for word in arguments.patterns.split(","):
         n, m = (int(part) for part in word.split(":"))
-        rows += measure(world, (n, m), rates, arguments.seeds)
+        rows += measure(bed, (n, m), rates, arguments.seeds)
     atomic_io.write_json(arguments.out, {"steps": arguments.steps, "versions": versions(), "rows": rows})
 
 

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.worlds.smollm2 import SmolLM2Wikipedia
+from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.kernels import gather
 from intaglio.measures.input_sparsity import count_inputs, input_sparsity
 from intaglio.measures.language_modeling import quality
@@ -104,8 +104,8 @@ def measure(shape: str, shares: list[float], threads: int, seconds: float) -> di
 
 def decode(tokens: int, rounds: int, documents: int, samples: int) -> list[dict[str, Any]]:
     """Return every arm's perplexity and its speed, measured in alternation."""
-    world = SmolLM2Wikipedia(samples=samples, documents_pilot=documents)
-    base, calibration, texts = world.load(), world.calibration(0).segments, world.documents("pilot").segments
+    bed = SmolLM2Wikipedia(samples=samples, documents_pilot=documents)
+    base, calibration, texts = bed.load(), bed.calibration(0).segments, bed.documents("pilot").segments
     models: dict[str, Checkpoint] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, arm in ARMS.items():

@@ -29,7 +29,7 @@ from intaglio import atomic_io
 from intaglio.checkpoint.from_scratch import new, trained_tokenizer
 from intaglio.data.python_source import source_files
 from intaglio.data.texts import Corpus, load_texts
-from intaglio.evidence.worlds.two_tokenizers import TwoTokenizers, nats_per_byte
+from intaglio.evidence.testbeds.two_tokenizers import TwoTokenizers, nats_per_byte
 from intaglio.methods.weights.omp_transplant import Donor, Vocabulary, match_tokens
 
 HERE = Path(__file__).resolve().parent
@@ -68,17 +68,17 @@ def peer_python(arguments: argparse.Namespace) -> Path:
 def prepared(name: str, arguments: argparse.Namespace) -> tuple[Path, Path, dict[str, str]]:
     """Return the checkpoints of a pair on disk, and evaluation documents.
 
-    `small`: the two models of the claim's world, with a seed of their own. `smollm2`: SmolLM2 in float32, and a Llama
-    as wide with a vocabulary of Python source and random weights: for time and rows; what it says means nothing.
+    `small`: the two models of the claim's test bed, with a seed of their own. `smollm2`: SmolLM2 in float32, and a
+    Llama as wide with a vocabulary of Python source and random weights: for time and rows; what it says means nothing.
     """
     if name == "given":
         texts = load_texts(arguments.texts or "wikipedia").documents[:20]
         return arguments.base, arguments.donor, {str(i): text[:2000] for i, text in enumerate(texts)}
     place = arguments.out / name
-    world = TwoTokenizers()
+    bed = TwoTokenizers()
     if name == "small":
-        models = {which: world.trained(which, SEED) for which in ("base", "donor")}  # type: ignore[arg-type]
-        documents = world.documents("pilot", 9)
+        models = {which: bed.trained(which, SEED) for which in ("base", "donor")}  # type: ignore[arg-type]
+        documents = bed.documents("pilot", 9)
     else:
         source = Corpus("source", tuple(file.text for file in source_files())[:400])
         tokenizer = trained_tokenizer(source, 16_384, 2048)

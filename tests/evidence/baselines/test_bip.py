@@ -1,4 +1,4 @@
-"""Baselines of BiP: every way keeps to its budget of passes and to its share of weights."""
+"""Loops of pruning: each keeps to its passes and to its share of the weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from intaglio.evidence.baselines.bip import _Loop, prune, rounds, shares
-from tests.methods.weights.test_bip import batches, loss_fn, mlp
+from intaglio.evidence.baselines import bip
+from intaglio.evidence.baselines.bip import hydra, iterative, rounds, shares
+from intaglio.evidence.designs.classify import Classify, mlp
+from intaglio.evidence.testbeds.digits import Digits
+
+DESIGN = Classify().toy(steps=30)
+IMAGES = Digits().toy().training(0)
+
+
+def net() -> Any:
+    torch.manual_seed(0)
+    return mlp(8, 16)
 
 
 def test_rounds_of_iterative_pruning() -> None:
@@ -23,46 +33,43 @@ def test_rounds_of_iterative_pruning() -> None:
     assert sum(shares(100, 14)) == 100
 
 
-@pytest.mark.parametrize("how", ["bip", "alternate", "omp", "imp", "hydra"])
-def test_every_way_keeps_to_its_passes_and_its_share(how: Any) -> None:
-    net = mlp()
-    passes: list[int] = []
+@pytest.mark.parametrize(("loop", "more"), [(iterative, {}), (iterative, {"rewind": True}), (hydra, {"lr_mask": 1.0})])
+def test_loops_keep_to_their_passes_and_their_share(
+    loop: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    plain = bip._loss
 
-    def counting(model: nn.Module, batch: Any) -> Tensor:
-        passes.append(id(batch))
-        return loss_fn(model, batch)
+    def counted(net: nn.Module, batch: Any) -> Tensor:
+        seen.append(1)
+        return plain(net, batch)
 
-    before = [parameter.detach().clone() for parameter in net.parameters()]
-    result = prune(net, 0.3, batches(), counting, passes=30, how=how, lr=0.05)
-    assert result.passes == len(passes) == (29 if how in ("bip", "alternate") else 30)
-    assert [type(module) for module in net] == [type(module) for module in mlp()]
-    assert not any(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
-    weights = [net[i].weight for i in (0, 2, 4)]
-    assert sum(int((w == 0).sum()) for w in weights) == int(0.7 * sum(w.numel() for w in weights))
-    assert (result.overlap == 1) == (how == "omp")
-    again = mlp()
-    prune(again, 0.3, batches(), loss_fn, passes=30, how=how, lr=0.05)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.parameters(), strict=True))
+    monkeypatch.setattr(bip, "_loss", counted)
+    first, again = net(), net()
+    for one in (first, again):
+        assert loop(one, IMAGES, 0, DESIGN, keep=0.3, learning_rate=0.05, **more) == 30
+    assert len(seen) == 60
+    weights = [module.weight for module in first if isinstance(module, nn.Linear)]
+    assert sum(int((w == 0).sum()) for w in weights) == round(0.7 * sum(w.numel() for w in weights))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first.parameters(), net().parameters(), strict=True))
 
 
 def test_iterative_pruning_is_nested_and_can_rewind(monkeypatch: pytest.MonkeyPatch) -> None:
-    masks: list[dict[str, Tensor]] = []
-    weights: list[dict[str, Tensor]] = []
-    plain = _Loop.retrain
+    zeros: list[list[Tensor]] = []
+    starts: list[list[Tensor]] = []
+    plain = bip._retrain
 
-    def spied(self: _Loop, steps: int) -> None:
-        masks.append(self.masked.masks)
-        weights.append({name: weight.detach().clone() for name, weight in self.masked.weights.items()})
-        plain(self, steps)
+    def spied(model: nn.Module, *args: Any) -> None:
+        linears: list[Any] = [module for module in model.modules() if hasattr(module, "parametrizations")]
+        zeros.append([module.weight.detach() == 0 for module in linears])
+        starts.append([module.parametrizations.weight.original.detach().clone() for module in linears])
+        plain(model, *args)
 
-    monkeypatch.setattr(_Loop, "retrain", spied)
-    rewound, going_on = mlp(), mlp()
-    dense = {name: value.clone() for name, value in rewound.state_dict().items()}
-    prune(rewound, 0.5, batches(), loss_fn, passes=12, how="imp", rewind=True, lr=0.1)
-    assert len(masks) == len(rounds(0.5)) == 4
-    for old, new in pairwise(masks):
-        assert all((new[name] <= old[name]).all() for name in old)
-    for start in weights:
-        assert all(torch.equal(weight, dense[f"{name}.weight"]) for name, weight in start.items())
-    prune(going_on, 0.5, batches(), loss_fn, passes=12, how="imp", lr=0.1)
-    assert not torch.equal(rewound[0].weight, going_on[0].weight)
+    monkeypatch.setattr(bip, "_retrain", spied)
+    iterative(net(), IMAGES, 0, DESIGN, keep=0.5, learning_rate=0.1, rewind=True)
+    assert len(zeros) == len(rounds(0.5)) == 4
+    for old, new in pairwise(zeros):
+        assert all((b >= a).all() for a, b in zip(old, new, strict=True))
+    dense = [module.weight for module in net() if isinstance(module, nn.Linear)]
+    assert all(torch.equal(a, b) for start in starts for a, b in zip(start, dense, strict=True))

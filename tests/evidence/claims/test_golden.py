@@ -11,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import intaglio.evidence.claims as claims
 from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.evidence.engine.golden import moved
 from intaglio.evidence.engine.registration import load_claim
+from intaglio.methods.activations.r_sparse import RSparse
+from intaglio.methods.objectives.meap import MEAP
+from intaglio.methods.training.paser import PASER
+from intaglio.methods.weights.bip import BiP
 from intaglio.methods.weights.lost import LOST
 from intaglio.methods.weights.magnitude import Magnitude
+from intaglio.trainer.causal_lm import IGNORED
+from intaglio.trainer.protocols import Example
 
 SLUGS = sorted(module.name for module in pkgutil.iter_modules(claims.__path__))
 CPU = [slug for slug in SLUGS if load_claim(slug).golden]
@@ -40,15 +48,28 @@ def changed(slug: str, arm: str, **settings: Any) -> Claim:
     return dataclasses.replace(claim, arms={**claim.arms, arm: own}, golden={arm: claim.golden[arm]})
 
 
+class OtherTargets(MEAP):
+    """MEAP whose masked copy scores the tokens that are not masked."""
+
+    def _copy(self, clean_T: Tensor, begin: int, count: int, rng: torch.Generator) -> Example:
+        copy = super()._copy(clean_T, begin, count, rng)
+        labels_T = clean_T.masked_fill(copy["labels"] != IGNORED, IGNORED)
+        labels_T[:begin] = IGNORED
+        return {**copy, "labels": labels_T}
+
+
 @pytest.mark.parametrize(
     ("slug", "arm", "settings"),
     [
         ("dsnot", "wanda", {"method": Magnitude(sparsity=0.5)}),  # scores without the norm of the inputs
         ("lost", "lost", {"apply": LOST(rank=16, columns=2 / 64, within_rank=True), "gamma": 0.0}),
+        ("meap", "meap", {"objective": OtherTargets(mode="finetuning", pack=False, chat=False)}),
+        ("bip", "bip", {"modifiers": (BiP(sparsity=0.95, implicit=False),)}),
+        ("r_sparse", "r_sparse", {"method": RSparse(sparsity=0.5, alpha="error", scale=False)}),
+        ("paser", "paser", {"select": PASER(budget=0.1, embedding="tfidf", chat=False, clusters=1)}),
     ],
 )
 def test_a_changed_mechanism_moves_them(slug: str, arm: str, settings: dict[str, Any]) -> None:
-    assert moved(load_claim(slug)) == []
     (message,) = moved(changed(slug, arm, **settings))
     assert arm in message
 

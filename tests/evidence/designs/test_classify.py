@@ -51,6 +51,19 @@ def test_arms_of_a_unit_start_from_one_dense_network() -> None:
     assert results[1].cost.parameters == 0
 
 
+def test_a_share_of_the_steps_and_passes_that_a_step_counts_as() -> None:
+    def loop(net: nn.Module, images: Images, seed: int, design: Classify) -> int:
+        return design.steps
+
+    arms = [
+        Arm("half", {"share": 0.5}),
+        Arm("two passes", {"share": 0.5, "passes": 2}),
+        Arm("loop", {"train": loop, "share": 0.5}),
+    ]
+    assert [DESIGN.run(arm, KEY, {"tuned elsewhere": 1}).cost.tokens for arm in arms] == [320, 320, 320]
+    assert DESIGN.run(Arm("three", {"passes": 3}), KEY, {}).cost.tokens == 7 * 3 * 32
+
+
 def test_settings_that_reach_nothing_are_refused() -> None:
     with pytest.raises(IntaglioError, match="the settings width_of_it of the arm"):
         DESIGN.run(Arm("wrong", {"width_of_it": 3}), KEY, {})

@@ -14,10 +14,12 @@ from intaglio.evidence.designs.measures import BITS, NEEDLE_SCORE, bits_per_byte
 from intaglio.evidence.designs.training import Finetune, Pretrain
 from intaglio.evidence.engine.claim import Arm, RunKey
 from intaglio.evidence.testbeds.haystack import Haystack
+from intaglio.evidence.testbeds.skills import Skills
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.methods.weights.bitnet import BitNet
 from intaglio.methods.weights.lost import LOST
 from intaglio.methods.weights.magnitude import Magnitude
+from intaglio.trainer.data_selection import RandomExamples
 
 PRETRAIN = Pretrain().toy()
 KEY = RunKey("toy", 0)
@@ -69,6 +71,15 @@ def test_modifiers_models_and_methods_after_training() -> None:
     assert bits(PRETRAIN, Arm("started elsewhere", {"start": lambda bed, seed, model: bed.new(seed + 1)})) != bits(
         PRETRAIN, PLAIN
     )
+
+
+def test_a_selector_chooses_among_the_data_that_all_arms_share() -> None:
+    bed = Skills().toy()
+    design = Finetune(bed, measures=(lambda measured: {"zeros": 0.0},), steps=2)
+    arms = [Arm("random", {"select": RandomExamples(budget=share)}) for share in (0.1, 0.5)]
+    few, many = (design.run(arm, KEY, {}) for arm in arms)
+    assert few.parity == many.parity
+    assert few.cost.tokens == many.cost.tokens == 2 * bed.batch * (bed.prompt_tokens + bed.digits + 1)
 
 
 def test_finetuning_starts_from_the_trained_model_and_leaves_it_alone() -> None:

@@ -116,7 +116,7 @@ def test_models_and_what_they_are_trained_on(
     monkeypatch.setenv("INTAGLIO_HOME", str(tmp_path_factory.mktemp("cache")))
     relu, gelu = (BED.new(0, activation).model for activation in ("relu", "gelu"))
     assert all(torch.equal(a, b) for a, b in zip(relu.parameters(), gelu.parameters(), strict=True))
-    examples = BED.training(3).examples()
+    examples = BED.training(3)
     assert len(examples) == 80
     assert all(int(example["input_ids"][-1]) == END for example in examples[:50])
     first, again, other = (BED.base(seed, "relu") for seed in (3, 3, 4))

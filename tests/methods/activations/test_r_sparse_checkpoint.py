@@ -18,8 +18,10 @@ from intaglio.checkpoint import RECORD, Checkpoint, load
 from intaglio.errors import IntaglioError
 from intaglio.measures.evaluate import Evaluator
 from intaglio.measures.input_sparsity import count_inputs, input_sparsity
-from intaglio.methods.activations.r_sparse import RSparse, decomposition, reading
+from intaglio.methods.activations.r_sparse import RSparse, SparseLinear, decomposition, reading
+from intaglio.methods.activations.r_sparse.budget import BudgetSpec
 from intaglio.methods.activations.r_sparse.decomposition import low_rank_pair
+from intaglio.methods.activations.r_sparse.layer_options import ALPHAS, OptionSpec
 from intaglio.methods.activations.r_sparse.layers import DensePrefill
 from intaglio.methods.weights.wanda import Wanda
 from intaglio.modeling.anatomy import anatomy, capture, run_blocks
@@ -78,6 +80,21 @@ def test_alphas_by_name_and_layers_left_alone() -> None:
 
 
 @torch.no_grad()
+def test_alpha_by_output_error_is_the_least_error_of_each_projection() -> None:
+    chosen = carved(fields={"alpha": "error", "sparsity": 0.7})
+    grid = chosen.record.steps[-1].chosen["grid"]["values"]
+    assert set(grid.values()) <= set(ALPHAS)
+    assert len(grid) == len(layers(chosen))
+    for name, linear in anatomy(tiny().model).all_linears():
+        x_NI = torch.randn(64, linear.shape[1], generator=torch.Generator().manual_seed(0))
+        options = OptionSpec(BudgetSpec(), 0.7, True, False).options(name, linear, x_NI, ALPHAS)
+        y_NO, errors = x_NI @ linear.read().T, {}
+        for alpha in ALPHAS:
+            layer = SparseLinear.from_weight(linear.read(), None, *options.at(alpha))
+            errors[alpha] = float(((layer(x_NI) - y_NO).square().sum(1) / y_NO.square().sum(1)).mean())
+        assert errors[options.least_error(linear, x_NI)] == pytest.approx(min(errors.values()), rel=1e-5)
+
+
 def test_topk_keeps_so_many_of_every_token() -> None:
     checkpoint = carved(fields={"threshold": "topk", "alpha": 0.75})
     x = drawn(40, 32)
@@ -266,6 +283,7 @@ def test_decompositions_are_kept_by_the_weight(tmp_path: Path, monkeypatch: pyte
         ({"allocation": "greedy"}, "allocation: greedy belongs to how: teal"),
         ({"fraction": 0.5}, "fraction belongs to mode: last_fraction"),
         ({"low_rank": False, "rank": 3}, "low_rank is false, so there is no rank"),
+        ({"alpha": "error", "search": {}}, "alpha: error and search are two ways to choose alpha"),
         ({"search": {"population": 1}}, "greater than or equal to 2"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -120,6 +121,11 @@ class Configured:
         if not pydantic:
             return dataclasses.replace(method, **own)
         return type(method)(**{**{name: getattr(method, name) for name in method.model_fields_set}, **own})
+
+    def arguments(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """Return the arm's own settings, and the tuned ones that a function takes."""
+        names = inspect.signature(function).parameters
+        return {name: value for name, value in self.settings.items() if name in self._own or name in names}
 
     def check(self) -> None:
         """Raise an IntaglioError if a setting of the arm itself reached nothing; tuned ones may, as in a dense arm."""

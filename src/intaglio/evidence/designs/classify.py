@@ -1,7 +1,8 @@
 """Design that trains an image classifier and measures its accuracy: `Classify`.
 
 Settings of an arm, all optional: `train`, a function `(net, images, seed, design, **settings) -> passes` that replaces
-the library's trainer, for baselines with a loop of their own; `modifiers`, training modifiers; names of `RECIPE`;
+the library's trainer, for baselines with a loop of their own, and takes `design.steps` passes; `modifiers`, training
+modifiers; `share` of the design's steps, and `passes` that a step counts as, both 1 by default; names of `RECIPE`;
 everything else is a field of the modifiers, or an argument of `train`.
 
 Dimension letters: N images, C classes.
@@ -60,15 +61,16 @@ class Classify:
         own, seed = Configured(arm, settings), key.seed
         images, measured = self.bed.training(seed), self.bed.images(key.split, key.base)
         net = self._start(seed)
-        loop = own.pop("train")
+        loop, count = own.pop("train"), own.pop("passes", 1)
+        budget = dataclasses.replace(self, steps=round(self.steps * own.pop("share", 1.0)))
         with usage(torch.device("cpu")) as spent:
             if loop is not None:
-                passes = loop(net, images, seed, design=self, **own.settings)
+                passes = loop(net, images, seed, design=budget, **own.arguments(loop))
             else:
-                recipe = {**self._recipe(self.steps, seed), **own.pop_all(RECIPE)}
+                recipe = {**self._recipe(-(-budget.steps // count), seed), **own.pop_all(RECIPE)}
                 modifiers = [own.fill(modifier) for modifier in own.pop("modifiers", ())]
                 own.check()
-                passes = _train(net, images, modifiers, recipe)
+                passes = count * _train(net, images, modifiers, recipe)
         loss, accuracy = evaluate(net, measured)
         parameters = sum(int(p.count_nonzero()) for p in net.parameters())
         flops = float(passes * self.batch_size * pass_flops(net, self.bed.side))
@@ -105,7 +107,7 @@ def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
 def _train(net: nn.Module, images: Images, modifiers: Sequence[Any], recipe: Mapping[str, Any]) -> int:
     pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
     rows = [{"pixels": pixels, "label": int(label)} for pixels, label in pairs]
-    return train(Checkpoint(net), rows, objective=Classification(), shape=modifiers, **recipe).steps
+    return train(Checkpoint(net), rows, objective=Classification(), modifiers=modifiers, **recipe).steps
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from intaglio.evidence.testbeds.draft_model import DraftModel as DraftBed
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.methods.decoding.aded import ADED
 from intaglio.methods.decoding.dyspec import AcceptanceTable, DySpec
-from intaglio.speculative import static_tree
+
 from intaglio.speculative.drafters.draft_model import DraftModel
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.drafters.rank_statistics import acceptance_by_rank, draft_ranks
-from intaglio.speculative.static_tree import StaticTree, widths_within
+from intaglio.speculative.static_tree import StaticTree, best_tree, widths_within
 
 NODES = 15
 """Drafted tokens that an arm may verify in a pass, where its settings have no other number."""
@@ -57,7 +57,9 @@ def fixed_tree(context: Context, nodes: int = NODES, tree: Tree = "best", draft:
         draft: test bed that gives the draft model. Default: SmolLM2's; a small model of bytes drafts for itself.
     """
     draft = draft or _draft_bed(context.bed)
-    return DraftModel(draft.load().model, shape=best_tree(context.bed, draft, nodes, tree, context.design.new).parents)
+    return DraftModel(
+        draft.load().model, shape=fitted_tree(context.bed, draft, nodes, tree, context.design.new).parents
+    )
 
 
 def dyspec(context: Context, nodes: int = NODES, fitted: bool = False, draft: Any = None, **fields: Any) -> Any:
@@ -73,16 +75,16 @@ def _draft_bed(bed: Any) -> Any:
 
 
 @lru_cache(maxsize=16)
-def best_tree(bed: Any, draft: Any, nodes: int, tree: Tree, new: int) -> StaticTree:
+def fitted_tree(bed: Any, draft: Any, nodes: int, tree: Tree, new: int) -> StaticTree:
     """Return the fixed tree with the fewest passes on the training prompts, counted exactly."""
     if tree == "chain":
         return StaticTree.from_widths((1,) * nodes)
     ranks = _ranks(bed, draft, new)
     trees = [StaticTree.from_widths(widths) for widths in widths_within(nodes)]
     if tree == "best":
-        chances = acceptance_by_rank(ranks, RANKS)
-        trees = [*(static_tree.best_tree(chances, nodes, depth) for depth in (*range(2, 17), nodes)), *trees]
-    return min(trees, key=lambda shape: sum(shape.replay(of_text) for of_text in ranks))
+        chances = tuple(acceptance_by_rank(ranks, RANKS))
+        trees = [*(best_tree(chances, nodes, depth) for depth in (*range(2, 17), nodes)), *trees]
+    return min(trees, key=lambda tree: sum(tree.replay(of_text) for of_text in ranks))
 
 
 @lru_cache(maxsize=4)

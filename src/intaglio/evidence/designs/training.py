@@ -6,7 +6,8 @@ Settings of an arm, all optional:
   model) -> Checkpoint` that replaces the test bed's untrained or trained model.
 - `apply`: a method applied before training (its `apply(checkpoint, seed=...)`); `prepare`: any callable `(checkpoint,
   seed)` instead, which may return another checkpoint.
-- `modifiers`: training modifiers; `objective`: what is predicted.
+- `modifiers`: training modifiers; `objective`: what is predicted; `select`: a selector of the training examples, which
+  may compare with the test bed's `original()`.
 - `after`: a method applied to the trained model.
 - names of `RECIPE`: arguments of `intaglio.trainer.train` over the test bed's recipe; everything else is a field of the
   methods above.
@@ -53,9 +54,11 @@ class Pretrain:
         recipe = {**self.bed.recipe(seed), **own.pop_all(RECIPE)}
         apply, prepare, after = own.pop("apply"), own.pop("prepare"), own.pop("after")
         modifiers = [own.fill(modifier) for modifier in own.pop("modifiers", ())]
-        objective = own.pop("objective")
+        objective, select = own.pop("objective"), own.pop("select")
         if objective is not None:
             recipe["objective"] = own.fill(objective)
+        if select is not None:
+            recipe |= {"select": own.fill(select), "original": self.bed.original}
         if apply is not None:
             own.fill(apply).apply(checkpoint, seed=seed)
         if prepare is not None:
@@ -64,7 +67,7 @@ class Pretrain:
         own.check()
         data = self._data(seed, recipe["steps"])
         with usage(checkpoint.device) as spent:
-            trained = train(checkpoint, data, shape=modifiers, **recipe)
+            trained = train(checkpoint, data, modifiers=modifiers, **recipe)
             if after is not None:
                 after.apply(checkpoint, seed=seed)
         checkpoint.model.eval()

@@ -188,9 +188,9 @@ class BoardGame:
         )
         return load(path)
 
-    def training(self, seed: int) -> Games:
+    def training(self, seed: int) -> list[dict[str, Any]]:
         """Return the games of the training that follows, `steps * batch` of them."""
-        return self.games("train", f"{seed}", self.steps * self.batch)
+        return self.games("train", f"{seed}", self.steps * self.batch).examples()
 
     def boards(self, part: Part, seed: int) -> Boards:
         """Return games of a set with their properties; those of `train` differ from the games trained on."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.cached_models import pretraining_recipe
+from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
 from intaglio.evidence.testbeds.splits import BOUNDS, Part, check_count, check_part, generator, part_of
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>", "<unk>", "?")
@@ -95,6 +95,20 @@ def answers(model: nn.Module, needles: Needles, batch_size: int = 64) -> tuple[T
     return needles.correct_NQ(torch.cat(predicted)), score_NP.view_as(needles.positions_NQA).sum(-1)
 
 
+def word_tokenizer(vocabulary: Sequence[str]) -> Any:
+    """Return a tokenizer of words, `SPECIAL` first: they are separated by white space, and nothing is added."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    backend = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL[UNKNOWN]))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad": PAD, "bos": BOS, "eos": EOS, "mask": MASK, "unk": UNKNOWN}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, **{f"{name}_token": SPECIAL[index] for name, index in names.items()}
+    )
+
+
 @dataclass(frozen=True)
 class Haystack:
     """One language, the number of documents, and the size of a small Llama that reads them.
@@ -130,17 +144,8 @@ class Haystack:
         return SPECIAL + tuple(f"{letter}{i}" for letter, count in groups for i in range(count))
 
     def tokenizer(self) -> Any:
-        """Return a tokenizer of the vocabulary: tokens are separated by white space, and nothing is added."""
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import PreTrainedTokenizerFast
-
-        ids = {token: i for i, token in enumerate(self.vocabulary)}
-        backend = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL[UNKNOWN]))
-        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        names = {"pad": PAD, "bos": BOS, "eos": EOS, "mask": MASK, "unk": UNKNOWN}
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend, **{f"{name}_token": SPECIAL[index] for name, index in names.items()}
-        )
+        """Return a tokenizer of the vocabulary."""
+        return word_tokenizer(self.vocabulary)
 
     def new(self, seed: int, **changes: Any) -> Checkpoint:
         """Return an untrained Llama that reads the language; `changes` override arguments of `intaglio.new`."""
@@ -166,11 +171,19 @@ class Haystack:
         count = (self.steps if steps is None else steps) * self.batch
         return self.draw("train", count, seed).segments
 
+    def load(self) -> Checkpoint:
+        """Return the trained model, one shared object a process: copy it before changing it."""
+        measured = ("documents_run", "documents_pilot")
+        settings = {name: value for name, value in asdict(self).items() if name not in measured}
+        choices = {"settings": settings}
+        return trained_model("haystack", choices, lambda: self.new(0), lambda: self.training(0), self.recipe(0))
+
     def finetuning(self, seed: int, steps: int) -> list[dict[str, Any]]:
-        """Return documents of a fine-tuning, in which the answers alone are predicted."""
-        documents = self.draw("train", steps * self.batch, seed)
-        rows = zip(documents.segments.ids_NT, documents.labels_NT, strict=True)
-        return [{"input_ids": ids_T, "labels": labels_T} for ids_T, labels_T in rows]
+        """Return pairs of a fine-tuning: filler with facts, and all questions with their answers."""
+        ids_NT = self.draw("train", steps * self.batch, seed).segments.ids_NT
+        vocabulary, end = self.vocabulary, ids_NT.shape[1] - self.questions * (1 + self.key_tokens + self.value_tokens)
+        texts = [[vocabulary[token] for token in ids_T] for ids_T in ids_NT.tolist()]
+        return [{"prompt": " ".join(words[:end]), "answer": " ".join(words[end:])} for words in texts]
 
     def documents(
         self, part: Part, base: int = 0, *, depth: float | None = None, length: int | None = None

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.data.segments import Segments
 from intaglio.measures.language_modeling import quality
 from intaglio.methods.activations.r_sparse import cats, teal
-from intaglio.methods.activations.r_sparse.layer_options import LayerOptions, OptionSpec, summary
+from intaglio.methods.activations.r_sparse.layer_options import ALPHAS, LayerOptions, OptionSpec, summary
 from intaglio.methods.activations.r_sparse.layers import InputRule, LayerOption, SparseLinear
 from intaglio.methods.activations.r_sparse.search import LossCache, Search
 from intaglio.methods.activations.r_sparse.thresholds import InputSample, scores, thresholds
@@ -73,7 +73,7 @@ def apply_rsparse(
     data: Segments,
     start: Mapping[str, float],
     spec: OptionSpec,
-    search: Search | None,
+    chooser: Search | Literal["error"] | None,
     *,
     seed: int,
     directory: Path | None,
@@ -82,17 +82,21 @@ def apply_rsparse(
 ) -> Applied:
     """Put layers of R-Sparse, or of uniform TEAL, into a checkpoint.
 
-    `start` gives the alpha of each projection, by its full name, before any search. A search caches its losses in
-    `directory`.
+    `start` gives the alpha of each projection, by its full name, unless `chooser` chooses it by output error, or
+    searches for it from there. A search caches its losses in `directory`.
     """
-    names, grid = list(start), () if search is None else search.grid
+    search = None if chooser == "error" else chooser
+    names, grid, alphas = list(start), ALPHAS if search is None else search.grid, dict(start)
     options: dict[str, LayerOptions] = {}
 
     def on_inputs(name: str, linear: Linear, x_NI: Tensor) -> None:
-        options[name] = spec.options(name, linear, x_NI, grid or (start[name],))
+        options[name] = spec.options(name, linear, x_NI, grid if chooser else (start[name],))
+        if chooser == "error":
+            alphas[name] = options[name].least_error(linear, x_NI)
 
     capture_inputs(checkpoint, data, names, on_inputs, **capture)
-    alphas = {name: start[name] if search is None else grid[search.grid_index(start[name])] for name in names}
+    if search is not None:
+        alphas = {name: grid[search.grid_index(start[name])] for name in names}
     layers = _put_layers(checkpoint, {name: options[name].at(alphas[name]) for name in names})
     chosen: dict[str, Any] = {}
     if search is not None:
@@ -117,7 +121,7 @@ def apply_rsparse(
         for name in names:
             layers[name].set_option(options[name].at(alphas[name]))
         chosen = {"evaluations": search.evaluations, "loss_by_generation": losses}
-    if search is not None or len(set(alphas.values())) > 1:
+    if chooser or len(set(alphas.values())) > 1:
         chosen["grid"] = _grid("Share of the budget for channels", alphas)
     return layers, {**summary({name: options[name].choices[alphas[name]] for name in names}), **chosen}
 

@@ -14,9 +14,14 @@ from torch import Tensor
 
 from intaglio.methods.activations.r_sparse.budget import BudgetSpec, BudgetSplit
 from intaglio.methods.activations.r_sparse.decomposition import low_rank_pair
-from intaglio.methods.activations.r_sparse.layers import ALL, NONE, InputRule, LayerOption, Pair
+from intaglio.methods.activations.r_sparse.layers import ALL, NONE, InputRule, LayerOption, Pair, SparseLinear
 from intaglio.methods.activations.r_sparse.thresholds import scores, thresholds
 from intaglio.modeling.anatomy import Linear
+
+ALPHAS = (0.2, 0.5, 0.7, 0.8, 0.9, 0.95, 1.0)
+"""Alphas compared by output error."""
+ERROR_TOKENS = 512
+"""Calibration tokens that the error is taken on."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,23 @@ class LayerOptions:
             return choice.rule, None
         down_RI, up_RO = self.pair
         return choice.rule, (down_RI[: choice.split.rank], up_RO[: choice.split.rank])
+
+    @torch.no_grad()
+    def least_error(self, linear: Linear, x_NI: Tensor) -> float:
+        """Return the alpha with the least mean over tokens of ||y - W x||² / ||W x||²; of equal ones the largest.
+
+        Shares of each token's own output, so that attention sinks with their large norms count like any token.
+        """
+        weight_OI = linear.read()
+        x_NI = x_NI[:: max(1, len(x_NI) // ERROR_TOKENS)].to(weight_OI)
+        y_NO = x_NI @ weight_OI.T
+        layer = SparseLinear.from_weight(weight_OI, None, *self.at(max(self.choices)))
+        errors = {}
+        for alpha in sorted(self.choices, reverse=True):
+            layer.set_option(self.at(alpha))
+            difference_N = (layer(x_NI) - y_NO).float().square().sum(1)
+            errors[alpha] = float((difference_N / y_NO.float().square().sum(1).clamp_min(1e-12)).mean())
+        return min(errors, key=errors.__getitem__)
 
 
 @dataclass(frozen=True)
