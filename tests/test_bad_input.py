@@ -296,12 +296,14 @@ def test_an_unsupported_family(family: str, recipe: Write, tmp_path: Path, corpu
     auto.from_config(AutoConfig.for_model(family, **sizes)).save_pretrained(place)
     tiny_tokenizer("llama").save_pretrained(place)
     path = recipe(MAGNITUDE)
-    for words in (
+    commands = [
         ("carve", place, "-r", path, "-o", tmp_path / "out"),
         ("carve", place, "-r", path, "--dry-run"),
-        ("generate", place, "the fox"),
         ("compare", place, place, "--texts", corpus_file, "--samples", "2", "--length", "16"),
-    ):
+    ]
+    if auto is AutoModel:  # generation needs no linear layers
+        commands.append(("generate", place, "the fox"))
+    for words in commands:
         assert repr(culprit) in cli_refusal(tmp_path, *words)
     refusal(lambda: Magnitude(sparsity=0.5).apply(load(place)), repr(culprit))
 

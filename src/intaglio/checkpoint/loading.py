@@ -189,7 +189,8 @@ def model_class(config: Any, name: str) -> type[Any]:
         if mapping is MODEL_MAPPING or not listed or any(arch == cls.__name__ for arch in listed):
             return cls
     raise IntaglioError(
-        f"the model {name!r} has the type {config.model_type!r}, which is no text model of transformers"
+        f"the model {name!r} has the type {config.model_type!r}, which the auto classes of transformers do not load as "
+        "a text model"
     )
 
 

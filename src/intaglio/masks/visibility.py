@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, first_line
 from intaglio.masks.attention_interface import BASES, PREFIX, RULE, SCORE, MaskRequest
 from intaglio.masks.rules import Rule, Score
 from intaglio.modeling.anatomy import CACHES, Anatomy, anatomy, attention, blocks, capture
@@ -74,7 +74,12 @@ def _guard(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
 
 
 def _set_implementation(base: Any, name: str) -> None:
-    base.set_attn_implementation(name)
+    try:
+        base.set_attn_implementation(name)
+    except ValueError as error:
+        raise IntaglioError(
+            f"the attention of {type(base).__name__} cannot be set to {name}: {first_line(error)}"
+        ) from error
     if base.config._attn_implementation != name:
         raise IntaglioError(
             f"{type(base).__name__} does not call transformers' attention interface, so no visibility rule can be set"
@@ -273,7 +278,7 @@ def _requesting(base: Any) -> Iterator[None]:
     """Make the model return mask requests, whatever its attention implementation."""
     before = base.config._attn_implementation
     if not (before or "").startswith(PREFIX):
-        _set_implementation(base, f"{PREFIX}sdpa")
+        _set_implementation(base, f"{PREFIX}{'eager' if before == 'eager' else 'sdpa'}")
     try:
         yield
     finally:
@@ -295,18 +300,37 @@ def visible(model: nn.Module, length: int) -> Tensor:
     Raises:
         IntaglioError: the length is out of range, or the model does not ask transformers for its masks.
     """
+    masks = stock_masks(model, length)
+    missing = next((layer for layer, seen_HQK in enumerate(masks) if seen_HQK is None), None)
+    if missing is not None:
+        raise IntaglioError(f"layer {missing} of {type(_base(model)).__name__} does not ask transformers for its mask")
+    known = [seen_HQK for seen_HQK in masks if seen_HQK is not None]
+    most = max(map(len, known))
+    return torch.stack([seen_HQK.expand(most, -1, -1) for seen_HQK in known])
+
+
+@torch.no_grad()
+def stock_masks(model: nn.Module, length: int) -> list[Tensor | None]:
+    """Return the mask of each layer as `visible` does, bool [1 or H, Q, K]; None for a layer without attention."""
     base, parts = _base(model), anatomy(model)
     longest = getattr(base.config, "max_position_embeddings", None) or length
     if not 1 <= length <= longest:
         raise IntaglioError(f"length is {length}; 1 to {longest} tokens are accepted for this model")
-    rules, heads = get_visibility(model), int(base.config.num_attention_heads)
+    rules, heads = get_visibility(model), int(getattr(base.config, "num_attention_heads", None) or 1)
     with _requesting(base):
-        inputs = capture(parts, {"input_ids": torch.zeros(1, length, dtype=torch.long)})
-    layers = []
-    for layer, (args, kwargs) in enumerate(zip(inputs.args, inputs.kwargs, strict=True)):
-        request = next((value for value in (*args, *kwargs.values()) if isinstance(value, MaskRequest)), None)
-        if request is None:
-            raise IntaglioError(f"layer {layer} of {type(base).__name__} does not ask transformers for its mask")
-        layers.append(request.visible(rules.get(layer), heads)[0].cpu())
-    most = max(len(seen_HQK) for seen_HQK in layers)
-    return torch.stack([seen_HQK.expand(most, -1, -1) for seen_HQK in layers])
+        try:
+            inputs = capture(parts, {"input_ids": torch.zeros(1, length, dtype=torch.long)})
+        except IntaglioError as error:
+            if MaskRequest.__name__ not in str(error):
+                raise
+            raise IntaglioError(
+                f"{type(base).__name__} changes its masks in its own code, so they cannot be shown"
+            ) from error
+    requests = [
+        next((value for value in (*args, *kwargs.values()) if isinstance(value, MaskRequest)), None)
+        for args, kwargs in zip(inputs.args, inputs.kwargs, strict=True)
+    ]
+    return [
+        None if request is None else request.visible(rules.get(layer), heads)[0].cpu()
+        for layer, request in enumerate(requests)
+    ]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from intaglio.masks.registry import describe
 from intaglio.masks.rules import Rule
-from intaglio.masks.visibility import get_visibility, visible
+from intaglio.masks.visibility import get_visibility, stock_masks
 from intaglio.modeling.anatomy import anatomy
 from intaglio.report.svg import clean_text
 
@@ -61,6 +61,8 @@ class Group:
         else:
             right, left = self.is_noncausal, bool(self.seen_HQK.tril(-1).any())
             words, wide = "both ways" if right and left else "causal" if left else "itself", False
+            if not bool(self.seen_HQK.any()):
+                return "no attention mask (a recurrent or convolution layer)"
         window = f", window {self.window}" if self.window is not None and not wide else ""
         return f"{words}{window}" + (" (stock)" if self.rule is None else "")
 
@@ -90,7 +92,9 @@ def groups(model: nn.Module, length: int = LENGTH) -> list[Group]:
     """Return the groups of layers with the same mask, in the order of their first layer."""
     windows, rules = anatomy(model).windows, get_visibility(model)
     result: list[Group] = []
-    for layer, seen_HQK in enumerate(visible(model, length)):
+    none_HQK = torch.zeros((1, length, length), dtype=torch.bool)
+    for layer, seen in enumerate(stock_masks(model, length)):
+        seen_HQK = none_HQK if seen is None else seen
         small_HQK = seen_HQK[:1] if bool((seen_HQK == seen_HQK[:1]).all()) else seen_HQK
         rule, window = rules.get(layer), windows[layer]
         for index, group in enumerate(result):

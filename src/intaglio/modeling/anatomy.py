@@ -12,16 +12,22 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import takewhile
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, first_line
 from intaglio.modeling.replacement import REPLACED, ReplacedLinear, module_names
 
 Part = Literal["attention", "mlp"]
@@ -42,13 +48,15 @@ _FUSED: dict[str, tuple[str, ...]] = {
     "Wi": ("up", "gate"),
 }
 # Families whose fused rows are grouped by head (q, k and v of head 0, then of head 1, ...), by `model_type`.
-_INTERLEAVED = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom"})
+_INTERLEAVED = frozenset({"gpt_neox", "gpt_neox_japanese", "bloom", "falcon", "gpt_bigcode"})
+_CODEGEN_SHARDS = 4
+"""CodeGen's fused rows are grouped by shards of the machines it was trained on, each of q, v and k."""
 _ROLES = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o",
     "query": "q", "key": "k", "value": "v", "Wo": "o",
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down",
 }  # fmt: skip
-_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +121,12 @@ def block_list(model: nn.Module) -> nn.ModuleList:
         and len(module)
         and all(isinstance(item, GradientCheckpointingLayer) for item in module)
     ]
+    config = getattr(model, "config", None)
+    if len(lists) > 1 and hasattr(model, "get_decoder") and not getattr(config, "is_encoder_decoder", False):
+        own = set(map(id, model.get_decoder().modules()))  # without those of an image or audio encoder
+        lists = [module for module in lists if id(module) in own]
     if len(lists) != 1:
-        kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        kind = getattr(config, "model_type", type(model).__name__)
         what = "no list of transformer blocks" if not lists else f"{len(lists)} lists of transformer blocks"
         raise IntaglioError(f"the model family {kind!r} is not supported: {what} could be identified in it")
     return lists[0]
@@ -127,17 +139,23 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def attention(block: nn.Module) -> nn.Module:
     """Return the self-attention module of a block: the module that calls the attention interface."""
+    module = _self_attention(block)
+    if module is None:
+        raise IntaglioError(f"no self-attention could be identified in a {type(block).__name__}")
+    return module
+
+
+def _self_attention(block: nn.Module) -> nn.Module | None:
     candidates = [
         module
         for name, module in block.named_modules()
         if name
         and any(word in name.lower().rpartition(".")[2] or name.endswith(".self") for word in _ATTENTION_WORDS)
         and any(isinstance(child, (nn.Linear, Conv1D, ReplacedLinear)) for child in module.children())
-        and (hasattr(module, "is_causal") or hasattr(module, "scaling"))
     ]
-    if not candidates:
-        raise IntaglioError(f"no self-attention could be identified in a {type(block).__name__}")
-    return candidates[0]
+    # Families that do not call the attention interface have neither attribute.
+    marked = [module for module in candidates if hasattr(module, "is_causal") or hasattr(module, "scaling")]
+    return next(iter(marked or candidates), None)
 
 
 def _part(name: str) -> Part:
@@ -155,14 +173,28 @@ def _fused_rows(name: str, module: nn.Module, config: Any) -> list[tuple[str, Te
     if roles[0] != "q":
         return list(zip(roles, rows.chunk(len(roles)), strict=True))
     heads = int(config.num_attention_heads)
-    groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    if config.model_type == "codegen":
+        by_shard = rows.view(_CODEGEN_SHARDS, 3, -1)
+        return [(role, by_shard[:, place].reshape(-1)) for role, place in zip(roles, (0, 2, 1), strict=True)]
+    groups = _key_heads(config)
     if out % (heads + 2 * groups):
         return []
     width = out // (heads + 2 * groups)
     if config.model_type in _INTERLEAVED:
-        by_head = rows.view(heads, 3, width)
-        return [(role, by_head[:, index].reshape(-1)) for index, role in enumerate(roles)]
+        by_group = rows.view(groups, heads // groups + 2, width)
+        parts = by_group[:, :-2], by_group[:, -2], by_group[:, -1]
+        return [(role, part.reshape(-1)) for role, part in zip(roles, parts, strict=True)]
     return list(zip(roles, rows.split([heads * width, groups * width, groups * width]), strict=True))
+
+
+def _key_heads(config: Any) -> int:
+    """Return the number of key and value heads."""
+    heads = int(config.num_attention_heads)
+    if config.model_type == "falcon" and not config.new_decoder_architecture:
+        return 1 if config.multi_query else heads  # its other field is then ignored
+    if getattr(config, "multi_query", False) and config.model_type == "gpt_bigcode":
+        return 1
+    return int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads)
 
 
 def linears(block: nn.Module, config: Any) -> list[Linear]:
@@ -176,6 +208,8 @@ def linears(block: nn.Module, config: Any) -> list[Linear]:
     for name, module in block.named_modules():
         if isinstance(module, REPLACED):
             inside.update(map(id, module.modules()))
+            covered.update(map(id, module.parameters()))
+        elif isinstance(module, nn.Conv1d) or _is_norm(module):  # a norm by head has a matrix of weights
             covered.update(map(id, module.parameters()))
         if id(module) in inside or not isinstance(module, (nn.Linear, Conv1D)):
             continue
@@ -272,8 +306,8 @@ def mlp(block: nn.Module, config: Any) -> MLP:
             dropout = max((float(value.p) for value in module.modules() if isinstance(value, nn.Dropout)), default=0.0)
             return MLP(where, *parts, activation, dropout)
     raise IntaglioError(
-        f"the MLP of the model family {config.model_type!r} is not understood: it must be two projections, or three of"
-        " which one is a gate, and nothing else with weights"
+        f"the MLP of the model family {config.model_type!r} is not understood: it must be a module of two projections,"
+        " or three of which one is a gate, and nothing else with weights, with an activation that the config names"
     )
 
 
@@ -287,6 +321,10 @@ def _mlp_parts(mlp_linears: Sequence[Linear]) -> tuple[Linear, Linear | None, Li
         return None
     shapes = {into.shape, (factor or into).shape, mlp_linears[-1].shape[::-1]}
     return (into, factor, mlp_linears[-1]) if len(shapes) == 1 else None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not any(module.children())
 
 
 def norms(block: nn.Module) -> dict[str, nn.Module]:
@@ -323,22 +361,34 @@ class Anatomy:
     causal: bool
     windows: tuple[int | None, ...]
 
+    @cached_property
+    def _editable(self) -> bool:
+        _refuse_shared(self.blocks, self.config)
+        return True
+
     def linears(self, index: int) -> list[Linear]:
-        """Return the projections of block `index`."""
+        """Return the projections of block `index`; refuse blocks with shared weights or matrices of other kinds."""
+        assert self._editable
         return linears(self.blocks[index], self.config)
 
     def mlp(self, index: int) -> MLP:
         """Return the MLP of block `index`."""
+        assert self._editable
         return mlp(self.blocks[index], self.config)
 
     def all_linears(self) -> list[tuple[str, Linear]]:
         """Return every projection of every block with its full name, such as `layers.3.self_attn.q_proj`."""
         return [(f"layers.{i}.{linear.name}", linear) for i in range(len(self.blocks)) for linear in self.linears(i)]
 
+    def feed_forward(self, index: int) -> FeedForward:
+        """Return the feed-forward location of block `index`."""
+        assert self._editable
+        return feed_forward(self.blocks[index], self.config)
+
     def feed_forwards(self) -> list[tuple[str, FeedForward]]:
         """Return the feed-forward location of every block, with the block's name in the model."""
         names = module_names(self.model)
-        return [(names[id(block)], feed_forward(block, self.config)) for block in self.blocks]
+        return [(names[id(block)], self.feed_forward(index)) for index, block in enumerate(self.blocks)]
 
     @property
     def final_norm(self) -> nn.Module | None:
@@ -356,7 +406,7 @@ def _window(block: nn.Module, config: Any, index: int) -> int | None:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and kinds[index] == "full_attention":
         return None
-    window = getattr(attention(block), "sliding_window", None)
+    window = getattr(_self_attention(block), "sliding_window", None)
     if window is None and kinds is not None and kinds[index] == "sliding_attention":
         window = getattr(config, "sliding_window", None)
     if window is None and kinds is None:
@@ -384,11 +434,13 @@ def anatomy(model: nn.Module) -> Anatomy:
     block_modules = blocks(model)
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     base: nn.Module = getattr(model, "base_model", model)
+    decoder = getattr(base, "decoder", None)
+    if isinstance(decoder, PreTrainedModel):  # OPT's and Bart's heads call it themselves, past the base
+        base = decoder
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     if embedding is None:
         raise IntaglioError(f"the model family {config.model_type!r} is not supported: it has no token embedding")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    _refuse_shared(block_modules, config)
     return Anatomy(
         model=model,
         base=base,
@@ -396,10 +448,20 @@ def anatomy(model: nn.Module) -> Anatomy:
         blocks=tuple(block_modules),
         embedding=embedding,
         head=head,
-        tied=head is not None and head.weight is embedding.weight,
-        causal=any(getattr(module, "is_causal", False) for module in block_modules[0].modules()),
+        tied=head is not None and head.weight is getattr(embedding, "weight", None),
+        causal=_causal(block_modules, config),
         windows=tuple(_window(block, config, index) for index, block in enumerate(block_modules)),
     )
+
+
+def _causal(block_modules: Sequence[nn.Module], config: Any) -> bool:
+    marks = [m.is_causal for block in block_modules for m in block.modules() if hasattr(m, "is_causal")]
+    if any(marks) or getattr(config, "is_decoder", False):
+        return True
+    # Families whose attention has no such attribute.
+    kind = config.model_type
+    decoder = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return decoder and not marks
 
 
 @dataclass
@@ -415,6 +477,54 @@ class BlockInputs:
     mask_BL: Tensor | None = None
 
 
+class _BlockOutput(Exception):
+    """Stops a pass after the first block."""
+
+
+_EXTRA_OUTPUTS: dict[type[nn.Module], int | None] = {}
+"""Further values that blocks of a class return beside the hidden state, in a tuple; None: the bare hidden state."""
+
+
+@torch.no_grad()
+def _extra_outputs(parts: Anatomy) -> int | None:
+    """Return `_EXTRA_OUTPUTS` of a model's blocks, measured with a pass that ends after the first of them."""
+    kind = type(parts.blocks[0])
+    if kind not in _EXTRA_OUTPUTS:
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            _EXTRA_OUTPUTS[kind] = len(output) - 1 if isinstance(output, tuple) else None
+            raise _BlockOutput
+
+        device = next(parts.base.parameters()).device
+        handle = parts.blocks[0].register_forward_hook(stop)
+        try:
+            _run_base(parts, {"input_ids": torch.zeros((1, 2), dtype=torch.long, device=device)})
+        except _BlockOutput:
+            pass
+        finally:
+            handle.remove()
+    return _EXTRA_OUTPUTS[kind]
+
+
+@contextmanager
+def _family_errors(config: Any, what: str) -> Iterator[None]:
+    """Turn what a family's own code raises for inputs it does not take into a sentence."""
+    try:
+        yield
+    except (IntaglioError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
+        raise IntaglioError(
+            f"the model family {config.model_type!r} is not supported: {what} fails with {first_line(error)}"
+        ) from error
+
+
+def _run_base(parts: Anatomy, batch: Mapping[str, Any]) -> Any:
+    """Run the model without its head, by default without a cache."""
+    with _family_errors(parts.config, f"reading {' and '.join(batch)}"):
+        return parts.base(**({"use_cache": False} if parts.causal else {}) | dict(batch))
+
+
 @contextmanager
 def _pass_through(parts: Anatomy, inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> Iterator[None]:
     """Make every block return its input and record the arguments of its call."""
@@ -422,16 +532,21 @@ def _pass_through(parts: Anatomy, inputs: list[tuple[tuple[Any, ...], dict[str, 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.append((args, kwargs))
 
+    more = _extra_outputs(parts)
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return hidden_states if more is None else (hidden_states, *[None] * more)
+
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in parts.blocks]
     for block in parts.blocks:
-        block.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        block.forward = forward
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
         for block in parts.blocks:
-            del block.forward
+            vars(block).pop("forward", None)
 
 
 @torch.no_grad()
@@ -442,10 +557,14 @@ def capture(parts: Anatomy, batch: Mapping[str, Any]) -> BlockInputs:
     """
     device = next(parts.base.parameters()).device
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    extra: dict[str, Any] = {"use_cache": False} if parts.causal else {}
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     with _pass_through(parts, calls):
-        parts.base(**extra | inputs)
+        _run_base(parts, inputs)
+    if len(calls) != len(parts.blocks):
+        raise IntaglioError(
+            f"the model family {parts.config.model_type!r} is not supported: it runs its {len(parts.blocks)} blocks in "
+            f"{len(calls)} calls, not once each"
+        )
     mask = inputs.get("attention_mask")
     padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
     hidden = calls[0][0][0] if calls[0][0] else calls[0][1]["hidden_states"]
@@ -462,7 +581,8 @@ def run_blocks(parts: Anatomy, low: int, high: int, inputs: BlockInputs) -> Tens
     """Run blocks `low` to `high - 1` on `inputs.hidden_BLD` and return the hidden state [B, L, D]."""
     hidden = inputs.hidden_BLD
     for index in range(low, high):
-        hidden = run_block(parts.blocks[index], index, hidden, inputs)
+        with _family_errors(parts.config, f"running block {index} alone"):
+            hidden = run_block(parts.blocks[index], index, hidden, inputs)
     return hidden
 
 
@@ -480,8 +600,10 @@ def after_blocks(parts: Anatomy, hidden_RD: Tensor, head: Callable[[Tensor], Ten
     """
     ids = torch.zeros((len(hidden_RD), 1), dtype=torch.long, device=hidden_RD.device)
     with _pass_through(parts, []), _forward(parts.head, head):
-        parts.blocks[-1].forward = lambda *args, **kwargs: hidden_RD[:, None]
-        logits: Tensor = parts.model(input_ids=ids, use_cache=False).logits
+        through = parts.blocks[-1].forward
+        parts.blocks[-1].forward = lambda hidden_states, *args, **kwargs: through(hidden_RD[:, None])
+        with _family_errors(parts.config, "running final norm and head alone"):
+            logits: Tensor = parts.model(input_ids=ids, use_cache=False).logits
     return logits[:, 0]
 
 
@@ -523,7 +645,9 @@ class HeadOnly:
         self._base = _Given(parts.base.config)
         self._shell = copy.copy(model)
         self._shell.__dict__["_modules"] = {
-            name: self._base if module is parts.base else (copy.deepcopy(module) if frozen else module)
+            name: self._base
+            if any(part is parts.base for part in module.modules())
+            else (copy.deepcopy(module) if frozen else module)
             for name, module in model._modules.items()
         }
 
@@ -537,12 +661,16 @@ class HeadOnly:
 
 
 class _Given(nn.Module):
-    """Stand-in for the base model that returns a given hidden state."""
+    """Stand-in for the base model, or one that holds it as `decoder`, that returns a given hidden state."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.hidden: Tensor | None = None
+
+    @property
+    def decoder(self) -> _Given:
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
@@ -552,9 +680,7 @@ class _Given(nn.Module):
 def final_hidden(parts: Anatomy, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the base model's `last_hidden_state` [B, L, D] for a batch."""
     device = next(parts.base.parameters()).device
-    extra = {"use_cache": False} if parts.causal else {}
-    output = parts.base(**{name: value.to(device) for name, value in batch.items()}, **extra)
-    hidden: Tensor = output.last_hidden_state
+    hidden: Tensor = _run_base(parts, {name: value.to(device) for name, value in batch.items()}).last_hidden_state
     return hidden
 
 

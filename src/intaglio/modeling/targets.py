@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from intaglio.errors import IntaglioError
-from intaglio.modeling.anatomy import Anatomy, Linear, anatomy, feed_forward
+from intaglio.modeling.anatomy import Anatomy, Linear, anatomy
 from intaglio.modeling.replacement import (
     REPLACED,
     FusedLinears,
@@ -158,7 +158,7 @@ def replace_mlps(
     with torch.device("cpu"):  # the rows of fused projections are needed even where weights are on meta
         parts, names = anatomy(model), module_names(model)
         blocks = range(len(parts.blocks)) if indices is None else list(indices)
-        places = {index: feed_forward(parts.blocks[index], parts.config) for index in blocks}
+        places = {index: parts.feed_forward(index) for index in blocks}
         made = {index: make(index, parts) for index in blocks}
     for index, place in places.items():
         modules |= place.puts(names[id(parts.blocks[index])], made[index])

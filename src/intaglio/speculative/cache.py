@@ -18,9 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from intaglio.errors import IntaglioError
+
+# Layers that read the keys and values of another one, which a version before 5.24 does not list.
+_SHARING = getattr(cache_utils, "DummyLayer", DynamicLayer)
 
 ROOM = 256
 """Fewest spare rows."""
@@ -68,13 +72,16 @@ def check_cache(cache: Any) -> None:
     Refused are no cache at all, and static, quantized, offloaded, hybrid and encoder-decoder caches.
     """
     if cache is None:
-        raise IntaglioError("use_cache is False; speculative decoding keeps the accepted rows of a key-value cache")
+        raise IntaglioError(
+            "generate made no key-value cache (use_cache is False, or the model keeps a state of another kind); "
+            "speculative decoding keeps the accepted rows of one"
+        )
     if not isinstance(cache, DynamicCache):
         raise IntaglioError(f"a {type(cache).__name__} was given; speculative decoding needs a DynamicCache")
     if cache.offloading:
         raise IntaglioError("the cache is offloaded; speculative decoding needs a DynamicCache that stays in memory")
     for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PreallocatedLayer):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PreallocatedLayer, _SHARING):
             raise IntaglioError(
                 f"the cache holds a {type(layer).__name__}; speculative decoding needs attention layers with dynamic "
                 "keys and values"
@@ -99,7 +106,7 @@ def drop_last(layers: Iterable[Any], count: int) -> None:
     `crop` would also cut a windowed layer down to its window, and a later crop could not have the rows back.
     """
     for layer in layers:
-        if count and layer.is_initialized and layer.keys.numel():
+        if count and layer.is_initialized and layer.keys is not None and layer.keys.numel():
             layer.keys, layer.values = layer.keys[:, :, :-count], layer.values[:, :, :-count]
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length -= count
@@ -107,7 +114,8 @@ def drop_last(layers: Iterable[Any], count: int) -> None:
 
 def _filled(cache: DynamicCache) -> list[Any]:
     """Return the layers that hold rows; layers that share another's keys hold none."""
-    return [layer for layer in cache.layers if layer.is_initialized and layer.keys.numel()]
+    filled = [layer for layer in cache.layers if layer.is_initialized and layer.keys is not None]
+    return [layer for layer in filled if layer.keys.numel()]
 
 
 def move_rows(cache: DynamicCache, source_BM: Tensor, target_BM: Tensor) -> None:

@@ -120,7 +120,7 @@ class _Generation:
         self._model = model
         weights = prepacked(model, decoder.prepack, request.room)
         self._reader = Reader(model, request.cache, hidden=decoder.drafter.needs_hidden, prepacked=weights)
-        check_tree_attention(model)
+        check_tree_attention(model, request.max_length)
         shape = (request.ids_BP.shape[0], request.max_length)
         self._ids_BL = torch.full(shape, request.pad, device=request.ids_BP.device)
         self._rows = [SequenceState(index, buffer_L, request) for index, buffer_L in enumerate(self._ids_BL)]

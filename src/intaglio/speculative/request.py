@@ -113,7 +113,7 @@ def _cache(given: Any, rows: int, use_cache: Any) -> DynamicCache:
     if not (is_windowed(given) or getattr(given, "_is_user_defined", False)):
         return preallocated_cache()
     if is_windowed(given) and any(
-        layer.is_initialized and layer.record_past for layer in given.layers if layer.is_sliding
+        layer.is_initialized and layer.record_past for layer in given.layers if getattr(layer, "is_sliding", False)
     ):
         raise IntaglioError(
             "the windowed cache is already recording; give an empty one or one that a generate call left"
@@ -134,7 +134,7 @@ def read_request(
         raise IntaglioError(f"{model.config.model_type} is an encoder-decoder; speculative decoding needs a decoder")
     _check_mode(config, len(input_ids))
     for name, value in given.items():
-        if name not in _KNOWN and value is not None:
+        if name not in _KNOWN and value is not None and value != {}:
             raise IntaglioError(f"generate was given {name}, which speculative decoding does not pass on to the model")
     rows, length = input_ids.shape
     cache = _cache(next((given[name] for name in CACHES if name in given), None), rows, given.get("use_cache"))

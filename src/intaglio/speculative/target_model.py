@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, first_line
 from intaglio.masks import get_visibility
 from intaglio.modeling.anatomy import CACHE, anatomy, attention
 from intaglio.speculative._utils import vocabulary_size
@@ -314,12 +314,21 @@ _CHECKED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 @torch.inference_mode()
-def check_tree_attention(model: Any) -> None:
+def check_tree_attention(model: Any, longest: int) -> None:
     """Raise an `IntaglioError` if a branch of a tree gets other hidden states than the same tokens in a chain.
+
+    `longest` is the most tokens of a row.
 
     Some families mask by cache slot, whatever mask they are given. The check is made once per model and attention
     implementation, with a few tokens through the base model.
     """
+    kept = getattr(model.config, "keep_window_size", None)
+    if kept is not None and kept < longest:
+        # Equal tokens tie in the first layer, and a pass over several tokens breaks ties otherwise than one over one.
+        raise IntaglioError(
+            f"{model.config.model_type} keeps the {kept} keys with the highest scores, and these change with the size "
+            f"of a pass; speculative decoding is lossless up to {kept} tokens, and {longest} were requested"
+        )
     implementation = model.config._attn_implementation
     if implementation in _CHECKED.get(model, ()):
         return
@@ -344,7 +353,7 @@ def check_tree_attention(model: Any) -> None:
         if len(errors) == 3:
             raise IntaglioError(
                 f"the hidden states of {model.config.model_type} in a branch of a tree differ from those in a chain by "
-                f"{min(errors):.1%}; speculative decoding needs attention that follows the mask"
+                f"{min(errors):.1%}; speculative decoding needs attention that follows mask and position_ids"
             )
         errors.append(_branch_error(model, seed=len(errors)))
     _CHECKED.setdefault(model, set()).add(implementation)
@@ -359,8 +368,16 @@ def _branch_error(model: Any, seed: int) -> float:
         TokenTree([ids[8], ids[10], ids[11]], (-1, 0, 1)),  # its second branch alone
     ):
         reader = _BaseReader(model)
-        reader.prefill(torch.tensor([ids[:8]], device=model.device))
-        hidden_BQD = reader.forward(reader.prepare_inputs(*stack([tree])))
+        try:
+            reader.prefill(torch.tensor([ids[:8]], device=model.device))
+            hidden_BQD = reader.forward(reader.prepare_inputs(*stack([tree])))
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+            if isinstance(error, IntaglioError):
+                raise
+            raise IntaglioError(
+                f"{model.config.model_type} cannot read a tree, which takes a mask and position_ids of its own: "
+                f"{first_line(error)}"
+            ) from error
         states.append(hidden_BQD[0, -1].double())
     return float((states[0] - states[1]).norm() / states[1].norm())
 

@@ -16,7 +16,7 @@ from intaglio.cli.generate import generate
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
 from intaglio.methods.registry import get_method
-from intaglio.recipe.plan import plan
+from intaglio.recipe.plan import Rates, plan
 from intaglio.recipe.report_document import non_default_fields
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
@@ -192,7 +192,11 @@ def test_the_command_line_says_what_is_missing(slug: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("slug", METHODS)
-def test_the_plan_says_what_a_fit_takes(slug: str, corpus_file: Path, tmp_path: Path) -> None:
+def test_the_plan_says_what_a_fit_takes(
+    slug: str, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A fixed machine: measured rates differ from plan to plan.
+    monkeypatch.setattr("intaglio.recipe.plan.machine_rates", lambda *_: Rates(flops=1e9, elements=1e8, bytes=1e9))
     model = tiny_checkpoint_dir("llama", tmp_path / "model", layers=2)
     found = plan(recipe(slug, corpus_file), model=str(model))
     assert found["steps"][0]["verb"] == "fit"

@@ -195,7 +195,12 @@ def probs_fn(temperature: float | None = None, top_k: int | None = None, top_p: 
         scores = logits.float()
         for warp in warpers:
             scores = warp(None, scores)
-        return torch.softmax(scores, -1)
+        probs = torch.softmax(scores, -1)
+        if bool(probs.isnan().any()):
+            raise IntaglioError(
+                "the draft's logits are NaN or infinite, so it gives no probabilities; use another draft"
+            )
+        return probs
 
     return to_probs
 

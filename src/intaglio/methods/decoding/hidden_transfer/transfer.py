@@ -153,6 +153,11 @@ class TransferHeads(nn.Module):
             states: by transfer layer, of every position [B, T, D].
         """
         first = states[self.layers[0]]
+        if first.dim() != 3:
+            raise IntaglioError(
+                f"the model family {parts.config.model_type!r} is not supported: its blocks pass on hidden states of "
+                f"shape {tuple(first.shape)}, and a transfer needs rows, tokens and width"
+            )
         rows, length = first.shape[:2]
         device = first.device
         seen_BSK = torch.ones((length, length), dtype=torch.bool, device=device).tril()[None].expand(rows, -1, -1)

@@ -199,7 +199,7 @@ class BitNet(ReplacesLinears, Quantization, Method, slug="bitnet"):
         Raises:
             IntaglioError: see the class.
         """
-        anatomy(checkpoint.model)  # refuses families that are not supported
+        anatomy(checkpoint.model).all_linears()  # refuses families that are not supported
         names = self._replace(checkpoint)
         self._finish(checkpoint, names)
         progress(len(names), len(names), f"{self.slug}: {len(names)} projections")
