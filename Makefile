@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow catalogue new-method readme docs docs-serve wheel wheel-test bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-blockffn bench-r-sparse bench-r-sparse-decode clean
+.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-blockffn bench-r-sparse bench-r-sparse-decode clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,12 @@ test: lint  ## lint and the fast tests
 
 test-slow: assets  ## tests that need the bundled models or more time
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow --durations=10
+
+mutants: install  ## change one thing at a time in the methods and see whether their tests notice (an hour)
+	$(BIN)/python tools/mutants.py
+
+pins: install  ## write the pinned defaults, presets and estimates of all methods
+	$(BIN)/python tools/pins.py
 
 catalogue: install  ## write the table of methods from their classes
 	$(BIN)/python tools/catalogue.py

@@ -7,7 +7,6 @@ from typing import Any
 
 from intaglio.methods.registry import PUBLISHED
 
-EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {
-    slug: import_module(f"tests.methods.{entry.area}.test_{slug}").EXAMPLES for slug, entry in PUBLISHED.items()
-}
+TEST_FILES = {slug: import_module(f"tests.methods.{entry.area}.test_{slug}") for slug, entry in PUBLISHED.items()}
+EXAMPLES: dict[str, tuple[dict[str, Any], ...]] = {slug: file.EXAMPLES for slug, file in TEST_FILES.items()}
 """`{slug: fields of the method, a dict for each example}`."""

@@ -74,10 +74,12 @@ from intaglio.methods.registry import METHODS
 
 EXAMPLES = ({{}},)
 """Fields of the instances that the conformance suite applies."""
+ALIVE: dict[str, object] = {{}}
+"""For each field a value that changes the first example's result; see `tests/alive.py`."""
 
 
 def test_it_is_in_the_catalogue() -> None:
-    todo = "write its file and tests, set kinds, summary, citation and url, and run `make catalogue readme`"
+    todo = "write its file and tests, set kinds, summary, citation and url, and run `make catalogue readme pins`"
     assert "{slug}" in METHODS, f"{slug} is a skeleton: {{todo}}"
 '''
 
@@ -93,7 +95,7 @@ def write_skeleton(slug: str, area: str, root: Path = ROOT) -> list[Path]:
     if area not in AREAS:
         raise ValueError(f"AREA is {area!r}; accepted: {', '.join(AREAS)}")
     method = Path("src", *area_package(area).split("."), f"{slug}.py")
-    test = Path("tests", area, f"test_{slug}.py")
+    test = Path("tests", "methods", area, f"test_{slug}.py")
     name = "".join(part.capitalize() for part in slug.split("_"))
     if slug in METHODS or (root / method).exists() or (root / method).with_suffix("").exists():
         raise ValueError(f"SLUG is {slug!r}; there is such a method already")

@@ -17,6 +17,7 @@ from intaglio.methods.activations.blockffn import BlockFFN, BlockFFNConfig, Bloc
 from intaglio.methods.activations.blockffn.adaptive_weight import AdaptiveWeight, SparsityController
 from intaglio.methods.activations.blockffn.router import expert_shares, normalize, scores
 from intaglio.trainer.causal_lm import causal_batch
+from tests.alive import alive
 
 EXAMPLES = (
     {"experts": 6},
@@ -24,7 +25,28 @@ EXAMPLES = (
     {"experts": 5, "expert_width": 3, "router": "topk", "k": 2},
     {"experts": 5, "expert_width": 3, "router": "remoe", "k": 2, "l1": 1e-4},
 )
-
+ALIVE = {
+    "experts": 4,
+    "expert_width": 3,
+    "width": 30,
+    "router": "none",
+    "norm": "sum",
+    "k": alive(3, router="topk", k=2),
+    "locality": 1.0,
+    "steep": 10.0,
+    "chunk_weight": 1.0,
+    "chunk": 4,
+    "adapt": alive(False, hold=1, window=1),
+    "hold": alive(2, window=1),
+    "window": alive(1, hold=1),
+    "balance": alive(1.0, router="topk", k=2),
+    "l1": alive(1e-2, router="remoe", k=2),
+    "init_std": 0.05,
+    "router_std": 0.5,
+    "eps": 1e-2,
+    "router_rate": 1e-2,
+    "router_decay": alive(0.5, router_rate=1e-2),
+}
 CONFIG = BlockFFNConfig(experts=4, expert_width=3)
 
 

@@ -174,7 +174,7 @@ def test_what_can_follow_is_known_before_a_model_loads() -> None:
     Recipe.from_dict({"steps": [train, train]})
     Recipe.from_dict({"steps": [prune, train, prune]})
     for steps, sentence in (
-        ([{"blockffn": {}}], "'blockffn' is a method, but no step of a recipe"),
+        ([{"blockffn": {}}], "'blockffn' is a method, but not a step of a recipe"),
         ([lost, train], "train cannot follow lost: it needs linear_weights"),
         ([{"train": {**train["train"], "lora": {"r": 2}}}], "blockffn trains the weights themselves, and lora"),
         ([{"train": {**train["train"], "freeze": True}}], "blockffn trains the weights themselves, and freeze"),

@@ -22,12 +22,33 @@ from intaglio.methods.activations.moe_x.routing import (
     moments,
     sparsity_scores,
 )
+from tests.alive import modified
 
 EXAMPLES = (
     {},
     {"experts": 3, "active": 1, "router": "linear", "activation": "own", "gates": "all", "layers": [0], "reset": 0.5},
     {"experts": 4, "active": 3, "start": "split", "gated": "drop", "noise": 0.2, "temperature": 0.5, "balance": 0.0},
 )
+BASE = {"experts": 4, "active": 2}
+ALIVE = {
+    "experts": 3,
+    "active": 1,
+    "router": "linear",
+    "activation": "gelu",
+    "gated": "drop",
+    "start": "split",
+    "noise": 0.2,
+    "reset": 0.5,
+    "layers": [0],
+    "gates": "all",
+    "temperature": 0.5,
+    "balance": 1.0,
+}
+
+
+def observe(method: Any) -> Any:
+    return modified(method, layers=2)
+
 
 DOUBLE = torch.float64
 

@@ -283,7 +283,7 @@ def test_inspect_shows_it(tmp_path: Path) -> None:
     assert set(layers["model.layers.0.mlp"]) == {"load", "load_entropy", "l0", "expected_l0", "dead_units"}
     for words, sentence in (
         ([str(tiny_checkpoint_dir("llama", tmp_path / "plain")), "--experts", str(texts)], "has no experts of moe_x"),
-        ([str(tmp_path / "live"), "--experts", str(texts), "--masks"], "--masks and --experts are asked for; give one"),
+        ([str(tmp_path / "live"), "--experts", str(texts), "--masks"], "--masks and --experts are given; give one"),
     ):
         refused = CliRunner().invoke(app, ["inspect", *words])
         assert refused.exit_code == 2

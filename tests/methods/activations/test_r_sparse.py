@@ -19,10 +19,12 @@ from intaglio.methods.activations.r_sparse import RSparse, SparseLinear
 from intaglio.methods.activations.r_sparse.budget import BudgetSpec
 from intaglio.methods.activations.r_sparse.decomposition import low_rank_pair
 from intaglio.methods.activations.r_sparse.layers import ALL, NONE, DensePrefill, InputRule
+from intaglio.methods.activations.r_sparse.search import Search
 from intaglio.methods.activations.r_sparse.thresholds import InputSample, scores, thresholds
 from intaglio.modeling.anatomy import anatomy, capture, run_blocks
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.loop import Speculative
+from tests.alive import alive, refused
 from tests.methods.activations.helpers import IDS, PROMPT, carved, drawn, layers, masked, tiny
 
 EXAMPLES = (
@@ -36,6 +38,30 @@ EXAMPLES = (
     },
     {"how": "teal", "tokens": 64},
 )
+ALIVE = {
+    "targets": ["layers.0.*"],
+    "ignore": ["layers.0.*"],
+    "sparsity": 0.3,
+    "alpha": 0.5,
+    "search": Search(population=2, generations=1, segments=1),
+    "how": alive("teal", alpha=1.0),
+    "allocation": alive("greedy", how="teal", alpha=1.0),
+    "scale": False,
+    "low_rank": refused(False),
+    "rank": 2,
+    "strict": True,
+    "threshold": "topk",
+    "mode": "decode",
+    "fraction": alive(0.5, mode="last_fraction"),
+    "tokens": 8,
+}
+
+
+def observe(method: RSparse) -> Any:
+    ckpt = method.apply(tiny(), IDS, batch_size=2)
+    said = ckpt.model.generate(IDS[:1, :8], max_new_tokens=3, return_dict_in_generate=True, output_logits=True)
+    return said.logits, ckpt.record.steps[-1].chosen
+
 
 # sizes
 

@@ -29,9 +29,22 @@ from intaglio.modeling.anatomy import anatomy, blocks
 from intaglio.modeling.token_classifier import to_classifier
 from intaglio.trainer import train
 from intaglio.trainer.token_classification import TokenClassification, make_evaluator, predict
+from tests.alive import alive, carved
 from tests.families import DECODERS, ENCODERS, FAMILIES, WINDOW, tiny_model, tiny_tokenizer
 
 EXAMPLES = ({"configuration": "01"}, {"configuration": "0110", "window": "none"}, {"groups": 2})
+BASE = {"configuration": "01"}
+ALIVE = {
+    "configuration": "11",
+    "groups": alive(1, configuration=None),
+    "window": "none",
+    "search": "test_a_search_keeps_the_best_and_leaves_it_trained",
+}
+
+
+def observe(method: LayerwiseUnmasking) -> Any:
+    return carved(method, "mistral_window")
+
 
 T = 12
 IDS = torch.randint(8, 150, (2, T), generator=torch.Generator().manual_seed(3))

@@ -39,6 +39,7 @@ from intaglio.methods.decoding.aded.search import (
 from intaglio.speculative.loop import Speculative
 from intaglio.speculative.target_model import Reader, stack
 from intaglio.speculative.tree import TokenTree, trie
+from tests.alive import alive, drafted
 from tests.conftest import TinyDir
 from tests.families import DECODERS, VOCAB, tiny_model, tiny_tokenizer
 from tests.speculative.test_sampling import p_value
@@ -48,6 +49,39 @@ EXAMPLES = (
     {"search": "best", "nodes": 7},
     {"trim": "distinct", "draft_cost": 0.0, "token_cost": 0.0, "carry_over": True},
 )
+CORPUS = [Random(n).choices(range(4, 12), k=60) for n in range(6)]
+BASE: dict[str, Any] = {"corpus": CORPUS}
+ALIVE = {
+    "corpus": None,
+    "entries": 20,
+    "discount": 0.0,
+    "top": 1,
+    "adaptive": False,
+    "prompt": 0,
+    "window": 3,
+    "boost": 0.04,
+    "cap": 0.1,
+    "carry_over": True,
+    "search": "best",
+    "reward": "official",
+    "iterations": 4,
+    "length": 2,
+    "c1": 1.0,
+    "c2": alive(0.01, c1=1.0),
+    "candidates": 3,
+    "trim": alive("distinct", choices=3),
+    "choices": alive(3, trim="distinct"),
+    "nodes": 2,
+    "draft_cost": 5.0,
+    "token_cost": 0.3,
+    "seed": 1,
+}
+
+
+def observe(method: ADED) -> Any:
+    model = tiny_model("llama", layers=1, vocab_size=12, eos_token_id=None, dtype=torch.float64)
+    return drafted(method, model, prompt=[5, 6, 7, 5, 6, 8, 5, 6, 7])
+
 
 V = 10
 a, b, c, d, e = range(1, 6)

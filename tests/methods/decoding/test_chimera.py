@@ -26,6 +26,7 @@ from intaglio.speculative.heads.lm_head import TargetHead
 from intaglio.speculative.heads.objective import freeze, head_batch
 from intaglio.speculative.protocols import DecodingRun, Step
 from intaglio.speculative.static_tree import CHIMERA, StaticTree
+from tests.alive import alive, fitted_and_drafted, refused
 from tests.families import DECODERS, tiny_model
 from tests.speculative.distributions import check_law
 from tests.speculative.toys import ragged, target
@@ -37,7 +38,39 @@ EXAMPLES = (
     {**HEADS, "heads": 2, "rank": 2, "head_sharing": True, "start_from": "copy", "feature": 1.0, "distil": 1.0},
     {**HEADS, "tree": [[0], [1], [0, 0]], "encoders": "no_context", "own_text": False},
 )
-
+ALIVE = {
+    "nodes": 3,
+    "tree": [[0], [1]],
+    "token_cost": 0.5,
+    "drawn": False,
+    "draft_temperature": 5.0,
+    "vocabulary": 40,
+    "own_text": False,
+    "samples": 1,
+    "prompt": 2,
+    "text_temperature": 2.0,
+    "text_batch": 1,
+    "chat": True,
+    "length": 12,
+    "epochs": alive(3.0, steps=None),
+    "steps": 3,
+    "batch_size": 1,
+    "accumulate": 2,
+    "learning_rate": 1e-2,
+    "warmup": 0.5,
+    "precision": "bfloat16",
+    "save_every": "test_trained_heads:test_a_killed_fit_resumes_to_the_same_bytes",
+    "untrained": refused(False),
+    "seed": 1,
+    "heads": 2,
+    "rank": 2,
+    "head_sharing": True,
+    "start_from": "copy",
+    "feature": 1.0,
+    "distil": 1.0,
+    "encoders": "no_trigram",
+}
+observe = fitted_and_drafted
 IDS = [9, 30, 31, 32, 9, 30, 31, 32, 9, 30, 12, 40]
 FAMILIES = ("llama", "qwen3_window", "mistral_window", "gemma3", "gpt2")
 

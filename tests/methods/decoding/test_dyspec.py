@@ -31,6 +31,7 @@ from intaglio.speculative import Speculative, Step, TokenTree
 from intaglio.speculative.drafters import NGramStore
 from intaglio.speculative.drafters.dynamic_tree import PartialTree
 from intaglio.speculative.drafters.rank_statistics import draft_ranks
+from tests.alive import alive
 from tests.conftest import TinyDir
 from tests.families import DECODERS, VOCAB, tiny_model, tiny_tokenizer
 from tests.speculative.test_sampling import Toy, p_value
@@ -40,7 +41,23 @@ EXAMPLES = (
     {"draft": tiny_model("llama", seed=1, layers=1, dtype=torch.float64), "budget": 9},
     {"draft": NGramStore.build([list(range(5, 40)) * 2], VOCAB), "algorithm": "threshold", "order": "blocks"},
 )
-
+ALIVE = {
+    "draft": tiny_model("llama", seed=2, layers=1, dtype=torch.float64),
+    "ngram": "test_drafts_and_budgets_that_do_not_fit",
+    "algorithm": "threshold",
+    "budget": 4,
+    "threshold": alive(0.5, algorithm="threshold"),
+    "depth": 1,
+    "temperature": 3.0,
+    "top_k": 1,
+    "top_p": 0.2,
+    "draw": "sample",
+    "calibrate": True,
+    "carry_over": alive(True, calibrate=True),
+    "acceptance": AcceptanceTable(tried=(9,) * 11, accepted=(0,) * 5 + (9,) * 6),
+    "order": "blocks",
+    "seed": alive(1, draw="sample"),
+}
 V = 6
 Laws = Callable[[int], torch.Tensor]
 

@@ -23,6 +23,7 @@ from intaglio.modeling.anatomy import HeadOnly, after_blocks, anatomy
 from intaglio.speculative.heads.objective import freeze, head_batch
 from intaglio.speculative.target_model import Reader, stack
 from intaglio.speculative.tree import TokenTree, root_only
+from tests.alive import alive, fitted_and_drafted, refused
 from tests.families import DECODERS, VOCAB, tiny_model
 from tests.speculative.distributions import check_law
 from tests.speculative.toys import ragged, target
@@ -34,7 +35,38 @@ EXAMPLES = (
     {**HEADS, "ahead": 2, "layers": [0, 1], "draft_rows": "path", "goal": "text", "decay": 0.9, "state": 0.1},
     {**HEADS, "tree": [[0], [1], [0, 0]], "drawn": False, "own_text": False},
 )
-
+ALIVE = {
+    "nodes": 5,
+    "tree": [[0], [1]],
+    "token_cost": 0.5,
+    "drawn": False,
+    "draft_temperature": 5.0,
+    "vocabulary": 40,
+    "own_text": False,
+    "samples": 1,
+    "prompt": 2,
+    "text_temperature": 2.0,
+    "text_batch": 1,
+    "chat": True,
+    "length": 12,
+    "epochs": alive(3.0, steps=None),
+    "steps": 3,
+    "batch_size": 1,
+    "accumulate": 2,
+    "learning_rate": 1e-2,
+    "warmup": 0.5,
+    "precision": "bfloat16",
+    "save_every": "test_trained_heads:test_a_killed_fit_resumes_to_the_same_bytes",
+    "untrained": refused(False),
+    "seed": "test_untrained_maps_are_the_identity_whatever_the_seed",
+    "ahead": 2,
+    "layers": [0, 1, 1],
+    "goal": "text",
+    "decay": 0.5,
+    "state": 0.1,
+    "draft_rows": "path",
+}
+observe = fitted_and_drafted
 PROMPT = [9, 30, 31, 32, 9, 30, 31, 32, 9, 30, 12, 40]
 TREE = TokenTree([40, 5, 6, 7, 8], [-1, 0, 0, 1, 3])
 FAMILIES = ("llama", "qwen3_window", "mistral_window", "gemma3")
@@ -269,6 +301,13 @@ def test_sampling_keeps_the_law() -> None:
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_untrained_maps_are_the_identity_whatever_the_seed() -> None:
+    model = tiny_model("llama", layers=2)
+    made = [HiddenTransfer(untrained=True).make(model, seed).change_kDD for seed in (0, 1)]
+    assert not made[0].any()
+    assert torch.equal(*made)
 
 
 def test_default_layers_rise_through_the_upper_middle() -> None:

@@ -30,9 +30,10 @@ from intaglio.recipe.schema import Recipe
 from intaglio.speculative import Speculative, Step
 from intaglio.trainer import CausalLM, KeyedRNG, train
 from intaglio.trainer.causal_lm import IGNORED, packed
+from tests.alive import alive, drafted, refused, taught
 from tests.families import DECODERS, EOS, VOCAB, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
 from tests.speculative.toys import DESIGN_DECODERS, prompt, ragged, target
-from tests.trainer.helpers import checkpoint, run, same, weights
+from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 # Lossless where it verifies, or is never sure enough; PAD is a token of the vocabulary, so that it decodes untrained.
 EXAMPLES = (
@@ -40,6 +41,31 @@ EXAMPLES = (
     {"length": 24, "pad_token": 3, "alpha": 0.0, "verify": True, "cap": 3, "layout": "truncated", "identify": "before"},
     {"length": 24, "pad_token": 3, "alpha": 0.0, "beta": 1.01, "pack": False},
 )
+BASE = {"length": 100, "pad_token": 3, "alpha": 0.0, "beta": 0.0, "verify": True}
+ALIVE = {
+    "alpha": 0.2,
+    "cap": 3,
+    "top1": alive(True, alpha=0.001),
+    "identify": alive("before", alpha=0.006),
+    "layout": "truncated",
+    "places": "start",
+    "anchors": 2,
+    "weight": 0.5,
+    "length": 48,
+    "pack": False,
+    "chat": False,
+    "pad_token": 4,
+    "grow": refused(False, pad_token=None),
+    "beta": 1.01,
+    "guard": "test_the_guard_stops_and_is_counted",
+    "verify": False,
+}
+
+
+def observe(method: LUD) -> Any:
+    pairs = [{"prompt": "the fox", "answer": text[10:30]} for text in TEXTS]
+    return taught(method, pairs), drafted(method)
+
 
 PAD = 3
 DRAWS = KeyedRNG(0)

@@ -21,11 +21,34 @@ from intaglio.trainer import CausalLM, KeyedRNG
 from intaglio.trainer.causal_lm import causal_batch, next_token_loss, targets
 from intaglio.trainer.instruction_data import load_pairs
 from intaglio.trainer.rng import generator
+from tests.alive import alive, refused, taught
 from tests.families import VOCAB, tiny_model, tiny_tokenizer
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 EXAMPLES = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})
+BASE = {"length": 64}
+ALIVE = {
+    "mode": "finetuning",
+    "ratio": 0.4,
+    "enabled": False,
+    "mask_token": 3,
+    "grow": refused(False),
+    "keep_bos": False,
+    "shared_positions": True,
+    "cycle": alive(1, shared_positions=True),
+    "short": alive(2, mode="finetuning"),
+    "length": 48,
+    "pack": False,
+    "chat": alive(False, mode="finetuning"),
+}
+
+
+def observe(method: MEAP) -> Any:
+    texts = [f"<s>{text}" for text in TEXTS]
+    pairs = [{"prompt": "the fox", "answer": text[10:30]} for text in TEXTS]
+    return taught(method, pairs if method.mode == "finetuning" else texts)
+
 
 DRAWS = KeyedRNG(0)
 IDS = torch.randint(8, 150, (12, 16), generator=torch.Generator().manual_seed(0))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import dataclasses
 import math
+import shutil
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -30,12 +35,58 @@ from intaglio.methods.training.paser.select import select_samples
 from intaglio.trainer import CausalLM, KeyedRNG, Selection, Selector
 from intaglio.trainer.dataset import all_examples
 from intaglio.trainer.recipe_step import Train
+from tests.alive import alive
+from tests.families import tiny_checkpoint_dir
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 EXAMPLES = (
     {"embedding": "tfidf", "clusters": 3},
     {"embedding": "tfidf", "clusters": None, "scope": "both", "concepts": None, "synonyms": 0.9, "order": "sequential"},
 )
+_MODELS = Path(tempfile.mkdtemp(prefix="intaglio-paser-"))
+atexit.register(shutil.rmtree, _MODELS, ignore_errors=True)
+_TOPICS = ("quick dog", "lazy fox", "river town", "red sun", "wide area", "return width")
+_DRAW = Random(0)
+MIXED = [
+    {"prompt": " and the ".join(_DRAW.sample(_TOPICS, 2)), "answer": " ".join(_DRAW.choices(_TOPICS, k=1 + n % 4))}
+    for n in range(24)
+]
+BASE = {"embedding": "tfidf", "clusters": 3, "budget": 0.5}
+ALIVE = {
+    "budget": 0.25,
+    "count": 4,
+    "original": str(tiny_checkpoint_dir("llama", _MODELS / "other", layers=2, seed=5)),
+    "embedding": str(tiny_checkpoint_dir("bert", _MODELS / "encoder", layers=1)),
+    "clusters": 2,
+    "most_clusters": alive(2, clusters=None),
+    "neighbours": 2,
+    "landmarks": 4,
+    "time": 2.0,
+    "start": "random",
+    "scope": "both",
+    "reduce": "sum",
+    "budgets": "uniform",
+    "rank": "degradation",
+    "leftover": "dropped",
+    "order": "sequential",
+    "consistency": False,
+    "concepts": 1,
+    "synonyms": 0.1,
+    "inconsistent": alive("last", budget=1.0, concepts=2),
+    "most_rejected": 1.0,
+    "candidates": 14,
+    "length": 12,
+    "chat": False,
+    "batch_size": 3,
+}
+
+
+def observe(method: PASER) -> Any:
+    """The choice, its summary without times, and the progress of scoring."""
+    ckpt, calls = checkpoint(), []
+    choice = method.choose(MIXED, pruned(ckpt), ckpt, progress=lambda *call: calls.append(call))
+    return choice.indices, choice.summary, choice.bars, calls
+
 
 PAIRS = [
     {"prompt": f"{ask} number {n} of the river", "answer": f"{reply} {n} and then it is in the sun"}
@@ -397,7 +448,7 @@ def test_baselines_run_no_model(dense: Checkpoint) -> None:
     found = selector.select(examples(dense), dense, None, 0.5, KeyedRNG(0))
     assert isinstance(found, Selection)
     assert len(found) == 6
-    assert [row["chosen"] for row in found.told["clusters"]] == [3, 3]
+    assert [row["chosen"] for row in found.metadata["clusters"]] == [3, 3]
     other = selector.select(examples(dense), dense, None, 0.5, KeyedRNG(1))
     assert list(found) != list(other)
     by_size = PASER(budgets="size", rank="random", consistency=False, clusters=2, **WORDS)

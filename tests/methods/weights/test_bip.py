@@ -23,6 +23,7 @@ from intaglio.methods.weights.bip.scored import Masked, score_gradients, score_r
 from intaglio.methods.weights.topk import keep_largest
 from intaglio.trainer import Example, KeyedRNG, Loss
 from intaglio.trainer.sparsity_mask import linear_modules
+from tests.alive import alive
 from tests.families import DECODERS, tiny_model
 from tests.trainer.helpers import checkpoint, far, run, same, weights
 
@@ -31,6 +32,24 @@ EXAMPLES = (
     {"sparsity": 0.5, "kind": "neuron", "implicit": False, "schedule": "cosine"},
     {"sparsity": 0.25, "kind": "head", "scope": "layer", "normalise": False, "clip": 1.0, "implicit": "released"},
 )
+ALIVE = {
+    "sparsity": 0.25,
+    "kind": "neuron",
+    "scope": "layer",
+    "gamma": 0.5,
+    "implicit": False,
+    "lr_mask": 0.2,
+    "momentum": 0.5,
+    "schedule": "cosine",
+    "normalise": False,
+    "clip": alive(0.01, normalise=False),
+    "every": 2,
+    "until": 0.5,
+    "guard": alive(False, sparsity=0.998),
+    "tied": True,
+    "p": alive(1.0, kind="neuron"),
+    "ignore": ["layers.0.mlp.*"],
+}
 
 
 def mlp(seed: int = 0, widths: tuple[int, ...] = (6, 9, 8, 3)) -> nn.Sequential:

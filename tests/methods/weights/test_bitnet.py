@@ -33,6 +33,7 @@ from intaglio.recipe.schema import Recipe
 from intaglio.speculative import Speculative
 from intaglio.speculative.drafters import PromptLookup
 from intaglio.trainer import CausalLM, Loss, ModifierSession, TrainingRun
+from tests.alive import alive
 from tests.families import DECODERS, tiny_model
 from tests.trainer.helpers import TEXTS, checkpoint, run
 
@@ -56,7 +57,23 @@ EXAMPLES = (
         "decay_until": 0.5,
     },
 )
-
+ALIVE = {
+    "bits": 4.0,
+    "scale": "mean",
+    "per": "row",
+    "activation_bits": 4,
+    "activation_scale": "mean",
+    "activation_range": 127,
+    "norm": "rmsnorm",
+    "learnable_norm": alive(True, norm="rmsnorm"),
+    "strategy": "stochastic",
+    "eps": alive(0.1, per="row", scale="median"),
+    "targets": ["*.mlp.*"],
+    "ignore": ["layers.0.mlp.*"],
+    "keep": "shadow",
+    "lambda_warmup": 1.0,
+    "decay_until": 0.5,
+}
 W = torch.tensor([[0.9, -0.2], [0.05, -1.1]])
 PLAIN = Quantization(norm="none")
 

@@ -29,6 +29,7 @@ from intaglio.modeling.replacement import FusedLinears
 from intaglio.recipe.schema import Recipe
 from intaglio.speculative import Speculative
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
+from tests.alive import alive
 from tests.families import tiny_model, tiny_tokenizer
 from tests.speculative.toys import prompt, target
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
@@ -41,7 +42,25 @@ EXAMPLES = (
     {"adapter": True, "alpha": 2.0, "columns_by": "random", "column_values": "complement", "ignore": ["layers.1.*"]},
     {"elements": 0.1, "activation": "identity", "init": "zero", "gamma": [0.25, 1.0], "rank": 8, "within_rank": True},
 )
-
+ALIVE = {
+    "targets": ["layers.0.*"],
+    "ignore": ["layers.0.*"],
+    "rank": 3,
+    "columns": 5,
+    "elements": alive(0.1, activation="identity"),
+    "gamma": 0.5,
+    "complement_rank": alive(2, columns=5),
+    "activation": "identity",
+    "columns_by": alive("random", columns=5),
+    "inverse": alive(True, columns=5),
+    "column_values": alive("complement", columns=5),
+    "init": "kaiming",
+    "budget": 0.3,
+    "within_rank": alive(True, columns=5),
+    "adapter": True,
+    "alpha": alive(2.0, adapter=True),
+    "merge": "test_a_trained_model_is_saved_read_unmasked_drafted_for_and_merged",
+}
 IDENTITY: dict[str, Any] = {"activation": "identity"}
 IDS = torch.randint(8, 150, (4, 16), generator=torch.Generator().manual_seed(0))
 

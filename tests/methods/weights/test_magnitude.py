@@ -11,9 +11,16 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.weights.magnitude import Magnitude
 from intaglio.modeling.anatomy import anatomy
+from tests.alive import alive
 from tests.families import tiny_model
 
 EXAMPLES = ({"sparsity": 0.5}, {"pattern": "2:4"})
+ALIVE = {
+    "sparsity": 0.25,
+    "pattern": alive("1:4", sparsity=None, pattern="2:4"),
+    "ignore": ["layers.0.*"],
+    "per": "row",
+}
 
 
 def test_one_threshold_a_layer() -> None:

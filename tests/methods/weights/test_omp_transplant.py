@@ -37,6 +37,7 @@ from intaglio.methods.weights.omp_transplant.baselines import (
 )
 from intaglio.methods.weights.omp_transplant.matching_pursuit import Rope, mp_rope
 from intaglio.methods.weights.omp_transplant.vocabulary import Token
+from tests.alive import alive, carved, refused
 from tests.families import VOCAB, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
 
 # A donor with the same tokens, and one with others.
@@ -50,6 +51,34 @@ EXAMPLES = (
     {"donor": str(_OTHER), "k": 3, "join": "strings", "byte_match": "both"},
     {"donor": str(_OTHER), "method": "linear", "noise": 0.01, "digits": "single"},
 )
+_SPELT = str(_DONORS / "spelt")
+BASE = {"donor": str(_OTHER), "k": 3}
+ALIVE = {
+    "donor": str(_DONORS / "same"),
+    "method": "subword",
+    "k": 2,
+    "join": alive("strings", donor=_SPELT, least_overlap=0.0),
+    "byte_match": alive("embedding", join="strings", donor=_SPELT, least_overlap=0.0),
+    "prefix_match": "both",
+    "metric": alive("cosine", method="common_interpolation"),
+    "weighting": alive("barycentric", method="common_interpolation"),
+    "pieces": alive("sum", method="subword"),
+    "magikarp": True,
+    "noise": 0.01,
+    "scale": 2.0,
+    "digits": alive("single", donor=_SPELT, least_overlap=0.0),
+    "least_overlap": refused(1.0),
+    "dtype": "float64",
+    "batch": 5,
+}
+
+
+def observe(method: OMPTransplant) -> Any:
+    if not Path(_SPELT).exists():
+        tokenizer = metaspace(["▁return", "12", "123", "1", "2", "3", "▁", "é"])
+        Checkpoint(tiny_model("llama", layers=1, vocab_size=len(tokenizer)), tokenizer).save(_SPELT)
+    return carved(method)
+
 
 CODE = [
     "def area(width, height):\n    return width * height\n\nfor item in items:\n    print(item, 1234)\n" * 3,

@@ -34,6 +34,7 @@ from intaglio.methods.weights.sparsity_target import lowest_of_groups, pruned_co
 from intaglio.modeling.anatomy import anatomy
 from intaglio.recipe.schema import Recipe
 from intaglio.trainer import Example, KeyedRNG, Loss, TrainingRun
+from tests.alive import alive
 from tests.families import tiny_model
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint, run, same, weights
@@ -44,7 +45,22 @@ EXAMPLES = (
     {"pattern": "1:4", "recipe": "custom", "custom": {"0": "3:4", "1": "2:4"}, "masked_momentum": True, "dense": 0.0},
     {"sparsity": 0.75, "recipe": "mdgf-linear", "masked_momentum": True, "along": "outputs", "finetune": 0.4},
 )
-
+ALIVE = {
+    "sparsity": alive(0.75, pattern=None, sparsity=0.5),
+    "pattern": "1:4",
+    "ignore": ["layers.0.mlp.up_proj"],
+    "recipe": "mdgf-linear",
+    "targets": ["mlp", "q"],
+    "attention": alive("1:4", targets=["mlp", "q"]),
+    "dense": 0.5,
+    "finetune": 0.5,
+    "decay": 0.1,
+    "gradient": "ste",
+    "sr_decay": alive(0.1, recipe="sr-ste"),
+    "custom": alive({"2": "2:4"}, recipe="custom", custom={"1": "2:4"}),
+    "along": "outputs",
+    "masked_momentum": alive(True, recipe="mdgf-linear", dense=0.25, finetune=0.5),
+}
 RECIPES: list[Any] = ["mdgf-exp", "mdgf-linear", "sdgf-stepwise", "sdgf-geometric", "sdgf-densify", "ste", "sr-ste"]
 PATTERNS = [(1, 2), (2, 4), (3, 4), (1, 8), (7, 8), (1, 16), (2, 16), (5, 16), (1, 32), (3, 32)]
 

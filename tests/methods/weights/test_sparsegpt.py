@@ -11,9 +11,17 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.weights.sparsegpt import SparseGPT, inverse_factor, sparsegpt
 from intaglio.methods.weights.sparsity_target import prune_mask
+from tests.alive import alive
 from tests.families import tiny_model
 
 EXAMPLES = ({"sparsity": 0.5, "block": 16}, {"pattern": "2:4", "block": 16})
+ALIVE = {
+    "sparsity": 0.25,
+    "pattern": alive("1:4", sparsity=None, pattern="2:4"),
+    "ignore": ["layers.0.*"],
+    "dampening": 0.1,
+    "block": 8,
+}
 
 
 def correlated(seed: int, tokens: int, inputs: int) -> torch.Tensor:

@@ -12,9 +12,15 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.methods.weights.sparsity_target import prune_mask
 from intaglio.methods.weights.wanda import Wanda, wanda_score
 from intaglio.modeling.anatomy import anatomy
+from tests.alive import alive
 from tests.families import tiny_model
 
 EXAMPLES = ({"sparsity": 0.5}, {"pattern": "2:4"})
+ALIVE = {
+    "sparsity": 0.25,
+    "pattern": alive("1:4", sparsity=None, pattern="2:4"),
+    "ignore": ["layers.0.*"],
+}
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 10.0), st.integers(0, 15))

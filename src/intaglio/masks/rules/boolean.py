@@ -173,7 +173,7 @@ class IgnoreSlidingWindow(_Wrapping, kind="wide"):
     """
 
     rule: Rule
-    widens = True
+    ignores_window = True
 
     def __call__(self, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return self.rule(b, h, q, kv)

@@ -92,8 +92,9 @@ def refine(
     With C = W * mu the contribution of each weight to the expected output, err = sum of C over the pruned entries. Grow
     the pruned entry with the largest C / var^p if err > 0, with the smallest if err < 0. Unstructured: prune the kept
     entry with the smallest key among those whose C has the sign opposite to err. N:M: prune the kept entry with the
-    smallest key in the grown entry's group, whatever its sign. A row stops for good when |err| <= threshold, when the
-    swap would change the sign of its first error (`same_sign`), or when candidates of the needed sign run out.
+    smallest key in the grown entry's group, whatever its sign; entries whose group has no kept entry left to prune are
+    skipped. A row stops for good when |err| <= threshold, when the swap would change the sign of its first error
+    (`same_sign`), or when candidates of the needed sign run out.
 
     Every entry moves at most once, so the pattern holds after each cycle. The released code takes entries of the other
     sign, or entry 0 again, when candidates run out; here the row stops.
@@ -103,14 +104,22 @@ def refine(
     start_R = error_R.clone()
     grow_key_RI = contribution_RI / variance_I.clamp(min=SMALLEST_VARIANCE) ** variance_power
     positive_RI, negative_RI = contribution_RI > 0, contribution_RI < 0
-    grow_positive = _Candidates(-grow_key_RI, mask_RI & positive_RI, cycles)
-    grow_negative = _Candidates(grow_key_RI, mask_RI & negative_RI, cycles)
+    # N:M: each of at most `cycles` groups that are used up skips fewer than M candidates.
+    most = cycles * (group or 1)
+    grow_positive = _Candidates(-grow_key_RI, mask_RI & positive_RI, most)
+    grow_negative = _Candidates(grow_key_RI, mask_RI & negative_RI, most)
     if group is None:
         prune_negative = _Candidates(prune_key_RI, ~mask_RI & negative_RI, cycles)
         prune_positive = _Candidates(prune_key_RI, ~mask_RI & positive_RI, cycles)
     else:
         free_RI = prune_key_RI.masked_fill(mask_RI, float("inf"))
         offset_M = torch.arange(group, device=weight_RI.device)
+
+    def next_grown(rows_R: Tensor, up_R: Tensor) -> tuple[Tensor, Tensor]:
+        top_R, has_top_R = grow_positive.take(rows_R & up_R)
+        bottom_R, has_bottom_R = grow_negative.take(rows_R & ~up_R)
+        return torch.where(up_R, top_R, bottom_R)[:, None], torch.where(up_R, has_top_R, has_bottom_R)
+
     mask_RI = mask_RI.clone()
     active_R = torch.ones_like(error_R, dtype=torch.bool)
     swaps_R = torch.zeros_like(error_R, dtype=torch.int64)
@@ -119,20 +128,24 @@ def refine(
         if not active_R.any():
             break
         up_R = error_R > 0
-        top_R, has_top_R = grow_positive.take(active_R & up_R)
-        bottom_R, has_bottom_R = grow_negative.take(active_R & ~up_R)
-        grow_R1 = torch.where(up_R, top_R, bottom_R)[:, None]
-        active_R &= torch.where(up_R, has_top_R, has_bottom_R)
+        grow_R1, has_grow_R = next_grown(active_R, up_R)
+        active_R &= has_grow_R
         if group is None:
             minus_R, has_minus_R = prune_negative.take(active_R & up_R)
             plus_R, has_plus_R = prune_positive.take(active_R & ~up_R)
             prune_R1 = torch.where(up_R, minus_R, plus_R)[:, None]
             active_R &= torch.where(up_R, has_minus_R, has_plus_R)
         else:
-            members_RM = grow_R1 - grow_R1 % group + offset_M
-            key_R1, first_R1 = free_RI.gather(1, members_RM).sort(dim=1, stable=True)
-            prune_R1 = members_RM.gather(1, first_R1[:, :1])
-            active_R &= torch.isfinite(key_R1[:, 0])
+            while True:
+                members_RM = grow_R1 - grow_R1 % group + offset_M
+                key_RM, order_RM = free_RI.gather(1, members_RM).sort(dim=1, stable=True)
+                used_up_R = active_R & ~torch.isfinite(key_RM[:, 0])
+                if not used_up_R.any():
+                    break
+                next_R1, has_grow_R = next_grown(used_up_R, up_R)
+                grow_R1 = torch.where(used_up_R[:, None], next_R1, grow_R1)
+                active_R &= has_grow_R | ~used_up_R
+            prune_R1 = members_RM.gather(1, order_RM[:, :1])
             free_RI.scatter_(1, prune_R1, float("inf"))
         change_R = (contribution_RI.gather(1, prune_R1) - contribution_RI.gather(1, grow_R1)).squeeze(1)
         if same_sign:
