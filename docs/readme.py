@@ -16,10 +16,7 @@ START, END = "<!-- catalogue: written by `make readme` -->", "<!-- end of catalo
 
 
 def catalogue_table() -> str:
-    """Return the catalogue as a Markdown table, with the verdicts of the committed records.
-
-    Staleness is left out: otherwise any changed file would make the README stale too.
-    """
+    """Return the catalogue as a Markdown table, with the verdicts of the committed records."""
     rows = ["| method | area | what it does | source | verdict |", "| --- | --- | --- | --- | --- |"]
     rows += [
         f"| `{e.slug}` | {e.area} | {cell(e.summary)} | [{cell(e.citation)}]({e.url}) "

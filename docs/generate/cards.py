@@ -12,7 +12,7 @@ from generate import evidence as shown
 from generate import facts, notes
 from generate.evidence import Evidence
 from generate.text import cell, environment
-from intaglio.evidence.outlook import outlook
+from intaglio.evidence.engine import tables
 from intaglio.methods import describe
 from intaglio.methods.base import Method
 from intaglio.methods.registry import AREAS, PUBLISHED, Entry, get_method
@@ -61,30 +61,23 @@ def _paper_values(method: type[Method], given: Mapping[str, Any]) -> dict[str, A
 
 
 def _evidence_values(evidence: Evidence, note: dict[str, str]) -> dict[str, Any]:
-    if evidence.state == "none":
-        return {}
-    claim = evidence.claim
-    values: dict[str, Any] = {
-        "claim": shown.claim_rows(claim),
-        "settings": shown.settings_rows(claim["settings"]),
-        "digest": shown.digest_of(evidence),
-    }
+    values: dict[str, Any] = {}
+    if (claim := evidence.claim) is not None:
+        values |= {"claim": shown.claim_rows(claim), "settings": shown.settings_rows(claim)}
     if (record := evidence.record) is not None:
         values |= {
-            "threshold": shown.threshold(record.delta, record.kind),
-            "changed": ", ".join(f"`{name}`" for name in evidence.stale),
-            "sentence": shown.sentence(record),
+            "effect": None if record.effect is None else tables.signed(record.effect),
+            "interval": None if record.interval is None else tuple(map(tables.signed, record.interval)),
+            "sentence": tables.outcome(record),
             "perplexity": shown.in_perplexity(record),
             "plot": shown.effects_plot(record),
             "meaning": note.get(f"Verdict: {record.verdict}", ""),
-            "outlook": outlook(record),
             "cost": shown.cost_sentence(record),
             "columns": shown.arm_columns(record),
             "arms": shown.arm_rows(record),
             "tuned": shown.tuned_rows(record),
-            "secondaries": shown.secondary_rows(record),
-            "pilot": shown.pilot_sentence(record),
-            "runs": shown.run_rows(record),
+            "looks": shown.look_rows(record),
+            "units": shown.unit_rows(record),
         }
     return values
 
@@ -99,8 +92,7 @@ def table(entries: list[Entry], folder: str) -> str:
     """Return methods with their verdicts as a Markdown table; `folder` is that of their pages, seen from the page."""
     rows = ["| method | what it does | verdict |", "| --- | --- | --- |"]
     for entry in entries:
-        evidence = shown.load_evidence(entry.slug)
-        verdict = shown.short(evidence) + (" (stale)" if evidence.stale else "")
+        verdict = shown.short(shown.load_evidence(entry.slug))
         rows.append(f"| [{entry.name}]({folder}{entry.slug}.md) | {cell(entry.summary)} | {cell(verdict)} |")
     return "\n".join(rows)
 
@@ -110,7 +102,7 @@ def catalogue() -> str:
     parts = [
         "# Methods",
         f"{len(PUBLISHED)} methods in {len(by_area())} areas. The verdict is that of the committed record; see"
-        " [how claims are tested](evidence.md).",
+        " [how claims are judged](evidence.md).",
     ]
     for area, entries in by_area().items():
         parts += [f"## {area.capitalize()}", f"{AREAS[area][0].upper()}{AREAS[area][1:]}.", table(entries, "methods/")]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
-from intaglio.evidence import plot, summary
-from intaglio.evidence.experiment import LEVEL
-from intaglio.evidence.record import Record, preregistered, shipped, stale_parts
+from intaglio.evidence.engine import plot, tables
+from intaglio.evidence.engine.claim import Claim, describe
+from intaglio.evidence.engine.record import Record, committed, is_registered, is_stale
+from intaglio.evidence.engine.registration import load_claim
 
 State = Literal["none", "registered", "run"]
 NO_VERDICT = {"none": "no evidence yet", "registered": "registered, not yet run"}
@@ -19,291 +18,169 @@ NATS = "nats a token"
 
 @dataclass(frozen=True)
 class Evidence:
-    """The claim of a method as registered before its first run, and the record of the run, where they exist."""
+    """The registered claim of a method and the record of its run, where they exist."""
 
     slug: str
-    registration: Mapping[str, Any] | None
+    claim: Claim | None
     record: Record | None
 
     @property
     def state(self) -> State:
         """Whether there is no claim, a claim that was not run, or a run."""
-        if self.record is not None:
-            return "run"
-        return "none" if self.registration is None else "registered"
+        return "run" if self.record is not None else "none" if self.claim is None else "registered"
 
     @property
     def word(self) -> str:
         """The verdict, or why there is none."""
-        return self.record.verdict if self.record is not None else NO_VERDICT[self.state]
+        return self.record.reading if self.record is not None else NO_VERDICT[self.state]
 
     @property
-    def stale(self) -> tuple[str, ...]:
-        """The modules that changed since the run."""
-        return () if self.record is None else stale_parts(self.record)
-
-    @property
-    def claim(self) -> Mapping[str, Any]:
-        """The registered choices, from the record if there is one."""
-        claim = self.registration if self.record is None else self.record.preregistration
-        assert claim is not None
-        return claim
-
-    @property
-    def command(self) -> str:
-        """The command that makes the record."""
-        if self.record is not None:
-            return self.record.command
-        return f"intaglio prove {self.slug} --tier {self.claim['tier']}"
+    def stale(self) -> bool:
+        """Whether the record is of another version of the claim."""
+        return self.record is not None and self.claim is not None and is_stale(self.record, self.claim)
 
 
 def load_evidence(slug: str) -> Evidence:
     """Return a method's committed evidence."""
-    return Evidence(slug, preregistered(slug), shipped(slug))
+    return Evidence(slug, load_claim(slug) if is_registered(slug) else None, committed(slug))
 
 
 def short(evidence: Evidence) -> str:
-    """Return the verdict with its numbers, for a table cell."""
-    record = evidence.record
-    if record is None:
+    """Return verdict, effect and a better alternative, for a table cell."""
+    if evidence.record is None:
         return evidence.word
-    low, high = record.interval
-    return (
-        f"**{record.verdict}**: {record.metric} {record.effect:+.4f} ({low:+.4f} to {high:+.4f}), "
-        f"threshold {threshold(record.delta, record.kind)}"
-    )
+    verdict = evidence.record.reading
+    text = f"**{verdict}**{tables.cell(evidence.record).removeprefix(verdict)}"
+    return f"{text} (version {evidence.record.version}; its successor is not yet run)" if evidence.stale else text
 
 
-def threshold(delta: float, kind: str) -> str:
-    """Return the value that the whole interval must exceed for a claim of `kind` (`better` or `as good as`)."""
-    return f"{delta if kind == 'better' else -delta:+g}"
-
-
-def claim_rows(claim: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the choices that were fixed before the first run, as (name, text)."""
-    arms, rules = claim["arms"], claim["rules"]
-    run, unit = (*claim["factors"], "")[:2]  # where runs are independent there is no other factor
-    design = {
-        "independent": f"one value per {run}",
-        "clustered": f"{unit}s nested in each {run}, in varying numbers",
-        "crossed": f"{claim['units']} {unit}s crossed with each {run}",
-    }[claim["design"]]
-    few = claim.get("secondary_runs")
-    first = f"; arms used only by secondary comparisons run in the first {few}" if few else ""
-    tuning = claim.get("tuning")
-    kind = "better by more than" if claim["kind"] == "better" else "worse by no more than"
+def claim_rows(claim: Claim) -> list[tuple[str, str]]:
+    """Return the choices that are fixed before a run, as (name, text)."""
+    unit = " crossed with each ".join(reversed(claim.unit_names)) if claim.crossed else claim.unit_names[0]
+    better = "better by more than" if claim.kind == "better" else "worse by no more than"
+    delta = f"{claim.delta:.3g} of the baseline" if claim.metric.relative else f"{claim.delta:g} {claim.metric.unit}"
     rows = [
-        ("Method", f"`{claim['method']}`: {arms[claim['method']]}"),
-        ("Baseline", f"`{claim['baseline']}`: {arms[claim['baseline']]}"),
-        ("Metric", f"{claim['metric']}, {claim['unit']}; {claim['direction']} is better"),
-        ("Smallest effect that matters", f"{kind} {claim['delta']:g} {claim['unit']}"),
-        ("Pairing", design),
-        ("Held equal", claim["parity"]),
-        (
-            "Number of runs",
-            f"set by a pilot of {claim['pilot_runs']} runs on other seeds, between {rules['least runs']} and "
-            f"{claim['most_runs']}{first}",
-        ),
-        ("Needs", {"cpu": "a CPU", "gpu": "a GPU"}[claim["tier"]]),
+        ("Method", f"`{claim.method}`: {claim.arms[claim.method].what}"),
+        ("Baseline", f"`{claim.baseline}`: {claim.arms[claim.baseline].what}"),
+        ("Metric", f"{claim.metric.name}, {claim.metric.unit}; {claim.metric.better} is better"),
+        ("Smallest effect that matters", f"{better} {delta}"),
+        ("A unit is", f"a {unit}"),
+        ("Looks", f"after {', '.join(map(str, claim.looks))} units"),
+        ("Held equal", claim.parity),
+        ("Needs", {"cpu": "a CPU", "gpu": "a GPU"}[claim.tier] + f", at most {claim.minutes:g} core-minutes"),
     ]
-    if tuning:
-        tried = {arm: ", ".join(f"`{choice}`" for choice in choices) for arm, choices in tuning["choices"].items()}
-        trials = f"each on validation data, in {tuning['runs']} runs on separate seeds"
-        rows.append(("Tuned", f"{'; '.join(f'`{arm}`: {choices}' for arm, choices in tried.items())}; {trials}"))
-    return rows + ([("Rationale", claim["why"])] if claim["why"] else [])
+    for name, what in (("ceiling", claim.ceiling), ("floor", claim.floor)):
+        if what is not None:
+            rows.insert(2, (name.capitalize(), f"`{what}`: {claim.arms[what].what}"))
+    tuned = {arm: claim.grid(arm) for arm in (claim.baseline, claim.method) if claim.grid(arm)}
+    grids = [f"`{arm}`: {', '.join(f'{k} in {list(v)}' for k, v in grid.items())}" for arm, grid in tuned.items()]
+    rows += [("Tuned", "; ".join(grids) + "; on validation data")] if grids else []
+    return rows + ([("Reason for this version", claim.reason)] if claim.reason else [])
 
 
-def settings_rows(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return settings as (path, text), nested mappings flattened."""
-    rows: list[tuple[str, str]] = []
-    for name, value in settings.items():
-        path = f"{prefix}, {name}" if prefix else name
-        if isinstance(value, Mapping) and all(not isinstance(v, Mapping) for v in value.values()):
-            rows.append((path, ", ".join(f"{k} = {v}" for k, v in value.items() if v is not None)))
-        elif isinstance(value, Mapping):
-            rows += settings_rows(value, path)
-        else:
-            rows.append((path, str(value)))
-    return rows
+def settings_rows(claim: Claim) -> list[tuple[str, str]]:
+    """Return the design and the settings of each arm, as (name, text)."""
+    arms = [(f"arm {name}", str(describe(arm.settings))) for name, arm in claim.arms.items() if arm.settings]
+    return [("design", str(describe(claim.design))), *arms]
 
 
 def effects_plot(record: Record) -> str:
-    """Return an SVG of the effects with their intervals, in the page's colours."""
+    """Return an SVG of the effect with its interval, in the page's colours."""
     return plot.effects(record, alone=False)
-
-
-def sentence(record: Record) -> str:
-    """Return the verdict as the command line prints it, without the claim, which the page shows above it."""
-    text = summary.sentence(record).removeprefix(f"{record.slug}: ").replace(f" {record.claim}", "")
-    return text[0].upper() + text[1:]
 
 
 def in_perplexity(record: Record) -> str:
     """Return an effect on log-perplexity as a change of perplexity in percent; "" for any other metric."""
-    if record.unit != NATS or record.direction != "lower":
+    metric = record.metric
+    if (metric.unit, metric.better, metric.relative) != (NATS, "lower", False) or record.interval is None:
         return ""
-    middle, least, most = (100 * math.expm1(-value) for value in (record.effect, *record.interval))
-    return f"{middle:+.1f} % perplexity (95 % interval {most:+.1f} to {least:+.1f} %)"
+    middle, least, most = (100 * math.expm1(-value) for value in (record.effect or 0.0, *record.interval))
+    return f"{middle:+.1f} % perplexity ({100 * record.level:g} % interval {most:+.1f} to {least:+.1f} %)"
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A row of the table of arms; `compared` is `method`, `baseline` or "", `cells` are ordered as `arm_columns`."""
+class Row:
+    """An arm in the table of arms; `cells` are ordered as `arm_columns`."""
 
     name: str
     what: str
-    compared: str
+    role: str
     cells: tuple[str, ...]
 
 
 def arm_columns(record: Record) -> tuple[str, ...]:
-    """Return the column titles of the table of arms; a star marks a cost that is equal by design."""
-    equal = record.preregistration.get("equal", ())
-    costs = {
-        "tokens": "tokens",
-        "flops": "GFLOPs",
-        "parameters": "non-zero, M",
-        "seconds": "s",
-        "peak_bytes": "peak, MB",
-    }
-    return (
-        "runs",
-        record.metric,
-        *(["diverged"] if _any_diverged(record) else []),
-        *(f"{title} *" if name in equal else title for name, title in costs.items()),
-    )
+    """Return the column titles of the table of arms."""
+    others = next(iter(record.arms.values())).metrics
+    return ("units", record.metric.name, *(["diverged"] if _diverged(record) else []), "settings", *others,
+            "tokens", "GFLOPs", "non-zero, M", "s", "peak, MB")  # fmt: skip
 
 
-def _any_diverged(record: Record) -> bool:
+def _diverged(record: Record) -> bool:
     return any(arm.diverged for arm in record.arms.values())
 
 
-def arm_rows(record: Record) -> list[Arm]:
-    """Return every arm with its mean metric and mean costs."""
-    compared = {record.method: "method", record.baseline: "baseline"}
+def arm_rows(record: Record) -> list[Row]:
+    """Return every arm with its means, tuned settings and mean costs."""
     rows = []
     for name, arm in record.arms.items():
-        cost = record.cost[name]
+        cost = arm.cost
         cells = (
-            f"{arm.runs}",
-            "" if arm.mean is None else f"{arm.mean:.4f}",
-            *([f"{arm.diverged:.0%}"] if _any_diverged(record) else []),
+            f"{arm.units}",
+            _number(arm.mean),
+            *([f"{arm.diverged:.0%}"] if _diverged(record) else []),
+            ", ".join(f"{key}={value}" for key, value in arm.settings.items()),
+            *(_number(value) for value in arm.metrics.values()),
             f"{cost.tokens:,}",
             f"{cost.flops / 1e9:,.0f}",
             f"{cost.parameters / 1e6:,.1f}",
             f"{cost.seconds:,.1f}",
             f"{cost.peak_bytes / 1e6:,.0f}",
         )
-        rows.append(Arm(name, arm.what, compared.get(name, ""), cells))
+        rows.append(Row(name, arm.what, arm.role, cells))
     return rows
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def cost_sentence(record: Record) -> str:
     """Return the method's cost relative to its baseline."""
-    method, baseline = record.cost[record.method], record.cost[record.baseline]
-    seconds = f"{method.seconds:,.1f} against {baseline.seconds:,.1f} s"
-    parts = (
-        f"{_times(method.seconds, baseline.seconds)} the time ({seconds})",
-        f"{_times(method.peak_bytes, baseline.peak_bytes)} the peak memory",
-        f"{_times(method.parameters, baseline.parameters)} the non-zero parameters",
-    )
-    return f"Relative to its baseline the method used {parts[0]}, {parts[1]} and {parts[2]}."
-
-
-def _times(a: float, b: float) -> str:
-    return f"{a / b:.2f} times" if b else "an unknown multiple of"
-
-
-@dataclass(frozen=True)
-class SecondaryRow:
-    """A secondary comparison as text; a larger effect favours the first arm, p is Holm-corrected."""
-
-    name: str
-    arms: str
-    metric: str
-    effect: str
-    interval: str
-    p: str
-    result: str
+    method, baseline = record.arms[record.method].cost, record.arms[record.baseline].cost
+    parts = [
+        f"{a / b:.2f} times the {what}"
+        for a, b, what in (
+            (method.seconds, baseline.seconds, f"time ({method.seconds:,.1f} against {baseline.seconds:,.1f} s)"),
+            (method.peak_bytes, baseline.peak_bytes, "peak memory"),
+            (method.parameters, baseline.parameters, "non-zero parameters"),
+        )
+        if b
+    ]
+    return f"Relative to its baseline, a unit of the method took {', '.join(parts)}." if parts else ""
 
 
 def tuned_rows(record: Record) -> list[tuple[str, str, str, str]]:
-    """Return (arm, choice, mean on validation data, "chosen" or "") in the order of registration."""
+    """Return (arm, settings, mean on validation data, "chosen" or "")."""
     rows = []
-    for arm, choices in record.preregistration.get("tuning", {}).get("choices", {}).items():
-        tuned = record.tuned[arm]
-        for choice, what in choices.items():
-            mean = tuned.means[choice]
-            text = "diverged" if mean is None else f"{mean:.4f}"
-            rows.append((arm, f"{choice}: {what}", text, "chosen" if choice == tuned.chosen else ""))
+    for arm, trials in record.tuning.items():
+        for trial in trials:
+            text = ", ".join(f"{name}={value}" for name, value in trial["settings"].items())
+            chosen = "chosen" if trial["settings"] == record.arms[arm].settings else ""
+            rows.append((arm, text, "diverged" if trial["mean"] is None else f"{trial['mean']:.4f}", chosen))
     return rows
 
 
-def secondary_rows(record: Record) -> list[SecondaryRow]:
-    """Return the secondary comparisons."""
-    rows = []
-    for second in record.secondaries:
-        significant = second.p_holm < 1 - LEVEL
-        better = second.method if second.effect > 0 else second.baseline
-        rows.append(
-            SecondaryRow(
-                name=second.name,
-                arms=f"`{second.method}` against `{second.baseline}`",
-                metric=f"{second.metric}, {second.runs} runs",
-                effect=summary.signed(second.effect),
-                interval=" to ".join(summary.signed(end) for end in second.interval),
-                p=_p(second.p_holm),
-                result=f"`{better}` is better" if significant else "no significant difference",
-            )
-        )
-    return rows
+def look_rows(record: Record) -> list[tuple[str, ...]]:
+    """Return (units, level, effect, interval, verdict) of each look."""
+    return [
+        (str(look.units), f"{100 * look.level:g} %", tables.signed(look.effect),
+         " to ".join(map(tables.signed, look.interval)), look.verdict)
+        for look in record.looks
+    ]  # fmt: skip
 
 
-def _p(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
-
-
-def pilot_sentence(record: Record) -> str:
-    """Return how the number of runs was chosen."""
-    if record.pilot is None:
-        return f"The number of runs, {record.units}, was given on the command line; there was no pilot."
-    required = (
-        "no number of runs would make the interval narrow enough"
-        if record.pilot.asked is None
-        else f"{record.pilot.asked} runs are needed"
-    )
-    return (
-        f"A pilot of {record.pilot.runs} runs on separate seeds showed that {required}; the time budget allows"
-        f" {record.pilot.most}. {record.units} were run; none were added after seeing results."
-    )
-
-
-def run_rows(record: Record) -> list[tuple[str, ...]]:
-    """Return (run, seed, baseline, method, difference): means over the units of each run that did not diverge."""
-    of_run = {(run.index, run.arm): run for run in record.runs if run.stage == "run"}
-    sign = 1 if record.direction == "higher" else -1
-    rows: list[tuple[str, ...]] = []
-    for index in range(record.units):
-        pair = [of_run[index, arm].outcome.values[record.metric] for arm in (record.baseline, record.method)]
-        both = [unit for unit in pair[0] if pair[0][unit] is not None and pair[1].get(unit) is not None]
-        baseline, method = (_mean([values[unit] for unit in both]) for values in pair)
-        seed = str(of_run[index, record.method].seed)
-        if baseline is None or method is None:
-            rows.append((str(index + 1), seed, "diverged", "diverged", ""))
-        else:
-            rows.append(
-                (str(index + 1), seed, f"{baseline:.4f}", f"{method:.4f}", f"{sign * (method - baseline):+.4f}")
-            )
-    return rows
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    finite = [value for value in values if value is not None]
-    return fmean(finite) if finite else None
-
-
-def digest_of(evidence: Evidence) -> str:
-    """Return the SHA-256 of the registered choices."""
-    if evidence.record is not None:
-        return evidence.record.preregistration_digest
-    return str(evidence.claim["digest"])
+def unit_rows(record: Record) -> list[tuple[str, str, str]]:
+    """Return (unit, baseline, method): means of the primary metric."""
+    columns = [record.values[record.metric.name][arm] for arm in (record.baseline, record.method)]
+    pairs = zip(*columns, strict=True)
+    return [(str(n), *(_number(v) or "diverged" for v in pair)) for n, pair in enumerate(pairs)]  # type: ignore[misc]

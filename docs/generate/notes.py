@@ -10,10 +10,11 @@ import re
 from pathlib import Path
 
 from generate.text import ROOT
+from intaglio.evidence.engine.record import VERDICTS as KNOWN
 
 NOTES = ROOT / "docs" / "methods" / "notes"
 SECTIONS = ("Use it when", "Look elsewhere when", "Example")
-VERDICTS = {f"Verdict: {verdict}": verdict for verdict in ("holds", "fails", "underpowered", "inconclusive")}
+VERDICTS = {f"Verdict: {verdict}": verdict for verdict in KNOWN}
 # Names and patterns may contain digits (SmolLM2-135M, 2:4, arXiv ids in links, code); any other digit is a number.
 _NAMES = re.compile(r"^```.*?^```|\]\([^)]*\)|`[^`]*`|\b\d+:\d+\b|\w*[A-Za-z][\w-]*", re.DOTALL | re.MULTILINE)
 _WORDS = re.compile(

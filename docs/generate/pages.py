@@ -15,7 +15,7 @@ import intaglio
 from generate import cards, notes, style
 from generate import evidence as shown
 from generate.text import ROOT, cell, relink
-from intaglio.evidence import record as records
+from intaglio.evidence.engine import record as records
 from intaglio.methods import describe
 from intaglio.methods.registry import PUBLISHED
 from intaglio.recipe.schema import New, RecipeHeader
@@ -69,13 +69,12 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "api/soup.md": ("Parameter averaging", "Checkpoint soups and moving averages.", ("intaglio.checkpoint.soup",)),
     "api/evidence.md": (
         "Evidence",
-        "Claims as experiments; see [how claims are tested](../evidence.md).",
+        "Registered claims and their records; see [how claims are judged](../evidence.md).",
         (
-            "intaglio.evidence.experiment",
-            "intaglio.evidence.run",
-            "intaglio.evidence.record",
-            "intaglio.evidence.renew",
-            "intaglio.evidence.statistics",
+            "intaglio.evidence.engine.claim",
+            "intaglio.evidence.engine.run",
+            "intaglio.evidence.engine.record",
+            "intaglio.evidence.engine.statistics",
         ),
     ),
 }
@@ -208,7 +207,7 @@ def generated() -> Iterator[tuple[str, str]]:
     yield "catalogue.md", cards.catalogue()
     for slug in PUBLISHED:
         yield f"methods/{slug}.md", cards.card(slug, shown.load_evidence(slug), notes.read(slug))
-        record = records.RESULTS / f"{slug}.json"
+        record = records.RECORDS / f"{slug}.json"
         if record.is_file():
             yield f"records/{slug}.json", record.read_text(encoding="utf-8")
     yield "api/index.md", api_index()

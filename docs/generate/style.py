@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-SHEET = "src/intaglio/pages/style.css.j2"
+SHEET = "src/intaglio/report/templates/style.css.j2"
 _BLOCK = re.compile(r":root \{([^}]*)\}")
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 
-from intaglio.evidence.record import Record
-from intaglio.evidence.run import prove
-from tests.evidence.toy import Toy, toy
+from intaglio.evidence.engine.record import Record
+from intaglio.evidence.engine.run import prove
+from tests.evidence.engine.toy import toy_claim
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
+CLAIM = toy_claim(says="The toy lowers the <b>loss</b> | by half a nat.")
+"""The toy claim, with the slug of Wanda."""
 
 
 @pytest.fixture(scope="session")
 def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """Return a finished run of the toy claim, with the slug of Wanda, a pilot and secondary comparisons."""
-    folder = tmp_path_factory.mktemp("prove")
-    experiment = toy(Toy(units=3), most_runs=8, claim="The toy lowers the <b>loss</b> | by half a nat.")
-    return Record.model_validate_json(json.dumps(prove("wanda", experiment=experiment, directory=folder)))
+    """Return the record of a finished run of `CLAIM`."""
+    return prove("wanda", claim=CLAIM, directory=tmp_path_factory.mktemp("prove"))

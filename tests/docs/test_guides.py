@@ -14,8 +14,7 @@ from generate import evidence as shown
 
 import intaglio
 from intaglio.cli.app import app
-from intaglio.evidence import experiment
-from intaglio.evidence.experiment import Unit
+from intaglio.evidence.engine import claim, record, statistics
 from intaglio.methods.registry import PUBLISHED
 from intaglio.recipe.schema import Recipe
 from intaglio.recipe.yaml import parse_yaml
@@ -81,20 +80,16 @@ def test_there_is_something_to_check() -> None:
 
 def test_the_rules_are_those_of_the_code() -> None:
     text = re.sub(r"\s+", " ", GUIDES["evidence.md"])
-    least = experiment.LEAST_RUNS
+    alphas = ", ".join(f"{alpha:.3f}".strip("0") for alpha in claim.ALPHAS[4][:3])
     for rule in (
-        f"{experiment.LEVEL:.0%}".replace("%", " % interval"),
-        f"at the upper {experiment.BOUND:.0%}".replace("%", " % bound"),
-        f"half-width of at most {experiment.TARGET:g} delta",
-        f"({least['independent']} runs for the independent design, {least['crossed']} for the crossed, "
-        f"{least['clustered']} for the clustered)",
-        f"more than {experiment.MOST_DIVERGED:.0%}".replace("%", " %"),
-        f"2 ({experiment.MOST_INDEX} *base* + *i*)",
+        f"with alpha {alphas} and {claim.ALPHAS[4][3]:.2f}".replace("0.0", ".0"),
+        f"over {statistics.MAX_DIVERGED:.0%}".replace("%", " %"),
+        f"{ {3: 'three'}[claim.PROBE_UNITS] } pilot units",
+        f"{ {3: 'three'}[claim.ABLATION_UNITS] } of the same units",
+        f"Up to { {4: 'four'}[claim.MAX_ABLATIONS] } further arms",
+        *(f"**{verdict}**" for verdict in record.VERDICTS),
     ):
         assert rule in text, rule
-    base, index = 3, 7
-    assert Unit("run", index, base).seed == 2 * (experiment.MOST_INDEX * base + index)
-    assert Unit("pilot", index, base).seed == Unit("run", index, base).seed + 1
 
 
 def test_no_page_contains_a_path_of_this_machine() -> None:

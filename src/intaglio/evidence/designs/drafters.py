@@ -57,9 +57,7 @@ def fixed_tree(context: Context, nodes: int = NODES, tree: Tree = "best", draft:
         draft: test bed that gives the draft model. Default: SmolLM2's; a small model of bytes drafts for itself.
     """
     draft = draft or _draft_bed(context.bed)
-    return DraftModel(
-        draft.load().model, shape=fitted_tree(context.bed, draft, nodes, tree, context.design.new).parents
-    )
+    return DraftModel(draft.load().model, shape=best_tree(context.bed, draft, nodes, tree, context.design.new).parents)
 
 
 def dyspec(context: Context, nodes: int = NODES, fitted: bool = False, draft: Any = None, **fields: Any) -> Any:

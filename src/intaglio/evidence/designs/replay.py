@@ -133,9 +133,7 @@ class Replay:
         if hasattr(drafter, "calls"):
             values[DRAFT_PASSES.name] = drafter.calls.passes / sum(len(one.new) for one in passes)
         if decoder is not None:
-            shares = [agreement(target, prompt, one.new) for prompt, one in zip(prompts, passes, strict=True)]
-            rates = [ratio([one.count()]) if share >= LEAST_AGREEMENT else 1.0
-                     for one, share in zip(passes, shares, strict=True)]  # fmt: skip
+            shares, rates = agreed_tokens(target, prompts, passes)
             values |= {AGREEMENT.name: fmean(shares), AGREED_TOKENS.name: fmean(rates)}
         rows = sum(one.rows for one in passes)
         parameters = sum(p.numel() for p in target.model.parameters())
@@ -298,6 +296,15 @@ def agreement(target: Checkpoint, prompt: Sequence[int], new: Sequence[int]) -> 
     scores_NV = model(ids_1T).logits[0, len(prompt) - 1 : -1]
     scores_NV[:, model.generation_config.suppress_tokens or []] = -torch.inf
     return float((scores_NV.argmax(-1).cpu() == torch.tensor(list(new))).double().mean())
+
+
+def agreed_tokens(
+    target: Checkpoint, prompts: Sequence[Sequence[int]], passes: Sequence[Passes]
+) -> tuple[list[float], list[float]]:
+    """Return each prompt's agreement, and its tokens per pass, which count as 1 below 97 % agreement."""
+    shares = [agreement(target, prompt, one.new) for prompt, one in zip(prompts, passes, strict=True)]
+    rates = [ratio([one.count()]) for one in passes]
+    return shares, [rate if share >= LEAST_AGREEMENT else 1.0 for rate, share in zip(rates, shares, strict=True)]
 
 
 def loop_start(ids: Sequence[int]) -> int:

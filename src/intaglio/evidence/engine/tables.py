@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
@@ -26,19 +28,25 @@ def cell(record: Record) -> str:
     if record.effect is not None:
         number = f"{record.effect:+.1%}" if record.metric.relative else f"{record.effect:+.3g} {record.metric.unit}"
         words = f"{words}: {number.rstrip()}"
-    return f"{words}; take {record.otherwise}" if record.verdict in ("worse", "no effect") else words
+    better = record.verdict in ("holds", "smaller") or record.reading == "better, size open"
+    return words if better else f"{words}; take {re.split('[,;] ', record.otherwise)[0]}"
 
 
 def sentence(record: Record) -> str:
-    """Return the verdict with its numbers, in words."""
+    """Return the verdict with its numbers and the advice, in words."""
+    return f"{record.slug}: {record.reading}. {record.says} {outcome(record)} {record.advice}"
+
+
+def outcome(record: Record) -> str:
+    """Return effect, interval and units, or why there are none."""
     if record.interval is None or record.effect is None:
-        return f"{record.slug}: {record.verdict} ({record.why}). {record.says}"
+        return f"{record.why[:1].upper()}{record.why[1:]}."
     low, high = map(signed, record.interval)
     inner = f" by {len(record.inner)} {record.unit_names[1]}s" if record.inner else ""
     return (
-        f"{record.slug}: {record.reading}. {record.says} Effect on {record.metric.name}: {signed(record.effect)}"
+        f"Effect on {record.metric.name}: {signed(record.effect)}"
         f" {record.metric.unit}, {100 * record.level:g} % interval {low} to {high}, to pass {record.margin:+g}; larger"
-        f" is better for the method. {record.units} {record.unit_names[0]}s{inner}. {record.advice}"
+        f" is better for the method. {record.units} {record.unit_names[0]}s{inner}."
     )
 
 

@@ -30,6 +30,7 @@ from intaglio.evidence.testbeds.splits import (
     Part,
     Prompt,
     Windows,
+    check_count,
     check_part,
     draw,
     draw_windows,
@@ -54,6 +55,8 @@ class SourceCode:
 
     Args:
         overrides: further arguments of `intaglio.new`, such as `(("intermediate_size", 384),)`. Default none.
+        prompt: bytes of a prompt: the beginning of each document is then a unit of its own. Default 0: all documents,
+            whole, are the prompts of every unit.
     """
 
     packages: tuple[str, ...] = (STANDARD_LIBRARY,)
@@ -69,6 +72,7 @@ class SourceCode:
     documents_pilot: int = 40
     tokens: int = 256
     overrides: tuple[tuple[str, Any], ...] = ()
+    prompt: int = 0
 
     @property
     def digest(self) -> str:
@@ -111,7 +115,15 @@ class SourceCode:
         return replace(self, packages=(TOY,), folder="", **{**sizes, **counts, **changes})
 
     def source(self, part: Part, index: int, base: int = 0) -> tuple[Prompt, ...]:
-        """Return all documents of a set as prompts, for units that are trainings; of `train`, some for each index."""
+        """Return all documents of a set as prompts, for units that are trainings; of `train`, some for each index.
+
+        With `prompt`, return the beginning of the document `index` alone.
+        """
+        if self.prompt:
+            documents = self.documents(part, base)
+            check_count(f"{part} prompts", index + 1, documents.segments.n)
+            ids_T = documents.segments.ids_NT[index, : self.prompt]
+            return (Prompt("code", documents.names[index], tuple(ids_T.tolist())),)
         train = part == "train"
         windows = self._windows(part, self.samples, self.tokens, index) if train else self.documents(part, base)
         rows = windows.segments.ids_NT.tolist()

@@ -1,0 +1,105 @@
+"""Design that fine-tunes a small decoder to label tokens and measures it: `Label`.
+
+Settings of an arm: `trials`, a configuration of layer groups for each fine-tuning, of which validation data chooses;
+`place`, the token of a word that carries its label; `learning_rate`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.evidence.designs.base import Configured, Settings, copied, training_cost, usage
+from intaglio.evidence.engine.claim import Arm, Metric, Result, RunKey
+from intaglio.evidence.testbeds.cache import digest
+from intaglio.evidence.testbeds.identifier_roles import ROLES, IdentifierRoles
+from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
+from intaglio.methods.attention.layerwise_unmasking.search import Trial, best_of
+from intaglio.modeling.anatomy import anatomy
+from intaglio.trainer.rng import KeyedRNG
+from intaglio.trainer.token_classification import TokenClassification, make_evaluator
+
+F1 = Metric("macro-F1", "points", "higher", continuous=False)
+ACCURACY = Metric("accuracy", "points", "higher", continuous=False)
+UNMASKED = Metric("groups unmasked", "groups", "higher", continuous=False)
+LABEL_LOSS = Metric("negative log-likelihood", "nats a word")
+
+
+@dataclass(frozen=True)
+class Label:
+    """Fine-tune a model once per trial, keep the best on validation passages, measure it; a unit is a training seed.
+
+    Args:
+        bed: gives the pretrained model and labelled passages.
+        groups: of layers. Default 4.
+        training: passages to fine-tune on. Default 800.
+        validation: passages that choose among trials. Default 400.
+        test: passages to measure on. Default 600.
+        steps: of a fine-tuning. Default 100.
+        batch_size: passages of a step. Default 8.
+    """
+
+    bed: IdentifierRoles = field(default_factory=IdentifierRoles)
+    groups: int = 4
+    training: int = 800
+    validation: int = 400
+    test: int = 600
+    steps: int = 100
+    batch_size: int = 8
+
+    def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
+        """Fine-tune an arm on a unit and measure it."""
+        own, seed = Configured(arm, settings), key.seed
+        tried, place, rate = own.pop("trials"), own.pop("place", "first"), own.pop("learning_rate", 2e-3)
+        own.check()
+        draw = self.bed.examples
+        examples, validation = draw("train", self.training, seed), draw("validation", self.validation, seed)
+        # Tuning is measured on the passages that choose, which no trial is trained on.
+        test = validation if key.stage == "tune" else draw(key.split, self.test, key.base)
+        trials = [
+            Trial(f"{number}: {bits}", bits, {"learning_rate": rate, "seed": len(tried) * seed + number})
+            for number, bits in enumerate(tried)
+        ]
+        checkpoint = copied(_pretrained(self.bed))
+        method, parts = LayerwiseUnmasking(groups=self.groups), anatomy(checkpoint.model)
+        objective = TokenClassification(place=place, labels=list(ROLES))
+        with usage(checkpoint.device) as spent:
+            best = best_of(
+                checkpoint, examples, validation, trials, lambda bits: method.rules(parts, bits), objective=objective,
+                steps=self.steps, batch_size=self.batch_size, weight_decay=0.1, betas=(0.9, 0.95),
+            )  # fmt: skip
+        checkpoint.model.eval()
+        scores = make_evaluator(test, batch_size=4 * self.batch_size)(checkpoint)
+        values = {
+            F1.name: 100 * scores["macro_f1"],
+            ACCURACY.name: 100 * scores["accuracy"],
+            UNMASKED.name: float(best.bits.count("1")),
+            LABEL_LOSS.name: label_loss(checkpoint, objective, test, 4 * self.batch_size),
+        }
+        parity = {"training": digest(examples), "validation": digest(validation), "test": digest(test)}
+        return Result(values, training_cost(checkpoint, sum(trial.tokens for trial in best.trials), spent), parity)
+
+    def toy(self, **changes: Any) -> Label:
+        """Return the design on the test bed in miniature; `changes` are fields of the test bed."""
+        sizes = {"training": 8, "validation": 8, "test": 8, "steps": 2, "batch_size": 4}
+        return dataclasses.replace(self, bed=self.bed.toy(**changes), **sizes)
+
+
+@lru_cache(maxsize=2)
+def _pretrained(bed: IdentifierRoles) -> Checkpoint:
+    return bed.trained()
+
+
+@torch.no_grad()
+def label_loss(checkpoint: Checkpoint, objective: TokenClassification, examples: Any, batch_size: int) -> float:
+    """Return the mean negative log-likelihood of the labels, in nats a word."""
+    rng = KeyedRNG(0, training=False)
+    rows = list(objective.prepare(checkpoint, examples, rng))
+    batches = [objective.collate(rows[start : start + batch_size], rng) for start in range(0, len(rows), batch_size)]
+    losses = [float(objective.loss(checkpoint.model, batch).total) * batch["weight"] for batch in batches]
+    return sum(losses) / sum(batch["weight"] for batch in batches)
