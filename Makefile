@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-blockffn bench-r-sparse bench-r-sparse-decode clean
+.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-search bench-blockffn bench-r-sparse bench-r-sparse-decode clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -99,6 +99,9 @@ bench-bitnet: install  ## training with rounded weights against bitlinear and to
 
 bench-transplant: assets  ## tokenizer transplants against mergekit, in its own environment
 	$(BIN)/python benchmarks/transplant/run.py
+
+bench-search: install  ## search against scipy, bm25s, numpy, Seismic and milvus-lite
+	$(BIN)/python benchmarks/search/run.py
 
 bench-recovery: assets  ## recovery of a pruned model by data selection, per training token
 	$(BIN)/python benchmarks/recovery/run.py

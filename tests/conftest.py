@@ -13,7 +13,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # Read when the library is imported, so before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -40,16 +40,18 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Close the network for the whole session; local (Unix) sockets stay open."""
-    connect = socket.socket.connect
+    """Close the network for the whole session; Unix sockets and this machine's own address stay open."""
+    connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
 
     def guarded(self: socket.socket, address: Any) -> None:
-        if self.family != socket.AF_UNIX:
+        if self.family != socket.AF_UNIX and address[0] != "127.0.0.1":
             raise AssertionError(f"a test tried to connect to {address}")
         connect(self, address)
 
-    def resolve(host: Any, *_: Any, **__: Any) -> NoReturn:
-        raise AssertionError(f"a test tried to look up {host}")
+    def resolve(host: Any, *arguments: Any, **options: Any) -> Any:
+        if host != "127.0.0.1":
+            raise AssertionError(f"a test tried to look up {host}")
+        return getaddrinfo(host, *arguments, **options)
 
     socket.socket.connect = guarded  # type: ignore[method-assign]
     socket.getaddrinfo = resolve

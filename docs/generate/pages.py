@@ -66,6 +66,11 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "The protocol of drafters for [speculative decoding](../decoding.md).",
         ("intaglio.speculative.protocols",),
     ),
+    "api/search.md": (
+        "Search",
+        "Indexes of documents; see [searching your own documents](../search.md).",
+        ("intaglio.search.index", "intaglio.search.documents", "intaglio.search.encoders", "intaglio.search.evaluate"),
+    ),
     "api/soup.md": ("Parameter averaging", "Checkpoint soups and moving averages.", ("intaglio.checkpoint.soup",)),
     "api/evidence.md": (
         "Evidence",

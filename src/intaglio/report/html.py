@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -91,6 +92,7 @@ def _environment() -> Environment:
         "about_zeros": about_zeros,
         "duration": duration,
         "percent": lambda share: f"{100 * share:.0f} %",
+        "transposed": lambda columns: zip_longest(*columns, fillvalue="–"),
     }
     environment.globals |= {"ZEROS": ZEROS, "LIVE": LIVE, "BAKED": BAKED}
     environment.globals |= {"SPEED_NOISE": SPEED_NOISE, "MEMORY_NOISE": MEMORY_NOISE}
@@ -275,6 +277,34 @@ def training_page(title: str, summary: str, columns: training_curves.Columns, no
         _environment()
         .get_template("training.html.j2")
         .render(document={"title": title}, summary=summary, curves=Markup(training_curves.curves(columns)), notes=notes)
+    )
+
+
+def evaluation_page(
+    title: str,
+    summary: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    pictures: Sequence[str],
+    caption: str,
+    examples: Sequence[tuple[str, Mapping[str, Sequence[str]]]] = (),
+) -> str:
+    """Return measurements of search indexes as a self-contained HTML page.
+
+    `examples` are queries, each with the ids of the first results by index.
+    """
+    return (
+        _environment()
+        .get_template("evaluation.html.j2")
+        .render(
+            document={"title": title},
+            summary=summary,
+            headings=headings,
+            rows=rows,
+            pictures=[Markup(picture) for picture in pictures],
+            caption=caption,
+            examples=examples,
+        )
     )
 
 

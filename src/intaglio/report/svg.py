@@ -272,6 +272,52 @@ def bars(
 
 
 @dataclass(frozen=True)
+class Point:
+    """A labelled point of a scatter plot; `x` is positive."""
+
+    label: str
+    x: float
+    y: float
+
+
+def scatter(title: str, description: str, points: Sequence[Point], *, x_axis: str, y_axis: str) -> str:
+    """Draw labelled points over a log x axis and a linear y axis from zero."""
+    low, high = nice_range([min(max(point.x, LEAST), MOST) for point in points])
+    marks = ticks(0.0, max((point.y for point in points), default=0.0) or 1.0, 5)
+    left, right, top, height = 64.0, 24.0, 34.0, 240.0
+    span = WIDTH - left - right
+    root = canvas(title, description, top + height + 50)
+    write(root, y_axis, left, 16)
+    for mark in marks:
+        y = top + height * (1 - mark / marks[-1])
+        add(root, "line", x1=left, x2=WIDTH - right, y1=y, y2=y, class_="grid")
+        write(root, f"{mark:g}", left - 8, y + 4, anchor="end")
+    for mark in log_ticks(low, high):
+        write(
+            root,
+            f"{mark:,g}",
+            left + span * math.log(mark / low) / math.log(high / low),
+            top + height + 18,
+            anchor="middle",
+        )
+    write(root, x_axis, left, top + height + 40)
+    placed: list[tuple[float, float, float]] = []
+    for point in sorted(points, key=lambda point: (-point.y, point.x)):
+        x = left + span * math.log(min(max(point.x, low), high) / low) / math.log(high / low)
+        y = top + height * (1 - min(max(point.y, 0.0), marks[-1]) / marks[-1])
+        dot = add(root, "circle", cx=x, cy=y, r=5, class_="dot")
+        add(dot, "title", f"{point.label}: {point.y:.3f} at {point.x:,.3g}")
+        wide = LABEL_CHARACTER * len(_shorten(point.label))
+        middle = min(max(x, left + wide / 2), WIDTH - wide / 2)
+        label = y - 10
+        while any(abs(label - other) < 16 and abs(middle - at) < (wide + width) / 2 for at, other, width in placed):
+            label += 16 if label > y else 28  # below the dot
+        placed.append((middle, label, wide))
+        write(root, _shorten(point.label), middle, label, "label", "middle")
+    return text_of(root)
+
+
+@dataclass(frozen=True)
 class Pair:
     """A quantity before and after; a value of None draws no bar. The label holds the direction ("lower is better")."""
 

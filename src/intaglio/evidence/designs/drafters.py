@@ -11,7 +11,6 @@ from intaglio.evidence.testbeds.draft_model import DraftModel as DraftBed
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.methods.decoding.aded import ADED
 from intaglio.methods.decoding.dyspec import AcceptanceTable, DySpec
-
 from intaglio.speculative.drafters.draft_model import DraftModel
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.drafters.rank_statistics import acceptance_by_rank, draft_ranks

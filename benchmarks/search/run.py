@@ -1,0 +1,213 @@
+"""Search against scipy, bm25s, numpy, Seismic and milvus-lite, on documents with Zipfian terms.
+
+    python benchmarks/search/run.py                  100,000 documents; about ten minutes on two cores
+    python benchmarks/search/run.py --documents 5000
+
+- sparse: exact top 10 of 200 terms a document and 30 a query, against scipy's row product (X q) and inverted product
+  (q X^T); Seismic (approximate) and milvus-lite in an environment of their own (`peer-requirements.txt`), if they
+  install
+- BM25: top 10 of 6 words, against bm25s, which cannot be updated, in its numpy and numba forms
+- dense: exact top 10 of 384 dimensions, against numpy's product with argpartition
+- seconds to add 10,000 documents to an index, and its size beside the raw text
+
+Times are the medians over queries of the best of three, one thread each; all in one process, in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import tempfile
+import time
+import venv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import bm25s  # noqa: E402
+import numpy as np  # noqa: E402
+import scipy.sparse as sp  # noqa: E402
+
+from intaglio.search import Document, Index, dense  # noqa: E402
+from intaglio.search.lexical import BM25, Analyzer, LexicalSearch, Postings, term_key  # noqa: E402
+
+HERE = Path(__file__).parent
+TERMS, QUERIES, K, DIMENSIONS = 30_000, 100, 10, 384
+
+
+def zipfian(rng: np.random.Generator, rows: int, most: int) -> list[np.ndarray]:
+    """Draw distinct Zipfian terms for each row."""
+    cumulative = np.cumsum(1 / np.arange(1, TERMS + 1))
+    result = []
+    for _ in range(rows):
+        drawn = np.searchsorted(cumulative / cumulative[-1], rng.random(int(2.2 * most)))
+        terms = np.unique(np.minimum(drawn, TERMS - 1))
+        result.append(np.sort(rng.choice(terms, most, replace=False)) if len(terms) > most else terms)
+    return result
+
+
+def median_ms(functions: dict[str, Callable[[Any], Any]], queries: Sequence[Any]) -> dict[str, float]:
+    """Return the median over queries of each function's best of three, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for query in queries:
+        best = dict.fromkeys(functions, np.inf)
+        for _ in range(3):
+            for name, function in functions.items():
+                started = time.perf_counter()
+                function(query)
+                best[name] = min(best[name], time.perf_counter() - started)
+        for name, seconds in best.items():
+            times[name].append(seconds)
+    return {name: 1e3 * float(np.median(own)) for name, own in times.items()}
+
+
+def top(scores: np.ndarray, k: int = K) -> np.ndarray:
+    index = np.argpartition(-scores, k)[:k]
+    return index[np.argsort(-scores[index])]
+
+
+def sparse(rng: np.random.Generator, documents: int, peers: bool) -> dict[str, Any]:
+    rows = zipfian(rng, documents, 200)
+    ptr = np.cumsum([0, *map(len, rows)])
+    terms = np.concatenate(rows)
+    weights = rng.uniform(0.1, 2.1, len(terms)).astype(np.float32)
+    lists = LexicalSearch([Postings.from_vectors(ptr, terms, weights)], [None], [documents], None)
+    matrix = sp.csr_matrix((weights, terms, ptr), shape=(documents, TERMS))
+    inverted = matrix.T.tocsr()
+    queries = [(own, rng.uniform(0.1, 2.1, len(own)).astype(np.float32)) for own in zipfian(rng, QUERIES, 30)]
+
+    def ours(query: Any) -> np.ndarray:
+        return lists.search(dict(zip(query[0].tolist(), query[1].tolist(), strict=True)), K)[1]
+
+    def row_product(query: Any) -> np.ndarray:
+        vector = np.zeros(TERMS, np.float32)
+        vector[query[0]] = query[1]
+        return top(matrix @ vector)
+
+    def inverted_product(query: Any) -> np.ndarray:
+        result = sp.csr_matrix((query[1], query[0], [0, len(query[0])]), shape=(1, TERMS)) @ inverted
+        return result.indices[top(result.data)]
+
+    truth = [row_product(query) for query in queries]
+    recall = np.mean([len(set(ours(query)) & set(best)) / K for query, best in zip(queries, truth, strict=True)])
+    functions = {"intaglio": ours, "scipy rows": row_product, "scipy inverted": inverted_product}
+    result: dict[str, Any] = {"recall": float(recall), "ms": median_ms(functions, queries)}
+    faster = min(result["ms"]["scipy rows"], result["ms"]["scipy inverted"])
+    result["times the faster of scipy"] = faster / result["ms"]["intaglio"]
+    if peers:
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder, "data.npz")
+            flat = {"query_ptr": np.cumsum([0, *(len(q[0]) for q in queries)]), "truth": np.stack(truth)}
+            flat |= {"query_terms": np.concatenate([q[0] for q in queries])}
+            flat |= {"query_weights": np.concatenate([q[1] for q in queries])}
+            np.savez(data, ptr=ptr, terms=terms, weights=weights, **flat)
+            result["peers"] = peer_results(data)
+    return result
+
+
+def peer_results(data: Path) -> dict[str, Any]:
+    """Run the peers in their own environment."""
+    place = HERE / ".venv-peer"
+    python = place / "bin" / "python"
+    if not python.exists():
+        venv.create(place, with_pip=True)
+    for requirement in (HERE / "peer-requirements.txt").read_text().split():
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", requirement], check=False)
+    result = {}
+    for peer in ("seismic", "milvus-lite"):
+        done = subprocess.run(
+            [str(python), str(HERE / "worker_peer.py"), peer, str(data)], capture_output=True, text=True, check=False
+        )
+        lines = done.stdout.strip().splitlines()
+        failed = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        result[peer] = json.loads(lines[-1]) if done.returncode == 0 and lines else {"failed": failed}
+    return result
+
+
+def bm25(rng: np.random.Generator, documents: int) -> dict[str, Any]:
+    words = np.array([f"w{i}" for i in range(TERMS)])
+    cumulative = np.cumsum(1 / np.arange(1, TERMS + 1))
+
+    def draw(lengths: np.ndarray) -> list[str]:
+        drawn = np.minimum(np.searchsorted(cumulative / cumulative[-1], rng.random(int(lengths.sum()))), TERMS - 1)
+        return [" ".join(words[own]) for own in np.split(drawn, np.cumsum(lengths)[:-1])]
+
+    texts, queries = draw(rng.integers(100, 300, documents)), draw(np.full(QUERIES, 6))
+    analyzer = Analyzer("none")
+    postings = Postings.from_texts(texts, analyzer)
+    lists = LexicalSearch([postings], [None], [documents], BM25(1.5, 0.75))
+    tokens = bm25s.tokenize(texts, stopwords=[], show_progress=False)
+    peers = {}
+    for backend in ("numpy", "numba"):
+        peer = bm25s.BM25(method="lucene", backend=backend)
+        peer.index(tokens, show_progress=False)
+        peers[backend] = peer
+
+    def ours(query: Any) -> tuple[np.ndarray, np.ndarray]:
+        terms = [term_key(term) for term in query]
+        return lists.search({key: float(terms.count(key)) for key in terms}, K)
+
+    def theirs(backend: str) -> Callable[[Any], Any]:
+        peer = peers[backend]
+        return lambda query: peer.retrieve([query], k=K, show_progress=False, n_threads=1)
+
+    split = [query.split() for query in queries]
+    error = 0.0
+    for query in split:
+        best = theirs("numpy")(query)[1][0]
+        error = max(error, float(np.abs(np.sort(best)[::-1] - ours(query)[0]).max()))
+    functions = {"intaglio": ours, "bm25s numpy": theirs("numpy"), "bm25s numba": theirs("numba")}
+    result: dict[str, Any] = {"greatest difference of scores": error, "ms": median_ms(functions, split)}
+    faster = min(result["ms"]["bm25s numpy"], result["ms"]["bm25s numba"])
+    result["share of the faster bm25s"] = result["ms"]["intaglio"] / faster
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Index.create(Path(folder, "index"), language="none", chunk=0) as index,
+    ):
+        rows = [Document(str(i), own) for i, own in enumerate(texts)]
+        started = time.perf_counter()
+        index.add(rows[:-10_000])
+        result["seconds to build"] = time.perf_counter() - started
+        result["seconds to add the last 10,000"] = index.add(rows[-10_000:]).seconds
+        sizes = index.info()["bytes"]
+        result["bytes"] = {**sizes, "share of the text": sizes["total"] / max(sizes["text"], 1)}
+        result["ms of Index.search"] = median_ms({"index": lambda query: index.search(query, K)}, queries)["index"]
+    return result
+
+
+def dense_vectors(rng: np.random.Generator, documents: int) -> dict[str, Any]:
+    vectors = rng.standard_normal((documents, DIMENSIONS), np.float32)
+    queries = rng.standard_normal((QUERIES, DIMENSIONS), np.float32)
+    functions = {
+        "intaglio": lambda query: dense.search([vectors], [None], query[None], K),
+        "numpy": lambda query: top(vectors @ query),
+    }
+    same = all((functions["intaglio"](q)[0][1] == functions["numpy"](q)).all() for q in queries)
+    result: dict[str, Any] = {"same rows": bool(same), "ms": median_ms(functions, queries)}
+    result["times numpy"] = result["ms"]["numpy"] / result["ms"]["intaglio"]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=100_000)
+    parser.add_argument("--no-peers", action="store_true", help="leave out Seismic and milvus-lite")
+    parser.add_argument("--only", choices=["sparse", "bm25", "dense"])
+    options = parser.parse_args()
+    parts = {
+        "sparse": lambda rng: sparse(rng, options.documents, not options.no_peers),
+        "bm25": lambda rng: bm25(rng, options.documents),
+        "dense": lambda rng: dense_vectors(rng, options.documents),
+    }
+    for name, part in parts.items():
+        if options.only in (None, name):
+            print(json.dumps({name: part(np.random.default_rng(0))}, indent=2), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""The commands `index`, `search` and `evaluate`."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from intaglio.cli.console import (
+    CommandGroup,
+    handle_errors,
+    out,
+    print_err,
+    print_json,
+    print_out,
+    progress_bar,
+    read_stdin,
+)
+from intaglio.errors import IntaglioError, printable
+
+if TYPE_CHECKING:
+    from intaglio.search import Hit, Index
+
+_BLANKS = re.compile(r"\s+")
+
+
+class IndexGroup(CommandGroup):
+    """Group of the index commands; `index DOCS` is `index create DOCS`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Insert the default command; see click."""
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["create", *args]
+        return super().parse_args(ctx, args)
+
+
+index_app = typer.Typer(
+    cls=IndexGroup,
+    help="Build or update a search index: `index DOCS -o INDEX`, then `index add`, `delete`, `info`, `compact`.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
+Where = Annotated[Path, typer.Argument(metavar="INDEX", help="Directory of the index.")]
+Docs = Annotated[
+    str,
+    typer.Argument(
+        metavar="DOCS",
+        help="A folder (text, Markdown, reStructuredText, HTML, Python), a .jsonl or .csv file, or a datasets id.",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="Device of the encoder: cpu, cuda, cuda:N, mps. [default: cpu]")]
+Encoder = Annotated[
+    str | None, typer.Option(help="The index's encoder in another place. [default: as recorded in the index]")
+]
+TextField = Annotated[str, typer.Option(help="(JSONL, CSV, datasets) Field of the text.")]
+IdField = Annotated[str, typer.Option(help="(JSONL, CSV, datasets) Field of the id.")]
+Filter = Annotated[
+    list[str] | None,
+    typer.Option("--filter", help="Condition on metadata: type=md, year>=2020, title~=mask; can be repeated."),
+]
+
+
+@index_app.command("create")
+@handle_errors
+def create(
+    docs: Docs,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the index.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="bm25, dense, sparse or hybrid. [default: bm25; with --encoder, what it is]"),
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="minilm, splade-tiny, or a checkpoint directory. [default: the kind's own]")
+    ] = None,
+    chunk: Annotated[int, typer.Option(min=0, help="Maximum characters of a chunk; 0 keeps documents whole.")] = 2000,
+    language: Annotated[str, typer.Option(help="(BM25) Language of the stemmer, or none.")] = "english",
+    pooling: Annotated[str | None, typer.Option(help="(encoder) mean, cls, last or splade.")] = None,
+    query_prompt: Annotated[str | None, typer.Option(help="(encoder) Text before each query.")] = None,
+    document_prompt: Annotated[str | None, typer.Option(help="(encoder) Text before each chunk.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="(encoder) Chunks in a batch.")] = None,
+    text_field: TextField = "text",
+    id_field: IdField = "id",
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Build an index of documents; if it was stopped, the same command resumes it."""
+    from intaglio.search import Index
+
+    if output is None:
+        raise IntaglioError("a directory for the index is missing: name one with -o INDEX")
+    options = {
+        "pooling": pooling,
+        "query_prompt": query_prompt,
+        "document_prompt": document_prompt,
+        "batch_size": batch_size,
+        "device": device,
+    }
+    sparse = encoder == "splade-tiny" or pooling == "splade"
+    chosen: Any = kind or ("sparse" if sparse else "dense" if encoder else "bm25")
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+    try:
+        with Index.create(
+            output, kind=chosen, encoder=encoder, chunk=chunk, language=language, exist_ok=True, **given
+        ) as index:
+            try:
+                _add(index, docs, text_field, id_field, json)
+            finally:
+                empty = empty and len(index) == 0
+    except IntaglioError:
+        if empty:  # nothing was indexed, so nothing is left
+            shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+@index_app.command("add")
+@handle_errors
+def add(
+    index: Where,
+    docs: Docs,
+    text_field: TextField = "text",
+    id_field: IdField = "id",
+    encoder: Encoder = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Add documents; a known id is an update."""
+    from intaglio.search import Index
+
+    with Index.open(index, encoder=encoder, device=device) as opened:
+        _add(opened, docs, text_field, id_field, json)
+
+
+def _add(index: Index, docs: str, text_field: str, id_field: str, json: bool) -> None:
+    with progress_bar() as progress:
+        report = index.add(docs, text_field=text_field, id_field=id_field, progress=progress)
+    for sentence in report.skipped:
+        print_err(f"skipped: {printable(sentence)}")
+    if json:
+        print_json({"index": str(index.path), **vars(report), "documents": len(index)})
+        return
+    print_out(
+        f"{index.path}: {report.added:,} added, {report.updated:,} updated, {report.unchanged:,} unchanged in "
+        f"{report.seconds:.1f} s; {len(index):,} documents"
+    )
+
+
+@index_app.command("delete")
+@handle_errors
+def delete(
+    index: Where,
+    ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of documents.")] = None,
+    filter_: Filter = None,
+    json: Json = False,
+) -> None:
+    """Delete documents by id or by metadata."""
+    from intaglio.search import Index
+
+    if bool(ids) == bool(filter_):
+        raise IntaglioError("delete takes ids of documents or --filter conditions, and exactly one of both")
+    with Index.open(index) as opened:
+        count = opened.delete(ids or None, filters=filter_ or None)
+        left = len(opened)
+    if json:
+        print_json({"index": str(index), "deleted": count, "documents": left})
+        return
+    print_out(f"{index}: {count:,} deleted, {left:,} documents")
+
+
+@index_app.command("info")
+@handle_errors
+def info(
+    index: Where,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every segment with its checksum.")] = False,
+    json: Json = False,
+) -> None:
+    """Describe an index: its kind, encoder, documents and bytes."""
+    from intaglio.search import Index
+
+    with Index.open(index) as opened:
+        facts = opened.info(verify)
+    if json:
+        print_json(facts)
+        return
+    table = Table("", "", box=None, show_header=False)
+    for name, value in _flat(facts):
+        table.add_row(Text(name, style="bold"), Text(printable(value)))
+    out.print(table)
+
+
+def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            rows += _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, list):
+            rows += [(prefix + name, str(item)) for item in value]
+        elif value is not None:
+            rows.append((prefix + name, f"{value:,}" if isinstance(value, int) and name != "version" else str(value)))
+    return rows
+
+
+@index_app.command("compact")
+@handle_errors
+def compact(index: Where, json: Json = False) -> None:
+    """Merge segments and drop deleted rows."""
+    from intaglio.search import Index
+
+    with Index.open(index) as opened, progress_bar() as progress:
+        result = opened.compact(progress)
+    if json:
+        print_json({"index": str(index), **result})
+        return
+    print_out(
+        f"{index}: {result['segments_before']} segments became {result['segments']}, "
+        f"{result['bytes_before'] / 1e6:,.1f} MB became {result['bytes'] / 1e6:,.1f} MB"
+    )
+
+
+@handle_errors
+def search(
+    index: Where,
+    query: Annotated[str | None, typer.Argument(help="The words to search for; - reads them from stdin.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Maximum number of results.")] = 10,
+    filter_: Filter = None,
+    mode: Annotated[str | None, typer.Option(help="(hybrid) Use only this retriever: bm25, dense or sparse.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show the terms and retrievers that contribute to each score.")
+    ] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve a search page on 127.0.0.1.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="(--serve) Port; 0 takes a free one.")] = 8642,
+    encoder: Encoder = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Search an index, on the command line or with --serve on a local page."""
+    if serve == (query is not None) or (serve and json):
+        raise IntaglioError("search takes a query, or --serve without a query and without --json")
+    from intaglio.search import Index
+
+    if serve:
+        from intaglio.search.serve import serve as run
+
+        run(index, port=port, encoder=encoder, device=device, ready=lambda url: print_out(f"{url} (Ctrl+C stops it)"))
+        return
+    words = read_stdin().strip() if query == "-" else query or ""
+    with Index.open(index, encoder=encoder, device=device) as opened:
+        start = time.perf_counter()
+        hits = opened.search(words, k, filters=filter_ or None, explain=explain, mode=mode)  # type: ignore[arg-type]
+        milliseconds = 1000 * (time.perf_counter() - start)
+        damaged = opened.damaged
+    for sentence in damaged:
+        print_err(f"warning: {printable(sentence)}")
+    if json:
+        print_json(
+            {
+                "index": str(index),
+                "query": words,
+                "milliseconds": milliseconds,
+                "damaged": damaged,
+                "hits": [vars(hit) for hit in hits],
+            }
+        )
+        return
+    if not hits:
+        print_err("no document matches")
+    for hit in hits:
+        _print_hit(hit)
+
+
+def _print_hit(hit: Hit) -> None:
+    from intaglio.search.snippets import snippet
+
+    title = f"  {printable(hit.title)}" if hit.title and hit.title != hit.id else ""
+    head = Text(f"{hit.rank:>2}. ").append(printable(hit.id), style="bold")
+    out.print(head.append(f"{title}  {hit.score:.4g}", style="dim"), soft_wrap=True)
+    text = Text("    ")
+    for piece, marked in snippet(hit.text, hit.spans, 200):
+        text.append(printable(_BLANKS.sub(" ", piece)), style="bold green" if marked else "")
+    out.print(text, soft_wrap=True)
+    if hit.terms:
+        terms = ", ".join(f"{printable(term)} {weight:.2f}" for term, weight in list(hit.terms.items())[:12])
+        print_out(f"    terms: {terms}")
+    for name, part in hit.parts.items() if len(hit.parts) > 1 else ():
+        print_out(f"    {name}: rank {part['rank']:.0f}, score {part['score']:.4g}")
+
+
+@handle_errors
+def evaluate(
+    indexes: Annotated[list[Path], typer.Argument(metavar="INDEX...", help="Directories of one or more indexes.")],
+    qrels: Annotated[
+        Path | None, typer.Option(help="Relevance judgements in TREC format: query-id 0 document-id grade.")
+    ] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="(--qrels) Queries: .jsonl with id and text, or lines of id, tab, text.")
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Queries with their documents' ids: .jsonl or .csv with query and document.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Results for each query.")] = 100,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write a report with plots to this HTML file.")
+    ] = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Measure retrieval on judged queries: nDCG, MRR, recall, latency and bytes, for one or more indexes."""
+    from intaglio import atomic_io
+    from intaglio.search.evaluate import evaluate as run
+    from intaglio.search.evaluate import read_pairs, read_qrels, report_page, table
+
+    if (pairs is None) == (qrels is None) or (qrels is None) != (queries is None):
+        raise IntaglioError("evaluate takes --pairs FILE, or --qrels FILE with --queries FILE")
+    judged = read_pairs(pairs) if pairs is not None else read_qrels(qrels, queries)  # type: ignore[arg-type]
+    with progress_bar() as progress:
+        results = [run(index, judged, k, device=device, progress=progress) for index in indexes]
+    if output is not None:
+        atomic_io.write_text(output, report_page(results))
+    if json:
+        print_json(results)
+        return
+    out.print(table(results))
+    if output is not None:
+        print_out(f"report: {output}")

@@ -1,0 +1,341 @@
+"""Text encoders of the index, and the fingerprint of their embedding space.
+
+Dimension letters: B batch, L sequence, D width, V vocabulary, N texts, P nonzero weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from intaglio.errors import IntaglioError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Pooling = Literal["mean", "cls", "last", "splade"]
+POOLINGS = ("mean", "cls", "last", "splade")
+_BATCH_TOKENS = {"splade": 2048}
+"""Most tokens of a batch: a token of SPLADE has a logit for each word of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class SparseVectors:
+    """Sparse vectors in rows (CSR).
+
+    Args:
+        ptr: start of each row, int64 [N + 1].
+        terms: term ids, int64 [P].
+        weights: positive weights, float32 [P].
+    """
+
+    ptr: NDArray[np.int64]
+    terms: NDArray[np.int64]
+    weights: NDArray[np.float32]
+
+    def rows(self) -> Iterator[dict[int, float]]:
+        """Yield each vector as weights by term id."""
+        for start, stop in zip(self.ptr[:-1], self.ptr[1:], strict=True):
+            yield dict(zip(self.terms[start:stop].tolist(), self.weights[start:stop].tolist(), strict=True))
+
+
+class TextEncoder(Protocol):
+    """What an index needs of an encoder; `CheckpointEncoder` is the usual one.
+
+    Attributes:
+        name: as the user wrote it.
+        kind: "dense" or "sparse".
+        dimensions: width of a vector, or size of the vocabulary.
+        max_tokens: the context; longer documents are cut, longer queries refused.
+    """
+
+    name: str
+    kind: Literal["dense", "sparse"]
+    dimensions: int
+    max_tokens: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options that the vectors depend on (pooling, prompts), as JSON values."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of weights, tokenizer and settings: equal for the same embedding space only."""
+        ...
+
+    def count_tokens(self, texts: Sequence[str], query: bool = False) -> list[int]:
+        """Return the tokens of each text, with special tokens and the prompt."""
+        ...
+
+    def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32] | SparseVectors:
+        """Return the vectors [N, D] or sparse vectors of queries."""
+        ...
+
+    def encode_documents(self, texts: Sequence[str]) -> NDArray[np.float32] | SparseVectors:
+        """Return the vectors [N, D] or sparse vectors of documents."""
+        ...
+
+    def term(self, term: int) -> str:
+        """Return the word of a term id (sparse only)."""
+        ...
+
+
+class CheckpointEncoder:
+    """Pooled hidden states of any text checkpoint, or SPLADE weights of a masked language model.
+
+        dense:  e = pool(h_1 .. h_L) / |pool(h_1 .. h_L)|
+        splade: w_v = log(1 + max_l relu(logit_lv))                    (Formal et al., arXiv 2109.10086)
+
+    Args:
+        checkpoint: the model with its tokenizer.
+        name: as the user wrote it.
+        pooling: "mean", "cls", "last" or "splade". Default: that of the checkpoint's sentence-transformers files; else
+            "last" for a causal model and "mean" for others.
+        query_prompt: text before every query. Default "".
+        document_prompt: text before every document. Default "".
+        batch_size: most texts of a batch. Default 32.
+
+    Raises:
+        IntaglioError: no tokenizer, an unknown pooling, or SPLADE without a masked-language-model head.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Any,
+        name: str,
+        pooling: Pooling | None = None,
+        query_prompt: str = "",
+        document_prompt: str = "",
+        batch_size: int = 32,
+    ) -> None:
+        if checkpoint.tokenizer is None:
+            raise IntaglioError(f"the encoder {name!r} has no tokenizer")
+        pooling = pooling or _own_pooling(checkpoint, name)
+        if pooling not in POOLINGS:
+            raise IntaglioError(f"pooling is {pooling!r}; accepted: {', '.join(POOLINGS)}")
+        if pooling == "splade" and not type(checkpoint.model).__name__.endswith("ForMaskedLM"):
+            raise IntaglioError(f"the encoder {name!r} has no masked-language-model head, which splade pooling needs")
+        self.name, self.pooling, self.batch_size = name, pooling, batch_size
+        self.kind: Literal["dense", "sparse"] = "sparse" if pooling == "splade" else "dense"
+        self.query_prompt, self.document_prompt = query_prompt, document_prompt
+        self._checkpoint = checkpoint
+        tokenizer = checkpoint.tokenizer
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        tokenizer.padding_side = "right"
+        own = json.loads(checkpoint.companions.get("sentence_bert_config.json", b"{}")).get("max_seq_length")
+        self.max_tokens = min(own or 1 << 30, checkpoint.context, 8192)
+        self.dimensions = checkpoint.vocabulary if self.kind == "sparse" else int(checkpoint.config.hidden_size)
+        self._fingerprint = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The pooling, the prompts and the context."""
+        return {
+            "pooling": self.pooling,
+            "query_prompt": self.query_prompt,
+            "document_prompt": self.document_prompt,
+            "max_tokens": self.max_tokens,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights' fingerprint, the tokenizer and the settings."""
+        if not self._fingerprint:
+            from intaglio.checkpoint.fingerprint import fingerprint
+
+            backend = getattr(self._checkpoint.tokenizer, "backend_tokenizer", None)
+            # The padding and truncation of the last call are in the tokenizer's JSON.
+            parts = json.loads(backend.to_str()) if backend else {"vocab": self._checkpoint.tokenizer.get_vocab()}
+            parts = {key: value for key, value in parts.items() if key not in ("padding", "truncation")}
+            content = json.dumps([fingerprint(self._checkpoint.model), parts, self.settings], sort_keys=True)
+            self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
+        return self._fingerprint
+
+    def count_tokens(self, texts: Sequence[str], query: bool = False) -> list[int]:
+        """Return the tokens of each text, with special tokens and the prompt."""
+        prompt = self.query_prompt if query else self.document_prompt
+        return list(map(len, self._checkpoint.tokenizer([prompt + text for text in texts], verbose=False)["input_ids"]))
+
+    def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32] | SparseVectors:
+        """Encode queries."""
+        return self._encode([self.query_prompt + text for text in texts])
+
+    def encode_documents(self, texts: Sequence[str]) -> NDArray[np.float32] | SparseVectors:
+        """Encode documents."""
+        return self._encode([self.document_prompt + text for text in texts])
+
+    def term(self, term: int) -> str:
+        """Return the token of a term id."""
+        return str(self._checkpoint.tokenizer.convert_ids_to_tokens(term))
+
+    def _encode(self, texts: Sequence[str]) -> NDArray[np.float32] | SparseVectors:
+        import torch
+
+        encode = self._splade if self.kind == "sparse" else self._dense
+        rows: list[Any] = [None] * len(texts)
+        with torch.inference_mode():
+            for batch in self._batches(texts):
+                tokens = self._checkpoint.tokenizer(
+                    [texts[i] for i in batch],
+                    padding=True,
+                    truncation=True,
+                    max_length=self.max_tokens,
+                    return_tensors="pt",
+                ).to(self._checkpoint.device)
+                for i, row in zip(batch, encode(tokens), strict=True):
+                    rows[i] = row
+        if self.kind == "dense":
+            return np.stack(rows) if rows else np.empty((0, self.dimensions), np.float32)
+        ptr = np.concatenate([[0], np.cumsum([len(terms) for terms, _ in rows])]).astype(np.int64)
+        terms = [terms for terms, _ in rows] or [np.empty(0, np.int64)]
+        return SparseVectors(
+            ptr, np.concatenate(terms), np.concatenate([w for _, w in rows] or [np.empty(0, np.float32)])
+        )
+
+    def _batches(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Yield the indices of batches of about the same length."""
+        most = _BATCH_TOKENS.get(self.pooling, 8192)
+        batch: list[int] = []
+        lengths = self.count_tokens(texts) if len(texts) > 1 else [0] * len(texts)
+        for i in sorted(range(len(texts)), key=lengths.__getitem__):
+            if batch and (len(batch) >= self.batch_size or min(lengths[i], self.max_tokens) * (len(batch) + 1) > most):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _dense(self, tokens: Any) -> NDArray[np.float32]:
+        from torch.nn.functional import normalize
+
+        from intaglio.measures.embeddings import pool
+        from intaglio.modeling.anatomy import anatomy, final_hidden
+
+        hidden_BLD = final_hidden(anatomy(self._checkpoint.model), tokens)
+        pooled_BD = pool(hidden_BLD, tokens["attention_mask"].bool(), self.pooling)  # type: ignore[arg-type]
+        result: NDArray[np.float32] = normalize(pooled_BD, dim=-1).cpu().numpy()
+        return result
+
+    def _splade(self, tokens: Any) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        logits_BLV = self._checkpoint.model(**tokens).logits.float()
+        logits_BLV.masked_fill_(~tokens["attention_mask"].bool()[..., None], 0)
+        for row_V in logits_BLV.amax(1).relu_().log1p_().cpu().numpy():
+            terms = np.flatnonzero(row_V)
+            yield terms, row_V[terms]
+
+
+def _own_pooling(checkpoint: Any, name: str) -> Pooling:
+    """Return the pooling of the sentence-transformers files, or the default for the model's class."""
+    modules = json.loads(checkpoint.companions.get("modules.json", b"[]"))
+    for module in modules:
+        if str(module.get("type", "")).endswith("SpladePooling"):
+            return "splade"
+        if str(module.get("type", "")).endswith("Pooling"):
+            config = json.loads(checkpoint.companions.get(f"{module['path']}/config.json", b"{}"))
+            known = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
+            used = [how for key, how in known.items() if config.get(f"pooling_mode_{key}")]
+            if len(used) != 1:
+                raise IntaglioError(f"the pooling of {name!r} is not supported; choose pooling: {', '.join(POOLINGS)}")
+            return used[0]  # type: ignore[return-value]
+    if name == "splade-tiny":
+        return "splade"
+    return "last" if type(checkpoint.model).__name__.endswith("ForCausalLM") else "mean"
+
+
+def load_encoder(
+    name: str | os.PathLike[str],
+    *,
+    pooling: Pooling | None = None,
+    query_prompt: str = "",
+    document_prompt: str = "",
+    device: str | None = None,
+    batch_size: int = 32,
+) -> CheckpointEncoder:
+    """Load an encoder.
+
+    Args:
+        name: a bundled name (`minilm`, `splade-tiny`), a checkpoint directory, or a hub id.
+        pooling: see `CheckpointEncoder`.
+        query_prompt: text before every query. Default "".
+        document_prompt: text before every document. Default "".
+        device: device of the model. Default: the CPU.
+        batch_size: most texts of a batch. Default 32.
+
+    Raises:
+        IntaglioError: the checkpoint cannot be loaded or encodes no text.
+    """
+    from intaglio.checkpoint import load
+
+    return CheckpointEncoder(
+        load(name, device=device), os.fspath(name), pooling, query_prompt, document_prompt, batch_size
+    )
+
+
+def resolve_encoder(encoder: str | os.PathLike[str] | TextEncoder, options: Mapping[str, Any]) -> TextEncoder:
+    """Load an encoder by name; a directory's path is made absolute."""
+    if not isinstance(encoder, (str, os.PathLike)):
+        if options:
+            raise IntaglioError("the options of an encoder are given with its name, not with an object")
+        return encoder
+    name = os.fspath(encoder)
+    return load_encoder(os.path.abspath(name) if os.path.isdir(name) else name, **options)
+
+
+def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
+    """Return what the index records of an encoder."""
+    return {
+        "name": encoder.name,
+        "kind": encoder.kind,
+        "dimensions": encoder.dimensions,
+        "fingerprint": encoder.fingerprint,
+        **encoder.settings,
+    }
+
+
+def check_space(
+    path: str | os.PathLike[str],
+    recorded: Mapping[str, Any],
+    encoder: str | os.PathLike[str] | TextEncoder | None,
+    device: str | None = None,
+) -> TextEncoder:
+    """Return an index's encoder (by default the recorded one); that of another space is refused."""
+    if encoder is None or isinstance(encoder, (str, os.PathLike)):
+        options = {name: recorded[name] for name in ("pooling", "query_prompt", "document_prompt") if name in recorded}
+        encoder = resolve_encoder(encoder or recorded["name"], {**options, "device": device})
+    if encoder.fingerprint != recorded["fingerprint"]:
+        known, given = describe_setting(recorded), describe_setting(describe_encoder(encoder))
+        raise IntaglioError(
+            f"the index {path} holds vectors of {known}, not of {given}; vectors of two spaces are never mixed: give"
+            " the same encoder, or build another index"
+        )
+    return encoder
+
+
+def describe_setting(value: Any) -> str:
+    """Return a setting of an index as words of a sentence."""
+    if not isinstance(value, dict):
+        return str(value)
+    if "fingerprint" in value:
+        kind = f"{value['pooling']} pooling, " if "pooling" in value else ""
+        return f"{value['name']} ({value['kind']}, {kind}{value['dimensions']} dimensions, {value['fingerprint'][:12]})"
+    return ", ".join(f"{name} {item}" for name, item in value.items())
+
+
+__all__ = [
+    "CheckpointEncoder",
+    "SparseVectors",
+    "TextEncoder",
+    "check_space",
+    "describe_encoder",
+    "describe_setting",
+    "load_encoder",
+    "resolve_encoder",
+]

@@ -1,0 +1,268 @@
+"""Retrieval metrics of indexes on judged queries: nDCG, MRR and recall by ir-measures, latency, and bytes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from intaglio.errors import IntaglioError, first_line, shorten
+from intaglio.report import svg
+from intaglio.report.html import evaluation_page
+from intaglio.search.index import Index
+
+METRICS = ("nDCG@10", "RR@10", "R@10", "R@100")
+"""Names of ir-measures; RR is the reciprocal rank, whose mean is the MRR."""
+_SHOWN = ("nDCG@10", "MRR@10", "R@10", "R@100")
+_COLUMNS = ("query", "document")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Queries with relevance judgements.
+
+    Args:
+        queries: text by query id.
+        relevant: grade by document id, by query id; a grade of 0 is "not relevant".
+    """
+
+    queries: dict[str, str]
+    relevant: dict[str, dict[str, int]]
+
+
+def read_pairs(path: str | os.PathLike[str]) -> Judged:
+    """Read queries with the ids of their documents: JSON lines or a CSV with `query` and `document`.
+
+    A `document` of JSON may be a list of ids; equal queries are one query with several documents.
+
+    Raises:
+        IntaglioError: a line is malformed, or there is none.
+    """
+    judged = Judged({}, {})
+    ids: dict[str, str] = {}
+    for number, row in _rows(Path(path)):
+        query, documents = (row.get(column) for column in _COLUMNS)
+        documents = [documents] if isinstance(documents, (str, int)) else documents
+        if not (isinstance(query, str) and query.strip() and isinstance(documents, list) and documents):
+            raise IntaglioError(f"{path}, line {number}: a query and the id of its document are expected")
+        id = ids.setdefault(query, str(len(ids)))
+        judged.queries[id] = query
+        judged.relevant.setdefault(id, {}).update({str(document): 1 for document in documents})
+    return _checked(judged, path)
+
+
+def read_qrels(qrels: str | os.PathLike[str], queries: str | os.PathLike[str]) -> Judged:
+    """Read relevance judgements in TREC format (query id, an ignored field, document id, grade) and their queries.
+
+    Queries are JSON lines with `id` (or `_id`) and `text`, or lines of id, tab and text. Only judged queries are kept.
+
+    Raises:
+        IntaglioError: a line is malformed, or a judged query has no text.
+    """
+    relevant: dict[str, dict[str, int]] = {}
+    for number, line in _lines(Path(qrels)):
+        parts = line.split()
+        if len(parts) != 4 or not parts[3].lstrip("-").isdecimal():
+            raise IntaglioError(
+                f"{qrels}, line {number}: {shorten(line)!r} is not a judgement; accepted: query-id 0 document-id grade"
+            )
+        relevant.setdefault(parts[0], {})[parts[2]] = int(parts[3])
+    texts: dict[str, str] = {}
+    if Path(queries).suffix == ".jsonl":
+        for number, row in _rows(Path(queries)):
+            id, text = row.get("id", row.get("_id")), row.get("text")
+            if id is None or not isinstance(text, str):
+                raise IntaglioError(f"{queries}, line {number}: a query has an id and a text")
+            texts[str(id)] = text
+    else:
+        for number, line in _lines(Path(queries)):
+            id, tab, text = line.partition("\t")
+            if not (tab and text.strip()):
+                raise IntaglioError(f"{queries}, line {number}: accepted is an id, a tab and the query")
+            texts[id] = text.strip()
+    missing = next((id for id in relevant if id not in texts), None)
+    if missing is not None:
+        raise IntaglioError(f"{queries} has no query {missing!r}, which {qrels} judges")
+    return _checked(Judged({id: texts[id] for id in relevant}, relevant), qrels)
+
+
+def _checked(judged: Judged, path: str | os.PathLike[str]) -> Judged:
+    if not any(grade > 0 for grades in judged.relevant.values() for grade in grades.values()):
+        raise IntaglioError(f"{path} names no relevant document")
+    return judged
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, with their numbers."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise IntaglioError(f"{path} is not UTF-8 text") from error
+    except OSError as error:
+        raise IntaglioError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield the records of JSON lines or of a CSV with a header, with their line numbers."""
+    lines = _lines(path)
+    if path.suffix == ".csv":
+        reader = csv.DictReader(line for _, line in lines)
+        if not set(_COLUMNS) <= set(reader.fieldnames or ()):
+            raise IntaglioError(
+                f"{path} has the columns {', '.join(reader.fieldnames or ())}; query, document expected"
+            )
+        yield from ((reader.line_num, row) for row in reader)
+        return
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise IntaglioError(f"{path}, line {number} is not JSON: {first_line(error)}") from error
+        if not isinstance(row, dict):
+            raise IntaglioError(f"{path}, line {number} is not a JSON object")
+        yield number, row
+
+
+def evaluate(
+    index: str | os.PathLike[str] | Index,
+    judged: Judged,
+    k: int = 100,
+    *,
+    device: str | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure an index on judged queries, each searched alone.
+
+    A judged document that is not in the index counts as not retrieved.
+
+    Args:
+        index: a directory, or an open index.
+        judged: queries and relevant documents.
+        k: results for each query. Default 100.
+        device: of the encoder. Default: the CPU.
+        progress: called with (done, total, what).
+
+    Returns:
+        {"index", "kind", "encoder", "documents", "queries", "missing", metrics by name, "milliseconds" (median),
+        "milliseconds_95" (95th percentile), "bytes", "bytes_text"}; latency includes encoding the query.
+
+    Raises:
+        IntaglioError: ir-measures is not installed, or the index cannot be searched.
+    """
+    try:
+        import ir_measures
+    except ImportError as error:
+        raise IntaglioError(
+            "evaluation needs the package ir-measures; run `pip install 'intaglio[search]'` first"
+        ) from error
+    if not isinstance(index, Index):
+        with Index.open(index, device=device) as opened:
+            return evaluate(opened, judged, k, progress=progress)
+    name = index.path.name
+    index.search(next(iter(judged.queries.values())), k)  # loads the encoder and compiles the kernels
+    retrieved: dict[str, dict[str, float]] = {}
+    seconds = []
+    for done, (id, query) in enumerate(judged.queries.items(), start=1):
+        start = time.perf_counter()
+        hits = index.search(query, k)
+        seconds.append(time.perf_counter() - start)
+        # Ranks, because metrics sort by score and would break ties by id.
+        retrieved[id] = {hit.id: float(-hit.rank) for hit in hits}
+        if progress is not None:
+            progress(done, len(judged.queries), f"evaluate: {name}")
+    measures = [ir_measures.parse_measure(metric) for metric in METRICS]
+    # A query without a hit has no line in the run, and counts as 0.
+    sums = dict.fromkeys(METRICS, 0.0)
+    for value in ir_measures.iter_calc(measures, judged.relevant, retrieved):
+        sums[str(value.measure)] += value.value
+    info = index.info()
+    ids = {id for grades in judged.relevant.values() for id, grade in grades.items() if grade > 0}
+    return {
+        "index": name,
+        "kind": info["kind"],
+        "encoder": info["encoder"] and info["encoder"]["name"],
+        "documents": info["documents"],
+        "queries": len(judged.queries),
+        "missing": sum(index.get(id) is None for id in ids),
+        **{metric: sums[metric] / len(judged.queries) for metric in METRICS},
+        "milliseconds": 1000 * statistics.median(seconds),
+        "milliseconds_95": 1000 * sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1],
+        "bytes": info["bytes"]["total"],
+        "bytes_text": info["bytes"]["text"],
+    }
+
+
+def cells(result: Mapping[str, Any]) -> list[str]:
+    """Return a result as formatted cells; see `HEADINGS`."""
+    return [
+        result["index"],
+        result["kind"] + (f", {result['encoder']}" if result["encoder"] else ""),
+        *(f"{result[metric]:.3f}" for metric in METRICS),
+        f"{result['milliseconds']:.1f}",
+        f"{result['milliseconds_95']:.1f}",
+        f"{result['bytes'] / 1e6:,.1f}",
+        f"{result['bytes'] / max(1, result['bytes_text']):.2f}",
+    ]
+
+
+HEADINGS = ("index", "kind", *_SHOWN, "ms", "95 %", "MB", "of text")
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Return results as a table for the terminal."""
+    made = Table("index", box=SIMPLE_HEAD, title=_title(results), caption=_caption(results))
+    for heading in HEADINGS[2:]:
+        made.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        name, _, *numbers = cells(result)
+        made.add_row(Text(name), *numbers)
+    return made
+
+
+def _title(results: Sequence[Mapping[str, Any]]) -> str:
+    return f"{results[0]['queries']:,} queries, {max(result['documents'] for result in results):,} documents"
+
+
+def _caption(results: Sequence[Mapping[str, Any]]) -> str:
+    missing = max(result["missing"] for result in results)
+    words = (
+        "R: recall; ms: median time of a query with its encoding, and 95th percentile; of text: size over the text's"
+    )
+    return f"{words}. {missing:,} relevant documents are not in an index." if missing else words
+
+
+def plots(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return SVG scatter plots of nDCG@10 against milliseconds and against bytes."""
+    axes = (
+        ("milliseconds", "Quality against time", "milliseconds a query, log scale", 1.0),
+        ("bytes", "Quality against size", "megabytes of the index, log scale", 1e6),
+    )
+    pictures = []
+    for key, title, axis, unit in axes:
+        points = [svg.Point(result["index"], result[key] / unit, result["nDCG@10"]) for result in results]
+        words = "; ".join(f"{p.label}: nDCG@10 {p.y:.3f} at {p.x:,.3g}" for p in points) + "."
+        pictures.append(svg.scatter(title, words, points, x_axis=axis, y_axis="nDCG@10"))
+    return pictures
+
+
+def report_page(
+    results: Sequence[Mapping[str, Any]], examples: Sequence[tuple[str, Mapping[str, Sequence[str]]]] = ()
+) -> str:
+    """Return results as a self-contained HTML page with the table, the plots and example queries."""
+    rows = [cells(result) for result in results]
+    title = "Retrieval quality and cost"
+    return evaluation_page(title, _title(results), HEADINGS, rows, plots(results), _caption(results), examples)
