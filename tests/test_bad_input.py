@@ -314,7 +314,10 @@ def test_an_unsupported_family(family: str, recipe: Write, tmp_path: Path, corpu
         ("", "the model's name is empty; accepted: a bundled name, a directory, a hub id (user/name)"),
         ("./none", "the model './none' does not exist: no such directory"),
         ("/none/at/all", "the model '/none/at/all' does not exist: no such directory"),
-        ("smolm", "the model 'smolm' is no directory and no bundled name (smollm2, minilm, splade-tiny); a hub id is user/name"),
+        (
+            "smolm",
+            "the model 'smolm' is no directory and no bundled name (smollm2, minilm, splade-tiny); a hub id is user/name",
+        ),
         ("user/none", "the model 'user/none' is no directory here and cannot be had from the hub"),
         ("user/none@v1", "the model 'user/none@v1' is no directory here and cannot be had from the hub"),
         ("user/none@", "the model 'user/none@' names no revision after its @; accepted: user/name@revision"),

@@ -22,7 +22,7 @@ from torch.nn.utils import prune as torch_prune
 
 from intaglio.measures.memory import peak_memory
 from intaglio.methods.weights.bip import MaskedModel
-from intaglio.methods.weights.bip.scored import score_gradients
+from intaglio.methods.weights.bip.masked_model import score_gradients
 
 SIDES = ("ours", "ours-bip", "torch")
 SIZES: dict[str, dict[str, int]] = {

@@ -52,7 +52,8 @@ class Evaluator:
             token_sparsity, chunk_sparsity, bytes, parameters, prefill_tokens_per_s, decode_tokens_per_s,
             peak_memory_bytes, tokens`, ready for JSON. Token and chunk sparsity are for models with sparse
             units (`activation_sparsity`). Peak memory is that of the evaluation: a forward pass over a batch of
-            held-out text, and the timing. `tokens` is a digest of the token ids: two sides that differ in it were measured on different tokens.
+            held-out text, and the timing. `tokens` is a digest of the token ids: two sides that differ in it
+            were measured on different tokens.
         """
         data = held_out or self.held_out
         zeros = count_zeros(checkpoint)

@@ -23,8 +23,8 @@ from intaglio.methods.attention.layerwise_unmasking import (
     search,
     unlocked_layers,
 )
-from intaglio.methods.attention.layerwise_unmasking.adapt import adapt
 from intaglio.methods.attention.layerwise_unmasking.search import DONE, Trial, best_of
+from intaglio.methods.attention.layerwise_unmasking.tapt import adapt
 from intaglio.modeling.anatomy import anatomy, blocks
 from intaglio.modeling.token_classifier import to_classifier
 from intaglio.trainer import train

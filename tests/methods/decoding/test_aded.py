@@ -24,7 +24,7 @@ from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
 from intaglio.methods.decoding.aded import ADED, ADEDRow, ADEDSession, Table
-from intaglio.methods.decoding.aded.memory import AdaptiveTable
+from intaglio.methods.decoding.aded.adaptive_table import AdaptiveTable
 from intaglio.methods.decoding.aded.search import (
     best_first,
     full,

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.methods.decoding.chimera import Chimera
-from intaglio.methods.decoding.chimera.drafting import (
+from intaglio.methods.decoding.chimera.model import (
     BranchEncoder,
     ChimeraModel,
     branch_visible,

@@ -23,10 +23,10 @@ from transformers.generation.streamers import TextStreamer
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.cli.settings import check_settings
 from intaglio.errors import IntaglioError
-from intaglio.methods.decoding.dyspec import AcceptanceTable, DySpec, growth
-from intaglio.methods.decoding.dyspec.acceptance import BINS, EDGES, Acceptance, count_acceptance
-from intaglio.methods.decoding.dyspec.growth import TreeGrower
+from intaglio.methods.decoding.dyspec import AcceptanceTable, DySpec, tree_growth
+from intaglio.methods.decoding.dyspec.calibration import BINS, EDGES, Acceptance, count_acceptance
 from intaglio.methods.decoding.dyspec.residual import Residual
+from intaglio.methods.decoding.dyspec.tree_growth import TreeGrower
 from intaglio.speculative import Speculative, Step, TokenTree
 from intaglio.speculative.drafters import NGramStore
 from intaglio.speculative.drafters.dynamic_tree import PartialTree
@@ -136,7 +136,7 @@ def test_draws_without_replacement_have_their_law() -> None:
 
 
 def test_the_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth, "Residual", likeliest)
+    monkeypatch.setattr(tree_growth, "Residual", likeliest)
     law = torch.tensor([0.6, 0.3, 0.1])
     four = grower(4)
     tree, order = grow(four, lambda token: law, root=2)
@@ -155,7 +155,7 @@ def algorithm_1(laws: Laws, nodes: int, depth: int, drawn: bool) -> list[tuple[i
         worth = value if drawn else value * left.peek()[1]  # type: ignore[index]
         return (-worth, next(ages), value, path, left)
 
-    heap = [entry(1.0, (), growth.Residual(laws(0), drawn, None))]
+    heap = [entry(1.0, (), tree_growth.Residual(laws(0), drawn, None))]
     while heap and len(found) < nodes:
         _, _, value, path, left = heapq.heappop(heap)
         token, share = left.take()
@@ -163,7 +163,7 @@ def algorithm_1(laws: Laws, nodes: int, depth: int, drawn: bool) -> list[tuple[i
         if value * (1 - share) > 0 and left.peek() is not None:
             heapq.heappush(heap, entry(value * (1 - share), path, left))
         if len(path) + 1 < depth and value * share > 0:
-            below = growth.Residual(laws(token), drawn, None)
+            below = tree_growth.Residual(laws(token), drawn, None)
             heapq.heappush(heap, entry(value * share, (*path, token), below))
     return found
 
@@ -174,7 +174,7 @@ def algorithm_1(laws: Laws, nodes: int, depth: int, drawn: bool) -> list[tuple[i
 def test_level_by_level_gives_the_heaps_tree(drawn: bool, seed: int, nodes: int, depth: int, scale: float) -> None:
     laws = markov(seed, scale, 12)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growth, "Residual", by_law)
+        patch.setattr(tree_growth, "Residual", by_law)
         expected = algorithm_1(laws, nodes, depth, drawn)
         tree, _ = grow(grower(nodes, depth, drawn), laws)
     found = paths(tree)
@@ -219,7 +219,7 @@ def test_values_telescope_and_never_grow(seed: int, nodes: int) -> None:
 def test_the_threshold_at_the_last_value_gives_the_same_tree(seed: int, nodes: int, drawn: bool) -> None:
     laws = markov(seed, 1.5, 12)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growth, "Residual", by_law)
+        patch.setattr(tree_growth, "Residual", by_law)
         heap = grower(nodes, drawn=drawn)
         expected, order = grow(heap, laws)
         last = heap.slots[order[-1]]
@@ -231,7 +231,7 @@ def test_the_threshold_at_the_last_value_gives_the_same_tree(seed: int, nodes: i
 def test_a_cap_stops_a_level_by_values() -> None:
     law = torch.tensor([0.4, 0.3, 0.2, 0.1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(growth, "Residual", likeliest)
+        patch.setattr(tree_growth, "Residual", likeliest)
         tree, _ = grow(grower(3), lambda token: law, least=0.01)
         # Slots 1, .6, .3 of the root, and no node of a second level.
         assert paths(tree) == [(0,), (1,), (2,)]

@@ -12,13 +12,13 @@ from transformers.cache_utils import DynamicCache
 
 from intaglio.errors import IntaglioError
 from intaglio.methods.decoding.hidden_transfer import HiddenTransfer
-from intaglio.methods.decoding.hidden_transfer.passing import deepest_path, run_with_pseudo_states
-from intaglio.methods.decoding.hidden_transfer.transfer import (
+from intaglio.methods.decoding.hidden_transfer.heads import (
     TransferHeads,
     default_layers,
     pseudo_visible,
     record_states,
 )
+from intaglio.methods.decoding.hidden_transfer.session import deepest_path, run_with_pseudo_states
 from intaglio.modeling.anatomy import HeadOnly, after_blocks, anatomy
 from intaglio.speculative.heads.objective import freeze, head_batch
 from intaglio.speculative.target_model import Reader, stack

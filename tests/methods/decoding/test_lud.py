@@ -21,10 +21,10 @@ from transformers.generation.streamers import TextStreamer
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.checkpoint.from_scratch import new
 from intaglio.errors import IntaglioError
-from intaglio.methods.decoding.lud import CAP, LUD, NOTE, TOKEN, reconfiguration
-from intaglio.methods.decoding.lud.accept import RepeatsText, RepetitionGuard, accept_confident, repeats_id
+from intaglio.methods.decoding.lud import CAP, LUD, NOTE, TOKEN, data_layout
+from intaglio.methods.decoding.lud.acceptance import RepeatsText, RepetitionGuard, accept_confident, repeats_id
+from intaglio.methods.decoding.lud.lexical_units import confident, identify, remainders, spans, units, units_of
 from intaglio.methods.decoding.lud.statistics import UnitStatistics
-from intaglio.methods.decoding.lud.units import confident, identify, remainders, spans, units, units_of
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
 from intaglio.speculative import Speculative, Step
@@ -151,9 +151,9 @@ def test_pads_of_a_packed_row_are_those_of_a_row_of_their_own(family: str, imple
     model.set_attn_implementation(implementation)
     some, chosen = rows([4, 13], [9]), [[(2, 3), (7, 10), (12, 14)], [(1, 4)]]
     near = 1e-9 if implementation == "sdpa" else 1e-5  # the eager softmax is of float32
-    batch = reconfiguration.packed(some, chosen, PAD)
+    batch = data_layout.packed(some, chosen, PAD)
     with torch.no_grad():
-        logits = reconfiguration.logits(model, batch)
+        logits = data_layout.logits(model, batch)
         for place, (row, found) in enumerate(zip(some, chosen, strict=True)):
             ids, slot = row["input_ids"], len(row["input_ids"])
             for document, first in zip(ids.split(row["lengths"].tolist()), [0, 4], strict=False):
@@ -173,7 +173,7 @@ def test_both_layouts_have_the_same_loss_and_gradient(family: str) -> None:
     model = target(family)
     some, chosen = rows([4, 13], [9]), [[(2, 3), (7, 10), (12, 14)], []]
     found = []
-    for batch in (reconfiguration.packed(some, chosen, PAD), reconfiguration.truncated(some, chosen, PAD, 3, 128)):
+    for batch in (data_layout.packed(some, chosen, PAD), data_layout.truncated(some, chosen, PAD, 3, 128)):
         loss = LUD(weight=0.7).loss(model, batch | {"unit_length": torch.tensor(1.0)})
         weights = [model.get_input_embeddings().weight, *model.base_model.layers[0].parameters()]
         found.append((loss.parts["next_token"], loss.parts["units"], *torch.autograd.grad(loss.total, weights)))
@@ -184,8 +184,8 @@ def test_both_layouts_have_the_same_loss_and_gradient(family: str) -> None:
 
 def test_who_sees_whom() -> None:
     (row,) = rows([2, 4])
-    batch = reconfiguration.packed([row, *rows([3])], [[(3, 5)], []], PAD)
-    seen = reconfiguration.visible(batch)[0].int().tolist()
+    batch = data_layout.packed([row, *rows([3])], [[(3, 5)], []], PAD)
+    seen = data_layout.visible(batch)[0].int().tolist()
     #                 two documents  PADs of the anchor at 2
     assert seen == [[1, 0, 0, 0, 0, 0, 0, 0],
                     [1, 1, 0, 0, 0, 0, 0, 0],
@@ -202,7 +202,7 @@ def test_who_sees_whom() -> None:
 
 def test_a_truncated_row_ends_with_pads_and_only_the_unit_has_targets() -> None:
     (row,) = rows([2, 6])
-    batch = reconfiguration.truncated([row], [[(4, 5)]], PAD, 3, 128)
+    batch = data_layout.truncated([row], [[(4, 5)]], PAD, 3, 128)
     assert batch["input_ids"][1].tolist() == [*row["input_ids"][2:4].tolist(), PAD, PAD, PAD, 0, 0, 0]
     assert batch["pads"][1].tolist() == [IGNORED, IGNORED, int(row["input_ids"][5])] + [IGNORED] * 5
     assert (batch["target"][1] == IGNORED).all()
@@ -700,7 +700,7 @@ def test_a_stream_is_trained_on_where_units_are_found_on_the_way() -> None:
 @given(st.lists(st.integers(2, 9), min_size=1, max_size=4))
 def test_rows_come_back_from_their_tensors(sizes: list[int]) -> None:
     some = list(packed(({**row, "labels": row["input_ids"]} for row in rows(*([size] for size in sizes))), 12))
-    for row, back in zip(some, reconfiguration.as_rows(reconfiguration.as_tensors(some)), strict=True):
+    for row, back in zip(some, data_layout.as_rows(data_layout.as_tensors(some)), strict=True):
         assert all(torch.equal(row[name], back[name]) for name in ("input_ids", "labels", "lengths"))
 
 

@@ -10,9 +10,9 @@ import torch
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.errors import IntaglioError
 from intaglio.methods.decoding.chimera import Chimera
-from intaglio.methods.decoding.chimera.drafting import ChimeraModel
+from intaglio.methods.decoding.chimera.model import ChimeraModel
 from intaglio.methods.decoding.hidden_transfer import HiddenTransfer
-from intaglio.methods.decoding.hidden_transfer.transfer import TransferHeads
+from intaglio.methods.decoding.hidden_transfer.heads import TransferHeads
 from intaglio.speculative.heads.objective import head_batch
 from tests.causal_lms import tiny_lm
 

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from intaglio.errors import IntaglioError
 from intaglio.methods.weights.bip import BiP, MaskedModel, upper_gradient
-from intaglio.methods.weights.bip.layers import find_layers, find_units
+from intaglio.methods.weights.bip.masked_model import Masked, score_gradients, score_rate
 from intaglio.methods.weights.bip.masks import magnitude_masks, unit_scores
-from intaglio.methods.weights.bip.scored import Masked, score_gradients, score_rate
+from intaglio.methods.weights.bip.prunable_units import find_layers, find_units
 from intaglio.methods.weights.topk import keep_largest
 from intaglio.trainer import Example, KeyedRNG, Loss
 from intaglio.trainer.sparsity_mask import linear_modules

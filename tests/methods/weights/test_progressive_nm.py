@@ -22,14 +22,14 @@ from intaglio.errors import IntaglioError
 from intaglio.methods.objectives.meap import MEAP
 from intaglio.methods.weights.magnitude import Magnitude
 from intaglio.methods.weights.progressive_nm import ProgressiveNM, Schedule, keep_mask
-from intaglio.methods.weights.progressive_nm.parametrization import Part, ProgressiveMask
-from intaglio.methods.weights.progressive_nm.sparsifier import (
+from intaglio.methods.weights.progressive_nm.masked_weights import (
     LAMBDA,
     MaskedWeights,
     PrunedLayer,
     straight_through,
 )
-from intaglio.methods.weights.prunable import prunable_layers
+from intaglio.methods.weights.progressive_nm.parametrization import Part, ProgressiveMask
+from intaglio.methods.weights.prunable_layers import prunable_layers
 from intaglio.methods.weights.sparsity_target import lowest_of_groups, pruned_count
 from intaglio.modeling.anatomy import anatomy
 from intaglio.recipe.schema import Recipe

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from intaglio.methods.decoding.chimera.drafting import ChimeraModel
+from intaglio.methods.decoding.chimera.model import ChimeraModel
 from intaglio.modeling.anatomy import anatomy, final_hidden
 from intaglio.speculative.drafters.medusa import MedusaHeads
 from intaglio.speculative.heads.lm_head import TargetHead

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from intaglio.evidence.designs.classify import Classify, batches
 from intaglio.evidence.testbeds.digits import Images
 from intaglio.methods.weights.bip import MaskedModel
-from intaglio.methods.weights.bip.scored import masked, score_gradients, score_rate
+from intaglio.methods.weights.bip.masked_model import masked, score_gradients, score_rate
 
 ROUND = 0.8
 """The share of the remaining weights that a round of iterative magnitude pruning keeps."""

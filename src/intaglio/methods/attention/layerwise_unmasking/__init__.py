@@ -29,7 +29,7 @@ from pydantic import Field, field_validator, model_validator
 from intaglio.checkpoint import Checkpoint
 from intaglio.masks import Bidirectional, IgnoreSlidingWindow, Rule, get_visibility
 from intaglio.masks.method import keep
-from intaglio.methods.attention.layerwise_unmasking.grid import (
+from intaglio.methods.attention.layerwise_unmasking.configurations import (
     check_bits,
     check_decoder,
     configurations,

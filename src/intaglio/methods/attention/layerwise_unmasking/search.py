@@ -19,7 +19,7 @@ from intaglio.data.token_classification import Place, read_labelled
 from intaglio.errors import IntaglioError
 from intaglio.masks import Rule
 from intaglio.masks.method import keep
-from intaglio.methods.attention.layerwise_unmasking.grid import (
+from intaglio.methods.attention.layerwise_unmasking.configurations import (
     check_decoder,
     configurations,
     group_count,

@@ -21,8 +21,8 @@ from intaglio.checkpoint.attachments import Attachment
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Cost, Progress, Workload, no_progress
-from intaglio.methods.decoding.aded.corpus import count_tokens, make_table, read_corpus
-from intaglio.methods.decoding.aded.memory import AdaptiveTable
+from intaglio.methods.decoding.aded.adaptive_table import AdaptiveTable
+from intaglio.methods.decoding.aded.build import count_tokens, make_table, read_corpus
 from intaglio.methods.decoding.aded.search import (
     best_first,
     full,
@@ -33,7 +33,7 @@ from intaglio.methods.decoding.aded.search import (
     prune_by_cost,
     trim,
 )
-from intaglio.methods.decoding.aded.table import ENTRIES, Table
+from intaglio.methods.decoding.aded.trigram_table import ENTRIES, Table
 from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.decoder_mixin import SpeculativeDecoder, tokenizer_of
 from intaglio.speculative.protocols import DecodingRun, Session, Step

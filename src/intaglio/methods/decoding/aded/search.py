@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Literal
 
-from intaglio.methods.decoding.aded.memory import AdaptiveTable, Successors
+from intaglio.methods.decoding.aded.adaptive_table import AdaptiveTable, Successors
 from intaglio.speculative.tree import TokenTree
 
 Path = tuple[int, ...]

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from intaglio.methods.base import Workload
-from intaglio.methods.decoding.chimera.drafting import ChimeraModel
+from intaglio.methods.decoding.chimera.model import ChimeraModel
 from intaglio.methods.decoding.chimera.session import ChimeraSession
 from intaglio.speculative.heads.base import TrainedHeads, blocks_of
 from intaglio.speculative.heads.candidates import CandidateSampler

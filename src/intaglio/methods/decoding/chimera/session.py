@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from intaglio.methods.decoding.chimera.drafting import ChimeraModel, trigram_at
+from intaglio.methods.decoding.chimera.model import ChimeraModel, trigram_at
 from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative.heads.candidates import CandidateSampler
 from intaglio.speculative.heads.lm_head import TargetHead

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
-from intaglio.methods.decoding.dyspec.acceptance import Acceptance, AcceptanceTable, count_acceptance
-from intaglio.methods.decoding.dyspec.growth import TreeGrower
+from intaglio.methods.decoding.dyspec.calibration import Acceptance, AcceptanceTable, count_acceptance
 from intaglio.methods.decoding.dyspec.residual import Residual
+from intaglio.methods.decoding.dyspec.tree_growth import TreeGrower
 from intaglio.speculative._utils import context_length, vocabulary_size
 from intaglio.speculative.decoder_mixin import SpeculativeDecoder, tokenizer_of
 from intaglio.speculative.drafters.draft_model import open_draft

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Workload
-from intaglio.methods.decoding.hidden_transfer.passing import HiddenTransferSession
-from intaglio.methods.decoding.hidden_transfer.transfer import TransferHeads, check_layers, default_layers
+from intaglio.methods.decoding.hidden_transfer.heads import TransferHeads, check_layers, default_layers
+from intaglio.methods.decoding.hidden_transfer.session import HiddenTransferSession
 from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative.heads.base import TrainedHeads, blocks_of
 from intaglio.speculative.heads.candidates import CandidateSampler

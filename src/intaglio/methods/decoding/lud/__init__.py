@@ -25,11 +25,11 @@ from transformers import PreTrainedTokenizerBase
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Capability, ModelAspect
-from intaglio.methods.decoding.lud import reconfiguration
-from intaglio.methods.decoding.lud.accept import RepeatsText, RepetitionGuard, repeats_id
+from intaglio.methods.decoding.lud import data_layout
+from intaglio.methods.decoding.lud.acceptance import RepeatsText, RepetitionGuard, repeats_id
+from intaglio.methods.decoding.lud.lexical_units import READ, confident, remainders, spans, units_of
 from intaglio.methods.decoding.lud.session import LUDSession, UnverifiedLUDSession
 from intaglio.methods.decoding.lud.statistics import UnitStatistics
-from intaglio.methods.decoding.lud.units import READ, confident, remainders, spans, units_of
 from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.decoder_mixin import SpeculativeDecoder
 from intaglio.speculative.protocols import DecodingRun, Session
@@ -251,7 +251,7 @@ class LUD(SpeculativeDecoder, slug="lud"):
             units = [[(begin, end) for begin, end in row["units"].tolist()] for row in examples]
             return self._with_pads(examples, units, [tuple(row["counts"].tolist()) for row in examples], seeds)
         weight = sum(int((targets(row) != IGNORED).sum()) for row in examples)
-        return reconfiguration.as_tensors(examples) | {"seeds": torch.tensor(seeds), "weight": weight}
+        return data_layout.as_tensors(examples) | {"seeds": torch.tensor(seeds), "weight": weight}
 
     def _with_pads(
         self,
@@ -261,13 +261,13 @@ class LUD(SpeculativeDecoder, slug="lud"):
         seeds: Sequence[int],
     ) -> Batch:
         chosen = [
-            reconfiguration.sample_units(own, self._anchors(len(row["input_ids"])), torch.Generator().manual_seed(seed))
+            data_layout.sample_units(own, self._anchors(len(row["input_ids"])), torch.Generator().manual_seed(seed))
             for row, own, seed in zip(rows, units, seeds, strict=True)
         ]
         if self.layout == "packed":
-            batch = reconfiguration.packed(rows, chosen, self._pad)
+            batch = data_layout.packed(rows, chosen, self._pad)
         else:
-            batch = reconfiguration.truncated(rows, chosen, self._pad, self._cap - 1, self._context)
+            batch = data_layout.truncated(rows, chosen, self._pad, self._cap - 1, self._context)
         tokens, number = (sum(column) for column in zip(*counts, strict=True))
         return batch | {"unit_length": torch.tensor(tokens / max(1, number))}
 
@@ -279,11 +279,11 @@ class LUD(SpeculativeDecoder, slug="lud"):
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss and its parts: `next_token`, `units` (of PADs), `pads` (how many), `unit_length` (tokens)."""
         if "seeds" in batch:
-            rows = reconfiguration.as_rows(batch)
+            rows = data_layout.as_rows(batch)
             device = batch["input_ids"].device
             padded = self._with_pads(rows, *self._units(model, rows), batch["seeds"].tolist())
             batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in padded.items()}
-        logits_BSV = reconfiguration.logits(model, batch)
+        logits_BSV = data_layout.logits(model, batch)
         real, pads = (cross_entropy(logits_BSV, batch[name]) for name in ("target", "pads"))
         count = (batch["pads"] != IGNORED).sum().float()
         parts = {"next_token": real, "units": pads, "pads": count, "unit_length": batch["unit_length"]}

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import Tensor
 
-from intaglio.methods.decoding.lud.accept import Repeats, accept_confident
-from intaglio.methods.decoding.lud.slots import clamp_depths, confidence, most_likely, with_slots
+from intaglio.methods.decoding.lud.acceptance import Repeats, accept_confident
+from intaglio.methods.decoding.lud.pad_slots import clamp_depths, confidence, most_likely, with_slots
 from intaglio.methods.decoding.lud.statistics import UnitStatistics
 from intaglio.speculative._utils import context_length
 from intaglio.speculative.acceptance import Accepted, TokenSelector

@@ -29,9 +29,7 @@ from torch import Tensor, nn
 
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Workload
-from intaglio.methods.weights.bip.layers import Kind
-from intaglio.methods.weights.bip.masks import Scope, overlap
-from intaglio.methods.weights.bip.scored import (
+from intaglio.methods.weights.bip.masked_model import (
     Implicit,
     MaskedModel,
     ScoreSchedule,
@@ -39,6 +37,8 @@ from intaglio.methods.weights.bip.scored import (
     score_rate,
     upper_gradient,
 )
+from intaglio.methods.weights.bip.masks import Scope, overlap
+from intaglio.methods.weights.bip.prunable_units import Kind
 from intaglio.trainer.protocols import Batch, Loss, ModifierSession, TrainingRun
 
 __all__ = ["BiP", "MaskedModel", "overlap", "upper_gradient"]

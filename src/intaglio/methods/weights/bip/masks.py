@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.weights.bip.layers import Layer, Units
+from intaglio.methods.weights.bip.prunable_units import Layer, Units
 from intaglio.methods.weights.sparsity_target import pruned_count
 from intaglio.methods.weights.topk import keep_largest
 

@@ -23,10 +23,7 @@ from transformers import PreTrainedModel
 
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Capability, Method, ModelAspect
-from intaglio.methods.weights.progressive_nm.masks import keep_mask
-from intaglio.methods.weights.progressive_nm.parametrization import Part
-from intaglio.methods.weights.progressive_nm.schedule import FINETUNE, Gradient, Moment, Recipe, Schedule
-from intaglio.methods.weights.progressive_nm.sparsifier import (
+from intaglio.methods.weights.progressive_nm.masked_weights import (
     LAMBDA,
     Along,
     MaskedWeights,
@@ -34,7 +31,10 @@ from intaglio.methods.weights.progressive_nm.sparsifier import (
     check_size,
     straight_through,
 )
-from intaglio.methods.weights.prunable import prunable_layers
+from intaglio.methods.weights.progressive_nm.masks import keep_mask
+from intaglio.methods.weights.progressive_nm.parametrization import Part
+from intaglio.methods.weights.progressive_nm.schedule import FINETUNE, Gradient, Moment, Recipe, Schedule
+from intaglio.methods.weights.prunable_layers import prunable_layers
 from intaglio.methods.weights.sparsity_target import SparsityTarget, parse_pattern
 from intaglio.modeling.anatomy import Anatomy, Linear, anatomy
 from intaglio.trainer.protocols import Batch, Loss, ModifierSession, TrainingRun

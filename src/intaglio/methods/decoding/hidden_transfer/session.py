@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from intaglio.methods.decoding.hidden_transfer.transfer import (
+from intaglio.methods.decoding.hidden_transfer.heads import (
     TransferHeads,
     block_inputs,
     pseudo_positions,

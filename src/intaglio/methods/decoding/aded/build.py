@@ -11,7 +11,7 @@ from typing import Any
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress, no_progress
-from intaglio.methods.decoding.aded.table import Table
+from intaglio.methods.decoding.aded.trigram_table import Table
 
 _BATCH = 64
 """Documents tokenised at a time."""

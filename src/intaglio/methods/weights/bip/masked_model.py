@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.weights.bip.layers import Kind, Layer, Units, find_layers, find_units
 from intaglio.methods.weights.bip.masks import Scope, magnitude_masks, unit_masks
+from intaglio.methods.weights.bip.prunable_units import Kind, Layer, Units, find_layers, find_units
 from intaglio.methods.weights.sparsity_target import as_numbers
 
 Implicit = bool | Literal["released"]

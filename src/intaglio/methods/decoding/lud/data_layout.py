@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from intaglio.methods.decoding.lud.units import Unit
+from intaglio.methods.decoding.lud.lexical_units import Unit
 from intaglio.speculative.target_model import Reader
 from intaglio.trainer.causal_lm import IGNORED, causal_batch, positions, starts, targets
 from intaglio.trainer.protocols import Batch, Example

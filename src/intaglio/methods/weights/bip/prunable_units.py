@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.weights.prunable import prunable_layers, refuse_shared
+from intaglio.methods.weights.prunable_layers import prunable_layers, refuse_shared
 from intaglio.methods.weights.sparsity_target import not_ignored
 from intaglio.modeling.anatomy import Linear, anatomy
 

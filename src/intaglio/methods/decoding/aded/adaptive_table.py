@@ -9,7 +9,7 @@ from bisect import bisect
 from collections.abc import Sequence
 from itertools import accumulate
 
-from intaglio.methods.decoding.aded.table import Table
+from intaglio.methods.decoding.aded.trigram_table import Table
 
 _CACHED = 20_000
 """Most rows of the corpus held as lists; beyond, all are read again."""
