@@ -6,6 +6,7 @@ holds what a type needs besides, so that its sizes agree with each other.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,12 @@ def outcomes(kind: str, directory: Path) -> dict[str, str]:
     tiny_tokenizer("llama").save_pretrained(directory)
     result = {"load": _outcome(lambda: load(directory))}
     if result["load"] == "works":
-        result |= {name: _outcome(lambda run=run: run(load(directory))) for name, run in OPERATIONS.items()}
+        result |= {name: _outcome(functools.partial(_on_copy, run, directory)) for name, run in OPERATIONS.items()}
     return result
+
+
+def _on_copy(run: Callable[[Checkpoint], None], directory: Path) -> None:
+    run(load(directory))
 
 
 def _outcome(action: Callable[[], Any]) -> str:

@@ -259,15 +259,15 @@ def test_what_is_written_is_what_is_there(first: dict[str, bytes], second: dict[
 _WRITE_FOR_EVER = """
 import sys
 from pathlib import Path
-from intaglio import writer
+from intaglio import atomic_io
 target, count = Path(sys.argv[1]), 0
 print("begun", flush=True)
 while True:
     count += 1
-    with writer.directory(target, overwrite=True) as temporary:
+    with atomic_io.directory(target, overwrite=True) as temporary:
         for name in "abcdef":
             (temporary / name).write_text(str(count) * 1000)
-    writer.write_json(target.with_suffix(".json"), [count] * 1000)
+    atomic_io.write_json(target.with_suffix(".json"), [count] * 1000)
 """
 
 

@@ -46,7 +46,7 @@ def test_published_methods_come_first_in_the_order_of_their_slugs() -> None:
 def test_a_method_describes_itself(entry: Entry) -> None:
     method = get_method(entry.slug)
     assert issubclass(method, Method)
-    assert method.__bases__[-1] is Method
+    assert not any(getattr(base, "citation", "") for base in method.__mro__[1:])  # bases are machinery
     assert entry.kinds
     assert entry.summary[0].islower()
     if "carving" in entry.kinds:
@@ -58,7 +58,7 @@ def test_a_published_method_cites_its_paper(entry: Entry) -> None:
     # A reader who knows the paper finds the code: method, authors, venue and year stand in the first line.
     first = (import_module(entry.module).__doc__ or "").splitlines()[0]
     author, year = entry.citation.split()[0], entry.citation[-4:]
-    assert first.startswith(entry.name)
+    assert first.replace("-", "").startswith(entry.name)
     assert re.search(rf"\({author} .*{year}\)", first)
     title = entry.citation.partition(", ")[2].partition(":")[0]
     assert title in " ".join((get_method(entry.slug).__doc__ or "").split())

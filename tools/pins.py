@@ -19,7 +19,7 @@ PINS = """\
 # Defaults and presets of every published method, with the card's value beside each; a field without `card` is our own.
 # `why` gives the rule where default and card differ. Written by `make pins`, which keeps `card` and `why`.
 """
-COSTS = "# Estimates [flops, sorted elements, extra bytes] of every example, for the test's workload. By `make pins`.\n"
+COSTS = "# Estimates [flops, sorted elements, extra bytes] of every example, for the workload of `pins.py`.\n"
 
 
 def flow(row: Any) -> str:

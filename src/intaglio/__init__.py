@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from intaglio.data.segments import Segments
     from intaglio.data.texts import Corpus, load_texts
     from intaglio.errors import IntaglioError
-    from intaglio.export import export
+    from intaglio.exporters import export
     from intaglio.recipe.plan import plan
     from intaglio.recipe.run import carve, compare
     from intaglio.recipe.schema import Recipe
@@ -47,7 +47,7 @@ _MODULES = {
     "Segments": "intaglio.data.segments",
     "carve": "intaglio.recipe.run",
     "compare": "intaglio.recipe.run",
-    "export": "intaglio.export",
+    "export": "intaglio.exporters",
     "load": "intaglio.checkpoint",
     "load_texts": "intaglio.data.texts",
     "new": "intaglio.checkpoint.from_scratch",

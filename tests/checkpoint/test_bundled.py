@@ -174,9 +174,13 @@ def test_a_wheel_holds_them() -> None:
     for target in ("wheel", "sdist"):
         kept = pathspec.GitIgnoreSpec.from_lines(targets[target]["artifacts"])
         for name in ("chimera.json", "chimera-00001-of-00002.safetensors", "chimera.safetensors.index.json"):
-            assert kept.match_file(f"src/intaglio/shipped/smollm2/{name}")
+            assert kept.match_file(f"src/intaglio/checkpoint/pretrained/smollm2/{name}")
     if (REPOSITORY / ".git").exists():
-        for place, ignored in (("src/intaglio/shipped/smollm2/", False), ("src/intaglio/", True), ("", True)):
+        for place, ignored in (
+            ("src/intaglio/checkpoint/pretrained/smollm2/", False),
+            ("src/intaglio/", True),
+            ("", True),
+        ):
             done = subprocess.run(["git", "check-ignore", "-q", "--no-index", f"{place}a.safetensors"], cwd=REPOSITORY)
             assert (done.returncode == 0) is ignored
 

@@ -389,12 +389,12 @@ def test_every_file_of_a_pinned_model_is_asked_for_by_its_revision(hub: Path, mo
 
     for owner in (AutoConfig, AutoTokenizer, LlamaForCausalLM):
         monkeypatch.setattr(owner, "from_pretrained", noting(owner.__name__, owner.from_pretrained))
-    for module in ("files", "loading", "record"):
+    for module in ("resolve", "loading", "record"):
         place = f"intaglio.checkpoint.{module}.cached_file"
         monkeypatch.setattr(place, noting(module, cached_file))
     config = hub / "snapshots" / ("1" * 40) / "config.json"
     load("user/name@v1")
-    assert asked == {name: {"v1"} for name in ("AutoConfig", "AutoTokenizer", "LlamaForCausalLM", "files")}
+    assert asked == {name: {"v1"} for name in ("AutoConfig", "AutoTokenizer", "LlamaForCausalLM", "resolve")}
     # A live one has more files.
     config.write_text(config.read_text().replace('"model_type": "', '"model_type": "intaglio_'))
     config.with_name("model.safetensors").rename(config.with_name(LIVE_WEIGHTS))

@@ -528,7 +528,7 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (["--set", "corpus="], "--set, corpus: the corpus is empty; accepted: texts"),
         (["--set", "corpus=nowhere.txt"], "the texts 'nowhere.txt' are no file, no folder and no bundled name"),
         (["--set", "corpus=no.safetensors"], "there is no tri-gram table no.safetensors"),
-        (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; leave one"),
+        (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; give one of them"),
         (["--decoder", "greedy", "--set", "nodes=1"], "the decoder greedy has no settings (--set nodes); aded"),
         (["--decoder", "sample", "--show-drafts"], "the decoder sample drafts nothing for --show-drafts to show"),
         (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, chimera, dyspec"),

@@ -122,8 +122,7 @@ def test_inspect_writes_a_picture_and_prints_a_table_or_json(tiny_dir: TinyDir, 
     [
         (
             [],
-            "error: nothing is asked for: --masks shows what each layer sees, "
-            "--experts how the experts of moe_x are used",
+            "error: an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts",
         ),
         (["--masks", "-o", "m.png"], "error: the picture m.png must be an .svg file"),
         (["--masks", "--length", "999"], "error: length is 999; 1 to 128 tokens are accepted for this model"),

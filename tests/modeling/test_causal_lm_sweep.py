@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,9 +55,9 @@ def test_qk_norms_by_head_are_no_linear_layers() -> None:
 @pytest.mark.parametrize(
     "more", [{}, {"multi_query": False}, {"new_decoder_architecture": True, "num_kv_heads": 2}], ids=str
 )
-def test_the_fused_rows_of_falcon_are_those_that_it_splits(more: dict[str, object]) -> None:
+def test_the_fused_rows_of_falcon_are_those_that_it_splits(more: dict[str, Any]) -> None:
     parts = anatomy(tiny_lm("falcon", **more))
-    attention = parts.blocks[0].self_attention
+    attention: Any = parts.blocks[0].self_attention
     rows = attention.query_key_value.weight.shape[0]
     split = attention._split_heads(torch.arange(rows).view(1, 1, rows))
     for linear, part in zip(parts.linears(0)[:3], split, strict=True):
@@ -66,9 +67,10 @@ def test_the_fused_rows_of_falcon_are_those_that_it_splits(more: dict[str, objec
 
 def test_a_masked_pass_of_falcons_mlp_is_its_own() -> None:
     parts = anatomy(tiny_lm("falcon"))
+    own: Any = parts.blocks[0].mlp
     mlp, x = parts.mlp(0), torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     z = torch.nn.functional.gelu(x @ mlp.into.read().T)
-    torch.testing.assert_close(z @ mlp.out.read().T, parts.blocks[0].mlp(x))
+    torch.testing.assert_close(z @ mlp.out.read().T, own(x))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.errors import IntaglioError
-from intaglio.export import export
+from intaglio.exporters import export
 from intaglio.measures.input_sparsity import count_inputs, input_sparsity
 from intaglio.methods.activations.r_sparse import SparseLinear
 from intaglio.methods.weights.bitnet import PackedLinear

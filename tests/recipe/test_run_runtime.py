@@ -261,7 +261,7 @@ def test_what_predicts_no_next_token_is_not_fitted_or_trained_so(
     labels: Path,
     tmp_path: Path,
 ) -> None:
-    carve(make_recipe(corpus, [UNMASK]), tmp_path / "live", model=str(model))
+    carve(make_recipe(corpus, [UNMASK]), tmp_path / "runtime", model=str(model))
     carve(make_recipe(corpus, [label_step(labels)]), tmp_path / "labels", model=str(model))
     train = {"train": {"steps": 1, "length": 24}}
     shutil.copytree(tmp_path / "labels", tmp_path / "elsewhere")
@@ -275,7 +275,9 @@ def test_what_predicts_no_next_token_is_not_fitted_or_trained_so(
             with pytest.raises(IntaglioError, match=words):
                 carve(make_recipe(corpus, [step]), tmp_path / "out", model=str(tmp_path / made), progress=_never)
     carve(
-        make_recipe(corpus, [{"visibility": {"rule": "stock"}}, train]), tmp_path / "out", model=str(tmp_path / "live")
+        make_recipe(corpus, [{"visibility": {"rule": "stock"}}, train]),
+        tmp_path / "out",
+        model=str(tmp_path / "runtime"),
     )
     assert load(tmp_path / "out").kind == "standalone"
     found = CliRunner().invoke(app, ["generate", str(tmp_path / "labels"), "the fox"])

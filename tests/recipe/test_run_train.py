@@ -222,7 +222,7 @@ def test_a_recipe_trains_from_scratch_and_resumes_to_the_same_bytes(corpus: Path
         ({"width": 16}, "field required"),
         ({**NEW, "widht": 3}, "there is no such field here; did you mean width"),
         ({**NEW, "tokenizer": "bytes"}, "vocab is the size of a trained vocabulary"),
-        ({**NEW, "family": "lama"}, "there is no family 'lama' to make a model of; did you mean llama"),
+        ({**NEW, "family": "lama"}, "there is no family 'lama'; did you mean llama"),
         ({**NEW, "width": 15}, "width is 15"),
     ],
 )

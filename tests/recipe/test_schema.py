@@ -492,8 +492,16 @@ def test_the_schema_describes_every_step() -> None:
 @pytest.mark.parametrize(
     ("alpha", "sentence"),
     [
-        (2.0, "r_sparse.alpha: 2.0 is not accepted, it should be less than or equal to 1, or it should be a mapping"),
-        ("abc", "r_sparse.alpha: 'abc' is not accepted, it should be a valid number, or it should be a mapping"),
+        (
+            2.0,
+            "r_sparse.alpha: 2.0 is not accepted, it should be less than or equal to 1, or it should be 'error', "
+            "or it should be a mapping",
+        ),
+        (
+            "abc",
+            "r_sparse.alpha: 'abc' is not accepted, it should be a valid number, or it should be 'error', "
+            "or it should be a mapping",
+        ),
         ({"*.q_proj": 2.0}, r"r_sparse.alpha.\*.q_proj: 2.0 is not accepted, it should be less than or equal to 1"),
     ],
 )

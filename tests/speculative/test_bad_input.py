@@ -185,3 +185,12 @@ def test_drafters_that_do_not_fit() -> None:
         DraftModel(model, confidence=1.5)
     with pytest.raises(IntaglioError, match=r"temperature is 0.0"):
         DraftModel(model, temperature=0.0)
+
+
+def test_a_draft_model_with_nan_logits() -> None:
+    broken = tiny_model("llama", layers=1)
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(float("nan"))
+    for sampling in (False, True):
+        with pytest.raises(IntaglioError, match="logits are NaN or infinite"):
+            run(target("llama"), DraftModel(broken), do_sample=sampling)

@@ -248,7 +248,7 @@ def test_a_plain_module_is_evaluated_as_it_is_and_leaves_no_record() -> None:
     [
         ({}, "objective is missing; training Linear needs one"),
         ({"objective": Digits(), "gradient_checkpointing": True}, "Linear has no gradient checkpointing"),
-        ({"objective": Digits(), "freeze": True}, "nothing: left to train is not accepted"),
+        ({"objective": Digits(), "freeze": True}, "nothing is left to train"),
     ],
 )
 def test_a_plain_module_that_cannot_be_trained_so_is_refused(arguments: dict[str, Any], sentence: str) -> None:

@@ -299,7 +299,7 @@ def test_earlier_spellings_of_settings_are_accepted() -> None:
     run(old, shape=[Pruning()], steps=3, watch="loss", **former)
     assert same(weights(new), weights(old))
     assert new.record.steps[0].parameters == old.record.steps[0].parameters
-    with pytest.raises(IntaglioError, match="training has no setting 'clip'"):
+    with pytest.raises(IntaglioError, match="clip: there is no such field here"):
         run(checkpoint(), clip=1.0, max_grad_norm=1.0)
 
 

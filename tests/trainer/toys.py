@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Method, ModelAspect, Progress, no_progress
-from intaglio.methods.registry import PUBLISHED, Entry
+from intaglio.methods.registry import METHODS, PUBLISHED, Entry
 from intaglio.trainer import Example, KeyedRNG, Loss, ModifierSession, TrainingRun
 from intaglio.trainer.sparsity_mask import linear_modules
 
@@ -35,6 +35,7 @@ class Mask(nn.Module):
 class ToyModifier(Method, slug="toy_modifier"):
     """Zeroes the smallest weights of every MLP, more of them each step; halves the decay; steps a score of its own."""
 
+    kinds = ("modifier",)
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
 
     sparsity: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -95,6 +96,7 @@ class ToySession(ModifierSession):
 class ToySelector(Method, slug="toy_selector"):
     """A random choice among the longer half of the examples."""
 
+    kinds = ("selector",)
     budget: Annotated[float, Field(gt=0, le=1)] = 0.25
 
     def select(
@@ -118,8 +120,9 @@ class ToySelector(Method, slug="toy_selector"):
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put both into the catalogue for the time of a test."""
     for cls, kind in ((ToyModifier, "modifier"), (ToySelector, "selector")):
-        entry = Entry(cls.slug, "training", cls.__name__, (kind,), "a toy", "nobody", "nowhere")  # type: ignore[arg-type]
+        entry = Entry(cls.slug, "training", cls.__name__, f"intaglio.toys.{cls.slug}", (kind,), "a toy", "nobody")  # type: ignore[arg-type]
         module = ModuleType(entry.module)
         setattr(module, cls.__name__, cls)
         monkeypatch.setitem(PUBLISHED, cls.slug, entry)
+        monkeypatch.setitem(METHODS, cls.slug, entry)
         monkeypatch.setitem(sys.modules, entry.module, module)

@@ -86,7 +86,7 @@ def list_methods(
                     "area": entry.area,
                     "kind": list(entry.kinds),
                     "paper": entry.citation,
-                    "verdict": verdicts[entry.slug],
+                    "verdict": verdicts.get(entry.slug),
                 }
                 for entry in entries
             ]
@@ -438,7 +438,7 @@ def export(
     """Write a checkpoint for stock transformers, or say why the format cannot hold it."""
     from intaglio.checkpoint import load
     from intaglio.errors import IntaglioError
-    from intaglio.export import export as run
+    from intaglio.exporters import export as run
 
     if output is None:
         raise IntaglioError("an output directory is missing: name one with -o DIR")

@@ -100,7 +100,7 @@ def _kernel(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor) -> str:
 
 
 def _has(package: str) -> bool:
-    return works(package, "experts", "experts are multiplied in plain torch")
+    return works(package, "sparse_experts", "experts are multiplied in plain torch")
 
 
 __all__ = ["MOST_ROWS", "apply", "gathered", "masked"]

@@ -123,7 +123,8 @@ def block_list(model: nn.Module) -> nn.ModuleList:
     ]
     config = getattr(model, "config", None)
     if len(lists) > 1 and hasattr(model, "get_decoder") and not getattr(config, "is_encoder_decoder", False):
-        own = set(map(id, model.get_decoder().modules()))  # without those of an image or audio encoder
+        decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+        own = set(map(id, decoder.modules()))  # without those of an image or audio encoder
         lists = [module for module in lists if id(module) in own]
     if len(lists) != 1:
         kind = getattr(config, "model_type", type(model).__name__)
@@ -646,7 +647,7 @@ class HeadOnly:
         self._shell = copy.copy(model)
         self._shell.__dict__["_modules"] = {
             name: self._base
-            if any(part is parts.base for part in module.modules())
+            if module is not None and any(part is parts.base for part in module.modules())
             else (copy.deepcopy(module) if frozen else module)
             for name, module in model._modules.items()
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -81,8 +82,6 @@ class Analyzer:
 
     def spans(self, text: str, terms: set[str]) -> Iterator[tuple[int, int]]:
         """Yield where the text's words have one of these stems."""
-        import re
-
         for match in re.finditer(r"(?u)\b\w\w+\b", text):
             word = match[0].lower()
             if (self._stem(word) if self._stem else word) in terms:
@@ -187,13 +186,9 @@ class Postings:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], prefix: str) -> Postings:
         """Return the posting lists of a segment file."""
-        return cls(
-            **{
-                name: arrays[f"{prefix}.{name}"]
-                for name in (*_ARRAYS, "lengths", "shortest")
-                if f"{prefix}.{name}" in arrays
-            }
-        )
+        names = [name for name in (*_ARRAYS, "lengths", "shortest") if f"{prefix}.{name}" in arrays]
+        values: dict[str, Any] = {name: arrays[f"{prefix}.{name}"] for name in names}
+        return cls(**values)
 
     def find(self, keys_T: NDArray[np.uint64]) -> NDArray[np.int64]:
         """Return the list of each key, or -1."""

@@ -123,7 +123,8 @@ class MilvusIndex:
         progress: Progress | None = None,
     ) -> AddReport:
         """Add or update documents; see `Index.add`."""
-        started, report, batch = time.perf_counter(), AddReport(), {}
+        started, report = time.perf_counter(), AddReport()
+        batch: dict[str, Document] = {}
         source = read_documents(documents, text_field=text_field, id_field=id_field, skipped=report.skipped)
         for count, document in enumerate(source, 1):
             if progress:

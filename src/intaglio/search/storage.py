@@ -155,6 +155,10 @@ class Store:
                 if file.name not in known:
                     file.unlink()
             yield
+            # Moves the log into the database; a reader in the way is not waited for.
+            self.db.execute("PRAGMA busy_timeout = 0")
+            self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self.db.execute("PRAGMA busy_timeout = 30000")
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
@@ -258,10 +262,9 @@ class Store:
 
     def shrink(self) -> None:
         """Give free pages of the database back to the disk."""
-        self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if self.db.execute("PRAGMA freelist_count").fetchone()[0]:
-            self.db.execute("VACUUM")
-            self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            with contextlib.suppress(sqlite3.OperationalError):  # a reader is in the way
+                self.db.execute("VACUUM")
 
 
 def checksum(file: Path) -> int:

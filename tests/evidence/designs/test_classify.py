@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from intaglio.errors import IntaglioError
-from intaglio.evidence.designs.classify import ACCURACY, TEST_LOSS, Classify, batches, conv, evaluate, mlp, pass_flops
+from intaglio.evidence.designs.classify import ACCURACY, TEST_LOSS, Classify, batches, evaluate, mlp, pass_flops
 from intaglio.evidence.engine.claim import Arm, RunKey
 from intaglio.evidence.testbeds.digits import Digits, Images
 
@@ -69,15 +69,12 @@ def test_settings_that_reach_nothing_are_refused() -> None:
         DESIGN.run(Arm("wrong", {"width_of_it": 3}), KEY, {})
 
 
-def test_networks_and_their_operations() -> None:
-    images = Digits().toy().images("pilot")
-    for network, width in ((mlp, 16), (conv, 8)):
-        net = network(8, width)
-        loss, accuracy = evaluate(net, images)
-        assert 0 <= accuracy <= 100
-        assert loss > 0
-    assert pass_flops(mlp(8, 16), 8) == 6 * (64 * 16 + 16 * 16 + 16 * 10)
-    assert pass_flops(conv(8, 8), 8) == 6 * (4 * 9 * 64 + 4 * 8 * 9 * 16 + 8 * 8 * 9 * 4 + 8 * 10)
+def test_the_network_and_its_operations() -> None:
+    net = mlp(8, 16)
+    loss, accuracy = evaluate(net, Digits().toy().images("pilot"))
+    assert 0 <= accuracy <= 100
+    assert loss > 0
+    assert pass_flops(net) == 6 * (64 * 16 + 16 * 16 + 16 * 10)
 
 
 def test_batches_cover_each_epoch_in_a_keyed_order() -> None:

@@ -18,7 +18,6 @@ from intaglio.evidence.testbeds.skills import Skills
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.methods.weights.bitnet import BitNet
 from intaglio.methods.weights.lost import LOST
-from intaglio.methods.weights.magnitude import Magnitude
 from intaglio.trainer.data_selection import RandomExamples
 
 PRETRAIN = Pretrain().toy()
@@ -61,13 +60,12 @@ def test_an_own_setting_that_reaches_nothing_is_refused() -> None:
         PRETRAIN.run(Arm("misspelt", {"lerning_rate": 1e-3}), KEY, {})
 
 
-def test_modifiers_models_and_methods_after_training() -> None:
+def test_modifiers_and_models() -> None:
     ternary = Pretrain(measures=(bits_per_byte, weight_bytes)).toy()
     wide = Arm("ternary, wide", {"modifiers": (BitNet(),), "model": {"width": 32}})
     values = ternary.run(wide, KEY, {}).values
     full = ternary.run(Arm("full, wide", {"model": {"width": 32}}), KEY, {}).values
     assert values["bytes of the projections"] < full["bytes of the projections"] / 4
-    assert bits(PRETRAIN, Arm("pruned", {"after": Magnitude(sparsity=0.0)})) == bits(PRETRAIN, PLAIN)
     assert bits(PRETRAIN, Arm("started elsewhere", {"start": lambda bed, seed, model: bed.new(seed + 1)})) != bits(
         PRETRAIN, PLAIN
     )

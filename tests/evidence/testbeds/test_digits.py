@@ -20,8 +20,13 @@ SOME = Digits(training_images=200).training(0)
 SEEDS = st.integers(0, 10**6)
 
 
+def shades(images: Images) -> torch.Tensor:
+    """Pixels in reading order, int64 0 to 16."""
+    return (images.pixels_NCHW.flatten(1) * 16).round().to(torch.int64)
+
+
 def rows(images: Images) -> set[bytes]:
-    return {image.numpy().tobytes() for image in images.tokens_NT}
+    return {image.numpy().tobytes() for image in shades(images)}
 
 
 def test_the_sets_are_all_images_and_share_none() -> None:
@@ -44,18 +49,9 @@ def test_pixels_and_classes_are_those_of_the_file() -> None:
     assert images.pixels_NCHW.shape == (400, 1, 8, 8)
     assert images.pixels_NCHW.dtype == torch.float32
     assert (float(images.pixels_NCHW.min()), float(images.pixels_NCHW.max())) == (0.0, 1.0)
-    for tokens, label, name in zip(images.tokens_NT, images.labels_N.tolist(), images.names, strict=True):
+    for tokens, label, name in zip(shades(images), images.labels_N.tolist(), images.names, strict=True):
         assert classes[tokens.numpy().tobytes()] == label
         assert hashlib.sha256(tokens.to(torch.uint8).numpy().tobytes()).hexdigest()[:12] == name
-
-
-def test_sequences() -> None:
-    images = BED.images("pilot")
-    assert torch.equal(images.tokens_NT.view(-1, 1, 8, 8) / 16, images.pixels_NCHW)
-    sentences = images.sentences_NT
-    assert sentences.shape == (160, 65)
-    assert torch.equal(sentences[:, -1] - 17, images.labels_N)
-    assert int(sentences.max()) == 26
 
 
 def test_draws_stay_in_their_set_and_follow_from_seeds() -> None:
@@ -111,11 +107,8 @@ def test_only_what_is_learned_from_is_noisy() -> None:
         assert int((images.labels_N != images.true_N).sum()) == share
 
 
-def test_classes_and_places() -> None:
+def test_places() -> None:
     images = BED.training(0)
-    two = images.of_classes((3, 7))
-    assert set(two.true_N.tolist()) == {3, 7}
-    assert len(two) + len(images.of_classes((0, 1, 2, 4, 5, 6, 8, 9))) == len(images)
     assert images.take([5, 2]).names == (images.names[5], images.names[2])
 
 

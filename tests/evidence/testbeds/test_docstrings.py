@@ -47,7 +47,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def bed(**changes: object) -> Docstrings:
-    return Docstrings(**{"learned": ("one", "two"), "asked": ("one", "two"), **SIZES, **changes})  # type: ignore[arg-type]
+    return Docstrings(
+        **{"training_packages": ("one", "two"), "evaluation_packages": ("one", "two"), **SIZES, **changes}
+    )  # type: ignore[arg-type]
 
 
 def everything(of: Docstrings) -> dict[Part, tuple[Pair, ...]]:
@@ -58,11 +60,7 @@ def everything(of: Docstrings) -> dict[Part, tuple[Pair, ...]]:
 def test_the_sets_share_no_module_no_query_and_no_document(kind: str) -> None:
     sets = everything(bed(document=kind))
     assert all(sets.values())
-    for shared in (
-        lambda pair: pair.module,
-        lambda pair: words(pair.query),
-        lambda pair: words(pair.document),
-    ):
+    for shared in (lambda pair: pair.module, lambda pair: words(pair.query), lambda pair: words(pair.document)):
         values = [{shared(pair) for pair in pairs} for pairs in sets.values()]
         assert sum(map(len, values)) == len(set.union(*values))
     for part, pairs in sets.items():
@@ -77,8 +75,8 @@ def test_the_order_of_packages_and_files_changes_nothing(monkeypatch: pytest.Mon
     docstrings._of_package.cache_clear()
     docstrings._collected.cache_clear()
     monkeypatch.setattr(docstrings, "_of_package", lambda package, kind: tuple(reversed(list(_pairs(package, kind)))))
-    assert everything(bed(learned=("two", "one"))) == found
-    assert bed(asked=("two", "one")).digest == digest
+    assert everything(bed(training_packages=("two", "one"))) == found
+    assert bed(evaluation_packages=("two", "one")).digest == digest
 
 
 def _pairs(package: str, kind: docstrings.Kind) -> Iterator[Pair]:
@@ -114,7 +112,7 @@ def test_retrieval_is_in_the_form_of_metrics() -> None:
 
 
 def test_other_packages_are_asked_than_learned() -> None:
-    away = bed(learned=("one",), asked=("two",))
+    away = bed(training_packages=("one",), evaluation_packages=("two",))
     assert {pair.package for pair in away.training(0)} == {"one"}
     assert {
         name
@@ -122,19 +120,7 @@ def test_other_packages_are_asked_than_learned() -> None:
         for name in ("one", "two")
         if f"of {name}" in text
     } == {"two"}
-    home = away.retrieval("evaluation", packages=away.learned)
-    assert all("of one" in text for text in home.documents.values())
-    assert not {pair.module for pair in away.pairs("train")} & {
-        pair.module for pair in away.pairs("evaluation", ("one",))
-    }
-
-
-def test_texts_to_read_hold_no_summary() -> None:
-    here = bed()
-    summaries = {words(pair.query) for part in BOUNDS for pair in here.pairs(part)}
-    documents = here.texts().documents
-    assert len(documents) == len(here.pairs("train"))
-    assert not any(summary in words(document) for document in documents for summary in summaries)
+    assert not {pair.module for pair in away.pairs("train")} & {pair.module for pair in away.pairs("evaluation")}
 
 
 def test_pairs_are_found_again_without_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +151,7 @@ def test_too_few_pairs_and_unknown_sets_are_one_sentence() -> None:
 def test_settings_compare_by_their_fields() -> None:
     assert Docstrings() == Docstrings(document="text")
     assert len({Docstrings(), Docstrings(), Docstrings(document="code")}) == 2
-    assert asdict(Docstrings())["learned"] == ("sympy", "torch")
+    assert asdict(Docstrings())["training_packages"] == ("sympy", "torch")
 
 
 @pytest.mark.slow

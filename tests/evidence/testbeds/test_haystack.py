@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.haystack import BOS, QUESTION, SPECIAL, Haystack, Needles, answers
+from intaglio.evidence.testbeds.haystack import BOS, SPECIAL, Haystack, Needles, answers
 from intaglio.evidence.testbeds.splits import BOUNDS
 from intaglio.trainer import train
 
@@ -96,9 +96,7 @@ def test_the_sets_share_no_key() -> None:
 
 def test_a_document_follows_from_its_set_seed_and_index_alone() -> None:
     whole = BED.draw("train", 20, 7)
-    pieces = [BED.draw("train", 8, 7, start=start) for start in (0, 8)]
-    rows = torch.cat([piece.segments.ids_NT for piece in pieces])
-    assert torch.equal(rows, whole.segments.ids_NT[:16])
+    assert torch.equal(BED.draw("train", 8, 7).segments.ids_NT, whole.segments.ids_NT[:8])
     assert whole.names[:2] == ("train-7-0", "train-7-1")
     assert whole.segments.digest == Haystack().draw("train", 20, 7).segments.digest
     everything = [BED.draw(part, 50, seed) for part, seed in itertools.product(BOUNDS, range(3))]
@@ -114,27 +112,10 @@ def test_stages_and_bases_have_documents_of_their_own() -> None:
     assert BED.documents("validation", 5).names[0] == "validation-5-0"
 
 
-@pytest.mark.parametrize("length", [64, 100])
-def test_depth_is_where_the_fact_stands(length: int) -> None:
-    filler = length - 1 - 4 * 3 - 4
-    for depth in (0.0, 0.25, 0.5, 1.0):
-        needles = BED.documents("pilot", depth=depth, length=length)
-        assert torch.equal(needles.depths_NQ, torch.full((256, 1), round(depth * filler) / filler, dtype=torch.float64))
-        for row in spelled(BED, needles)[:20]:
-            asked = row[row.index("?") + 1 : row.index("?") + 3]
-            place = next(i for i in range(len(row)) if row[i : i + 2] == asked)
-            assert sum(token.startswith("w") for token in row[:place]) == round(depth * filler)
-
-
-def test_depth_moves_the_fact_and_nothing_else() -> None:
-    free, deep = BED.documents("evaluation"), BED.documents("evaluation", depth=0.5)
-    assert torch.equal(free.answers_NQA, deep.answers_NQA)
-    for a, b in zip(spelled(BED, free), spelled(BED, deep), strict=True):
-        assert [token for token in a if token[0] == "w"] == [token for token in b if token[0] == "w"]
-        assert facts_of(BED, a) == facts_of(BED, b)
-    # Where nothing is said, depths are uniform: mean 1/2, standard deviation of the mean 0.013.
-    assert abs(float(free.depths_NQ.mean()) - 0.5) < 0.05
-    assert float(free.depths_NQ.std()) == pytest.approx(12**-0.5, abs=0.03)
+def test_facts_stand_at_uniform_depths() -> None:
+    depths_NQ = BED.documents("evaluation").depths_NQ
+    assert abs(float(depths_NQ.mean()) - 0.5) < 0.05  # the standard deviation of the mean is 0.013
+    assert float(depths_NQ.std()) == pytest.approx(12**-0.5, abs=0.03)
 
 
 def test_the_filler_is_one_markov_chain_in_all_sets() -> None:
@@ -172,13 +153,13 @@ class Oracle(nn.Module):
         self.failing, self.size = failing, size
 
     def forward(self, input_ids: Tensor) -> Any:
-        said = []
+        logits = []
         for row in input_ids.tolist():
             after = torch.tensor(self.next[tuple(row)])
             if self.rows.index(tuple(row)) in self.failing:
                 after[-2] = 0
-            said.append(nn.functional.one_hot(after, self.size).float())
-        return SimpleNamespace(logits=torch.stack(said))
+            logits.append(nn.functional.one_hot(after, self.size).float())
+        return SimpleNamespace(logits=torch.stack(logits))
 
 
 def test_accuracy_by_hand() -> None:
@@ -189,18 +170,9 @@ def test_accuracy_by_hand() -> None:
     assert (scores.flatten() > -60)[[0, 1, 3, 4]].all()
     assert right.shape == (10, 1)
     assert right.flatten().nonzero().flatten().tolist() == [0, 1, 3, 4, 6, 7, 8, 9]  # one wrong token of three is wrong
-    said = torch.cat([needles.segments.ids_NT[:, 1:], torch.zeros(10, 1, dtype=torch.int64)], dim=1)
-    assert needles.correct_NQ(said).all()
-    assert not needles.correct_NQ(torch.full_like(said, BOS)).any()
-
-
-def test_labels_and_prompts() -> None:
-    needles = Haystack(value_tokens=2, length=70).draw("train", 4, 0)
-    ids, labels = needles.segments.ids_NT, needles.labels_NT
-    assert torch.equal(labels != -100, torch.arange(70).expand(4, 70) >= 68)
-    assert torch.equal(labels[:, 68:], ids[:, 68:])
-    assert torch.equal(needles.prompts_NT, ids[:, :68])
-    assert (needles.prompts_NT[:, 65] == QUESTION).all()
+    predicted = torch.cat([needles.segments.ids_NT[:, 1:], torch.zeros(10, 1, dtype=torch.int64)], dim=1)
+    assert needles.correct_NQ(predicted).all()
+    assert not needles.correct_NQ(torch.full_like(predicted, BOS)).any()
 
 
 def test_the_tokenizer_reads_what_the_vocabulary_spells() -> None:
@@ -215,10 +187,8 @@ def test_the_tokenizer_reads_what_the_vocabulary_spells() -> None:
 
 
 def test_arguments_out_of_range_are_refused() -> None:
-    with pytest.raises(IntaglioError, match=r"depth is 1\.5; it must lie between"):
-        BED.documents("evaluation", depth=1.5)
     with pytest.raises(IntaglioError, match="length is 10; facts and questions alone take 17 tokens"):
-        BED.documents("evaluation", length=10)
+        Haystack(length=10).documents("evaluation")
     with pytest.raises(IntaglioError, match="0 documents were requested"):
         BED.draw("train", 0, 0)
     with pytest.raises(IntaglioError, match="there is no set 'test'"):
@@ -236,9 +206,4 @@ def test_a_new_model_reads_it_and_can_be_trained_on_it() -> None:
     checkpoint = Haystack(width=16, depth=1).new(0)
     assert checkpoint.config.vocab_size == len(BED.vocabulary)
     assert [result.shape for result in answers(checkpoint.model, needles)] == [(8, 1), (8, 1)]
-    rows = [
-        {"input_ids": ids, "labels": labels}
-        for ids, labels in zip(needles.segments.ids_NT, needles.labels_NT, strict=True)
-    ]
-    for data in (needles.segments, rows):
-        assert len(train(checkpoint, data, steps=1, batch_size=4).history) == 1
+    assert len(train(checkpoint, needles.segments, steps=1, batch_size=4).history) == 1

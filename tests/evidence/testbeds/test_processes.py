@@ -17,8 +17,8 @@ from intaglio.evidence.testbeds.haystack import Haystack
 from intaglio.evidence.testbeds.movielens import MovieLens
 from intaglio.evidence.testbeds.source_code import SourceCode
 
-def said():
-    docstrings = Docstrings(learned=("yaml",), asked=("yaml",))
+def results():
+    docstrings = Docstrings(training_packages=("yaml",), evaluation_packages=("yaml",))
     source = SourceCode(packages=("yaml",), steps=5, documents_pilot=1)
     ratings = MovieLens(source=sys.argv[1], users_run=10)
     yield Digits(noise=0.2).training(3).digest
@@ -30,7 +30,7 @@ def said():
     yield source.training(3).digest
     yield repr([source.part(part).digest for part in ("train", "validation", "pilot", "evaluation")])
 
-for value in said():
+for value in results():
     print(hashlib.sha256(value.encode()).hexdigest())
 """
 

@@ -17,7 +17,7 @@ import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.cli.app import app
 from intaglio.errors import IntaglioError
-from intaglio.export import export
+from intaglio.exporters import export
 from intaglio.masks import visible
 from intaglio.methods.activations.moe_x import MoELayer, MoEX, moe_layers, monitor
 from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking

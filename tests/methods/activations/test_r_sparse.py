@@ -287,3 +287,11 @@ def test_generating_uses_the_kernel_and_not_for_prompts(monkeypatch: pytest.Monk
     model.generate(PROMPT, do_sample=False, max_new_tokens=3)
     if gather.kernel(torch.zeros(1, 2), torch.float32):
         assert rows == [1] * 2 * 2 * 7
+
+
+def test_mutated_splits_stay_on_the_grid_and_reach_its_ends() -> None:
+    search, draws = Search(mutation=1.0, step=0.25), torch.Generator().manual_seed(0)
+    genes = search._mutated(tuple(range(5)) * 40, draws)
+    assert (min(genes), max(genes)) == (0, 4)
+    assert search._mutated((2,) * 40, draws) != (2,) * 40
+    assert Search(mutation=0.0)._mutated((2,) * 40, draws) == (2,) * 40

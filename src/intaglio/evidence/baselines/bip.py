@@ -38,9 +38,7 @@ def iterative(
 ) -> int:
     """Prune a trained dense network in rounds that share `design.steps` passes; return their number.
 
-    Args:
-        keep: share of the weights kept.
-        rewind: whether each round restarts from the dense network's weights. Default False.
+    `keep` is the share of the weights kept; with `rewind` each round restarts from the dense network's weights.
     """
     model, data, targets = MaskedModel(net, 1 - keep, implicit=False), _batches(images, seed, design), rounds(keep)
     dense = {name: value.detach().clone() for name, value in net.state_dict().items()}
@@ -59,14 +57,7 @@ def iterative(
 
 
 def hydra(
-    net: nn.Module,
-    images: Images,
-    seed: int,
-    design: Classify,
-    *,
-    keep: float,
-    learning_rate: float,
-    lr_mask: float,
+    net: nn.Module, images: Images, seed: int, design: Classify, *, keep: float, learning_rate: float, lr_mask: float
 ) -> int:
     """Learn the scores of a trained dense network for half of the passes, then its weights; return the passes."""
     model, data = MaskedModel(net, 1 - keep, implicit=False), _batches(images, seed, design)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,11 +33,7 @@ class NormedLinear(ReplacedLinear):
 
 @dataclass(frozen=True)
 class InnerNorms:
-    """Put layer norms in front of all projections, or leave the model as it is.
-
-    Args:
-        norms: whether to do so. Default True.
-    """
+    """Put layer norms in front of all projections, or leave the model as it is."""
 
     norms: bool = True
 
@@ -44,5 +41,5 @@ class InnerNorms:
         """Replace the projections in place."""
         if self.norms:
             names = module_names(checkpoint.model)
-            linears = [linear for _, linear in anatomy(checkpoint.model).all_linears()]
-            replace_modules(checkpoint.model, {names[id(one.module)]: NormedLinear(one.module) for one in linears})  # type: ignore[arg-type]
+            modules: list[Any] = [linear.module for _, linear in anatomy(checkpoint.model).all_linears()]
+            replace_modules(checkpoint.model, {names[id(module)]: NormedLinear(module) for module in modules})

@@ -35,7 +35,7 @@ CLAIM = Claim(
     kind="as good as",
     metric=ACCURACY,
     delta=0.5,
-    design=Classify(Digits(training_images=240), network="mlp", width=48, steps=FULL, dense_steps=756),
+    design=Classify(Digits(training_images=240), width=48, steps=FULL, dense_steps=756),
     arms={
         "iterative": Arm(
             f"iterative magnitude pruning, 80 % kept a round, {FULL:,} passes",

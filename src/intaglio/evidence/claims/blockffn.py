@@ -5,13 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from intaglio.evidence.designs.base import Measured, Values
-from intaglio.evidence.designs.measures import (
-    BITS,
-    CHUNK_SPARSITY,
-    TOKEN_SPARSITY,
-    activation_sparsity,
-    bits_per_byte,
-)
+from intaglio.evidence.designs.measures import BITS, CHUNK_SPARSITY, TOKEN_SPARSITY, activation_sparsity, bits_per_byte
 from intaglio.evidence.designs.training import Pretrain
 from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.evidence.testbeds.source_code import SourceCode

@@ -40,9 +40,7 @@ CLAIM = Claim(
     metric=NEEDLE_SCORE,
     delta=0.05,
     design=Finetune(
-        Haystack(length=128, facts=FACTS, questions=FACTS, steps=2500, batch=16),
-        measures=(needles,),
-        steps=300,
+        Haystack(length=128, facts=FACTS, questions=FACTS, steps=2500, batch=16), measures=(needles,), steps=300
     ),
     arms={
         "next token": Arm("next-token prediction of the answers", tuned(enabled=False)),

@@ -24,12 +24,10 @@ CLAIM = Claim(
     " gradually than if it is trained with SR-STE.",
     metric=ACCURACY,
     delta=1.0,
-    design=Classify(Digits(), network="mlp", width=192, steps=750, batch_size=32),
+    design=Classify(Digits(), width=192, steps=750, batch_size=32),
     arms={
         "SR-STE": Arm(
-            "SR-STE, its λ tuned",
-            sparse("sr-ste"),
-            tune={"learning_rate": RATES, "sr_decay": (2e-4, 2e-3, 2e-2)},
+            "SR-STE, its λ tuned", sparse("sr-ste"), tune={"learning_rate": RATES, "sr_decay": (2e-4, 2e-3, 2e-2)}
         ),
         "mdgf-exp": Arm(
             "MdGf-Exponential under the chain rule",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import time
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,23 +25,13 @@ Values = Mapping[str, float | Mapping[str, float | None] | None]
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A model to measure, and what it came from.
-
-    Args:
-        checkpoint: the model, in evaluation mode.
-        bed: its test bed.
-        key: of the run.
-        settings: of the arm.
-        original: the model before the arm's method, where there is one. Default None.
-        history: log entries of its training. Default none.
-    """
+    """A model in evaluation mode, and what it came from (None: unknown)."""
 
     checkpoint: Checkpoint
     bed: Any
     key: RunKey
     settings: Settings
     original: Checkpoint | None = None
-    history: Sequence[Any] = ()
 
     @cached_property
     def documents(self) -> Windows:
@@ -84,18 +73,19 @@ def nonzero_parameters(checkpoint: Checkpoint) -> int:
     return sum(int(p.count_nonzero()) for p in checkpoint.model.parameters())
 
 
-def copied(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a copy of a shared checkpoint that may be changed."""
-    return Checkpoint(copy.deepcopy(checkpoint.model), checkpoint.tokenizer, checkpoint.source)
+class BedDesign:
+    """Base of designs on a test bed `bed`; `MINIATURE` holds the fields that change with the test bed in miniature."""
+
+    bed: Any
+    MINIATURE: ClassVar[Mapping[str, Any]] = {}
+
+    def toy(self, **changes: Any) -> Any:
+        """Return the design on its test bed in miniature; `changes` are fields of the test bed."""
+        return dataclasses.replace(self, bed=self.bed.toy(**changes), **self.MINIATURE)  # type: ignore[type-var]
 
 
 class Configured:
-    """The settings of an arm, tuned ones included: a design pops its own, the rest are fields of the arm's methods.
-
-    Args:
-        arm: its settings override tuned ones.
-        tuned: the tuned settings.
-    """
+    """The settings of an arm, tuned ones included: a design pops its own, the rest are fields of the arm's methods."""
 
     def __init__(self, arm: Arm, tuned: Settings) -> None:
         self.settings: dict[str, Any] = {**tuned, **arm.settings}
@@ -113,7 +103,8 @@ class Configured:
     def fill(self, method: Any) -> Any:
         """Return a method with the remaining settings that are fields of it."""
         pydantic = hasattr(method, "model_fields_set")
-        names = type(method).model_fields if pydantic else [f.name for f in _fields(method)]
+        declared = dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()
+        names = type(method).model_fields if pydantic else [f.name for f in declared]
         own = {name: value for name, value in self.settings.items() if name in names}
         self.used |= own.keys()
         if not own:
@@ -132,7 +123,3 @@ class Configured:
         unused = self.settings.keys() & self._own - self.used
         if unused:
             raise IntaglioError(f"the settings {', '.join(sorted(unused))} of the arm are no field of its methods")
-
-
-def _fields(method: Any) -> Sequence[Any]:
-    return dataclasses.fields(method) if dataclasses.is_dataclass(method) else ()

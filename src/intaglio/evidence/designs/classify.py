@@ -11,10 +11,10 @@ Dimension letters: N images, C classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,25 +31,13 @@ from intaglio.trainer.protocols import Loss
 
 ACCURACY = Metric("accuracy", "points", "higher", continuous=False)
 TEST_LOSS = Metric("negative log-likelihood", "nats")
-Network = Literal["mlp", "conv"]
 
 
 @dataclass(frozen=True)
 class Classify:
-    """Train a network on images and measure it; a unit is a training seed.
-
-    Args:
-        bed: the images.
-        network: `mlp` (two hidden layers) or `conv` (three convolutions). Default `mlp`.
-        width: of the network. Default 48.
-        steps: of training. Default 750.
-        batch_size: images of a step. Default 32.
-        learning_rate: peak. Default 0.1.
-        dense_steps: steps of a dense training that all arms of a unit start from. Default 0: none.
-    """
+    """Train a perceptron on images, from dense weights after `dense_steps` if any; a unit is a training seed."""
 
     bed: Digits = field(default_factory=Digits)
-    network: Network = "mlp"
     width: int = 48
     steps: int = 750
     batch_size: int = 32
@@ -73,7 +61,7 @@ class Classify:
                 passes = count * _train(net, images, modifiers, recipe)
         loss, accuracy = evaluate(net, measured)
         parameters = sum(int(p.count_nonzero()) for p in net.parameters())
-        flops = float(passes * self.batch_size * pass_flops(net, self.bed.side))
+        flops = float(passes * self.batch_size * pass_flops(net))
         cost = Cost(passes * self.batch_size, flops, parameters, spent.seconds, spent.peak_bytes)
         parity = {"training": images.digest, "images": measured.digest}
         return Result({ACCURACY.name: accuracy, TEST_LOSS.name: loss}, cost, parity)
@@ -81,7 +69,7 @@ class Classify:
     def _start(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = NETWORKS[self.network](self.bed.side, self.width)
+            net = mlp(self.bed.side, self.width)
         if self.dense_steps:
             net.load_state_dict(_dense(self, seed))
         return net
@@ -98,7 +86,7 @@ class Classify:
 
 @lru_cache(maxsize=4)
 def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
-    """The weights that all arms of a unit start from."""
+    """Return the weights that all arms of a unit start from."""
     net = dataclasses.replace(design, dense_steps=0)._start(seed)
     _train(net, design.bed.training(seed), [], design._recipe(design.dense_steps, seed))
     return net.state_dict()
@@ -159,24 +147,6 @@ def mlp(side: int, width: int) -> nn.Module:
     )  # fmt: skip
 
 
-def conv(side: int, width: int) -> nn.Module:
-    """Return a network of three convolutions with batch norm."""
-    layers: list[nn.Module] = []
-    for inputs, outputs, stride in ((1, width // 2, 1), (width // 2, width, 2), (width, width, 2)):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, CLASSES))
-
-
-NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {"mlp": mlp, "conv": conv}
-
-
-def pass_flops(net: nn.Module, side: int) -> int:
+def pass_flops(net: nn.Module) -> int:
     """Return the operations of a forward and backward pass of one image; zeros are multiplied like any number."""
-    total = 0
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            side //= module.stride[0]
-            total += 6 * module.weight.numel() * side * side
-        elif isinstance(module, nn.Linear):
-            total += 6 * module.weight.numel()
-    return total
+    return sum(6 * module.weight.numel() for module in net.modules() if isinstance(module, nn.Linear))

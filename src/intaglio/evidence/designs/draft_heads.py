@@ -34,15 +34,7 @@ NODES = 15
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """Text and training that all arms share.
-
-    Args:
-        texts: that the target generates. Default 400.
-        prompt: tokens of each that are given. Default 32.
-        length: tokens of each. Default 160.
-        steps: of the training. Default 1000.
-        batch_size: rows of a step. Default 8.
-    """
+    """Number, prompt and length of the texts that the target generates, and the training that all arms share."""
 
     texts: int = 400
     prompt: int = 32
@@ -150,12 +142,6 @@ def medusa_sizes(model: Any, heads: int, budget: int, vocabulary: int | None = N
     """Return layers and rank of Medusa heads with nearly as many parameters as a budget allows, and no more.
 
     As many layers as fit beside an output change of rank 32 if the budget allows one; the rest widens the rank.
-
-    Args:
-        model: the target.
-        heads: K.
-        budget: parameters.
-        vocabulary: tokens that may be drafted. Default None: all.
     """
     weight_VD: Tensor = model.get_output_embeddings().weight
     rows, width = weight_VD.shape

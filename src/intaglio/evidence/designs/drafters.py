@@ -48,15 +48,13 @@ def _table(bed: Any) -> Any:
 def fixed_tree(context: Context, nodes: int = NODES, tree: Tree = "best", draft: Any = None) -> DraftModel:
     """Return a draft model with the fixed tree that takes the fewest passes on the training prompts.
 
-    Args:
-        context: of the run.
-        nodes: of the tree.
-        tree: `best` of Sequoia's trees of every depth, trees by widths and a chain; `widths`, the best with equally
-            many children at every node of a level; `chain`. Default `best`.
-        draft: test bed that gives the draft model. Default: SmolLM2's; a small model of bytes drafts for itself.
+    `tree` is `chain`, `widths` (equally many children at every node of a level) or `best`: of these and Sequoia's trees
+    of every depth. `draft` is SmolLM2's test bed by default; a small model of bytes drafts for itself.
     """
     draft = draft or _draft_bed(context.bed)
-    return DraftModel(draft.load().model, shape=best_tree(context.bed, draft, nodes, tree, context.design.new).parents)
+    return DraftModel(
+        draft.load().model, shape=fitted_tree(context.bed, draft, nodes, tree, context.design.new).parents
+    )
 
 
 def dyspec(context: Context, nodes: int = NODES, fitted: bool = False, draft: Any = None, **fields: Any) -> Any:
@@ -97,7 +95,7 @@ def _acceptance(bed: Any, draft: Any, nodes: int, new: int) -> AcceptanceTable:
 
 @lru_cache(maxsize=4)
 def _training_texts(bed: Any, new: int) -> list[tuple[list[int], int]]:
-    """The target's greedy texts after training prompts, each with the position from which it can be drafted."""
+    """Return the target's greedy texts after training prompts, each with the first position to draft."""
     target: Checkpoint = bed.load()
     units = (tuple(tuple(p.ids) for p in bed.source("train", index)) for index in range(FITTED_UNITS))
     texts: list[Text] = [text for prompts in units for text in continuations(target, prompts, new, False)]

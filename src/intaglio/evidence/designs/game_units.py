@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,8 +40,7 @@ BATCH = 128
 def upcycled(bed: BoardGame, seed: int, model: Settings) -> Checkpoint:
     """Return the start of an arm: the test bed's dense model with `experts`, or `copies` of its units side by side.
 
-    Args:
-        model: `{"activation": ..., "experts": MoEX(...)}` or `{"activation": ..., "copies": k, "noise": ...}`.
+    `model` is `{"activation": ..., "experts": MoEX(...)}` or `{"activation": ..., "copies": k, "noise": ...}`.
     """
     base = bed.base(seed, model["activation"])
     experts: MoEX | None = model.get("experts")
@@ -132,13 +131,10 @@ def _units(checkpoint: Checkpoint) -> Iterator[list[Tensor]]:
     def plain(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         seen.append(output)
 
-    handles = []
-    for block in anatomy(checkpoint.model).blocks:
-        mlp: Any = block.mlp
-        experts = isinstance(mlp, MoELayer)
-        handles.append(mlp.register_forward_pre_hook(gated) if experts else mlp.act.register_forward_hook(plain))
-    try:
+    with ExitStack() as hooks:
+        for block in anatomy(checkpoint.model).blocks:
+            mlp: Any = block.mlp
+            experts = isinstance(mlp, MoELayer)
+            hook = mlp.register_forward_pre_hook(gated) if experts else mlp.act.register_forward_hook(plain)
+            hooks.enter_context(hook)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

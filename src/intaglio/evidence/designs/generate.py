@@ -1,18 +1,17 @@
 """Design that measures generated outputs: `Generate`.
 
 Settings of an arm: `generator`, a function `(model, prompt, seed, **settings) -> outputs`, token ids of one or several
-outputs. The design's `score` turns the outputs of a prompt into metrics.
+outputs. Test beds give `load()` and `source(part, index, base)`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import Settings, usage
+from intaglio.evidence.designs.base import BedDesign, Settings, usage
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
 from intaglio.evidence.testbeds.prompts import Prompts
@@ -28,13 +27,8 @@ def type_token_ratio(prompt: Sequence[int], outputs: Outputs) -> Mapping[str, fl
 
 
 @dataclass(frozen=True)
-class Generate:
-    """Generate outputs for the prompts of a unit and score them.
-
-    Args:
-        bed: gives `load()` and `source(part, index, base)`. Default SmolLM2 with five prompts of an article or module.
-        score: `(prompt, outputs) -> {metric: value}`. Default: type-token ratio.
-    """
+class Generate(BedDesign):
+    """Generate outputs for the prompts of a unit; `score(prompt, outputs)` returns `{metric: value}`."""
 
     bed: Any = field(default_factory=Prompts)
     score: Score = type_token_ratio
@@ -52,7 +46,3 @@ class Generate:
         tokens = sum(len(ids) for of_prompt in outputs for ids in of_prompt)
         cost = Cost(tokens, seconds=spent.seconds, peak_bytes=spent.peak_bytes)
         return Result(values, cost, {"prompts": digest(prompts)})
-
-    def toy(self, **changes: Any) -> Generate:
-        """Return the design on a small model of bytes; `changes` are fields of its test bed."""
-        return dataclasses.replace(self, bed=self.bed.toy(**changes))

@@ -6,17 +6,16 @@ Settings of an arm: `trials`, a configuration of layer groups for each fine-tuni
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import Configured, Settings, copied, training_cost, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Settings, training_cost, usage
 from intaglio.evidence.engine.claim import Arm, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
+from intaglio.evidence.testbeds.cached_models import copied
 from intaglio.evidence.testbeds.identifier_roles import ROLES, IdentifierRoles
 from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
 from intaglio.methods.attention.layerwise_unmasking.search import Trial, best_of
@@ -31,18 +30,8 @@ LABEL_LOSS = Metric("negative log-likelihood", "nats a word")
 
 
 @dataclass(frozen=True)
-class Label:
-    """Fine-tune a model once per trial, keep the best on validation passages, measure it; a unit is a training seed.
-
-    Args:
-        bed: gives the pretrained model and labelled passages.
-        groups: of layers. Default 4.
-        training: passages to fine-tune on. Default 800.
-        validation: passages that choose among trials. Default 400.
-        test: passages to measure on. Default 600.
-        steps: of a fine-tuning. Default 100.
-        batch_size: passages of a step. Default 8.
-    """
+class Label(BedDesign):
+    """Fine-tune a model once per trial, keep the best on validation passages, measure it; a unit is a training seed."""
 
     bed: IdentifierRoles = field(default_factory=IdentifierRoles)
     groups: int = 4
@@ -51,6 +40,7 @@ class Label:
     test: int = 600
     steps: int = 100
     batch_size: int = 8
+    MINIATURE: ClassVar = {"training": 8, "validation": 8, "test": 8, "steps": 2, "batch_size": 4}
 
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Fine-tune an arm on a unit and measure it."""
@@ -65,7 +55,7 @@ class Label:
             Trial(f"{number}: {bits}", bits, {"learning_rate": rate, "seed": len(tried) * seed + number})
             for number, bits in enumerate(tried)
         ]
-        checkpoint = copied(_pretrained(self.bed))
+        checkpoint = copied(self.bed.trained())
         method, parts = LayerwiseUnmasking(groups=self.groups), anatomy(checkpoint.model)
         objective = TokenClassification(place=place, labels=list(ROLES))
         with usage(checkpoint.device) as spent:
@@ -83,16 +73,6 @@ class Label:
         }
         parity = {"training": digest(examples), "validation": digest(validation), "test": digest(test)}
         return Result(values, training_cost(checkpoint, sum(trial.tokens for trial in best.trials), spent), parity)
-
-    def toy(self, **changes: Any) -> Label:
-        """Return the design on the test bed in miniature; `changes` are fields of the test bed."""
-        sizes = {"training": 8, "validation": 8, "test": 8, "steps": 2, "batch_size": 4}
-        return dataclasses.replace(self, bed=self.bed.toy(**changes), **sizes)
-
-
-@lru_cache(maxsize=2)
-def _pretrained(bed: IdentifierRoles) -> Checkpoint:
-    return bed.trained()
 
 
 @torch.no_grad()

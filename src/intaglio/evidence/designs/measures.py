@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from statistics import fmean
 from typing import Any
 
@@ -68,30 +67,20 @@ def output_errors(original: Checkpoint, changed: Checkpoint, ids_NT: Tensor) -> 
     change = {name: linear.read() - other.read() for (name, linear), (_, other) in pairs}
     error, whole = dict.fromkeys(change, 0.0), dict.fromkeys(change, 0.0)
 
-    def capture(name: str, linear: Linear, x_NTI: Tensor) -> None:
-        x_NTI = x_NTI[:, 1:]
-        error[name] += float((x_NTI @ change[name].T).double().square().sum())
-        whole[name] += float((x_NTI @ linear.read().T).double().square().sum())
+    def hook(name: str, linear: Linear) -> Any:
+        def capture(module: nn.Module, args: Any) -> None:
+            x_NTI = args[0][:, 1:]
+            error[name] += float((x_NTI @ change[name].T).double().square().sum())
+            whole[name] += float((x_NTI @ linear.read().T).double().square().sum())
 
-    with _inputs(original, capture):
+        return linear.module.register_forward_pre_hook(capture)
+
+    with ExitStack() as hooks:
+        for name, linear in anatomy(original.model).all_linears():
+            hooks.enter_context(hook(name, linear))
         for ids_BT in ids_NT.split(BATCH):
             final_hidden(anatomy(original.model), {"input_ids": ids_BT.to(original.device)})
     return {name: error[name] / whole[name] for name in change}
-
-
-@contextmanager
-def _inputs(checkpoint: Checkpoint, capture: Any) -> Iterator[None]:
-    """Call `capture(name, linear, input)` for every projection of a pass."""
-
-    def hook(name: str, linear: Linear) -> Any:
-        return linear.module.register_forward_pre_hook(lambda module, args: capture(name, linear, args[0]))
-
-    handles = [hook(name, linear) for name, linear in anatomy(checkpoint.model).all_linears()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def weight_bytes(measured: Measured) -> Values:

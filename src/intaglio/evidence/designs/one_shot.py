@@ -1,18 +1,19 @@
 """Design that edits a trained model with calibration data and measures it: `OneShot`.
 
-Settings of an arm: `method`, a carving (without it the model stays as it is); everything else is a field of the method.
+Settings of an arm: `method` (without it the model stays as it is); everything else is a field of the method. The test
+bed gives `load()`, `calibration(seed, part)` and `documents(part, base)`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import Configured, Measure, Measured, Settings, copied, nonzero_parameters, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Measure, Measured, Settings, nonzero_parameters, usage
 from intaglio.evidence.designs.measures import BATCH, log_perplexity
 from intaglio.evidence.engine.claim import Arm, Cost, Result, RunKey
+from intaglio.evidence.testbeds.cached_models import copied
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.testbeds.splits import Windows
 from intaglio.methods.base import Workload
@@ -20,13 +21,8 @@ from intaglio.modeling.anatomy import anatomy
 
 
 @dataclass(frozen=True)
-class OneShot:
-    """Apply a method to a copy of the test bed's model; a unit is a calibration draw.
-
-    Args:
-        bed: gives `load()`, `calibration(seed, part)` and `documents(part, base)`. Default SmolLM2 with Wikipedia.
-        measures: functions of the edited model. Default: log-perplexity of each document.
-    """
+class OneShot(BedDesign):
+    """Apply a method to a copy of the test bed's model; a unit is a calibration draw."""
 
     bed: Any = field(default_factory=SmolLM2Wikipedia)
     measures: tuple[Measure, ...] = (log_perplexity,)
@@ -51,10 +47,6 @@ class OneShot:
         cost = Cost(tokens, flops, nonzero_parameters(edited), spent.seconds, spent.peak_bytes)
         parity = {"calibration": calibration.segments.digest, "documents": measured.documents.segments.digest}
         return Result(values, cost, parity)
-
-    def toy(self, **changes: Any) -> OneShot:
-        """Return the design on a small model of bytes; `changes` are fields of its test bed."""
-        return dataclasses.replace(self, bed=self.bed.toy(**changes))
 
 
 def _workload(original: Checkpoint, calibration: Windows) -> Workload:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -59,13 +58,7 @@ class Context:
 
 @dataclass(eq=False)
 class Text:
-    """A prompt and its continuation.
-
-    Args:
-        prompt: token ids.
-        new: token ids, up to and including a stop token.
-        hidden_TD: last hidden states of both, after the final norm; None where no drafter needs them.
-    """
+    """Token ids of a prompt and its continuation, and last hidden states of both where a drafter needs them."""
 
     prompt: tuple[int, ...]
     new: tuple[int, ...]
@@ -74,13 +67,7 @@ class Text:
 
 @dataclass(eq=False)
 class Passes:
-    """Tokens that each pass emitted for one prompt.
-
-    Args:
-        new: the text.
-        steps: tokens of each pass, the prefill's first.
-        rows: tokens that the target read.
-    """
+    """Tokens that each pass emitted for one prompt, the prefill's first; `rows` counts tokens that the target read."""
 
     new: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -100,11 +87,8 @@ class Passes:
 class Replay:
     """Count the passes of an arm on the prompts of a unit.
 
-    Args:
-        bed: gives `load()`, the target, and `source(part, index, base)`, the prompts of a unit. Default: about five
-            prompts of an article or module for SmolLM2.
-        new: most new tokens of a prompt. Default 64.
-        real_loop: decode with the real loop, one prompt after the other, and report seconds. Default False.
+    `bed` gives `load()`, the target, and `source(part, index, base)`, the prompts of a unit; `new` limits new tokens.
+    `real_loop` decodes with the real loop, one prompt after the other.
     """
 
     bed: Any = field(default_factory=Prompts)
@@ -127,15 +111,15 @@ class Replay:
                 drafter = drafter(context, **own)
                 passes = self._passes(target, drafter, prompts)
         values: dict[str, float | None] = {
-            TOKENS.name: ratio(one.count() for one in passes),
-            BEFORE_LOOP.name: ratio(one.count(loop_start(one.new)) for one in passes),
+            TOKENS.name: ratio(result.count() for result in passes),
+            BEFORE_LOOP.name: ratio(result.count(loop_start(result.new)) for result in passes),
         }
         if hasattr(drafter, "calls"):
-            values[DRAFT_PASSES.name] = drafter.calls.passes / sum(len(one.new) for one in passes)
+            values[DRAFT_PASSES.name] = drafter.calls.passes / sum(len(result.new) for result in passes)
         if decoder is not None:
             shares, rates = agreed_tokens(target, prompts, passes)
             values |= {AGREEMENT.name: fmean(shares), AGREED_TOKENS.name: fmean(rates)}
-        rows = sum(one.rows for one in passes)
+        rows = sum(result.rows for result in passes)
         parameters = sum(p.numel() for p in target.model.parameters())
         tokens = sum(map(len, prompts))
         cost = Cost(tokens, 2.0 * parameters * rows, parameters, spent.seconds, spent.peak_bytes)
@@ -190,14 +174,7 @@ def _start(target: Checkpoint, drafter: Drafter, prompts: Sequence[tuple[int, ..
 
 @torch.inference_mode()
 def replay(target: Checkpoint, drafter: Drafter, texts: Sequence[Text], new: int) -> list[Passes]:
-    """Return the passes that the verify loop would take to emit some texts with a drafter.
-
-    Args:
-        target: the model, which is not run.
-        drafter: its proposals depend on accepted tokens and hidden states alone.
-        texts: the target's own greedy texts.
-        new: most new tokens that the loop allows.
-    """
+    """Return the passes that the verify loop would take to emit the target's own texts, without running the target."""
     session = _start(target, drafter, [text.prompt for text in texts], new)
     results = [Passes([text.new[0]], [1], len(text.prompt)) for text in texts]
     logits = torch.empty(0)  # a drafter that read them could not be replayed
@@ -249,20 +226,13 @@ def _decoding(decoder: Any) -> Any:
 
 
 def decode(target: Checkpoint, make: Any, prompts: Sequence[tuple[int, ...]], new: int) -> list[Passes]:
-    """Return the passes of the true decoding of some prompts in one batch.
-
-    Args:
-        target: the model.
-        make: `make(on_step)` returns a `custom_generate` callable.
-        prompts: token ids.
-        new: most new tokens.
-    """
+    """Return the passes of the true decoding of a batch of prompts by `make(on_step)`, a `custom_generate` callable."""
     results = [Passes(rows=len(prompt)) for prompt in prompts]
 
     def note(step: Step) -> None:
         result = results[step.row]
         result.new += step.tokens
-        if step.tree is None and step.drafted:  # taken unverified, in the pass of the token before
+        if step.drafted and not step.path:  # taken unverified, in the pass of the token before
             result.steps[-1] += len(step.tokens)
             return
         result.steps.append(len(step.tokens))
@@ -280,14 +250,6 @@ def decode(target: Checkpoint, make: Any, prompts: Sequence[tuple[int, ...]], ne
     return results
 
 
-def seconds_per_token(target: Checkpoint, drafter: Drafter, prompts: Sequence[tuple[int, ...]], new: int) -> float:
-    """Return the seconds a token of the real loop, one prompt at a time, after a warm-up on the first prompt."""
-    decode(target, _drafting(drafter), prompts[:1], new)
-    start = time.perf_counter()
-    tokens = sum(len(decode(target, _drafting(drafter), [prompt], new)[0].new) for prompt in prompts)
-    return (time.perf_counter() - start) / tokens
-
-
 @torch.inference_mode()
 def agreement(target: Checkpoint, prompt: Sequence[int], new: Sequence[int]) -> float:
     """Return the share of new tokens that the unaided model, reading the same text before them, would have emitted."""
@@ -302,14 +264,16 @@ def agreed_tokens(
     target: Checkpoint, prompts: Sequence[Sequence[int]], passes: Sequence[Passes]
 ) -> tuple[list[float], list[float]]:
     """Return each prompt's agreement, and its tokens per pass, which count as 1 below 97 % agreement."""
-    shares = [agreement(target, prompt, one.new) for prompt, one in zip(prompts, passes, strict=True)]
-    rates = [ratio([one.count()]) for one in passes]
+    shares = [agreement(target, prompt, result.new) for prompt, result in zip(prompts, passes, strict=True)]
+    rates = [ratio([result.count()]) for result in passes]
     return shares, [rate if share >= LEAST_AGREEMENT else 1.0 for rate, share in zip(rates, shares, strict=True)]
 
 
 def loop_start(ids: Sequence[int]) -> int:
-    """Return the position from which a text repeats itself to its end, with a period of at most 32 tokens seen at
-    least twice; the text's length where it does not."""
+    """Return the position from which a text repeats itself to its end; the text's length where it does not.
+
+    The period is at most 32 tokens, seen at least twice.
+    """
     start = len(ids)
     for period in range(1, min(LONGEST_LOOP, len(ids) // 2) + 1):
         position = len(ids) - period

@@ -1,12 +1,11 @@
 """Design that measures retrieval of an encoder or index: `Retrieve`.
 
 Settings of an arm: `retriever`, a function `(context, **settings) -> search`, where `search(queries, documents)` takes
-`{id: text}` twice and returns `{query id: {document id: score}}`.
+`{id: text}` twice and returns `{query id: {document id: score}}`. Test beds give `retrieval(part, base)`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from intaglio.evidence.designs.base import Settings, usage
+from intaglio.evidence.designs.base import BedDesign, Settings, usage
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.docstrings import Docstrings
 
@@ -33,12 +32,8 @@ class RetrieveContext:
 
 
 @dataclass(frozen=True)
-class Retrieve:
-    """Train or load a retriever on a unit and measure it per query.
-
-    Args:
-        bed: gives `training(seed)` and `retrieval(part, base)`. Default docstrings.
-    """
+class Retrieve(BedDesign):
+    """Train or load a retriever on a unit and measure it per query."""
 
     bed: Any = field(default_factory=Docstrings)
 
@@ -54,10 +49,6 @@ class Retrieve:
             NDCG.name: {query: ndcg(scores[query], data.relevant[query]) for query in data.queries},
         }
         return Result(values, Cost(seconds=spent.seconds, peak_bytes=spent.peak_bytes), {"data": data.digest})
-
-    def toy(self, **changes: Any) -> Retrieve:
-        """Return the design on few queries of a small package."""
-        return dataclasses.replace(self, bed=self.bed.toy(**changes))
 
 
 def _ranked(scores: Mapping[str, float]) -> list[str]:

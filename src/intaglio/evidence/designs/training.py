@@ -8,7 +8,6 @@ Settings of an arm, all optional:
   seed)` instead, which may return another checkpoint.
 - `modifiers`: training modifiers; `objective`: what is predicted; `select`: a selector of the training examples, which
   may compare with the test bed's `original()`.
-- `after`: a method applied to the trained model.
 - names of `RECIPE`: arguments of `intaglio.trainer.train` over the test bed's recipe; everything else is a field of the
   methods above.
 """
@@ -20,10 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import Configured, Measure, Measured, Settings, copied, training_cost, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Measure, Measured, Settings, training_cost, usage
 from intaglio.evidence.designs.measures import bits_per_byte
 from intaglio.evidence.engine.claim import Arm, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
+from intaglio.evidence.testbeds.cached_models import copied
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.trainer import train
 
@@ -34,13 +34,8 @@ RECIPE = (
 
 
 @dataclass(frozen=True)
-class Pretrain:
-    """Train the test bed's untrained model and measure it.
-
-    Args:
-        bed: gives `new(seed, **model)`, `training(seed)`, `recipe(seed)` and what the measures read.
-        measures: functions of the trained model. Default: bits a byte on the test bed's documents.
-    """
+class Pretrain(BedDesign):
+    """Train what the test bed's `new(seed, **model)` gives on its `training(seed)` by its `recipe(seed)`; measure."""
 
     bed: Any = field(default_factory=SourceCode)
     measures: tuple[Measure, ...] = (bits_per_byte,)
@@ -52,7 +47,7 @@ class Pretrain:
         start, model = own.pop("start"), own.pop("model", {})
         checkpoint = start(self.bed, seed, model) if start else self._start(seed, model)
         recipe = {**self.bed.recipe(seed), **own.pop_all(RECIPE)}
-        apply, prepare, after = own.pop("apply"), own.pop("prepare"), own.pop("after")
+        apply, prepare = own.pop("apply"), own.pop("prepare")
         modifiers = [own.fill(modifier) for modifier in own.pop("modifiers", ())]
         objective, select = own.pop("objective"), own.pop("select")
         if objective is not None:
@@ -63,15 +58,12 @@ class Pretrain:
             own.fill(apply).apply(checkpoint, seed=seed)
         if prepare is not None:
             checkpoint = own.fill(prepare)(checkpoint, seed) or checkpoint
-        after = after and own.fill(after)
         own.check()
         data = self._data(seed, recipe["steps"])
         with usage(checkpoint.device) as spent:
             trained = train(checkpoint, data, modifiers=modifiers, **recipe)
-            if after is not None:
-                after.apply(checkpoint, seed=seed)
         checkpoint.model.eval()
-        measured = Measured(checkpoint, self.bed, key, every, history=trained.history)
+        measured = Measured(checkpoint, self.bed, key, every)
         values = {name: value for measure in self.measures for name, value in measure(measured).items()}
         return Result(values, training_cost(checkpoint, trained.tokens, spent), {"data": data_digest(data)})
 
@@ -82,21 +74,10 @@ class Pretrain:
     def _data(self, seed: int, steps: int) -> Any:
         return self.bed.training(seed)
 
-    def toy(self, **changes: Any) -> Any:
-        """Return the design on the test bed in miniature; `changes` are fields of the test bed."""
-        return dataclasses.replace(self, bed=self.bed.toy(**changes))
-
 
 @dataclass(frozen=True)
 class Finetune(Pretrain):
-    """Train the test bed's trained model further and measure it.
-
-    Args:
-        bed: gives `load()` besides; its `finetuning(seed, steps)`, where it has one, gives the data.
-        measures: functions of the trained model. Default: bits a byte on the test bed's documents.
-        steps: of the training. Default 200.
-        learning_rate: peak, where the arm has none. Default 3e-4.
-    """
+    """Train the model of the test bed's `load()` with its `finetuning(seed, steps)` or `training`, and measure it."""
 
     steps: int = 200
     learning_rate: float = 3e-4
@@ -123,8 +104,5 @@ def data_digest(data: Any) -> str:
     own = getattr(data, "digest", None)
     if own is not None:
         return str(own)
-    return digest([{name: _plain(value) for name, value in dict(example).items()} for example in data])
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
+    rows = [dict(example).items() for example in data]
+    return digest([{name: v.tolist() if hasattr(v, "tolist") else v for name, v in row} for row in rows])

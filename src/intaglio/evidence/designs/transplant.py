@@ -6,15 +6,13 @@ field of it.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
-from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import Configured, Settings, copied, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Settings, usage
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
+from intaglio.evidence.testbeds.cached_models import copied
 from intaglio.evidence.testbeds.two_tokenizers import TwoTokenizers, Which, nats_per_byte
 from intaglio.methods.weights.omp_transplant import Donor
 from intaglio.trainer import train
@@ -24,16 +22,12 @@ TUNED_NATS = Metric("nats a byte after 50 steps", "nats a byte")
 
 
 @dataclass(frozen=True)
-class Transplant:
-    """Swap the tokenizer of a copy of the base, measure, fine-tune a little, measure again; a unit is a training seed.
-
-    Args:
-        bed: two tokenizers and the models that go with them.
-        steps: of fine-tuning. Default 50.
-    """
+class Transplant(BedDesign):
+    """Swap the tokenizer of a copy of the base, measure, fine-tune, measure again; a unit is a training seed."""
 
     bed: TwoTokenizers = field(default_factory=TwoTokenizers)
     steps: int = 50
+    MINIATURE: ClassVar = {"steps": 3}
 
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Transplant with the models of a unit and measure each document."""
@@ -43,7 +37,7 @@ class Transplant:
         own.check()
         which: Which = "base" if method is None else "donor"
         documents = self.bed.documents(key.split, key.base)
-        checkpoint, donor = copied(_model(self.bed, "base", seed)), _model(self.bed, "donor", seed)
+        checkpoint, donor = copied(self.bed.trained("base", seed)), self.bed.trained("donor", seed)
         with usage(checkpoint.device) as spent, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # 64 atoms are too many: an arm shows it
             if method is not None:
@@ -57,12 +51,3 @@ class Transplant:
         parameters = sum(p.numel() for p in checkpoint.model.parameters())
         cost = Cost(windows.tokens, 0.0, parameters, spent.seconds, spent.peak_bytes)
         return Result(values, cost, {"documents": "".join(documents), "models": str(seed)})
-
-    def toy(self, **changes: Any) -> Transplant:
-        """Return the design on the test bed in miniature; `changes` are fields of the test bed."""
-        return dataclasses.replace(self, bed=self.bed.toy(**changes), steps=3)
-
-
-@lru_cache(maxsize=2)
-def _model(bed: TwoTokenizers, which: Which, seed: int) -> Checkpoint:
-    return bed.trained(which, seed)

@@ -45,15 +45,10 @@ MAX_SEED_BASE = 1_000
 
 @dataclass(frozen=True)
 class Metric:
-    """A quantity that a design measures.
+    """A quantity that a design measures, `name` in `Result.values`.
 
-    Args:
-        name: key of `Result.values`, such as `bits per byte`.
-        unit: of its values, such as `bits`.
-        better: `lower` or `higher`. Default `lower`.
-        relative: compare arms by (method - baseline) / baseline, so that `delta` is a share. Default False.
-        continuous: whether golden numbers may hold it: true for losses and scores, false for counts, accuracies and
-            argmaxes. Default True.
+    `relative` compares arms by (method - baseline) / baseline, so that `delta` is a share. Golden numbers may hold
+    `continuous` metrics: losses and scores, not counts, accuracies or argmaxes.
     """
 
     name: str
@@ -65,13 +60,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of a comparison.
+    """One side of a comparison: what it is, in a few words, and how it differs from the others.
 
-    Args:
-        what: it is and how it differs from the others, in a few words.
-        settings: what the design needs to build it, such as `{"method": LOST(...), "width": 80}`: numbers, strings,
-            methods, and mappings or sequences of these. They override tuned settings. Default: none.
-        tune: a grid of its own instead of the claim's. Default None.
+    `settings` are what the design needs to build it: numbers, strings, methods, and mappings or sequences of these.
+    They override tuned settings. `tune` is a grid of its own instead of the claim's.
     """
 
     what: str
@@ -83,11 +75,8 @@ class Arm:
 class RunKey:
     """Identity of a unit: what its seed and its data follow from. It is the same for all arms of the unit.
 
-    Args:
-        stage: `tune` (validation data), `probe` (pilot data), `look` (sealed evaluation data) or `toy`.
-        index: of the unit, from 0.
-        base: seed base, 0 for the committed record; others for reruns.
-        version: of the claim; each version has seeds of its own.
+    Stages are `tune` (validation data), `probe` (pilot data), `look` (sealed evaluation data) and `toy`; the seed base
+    is 0 for the committed record and differs in reruns; each version of a claim has seeds of its own.
     """
 
     stage: Stage
@@ -110,15 +99,7 @@ class RunKey:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one arm of one unit took.
-
-    Args:
-        tokens: seen by the method (calibration, training).
-        flops: floating-point operations of the method's own work, as it estimates them.
-        parameters: nonzero ones left in the model.
-        seconds: wall time of the method's own work.
-        peak_bytes: largest memory held during it.
-    """
+    """Tokens that the method saw, its operations, nonzero parameters left, wall time and peak memory of its work."""
 
     tokens: int = 0
     flops: float = 0.0
@@ -131,12 +112,10 @@ class Cost:
 class Result:
     """Measurements of one arm of one unit.
 
-    Args:
-        values: `{metric: value}`, or `{metric: {inner unit: value}}` where a unit measures several things, such as
-            documents. Members of a cluster are named `cluster/member`, such as `numpy/17`; they are averaged first.
-            None, NaN or an infinity is a diverged value. All arms of a unit have the same inner units.
-        cost: what it took.
-        parity: what the arms of a unit must have in common, such as the digest of their training data; it is checked.
+    `values` are `{metric: value}`, or `{metric: {inner unit: value}}` where a unit measures several things, such as
+    documents. Members of a cluster are named `cluster/member`, such as `numpy/17`; they are averaged first. None, NaN
+    or an infinity is a diverged value. All arms of a unit have the same inner units and the same `parity`, such as a
+    digest of their training data.
     """
 
     values: Mapping[str, float | Mapping[str, float | None] | None]
@@ -163,15 +142,11 @@ class Claim:
     Effects are always "larger = the method is better", whatever the metric's direction.
 
     Args:
-        slug: of the method.
         version: from 1; raised when mechanism or experiment change in a way that may change results.
         says: the paper's headline in one plain sentence.
-        metric: primary metric.
         delta: least difference that would matter to a user, above 0, in the metric's unit (a share where relative).
-        design: what runs an arm of a unit.
         arms: by name, in the order in which tables show them. Each one has a role in the fields below.
         baseline: arm that a user would otherwise take.
-        method: arm of the method.
         ceiling: arm with the best value that the metric could reach here (dense model, all data, oracle). Probe: the
             claim needs headroom. Default None: not judged.
         floor: for `as good as`, an arm known to be worse than the baseline: the metric must be able to tell. Default
@@ -187,13 +162,10 @@ class Claim:
         tune_units: units that each combination is tried on. Default 1.
         ablations: arms run on three units with the method's settings, reported without a verdict. Default: none.
         reported: the same with the baseline's settings (peers, reference points). At most four with the ablations.
-        metrics: further metrics that tables show. Default: none.
         equal: fields of `Cost` that must be equal for baseline and method; it is checked. Default: none.
         parity: budget that is equal over the arms, in a sentence.
         minutes: core-minutes that the whole run may take by the probe's projection, at most 60. Default 15.
-        tier: machine that it needs. Default `cpu`.
-        use_when: completes "Use it when ...".
-        otherwise: completes "otherwise take ...". Default: what the baseline is.
+        use_when: completes "Use it when ..."; `otherwise` completes "otherwise take ..." (default: the baseline).
         advice: sentence for the user that replaces the composed one; written after the run. Default "": composed.
         reason: why this version differs from the one before, from CLAIMS or the paper. Default "".
         toy: changes for `Design.toy`. Default: none.

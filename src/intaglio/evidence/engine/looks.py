@@ -23,10 +23,7 @@ FUTILITY_Z = 1.28
 
 @dataclass(frozen=True)
 class Look:
-    """One look: units so far, two-sided alpha, effect, ends of the 1 - alpha interval, verdict, and whether it stops.
-
-    It stops when decided, futile (more units would most likely leave it undecided), or at the last look.
-    """
+    """One look: interval at `1 - alpha`, verdict, and whether it stops: decided, futile, or the last."""
 
     units: int
     alpha: float

@@ -23,10 +23,7 @@ VERDICTS = ("holds", "smaller", "no effect", "worse", "undecided", "untestable h
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm over its units: role, mean of the primary metric, share of diverged values, tuned settings, mean cost.
-
-    Roles are baseline, method, ceiling, floor, ablation and reported; `metrics` holds the means of other metrics.
-    """
+    """One arm over its units: role, mean, share of diverged values, tuned settings, mean cost, other means."""
 
     what: str
     role: str
@@ -53,34 +50,12 @@ class LookSummary:
 class Record:
     """A finished run; also what `prove --json` prints.
 
-    Args:
-        slug, version, digest, says, kind, metric, delta, crossed, unit_names, tier, parity, minutes: see `claim.Claim`.
-        verdict: see `statistics.verdicts`; `untestable here` where the probe stopped.
-        why: why the run ended: decided, futile, last look, or what the probe says.
-        advice: sentence for a user.
-        otherwise: what to take instead of the method.
-        effect: mean paired difference, larger = the method is better.
-        interval: at the level of the last look.
-        level: of the interval, such as 0.995.
-        units: that were compared.
-        baseline, method, ceiling: names of arms.
-        headroom: mean of ceiling minus baseline, turned so that larger is better; None without ceiling.
-        arms: summaries by name.
-        looks: all of them.
-        probe: what three pilot units showed.
-        tuning: `{arm: [{settings, mean}]}` on validation data.
-        differences: paired differences of each unit, or of each inner unit in each unit (crossed).
-        inner: names of the inner units (crossed).
-        values: `{metric: {arm: [mean of each unit]}}`; None: diverged.
-        seconds: `{arm: [core-seconds of each unit]}`.
-        cost: core-minutes of tuning, probe, looks and ablations, and all together.
-        seed_base: that seeds follow from.
-        reason: why this version differs from the one before.
-        commit: of the code; "" outside a checkout.
-        versions: of the libraries.
-        machine: on which it ran.
-        command: that gives this record again.
-        made: day, ISO.
+    Fields of `claim.Claim` keep their names and meaning. `effect` is the mean paired difference, larger = the method is
+    better, and `interval` is at the `level` of the last look. `headroom` is the mean of ceiling minus baseline. `probe`
+    is what three pilot units showed, `tuning` `{arm: [{settings, mean}]}` on validation data. Columns: `differences` of
+    each unit, or of each `inner` unit in each unit (crossed); `values` `{metric: {arm: [mean of each unit]}}` (None:
+    diverged); `seconds` `{arm: [core-seconds of each unit]}`. `cost` is in core-minutes; `commit` is "" outside a
+    checkout.
     """
 
     slug: str

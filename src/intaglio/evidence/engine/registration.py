@@ -14,12 +14,7 @@ from intaglio.methods.registry import PUBLISHED
 
 
 def load_claim(slug: str, tier: str | None = None) -> Claim:
-    """Return the claim of a method.
-
-    Args:
-        slug: of the method.
-        tier: that the claim must be made for. Default None: any.
-    """
+    """Return the claim of a method, or refuse a tier that it is not made for."""
     if slug not in PUBLISHED:
         raise IntaglioError(f"there is no method named {slug!r}; {did_you_mean(slug, PUBLISHED)}")
     if tier not in ("cpu", "gpu", None):

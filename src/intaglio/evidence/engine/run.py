@@ -45,20 +45,10 @@ from intaglio.evidence.engine.statistics import MAX_DIVERGED, Array, Differences
 from intaglio.methods.base import Progress, no_progress
 
 DIRECTORY = "intaglio-prove"
-COPIED: tuple[str, ...] = (
-    "slug",
-    "version",
-    "digest",
-    "says",
-    "kind",
-    "metric",
-    "delta",
-    "crossed",
-    "unit_names",
-    "tier",
-    "parity",
+COPIED = (
+    *("slug", "version", "digest", "says", "kind", "metric", "delta", "crossed", "unit_names", "tier", "parity"),
+    *("minutes", "baseline", "method", "ceiling", "reason"),
 )
-COPIED += ("minutes", "baseline", "method", "ceiling", "reason")
 """Fields that a record takes from its claim."""
 PACKAGES = ("scipy", "scikit-learn")
 """Libraries that intervals and testbeds need, beside those of the methods."""
@@ -334,9 +324,9 @@ class Session:
         entries = {arm: self.entries(stage, n if arm in compared else ABLATION_UNITS, arm) for arm in ran}
         room = self.differences(stage, ABLATION_UNITS, method=claim.ceiling).x if claim.ceiling else None
         summaries = tuple(
-            LookSummary(one.units, round(1 - one.alpha, 4), _round(float(one.effect)),
-                        (_round(float(one.low)), _round(float(one.high))), str(one.verdict))
-            for one in looks
+            LookSummary(at.units, round(1 - at.alpha, 4), _round(float(at.effect)),
+                        (_round(float(at.low)), _round(float(at.high))), str(at.verdict))
+            for at in looks
         )  # fmt: skip
         last = summaries[-1] if summaries else None
         inner = self.values(stage, 1, claim.baseline, claim.metric.name)[0] if claim.crossed else {}

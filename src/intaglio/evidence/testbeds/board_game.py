@@ -16,30 +16,26 @@ positions, K properties.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from intaglio.checkpoint import Checkpoint, load
-from intaglio.evidence.testbeds.cached_models import pretraining_recipe, train_once
-from intaglio.evidence.testbeds.splits import Part, check_count, check_part, generator, part_of
-from intaglio.methods.base import Progress, no_progress
+from intaglio.checkpoint import Checkpoint
+from intaglio.evidence.testbeds.cached_models import copied, pretraining_recipe, trained_model
+from intaglio.evidence.testbeds.splits import Part, Sized, check_count, check_part, generator, part_of
 from intaglio.trainer import CausalLM
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 PAD, BEGIN, END = range(len(SPECIAL))
 CHUNK = 512
 """Games drawn from a random stream of their own."""
-_DECIDES = (
-    *("columns", "height", "line", "skill", "width", "depth", "heads", "inner"),
-    *("base_steps", "batch", "learning_rate"),
-)
+_DECIDES: tuple[str, ...] = ("columns", "height", "line", "skill", "width", "depth", "heads", "inner")
+_DECIDES += ("base_steps", "batch", "learning_rate")
 """Settings that the base model follows from."""
 
 
@@ -72,26 +68,17 @@ class Games:
 
 @dataclass(frozen=True, eq=False)
 class Boards:
-    """Games and the properties of their positions.
-
-    Args:
-        properties_PK: bool, the properties after every move, game by game.
-    """
+    """Games and the properties after every move, bool, game by game."""
 
     games: Games
     properties_PK: Tensor
 
 
 @dataclass(frozen=True)
-class BoardGame:
+class BoardGame(Sized):
     """The board, how it is played, the size of a small GPT-2 and its training.
 
-    Args:
-        height: discs that a column holds. Default 4.
-        line: discs that win. Default 3.
-        skill: probability of winning, and of blocking, where possible. Default 0.9.
-        base_steps: of the training that all arms start from. Default 400.
-        games_read: training games on which neurons and thresholds are chosen. Default 512.
+    `height` discs fill a column and `line` discs win; `games_read` training games choose neurons and thresholds.
     """
 
     columns: int = 4
@@ -109,11 +96,8 @@ class BoardGame:
     games_read: int = 512
     games_run: int = 512
     games_pilot: int = 512
-
-    def toy(self, **changes: Any) -> BoardGame:
-        """Return the test bed in miniature."""
-        sizes = {"width": 16, "depth": 1, "heads": 2, "inner": 16, "base_steps": 2, "steps": 4, "batch": 8}
-        return replace(self, **{**sizes, "games_read": 32, "games_run": 32, "games_pilot": 32, **changes})
+    MINIATURE: ClassVar = {"width": 16, "depth": 1, "heads": 2, "inner": 16, "base_steps": 2, "steps": 4, "batch": 8,
+                           "games_read": 32, "games_run": 32, "games_pilot": 32}  # fmt: skip
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -172,21 +156,19 @@ class BoardGame:
         recipe = pretraining_recipe(steps or self.steps, self.batch, self.learning_rate, seed)
         return recipe | {"objective": CausalLM(length=self.longest, pack=False)}
 
-    def base(self, seed: int, activation: str, progress: Progress = no_progress) -> Checkpoint:
+    def base(self, seed: int, activation: str) -> Checkpoint:
         """Return the dense model that all arms with an activation start from, a new object each time.
 
         Models of all activations start from the same weights and see the same games.
         """
-        settings = asdict(self)
-        path: Path = train_once(
+        trained = trained_model(
             "board_game",
-            {"seed": seed, "activation": activation, "settings": {name: settings[name] for name in _DECIDES}},
+            {"seed": seed, "activation": activation, "settings": self.settings(*_DECIDES)},
             lambda: self.new(seed, activation),
             lambda: self.games("train", f"base:{seed}", self.base_steps * self.batch).examples(),
             self.recipe(seed, self.base_steps),
-            progress=progress,
         )
-        return load(path)
+        return copied(trained)
 
     def training(self, seed: int) -> list[dict[str, Any]]:
         """Return the games of the training that follows, `steps * batch` of them."""
@@ -221,8 +203,7 @@ class BoardGame:
     def play(self, uniform_NLU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Play games to their end; return the columns [N, L], of which the first `lengths` [N] count.
 
-        Args:
-            uniform_NLU: two numbers a move, from 0 to 1: whether the player takes a win or block, and which column.
+        `uniform_NLU` has two numbers a move, from 0 to 1: whether the player takes a win or block, and which column.
         """
         games = len(uniform_NLU)
         own_N, other_N = np.zeros((2, games), dtype=np.int64)
@@ -274,7 +255,7 @@ class BoardGame:
         return properties_NTK
 
     def _disc(self, column: np.ndarray, row: np.ndarray) -> np.ndarray:
-        """The bit of a cell; a column has one bit more than it holds, always 0, so that lines end there."""
+        """Return the bit of a cell; a column has one bit more than it holds, always 0, so that lines end there."""
         return np.left_shift(np.int64(1), column * (self.height + 1) + row)
 
     def _won(self, board: np.ndarray) -> np.ndarray:

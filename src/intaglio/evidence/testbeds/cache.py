@@ -29,14 +29,8 @@ def digest(document: Any) -> str:
 def cached(name: str, choices: Mapping[str, Any], build: Callable[[Path, Path], None], version: int = 1) -> Path:
     """Return the directory of an artifact; build it unless it is cached.
 
-    Args:
-        name: prefix of the directory's name, such as `source_code`.
-        choices: everything that decides the content; JSON.
-        build: `build(target, scratch)` fills the empty directory `target`; `scratch` survives a killed build.
-        version: raised when the same choices give other content. Default 1.
-
-    Raises:
-        IntaglioError: the cache is not writable.
+    `choices` (JSON) decide the content; `version` is raised when the same choices give another. `build(target,
+    scratch)` fills the empty directory `target`; `scratch` survives a killed build.
     """
     root = assets.cache_dir() / FOLDER
     key = {**choices, "version": version}

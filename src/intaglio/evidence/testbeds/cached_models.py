@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from intaglio.trainer import train
 
 THREADS = 1
 """Torch threads of these trainings; the last bits of the weights depend on them."""
-
 MOST_LOADED = 4
 """Models that a process keeps: runs work through one seed after the other."""
 
@@ -34,28 +34,18 @@ def pretraining_recipe(steps: int, batch_size: int, learning_rate: float, seed: 
     }
 
 
-def train_once(
+def trained_model(
     name: str,
     choices: Mapping[str, Any],
     new: Callable[[], Checkpoint],
     data: Callable[[], Any],
     recipe: Mapping[str, Any],
-    version: int = 1,
     progress: Progress = no_progress,
-) -> Path:
-    """Return the directory of a trained model; train it unless it is cached.
+) -> Checkpoint:
+    """Return a trained model, one shared object a process (copy it before changing it); train it unless it is cached.
 
-    Args:
-        name: of the test bed.
-        choices: settings, seed and a digest of the data; JSON.
-        new: returns the untrained model.
-        data: returns the training data.
-        recipe: keyword arguments of `intaglio.trainer.train`; plain values among them are part of the key.
-        version: raised when the same choices give another model. Default 1.
-        progress: called after each training step.
-
-    Raises:
-        IntaglioError: the cache is not writable, or the training failed.
+    The key is `choices` (settings, seed, a digest of the data; JSON) and the plain values of `recipe`, arguments of
+    `intaglio.trainer.train`.
     """
     packages = versions()
     key = {
@@ -71,22 +61,14 @@ def train_once(
             train(checkpoint, data(), directory=scratch, progress=progress, **recipe)
         checkpoint.write_files(target)
 
-    return cached(name, key, build, version)
-
-
-def trained_model(
-    name: str,
-    choices: Mapping[str, Any],
-    new: Callable[[], Checkpoint],
-    data: Callable[[], Any],
-    recipe: Mapping[str, Any],
-    version: int = 1,
-    progress: Progress = no_progress,
-) -> Checkpoint:
-    """Return the model of `train_once`, one shared object a process: copy it before changing it."""
-    path = train_once(name, choices, new, data, recipe, version, progress)
+    path = cached(name, key, build)
     if path not in _loaded:
         if len(_loaded) == MOST_LOADED:
             del _loaded[next(iter(_loaded))]
         _loaded[path] = load(path)
     return _loaded[path]
+
+
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a copy of a shared checkpoint that may be changed."""
+    return Checkpoint(copy.deepcopy(checkpoint.model), checkpoint.tokenizer, checkpoint.source)

@@ -3,7 +3,7 @@
 Images are split by the hash of their pixels, and equal images count once. Writers are not recorded, so one writer's
 digits may be in several sets.
 
-Dimension letters: N images, C channels (1), H and W pixels, T pixels in reading order.
+Dimension letters: N images, C channels (1), H and W pixels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,25 +20,17 @@ from torch import Tensor
 
 from intaglio.data import assets
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.splits import Bounds, Part, check_part, draw, keyed, part_of
+from intaglio.evidence.testbeds.splits import Bounds, Part, Sized, check_part, draw, keyed, part_of
 
 BOUNDS: Bounds = {"train": (0, 500), "validation": (500, 650), "pilot": (650, 750), "evaluation": (750, 1000)}
 CLASSES = 10
-SHADES = 17
-"""Values of a pixel of the 8x8 images, 0 to 16: ids of pixel tokens. The class tokens of a sequence model follow."""
 Source = Literal["digits", "mnist5k"]
 SIDES = {"digits": 8, "mnist5k": 28}
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images and their classes.
-
-    Args:
-        pixels_NCHW: float32 [N, 1, H, W], 0 to 1.
-        labels_N: int64, the labels to learn.
-        true_N: int64, the true classes, which differ from the labels where noise was added.
-    """
+    """Images, float32 0 to 1, with the labels to learn and the true classes, which differ where noise was added."""
 
     pixels_NCHW: Tensor
     labels_N: Tensor
@@ -48,16 +40,6 @@ class Images:
     def __len__(self) -> int:
         """Return the number of images N."""
         return len(self.names)
-
-    @property
-    def tokens_NT(self) -> Tensor:
-        """The pixels in reading order as token ids, int64 0 to 16."""
-        return (self.pixels_NCHW.flatten(1) * (SHADES - 1)).round().to(torch.int64)
-
-    @property
-    def sentences_NT(self) -> Tensor:
-        """The pixel tokens followed by the class token (17 + label), [N, T + 1]: for sequence models."""
-        return torch.cat([self.tokens_NT, SHADES + self.labels_N[:, None]], dim=1)
 
     @cached_property
     def digest(self) -> str:
@@ -72,17 +54,10 @@ class Images:
         names = tuple(self.names[index] for index in chosen.tolist())
         return Images(self.pixels_NCHW[chosen], self.labels_N[chosen], self.true_N[chosen], names)
 
-    def of_classes(self, classes: Sequence[int]) -> Images:
-        """Return the images of some true classes."""
-        return self.take(torch.isin(self.true_N, torch.tensor(list(classes))).nonzero().flatten())
-
     def noisy(self, share: float, seed: int) -> Images:
         """Return the same images, exactly round(share * N) of them with one of the nine wrong labels.
 
         (Papers that draw from all ten classes get 10 % fewer wrong labels than they name.)
-
-        Raises:
-            IntaglioError: the share is out of range.
         """
         if not 0 <= share <= 1:
             raise IntaglioError(f"the share of wrong labels is {share}; it must lie between 0 and 1")
@@ -95,13 +70,11 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Digits:
+class Digits(Sized):
     """The source of the images and the number of them.
 
-    Args:
-        source: `digits` (scikit-learn, 8x8; default) or `mnist5k` (a bundled asset, 28x28; about 2,500 / 750 / 500 /
-            1,250 images).
-        noise: share of training and validation labels that are wrong. Default 0.
+    `digits` are scikit-learn's, `mnist5k` a bundled asset (about 2,500 / 750 / 500 / 1,250 images); `noise` is the
+    share of training and validation labels that are wrong.
     """
 
     source: Source = "digits"
@@ -110,6 +83,8 @@ class Digits:
     run_images: int = 400
     pilot_images: int = 160
     noise: float = 0.0
+    MINIATURE: ClassVar = {"source": "digits", "training_images": 160, "validation_images": 100, "run_images": 100,
+                           "pilot_images": 100}  # fmt: skip
 
     @property
     def digest(self) -> str:
@@ -121,11 +96,6 @@ class Digits:
         """Pixels of a side."""
         return SIDES[self.source]
 
-    def toy(self) -> Digits:
-        """Return the 8x8 images, few of them."""
-        sizes = {"training_images": 160, "validation_images": 100, "run_images": 100, "pilot_images": 100}
-        return replace(self, source="digits", **sizes)
-
     def part(self, part: Part) -> Images:
         """Return all images of a set, with clean labels."""
         check_part(part, BOUNDS)
@@ -136,10 +106,7 @@ class Digits:
         return self._draw("train", self.training_images, seed).noisy(self.noise, seed)
 
     def images(self, part: Part, base: int = 0) -> Images:
-        """Return the images of a set that every run is measured on.
-
-        Labels are clean but for those of `validation`, which are as noisy as the training labels, as in practice.
-        """
+        """Return the images that all runs are measured on; labels of `validation` are as noisy as those trained on."""
         if part == "validation":
             return self._draw(part, self.validation_images, base).noisy(self.noise, base)
         return self._draw(part, self.pilot_images if part == "pilot" else self.run_images, base)
@@ -155,7 +122,7 @@ def _images(source: Source) -> dict[Part, Images]:
     hashes = [hashlib.sha256(image.tobytes()).hexdigest() for image in shades_NHW]
     first = {digest: index for index, digest in reversed(list(enumerate(hashes)))}
     chosen = sorted(first.values())
-    most = SHADES - 1 if source == "digits" else 255
+    most = 16 if source == "digits" else 255
     pixels_NCHW = torch.from_numpy(shades_NHW[chosen, None] / most).to(torch.float32)
     labels_N = torch.from_numpy(classes_N[chosen]).to(torch.int64)
     everything = Images(pixels_NCHW, labels_N, labels_N, tuple(hashes[index][:12] for index in chosen))

@@ -22,7 +22,6 @@ from intaglio.evidence.testbeds.cache import digest
 from intaglio.evidence.testbeds.cached_models import trained_model
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.testbeds.splits import keyed, remainder
-from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative.heads.self_generated_data import generate_corpus
 from intaglio.trainer.causal_lm import CausalLM
@@ -58,11 +57,7 @@ class DraftModel:
         return load(self.model)
 
     def prompts(self) -> list[list[int]]:
-        """Return the prompts, the three kinds in turn.
-
-        Raises:
-            IntaglioError: no text is long enough.
-        """
+        """Return the prompts, the three kinds in turn."""
         tokenizer: Any = self.target().tokenizer
         longest = 8 * self.prompt  # characters that surely hold so many tokens
         corpus = SmolLM2Wikipedia(self.model, self.texts).part("train")
@@ -83,11 +78,10 @@ class DraftModel:
             prompts.append(ids[: self.prompt])
         return prompts
 
-    def text(self, progress: Progress = no_progress) -> list[Example]:
+    def text(self) -> list[Example]:
         """Return the generated texts as training examples whose loss leaves the prompts out."""
         return generate_corpus(
             self.target(), self.prompts(), tokens=self.new, temperature=self.temperature, batch_size=BATCH,
-            progress=progress,
         )  # fmt: skip
 
     def new_draft(self) -> Checkpoint:
@@ -108,9 +102,9 @@ class DraftModel:
             tensor.copy_(source[".".join(parts)])
         return Checkpoint(draft.eval(), target.tokenizer, source="smollm2 draft")
 
-    def load(self, progress: Progress = no_progress) -> Checkpoint:
+    def load(self) -> Checkpoint:
         """Return the trained draft model, one shared object a process."""
-        examples = self.text(progress)
+        examples = self.text()
         recipe = {
             "objective": CausalLM(length=self.prompt + self.new),
             "epochs": self.epochs,
@@ -119,7 +113,7 @@ class DraftModel:
         }
         text = digest([list(map(int, example["input_ids"])) for example in examples])
         choices = asdict(self) | {"text": text}
-        return trained_model("smollm2_draft", choices, self.new_draft, lambda: examples, recipe, progress=progress)
+        return trained_model("smollm2_draft", choices, self.new_draft, lambda: examples, recipe)
 
 
 def _turn(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from intaglio.checkpoint.from_scratch import new
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
-from intaglio.evidence.testbeds.splits import BOUNDS, Part, check_count, check_part, generator, part_of
+from intaglio.evidence.testbeds.splits import BOUNDS, Part, Sized, check_count, check_part, generator, part_of
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>", "<unk>", "?")
 """The first tokens of the vocabulary, in the order of their ids."""
@@ -40,12 +40,7 @@ CONCENTRATION = 0.1
 
 @dataclass(frozen=True, eq=False)
 class Needles:
-    """Documents and the positions of their answers.
-
-    Args:
-        positions_NQA: int64, positions of the answers' tokens.
-        depths_NQ: share of the filler before the fact that is asked for, 0 to 1.
-    """
+    """Documents, positions of their answers' tokens, and the share of the filler before each fact in question."""
 
     segments: Segments
     positions_NQA: Tensor
@@ -58,24 +53,8 @@ class Needles:
         flat_NP = self.segments.ids_NT.gather(1, self.positions_NQA.flatten(1))
         return flat_NP.view_as(self.positions_NQA)
 
-    @property
-    def labels_NT(self) -> Tensor:
-        """Ids where an answer stands and -100 elsewhere, not shifted: for `labels=` of a causal model."""
-        ids_NT = self.segments.ids_NT
-        answer_NT = torch.zeros_like(ids_NT, dtype=torch.bool).scatter_(1, self.positions_NQA.flatten(1), True)
-        return ids_NT.masked_fill(~answer_NT, -100)
-
-    @property
-    def prompts_NT(self) -> Tensor:
-        """Each document up to its first answer, whose position is the same in all."""
-        return self.segments.ids_NT[:, : int(self.positions_NQA[0, 0, 0])]
-
     def correct_NQ(self, predicted_NT: Tensor) -> Tensor:
-        """Return which questions are answered with every token of the answer right.
-
-        With the greedy prediction at every position this is what `generate` would get for the first question: after a
-        wrong token the continuation does not matter.
-        """
+        """Return which questions are answered with every token of the answer right, as by `generate`."""
         predicted_NP = predicted_NT.gather(1, (self.positions_NQA - 1).flatten(1))
         return (predicted_NP.view_as(self.positions_NQA) == self.answers_NQA).all(-1)
 
@@ -110,14 +89,10 @@ def word_tokenizer(vocabulary: Sequence[str]) -> Any:
 
 
 @dataclass(frozen=True)
-class Haystack:
+class Haystack(Sized):
     """One language, the number of documents, and the size of a small Llama that reads them.
 
-    Args:
-        questions: at its end, each about another fact. Default 1.
-        keys: different key tokens; at least twice as many as facts. Default 32.
-        key_tokens: of a key, at least 2 (with 1, the keys of the evaluation would be untrained words). Default 2.
-        language: seed of the filler's transitions. Default 0.
+    With one key token, the keys of the evaluation would be untrained words. `keys` are at least twice as many as facts.
     """
 
     length: int = 64
@@ -136,6 +111,8 @@ class Haystack:
     steps: int = 1000
     batch: int = 32
     learning_rate: float = 3e-3
+    MINIATURE: ClassVar = {"length": 32, "width": 16, "depth": 1, "steps": 4, "batch": 4, "documents_run": 16,
+                           "documents_pilot": 16}  # fmt: skip
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -155,11 +132,6 @@ class Haystack:
     def recipe(self, seed: int) -> dict[str, Any]:
         """Return the keyword arguments of `intaglio.trainer.train` for this test bed."""
         return pretraining_recipe(self.steps, self.batch, self.learning_rate, seed)
-
-    def toy(self, **changes: Any) -> Haystack:
-        """Return the test bed in miniature."""
-        sizes = {"length": 32, "width": 16, "depth": 1, "steps": 4, "batch": 4}
-        return replace(self, **{**sizes, "documents_run": 16, "documents_pilot": 16, **changes})
 
     def keys_of(self, part: Part) -> tuple[tuple[int, ...], ...]:
         """Return the keys of a set, as numbers of key tokens."""
@@ -185,70 +157,46 @@ class Haystack:
         texts = [[vocabulary[token] for token in ids_T] for ids_T in ids_NT.tolist()]
         return [{"prompt": " ".join(words[:end]), "answer": " ".join(words[end:])} for words in texts]
 
-    def documents(
-        self, part: Part, base: int = 0, *, depth: float | None = None, length: int | None = None
-    ) -> Needles:  # fmt: skip
+    def documents(self, part: Part, base: int = 0) -> Needles:
         """Return the documents of a set that every run is measured on; see `draw`."""
         count = self.documents_run if part == "evaluation" else self.documents_pilot
-        return self.draw(part, count, base, depth=depth, length=length)
+        return self.draw(part, count, base)
 
-    def draw(
-        self,
-        part: Part,
-        count: int,
-        seed: int,
-        *,
-        start: int = 0,
-        depth: float | None = None,
-        length: int | None = None,
-    ) -> Needles:
-        """Return documents of a set; each follows from the set, the seed and its index.
-
-        Args:
-            part: the set.
-            count: N.
-            start: index of the first. Default 0.
-
-        Raises:
-            IntaglioError: an argument is out of range.
-        """
+    def draw(self, part: Part, count: int, seed: int) -> Needles:
+        """Return documents of a set; each follows from the set, the seed and its index."""
         keys = self.keys_of(part)
         check_count("documents", count)
-        if depth is not None and not 0 <= depth <= 1:
-            raise IntaglioError(f"depth is {depth}; it must lie between 0 (the front) and 1 (next to the questions)")
-        filler = self._filler(self.length if length is None else length)
-        names = tuple(f"{part}-{seed}-{index}" for index in range(start, start + count))
+        filler = self._filler()
+        names = tuple(f"{part}-{seed}-{index}" for index in range(count))
         drawn = [self._draw_document(name, keys, filler) for name in names]
-        asked_NQ, gaps_NF, facts_NFL, uniform_NW = (np.stack(field) for field in zip(*drawn, strict=True))
-        if depth is not None:
-            gaps_NF[np.arange(count), asked_NQ[:, 0]] = round(depth * filler)
-        ids_NT, positions_NQA = self._assemble(self._walk(uniform_NW), gaps_NF, facts_NFL, asked_NQ)
-        depths_NQ = np.take_along_axis(gaps_NF, asked_NQ, 1) / max(filler, 1)
+        queried_NQ, gaps_NF, facts_NFL, uniform_NW = (np.stack(field) for field in zip(*drawn, strict=True))
+        ids_NT, positions_NQA = self._assemble(self._walk(uniform_NW), gaps_NF, facts_NFL, queried_NQ)
+        depths_NQ = np.take_along_axis(gaps_NF, queried_NQ, 1) / max(filler, 1)
         return Needles(
             Segments.of(torch.from_numpy(ids_NT)), torch.from_numpy(positions_NQA), torch.from_numpy(depths_NQ), names
         )
 
-    def _filler(self, length: int) -> int:
-        """Words of filler in a document of `length` tokens."""
+    def _filler(self) -> int:
+        """Words of filler in a document."""
         fact = self.key_tokens + self.value_tokens
         needed = 1 + self.facts * fact + self.questions * (1 + fact)
-        if length < needed:
-            raise IntaglioError(f"length is {length}; facts and questions alone take {needed} tokens")
-        return length - needed
+        if self.length < needed:
+            raise IntaglioError(f"length is {self.length}; facts and questions alone take {needed} tokens")
+        return self.length - needed
 
     def _draw_document(
         self, name: str, keys: Sequence[tuple[int, ...]], filler: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Facts asked for [Q], words before each fact [F], facts' tokens [F, L], a uniform number for each word [W]."""
+        """Facts in question [Q], words before each fact [F], facts' tokens [F, L], a number for each word [W]."""
         draws = generator(f"haystack:{self.language}:{name}")
-        asked_Q = draws.permutation(self.facts)[: self.questions]
+        queried_Q = draws.permutation(self.facts)[: self.questions]
         value_FA = draws.integers(self.values, size=(self.facts, self.value_tokens))
         # Scaled uniform numbers, so that what follows does not depend on the length.
         gaps_F = np.floor(draws.random(self.facts) * (filler + 1)).astype(np.int64)
         key_FK = np.array(self._distinct_keys(draws, keys))
         first_key, first_value = len(SPECIAL) + self.words, len(SPECIAL) + self.words + self.keys
         facts_FL = np.concatenate([first_key + key_FK, first_value + value_FA], axis=1)
-        return asked_Q, gaps_F, facts_FL, draws.random(filler)
+        return queried_Q, gaps_F, facts_FL, draws.random(filler)
 
     def _distinct_keys(self, draws: np.random.Generator, keys: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """One key a fact, no two with the same token in the same place."""
@@ -264,7 +212,7 @@ class Haystack:
                     return chosen
 
     def _walk(self, uniform_NW: np.ndarray) -> np.ndarray:
-        """The filler: a path of the Markov chain for each row of uniform numbers."""
+        """Return the filler: a path of the Markov chain for each row of uniform numbers."""
         start_W, step_WW = _transitions(self.words, self.language)
         path_NW = np.empty(uniform_NW.shape, dtype=np.int64)
         for w in range(uniform_NW.shape[1]):
@@ -273,9 +221,9 @@ class Haystack:
         return len(SPECIAL) + path_NW
 
     def _assemble(
-        self, filler_NW: np.ndarray, gaps_NF: np.ndarray, facts_NFL: np.ndarray, asked_NQ: np.ndarray
+        self, filler_NW: np.ndarray, gaps_NF: np.ndarray, facts_NFL: np.ndarray, queried_NQ: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The documents [N, T] and the positions of their answers [N, Q, A]."""
+        """Return the documents [N, T] and the positions of their answers [N, Q, A]."""
         count, n_facts, fact = facts_NFL.shape
         rows = np.arange(count)
         rank_NF = np.argsort(np.argsort(gaps_NF, axis=1, kind="stable"), axis=1, kind="stable")
@@ -288,8 +236,8 @@ class Haystack:
         is_filler_NT[:, body:] = False
         ids_NT[is_filler_NT] = filler_NW.ravel()  # every row has the same number of words
         ids_NT[rows[:, None, None], position_NFL] = facts_NFL
-        asked_NQL = facts_NFL[rows[:, None], asked_NQ]
-        question_NQL = np.concatenate([np.full((*asked_NQ.shape, 1), QUESTION), asked_NQL], axis=2)
+        queried_NQL = facts_NFL[rows[:, None], queried_NQ]
+        question_NQL = np.concatenate([np.full((*queried_NQ.shape, 1), QUESTION), queried_NQL], axis=2)
         ids_NT[:, body:] = question_NQL.reshape(count, -1)
         answer_Q = body + (1 + fact) * np.arange(self.questions) + 1 + self.key_tokens
         positions_QA = answer_Q[:, None] + np.arange(self.value_tokens)

@@ -4,10 +4,6 @@ The roles come from the syntax tree, so they are exact; many are decided by the 
 `x.`). Files are those of `source_code`. Each file is rewritten with a space between any two tokens, so that no token of
 the vocabulary spans two words; comments and lines of nothing but strings are dropped, strings become `"s"`, a level of
 indentation is one space.
-
-    bed = IdentifierRoles()
-    examples = bed.examples("train", 640, seed)      # passages of a few lines with their labelled identifiers
-    checkpoint = bed.trained()
 """
 
 from __future__ import annotations
@@ -17,9 +13,9 @@ import io
 import keyword
 import tokenize
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -30,8 +26,7 @@ from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus
 from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
 from intaglio.evidence.testbeds.source_code import TOY, SourceCode
-from intaglio.evidence.testbeds.splits import Part, draw, random_windows, token_stream
-from intaglio.methods.base import Progress, no_progress
+from intaglio.evidence.testbeds.splits import Part, Sized, draw, random_windows, token_stream
 
 ROLES = ("attribute", "call", "definition", "import", "keyword", "load", "parameter", "store")
 """Attribute that is not called; function of a call; name of a function or class; name in an import; keyword of an
@@ -45,18 +40,14 @@ _DECIDES = ("packages", "vocabulary", "width", "depth", "context", "steps", "bat
 
 @dataclass(frozen=True)
 class Line:
-    """One rewritten logical line of a file.
-
-    Args:
-        text: begins with a line break, its indentation and a space.
-    """
+    """One rewritten logical line of a file; its text begins with a line break, its indentation and a space."""
 
     text: str
     names: tuple[tuple[int, int, str | None], ...]
 
 
 def _roles_by_position(tree: ast.AST) -> dict[tuple[int, int], str]:
-    """The role at `(line, column in bytes)` of every identifier whose role follows from its node."""
+    """Return the role at `(line, column in bytes)` of every identifier whose role follows from its node."""
     roles: dict[tuple[int, int], str] = {}
     called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     for node in ast.walk(tree):
@@ -75,11 +66,7 @@ def _roles_by_position(tree: ast.AST) -> dict[tuple[int, int], str]:
 
 
 def lines(source: str) -> Iterator[Line]:
-    """Yield the logical lines of a file with their labelled identifiers.
-
-    Raises:
-        SyntaxError: this interpreter cannot parse the source.
-    """
+    """Yield the logical lines of a file with their labelled identifiers, or raise a SyntaxError."""
     tree = ast.parse(source)
     roles = _roles_by_position(tree)
     imports = {
@@ -145,7 +132,7 @@ def _example(text: str, names: list[tuple[int, int, str | None]]) -> dict[str, A
 
 
 @dataclass(frozen=True)
-class IdentifierRoles:
+class IdentifierRoles(Sized):
     """Source, size of the model, and its training as a causal language model."""
 
     packages: tuple[str, ...] = (STANDARD_LIBRARY,)
@@ -157,11 +144,8 @@ class IdentifierRoles:
     steps: int = 800
     batch: int = 8
     learning_rate: float = 3e-3
-
-    def toy(self, **changes: Any) -> IdentifierRoles:
-        """Return the test bed in miniature, on made-up source."""
-        sizes = {"vocabulary": 280, "width": 16, "depth": 4, "context": 64, "steps": 4, "batch": 4}
-        return replace(self, packages=(TOY,), folder="", **{**sizes, **changes})
+    MINIATURE: ClassVar = {"packages": (TOY,), "folder": "", "vocabulary": 280, "width": 16, "depth": 4, "context": 64,
+                           "steps": 4, "batch": 4}  # fmt: skip
 
     @property
     def source(self) -> SourceCode:
@@ -188,16 +172,14 @@ class IdentifierRoles:
         sizes = {"width": self.width, "depth": self.depth, "context": self.context}
         return new("llama", seed=seed, tokenizer=self.tokenizer(), **sizes)
 
-    def trained(self, seed: int = 0, progress: Progress = no_progress) -> Checkpoint:
+    def trained(self, seed: int = 0) -> Checkpoint:
         """Return the trained model; see `trained_model`."""
-        settings = asdict(self)
         return trained_model(
             "identifier_roles",
-            {"seed": seed, "data": self.source.digest, "settings": {name: settings[name] for name in _DECIDES}},
+            {"seed": seed, "data": self.source.digest, "settings": self.settings(*_DECIDES)},
             lambda: self.new(seed),
             lambda: self.training(seed),
             pretraining_recipe(self.steps, self.batch, self.learning_rate, seed),
-            progress=progress,
         )
 
 

@@ -26,11 +26,7 @@ BOUNDS: Bounds = {"pilot": (0, 200), "evaluation": (200, 1000)}
 
 @dataclass(frozen=True)
 class Question:
-    """A history and the item that follows it.
-
-    Args:
-        history: item ids in the order of time.
-    """
+    """A history of item ids in the order of time, and the item that follows it."""
 
     user: str
     history: tuple[int, ...]
@@ -39,13 +35,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The prepared data.
-
-    Args:
-        sequences: `{user: item ids in the order of time}`, the two held-out items included.
-        counts: training interactions of each item, by id.
-        digest: of the data.
-    """
+    """Item ids of each user in the order of time, held-out items included, and training interactions of each item."""
 
     sequences: Mapping[str, tuple[int, ...]]
     names: tuple[str, ...]
@@ -71,45 +61,24 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class MovieLens:
-    """The data and the number of users measured on.
-
-    Args:
-        source: the bundled `movielens`, or a directory of the same form. Default `movielens`.
-        least: least interactions of every user and every item. Default 5.
-    """
+    """MovieLens or a directory of the same form, where all users and items have `least` interactions."""
 
     source: str = "movielens"
     least: int = 5
     users_run: int = 600
     users_pilot: int = 150
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the data."""
-        return self.load().digest
-
     def load(self) -> Catalogue:
-        """Return the prepared data, one shared object a process; ids are contiguous, more frequent items first.
-
-        Raises:
-            IntaglioError: the asset is not in the cache, the data are malformed, or nothing is left of them.
-        """
+        """Return the prepared data, one shared object a process; ids are contiguous, more frequent items first."""
         return _prepared(self.source, self.least)
 
     def training(self, with_validation: bool = False) -> dict[str, tuple[int, ...]]:
-        """Return `{user: item ids in the order of time}` without the held-out items.
-
-        `with_validation` adds the validation items, as BERT4Rec's last fit does once every setting is chosen.
-        """
+        """Return the items of each user in order of time, without the test item and by default the validation item."""
         held_out = 1 if with_validation else 2
         return {user: items[:-held_out] for user, items in self.load().sequences.items()}
 
     def questions(self, part: Part, base: int = 0) -> tuple[Question, ...]:
-        """Return the questions of a set: for `validation` every user's last item but one, else some users' last item.
-
-        Raises:
-            IntaglioError: the set has fewer users.
-        """
+        """Return the questions of a set: every user's last item but one (`validation`), or some users' last item."""
         sequences = self.load().sequences
         if part == "validation":
             return tuple(Question(user, items[:-2], items[-2]) for user, items in sequences.items())
@@ -143,7 +112,7 @@ def _prepared(source: str, least: int) -> Catalogue:
 
 
 def _dense(sequences: Mapping[str, tuple[str, ...]], least: int) -> dict[str, tuple[str, ...]]:
-    """The largest part in which every user and every item has that many interactions; a repeated item counts once."""
+    """Return the largest part where every user and item has that many interactions; repeated items count once."""
     current = {user: tuple(dict.fromkeys(items)) for user, items in sequences.items()}
     while True:
         counts = Counter(item for items in current.values() for item in items)

@@ -3,10 +3,6 @@
 A source is a Wikipedia article (split as in `smollm2`) or a module of the standard library; no two sets share one. The
 sources of a set alternate, an article and a module in turn, and each gives `each` prompts, so 40 sources give 200.
 
-    bed = Prompts()
-    for prompt in bed.source("evaluation", index):
-        model.generate(torch.tensor([prompt.ids]), custom_generate=decoder)
-
 - `article`, `code`: a piece of the source, to continue.
 - `summary`: a passage and the request to summarise it, as a chat turn.
 - `retrieval`: passages of several articles and a question about one of them: a long prompt that contains its answer.
@@ -39,12 +35,9 @@ _CHAT = frozenset({"summary", "retrieval", "explain"})
 class Prompts:
     """Number, kinds and lengths of the prompts.
 
-    Args:
-        articles: the model, whose tokenizer is used, and the articles. Default SmolLM2 with Wikipedia.
-        kinds: of prompts; without kinds of articles or of modules, the sources are all of the other. Default all.
-        each: prompts of a source; its kinds take turns. Default 5.
-        passage: tokens of a passage, and the most of a function. Default 300.
-        passages: of a `retrieval`, each from another article. Default 3.
+    Without kinds of articles or of modules, all sources are of the other. The kinds take turns in the `each` prompts of
+    a source. `passage` limits the tokens of a passage or function; a `retrieval` has `passages`, each from another
+    article.
     """
 
     articles: SmolLM2Wikipedia = field(default_factory=SmolLM2Wikipedia)
@@ -64,11 +57,7 @@ class Prompts:
         return self.articles.toy(**changes)
 
     def source(self, part: Part, index: int, base: int = 0) -> tuple[Prompt, ...]:
-        """Return the prompts of the source at an index of a set; another base gives another order and other pieces.
-
-        Raises:
-            IntaglioError: the set has fewer sources that are long enough, or the tokenizer has no chat template.
-        """
+        """Return the prompts of the source at an index of a set; another base gives another order and other pieces."""
         check_part(part, BOUNDS)
         if _CHAT & set(self.kinds) and not self.load().tokenizer.chat_template:
             raise IntaglioError("a kind of prompt is a chat turn, and the tokenizer has no chat template")
@@ -103,7 +92,7 @@ class Prompts:
         tokenizer: Any = self.load().tokenizer
 
         def piece(ids: Sequence[int], length: int) -> list[int]:
-            """A random window of the part of the source that belongs to this prompt alone."""
+            """Return a random window of the part of the source that belongs to this prompt alone."""
             share = len(ids) // self.each
             start = number * share + keyed(f"prompts {key}:{number}", name) % (share - length + 1)
             return list(ids[start : start + length])

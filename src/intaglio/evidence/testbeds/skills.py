@@ -16,11 +16,10 @@ Dimension letters: N pairs, T tokens of a pair, A tokens of an answer, V vocabul
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -28,9 +27,9 @@ from torch.nn import functional as F
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new
-from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
+from intaglio.evidence.testbeds.cached_models import copied, pretraining_recipe, trained_model
 from intaglio.evidence.testbeds.haystack import SPECIAL, word_tokenizer
-from intaglio.evidence.testbeds.splits import Part, check_part, generator, part_of
+from intaglio.evidence.testbeds.splits import Part, Sized, check_part, generator, part_of
 from intaglio.methods.weights.magnitude import Magnitude
 from intaglio.trainer.instruction_tuning import InstructionTuning
 
@@ -50,16 +49,8 @@ Pair = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Skills:
-    """Number and form of the pairs, the size of the model, its training and its pruning.
-
-    Args:
-        pool: pairs to select from. Default 1,000.
-        corrupted: share of them with an answer by another rule. Default 0.15.
-        digits: of an answer. Default 5.
-        sparsity: share of zeros of each projection, by magnitude. Default 0.6.
-        pairs_run: pairs of each skill that a run is measured on.
-    """
+class Skills(Sized):
+    """Pairs, of which a share `corrupted` of the `pool` has another rule's answer, and the model with its pruning."""
 
     pool: int = 1000
     corrupted: float = 0.15
@@ -72,11 +63,8 @@ class Skills:
     learning_rate: float = 3e-3
     pairs_run: int = 100
     pairs_pilot: int = 50
-
-    def toy(self, **changes: Any) -> Skills:
-        """Return the test bed in miniature."""
-        sizes = {"pool": 60, "width": 16, "depth": 1, "steps": 4, "batch": 8, "pairs_run": 8, "pairs_pilot": 8}
-        return replace(self, **{**sizes, **changes})
+    MINIATURE: ClassVar = {"pool": 60, "width": 16, "depth": 1, "steps": 4, "batch": 8, "pairs_run": 8,
+                           "pairs_pilot": 8}  # fmt: skip
 
     @property
     def prompt_tokens(self) -> int:
@@ -99,8 +87,7 @@ class Skills:
 
     def original(self) -> Checkpoint:
         """Return the dense model, one shared object a process: copy it before changing it."""
-        own = ("digits", "width", "depth", "steps", "batch", "learning_rate")
-        choices = {name: value for name, value in asdict(self).items() if name in own}
+        choices = self.settings("digits", "width", "depth", "steps", "batch", "learning_rate")
         context = self.prompt_tokens + self.digits + 1
         return trained_model(
             "skills",
@@ -166,8 +153,7 @@ def _answer(skill: str, digits: list[int], shift: int) -> list[int]:
 
 @lru_cache(maxsize=2)
 def _pruned(bed: Skills) -> Checkpoint:
-    dense = bed.original()
-    pruned = Checkpoint(copy.deepcopy(dense.model), dense.tokenizer, dense.source)
+    pruned = copied(bed.original())
     Magnitude(sparsity=bed.sparsity).apply(pruned)
     return pruned
 

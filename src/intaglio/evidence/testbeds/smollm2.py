@@ -1,10 +1,5 @@
 """SmolLM2-135M-Instruct with English Wikipedia: a real model for methods that need no training.
 
-    bed = SmolLM2Wikipedia()
-    checkpoint = bed.load()                                         # copy it before changing it
-    Wanda(sparsity=0.5).apply(copy, bed.calibration(seed).segments)
-    losses = quality(copy, bed.documents("evaluation").segments).losses     # nats a token
-
 The evaluation articles are none of those that the library's own development measured on (`Corpus.split` holds out
 hashes below 200 of 1000; here these are training articles).
 """

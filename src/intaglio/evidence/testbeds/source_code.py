@@ -3,20 +3,14 @@
 The source is the standard library of the running interpreter (`digest` identifies its version), without tests and
 generated files. Files are split by hash. Byte b is token b; each file ends with the end-of-text token.
 
-    bed = SourceCode()
-    checkpoint = bed.new(seed)
-    train(checkpoint, bed.training(seed), **bed.recipe(seed))
-    losses = quality(checkpoint, bed.documents("evaluation").segments).losses      # nats a byte
-
 Dimension letters: S bytes of all files of a set.
 """
 
 from __future__ import annotations
 
-import ast
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -29,10 +23,10 @@ from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained
 from intaglio.evidence.testbeds.splits import (
     Part,
     Prompt,
+    Sized,
     Windows,
     check_count,
     check_part,
-    draw,
     draw_windows,
     generator,
     part_of,
@@ -47,16 +41,12 @@ _DECIDES = ("packages", "width", "depth", "context", "tokens", "steps", "batch")
 
 
 @dataclass(frozen=True)
-class SourceCode:
+class SourceCode(Sized):
     """Source files, the size of a model, its training, and the number of documents measured on.
 
     With the defaults, training takes about 10 minutes on one core and reaches 1.97 bits a byte on unseen files of
-    Python 3.11's library.
-
-    Args:
-        overrides: further arguments of `intaglio.new`, such as `(("intermediate_size", 384),)`. Default none.
-        prompt: bytes of a prompt: the beginning of each document is then a unit of its own. Default 0: all documents,
-            whole, are the prompts of every unit.
+    Python 3.11's library. `overrides` are further arguments of `intaglio.new`. With `prompt`, the first bytes of each
+    document are a unit of its own; without, all documents, whole, are the prompts of every unit.
     """
 
     packages: tuple[str, ...] = (STANDARD_LIBRARY,)
@@ -73,6 +63,9 @@ class SourceCode:
     tokens: int = 256
     overrides: tuple[tuple[str, Any], ...] = ()
     prompt: int = 0
+    MINIATURE: ClassVar = {"packages": (TOY,), "folder": "", "width": 16, "depth": 1, "context": 32, "steps": 8,
+                           "batch": 4, "samples": 4, "tokens": 32,
+                           "documents_run": 8, "documents_pilot": 8}  # fmt: skip
 
     @property
     def digest(self) -> str:
@@ -108,12 +101,6 @@ class SourceCode:
         """Return the keyword arguments of `intaglio.trainer.train` for this test bed."""
         return pretraining_recipe(self.steps, self.batch, self.learning_rate, seed)
 
-    def toy(self, **changes: Any) -> SourceCode:
-        """Return the test bed in miniature, on made-up source."""
-        sizes = {"width": 16, "depth": 1, "context": 32, "steps": 8, "batch": 4, "samples": 4, "tokens": 32}
-        counts = {"documents_run": 8, "documents_pilot": 8}
-        return replace(self, packages=(TOY,), folder="", **{**sizes, **counts, **changes})
-
     def source(self, part: Part, index: int, base: int = 0) -> tuple[Prompt, ...]:
         """Return all documents of a set as prompts, for units that are trainings; of `train`, some for each index.
 
@@ -137,8 +124,7 @@ class SourceCode:
         """Return the trained model of a seed; see `trained_model`."""
         if self.packages == (TOY,):
             return _toy_model(self, seed)
-        settings = asdict(self)
-        choices = {name: settings[name] for name in _DECIDES} | {"overrides": dict(self.overrides)}
+        choices = self.settings(*_DECIDES) | {"overrides": dict(self.overrides)}
         return trained_model(
             "source_code",
             {"seed": seed, "data": self.digest, "settings": choices},
@@ -152,20 +138,11 @@ class SourceCode:
         """Return the trained model of seed 0, so that this test bed can replace `SmolLM2Wikipedia`."""
         return self.trained()
 
-    def docstring_prompts(self, part: Part, base: int, count: int, length: int) -> list[list[int]]:
-        """Return the first bytes of a docstring from each of `count` files, quotes included."""
-        corpus = self.part(part)
-        texts = _docstrings(corpus.documents, corpus.hashes, length)
-        names = sorted(texts)
-        chosen = draw(f"prose {part}:{base}", names, count, f"{part} files with a docstring")
-        return [list(texts[names[index]].encode()[:length]) for index in chosen]
-
     def _windows(self, part: Part, count: int, length: int, seed: int) -> Windows:
         corpus = self.part(part)
         content = {name: text.encode() for name, text in zip(corpus.hashes, corpus.documents, strict=True)}
-        windows = draw_windows(
-            f"source code {part}:{seed}", content, count, length, f"{part} files of {length} bytes"
-        )  # fmt: skip
+        what = f"{part} files of {length} bytes"
+        windows = draw_windows(f"source code {part}:{seed}", content, count, length, what)
         return Windows(Segments.of(list(windows.values())), tuple(name[:12] for name in windows))
 
 
@@ -206,17 +183,3 @@ def _stream(packages: tuple[str, ...], folder: str, part: Part) -> np.ndarray:
     end = np.array([byte_tokenizer(1).eos_token_id], dtype=np.uint16)
     pieces = [np.frombuffer(text.encode(), dtype=np.uint8) for text in _files_of(packages, folder, part).documents]
     return np.concatenate([part for piece in pieces for part in (piece.astype(np.uint16), end)] or [end[:0]])
-
-
-@lru_cache(maxsize=4)
-def _docstrings(texts: tuple[str, ...], names: tuple[str, ...], length: int) -> dict[str, str]:
-    """The longest docstring of each file as its source spells it, if it has twice `length` characters."""
-    result = {}
-    for text, name in zip(texts, names, strict=True):
-        literals = [ast.get_source_segment(text, node.body[0]) or "" for node in ast.walk(ast.parse(text))
-                    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-                    and ast.get_docstring(node, clean=False) is not None]  # fmt: skip
-        longest = max(literals, key=len, default="")
-        if len(longest) >= 2 * length:
-            result[name] = longest
-    return result

@@ -8,10 +8,11 @@ Dimension letters: N documents, T tokens of a window, S tokens of a stream.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -29,12 +30,7 @@ BOUNDS: Bounds = {"train": (0, 600), "validation": (600, 700), "pilot": (700, 80
 
 @dataclass(frozen=True, eq=False)
 class Windows:
-    """One window of tokens from each of several documents.
-
-    Args:
-        segments: token ids [N, T].
-        names: the first 12 digits of each document's hash.
-    """
+    """One window of tokens from each of several documents, named by the first 12 digits of the document's hash."""
 
     segments: Segments
     names: tuple[str, ...]
@@ -42,17 +38,26 @@ class Windows:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt.
-
-    Args:
-        kind: such as `article`.
-        source: the document that it is made from; prompts of a source are not independent.
-        ids: token ids.
-    """
+    """Token ids of a prompt, its kind, and its source; prompts of a source are not independent."""
 
     kind: str
     source: str
     ids: tuple[int, ...]
+
+
+class Sized:
+    """Base of test beds: frozen dataclasses of sizes, of which `MINIATURE` holds those of the miniature."""
+
+    MINIATURE: ClassVar[Mapping[str, Any]]
+
+    def toy(self, **changes: Any) -> Self:
+        """Return the test bed in miniature."""
+        return dataclasses.replace(self, **{**self.MINIATURE, **changes})  # type: ignore[type-var]
+
+    def settings(self, *names: str) -> dict[str, Any]:
+        """Return some fields, as the key of what they decide."""
+        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return {name: fields[name] for name in names}
 
 
 def keyed(key: str, name: str = "") -> int:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,20 +25,15 @@ from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus
 from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
 from intaglio.evidence.testbeds.source_code import TOY, SourceCode
-from intaglio.evidence.testbeds.splits import Part, draw_windows, keyed, random_windows, token_stream
-from intaglio.methods.base import Progress, no_progress
+from intaglio.evidence.testbeds.splits import Part, Sized, draw_windows, keyed, random_windows, token_stream
 from intaglio.trainer.causal_lm import CausalLM
 
 Which = Literal["base", "donor"]
 
 
 @dataclass(frozen=True)
-class TwoTokenizers:
-    """Source, sizes of both models, their training, and the number of documents measured on.
-
-    Args:
-        size: bytes of such a window. Default 1024.
-    """
+class TwoTokenizers(Sized):
+    """Source, sizes of both models, their training, and number and size in bytes of the documents measured on."""
 
     packages: tuple[str, ...] = (STANDARD_LIBRARY,)
     folder: str = ""
@@ -54,12 +49,9 @@ class TwoTokenizers:
     documents_run: int = 60
     documents_pilot: int = 30
     size: int = 1024
-
-    def toy(self, **changes: Any) -> TwoTokenizers:
-        """Return the test bed in miniature, on made-up source."""
-        sizes = {"vocab": 280, "donor_vocab": 300, "width": 16, "donor_width": 24, "depth": 1, "context": 32,
-                 "steps": 4, "batch": 4, "size": 128, "documents_run": 8, "documents_pilot": 8}  # fmt: skip
-        return replace(self, packages=(TOY,), folder="", **{**sizes, **changes})
+    MINIATURE: ClassVar = {"packages": (TOY,), "folder": "", "vocab": 280, "donor_vocab": 300, "width": 16,
+                           "donor_width": 24, "depth": 1, "context": 32, "steps": 4, "batch": 4, "size": 128,
+                           "documents_run": 8, "documents_pilot": 8}  # fmt: skip
 
     @property
     def source(self) -> SourceCode:
@@ -103,7 +95,7 @@ class TwoTokenizers:
         recipe = pretraining_recipe(self.steps if steps is None else steps, self.batch, rate, seed)
         return recipe | {"objective": CausalLM(length=self.context)}  # not the longest input, which documents need
 
-    def trained(self, which: Which, seed: int, progress: Progress = no_progress) -> Checkpoint:
+    def trained(self, which: Which, seed: int) -> Checkpoint:
         """Return one of the trained models; see `trained_model`."""
         measured = ("documents_run", "documents_pilot", "size")
         settings = {name: value for name, value in asdict(self).items() if name not in measured}
@@ -113,7 +105,6 @@ class TwoTokenizers:
             lambda: self.new(which, seed),
             lambda: self.training(which, seed),
             self.recipe(seed),
-            progress=progress,
         )
 
 

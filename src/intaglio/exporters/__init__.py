@@ -20,8 +20,8 @@ from typing import Literal, get_args
 from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.export import bitnet, compressed_tensors
-from intaglio.export.base import Exported, write
+from intaglio.exporters import bitnet, compressed_tensors
+from intaglio.exporters.base import Exported, write
 from intaglio.methods.registry import get_method
 
 Format = Literal["safetensors", "compressed-tensors", "bitnet"]

@@ -19,8 +19,8 @@ import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.cli.app import app
 from intaglio.errors import IntaglioError
-from intaglio.export import export
-from intaglio.export.compressed_tensors import bits_of, packed
+from intaglio.exporters import export
+from intaglio.exporters.compressed_tensors import bits_of, packed
 from intaglio.methods.weights.bitnet import BitNet
 from intaglio.methods.weights.lost import LOST
 from tests.families import DECODERS, ENCODERS, tiny_model, tiny_tokenizer

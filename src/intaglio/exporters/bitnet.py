@@ -19,7 +19,7 @@ from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.export.base import Exported, Projection, projections, quantization_of, stock_linears
+from intaglio.exporters.base import Exported, Projection, projections, quantization_of, stock_linears
 from intaglio.methods.weights.bitnet.quantization import RMSNORM_EPS, Quantization
 
 FORMAT = "bitnet"

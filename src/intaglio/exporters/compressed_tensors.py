@@ -20,7 +20,7 @@ from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.export.base import Exported, projections, quantization_of, stock_linears
+from intaglio.exporters.base import Exported, projections, quantization_of, stock_linears
 
 FORMAT = "compressed-tensors"
 
