@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from intaglio.errors import IntaglioError
 from intaglio.speculative.drafters.dynamic_tree import (
@@ -107,8 +108,15 @@ class DraftModel:
                     tokens = torch.multinomial(probs_V, most, generator=run.generator)
                     tree.q[node] = probs_V
                 else:
-                    tokens = probs_V.topk(min(len(below), len(probs_V))).indices
+                    tokens = _most_likely(probs_V, min(len(below), len(probs_V)))
                 level += [(tree.add(node, token), child) for token, child in zip(tokens.tolist(), below, strict=False)]
+
+
+def _most_likely(probs_V: Tensor, count: int) -> Tensor:
+    """Return the most likely tokens, of equals the smaller id first: `topk` leaves their order open."""
+    least = probs_V.topk(count).values[-1]
+    candidates_C = (probs_V >= least).nonzero()[:, 0]
+    return candidates_C[probs_V[candidates_C].sort(descending=True, stable=True).indices[:count]]
 
 
 def open_draft(draft: Any, run: DecodingRun) -> Draft:

@@ -39,7 +39,7 @@ def draft_ranks(draft: Any, text: Text) -> list[int]:
     logits_LV = _logits(draft, ids)[start - 1 : -1]
     next_L1 = torch.tensor(ids[start:], device=logits_LV.device)[:, None]
     own_L1 = logits_LV.gather(1, next_L1)
-    # Among equals the smaller id comes first, as `topk` has it more often than not.
+    # Of equals the smaller id comes first, as in `DraftModel`.
     earlier_LV = torch.arange(logits_LV.shape[1], device=logits_LV.device) < next_L1
     ahead_LV = (logits_LV > own_L1) | ((logits_LV == own_L1) & earlier_LV)
     ranks: list[int] = ahead_LV.sum(1).tolist()
