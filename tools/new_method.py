@@ -37,7 +37,7 @@ class {name}(Method, slug="{slug}"):
     Source: AUTHORS, TITLE, VENUE YEAR, section.
     """
 
-    kinds = ()  # such as ("carving",), whose protocol follows; those of other kinds are in trainer and verify
+    kinds = ()  # such as ("carving",), whose protocol follows; those of other kinds are in trainer and speculative
     summary = ""
     citation = ""
     url = ""
