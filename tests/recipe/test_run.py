@@ -352,7 +352,7 @@ def test_kill_minus_9(model: Path, corpus: Path, tmp_path: Path, delay: float) -
     """A real process, really killed, some time after it began to work."""
     recipe, out, whole = make_recipe(corpus, [*STEPS, FIT]), tmp_path / "out", tmp_path / "whole"
     code = (
-        "import sys; from intaglio.recipe import carve; from intaglio.recipe.schema import Recipe; import json\n"
+        "import sys; from intaglio.recipe.run import carve; from intaglio.recipe.schema import Recipe; import json\n"
         "import torch; torch.set_num_threads(1)\n"
         "r = Recipe.from_dict(json.loads(sys.argv[1])); print('ready', flush=True)\n"
         "carve(r, sys.argv[2], model=sys.argv[3])\n"

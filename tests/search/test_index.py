@@ -417,9 +417,10 @@ def test_a_killed_writer_loses_no_committed_document(tmp_path: Path) -> None:
         except subprocess.TimeoutExpired:
             writer.kill()
         maybe: set[str] = set()
-        for line in writer.stdout.read().splitlines():
-            what, _, name = line.partition(" ")
-            (present.add if what == "added" else maybe.add)(name)
+        for line in writer.stdout.read().splitlines(keepends=True):
+            if line.endswith("\n"):  # else the kill fell into the write of this line
+                what, _, name = line.rstrip("\n").partition(" ")
+                (present.add if what == "added" else maybe.add)(name)
         writer.wait()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # a damaged segment
