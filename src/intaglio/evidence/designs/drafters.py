@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.designs.replay import Context, Text, continuations
-from intaglio.evidence.testbeds.draft_model import DraftModel as DraftBed
+from intaglio.evidence.testbeds.draft_model import DraftModelBed
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.methods.decoding.aded import ADED
 from intaglio.methods.decoding.dyspec import AcceptanceTable, DySpec
@@ -66,7 +66,7 @@ def dyspec(context: Context, nodes: int = NODES, fitted: bool = False, draft: An
 
 
 def _draft_bed(bed: Any) -> Any:
-    return bed if isinstance(bed, SourceCode) else DraftBed()
+    return bed if isinstance(bed, SourceCode) else DraftModelBed()
 
 
 @lru_cache(maxsize=16)

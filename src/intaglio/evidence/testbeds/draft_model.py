@@ -34,7 +34,7 @@ HELD_OUT = 200
 
 
 @dataclass(frozen=True)
-class DraftModel:
+class DraftModelBed:
     """Text that the target generates, and the training of the draft model on it.
 
     With the defaults SmolLM2 generates about 17,000 tokens, which the draft reads four times: about ten minutes on two
