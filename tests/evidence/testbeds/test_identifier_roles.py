@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from intaglio.data.identifier_roles import PASSAGE, ROLES, STRING, lines, passages
 from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds import cached_models
-from intaglio.evidence.testbeds.identifier_roles import PASSAGE, ROLES, STRING, IdentifierRoles, lines, passages
+from intaglio.evidence.testbeds.identifier_roles import IdentifierRoles
 from intaglio.evidence.testbeds.splits import BOUNDS
 
 SOURCE = '''"""A docstring."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from intaglio.evidence.designs.draft_heads import NODES, medusa, trained_heads
+from intaglio.evidence.designs.drafters import NODES, medusa, trained_heads
 from intaglio.evidence.designs.replay import BEFORE_LOOP, TOKENS, Replay
 from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.evidence.testbeds.source_code import SourceCode

@@ -51,7 +51,7 @@ CLAIM = Claim(
     " ones.",
     metric=LOSS,
     delta=0.02,
-    design=Finetune(Skills(batch=16), measures=(losses,), steps=120),
+    design=Finetune(Skills(batch=32), measures=(losses,), steps=120),
     arms={
         "random": Arm("a tenth of the pool at random", recovered(RandomExamples(budget=BUDGET))),
         "paser": Arm("PASER's tenth, ten clusters by TF-IDF", recovered(PASER(**PLAIN))),

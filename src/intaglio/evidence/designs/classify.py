@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import Configured, Settings, usage
+from intaglio.evidence.designs.base import Configured, Settings
 from intaglio.evidence.designs.training import RECIPE
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.digits import CLASSES, Digits, Images
 from intaglio.evidence.testbeds.splits import generator
+from intaglio.measures.memory import peak_memory
 from intaglio.trainer import train
 from intaglio.trainer.protocols import Loss
 
@@ -51,7 +52,7 @@ class Classify:
         net = self._start(seed)
         loop, count = own.pop("train"), own.pop("passes", 1)
         budget = dataclasses.replace(self, steps=round(self.steps * own.pop("share", 1.0)))
-        with usage(torch.device("cpu")) as spent:
+        with peak_memory(torch.device("cpu")) as spent:
             if loop is not None:
                 passes = loop(net, images, seed, design=budget, **own.arguments(loop))
             else:
@@ -62,7 +63,7 @@ class Classify:
         loss, accuracy = evaluate(net, measured)
         parameters = sum(int(p.count_nonzero()) for p in net.parameters())
         flops = float(passes * self.batch_size * pass_flops(net))
-        cost = Cost(passes * self.batch_size, flops, parameters, spent.seconds, spent.peak_bytes)
+        cost = Cost(passes * self.batch_size, flops, parameters, spent.seconds, spent.bytes)
         parity = {"training": images.digest, "images": measured.digest}
         return Result({ACCURACY.name: accuracy, TEST_LOSS.name: loss}, cost, parity)
 

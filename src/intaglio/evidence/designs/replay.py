@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import Settings, usage
+from intaglio.evidence.designs.base import Settings
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
 from intaglio.evidence.testbeds.prompts import Prompts
+from intaglio.measures.memory import peak_memory
 from intaglio.modeling.anatomy import anatomy, final_hidden
 from intaglio.speculative.heads.self_generated_data import generate_corpus
 from intaglio.speculative.loop import Speculative
@@ -104,7 +105,7 @@ class Replay:
         context = Context(self.bed, target, key, self)
         drafter: Any = None
         decoder, drafter = own.pop("decoder", None), own.pop("drafter", None)
-        with usage(target.device) as spent:
+        with peak_memory(target.device) as spent:
             if decoder is not None:
                 passes = decode(target, _decoding(decoder(context, **own)), prompts, self.new)
             else:
@@ -122,7 +123,7 @@ class Replay:
         rows = sum(result.rows for result in passes)
         parameters = sum(p.numel() for p in target.model.parameters())
         tokens = sum(map(len, prompts))
-        cost = Cost(tokens, 2.0 * parameters * rows, parameters, spent.seconds, spent.peak_bytes)
+        cost = Cost(tokens, 2.0 * parameters * rows, parameters, spent.seconds, spent.bytes)
         return Result(values, cost, {"prompts": digest(prompts)})
 
     def _passes(self, target: Checkpoint, drafter: Drafter, prompts: Sequence[tuple[int, ...]]) -> list[Passes]:

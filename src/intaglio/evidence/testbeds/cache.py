@@ -19,6 +19,8 @@ from intaglio.data import assets
 FOLDER = "testbeds"
 CHOICES = "choices.json"
 """The key of an artifact, written last: its presence means that the artifact is complete."""
+TRAINING_SECONDS: list[float] = []
+"""CPU time of each training of a test bed in this process, which no arm of a claim is charged for."""
 
 
 def digest(document: Any) -> str:
