@@ -21,7 +21,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.attachments import Attachment, read_attachments
 from intaglio.errors import IntaglioError
 from intaglio.evidence.designs.replay import Context, Text, continuations
-from intaglio.evidence.testbeds.cache import cached, digest
+from intaglio.evidence.testbeds.cache import cached, digest, preparation
 from intaglio.evidence.testbeds.draft_model import DraftModelBed
 from intaglio.evidence.testbeds.source_code import TOY, SourceCode
 from intaglio.methods.decoding.aded import ADED
@@ -140,7 +140,8 @@ class HeadTraining:
         prompts = extract_prompts(target, corpus, self.prompt, self.texts)
         if len(prompts) < self.texts:
             raise IntaglioError(f"the training set gives {len(prompts)} prompts; {self.texts} are needed")
-        return generate_corpus(target, prompts, tokens=self.length - self.prompt)
+        with preparation():
+            return generate_corpus(target, prompts, tokens=self.length - self.prompt)
 
 
 def default_training(bed: Any) -> HeadTraining:

@@ -27,7 +27,7 @@ from torch import Tensor
 from intaglio.checkpoint import Checkpoint
 from intaglio.evidence.designs.base import Settings
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
-from intaglio.evidence.testbeds.cache import digest
+from intaglio.evidence.testbeds.cache import digest, preparation
 from intaglio.evidence.testbeds.prompts import Prompts
 from intaglio.measures.memory import peak_memory
 from intaglio.modeling.anatomy import anatomy, final_hidden
@@ -151,7 +151,8 @@ def continuations(
     target: Checkpoint, prompts: tuple[tuple[int, ...], ...], new: int, hidden: bool
 ) -> tuple[Text, ...]:  # fmt: skip
     """Return the greedy continuation of each prompt, generated once and cached, and its hidden states if required."""
-    examples = generate_corpus(target, prompts, tokens=new, temperature=0.0)
+    with preparation():
+        examples = generate_corpus(target, prompts, tokens=new, temperature=0.0)
     texts = []
     for prompt, example in zip(prompts, examples, strict=True):
         ids = list(map(int, example["input_ids"]))

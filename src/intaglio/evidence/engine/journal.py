@@ -30,7 +30,7 @@ def entry_key(stage: Stage, index: int, arm: str, settings: Settings) -> Key:
 class Entry:
     """A finished arm of a unit: its settings, `{metric: {inner unit: value}}` (None: diverged), cost and CPU time.
 
-    `core_seconds` leaves out `bed_seconds`, the trainings of the test bed that the arm was the first to need.
+    `core_seconds` leaves out `bed_seconds`, preparations of the test bed that the arm was the first to need.
     """
 
     stage: Stage

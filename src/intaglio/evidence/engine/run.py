@@ -42,7 +42,7 @@ from intaglio.evidence.engine.looks import Look, look, probe
 from intaglio.evidence.engine.record import ArmSummary, LookSummary, Record
 from intaglio.evidence.engine.registration import check_arguments, check_registered, commit_of_code, load_claim
 from intaglio.evidence.engine.statistics import MAX_DIVERGED, Array, Differences, Values, best, diverged_share, pair
-from intaglio.evidence.testbeds.cache import TRAINING_SECONDS
+from intaglio.evidence.testbeds.cache import PREPARED
 from intaglio.methods.base import Progress, no_progress
 
 DIRECTORY = "intaglio-prove"
@@ -449,9 +449,9 @@ def run_task(claim: Claim, task: Task, deadline: float | None = None) -> Entry:
     if deadline is not None and time.monotonic() > deadline:
         raise OutOfTimeError
     with torch_threads(1):
-        began, trained = time.process_time(), sum(TRAINING_SECONDS)
+        began, prepared = time.process_time(), sum(PREPARED)
         result = claim.design.run(claim.arms[task.arm], task.key, task.settings)
-        bed = sum(TRAINING_SECONDS) - trained
+        bed = sum(PREPARED) - prepared
         seconds = time.process_time() - began - bed
     if claim.metric.name not in result.values:
         raise RuntimeError(f"the design of {claim.slug} does not measure {claim.metric.name!r}")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.environment import torch_threads, versions
-from intaglio.evidence.testbeds.cache import TRAINING_SECONDS, cached
+from intaglio.evidence.testbeds.cache import cached, preparation
 from intaglio.methods.base import Progress, no_progress
 from intaglio.trainer import train
 
@@ -58,10 +57,8 @@ def trained_model(
 
     def build(target: Path, scratch: Path) -> None:
         checkpoint, examples = new(), data()
-        began = time.process_time()
-        with torch_threads(THREADS):
+        with torch_threads(THREADS), preparation():
             train(checkpoint, examples, directory=scratch, progress=progress, **recipe)
-        TRAINING_SECONDS.append(time.process_time() - began)
         checkpoint.write_files(target)
 
     path = cached(name, key, build)

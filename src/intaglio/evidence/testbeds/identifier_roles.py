@@ -6,7 +6,7 @@ no token of the vocabulary spans two words.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -15,22 +15,20 @@ import numpy as np
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new, trained_tokenizer
 from intaglio.data.identifier_roles import Line, lines, passages
-from intaglio.data.python_source import STANDARD_LIBRARY
 from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus
 from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
-from intaglio.evidence.testbeds.source_code import TOY, SourceCode
+from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.evidence.testbeds.splits import Part, Sized, draw, random_windows, token_stream
 
-_DECIDES = ("packages", "vocabulary", "width", "depth", "context", "steps", "batch")
+_DECIDES = ("vocabulary", "width", "depth", "context", "steps", "batch")
 
 
 @dataclass(frozen=True)
 class IdentifierRoles(Sized):
     """Source, size of the model, and its training as a causal language model."""
 
-    packages: tuple[str, ...] = (STANDARD_LIBRARY,)
-    folder: str = ""
+    source: SourceCode = field(default_factory=SourceCode)
     vocabulary: int = 1024
     width: int = 128
     depth: int = 4
@@ -38,13 +36,8 @@ class IdentifierRoles(Sized):
     steps: int = 800
     batch: int = 8
     learning_rate: float = 3e-3
-    MINIATURE: ClassVar = {"packages": (TOY,), "folder": "", "vocabulary": 280, "width": 16, "depth": 4, "context": 64,
+    MINIATURE: ClassVar = {"source": SourceCode().toy(), "vocabulary": 280, "width": 16, "depth": 4, "context": 64,
                            "steps": 4, "batch": 4}  # fmt: skip
-
-    @property
-    def source(self) -> SourceCode:
-        """The files and their sets."""
-        return SourceCode(packages=self.packages, folder=self.folder)
 
     def examples(self, part: Part, count: int, seed: int) -> list[dict[str, Any]]:
         """Return random passages of a set, each with at least one labelled identifier."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -20,11 +20,10 @@ from torch.nn import functional as F
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new, trained_tokenizer
-from intaglio.data.python_source import STANDARD_LIBRARY
 from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus
 from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
-from intaglio.evidence.testbeds.source_code import TOY, SourceCode
+from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.evidence.testbeds.splits import Part, Sized, draw_windows, keyed, random_windows, token_stream
 from intaglio.trainer.causal_lm import CausalLM
 
@@ -35,8 +34,7 @@ Which = Literal["base", "donor"]
 class TwoTokenizers(Sized):
     """Source, sizes of both models, their training, and number and size in bytes of the documents measured on."""
 
-    packages: tuple[str, ...] = (STANDARD_LIBRARY,)
-    folder: str = ""
+    source: SourceCode = field(default_factory=SourceCode)
     vocab: int = 1000
     donor_vocab: int = 3000
     width: int = 96
@@ -49,14 +47,9 @@ class TwoTokenizers(Sized):
     documents_run: int = 60
     documents_pilot: int = 30
     size: int = 1024
-    MINIATURE: ClassVar = {"packages": (TOY,), "folder": "", "vocab": 280, "donor_vocab": 300, "width": 16,
+    MINIATURE: ClassVar = {"source": SourceCode().toy(), "vocab": 280, "donor_vocab": 300, "width": 16,
                            "donor_width": 24, "depth": 1, "context": 32, "steps": 4, "batch": 4, "size": 128,
                            "documents_run": 8, "documents_pilot": 8}  # fmt: skip
-
-    @property
-    def source(self) -> SourceCode:
-        """The files and their sets."""
-        return SourceCode(packages=self.packages, folder=self.folder)
 
     def tokenizer(self, which: Which) -> Any:
         """Return the tokenizer of one of the models."""
@@ -97,7 +90,7 @@ class TwoTokenizers(Sized):
 
     def trained(self, which: Which, seed: int) -> Checkpoint:
         """Return one of the trained models; see `trained_model`."""
-        measured = ("documents_run", "documents_pilot", "size")
+        measured = ("source", "documents_run", "documents_pilot", "size")
         settings = {name: value for name, value in asdict(self).items() if name not in measured}
         return trained_model(
             f"two_tokenizers_{which}",
