@@ -9,7 +9,8 @@
 - `identifier_roles`: identifiers in those with their roles.
 - `token_classification`: token-classification data.
 - `interactions`: tables of users, items and times, and `Catalogue`, dense item ids of each user.
+- `images`: labelled images.
 - `segments`: `Segments`, token ids of equal length, cut from a corpus in a seeded order.
 
-Importing this package, `assets` or `texts` does not import torch; `segments` does.
+Importing this package, `assets` or `texts` does not import torch; `images` and `segments` do.
 """

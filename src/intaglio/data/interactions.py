@@ -17,6 +17,8 @@ from pathlib import Path
 from intaglio.data import assets
 from intaglio.errors import IntaglioError, shorten
 
+PAD = 0
+"""The id of padding in a `Catalogue`."""
 _TITLES = ("movie_title", "title", "item_name", "name")
 
 

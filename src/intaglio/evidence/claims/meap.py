@@ -54,7 +54,7 @@ CLAIM = Claim(
     tune={"learning_rate": (3e-4, 1e-3, 3e-3)},
     equal=("tokens",),
     metrics=(NEEDLES,),
-    parity="From the same model, trained by next-token prediction of answers, rows of one length and as many steps; half of"
+    parity="From one model, trained by next-token prediction of answers; rows of one length, as many steps; half of"
     " MEAP's are masked copies. Keys of the evaluation never occur in training.",
     minutes=30,
     use_when="answers lie in long contexts",

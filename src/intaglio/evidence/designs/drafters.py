@@ -20,7 +20,7 @@ from torch import Tensor
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.attachments import Attachment, read_attachments
 from intaglio.errors import IntaglioError
-from intaglio.evidence.designs.replay import Context, Text, continuations
+from intaglio.evidence.designs.replay import BEFORE_LOOP, TOKENS, Context, Text, continuations
 from intaglio.evidence.testbeds.cache import cached, digest, preparation
 from intaglio.evidence.testbeds.draft_model import DraftModelBed
 from intaglio.evidence.testbeds.source_code import TOY, SourceCode
@@ -44,6 +44,22 @@ RANKS = 32
 FITTED_UNITS = 8
 """Units of the training set that fixed trees and acceptance tables are fitted on."""
 Tree = Literal["best", "widths", "chain"]
+HEADS_CLAIM: dict[str, Any] = {
+    "metric": TOKENS,
+    "delta": 0.1,
+    "unit_names": ("training of heads",),
+    "looks": (5,),  # a training takes minutes
+    "tune": {"learning_rate": (3e-4, 1e-3, 3e-3)},
+    "metrics": (BEFORE_LOOP,),
+    "equal": ("tokens",),
+    "minutes": 60,
+    "otherwise": "Medusa heads",
+}
+"""Fields that claims about trained heads share."""
+HEADS_PARITY = (
+    f"Equal parameters to within one percent, the same training text and steps, trees of {NODES} nodes made from the"
+    " heads' own acceptance on held-out texts."
+)
 
 
 def prompt_lookup(context: Context, nodes: int = NODES, candidates: int = 1, length: int = NODES) -> PromptLookup:

@@ -147,6 +147,7 @@ def ratio(counts: Any) -> float:
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode()
 def continuations(
     target: Checkpoint, prompts: tuple[tuple[int, ...], ...], new: int, hidden: bool
 ) -> tuple[Text, ...]:  # fmt: skip
@@ -157,14 +158,10 @@ def continuations(
     for prompt, example in zip(prompts, examples, strict=True):
         ids = list(map(int, example["input_ids"]))
         start = sum(label == IGNORED for label in example["labels"])
-        texts.append(Text(prompt, tuple(ids[start:]), hidden_states(target, ids) if hidden else None))
+        batch = {"input_ids": torch.tensor([ids])}
+        hidden_TD = final_hidden(anatomy(target.model), batch)[0] if hidden else None  # after the final norm
+        texts.append(Text(prompt, tuple(ids[start:]), hidden_TD))
     return tuple(texts)
-
-
-@torch.inference_mode()
-def hidden_states(target: Checkpoint, ids: Sequence[int]) -> Tensor:
-    """Return the last hidden states [T, D] of a text, after the final norm."""
-    return final_hidden(anatomy(target.model), {"input_ids": torch.tensor([list(ids)])})[0]
 
 
 def _start(target: Checkpoint, drafter: Drafter, prompts: Sequence[tuple[int, ...]], new: int) -> Session:

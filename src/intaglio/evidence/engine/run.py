@@ -38,10 +38,20 @@ from intaglio.evidence.engine.claim import (
     combinations,
 )
 from intaglio.evidence.engine.journal import Entry, Journal, clean_values, entry_key, open_journal
-from intaglio.evidence.engine.looks import Look, look, probe
 from intaglio.evidence.engine.record import ArmSummary, LookSummary, Record
 from intaglio.evidence.engine.registration import check_arguments, check_registered, commit_of_code, load_claim
-from intaglio.evidence.engine.statistics import MAX_DIVERGED, Array, Differences, Values, best, diverged_share, pair
+from intaglio.evidence.engine.statistics import (
+    MAX_DIVERGED,
+    Array,
+    Differences,
+    Look,
+    Values,
+    best,
+    diverged_share,
+    look,
+    pair,
+    probe,
+)
 from intaglio.evidence.testbeds.cache import PREPARED
 from intaglio.methods.base import Progress, no_progress
 

@@ -47,11 +47,11 @@ class IdentifierRoles(Sized):
 
     def tokenizer(self) -> Any:
         """Return the tokenizer, trained on the training files."""
-        return _tokenizer(self.source, self.vocabulary, self.context)
+        return _tokens(self.source, self.vocabulary, self.context)[0]
 
     def training(self, seed: int) -> Segments:
         """Return the windows of a training."""
-        stream_S = _stream(self.source, self.vocabulary, self.context)
+        _, stream_S = _tokens(self.source, self.vocabulary, self.context)
         return random_windows(f"roles train:{seed}", stream_S, self.steps * self.batch, self.context)
 
     def new(self, seed: int) -> Checkpoint:
@@ -88,16 +88,8 @@ def _passages(source: SourceCode, part: Part) -> tuple[dict[str, Any], ...]:
 
 
 @lru_cache(maxsize=2)
-def _texts(source: SourceCode) -> tuple[str, ...]:
-    texts = ("".join(line.text for line in file) for file in _lines(source, "train"))
-    return tuple(text for text in texts if text)
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(source: SourceCode, vocabulary: int, context: int) -> Any:
-    return trained_tokenizer(Corpus("Python source with spaces", _texts(source)), vocabulary, context)
-
-
-@lru_cache(maxsize=2)
-def _stream(source: SourceCode, vocabulary: int, context: int) -> np.ndarray:
-    return token_stream(_tokenizer(source, vocabulary, context), _texts(source))
+def _tokens(source: SourceCode, vocabulary: int, context: int) -> tuple[Any, np.ndarray]:
+    """Return a tokenizer trained on the training files, and all of these in its tokens."""
+    texts = tuple("".join(line.text for line in file) for file in _lines(source, "train") if file)
+    tokenizer = trained_tokenizer(Corpus("Python source with spaces", texts), vocabulary, context)
+    return tokenizer, token_stream(tokenizer, texts)

@@ -15,8 +15,6 @@ from functools import lru_cache
 from intaglio.data.interactions import Catalogue, load_interactions
 from intaglio.evidence.testbeds.splits import Bounds, Part, check_part, draw, part_of
 
-PAD = 0
-"""The id of padding; items have 1 to `items`, the mask token `items + 1`."""
 BOUNDS: Bounds = {"pilot": (0, 200), "evaluation": (200, 1000)}
 """Split of the users' tests; the validation items are those of all users."""
 

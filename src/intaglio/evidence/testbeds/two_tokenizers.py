@@ -53,12 +53,12 @@ class TwoTokenizers(Sized):
 
     def tokenizer(self, which: Which) -> Any:
         """Return the tokenizer of one of the models."""
-        return copy.deepcopy(_tokenizer(self, which))
+        return copy.deepcopy(_tokens(self, which)[0])
 
     def training(self, which: Which, seed: int, steps: int | None = None) -> Segments:
         """Return the windows of a training of `steps` (default: the test bed's) in one model's tokens."""
         count = (self.steps if steps is None else steps) * self.batch
-        return random_windows(f"two tokenizers {which}:{seed}", _stream(self, which), count, self.context)
+        return random_windows(f"two tokenizers {which}:{seed}", _tokens(self, which)[1], count, self.context)
 
     def documents(self, part: Part, base: int = 0) -> dict[str, str]:
         """Return the documents of a set by their file's hash; another base gives other windows."""
@@ -101,19 +101,15 @@ class TwoTokenizers(Sized):
         )
 
 
-@lru_cache(maxsize=8)
-def _tokenizer(bed: TwoTokenizers, which: Which) -> Any:
-    corpus = bed.source.part("train")
-    half = 0 if which == "base" else 1
+@lru_cache(maxsize=4)
+def _tokens(bed: TwoTokenizers, which: Which) -> tuple[Any, np.ndarray]:
+    """Return a model's tokenizer, and all training files in its tokens."""
+    corpus, half = bed.source.part("train"), 0 if which == "base" else 1
     pairs = zip(corpus.hashes, corpus.documents, strict=True)
     own = tuple(text for name, text in pairs if keyed("half", name) % 2 == half)
     vocab = bed.vocab if which == "base" else bed.donor_vocab
-    return trained_tokenizer(Corpus(f"Python source ({which})", own), vocab, max(bed.context, bed.size))
-
-
-@lru_cache(maxsize=4)
-def _stream(bed: TwoTokenizers, which: Which) -> np.ndarray:
-    return token_stream(_tokenizer(bed, which), bed.source.part("train").documents)
+    tokenizer = trained_tokenizer(Corpus(f"Python source ({which})", own), vocab, max(bed.context, bed.size))
+    return tokenizer, token_stream(tokenizer, corpus.documents)
 
 
 @torch.no_grad()
