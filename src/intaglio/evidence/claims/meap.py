@@ -51,12 +51,13 @@ CLAIM = Claim(
     baseline="next token",
     method="meap",
     ablations=("random tokens", "MEAP, 15 %"),
+    looks=(5, 10, 20),
     tune={"learning_rate": (3e-4, 1e-3, 3e-3)},
     equal=("tokens",),
     metrics=(NEEDLES,),
     parity="From one model, trained by next-token prediction of answers; rows of one length, as many steps; half of"
     " MEAP's are masked copies. Keys of the evaluation never occur in training.",
-    minutes=30,
+    minutes=45,
     use_when="answers lie in long contexts",
     otherwise="next-token prediction",
     reason="Version 1 was registered for a GPU and never run; in a pilot at this scale pretraining with MEAP did not"

@@ -67,6 +67,7 @@ CLAIM = Claim(
     ablations=("no graph", "top", "even"),
     reported=("pruned",),
     unit_names=("draw of pool and training",),
+    looks=(5, 10, 20),
     tune={"learning_rate": (1e-3, 3e-3, 1e-2)},
     tune_units=2,
     metrics=(WORST, *BY_SKILL),

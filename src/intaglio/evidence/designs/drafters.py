@@ -89,9 +89,8 @@ def fixed_tree(context: Context, nodes: int = NODES, tree: Tree = "best", draft:
     of every depth. `draft` is SmolLM2's test bed by default; a small model of bytes drafts for itself.
     """
     draft = draft or _draft_bed(context.bed)
-    return DraftModel(
-        draft.load().model, shape=fitted_tree(context.bed, draft, nodes, tree, context.design.new).parents
-    )
+    shape = fitted_tree(context.bed, draft, nodes, tree, context.design.new).parents
+    return DraftModel(draft.load().model, shape=shape)
 
 
 def dyspec(context: Context, nodes: int = NODES, fitted: bool = False, draft: Any = None, **fields: Any) -> Any:

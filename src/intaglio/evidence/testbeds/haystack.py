@@ -139,13 +139,12 @@ class Haystack(Sized):
     def load(self) -> Checkpoint:
         """Return the model trained on the answers, one shared object a process: copy it before changing it."""
         easier = self.easier
-        objective = InstructionTuning(length=self.length, pack=False, chat=False)
         return trained_model(
             "haystack",
             {"settings": {**asdict(self), "documents_run": None, "documents_pilot": None}},
             lambda: copied(easier.load()) if easier else self.new(0),
             lambda: self.finetuning(0, self.steps),
-            self.recipe(0) | {"objective": objective},
+            self.recipe(0) | {"objective": InstructionTuning(length=self.length, pack=False, chat=False)},
         )
 
     def finetuning(self, seed: int, steps: int) -> list[dict[str, Any]]:
@@ -169,10 +168,8 @@ class Haystack(Sized):
         fact = self.key_tokens + self.value_tokens
         start_Q1 = self.length - torch.arange(self.questions, 0, -1)[:, None] * (1 + fact)
         positions_QA = start_Q1 + 1 + self.key_tokens + torch.arange(self.value_tokens)
-        positions_NQA = positions_QA.repeat(count, 1, 1)
-        return Needles(
-            Segments.of(torch.tensor(ids_NT)), positions_NQA, torch.tensor(depths_NQ, dtype=torch.float64), names
-        )
+        positions_NQA, depths = positions_QA.repeat(count, 1, 1), torch.tensor(depths_NQ, dtype=torch.float64)
+        return Needles(Segments.of(torch.tensor(ids_NT)), positions_NQA, depths, names)
 
     def _filler(self) -> int:
         """Words of filler in a document."""
