@@ -55,5 +55,5 @@ def per_query(scores: Scores, relevant: Mapping[str, Mapping[str, int]], metric:
     ranked = {query: sorted(of_query, key=lambda d: (-of_query[d], d))[:DEPTH] for query, of_query in scores.items()}
     run = {query: {name: float(-rank) for rank, name in enumerate(names)} for query, names in ranked.items()}
     measure = ir_measures.parse_measure(_IR_NAMES[metric.name])
-    found = {value.query_id: float(value.value) for value in ir_measures.iter_calc([measure], relevant, run)}
-    return {query: found.get(query, 0.0) for query in scores}
+    values = {value.query_id: float(value.value) for value in ir_measures.iter_calc([measure], relevant, run)}
+    return {query: values.get(query, 0.0) for query in scores}
