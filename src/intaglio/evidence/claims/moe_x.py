@@ -32,7 +32,7 @@ CLAIM = Claim(
     " the board than those of a dense ReLU model of equal activated parameters.",
     metric=game_units.COVERAGE,
     delta=0.03,
-    design=Pretrain(BoardGame(steps=3600, batch=64), measures=(game_units.board_units,)),
+    design=Pretrain(BoardGame(steps=3600, batch=32), measures=(game_units.board_units,)),
     arms={
         "dense": Arm(f"dense, ReLU, {ACTIVE} D units", dense("relu")),
         "moe-x": Arm(f"{EXPERTS} experts of D ReLU units, the {ACTIVE} expected sparsest", mixture("sparsity", "relu")),

@@ -79,7 +79,7 @@ class DraftModelBed:
 
     def text(self) -> list[Example]:
         """Return the generated texts as training examples whose loss leaves the prompts out."""
-        settings = {"tokens": self.new, "temperature": self.temperature, "batch_size": BATCH}
+        settings: dict[str, Any] = {"tokens": self.new, "temperature": self.temperature, "batch_size": BATCH}
         with preparation():
             return generate_corpus(self.target(), self.prompts(), **settings)
 

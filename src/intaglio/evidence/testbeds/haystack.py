@@ -37,8 +37,8 @@ SPECIAL = ("<pad>", "<s>", "</s>", "<mask>", "<unk>", "?")
 """The first tokens of the vocabulary, in the order of their ids."""
 PAD, BOS, EOS, MASK, UNKNOWN, QUESTION = range(len(SPECIAL))
 ROLES = dict(zip(("pad_token", "bos_token", "eos_token", "mask_token", "unk_token"), SPECIAL, strict=False))
-CONTEXT = 128
-"""Least context of a model, so that it can go on with longer documents."""
+CONTEXT = 129
+"""Least context of a model, so that it can go on with longer documents; the end of text takes a token."""
 CONCENTRATION = 0.1
 """Of the Dirichlet distribution of the filler's transitions: a word has two or three likely successors out of 16."""
 
@@ -119,7 +119,8 @@ class Haystack(Sized):
 
     def new(self, seed: int, **changes: Any) -> Checkpoint:
         """Return an untrained Llama that reads the language; `changes` override arguments of `intaglio.new`."""
-        sizes = {"width": self.width, "depth": self.depth, "context": max(self.length, CONTEXT), "seed": seed % 2**32}
+        context = max(self.length + 1, CONTEXT)
+        sizes = {"width": self.width, "depth": self.depth, "context": context, "seed": seed % 2**32}
         return new("llama", **{**sizes, "tokenizer": self.tokenizer(), **changes})
 
     def recipe(self, seed: int) -> dict[str, Any]:
@@ -144,7 +145,7 @@ class Haystack(Sized):
             {"settings": {**asdict(self), "documents_run": None, "documents_pilot": None}},
             lambda: copied(easier.load()) if easier else self.new(0),
             lambda: self.finetuning(0, self.steps),
-            self.recipe(0) | {"objective": InstructionTuning(length=self.length, pack=False, chat=False)},
+            self.recipe(0) | {"objective": InstructionTuning(length=self.length + 1, pack=False, chat=False)},
         )
 
     def finetuning(self, seed: int, steps: int) -> list[dict[str, Any]]:
