@@ -63,5 +63,5 @@ CLAIM = Claim(
     reason="Version 1 was registered for a GPU and never run; in a pilot at this scale pretraining with MEAP did not"
     " help, so the fine-tuning form is tested.",
     toy={"length": 128, "steps": 100, "width": 32, "learning_rate": 1e-2},
-    golden={"next token": {NEEDLE_SCORE.name: -4.11224}, "meap": {NEEDLE_SCORE.name: -4.09903}},
+    golden={"next token": {NEEDLE_SCORE.name: -4.04693}, "meap": {NEEDLE_SCORE.name: -4.03935}},
 )
