@@ -15,7 +15,7 @@ from intaglio.trainer.protocols import Example
 
 FACTS = 14
 """Questions of a document, so that its answer has 56 tokens: shorter ones than 51 have no masked copy."""
-EASY = Haystack(length=32, facts=4, questions=4, steps=3000)
+EASY = Haystack(length=32, facts=4, questions=4, steps=6000)
 BED = Haystack(length=128, facts=FACTS, questions=FACTS, steps=1000, batch=16, easier=EASY)
 
 
