@@ -148,14 +148,23 @@ def test_every_decided_verdict_stops_the_looks(method: float, verdict: str, tmp_
     assert record.units <= 10
 
 
-def test_a_diverging_method_is_worse_and_a_diverging_baseline_is_not_tested(tmp_path: Path) -> None:
-    broken = Arm("broken", {"diverges": True})
-    toy = toy_claim()
-    bad_method = toy_claim(arms={**toy.arms, "better": broken})
-    bad_baseline = toy_claim(arms={**toy.arms, "plain": broken})
+@pytest.mark.parametrize("how", ["is nan", "raises"])
+@pytest.mark.parametrize("crossed", [False, True])
+def test_a_diverging_method_is_worse_and_a_diverging_baseline_is_not_tested(
+    how: str, crossed: bool, tmp_path: Path
+) -> None:
+    broken = Arm("broken", {"diverges": how})
+    toy, inner = toy_claim(), {"crossed": crossed, "design": Noise(inner=8), "unit_names": ("seed", "document")}
+    bad_method = toy_claim(arms={**toy.arms, "better": broken}, **inner)
+    bad_baseline = toy_claim(arms={**toy.arms, "plain": broken}, **inner)
     assert prove("wanda", claim=bad_method, directory=tmp_path / "a").verdict == "worse"
     record = prove("wanda", claim=bad_baseline, directory=tmp_path / "b")
     assert (record.verdict, record.why) == ("untestable here", "the baseline diverges; it needs other settings")
+
+
+def test_a_setting_whose_training_diverges_is_not_chosen(tmp_path: Path) -> None:
+    record = prove("wanda", claim=toy_claim(tune={"rate": (1e-3, 10.0)}), directory=tmp_path)
+    assert record.arms["plain"].settings == {"rate": 1e-3}
 
 
 @pytest.mark.parametrize(

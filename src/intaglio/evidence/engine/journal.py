@@ -45,6 +45,11 @@ class Entry:
     machine: str
 
     @property
+    def diverged(self) -> bool:
+        """Whether the run ended without a result."""
+        return not self.parity and all(values == {"": None} for values in self.values.values())
+
+    @property
     def key(self) -> Key:
         """Identity within a journal."""
         return entry_key(self.stage, self.index, self.arm, self.settings)

@@ -24,6 +24,7 @@ import numpy as np
 
 from intaglio import atomic_io
 from intaglio.environment import torch_threads, versions
+from intaglio.errors import DivergedError
 from intaglio.evidence.engine import plot
 from intaglio.evidence.engine import record as records
 from intaglio.evidence.engine.claim import (
@@ -32,6 +33,7 @@ from intaglio.evidence.engine.claim import (
     Claim,
     Cost,
     Grid,
+    Result,
     RunKey,
     Settings,
     Stage,
@@ -291,7 +293,9 @@ class Session:
 
     def check_pairs(self, entries: Sequence[Entry]) -> None:
         """Raise RuntimeError where arms of a unit are not comparable: a defect of the design."""
-        claim = self.claim
+        claim, entries = self.claim, [entry for entry in entries if not entry.diverged]
+        if not entries:
+            return
         unit = f"of {entries[0].stage} unit {entries[0].index}"
         for first, other in pairwise(entries):
             if other.parity != first.parity:
@@ -309,8 +313,22 @@ class Session:
         return [self.journal.entries[entry_key(stage, index, arm, chosen)] for index in range(units)]
 
     def values(self, stage: Stage, units: int, arm: str, metric: str, settings: Settings | None = None) -> list[Values]:
-        """Return the inner values of an arm's first units; none where it has no such metric."""
-        return [entry.values.get(metric, {}) for entry in self.entries(stage, units, arm, settings)]
+        """Return the inner values of an arm's first units; none where it has no such metric.
+
+        A run that ended without a result has the inner units of the other arms.
+        """
+        entries = self.entries(stage, units, arm, settings)
+        if not any(entry.diverged for entry in entries):
+            return [entry.values.get(metric, {}) for entry in entries]
+        others = [
+            e for e in self.journal.entries.values() if e.stage == stage and not e.diverged and metric in e.values
+        ]
+        names = {entry.index: entry.values[metric] for entry in others}
+        common = others[0].values[metric] if others and self.claim.crossed else {"": None}
+        return [
+            dict.fromkeys(names.get(entry.index, common)) if entry.diverged else entry.values.get(metric, {})
+            for entry in entries
+        ]
 
     def differences(self, stage: Stage, units: int, baseline: str = "", method: str = "") -> Differences:
         """Return the paired differences of two arms, baseline and method by default."""
@@ -460,7 +478,10 @@ def run_task(claim: Claim, task: Task, deadline: float | None = None) -> Entry:
         raise OutOfTimeError
     with torch_threads(1):
         began, prepared = time.process_time(), sum(PREPARED)
-        result = claim.design.run(claim.arms[task.arm], task.key, task.settings)
+        try:
+            result = claim.design.run(claim.arms[task.arm], task.key, task.settings)
+        except DivergedError:
+            result = Result({metric.name: None for metric in (claim.metric, *claim.metrics)})
         bed = sum(PREPARED) - prepared
         seconds = time.process_time() - began - bed
     if claim.metric.name not in result.values:
