@@ -20,7 +20,8 @@ from rich.text import Text
 from intaglio.errors import IntaglioError, first_line, shorten
 from intaglio.report import svg
 from intaglio.report.html import evaluation_page
-from intaglio.search.index import Index
+from intaglio.search.index import Index, open_index
+from intaglio.search.milvus import MilvusIndex
 
 METRICS = ("nDCG@10", "RR@10", "R@10", "R@100")
 """Names of ir-measures; RR is the reciprocal rank, whose mean is the MRR."""
@@ -138,7 +139,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def evaluate(
-    index: str | os.PathLike[str] | Index,
+    index: str | os.PathLike[str] | Index | MilvusIndex,
     judged: Judged,
     k: int = 100,
     *,
@@ -150,7 +151,7 @@ def evaluate(
     A judged document that is not in the index counts as not retrieved.
 
     Args:
-        index: a directory, or an open index.
+        index: a directory, a `milvus://` address, or an open index.
         judged: queries and relevant documents.
         k: results for each query. Default 100.
         device: of the encoder. Default: the CPU.
@@ -169,10 +170,10 @@ def evaluate(
         raise IntaglioError(
             "evaluation needs the package ir-measures; run `pip install 'intaglio[search]'` first"
         ) from error
-    if not isinstance(index, Index):
-        with Index.open(index, device=device) as opened:
+    if isinstance(index, (str, os.PathLike)):
+        with open_index(index, device=device) as opened:
             return evaluate(opened, judged, k, progress=progress)
-    name = index.path.name
+    name = Path(index.path).name
     index.search(next(iter(judged.queries.values())), k)  # loads the encoder and compiles the kernels
     retrieved: dict[str, dict[str, float]] = {}
     seconds = []
@@ -197,7 +198,7 @@ def evaluate(
         "encoder": info["encoder"] and info["encoder"]["name"],
         "documents": info["documents"],
         "queries": len(judged.queries),
-        "missing": sum(index.get(id) is None for id in ids),
+        "missing": sum(id not in index for id in ids),
         **{metric: sums[metric] / len(judged.queries) for metric in METRICS},
         "milliseconds": 1000 * statistics.median(seconds),
         "milliseconds_95": 1000 * sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1],
@@ -214,8 +215,11 @@ def cells(result: Mapping[str, Any]) -> list[str]:
         *(f"{result[metric]:.3f}" for metric in METRICS),
         f"{result['milliseconds']:.1f}",
         f"{result['milliseconds_95']:.1f}",
-        f"{result['bytes'] / 1e6:,.1f}",
-        f"{result['bytes'] / max(1, result['bytes_text']):.2f}",
+        *(
+            (f"{result['bytes'] / 1e6:,.1f}", f"{result['bytes'] / max(1, result['bytes_text']):.2f}")
+            if result["bytes"] is not None  # unknown of a server
+            else ("-", "-")
+        ),
     ]
 
 
@@ -253,7 +257,10 @@ def plots(results: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     pictures = []
     for key, title, axis, unit in axes:
-        points = [svg.Point(result["index"], result[key] / unit, result["nDCG@10"]) for result in results]
+        known = [result for result in results if result[key] is not None]
+        if not known:
+            continue
+        points = [svg.Point(result["index"], result[key] / unit, result["nDCG@10"]) for result in known]
         words = "; ".join(f"{p.label}: nDCG@10 {p.y:.3f} at {p.x:,.3g}" for p in points) + "."
         pictures.append(svg.scatter(title, words, points, x_axis=axis, y_axis="nDCG@10"))
     return pictures

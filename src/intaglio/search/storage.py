@@ -232,6 +232,13 @@ class Store:
         values = dataclasses.astuple(row)
         self.db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
+    def remove(self, document: int) -> None:
+        """Delete a document, inside a transaction."""
+        db = self.db
+        db.execute("INSERT INTO dead SELECT chunk FROM chunks WHERE document = ?", (document,))
+        db.execute("DELETE FROM chunks WHERE document = ?", (document,))
+        db.execute("DELETE FROM documents WHERE number = ?", (document,))
+
     def read_segment(self, row: SegmentRow, verify: bool = False) -> dict[str, NDArray[Any]]:
         """Map a segment's arrays; its checksum is compared if the file's time is not the recorded one.
 
