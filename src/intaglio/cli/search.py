@@ -51,6 +51,9 @@ index_app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
 Where = Annotated[Path, typer.Argument(metavar="INDEX", help="Directory of the index.")]
 Place = Annotated[str | None, typer.Argument(metavar="INDEX", help="Directory of the index; left out with --store.")]
+Approximate = Annotated[
+    bool, typer.Option("--ann", help="(dense) Search by the graphs that `index compact --ann` builds.")
+]
 StoreUrl = Annotated[
     str | None,
     typer.Option(
@@ -258,12 +261,18 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 @index_app.command("compact")
 @handle_errors
-def compact(index: Where, json: Json = False) -> None:
-    """Merge segments and drop deleted rows."""
+def compact(
+    index: Where,
+    ann: Annotated[
+        bool, typer.Option("--ann", help="Build graphs of dense segments of 20,000 chunks or more.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Merge segments and drop deleted rows; with --ann, build graphs for approximate search."""
     from intaglio.search import Index
 
     with Index.open(index) as opened, progress_bar() as progress:
-        result = opened.compact(progress)
+        result = opened.compact(progress, graphs=ann)
     if json:
         print_json({"index": str(index), **result})
         return
@@ -288,6 +297,7 @@ def search(
     encoder: Encoder = None,
     device: Device = None,
     store: StoreUrl = None,
+    ann: Approximate = False,
     json: Json = False,
 ) -> None:
     """Search an index, on the command line or with --serve on a local page."""
@@ -306,7 +316,14 @@ def search(
     words = read_stdin().strip() if query == "-" else query or ""
     with open_index(place, encoder=encoder, device=device) as opened:
         start = time.perf_counter()
-        hits = opened.search(words, k, filters=filter_ or None, explain=explain, mode=mode)  # type: ignore[arg-type]
+        hits = opened.search(
+            words,
+            k,
+            filters=filter_ or None,
+            explain=explain,
+            mode=mode,
+            approximate=ann,  # type: ignore[arg-type]
+        )
         milliseconds = 1000 * (time.perf_counter() - start)
         damaged = opened.damaged
     for sentence in damaged:
@@ -367,6 +384,7 @@ def evaluate(
     stores: Annotated[
         list[str] | None, typer.Option("--store", metavar="URL", help="A Milvus collection; can be repeated.")
     ] = None,
+    ann: Approximate = False,
     json: Json = False,
 ) -> None:
     """Measure retrieval on judged queries: nDCG, MRR, recall, latency and bytes, for one or more indexes."""
@@ -381,7 +399,7 @@ def evaluate(
         raise IntaglioError("the argument INDEX is missing")
     judged = read_pairs(pairs) if pairs is not None else read_qrels(qrels, queries)  # type: ignore[arg-type]
     with progress_bar() as progress:
-        results = [run(index, judged, k, device=device, progress=progress) for index in places]
+        results = [run(index, judged, k, device=device, approximate=ann, progress=progress) for index in places]
     if output is not None:
         atomic_io.write_text(output, report_page(results))
     if json:

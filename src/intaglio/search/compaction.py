@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from intaglio.search import ann
 from intaglio.search.lexical import Postings
 from intaglio.search.results import Progress
 from intaglio.search.snapshot import Segment, Snapshot
@@ -54,6 +55,15 @@ class Compaction:
             if len(group) > 1 or group[0].alive is not None:
                 self.merge(group)
         self.store.shrink()
+
+    def build_graphs(self, progress: Progress | None) -> None:
+        """Write the missing graphs of large segments."""
+        with self.view() as snapshot:
+            large = [s for s in snapshot.segments if s.row.rows >= ann.MIN_ROWS and not s.graph_file.exists()]
+        for number, segment in enumerate(large):
+            if progress:
+                progress(number, len(large), "building graphs")
+            ann.build(segment.arrays["dense.vectors"], segment.graph_file)
 
     def drop_damaged(self) -> None:
         """Drop corrupt segments without a live chunk."""
@@ -101,6 +111,7 @@ class Compaction:
                 self.store.register(new)
         for row in rows:
             self.store.file(row.number).unlink(missing_ok=True)
+            self.store.graph_file(row.number).unlink(missing_ok=True)
 
 
 def _tier(segment: Segment) -> int:

@@ -144,6 +144,7 @@ def evaluate(
     k: int = 100,
     *,
     device: str | None = None,
+    approximate: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure an index on judged queries, each searched alone.
@@ -155,11 +156,13 @@ def evaluate(
         judged: queries and relevant documents.
         k: results for each query. Default 100.
         device: of the encoder. Default: the CPU.
+        approximate: search by graphs, and measure the recall of exact search. Default False.
         progress: called with (done, total, what).
 
     Returns:
         {"index", "kind", "encoder", "documents", "queries", "missing", metrics by name, "milliseconds" (median),
-        "milliseconds_95" (95th percentile), "bytes", "bytes_text"}; latency includes encoding the query.
+        "milliseconds_95" (95th percentile), "bytes", "bytes_text", "approximate": {"recall" (of exact search's k
+        results), "milliseconds_exact"} or None}; latency includes encoding the query.
 
     Raises:
         IntaglioError: ir-measures is not installed, or the index cannot be searched.
@@ -172,15 +175,24 @@ def evaluate(
         ) from error
     if isinstance(index, (str, os.PathLike)):
         with open_index(index, device=device) as opened:
-            return evaluate(opened, judged, k, progress=progress)
+            return evaluate(opened, judged, k, approximate=approximate, progress=progress)
     name = Path(index.path).name
-    index.search(next(iter(judged.queries.values())), k)  # loads the encoder and compiles the kernels
+    index.search(
+        next(iter(judged.queries.values())), k, approximate=approximate
+    )  # loads the encoder and compiles the kernels
     retrieved: dict[str, dict[str, float]] = {}
-    seconds = []
+    seconds: list[float] = []
+    exact: list[float] = []
+    recalls: list[float] = []
     for done, (id, query) in enumerate(judged.queries.items(), start=1):
         start = time.perf_counter()
-        hits = index.search(query, k)
+        hits = index.search(query, k, approximate=approximate)
         seconds.append(time.perf_counter() - start)
+        if approximate:
+            start = time.perf_counter()
+            best = {hit.id for hit in index.search(query, k)}
+            exact.append(time.perf_counter() - start)
+            recalls.append(len(best & {hit.id for hit in hits}) / max(len(best), 1))
         # Ranks, because metrics sort by score and would break ties by id.
         retrieved[id] = {hit.id: float(-hit.rank) for hit in hits}
         if progress is not None:
@@ -204,6 +216,9 @@ def evaluate(
         "milliseconds_95": 1000 * sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1],
         "bytes": info["bytes"]["total"],
         "bytes_text": info["bytes"]["text"],
+        "approximate": {"recall": statistics.fmean(recalls), "milliseconds_exact": 1000 * statistics.median(exact)}
+        if approximate
+        else None,
     }
 
 
@@ -246,7 +261,16 @@ def _caption(results: Sequence[Mapping[str, Any]]) -> str:
     words = (
         "R: recall; ms: median time of a query with its encoding, and 95th percentile; of text: size over the text's"
     )
-    return f"{words}. {missing:,} relevant documents are not in an index." if missing else words
+    sentences = [words]
+    if missing:
+        sentences.append(f"{missing:,} relevant documents are not in an index")
+    for result in results:
+        if measured := result.get("approximate"):
+            sentences.append(
+                f"{result['index']}: approximate search returns {measured['recall']:.3f} of exact search's results,"
+                f" which takes {measured['milliseconds_exact']:.1f} ms"
+            )
+    return ". ".join(sentences) + ("." if len(sentences) > 1 else "")
 
 
 def plots(results: Sequence[Mapping[str, Any]]) -> list[str]:

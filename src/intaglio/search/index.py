@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import threading
 import time
@@ -15,26 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.errors import IntaglioError, shorten
+from intaglio.search import ann
 from intaglio.search import filters as conditions
 from intaglio.search.compaction import Compaction
 from intaglio.search.documents import Document, read_documents
 from intaglio.search.encoders import (
-    DEFAULT_ENCODER,
     TextEncoder,
-    check_space,
-    describe_encoder,
     describe_setting,
-    resolve_encoder,
 )
-from intaglio.search.lexical import BM25, Analyzer, check_installed
+from intaglio.search.index_settings import new_settings, space
+from intaglio.search.inspection import describe
+from intaglio.search.lexical import BM25, Analyzer
 from intaglio.search.milvus import MilvusIndex
 from intaglio.search.results import AddReport, Filters, Hit, Kind, Progress, check_queries
 from intaglio.search.retrieval import Retrieval
 from intaglio.search.segment_writer import SegmentWriter
 from intaglio.search.snapshot import Snapshot
-from intaglio.search.storage import DATABASE, CorruptSegmentError, Store, sentences
+from intaglio.search.storage import DATABASE, Store, sentences
 
-KINDS = ("bm25", "dense", "sparse", "hybrid")
 BATCH_CHUNKS, BATCH_CHARACTERS = 4096, 32 << 20
 """Chunks (with an encoder) and characters of a commit of `add`."""
 FUSION_DEPTH = 100
@@ -88,33 +85,13 @@ class Index:
             IntaglioError: the directory is in use, or an option does not fit the kind.
         """
         path = Path(path)
-        if kind not in KINDS:
-            raise IntaglioError(f"kind is {kind!r}; accepted: {', '.join(KINDS)}")
-        if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 0 or 0 < chunk < 50:
-            raise IntaglioError(f"chunk is {chunk!r}; accepted: 0 (whole documents) or at least 50 characters")
-        if not (k1 >= 0 and math.isfinite(k1)) or not 0 <= b <= 1:
-            raise IntaglioError(f"k1 is {k1} and b is {b}; accepted: k1 of at least 0, b between 0 and 1")
-        settings: dict[str, Any] = {"kind": kind, "chunk": chunk, "bm25": None, "encoder": None}
-        loaded: TextEncoder | None = None
-        if kind in ("bm25", "hybrid"):
-            Analyzer(language)
-            settings["bm25"] = {"language": language, "k1": k1, "b": b}
-        if kind == "sparse":
-            check_installed()
-        if kind == "bm25":
-            if encoder is not None or encoder_options:
-                raise IntaglioError("a bm25 index has no encoder; one of kind dense, sparse or hybrid has")
-        else:
-            loaded = resolve_encoder(encoder or DEFAULT_ENCODER[kind], encoder_options)
-            if kind in ("dense", "sparse") and loaded.kind != kind:
-                raise IntaglioError(f"the encoder {loaded.name!r} is {loaded.kind}, but the index is to be {kind}")
-            settings["encoder"] = describe_encoder(loaded)
+        settings, loaded = new_settings(kind, encoder, chunk, BM25(k1, b), language, encoder_options)
         if not (exist_ok and (path / DATABASE).is_file()):
             Store.create(path, {**settings, "next_chunk": 1})
         index = cls(path, loaded, check_encoder=False)
         for key, value in settings.items():
             known = index._store.settings[key]
-            if _space(known) != _space(value):
+            if space(known) != space(value):
                 index.close()
                 raise IntaglioError(
                     f"the index {path} has {key} {describe_setting(known)} instead of {describe_setting(value)};"
@@ -280,8 +257,9 @@ class Index:
         filters: Filters | None = None,
         explain: bool = False,
         mode: Kind | None = None,
+        approximate: bool = False,
     ) -> list[Hit]:
-        """Return the best documents for a query; exact for every kind.
+        """Return the best documents for a query; exact for every kind unless `approximate`.
 
         Args:
             query: the words.
@@ -289,6 +267,8 @@ class Index:
             filters: conditions on metadata; see `Filters`.
             explain: fill in `Hit.terms` and `Hit.parts`. Default False.
             mode: for a hybrid index, use only this retriever. Default: the index's kind.
+            approximate: search dense vectors by the graphs that `compact(graphs=True)` builds; segments without a
+                graph are searched exactly. Default False.
 
         Returns:
             At most k hits in descending order of score; equal scores in the order of addition.
@@ -296,7 +276,7 @@ class Index:
         Raises:
             IntaglioError: an empty query, a query beyond the encoder's context, an encoder that changed, a bad filter.
         """
-        return self.search_many([query], k, filters=filters, explain=explain, mode=mode)[0]
+        return self.search_many([query], k, filters=filters, explain=explain, mode=mode, approximate=approximate)[0]
 
     def search_many(
         self,
@@ -306,16 +286,24 @@ class Index:
         filters: Filters | None = None,
         explain: bool = False,
         mode: Kind | None = None,
+        approximate: bool = False,
     ) -> list[list[Hit]]:
         """Search for several queries; as `search`, encoding them together."""
         check_queries(queries, k)
         names = self._retrievers(mode)
+        if approximate and "dense" not in names:
+            raise IntaglioError(
+                f"approximate search is of dense vectors; {self.path} is searched by {', '.join(names)}"
+            )
         with self._lock, sentences(self.path):
             encoded = {name: self._retrieval.encode(name, queries) for name in names}
             with self._view() as snapshot:
                 allowed = self._retrieval.allowed(snapshot, filters) if filters else None
                 depth = k if len(names) == 1 else max(FUSION_DEPTH, 4 * k)
-                ranked = {name: self._retrieval.rank(snapshot, name, encoded[name], depth, allowed) for name in names}
+                ranked = {
+                    name: self._retrieval.rank(snapshot, name, encoded[name], depth, allowed, approximate)
+                    for name in names
+                }
                 return [
                     self._retrieval.hits(
                         snapshot, query, k, {name: ranked[name][i] for name in names},
@@ -379,16 +367,28 @@ class Index:
             self._loaded = check_space(self.path, recorded, self._given or self._encoder_name, self._device)
         return self._loaded
 
-    def compact(self, progress: Progress | None = None) -> dict[str, Any]:
+    def compact(self, progress: Progress | None = None, *, graphs: bool = False) -> dict[str, Any]:
         """Merge segments and drop deleted rows.
+
+        Args:
+            progress: called with (done, total, what).
+            graphs: then build the graphs of approximate search for dense segments of at least 20,000 chunks. Default
+                False.
 
         Returns:
             {"segments_before", "segments", "bytes_before", "bytes", "seconds"}.
         """
+        if graphs:
+            ann.check_installed()
+            if "dense" not in self._retrievers(None):
+                raise IntaglioError(f"graphs are of dense vectors; {self.path} is {self.kind}")
         started = time.perf_counter()
         with self._lock, self._store.writing():
             before = self._store.segments()
             self._compaction.merge_all(progress)
+            if graphs:
+                self._compaction.build_graphs(progress)
+                self._snapshot = None  # opened again with them
             after = self._store.segments()
         return {
             "segments_before": len(before),
@@ -405,38 +405,13 @@ class Index:
             verify: compare every segment with its checksum. Default False.
 
         Returns:
-            {"path", "version", "kind", "documents", "chunks", "deleted", "segments", "bytes": {"text", "database",
-            "segments", "total"}, "encoder": {"name", "kind", "dimensions", "pooling", "fingerprint", ...} or None,
-            "bm25": {"language", "k1", "b"} or None, "chunk", "damaged": [...]}; `bytes["text"]` is the raw text's UTF-8
-            size.
+            {"path", "version", "kind", "documents", "chunks", "deleted", "segments", "graphs", "bytes": {"text",
+            "database", "segments", "total"}, "encoder": {"name", "kind", "dimensions", "pooling", "fingerprint", ...}
+            or None, "bm25": {"language", "k1", "b"} or None, "chunk", "damaged": [...]}; `bytes["text"]` is the raw
+            text's UTF-8 size.
         """
         with self._lock, sentences(self.path), self._view() as snapshot:
-            db, damaged = self._store.db, list(snapshot.damaged.values())
-            if verify:
-                for segment in snapshot.segments:
-                    try:
-                        self._store.read_segment(segment.row, verify=True)
-                    except (CorruptSegmentError, OSError) as error:
-                        damaged.append(f"the segment {self._store.file(segment.row.number)} is damaged ({error})")
-            documents, text = db.execute("SELECT count(*), coalesce(sum(bytes), 0) FROM documents").fetchone()
-            files = [self.path / name for name in (DATABASE, f"{DATABASE}-wal")]
-            database = sum(file.stat().st_size for file in files if file.exists())
-            rows = self._store.segments()
-            held = sum(row.bytes for row in rows)
-            return {
-                "path": str(self.path),
-                "version": self._store.settings["version"],
-                "kind": self.kind,
-                "documents": documents,
-                "chunks": db.execute("SELECT count(*) FROM chunks").fetchone()[0],
-                "deleted": db.execute("SELECT count(*) FROM dead").fetchone()[0],
-                "segments": len(rows),
-                "bytes": {"text": text, "database": database, "segments": held, "total": database + held},
-                "encoder": self._store.settings["encoder"],
-                "bm25": self._bm25,
-                "chunk": self._chunk,
-                "damaged": damaged,
-            }
+            return describe(self._store, snapshot, verify)
 
     def get(self, id: str) -> Document | None:
         """Return a document by id, with its text and metadata, or None."""
@@ -477,11 +452,6 @@ def open_index(
         given = os.fspath(encoder) if isinstance(encoder, os.PathLike) else encoder
         return MilvusIndex(place, given, device=device)
     return Index.open(place, encoder=encoder, device=device)
-
-
-def _space(value: Any) -> Any:
-    """Return what identifies a setting: the fingerprint of an encoder, not its name."""
-    return value["fingerprint"] if isinstance(value, dict) and "fingerprint" in value else value
 
 
 __all__ = ["Index", "open_index"]

@@ -246,11 +246,14 @@ class MilvusIndex:
         filters: Filters | None = None,
         explain: bool = False,
         mode: Kind | None = None,
+        approximate: bool = False,
     ) -> list[Hit]:
         """Return the best documents for a query; see `Index.search`. `explain` fills in `Hit.parts` only."""
         check_queries([query], k)
         if mode not in (None, self.kind):
             raise IntaglioError(f"mode is {mode!r}; the store {self.path} has: {self.kind}")
+        if approximate:
+            raise IntaglioError(f"the store {self.path} has an exact index; approximate search is of a directory")
         check_context(self._encoder, [query])
         (vector,) = _rows(self._encoder.encode_queries([query]))
         with self._sentences():

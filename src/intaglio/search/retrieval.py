@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from intaglio.search import dense, fusion
+from intaglio.search import ann, dense, fusion
 from intaglio.search import filters as conditions
 from intaglio.search.encoders import SparseVectors, TextEncoder, check_context
 from intaglio.search.lexical import Analyzer, term_key
@@ -49,11 +49,20 @@ class Retrieval:
         return list(vectors.rows()) if isinstance(vectors, SparseVectors) else np.asarray(vectors, np.float32)
 
     def rank(
-        self, snapshot: Snapshot, name: str, queries: Any, depth: int, allowed: list[NDArray[np.uint8]] | None
+        self,
+        snapshot: Snapshot,
+        name: str,
+        queries: Any,
+        depth: int,
+        allowed: list[NDArray[np.uint8]] | None,
+        approximate: bool = False,
     ) -> list[list[tuple[int, int, float]]]:
         """Return (document, position of its best chunk, score) of the best documents for each query."""
 
         def search(batch: Any, k: int) -> list[tuple[Any, Any]]:
+            if name == "dense" and approximate:
+                segments = [(segment.arrays["dense.vectors"], segment.graph) for segment in snapshot.segments]
+                return ann.search(segments, allowed or snapshot.alive, batch, k)
             if name == "dense":
                 vectors = [segment.arrays["dense.vectors"] for segment in snapshot.segments]
                 return dense.search(vectors, allowed or snapshot.alive, batch, k)
