@@ -20,6 +20,7 @@ from intaglio.search.compaction import Compaction
 from intaglio.search.documents import Document, read_documents
 from intaglio.search.encoders import (
     TextEncoder,
+    check_space,
     describe_setting,
 )
 from intaglio.search.index_settings import new_settings, space
