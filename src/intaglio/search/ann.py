@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MIN_ROWS = 20_000
-"""Fewest rows of a segment with a graph; smaller ones are searched exactly in less than two milliseconds."""
+"""Fewest rows of a segment with a graph; smaller ones are searched exactly."""
 EXPANSION = 128
 """Least number of candidates during construction and search."""
 MIN_ALLOWED = 0.25
