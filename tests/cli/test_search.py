@@ -347,6 +347,7 @@ def test_the_commands_work_on_milvus_lite(docs: Path, encoder: Path, tmp_path: P
     assert (first["added"], first["documents"]) == (4, 4)
     assert document("index", docs, *store, "--encoder", encoder, "--pooling", pooling)["unchanged"] == 4
     assert "has chunk 2000 instead of 500" in refused("index", docs, *store, "--chunk", "500")
+    assert "has pooling" in refused("index", docs, *store, "--pooling", "cls")
     text = "a sparse vector of words"
     added = document("index", "add", rows_file(tmp_path / "rows.jsonl", {"id": 7, "text": text, "year": 2024}), *store)
     assert (added["added"], added["documents"]) == (1, 5)

@@ -89,8 +89,10 @@ class MilvusIndex:
             if "intaglio" not in properties:
                 raise IntaglioError(f"{url} is no collection of intaglio; name another")
             settings = json.loads(properties["intaglio"])
-            if create and settings["chunk"] != chunk:
-                raise IntaglioError(f"{url} has chunk {settings['chunk']} instead of {chunk}; name another collection")
+            known = {**settings["encoder"], "chunk": settings["chunk"]}
+            for name, value in {"chunk": chunk, "kind": kind, **encoder_options}.items() if create else ():
+                if value is not None and known.get(name, value) != value:
+                    raise IntaglioError(f"{url} has {name} {known[name]} instead of {value}; name another collection")
             self._encoder = check_space(url, settings["encoder"], encoder, device)
             self._chunk = settings["chunk"]
         self.kind = self._encoder.kind
