@@ -132,7 +132,7 @@ def test_nothing_is_left_where_nothing_was_indexed(tmp_path: Path) -> None:
     assert "holds no document" in refused("index", tmp_path / "empty", "-o", tmp_path / "index")
     assert "do not exist" in refused("index", tmp_path / "absent", "-o", tmp_path / "index")
     assert not (tmp_path / "index").exists()
-    assert "name one with -o INDEX" in refused("index", tmp_path / "empty")
+    assert "name -o INDEX or --store URL" in refused("index", tmp_path / "empty")
 
 
 def test_a_failed_update_leaves_the_index(index: Path, tmp_path: Path) -> None:
