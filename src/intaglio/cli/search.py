@@ -321,8 +321,8 @@ def search(
             k,
             filters=filter_ or None,
             explain=explain,
-            mode=mode,
-            approximate=ann,  # type: ignore[arg-type]
+            mode=mode,  # type: ignore[arg-type]
+            approximate=ann,
         )
         milliseconds = 1000 * (time.perf_counter() - start)
         damaged = opened.damaged

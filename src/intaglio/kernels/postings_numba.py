@@ -130,7 +130,7 @@ def search(rows_P, values_P, norm_N, allowed_N, starts_T, ends_T, weights_T, bou
             cursor_T[t] = stop
         rest = reach_T[first - 1] if first else np.float32(0)
         count = 0
-        direct = first == 0 and not masked  # all terms are in, and every row may enter
+        direct = first == 0 and not masked  # every term is essential, every row allowed
         cut = max(threshold - rest, np.float32(0)) / _SLACK
         for block in range(0, high - low, _BLOCK):
             hit = False

@@ -177,9 +177,8 @@ def evaluate(
         with open_index(index, device=device) as opened:
             return evaluate(opened, judged, k, approximate=approximate, progress=progress)
     name = Path(index.path).name
-    index.search(
-        next(iter(judged.queries.values())), k, approximate=approximate
-    )  # loads the encoder and compiles the kernels
+    # Load the encoder and compile the kernels.
+    index.search(next(iter(judged.queries.values())), k, approximate=approximate)
     retrieved: dict[str, dict[str, float]] = {}
     seconds: list[float] = []
     exact: list[float] = []
