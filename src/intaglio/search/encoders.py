@@ -23,7 +23,7 @@ Pooling = Literal["mean", "cls", "last", "splade"]
 DEFAULT_ENCODER = {"dense": "minilm", "hybrid": "minilm", "sparse": "splade-tiny"}
 """Encoder by kind of index."""
 POOLINGS = ("mean", "cls", "last", "splade")
-_BATCH_TOKENS = {"splade": 2048}
+_BATCH_TOKENS = {"splade": 512}
 """Most tokens of a batch: a token of SPLADE has a logit for each word of the vocabulary."""
 
 
