@@ -394,7 +394,7 @@ def evaluate(
 
     if (pairs is None) == (qrels is None) or (qrels is None) != (queries is None):
         raise IntaglioError("evaluate takes --pairs FILE, or --qrels FILE with --queries FILE")
-    places = [*(indexes or []), *(stores or [])]
+    places: list[str | Path] = [*(indexes or []), *(stores or [])]
     if not places:
         raise IntaglioError("the argument INDEX is missing")
     judged = read_pairs(pairs) if pairs is not None else read_qrels(qrels, queries)  # type: ignore[arg-type]
