@@ -5,8 +5,8 @@
 
 The first candidate is the stock one. Another is chosen only if it was measured to be faster by `MARGIN`; what has not
 been measured, or no longer fits in `LIMIT` seconds of a process, stays stock. Times are the least of alternated calls,
-which other processes affect least. They are kept in `tuning/NAME.json` of the cache directory, a file for each processor, version of torch and set of
-vector instructions, under keys that name shape, dtype, rows and torch threads.
+which other processes affect least. They are kept in `tuning/NAME.json` of the cache directory, a file for each
+processor, version of torch and set of vector instructions, under keys that name shape, dtype, rows and torch threads.
 
 `INTAGLIO_TUNING` selects the mode: `on` (default); `off`, the built-in choices (every kernel that works, pass costs of
 `speculative.pass_cost`), which do not depend on the machine; or the path of a table that `intaglio tune --json` has
@@ -80,6 +80,7 @@ class Tuner:
     Attributes:
         left: seconds of measuring that are left.
         used: the times of every choice that was looked up, by key.
+        skipped: whether a choice stayed stock because no time was left.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Tuner:
     ) -> None:
         self.left = limit
         self.used: dict[str, Times] = {}
+        self.skipped = False
         self._path, self._measured, self._clock = path, measured, clock
         self._times = {} if path is None else _read(path, strict=not measured)
         self._new: dict[str, Times] = {}
@@ -105,6 +107,7 @@ class Tuner:
         known = self._times.get(key, {})
         if known.keys() != dict(candidates).keys():
             if not self._measured or self.left <= 0:
+                self.skipped = True
                 return {}
             known = self._times[key] = self._new[key] = self._measure(candidates)
         self.used[key] = known

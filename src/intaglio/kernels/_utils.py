@@ -12,8 +12,9 @@ from torch import Tensor
 
 @lru_cache
 def works(package: str, kernel: str, otherwise: str) -> bool:
-    """Return whether a package can be imported (a numba too old for the installed numpy cannot)."""
+    """Return whether a package can be imported (a numba too old for the installed numpy cannot); warn once if not."""
     if find_spec(package) is None:
+        warnings.warn(f"{otherwise}, as {package} is not installed (pip install 'intaglio[kernels]')", stacklevel=3)
         return False
     try:
         import_module(f"intaglio.kernels.{kernel}_{package}")
