@@ -34,7 +34,7 @@ class Given(Tuner):
         super().__init__()
         self._passes, self._faster = passes, faster
 
-    def times(self, key: str, candidates: Calls) -> Times:
+    def times(self, key: str, candidates: Calls, compiles: bool = False) -> Times:
         for call in candidates.values():
             call()
         if key.startswith("pass "):
@@ -104,7 +104,7 @@ def lookups() -> dict[str, Any]:
     return {
         "aded": ADED(corpus=[IDS]),
         "prompt_lookup": Speculative(PromptLookup()),
-        "ngram": Speculative(NGramStore.build([IDS * 3], 128)),
+        "ngram": Speculative(NGramStore.build([IDS * 3], 160)),
     }
 
 

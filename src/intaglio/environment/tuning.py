@@ -33,7 +33,7 @@ from intaglio.errors import IntaglioError
 VARIABLE = "INTAGLIO_TUNING"
 LIMIT = 2.0
 """Seconds of measuring in a process; what has to be compiled is compiled before."""
-SHARE = 0.08
+SHARE = 0.05
 """Seconds of measuring for a choice, unless `ROUNDS` take longer."""
 ROUNDS, MAX_ROUNDS = 3, 40
 """Fewest and most calls of a candidate."""
@@ -81,6 +81,7 @@ class Tuner:
         left: seconds of measuring that are left.
         used: the times of every choice that was looked up, by key.
         skipped: whether a choice stayed stock because no time was left.
+        chosen: choices by a key of the caller's, for calls too short to format one.
     """
 
     def __init__(
@@ -93,22 +94,31 @@ class Tuner:
         self.left = limit
         self.used: dict[str, Times] = {}
         self.skipped = False
+        self.chosen: dict[Any, str] = {}
         self._path, self._measured, self._clock = path, measured, clock
         self._times = {} if path is None else _read(path, strict=not measured)
         self._new: dict[str, Times] = {}
 
-    def choose(self, key: str, candidates: Calls) -> str:
-        """Return the name of the candidate to use; the first is the stock one."""
-        times = self.times(key, candidates)
+    def choose(self, key: str, candidates: Calls, compiles: bool = False) -> str:
+        """Return the name of the candidate to use; the first is the stock one. Arguments as `times`."""
+        times = self.times(key, candidates, compiles)
         return fastest(times) if times else next(iter(candidates))
 
-    def times(self, key: str, candidates: Calls) -> Times:
-        """Return the seconds of each candidate, measured if they are not known; empty if there is no time left."""
+    def times(self, key: str, candidates: Calls, compiles: bool = False) -> Times:
+        """Return the seconds of each candidate, measured if they are not known; empty if there is no time left.
+
+        Args:
+            key: names what the times depend on, the machine aside.
+            candidates: calls by name, the stock one first.
+            compiles: whether the first call of a candidate compiles, which is then not counted. Default False.
+        """
         known = self._times.get(key, {})
         if known.keys() != dict(candidates).keys():
             if not self._measured or self.left <= 0:
                 self.skipped = True
                 return {}
+            for call in candidates.values() if compiles else ():
+                call()
             known = self._times[key] = self._new[key] = self._measure(candidates)
         self.used[key] = known
         return known

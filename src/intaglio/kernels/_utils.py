@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import cycle
 
 from torch import Tensor
 
@@ -24,9 +26,18 @@ def works(package: str, kernel: str, otherwise: str) -> bool:
     return True
 
 
+_BYTES = 24 << 20
+"""Bytes of the copies of a weight; the weights of two candidates are measured in turn."""
+
+
+def copies(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield copies in turn, for ever, of so many bytes that a cache hardly holds them; for measuring products."""
+    yield from cycle([tensor.clone() for _ in range(max(1, _BYTES // max(1, tensor.nbytes)))])
+
+
 def describe_tensor(tensor: Tensor) -> str:
     """Return shape and dtype for a message: `4x3 of float32`."""
     return f"{'x'.join(map(str, tensor.shape)) or 'a scalar'} of {str(tensor.dtype).removeprefix('torch.')}"
 
 
-__all__ = ["describe_tensor", "works"]
+__all__ = ["copies", "describe_tensor", "works"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from intaglio.environment import tuning
+from intaglio.environment.tuning import Calls, Times, Tuner
 from intaglio.errors import IntaglioError
 from intaglio.kernels import gather
 from intaglio.measures.input_sparsity import count_inputs
 from intaglio.methods.activations.r_sparse import RSparse, SparseLinear
 from intaglio.methods.activations.r_sparse.budget import BudgetSpec
 from intaglio.methods.activations.r_sparse.decomposition import low_rank_pair
-from intaglio.methods.activations.r_sparse.layers import ALL, NONE, DensePrefill, InputRule
+from intaglio.methods.activations.r_sparse.layers import ALL, NONE, DensePrefill, InputRule, share_inputs
 from intaglio.methods.activations.r_sparse.search import Search
 from intaglio.methods.activations.r_sparse.thresholds import InputSample, scores, thresholds
 from intaglio.modeling.anatomy import anatomy, capture, run_blocks
@@ -281,12 +284,73 @@ def test_drafts_are_verified_by_the_model_that_decodes(fields: dict[str, Any]) -
 @torch.no_grad()
 def test_generating_uses_the_kernel_and_not_for_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
-    plain = gather.rows
+    plain, shared = gather.rows, gather.shared_input
     monkeypatch.setattr(gather, "rows", lambda x, *rest: rows.append(len(x)) or plain(x, *rest))
+
+    def noted(parts: Any) -> Any:
+        call = shared(parts)
+        monkeypatch.setattr(type(call), "__call__", counted(type(call).__call__), raising=True)
+        return call
+
+    def counted(call: Any) -> Any:
+        return lambda own, x, threads: rows.append((len(x), len(own.widths))) or call(own, x, threads)
+
+    monkeypatch.setattr(gather, "shared_input", noted)
     model = carved().model
     model.generate(PROMPT, do_sample=False, max_new_tokens=3)
     if gather.kernel(torch.zeros(1, 2), torch.float32):
-        assert rows == [1] * 2 * 2 * 7
+        assert sorted(rows, key=str) == sorted([(1, 3), 1, (1, 2), 1] * 2 * 2, key=str)
+
+
+class Given(Tuner):
+    """Times given instead of measured: one candidate wins."""
+
+    def __init__(self, winner: str) -> None:
+        super().__init__()
+        self._winner = winner
+
+    def times(self, key: str, candidates: Calls, compiles: bool = False) -> Times:
+        for call in candidates.values():
+            call()
+        self.used[key] = {name: 0.5 if name == self._winner else 1.0 for name in candidates}
+        return self.used[key]
+
+
+@torch.no_grad()
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.parametrize("winner", ["dense", "gathered 1", "shared 1", "nothing"])
+def test_the_measured_choice_is_used_and_gives_the_same_text(winner: str) -> None:
+    model = carved(dtype=torch.float32).model
+    how = {"do_sample": False, "max_new_tokens": 6}
+    expected = model.generate(PROMPT, **how)
+    model = carved(dtype=torch.float32).model
+    with tuning.using(given := Given(winner)):
+        assert torch.equal(model.generate(PROMPT, **how), expected)
+    sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    threads = {layer._prepare().threads[1] for layer in sparse}
+    assert threads == {1 if winner == "gathered 1" else 0}
+    shared = {layer.shared._threads[1] for layer in sparse if layer.shared is not None}
+    assert shared == {1 if winner == "shared 1" else 0}
+    assert all("kept" in key and " rows " in key for key in given.used)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+def test_a_shared_output_is_that_of_the_layer_as_it_is_now() -> None:
+    holder = nn.Module()
+    layers = [SparseLinear.from_weight(drawn(4, 6, seed=seed), None, InputRule(0.5)) for seed in range(3)]
+    for name, layer in zip(("q_proj", "k_proj", "v_proj"), layers, strict=True):
+        holder.add_module(name, layer)
+    share_inputs(holder)
+    q, k, v = layers
+    x, other = drawn(1, 6, seed=5), drawn(1, 6, seed=6)
+    for change in (lambda: None, lambda: k.weight.mul_(2), lambda: setattr(k, "rule", InputRule(0.1))):
+        torch.testing.assert_close(q(x), masked(q, x))
+        change()
+        torch.testing.assert_close(k(x), masked(k, x))
+        torch.testing.assert_close(v(other), masked(v, other))  # not the tensor that q was called with
+        torch.testing.assert_close(q(x), masked(q, x))
+        torch.testing.assert_close(v(x), masked(v, x))
 
 
 def test_mutated_splits_stay_on_the_grid_and_reach_its_ends() -> None:
