@@ -34,7 +34,7 @@ class Given(Tuner):
         super().__init__()
         self._passes, self._faster = passes, faster
 
-    def times(self, key: str, candidates: Calls, compiles: bool = False) -> Times:
+    def times(self, key: str, candidates: Calls, compiles: bool = False, reserve: float = 0.0) -> Times:
         for call in candidates.values():
             call()
         if key.startswith("pass "):

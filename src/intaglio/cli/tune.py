@@ -39,7 +39,7 @@ def tune(checkpoint: Checkpoint, rows: Sequence[int] = (1,), tuner: tuning.Tuner
     with tuning.using(tuner):
         copies = prepacked(checkpoint.model, None, MIN_NEW_TOKENS)
         costs = [pass_costs(checkpoint.model, count, copies) for count in rows]
-        heads = [_heads(slug, checkpoint, costs[0]) for slug in _slugs(checkpoint)]
+        heads = [_heads(slug, checkpoint, costs[0]) for slug in _slugs(checkpoint) if costs[0].measured]
     products = {key: times for key, times in tuner.used.items() if not key.startswith("pass ")}
     return {
         **tuner.document(),

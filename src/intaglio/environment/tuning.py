@@ -33,7 +33,7 @@ from intaglio.errors import IntaglioError
 VARIABLE = "INTAGLIO_TUNING"
 LIMIT = 2.0
 """Seconds of measuring in a process; what has to be compiled is compiled before."""
-SHARE = 0.05
+SHARE = 0.03
 """Seconds of measuring for a choice, unless `ROUNDS` take longer."""
 ROUNDS, MAX_ROUNDS = 3, 40
 """Fewest and most calls of a candidate."""
@@ -99,22 +99,23 @@ class Tuner:
         self._times = {} if path is None else _read(path, strict=not measured)
         self._new: dict[str, Times] = {}
 
-    def choose(self, key: str, candidates: Calls, compiles: bool = False) -> str:
+    def choose(self, key: str, candidates: Calls, compiles: bool = False, reserve: float = 0.0) -> str:
         """Return the name of the candidate to use; the first is the stock one. Arguments as `times`."""
-        times = self.times(key, candidates, compiles)
+        times = self.times(key, candidates, compiles, reserve)
         return fastest(times) if times else next(iter(candidates))
 
-    def times(self, key: str, candidates: Calls, compiles: bool = False) -> Times:
+    def times(self, key: str, candidates: Calls, compiles: bool = False, reserve: float = 0.0) -> Times:
         """Return the seconds of each candidate, measured if they are not known; empty if there is no time left.
 
         Args:
             key: names what the times depend on, the machine aside.
             candidates: calls by name, the stock one first.
             compiles: whether the first call of a candidate compiles, which is then not counted. Default False.
+            reserve: seconds that are left for other choices. Default 0.
         """
         known = self._times.get(key, {})
         if known.keys() != dict(candidates).keys():
-            if not self._measured or self.left <= 0:
+            if not self._measured or self.left <= reserve:
                 self.skipped = True
                 return {}
             for call in candidates.values() if compiles else ():

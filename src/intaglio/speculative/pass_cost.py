@@ -19,6 +19,7 @@ import torch
 
 from intaglio.environment import tuning
 from intaglio.modeling.anatomy import blocks
+from intaglio.speculative._utils import context_length
 from intaglio.speculative.prepacked_linear import Prepacked
 from intaglio.speculative.target_model import Reader
 from intaglio.speculative.tree import TokenTree
@@ -95,7 +96,7 @@ def _name(model: Any) -> str:
                      for module in model.modules())  # fmt: skip
     digest = hashlib.sha256(repr(sorted(shapes.items(), key=repr)).encode()).hexdigest()[:8]
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{type(model).__name__} {len(blocks(model))}x{model.config.hidden_size} {dtype} {digest}"
+    return f"{type(model).__name__} {len(blocks(model))}x{model.config.get_text_config().hidden_size} {dtype} {digest}"
 
 
 class _Passes:
@@ -115,7 +116,8 @@ class _Passes:
         def run() -> None:
             if self._reader is None:
                 self._reader = Reader(self._model, prepacked=self._prepacked)
-                self._reader.prefill(torch.ones(self._rows, _CONTEXT, dtype=torch.long))
+                length = min(_CONTEXT, (context_length(self._model) or 1024) - SIZES[-1])
+                self._reader.prefill(torch.ones(self._rows, max(1, length), dtype=torch.long))
             self._reader.extend(tokens, depths, seen)
             self._reader.keep_rows([[]] * self._rows)
 

@@ -40,8 +40,10 @@ _MIN_ROWS = 4
 _DTYPES = (torch.float32, torch.bfloat16)
 _ROW_STEPS = (1, 4, 8, 16)
 """Rows that products are measured with; a product takes the choice of the next step, above the last one that of it."""
-_BYTES = 48 << 20
+_BYTES = 32 << 20
 """Weights are measured in copies of so many bytes together, which no cache holds; of larger ones only some outputs."""
+_RESERVE = 0.8
+"""Seconds of measuring that are left for whole passes."""
 
 Steps = tuple[bool, ...]
 """Whether the copy is used, for each of `_ROW_STEPS`."""
@@ -187,7 +189,7 @@ def _tuned_steps(module: Any, tuner: tuning.Tuner) -> Steps:
             "prepacked": partial(lambda x, rows: _product(x, next(weights.laid_out), None, rows), x_BI, rows),
         }
         key = f"{weights.key} rows {rows} threads {torch.get_num_threads()}"
-        steps.append(tuner.choose(key, calls) == "prepacked")
+        steps.append(tuner.choose(key, calls, reserve=_RESERVE) == "prepacked")
     return tuple(steps)
 
 
