@@ -10,7 +10,8 @@ experts, each against the dense product of the same shape; layers alternate over
 each training-free or bundled drafter, and R-Sparse at 50 %, against stock greedy `generate` on the same prompts.
 
 Stock and fast path alternate, and the ratio is the median over the rounds of the ratio in a round, so that a slow phase
-of the machine hits both. Nothing is concluded (exit code 2) if stock itself wandered by more than 10 %.
+of the machine hits both. A path that was slower while stock itself wandered by more than 10 % is measured again, up to
+three times; if it stays so, nothing is concluded (exit code 2).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from intaglio.methods.decoding.aded import ADED
 from intaglio.speculative import Speculative
 from intaglio.speculative.drafters import PromptLookup, Undrafted
 from intaglio.speculative.prepacked_linear import Prepacked, choices
-from machine import check_quiet, machine, title
+from machine import WANDERED, machine, title, wandering
 
 SLOWER = 0.03
 """Share of stock's time by which a fast path may be slower."""
@@ -56,6 +57,7 @@ PROMPTS = (
     "import json\n\n\ndef read_config(path):",
 )
 
+ATTEMPTS = 3
 TURN = 0.02
 """Seconds of a turn of stock, about."""
 
@@ -210,15 +212,19 @@ def main() -> int:
         print(title(), flush=True)
         for part in parts:
             for name, pair in _pairs(part, given.new):
-                result = {"name": name, "threads": threads, **measure(pair, given.rounds, given.seconds)}
-                results.append(result)
-                mark = "  SLOWER" if result["ratio"] > 1 + SLOWER else ""
+                for _ in range(ATTEMPTS):
+                    result = {"name": name, "threads": threads, **measure(pair, given.rounds, given.seconds)}
+                    slower, wandered = result["ratio"] > 1 + SLOWER, wandering(result["stock"])
+                    if not slower or wandered <= WANDERED:
+                        break
+                results.append(result | {"slower": slower, "wandered": wandered})
+                mark = f"  SLOWER, stock wandered by {wandered:.0%}" if slower else ""
                 print(f"{name:44} {1 / result['ratio']:6.2f} times stock{mark}", flush=True)
-                check_quiet(result["stock"], f"stock in {name!r}")
-    slower = [result for result in results if result["ratio"] > 1 + SLOWER]
     atomic_io.write_json(given.out / "guard.json", {"machine": machine(), "results": results})
-    print(json.dumps({"paths": len(results), "slower": [result["name"] for result in slower]}))
-    return 1 if slower else 0
+    late = [result for result in results if result["slower"]]
+    certain = [result["name"] for result in late if result["wandered"] <= WANDERED]
+    print(json.dumps({"paths": len(results), "slower": certain, "unclear": len(late) - len(certain)}))
+    return 1 if certain else 2 if late else 0
 
 
 def _pairs(part: str, new: int) -> Iterator[tuple[str, Pair]]:

@@ -75,7 +75,8 @@ class Tuner:
         path: file of the table. Default: none, so that nothing is kept.
         measured: whether unknown choices are measured; without, candidates that the table does not know stay stock.
         limit: seconds of measuring. Default `LIMIT`.
-        clock: seconds, increasing. Default `time.perf_counter`.
+        clock: seconds, increasing. Default: the thread's CPU time with one torch thread, which other processes hardly
+            affect, else wall time.
 
     Attributes:
         left: seconds of measuring that are left.
@@ -89,13 +90,13 @@ class Tuner:
         path: Path | None = None,
         measured: bool = True,
         limit: float = LIMIT,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         self.left = limit
         self.used: dict[str, Times] = {}
         self.skipped = False
         self.chosen: dict[Any, str] = {}
-        self._path, self._measured, self._clock = path, measured, clock
+        self._path, self._measured, self._clock = path, measured, clock or _seconds
         self._times = {} if path is None else _read(path, strict=not measured)
         self._new: dict[str, Times] = {}
 
@@ -153,6 +154,12 @@ class Tuner:
     def document(self) -> dict[str, Any]:
         """Return the choices looked up as plain data, in the format of the file."""
         return {"machine": machine(), "times": self.used}
+
+
+def _seconds() -> float:
+    import torch
+
+    return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _read(path: Path, strict: bool = False) -> dict[str, Times]:

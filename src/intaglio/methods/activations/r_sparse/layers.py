@@ -225,7 +225,7 @@ class SparseLinear(ReplacedLinear):
             prepared = self._prepare()
             weight_IO = self._columns(prepared)
             if weight_IO is not None and x_BI.dtype == weight_IO.dtype:
-                if self.shared is not None and (y_BO := self.shared.take(self, x_BI)) is not None:
+                if self.shared is not None and (y_BO := self.shared.take(self, prepared, x_BI)) is not None:
                     return y_BO
                 threads = self._threads(prepared, x_BI, weight_IO)
                 if threads != 0:
@@ -331,35 +331,37 @@ class SharedInput:
 
     def __init__(self, layers: Sequence[SparseLinear]) -> None:
         self._layers = tuple(layers)
-        self._state: list[Any] = []
+        self._prepared: list[_Prepared] = []
+        self._rules: list[InputRule] = []
         self._built: gather.SharedInput | None = None
         self._threads: dict[int, int] = {}
-        self._waiting: tuple[Tensor, list[Any], dict[SparseLinear, Tensor]] | None = None
+        self._waiting: tuple[Tensor, dict[SparseLinear, tuple[Any, Any, Any]]] | None = None
 
-    def take(self, layer: SparseLinear, x_BI: Tensor) -> Tensor | None:
+    def take(self, layer: SparseLinear, prepared: _Prepared, x_BI: Tensor) -> Tensor | None:
         """Return the output of a layer, or None where the layers are better computed one by one."""
-        waiting, state = self._waiting, [part for one in self._layers for part in (one._prepare(), one.rule)]
-        if waiting is not None and waiting[0] is x_BI and _same(waiting[1], state):
-            y_BO = waiting[2].pop(layer, None)
-            if not waiting[2]:
+        waiting = self._waiting
+        if waiting is not None and waiting[0] is x_BI:
+            own, rule, y_BO = waiting[1].pop(layer, (None, None, None))
+            if not waiting[1]:
                 self._waiting = None
-            return y_BO
-        rows = x_BI.numel() // layer.in_features
-        if layer is not self._layers[0] or (call := self._call(state)) is None:
+            return y_BO if own is prepared and rule is layer.rule else None
+        if layer is not self._layers[0] or (call := self._call()) is None:
             return None
+        rows = x_BI.numel() // layer.in_features
         if rows not in self._threads:
             self._threads[rows] = self._chosen_threads(call, x_BI, rows)
         if not self._threads[rows]:
             return None
         first, *others = self._outputs(call, x_BI, self._threads[rows])
-        self._waiting = x_BI, state, dict(zip(self._layers[1:], others, strict=True))
+        keys = [(own, one.rule) for own, one in zip(self._prepared[1:], self._layers[1:], strict=True)]
+        self._waiting = x_BI, {one: (*key, y_BO) for one, key, y_BO in zip(self._layers[1:], keys, others, strict=True)}
         return first
 
-    def _call(self, state: list[Any]) -> gather.SharedInput | None:
+    def _call(self) -> gather.SharedInput | None:
         """Return the call for weights and rules as they are; None where a layer does not fit."""
-        if _same(self._state, state):
+        prepared, rules = [layer._prepare() for layer in self._layers], [layer.rule for layer in self._layers]
+        if _same(self._prepared, prepared) and _same(self._rules, rules):
             return self._built
-        prepared = state[::2]
         weights = [layer._columns(own) for layer, own in zip(self._layers, prepared, strict=True)]
         fit = all(
             weight_IO is not None
@@ -369,7 +371,7 @@ class SharedInput:
             for layer, weight_IO in zip(self._layers, weights, strict=True)
         )
         self._built = self._build([w_IO for w_IO in weights if w_IO is not None], prepared) if fit else None
-        self._state = state
+        self._prepared, self._rules = prepared, rules
         return self._built
 
     def _build(self, weights: Sequence[Tensor], prepared: Sequence[_Prepared]) -> gather.SharedInput:
@@ -389,7 +391,7 @@ class SharedInput:
         tuner, threads = tuning.tuner(), torch.get_num_threads()
         if tuner is None:
             return min(threads, call.worth(rows))
-        prepared, columns, dense = self._state[::2], [], []
+        prepared, columns, dense = self._prepared, [], []
         calls_each: list[Callable[[], Tensor]] = []
         for layer, own in zip(self._layers, prepared, strict=True):
             columns.append(copies(own.weight_IO))
