@@ -32,7 +32,7 @@ _BYTES = 24 << 20
 
 def copies(tensor: Tensor) -> Iterator[Tensor]:
     """Yield copies in turn, for ever, of so many bytes that a cache hardly holds them; for measuring products."""
-    yield from cycle([tensor.clone() for _ in range(max(1, _BYTES // max(1, tensor.nbytes)))])
+    yield from cycle([tensor.clone() for _ in range(min(64, max(1, _BYTES // max(1, tensor.nbytes))))])
 
 
 def describe_tensor(tensor: Tensor) -> str:

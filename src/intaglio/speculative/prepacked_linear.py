@@ -42,6 +42,7 @@ _ROW_STEPS = (1, 4, 8, 16)
 """Rows that products are measured with; a product takes the choice of the next step, above the last one that of it."""
 _BYTES = 32 << 20
 """Weights are measured in copies of so many bytes together, which no cache holds; of larger ones only some outputs."""
+_MAX_COPIES = 64
 _RESERVE = 0.8
 """Seconds of measuring that are left for whole passes."""
 
@@ -160,7 +161,7 @@ class _Weights:
         self.dtype, self._transposed = weight.dtype, type(module) is not nn.Linear
         size = weight.element_size() * self.inputs
         self._shape = (min(outputs, max(1, _BYTES // size)), self.inputs)
-        self._copies = max(1, _BYTES // (size * self._shape[0]))
+        self._copies = min(_MAX_COPIES, max(1, _BYTES // (size * self._shape[0])))
         stored = " transposed" if self._transposed else ""
         self.key = f"linear {self.inputs}x{outputs}{stored} {str(self.dtype).removeprefix('torch.')}"
 
