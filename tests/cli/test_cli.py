@@ -32,6 +32,7 @@ from intaglio.speculative.protocols import Step
 from intaglio.trainer import train
 from tests.conftest import TinyDir
 from tests.families import tiny_model
+from tests.tuners import GivenTimes
 
 VERBS = ["list", "show", "schema", "carve", "compare", "generate", "tune", "assets", "demo"]
 SIDE = {
@@ -434,14 +435,8 @@ def test_tune_refuses_what_it_cannot_measure(tiny_dir: TinyDir) -> None:
 
 
 def test_heads_that_lose_say_so_in_the_closing_line(tiny_dir: TinyDir) -> None:
-    dear = {str(size): float(size) for size in (1, 2, 4, 8, 16)}
-
-    class Given(tuning.Tuner):
-        def times(self, key: str, candidates: tuning.Calls, *_: Any) -> tuning.Times:
-            return dear if key.startswith("pass ") else {}
-
     words = ("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "4", "--decoder", "chimera")
-    with tuning.using(Given()):
+    with tuning.using(GivenTimes()):
         shown = run(*words, "--set", "untrained=true")
     assert "nothing was drafted: on this processor the best tree of chimera is expected to run at 0." in shown.stderr
 

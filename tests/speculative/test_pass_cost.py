@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intaglio.environment import tuning
-from intaglio.environment.tuning import Calls, Times, Tuner
+from intaglio.environment.tuning import Tuner
 from intaglio.methods.decoding.aded import ADED
 from intaglio.methods.registry import get_method
 from intaglio.speculative import Speculative, prepacked_linear
@@ -19,29 +18,13 @@ from intaglio.speculative.drafters import NGramStore, PromptLookup
 from intaglio.speculative.pass_cost import FIXED, SIZES, TOKEN_COST, PassCosts, pass_costs
 from intaglio.speculative.prepacked_linear import MIN_NEW_TOKENS, choices, prepacked
 from tests.families import tiny_model
+from tests.tuners import GivenTimes
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 IDS = [9, 30, 31, 32, 9, 30, 31, 32, 9, 30]
 FREE = dict.fromkeys(SIZES, 1.0)
 DEAR = {size: float(size) for size in SIZES}
 """Seconds of passes: as long whatever they read, and as long as reading the tokens one by one."""
-
-
-class Given(Tuner):
-    """Times given instead of measured, each candidate still called once."""
-
-    def __init__(self, passes: Mapping[int, float], faster: str = "stock") -> None:
-        super().__init__()
-        self._passes, self._faster = passes, faster
-
-    def times(self, key: str, candidates: Calls, compiles: bool = False, reserve: float = 0.0) -> Times:
-        for call in candidates.values():
-            call()
-        if key.startswith("pass "):
-            self.used[key] = {name: self._passes[int(name)] for name in candidates}
-        else:
-            self.used[key] = {name: 1.0 - (name == self._faster) / 2 for name in candidates}
-        return self.used[key]
 
 
 @given(
@@ -72,7 +55,7 @@ def test_costs_between_and_beyond_the_measured_sizes() -> None:
 def test_passes_leave_model_and_generator_as_they_were() -> None:
     model: Any = tiny_model("llama")
     before = torch.get_rng_state()
-    with tuning.using(given := Given(FREE)):
+    with tuning.using(given := GivenTimes(passes=FREE)):
         costs = pass_costs(model, 3, None)
     assert costs.measured
     assert costs.rows == 3
@@ -90,7 +73,7 @@ def test_copies_are_made_only_where_they_win(faster: str) -> None:
     if not prepacked_linear._works(torch.float32):
         pytest.skip("this build of torch has no oneDNN")
     model: Any = tiny_model("llama")
-    with tuning.using(given := Given(FREE, faster)):
+    with tuning.using(given := GivenTimes(faster, FREE)):
         steps = choices(model.modules())
         made = prepacked(model, None, MIN_NEW_TOKENS)
     assert {step for own in steps.values() for step in own} == {faster == "prepacked"}
@@ -117,7 +100,7 @@ def test_less_is_verified_where_tokens_are_dear(name: str) -> None:
     nodes = {}
     for cost, passes in (("free", FREE), ("dear", DEAR)):
         decoder = lookups()[name]
-        with tuning.using(Given(passes)):
+        with tuning.using(GivenTimes(passes=passes)):
             assert torch.equal(model.generate(ids, max_new_tokens=24, custom_generate=decoder, **GREEDY), expected)
         nodes[cost] = decoder.statistics.nodes
     assert nodes["dear"] == 0
@@ -160,7 +143,7 @@ def test_heads_that_lose_draft_nothing_and_say_so(slug: str) -> None:
         (DEAR, {"token_cost": 0.0}, True),
     ):
         decoder: Any = get_method(slug)(untrained=True, **fields)
-        with tuning.using(Given(passes)):
+        with tuning.using(GivenTimes(passes=passes)):
             assert torch.equal(model.generate(ids, max_new_tokens=8, custom_generate=decoder, **GREEDY), expected)
         assert (decoder.statistics.nodes > 0) == drafts
         assert decoder.statistics.note.startswith("nothing was drafted: on this processor") == (not drafts)

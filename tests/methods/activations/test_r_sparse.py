@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from intaglio.environment import tuning
-from intaglio.environment.tuning import Calls, Times, Tuner
 from intaglio.errors import IntaglioError
 from intaglio.kernels import gather
 from intaglio.measures.input_sparsity import count_inputs
@@ -29,6 +28,7 @@ from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.loop import Speculative
 from tests.alive import alive, refused
 from tests.methods.activations.helpers import IDS, PROMPT, carved, drawn, layers, masked, tiny
+from tests.tuners import GivenTimes
 
 EXAMPLES = (
     {"alpha": 0.9},
@@ -310,20 +310,6 @@ def test_generating_uses_the_kernel_and_not_for_prompts(
         assert rows == calls * 2 * 2
 
 
-class Given(Tuner):
-    """Times given instead of measured: one candidate wins."""
-
-    def __init__(self, winner: str) -> None:
-        super().__init__()
-        self._winner = winner
-
-    def times(self, key: str, candidates: Calls, compiles: bool = False, reserve: float = 0.0) -> Times:
-        for call in candidates.values():
-            call()
-        self.used[key] = {name: 0.5 if name == self._winner else 1.0 for name in candidates}
-        return self.used[key]
-
-
 @torch.no_grad()
 @pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
 @pytest.mark.parametrize("winner", ["dense", "gathered 1", "shared 1", "nothing"])
@@ -331,7 +317,7 @@ def test_the_measured_choice_is_used_and_gives_the_same_text(winner: str) -> Non
     how = {"do_sample": False, "max_new_tokens": 6}
     expected = carved(fields={"alpha": 1.0}).model.generate(PROMPT, **how)
     model = carved(fields={"alpha": 1.0}).model
-    with tuning.using(given := Given(winner)):
+    with tuning.using(given := GivenTimes(winner)):
         assert torch.equal(model.generate(PROMPT, **how), expected)
     sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
     threads = {layer._prepare().threads[1] for layer in sparse}
