@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,7 +54,7 @@ def test_the_guard_fails_where_a_fast_path_is_slower_by_more_than_3_percent(
     module: Module, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, slower: float, code: int
 ) -> None:
     guard, now = module("guard"), [0.0]
-    monkeypatch.setattr(guard.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(guard, "time", SimpleNamespace(thread_time=lambda: now[0], perf_counter=lambda: now[0]))
 
     def taking(seconds: float) -> Callable[[int], None]:
         def call(count: int) -> None:

@@ -128,14 +128,22 @@ def _probe(module: Any) -> Tensor:
 def _forward(module: Any, steps: Steps, x: Tensor) -> Tensor:
     """Compute the module's forward, with its copy if that is faster and exact."""
     rows = x.numel() // x.shape[-1]
-    use = rows <= MAX_ROWS and steps[min(bisect_left(_ROW_STEPS, rows), len(_ROW_STEPS) - 1)]
-    if not use or torch.is_grad_enabled() or x.dtype != module.weight.dtype:
+    # As a module's attributes parameters are slow to find, which a product of one token notices.
+    weight = module._parameters["weight"]
+    if not _uses_copy(steps, rows) or torch.is_grad_enabled() or x.dtype != weight.dtype:
+        if type(module) is nn.Linear:
+            return nn.functional.linear(x, weight, module._parameters["bias"])
         stock: Tensor = type(module).forward(module, x)
         return stock
     copy = _COPIES.get(module)
     if copy is None:
         copy = _COPIES[module] = _Copy(_lay_out(_rows(module).contiguous()), _probe(module))
     return _product(x, copy.weight_IO, module.bias, rows)
+
+
+@lru_cache(maxsize=4096)
+def _uses_copy(steps: Steps, rows: int) -> bool:
+    return rows <= MAX_ROWS and steps[min(bisect_left(_ROW_STEPS, rows), len(_ROW_STEPS) - 1)]
 
 
 def _lay_out(weight_OI: Tensor) -> Tensor:
