@@ -10,8 +10,8 @@ experts, each against the dense product of the same shape; layers alternate over
 each training-free or bundled drafter, and R-Sparse at 50 %, against stock greedy `generate` on the same prompts.
 
 Stock and fast path alternate, and the ratio is the median over the rounds of the ratio in a round, so that a slow phase
-of the machine hits both; with one thread, times are the thread's CPU time. A path that was slower while stock itself wandered by more than 10 % is measured again, up to
-three times; if it stays so, nothing is concluded (exit code 2).
+of the machine hits both; with one thread, times are the thread's CPU time. A path that was slower while stock itself
+wandered by more than 10 % is measured again, up to three times; if it stays so, nothing is concluded (exit code 2).
 """
 
 from __future__ import annotations
