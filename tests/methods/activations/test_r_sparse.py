@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from importlib.util import find_spec
 from typing import Any
@@ -344,6 +345,19 @@ def test_a_shared_output_is_that_of_the_layer_as_it_is_now() -> None:
         torch.testing.assert_close(v(other), masked(v, other))  # not the tensor that q was called with
         torch.testing.assert_close(q(x), masked(q, x))
         torch.testing.assert_close(v(x), masked(v, x))
+
+
+@torch.no_grad()
+def test_a_copy_of_a_model_shares_calls_of_its_own() -> None:
+    model = carved(fields={"alpha": 1.0}).model
+    expected = model(PROMPT[:, :1]).logits
+    other = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    del model
+    assert torch.equal(other(PROMPT[:, :1]).logits, expected)
+    shared = {id(module.shared) for module in other.modules() if isinstance(module, SparseLinear) and module.shared}
+    assert len(shared) == 4
 
 
 def test_mutated_splits_stay_on_the_grid_and_reach_its_ends() -> None:

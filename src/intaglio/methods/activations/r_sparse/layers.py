@@ -220,7 +220,8 @@ class SparseLinear(ReplacedLinear):
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return y [B, O]; under a `DensePrefill`, the dimension before the last is the sequence."""
         dense = 0 if self.prefill is None else self.prefill.dense
-        few = x_BI.numel() <= gather.MOST_ROWS * self.in_features
+        # Compilers must not trace into calls by address.
+        few = x_BI.numel() <= gather.MOST_ROWS * self.in_features and not torch.compiler.is_compiling()
         if few and not dense and self.tally is None and not (x_BI.requires_grad and torch.is_grad_enabled()):
             prepared = self._prepare()
             weight_IO = self._columns(prepared)
@@ -336,6 +337,14 @@ class SharedInput:
         self._built: gather.SharedInput | None = None
         self._threads: dict[int, int] = {}
         self._waiting: tuple[Tensor, dict[SparseLinear, tuple[Any, Any, Any]]] | None = None
+
+    def __getstate__(self) -> tuple[SparseLinear, ...]:
+        """Return the layers alone: a copy has weights at other addresses."""
+        return self._layers
+
+    def __setstate__(self, layers: tuple[SparseLinear, ...]) -> None:
+        """Start anew with copied layers."""
+        self.__init__(layers)  # type: ignore[misc]
 
     def take(self, layer: SparseLinear, prepared: _Prepared, x_BI: Tensor) -> Tensor | None:
         """Return the output of a layer, or None where the layers are better computed one by one."""
