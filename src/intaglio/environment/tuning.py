@@ -208,7 +208,8 @@ def tuner() -> Tuner | None:
     """
     global _current
     if _given is not _OPEN:
-        return _given  # type: ignore[no-any-return]
+        given: Tuner | None = _given
+        return given
     mode = os.environ.get(VARIABLE) or "on"
     if mode == "off":
         return None

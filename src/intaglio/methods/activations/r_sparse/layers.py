@@ -334,6 +334,7 @@ class SharedInput:
         self._layers = tuple(layers)
         self._prepared: list[_Prepared] = []
         self._rules: list[InputRule] = []
+        self._weights: list[Tensor] = []
         self._built: gather.SharedInput | None = None
         self._threads: dict[int, int] = {}
         self._waiting: tuple[Tensor, dict[SparseLinear, tuple[Any, Any, Any]]] | None = None
@@ -372,14 +373,12 @@ class SharedInput:
         if _same(self._prepared, prepared) and _same(self._rules, rules):
             return self._built
         weights = [layer._columns(own) for layer, own in zip(self._layers, prepared, strict=True)]
-        fit = all(
-            weight_IO is not None
-            and gather.kernel(weight_IO[:1], weight_IO.dtype) == "numba"
-            and layer.rank == 0
-            and layer.rule.channels is None
-            for layer, weight_IO in zip(self._layers, weights, strict=True)
+        self._weights = [weight_IO for weight_IO in weights if weight_IO is not None]
+        fit = len(self._weights) == len(self._layers) and all(
+            gather.kernel(weight_IO[:1], weight_IO.dtype) == "numba" and layer.rank == 0 and layer.rule.channels is None
+            for layer, weight_IO in zip(self._layers, self._weights, strict=True)
         )
-        self._built = self._build([w_IO for w_IO in weights if w_IO is not None], prepared) if fit else None
+        self._built = self._build(self._weights, prepared) if fit else None
         self._prepared, self._rules = prepared, rules
         return self._built
 
@@ -400,20 +399,17 @@ class SharedInput:
         tuner, threads = tuning.tuner(), torch.get_num_threads()
         if tuner is None:
             return min(threads, call.worth(rows))
-        prepared, columns, dense = self._prepared, [], []
-        calls_each: list[Callable[[], Tensor]] = []
-        for layer, own in zip(self._layers, prepared, strict=True):
-            columns.append(copies(own.weight_IO))
-            dense.append(copies(layer.weight.detach()))
-            own_threads = layer._threads(own, x_BI, own.weight_IO)
-            calls_each.append(
-                partial(layer._masked_by, x_BI, dense[-1])
-                if own_threads == 0
-                else partial(layer._gathered_by, x_BI, columns[-1], own.scale_I, own_threads)
-            )
+        prepared, columns = self._prepared, [copies(weight_IO) for weight_IO in self._weights]
+        each: list[Callable[[], Tensor]] = []
+        for layer, own, weight_IO, turn in zip(self._layers, prepared, self._weights, columns, strict=True):
+            own_threads = layer._threads(own, x_BI, weight_IO)
+            if own_threads == 0:
+                each.append(partial(layer._masked_by, x_BI, copies(layer.weight.detach())))
+            else:
+                each.append(partial(layer._gathered_by, x_BI, turn, own.scale_I, own_threads))
 
         def separate() -> list[Tensor]:
-            return [one() for one in calls_each]
+            return [one() for one in each]
 
         def built() -> Iterator[gather.SharedInput]:
             yield from cycle([self._build([next(turn) for turn in columns], prepared) for _ in range(_SETS)])
@@ -421,7 +417,7 @@ class SharedInput:
         sets, calls = built(), {"separate": separate}
         for number in sorted({1, threads}):
             calls[f"shared {number}"] = partial(lambda number: self._outputs(next(sets), x_BI, number), number)
-        dtype = str(prepared[0].weight_IO.dtype).removeprefix("torch.")
+        dtype = str(self._weights[0].dtype).removeprefix("torch.")
         kept = self._layers[0]._kept_quarters(x_BI)
         key = (
             f"columns {call.inputs}x{'+'.join(map(str, call.widths))} {dtype} kept {kept} rows {rows} threads {threads}"
