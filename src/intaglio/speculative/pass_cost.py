@@ -21,7 +21,7 @@ from intaglio.environment import tuning
 from intaglio.modeling.anatomy import blocks
 from intaglio.speculative._utils import context_length
 from intaglio.speculative.prepacked_linear import Prepacked
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 from intaglio.speculative.tree import TokenTree
 
 SIZES = (1, 2, 4, 8, 16)
@@ -100,11 +100,11 @@ def _name(model: Any) -> str:
 
 
 class _Passes:
-    """Passes over chains of tokens after a short context, through the loop's own reader."""
+    """Passes over chains of tokens after a short context, through the loop's own cached model."""
 
     def __init__(self, model: Any, rows: int, prepacked: Prepacked | None) -> None:
         self._model, self._rows, self._prepacked = model, rows, prepacked
-        self._reader: Reader | None = None
+        self._cached: CachedModel | None = None
 
     def call(self, size: int) -> Callable[[], None]:
         """Return the pass over a chain of `size` tokens of each row."""
@@ -114,12 +114,12 @@ class _Passes:
 
         @torch.inference_mode()
         def run() -> None:
-            if self._reader is None:
-                self._reader = Reader(self._model, prepacked=self._prepacked)
+            if self._cached is None:
+                self._cached = CachedModel(self._model, prepacked=self._prepacked)
                 length = min(_CONTEXT, (context_length(self._model) or 1024) - SIZES[-1])
-                self._reader.prefill(torch.ones(self._rows, max(1, length), dtype=torch.long))
-            self._reader.extend(tokens, depths, seen)
-            self._reader.keep_rows([[]] * self._rows)
+                self._cached.prefill(torch.ones(self._rows, max(1, length), dtype=torch.long))
+            self._cached.extend(tokens, depths, seen)
+            self._cached.keep_rows([[]] * self._rows)
 
         return run
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from intaglio.errors import IntaglioError
 from intaglio.methods.weights.bip.masks import Scope, magnitude_masks, unit_masks
 from intaglio.methods.weights.bip.prunable_units import Kind, Layer, Units, find_layers, find_units
-from intaglio.methods.weights.sparsity_target import as_numbers
+from intaglio.methods.weights.sparsity_target import mask_to_float
 
 Implicit = bool | Literal["released"]
 ScoreSchedule = Literal["step", "cosine", "constant"]
@@ -26,7 +26,7 @@ ScoreSchedule = Literal["step", "cosine", "constant"]
 def masked(weight: Tensor, kept: Tensor) -> Tensor:
     """Return m * weight for finite weights, with no gradient of its own."""
     # Computed each time: stored as numbers, masks would take four times the memory.
-    return as_numbers(kept, weight.dtype).mul_(weight)
+    return mask_to_float(kept, weight.dtype).mul_(weight)
 
 
 class _Product(torch.autograd.Function):
