@@ -12,8 +12,10 @@ from intaglio.speculative.pass_cost import FIXED, PassCosts, prune_by_cost
 from intaglio.speculative.protocols import DecodingRun, Session, Step, by_row
 from intaglio.speculative.tree import TokenTree, trie
 
-_STEP = 0.1
+_STEP = 0.2
 """Weight of the last match in the shares that came true."""
+_FIRST = 0.6
+"""Scale of these shares before any match, which grow with its length."""
 
 
 class PromptLookup:
@@ -57,7 +59,7 @@ class _Context:
 
     def __init__(self, settings: PromptLookup, prompt: Sequence[int], costs: PassCosts = FIXED) -> None:
         self._settings, self._costs = settings, costs
-        self._shares = [n / (settings.longest + 1) for n in range(settings.longest + 1)]
+        self._shares = [_FIRST * n / (settings.longest + 1) for n in range(settings.longest + 1)]
         self._guess: tuple[int, tuple[int, ...]] = (0, ())  # length of the match, and what followed it
         self._ids: list[int] = []
         self._after: dict[tuple[int, ...], list[int]] = {}  # n-gram -> positions right after it
