@@ -377,7 +377,35 @@ def generate(
         )
     elif result["accepted_share"] is not None:
         line += f"{per_pass}, {result['accepted_share']:.0%} of the drafts accepted"
-    print_err(line)
+    print_err(f"{line}; {result['note']}" if result["note"] else line)
+
+
+@app.command()
+@handle_errors
+def tune(
+    model: Model,
+    rows: Annotated[str, typer.Option(help="Prompts that share a pass, comma-separated.")] = "1",
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Measure the fast paths of a model on this machine, and keep the fastest of each for later runs."""
+    from intaglio.checkpoint import load
+    from intaglio.cli.tune import notes, tables
+    from intaglio.cli.tune import tune as run
+    from intaglio.environment.tuning import default_path
+    from intaglio.errors import IntaglioError
+
+    counts = [int(word) if word.strip().isdecimal() else 0 for word in rows.split(",")]
+    if not min(counts):
+        raise IntaglioError(f"rows is {rows!r}; numbers from 1 on, separated by commas, are accepted")
+    document = run(load(model, dtype=dtype), counts)
+    if json:
+        print_json(document)
+        return
+    for table in tables(document):
+        out.print(table)
+    for line in [*notes(document), f"kept in {default_path()}"]:
+        print_out(line)
 
 
 @app.command()

@@ -159,10 +159,11 @@ def generate(
 
     Returns:
         `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, tokens_per_pass,
-        accepted_share, lossy, decoder`; `passes` counts the target's forward passes, prefill included, and
+        accepted_share, lossy, decoder, note`; `passes` counts the target's forward passes, prefill included, and
         `accepted_share` is the share of the verified drafted tokens that were accepted (None for stock decoders).
         `lossy` is None if the output is the target's own, else `threshold`, `agreement` with the unaided target and
-        `speed_up` in seconds over it, for which it is run too.
+        `speed_up` in seconds over it, for which it is run too. `note` is the drafter's remark, such as the reason for
+        drafting nothing.
 
     Raises:
         IntaglioError: an unknown decoder, sampling options for greedy, wrong settings, or a prompt that leaves no
@@ -223,6 +224,7 @@ def generate(
         "accepted_share": None if loop is None else loop.statistics.accepted_share,
         "lossy": lossy,
         "decoder": decoder,
+        "note": "" if loop is None else loop.statistics.note,
     }
 
 

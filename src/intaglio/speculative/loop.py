@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from intaglio.errors import IntaglioError
 from intaglio.speculative.acceptance import AcceptancePolicy, TokenSelector, verify_tree
 from intaglio.speculative.outputs import SpeculativeOutput, active_rows, build_output, collect_rows, streaming
+from intaglio.speculative.pass_cost import pass_costs
 from intaglio.speculative.prepacked_linear import prepacked
 from intaglio.speculative.protocols import AcceptingSession, DecodingRun, Drafter, ForwardSession, Step, TreePass
 from intaglio.speculative.request import Request, read_request
@@ -49,7 +51,8 @@ class Speculative:
         generator: source of the draws. Default None: torch's global generator, as in stock `generate`.
         prepack: whether passes on a CPU use copies of the linear weights laid out for a few tokens at a time (as much
             memory again as the weights take; kept for the next call). True: wherever possible. False: never, as stock
-            `generate`. Default None: from 32 new tokens on, if there is memory for them.
+            `generate`. Default None: from 32 new tokens on, if there is memory for them, and for the weights and
+            numbers of tokens for which the first use on a machine measured them to be faster.
 
     Attributes:
         statistics: of the last run.
@@ -119,9 +122,11 @@ class _Generation:
         self._counts = decoder.statistics
         self._model = model
         weights = prepacked(model, decoder.prepack, request.room)
+        rows = len(request.ids_BP)
+        self._costs = partial(pass_costs, model, rows, weights)
         self._cached = CachedModel(model, request.cache, hidden=decoder.drafter.needs_hidden, prepacked=weights)
         check_tree_attention(model, request.max_length)
-        shape = (request.ids_BP.shape[0], request.max_length)
+        shape = (rows, request.max_length)
         self._ids_BL = torch.full(shape, request.pad, device=request.ids_BP.device)
         self._rows = [SequenceState(index, buffer_L, request) for index, buffer_L in enumerate(self._ids_BL)]
         self.selector = TokenSelector(request, decoder.generator)
@@ -146,6 +151,7 @@ class _Generation:
             limit=request.room,
             generator=self._decoder.generator,
             prepack=self._decoder.prepack,
+            costs=self._costs,
             statistics=self._counts,
         )
 

@@ -36,6 +36,7 @@ from intaglio.methods.activations.r_sparse.layers import (
     Mode,
     SparseLinear,
     ThresholdedActivation,
+    share_inputs,
 )
 from intaglio.methods.activations.r_sparse.search import Search
 from intaglio.methods.base import Capability, Cost, Method, Progress, Workload, no_progress
@@ -335,3 +336,4 @@ def _finish(model: nn.Module, mode: Mode, fraction: float) -> None:
             module.prefill = prefill
         if isinstance(module, SparseLinear):
             module.requires_grad_(False)
+    share_inputs(model)
