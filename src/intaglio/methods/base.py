@@ -87,6 +87,7 @@ class Method(BaseModel):
     vocabulary_config_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of the model's config in which it keeps token ids; a step that replaces the vocabulary removes them."""
     restores: ClassVar[frozenset[Capability]] = frozenset()
+    edits_experts: ClassVar[bool] = False
 
     def __init_subclass__(cls, slug: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
