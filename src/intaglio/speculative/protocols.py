@@ -45,6 +45,7 @@ class DecodingRun:
         generator: source of the loop's draws; None for torch's global generator. A drafter that draws uses it too, and
             a drafter that draws nothing must leave it alone.
         prepack: whether a draft model runs from weights laid out beforehand; see `prepacked_linear.prepacked`.
+        branches: whether the target reads trees that branch; otherwise the loop keeps the first child of every node.
         statistics: of the run; a drafter with statistics of its own (`new_statistics`) counts there.
     """
 
@@ -55,6 +56,7 @@ class DecodingRun:
     limit: int
     generator: torch.Generator | None = None
     prepack: bool | None = False
+    branches: bool = True
     statistics: Statistics = field(default_factory=Statistics)
 
 
