@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from torch.nn import Module
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import accepted_fields
+from intaglio.methods.base import Carving, Fittable, accepted_fields
 from intaglio.methods.registry import PUBLISHED, get_method
 from tests import alive
 from tests.examples import EXAMPLES, TEST_FILES
@@ -90,6 +91,15 @@ def test_a_value_of_the_paper_is_the_cards(slug: str) -> None:
     """`paper()` sets a field to the card's value, or the reason says which of two sources it follows."""
     rows = {name: row for name, row in PINNED[slug].items() if "paper" in row}
     assert [name for name, row in rows.items() if row["paper"] != row.get("card", ...) and not row.get("why")] == []
+
+
+@pytest.mark.parametrize("slug", PUBLISHED)
+def test_the_arguments_of_apply_and_fit_have_the_defaults_of_the_protocols(slug: str) -> None:
+    for protocol, name in ((Carving, "apply"), (Fittable, "fit")):
+        own, promised = getattr(get_method(slug), name, None), signature(getattr(protocol, name)).parameters
+        for argument, parameter in signature(own).parameters.items() if own is not None else ():
+            if argument in promised:
+                assert parameter.default == promised[argument].default, f"{name}({argument})"
 
 
 @pytest.mark.parametrize("slug", PUBLISHED)

@@ -164,3 +164,6 @@ def release(cache: DynamicCache) -> None:
     """Copy the rows of a cache filled under inference mode, so that users may compute with them."""
     for layer in _filled(cache):
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    for layer in cache.layers:
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            states.update({index: state.clone() for index, state in states.items() if state is not None})

@@ -538,6 +538,13 @@ def test_lone_bytes_by_strings() -> None:
     assert joined.base.find(token, joined.donor, "strings") is None
 
 
+@pytest.mark.parametrize("where", ["no", "embedding"])
+def test_byte_tokens_are_matched_where_the_field_says(where: Any) -> None:
+    method = OMPTransplant(donor=_SPELT, k=3, join="strings", byte_match=where, least_overlap=0.0)
+    chosen = observe(method)[2]["chosen"]
+    assert ("by byte" in chosen["embedding"]) == (where == "embedding")
+
+
 def test_special_tokens_by_role_then_by_name() -> None:
     own = metaspace(["a"], unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     ends = metaspace(["a"], unk_token="?", bos_token="<|x|>", eos_token="<|x|>", cls_token="[CLS]", pad_token="[PAD]")
