@@ -117,7 +117,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", default="1", help="prompts at a time, comma-separated; default: %(default)s")
     parser.add_argument("--temperatures", default="0", help="comma-separated; 0 is greedy; default: %(default)s")
     parser.add_argument("--nodes", type=int, default=15,
-                        help="drafted tokens of a tree; 0: each method's own default; default: %(default)s")  # fmt: skip
+                        help="drafted tokens of a tree; 0: each its own default; default: %(default)s")  # fmt: skip
     parser.add_argument("--kinds", default=",".join(prompts.KINDS), help="of prompts; default: %(default)s")
     parser.add_argument("--context", type=int, default=1500, help="tokens of a retrieval prompt; default: %(default)s")
     parser.add_argument("--prompts", type=int, default=20, help="number, spread over the kinds; default: %(default)s")
