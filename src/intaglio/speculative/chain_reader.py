@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from intaglio.errors import IntaglioError, first_line
 from intaglio.modeling.anatomy import Anatomy
 from intaglio.speculative._utils import vocabulary_size
-from intaglio.speculative.cache import TREE_LAYERS
+from intaglio.speculative.cache import TREE_LAYERS, other_layer
 from intaglio.speculative.prepacked_linear import Prepacked
 from intaglio.speculative.request import Request
 from intaglio.speculative.target_model import Inputs, Reader, TreeRefused, check_tree_attention
@@ -30,19 +30,14 @@ from intaglio.speculative.tree import TokenTree
 REREAD = 8
 """From this many tokens on that are read again, a pass has no drafted ones."""
 
-_RECURRENT: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
+_RECURRENT: Any = cache_utils.LinearAttentionCacheLayerMixin
+_INDEXED: Any = getattr(cache_utils, "DynamicIndexedLayer", DynamicLayer)  # as a version before 5.24 has not
 _CHAIN_LAYERS = (
     *TREE_LAYERS,
-    *(
-        getattr(cache_utils, name)
-        for name in (
-            "DynamicIndexedLayer",
-            "LinearAttentionLayer",
-            "LinearAttentionAndFullAttentionLayer",
-            "LinearAttentionAndSlidingWindowAttentionLayer",
-        )
-        if hasattr(cache_utils, name)
-    ),
+    _INDEXED,
+    cache_utils.LinearAttentionLayer,
+    cache_utils.LinearAttentionAndFullAttentionLayer,
+    getattr(cache_utils, "LinearAttentionAndSlidingWindowAttentionLayer", DynamicLayer),
 )
 
 
@@ -150,31 +145,40 @@ def _copies(states: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
 
 def _crop(layer: Any, count: int) -> None:
     """Drop the last `count` keys and values of a layer, and what a recording layer need not hold."""
-    for kind in (cache_utils.DynamicIndexedLayer, DynamicSlidingWindowLayer, DynamicLayer):
-        if isinstance(layer, kind):
-            kind.crop(layer, -count)
-            break
+    kinds = (_INDEXED, DynamicSlidingWindowLayer, DynamicLayer)
+    own = next((kind for kind in kinds if isinstance(layer, kind)), None)
+    if own is not None:
+        own.crop(layer, -count)
     if isinstance(layer, _RECURRENT) and layer.record_past:
         _RECURRENT.crop(layer, 0)
 
 
-_CHECKED: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
-"""Attention implementations with which a model has passed `_check_chains`."""
+_REFUSED: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
+"""Models that read chains alone: by attention implementation, the sentence that says why."""
 
 
 def open_reader(model: Any, request: Request, hidden: bool, prepacked: Prepacked | None) -> Reader:
     """Return the reader of a target: of trees, or of chains if it cannot read those.
 
     Raises:
-        IntaglioError: it can read neither.
+        IntaglioError: it can read neither, or a cache of another kind of model was given.
     """
-    try:
-        reader = Reader(model, request.cache, hidden, prepacked)
-        check_tree_attention(model, request.max_length)
-    except TreeRefused as error:
-        _check_chains(model, str(error))
-        return ChainReader(model, request.given, str(error), hidden, prepacked)
-    return reader
+    refused = _REFUSED.setdefault(model, {})
+    if model.config._attn_implementation not in refused:
+        try:
+            reader = Reader(model, request.cache, hidden, prepacked)
+            check_tree_attention(model, request.max_length)
+            return reader
+        except TreeRefused as error:
+            if other_layer(request.given) != other_layer(_new_cache(model)):
+                raise
+            _check_chains(model, str(error))
+            refused[model.config._attn_implementation] = str(error)
+    return ChainReader(model, request.given, refused[model.config._attn_implementation], hidden, prepacked)
+
+
+def _new_cache(model: Any) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 @torch.inference_mode()
@@ -183,20 +187,16 @@ def _check_chains(model: Any, refusal: str) -> None:
 
     As in `check_tree_attention`, one attempt of three within the tolerance is enough.
     """
-    if model.config._attn_implementation in _CHECKED.get(model, ()):
-        return
     tolerance = 0.01 + 12 * torch.finfo(model.dtype).eps
     for seed in range(3):
         try:
             if _chain_error(model, refusal, seed) < tolerance:
-                break
+                return
         except IntaglioError:
             raise
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
             raise IntaglioError(f"{refusal}; nor can it read a chain: {first_line(error)}") from error
-    else:
-        raise IntaglioError(f"{refusal}; nor does it read several tokens at once as it reads one after the other")
-    _CHECKED.setdefault(model, set()).add(model.config._attn_implementation)
+    raise IntaglioError(f"{refusal}; nor does it read several tokens at once as it reads one after the other")
 
 
 def _chain_error(model: Any, refusal: str, seed: int) -> float:
@@ -207,7 +207,7 @@ def _chain_error(model: Any, refusal: str, seed: int) -> float:
         [(ids[8:11], 3), ([ids[11], *ids[:3]], 1), (ids[12:15], 3)],  # of each pass that many are kept
         [([token], 1) for token in ids[8:15]],
     ):
-        reader = ChainReader(model, DynamicCache(config=model.config.get_text_config(decoder=True)), refusal)
+        reader = ChainReader(model, _new_cache(model), refusal)
         reader.prefill(torch.tensor([ids[:8]], device=model.device))
         rows = []
         for tokens, kept in passes:

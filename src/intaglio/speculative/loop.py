@@ -37,10 +37,11 @@ from intaglio.speculative.tree import TokenTree, root_only
 class Speculative:
     """Speculative decoding as a `custom_generate` callable of stock `generate`.
 
-    Accepts decoders with full or sliding attention under SDPA or eager attention, any batch size with left padding (of
-    models that read only chains, such as recurrent ones, one row without padding: `chain_reader`), greedy decoding or
-    sampling, every logits processor and stopping criterion that `generate` builds or gets (stop strings as
-    `stopping_criteria=[StopStringCriteria(tokenizer, ...)]`, since `generate` does not pass the tokenizer on). A cache given to `generate` is filled and continued (one row).
+    Accepts decoders with full or sliding attention under SDPA or eager attention, any batch size with left padding
+    (of models that read only chains, such as recurrent ones, one row without padding: `chain_reader`), greedy
+    decoding or sampling, every logits processor and stopping criterion that `generate` builds or gets (stop strings
+    as `stopping_criteria=[StopStringCriteria(tokenizer, ...)]`, since `generate` does not pass the tokenizer on). A
+    cache given to `generate` is filled and continued (one row).
 
     Args:
         drafter: source of the guesses.
