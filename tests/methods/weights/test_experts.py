@@ -67,14 +67,12 @@ def test_an_experts_mask_is_wandas_on_the_tokens_routed_to_it(family: str) -> No
             torch.testing.assert_close(pruned.T if transposed else pruned, weight_OI * kept, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    "method", [Wanda(pattern="2:4"), SparseGPT(pattern="2:4"), DSnoT(pattern="2:4"), Magnitude(pattern="2:4")], ids=str
-)
+@pytest.mark.parametrize(X)
 @pytest.mark.parametrize("family", ["qwen3_moe", "jetmoe", "gpt_oss"])
 def test_every_expert_has_the_sparsity_and_the_router_stays(method: Any, family: str) -> None:
     checkpoint = mixture(family)
-    before = checkpoint.model.state_dict()
-    before = {name: tensor.clone() for name, tensor in before.items()}
+    before = {name: tensor.clone() for name, tensor in checkpoint.model.state_dict().items()}
+    runs_experts = checkpoint.model.get_experts_implementation()
     method.apply(checkpoint, IDS, batch_size=2)
     counts = count_zeros(checkpoint).counts
     assert len([name for name in counts if ".experts." in name or "_linear[" in name]) >= 2 * 2 * 4
@@ -82,7 +80,7 @@ def test_every_expert_has_the_sparsity_and_the_router_stays(method: Any, family:
     routers = [name for name in before if ".gate." in name or "router" in name]
     assert routers
     assert all(torch.equal(before[name], checkpoint.model.state_dict()[name]) for name in routers)
-    assert checkpoint.model.config._experts_implementation != "eager"
+    assert checkpoint.model.get_experts_implementation() == runs_experts
 
 
 def test_an_expert_without_a_token_is_named_and_can_be_left_out() -> None:
