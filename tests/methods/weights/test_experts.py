@@ -67,7 +67,10 @@ def test_an_experts_mask_is_wandas_on_the_tokens_routed_to_it(family: str) -> No
             torch.testing.assert_close(pruned.T if transposed else pruned, weight_OI * kept, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(X)
+METHODS = (Wanda(pattern="2:4"), SparseGPT(pattern="2:4"), DSnoT(pattern="2:4"), Magnitude(pattern="2:4"))
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.slug)
 @pytest.mark.parametrize("family", ["qwen3_moe", "jetmoe", "gpt_oss"])
 def test_every_expert_has_the_sparsity_and_the_router_stays(method: Any, family: str) -> None:
     checkpoint = mixture(family)
