@@ -235,10 +235,8 @@ class _Collector:
         unseen = [linears[0].name for module, linears in self._linears.items() if module not in self._leader]
         unseen += [linear.name for linear in self._experts if linear not in self.groups]
         if unseen:
-            raise IntaglioError(
-                f"no calibration token reached {', '.join(unseen)}"
-                + ("; give more calibration data or leave it out" if self._experts else "")
-            )
+            what = f"{', '.join(unseen[:4])}{f' and {len(unseen) - 4} more' if len(unseen) > 4 else ''}"
+            raise IntaglioError(f"no calibration token reached {what}; give more calibration data or leave it out")
         return list(self.groups.values())
 
 

@@ -70,6 +70,7 @@ class Method(BaseModel):
         requires: properties that the checkpoint must have.
         invalidates: properties that the checkpoint loses.
         restores: properties that it gives back, where only steps whose `changes` are among its own took them away.
+        edits_experts: whether it edits the matrices of stacked experts; otherwise a model with such is refused.
     """
 
     # strict: neither "0.5" nor true is taken for a number, nor 1 for true.

@@ -122,7 +122,7 @@ def describe(data: Segments, batch_size: int) -> dict[str, Any]:
 
 
 def walk_cost(workload: Workload, *, hessian: bool = False) -> Cost:
-    """Return the cost of the two passes and the statistics."""
+    """Return the cost of the two passes and the statistics, as if every token reached every expert."""
     flops = 4.0 * workload.block_parameters * workload.tokens
     widest = max(columns for _, columns in workload.linears)
     extra = workload.tokens * workload.hidden * workload.element_size
@@ -130,7 +130,8 @@ def walk_cost(workload: Workload, *, hessian: bool = False) -> Cost:
     if hessian:
         # Linears with a shared input share a product: about half of the columns.
         flops += sum(2.0 * workload.tokens * columns**2 for _, columns in workload.linears) / 2
-        extra += 4 * 4 * widest**2
+        # Dense blocks have at most four inputs; each expert has its own.
+        extra += 4 * max(4 * widest**2, sum(columns**2 for _, columns in workload.linears) // workload.blocks)
     return Cost(flops=flops, sorted_elements=float(sum(r * c for r, c in workload.linears)), extra_bytes=int(extra))
 
 
