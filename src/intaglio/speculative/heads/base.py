@@ -321,7 +321,11 @@ class TrainedHeads(SpeculativeDecoder):
                     f"{name} is {fields[name]}; the heads of {attachment.slug} were fitted with {fitted}, fit them "
                     f"again for another"
                 )
-        decoder = cls(**attachment.parameters | fields)
+        # Heads were once saved with a seed by methods that draw nothing.
+        kept = {
+            name: value for name, value in attachment.parameters.items() if name != "seed" or name in cls.model_fields
+        }
+        decoder = cls(**kept | fields)
         tokens_K = attachment.tensors.get("words.tokens_K")
         fits = tokens_K is None or (
             tokens_K.dim() == 1 and len(tokens_K) > 0 and int(tokens_K.max()) < checkpoint.vocabulary
