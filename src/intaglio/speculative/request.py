@@ -113,7 +113,7 @@ def _cache(given: Any, rows: int, use_cache: Any) -> DynamicCache:
     """Return the cache to fill with trees: the given one if that is windowed or the user's, else a new one."""
     check_cache(None if use_cache is False else given)
     if other_layer(given) is not None:
-        return given  # type: ignore[no-any-return]
+        return given
     if rows > 1:
         if given.get_seq_length():
             raise IntaglioError(f"a cache that holds tokens was given with {rows} rows; it is accepted with one row")
