@@ -732,3 +732,9 @@ def test_an_unknown_donor_is_refused_before_any_work(tmp_path: Path) -> None:
 def test_a_large_k_warns() -> None:
     with pytest.warns(UserWarning, match="over half of the donor's width of 24"):
         OMPTransplant(donor="x", k=13).transplant(base(), Donor.from_checkpoint(donor()))
+
+
+def test_a_neighbour_twice_as_far_weighs_half() -> None:
+    code = neighbours(torch.zeros(1, 2), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), 2, "euclidean", "distance", 1)
+    assert code.support_TK.tolist() == [[0, 1]]
+    torch.testing.assert_close(code.weight_TK, torch.tensor([[2 / 3, 1 / 3]]))
