@@ -145,13 +145,16 @@ def test_equals_the_slow_algorithm(
 @pytest.mark.parametrize("power", [0.5, 2.0])
 def test_the_variance_divides_by_its_power(power: float) -> None:
     weight_RI, statistics = layer(2, rows=4, inputs=24)
-    score = wanda_score(weight_RI, statistics.square_I)
+    score, variance_I = wanda_score(weight_RI, statistics.square_I), torch.logspace(-2, 2, 24).flip(0)
     options: dict[str, Any] = {"prune_key_RI": score, "group": None, "cycles": 5, "threshold": 0.0, "same_sign": False}
     masks = [
-        refine(weight_RI, prune_mask(score, 0.5), statistics.sum_I, variance_I, variance_power=exponent, **options)
-        for variance_I, exponent in ((statistics.variance_I, power), (statistics.variance_I**power, 1.0))
+        refine(
+            weight_RI, prune_mask(score, 0.5), statistics.sum_I, values_I, variance_power=exponent, **options
+        ).mask_RI
+        for values_I, exponent in ((variance_I, power), (variance_I**power, 1.0), (variance_I, 1.0))
     ]
-    assert torch.equal(masks[0].mask_RI, masks[1].mask_RI)
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
 
 
 def test_a_candidate_whose_group_is_used_up_is_skipped() -> None:
