@@ -69,6 +69,12 @@ def test_no_field_is_listed_that_is_not_there(slug: str) -> None:
     assert TEST_FILES[slug].ALIVE.keys() == set(accepted_fields(get_method(slug)))
 
 
+@pytest.mark.parametrize("slug", PUBLISHED)
+def test_the_repr_shows_the_accepted_fields(slug: str) -> None:
+    method = get_method(slug)(**EXAMPLES[slug][0])
+    assert {name for name, _ in method.__repr_args__()} == set(accepted_fields(type(method)))
+
+
 PINNED: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(PINS_FILE.read_text(encoding="utf-8"))
 COSTS: dict[str, list[list[list[float]]]] = yaml.safe_load(COSTS_FILE.read_text(encoding="utf-8"))
 
