@@ -3,6 +3,7 @@
     python benchmarks/decoding/run.py                                 # twenty prompts, 64 new tokens, greedy
     python benchmarks/decoding/run.py --batch 1,4 --temperatures 0,0.6
     python benchmarks/decoding/run.py --prompts 4 --new 8 --draft none --modes greedy,aded
+    python benchmarks/decoding/run.py --nodes 0                       # each method with the tree size that it chooses
     python benchmarks/decoding/run.py --lud DIR                       # with a model trained by recipes/lud.yaml
     python benchmarks/decoding/run.py --device cuda --dtype bfloat16  # against a loop with CUDA graphs
 
@@ -51,8 +52,10 @@ from intaglio.evidence.testbeds.draft_model import DraftModelBed
 from intaglio.methods.decoding.aded import ADED
 from intaglio.methods.decoding.dyspec import DySpec
 from intaglio.methods.decoding.lud import LUD
+from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.drafters.draft_model import DraftModel
 from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
+from intaglio.speculative.drafters.ngrams import NGramStore
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.drafters.undrafted import Undrafted
 from intaglio.speculative.loop import Speculative
@@ -68,7 +71,7 @@ SOURCE = HERE.parents[1] / "src" / "intaglio"
 CODE = ("methods/decoding/**/*.py", "speculative/**/*.py", "environment/*.py")
 STOCK = (table.BASE, table.CAPTURED, "prompt_lookup_num_tokens", "assistant_model")
 OURS = ("undrafted", "aded", "prompt_lookup", "draft_model", "dyspec", "lud", "hidden_transfer", "chimera", "medusa")
-MORE = ("aded-best", "aded-no-corpus")
+MORE = ("aded-best", "aded-no-corpus", "dyspec-ngrams")
 SETS = ("mixed", "plain")
 REFERENCE = 16
 """New tokens of the stock call that is repeated through the run to see whether the machine was quiet."""
@@ -101,7 +104,8 @@ def _arguments() -> argparse.Namespace:
                         help=f"comma-separated; default: %(default)s; also: {', '.join(MORE)}")  # fmt: skip
     parser.add_argument("--batch", default="1", help="prompts at a time, comma-separated; default: %(default)s")
     parser.add_argument("--temperatures", default="0", help="comma-separated; 0 is greedy; default: %(default)s")
-    parser.add_argument("--nodes", type=int, default=15, help="drafted tokens of a tree; default: %(default)s")
+    parser.add_argument("--nodes", type=int, default=15,
+                        help="drafted tokens of a tree; 0: each its own default; default: %(default)s")  # fmt: skip
     parser.add_argument("--kinds", default=",".join(prompts.KINDS), help="of prompts; default: %(default)s")
     parser.add_argument("--context", type=int, default=1500, help="tokens of a retrieval prompt; default: %(default)s")
     parser.add_argument("--prompts", type=int, default=20, help="number, spread over the kinds; default: %(default)s")
@@ -155,7 +159,8 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Mode]:
         ).model.to(checkpoint.device, checkpoint.model.dtype)
     aded = None
     if {"aded", "aded-best"} & {*wanted}:
-        aded = ADED(corpus=prompts.corpus(arguments.texts), tokenizer=checkpoint.tokenizer, nodes=arguments.nodes)
+        size = {"nodes": arguments.nodes} if arguments.nodes else {}
+        aded = ADED(corpus=prompts.corpus(arguments.texts), tokenizer=checkpoint.tokenizer, **size)
         aded.table(checkpoint.model)
     collected: dict[str, Mode] = {}
     for mode in wanted:
@@ -167,7 +172,7 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Mode]:
 
 
 def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, draft: Any, aded: Any) -> Mode:
-    nodes = arguments.nodes
+    size = {"nodes": arguments.nodes} if arguments.nodes else {}
     if mode in WITH_DRAFT and draft is None:
         raise IntaglioError("there is no draft model; give one with --draft")
     if mode == "greedy":
@@ -187,7 +192,7 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
         lud = LUD(tokenizer=tuned.tokenizer)
         return Mode(_with(lud), tuned, f"{ours} {stat_fingerprint(arguments.lud)}", lossless=False)
     if mode in ("hidden_transfer", "chimera"):
-        decoder = checkpoint.decoder(mode, nodes=nodes)
+        decoder = checkpoint.decoder(mode, **size)
         return Mode(_with(decoder), checkpoint, f"{ours} {_of_heads(decoder._heads, decoder.static_tree())}")
     if mode == "medusa":
         heads, shape = _medusa(arguments, checkpoint)
@@ -195,11 +200,19 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
     made: dict[str, Callable[[], Any]] = {
         "aded": lambda: aded,
         "aded-best": lambda: aded.model_copy(update={"search": "best"}),
-        "aded-no-corpus": lambda: ADED(nodes=nodes),
+        "aded-no-corpus": lambda: ADED(**size),
         "undrafted": lambda: Speculative(Undrafted()),
-        "prompt_lookup": lambda: Speculative(PromptLookup(nodes=nodes)),
+        "prompt_lookup": lambda: Speculative(PromptLookup(**size)),
         "draft_model": lambda: Speculative(DraftModel(draft)),
-        "dyspec": lambda: DySpec(draft=draft, budget=nodes),
+        "dyspec-ngrams": lambda: DySpec(
+            draft=NGramStore.build(
+                checkpoint.tokenizer(prompts.corpus(arguments.texts), verbose=False)["input_ids"],
+                vocabulary_size(checkpoint.model),
+            ),
+            tokenizer=checkpoint.tokenizer,
+            budget=arguments.nodes or None,
+        ),
+        "dyspec": lambda: DySpec(draft=draft, budget=arguments.nodes or None),
     }
     return Mode(_with(made[mode]()), checkpoint, f"{ours} {arguments.draft if mode in WITH_DRAFT else ''}")
 

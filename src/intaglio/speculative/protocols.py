@@ -47,6 +47,7 @@ class DecodingRun:
             a drafter that draws nothing must leave it alone.
         prepack: whether a draft model runs from weights laid out beforehand; see `prepacked_linear.prepacked`.
         costs: returns the costs of passes over the rows, measured at the first use on a machine. Default: fixed costs.
+        branches: whether the target reads trees that branch; otherwise the loop keeps the first child of every node.
         statistics: of the run; a drafter with statistics of its own (`new_statistics`) counts there.
     """
 
@@ -58,6 +59,7 @@ class DecodingRun:
     generator: torch.Generator | None = None
     prepack: bool | None = False
     costs: Callable[[], PassCosts] = lambda: FIXED
+    branches: bool = True
     statistics: Statistics = field(default_factory=Statistics)
 
 

@@ -27,7 +27,7 @@ from intaglio.methods.activations.r_sparse.thresholds import InputSample, scores
 from intaglio.modeling.anatomy import anatomy, capture, run_blocks
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.loop import Speculative
-from tests.alive import alive, refused
+from tests.alive import alive
 from tests.methods.activations.helpers import IDS, PROMPT, carved, drawn, layers, masked, tiny
 from tests.tuners import GivenTimes
 
@@ -51,7 +51,7 @@ ALIVE = {
     "how": alive("teal", alpha=1.0),
     "allocation": alive("greedy", how="teal", alpha=1.0),
     "scale": False,
-    "low_rank": refused(False),
+    "low_rank": alive(False, search=None, rank=None, alpha=0.5),
     "rank": 2,
     "strict": True,
     "threshold": "topk",
@@ -103,7 +103,8 @@ def test_the_ends_of_alpha_and_real_shapes() -> None:
     assert (low.channels, low.share, low.rank) == (0, 0.0, 33)  # 100 * 200 / 2 / 300
     # Keys of grouped-query attention are narrower than they are deep: not the rank of a square.
     assert BudgetSpec().split("k", 192, 576, 0.5, 0.8).rank == (192 * 576 // 2 - 230 * 192) // (192 + 576)
-    assert BudgetSpec(low_rank=False).split("x", 100, 200, 0.5, 0.9).channels == 100
+    alone = BudgetSpec(low_rank=False).split("x", 100, 200, 0.5, 0.9)
+    assert (alone.channels, alone.rank) == (90, 0)
     with pytest.raises(IntaglioError, match=r"^rank is 101, above the width of x, 100 x 200: at most 100 is accepted$"):
         BudgetSpec(rank=101).split("x", 100, 200, 0.5, 0.9)
 

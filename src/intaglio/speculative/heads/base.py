@@ -100,10 +100,7 @@ class TrainedHeads(SpeculativeDecoder):
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between two states that a killed run resumes from. Default: a tenth of the steps."""
     untrained: bool = False
-    """Let heads draft that were never trained (`seed` draws them): the output is the same, only slower. Default false:
-    refuse them."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of untrained heads."""
+    """Let heads draft that were never trained: the output is the same, only slower. Default false: refuse them."""
 
     _heads: Any = PrivateAttr(None)
     _about: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -206,7 +203,8 @@ class TrainedHeads(SpeculativeDecoder):
                     f"load(...).decoder({slug!r}) has them"
                 )
             tokens_K = build_draft_vocabulary((), vocabulary_size(model), self.vocabulary)
-            self._heads = self.make(model, self.seed, tokens_K)
+            seed: int = getattr(self, "seed", 0)  # a field where the start is drawn
+            self._heads = self.make(model, seed, tokens_K)
             self._about["model"] = own
         if own not in (self._about.get("model"), self._about.get("float16")):
             raise IntaglioError(
@@ -351,7 +349,11 @@ class TrainedHeads(SpeculativeDecoder):
                     f"{name} is {fields[name]}; the heads of {attachment.slug} were fitted with {fitted}, fit them "
                     f"again for another"
                 )
-        decoder = cls(**attachment.parameters | fields)
+        # Heads were once saved with a seed by methods that draw nothing.
+        kept = {
+            name: value for name, value in attachment.parameters.items() if name != "seed" or name in cls.model_fields
+        }
+        decoder = cls(**kept | fields)
         tokens_K = attachment.tensors.get("words.tokens_K")
         fits = tokens_K is None or (
             tokens_K.dim() == 1 and len(tokens_K) > 0 and int(tokens_K.max()) < checkpoint.vocabulary
