@@ -70,7 +70,7 @@ def test_malformed_tables_are_one_sentence(tmp_path: Path, inter: str | None, it
 
 
 def test_other_bad_places_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(IntaglioError, match="'nowhere' are neither a bundled name nor a directory"):
+    with pytest.raises(IntaglioError, match="'nowhere' are neither a bundled name nor a file or directory"):
         load_interactions("nowhere")
     written(tmp_path, INTER).joinpath("b.inter").write_text(INTER)
     with pytest.raises(IntaglioError, match=r"has 2 files \*.inter; one is accepted"):

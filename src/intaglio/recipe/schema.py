@@ -59,7 +59,7 @@ class New(BaseModel):
     """A small model from scratch, as `intaglio.new` makes it from the recipe's seed.
 
     Args:
-        family: `llama`, `qwen3`, `mistral`, `gemma3`, `bert` or `modernbert`. Default `llama`.
+        family: `llama`, `qwen3`, `mistral`, `gemma3`, `gpt2`, `bert` or `modernbert`. Default `llama`.
         width: hidden size.
         depth: number of layers.
         heads: attention heads. Default: by width.
