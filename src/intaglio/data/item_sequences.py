@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from intaglio.data.interactions import Interactions
 from intaglio.errors import IntaglioError
@@ -16,7 +17,7 @@ PAD = 0
 """The id of padding."""
 LEAST = 5
 """Default least number of interactions of a user and of an item."""
-HELD_OUT = 2
+HELD_OUT: Final = 2
 """Interactions at the end of a sequence that are never trained on by default: validation and test."""
 
 

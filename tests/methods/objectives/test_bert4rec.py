@@ -19,7 +19,6 @@ from intaglio.measures.ranking import ranking_metrics
 from intaglio.methods.objectives.bert4rec import BERT4Rec, mask_count
 from intaglio.methods.objectives.next_item import NextItemModel, item_names, ranks, recommend, window_starts
 from intaglio.trainer import KeyedRNG, train
-from tests.alive import refused, taught
 from tests.families import ENCODERS
 from tests.methods.objectives.recommenders import recommender, sequences, walks
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
@@ -262,7 +261,7 @@ def test_it_trains_in_a_stock_trainer(tmp_path: Path) -> None:
 
 
 def test_wrong_models_and_settings_are_one_sentence() -> None:
-    with pytest.raises(IntaglioError, match="needs a bidirectional encoder .* is a causal decoder; sasrec trains"):
+    with pytest.raises(IntaglioError, match=r"needs a bidirectional encoder .* is a causal decoder; sasrec trains"):
         train(checkpoint("llama", layers=1), sequences(ITEMS), objective=BERT4Rec(), steps=1)
     with pytest.raises(IntaglioError, match="vocabulary is missing; random items"):
         BERT4Rec(length=8, mask_prob=0.5).data_collator(MASK)

@@ -190,8 +190,24 @@ class NextItemModel:
         return torch.tensor(list(recent))
 
 
+@dataclass(frozen=True)
+class Popularity:
+    """Baseline that scores items by their number of interactions, whatever the history; `counts` by id, from 0."""
+
+    counts: tuple[int, ...]
+
+    @property
+    def special(self) -> tuple[int, ...]:
+        """Ids that are no items."""
+        return (PAD, len(self.counts))
+
+    def scores(self, histories: Sequence[Sequence[int]]) -> Tensor:
+        """Return the counts, float32 [B, V]."""
+        return torch.tensor([*self.counts, 0], dtype=torch.float32).repeat(len(histories), 1)
+
+
 def ranks(
-    checkpoint: Checkpoint,
+    recommender: Checkpoint | NextItemModel | Popularity,
     questions: Sequence[Question],
     *,
     protocol: Protocol = "full",
@@ -201,15 +217,15 @@ def ranks(
     """Return the rank of each target, int64 [questions], from 0. Items of the history are never candidates.
 
     Args:
-        checkpoint: a recommender.
+        recommender: a checkpoint, or what gives scores.
         questions: histories and targets.
         protocol: `full` (all items, default), `popular` or `uniform`: the target among 100 unseen items drawn by their
             `counts`, or uniformly.
         counts: interactions of each item by id, from id 0, for `popular`.
         seed: of the sampled candidates, which depend on it, the user and nothing else. Default 0.
     """
-    predictor = NextItemModel.from_checkpoint(checkpoint)
-    weights_V = torch.ones(checkpoint.vocabulary)
+    predictor = NextItemModel.from_checkpoint(recommender) if isinstance(recommender, Checkpoint) else recommender
+    weights_V = torch.ones(max(predictor.special) + 1)
     if protocol == "popular":
         weights_V[: len(counts)] = torch.tensor(counts, dtype=torch.float32)
     weights_V[list(predictor.special)] = 0
