@@ -9,23 +9,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, ClassVar
 
-from intaglio.data.interactions import load_interactions
+from intaglio.checkpoint import Checkpoint
+from intaglio.data.interactions import Interactions, load_interactions
 from intaglio.data.item_sequences import ItemSequences, Question
-from intaglio.evidence.testbeds.splits import Bounds, Part, check_part, draw, part_of
+from intaglio.evidence.testbeds.splits import Bounds, Part, Sized, check_part, draw, generator, part_of
+from intaglio.methods.objectives.next_item import new_recommender
+
+CYCLE = "cycle"
+"""Source of the miniature: users who walk along a cycle of items, with a jump now and then."""
 
 BOUNDS: Bounds = {"pilot": (0, 200), "evaluation": (200, 1000)}
 """Split of the users' tests; the validation items are those of all users."""
 
 
 @dataclass(frozen=True)
-class MovieLens:
-    """MovieLens or a directory of the same form, where all users and items have `least` interactions."""
+class MovieLens(Sized):
+    """MovieLens or another log where all users and items have `least` interactions, and the size of a recommender."""
 
     source: str = "movielens"
     least: int = 5
     users_run: int = 600
     users_pilot: int = 150
+    width: int = 64
+    depth: int = 2
+    heads: int = 2
+    context: int = 50
+    dropout: float = 0.2
+    steps: int = 500
+    batch: int = 64
+    learning_rate: float = 1e-3
+    MINIATURE: ClassVar = {"source": CYCLE, "users_run": 8, "users_pilot": 4, "width": 16, "depth": 1, "context": 8,
+                           "dropout": 0.0, "steps": 4, "batch": 8}  # fmt: skip
+
+    def new(self, seed: int, family: str = "bert", **changes: Any) -> Checkpoint:
+        """Return an untrained recommender; `changes` override arguments of `new_recommender`."""
+        sizes = self.settings("width", "depth", "heads", "context", "dropout")
+        return new_recommender(self.load(), family, seed=seed % 2**32, **{**sizes, **changes})
+
+    def recipe(self, seed: int) -> dict[str, Any]:
+        """Return the keyword arguments of `intaglio.trainer.train` for this test bed."""
+        return {"steps": self.steps, "batch_size": self.batch, "learning_rate": self.learning_rate, "warmup": 0.1,
+                "seed": seed % 2**32}  # fmt: skip
 
     def load(self) -> ItemSequences:
         """Return the prepared data, one shared object a process; ids are contiguous, more frequent items first."""
@@ -48,4 +74,15 @@ class MovieLens:
 
 @lru_cache(maxsize=4)
 def _prepared(source: str, least: int) -> ItemSequences:
-    return ItemSequences.from_interactions(load_interactions(source), least, f"the interactions {source!r}")
+    log = _cycle() if source == CYCLE else load_interactions(source)
+    return ItemSequences.from_interactions(log, least, f"the interactions {source!r}")
+
+
+def _cycle(users: int = 60, items: int = 24, steps: int = 10) -> Interactions:
+    draws, rows = generator(CYCLE), []
+    for user in range(users):
+        item = int(draws.integers(items))
+        for step in range(steps):
+            rows.append((f"u{user}", f"i{item}", float(step)))
+            item = (item + (1 if draws.random() < 0.8 else int(draws.integers(items)))) % items
+    return Interactions(*zip(*rows, strict=True))

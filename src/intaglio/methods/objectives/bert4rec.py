@@ -3,8 +3,8 @@
     L = -(1 / (|M| + 1e-5)) sum_{t in M} log softmax(logits_t)[x_t]        logits = W(m(x)): full softmax over items
 
 `m` puts [MASK] on the positions M of a window of n items. With probability 1/11 only the last item is masked, as in
-inference; otherwise m = min(max_predictions, max(1, round(n rho))) positions drawn uniformly. The next item of a history
-is ranked by the logits at a [MASK] after its last L - 1 items.
+inference; otherwise m = min(max_predictions, max(1, round(n rho))) positions drawn uniformly. The next item is ranked
+by the logits at a [MASK] after the last L - 1 items of a history.
 
 Source: Sun et al., BERT4Rec: Sequential Recommendation with Bidirectional Encoder Representations from Transformer,
 CIKM 2019, arXiv 1904.06690; official code.
@@ -71,9 +71,9 @@ class BERT4Rec(Method, slug="bert4rec"):
         arguments = transformers.TrainingArguments("out", max_steps=100, remove_unused_columns=False)
         transformers.Trainer(checkpoint.model, arguments, collate, windows).train()
 
-    The authors train with AdamW without bias correction (learning rate 1e-4, weight decay .01, 100 warm-up steps, linear
-    decay, gradient norm 5) for 400,000 steps of 256; here these are settings of the run, and AdamW corrects its bias.
-    Windows are masked anew in each epoch unless `static_copies` is given.
+    The authors train with AdamW without bias correction (learning rate 1e-4, weight decay .01, 100 warm-up steps,
+    linear decay, gradient norm 5) for 400,000 steps of 256; here these are settings of the run, and AdamW corrects its
+    bias. Windows are masked anew in each epoch unless `static_copies` is given.
 
     Source: Sun et al., BERT4Rec, CIKM 2019, sections 3.2 to 3.7; the official code for windows and last-item samples.
 

@@ -33,6 +33,8 @@ from intaglio.trainer.token_classification import padded
 PAD_TOKEN, MASK_TOKEN = "[PAD]", "[MASK]"
 BATCH = 256
 """Histories scored at a time."""
+EXTRA: dict[str, dict[str, Any]] = {"bert": {"type_vocab_size": 1}, "gpt2": {"activation_function": "relu"}}
+"""Further fields of a new recommender's config by family, as in the papers' models."""
 
 
 def window_starts(items: int, length: int, step_ratio: float) -> list[int]:
@@ -99,7 +101,7 @@ def new_recommender(
     """Return an untrained model of a stock architecture over items, with its vocabulary as the tokenizer.
 
     BERT is BERT4Rec's architecture: tied output with a transform and a bias, learned positions, weights drawn from
-    N(0, 0.02^2) truncated at two deviations. GPT-2 is SASRec's: causal, tied output, learned positions.
+    N(0, 0.02^2) truncated at two deviations. GPT-2 is SASRec's: causal, tied output, learned positions, ReLU.
 
     Args:
         items: sequences whose items become the vocabulary.
@@ -118,7 +120,7 @@ def new_recommender(
     if family not in FAMILIES:
         raise IntaglioError(f"there is no family {family!r}; {did_you_mean(str(family), FAMILIES)}")
     fields = dict.fromkeys(FAMILIES[family].dropouts, dropout)
-    fields |= {"type_vocab_size": 1} if family == "bert" else {}
+    fields |= EXTRA.get(family, {})
     sizes: dict[str, Any] = {"width": width, "depth": depth, "heads": heads, "context": context, "seed": seed}
     checkpoint = new(family, **sizes, tokenizer=item_tokenizer(items.names[1:]), **{**fields, **overrides})
     checkpoint.source = f"new {family} recommender"

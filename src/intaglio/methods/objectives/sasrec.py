@@ -6,8 +6,8 @@
 `h_t` is the decoder's final state at item t, `e_v` the output row of item v, tied to its input row; n_tj are negatives
 drawn uniformly from the items that the user's sequence does not have.
 
-Source: Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, arXiv 1808.09781. The full softmax is that
-of Petrov and Macdonald, gSASRec, and of arXiv 2309.07602, which report it above BERT4Rec.
+Source: Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, arXiv 1808.09781. The full softmax is
+that of Klenitskiy and Vasilev, arXiv 2309.07602, who report it above BERT4Rec.
 
 Dimension letters: B windows, T items of a window, M targets of a batch, J negatives of a target, D width.
 """
