@@ -4,9 +4,9 @@
     python benchmarks/recommend/run.py --seeds 1 --epochs 4 --peer-python PATH
 
 Both sides get the same last items of each user, one sequence a user and no windows, and train for the same number of
-steps with the same width, depth, heads, length, batch size, learning rate, mask share and dropout. Each user's last item
-but one is ranked among all unseen items; both ranks go through one NDCG. Every training is a fresh process. Writes
-`out/results.json` and `out/results.md`.
+steps with the same width, depth, heads, length, batch size, learning rate, mask share and dropout. The last item but
+one of each user is ranked among all unseen items, and both sides' ranks go through one NDCG. Every training is a fresh
+process. Writes `out/results.json` and `out/results.md`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def peer_python(given: str | None) -> str:
     """Return the Python of the peer's environment, made on the first run."""
     if given:
         return given
-    folder = HERE / "out" / "peer"
+    folder = HERE / ".venv-peer"
     python = folder / "bin" / "python"
     if not python.is_file():
         venv.create(folder, with_pip=True)

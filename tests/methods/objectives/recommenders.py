@@ -14,7 +14,7 @@ CYCLE = 12
 """Items of a cycle: users walk along it from a random start, so the next item is certain."""
 
 
-def walks(users: int = 40, steps: int = 9, seed: int = 0) -> ItemSequences:
+def walks(users: int = 40, steps: int = 10, seed: int = 0) -> ItemSequences:
     """Return the sequences of users who walk along a cycle of items."""
     draw = random.Random(seed)
     rows = []
