@@ -47,7 +47,7 @@ def train(
     width: Annotated[int, typer.Option(min=2, help="(new model) Hidden size.")] = 64,
     depth: Annotated[int, typer.Option(min=1, help="(new model) Layers.")] = 2,
     heads: Annotated[int, typer.Option(min=1, help="(new model) Attention heads.")] = 2,
-    context: Annotated[int, typer.Option(min=2, help="(new model) Longest history in items.")] = 50,
+    context: Annotated[int, typer.Option(min=8, help="(new model) Longest history in items.")] = 50,
     device: Device = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run. [default: the recipe's, or 0]")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume a run that was stopped.")] = False,
@@ -67,7 +67,7 @@ def train(
     if recipe is not None:
         read = Recipe.read(recipe)
     else:
-        sizes = {"width": width, "depth": depth, "heads": heads, "context": max(context, 8)}
+        sizes = {"width": width, "depth": depth, "heads": heads, "context": context}
         settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "warmup": 0.1}
         read = _recommender_recipe(str(interactions), objective, set_ or [], settings, None if model else sizes)
     if not any(step.slug == "train" for step in read.steps):

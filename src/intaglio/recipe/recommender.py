@@ -86,7 +86,9 @@ def train_recommender(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool
             else:
                 write_state(scratch, 0, digest)
                 rows = [{"input_ids": list(ids)} for ids in items.training(step.held_out).values()]
-                evaluate = partial(_validate, questions=items.validation()[:EVALUATED])
+                evaluate = partial(
+                    _validate, questions=items.validation()[:EVALUATED], error=step.early_stopping_patience is not None
+                )
                 step.apply(
                     checkpoint,
                     seed=recipe.seed,
@@ -121,10 +123,10 @@ def _titles(items: ItemSequences) -> dict[str, str]:
     return {name: title for name, title in zip(items.names[1:], items.titles[1:], strict=True) if title}
 
 
-def _validate(checkpoint: Checkpoint, questions: tuple[Question, ...]) -> dict[str, float]:
-    """Return the validation's NDCG@10 and HR@10 by full ranking, and `error`, 1 - NDCG@10, to stop early by."""
-    found = ranking_metrics(ranks(checkpoint, questions))
-    return {**found, "error": 1 - found["NDCG@10"]}
+def _validate(checkpoint: Checkpoint, questions: tuple[Question, ...], error: bool) -> dict[str, float]:
+    """Return the validation's NDCG@10 by full ranking, and if wanted `error`, 1 - NDCG@10, to stop early by."""
+    quality = ranking_metrics(ranks(checkpoint, questions))["NDCG@10"]
+    return {"NDCG@10": quality, **({"error": 1 - quality} if error else {})}
 
 
 def recommender_document(

@@ -42,7 +42,8 @@ def _rankings(document: Document) -> list[list[str]]:
 def recommender_section(document: Document, title: str = "Recommender") -> dict[str, Any]:
     """Return the section of a recommender for `trained_page`."""
     about = ("versions", "threads", "device", "dtype", "seconds")
-    notes = {**document["parameters"], **{name: document[name] for name in about if name in document}}
+    given = {name: value for name, value in document["parameters"].items() if value not in (None, [], False)}
+    notes = {**given, **{name: document[name] for name in about if name in document}}
     if "seconds" in notes:
         notes["seconds"] = duration(notes["seconds"])
     tables = [
@@ -73,7 +74,7 @@ def recommender_section(document: Document, title: str = "Recommender") -> dict[
 def recommender_page(document: Document) -> str:
     """Return the report of a recommender as a self-contained HTML page."""
     section = recommender_section(document, "Training and rankings")
-    return trained_page(document["title"], section["summary"], [section])
+    return trained_page(document["title"], section["summary"], [{**section, "summary": ""}])
 
 
 def recommender_tables(document: Document) -> list[Table]:

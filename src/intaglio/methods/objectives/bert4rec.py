@@ -28,7 +28,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.methods.base import Capability, Method, ModelAspect
 from intaglio.methods.objectives.meap import draw_positions, masked
-from intaglio.methods.objectives.next_item import head_on, window_rows
+from intaglio.methods.objectives.next_item import draw_items, head_on, item_ids, window_rows
 from intaglio.modeling.anatomy import anatomy
 from intaglio.trainer.causal_lm import IGNORED, row_length
 from intaglio.trainer.protocols import Batch, Example, Loss
@@ -111,7 +111,7 @@ class BERT4Rec(Method, slug="bert4rec"):
     mask_token: str | int | None = None
 
     _mask_id: int = PrivateAttr(-1)
-    _items_N: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    _items: tuple[int, ...] = PrivateAttr(())
 
     @classmethod
     def paper(cls, data: Literal["ml-1m", "ml-20m", "beauty", "steam"] = "ml-1m", **overrides: Any) -> Self:
@@ -140,8 +140,7 @@ class BERT4Rec(Method, slug="bert4rec"):
         self._mask_id = reserve_token(
             checkpoint, self.mask_token, name="[MASK]", field="mask_token", grow=False, seed=rng.seed, role="mask_token"
         )
-        special = {self._mask_id, *getattr(checkpoint.tokenizer, "all_special_ids", (0,))}
-        self._items_N = torch.tensor([i for i in range(checkpoint.vocabulary) if i not in special])
+        self._items = item_ids(checkpoint, self._mask_id)
         rows = window_rows(examples, length, self.window_step, training=rng.training)
         return rows if self.static_copies is None or not rng.training else self._static(rows, rng)
 
@@ -169,7 +168,7 @@ class BERT4Rec(Method, slug="bert4rec"):
         hidden_T = masked(ids_T, positions, self._mask_id)
         if self.mask_prob < 1:
             kind = torch.rand(len(positions), generator=draws)
-            random = self._items_N[torch.randint(len(self._items_N), positions.shape, generator=draws)]
+            random = draw_items(self._items, (len(positions),), draws)
             kept = torch.where(kind < (1 + self.mask_prob) / 2, ids_T[positions], random)
             hidden_T[positions] = torch.where(kind < self.mask_prob, self._mask_id, kept)
         return {"input_ids": hidden_T, "positions": positions, "target": ids_T[positions]}
@@ -228,7 +227,7 @@ class BERT4Rec(Method, slug="bert4rec"):
             raise IntaglioError("vocabulary is missing; random items are drawn where mask_prob is below 1")
         own, rng, count = self.model_copy(), KeyedRNG(seed), itertools.count()
         own._mask_id = mask_id
-        own._items_N = torch.tensor([i for i in range(1, vocabulary or 1) if i != mask_id])
+        own._items = tuple(index for index in range(1, vocabulary or 1) if index != mask_id)
 
         def collate(features: Sequence[Example]) -> Batch:
             batch = own.collate([{**row, "id": next(count), "epoch": 0} for row in features], rng)

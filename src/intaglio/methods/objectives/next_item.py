@@ -61,6 +61,18 @@ def window_rows(examples: Iterable[Example], length: int, step_ratio: float, *, 
             yield {"id": example["id"], "start": start, "input_ids": ids_T[start : start + length], "seen": ids_T}
 
 
+def item_ids(checkpoint: Checkpoint, mask_id: int | None = None) -> tuple[int, ...]:
+    """Return the ids of a vocabulary that are no special tokens, from which items are drawn."""
+    special = {mask_id, *getattr(checkpoint.tokenizer, "all_special_ids", (PAD,))}
+    return tuple(index for index in range(checkpoint.vocabulary) if index not in special)
+
+
+def draw_items(ids: Sequence[int], shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+    """Return ids drawn uniformly, int64 of a shape."""
+    chosen = torch.randint(len(ids), shape, generator=rng)
+    return torch.tensor([ids[index] for index in chosen.flatten().tolist()], dtype=torch.int64).view(shape)
+
+
 def item_tokenizer(names: Sequence[str]) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose tokens are items: item k of the names is id k + 1; texts have an item a line."""
     taken = {PAD_TOKEN, MASK_TOKEN} & set(names)

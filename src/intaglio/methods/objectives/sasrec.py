@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Capability, Method, ModelAspect
-from intaglio.methods.objectives.next_item import window_rows
+from intaglio.methods.objectives.next_item import draw_items, item_ids, window_rows
 from intaglio.trainer.causal_lm import IGNORED, causal_batch, check_causal, next_token_loss, row_length
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG
@@ -60,13 +60,12 @@ class SASRec(Method, slug="sasrec"):
     length: Annotated[int, Field(ge=2)] | None = None
     window_step: Annotated[float, Field(gt=0, le=1)] = 0.5
 
-    _items_N: Tensor = PrivateAttr(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    _items: tuple[int, ...] = PrivateAttr(())
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
         """Cut the sequences into windows."""
         check_causal(checkpoint, packing=False)
-        special = set(getattr(checkpoint.tokenizer, "all_special_ids", (0,)))
-        self._items_N = torch.tensor([i for i in range(checkpoint.vocabulary) if i not in special])
+        self._items = item_ids(checkpoint)
         length = row_length(checkpoint, self.length)
         return window_rows(examples, length, self.window_step, training=rng.training)
 
@@ -86,13 +85,11 @@ class SASRec(Method, slug="sasrec"):
     def draw_negatives(self, row: Example, rng: KeyedRNG) -> Tensor:
         """Return items drawn uniformly from those that the sequence does not have, int64 [T, J]."""
         draws, seen = rng(row, "sasrec"), row["seen"]
-        if bool(torch.isin(self._items_N, seen).all()):
+        if len(seen.unique()) >= len(self._items):
             raise IntaglioError("a sequence has every item, so bce has no negatives; use loss_type: softmax")
-        shape = (len(row["input_ids"]), self.negatives)
-        drawn_TJ = self._items_N[torch.randint(len(self._items_N), shape, generator=draws)]
+        drawn_TJ = draw_items(self._items, (len(row["input_ids"]), self.negatives), draws)
         while bool((again_TJ := torch.isin(drawn_TJ, seen)).any()):
-            count = int(again_TJ.sum())
-            drawn_TJ[again_TJ] = self._items_N[torch.randint(len(self._items_N), (count,), generator=draws)]
+            drawn_TJ[again_TJ] = draw_items(self._items, (int(again_TJ.sum()),), draws)
         return drawn_TJ
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
