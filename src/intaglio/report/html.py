@@ -283,8 +283,8 @@ def training_page(title: str, summary: str, columns: training_curves.Columns, no
 def trained_page(title: str, summary: str, sections: Sequence[Mapping[str, Any]]) -> str:
     """Return trained models as a self-contained HTML page.
 
-    A section has a `title`, a `summary` (may be empty), and optionally `curve` (columns), `tables` (title, headings, rows of text) and
-    `notes` (values by name).
+    A section has a `title`, a `summary` (may be empty), and optionally `curve` (columns), `tables` (title, headings,
+    rows of text) and `notes` (values by name).
     """
     shown = [
         {

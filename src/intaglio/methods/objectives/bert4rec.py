@@ -57,9 +57,10 @@ class BERT4Rec(Method, slug="bert4rec"):
     """Masked-item (Cloze) training of a bidirectional encoder for next-item recommendation.
 
     On the command line: `intaglio train --interactions log.csv -o model`, then
-    `intaglio recommend model --history A,B`. From Python, with `items = ItemSequences.from_interactions(...)`:
+    `intaglio recommend model --history A,B`. From Python:
 
-        checkpoint = new_recommender(items, "bert", context=50)
+        items = ItemSequences.from_interactions(load_interactions("log.csv"))    # intaglio.data.item_sequences
+        checkpoint = new_recommender(items, "bert", context=50)    # intaglio.methods.objectives.next_item
         rows = [{"input_ids": ids} for ids in items.training().values()]
         intaglio.train(checkpoint, rows, objective=intaglio.BERT4Rec(), steps=2000, learning_rate=1e-3)
 
