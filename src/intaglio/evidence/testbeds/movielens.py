@@ -79,10 +79,12 @@ def _prepared(source: str, least: int) -> ItemSequences:
 
 
 def _cycle(users: int = 60, items: int = 24, steps: int = 10) -> Interactions:
-    draws, rows = generator(CYCLE), []
+    draws = generator(CYCLE)
+    rows: list[tuple[str, str, float]] = []
     for user in range(users):
         item = int(draws.integers(items))
         for step in range(steps):
             rows.append((f"u{user}", f"i{item}", float(step)))
             item = (item + (1 if draws.random() < 0.8 else int(draws.integers(items)))) % items
-    return Interactions(*zip(*rows, strict=True))
+    names, walked, times = zip(*rows, strict=True)
+    return Interactions(names, walked, times)

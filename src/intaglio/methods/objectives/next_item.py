@@ -142,9 +142,9 @@ def new_recommender(
 
 
 @torch.no_grad()
-def _truncate(model: nn.Module, rng: torch.Generator) -> None:
+def _truncate(model: Any, rng: torch.Generator) -> None:
     """Draw the matrices of a model again, from the truncated normal distribution of BERT's own code."""
-    std = float(model.config.initializer_range)  # type: ignore[union-attr, arg-type]
+    std = float(model.config.initializer_range)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=rng)
