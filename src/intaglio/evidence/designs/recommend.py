@@ -50,9 +50,11 @@ class Recommend(Pretrain):
         """Train an arm on a unit, or take the popular items, and rank."""
         if not arm.settings.get("popularity"):
             return super().run(arm, key, settings)
-        values = _ranked(Popularity(self.bed.load().counts), self.bed.questions(key.split, key.base))
-        parity = {"data": data_digest(self._data(key.seed, 0))}
-        return Result({**values, ITEM_LOSS.name: None}, parity=parity)
+        counts, questions = self.bed.load().counts, self.bed.questions(key.split, key.base)
+        shares_V = (torch.tensor(counts[1:]).double() + 1).log().log_softmax(0)  # each item is counted once more
+        loss = -shares_V[[question.target - 1 for question in questions]].mean()
+        values = {**_ranked(Popularity(counts), questions), ITEM_LOSS.name: float(loss)}
+        return Result(values, parity={"data": data_digest(self._data(key.seed, 0))})
 
     def _data(self, seed: int, steps: int) -> Any:
         return [{"input_ids": list(ids)} for ids in self.bed.training().values()]
