@@ -58,7 +58,7 @@ def test_it_writes_a_stock_checkpoint_with_its_items_and_a_report(trained: Path)
         (name, protocol) for protocol in ("full", "popular", "uniform") for name in ("bert4rec", "popularity")
     ]
     page = (trained / "report.html").read_text()
-    assert "Film, the 3th" in page
+    assert "Film, the 8th" in page
     assert "<svg" in page
 
 

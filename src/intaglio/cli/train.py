@@ -151,8 +151,8 @@ def recommend(
         return
     table = Table("rank", "item", *(["title"] if titles else []), "score", box=SIMPLE_HEAD)
     for rank, one in enumerate(ranked, 1):
-        title = [Text(titles.get(one.item, ""))] if titles else []
-        table.add_row(str(rank), Text(one.item), *title, f"{one.score:.3f}")
+        shown = [Text(titles.get(one.item, ""))] if titles else []
+        table.add_row(str(rank), Text(one.item), *shown, f"{one.score:.3f}")
     out.print(table)
 
 

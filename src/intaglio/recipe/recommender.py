@@ -134,7 +134,10 @@ def recommender_document(
 ) -> dict[str, Any]:
     """Return the report of a trained recommender: rankings of the test items by every protocol, curve, samples."""
     questions, record = items.test(), checkpoint.record.steps[-1]
-    arms = {objective: NextItemModel.from_checkpoint(checkpoint), "popularity": Popularity(items.counts)}
+    arms: dict[str, NextItemModel | Popularity] = {
+        objective: NextItemModel.from_checkpoint(checkpoint),
+        "popularity": Popularity(items.counts),
+    }
     rankings = [
         {"recommender": name, "protocol": protocol, **ranking_metrics(
             ranks(arm, questions, protocol=protocol, counts=items.counts))}

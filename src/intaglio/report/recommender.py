@@ -86,7 +86,7 @@ def recommender_tables(document: Document) -> list[Table]:
     for sample in document["samples"][:1]:
         title = f"User {sample['user']}, whose next item was {sample['next']}"
         shown = Table("last items", "recommended", box=SIMPLE_HEAD, title=Text(title))
-        for row in zip(sample["history"], sample["recommended"], strict=False):
-            shown.add_row(*map(Text, row))
+        for pair in zip(sample["history"], sample["recommended"], strict=False):
+            shown.add_row(*map(Text, pair))
         tables.append(shown)
     return tables
