@@ -23,6 +23,7 @@ from intaglio.cli.console import (
     read_stdin,
 )
 from intaglio.cli.search import evaluate, index_app, search
+from intaglio.cli.train import recommend, train
 
 app = typer.Typer(
     name="intaglio",
@@ -541,12 +542,14 @@ def prove(
 app.add_typer(index_app, name="index")
 app.command()(search)
 app.command()(evaluate)
+app.command()(train)
+app.command()(recommend)
 
 
 @app.command()
 @handle_errors
 def demo(
-    topic: Annotated[str, typer.Argument(help="prune or search.")] = "prune",
+    topic: Annotated[str, typer.Argument(help="prune, search or train.")] = "prune",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory of the results. [default: intaglio-demo]")
     ] = None,
@@ -554,10 +557,10 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: Json = False,
 ) -> None:
-    """Prune a real 135M-parameter model nine ways and measure the results, or search Python's docstrings three ways."""
+    """Prune a real 135M-parameter model nine ways, search Python's docstrings three ways, or train small models."""
     from intaglio.errors import IntaglioError, did_you_mean
 
-    if topic not in (topics := {"prune": _demo_prune, "search": _demo_search}):
+    if topic not in (topics := {"prune": _demo_prune, "search": _demo_search, "train": _demo_train}):
         raise IntaglioError(f"the demo has no topic {topic!r}; {did_you_mean(topic, topics)}")
     topics[topic](output, device, seed, json)
 
@@ -579,6 +582,25 @@ def _demo_search(output: Path | None, device: str | None, seed: int, json: bool)
     indexed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in document["seconds_to_index"].items())
     print_out(f"indexed in: {indexed}; everything took {document['seconds']:.0f} s")
     print_out(f"report: {output / 'report.html'}\nsearch it yourself: intaglio search {output / 'minilm'} --serve")
+
+
+def _demo_train(output: Path | None, device: str | None, seed: int, json: bool) -> None:
+    from intaglio import report
+    from intaglio.cli.demo_train import TOPICS
+    from intaglio.cli.demo_train import demo as run
+    from intaglio.data import assets as bundled
+
+    bundled.fetch(tuple(name for topic in TOPICS.values() for name in topic.assets), progress=print_err)
+    output = output or Path("intaglio-demo-train")
+    with progress_bar() as progress:
+        document = run(output, device=device, seed=seed, progress=progress)
+    if json:
+        print_json(document)
+        return
+    for table in report.recommender_tables(document["topics"]["recommender"]):
+        out.print(table)
+    print_out(f"everything took {document['seconds']:.0f} s\nreport: {output / 'report.html'}")
+    print_out(f"ask it yourself: intaglio recommend {output / 'recommender'} --history 'Star Wars' --history Alien")
 
 
 def _demo_prune(output: Path | None, device: str | None, seed: int, json: bool) -> None:
