@@ -128,11 +128,13 @@ class Hypothesis:
         log_prob: sum of the log-probabilities of its new tokens, as the logits processors left them.
         score: by which its group ranks it: without penalties if these are not accumulated, divided by
             length ** length_penalty.
+        length: new tokens, without padding.
     """
 
     group: int
     log_prob: float
     score: float
+    length: int
 
 
 class DiverseBeamSearch(Method, slug="diverse_beam_search"):
@@ -322,10 +324,10 @@ class DiverseBeamSearch(Method, slug="diverse_beam_search"):
             rows_NR = rows_NGB.flatten(1).gather(1, pooled_NR.argsort(1, descending=True, stable=True))
         kept_R = rows_NR[:, : plan.returned].flatten()
         groups_R = kept_R // width % plan.groups
-        scores_R = (log_probs_R - paid_R) / scale_R
+        columns = (log_probs_R, (log_probs_R - paid_R) / scale_R, lengths_R)
         self._outputs = tuple(
-            Hypothesis(int(group), float(log_prob), float(score))
-            for group, log_prob, score in zip(groups_R, log_probs_R[kept_R], scores_R[kept_R], strict=True)
+            Hypothesis(*values)
+            for values in zip(*(x.tolist() for x in (groups_R, *(v[kept_R] for v in columns))), strict=True)
         )
         length = int(lengths_R[kept_R].max())
         sequences_RL = output.sequences[kept_R, : prompt + length]
