@@ -304,7 +304,7 @@ def generate(
     decoder: Annotated[
         str,
         typer.Option(
-            help="greedy, sample, a speculative decoder (aded, dyspec, lud, prompt_lookup, ngram, draft_model, ...), or "
+            help="greedy, sample, a speculative decoder (aded, dyspec, lud, prompt_lookup, ngram, draft_model, ...) or "
             "another decoding method, such as diverse_beam_search."
         ),
     ] = "greedy",
