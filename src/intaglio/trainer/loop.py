@@ -26,7 +26,7 @@ from intaglio.trainer.dataset import Rows, read_rows
 from intaglio.trainer.fsdp import unshard
 from intaglio.trainer.hf_trainer import Collator, Evaluate, IntaglioTrainer, TrainingCallback, TrainingModule
 from intaglio.trainer.history import LogEntry, columns, history
-from intaglio.trainer.lora import adapted
+from intaglio.trainer.lora import adapted, last_blocks
 from intaglio.trainer.preserve_state import preserve_grads, preserve_modes, preserve_rng
 from intaglio.trainer.progress_report import ProgressReport
 from intaglio.trainer.protocols import Loss, ModifierSession, Objective, Selector, TrainingModifier, TrainingRun
@@ -113,6 +113,8 @@ def train(
         lora: `Lora` or its fields: train low-rank adapters alone and merge them at the end. Default: all weights.
         freeze: whether the model stays as it is, and only the modules of objective and modifiers are trained. Default
             False.
+        trainable_blocks: number of the last transformer blocks that are trained, with `lora` by adapters in them alone;
+            everything else stays as it is. Default: the whole model.
         keep_mask: whether the zeros of pruned linear layers stay zeros (with `modifiers`, which may choose zeros of
             their own, only under LoRA). Default True.
         early_stopping_patience: evaluations in a row without a new minimum of `metric_for_best_model` after which the
@@ -144,6 +146,8 @@ def train(
     digest = "" if directory is None else run_state.model_digest(checkpoint.model)
     if options.lora is not None:
         options.lora.check(checkpoint.model)  # refused before any work
+    if options.trainable_blocks is not None:
+        last_blocks(checkpoint.model, options.trainable_blocks)  # likewise
     rng, path = KeyedRNG(options.seed), None if directory is None else Path(directory)
     choice = choose(checkpoint, data, select, original, options.seed, path if resume else None, digest, progress)
     rows = read_rows(checkpoint, data if choice is None else choice.examples, objective, rng)
@@ -170,7 +174,13 @@ def train(
         evaluator = _evaluator(model, checkpoint, evaluate, objective, options)
         if options.freeze:
             network.requires_grad_(False)
-        stack.enter_context(adapted(network, options.lora, keep_mask=options.keep_mask, seed=options.seed))
+        last = options.trainable_blocks
+        if last is not None:
+            network.requires_grad_(False)
+            for block in last_blocks(network, last):
+                block.requires_grad_(True)
+        context = adapted(network, options.lora, keep_mask=options.keep_mask, seed=options.seed, blocks=last)
+        stack.enter_context(context)
         stack.enter_context(_checkpointing(network, options.gradient_checkpointing))
         default = [SparsityMask()] if options.keep_mask and options.lora is None else []
         module = TrainingModule(run, objective, _attach(stack, run, modifiers or default))
