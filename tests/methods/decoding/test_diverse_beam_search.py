@@ -92,7 +92,7 @@ def tabled(probs: dict[tuple[int, ...], dict[int, float]], new: int, **fields: A
     return out[:, 2:].tolist(), method.outputs
 
 
-# --- Faithful means ---------------------------------------------------------------------------------------------------
+# --- Faithful means --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("groups", [2, 6])
@@ -235,7 +235,7 @@ def test_an_ended_group_adds_no_counts() -> None:
     assert [output.length for output in outputs] == [2, 3]
 
 
-# --- Dissimilarities ---------------------------------------------------------------------------------------------------
+# --- Dissimilarities --------------------------------------------------------------------------------------------------
 
 
 def earlier(*groups: list[list[int]]) -> list[Chosen]:
@@ -278,7 +278,7 @@ def test_ended_beams_weigh_nothing() -> None:
         assert not value.any()
 
 
-# --- Outputs -----------------------------------------------------------------------------------------------------------
+# --- Outputs ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", ["augmented", "raw"])
@@ -340,7 +340,7 @@ def test_encoder_decoders_are_searched_too() -> None:
     assert all(len(set(step.tolist())) == 4 for prompt in out[:, :, 1:] for step in prompt.T)
 
 
-# --- Bad input ---------------------------------------------------------------------------------------------------------
+# --- Bad input --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

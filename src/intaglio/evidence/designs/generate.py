@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import BedDesign, Settings, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Settings, usage
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
 from intaglio.evidence.testbeds.prompts import Prompts
+from intaglio.measures import generated_text
 
 DISTINCT = Metric("type-token ratio", "share", "higher", continuous=False)
 Outputs = Sequence[Sequence[int]]
@@ -23,7 +25,7 @@ Score = Callable[[Sequence[int], Outputs], Mapping[str, float]]
 
 def type_token_ratio(prompt: Sequence[int], outputs: Outputs) -> Mapping[str, float]:
     """Return the share of distinct tokens of the outputs, a mean over them."""
-    return {DISTINCT.name: sum(len(set(ids)) / max(len(ids), 1) for ids in outputs) / len(outputs)}
+    return {DISTINCT.name: fmean(generated_text.type_token_ratio(ids, None) for ids in outputs)}
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class Generate(BedDesign):
 
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Generate and score the outputs of an arm on a unit."""
-        own = {**settings, **arm.settings}
+        own = Configured(arm, settings)
         model: Checkpoint = self.bed.load()
         make = own.pop("generator")
         prompts = [tuple(prompt.ids) for prompt in self.bed.source(key.split, key.index, key.base)]
         with usage(model.device) as spent:
-            outputs = [make(model, prompt, key.seed, **own) for prompt in prompts]
+            outputs = [make(model, prompt, key.seed, **own.arguments(make)) for prompt in prompts]
         scores = [self.score(prompt, of_prompt) for prompt, of_prompt in zip(prompts, outputs, strict=True)]
         values = {name: {str(n): score[name] for n, score in enumerate(scores)} for name in scores[0]}
         tokens = sum(len(ids) for of_prompt in outputs for ids in of_prompt)
