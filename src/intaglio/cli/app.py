@@ -271,6 +271,9 @@ def compare(
     ] = "wikipedia",
     samples: Annotated[int, typer.Option(min=1, help="Number of segments.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a segment.")] = 512,
+    continuations: Annotated[
+        int, typer.Option(min=0, help="Number of segments that both continue greedily; the report shows the texts.")
+    ] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write a report to this HTML file.")
     ] = None,
@@ -278,13 +281,13 @@ def compare(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Compare two checkpoints by the same measurements."""
+    """Compare two checkpoints by the same measurements; with --continuations their texts side by side."""
     from intaglio import atomic_io, report
     from intaglio.recipe.run import compare as run
     from intaglio.recipe.schema import Measure
 
     with progress_bar() as progress:
-        measure = Measure(texts=texts, samples=samples, length=length)
+        measure = Measure(texts=texts, samples=samples, length=length, continuations=continuations)
         document = run(a, b, wanted=measure, device=device, dtype=dtype, progress=progress)
     if output is not None:
         atomic_io.write_text(output, report.compare_page(document))

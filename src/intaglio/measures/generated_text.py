@@ -1,7 +1,7 @@
 """Metrics of generated outputs: repetition within a text, diversity between texts, overlap with training data.
 
 Outputs are sequences of items: token ids, or `words` where a tokenizer's variants of a word should count as equal.
-Dimension letters: L sequence, T positions of a chunk, D width, V vocabulary.
+Dimension letters: N texts, P tokens of a prefix, B batch, L sequence, T positions of a chunk, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
+from intaglio.masks import predicts_next
 from intaglio.modeling.anatomy import HeadOnly, anatomy, final_hidden
 
 Items = Sequence[Hashable]
@@ -25,6 +27,8 @@ WINDOW = 96
 """Last items of a text over which its type-token ratio is taken."""
 OVERLAP = 5
 """Items of an n-gram that counts as copied."""
+PREFIX, CONTINUED = 32, 256
+"""Tokens of a held-out text that are continued, and tokens in all, as in the study of hyperfitting."""
 ELEMENTS = 1 << 24
 """Limit of elements in a float32 table of logits computed at a time."""
 
@@ -124,6 +128,67 @@ class NGramIndex:
             return False
         starts = ((row, i) for row in self._sequences for i, item in enumerate(row) if item == part[0])
         return any(row[i : i + len(part)] == part for row, i in starts)
+
+
+@torch.no_grad()
+def continue_texts(
+    checkpoint: Checkpoint,
+    prefixes_NP: Tensor,
+    new: int,
+    *,
+    top_p: float | None = None,
+    processors: Sequence[Any] = (),
+    seed: int = 0,
+    batch_size: int = 16,
+) -> list[list[int]]:
+    """Return exactly `new` new token ids for each prefix; the end of a text is not accepted before.
+
+    Args:
+        checkpoint: a causal model.
+        prefixes_NP: token ids of equal length.
+        new: number of new tokens.
+        top_p: sample from the nucleus of this probability. Default: greedy.
+        processors: logits processors. Default: none.
+        seed: of the draws. Default 0.
+        batch_size: prefixes at a time. Default 16.
+    """
+    model: Any = checkpoint.model.eval()
+    options = {"do_sample": False} if top_p is None else {"do_sample": True, "top_p": top_p, "top_k": 0}
+    options |= {"max_new_tokens": new, "min_new_tokens": new, "num_beams": 1, "pad_token_id": 0}
+    texts = []
+    with torch.random.fork_rng(devices=[] if checkpoint.device.type == "cpu" else None):
+        torch.manual_seed(seed)
+        for ids_BP in prefixes_NP.to(checkpoint.device).split(batch_size):
+            given = {"attention_mask": torch.ones_like(ids_BP), "logits_processor": list(processors), **options}
+            texts += model.generate(ids_BP, **given)[:, ids_BP.shape[1] :].tolist()
+    return texts
+
+
+def greedy_continuations(checkpoint: Checkpoint, data: Segments) -> dict[str, Any] | None:
+    """Return greedy continuations of the first tokens of held-out segments, and their metrics, for a report.
+
+    Returns:
+        `texts` (a list of `prefix` and `text`), `new_tokens`, `type_token_ratio` of the last 96 tokens, `repetition` of
+        bigrams and `entropy` of predictions on the segments, in nats; None without a tokenizer or a head.
+    """
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None or not predicts_next(anatomy(checkpoint.model)):
+        return None
+    prefix = min(PREFIX, data.length // 2)
+    new = min(CONTINUED - prefix, checkpoint.context - prefix)
+    prefixes_NP = data.ids_NT[:, :prefix]
+    rows = continue_texts(checkpoint, prefixes_NP, new)
+    texts = [
+        {"prefix": tokenizer.decode(before, skip_special_tokens=True), "text": tokenizer.decode(after)}
+        for before, after in zip(prefixes_NP, rows, strict=True)
+    ]
+    return {
+        "texts": texts,
+        "new_tokens": new,
+        "type_token_ratio": fmean(map(type_token_ratio, rows)),
+        "repetition": fmean(map(repetition, rows)),
+        "entropy": predictive_entropy(checkpoint, data),
+    }
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
@@ -24,7 +23,13 @@ from intaglio.evidence.designs.base import BedDesign, Configured, Settings, trai
 from intaglio.evidence.engine.claim import Arm, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cached_models import copied
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
-from intaglio.measures.generated_text import NGramIndex, predictive_entropy, repetition, type_token_ratio
+from intaglio.measures.generated_text import (
+    NGramIndex,
+    continue_texts,
+    predictive_entropy,
+    repetition,
+    type_token_ratio,
+)
 from intaglio.measures.language_modeling import quality
 from intaglio.methods.training.hyperfitting import CitationBlocker, Hyperfitting
 from intaglio.modeling.anatomy import blocks
@@ -75,7 +80,9 @@ class Continue(BedDesign):
                     block.load_state_dict(state)
         rows = data.ids_NT.tolist()
         processors = [CitationBlocker(rows)] if blocked else []
-        texts = _continue(model, held_out.ids_NT[:, : self.prefix], self.new, key.seed, top_p, processors)
+        texts = continue_texts(
+            model, held_out.ids_NT[:, : self.prefix], self.new, top_p=top_p, processors=processors, seed=key.seed
+        )
         values = {**_of_texts(texts, NGramIndex(rows)), **_of_model(model, held_out)}
         tokens = 0 if stage == "original" else self.steps * data.ids_NT.numel()
         return Result(values, training_cost(model, tokens, spent), {"data": data.digest, "held out": held_out.digest})
@@ -121,22 +128,6 @@ def _state(model: Checkpoint, count: int) -> list[dict[str, Tensor]]:
         {name: value.detach().clone() for name, value in block.state_dict().items()}
         for block in blocks(model.model)[-count:]
     ]
-
-
-def _continue(
-    model: Checkpoint, prefixes_NP: Tensor, new: int, seed: int, top_p: float | None, processors: Sequence[Any]
-) -> list[list[int]]:
-    """Return `new` new tokens for each prefix; the end of a text is not accepted before."""
-    generate: Any = model.model.eval().generate
-    options = {"do_sample": False} if top_p is None else {"do_sample": True, "top_p": top_p, "top_k": 0}
-    texts = []
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for ids_BP in prefixes_NP.to(model.device).split(BATCH):
-            given = {"max_new_tokens": new, "min_new_tokens": new, "pad_token_id": 0, "logits_processor": processors}
-            rows = generate(ids_BP, attention_mask=torch.ones_like(ids_BP), **given, **options)
-            texts += rows[:, ids_BP.shape[1] :].tolist()
-    return texts
 
 
 def _of_texts(texts: Sequence[Sequence[int]], training: NGramIndex) -> dict[str, float]:
