@@ -263,9 +263,8 @@ class DiverseBeamSearch(Method, slug="diverse_beam_search"):
 
     def _plan(self, config: Any) -> _Plan:
         """Settle beams, groups, penalty and number of outputs between the fields and the generation config."""
-        for name, given in dropped_arguments().items():
-            if given is not None:
-                raise IntaglioError(f"a {name} was given to generate; diverse beam search cannot use it")
+        for name in dropped_arguments():
+            raise IntaglioError(f"a {name} was given to generate; diverse beam search cannot use it")
         mode = config.get_generation_mode()
         if mode not in _MODES:
             raise IntaglioError(f"the generation mode is {mode.value}; diverse beam search searches or samples beams")
