@@ -430,19 +430,10 @@ def test_wrong_beams_are_one_sentence_before_the_model_loads(words: tuple[str, .
     assert sentence in found.stderr.replace("\n", " ")
 
 
-def test_compare_shows_continuations_side_by_side(tiny_dir: TinyDir, tmp_path: Path) -> None:
+def test_compare_shows_continuations_side_by_side(tiny_dir: TinyDir, corpus_file: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    words = (
-        "compare",
-        tiny_dir("llama"),
-        tiny_dir("qwen3"),
-        "--samples",
-        "2",
-        "--length",
-        "24",
-        "--continuations",
-        "2",
-    )
+    sizes = ("--texts", corpus_file, "--samples", "2", "--length", "24", "--continuations", "2")
+    words = ("compare", tiny_dir("llama"), tiny_dir("qwen3"), *sizes)
     found = document(*words, "--output", str(page))
     for side in ("a", "b"):
         assert len(found[side]["continuations"]["texts"]) == 2
