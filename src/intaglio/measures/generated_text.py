@@ -153,7 +153,7 @@ def continue_texts(
         batch_size: prefixes at a time. Default 16.
     """
     model: Any = checkpoint.model.eval()
-    options = {"do_sample": False} if top_p is None else {"do_sample": True, "top_p": top_p, "top_k": 0}
+    options: dict[str, Any] = {"do_sample": False} if top_p is None else {"do_sample": True, "top_p": top_p, "top_k": 0}
     options |= {"max_new_tokens": new, "min_new_tokens": new, "num_beams": 1, "pad_token_id": 0}
     texts = []
     with torch.random.fork_rng(devices=[] if checkpoint.device.type == "cpu" else None):

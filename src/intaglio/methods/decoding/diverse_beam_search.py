@@ -458,7 +458,7 @@ class _GroupedSearch:
             kept_IB = hits_IK.long().sort(dim=1, stable=True).indices[:, : given["num_beams"]]
             scores_IK = given["topk_log_probs"] - 1e9 * hits_IK.float()
             values = (given["topk_running_sequences"], scores_IK, given["topk_running_beam_indices"])
-            running = tuple(self._gather_beams(value, kept_IB) for value in values)  # type: ignore[assignment]
+            running = tuple(self._gather_beams(value, kept_IB) for value in values)
         else:
             running = self._model._get_running_beams_for_next_iteration(**given)
         self._running_IB = running[1]

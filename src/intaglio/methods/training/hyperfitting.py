@@ -145,7 +145,7 @@ class Hyperfitting(Method, slug="hyperfitting"):
         handle = every[frozen].register_forward_pre_hook(enter)
         skipped = every[:frozen] if known else []
         for block in skipped:
-            block.forward = _same  # type: ignore[method-assign]
+            block.forward = _same
         try:
             yield
         finally:
