@@ -19,7 +19,7 @@ from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
-from intaglio.evidence.designs.base import BedDesign, Configured, Settings, training_cost, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Settings, training_cost
 from intaglio.evidence.engine.claim import Arm, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cached_models import copied
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
@@ -31,6 +31,7 @@ from intaglio.measures.generated_text import (
     type_token_ratio,
 )
 from intaglio.measures.language_modeling import quality
+from intaglio.measures.memory import peak_memory
 from intaglio.methods.training.hyperfitting import CitationBlocker, Hyperfitting
 from intaglio.modeling.anatomy import blocks
 from intaglio.trainer import train
@@ -71,7 +72,7 @@ class Continue(BedDesign):
         stage, top_p, blocked = own.pop("stage", "original"), own.pop("top_p"), own.pop("blocked", False)
         data = self.bed.calibration(key.seed, key.split).segments
         held_out = self.bed.documents(key.split, key.base).segments
-        with usage(self.bed.load().device) as spent:
+        with peak_memory(self.bed.load().device) as spent:
             model = self.bed.load()
             if stage != "original":
                 model = copied(model)
