@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.measures.generated_text import (
     NGramIndex,
+    continue_texts,
     distinct_n,
+    entropy_matched_temperature,
+    log_prob,
     oracle_at_k,
     predictive_entropy,
     repetition,
@@ -107,6 +111,48 @@ def test_entropy_of_uniform_and_of_certain_predictions() -> None:
         model.model.norm.weight[0] = 1.0
         model.lm_head.weight[3, 0], model.lm_head.weight[4, 0] = 1e6, -1e6
     assert predictive_entropy(Checkpoint(model), data, batch_size=2) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_log_prob_is_minus_the_stock_loss_of_the_output() -> None:
+    model = tiny_model("llama", layers=1)
+    ids = torch.randint(8, 150, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss = model(ids, labels=ids.masked_fill(torch.arange(9) < 5, -100)).loss
+    prompt, output = ids[0, :5].tolist(), ids[0, 5:].tolist()
+    assert log_prob(Checkpoint(model), prompt, output) == pytest.approx(-4 * float(loss), rel=1e-5)
+
+
+def test_continuations_follow_their_settings() -> None:
+    model = tiny_model("llama", layers=1)
+    prefixes = torch.randint(8, 150, (3, 4), generator=torch.Generator().manual_seed(0))
+
+    def run(**given: Any) -> list[list[int]]:
+        return continue_texts(Checkpoint(model), prefixes, 6, **given)
+
+    greedy = run()
+    assert greedy == run(batch_size=1) == run(top_p=1e-6) == run(temperature=1e-3)
+    assert run(temperature=50.0) == run(temperature=50.0, seed=0) != run(temperature=50.0, seed=1)
+    assert run(top_p=0.9, temperature=50.0) != run(top_p=0.9)
+    forbid: Any = lambda ids, scores: scores.masked_fill(torch.arange(scores.shape[1]) == greedy[0][0], -math.inf)  # noqa: E731
+    assert run(processors=[forbid])[0][0] != greedy[0][0]
+    assert {len(row) for row in greedy} == {6}
+
+
+def test_the_matched_temperature_gives_the_entropy() -> None:
+    """Entropy-matched temperature control: logits over T have the given entropy; greedy text stays."""
+    model = tiny_model("llama", layers=1)
+    ckpt, data = (
+        Checkpoint(model),
+        Segments.of(torch.randint(8, 150, (3, 9), generator=torch.Generator().manual_seed(0))),
+    )
+    own = predictive_entropy(ckpt, data)
+    assert entropy_matched_temperature(ckpt, data, own) == pytest.approx(1.0, abs=2e-3)
+    temperature = entropy_matched_temperature(ckpt, data, own / 2)
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight / temperature)
+    assert predictive_entropy(ckpt, data) == pytest.approx(own / 2, rel=0.01)
+    with pytest.raises(IntaglioError, match=r"entropy is 99; temperatures from 0\.0156 to 64 give"):
+        entropy_matched_temperature(ckpt, data, 99.0)
 
 
 def test_entropy_is_that_of_the_stock_logits() -> None:

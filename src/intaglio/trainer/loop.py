@@ -27,7 +27,7 @@ from intaglio.trainer.fsdp import unshard
 from intaglio.trainer.hf_trainer import Collator, Evaluate, IntaglioTrainer, TrainingCallback, TrainingModule
 from intaglio.trainer.history import LogEntry, columns, history
 from intaglio.trainer.lora import adapted, last_blocks
-from intaglio.trainer.preserve_state import preserve_grads, preserve_modes, preserve_rng
+from intaglio.trainer.preserve_state import preserve_grads, preserve_modes, preserve_rng, without_dropout
 from intaglio.trainer.progress_report import ProgressReport
 from intaglio.trainer.protocols import Loss, ModifierSession, Objective, Selector, TrainingModifier, TrainingRun
 from intaglio.trainer.rng import EVALUATION, KeyedRNG
@@ -120,6 +120,8 @@ def train(
         early_stopping_patience: evaluations in a row without a new minimum of `metric_for_best_model` after which the
             run stops. Default: never.
         metric_for_best_model: the name of that value. Default `loss`.
+        stop_at_loss: training loss at which the run stops, in nats, compared with the mean over each `log_every` steps.
+            Default: never.
         report_to: other receivers of Trainer's log, such as `tensorboard` or `wandb`. Default: none.
         log_directory: of TensorBoard. Default: `runs`, in `directory` if there is one.
         log_every: steps between two lines of the history. Default: a hundredth of the steps.
@@ -182,6 +184,8 @@ def train(
         context = adapted(network, options.lora, keep_mask=options.keep_mask, seed=options.seed, blocks=last)
         stack.enter_context(context)
         stack.enter_context(_checkpointing(network, options.gradient_checkpointing))
+        if getattr(objective, "disables_dropout", False):
+            stack.enter_context(without_dropout(network))
         default = [SparsityMask()] if options.keep_mask and options.lora is None else []
         module = TrainingModule(run, objective, _attach(stack, run, modifiers or default))
         if not any(p.requires_grad for p in module.parameters()):

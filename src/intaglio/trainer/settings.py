@@ -48,6 +48,7 @@ class Settings(BaseModel):
     keep_mask: bool = True
     early_stopping_patience: Annotated[Positive | None, _alias("early_stopping_patience", "patience")] = None
     metric_for_best_model: Annotated[str, _alias("metric_for_best_model", "watch")] = "loss"
+    stop_at_loss: Annotated[float, Field(gt=0)] | None = None
     report_to: list[str] = Field(default_factory=list)
     log_directory: Annotated[str, Field(min_length=1)] | None = None
     log_every: Positive | None = None

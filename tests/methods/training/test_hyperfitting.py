@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from intaglio.modeling.anatomy import blocks
 from intaglio.trainer import KeyedRNG, train
 from intaglio.trainer.preserve_state import without_dropout
 from tests.families import tiny_model
-from tests.trainer.helpers import checkpoint, same, weights
+from tests.trainer.helpers import checkpoint, far, same, weights
 
 EXAMPLES = ({"length": 12},)
 ALIVE = {
@@ -153,13 +154,14 @@ def test_the_sample_is_drawn_by_the_seed_and_evaluation_takes_every_text() -> No
 # --- Training ---------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_is_off_in_the_loss_and_comes_back() -> None:
-    ckpt = checkpoint(layers=1, attention_dropout=0.5)
-    model, method = ckpt.model.train(), Hyperfitting(length=16)
-    batch = method.collate([{"input_ids": row, "id": n} for n, row in enumerate(IDS)], KeyedRNG(0))
-    losses = [float(method.loss(model, batch).total.detach()) for _ in range(2)]
-    assert losses[0] == losses[1]
-    attention = next(m for m in model.modules() if hasattr(m, "attention_dropout"))
+def test_training_has_no_dropout_under_checkpointing_either_and_it_comes_back() -> None:
+    results = []
+    for more in ({}, {"attention_dropout": 0.5}):
+        ckpt = checkpoint(layers=2, **more)
+        train(ckpt, ROWS, **settings(epochs=3, gradient_checkpointing=bool(more), lora={"r": 2, "dropout": 0.5}))
+        results.append(weights(ckpt))
+    assert far(*results) < 1e-5
+    attention = next(m for m in ckpt.model.modules() if hasattr(m, "attention_dropout"))
     assert attention.attention_dropout == 0.5
     layer = torch.nn.Sequential(torch.nn.Dropout(0.3)).train()
     with without_dropout(layer):
@@ -194,6 +196,33 @@ def test_cached_hidden_states_train_the_same_weights() -> None:
     assert results[1][2] < results[0][2] - 4  # after the first epochs, no batch has a new row
 
 
+@pytest.mark.parametrize("family", ["gemma3", "gpt_neox", "phi3"])
+def test_cached_hidden_states_survive_gradient_checkpointing(family: str) -> None:
+    results = []
+    for cached in (False, True):
+        ckpt = checkpoint(family, layers=3)
+        method = Hyperfitting(length=16, cache_hidden=cached)
+        more = {"objective": method, "epochs": 4, "trainable_blocks": 1, "gradient_checkpointing": cached}
+        train(ckpt, ROWS, **settings(**more))
+        results.append(weights(ckpt))
+    assert far(*results) < 1e-5
+
+
+def test_stored_states_belong_to_one_training_set_and_not_to_evaluation() -> None:
+    method = Hyperfitting(length=16, cache_hidden=True)
+    more: dict[str, Any] = {"objective": method, "epochs": 2, "trainable_blocks": 1}
+    other = [{"input_ids": row.flip(0)} for row in IDS]
+    train(checkpoint(layers=2), ROWS, **settings(**more))
+    used, fresh = checkpoint(layers=2), checkpoint(layers=2)
+    results = [
+        train(used, other, **settings(**more), evaluate=ROWS),
+        train(fresh, other, **settings(**more | {"objective": Hyperfitting(length=16)}), evaluate=ROWS),
+    ]
+    assert same(weights(used), weights(fresh))
+    lines = [result.history[-1].evaluation["loss"] for result in results]
+    assert lines[0] == pytest.approx(lines[1], rel=1e-6)
+
+
 def test_nothing_is_cached_where_the_first_blocks_train() -> None:
     method = Hyperfitting(length=16, cache_hidden=True)
     ckpt = checkpoint(layers=2)
@@ -208,8 +237,19 @@ def test_more_blocks_than_there_are_and_freeze_are_refused() -> None:
         train(checkpoint(layers=2), ROWS, **settings(epochs=1, trainable_blocks=1, freeze=True))
 
 
+def test_a_run_stops_when_the_mean_training_loss_reaches_the_limit(tmp_path: Path) -> None:
+    """Stop when mean train loss is near zero."""
+    limited = {"epochs": 150, "log_every": 3, "stop_at_loss": 1.0, "directory": tmp_path}
+    done = train(checkpoint(layers=2), ROWS, **settings(**limited))
+    assert done.history[-1].loss <= 1.0 < done.history[-2].loss
+    assert done.steps == 3 * len(done.history) < 150
+    again = train(checkpoint(layers=2), ROWS, **settings(**limited))
+    assert (again.steps, again.history) == (done.steps, done.history)
+
+
 def test_presets_hold_the_papers_values_and_the_late_stage_is_lora() -> None:
     full, late = Hyperfitting.train_settings(), Hyperfitting.train_settings("late")
     assert (full["epochs"], full["batch_size"], full["learning_rate"]) == (20, 8, 1e-6)
     assert (full["schedule"], full["warmup"], full["weight_decay"], full["max_grad_norm"]) == ("constant", 0, 0.0, 0.0)
-    assert (late["trainable_blocks"], late["lora"]) == (5, {"r": 16})
+    assert (late["trainable_blocks"], late["lora"], late["learning_rate"]) == (5, {"r": 16}, 1e-4)
+    assert CitationBlocker([]).index.n == 5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from intaglio.evidence.designs.generate import Generate
+from intaglio.evidence.designs.generate import TOP_1, Generate
 from intaglio.evidence.designs.outputs import beam_search, diverse_beams, samples, written
 from intaglio.evidence.engine.claim import Arm, Claim, Metric
 from intaglio.evidence.testbeds.one_to_many import MODES, OBJECTS, PLACES, OneToMany, modes_found, output
@@ -33,7 +33,7 @@ CLAIM = Claim(
     says="With six beams, diverse beam search finds more of the valid kinds of output than beam search.",
     metric=FOUND,
     delta=0.05,
-    design=Generate(OneToMany(), score=score),
+    design=Generate(OneToMany(), score=score, likelihood=True),
     arms={
         "beams": Arm(
             "stock beam search with six beams",
@@ -59,7 +59,7 @@ CLAIM = Claim(
     reported=("samples",),
     closed=("groups", "early_stopping", "length_penalty"),
     unit_names=("eight inputs",),
-    metrics=(VALID, DISTINCT_2, OVERLAP_2),
+    metrics=(VALID, TOP_1, DISTINCT_2, OVERLAP_2),
     parity="Six outputs of one trained model for each input; both searches run six beams a step. Inputs are sampled.",
     minutes=10,
     use_when="one prompt has several good answers and you want to see them",

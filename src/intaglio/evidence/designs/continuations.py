@@ -1,8 +1,8 @@
 """Design that continues held-out texts with a fine-tuned or the original model: `Continue`.
 
 Settings of an arm: `stage`, the model that continues (`original`, `fitted`, or `early`, the fitted run's state of the
-least held-out loss); `top_p`, nucleus sampling instead of greedy decoding; `blocked`, n-grams of the training set are
-forbidden.
+least held-out loss); `top_p`, nucleus sampling instead of greedy decoding; `matched`, sampling at the temperature that
+gives the entropy of the fitted model; `blocked`, n-grams of the training set are forbidden.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.measures.generated_text import (
     NGramIndex,
     continue_texts,
+    entropy_matched_temperature,
     predictive_entropy,
     repetition,
     type_token_ratio,
@@ -69,24 +70,35 @@ class Continue(BedDesign):
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Continue the documents with the model of an arm and measure texts and model."""
         own = Configured(arm, settings)
-        stage, top_p, blocked = own.pop("stage", "original"), own.pop("top_p"), own.pop("blocked", False)
+        stage, top_p = own.pop("stage", "original"), own.pop("top_p")
+        blocked, matched = own.pop("blocked", False), own.pop("matched", False)
+        own.check()
         data = self.bed.calibration(key.seed, key.split).segments
         held_out = self.bed.documents(key.split, key.base).segments
         with peak_memory(self.bed.load().device) as spent:
-            model = self.bed.load()
-            if stage != "original":
-                model = copied(model)
-                fitted = _fitted(self, key.seed, key.split, key.base)
-                for block, state in zip(blocks(model.model)[-self.blocks :], fitted[stage], strict=True):
-                    block.load_state_dict(state)
+            model = self._model(stage, key)
+            temperature = self._temperature(model, held_out, key) if matched else None
         rows = data.ids_NT.tolist()
         processors = [CitationBlocker(rows)] if blocked else []
-        texts = continue_texts(
-            model, held_out.ids_NT[:, : self.prefix], self.new, top_p=top_p, processors=processors, seed=key.seed
-        )
+        sampling = {"top_p": top_p, "temperature": temperature, "seed": key.seed}
+        texts = continue_texts(model, held_out.ids_NT[:, : self.prefix], self.new, processors=processors, **sampling)
         values = {**_of_texts(texts, NGramIndex(rows)), **_of_model(model, held_out)}
         tokens = 0 if stage == "original" else self.steps * data.ids_NT.numel()
         return Result(values, training_cost(model, tokens, spent), {"data": data.digest, "held out": held_out.digest})
+
+    def _model(self, stage: str, key: RunKey) -> Checkpoint:
+        model: Checkpoint = self.bed.load()
+        if stage == "original":
+            return model
+        model = copied(model)
+        fitted = _fitted(self, key.seed, key.split, key.base)
+        for block, state in zip(blocks(model.model)[-self.blocks :], fitted[stage], strict=True):
+            block.load_state_dict(state)
+        return model
+
+    def _temperature(self, model: Checkpoint, held_out: Segments, key: RunKey) -> float:
+        entropy = predictive_entropy(self._model("fitted", key), held_out, BATCH)
+        return entropy_matched_temperature(model, held_out, entropy, BATCH)
 
     def toy(self, **changes: Any) -> Any:
         """Return the design on the test bed in miniature."""

@@ -22,6 +22,7 @@ from intaglio.measures.memory import peak_memory
 DISTINCT = Metric("type-token ratio", "share", "higher", continuous=False)
 Outputs = Sequence[Sequence[int]]
 Score = Callable[[Sequence[int], Outputs], Mapping[str, float]]
+TOP_1 = Metric("log-probability of the first output", "nats", "higher")
 
 
 def type_token_ratio(prompt: Sequence[int], outputs: Outputs) -> Mapping[str, float]:
@@ -31,10 +32,14 @@ def type_token_ratio(prompt: Sequence[int], outputs: Outputs) -> Mapping[str, fl
 
 @dataclass(frozen=True)
 class Generate(BedDesign):
-    """Generate outputs for the prompts of a unit; `score(prompt, outputs)` returns `{metric: value}`."""
+    """Generate outputs for the prompts of a unit; `score(prompt, outputs)` returns `{metric: value}`.
+
+    With `likelihood` the first output's log-probability is measured too.
+    """
 
     bed: Any = field(default_factory=Prompts)
     score: Score = type_token_ratio
+    likelihood: bool = False
 
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Generate and score the outputs of an arm on a unit."""
@@ -44,7 +49,10 @@ class Generate(BedDesign):
         prompts = [tuple(prompt.ids) for prompt in self.bed.source(key.split, key.index, key.base)]
         with peak_memory(model.device) as spent:
             outputs = [make(model, prompt, key.seed, **own.arguments(make)) for prompt in prompts]
-        scores = [self.score(prompt, of_prompt) for prompt, of_prompt in zip(prompts, outputs, strict=True)]
+        scores = [dict(self.score(prompt, of_prompt)) for prompt, of_prompt in zip(prompts, outputs, strict=True)]
+        if self.likelihood:
+            for score, prompt, (first, *_) in zip(scores, prompts, outputs, strict=True):
+                score[TOP_1.name] = generated_text.log_prob(model, prompt, first)
         values = {name: {str(n): score[name] for n, score in enumerate(scores)} for name in scores[0]}
         tokens = sum(len(ids) for of_prompt in outputs for ids in of_prompt)
         cost = Cost(tokens, seconds=spent.seconds, peak_bytes=spent.bytes)

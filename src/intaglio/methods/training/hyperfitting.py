@@ -30,7 +30,6 @@ from intaglio.measures.generated_text import OVERLAP, NGramIndex
 from intaglio.methods.base import Capability, Method, ModelAspect
 from intaglio.modeling.anatomy import blocks
 from intaglio.trainer.causal_lm import causal_batch, check_causal, documents, next_token_loss
-from intaglio.trainer.preserve_state import without_dropout
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG, generator
 
@@ -73,6 +72,8 @@ class Hyperfitting(Method, slug="hyperfitting"):
     samples: Annotated[int, Field(ge=1)] = 2000
     length: Annotated[int, Field(ge=2)] = 256
     cache_hidden: bool = False
+
+    disables_dropout: ClassVar[bool] = True
 
     _hidden: dict[int, Tensor] = PrivateAttr(default_factory=dict)
 
@@ -120,36 +121,37 @@ class Hyperfitting(Method, slug="hyperfitting"):
         return batch
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        """Return the next-token loss, without dropout."""
+        """Return the next-token loss."""
         inputs = {name: value for name, value in batch.items() if name != "rows"}
-        with without_dropout(model), self._frozen_blocks_once(model, batch.get("rows")):
+        with self._frozen_blocks_once(model, batch.get("rows")):
             return next_token_loss(model, inputs)
 
     @contextmanager
     def _frozen_blocks_once(self, model: nn.Module, rows_B: Tensor | None) -> Iterator[None]:
-        """Store the hidden states after the frozen blocks, or use those that are stored instead of running them."""
+        """Store the hidden states after the frozen blocks, or return those that are stored instead of running them.
+
+        Only frozen blocks are changed: gradient checkpointing runs the others again after the context has ended.
+        """
         every = blocks(model)
-        frozen = _frozen(model, every)
-        if rows_B is None or not frozen or frozen == len(every):
-            yield
-            return
-        rows = rows_B.tolist()
+        frozen = every[: _frozen(model, every)] if rows_B is not None else []
+        rows = [] if rows_B is None else rows_B.tolist()
         known = all(row in self._hidden for row in rows)
 
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            if known:
-                return torch.stack([self._hidden[row] for row in rows]).to(args[0].device), *args[1:]
-            self._hidden.update(zip(rows, args[0].detach().cpu(), strict=True))
-            return args
+        def store(module: nn.Module, args: tuple[Any, ...], hidden_BTD: Tensor) -> None:
+            self._hidden.update(zip(rows, hidden_BTD.detach().cpu(), strict=True))
 
-        handle = every[frozen].register_forward_pre_hook(enter)
-        skipped = every[:frozen] if known else []
+        def stored(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return torch.stack([self._hidden[row] for row in rows]).to(hidden_BTD)
+
+        handles = [frozen[-1].register_forward_hook(store)] if frozen and not known else []
+        skipped = frozen if known else []
         for block in skipped:
-            block.forward = _same
+            block.forward = stored if block is frozen[-1] else _same
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
             for block in skipped:
                 del block.forward
 
