@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, MambaConfig, MambaForCausalLM
 from transformers.cache_utils import StaticCache
 from transformers.generation.streamers import TextStreamer
 
@@ -317,10 +317,14 @@ def test_the_former_options_of_generate_are_accepted_and_the_output_holds_groups
     options = {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 2.0, "num_return_sequences": 4}
     by_field = decode(DiverseBeamSearch(num_beams=4, num_beam_groups=2, diversity_penalty=2.0))
     assert torch.equal(decode(DiverseBeamSearch(), **options), by_field)
-    whole: Any = decode(DiverseBeamSearch(), **options, return_dict_in_generate=True, output_scores=True)
+    by_interleaving = DiverseBeamSearch()
+    whole: Any = decode(by_interleaving, **options, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(whole.sequences, by_field)
     assert whole.group_ids.tolist() == [0, 1, 0, 1] * 3
-    assert whole.log_probs.shape == whole.sequences_scores.shape == (12,)
+    hypotheses = by_interleaving.outputs
+    assert whole.log_probs.tolist() == [output.log_prob for output in hypotheses]
+    assert whole.sequences_scores.tolist() == pytest.approx([output.score for output in hypotheses], abs=1e-5)
+    assert (whole.beam_indices[:, 0] // 2 % 2).tolist() == whole.group_ids.tolist()  # two beams a group, two groups
     assert torch.equal(decode(DiverseBeamSearch(), **{**options, "num_return_sequences": 1}).unique(dim=0), by_field[::4].unique(dim=0))  # fmt: skip  # noqa: E501
 
 
@@ -338,6 +342,15 @@ def test_encoder_decoders_are_searched_too() -> None:
     by_field = DiverseBeamSearch(num_beams=4, diversity_penalty=1e4, order="groups")
     out = model.generate(ids, max_new_tokens=6, do_sample=False, custom_generate=by_field).view(3, 4, -1)
     assert all(len(set(step.tolist())) == 4 for prompt in out[:, :, 1:] for step in prompt.T)
+
+
+def test_models_without_attention_are_searched_too() -> None:
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=160, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(IDS, **options, num_beams=4, num_return_sequences=4)
+    method = DiverseBeamSearch(num_beams=4, num_beam_groups=1)
+    assert torch.equal(model.generate(IDS, **options, custom_generate=method), expected)
 
 
 # --- Bad input --------------------------------------------------------------------------------------------------------
@@ -371,6 +384,16 @@ def test_a_streamer_and_a_full_cache_are_refused() -> None:
     cache = StaticCache(model.config, max_cache_len=32)
     with pytest.raises(IntaglioError, match="has one row a prompt; give num_beams to generate"):
         decode(DiverseBeamSearch(), **{CACHE: cache})
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"), [("hamming", {}), ("ngram", {"ngram_size": 2}), ("embedding", {"ngram_size": 1})]
+)
+def test_the_default_penalty_is_half_a_nat_and_n_is_two_or_one(kind: Any, size: dict[str, int]) -> None:
+    given: dict[str, Any] = {"num_beams": 6, "num_beam_groups": 3, "dissimilarity": kind}
+    plain, written = DiverseBeamSearch(**given), DiverseBeamSearch(**given, diversity_penalty=0.5, **size)
+    assert torch.equal(decode(plain), decode(written))
+    assert plain.outputs == written.outputs
 
 
 def test_fields_are_checked_before_any_model_loads() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BloomConfig, BloomForCausalLM
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
@@ -206,6 +208,20 @@ def test_cached_hidden_states_survive_gradient_checkpointing(family: str) -> Non
         train(ckpt, ROWS, **settings(**more))
         results.append(weights(ckpt))
     assert far(*results) < 1e-5
+
+
+def test_blocks_that_return_tuples_are_cached_too() -> None:
+    config = BloomConfig(vocab_size=160, hidden_size=16, n_layer=3, n_head=2)
+    torch.manual_seed(0)
+    first = BloomForCausalLM(config).eval()
+    results = []
+    for cached in (False, True):
+        ckpt = Checkpoint(copy.deepcopy(first))
+        train(
+            ckpt, ROWS, **settings(objective=Hyperfitting(length=16, cache_hidden=cached), trainable_blocks=1, epochs=4)
+        )
+        results.append(weights(ckpt))
+    assert far(*results) < 1e-6
 
 
 def test_stored_states_belong_to_one_training_set_and_not_to_evaluation() -> None:

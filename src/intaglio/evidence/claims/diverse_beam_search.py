@@ -64,5 +64,5 @@ CLAIM = Claim(
     minutes=10,
     use_when="one prompt has several good answers and you want to see them",
     otherwise="beam search",
-    golden={"beams": {}, "diverse": {}},
+    golden={"beams": {TOP_1.name: -11.5839}, "diverse": {TOP_1.name: -11.586}},
 )

@@ -352,10 +352,16 @@ def _check_expandable(model_kwargs: dict[str, Any]) -> None:
     """Refuse a cache that `generate` made or filled for one row a prompt."""
     cache = next((model_kwargs[name] for name in CACHES if model_kwargs.get(name) is not None), None)
     plain = getattr(cache, "self_attention_cache", cache)  # that of an encoder-decoder
-    if cache is not None and (not isinstance(plain, DynamicCache) or plain.get_seq_length()):
+    if cache is not None and (not isinstance(plain, DynamicCache) or any(map(_filled, plain.layers))):
         raise IntaglioError(
             f"a {type(cache).__name__} that is static or holds tokens has one row a prompt; give num_beams to generate"
         )
+
+
+def _filled(layer: Any) -> bool:
+    """Return whether a layer of a cache holds states; those of linear attention have no length."""
+    states = getattr(layer, "is_conv_states_initialized", {}) | getattr(layer, "is_recurrent_states_initialized", {})
+    return getattr(layer, "is_initialized", False) or any(states.values())
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class Hyperfitting(Method, slug="hyperfitting"):
     disables_dropout: ClassVar[bool] = True
 
     _hidden: dict[int, Tensor] = PrivateAttr(default_factory=dict)
+    _in_tuple: bool = PrivateAttr(False)  # whether blocks return their hidden states in a tuple
 
     @classmethod
     def train_settings(cls, stage: Literal["full", "late"] = "full", **overrides: Any) -> dict[str, Any]:
@@ -137,16 +138,21 @@ class Hyperfitting(Method, slug="hyperfitting"):
         rows = [] if rows_B is None else rows_B.tolist()
         known = all(row in self._hidden for row in rows)
 
-        def store(module: nn.Module, args: tuple[Any, ...], hidden_BTD: Tensor) -> None:
+        def store(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._in_tuple = isinstance(output, tuple)
+            hidden_BTD = output[0] if self._in_tuple else output
             self._hidden.update(zip(rows, hidden_BTD.detach().cpu(), strict=True))
 
-        def stored(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return torch.stack([self._hidden[row] for row in rows]).to(hidden_BTD)
+        def stored(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return same(torch.stack([self._hidden[row] for row in rows]).to(hidden_BTD))
+
+        def same(hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return (hidden_BTD,) if self._in_tuple else hidden_BTD
 
         handles = [frozen[-1].register_forward_hook(store)] if frozen and not known else []
         skipped = frozen if known else []
         for block in skipped:
-            block.forward = stored if block is frozen[-1] else _same
+            block.forward = stored if block is frozen[-1] else same
         try:
             yield
         finally:
@@ -154,10 +160,6 @@ class Hyperfitting(Method, slug="hyperfitting"):
                 handle.remove()
             for block in skipped:
                 del block.forward
-
-
-def _same(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return hidden_states
 
 
 def _frozen(model: nn.Module, every: Sequence[nn.Module]) -> int:
