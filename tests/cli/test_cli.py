@@ -441,6 +441,7 @@ def test_compare_shows_continuations_side_by_side(tiny_dir: TinyDir, corpus_file
     html = page.read_text(encoding="utf-8")
     assert html.count('class="beside"') == 2
     assert "Texts side by side" in html
+    assert html.count("B against A") == 1  # the texts have no such column
 
 
 @pytest.mark.parametrize("decoder", ["aded", "dyspec", "prompt_lookup", "ngram", "draft_model"])

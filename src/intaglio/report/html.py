@@ -54,8 +54,8 @@ from intaglio.report.tables import variant_bars
 
 TEXT_MEASURES = (
     ("type_token_ratio", "Type-token ratio", "distinct tokens among the last 96 of a text"),
-    ("repetition", "Repeated bigrams", "share of a text's bigrams that it held before"),
-    ("entropy", "Entropy", "nats of a prediction on the texts themselves"),
+    ("repetition", "Repeated bigrams", "share of a text's bigrams that occurred in it before"),
+    ("entropy", "Entropy", "of next-token predictions on the held-out texts, in nats"),
 )
 """Measures of continuations: key, name and hint."""
 
