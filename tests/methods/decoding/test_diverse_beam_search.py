@@ -38,7 +38,7 @@ ALIVE = {
     "dissimilarity": "cumulative",
     "ngram_size": alive(1, dissimilarity="ngram"),
     "temperature": alive(0.2, dissimilarity="cumulative"),
-    "accumulate": "raw",
+    "accumulate": alive("raw", diversity_penalty=0.2),
     "length_penalty": 0.0,
     "order": "groups",
     "num_return_sequences": 2,

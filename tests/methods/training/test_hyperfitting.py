@@ -19,12 +19,13 @@ from intaglio.methods.training.hyperfitting import CitationBlocker, Hyperfitting
 from intaglio.modeling.anatomy import blocks
 from intaglio.trainer import KeyedRNG, train
 from intaglio.trainer.preserve_state import without_dropout
+from tests.alive import alive
 from tests.families import tiny_model
 from tests.trainer.helpers import checkpoint, far, same, weights
 
 EXAMPLES = ({"length": 12},)
 ALIVE = {
-    "samples": 4,
+    "samples": alive(4, length=30),
     "length": 8,
     "cache_hidden": "test_cached_hidden_states_train_the_same_weights",
 }
