@@ -441,6 +441,50 @@ def test_heads_that_lose_say_so_in_the_closing_line(tiny_dir: TinyDir) -> None:
     assert "nothing was drafted: on this processor the best tree of chimera is expected to run at 0." in shown.stderr
 
 
+def test_diverse_beams_are_written_one_after_the_other_with_their_groups(tiny_dir: TinyDir) -> None:
+    words = ("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "8", "--decoder", "diverse_beam_search")
+    words = (*words, "--set", "num_beams=4", "--set", "num_beam_groups=2", "--set", "num_return_sequences=2")
+    found = document(*words)
+    assert [output["group"] for output in found["outputs"]] == [0, 1]
+    assert found["token_ids"] == found["outputs"][0]["token_ids"]
+    assert found["new_tokens"] == sum(output["length"] for output in found["outputs"])
+    assert (found["accepted_share"], found["lossy"]) == (None, None)
+    shown = run(*words).stdout
+    for number, output in enumerate(found["outputs"], 1):
+        assert f"--- {number}: group {output['group']}, log prob {output['log_prob']:.2f}" in shown
+    assert document(*words[:5], "--decoder", "greedy")["outputs"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--set", "num_beams=4", "--set", "num_beam_groups=3"), "num_beam_groups is 3 and num_beams 4"),
+        (("--set", "num_beams=2", "--set", "num_beam_groups=4"), "at most one group a beam"),
+        (("--show-drafts",), "the decoder diverse_beam_search drafts nothing for --show-drafts to show"),
+        (("--set", "beams=4"), "beams: there is no such field here"),
+    ],
+)
+def test_wrong_beams_are_one_sentence_before_the_model_loads(words: tuple[str, ...], sentence: str) -> None:
+    given = ["generate", "no-such-model", PROMPT, "--decoder", "diverse_beam_search", *words]
+    found = CliRunner().invoke(app, given)
+    assert found.exit_code == 2
+    assert sentence in found.stderr.replace("\n", " ")
+
+
+def test_compare_shows_continuations_side_by_side(tiny_dir: TinyDir, corpus_file: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    sizes = ("--texts", corpus_file, "--samples", "2", "--length", "24", "--continuations", "2")
+    words = ("compare", tiny_dir("llama"), tiny_dir("qwen3"), *sizes)
+    found = document(*words, "--output", str(page))
+    for side in ("a", "b"):
+        assert len(found[side]["continuations"]["texts"]) == 2
+        assert 0 < found[side]["continuations"]["type_token_ratio"] <= 1
+    html = page.read_text(encoding="utf-8")
+    assert html.count('class="beside"') == 2
+    assert "Texts side by side" in html
+    assert html.count("B against A") == 1  # the texts have no such column
+
+
 @pytest.mark.parametrize("decoder", ["aded", "dyspec", "prompt_lookup", "ngram", "draft_model"])
 def test_a_decoder_that_drafts(decoder: str, tiny_dir: TinyDir, llama: Checkpoint, corpus_file: Path) -> None:
     words = ("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "12")

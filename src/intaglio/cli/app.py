@@ -272,6 +272,9 @@ def compare(
     ] = "wikipedia",
     samples: Annotated[int, typer.Option(min=1, help="Number of segments.")] = 16,
     length: Annotated[int, typer.Option(min=8, help="Tokens of a segment.")] = 512,
+    continuations: Annotated[
+        int, typer.Option(min=0, help="Number of segments that both continue greedily; the report shows the texts.")
+    ] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write a report to this HTML file.")
     ] = None,
@@ -279,13 +282,13 @@ def compare(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Compare two checkpoints by the same measurements."""
+    """Compare two checkpoints by the same measurements; with --continuations their texts side by side."""
     from intaglio import atomic_io, report
     from intaglio.recipe.run import compare as run
     from intaglio.recipe.schema import Measure
 
     with progress_bar() as progress:
-        measure = Measure(texts=texts, samples=samples, length=length)
+        measure = Measure(texts=texts, samples=samples, length=length, continuations=continuations)
         document = run(a, b, wanted=measure, device=device, dtype=dtype, progress=progress)
     if output is not None:
         atomic_io.write_text(output, report.compare_page(document))
@@ -305,12 +308,13 @@ def generate(
     decoder: Annotated[
         str,
         typer.Option(
-            help="greedy, sample, or a speculative decoder: aded, dyspec, lud, prompt_lookup, ngram, draft_model, ..."
+            help="greedy, sample, a speculative decoder (aded, dyspec, lud, prompt_lookup, ngram, draft_model, ...) or "
+            "another decoding method, such as diverse_beam_search."
         ),
     ] = "greedy",
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="(speculative) A setting as key=value, such as corpus=FILE; can be repeated."),
+        typer.Option("--set", help="(methods) A setting as key=value, such as corpus=FILE; can be repeated."),
     ] = None,
     show_drafts: Annotated[
         bool, typer.Option("--show-drafts", help="(speculative) Colour the accepted draft tokens.")
@@ -363,7 +367,15 @@ def generate(
     if json:
         print_json(result)
         return
-    write("\n")
+    for number, output in enumerate(result["outputs"] or (), 1):
+        labels = ", ".join(
+            f"{name.replace('_', ' ')} {value:{'.2f' if isinstance(value, float) else 'd'}}"
+            for name, value in output.items()
+            if isinstance(value, int | float)
+        )
+        write(f"--- {number}: {labels}\n{output['text']}\n")
+    if not result["outputs"]:
+        write("\n")
     if starts_empty(decoder, settings, checkpoint.attachments):
         print_err(f"{decoder} had no corpus and started empty; --set corpus=FILE gives it one")
     line = (

@@ -7,6 +7,7 @@ from typing import Any
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.measures.activation_sparsity import activation_sparsity
+from intaglio.measures.generated_text import greedy_continuations
 from intaglio.measures.input_sparsity import count_inputs, input_sparsity
 from intaglio.measures.language_modeling import quality, reference
 from intaglio.measures.memory import peak_memory
@@ -25,6 +26,7 @@ class Evaluator:
         batch_size: segments at a time.
         timed: whether to time prefill and decode.
         repeats: timed runs, whose median is taken.
+        continuations: number of segments whose first tokens are continued greedily. Default 0.
         progress: called after each batch.
     """
 
@@ -36,12 +38,14 @@ class Evaluator:
         batch_size: int = 4,
         timed: bool = True,
         repeats: int = REPEATS,
+        continuations: int = 0,
         progress: Progress = no_progress,
     ) -> None:
         self.held_out = held_out
         self._original = reference(original, held_out, batch_size)
         self._batch_size = batch_size
         self._repeats = repeats if timed else 0
+        self._continuations = continuations
         self._progress = progress
 
     def measure(self, checkpoint: Checkpoint, held_out: Segments | None = None, alone: bool = False) -> dict[str, Any]:
@@ -50,10 +54,10 @@ class Evaluator:
         Returns:
             `perplexity, bits_per_byte, kl_mean, top1_agreement, cosine, zero_fraction, zeros, activation_sparsity,
             token_sparsity, chunk_sparsity, bytes, parameters, prefill_tokens_per_s, decode_tokens_per_s,
-            peak_memory_bytes, tokens`, ready for JSON. Token and chunk sparsity are for models with sparse
-            units (`activation_sparsity`). Peak memory is that of the evaluation: a forward pass over a batch of
-            held-out text, and the timing. `tokens` is a digest of the token ids: two sides that differ in it
-            were measured on different tokens.
+            peak_memory_bytes, tokens`, ready for JSON, and with `continuations` the value of `greedy_continuations`.
+            Token and chunk sparsity are for models with sparse units (`activation_sparsity`). Peak memory is that of
+            the evaluation: a forward pass over a batch of held-out text, and the timing. `tokens` is a digest of the
+            token ids: two sides that differ in it were measured on different tokens.
         """
         data = held_out or self.held_out
         zeros = count_zeros(checkpoint)
@@ -63,7 +67,11 @@ class Evaluator:
                 result = quality(checkpoint, data, original, self._batch_size, self._progress)
             sparsity = activation_sparsity(checkpoint, data, batch_size=self._batch_size)
             timing = speed(checkpoint, self._repeats) if self._repeats else None
-        return {
+        count = self._continuations
+        continued = (
+            {"continuations": greedy_continuations(checkpoint, Segments.of(data.ids_NT[:count]))} if count else {}
+        )
+        return continued | {
             "perplexity": result.perplexity,
             "bits_per_byte": result.bits_per_byte,
             "kl_mean": result.kl_mean,

@@ -86,5 +86,11 @@ def make_evaluator(
         repeats: counted repeats of each timing.
     """
     return Evaluator(
-        original, held_out, batch_size=measure.batch_size, timed=measure.speed, repeats=repeats, progress=progress
+        original,
+        held_out,
+        batch_size=measure.batch_size,
+        timed=measure.speed,
+        repeats=repeats,
+        continuations=measure.continuations,
+        progress=progress,
     )

@@ -44,6 +44,8 @@ class Measure(BaseModel):
         length: tokens of a segment, at most the model's context. Default 512.
         batch_size: segments of a batch. Default 4.
         speed: whether to time prefill and decode. Default true.
+        continuations: number of segments whose first 32 tokens are continued greedily to 256, shown side by side in the
+            report with their repetition. Default 0.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -53,6 +55,7 @@ class Measure(BaseModel):
     length: Annotated[int, Field(ge=8, le=1_000_000)] = 512
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 4
     speed: bool = True
+    continuations: Annotated[int, Field(ge=0, le=1_000_000)] = 0
 
 
 class New(BaseModel):

@@ -52,6 +52,13 @@ from intaglio.report.schema import (
 from intaglio.report.summary import summary, zeros_words
 from intaglio.report.tables import variant_bars
 
+TEXT_MEASURES = (
+    ("type_token_ratio", "Type-token ratio", "distinct tokens among the last 96 of a text"),
+    ("repetition", "Repeated bigrams", "share of a text's bigrams that occurred in it before"),
+    ("entropy", "Entropy", "of next-token predictions on the held-out texts, in nats"),
+)
+"""Measures of continuations: key, name and hint."""
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -94,6 +101,7 @@ def _environment() -> Environment:
         "percent": lambda share: f"{100 * share:.0f} %",
         "transposed": lambda columns: zip_longest(*columns, fillvalue="–"),
     }
+    environment.globals |= {"TEXT_MEASURES": TEXT_MEASURES}
     environment.globals |= {"ZEROS": ZEROS, "LIVE": LIVE, "BAKED": BAKED}
     environment.globals |= {"SPEED_NOISE": SPEED_NOISE, "MEMORY_NOISE": MEMORY_NOISE}
     return environment

@@ -5,7 +5,8 @@ A document is a plain dict, as written to `report.json`. There are three kinds: 
 `bits_per_byte`, `kl_mean` (nats per token, against the original), `top1_agreement`, `cosine` (see `has_cosine`),
 `zero_fraction` (layer to share), `zeros` (share of all weights of the layers), `activation_sparsity` (see
 `has_left_out`), `token_sparsity` and `chunk_sparsity` (inactive units), `bytes`, `prefill_tokens_per_s`,
-`decode_tokens_per_s`, `peak_memory_bytes`, `parameters`, `tokens` (a digest of the tokens it was measured on). A number
+`decode_tokens_per_s`, `peak_memory_bytes`, `parameters`, `tokens` (a digest of the tokens it was measured on), and
+perhaps `continuations` (see `measures.generated_text`), which are shown where both sides have them. A number
 that is null, missing or not finite is shown as a dash, with the reason where it is known.
 
 A step or variant may have `given`, its non-default parameters: they are shown, the others are folded away. Without it,

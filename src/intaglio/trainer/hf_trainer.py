@@ -226,8 +226,8 @@ class IntaglioTrainer(Trainer):
         reduced: list[float] = self.accelerator.reduce(tensor, how).tolist()
         return reduced
 
-    def _means(self) -> dict[str, float]:
-        """Means over micro-batches and processes since the last log line."""
+    def means(self) -> dict[str, float]:
+        """Return means over micro-batches and processes since the last log line."""
         return self._reduced({name: value / self.totals.count for name, value in self.totals.values.items()})
 
     def _reduced(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -236,7 +236,7 @@ class IntaglioTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log exact means (Trainer's own forget an interval cut by a resume), with the parts of the loss."""
         if "loss" in logs:
-            logs = {**logs, **self._means(), **self.evaluation}
+            logs = {**logs, **self.means(), **self.evaluation}
             self.totals.count, self.totals.values, self.evaluation = 0, {}, {}
             super().log(logs, start_time)
 
@@ -352,14 +352,17 @@ class TrainingCallback(TrainerCallback):
         step = state.global_step
         for session in self.loop.module.sessions:
             session.after_step(step)
-        last = step >= state.max_steps
+        limit = self.loop.settings.stop_at_loss
+        reached = limit is not None and control.should_log and self.loop.means()["loss"] <= limit
+        last = reached or step >= state.max_steps
         if self.evaluate is not None and (last or step % self.evaluate_every == 0):
             values = {name: float(value) for name, value in self.evaluate().items()}
             self.loop.evaluation = {f"evaluation/{name}": value for name, value in values.items()}
             control.should_log = True
-            if self.loop.early_stopping.update(values):
-                control.should_training_stop = True
-                control.should_save = self.loop.directory is not None
+            reached = self.loop.early_stopping.update(values) or reached
+        if reached:
+            control.should_training_stop = True
+            control.should_save = self.loop.directory is not None
         control.should_log = control.should_log or last
         totals = self.loop.totals
         self.progress(step, state.max_steps, f"train: loss {totals.values['loss'] / totals.count:.3f}")

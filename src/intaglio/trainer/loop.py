@@ -26,8 +26,8 @@ from intaglio.trainer.dataset import Rows, read_rows
 from intaglio.trainer.fsdp import unshard
 from intaglio.trainer.hf_trainer import Collator, Evaluate, IntaglioTrainer, TrainingCallback, TrainingModule
 from intaglio.trainer.history import LogEntry, columns, history
-from intaglio.trainer.lora import adapted
-from intaglio.trainer.preserve_state import preserve_grads, preserve_modes, preserve_rng
+from intaglio.trainer.lora import adapted, last_blocks
+from intaglio.trainer.preserve_state import preserve_grads, preserve_modes, preserve_rng, without_dropout
 from intaglio.trainer.progress_report import ProgressReport
 from intaglio.trainer.protocols import Loss, ModifierSession, Objective, Selector, TrainingModifier, TrainingRun
 from intaglio.trainer.rng import EVALUATION, KeyedRNG
@@ -113,11 +113,15 @@ def train(
         lora: `Lora` or its fields: train low-rank adapters alone and merge them at the end. Default: all weights.
         freeze: whether the model stays as it is, and only the modules of objective and modifiers are trained. Default
             False.
+        trainable_blocks: number of the last transformer blocks that are trained, with `lora` by adapters in them alone;
+            everything else stays as it is. Default: the whole model.
         keep_mask: whether the zeros of pruned linear layers stay zeros (with `modifiers`, which may choose zeros of
             their own, only under LoRA). Default True.
         early_stopping_patience: evaluations in a row without a new minimum of `metric_for_best_model` after which the
             run stops. Default: never.
         metric_for_best_model: the name of that value. Default `loss`.
+        stop_at_loss: training loss at which the run stops, in nats, compared with the mean over each `log_every` steps.
+            Default: never.
         report_to: other receivers of Trainer's log, such as `tensorboard` or `wandb`. Default: none.
         log_directory: of TensorBoard. Default: `runs`, in `directory` if there is one.
         log_every: steps between two lines of the history. Default: a hundredth of the steps.
@@ -144,6 +148,8 @@ def train(
     digest = "" if directory is None else run_state.model_digest(checkpoint.model)
     if options.lora is not None:
         options.lora.check(checkpoint.model)  # refused before any work
+    if options.trainable_blocks is not None:
+        last_blocks(checkpoint.model, options.trainable_blocks)  # likewise
     rng, path = KeyedRNG(options.seed), None if directory is None else Path(directory)
     choice = choose(checkpoint, data, select, original, options.seed, path if resume else None, digest, progress)
     rows = read_rows(checkpoint, data if choice is None else choice.examples, objective, rng)
@@ -170,8 +176,16 @@ def train(
         evaluator = _evaluator(model, checkpoint, evaluate, objective, options)
         if options.freeze:
             network.requires_grad_(False)
-        stack.enter_context(adapted(network, options.lora, keep_mask=options.keep_mask, seed=options.seed))
+        last = options.trainable_blocks
+        if last is not None:
+            network.requires_grad_(False)
+            for block in last_blocks(network, last):
+                block.requires_grad_(True)
+        context = adapted(network, options.lora, keep_mask=options.keep_mask, seed=options.seed, blocks=last)
+        stack.enter_context(context)
         stack.enter_context(_checkpointing(network, options.gradient_checkpointing))
+        if getattr(objective, "disables_dropout", False):
+            stack.enter_context(without_dropout(network))
         default = [SparsityMask()] if options.keep_mask and options.lora is None else []
         module = TrainingModule(run, objective, _attach(stack, run, modifiers or default))
         if not any(p.requires_grad for p in module.parameters()):

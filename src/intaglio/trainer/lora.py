@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.modeling.anatomy import blocks as blocks_of
 from intaglio.modeling.token_classifier import classification_head
 from intaglio.trainer.rng import generator
 from intaglio.trainer.sparsity_mask import linear_modules, pruned_mask
@@ -45,8 +46,8 @@ class Lora(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     targets: list[str] | None = None
 
-    def names(self, model: nn.Module) -> list[str]:
-        """Return the names of the layers to adapt."""
+    def names(self, model: nn.Module, blocks: int | None = None) -> list[str]:
+        """Return the names of the layers to adapt, `blocks`: in so many of the last blocks alone."""
         every = linear_modules(model)
         if not every:
             raise IntaglioError("lora: the model has no linear layer left to adapt: its projections were replaced")
@@ -55,7 +56,10 @@ class Lora(BaseModel):
         if unknown or self.targets == []:
             target = unknown[0] if unknown else "nothing"
             raise IntaglioError(f"lora: no linear layer is named {target!r}; {did_you_mean(target, last)}")
-        return [name for name in every if self.targets is None or name.rpartition(".")[2] in self.targets]
+        kept = every.values() if blocks is None else [m for b in last_blocks(model, blocks) for m in b.modules()]
+        inside = set(map(id, kept))
+        chosen = [name for name in every if self.targets is None or name.rpartition(".")[2] in self.targets]
+        return [name for name in chosen if id(every[name]) in inside]
 
     def check(self, model: nn.Module) -> None:
         """Refuse a missing PEFT, or a target that the model does not have."""
@@ -64,16 +68,31 @@ class Lora(BaseModel):
         self.names(model)
 
 
-@contextmanager
-def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) -> Iterator[None]:
-    """Put adapters into a model, and merge them when the block ends; after an error remove them unmerged.
+def last_blocks(model: nn.Module, count: int) -> list[nn.Module]:
+    """Return the last transformer blocks of a model.
 
-    Everything else is frozen inside, but for the head of a token classifier. None: do nothing.
+    Raises:
+        IntaglioError: it has fewer.
+    """
+    every = blocks_of(model)
+    if count > len(every):
+        raise IntaglioError(f"trainable_blocks is {count}; the model has {len(every)} blocks")
+    return every[len(every) - count :]
+
+
+@contextmanager
+def adapted(
+    model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int, blocks: int | None = None
+) -> Iterator[None]:
+    """Put adapters into a model, and merge them when the context ends; after an error remove them unmerged.
+
+    Everything else is frozen inside, but for the head of a token classifier. `lora` None: do nothing. `blocks`: adapt
+    so many of the last blocks alone.
     """
     if lora is None:
         yield
         return
-    layers = _inject(model, lora, seed)
+    layers = _inject(model, lora, seed, blocks)
     head = classification_head(model)
     if head is not None:  # it is new
         head.requires_grad_(True)
@@ -92,10 +111,10 @@ def adapted(model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int) 
         vars(model).pop("peft_config", None)
 
 
-def _inject(model: nn.Module, lora: Lora, seed: int) -> dict[str, Any]:
+def _inject(model: nn.Module, lora: Lora, seed: int, blocks: int | None) -> dict[str, Any]:
     from peft import LoraConfig, inject_adapter_in_model  # optional, and slow to import
 
-    names = lora.names(model)
+    names = lora.names(model, blocks)
     config = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha or 2 * lora.r,

@@ -1,4 +1,4 @@
-"""Context managers that restore modes, `requires_grad`, gradients and global generators."""
+"""Context managers that restore modes, dropout, `requires_grad`, gradients and global generators."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 @contextmanager
@@ -44,3 +45,23 @@ def preserve_grads(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Set every dropout probability to 0, those that attention modules keep as numbers too, and restore them."""
+    changed = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float)
+        and value
+        and ("dropout" in name or (name == "p" and isinstance(module, _DropoutNd)))
+    ]
+    try:
+        for module, name, _ in changed:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)

@@ -74,7 +74,10 @@ class TrainingRun:
 
 @runtime_checkable
 class Objective(Protocol):
-    """Prediction target: data collation and loss."""
+    """Prediction target: data collation and loss.
+
+    A class with `disables_dropout = True` trains without the dropout of the model and of adapters.
+    """
 
     def modules(self) -> nn.ModuleDict:
         """Return the modules that the objective owns, which are trained and saved with the model. Empty for most."""

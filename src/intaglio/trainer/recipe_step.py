@@ -134,8 +134,9 @@ class Train(Settings, Method, slug="train"):
         if not self.chat and (self.instructions is None or self.objective is not None):
             raise ValueError("chat belongs to instructions without an objective; give it to the objective")
         whole = [part.slug for part in self.parts if getattr(part, "trains_weights", False)]
-        if whole and (self.lora is not None or self.freeze):
-            held = "freeze holds them still" if self.freeze else "lora trains adapters alone"
+        if whole and (self.lora is not None or self.freeze or self.trainable_blocks is not None):
+            held = "lora trains adapters alone" if self.lora else "trainable_blocks holds most still"
+            held = "freeze holds them still" if self.freeze else held
             raise ValueError(f"{whole[0]} trains the weights themselves, and {held}; leave one of the two out")
         editing = [modifier.slug for modifier in map(_make, self.modifiers) if "weights" in modifier.changes]
         if len(editing) > 1:

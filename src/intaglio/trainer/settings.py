@@ -44,9 +44,11 @@ class Settings(BaseModel):
     gradient_checkpointing: bool = False
     lora: Lora | None = None
     freeze: bool = False
+    trainable_blocks: Positive | None = None
     keep_mask: bool = True
     early_stopping_patience: Annotated[Positive | None, _alias("early_stopping_patience", "patience")] = None
     metric_for_best_model: Annotated[str, _alias("metric_for_best_model", "watch")] = "loss"
+    stop_at_loss: Annotated[float, Field(gt=0)] | None = None
     report_to: list[str] = Field(default_factory=list)
     log_directory: Annotated[str, Field(min_length=1)] | None = None
     log_every: Positive | None = None
@@ -65,6 +67,8 @@ class Settings(BaseModel):
             raise ValueError(f"min_lr_ratio is {self.min_lr_ratio}; only the schedule cosine ends above zero")
         if self.freeze and self.lora is not None:
             raise ValueError("freeze and lora are given; adapters freeze the model by themselves")
+        if self.freeze and self.trainable_blocks is not None:
+            raise ValueError("freeze and trainable_blocks are given; give one of them")
         return self
 
     @classmethod

@@ -178,6 +178,7 @@ def test_what_can_follow_is_known_before_a_model_loads() -> None:
         ([lost, train], "train cannot follow lost: it needs linear_weights"),
         ([{"train": {**train["train"], "lora": {"r": 2}}}], "blockffn trains the weights themselves, and lora"),
         ([{"train": {**train["train"], "freeze": True}}], "blockffn trains the weights themselves, and freeze"),
+        ([{"train": {**train["train"], "trainable_blocks": 1}}], "blockffn trains the weights themselves, and train"),
         ([{"train": {"steps": 1, "modifiers": [{"blockffn": {"experts": 5, "width": 7}}]}}], "5 experts do not divide"),
     ):
         with pytest.raises(IntaglioError, match=sentence) as caught:
