@@ -77,19 +77,17 @@ def _check_mode(config: Any, rows: int) -> None:
     dropped = _dropped()
     if "assistant_model" in dropped:
         raise IntaglioError(
-            "an assistant_model was given beside a speculative decoder; give it to the decoder as its draft model"
+            "an assistant_model was given beside a decoder of its own; give it to the decoder as its draft model"
         )
     if "streamer" in dropped:
         raise IntaglioError("a streamer was given to generate, which does not pass it on; give it to the decoder")
     if config.num_beams > 1:
-        raise IntaglioError(
-            f"num_beams is {config.num_beams}; speculative decoding follows one beam, so only 1 is accepted"
-        )
+        raise IntaglioError(f"num_beams is {config.num_beams}; this decoder follows one beam, so only 1 is accepted")
     if config.prompt_lookup_num_tokens is not None:
-        raise IntaglioError("prompt_lookup_num_tokens was given beside a speculative decoder; use one of the two")
+        raise IntaglioError("prompt_lookup_num_tokens was given beside a decoder of its own; use one of the two")
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise IntaglioError(f"the generation mode is {mode.value}; speculative decoding is greedy or samples")
+        raise IntaglioError(f"the generation mode is {mode.value}; this decoder is greedy or samples")
     for name in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, name):
             raise IntaglioError(f"{name} is True; a pass over a tree has no such output for a single token")
@@ -131,11 +129,11 @@ def read_request(
             cannot be passed on, or more tokens than the context holds.
     """
     if getattr(model.config, "is_encoder_decoder", False):
-        raise IntaglioError(f"{model.config.model_type} is an encoder-decoder; speculative decoding needs a decoder")
+        raise IntaglioError(f"{model.config.model_type} is an encoder-decoder; a decoder is needed")
     _check_mode(config, len(input_ids))
     for name, value in given.items():
         if name not in _KNOWN and value is not None and value != {}:
-            raise IntaglioError(f"generate was given {name}, which speculative decoding does not pass on to the model")
+            raise IntaglioError(f"generate was given {name}, which this decoder does not pass on to the model")
     rows, length = input_ids.shape
     cache = _cache(next((given[name] for name in CACHES if name in given), None), rows, given.get("use_cache"))
     stops: set[int] = set()
