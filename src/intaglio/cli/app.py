@@ -304,12 +304,13 @@ def generate(
     decoder: Annotated[
         str,
         typer.Option(
-            help="greedy, sample, or a speculative decoder: aded, dyspec, lud, prompt_lookup, ngram, draft_model, ..."
+            help="greedy, sample, a speculative decoder (aded, dyspec, lud, prompt_lookup, ngram, draft_model, ...), or "
+            "another decoding method, such as diverse_beam_search."
         ),
     ] = "greedy",
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="(speculative) A setting as key=value, such as corpus=FILE; can be repeated."),
+        typer.Option("--set", help="(methods) A setting as key=value, such as corpus=FILE; can be repeated."),
     ] = None,
     show_drafts: Annotated[
         bool, typer.Option("--show-drafts", help="(speculative) Colour the accepted draft tokens.")
@@ -362,7 +363,15 @@ def generate(
     if json:
         print_json(result)
         return
-    write("\n")
+    for number, output in enumerate(result["outputs"] or (), 1):
+        labels = ", ".join(
+            f"{name.replace('_', ' ')} {value:{'.2f' if isinstance(value, float) else 'd'}}"
+            for name, value in output.items()
+            if isinstance(value, int | float)
+        )
+        write(f"--- {number}: {labels}\n{output['text']}\n")
+    if not result["outputs"]:
+        write("\n")
     if starts_empty(decoder, settings, checkpoint.attachments):
         print_err(f"{decoder} had no corpus and started empty; --set corpus=FILE gives it one")
     line = (

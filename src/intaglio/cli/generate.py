@@ -1,10 +1,11 @@
-"""`intaglio generate`: streaming generation with stock and drafting decoders, and its cost."""
+"""`intaglio generate`: streaming generation with stock decoders and decoding methods, and its cost."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.cli.settings import check_settings
 from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import anatomy
-from intaglio.speculative.factory import drafter_names, make_decoder
+from intaglio.speculative.factory import decoder_names, drafter_names, make_decoder
 from intaglio.speculative.protocols import Step
 
 
@@ -98,7 +99,7 @@ def check_options(
     Raises:
         IntaglioError: an unknown decoder, a value out of range, or a sampling option for greedy.
     """
-    known = [*STOCK, *drafter_names()]
+    known = [*STOCK, *decoder_names()]
     if decoder not in known:
         raise IntaglioError(f"there is no decoder named {decoder!r}; accepted: {', '.join(known)}")
     if temperature is not None and not 0 < temperature < float("inf"):
@@ -116,14 +117,14 @@ def check_options(
 
 def check_drafting(decoder: str, settings: Mapping[str, str], show_drafts: bool) -> None:
     """Raise an `IntaglioError` for settings and options that a decoder does not have, before any model loads."""
+    if show_drafts and decoder not in drafter_names():
+        others = ", ".join(drafter_names())
+        raise IntaglioError(f"the decoder {decoder} drafts nothing for --show-drafts to show; {others} do")
     if decoder not in STOCK:
         check_settings(decoder, settings)
-        return
-    others = ", ".join(drafter_names())
-    if settings:
+    elif settings:
+        others = ", ".join(decoder_names())
         raise IntaglioError(f"the decoder {decoder} has no settings (--set {next(iter(settings))}); {others} have")
-    if show_drafts:
-        raise IntaglioError(f"the decoder {decoder} drafts nothing for --show-drafts to show; {others} do")
 
 
 def generate(
@@ -146,23 +147,24 @@ def generate(
     Args:
         checkpoint: a decoder with a tokenizer.
         prompt: the user's text.
-        decoder: `greedy`, `sample`, or a drafting decoder, which is greedy unless a sampling option is given.
+        decoder: `greedy`, `sample`, or a decoding method, which is greedy unless a sampling option is given.
         max_new_tokens: most new tokens. Default 128.
         temperature: (sample) divides the logits; None: 1.
         top_k: (sample) keep the k most likely; None: all.
         top_p: (sample) keep the smallest set with this probability; None: all.
         chat: use the chat template.
         seed: (sample) of the draws.
-        settings: (drafting) settings as words; see `settings.read_settings`.
-        write: called with each piece of text as it is generated.
+        settings: (methods) settings as words; see `settings.read_settings`.
+        write: called with each piece of text as it is generated; not by decoders that draft nothing.
         paint: (drafting) called instead, with each piece and whether it was drafted.
 
     Returns:
         `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, tokens_per_pass,
-        accepted_share, lossy, decoder`; `passes` counts the target's forward passes, prefill included, and
-        `accepted_share` is the share of the verified drafted tokens that were accepted (None for stock decoders).
+        accepted_share, lossy, decoder, outputs`; `passes` counts the target's forward passes, prefill included, and
+        `accepted_share` is the share of the verified drafted tokens that were accepted (None without drafts).
         `lossy` is None if the output is the target's own, else `threshold`, `agreement` with the unaided target and
-        `speed_up` in seconds over it, for which it is run too.
+        `speed_up` in seconds over it, for which it is run too. `outputs`, of decoders with an attribute of that name,
+        are its entries, each with its `text` and `token_ids`; None for others.
 
     Raises:
         IntaglioError: an unknown decoder, sampling options for greedy, wrong settings, or a prompt that leaves no
@@ -201,29 +203,38 @@ def generate(
         torch.manual_seed(seed)
         whole, seconds = _timed(model, ids, options)
         new = whole[0, ids.shape[1] :].tolist()
-        lossy = None
+        statistics, lossy = getattr(loop, "statistics", None), None
         if loop is not None and not getattr(loop, "lossless", True):
             torch.manual_seed(seed)
             unaided, took = _timed(model, ids, options | {"custom_generate": None})
             lossy = {
-                "threshold": loop.statistics.threshold,
-                "agreement": loop.statistics.agreement,
+                "threshold": statistics.threshold,
+                "agreement": statistics.agreement,
                 "speed_up": (len(new) / seconds) / ((unaided.shape[1] - ids.shape[1]) / took),
             }
-    passes = calls[0] if loop is None else loop.statistics.passes
+    passes = calls[0] if statistics is None else statistics.passes
+    outputs = [
+        {**asdict(output), **_as_text(row[: output.length], checkpoint)}
+        for output, row in zip(getattr(loop, "outputs", ()), whole[:, ids.shape[1] :].tolist(), strict=False)
+    ]
+    count = sum(output["length"] for output in outputs) if outputs else len(new)
     return {
-        "text": checkpoint.tokenizer.decode(new, skip_special_tokens=True),
-        "token_ids": new,
+        **_as_text(outputs[0]["token_ids"] if outputs else new, checkpoint),
         "prompt_tokens": ids.shape[1],
-        "new_tokens": len(new),
+        "new_tokens": count,
         "passes": passes,
         "seconds": seconds,
-        "tokens_per_second": len(new) / seconds,
-        "tokens_per_pass": len(new) / passes,
-        "accepted_share": None if loop is None else loop.statistics.accepted_share,
+        "tokens_per_second": count / seconds,
+        "tokens_per_pass": count / passes,
+        "accepted_share": None if statistics is None else statistics.accepted_share,
         "lossy": lossy,
         "decoder": decoder,
+        "outputs": outputs or None,
     }
+
+
+def _as_text(token_ids: list[int], checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"text": checkpoint.tokenizer.decode(token_ids, skip_special_tokens=True), "token_ids": token_ids}
 
 
 class DraftPainter:

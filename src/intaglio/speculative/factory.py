@@ -1,4 +1,4 @@
-"""Drafters by name: the methods of the catalogue that draft, and the plain drafters."""
+"""Decoders by name: the methods of the catalogue that decode, and the plain drafters."""
 
 from __future__ import annotations
 
@@ -57,8 +57,13 @@ def drafter_names() -> list[str]:
     return [*(slug for slug, entry in PUBLISHED.items() if "drafter" in entry.kinds), *PLAIN]
 
 
+def decoder_names() -> list[str]:
+    """Return the names of all decoders, those that draft and others."""
+    return [*(slug for slug, entry in PUBLISHED.items() if {"decoder", "drafter"} & set(entry.kinds)), *PLAIN]
+
+
 def settings_model(name: str) -> type[BaseModel]:
-    """Return the model of a drafter's settings."""
+    """Return the model of a decoder's settings."""
     return PLAIN[name] if name in PLAIN else get_method(name)
 
 
@@ -108,7 +113,13 @@ def make_decoder(
     streamer: Any = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Any:
-    """Return the callable for `generate(custom_generate=...)`; arguments as `make_drafter` and `Speculative`."""
+    """Return the callable for `generate(custom_generate=...)`; arguments as `make_drafter` and `Speculative`.
+
+    A decoder that drafts nothing takes neither `streamer` nor `on_step`.
+    """
+    if name not in drafter_names():
+        method: Any = get_method(name)
+        return method(**fields)
     drafter = make_drafter(name, fields, checkpoint)
     if isinstance(drafter, SpeculativeDecoder):
         return drafter.model_copy(update={"streamer": streamer, "on_step": on_step})

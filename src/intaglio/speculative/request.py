@@ -58,7 +58,7 @@ class Request:
         return self.max_length - self.ids_BP.shape[1]
 
 
-def _dropped() -> dict[str, Any]:
+def dropped_arguments() -> dict[str, Any]:
     """Return the given arguments of `generate` that it silently keeps from a custom decoder.
 
     An assistant would be ignored, and a streamer would never end, so that its reader waits for ever. They can be seen
@@ -74,7 +74,7 @@ def _dropped() -> dict[str, Any]:
 
 
 def _check_mode(config: Any, rows: int) -> None:
-    dropped = _dropped()
+    dropped = dropped_arguments()
     if "assistant_model" in dropped:
         raise IntaglioError(
             "an assistant_model was given beside a decoder of its own; give it to the decoder as its draft model"

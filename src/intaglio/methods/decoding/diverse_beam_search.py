@@ -1,0 +1,501 @@
+"""Diverse beam search (Vijayakumar et al., AAAI 2018): beams in groups, each penalised for repeating earlier groups.
+
+    Y_g[t] = argmax over B' distinct extensions of  sum_b score(y_b[t]) - penalty * sum_{h<g} similarity(y_b[t], Y_h[t])
+
+At each step the groups choose in order; a group sees what the groups before it chose at the same step, so the first is
+plain beam search of its width. The search itself is stock: each group is a batch item of transformers' beam search,
+which keeps its finished hypotheses and its stopping rule, and only the scores from which continuations are chosen
+change. All beams go through the model in one pass a step.
+
+Source: Vijayakumar et al., Diverse Beam Search: Decoding Diverse Solutions from Neural Sequence Models, AAAI 2018,
+arXiv 1610.02424; code ashwinkalyan/dbs.
+
+Dimension letters: N prompts, G groups, I = N G items, B beams of a group, K candidates of an item, V vocabulary,
+L tokens of a row, T new tokens, J earlier candidates, n tokens of an n-gram, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, PrivateAttr, model_validator
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+from transformers.generation.configuration_utils import GenerationMode
+
+from intaglio.errors import IntaglioError
+from intaglio.methods.base import Capability, Method
+from intaglio.modeling.anatomy import CACHES
+from intaglio.speculative.request import dropped_arguments
+
+NUM_BEAMS = 4
+"""Beams where neither the decoder nor `generate` sets them."""
+
+_DEFAULTS: dict[str, float] = {"num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0}
+"""Options that `generate` fills in where they are not given, so that these values count as not set."""
+_MODES = {
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.GROUP_BEAM_SEARCH,
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Extensions that a group chose at a step, for one prompt a row.
+
+    Args:
+        ids_NKT: new tokens of each candidate, the step's included.
+        active_NK: 1.0 for candidates that are chosen: they continue, or have just ended among the best B.
+    """
+
+    ids_NKT: Tensor
+    active_NK: Tensor
+
+
+Similarity = Callable[[Tensor, Sequence[Chosen], int], Tensor]
+"""`(ids_NBT, earlier, V) -> similarity` of each beam, extended by each token, to the earlier groups: [N, B or 1, V]."""
+
+
+def hamming(ids_NBT: Tensor, earlier: Sequence[Chosen], vocabulary: int) -> Tensor:
+    """Return how many beams of earlier groups chose each token at this step [N, 1, V]."""
+    tokens_NJ = torch.cat([chosen.ids_NKT[:, :, -1] for chosen in earlier], 1)
+    active_NJ = torch.cat([chosen.active_NK for chosen in earlier], 1)
+    return active_NJ.new_zeros(len(tokens_NJ), vocabulary).scatter_add_(1, tokens_NJ, active_NJ)[:, None]
+
+
+def cumulative(ids_NBT: Tensor, earlier: Sequence[Chosen], vocabulary: int, temperature: float) -> Tensor:
+    """Return the sum over earlier groups h of exp(-m_h / temperature) [N, B, V].
+
+    m_h counts the positions, this step's included, at which an extended beam differs from the beams of h.
+    """
+    total = torch.zeros((), device=ids_NBT.device)
+    for chosen in earlier:
+        before_NKT = chosen.ids_NKT[:, None, :, :-1]
+        differ_NBK = (ids_NBT[:, :, None] != before_NKT).sum(-1) * chosen.active_NK[:, None]
+        now_N1V = chosen.active_NK.sum(1)[:, None, None] - hamming(ids_NBT, [chosen], vocabulary)
+        present_N11 = chosen.active_NK.amax(1)[:, None, None]
+        total = total + present_N11 * torch.exp(-(differ_NBK.sum(-1)[:, :, None] + now_N1V) / temperature)
+    return total
+
+
+def ngram(ids_NBT: Tensor, earlier: Sequence[Chosen], vocabulary: int, size: int) -> Tensor:
+    """Return how often the n-gram that each extension completes occurs in the beams of earlier groups [N, B, V]."""
+    count_NBV = earlier[0].active_NK.new_zeros(*ids_NBT.shape[:2], vocabulary)
+    length = ids_NBT.shape[2]
+    if length + 1 < size:
+        return count_NBV
+    last_NB11 = ids_NBT[:, :, None, None, length + 1 - size :]
+    for chosen in earlier:
+        windows_NKTn = chosen.ids_NKT.unfold(2, size, 1)
+        same_NBKT = (windows_NKTn[:, None, :, :, :-1] == last_NB11).all(-1) * chosen.active_NK[:, None, :, None]
+        ends_NBKT = windows_NKTn[:, None, :, :, -1].expand_as(same_NBKT)
+        count_NBV.scatter_add_(2, ends_NBKT.flatten(2), same_NBKT.flatten(2))
+    return count_NBV
+
+
+def embedding(ids_NBT: Tensor, earlier: Sequence[Chosen], vocabulary: int, size: int, table_VD: Tensor) -> Tensor:
+    """Return the sum over earlier beams of the cosine between n-grams, each the sum of its tokens' embeddings [N, B, V].
+
+    The n-grams are the last ones: that which an extension completes, and that which the earlier beam chose now.
+    """
+    table_VD = table_VD[:vocabulary]
+    length = ids_NBT.shape[2]
+    before_NBD = table_VD[ids_NBT[:, :, max(0, length + 1 - size) :]].sum(2)
+    ids_NJT = torch.cat([chosen.ids_NKT for chosen in earlier], 1)[:, :, -size:]
+    target_NJD = torch.nn.functional.normalize(table_VD[ids_NJT].sum(2), dim=-1)
+    active_NJ = torch.cat([chosen.active_NK for chosen in earlier], 1)
+    sum_ND = (target_NJD * active_NJ[:, :, None]).sum(1)  # the cosines add up, so their targets may first
+    dots_NBV = (before_NBD @ sum_ND[:, :, None]) + (sum_ND @ table_VD.T)[:, None]
+    squares_NBV = before_NBD.square().sum(-1, keepdim=True) + table_VD.square().sum(-1)
+    if size > 1:
+        squares_NBV = squares_NBV + 2 * before_NBD @ table_VD.T
+    return dots_NBV / squares_NBV.clamp(min=1e-12).sqrt()
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """An output of the last run.
+
+    Args:
+        group: number of its group, from 0.
+        log_prob: sum of the log-probabilities of its new tokens, as the logits processors left them.
+        score: by which its group ranks it: without penalties if these are not accumulated, divided by
+            length ** length_penalty.
+        length: new tokens, without padding.
+    """
+
+    group: int
+    log_prob: float
+    score: float
+    length: int
+
+
+class DiverseBeamSearch(Method, slug="diverse_beam_search"):
+    """Beam search in groups that choose different tokens, as a `custom_generate` callable of stock `generate`.
+
+        outputs = model.generate(**inputs, max_new_tokens=64, num_return_sequences=6, num_beams=6, num_beam_groups=3,
+                                 custom_generate=intaglio.DiverseBeamSearch(diversity_penalty=0.5))
+
+    The options of the former built-in group beam search are accepted, from `generate` or as fields, as are every logits
+    processor, stopping criterion, `length_penalty`, `early_stopping`, encoder-decoder models, padding on the left and
+    sampling (`do_sample=True` draws within each group). With one group the output is stock beam search, id for id. The
+    released code also forbids the unknown token: `suppress_tokens` of `generate` does that.
+
+    A group ranks and keeps its own finished hypotheses. Tokens count while a group is searched, an end-of-text token at
+    the step that chooses it; a group whose search has ended adds no more. With `return_dict_in_generate` the output
+    also holds `group_ids` and `log_probs`, [rows].
+
+    Source: Vijayakumar et al., Diverse Beam Search: Decoding Diverse Solutions from Neural Sequence Models, AAAI 2018.
+
+    Args:
+        num_beams: beams B in all. Default: those of `generate`, or 4.
+        num_beam_groups: groups G, a divisor of B; 1 is plain beam search. Default: that of `generate`, or one a beam.
+        diversity_penalty: λ, at least 0, in nats. Default: that of `generate`, or 0.5 (the paper's range for hamming is
+            0.2 to 0.8).
+        dissimilarity: that of two beams, by the similarity that is penalised. `hamming` (default): the same token at
+            the same step. `cumulative`: exp(-m / `temperature`) for m positions so far that differ. `ngram`: how often
+            the n-gram that a token completes is in earlier groups, at any position. `embedding`: cosine of the summed
+            input embeddings of the last n-grams.
+        ngram_size: n. Default: 2 for `ngram`, 1 for `embedding`.
+        temperature: of `cumulative`, above 0. Default 1 (the paper names no value).
+        accumulate: running score of a beam: `augmented` by the penalties (default, as in the released code) or `raw`,
+            where penalties only choose the step's extensions.
+        length_penalty: exponent of the length by which a finished score is divided; 0 is the paper's, without any.
+            Default: that of `generate`, where 1 is usual.
+        order: of a prompt's outputs: `interleaved` (default: the best of each group, then the second best), `groups`
+            (group after group) or `log_prob` (by log-probability over length ** length_penalty, without penalties).
+        num_return_sequences: outputs of a prompt. Default: that of `generate` if it sets `num_beams`, else B.
+
+    Raises:
+        IntaglioError: (in `generate`) groups that do not divide the beams, options that contradict each other, another
+            generation mode, a streamer or an assistant.
+    """
+
+    kinds = ("decoder",)
+    summary = "splits beam search into groups and penalises tokens that earlier groups chose, for several good outputs"
+    citation = (
+        "Vijayakumar et al., Diverse Beam Search: Decoding Diverse Solutions from Neural Sequence Models, AAAI 2018"
+    )
+    url = "https://arxiv.org/abs/1610.02424"
+
+    requires: ClassVar[frozenset[Capability]] = frozenset({"causal"})
+
+    num_beams: Annotated[int, Field(ge=1)] | None = None
+    num_beam_groups: Annotated[int, Field(ge=1)] | None = None
+    diversity_penalty: Annotated[float, Field(ge=0)] | None = None
+    dissimilarity: Literal["hamming", "cumulative", "ngram", "embedding"] = "hamming"
+    ngram_size: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    accumulate: Literal["augmented", "raw"] = "augmented"
+    length_penalty: float | None = None
+    order: Literal["interleaved", "groups", "log_prob"] = "interleaved"
+    num_return_sequences: Annotated[int, Field(ge=1)] | None = None
+
+    _outputs: tuple[Hypothesis, ...] = PrivateAttr(())
+
+    @model_validator(mode="after")
+    def _check_fields(self) -> Self:
+        if self.num_beams is not None:
+            check_groups(self.num_beams, self.num_beam_groups or 1)
+        if self.ngram_size is not None and self.dissimilarity not in ("ngram", "embedding"):
+            raise ValueError(f"ngram_size belongs to ngram and embedding; dissimilarity is {self.dissimilarity}")
+        return self
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> Self:
+        """Return the settings of the released code: no length penalty, group after group."""
+        return cls(**{"length_penalty": 0.0, "order": "groups", **overrides})
+
+    @property
+    def outputs(self) -> tuple[Hypothesis, ...]:
+        """The hypotheses of the last run, one a row of its output."""
+        return self._outputs
+
+    def __call__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Generate; called by `model.generate(..., custom_generate=self)`.
+
+        Args:
+            model: a causal or encoder-decoder model.
+            input_ids: prompts, each repeated `num_beams` times if `generate` sets it [N or N G B, L].
+            logits_processor: as `generate` built it.
+            stopping_criteria: as `generate` built them.
+            generation_config: the merged config.
+            **model_kwargs: model arguments that `generate` prepared.
+
+        Returns:
+            prompts and continuations [N * num_return_sequences, L], or the stock beam search output.
+        """
+        plan = self._plan(generation_config)
+        if generation_config.num_beams == 1 and plan.beams > 1:
+            _check_expandable(model_kwargs)
+            input_ids, model_kwargs = model._expand_inputs_for_generation(
+                expand_size=plan.beams,
+                is_encoder_decoder=model.config.is_encoder_decoder,
+                input_ids=input_ids,
+                **model_kwargs,
+            )
+        config = copy.copy(generation_config)
+        config.num_beams = config.num_return_sequences = plan.beams // plan.groups
+        config.return_dict_in_generate = True
+        if self.length_penalty is not None:
+            config.length_penalty = self.length_penalty
+        search = _GroupedSearch(model, plan, self._similarity(model), self.accumulate == "raw", stopping_criteria)
+        output = type(model)._beam_search(
+            search, input_ids, logits_processor, search.stopping_criteria, config, **model_kwargs
+        )
+        return self._arranged(output, search, config, plan, generation_config.return_dict_in_generate)
+
+    def _plan(self, config: Any) -> _Plan:
+        """Settle beams, groups, penalty and number of outputs between the fields and the generation config."""
+        for name, given in dropped_arguments().items():
+            if given is not None:
+                raise IntaglioError(f"a {name} was given to generate; diverse beam search cannot use it")
+        mode = config.get_generation_mode()
+        if mode not in _MODES:
+            raise IntaglioError(f"the generation mode is {mode.value}; diverse beam search searches or samples beams")
+        own = {name: getattr(self, name) for name in _DEFAULTS}
+        stock = {name: getattr(config, name, None) for name in own}
+        stock |= {name: None for name, default in _DEFAULTS.items() if stock[name] == default}
+        for name, value in own.items():
+            if None not in (value, stock[name]) and value != stock[name]:
+                raise IntaglioError(f"{name} is {value} for the decoder and {stock[name]} for generate; give one")
+        merged = {name: stock[name] if value is None else value for name, value in own.items()}
+        beams = NUM_BEAMS if merged["num_beams"] is None else merged["num_beams"]
+        groups = beams if merged["num_beam_groups"] is None else merged["num_beam_groups"]
+        penalty = 0.5 if merged["diversity_penalty"] is None else merged["diversity_penalty"]
+        try:
+            check_groups(beams, groups)
+        except ValueError as error:
+            raise IntaglioError(str(error)) from None
+        returned = config.num_return_sequences or 1
+        if stock["num_beams"] is None and returned > 1:
+            raise IntaglioError(
+                f"num_return_sequences is {returned} and generate has one beam; give num_beams to generate too, or "
+                "num_return_sequences to the decoder"
+            )
+        if self.num_return_sequences is not None:
+            returned = self.num_return_sequences
+        elif stock["num_beams"] is None:
+            returned = beams
+        if returned > beams:
+            raise IntaglioError(f"num_return_sequences is {returned}; from 1 to num_beams, {beams}, is accepted")
+        return _Plan(beams, groups, float(penalty), returned)
+
+    def _similarity(self, model: Any) -> Similarity:
+        size = self.ngram_size or (2 if self.dissimilarity == "ngram" else 1)
+        if self.dissimilarity == "cumulative":
+            return lambda ids, earlier, vocabulary: cumulative(ids, earlier, vocabulary, self.temperature)
+        if self.dissimilarity == "ngram":
+            return lambda ids, earlier, vocabulary: ngram(ids, earlier, vocabulary, size)
+        if self.dissimilarity == "embedding":
+            table_VD = model.get_input_embeddings().weight.detach().float()
+            return lambda ids, earlier, vocabulary: embedding(ids, earlier, vocabulary, size, table_VD)
+        return hamming
+
+    def _arranged(self, output: Any, search: _GroupedSearch, config: Any, plan: _Plan, whole: bool) -> Any:
+        """Order and crop the rows [N G B, L], and note their hypotheses."""
+        prompt, width = search.prompt_length, plan.beams // plan.groups
+        indices_RT = output.beam_indices
+        log_probs_R, penalties_R, lengths_R = search.totals(output.sequences[:, prompt:], indices_RT)
+        scale_R = lengths_R.clamp(min=1).float() ** config.length_penalty
+        paid_R = 0 if self.accumulate == "raw" else penalties_R
+        rows_NGB = torch.arange(len(indices_RT), device=indices_RT.device).view(-1, plan.groups, width)
+        if self.order == "interleaved":
+            rows_NR = rows_NGB.transpose(1, 2).flatten(1)
+        elif self.order == "groups":
+            rows_NR = rows_NGB.flatten(1)
+        else:
+            pooled_NR = (log_probs_R / scale_R).view(-1, plan.beams)
+            rows_NR = rows_NGB.flatten(1).gather(1, pooled_NR.argsort(1, descending=True, stable=True))
+        kept_R = rows_NR[:, : plan.returned].flatten()
+        groups_R = kept_R // width % plan.groups
+        columns = (log_probs_R, (log_probs_R - paid_R) / scale_R, lengths_R)
+        self._outputs = tuple(
+            Hypothesis(*values)
+            for values in zip(*(x.tolist() for x in (groups_R, *(v[kept_R] for v in columns))), strict=True)
+        )
+        length = int(lengths_R[kept_R].max())
+        sequences_RL = output.sequences[kept_R, : prompt + length]
+        if not whole:
+            return sequences_RL
+        output.sequences, output.beam_indices = sequences_RL, indices_RT[kept_R, :length]
+        if output.sequences_scores is not None:
+            output.sequences_scores = output.sequences_scores[kept_R]
+        output["group_ids"], output["log_probs"] = groups_R, log_probs_R[kept_R]
+        return output
+
+
+def check_groups(beams: int, groups: int) -> None:
+    """Raise a `ValueError` unless the groups divide the beams."""
+    if groups > beams or beams % groups:
+        limit = "at most one group a beam" if groups > beams else "each group has as many beams"
+        raise ValueError(f"num_beam_groups is {groups} and num_beams {beams}; {limit}, so give a divisor of {beams}")
+
+
+def _check_expandable(model_kwargs: dict[str, Any]) -> None:
+    """Refuse a cache that `generate` made or filled for one row a prompt."""
+    cache = next((model_kwargs[name] for name in CACHES if model_kwargs.get(name) is not None), None)
+    plain = getattr(cache, "self_attention_cache", cache)  # that of an encoder-decoder
+    if cache is not None and (not isinstance(plain, DynamicCache) or plain.get_seq_length()):
+        raise IntaglioError(
+            f"a {type(cache).__name__} that is static or holds tokens has one row a prompt; give num_beams to generate"
+        )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Beams in all, groups, penalty and outputs of a prompt."""
+
+    beams: int
+    groups: int
+    penalty: float
+    returned: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Candidates of a step: local beam, token, log-probability and penalty of each [I, K]."""
+
+    beams_IK: Tensor
+    tokens_IK: Tensor
+    log_probs_IK: Tensor
+    penalties_IK: Tensor
+
+
+class _GroupedSearch:
+    """The model as stock beam search sees it: every group a batch item, chosen for in order.
+
+    It stands in for `self` of `GenerationMixin._beam_search` and replaces three of its functions; the rest is the
+    model's.
+    """
+
+    def __init__(self, model: Any, plan: _Plan, similarity: Similarity, raw: bool, criteria: Any) -> None:
+        self._model, self._plan, self._similarity, self._raw, self._criteria = model, plan, similarity, raw, criteria
+        self._hits_R: Tensor | None = None  # of the step's candidates
+        self._running_IB: Tensor | None = None  # scores
+        self._ended_I: Tensor | None = None
+        self._steps: list[_Step] = []
+        self.prompt_length = 0
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the model."""
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Run the model."""
+        return self._model(**inputs)
+
+    def stopping_criteria(self, ids_RL: Tensor, scores: Any, **more: Any) -> Tensor:
+        """Return which candidates end, as computed while they were chosen."""
+        assert self._hits_R is not None
+        return self._hits_R
+
+    def _get_top_k_continuations(
+        self,
+        accumulated_log_probs: Tensor,
+        running_sequences: Tensor,
+        running_beam_indices: Tensor,
+        cur_len: int,
+        decoder_prompt_len: int,
+        num_beams: int,
+        **rest: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Choose the candidates of every group: scores [I, K], tokens [I, K, L], beam indices [I, K, T]."""
+        groups, step = self._plan.groups, cur_len - decoder_prompt_len
+        self.prompt_length = decoder_prompt_len
+        items = len(accumulated_log_probs)
+        device = accumulated_log_probs.device
+        if self._running_IB is None:
+            self._running_IB = torch.zeros(items, num_beams, device=device)
+            self._ended_I = torch.zeros(items, dtype=torch.bool, device=device)
+        log_probs_IBV = accumulated_log_probs.view(items, num_beams, -1)
+        vocabulary = log_probs_IBV.shape[-1]
+        rows_N = torch.arange(items // groups, device=device)
+        earlier: list[Chosen] = []
+        parts: list[tuple[Tensor, ...]] = []
+        for group in range(groups):
+            own = slice(group, None, groups)
+            scores_NBV = plain_NBV = log_probs_IBV[own]
+            if earlier and self._plan.penalty:
+                before_NBT = running_sequences[own, :, decoder_prompt_len:cur_len]
+                scores_NBV = plain_NBV - self._plan.penalty * self._similarity(before_NBT, earlier, vocabulary)
+            top_NK, ids_NKL, indices_NKT = self._model._get_top_k_continuations(
+                accumulated_log_probs=scores_NBV.reshape(len(rows_N), -1),
+                running_sequences=running_sequences[own],
+                running_beam_indices=running_beam_indices[own],
+                cur_len=cur_len,
+                decoder_prompt_len=decoder_prompt_len,
+                num_beams=num_beams,
+                **{**rest, "batch_size": len(rows_N)},
+            )
+            beams_NK = indices_NKT[:, :, step].long() - rows_N[:, None] * num_beams
+            indices_NKT[:, :, step] = beams_NK + (rows_N[:, None] * groups + group) * num_beams
+            tokens_NK = ids_NKL[:, :, cur_len]
+            plain_NK = plain_NBV.flatten(1).gather(1, beams_NK * vocabulary + tokens_NK)
+            hits_NK = self._criteria(ids_NKL[:, :, : cur_len + 1].flatten(0, 1), None).view_as(tokens_NK)
+            earlier.append(self._chosen(ids_NKL[:, :, decoder_prompt_len : cur_len + 1], hits_NK, num_beams, own))
+            parts.append((top_NK, ids_NKL, indices_NKT, beams_NK, tokens_NK, plain_NK, hits_NK))
+        top_IK, ids_IKL, indices_IKT, beams_IK, tokens_IK, plain_IK, hits_IK = (
+            torch.stack(part, 1).flatten(0, 1) for part in zip(*parts, strict=True)
+        )
+        self._hits_R = hits_IK.flatten()
+        log_probs_IK = plain_IK - self._running_IB.gather(1, beams_IK)
+        self._steps.append(_Step(beams_IK, tokens_IK, log_probs_IK, plain_IK - top_IK))
+        return plain_IK if self._raw else top_IK, ids_IKL, indices_IKT
+
+    def _chosen(self, ids_NKT: Tensor, hits_NK: Tensor, width: int, own: slice) -> Chosen:
+        """Return a group's candidates, active where they continue or end among the best; none of an ended group."""
+        assert self._ended_I is not None
+        continues_NK = ~hits_NK & ((~hits_NK).cumsum(1) <= width)
+        ends_NK = hits_NK & (torch.arange(hits_NK.shape[1], device=hits_NK.device) < width)
+        active_NK = (continues_NK | ends_NK) & ~self._ended_I[own, None]
+        return Chosen(ids_NKT, active_NK.float())
+
+    def _get_running_beams_for_next_iteration(self, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Keep the best candidates that continue, in the order in which they were chosen."""
+        running: tuple[Tensor, Tensor, Tensor]
+        if self._raw:
+            hits_IK = given["next_token_hits_stopping_criteria"]
+            kept_IB = hits_IK.long().sort(dim=1, stable=True).indices[:, : given["num_beams"]]
+            scores_IK = given["topk_log_probs"] - 1e9 * hits_IK.float()
+            values = (given["topk_running_sequences"], scores_IK, given["topk_running_beam_indices"])
+            running = tuple(self._gather_beams(value, kept_IB) for value in values)  # type: ignore[assignment]
+        else:
+            running = self._model._get_running_beams_for_next_iteration(**given)
+        self._running_IB = running[1]
+        return running
+
+    def _check_early_stop_heuristic(self, **given: Any) -> Tensor:
+        """Return which groups may still improve; raw scores are not in descending order, so their best is taken."""
+        given["running_beam_scores"] = given["running_beam_scores"].max(dim=1, keepdim=True).values
+        improvable_I1: Tensor = self._model._check_early_stop_heuristic(**given)
+        full_I = given["is_sent_finished"].all(1) & (given["early_stopping"] is True)
+        self._ended_I = ~improvable_I1[:, 0] | full_I
+        return improvable_I1
+
+    def totals(self, ids_RT: Tensor, indices_RT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probability, penalty and length of each hypothesis [R], added up along its beams."""
+        width = self._plan.beams // self._plan.groups
+        items_R = torch.arange(len(indices_RT), device=indices_RT.device) // width
+        log_probs_R, penalties_R = (torch.zeros(len(indices_RT), device=indices_RT.device) for _ in range(2))
+        for t, step in enumerate(self._steps[: indices_RT.shape[1]]):
+            same_RK = (step.beams_IK[items_R] == (indices_RT[:, t] % width)[:, None]) & (indices_RT[:, t] >= 0)[:, None]
+            same_RK &= step.tokens_IK[items_R] == ids_RT[:, t, None]
+            log_probs_R += torch.where(same_RK, step.log_probs_IK[items_R], 0.0).sum(1)
+            penalties_R += torch.where(same_RK, step.penalties_IK[items_R], 0.0).sum(1)
+        return log_probs_R, penalties_R, (indices_RT >= 0).sum(1)
