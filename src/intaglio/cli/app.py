@@ -304,8 +304,8 @@ def generate(
     decoder: Annotated[
         str,
         typer.Option(
-            help="greedy, sample, a speculative decoder (aded, dyspec, lud, prompt_lookup, ngram, draft_model, ...), or "
-            "another decoding method, such as diverse_beam_search."
+            help="greedy, sample, a speculative decoder (aded, dyspec, lud, prompt_lookup, ngram, draft_model, "
+            "...), or another decoding method: awrs, diverse_beam_search."
         ),
     ] = "greedy",
     set_: Annotated[
@@ -321,6 +321,26 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="(sampling) Keep the smallest set of tokens with this probability.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="(constraint) Output is JSON valid under this schema file.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="(constraint) Output matches this regular expression as a whole.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option("--grammar", help="(constraint) Output is derived by this Lark grammar file.")
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option("--choices", help="(constraint) Output is one of these, separated by commas.")
+    ] = None,
+    sql: Annotated[
+        Path | None,
+        typer.Option("--sql", help="(constraint) Output is an SQLite SELECT statement over this file's CREATE TABLEs."),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="(constraint) Draw weighted outputs with so many particles of awrs."),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="(sampling) Seed of the random draws.")] = 0,
     device: Device = None,
@@ -329,37 +349,53 @@ def generate(
 ) -> None:
     """Generate from a prompt, streaming, and report the cost."""
     from intaglio.checkpoint import load
-    from intaglio.cli.generate import check_drafting, check_options
+    from intaglio.cli.constraints import read_constraint
+    from intaglio.cli.generate import check_constraint, check_drafting, check_options
     from intaglio.cli.generate import generate as run
     from intaglio.cli.settings import read_settings, starts_empty
     from intaglio.errors import IntaglioError
 
     settings = read_settings(set_ or [])
+    if samples is not None and decoder == "greedy":
+        decoder = "awrs"
     check_options(decoder, temperature, top_k, top_p)
     check_drafting(decoder, settings, show_drafts)
+    constraint = read_constraint(json_schema, regex, grammar, choices, sql)
+    check_constraint(decoder, constraint is not None, samples)
     if json and show_drafts:
         raise IntaglioError("--show-drafts colours text, which --json does not print; give one of them")
     text = read_stdin() if prompt == "-" else prompt
     checkpoint = load(model, device=device, dtype=dtype)
 
+    streamed = False
+
     def write(piece: str) -> None:
+        nonlocal streamed
+        streamed = True
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    result = run(
-        checkpoint,
-        text,
-        decoder=decoder,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        chat=chat,
-        seed=seed,
-        settings=settings,
-        write=None if json else write,
-        paint=paint if show_drafts else None,
-    )
+    try:
+        result = run(
+            checkpoint,
+            text,
+            decoder=decoder,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            chat=chat,
+            seed=seed,
+            settings=settings,
+            constraint=constraint,
+            samples=samples,
+            write=None if json else write,
+            paint=paint if show_drafts else None,
+        )
+    except IntaglioError:
+        if streamed:
+            write("\n")  # the sentence begins a line
+        raise
     if json:
         print_json(result)
         return
@@ -386,6 +422,9 @@ def generate(
         )
     elif result["accepted_share"] is not None:
         line += f"{per_pass}, {result['accepted_share']:.0%} of the drafts accepted"
+    if decoder == "awrs":
+        met = result["constraint"]
+        line += f"; {met['checks']} checks beyond masks; log-probability of the constraint {met['log_probability']:.2f}"
     print_err(line)
 
 

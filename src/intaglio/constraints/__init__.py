@@ -13,16 +13,6 @@
 
 from __future__ import annotations
 
-from intaglio.errors import IntaglioError
-
-try:
-    import jsonschema as _jsonschema  # noqa: F401
-    import llguidance as _llguidance  # noqa: F401
-except ImportError as _error:
-    raise IntaglioError(
-        f"constraints need the package {_error.name}; install it with: pip install 'intaglio[constraints]'"
-    ) from _error
-
 from intaglio.constraints.base import Constraint, Intersection, Prefix, State, dead_end
 from intaglio.constraints.grammar import Choices, Grammar, JSONSchema, Regex
 from intaglio.constraints.predicate import Length, Predicate

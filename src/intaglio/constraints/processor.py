@@ -66,6 +66,21 @@ class ConstraintProcessor(LogitsProcessor):
             node = node.children[token]
         return node.prefix
 
+    def allowed_nodes(self, ids: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> list[bool]:
+        """Return for each node of a draft tree whether the constraint allows its path.
+
+        Args:
+            ids: prompt and new tokens, the root's included.
+            tokens: token of each node, the root first.
+            parents: index of each node's parent, which comes before it.
+        """
+        prefixes: list[Prefix | None] = [self.prefix(ids[self.prompt_length :])]
+        for token, parent in zip(tokens[1:], parents[1:], strict=True):
+            before = prefixes[parent]
+            allowed = before is not None and self.allows(before, token)
+            prefixes.append(before.extended(token) if before is not None and allowed else None)
+        return [prefix is not None for prefix in prefixes]
+
     def allows(self, prefix: Prefix, token: int) -> bool:
         """Return whether a token may follow a prefix."""
         return not prefix.ended and bool(prefix.mask()[token]) and (prefix.state.exact or prefix.allows(token))

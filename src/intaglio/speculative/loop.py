@@ -25,7 +25,15 @@ from intaglio.errors import IntaglioError
 from intaglio.speculative.acceptance import AcceptancePolicy, TokenSelector, verify_tree
 from intaglio.speculative.outputs import SpeculativeOutput, active_rows, build_output, collect_rows, streaming
 from intaglio.speculative.prepacked_linear import prepacked
-from intaglio.speculative.protocols import AcceptingSession, DecodingRun, Drafter, ForwardSession, Step, TreePass
+from intaglio.speculative.protocols import (
+    AcceptingSession,
+    DecodingRun,
+    Drafter,
+    FiltersDrafts,
+    ForwardSession,
+    Step,
+    TreePass,
+)
 from intaglio.speculative.request import Request, read_request
 from intaglio.speculative.sequences import SequenceState, stop_together
 from intaglio.speculative.statistics import Statistics
@@ -128,6 +136,7 @@ class _Generation:
         self._session = self._timed(decoder.drafter.start, self._decoding_run())
         self._forward = self._session.forward if isinstance(self._session, ForwardSession) else None
         accepting = isinstance(self._session, AcceptingSession)
+        self._filters = [processor for processor in request.processors if isinstance(processor, FiltersDrafts)]
         self._accept: AcceptancePolicy = self._session.accept if accepting else verify_tree
 
     def _decoding_run(self) -> DecodingRun:
@@ -197,7 +206,13 @@ class _Generation:
                 raise IntaglioError(
                     f"{name} proposed the token {max(tree.tokens)}; the target's vocabulary ends at {last_id}"
                 )
-        return [tree.truncate(most + len(row.unread) - 1) for tree, row, most in zip(trees, rows, room, strict=True)]
+        trees = [tree.truncate(most + len(row.unread) - 1) for tree, row, most in zip(trees, rows, room, strict=True)]
+        for each in self._filters:
+            trees = [
+                tree.filtered(each.allowed_nodes(row.ids[0].tolist(), tree.tokens, tree.parents))
+                for tree, row in zip(trees, rows, strict=True)
+            ]
+        return list(trees)
 
     def _pass(self, rows: list[SequenceState]) -> None:
         """Draft, verify, emit and keep, once."""

@@ -38,7 +38,22 @@ from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.decoder_mixin import tokenizer_of
 from intaglio.speculative.request import Request, read_request
 
-__all__ = ["AWRS", "AWRSOutput", "NextTokens", "Population"]
+__all__ = ["AWRS", "AWRSOutput", "NextTokens", "Population", "Sample"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A distinct output of a population.
+
+    Args:
+        weight: its share of the posterior, between 0 and 1.
+        particles: number of particles that hold it.
+        length: new tokens, the end token included.
+    """
+
+    weight: float
+    particles: int
+    length: int
 
 
 @dataclass
@@ -49,7 +64,7 @@ class AWRSOutput(GenerateDecoderOnlyOutput):
         populations: weighted outputs of each row.
     """
 
-    populations: tuple[Population, ...] = ()
+    populations: tuple[Population, ...] | None = None
 
 
 class AWRS(Method, slug="awrs"):
@@ -76,8 +91,8 @@ class AWRS(Method, slug="awrs"):
     The mean weight of all N is an unbiased estimate of P(the model's output meets C within the limit).
 
     All particles run in one forward pass per step; those with the same history share a row, the prompt is read once,
-    and the cache is reordered on resampling. `generate` returns one output per row, drawn in proportion to the weights;
-    `populations` has all of them. It always draws; `do_sample=True` adds temperature, top-k and top-p to the target.
+    and the cache is reordered on resampling. `generate` returns an output per row, drawn in proportion to the weights.
+    It always draws; `do_sample=True` adds temperature, top-k and top-p to the target.
 
     Args:
         constraint: of the new tokens' text (`intaglio.constraints`).
@@ -91,6 +106,8 @@ class AWRS(Method, slug="awrs"):
         max_rejects: (not `two_loop`) rejected tokens of an estimate after which it ends, at least 2 (1 without
             weights); weights stay unbiased, with more zeros. Default: no limit.
         prune: whether cheap masks (grammars, lengths, special tokens) exclude tokens first. Default True.
+        return_all: whether `generate` returns all distinct outputs of each row, the heaviest first, instead of a draw.
+            Default False.
         proposal: another causal model with the same vocabulary, which tokens are drawn from; weights are corrected.
             Default: the model itself.
         tokenizer: of the model. Default: the tokenizer beside the model's weights.
@@ -98,7 +115,8 @@ class AWRS(Method, slug="awrs"):
         generator: source of the draws. Default: torch's global generator.
 
     Attributes:
-        populations: weighted outputs of each row of the last call.
+        populations: weighted particles of each row of the last call.
+        outputs: weights and lengths of the returned sequences of the last call.
 
     Raises:
         IntaglioError: (in `generate`) no constraint, an unsuitable tokenizer, a constraint that cannot be compiled, a
@@ -129,12 +147,14 @@ class AWRS(Method, slug="awrs"):
     max_accepts: Annotated[int, Field(ge=2)] = 2
     max_rejects: Annotated[int, Field(ge=1)] | None = None
     prune: bool = True
+    return_all: bool = False
     proposal: SkipJsonSchema[InstanceOf[nn.Module] | None] = Field(None, exclude=True, repr=False)
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
     vocabulary: SkipJsonSchema[InstanceOf[Vocabulary] | None] = Field(None, exclude=True, repr=False)
     generator: SkipJsonSchema[InstanceOf[torch.Generator] | None] = Field(None, exclude=True, repr=False)
 
     _populations: tuple[Population, ...] = PrivateAttr(())
+    _outputs: tuple[Sample, ...] = PrivateAttr(())
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -150,8 +170,13 @@ class AWRS(Method, slug="awrs"):
 
     @property
     def populations(self) -> tuple[Population, ...]:
-        """Weighted outputs of each row of the last call."""
+        """Weighted particles of each row of the last call."""
         return self._populations
+
+    @property
+    def outputs(self) -> tuple[Sample, ...]:
+        """Weights and lengths of the returned sequences of the last call."""
+        return self._outputs
 
     def draw(self, draws: Draws, accept: Accept, largest: float = 0.0) -> Draw:
         """Draw a token and the estimate of the accepted share by the chosen estimator.
@@ -213,33 +238,37 @@ class AWRS(Method, slug="awrs"):
         """Generate; called by `model.generate(..., custom_generate=self)`.
 
         Returns:
-            prompts and outputs [B, L], padded after the end, or an `AWRSOutput`.
+            prompts and outputs [B, L] (with `return_all`, several rows for a prompt), padded after the end, or an
+            `AWRSOutput`.
         """
         request = read_request(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs)
         start = self._start(model, request)
         seed = int(torch.randint(2**63 - 1, (), generator=self.generator))
         rng = np.random.default_rng(seed)
-        rows, populations = [], []
+        rows, outputs = [], []
+        self._populations = ()
         for index, ids_P in enumerate(request.ids_BP):
             ids = ids_P if request.mask_BP is None else ids_P[request.mask_BP[index].bool()]
             make = partial(CachedModel, prompt=ids.tolist(), request=request)
             proposal = None if self.proposal is None else make(self.proposal)
             population = self.sample(make(model), start, request.room, rng, proposal)
-            populations.append(population)
-            self._populations = tuple(populations)
-            weights_N = population.weights
-            if not weights_N.any():
+            self._populations += (population,)
+            samples = population.distinct()
+            if not samples:
                 raise IntaglioError(
                     f"none of {self.particles} particles met the constraint within max_new_tokens = {request.room}; "
                     f"the longest ends in {population.dead_end[-60:]!r}; give more tokens, more particles or a wider "
                     "constraint"
                 )
-            chosen = population.tokens[int(rng.choice(len(weights_N), p=weights_N))]
-            rows.append(torch.cat([ids_P, ids_P.new_tensor(chosen)]))
+            if not self.return_all:
+                samples = [samples[int(rng.choice(len(samples), p=[weight for _, weight, _ in samples]))]]
+            rows += [torch.cat([ids_P, ids_P.new_tensor(tokens)]) for tokens, _, _ in samples]
+            outputs += [Sample(weight, count, len(tokens)) for tokens, weight, count in samples]
+        self._outputs = tuple(outputs)
         ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=request.pad)
         if not generation_config.return_dict_in_generate:
             return ids_BL.clone()
-        return AWRSOutput(sequences=ids_BL.clone(), populations=tuple(populations))
+        return AWRSOutput(sequences=ids_BL.clone(), populations=self._populations)
 
     def _start(self, model: Any, request: Request) -> Prefix:
         """Return the empty output, after checks of the arguments."""

@@ -138,6 +138,16 @@ class Population:
         weights_N: np.ndarray = np.exp(self.log_weights - total)
         return weights_N / weights_N.sum()
 
+    def distinct(self) -> list[tuple[tuple[int, ...], float, int]]:
+        """Return tokens, weight and number of particles of each distinct output with a weight, the heaviest first."""
+        merged: dict[tuple[int, ...], tuple[float, int]] = {}
+        for tokens, weight in zip(self.tokens, self.weights, strict=True):
+            if weight > 0:
+                total, count = merged.get(tokens, (0.0, 0))
+                merged[tokens] = total + float(weight), count + 1
+        items = [(tokens, weight, count) for tokens, (weight, count) in merged.items()]
+        return sorted(items, key=lambda item: -item[1])
+
 
 def log_sum(log_weights: np.ndarray) -> float:
     """Return the log of the summed weights; minus infinity for none."""
