@@ -350,7 +350,7 @@ def generate(
     """Generate from a prompt, streaming, and report the cost."""
     from intaglio.checkpoint import load
     from intaglio.cli.constraints import read_constraint
-    from intaglio.cli.generate import check_constraint, check_drafting, check_options
+    from intaglio.cli.generate import check_constraint, check_drafting, check_options, cost_line, output_lines
     from intaglio.cli.generate import generate as run
     from intaglio.cli.settings import read_settings, starts_empty
     from intaglio.errors import IntaglioError
@@ -399,33 +399,13 @@ def generate(
     if json:
         print_json(result)
         return
-    for number, output in enumerate(result["outputs"] or (), 1):
-        labels = ", ".join(
-            f"{name.replace('_', ' ')} {value:{'.2f' if isinstance(value, float) else 'd'}}"
-            for name, value in output.items()
-            if isinstance(value, int | float)
-        )
-        write(f"--- {number}: {labels}\n{output['text']}\n")
+    for line in output_lines(result):
+        write(f"{line}\n")
     if not result["outputs"]:
         write("\n")
     if starts_empty(decoder, settings, checkpoint.attachments):
         print_err(f"{decoder} had no corpus and started empty; --set corpus=FILE gives it one")
-    line = (
-        f"{result['new_tokens']} tokens in {result['passes']} passes, {result['seconds']:.1f} s "
-        f"({result['tokens_per_second']:.1f} tokens/s, {decoder})"
-    )
-    per_pass, lossy = f": {result['tokens_per_pass']:.2f} tokens a pass", result["lossy"]
-    if lossy is not None:
-        line += (
-            f"{per_pass}; not lossless: at threshold {lossy['threshold']:g} {lossy['agreement']:.1%} agreement with "
-            f"the unaided model, {lossy['speed_up']:.2f} times its speed"
-        )
-    elif result["accepted_share"] is not None:
-        line += f"{per_pass}, {result['accepted_share']:.0%} of the drafts accepted"
-    if decoder == "awrs":
-        met = result["constraint"]
-        line += f"; {met['checks']} checks beyond masks; log-probability of the constraint {met['log_probability']:.2f}"
-    print_err(line)
+    print_err(cost_line(result))
 
 
 @app.command()
@@ -566,7 +546,7 @@ app.command()(evaluate)
 @app.command()
 @handle_errors
 def demo(
-    topic: Annotated[str, typer.Argument(help="prune or search.")] = "prune",
+    topic: Annotated[str, typer.Argument(help="prune, search or generate.")] = "prune",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory of the results. [default: intaglio-demo]")
     ] = None,
@@ -574,12 +554,36 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: Json = False,
 ) -> None:
-    """Prune a real 135M-parameter model nine ways and measure the results, or search Python's docstrings three ways."""
+    """Prune a real 135M-parameter model nine ways, search Python's docstrings three ways, or generate four ways."""
     from intaglio.errors import IntaglioError, did_you_mean
 
-    if topic not in (topics := {"prune": _demo_prune, "search": _demo_search}):
+    if topic not in (topics := {"prune": _demo_prune, "search": _demo_search, "generate": _demo_generate}):
         raise IntaglioError(f"the demo has no topic {topic!r}; {did_you_mean(topic, topics)}")
     topics[topic](output, device, seed, json)
+
+
+def _demo_generate(output: Path | None, device: str | None, seed: int, json: bool) -> None:
+    from intaglio.cli.demo_generate import demo as run
+    from intaglio.cli.generate import cost_line, output_lines
+    from intaglio.data import assets as bundled
+
+    bundled.fetch(("smollm2",), progress=print_err)
+    output = output or Path("intaglio-demo-generate")
+
+    def show(part: dict[str, Any]) -> None:
+        if json:
+            return
+        out.rule(part["title"], align="left")
+        print_out(f"> {part['prompt']}\n")
+        for line in output_lines(part) or [part["text"]]:
+            print_out(line)
+        print_out(f"\n[{cost_line(part)}]")
+
+    document = run(output, device=device, seed=seed, show=show)
+    if json:
+        print_json(document)
+        return
+    print_out(f"everything took {document['seconds']:.0f} s; results: {output / 'report.json'}")
 
 
 def _demo_search(output: Path | None, device: str | None, seed: int, json: bool) -> None:

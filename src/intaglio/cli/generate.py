@@ -264,6 +264,38 @@ def generate(
     }
 
 
+def cost_line(result: Mapping[str, Any]) -> str:
+    """Return the cost of a result of `generate` in a line."""
+    line = (
+        f"{result['new_tokens']} tokens in {result['passes']} passes, {result['seconds']:.1f} s "
+        f"({result['tokens_per_second']:.1f} tokens/s, {result['decoder']})"
+    )
+    per_pass, lossy, met = f": {result['tokens_per_pass']:.2f} tokens a pass", result["lossy"], result["constraint"]
+    if lossy is not None:
+        line += (
+            f"{per_pass}; not lossless: at threshold {lossy['threshold']:g} {lossy['agreement']:.1%} agreement with "
+            f"the unaided model, {lossy['speed_up']:.2f} times its speed"
+        )
+    elif result["accepted_share"] is not None:
+        line += f"{per_pass}, {result['accepted_share']:.0%} of the drafts accepted"
+    if met is not None and met["log_probability"] is not None:
+        line += f"; {met['checks']} checks beyond masks; log-probability of the constraint {met['log_probability']:.2f}"
+    return line
+
+
+def output_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the outputs of a result, each below a line with its numbers; nothing for a single plain text."""
+    lines = []
+    for number, output in enumerate(result["outputs"] or (), 1):
+        labels = ", ".join(
+            f"{name.replace('_', ' ')} {value:{'.2f' if isinstance(value, float) else 'd'}}"
+            for name, value in output.items()
+            if isinstance(value, int | float)
+        )
+        lines += [f"--- {number}: {labels}", output["text"]]
+    return lines
+
+
 def _as_text(token_ids: list[int], checkpoint: Checkpoint) -> dict[str, Any]:
     return {"text": checkpoint.tokenizer.decode(token_ids, skip_special_tokens=True), "token_ids": token_ids}
 

@@ -106,7 +106,8 @@ class Population:
         texts: their texts [N].
         log_weights: unnormalised [N]; minus infinity for particles that met a dead end.
         proper: whether the weights are proper.
-        checks: tokens that were checked against the constraint beyond masks, for distinct histories.
+        checks_per_step: tokens that were checked against the constraint beyond masks at each step, for all distinct
+            histories together.
         passes: forward passes, the prompt's included.
         resampled: number of resampling steps.
         dead_end: text of the longest dead particle.
@@ -116,10 +117,15 @@ class Population:
     texts: tuple[str, ...]
     log_weights: np.ndarray
     proper: bool
-    checks: int
+    checks_per_step: tuple[int, ...]
     passes: int
     resampled: int
     dead_end: str
+
+    @property
+    def checks(self) -> int:
+        """Tokens that were checked beyond masks."""
+        return sum(self.checks_per_step)
 
     @property
     def log_probability(self) -> float:
@@ -199,7 +205,7 @@ class Run:
     prune: bool
     rng: np.random.Generator
     proposal: NextTokens | None = None
-    checks: int = field(default=0, init=False)
+    _checks: list[int] = field(default_factory=list, init=False)
     _verdicts: dict[tuple[int, int], bool] = field(default_factory=dict, init=False)
 
     def __call__(self) -> Population:
@@ -211,6 +217,7 @@ class Run:
         for step in range(1, self.max_tokens + 1):
             advance = self._step if step < self.max_tokens else self._end
             self._verdicts.clear()
+            self._checks.append(0)
             prefixes: dict[tuple[int, int], Prefix] = {}
             particles = [
                 advance(particle, target_RV[particle.row], proposal_RV[particle.row], prefixes)
@@ -249,7 +256,7 @@ class Run:
 
         def accept(token: int) -> bool:
             if (row, token) not in self._verdicts:
-                self.checks += not prefix.state.exact
+                self._checks[-1] += not prefix.state.exact
                 self._verdicts[row, token] = prefix.allows(token)
             return self._verdicts[row, token]
 
