@@ -9,7 +9,7 @@ def lipogram(text: str) -> bool:
 
 
 def json_state(text: str) -> str | None:
-    """Return what a JSON object of strings and numbers, without line breaks, waits for after a text; None if invalid."""
+    """Return what a flat JSON object without line breaks waits for after a text; None if the text is invalid."""
     state, digits = "start", False
     for char in text:
         if state.startswith("escape"):
@@ -30,9 +30,10 @@ def json_state(text: str) -> str | None:
         else:
             is_value = char == "-" or (char.isascii() and char.isdigit())
             moves = {
-                "start": {"{": "first"}, "first": {'"': "key", "}": "end"}, "next": {'"': "key"}, "colon": {":": "value"},
-                "value": {'"': "string", char: "number"} if is_value else {'"': "string"},
-                "after": {",": "next", "}": "end"}, "number": {",": "next", "}": "end"} if digits else {}, "end": {},
+                "start": {"{": "first"}, "first": {'"': "key", "}": "end"}, "next": {'"': "key"},
+                "colon": {":": "value"}, "value": {'"': "string", **({char: "number"} if is_value else {})},
+                "after": {",": "next", "}": "end"}, "end": {},
+                "number": {" ": "after", ",": "next", "}": "end"} if digits else {},
             }  # fmt: skip
             if char not in moves[state]:
                 return None

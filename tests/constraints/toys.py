@@ -13,6 +13,8 @@ from intaglio.errors import IntaglioError
 
 PIECES = (b"th", b"SELECT", b" FROM", b'": ', b'{"', b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"12", b"true", b'", "')
 """Tokens of several characters and of parts of characters."""
+LETTERS = Vocabulary([b"", b"th", b"a", b"b", b"c", b"aa"], [0])
+"""Whole characters alone."""
 VOCABULARY = Vocabulary([b"", b"", b"", *(c.encode() for c in string.printable), *PIECES], [2])
 
 

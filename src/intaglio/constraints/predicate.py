@@ -13,6 +13,9 @@ from intaglio.constraints.base import Constraint, State
 from intaglio.constraints.vocabulary import Vocabulary
 from intaglio.errors import IntaglioError, first_line, shorten
 
+TICKS = 4
+"""Parts of a time limit; a process that is stopped in the meantime misses at most one of them."""
+
 
 class _Overdue(BaseException):
     """Raised inside a function that has used up its time; no `except Exception` of its own catches it."""
@@ -29,11 +32,16 @@ def timed_call(function: Callable[[str], Any], text: str, seconds: float) -> Any
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return _threaded_call(function, text, seconds)
 
+    ticks = 0
+
     def interrupt(*_: Any) -> None:
-        raise _Overdue
+        nonlocal ticks
+        ticks += 1
+        if ticks == TICKS:
+            raise _Overdue
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
+    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds / TICKS, seconds / TICKS)
     try:
         return function(text)
     except _Overdue:
@@ -54,7 +62,8 @@ def _threaded_call(function: Callable[[str], Any], text: str, seconds: float) ->
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds)
+    for _ in range(TICKS):
+        thread.join(seconds / TICKS)
     if not outcome:
         raise TimeoutError
     value, error = outcome

@@ -23,7 +23,7 @@ _CREATE = frozenset(
 _ASK = frozenset((sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION))
 
 _SCOPE = """
-select{s}: "SELECT " "DISTINCT "? items{s} " FROM {tables}" joined{s} where{s}? group{s}? order{s}? limit?
+select{s}: "SELECT " "DISTINCT "? items{s} " FROM {tables}" joined{s} where{s}? (group{s} | order{s})? limit?
 joined{s}: {joined}
 items{s}: "*" | item{s} (", " item{s})*
 item{s}: column{s} | aggregate{s}
@@ -34,10 +34,12 @@ term{s}: test{s} | "(" condition{s} ")" | "NOT (" condition{s} ")"
 test{s}: column{s} " " COMPARISON " " (literal | column{s}) | column{s} " IS " "NOT "? "NULL"
     | column{s} " "? "NOT "? "LIKE " STRING | column{s} " BETWEEN " literal " AND " literal
     | column{s} " "? "NOT "? "IN (" literal (", " literal)* ")"
-group{s}: " GROUP BY " column{s} (", " column{s})* having{s}?
+group{s}: " GROUP BY " column{s} (", " column{s})* having{s}? ranked{s}?
 having{s}: " HAVING " aggregate{s} " " COMPARISON " " literal
 order{s}: " ORDER BY " key{s} (", " key{s})*
-key{s}: item{s} (" ASC" | " DESC")?
+key{s}: column{s} (" ASC" | " DESC")?
+ranked{s}: " ORDER BY " rank{s} (", " rank{s})*
+rank{s}: item{s} (" ASC" | " DESC")?
 column{s}: {columns}
 """
 _SHARED = r"""
@@ -47,7 +49,7 @@ FUNCTION: "COUNT" | "SUM" | "AVG" | "MIN" | "MAX"
 COMPARISON: "=" | "!=" | "<" | "<=" | ">" | ">="
 INTEGER: /[1-9][0-9]{0,8}/
 NUMBER: /-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?/
-STRING: /'([^'\n]|''){0,200}'/
+STRING: /'([^'\n\x00]|''){0,200}'/
 """
 
 

@@ -341,6 +341,7 @@ ALIVE = {
     "max_accepts": alive(4, estimator="geometric"),
     "max_rejects": 2,
     "prune": "test_masks_save_checks",
+    "return_all": True,
 }
 
 

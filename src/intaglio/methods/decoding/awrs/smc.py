@@ -207,6 +207,7 @@ class Run:
     proposal: NextTokens | None = None
     _checks: list[int] = field(default_factory=list, init=False)
     _verdicts: dict[tuple[int, int], bool] = field(default_factory=dict, init=False)
+    _pruned: dict[int, tuple[np.ndarray, float]] = field(default_factory=dict, init=False)
 
     def __call__(self) -> Population:
         """Return the weighted outputs."""
@@ -217,6 +218,7 @@ class Run:
         for step in range(1, self.max_tokens + 1):
             advance = self._step if step < self.max_tokens else self._end
             self._verdicts.clear()
+            self._pruned.clear()
             self._checks.append(0)
             prefixes: dict[tuple[int, int], Prefix] = {}
             particles = [
@@ -247,7 +249,7 @@ class Run:
             tuple(particle.tokens for particle in particles),
             tuple(particle.prefix.text for particle in particles),
             np.array([particle.log_weight for particle in particles]),
-            self.proper, self.checks, passes, resampled, max(dead, key=len, default=""),
+            self.proper, tuple(self._checks), passes, resampled, max(dead, key=len, default=""),
         )  # fmt: skip
 
     def _accept(self, particle: Particle) -> Accept:
@@ -270,23 +272,28 @@ class Run:
         prefixes: dict[tuple[int, int], Prefix],
     ) -> Particle:
         """Draw a token of a particle and weight it."""
-        weights_V = np.exp(proposal_V)
-        weights_V[len(particle.prefix.vocabulary) :] = 0  # rows of the head without a token
-        if self.prune:
-            weights_V[: len(particle.prefix.vocabulary)] *= particle.prefix.mask()
-        mass = weights_V.sum()
-        if not mass > 0:
+        if particle.row not in self._pruned:
+            self._pruned[particle.row] = self._prune(particle.prefix, proposal_V)
+        probs_V, log_mass = self._pruned[particle.row]
+        if log_mass == -math.inf:
             return replace(particle, log_weight=-math.inf)
-        probs_V = weights_V / mass
         token, weight = self.sampler(WeightedDraws(probs_V, self.rng), self._accept(particle), float(probs_V.max()))
         if not weight > 0:
             return replace(particle, log_weight=-math.inf)
         # The factor p/q corrects for the proposal; it is 1 where the target proposes.
-        added = math.log(weight * mass) + float(target_V[token] - proposal_V[token]) if self.proper else 0.0
+        added = math.log(weight) + log_mass + float(target_V[token] - proposal_V[token]) if self.proper else 0.0
         child = particle.row, token
         if child not in prefixes:
             prefixes[child] = particle.prefix.extended(token)
         return Particle(prefixes[child], (*particle.tokens, token), particle.log_weight + added, particle.row)
+
+    def _prune(self, prefix: Prefix, log_weights_V: np.ndarray) -> tuple[np.ndarray, float]:
+        """Return the normalised probabilities of the tokens that masks leave, and the log of their mass Z0."""
+        kept_V = np.zeros(len(log_weights_V), dtype=bool)  # rows of the head without a token stay excluded
+        kept_V[: len(prefix.vocabulary)] = prefix.mask() if self.prune else True
+        pruned_V = np.where(kept_V, log_weights_V, -math.inf)
+        log_mass = log_sum(pruned_V)
+        return (np.exp(pruned_V - log_mass) if log_mass > -math.inf else pruned_V), log_mass
 
     def _end(
         self,
