@@ -9,7 +9,7 @@ def lipogram(text: str) -> bool:
 
 
 def json_state(text: str) -> str | None:
-    """Return what a flat JSON object without line breaks waits for after a text; None if the text is invalid."""
+    """Return the parser state of a flat JSON object without line breaks after a text; None if it is invalid."""
     state, digits = "start", False
     for char in text:
         if state.startswith("escape"):

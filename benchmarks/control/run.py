@@ -97,13 +97,13 @@ def main() -> None:
     given = parser.parse_args()
     peer = peer_python(given.peer_python, given.peer_venv.absolute())
     work(sys.executable, "prepare.py", given.out, "--tokens", given.tokens)
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    results: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for _ in range(given.rounds):
         work(sys.executable, "worker_ours.py", given.out, "--repeats", given.repeats, "--masked", given.masked)
         work(peer, "worker_peer.py", given.out, "--repeats", given.repeats, "--tokenizer", path("smollm2"))
-        for side, documents in found.items():
+        for side, documents in results.items():
             documents.append(json.loads((given.out / f"{side}.json").read_text()))
-    merged = {side: medians(documents) for side, documents in found.items()}
+    merged = {side: medians(documents) for side, documents in results.items()}
     atomic_io.write_text(given.out / "results.json", atomic_io.to_json(merged))
     table = "\n".join(rows(merged["ours"], merged["peer"]))
     atomic_io.write_text(given.out / "results.md", table + "\n")

@@ -52,9 +52,9 @@ def test_the_text_is_valid_and_streams(decoder: str, tiny_dir: TinyDir, files: P
     shown = run(*words)
     assert re.fullmatch("[a-m]{2}( the){1,3}", shown.stdout.strip("\n"))
     assert "tokens in" in shown.stderr
-    told = json.loads(run(*words, "--json").stdout)
-    assert told["text"] == shown.stdout.strip("\n")
-    assert told["constraint"] == {"checks": 0, "log_probability": None}
+    document = json.loads(run(*words, "--json").stdout)
+    assert document["text"] == shown.stdout.strip("\n")
+    assert document["constraint"] == {"checks": 0, "log_probability": None}
 
 
 def test_every_kind_of_constraint(tiny_dir: TinyDir, files: Path) -> None:
@@ -62,8 +62,8 @@ def test_every_kind_of_constraint(tiny_dir: TinyDir, files: Path) -> None:
     grammar = run(*words, "--grammar", files / "words.lark").stdout.strip()
     assert grammar in ("the fox", "the dog")
     assert run(*words, "--choices", "sun, river").stdout.strip() in ("sun", "river")
-    told = run(*words, "--json-schema", files / "schema.json", "--decoder", "sample").stdout
-    jsonschema.validate(json.loads(told), SCHEMA)
+    document = run(*words, "--json-schema", files / "schema.json", "--decoder", "sample").stdout
+    jsonschema.validate(json.loads(document), SCHEMA)
     connection = sqlite3.connect(":memory:")
     connection.execute(TABLES)
     result = CliRunner().invoke(app, ["generate", *map(str, words), "--sql", str(files / "tables.sql")])
@@ -78,12 +78,12 @@ def test_samples_have_weights(tiny_dir: TinyDir) -> None:
     shown = run(*words)
     assert re.match(r"--- 1: weight [01]\.\d\d, particles \d+, length \d+\n(the|fox|dog)\n", shown.stdout)
     assert "log-probability of the constraint -" in shown.stderr
-    told = json.loads(run(*words, "--json").stdout)
-    assert sum(output["weight"] for output in told["outputs"]) == pytest.approx(1)
-    assert sum(output["particles"] for output in told["outputs"]) <= 12
-    assert told["constraint"]["log_probability"] < 0
-    assert json.loads(run(*words, "--json").stdout)["outputs"] == told["outputs"]
-    assert json.loads(run(*words, "--json", "--seed", "5").stdout)["outputs"] != told["outputs"]
+    document = json.loads(run(*words, "--json").stdout)
+    assert sum(output["weight"] for output in document["outputs"]) == pytest.approx(1)
+    assert sum(output["particles"] for output in document["outputs"]) <= 12
+    assert document["constraint"]["log_probability"] < 0
+    assert json.loads(run(*words, "--json").stdout)["outputs"] == document["outputs"]
+    assert json.loads(run(*words, "--json", "--seed", "5").stdout)["outputs"] != document["outputs"]
 
 
 BAD: list[tuple[list[str], str]] = [

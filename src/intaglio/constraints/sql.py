@@ -20,7 +20,7 @@ _CREATE = frozenset(
     getattr(sqlite3, f"SQLITE_{action}")
     for action in ("CREATE_TABLE", "CREATE_INDEX", "CREATE_VIEW", "READ", "FUNCTION", "REINDEX", "SELECT")
 )
-_ASK = frozenset((sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION))
+_READ_ONLY = frozenset((sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION))
 
 _SCOPE = """
 select{s}: "SELECT " "DISTINCT "? items{s} " FROM {tables}" joined{s} where{s}? (group{s} | order{s})? limit?
@@ -81,7 +81,9 @@ class SQLSelect(_Compiled):
             ) from error
         if not self.tables:
             raise IntaglioError(f"{name} creates no table; at least one CREATE TABLE statement is needed")
-        self._connection.set_authorizer(lambda action, *_: sqlite3.SQLITE_OK if action in _ASK else sqlite3.SQLITE_DENY)
+        self._connection.set_authorizer(
+            lambda action, *_: sqlite3.SQLITE_OK if action in _READ_ONLY else sqlite3.SQLITE_DENY
+        )
         super().__init__(name, LLMatcher.grammar_from_lark(self.lark()))
 
     @classmethod
