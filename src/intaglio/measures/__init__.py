@@ -5,6 +5,7 @@
 - `activation_sparsity`, `input_sparsity`: activation sparsity; share of skipped inputs.
 - `speed`: prefill and decode tokens per second.
 - `memory`: peak memory of a block of code.
+- `generated_text`: repetition, diversity and overlap of outputs, oracle score, predictive entropy.
 - `token_classification`: token-classification metrics.
 - `feature_coverage`: how well single neurons predict a known state.
 - `evaluate`: all of them, for one side of a before/after report.

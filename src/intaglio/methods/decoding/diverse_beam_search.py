@@ -51,8 +51,8 @@ class Chosen:
     """Extensions that a group chose at a step, for one prompt a row.
 
     Args:
-        ids_NKT: new tokens of each candidate, the step's included.
-        active_NK: 1.0 for candidates that are chosen: they continue, or have just ended among the best B.
+        ids_NKT: new tokens of its B best candidates, the step's included.
+        active_NK: 1.0 where they count; 0.0 where the search of the group has ended.
     """
 
     ids_NKT: Tensor
@@ -101,9 +101,10 @@ def ngram(ids_NBT: Tensor, earlier: Sequence[Chosen], vocabulary: int, size: int
 
 
 def embedding(ids_NBT: Tensor, earlier: Sequence[Chosen], vocabulary: int, size: int, table_VD: Tensor) -> Tensor:
-    """Return the sum over earlier beams of the cosine between n-grams, each the sum of its tokens' embeddings [N, B, V].
+    """Return the sum over earlier beams of the cosine between n-grams [N, B, V].
 
-    The n-grams are the last ones: that which an extension completes, and that which the earlier beam chose now.
+    An n-gram is the sum of its tokens' embeddings; compared are the one that an extension completes and the last one of
+    each earlier beam.
     """
     table_VD = table_VD[:vocabulary]
     length = ids_NBT.shape[2]
@@ -148,8 +149,8 @@ class DiverseBeamSearch(Method, slug="diverse_beam_search"):
     sampling (`do_sample=True` draws within each group). With one group the output is stock beam search, id for id. The
     released code also forbids the unknown token: `suppress_tokens` of `generate` does that.
 
-    A group ranks and keeps its own finished hypotheses. Tokens count while a group is searched, an end-of-text token at
-    the step that chooses it; a group whose search has ended adds no more. With `return_dict_in_generate` the output
+    A group ranks and keeps its own finished hypotheses. At each step the tokens of its B' best candidates count, an
+    end-of-text token too; a group whose search has ended adds no more. With `return_dict_in_generate` the output
     also holds `group_ids` and `log_probs`, [rows].
 
     Source: Vijayakumar et al., Diverse Beam Search: Decoding Diverse Solutions from Neural Sequence Models, AAAI 2018.
@@ -254,9 +255,9 @@ class DiverseBeamSearch(Method, slug="diverse_beam_search"):
         config.return_dict_in_generate = True
         if self.length_penalty is not None:
             config.length_penalty = self.length_penalty
-        search = _GroupedSearch(model, plan, self._similarity(model), self.accumulate == "raw", stopping_criteria)
+        search = _GroupedSearch(model, plan, self._similarity(model), self.accumulate == "raw")
         output = type(model)._beam_search(
-            search, input_ids, logits_processor, search.stopping_criteria, config, **model_kwargs
+            search, input_ids, logits_processor, stopping_criteria, config, **model_kwargs
         )
         return self._arranged(output, search, config, plan, generation_config.return_dict_in_generate)
 
@@ -321,7 +322,7 @@ class DiverseBeamSearch(Method, slug="diverse_beam_search"):
             rows_NR = rows_NGB.flatten(1)
         else:
             pooled_NR = (log_probs_R / scale_R).view(-1, plan.beams)
-            rows_NR = rows_NGB.flatten(1).gather(1, pooled_NR.argsort(1, descending=True, stable=True))
+            rows_NR = rows_NGB.flatten(1).gather(1, pooled_NR.argsort(dim=1, descending=True, stable=True))
         kept_R = rows_NR[:, : plan.returned].flatten()
         groups_R = kept_R // width % plan.groups
         columns = (log_probs_R, (log_probs_R - paid_R) / scale_R, lengths_R)
@@ -384,11 +385,9 @@ class _GroupedSearch:
     model's.
     """
 
-    def __init__(self, model: Any, plan: _Plan, similarity: Similarity, raw: bool, criteria: Any) -> None:
-        self._model, self._plan, self._similarity, self._raw, self._criteria = model, plan, similarity, raw, criteria
-        self._hits_R: Tensor | None = None  # of the step's candidates
-        self._running_IB: Tensor | None = None  # scores
-        self._ended_I: Tensor | None = None
+    def __init__(self, model: Any, plan: _Plan, similarity: Similarity, raw: bool) -> None:
+        self._model, self._plan, self._similarity, self._raw = model, plan, similarity, raw
+        self._running_IB = self._ended_I = torch.empty(0)  # scores of the beams; which groups' searches have ended
         self._steps: list[_Step] = []
         self.prompt_length = 0
 
@@ -399,11 +398,6 @@ class _GroupedSearch:
     def __call__(self, **inputs: Any) -> Any:
         """Run the model."""
         return self._model(**inputs)
-
-    def stopping_criteria(self, ids_RL: Tensor, scores: Any, **more: Any) -> Tensor:
-        """Return which candidates end, as computed while they were chosen."""
-        assert self._hits_R is not None
-        return self._hits_R
 
     def _get_top_k_continuations(
         self,
@@ -420,7 +414,7 @@ class _GroupedSearch:
         self.prompt_length = decoder_prompt_len
         items = len(accumulated_log_probs)
         device = accumulated_log_probs.device
-        if self._running_IB is None:
+        if not self._steps:
             self._running_IB = torch.zeros(items, num_beams, device=device)
             self._ended_I = torch.zeros(items, dtype=torch.bool, device=device)
         log_probs_IBV = accumulated_log_probs.view(items, num_beams, -1)
@@ -447,24 +441,15 @@ class _GroupedSearch:
             indices_NKT[:, :, step] = beams_NK + (rows_N[:, None] * groups + group) * num_beams
             tokens_NK = ids_NKL[:, :, cur_len]
             plain_NK = plain_NBV.flatten(1).gather(1, beams_NK * vocabulary + tokens_NK)
-            hits_NK = self._criteria(ids_NKL[:, :, : cur_len + 1].flatten(0, 1), None).view_as(tokens_NK)
-            earlier.append(self._chosen(ids_NKL[:, :, decoder_prompt_len : cur_len + 1], hits_NK, num_beams, own))
-            parts.append((top_NK, ids_NKL, indices_NKT, beams_NK, tokens_NK, plain_NK, hits_NK))
-        top_IK, ids_IKL, indices_IKT, beams_IK, tokens_IK, plain_IK, hits_IK = (
+            active_NB = (~self._ended_I[own, None]).float().expand(-1, num_beams)
+            earlier.append(Chosen(ids_NKL[:, :num_beams, decoder_prompt_len : cur_len + 1], active_NB))
+            parts.append((top_NK, ids_NKL, indices_NKT, beams_NK, tokens_NK, plain_NK))
+        top_IK, ids_IKL, indices_IKT, beams_IK, tokens_IK, plain_IK = (
             torch.stack(part, 1).flatten(0, 1) for part in zip(*parts, strict=True)
         )
-        self._hits_R = hits_IK.flatten()
         log_probs_IK = plain_IK - self._running_IB.gather(1, beams_IK)
         self._steps.append(_Step(beams_IK, tokens_IK, log_probs_IK, plain_IK - top_IK))
         return plain_IK if self._raw else top_IK, ids_IKL, indices_IKT
-
-    def _chosen(self, ids_NKT: Tensor, hits_NK: Tensor, width: int, own: slice) -> Chosen:
-        """Return a group's candidates, active where they continue or end among the best; none of an ended group."""
-        assert self._ended_I is not None
-        continues_NK = ~hits_NK & ((~hits_NK).cumsum(1) <= width)
-        ends_NK = hits_NK & (torch.arange(hits_NK.shape[1], device=hits_NK.device) < width)
-        active_NK = (continues_NK | ends_NK) & ~self._ended_I[own, None]
-        return Chosen(ids_NKT, active_NK.float())
 
     def _get_running_beams_for_next_iteration(self, **given: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Keep the best candidates that continue, in the order in which they were chosen."""
