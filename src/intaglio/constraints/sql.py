@@ -32,8 +32,8 @@ where{s}: " WHERE " condition{s}
 condition{s}: term{s} ((" AND " | " OR ") term{s})*
 term{s}: test{s} | "(" condition{s} ")" | "NOT (" condition{s} ")"
 test{s}: column{s} " " COMPARISON " " (literal | column{s}) | column{s} " IS " "NOT "? "NULL"
-    | column{s} " "? "NOT "? "LIKE " STRING | column{s} " BETWEEN " literal " AND " literal
-    | column{s} " "? "NOT "? "IN (" literal (", " literal)* ")"
+    | column{s} " " "NOT "? "LIKE " STRING | column{s} " BETWEEN " literal " AND " literal
+    | column{s} " " "NOT "? "IN (" literal (", " literal)* ")"
 group{s}: " GROUP BY " column{s} (", " column{s})* having{s}? ranked{s}?
 having{s}: " HAVING " aggregate{s} " " COMPARISON " " literal
 order{s}: " ORDER BY " key{s} (", " key{s})*

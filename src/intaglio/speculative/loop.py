@@ -29,12 +29,11 @@ from intaglio.speculative.protocols import (
     AcceptingSession,
     DecodingRun,
     Drafter,
-    FiltersDrafts,
     ForwardSession,
     Step,
     TreePass,
 )
-from intaglio.speculative.request import Request, read_request
+from intaglio.speculative.request import FiltersDrafts, Request, read_request
 from intaglio.speculative.sequences import SequenceState, stop_together
 from intaglio.speculative.statistics import Statistics
 from intaglio.speculative.target_model import Reader, check_tree_attention, stack

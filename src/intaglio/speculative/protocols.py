@@ -163,20 +163,6 @@ class AcceptingSession(Protocol):
         """Append the emitted tokens to the row and return them; see `acceptance.AcceptancePolicy`."""
 
 
-@runtime_checkable
-class FiltersDrafts(Protocol):
-    """A logits processor that knows which drafted tokens it will reject, so that no pass verifies them."""
-
-    def allowed_nodes(self, ids: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> list[bool]:
-        """Return for each node of a tree whether its path may be emitted.
-
-        Args:
-            ids: tokens of the row, padding and the root included.
-            tokens: token of each node, the root first.
-            parents: index of each node's parent, which comes before it.
-        """
-
-
 class Drafter(Protocol):
     """Source of guesses: a table, the context, a smaller model, heads. Holds what outlives a run.
 

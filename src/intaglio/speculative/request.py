@@ -6,9 +6,10 @@ Dimension letters: B rows, P prompt tokens.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
@@ -21,6 +22,23 @@ from intaglio.speculative._utils import context_length
 from intaglio.speculative.cache import check_cache, is_windowed, preallocated_cache
 
 _KNOWN = frozenset({"attention_mask", "position_ids", *CACHES, "use_cache", "logits_to_keep"})
+
+
+@runtime_checkable
+class FiltersDrafts(Protocol):
+    """A logits processor that knows which drafted tokens it will reject, so that no pass verifies them.
+
+    Its scores depend on a row's tokens alone, not on the row's index in the batch.
+    """
+
+    def allowed_nodes(self, ids: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> list[bool]:
+        """Return for each node of a tree whether its path may be emitted.
+
+        Args:
+            ids: tokens of the row, padding and the root included.
+            tokens: token of each node, the root first.
+            parents: index of each node's parent, which comes before it.
+        """
 
 
 @dataclass(frozen=True, eq=False)
