@@ -11,6 +11,7 @@ import importlib.util
 import json
 import random
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,8 +217,6 @@ def judge_pattern(pattern: str, write: Any) -> str:
 
 
 def _strict(pattern: str) -> None:
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         re.purge()
