@@ -38,11 +38,11 @@ from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.decoder_mixin import tokenizer_of
 from intaglio.speculative.request import Request, read_request
 
-__all__ = ["AWRS", "AWRSOutput", "NextTokens", "Population", "Sample"]
+__all__ = ["AWRS", "AWRSOutput", "NextTokens", "Population", "WeightedOutput"]
 
 
 @dataclass(frozen=True)
-class Sample:
+class WeightedOutput:
     """A distinct output of a population.
 
     Args:
@@ -154,7 +154,7 @@ class AWRS(Method, slug="awrs"):
     generator: SkipJsonSchema[InstanceOf[torch.Generator] | None] = Field(None, exclude=True, repr=False)
 
     _populations: tuple[Population, ...] = PrivateAttr(())
-    _outputs: tuple[Sample, ...] = PrivateAttr(())
+    _outputs: tuple[WeightedOutput, ...] = PrivateAttr(())
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -174,7 +174,7 @@ class AWRS(Method, slug="awrs"):
         return self._populations
 
     @property
-    def outputs(self) -> tuple[Sample, ...]:
+    def outputs(self) -> tuple[WeightedOutput, ...]:
         """Weights and lengths of the returned sequences of the last call."""
         return self._outputs
 
@@ -263,7 +263,7 @@ class AWRS(Method, slug="awrs"):
             if not self.return_all:
                 samples = [samples[int(rng.choice(len(samples), p=[weight for _, weight, _ in samples]))]]
             rows += [torch.cat([ids_P, ids_P.new_tensor(tokens)]) for tokens, _, _ in samples]
-            outputs += [Sample(weight, count, len(tokens)) for tokens, weight, count in samples]
+            outputs += [WeightedOutput(weight, count, len(tokens)) for tokens, weight, count in samples]
         self._outputs = tuple(outputs)
         ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=request.pad)
         if not generation_config.return_dict_in_generate:
