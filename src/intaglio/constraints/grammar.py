@@ -23,6 +23,9 @@ from intaglio.constraints.predicate import timed_call
 from intaglio.constraints.vocabulary import Vocabulary
 from intaglio.errors import IntaglioError, first_line, shorten
 
+ALL_TOKENIZATIONS = '\n%llguidance { "no_forcing": true }\n'
+"""Option of a grammar: where its next characters are fixed, masks allow every token that fits, not the longest alone.
+So masks are membership, and the probability of a text sums over its tokenizations."""
 CHECK_SECONDS = 1.0
 """Time limit of checks of a whole output; a regular expression may backtrack for ever."""
 
@@ -31,7 +34,11 @@ def _reason(error: str) -> str:
     """Return the reason in one of llguidance's messages, which quote the grammar around it."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     reasons = [line.partition("error: ")[2] for line in lines if "error: " in line]
-    reason = reasons[-1] if reasons else re.sub(r"^at \d+\(\d+\): ", "", lines[0] if lines else "no reason given")
+    reason = (
+        reasons[-1]
+        if reasons
+        else re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", lines[0] if lines else "no reason given")
+    )
     return shorten(reason.rstrip(". "), 140)
 
 
@@ -40,13 +47,13 @@ class _Compiled(Constraint):
 
     Args:
         what: how messages name it.
-        grammar: as `LLMatcher` reads it.
+        grammar: in llguidance's dialect of Lark.
     """
 
     def __init__(self, what: str, grammar: str) -> None:
         self.what = what
-        self.grammar = grammar
-        if (error := LLMatcher.validate_grammar(grammar)) and not error.startswith("WARNING"):
+        self.grammar = grammar + ALL_TOKENIZATIONS
+        if (error := LLMatcher.validate_grammar(self.grammar)) and not error.startswith("WARNING"):
             raise IntaglioError(f"{what} is not accepted: {_reason(error)}")
 
     def start(self, vocabulary: Vocabulary) -> State:
@@ -121,7 +128,7 @@ class Grammar(_Compiled):
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__("the grammar", LLMatcher.grammar_from_lark(text))
+        super().__init__("the grammar", text)
 
 
 class Regex(_Compiled):
@@ -144,7 +151,7 @@ class Regex(_Compiled):
                 self._pattern = re.compile(pattern, re.ASCII)
         except (re.error, FutureWarning, DeprecationWarning, OverflowError, RecursionError) as error:
             raise IntaglioError(f"{what} is malformed: {first_line(error)}") from error
-        super().__init__(what, LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(pattern, 'dws')}/"))
+        super().__init__(what, f"start: /{regex_to_lark(pattern, 'dws')}/")
 
     def check(self, text: str) -> bool:
         """Return whether Python's `re` matches the whole text."""
@@ -165,7 +172,7 @@ class Choices(_Compiled):
         if not choices or not all(choices):
             raise IntaglioError(f"choices are {list(choices)!r}; at least one string, none of them empty, is accepted")
         alternatives = " | ".join(json.dumps(choice) for choice in dict.fromkeys(choices))
-        super().__init__("the list of choices", LLMatcher.grammar_from_lark(f"start: {alternatives}"))
+        super().__init__("the list of choices", f"start: {alternatives}")
 
 
 class JSONSchema(_Compiled):
@@ -206,7 +213,7 @@ class JSONSchema(_Compiled):
         self._validator = validator(schema)
         separators = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         options = {"whitespace_flexible": True} if flexible_whitespace else separators
-        super().__init__(what, LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=options))
+        super().__init__(what, f"start: %json {json.dumps({**schema, 'x-guidance': options})}")
 
     def check(self, text: str) -> bool:
         """Return whether `jsonschema` finds the text valid."""

@@ -8,8 +8,6 @@ import re
 import sqlite3
 from pathlib import Path
 
-from llguidance import LLMatcher
-
 from intaglio.constraints.grammar import _Compiled
 from intaglio.errors import IntaglioError, first_line
 
@@ -84,7 +82,7 @@ class SQLSelect(_Compiled):
         self._connection.set_authorizer(
             lambda action, *_: sqlite3.SQLITE_OK if action in _READ_ONLY else sqlite3.SQLITE_DENY
         )
-        super().__init__(name, LLMatcher.grammar_from_lark(self.lark()))
+        super().__init__(name, self.lark())
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SQLSelect:
