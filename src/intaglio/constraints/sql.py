@@ -20,30 +20,29 @@ _CREATE = frozenset(
 )
 _READ_ONLY = frozenset((sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION))
 
+# llguidance's lexer takes the longest match and never goes back, so words and spaces are lexemes of their own.
 _SCOPE = """
-select{s}: "SELECT " "DISTINCT "? items{s} " FROM {tables}" joined{s} where{s}? (group{s} | order{s})? limit?
-joined{s}: {joined}
-items{s}: "*" | item{s} (", " item{s})*
+select{s}: "SELECT" " " ("DISTINCT" " ")? items{s} " " "FROM" " " {tables} where{s}? (group{s} | order{s})? limit?
+items{s}: "*" | item{s} ("," " " item{s})*
 item{s}: column{s} | aggregate{s}
-aggregate{s}: "COUNT(*)" | FUNCTION "(" "DISTINCT "? column{s} ")"
-where{s}: " WHERE " condition{s}
-condition{s}: term{s} ((" AND " | " OR ") term{s})*
-term{s}: test{s} | "(" condition{s} ")" | "NOT (" condition{s} ")"
-test{s}: column{s} " " COMPARISON " " (literal | column{s}) | column{s} " IS " "NOT "? "NULL"
-    | column{s} " " "NOT "? "LIKE " STRING | column{s} " BETWEEN " literal " AND " literal
-    | column{s} " " "NOT "? "IN (" literal (", " literal)* ")"
-group{s}: " GROUP BY " column{s} (", " column{s})* having{s}? ranked{s}?
-having{s}: " HAVING " aggregate{s} " " COMPARISON " " literal
-order{s}: " ORDER BY " key{s} (", " key{s})*
-key{s}: column{s} (" ASC" | " DESC")?
-ranked{s}: " ORDER BY " rank{s} (", " rank{s})*
-rank{s}: item{s} (" ASC" | " DESC")?
+aggregate{s}: "COUNT" "(" "*" ")" | function "(" ("DISTINCT" " ")? column{s} ")"
+where{s}: " " "WHERE" " " condition{s}
+condition{s}: term{s} (" " ("AND" | "OR") " " term{s})*
+term{s}: test{s} | ("NOT" " ")? "(" condition{s} ")"
+test{s}: column{s} " " (COMPARISON " " (literal | column{s}) | "IS" " " ("NOT" " ")? "NULL" | ("NOT" " ")? member)
+group{s}: " " "GROUP" " " "BY" " " column{s} ("," " " column{s})* having{s}? ranked{s}?
+having{s}: " " "HAVING" " " aggregate{s} " " COMPARISON " " literal
+order{s}: " " "ORDER" " " "BY" " " key{s} ("," " " key{s})*
+key{s}: column{s} (" " ("ASC" | "DESC"))?
+ranked{s}: " " "ORDER" " " "BY" " " rank{s} ("," " " rank{s})*
+rank{s}: item{s} (" " ("ASC" | "DESC"))?
 column{s}: {columns}
 """
 _SHARED = r"""
-limit: " LIMIT " INTEGER
+member: "LIKE" " " STRING | "BETWEEN" " " literal " " "AND" " " literal | "IN" " " "(" literal ("," " " literal)* ")"
+limit: " " "LIMIT" " " INTEGER
 literal: NUMBER | STRING
-FUNCTION: "COUNT" | "SUM" | "AVG" | "MIN" | "MAX"
+function: "COUNT" | "SUM" | "AVG" | "MIN" | "MAX"
 COMPARISON: "=" | "!=" | "<" | "<=" | ">" | ">="
 INTEGER: /[1-9][0-9]{0,8}/
 NUMBER: /-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?/
@@ -120,15 +119,16 @@ class SQLSelect(_Compiled):
 
     def lark(self) -> str:
         """Return the grammar: the rules of one scope for each table, and for each pair of tables."""
-        scopes = [(table, '""', columns) for table, columns in self.tables.items()]
+        scopes = [(json.dumps(table), columns) for table, columns in self.tables.items()]
         if len(self.tables) <= MAX_JOINED:
             for left, right in ((a, b) for a in self.tables for b in self.tables if a != b):
                 of_left, of_right = ([f"{table}.{name}" for name in self.tables[table]] for table in (left, right))
-                on = f'({_alternatives(of_left)}) " = " ({_alternatives(of_right)})'
-                scopes.append((f"{left} JOIN {right} ON ", on, of_left + of_right))
+                words = " ".join(f'{json.dumps(word)} " "' for word in (left, "JOIN", right, "ON"))
+                on = f'({_alternatives(of_left)}) " " "=" " " ({_alternatives(of_right)})'
+                scopes.append((f"{words} {on}", of_left + of_right))
         rules = [
-            _SCOPE.format(s=s, tables=json.dumps(tables)[1:-1], joined=joined, columns=_alternatives(columns))
-            for s, (tables, joined, columns) in enumerate(scopes)
+            _SCOPE.format(s=s, tables=tables, columns=_alternatives(columns))
+            for s, (tables, columns) in enumerate(scopes)
         ]
         return "start: " + " | ".join(f"select{s}" for s in range(len(scopes))) + "".join(rules) + _SHARED
 
