@@ -339,7 +339,7 @@ ALIVE = {
     "estimator": "geometric",
     "proper_weights": False,
     "max_accepts": alive(4, estimator="geometric"),
-    "max_rejects": 2,
+    "max_rejects": alive(2, particles=60),
     "prune": "test_masks_save_checks",
     "return_all": True,
 }
