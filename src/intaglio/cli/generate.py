@@ -209,7 +209,7 @@ def generate(
         "temperature": None, "top_k": None, "top_p": None
     }  # fmt: skip
     streamer = None if write is None or paint is not None else _Streamer(checkpoint.tokenizer, write)
-    loop = None
+    loop: Any = None
     if decoder in STOCK:
         options["streamer"] = streamer
     else:
@@ -226,7 +226,8 @@ def generate(
         torch.manual_seed(seed)
         whole, seconds = _timed(model, ids, options)
         new = whole[0, ids.shape[1] :].tolist()
-        statistics, lossy = getattr(loop, "statistics", None), None
+        statistics: Any = getattr(loop, "statistics", None)
+        lossy = None
         if loop is not None and not getattr(loop, "lossless", True):
             torch.manual_seed(seed)
             unaided, took = _timed(model, ids, options | {"custom_generate": None})
@@ -304,7 +305,8 @@ def _constrain(
     constraint: Constraint, checkpoint: Checkpoint, prompt_length: int, options: dict[str, Any], loop: Any, samples: Any
 ) -> tuple[Any, ConstraintProcessor | None]:
     """Set the options of a constrained `generate` call; return the decoder and the processor, if it uses one."""
-    stops = checkpoint.model.generation_config.eos_token_id
+    model: Any = checkpoint.model
+    stops = model.generation_config.eos_token_id
     stops = [stops] if isinstance(stops, int) else list(stops or [])
     if not stops and checkpoint.tokenizer.eos_token_id is not None:
         stops = options["eos_token_id"] = [checkpoint.tokenizer.eos_token_id]

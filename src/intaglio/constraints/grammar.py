@@ -33,6 +33,9 @@ CHECK_SECONDS = 1.0
 def _reason(error: str) -> str:
     """Return the reason in one of llguidance's messages, which quote the grammar around it."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
+    in_regex = re.search(r"\(in regex\): ([^;\n]+)", error)
+    if in_regex and "error: " not in error:  # the pattern stands in front of the reason
+        return in_regex[1]
     reasons = [line.partition("error: ")[2] for line in lines if "error: " in line]
     reason = (
         reasons[-1]
@@ -207,7 +210,7 @@ class JSONSchema(_Compiled):
                 )
         validator = validator_for(schema)
         try:
-            validator.check_schema(schema)
+            validator.check_schema(dict(schema))
         except SchemaError as error:
             raise IntaglioError(f"{what} is malformed at {error.json_path}: {shorten(error.message, 140)}") from error
         self._validator = validator(schema)

@@ -16,7 +16,7 @@ import numpy as np
 
 from intaglio.constraints import Predicate, Prefix, Vocabulary
 
-Table = Callable[[tuple[int, ...]], Sequence[float]]
+Table = Callable[[tuple[int, ...]], Sequence[float] | np.ndarray]
 """Weights of the next token after each history."""
 
 
