@@ -339,7 +339,7 @@ ALIVE = {
     "estimator": "geometric",
     "proper_weights": False,
     "max_accepts": alive(4, estimator="geometric"),
-    "max_rejects": alive(2, particles=60),
+    "max_rejects": "test_max_rejects_ends_a_draw",
     "prune": "test_masks_save_checks",
     "return_all": True,
 }
@@ -482,3 +482,15 @@ def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any]) -
 def test_first_accepted_ends_after_max_rejects() -> None:
     draws = WeightedDraws(np.array([0.5, 0.5]), np.random.default_rng(0))
     assert first_accepted(draws, lambda token: False, 1)[1] == 0
+
+
+@pytest.mark.parametrize("estimator", ["recursive", "geometric"])
+def test_max_rejects_ends_a_draw(estimator: Any) -> None:
+    """With a single accepted token of four, a draw fails after two rejects, and never without a limit."""
+    failures = {}
+    for limit in (None, 2):
+        decoder, rng = AWRS(estimator=estimator, max_rejects=limit), np.random.default_rng(0)
+        draws = [decoder.draw(WeightedDraws(np.full(4, 0.25), rng), lambda token: token == 3) for _ in range(200)]
+        failures[limit] = sum(weight == 0 for _, weight in draws)
+    assert failures[None] == 0
+    assert failures[2] > 20
