@@ -279,6 +279,13 @@ def test_an_unfinished_output_is_reported() -> None:
         check_output(each, tiny_tokenizer("llama")("the th", add_special_tokens=False)["input_ids"][:2])
 
 
+def test_a_text_may_end_where_the_vocabulary_cannot_go_on() -> None:
+    letters = Vocabulary([b"", b"a", b"b"], [0])
+    prefix = Prefix.empty(Regex("a\u4e2d?"), letters).extended(1)
+    assert prefix.mask().tolist() == [True, False, False]
+    assert not Prefix.empty(Regex("\u4e2d"), letters).mask().any()
+
+
 def test_masks_exclude_special_tokens_and_unused_ids() -> None:
     tokenizer = tiny_tokenizer("llama")
     vocabulary = Vocabulary.from_tokenizer(tokenizer, 170, [EOS])

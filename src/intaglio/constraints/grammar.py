@@ -89,9 +89,12 @@ class _GrammarState(State):
         size = len(self._vocabulary)
         if self._matcher.is_stopped():
             return np.zeros(size, dtype=bool)
-        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        if self._matcher.is_error():
-            reason = _reason(self._matcher.get_error())
+        matcher = self._matcher.deep_copy()  # a mask without tokens ends a matcher, accepting or not
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        if matcher.is_error() and "NoExtension" in matcher.get_error():
+            return np.zeros(size, dtype=bool)
+        if matcher.is_error():
+            reason = _reason(matcher.get_error())
             raise IntaglioError(f"{self._constraint.what} is too complex to follow here: {reason}")
         mask_V: np.ndarray = np.unpackbits(bits, count=size, bitorder="little").astype(bool)
         return mask_V
