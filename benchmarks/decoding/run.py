@@ -43,7 +43,7 @@ from intaglio import atomic_io
 from intaglio.checkpoint import stat_fingerprint
 from intaglio.checkpoint.attachments import Attachment, read_attachments
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.draft_model import DraftModel as DraftModelBed
+from intaglio.evidence.testbeds.draft_model import DraftModelBed
 from intaglio.methods.decoding.aded import ADED
 from intaglio.methods.decoding.dyspec import DySpec
 from intaglio.methods.decoding.lud import LUD

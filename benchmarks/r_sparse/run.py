@@ -38,7 +38,7 @@ from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.kernels import gather
 from intaglio.measures.input_sparsity import count_inputs, input_sparsity
 from intaglio.measures.language_modeling import quality
-from intaglio.methods.activations.r_sparse import RSparse, reading
+from intaglio.methods.activations.r_sparse import RSparse, measure_bytes_read
 from intaglio.methods.base import Carving
 from intaglio.methods.weights.wanda import Wanda
 
@@ -114,7 +114,7 @@ def decode(tokens: int, rounds: int, documents: int, samples: int) -> list[dict[
             cast(Carving, arm).apply(checkpoint, calibration, batch_size=8)
         with count_inputs(checkpoint.model) as tallies:
             summary = quality(checkpoint, texts, batch_size=8)
-        share = reading(checkpoint, {module: tally.left_out for module, tally in tallies.items()}).share
+        share = measure_bytes_read(checkpoint, {module: tally.left_out for module, tally in tallies.items()}).share
         results[name] = {
             "perplexity": summary.perplexity,
             "read": share,

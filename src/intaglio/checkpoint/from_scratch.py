@@ -193,6 +193,17 @@ def byte_tokenizer(context: int, *, encoder: bool = False) -> PreTrainedTokenize
     return _wrap(backend, context, encoder)
 
 
+def word_tokenizer(vocabulary: Sequence[str], **roles: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of words separated by white space, whose ids are their places in the vocabulary.
+
+    `roles` are `pad_token`, `unk_token` (needed) and so on; nothing is added to a text.
+    """
+    ids = {word: index for index, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=roles["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+
 def trained_tokenizer(texts: Corpus, vocab: int, context: int, *, encoder: bool = False) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on texts; it reads any text without loss."""
     least = BYTES + len(SPECIAL)

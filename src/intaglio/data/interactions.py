@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,8 @@ from pathlib import Path
 from intaglio.data import assets
 from intaglio.errors import IntaglioError, shorten
 
+PAD = 0
+"""The id of padding in a `Catalogue`."""
 _TITLES = ("movie_title", "title", "item_name", "name")
 
 
@@ -43,6 +46,72 @@ class Interactions:
         for index, (user, item, time) in enumerate(zip(self.users, self.items, self.times, strict=True)):
             rows.setdefault(user, []).append((time, index, item))
         return {user: tuple(item for *_, item in sorted(row)) for user, row in rows.items()}
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Item ids of each user in the order of time, held-out items included, and training interactions of each item.
+
+    Id 0 is padding, items have 1 to `items`, the mask token `items + 1`.
+    """
+
+    sequences: Mapping[str, tuple[int, ...]]
+    names: tuple[str, ...]
+    titles: tuple[str, ...]
+    counts: tuple[int, ...]
+    digest: str
+
+    @property
+    def items(self) -> int:
+        """Number of items."""
+        return len(self.names) - 1
+
+    @property
+    def mask(self) -> int:
+        """The id of the mask token."""
+        return len(self.names)
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows that an embedding table needs: padding, items, mask."""
+        return len(self.names) + 1
+
+    @classmethod
+    def from_interactions(cls, interactions: Interactions, least: int, name: str = "the interactions") -> Catalogue:
+        """Return the largest part where all users and items have `least` interactions; frequent items come first.
+
+        The last two items of each user, test and validation, do not count for the order.
+
+        Raises:
+            IntaglioError: nothing is left.
+        """
+        sequences = dense(interactions.by_user(), least)
+        if not sequences:
+            raise IntaglioError(f"{name} have no users and items with {least} interactions each; nothing is left")
+        learned = Counter(item for items in sequences.values() for item in items[:-2])
+        everything = {item for items in sequences.values() for item in items}
+        # Equally frequent items by name, shorter first so that numbers are in their order.
+        ordered = sorted(everything, key=lambda item: (-learned[item], len(item), item))
+        ids = {item: index for index, item in enumerate(ordered, 1)}
+        return cls(
+            sequences={user: tuple(ids[item] for item in items) for user, items in sequences.items()},
+            names=("", *ordered),
+            titles=("", *(interactions.titles.get(item, "") for item in ordered)),
+            counts=(0, *(learned[item] for item in ordered)),
+            digest=interactions.digest,
+        )
+
+
+def dense(sequences: Mapping[str, tuple[str, ...]], least: int) -> dict[str, tuple[str, ...]]:
+    """Return the largest part where every user and item has that many interactions; repeated items count once."""
+    current = {user: tuple(dict.fromkeys(items)) for user, items in sequences.items()}
+    while True:
+        counts = Counter(item for items in current.values() for item in items)
+        kept = {user: tuple(item for item in items if counts[item] >= least) for user, items in current.items()}
+        kept = {user: items for user, items in kept.items() if len(items) >= least}
+        if kept == current:
+            return current
+        current = kept
 
 
 def load_interactions(source: str | os.PathLike[str]) -> Interactions:

@@ -36,7 +36,7 @@ from intaglio.speculative.protocols import (
 from intaglio.speculative.request import FiltersDrafts, Request, read_request
 from intaglio.speculative.sequences import SequenceState, stop_together
 from intaglio.speculative.statistics import Statistics
-from intaglio.speculative.target_model import Reader, check_tree_attention, stack
+from intaglio.speculative.target_model import CachedModel, check_tree_attention, stack
 from intaglio.speculative.tree import TokenTree, root_only
 
 
@@ -126,7 +126,7 @@ class _Generation:
         self._counts = decoder.statistics
         self._model = model
         weights = prepacked(model, decoder.prepack, request.room)
-        self._reader = Reader(model, request.cache, hidden=decoder.drafter.needs_hidden, prepacked=weights)
+        self._cached = CachedModel(model, request.cache, hidden=decoder.drafter.needs_hidden, prepacked=weights)
         check_tree_attention(model, request.max_length)
         shape = (request.ids_BP.shape[0], request.max_length)
         self._ids_BL = torch.full(shape, request.pad, device=request.ids_BP.device)
@@ -160,7 +160,7 @@ class _Generation:
     def _timed(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call the drafter and add the time to its account."""
         start = time.perf_counter()
-        with self._reader.linears:  # heads that draft call the target's own last linear
+        with self._cached.linears:  # heads that draft call the target's own last linear
             result = function(*args)
         self._counts.drafter_seconds += time.perf_counter() - start
         return result
@@ -168,7 +168,7 @@ class _Generation:
     def run(self) -> Tensor:
         """Generate, and return the padded rows [B, L]."""
         self._prefill()
-        for rows in active_rows(self._rows, self._reader):
+        for rows in active_rows(self._rows, self._cached):
             self._pass(rows)
         ids_BL = collect_rows(self._request, self._rows, self._ids_BL, self._counts)
         self._counts.seconds = time.perf_counter() - self._began
@@ -176,7 +176,7 @@ class _Generation:
 
     def _prefill(self) -> None:
         start = time.perf_counter()
-        logits_BV = self._reader.prefill(self._request.ids_BP, self._request.mask_BP)
+        logits_BV = self._cached.prefill(self._request.ids_BP, self._request.mask_BP)
         self._counts.record_pass(len(self._rows), start, self._model.device)
         self.selector.prepare(logits_BV[:, None])
         steps = []
@@ -184,8 +184,8 @@ class _Generation:
             logits_1V = logits_BV[row.index][None]
             (first,) = verify_tree(self.selector, row, row.index, root_only(row.last), logits_1V)
             row.unread = first.tokens
-            hidden_BPD = self._reader.hidden_BQD
-            hidden = None if hidden_BPD is None else hidden_BPD[row.index, self._reader.pads[row.index] :]
+            hidden_BPD = self._cached.hidden_BQD
+            hidden = None if hidden_BPD is None else hidden_BPD[row.index, self._cached.pads[row.index] :]
             steps.append(Step(row.index, first.tokens, 0, None, (), hidden, logits_1V, row.done))
         self._report(steps)
 
@@ -193,7 +193,7 @@ class _Generation:
         """Return a checked tree for every row, no deeper than it can use."""
         room = [row.remaining - 1 for row in rows]
         trees: Sequence[TokenTree] = self._timed(self._session.propose, [row.index for row in rows], room)
-        name, last_id = type(self._decoder.drafter).__name__, self._reader.vocabulary - 1
+        name, last_id = type(self._decoder.drafter).__name__, self._cached.vocabulary - 1
         if len(trees) != len(rows):
             raise IntaglioError(f"{name} proposed {len(trees)} trees for {len(rows)} rows; one per row is needed")
         for tree, row in zip(trees, rows, strict=True):
@@ -216,23 +216,23 @@ class _Generation:
     def _pass(self, rows: list[SequenceState]) -> None:
         """Draft, verify, emit and keep, once."""
         trees = self._draft(rows)
-        inputs = self._reader.prepare_inputs(*stack(trees))
+        inputs = self._cached.prepare_inputs(*stack(trees))
         start = time.perf_counter()
         if self._forward is None:
-            logits_BQV = self._reader.forward(inputs)
+            logits_BQV = self._cached.forward(inputs)
         else:
             indices = [row.index for row in rows]
-            with self._reader.linears:
-                logits_BQV = self._forward(TreePass(self._model, indices, trees, inputs, self._reader))
+            with self._cached.linears:
+                logits_BQV = self._forward(TreePass(self._model, indices, trees, inputs, self._cached))
         self._counts.record_pass(len(rows), start, self._model.device)
-        self._reader.commit(inputs)
+        self._cached.commit(inputs)
         self.selector.prepare(logits_BQV)
         steps, kept = [], []
         for index, (row, tree) in enumerate(zip(rows, trees, strict=True)):
             logits_NV = logits_BQV[index, : len(tree)]
             accepted = self._accept(self.selector, row, index, tree, logits_NV)
             for part in accepted:
-                hidden_BQD = self._reader.hidden_BQD
+                hidden_BQD = self._cached.hidden_BQD
                 hidden = None if hidden_BQD is None else hidden_BQD[index, part.path]
                 done = row.done and part is accepted[-1]
                 steps.append(Step(row.index, part.tokens, part.drafted, tree, part.path, hidden, logits_NV, done))
@@ -243,7 +243,7 @@ class _Generation:
             self._counts.nodes += sum(part.tried for part in accepted)
             self._counts.accepted += drafted
             self._counts.lengths.append(drafted)
-        self._reader.keep_rows(kept)
+        self._cached.keep_rows(kept)
         self._report(steps)
 
     def _report(self, steps: list[Step]) -> None:

@@ -19,7 +19,7 @@ from intaglio.speculative.cache import is_windowed, release, stop_recording
 from intaglio.speculative.request import Request
 from intaglio.speculative.sequences import SequenceState
 from intaglio.speculative.statistics import Statistics
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 
 
 @dataclass
@@ -52,12 +52,12 @@ def streaming(streamer: Any, ids_BP: Tensor) -> Iterator[None]:
         streamer.end()
 
 
-def active_rows(rows: list[SequenceState], reader: Reader) -> Iterator[list[SequenceState]]:
-    """Yield the rows of each pass until all have ended; ended rows are dropped from the reader."""
+def active_rows(rows: list[SequenceState], cached: CachedModel) -> Iterator[list[SequenceState]]:
+    """Yield the rows of each pass until all have ended; ended rows are dropped from the cache."""
     live = rows
     while active := [row for row in live if not row.done]:
         if len(active) < len(live):
-            reader.select_rows([index for index, row in enumerate(live) if not row.done])
+            cached.select_rows([index for index, row in enumerate(live) if not row.done])
         live = active
         yield live
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from intaglio.speculative.acceptance import Accepted, TokenSelector
 from intaglio.speculative.sequences import SequenceState
 from intaglio.speculative.statistics import Statistics
-from intaglio.speculative.target_model import Inputs, Reader
+from intaglio.speculative.target_model import CachedModel, Inputs
 from intaglio.speculative.tree import TokenTree
 
 
@@ -101,14 +101,14 @@ class TreePass:
         trees: tree of each row [B].
         inputs: tokens, positions and masks of the nodes [B, Q, ...], right-padded with nodes that see only themselves.
             A session that adds slots of its own extends `inputs.visible_BQK` and calls `target_model.masks`.
-        reader: the target's cache, with the lengths and paddings of its rows.
+        cached: the target's cache, with the lengths and paddings of its rows.
     """
 
     model: Any
     rows: Sequence[int]
     trees: Sequence[TokenTree]
     inputs: Inputs
-    reader: Reader
+    cached: CachedModel
 
 
 class Session(Protocol):

@@ -72,7 +72,7 @@ def _layer_types(config: Any, windows: Sequence[int | None]) -> dict[str, _Layer
     return {name: _LayerType(names.index(name), windows[names.index(name)]) for name in dict.fromkeys(names)}
 
 
-class Reader:
+class CachedModel:
     """A model, its cache, and how far each row has been read.
 
     Args:
@@ -299,8 +299,8 @@ class Reader:
         self.cache.crop(self.width - before)
 
 
-class _BaseReader(Reader):
-    """Reads with the base model: its logits are hidden states."""
+class _CachedBaseModel(CachedModel):
+    """Cached base model: its logits are hidden states."""
 
     def _call(self, **arguments: Any) -> Tensor:
         arguments.pop("logits_to_keep", None)
@@ -367,10 +367,10 @@ def _branch_error(model: Any, seed: int) -> float:
         TokenTree([ids[8], ids[9], ids[10], ids[11]], (-1, 0, 0, 2)),
         TokenTree([ids[8], ids[10], ids[11]], (-1, 0, 1)),  # its second branch alone
     ):
-        reader = _BaseReader(model)
+        cached = _CachedBaseModel(model)
         try:
-            reader.prefill(torch.tensor([ids[:8]], device=model.device))
-            hidden_BQD = reader.forward(reader.prepare_inputs(*stack([tree])))
+            cached.prefill(torch.tensor([ids[:8]], device=model.device))
+            hidden_BQD = cached.forward(cached.prepare_inputs(*stack([tree])))
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
             if isinstance(error, IntaglioError):
                 raise

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from intaglio.data.interactions import dense
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.movielens import BOUNDS, MovieLens, _dense
+from intaglio.evidence.testbeds.movielens import BOUNDS, MovieLens
 from intaglio.evidence.testbeds.splits import part_of
 
 Rows = list[tuple[str, str, int]]
@@ -101,7 +102,7 @@ def test_what_is_dense_is_the_largest_such_part(rows: list[tuple[int, int]], lea
     sequences: dict[str, tuple[str, ...]] = {}
     for user, item in rows:
         sequences[f"u{user}"] = (*sequences.get(f"u{user}", ()), f"i{item}")
-    found = _dense(sequences, least)
+    found = dense(sequences, least)
     counts = Counter(item for items in found.values() for item in items)
     assert all(len(items) >= least for items in found.values())
     assert all(count >= least for count in counts.values())

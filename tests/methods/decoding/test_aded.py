@@ -37,7 +37,7 @@ from intaglio.methods.decoding.aded.search import (
     trim,
 )
 from intaglio.speculative.loop import Speculative
-from intaglio.speculative.target_model import Reader, stack
+from intaglio.speculative.target_model import CachedModel, stack
 from intaglio.speculative.tree import TokenTree, trie
 from tests.alive import alive, drafted
 from tests.conftest import TinyDir
@@ -593,10 +593,10 @@ def test_the_logits_of_a_node_are_its_paths(family: str) -> None:
     table = Table.build([[30, x, y] for x in (5, 6, 7) for y in (8, 9)] + [[9, 30, 5], [9, 30, 6], [9, 30, 7]], VOCAB)
     tree: TokenTree = ADEDRow(ADED.paper(adaptive=False), table, PROMPT).propose(99)
     assert len(tree) > 6
-    reader = Reader(model)
+    cached = CachedModel(model)
     with torch.inference_mode():
-        reader.prefill(torch.tensor([PROMPT[:-1]]), None)
-        logits = reader.forward(reader.prepare_inputs(*stack([tree])))[0]
+        cached.prefill(torch.tensor([PROMPT[:-1]]), None)
+        logits = cached.forward(cached.prepare_inputs(*stack([tree])))[0]
         for node in range(len(tree)):
             ids = [*PROMPT[:-1], *(tree.tokens[n] for n in tree.path(node))]
             assert torch.allclose(logits[node], model(torch.tensor([ids])).logits[0, -1], atol=1e-9)

@@ -9,17 +9,12 @@ Dimension letters: N users, T items of a history.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from intaglio.data.interactions import load_interactions
-from intaglio.errors import IntaglioError
+from intaglio.data.interactions import Catalogue, load_interactions
 from intaglio.evidence.testbeds.splits import Bounds, Part, check_part, draw, part_of
 
-PAD = 0
-"""The id of padding; items have 1 to `items`, the mask token `items + 1`."""
 BOUNDS: Bounds = {"pilot": (0, 200), "evaluation": (200, 1000)}
 """Split of the users' tests; the validation items are those of all users."""
 
@@ -31,32 +26,6 @@ class Question:
     user: str
     history: tuple[int, ...]
     target: int
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """Item ids of each user in the order of time, held-out items included, and training interactions of each item."""
-
-    sequences: Mapping[str, tuple[int, ...]]
-    names: tuple[str, ...]
-    titles: tuple[str, ...]
-    counts: tuple[int, ...]
-    digest: str
-
-    @property
-    def items(self) -> int:
-        """Number of items."""
-        return len(self.names) - 1
-
-    @property
-    def mask(self) -> int:
-        """The id of the mask token."""
-        return len(self.names)
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows that an embedding table needs: padding, items, mask."""
-        return len(self.names) + 1
 
 
 @dataclass(frozen=True)
@@ -91,33 +60,4 @@ class MovieLens:
 
 @lru_cache(maxsize=4)
 def _prepared(source: str, least: int) -> Catalogue:
-    interactions = load_interactions(source)
-    sequences = _dense(interactions.by_user(), least)
-    if not sequences:
-        raise IntaglioError(
-            f"the interactions {source!r} have no users and items with {least} interactions each; nothing is left"
-        )
-    learned = Counter(item for items in sequences.values() for item in items[:-2])
-    everything = {item for items in sequences.values() for item in items}
-    # Equally frequent items by name, shorter first so that numbers are in their order.
-    ordered = sorted(everything, key=lambda item: (-learned[item], len(item), item))
-    ids = {item: index for index, item in enumerate(ordered, 1)}
-    return Catalogue(
-        sequences={user: tuple(ids[item] for item in items) for user, items in sequences.items()},
-        names=("", *ordered),
-        titles=("", *(interactions.titles.get(item, "") for item in ordered)),
-        counts=(0, *(learned[item] for item in ordered)),
-        digest=interactions.digest,
-    )
-
-
-def _dense(sequences: Mapping[str, tuple[str, ...]], least: int) -> dict[str, tuple[str, ...]]:
-    """Return the largest part where every user and item has that many interactions; repeated items count once."""
-    current = {user: tuple(dict.fromkeys(items)) for user, items in sequences.items()}
-    while True:
-        counts = Counter(item for items in current.values() for item in items)
-        kept = {user: tuple(item for item in items if counts[item] >= least) for user, items in current.items()}
-        kept = {user: items for user, items in kept.items() if len(items) >= least}
-        if kept == current:
-            return current
-        current = kept
+    return Catalogue.from_interactions(load_interactions(source), least, f"the interactions {source!r}")

@@ -26,7 +26,7 @@ from intaglio.speculative.heads.objective import LENGTH, measure_acceptance, tra
 from intaglio.speculative.heads.self_generated_data import extract_prompts, generate_corpus, prompt_sources
 from intaglio.speculative.protocols import DecodingRun, Session
 from intaglio.speculative.static_tree import StaticTree, best_tree, best_tree_for_cost, default_acceptance
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 from intaglio.trainer.protocols import Example
 
 HELD_OUT = 20
@@ -217,7 +217,7 @@ class TrainedHeads(SpeculativeDecoder):
             IntaglioError: no texts, a model that heads cannot be trained on, or as `intaglio.train`.
         """
         slug = self.slug
-        Reader(checkpoint.model)  # an encoder, or attention that takes no mask: refused before any work
+        CachedModel(checkpoint.model)  # an encoder, or attention that takes no mask: refused before any work
         self.make(checkpoint.model, seed)  # settings that do not fit the model: refused before any work, too
         if self.tree is not None:
             StaticTree.from_paths(self.tree)

@@ -27,7 +27,7 @@ from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
 from intaglio.methods.activations.r_sparse import calibrate, cats, teal
 from intaglio.methods.activations.r_sparse.budget import BudgetSpec, BudgetSplit, alpha_of
-from intaglio.methods.activations.r_sparse.bytes_read import Reading, reading
+from intaglio.methods.activations.r_sparse.bytes_read import BytesRead, measure_bytes_read
 from intaglio.methods.activations.r_sparse.decomposition import FLOPS
 from intaglio.methods.activations.r_sparse.layer_options import OptionSpec
 from intaglio.methods.activations.r_sparse.layers import (
@@ -48,7 +48,7 @@ LENGTH = 256
 ALPHA = 1.0
 """The default split: columns alone."""
 
-__all__ = ["BudgetSplit", "RSparse", "Reading", "Search", "SparseLinear", "reading"]
+__all__ = ["BudgetSplit", "BytesRead", "RSparse", "Search", "SparseLinear", "measure_bytes_read"]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
