@@ -25,14 +25,7 @@ from intaglio.errors import IntaglioError
 from intaglio.speculative.acceptance import AcceptancePolicy, TokenSelector, verify_tree
 from intaglio.speculative.outputs import SpeculativeOutput, active_rows, build_output, collect_rows, streaming
 from intaglio.speculative.prepacked_linear import prepacked
-from intaglio.speculative.protocols import (
-    AcceptingSession,
-    DecodingRun,
-    Drafter,
-    ForwardSession,
-    Step,
-    TreePass,
-)
+from intaglio.speculative.protocols import AcceptingSession, DecodingRun, Drafter, ForwardSession, Step, TreePass
 from intaglio.speculative.request import FiltersDrafts, Request, read_request
 from intaglio.speculative.sequences import SequenceState, stop_together
 from intaglio.speculative.statistics import Statistics

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from intaglio.evidence.designs.base import BedDesign, Configured, Settings, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Settings
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
 from intaglio.evidence.testbeds.random_language_models import RandomLanguageModels, TableModel, Unit
+from intaglio.measures.memory import peak_memory
 from intaglio.methods.decoding.awrs import AWRS
 
 TOTAL_VARIATION = Metric("total variation to the posterior", "share")
@@ -51,7 +52,7 @@ class Sample(BedDesign):
         own.check()
         unit, rng = self.bed.unit(key.seed), np.random.default_rng([key.seed, 1])
         distances, checks, tokens = [], 0, 0
-        with usage(torch.device("cpu")) as spent:
+        with peak_memory(torch.device("cpu")) as spent:
             start = unit.start()
             for _ in range(self.repeats):
                 if exact:
@@ -63,7 +64,7 @@ class Sample(BedDesign):
                     tokens += sum(map(len, population.tokens))
                 distances.append(total_variation(weights, unit.posterior))
         values = {TOTAL_VARIATION.name: float(np.mean(distances)), CHECKS.name: checks / max(tokens, 1)}
-        cost = Cost(tokens, seconds=spent.seconds, peak_bytes=spent.peak_bytes)
+        cost = Cost(tokens, seconds=spent.seconds, peak_bytes=spent.bytes)
         return Result(values, cost, {"posterior": digest(sorted(unit.posterior.items()))})
 
     def _draws(self, unit: Unit, rng: np.random.Generator) -> Weighted:
