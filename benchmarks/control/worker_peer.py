@@ -1,4 +1,4 @@
-"""The peers' side, in their own environment: genlm-control's AWRS, and xgrammar's and llguidance's masks."""
+"""The peers' side, in their own environment: genlm-control's AWRS, and xgrammar's masks."""
 
 from __future__ import annotations
 

@@ -95,6 +95,8 @@ BAD: list[tuple[list[str], str]] = [
     (["--choices", "a,,b"], "none of them empty"),
     (["--samples", "3"], "awrs needs a constraint"),
     (["--decoder", "awrs"], "awrs needs a constraint"),
+    (["--decoder", "greedy", "--regex", "a", "--samples", "3"], "the decoder greedy does not draw; awrs does"),
+    (["--regex", "a", "--samples", "3", "--set", "particles=2"], "--samples and --set particles are given"),
     (["--decoder", "aded", "--samples", "3", "--regex", "a"], "samples is 3, which the decoder aded does not draw"),
     (["--regex", "(fox ){30}", "--max-new-tokens", "4"], "not complete after max_new_tokens = 4 tokens: it ends in"),
     (["--regex", "\u4e2d"], "no token of the vocabulary may begin"),

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from intaglio.cli.console import (
     CommandGroup,
+    Device,
+    Json,
     err,
     handle_errors,
     out,
@@ -22,6 +24,7 @@ from intaglio.cli.console import (
     progress_bar,
     read_stdin,
 )
+from intaglio.cli.demos import demo
 from intaglio.cli.search import evaluate, index_app, search
 
 app = typer.Typer(
@@ -34,8 +37,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
-Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:N, mps. [default: cpu]")]
 Dtype = Annotated[
     str | None,
     typer.Option(help="Dtype of the weights: float32, bfloat16, float16. [default: the checkpoint's own]"),
@@ -302,12 +303,13 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
     decoder: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="greedy, sample, a speculative decoder (aded, dyspec, lud, prompt_lookup, ngram, draft_model, "
-            "...), or another decoding method: awrs, diverse_beam_search."
+            "...), or another decoding method: awrs, diverse_beam_search.",
+            show_default="greedy; with --samples awrs",
         ),
-    ] = "greedy",
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="(methods) A setting as key=value, such as corpus=FILE; can be repeated."),
@@ -356,12 +358,11 @@ def generate(
     from intaglio.errors import IntaglioError
 
     settings = read_settings(set_ or [])
-    if samples is not None and decoder == "greedy":
-        decoder = "awrs"
+    decoder = decoder or ("greedy" if samples is None else "awrs")
     check_options(decoder, temperature, top_k, top_p)
     check_drafting(decoder, settings, show_drafts)
     constraint = read_constraint(json_schema, regex, grammar, choices, sql)
-    check_constraint(decoder, constraint is not None, samples)
+    check_constraint(decoder, constraint is not None, samples, settings)
     if json and show_drafts:
         raise IntaglioError("--show-drafts colours text, which --json does not print; give one of them")
     text = read_stdin() if prompt == "-" else prompt
@@ -406,6 +407,34 @@ def generate(
     if starts_empty(decoder, settings, checkpoint.attachments):
         print_err(f"{decoder} had no corpus and started empty; --set corpus=FILE gives it one")
     print_err(cost_line(result))
+
+
+@app.command()
+@handle_errors
+def tune(
+    model: Model,
+    rows: Annotated[str, typer.Option(help="Prompts that share a pass, comma-separated.")] = "1",
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Measure the fast paths of a model on this machine, and keep the fastest of each for later runs."""
+    from intaglio.checkpoint import load
+    from intaglio.cli.tune import notes, tables
+    from intaglio.cli.tune import tune as run
+    from intaglio.environment.tuning import default_path
+    from intaglio.errors import IntaglioError
+
+    counts = [int(word) if word.strip().isdecimal() else 0 for word in rows.split(",")]
+    if not min(counts):
+        raise IntaglioError(f"rows is {rows!r}; numbers from 1 on, separated by commas, are accepted")
+    document = run(load(model, dtype=dtype), counts)
+    if json:
+        print_json(document)
+        return
+    for table in tables(document):
+        out.print(table)
+    for line in [*notes(document), f"kept in {default_path()}"]:
+        print_out(line)
 
 
 @app.command()
@@ -541,87 +570,7 @@ def prove(
 app.add_typer(index_app, name="index")
 app.command()(search)
 app.command()(evaluate)
-
-
-@app.command()
-@handle_errors
-def demo(
-    topic: Annotated[str, typer.Argument(help="prune, search or generate.")] = "prune",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory of the results. [default: intaglio-demo]")
-    ] = None,
-    device: Device = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json: Json = False,
-) -> None:
-    """Prune a real 135M-parameter model nine ways, search Python's docstrings three ways, or generate four ways."""
-    from intaglio.errors import IntaglioError, did_you_mean
-
-    if topic not in (topics := {"prune": _demo_prune, "search": _demo_search, "generate": _demo_generate}):
-        raise IntaglioError(f"the demo has no topic {topic!r}; {did_you_mean(topic, topics)}")
-    topics[topic](output, device, seed, json)
-
-
-def _demo_generate(output: Path | None, device: str | None, seed: int, json: bool) -> None:
-    from intaglio.cli.demo_generate import demo as run
-    from intaglio.cli.generate import cost_line, output_lines
-    from intaglio.data import assets as bundled
-
-    bundled.fetch(("smollm2",), progress=print_err)
-    output = output or Path("intaglio-demo-generate")
-
-    def show(part: dict[str, Any]) -> None:
-        if json:
-            return
-        out.rule(part["title"], align="left")
-        print_out(f"> {part['prompt']}\n")
-        for line in output_lines(part) or [part["text"]]:
-            print_out(line)
-        print_out(f"\n[{cost_line(part)}]")
-
-    document = run(output, device=device, seed=seed, show=show)
-    if json:
-        print_json(document)
-        return
-    print_out(f"everything took {document['seconds']:.0f} s; results: {output / 'report.json'}")
-
-
-def _demo_search(output: Path | None, device: str | None, seed: int, json: bool) -> None:
-    from intaglio.cli.demo_search import demo as run
-    from intaglio.cli.demo_search import tables
-    from intaglio.data import assets as bundled
-
-    bundled.fetch(("minilm", "splade-tiny"), progress=print_err)
-    output = output or Path("intaglio-demo-search")
-    with progress_bar() as progress:
-        document = run(output, device=device, seed=seed, progress=progress)
-    if json:
-        print_json(document)
-        return
-    for table in tables(document):
-        out.print(table)
-    indexed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in document["seconds_to_index"].items())
-    print_out(f"indexed in: {indexed}; everything took {document['seconds']:.0f} s")
-    print_out(f"report: {output / 'report.html'}\nsearch it yourself: intaglio search {output / 'minilm'} --serve")
-
-
-def _demo_prune(output: Path | None, device: str | None, seed: int, json: bool) -> None:
-    from intaglio import report
-    from intaglio.cli.demo import demo as run
-    from intaglio.data import assets as bundled
-
-    bundled.fetch(("smollm2", "wikipedia"), progress=print_err)
-    output = output or Path("intaglio-demo")
-    with progress_bar() as progress:
-        document = run(output, device=device, seed=seed, progress=progress)
-    if json:
-        print_json(document)
-        return
-    out.print(report.demo_table(document))
-    out.print(report.demo_chart(document))
-    for note in document["notes"]:
-        print_out(note)
-    print_out(f"report: {output / 'report.html'}")
+app.command()(demo)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from intaglio import atomic_io
 from intaglio.checkpoint import load
 from intaglio.cli.generate import generate
 from intaglio.constraints import JSONSchema, Regex
-from intaglio.speculative.factory import decoder_names
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -42,7 +41,7 @@ PARTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Several different outputs (diverse beam search)", "The best way to learn a language is",
      {"decoder": "diverse_beam_search", "max_new_tokens": 16}),
 )  # fmt: skip
-"""Title, prompt and options of each part; parts whose decoder is not installed are left out."""
+"""Title, prompt and options of each part."""
 
 
 def demo(
@@ -69,10 +68,9 @@ def demo(
     atomic_io.check_target(output, overwrite=ours)
     checkpoint, parts = load("smollm2", device=device), []
     for title, prompt, options in PARTS:
-        if options["decoder"] in decoder_names():
-            part = {"title": title, "prompt": prompt, **generate(checkpoint, prompt, seed=seed, **options)}
-            parts.append(part)
-            show(part)
+        part = {"title": title, "prompt": prompt, **generate(checkpoint, prompt, seed=seed, **options)}
+        parts.append(part)
+        show(part)
     document = {"parts": parts, "seconds": time.time() - started}
     with atomic_io.directory(output, overwrite=ours) as temporary:
         (temporary / "report.json").write_text(atomic_io.to_json(document), encoding="utf-8")

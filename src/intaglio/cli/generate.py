@@ -118,7 +118,9 @@ def check_options(
     return given
 
 
-def check_constraint(decoder: str, constrained: bool, samples: int | None) -> None:
+def check_constraint(
+    decoder: str, constrained: bool, samples: int | None, settings: Mapping[str, str] | None = None
+) -> None:
     """Raise an `IntaglioError` for a constraint or samples that a decoder does not take, before any model loads."""
     takers = [*STOCK, *drafter_names(), "awrs"]
     if constrained and decoder not in takers:
@@ -127,6 +129,8 @@ def check_constraint(decoder: str, constrained: bool, samples: int | None) -> No
         raise IntaglioError("the decoder awrs needs a constraint; give --json-schema, --regex, --grammar, ...")
     if samples is not None and decoder != "awrs":
         raise IntaglioError(f"samples is {samples}, which the decoder {decoder} does not draw; awrs does")
+    for name in {"particles", "return_all"} & set(settings or {}) if samples is not None else ():
+        raise IntaglioError(f"--samples and --set {name} are given; give one of them")
 
 
 def check_drafting(decoder: str, settings: Mapping[str, str], show_drafts: bool) -> None:
@@ -178,12 +182,13 @@ def generate(
 
     Returns:
         `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, tokens_per_pass,
-        accepted_share, lossy, decoder, outputs`; `passes` counts the target's forward passes, prefill included, and
-        `accepted_share` is the share of the verified drafted tokens that were accepted (None without drafts).
-        `lossy` is None if the output is the target's own, else `threshold`, `agreement` with the unaided target and
-        `speed_up` in seconds over it, for which it is run too. `outputs`, of decoders with an attribute of that name,
-        are its entries, each with its `text` and `token_ids`; None for others. With a constraint, `constraint` has the
-        `checks` beyond masks and, of awrs, the `log_probability` that an output meets it; else it is None.
+        accepted_share, lossy, decoder, outputs, constraint, note`; `passes` counts the target's forward passes, prefill
+        included, and `accepted_share` is the share of the verified drafted tokens that were accepted (None without
+        drafts). `lossy` is None if the output is the target's own, else `threshold`, `agreement` with the unaided
+        target and `speed_up` in seconds over it, for which it is run too. `outputs`, of decoders with an attribute of
+        that name, are its entries, each with its `text` and `token_ids`; None for others. With a constraint,
+        `constraint` has the `checks` beyond masks and, of awrs, the `log_probability` that an output meets it; else it
+        is None. `note` is the drafter's remark, such as the reason for drafting nothing.
 
     Raises:
         IntaglioError: an unknown decoder, sampling options for greedy, wrong settings, a prompt that leaves no
@@ -192,7 +197,7 @@ def generate(
     settings = settings or {}
     given = check_options(decoder, temperature, top_k, top_p)
     check_drafting(decoder, settings, paint is not None)
-    check_constraint(decoder, constraint is not None, samples)
+    check_constraint(decoder, constraint is not None, samples, settings)
     ids = encode(checkpoint, prompt, chat)
     checkpoint.check_ids(ids)
     room = checkpoint.context - ids.shape[1]
@@ -262,6 +267,7 @@ def generate(
         "decoder": decoder,
         "outputs": outputs or None,
         "constraint": met,
+        "note": "" if statistics is None else statistics.note,
     }
 
 
@@ -281,7 +287,7 @@ def cost_line(result: Mapping[str, Any]) -> str:
         line += f"{per_pass}, {result['accepted_share']:.0%} of the drafts accepted"
     if met is not None and met["log_probability"] is not None:
         line += f"; {met['checks']} checks beyond masks; log-probability of the constraint {met['log_probability']:.2f}"
-    return line
+    return f"{line}; {result['note']}" if result["note"] else line
 
 
 def output_lines(result: Mapping[str, Any]) -> list[str]:

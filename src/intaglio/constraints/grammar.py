@@ -56,7 +56,11 @@ class _Compiled(Constraint):
     def __init__(self, what: str, grammar: str) -> None:
         self.what = what
         self.grammar = grammar + ALL_TOKENIZATIONS
-        if (error := LLMatcher.validate_grammar(self.grammar)) and not error.startswith("WARNING"):
+        try:
+            error = LLMatcher.validate_grammar(self.grammar)
+        except UnicodeEncodeError as surrogate:
+            raise IntaglioError(f"{what} is malformed: {first_line(surrogate)}") from surrogate
+        if error and not error.startswith("WARNING"):
             raise IntaglioError(f"{what} is not accepted: {_reason(error)}")
 
     def start(self, vocabulary: Vocabulary) -> State:
@@ -155,9 +159,11 @@ class Regex(_Compiled):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")  # set operations, which `re` reads otherwise
                 self._pattern = re.compile(pattern, re.ASCII)
-        except (re.error, FutureWarning, DeprecationWarning, OverflowError, RecursionError) as error:
+            lark = regex_to_lark(pattern, "dws")
+        # ValueError: flags that contradict ASCII, lone surrogates.
+        except (re.error, FutureWarning, DeprecationWarning, OverflowError, RecursionError, ValueError) as error:
             raise IntaglioError(f"{what} is malformed: {first_line(error)}") from error
-        super().__init__(what, f"start: /{regex_to_lark(pattern, 'dws')}/")
+        super().__init__(what, f"start: /{lark}/")
 
     def check(self, text: str) -> bool:
         """Return whether Python's `re` matches the whole text."""
@@ -211,6 +217,8 @@ class JSONSchema(_Compiled):
                 raise IntaglioError(
                     f"{what} refers to {shorten(reference)!r}; only references inside the schema (#...) are accepted"
                 )
+        if not isinstance(schema.get("$schema", ""), str):
+            raise IntaglioError(f"{what} is malformed at $.$schema: {shorten(repr(schema['$schema']))} is not a string")
         validator = validator_for(schema)
         try:
             validator.check_schema(dict(schema))

@@ -32,18 +32,21 @@ def timed_call(function: Callable[[str], Any], text: str, seconds: float) -> Any
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return _threaded_call(function, text, seconds)
 
-    ticks = 0
+    ticks, running = 0, True
 
     def interrupt(*_: Any) -> None:
         nonlocal ticks
         ticks += 1
-        if ticks == TICKS:
+        if ticks == TICKS and running:
             raise _Overdue
 
     before = signal.signal(signal.SIGALRM, interrupt)
     remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds / TICKS, seconds / TICKS)
     try:
-        return function(text)
+        try:
+            return function(text)
+        finally:
+            running = False  # a tick after the call must not raise outside of this block
     except _Overdue:
         raise TimeoutError from None
     finally:

@@ -69,7 +69,7 @@ def plan(
     parameters = sum(p.numel() for p in weightless.parameters())
     element = torch.empty(0, dtype=kind).element_size()
     workload = Workload(
-        linears=tuple(linear.shape for _, linear in parts.all_linears()),
+        linears=tuple(linear.shape for _, linear in parts.all_linears(experts=True)),
         block_parameters=_in_blocks(parts),
         parameters=parameters,
         hidden=int(parts.config.hidden_size),
@@ -120,7 +120,7 @@ def _shortened(workload: Workload, parts: Anatomy) -> Workload:
     inside = _in_blocks(parts)
     return replace(
         workload,
-        linears=tuple(linear.shape for _, linear in parts.all_linears()),
+        linears=tuple(linear.shape for _, linear in parts.all_linears(experts=True)),
         block_parameters=inside,
         parameters=workload.parameters - workload.block_parameters + inside,
         blocks=len(parts.blocks),

@@ -62,10 +62,14 @@ def active_rows(rows: list[SequenceState], cached: CachedModel) -> Iterator[list
         yield live
 
 
-def collect_rows(request: Request, rows: Sequence[SequenceState], ids_BL: Tensor, counts: Statistics) -> Tensor:
-    """Return the ended rows [B, L], padded to the longest, and count their tokens."""
-    if is_windowed(request.cache):
-        stop_recording(request.cache)
+def collect_rows(
+    request: Request, cached: CachedModel, rows: Sequence[SequenceState], ids_BL: Tensor, counts: Statistics
+) -> Tensor:
+    """Return the ended rows [B, L], padded to the longest, and count their tokens; leave the cache as stock does."""
+    if request.keeps_cache:
+        cached.close()
+    if is_windowed(cached.cache):
+        stop_recording(cached.cache)
     for row in rows:
         ids_BL[row.index, row.length :] = request.pad
     counts.tokens = sum(row.length for row in rows) - request.ids_BP.numel()
@@ -74,21 +78,22 @@ def collect_rows(request: Request, rows: Sequence[SequenceState], ids_BL: Tensor
 
 def build_output(
     request: Request,
+    cached: CachedModel,
     ids_BL: Tensor,
     counts: Statistics,
     scores: Sequence[Tensor] | None,
     logits: Sequence[Tensor] | None,
 ) -> Tensor | SpeculativeOutput:
     """Return the rows, or the requested output object, outside of inference mode, so that users may compute with it."""
-    sequences_BL, as_object = ids_BL.clone(), request.config.return_dict_in_generate
-    if as_object or getattr(request.cache, "_is_user_defined", False):
-        release(request.cache)
-    if not as_object:
+    sequences_BL = ids_BL.clone()
+    if request.keeps_cache:
+        release(cached.cache)
+    if not request.config.return_dict_in_generate:
         return sequences_BL
     return SpeculativeOutput(
         sequences=sequences_BL,
         scores=None if scores is None else tuple(score.clone() for score in scores),
         logits=None if logits is None else tuple(logit.clone() for logit in logits),
         statistics=counts,
-        **{CACHE: request.cache if len(ids_BL) == 1 else None},
+        **{CACHE: cached.cache if len(ids_BL) == 1 else None},
     )

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from intaglio.speculative.acceptance import Accepted, TokenSelector
+from intaglio.speculative.pass_cost import FIXED, PassCosts
 from intaglio.speculative.sequences import SequenceState
 from intaglio.speculative.statistics import Statistics
 from intaglio.speculative.target_model import CachedModel, Inputs
@@ -45,6 +46,8 @@ class DecodingRun:
         generator: source of the loop's draws; None for torch's global generator. A drafter that draws uses it too, and
             a drafter that draws nothing must leave it alone.
         prepack: whether a draft model runs from weights laid out beforehand; see `prepacked_linear.prepacked`.
+        costs: returns the costs of passes over the rows, measured at the first use on a machine. Default: fixed costs.
+        branches: whether the target reads trees that branch; otherwise the loop keeps the first child of every node.
         statistics: of the run; a drafter with statistics of its own (`new_statistics`) counts there.
     """
 
@@ -55,6 +58,8 @@ class DecodingRun:
     limit: int
     generator: torch.Generator | None = None
     prepack: bool | None = False
+    costs: Callable[[], PassCosts] = lambda: FIXED
+    branches: bool = True
     statistics: Statistics = field(default_factory=Statistics)
 
 

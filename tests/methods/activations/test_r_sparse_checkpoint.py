@@ -283,6 +283,7 @@ def test_decompositions_are_kept_by_the_weight(tmp_path: Path, monkeypatch: pyte
         ({"allocation": "greedy"}, "allocation: greedy belongs to how: teal"),
         ({"fraction": 0.5}, "fraction belongs to mode: last_fraction"),
         ({"low_rank": False, "rank": 3}, "low_rank is false, so there is no rank"),
+        ({"low_rank": False, "alpha": "error"}, "low_rank is false, so alpha is a number"),
         ({"alpha": "error", "search": {}}, "alpha: error and search are two ways to choose alpha"),
         ({"search": {"population": 1}}, "greater than or equal to 2"),
     ],

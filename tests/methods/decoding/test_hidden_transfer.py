@@ -58,7 +58,6 @@ ALIVE = {
     "precision": "bfloat16",
     "save_every": "test_trained_heads:test_a_killed_fit_resumes_to_the_same_bytes",
     "untrained": refused(False),
-    "seed": "test_untrained_maps_are_the_identity_whatever_the_seed",
     "ahead": 2,
     "layers": [0, 1, 1],
     "goal": "text",

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from intaglio import atomic_io
-from intaglio.environment import torch_threads, versions
+from intaglio.environment import torch_threads, tuning, versions
 from intaglio.errors import DivergedError
 from intaglio.evidence.engine import plot
 from intaglio.evidence.engine import record as records
@@ -476,7 +476,7 @@ def run_task(claim: Claim, task: Task, deadline: float | None = None) -> Entry:
     """Run one arm of one unit on one thread."""
     if deadline is not None and time.monotonic() > deadline:
         raise OutOfTimeError
-    with torch_threads(1):
+    with torch_threads(1), tuning.using(None):
         began, prepared = time.process_time(), sum(PREPARED)
         try:
             result = claim.design.run(claim.arms[task.arm], task.key, task.settings)
