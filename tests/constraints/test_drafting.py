@@ -14,7 +14,7 @@ from intaglio.speculative import Speculative, TokenTree
 from intaglio.speculative.drafters import PromptLookup
 from tests.families import EOS, VOCAB
 from tests.speculative.distributions import check_law
-from tests.speculative.toys import DESIGN_DECODERS, Made, mixed, target
+from tests.speculative.toys import Made, mixed, target
 
 FORMS = [b""] * 4 + [bytes([97 + id % 26]) * (1 + id // 26) for id in range(VOCAB - 4)]
 LETTERS = Vocabulary(FORMS, [EOS])
@@ -30,7 +30,7 @@ def processor(constraint: Constraint, rows: torch.Tensor = PROMPT) -> Constraint
     return ConstraintProcessor(constraint, LETTERS, rows.shape[1], greedy=True)
 
 
-@pytest.mark.parametrize("family", DESIGN_DECODERS)
+@pytest.mark.parametrize("family", ["llama", "qwen3_window", "gemma3"])
 @pytest.mark.parametrize("constraint", [Regex("([a-f]+[n-s]{1,3})*"), Predicate(sparing)])
 def test_drafted_ids_are_those_of_the_constrained_model(family: str, constraint: Constraint) -> None:
     model, options = target(family), {"do_sample": False, "max_new_tokens": 14, "eos_token_id": EOS}
@@ -70,7 +70,7 @@ def test_a_filtered_tree_keeps_drawn_siblings_together() -> None:
 def test_drafted_draws_have_the_constrained_models_distribution(drafter: str) -> None:
     """Losslessly against the constrained model."""
     letters = Vocabulary([bytes([97 + id]) for id in range(7)] + [b""], [7])
-    each = ConstraintProcessor(Regex("([a-c][d-g]|[d-g][a-d]){6}"), letters, 5)
+    each = ConstraintProcessor(Regex("([ab][d-f]|[de][ab]){6}"), letters, 5)
 
     def make(model: Any) -> Any:
         if drafter == "chosen":
@@ -81,7 +81,7 @@ def test_drafted_draws_have_the_constrained_models_distribution(drafter: str) ->
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
         return DySpec(draft=draft, budget=4, draw="sample")
 
-    check_law(make, processor=each)
+    check_law(make, rows=100, draws=3, processor=each)
 
 
 def test_json_is_drafted_from_the_prompt() -> None:

@@ -161,11 +161,15 @@ class Closing(LogitsProcessor):
         return scores + self.bias
 
 
+@functools.lru_cache
+def model() -> Any:
+    return tiny_model("llama", layers=1, vocab_size=len(VOCABULARY), eos_token_id=2, pad_token_id=0)
+
+
 def tiny_output(constraint: Constraint, seed: int, most: int = 60) -> str:
-    model = tiny_model("llama", layers=1, vocab_size=len(VOCABULARY), eos_token_id=2, pad_token_id=0)
     processor = ConstraintProcessor(constraint, VOCABULARY, 1)
     torch.manual_seed(seed)
-    output = model.generate(
+    output = model().generate(
         torch.tensor([[5]]), logits_processor=[Closing(), processor], do_sample=True, top_k=0, max_new_tokens=most
     )
     return check_output(processor, output[0, 1:].tolist())
@@ -230,7 +234,7 @@ def tally(outcomes: list[str], count: int) -> None:
 
 
 def test_twenty_schemas() -> None:
-    tally([judge_schema(schema, lambda c: tiny_output(c, 0)) for schema in schemas(500)[::25]], 20)
+    tally([judge_schema(schema, lambda c: tiny_output(c, 0)) for schema in schemas(20)], 20)
 
 
 def test_twenty_regular_expressions() -> None:

@@ -376,6 +376,11 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
 
+    def painted(piece: str, drafted: bool) -> None:
+        nonlocal streamed
+        streamed = True
+        paint(piece, drafted)
+
     try:
         result = run(
             checkpoint,
@@ -391,7 +396,7 @@ def generate(
             constraint=constraint,
             samples=samples,
             write=None if json else write,
-            paint=paint if show_drafts else None,
+            paint=painted if show_drafts else None,
         )
     except IntaglioError:
         if streamed:

@@ -56,11 +56,7 @@ class _Compiled(Constraint):
     def __init__(self, what: str, grammar: str) -> None:
         self.what = what
         self.grammar = grammar + ALL_TOKENIZATIONS
-        try:
-            error = LLMatcher.validate_grammar(self.grammar)
-        except UnicodeEncodeError as surrogate:
-            raise IntaglioError(f"{what} is malformed: {first_line(surrogate)}") from surrogate
-        if error and not error.startswith("WARNING"):
+        if (error := LLMatcher.validate_grammar(self.grammar)) and not error.startswith("WARNING"):
             raise IntaglioError(f"{what} is not accepted: {_reason(error)}")
 
     def start(self, vocabulary: Vocabulary) -> State:

@@ -22,7 +22,7 @@ from intaglio.methods.decoding.awrs import AWRS
 from intaglio.methods.decoding.awrs.estimators import WeightedDraws, first_accepted, geometric, recursive, two_loop
 from intaglio.methods.decoding.awrs.smc import CachedModel, ancestors, effective_size
 from tests.alive import alive
-from tests.families import EOS, VOCAB, tiny_model
+from tests.families import EOS, VOCAB, tiny_model, tiny_tokenizer
 
 LETTERS = "abc"
 TOKENS = Vocabulary([b"", *(letter.encode() for letter in LETTERS)], [0])
@@ -438,6 +438,67 @@ def test_sampling_options_change_the_target() -> None:
         allowed = [id for id in range(VOCAB) if FORMS[id] == b"a"]
         expected = float(log_probs[len(PROMPT) - 1, allowed].logsumexp(-1) + log_probs[len(PROMPT), EOS])
         assert decoder.populations[0].log_weights[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_generate_draws_from_the_proposal_and_corrects() -> None:
+    """With a separate proposal q: Z0 is q's, and log p(x) - log q(x) is added."""
+    models = [tiny_model("llama", layers=layers, dtype=torch.float64) for layers in (1, 2)]
+    decoder = AWRS(constraint=Choices(["a", "b"]), vocabulary=Vocabulary(FORMS, [EOS]), particles=1, proposal=models[1])
+    torch.manual_seed(0)
+    output = models[0].generate(torch.tensor([PROMPT]), custom_generate=decoder, max_new_tokens=4, eos_token_id=EOS)
+    with torch.no_grad():
+        p_LV, q_LV = (model(output).logits[0].float().double().log_softmax(-1) for model in models)
+    at, token = len(PROMPT) - 1, int(output[0, len(PROMPT)])
+    allowed = [FORMS.index(b"a"), FORMS.index(b"b")]
+    expected = q_LV[at, allowed].logsumexp(-1) + p_LV[at, token] - q_LV[at, token] + p_LV[at + 1, EOS]
+    assert token in allowed
+    assert decoder.populations[0].log_weights[0] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_a_given_tokenizer_and_a_given_generator_are_used() -> None:
+    model, drawn = tiny_model("llama", layers=1), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(drawn))
+        generator = torch.Generator().manual_seed(seed)
+        decoder = AWRS(constraint=Regex("[a-z]{3}"), tokenizer=tiny_tokenizer("llama"), generator=generator)
+        model.generate(torch.tensor([PROMPT]), custom_generate=decoder, max_new_tokens=6, eos_token_id=EOS)
+        drawn.append(decoder.populations[0].texts)
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_padded_row_is_its_prompt_alone() -> None:
+    model, weights = tiny_model("llama", layers=1, dtype=torch.float64), []
+    for pads in (0, 3):
+        ids = torch.tensor([[0] * pads + PROMPT])
+        decoder = AWRS(constraint=Regex("[a-c]{2}"), vocabulary=Vocabulary(FORMS, [EOS]))
+        torch.manual_seed(0)
+        options = {"attention_mask": (torch.arange(ids.shape[1]) >= pads).long()[None], "pad_token_id": 0}
+        model.generate(ids, custom_generate=decoder, max_new_tokens=4, eos_token_id=EOS, **options)
+        weights.append(decoder.populations[0].log_weights)
+    assert weights[0] == pytest.approx(weights[1], abs=1e-9)
+
+
+def test_the_returned_output_is_drawn_in_proportion_to_the_weights() -> None:
+    model, vocabulary = tiny_model("llama", layers=1), Vocabulary(FORMS, [EOS])
+    decoder = AWRS(constraint=Choices(["a", "b"]), vocabulary=vocabulary, particles=100, ess_threshold=0.0)
+    options = {"max_new_tokens": 4, "eos_token_id": EOS, "do_sample": True, "temperature": 0.1, "top_k": 0}
+    weights, returned = [], []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        output = model.generate(torch.tensor([PROMPT]), custom_generate=decoder, **options)
+        shares = dict(zip(decoder.populations[0].texts, [0.0] * 100, strict=True))
+        for text, weight in zip(decoder.populations[0].texts, decoder.populations[0].weights, strict=True):
+            shares[text] += float(weight)
+        weights.append(shares.get("a", 0.0))
+        returned.append(int(output[0, len(PROMPT)]) == FORMS.index(b"a"))
+    assert abs(np.mean(weights) - 0.5) > 0.25
+    assert np.mean(returned) == pytest.approx(np.mean(weights), abs=0.2)
+
+
+def test_without_weights_max_rejects_ends_a_draw() -> None:
+    decoder, rng = AWRS(proper_weights=False, max_rejects=1), np.random.default_rng(0)
+    draws = [decoder.draw(WeightedDraws(np.full(4, 0.25), rng), lambda token: token == 3) for _ in range(100)]
+    assert 5 < sum(weight == 1 for _, weight in draws) < 60
 
 
 def test_what_it_cannot_do_is_one_sentence() -> None:
