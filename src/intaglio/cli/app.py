@@ -26,6 +26,7 @@ from intaglio.cli.console import (
 )
 from intaglio.cli.demos import demo
 from intaglio.cli.search import evaluate, index_app, search
+from intaglio.cli.train import recommend, train
 
 app = typer.Typer(
     name="intaglio",
@@ -575,6 +576,8 @@ def prove(
 app.add_typer(index_app, name="index")
 app.command()(search)
 app.command()(evaluate)
+app.command()(train)
+app.command()(recommend)
 app.command()(demo)
 
 

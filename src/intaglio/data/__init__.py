@@ -8,7 +8,8 @@
 - `docstrings`: documented functions from those, as pairs of text and code.
 - `identifier_roles`: identifiers in those with their roles.
 - `token_classification`: token-classification data.
-- `interactions`: tables of users, items and times, and `Catalogue`, dense item ids of each user.
+- `interactions`: tables of users, items and times.
+- `item_sequences`: item ids of each user in the order of time, the last two held out.
 - `images`: labelled images.
 - `segments`: `Segments`, token ids of equal length, cut from a corpus in a seeded order.
 

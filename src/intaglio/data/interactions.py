@@ -1,25 +1,28 @@
-"""Interactions of users with items over time, in RecBole's format.
+"""Interactions of users with items over time, from a CSV file or in RecBole's format.
 
-Tables are tab-separated UTF-8 with a header of `name:type`. `*.inter` has at least `user_id`, `item_id` and
-`timestamp`; the optional `*.item` has `item_id` and texts.
+A CSV file (`.tsv`: tab-separated) has the columns user, item and time, or user_id, item_id and timestamp, and perhaps
+the item's title. A directory has RecBole's tables: tab-separated UTF-8 with a header of `name:type`. `*.inter` has at
+least `user_id`, `item_id` and `timestamp`; the optional `*.item` has `item_id` and texts.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import math
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
 from intaglio.data import assets
 from intaglio.errors import IntaglioError, shorten
 
-PAD = 0
-"""The id of padding in a `Catalogue`."""
 _TITLES = ("movie_title", "title", "item_name", "name")
+_COLUMNS = {"user_id": ("user", "userid"), "item_id": ("item", "itemid"), "timestamp": ("time",)}
+"""Other names of the needed columns, in lower case."""
 
 
 @dataclass(frozen=True)
@@ -48,89 +51,37 @@ class Interactions:
         return {user: tuple(item for *_, item in sorted(row)) for user, row in rows.items()}
 
 
-@dataclass(frozen=True)
-class Catalogue:
-    """Item ids of each user in the order of time, held-out items included, and training interactions of each item.
-
-    Id 0 is padding, items have 1 to `items`, the mask token `items + 1`.
-    """
-
-    sequences: Mapping[str, tuple[int, ...]]
-    names: tuple[str, ...]
-    titles: tuple[str, ...]
-    counts: tuple[int, ...]
-    digest: str
-
-    @property
-    def items(self) -> int:
-        """Number of items."""
-        return len(self.names) - 1
-
-    @property
-    def mask(self) -> int:
-        """The id of the mask token."""
-        return len(self.names)
-
-    @property
-    def vocabulary(self) -> int:
-        """Rows that an embedding table needs: padding, items, mask."""
-        return len(self.names) + 1
-
-    @classmethod
-    def from_interactions(cls, interactions: Interactions, least: int, name: str = "the interactions") -> Catalogue:
-        """Return the largest part where all users and items have `least` interactions; frequent items come first.
-
-        The last two items of each user, test and validation, do not count for the order.
-
-        Raises:
-            IntaglioError: nothing is left.
-        """
-        sequences = dense(interactions.by_user(), least)
-        if not sequences:
-            raise IntaglioError(f"{name} have no users and items with {least} interactions each; nothing is left")
-        learned = Counter(item for items in sequences.values() for item in items[:-2])
-        everything = {item for items in sequences.values() for item in items}
-        # Equally frequent items by name, shorter first so that numbers are in their order.
-        ordered = sorted(everything, key=lambda item: (-learned[item], len(item), item))
-        ids = {item: index for index, item in enumerate(ordered, 1)}
-        return cls(
-            sequences={user: tuple(ids[item] for item in items) for user, items in sequences.items()},
-            names=("", *ordered),
-            titles=("", *(interactions.titles.get(item, "") for item in ordered)),
-            counts=(0, *(learned[item] for item in ordered)),
-            digest=interactions.digest,
-        )
-
-
-def dense(sequences: Mapping[str, tuple[str, ...]], least: int) -> dict[str, tuple[str, ...]]:
-    """Return the largest part where every user and item has that many interactions; repeated items count once."""
-    current = {user: tuple(dict.fromkeys(items)) for user, items in sequences.items()}
-    while True:
-        counts = Counter(item for items in current.values() for item in items)
-        kept = {user: tuple(item for item in items if counts[item] >= least) for user, items in current.items()}
-        kept = {user: items for user, items in kept.items() if len(items) >= least}
-        if kept == current:
-            return current
-        current = kept
-
-
 def load_interactions(source: str | os.PathLike[str]) -> Interactions:
-    """Read a directory of interactions."""
+    """Read interactions.
+
+    Args:
+        source: a bundled name, a CSV or TSV file, or a directory in RecBole's format.
+
+    Returns:
+        The interactions in the order of the file.
+
+    Raises:
+        IntaglioError: there is no such file, a column is missing, or a row is malformed.
+    """
     name = os.fspath(source)
     bundled = any(asset.name == name and asset.kind == "interactions" for asset in assets.ASSETS.values())
-    folder = assets.path(name) if bundled else Path(name).expanduser()
-    if not folder.is_dir():
-        raise IntaglioError(f"the interactions {shorten(name)!r} are neither a bundled name nor a directory")
-    inter, item = _only(folder, "*.inter"), _only(folder, "*.item")
+    path = assets.path(name) if bundled else Path(name).expanduser()
+    if path.is_file():
+        columns = _csv(path, ("user_id", "item_id", "timestamp"))
+        return _interactions(path, columns, columns)
+    if not path.is_dir():
+        raise IntaglioError(f"the interactions {shorten(name)!r} are neither a bundled name nor a file or directory")
+    inter, item = _only(path, "*.inter"), _only(path, "*.item")
     if inter is None:
-        raise IntaglioError(f"{folder} has no interactions: one file *.inter is needed")
+        raise IntaglioError(f"{path} has no interactions: one file *.inter is needed")
     columns = _table(inter, ("user_id", "item_id", "timestamp"))
-    times = tuple(_number(inter, line, text) for line, text in enumerate(columns["timestamp"], 2))
-    titles: dict[str, str] = {}
-    if item is not None:
-        table = _table(item, ("item_id",))
-        title = next((table[column] for column in _TITLES if column in table), ())
-        titles = dict(zip(table["item_id"], title, strict=False))
+    return _interactions(inter, columns, {} if item is None else _table(item, ("item_id",)))
+
+
+def _interactions(path: Path, columns: Mapping[str, list[str]], items: Mapping[str, list[str]]) -> Interactions:
+    times = tuple(_time(path, line, text) for line, text in enumerate(columns["timestamp"], 2))
+    title = next((items[column] for column in _TITLES if column in items), ())
+    titles = dict(zip(items.get("item_id", ()), title, strict=False))
     return Interactions(tuple(columns["user_id"]), tuple(columns["item_id"]), times, titles)
 
 
@@ -141,31 +92,65 @@ def _only(folder: Path, pattern: str) -> Path | None:
     return files[0] if files else None
 
 
-def _table(path: Path, needed: Sequence[str]) -> dict[str, list[str]]:
-    """Return the columns by name."""
+def _lines(path: Path) -> list[str]:
     try:
         # Not splitlines(): it also splits at separators that a title may contain.
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        return path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except OSError as error:
         raise IntaglioError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise IntaglioError(f"{path} is not UTF-8 (byte offset {error.start})") from None
-    names = [name.partition(":")[0] for name in lines[0].split("\t")]
+
+
+def _csv(path: Path, needed: Sequence[str]) -> dict[str, list[str]]:
+    """Return the columns of a CSV or TSV file by name."""
+    text = [f"{line}\n" for line in _lines(path)]
+    try:
+        rows = list(csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True))
+    except csv.Error as error:
+        raise IntaglioError(f"{path} is not a CSV file: {error}") from None
+    names = [_column_name(name) for name in rows[0]]
+    return _columns(path, names, [row for row in rows[1:] if row], needed)
+
+
+def _column_name(given: str) -> str:
+    name = given.strip().lower()
+    return next((column for column, others in _COLUMNS.items() if name in others), name)
+
+
+def _table(path: Path, needed: Sequence[str]) -> dict[str, list[str]]:
+    """Return the columns of one of RecBole's tables by name."""
+    header, *lines = _lines(path)
+    names = [name.partition(":")[0] for name in header.split("\t")]
+    return _columns(path, names, [line.split("\t") for line in lines], needed)
+
+
+def _columns(path: Path, names: list[str], rows: list[list[str]], needed: Sequence[str]) -> dict[str, list[str]]:
     missing = [name for name in needed if name not in names]
     if missing:
         raise IntaglioError(f"{path} has no column {missing[0]!r}; it has: {shorten(', '.join(names)) or 'nothing'}")
-    columns: list[list[str]] = [[] for _ in names]
-    for number, line in enumerate(lines[1:], 2):
-        cells = line.split("\t")
-        if len(cells) != len(names):
-            raise IntaglioError(f"line {number} of {path} has {len(cells)} columns; {len(names)} are named at the top")
-        for column, cell in zip(columns, cells, strict=True):
-            column.append(cell)
-    return dict(zip(names, columns, strict=True))
+    for number, row in enumerate(rows, 2):
+        if len(row) != len(names):
+            raise IntaglioError(f"line {number} of {path} has {len(row)} columns; {len(names)} are named at the top")
+        for column in needed:
+            if not row[names.index(column)].strip():
+                raise IntaglioError(f"line {number} of {path} has no {column}; a value is needed")
+    return {name: [row[column] for row in rows] for column, name in enumerate(names)}
 
 
-def _number(path: Path, line: int, text: str) -> float:
+def _time(path: Path, line: int, text: str) -> float:
+    """Return seconds since 1970, from a number or an ISO 8601 date."""
     try:
-        return float(text)
+        seconds = float(text)
     except ValueError:
-        raise IntaglioError(f"line {line} of {path} has the timestamp {shorten(text)!r}; a number is needed") from None
+        try:
+            moment = datetime.fromisoformat(text)
+        except ValueError:
+            raise IntaglioError(
+                f"line {line} of {path} has the timestamp {shorten(text)!r}; a number or a date such as 2024-01-31 is"
+                " needed"
+            ) from None
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    if not math.isfinite(seconds):
+        raise IntaglioError(f"line {line} of {path} has the timestamp {shorten(text)!r}; a finite number is needed")
+    return seconds

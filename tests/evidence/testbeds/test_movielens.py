@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from intaglio.data.interactions import dense
+from intaglio.data.item_sequences import dense
 from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.movielens import BOUNDS, MovieLens
 from intaglio.evidence.testbeds.splits import part_of
@@ -129,7 +129,7 @@ def test_bad_settings_and_data_are_one_sentence(make: Make, small: MovieLens) ->
     with pytest.raises(IntaglioError, match=r"movielens' is not in .*run `intaglio assets` first"):
         MovieLens().load()
     with pytest.raises(IntaglioError, match="no users and items with 5 interactions each"):
-        make([("u", "i", 1)]).load()
+        make([("u", "i", 1), ("u", "j", 2)]).load()
     with pytest.raises(IntaglioError, match=r"600 evaluation users were requested; there are \d+"):
         MovieLens(source=small.source).questions("evaluation")
 
