@@ -16,6 +16,7 @@ from predicates import PREDICATES, PROMPTS, SCHEMA
 from intaglio.checkpoint import load
 from intaglio.cli.generate import encode
 from intaglio.constraints import Constraint, JSONSchema, Predicate, Vocabulary
+from intaglio.errors import IntaglioError
 from intaglio.methods.decoding.awrs import AWRS
 
 
@@ -43,10 +44,12 @@ def main() -> None:
                     **options,
                 )  # fmt: skip
                 break
-            except ValueError:  # the limit came before the end
+            except IntaglioError:  # the limit came before the end
                 if decoder.populations and len(decoder.populations[0].tokens[0]) >= given.tokens - 1:
                     whole = torch.cat([ids, torch.tensor([decoder.populations[0].tokens[0]])], 1)
                     break
+        else:
+            raise IntaglioError(f"none of 20 runs under {name} came to {given.tokens} tokens")
         new = whole[0, ids.shape[1] :]
         with torch.inference_mode():
             logits = checkpoint.model(whole[:, :-1]).logits[0, ids.shape[1] - 1 :]

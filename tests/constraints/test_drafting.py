@@ -12,6 +12,7 @@ from intaglio.constraints import Constraint, ConstraintProcessor, JSONSchema, Pr
 from intaglio.methods.decoding.dyspec import DySpec
 from intaglio.speculative import Speculative, TokenTree
 from intaglio.speculative.drafters import PromptLookup
+from tests.causal_lms import tiny_lm
 from tests.families import EOS, VOCAB
 from tests.speculative.distributions import check_law
 from tests.speculative.toys import Made, mixed, target
@@ -55,6 +56,24 @@ def test_no_pass_verifies_a_node_that_the_constraint_rejects() -> None:
     drafted = [list(step.tree.tokens[1:]) for step in trees[1:]]
     assert drafted[0] == [4, 5]
     assert all(tokens == [4, 5][: len(tokens)] for tokens in drafted)
+
+
+@pytest.mark.parametrize("family", ["bloom", "qwen3_next"])
+def test_a_chain_follows_the_allowed_branch(family: str) -> None:
+    """A family that reads no trees verifies the first path that the constraint allows."""
+    model = tiny_lm(family).double()
+    trees: list[Any] = []
+    options = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": EOS}
+    constraint = Regex("a[a-e]{9}")
+
+    def wide(row: int, ids: list[int], new: int, room: int) -> TokenTree:
+        return TokenTree([ids[-1], 20, 5, 21, 6], [-1, 0, 0, 1, 2])  # q, b; qr, bc
+
+    decoder = Speculative(Made(wide), on_step=trees.append)
+    expected = model.generate(PROMPT, logits_processor=[processor(constraint)], **options)
+    ids = model.generate(PROMPT, logits_processor=[processor(constraint)], custom_generate=decoder, **options)
+    assert torch.equal(ids, expected)
+    assert list(trees[1].tree.tokens[1:]) == [5, 6]
 
 
 def test_a_filtered_tree_keeps_drawn_siblings_together() -> None:
