@@ -99,6 +99,11 @@ BAD: list[tuple[list[str], str]] = [
     (["--regex", "a", "--samples", "3", "--set", "particles=2"], "--samples and --set particles are given"),
     (["--decoder", "aded", "--samples", "3", "--regex", "a"], "samples is 3, which the decoder aded does not draw"),
     (["--regex", "(fox ){30}", "--max-new-tokens", "4"], "not complete after max_new_tokens = 4 tokens: it ends in"),
+    (["--json", "--regex", "(fox ){30}", "--max-new-tokens", "4"], "not complete after max_new_tokens = 4 tokens"),
+    (
+        ["--decoder", "prompt_lookup", "--regex", "(fox ){30}", "--max-new-tokens", "4"],
+        "not complete after max_new_tokens = 4 tokens",
+    ),
     (["--regex", "\u4e2d"], "no token of the vocabulary may begin"),
     (["--regex", "(fox ){30}", "--max-new-tokens", "4", "--samples", "3"], "none of 3 particles met the constraint"),
 ]  # fmt: skip
@@ -109,6 +114,7 @@ def test_what_cannot_be_met_is_one_sentence(words: list[str], says: str, tiny_di
     result = run(tiny_dir("llama"), PROMPT, "--max-new-tokens", "20", *words, code=2)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert says in line
+    assert not result.stdout or "--json" not in words
     if result.stdout:  # what was streamed before ends its line
         assert result.stdout.endswith("\n")
 

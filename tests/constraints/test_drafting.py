@@ -31,7 +31,7 @@ def processor(constraint: Constraint, rows: torch.Tensor = PROMPT) -> Constraint
     return ConstraintProcessor(constraint, LETTERS, rows.shape[1], greedy=True)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3_window", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_window"])
 @pytest.mark.parametrize("constraint", [Regex("([a-f]+[n-s]{1,3})*"), Predicate(sparing)])
 def test_drafted_ids_are_those_of_the_constrained_model(family: str, constraint: Constraint) -> None:
     model, options = target(family), {"do_sample": False, "max_new_tokens": 14, "eos_token_id": EOS}
@@ -89,7 +89,7 @@ def test_a_filtered_tree_keeps_drawn_siblings_together() -> None:
 def test_drafted_draws_have_the_constrained_models_distribution(drafter: str) -> None:
     """Losslessly against the constrained model."""
     letters = Vocabulary([bytes([97 + id]) for id in range(7)] + [b""], [7])
-    each = ConstraintProcessor(Regex("([ab][d-f]|[de][ab]){6}"), letters, 5)
+    each = ConstraintProcessor(Regex("([ab][de]|[de][ab]){6}"), letters, 5)
 
     def make(model: Any) -> Any:
         if drafter == "chosen":
@@ -100,7 +100,7 @@ def test_drafted_draws_have_the_constrained_models_distribution(drafter: str) ->
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
         return DySpec(draft=draft, budget=4, draw="sample")
 
-    check_law(make, rows=100, draws=3, processor=each)
+    check_law(make, rows=80, draws=3, processor=each)
 
 
 def test_json_is_drafted_from_the_prompt() -> None:

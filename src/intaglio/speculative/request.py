@@ -86,7 +86,7 @@ class Request:
 def dropped_arguments() -> dict[str, Any]:
     """Return the given arguments of `generate` that it silently keeps from a custom decoder.
 
-    An assistant would be ignored, and a streamer would never end, so that its cached waits for ever. They can be seen
+    An assistant would be ignored, and a streamer would never end, so that its reader waits for ever. They can be seen
     only in the caller's own frame.
     """
     frame: FrameType | None = sys._getframe(1)

@@ -22,6 +22,7 @@ from intaglio.methods.decoding.awrs import AWRS
 from intaglio.methods.decoding.awrs.estimators import WeightedDraws, first_accepted, geometric, recursive, two_loop
 from intaglio.methods.decoding.awrs.smc import CachedModel, ancestors, effective_size
 from tests.alive import alive
+from tests.causal_lms import tiny_lm
 from tests.families import EOS, VOCAB, tiny_model, tiny_tokenizer
 
 LETTERS = "abc"
@@ -363,10 +364,13 @@ def observe(method: AWRS, constraint: Constraint = LETTERS_ONLY, model: Any = No
     return output, [(p.tokens, p.log_weights, p.checks, p.passes, p.resampled) for p in decoder.populations]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral_window", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral_window", "gpt_neox", "mamba2", "falcon_h1"])
 def test_the_cached_model_is_the_model(family: str) -> None:
-    """Log-probabilities with a shared, reordered cache are those of a whole forward pass."""
-    model = tiny_model(family, layers=4 if family == "gemma3" else 2, dtype=torch.float64)
+    """Log-probabilities with a shared, reordered cache are those of a whole forward pass; so are recurrent states'."""
+    if family in ("mamba2", "falcon_h1"):
+        model = tiny_lm(family).double()
+    else:
+        model = tiny_model(family, layers=4 if family == "gemma3" else 2, dtype=torch.float64)
 
     class Plain:
         def processors(self, ids: Any, scores: Any) -> Any:
@@ -499,6 +503,13 @@ def test_without_weights_max_rejects_ends_a_draw() -> None:
     decoder, rng = AWRS(proper_weights=False, max_rejects=1), np.random.default_rng(0)
     draws = [decoder.draw(WeightedDraws(np.full(4, 0.25), rng), lambda token: token == 3) for _ in range(100)]
     assert 5 < sum(weight == 1 for _, weight in draws) < 60
+
+
+def test_a_recurrent_model_generates_under_a_constraint() -> None:
+    decoder = AWRS(constraint=Regex("[a-c]{2,4}"), vocabulary=Vocabulary(FORMS, [EOS]))
+    model = tiny_lm("mamba2")
+    model.generate(torch.tensor([PROMPT]), custom_generate=decoder, max_new_tokens=6, eos_token_id=EOS, pad_token_id=0)
+    assert any(decoder.populations[0].weights)
 
 
 def test_what_it_cannot_do_is_one_sentence() -> None:

@@ -35,6 +35,7 @@ from intaglio.methods.decoding.awrs.estimators import (
 from intaglio.methods.decoding.awrs.smc import CachedModel, NextTokens, Population, Resampling, Run
 from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative._utils import vocabulary_size
+from intaglio.speculative.cache import holds_tokens
 from intaglio.speculative.decoder_mixin import tokenizer_of
 from intaglio.speculative.request import Request, read_request
 
@@ -282,7 +283,7 @@ class AWRS(Method, slug="awrs"):
                 f"a stopping criterion {type(request.criteria[0]).__name__} was given; awrs ends at end tokens and "
                 "lengths alone"
             )
-        if request.cache.get_seq_length():
+        if holds_tokens(request.cache):
             raise IntaglioError("a cache that holds tokens was given; awrs reads the prompt itself")
         size = vocabulary_size(model)
         if self.proposal is not None and vocabulary_size(self.proposal) != size:

@@ -17,7 +17,7 @@ from torch import Tensor
 from intaglio.constraints import Prefix
 from intaglio.methods.decoding.awrs.estimators import Accept, Draw, Draws, WeightedDraws
 from intaglio.modeling.anatomy import CACHE
-from intaglio.speculative.cache import preallocated_cache
+from intaglio.speculative.cache import sampling_cache
 from intaglio.speculative.request import Request
 
 Resampling = Literal["multinomial", "systematic"]
@@ -52,7 +52,7 @@ class CachedModel:
         self._model = model
         self._request = request
         self._ids_RL = torch.tensor([list(prompt)], device=model.device)
-        self._cache = preallocated_cache()
+        self._cache = sampling_cache(model)
 
     def start(self) -> np.ndarray:
         """Read the prompt."""
@@ -62,7 +62,7 @@ class CachedModel:
         """Reorder the cache and read a token of every history."""
         rows_R = torch.tensor(parents, device=self._ids_RL.device)
         if list(parents) != list(range(len(self._ids_RL))):
-            self._cache.batch_select_indices(rows_R)
+            self._cache.reorder_cache(rows_R)
         tokens_R1 = torch.tensor(tokens, device=self._ids_RL.device)[:, None]
         self._ids_RL = torch.cat([self._ids_RL[rows_R], tokens_R1], 1)
         return self._forward(tokens_R1)
