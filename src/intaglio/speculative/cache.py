@@ -74,9 +74,10 @@ def sampling_cache(model: Any) -> DynamicCache:
 
 def holds_tokens(cache: DynamicCache) -> bool:
     """Return whether a cache has read anything."""
+    layers: list[Any] = cache.layers
     return any(
         layer.get_seq_length() > 0 if isinstance(layer, DynamicLayer) else any(layer.has_previous_state.values())
-        for layer in cache.layers
+        for layer in layers
     )
 
 
