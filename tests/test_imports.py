@@ -26,6 +26,8 @@ HEAVY = (
     "pandas",
     "safetensors",
     "tokenizers",
+    "llguidance",
+    "jsonschema",
 )
 NEEDS = {
     "intaglio.kernels.ternary_numba": "numba",

@@ -66,6 +66,18 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "The protocol of drafters for [speculative decoding](../decoding.md).",
         ("intaglio.speculative.protocols",),
     ),
+    "api/constraints.md": (
+        "Constraints",
+        "Constraints on generated text; see [constrained output](../constraints.md).",
+        (
+            "intaglio.constraints.base",
+            "intaglio.constraints.grammar",
+            "intaglio.constraints.sql",
+            "intaglio.constraints.predicate",
+            "intaglio.constraints.vocabulary",
+            "intaglio.constraints.processor",
+        ),
+    ),
     "api/search.md": (
         "Search",
         "Indexes of documents; see [searching your own documents](../search.md).",

@@ -11,8 +11,11 @@ import torch
 from tests.families import tiny_model
 
 
-def check_law(make: Callable[[Any], Any], rows: int = 250, draws: int = 4) -> None:
-    """Draw with the drafter that `make(model)` gives, and compare with the target's own law (chi squared)."""
+def check_law(make: Callable[[Any], Any], rows: int = 250, draws: int = 4, processor: Any = None) -> None:
+    """Draw with the drafter that `make(model)` gives, and compare with the target's own law (chi squared).
+
+    With a logits processor, the target is the model with it.
+    """
     from scipy.stats import chi2
 
     model = tiny_model("llama", layers=2, vocab_size=8, dtype=torch.float64, eos_token_id=None)
@@ -20,7 +23,12 @@ def check_law(make: Callable[[Any], Any], rows: int = 250, draws: int = 4) -> No
     ids = context_NL
     for _ in range(3):  # what drafts inside the target's pass has its first draft behind the second token
         with torch.no_grad():
-            next_NV = torch.softmax(model(context_NL).logits[:, -1].float() / 1.5, -1)
+            logits_NV = model(context_NL).logits[:, -1].float()
+            if processor is not None and law_N.min() == 0:  # contexts that the target never reaches have no law
+                logits_NV[law_N > 0] = processor(context_NL[law_N > 0], logits_NV[law_N > 0])
+            elif processor is not None:
+                logits_NV = processor(context_NL, logits_NV)
+            next_NV = torch.softmax(logits_NV / 1.5, -1)
         law_N = (law_N[:, None] * next_NV).reshape(-1)
         tokens = torch.arange(8).repeat(len(context_NL))[:, None]
         context_NL = torch.cat([context_NL.repeat_interleave(8, 0), tokens], 1)
@@ -30,7 +38,7 @@ def check_law(make: Callable[[Any], Any], rows: int = 250, draws: int = 4) -> No
     for _ in range(draws):
         found = model.generate(
             ids.expand(rows, -1), do_sample=True, temperature=1.5, top_k=0, top_p=1.0, max_new_tokens=4,
-            custom_generate=decoder,
+            custom_generate=decoder, logits_processor=[] if processor is None else [processor],
         )  # fmt: skip
         counts += np.bincount((found[:, 5] * 64 + found[:, 6] * 8 + found[:, 7]).numpy(), minlength=512)
         accepted += decoder.statistics.accepted

@@ -12,6 +12,8 @@ from rich.table import Table
 
 from intaglio.cli.console import (
     CommandGroup,
+    Device,
+    Json,
     err,
     handle_errors,
     out,
@@ -22,6 +24,7 @@ from intaglio.cli.console import (
     progress_bar,
     read_stdin,
 )
+from intaglio.cli.demos import demo
 from intaglio.cli.search import evaluate, index_app, search
 from intaglio.cli.train import recommend, train
 
@@ -35,8 +38,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
-Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:N, mps. [default: cpu]")]
 Dtype = Annotated[
     str | None,
     typer.Option(help="Dtype of the weights: float32, bfloat16, float16. [default: the checkpoint's own]"),
@@ -306,12 +307,13 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
     decoder: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="greedy, sample, a speculative decoder (aded, dyspec, lud, prompt_lookup, ngram, draft_model, ...) or "
-            "another decoding method, such as diverse_beam_search."
+            help="greedy, sample, a speculative decoder (aded, dyspec, lud, prompt_lookup, ngram, draft_model, "
+            "...), or another decoding method: awrs, diverse_beam_search.",
+            show_default="greedy; with --samples awrs",
         ),
-    ] = "greedy",
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="(methods) A setting as key=value, such as corpus=FILE; can be repeated."),
@@ -325,6 +327,26 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="(sampling) Keep the smallest set of tokens with this probability.")
     ] = None,
+    json_schema: Annotated[
+        Path | None, typer.Option("--json-schema", help="(constraint) Output is JSON valid under this schema file.")
+    ] = None,
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="(constraint) Output matches this regular expression as a whole.")
+    ] = None,
+    grammar: Annotated[
+        Path | None, typer.Option("--grammar", help="(constraint) Output is derived by this Lark grammar file.")
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option("--choices", help="(constraint) Output is one of these, separated by commas.")
+    ] = None,
+    sql: Annotated[
+        Path | None,
+        typer.Option("--sql", help="(constraint) Output is an SQLite SELECT statement over this file's CREATE TABLEs."),
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="(constraint) Draw weighted outputs with so many particles of awrs."),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="(sampling) Seed of the random draws.")] = 0,
     device: Device = None,
@@ -333,64 +355,67 @@ def generate(
 ) -> None:
     """Generate from a prompt, streaming, and report the cost."""
     from intaglio.checkpoint import load
-    from intaglio.cli.generate import check_drafting, check_options
+    from intaglio.cli.constraints import read_constraint
+    from intaglio.cli.generate import check_constraint, check_drafting, check_options, cost_line, output_lines
     from intaglio.cli.generate import generate as run
     from intaglio.cli.settings import read_settings, starts_empty
     from intaglio.errors import IntaglioError
 
     settings = read_settings(set_ or [])
+    decoder = decoder or ("greedy" if samples is None else "awrs")
     check_options(decoder, temperature, top_k, top_p)
     check_drafting(decoder, settings, show_drafts)
+    constraint = read_constraint(json_schema, regex, grammar, choices, sql)
+    check_constraint(decoder, constraint is not None, samples, settings)
     if json and show_drafts:
         raise IntaglioError("--show-drafts colours text, which --json does not print; give one of them")
     text = read_stdin() if prompt == "-" else prompt
     checkpoint = load(model, device=device, dtype=dtype)
 
+    streamed = False
+
     def write(piece: str) -> None:
+        nonlocal streamed
+        streamed = True
         sys.stdout.write(piece)
         sys.stdout.flush()
 
-    result = run(
-        checkpoint,
-        text,
-        decoder=decoder,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        chat=chat,
-        seed=seed,
-        settings=settings,
-        write=None if json else write,
-        paint=paint if show_drafts else None,
-    )
+    def painted(piece: str, drafted: bool) -> None:
+        nonlocal streamed
+        streamed = True
+        paint(piece, drafted)
+
+    try:
+        result = run(
+            checkpoint,
+            text,
+            decoder=decoder,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            chat=chat,
+            seed=seed,
+            settings=settings,
+            constraint=constraint,
+            samples=samples,
+            write=None if json else write,
+            paint=painted if show_drafts else None,
+        )
+    except IntaglioError:
+        if streamed:
+            write("\n")  # the sentence begins a line
+        raise
     if json:
         print_json(result)
         return
-    for number, output in enumerate(result["outputs"] or (), 1):
-        labels = ", ".join(
-            f"{name.replace('_', ' ')} {value:{'.2f' if isinstance(value, float) else 'd'}}"
-            for name, value in output.items()
-            if isinstance(value, int | float)
-        )
-        write(f"--- {number}: {labels}\n{output['text']}\n")
+    for line in output_lines(result):
+        write(f"{line}\n")
     if not result["outputs"]:
         write("\n")
     if starts_empty(decoder, settings, checkpoint.attachments):
         print_err(f"{decoder} had no corpus and started empty; --set corpus=FILE gives it one")
-    line = (
-        f"{result['new_tokens']} tokens in {result['passes']} passes, {result['seconds']:.1f} s "
-        f"({result['tokens_per_second']:.1f} tokens/s, {decoder})"
-    )
-    per_pass, lossy = f": {result['tokens_per_pass']:.2f} tokens a pass", result["lossy"]
-    if lossy is not None:
-        line += (
-            f"{per_pass}; not lossless: at threshold {lossy['threshold']:g} {lossy['agreement']:.1%} agreement with "
-            f"the unaided model, {lossy['speed_up']:.2f} times its speed"
-        )
-    elif result["accepted_share"] is not None:
-        line += f"{per_pass}, {result['accepted_share']:.0%} of the drafts accepted"
-    print_err(f"{line}; {result['note']}" if result["note"] else line)
+    print_err(cost_line(result))
 
 
 @app.command()
@@ -556,82 +581,7 @@ app.command()(search)
 app.command()(evaluate)
 app.command()(train)
 app.command()(recommend)
-
-
-@app.command()
-@handle_errors
-def demo(
-    topic: Annotated[str, typer.Argument(help="prune, search or train.")] = "prune",
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory of the results. [default: intaglio-demo]")
-    ] = None,
-    device: Device = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json: Json = False,
-) -> None:
-    """Prune a real 135M-parameter model nine ways, search Python's docstrings three ways, or train small models."""
-    from intaglio.errors import IntaglioError, did_you_mean
-
-    if topic not in (topics := {"prune": _demo_prune, "search": _demo_search, "train": _demo_train}):
-        raise IntaglioError(f"the demo has no topic {topic!r}; {did_you_mean(topic, topics)}")
-    topics[topic](output, device, seed, json)
-
-
-def _demo_search(output: Path | None, device: str | None, seed: int, json: bool) -> None:
-    from intaglio.cli.demo_search import demo as run
-    from intaglio.cli.demo_search import tables
-    from intaglio.data import assets as bundled
-
-    bundled.fetch(("minilm", "splade-tiny"), progress=print_err)
-    output = output or Path("intaglio-demo-search")
-    with progress_bar() as progress:
-        document = run(output, device=device, seed=seed, progress=progress)
-    if json:
-        print_json(document)
-        return
-    for table in tables(document):
-        out.print(table)
-    indexed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in document["seconds_to_index"].items())
-    print_out(f"indexed in: {indexed}; everything took {document['seconds']:.0f} s")
-    print_out(f"report: {output / 'report.html'}\nsearch it yourself: intaglio search {output / 'minilm'} --serve")
-
-
-def _demo_train(output: Path | None, device: str | None, seed: int, json: bool) -> None:
-    from intaglio import report
-    from intaglio.cli.demo_train import TOPICS
-    from intaglio.cli.demo_train import demo as run
-    from intaglio.data import assets as bundled
-
-    bundled.fetch(tuple(name for topic in TOPICS.values() for name in topic.assets), progress=print_err)
-    output = output or Path("intaglio-demo-train")
-    with progress_bar() as progress:
-        document = run(output, device=device, seed=seed, progress=progress)
-    if json:
-        print_json(document)
-        return
-    for table in report.recommender_tables(document["topics"]["recommender"]):
-        out.print(table)
-    print_out(f"everything took {document['seconds']:.0f} s\nreport: {output / 'report.html'}")
-    print_out(f"ask it yourself: intaglio recommend {output / 'recommender'} --history 'Star Wars' --history Alien")
-
-
-def _demo_prune(output: Path | None, device: str | None, seed: int, json: bool) -> None:
-    from intaglio import report
-    from intaglio.cli.demo import demo as run
-    from intaglio.data import assets as bundled
-
-    bundled.fetch(("smollm2", "wikipedia"), progress=print_err)
-    output = output or Path("intaglio-demo")
-    with progress_bar() as progress:
-        document = run(output, device=device, seed=seed, progress=progress)
-    if json:
-        print_json(document)
-        return
-    out.print(report.demo_table(document))
-    out.print(report.demo_chart(document))
-    for note in document["notes"]:
-        print_out(note)
-    print_out(f"report: {output / 'report.html'}")
+app.command()(demo)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -18,6 +18,9 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from intaglio.errors import IntaglioError, printable
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
+Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:N, mps. [default: cpu]")]
 
 out = Console()
 err = Console(stderr=True)

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import nn
+from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.streamers import TextStreamer
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.cli.settings import check_settings
+from intaglio.constraints import Constraint, ConstraintProcessor, Vocabulary, check_output
 from intaglio.errors import IntaglioError
+from intaglio.methods.decoding.awrs import AWRS
 from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative.factory import decoder_names, drafter_names, make_decoder
 from intaglio.speculative.protocols import Step
@@ -115,6 +118,21 @@ def check_options(
     return given
 
 
+def check_constraint(
+    decoder: str, constrained: bool, samples: int | None, settings: Mapping[str, str] | None = None
+) -> None:
+    """Raise an `IntaglioError` for a constraint or samples that a decoder does not take, before any model loads."""
+    takers = [*STOCK, *drafter_names(), "awrs"]
+    if constrained and decoder not in takers:
+        raise IntaglioError(f"the decoder {decoder} takes no constraint; {', '.join(takers)} do")
+    if decoder == "awrs" and not constrained:
+        raise IntaglioError("the decoder awrs needs a constraint; give --json-schema, --regex, --grammar, ...")
+    if samples is not None and decoder != "awrs":
+        raise IntaglioError(f"samples is {samples}, which the decoder {decoder} does not draw; awrs does")
+    for name in {"particles", "return_all"} & set(settings or {}) if samples is not None else ():
+        raise IntaglioError(f"--samples and --set {name} are given; give one of them")
+
+
 def check_drafting(decoder: str, settings: Mapping[str, str], show_drafts: bool) -> None:
     """Raise an `IntaglioError` for settings and options that a decoder does not have, before any model loads."""
     if show_drafts and decoder not in drafter_names():
@@ -139,6 +157,8 @@ def generate(
     chat: bool = False,
     seed: int = 0,
     settings: Mapping[str, str] | None = None,
+    constraint: Constraint | None = None,
+    samples: int | None = None,
     write: Callable[[str], None] | None = None,
     paint: Callable[[str, bool], None] | None = None,
 ) -> dict[str, Any]:
@@ -155,25 +175,29 @@ def generate(
         chat: use the chat template.
         seed: (sample) of the draws.
         settings: (methods) settings as words; see `settings.read_settings`.
+        constraint: that the new text must meet (`intaglio.constraints`).
+        samples: (awrs) number of particles, whose distinct outputs are all returned; None: a single draw.
         write: called with each piece of text as it is generated; not by decoders that draft nothing.
         paint: (drafting) called instead, with each piece and whether it was drafted.
 
     Returns:
         `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, tokens_per_pass,
-        accepted_share, lossy, decoder, note, outputs`; `passes` counts the target's forward passes, prefill included,
-        and `accepted_share` is the share of the verified drafted tokens that were accepted (None without drafts).
-        `lossy` is None if the output is the target's own, else `threshold`, `agreement` with the unaided target and
-        `speed_up` in seconds over it, for which it is run too. `note` is the drafter's remark, such as the reason for
-        drafting nothing. `outputs`, of decoders with an attribute of that name, are its entries, each with its `text`
-        and `token_ids`; None for others.
+        accepted_share, lossy, decoder, outputs, constraint, note`; `passes` counts the target's forward passes, prefill
+        included, and `accepted_share` is the share of the verified drafted tokens that were accepted (None without
+        drafts). `lossy` is None if the output is the target's own, else `threshold`, `agreement` with the unaided
+        target and `speed_up` in seconds over it, for which it is run too. `outputs`, of decoders with an attribute of
+        that name, are its entries, each with its `text` and `token_ids`; None for others. With a constraint,
+        `constraint` has the `checks` beyond masks and, of awrs, the `log_probability` that an output meets it; else it
+        is None. `note` is the drafter's remark, such as the reason for drafting nothing.
 
     Raises:
-        IntaglioError: an unknown decoder, sampling options for greedy, wrong settings, or a prompt that leaves no
-            room in the context.
+        IntaglioError: an unknown decoder, sampling options for greedy, wrong settings, a prompt that leaves no
+            room in the context, or a constraint that the output cannot meet.
     """
     settings = settings or {}
     given = check_options(decoder, temperature, top_k, top_p)
     check_drafting(decoder, settings, paint is not None)
+    check_constraint(decoder, constraint is not None, samples, settings)
     ids = encode(checkpoint, prompt, chat)
     checkpoint.check_ids(ids)
     room = checkpoint.context - ids.shape[1]
@@ -190,13 +214,16 @@ def generate(
         "temperature": None, "top_k": None, "top_p": None
     }  # fmt: skip
     streamer = None if write is None or paint is not None else _Streamer(checkpoint.tokenizer, write)
-    loop = None
+    loop: Any = None
     if decoder in STOCK:
         options["streamer"] = streamer
     else:
         painter = None if paint is None else DraftPainter(checkpoint.tokenizer, paint)
         loop = make_decoder(decoder, check_settings(decoder, settings), checkpoint, streamer, painter)
         options["custom_generate"] = loop
+    processor = None
+    if constraint is not None:
+        loop, processor = _constrain(constraint, checkpoint, ids.shape[1], options, loop, samples)
     if model.generation_config.pad_token_id is None:
         options["pad_token_id"] = checkpoint.tokenizer.pad_token_id or checkpoint.tokenizer.eos_token_id or 0
     ids = ids.to(checkpoint.device)
@@ -204,7 +231,8 @@ def generate(
         torch.manual_seed(seed)
         whole, seconds = _timed(model, ids, options)
         new = whole[0, ids.shape[1] :].tolist()
-        statistics, lossy = getattr(loop, "statistics", None), None
+        statistics: Any = getattr(loop, "statistics", None)
+        lossy = None
         if loop is not None and not getattr(loop, "lossless", True):
             torch.manual_seed(seed)
             unaided, took = _timed(model, ids, options | {"custom_generate": None})
@@ -213,6 +241,13 @@ def generate(
                 "agreement": statistics.agreement,
                 "speed_up": (len(new) / seconds) / ((unaided.shape[1] - ids.shape[1]) / took),
             }
+    met = None
+    if processor is not None:
+        check_output(processor, new)
+        met = {"checks": processor.checks, "log_probability": None}
+    elif constraint is not None:
+        (population,) = loop.populations
+        met = {"checks": population.checks, "log_probability": population.log_probability}
     passes = calls[0] if statistics is None else statistics.passes
     outputs = [
         {**asdict(output), **_as_text(row[: output.length], checkpoint)}
@@ -230,13 +265,68 @@ def generate(
         "accepted_share": None if statistics is None else statistics.accepted_share,
         "lossy": lossy,
         "decoder": decoder,
-        "note": "" if statistics is None else statistics.note,
         "outputs": outputs or None,
+        "constraint": met,
+        "note": "" if statistics is None else statistics.note,
     }
+
+
+def cost_line(result: Mapping[str, Any]) -> str:
+    """Return the cost of a result of `generate` in a line."""
+    line = (
+        f"{result['new_tokens']} tokens in {result['passes']} passes, {result['seconds']:.1f} s "
+        f"({result['tokens_per_second']:.1f} tokens/s, {result['decoder']})"
+    )
+    per_pass, lossy, met = f": {result['tokens_per_pass']:.2f} tokens a pass", result["lossy"], result["constraint"]
+    if lossy is not None:
+        line += (
+            f"{per_pass}; not lossless: at threshold {lossy['threshold']:g} {lossy['agreement']:.1%} agreement with "
+            f"the unaided model, {lossy['speed_up']:.2f} times its speed"
+        )
+    elif result["accepted_share"] is not None:
+        line += f"{per_pass}, {result['accepted_share']:.0%} of the drafts accepted"
+    if met is not None and met["log_probability"] is not None:
+        line += f"; {met['checks']} checks beyond masks; log-probability of the constraint {met['log_probability']:.2f}"
+    return f"{line}; {result['note']}" if result["note"] else line
+
+
+def output_lines(result: Mapping[str, Any]) -> list[str]:
+    """Return the outputs of a result, each below a line with its numbers; nothing for a single plain text."""
+    lines = []
+    for number, output in enumerate(result["outputs"] or (), 1):
+        labels = ", ".join(
+            f"{name.replace('_', ' ')} {value:{'.2f' if isinstance(value, float) else 'd'}}"
+            for name, value in output.items()
+            if isinstance(value, int | float)
+        )
+        lines += [f"--- {number}: {labels}", output["text"]]
+    return lines
 
 
 def _as_text(token_ids: list[int], checkpoint: Checkpoint) -> dict[str, Any]:
     return {"text": checkpoint.tokenizer.decode(token_ids, skip_special_tokens=True), "token_ids": token_ids}
+
+
+def _constrain(
+    constraint: Constraint, checkpoint: Checkpoint, prompt_length: int, options: dict[str, Any], loop: Any, samples: Any
+) -> tuple[Any, ConstraintProcessor | None]:
+    """Set the options of a constrained `generate` call; return the decoder and the processor, if it uses one."""
+    model: Any = checkpoint.model
+    stops = model.generation_config.eos_token_id
+    stops = [stops] if isinstance(stops, int) else list(stops or [])
+    if not stops and checkpoint.tokenizer.eos_token_id is not None:
+        stops = options["eos_token_id"] = [checkpoint.tokenizer.eos_token_id]
+    vocabulary = Vocabulary.from_tokenizer(checkpoint.tokenizer, checkpoint.vocabulary, stops)
+    if isinstance(loop, AWRS):
+        own: dict[str, Any] = {} if samples is None else {"particles": samples, "return_all": True}
+        loop = loop.model_copy(update={"constraint": constraint, "vocabulary": vocabulary, **own})
+        options["custom_generate"] = loop
+        return loop, None
+    if loop is not None and not getattr(loop, "lossless", True):
+        raise IntaglioError(f"{loop.slug} accepts drafts by its own rule, which a constraint cannot follow")
+    processor = ConstraintProcessor(constraint, vocabulary, prompt_length, greedy=not options["do_sample"])
+    options["logits_processor"] = LogitsProcessorList([processor])
+    return loop, processor
 
 
 class DraftPainter:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from intaglio.cli.console import (
     CommandGroup,
+    Json,
     handle_errors,
     out,
     print_err,
@@ -48,7 +49,6 @@ index_app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
 Where = Annotated[Path, typer.Argument(metavar="INDEX", help="Directory of the index.")]
 Place = Annotated[str | None, typer.Argument(metavar="INDEX", help="Directory of the index; left out with --store.")]
 Approximate = Annotated[

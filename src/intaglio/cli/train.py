@@ -11,14 +11,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from intaglio.cli.console import handle_errors, out, print_json, print_out, progress_bar, read_stdin
+from intaglio.cli.console import Device, Json, handle_errors, out, print_json, print_out, progress_bar, read_stdin
 from intaglio.errors import IntaglioError, did_you_mean
 
 FAMILIES = {"bert4rec": "bert", "sasrec": "gpt2"}
 """Default architecture of each objective on interactions."""
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
-Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:N, mps. [default: cpu]")]
 
 
 @handle_errors

@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from intaglio.speculative.request import Request
+from intaglio.speculative.request import FiltersDrafts, Request
 from intaglio.speculative.sampling import rejection_sample, sample
 from intaglio.speculative.sequences import SequenceState
 from intaglio.speculative.tree import TokenTree
@@ -74,7 +74,9 @@ class TokenSelector:
         self._sampling = bool(config.do_sample)
         self._generator = generator
         self._rows = request.ids_BP.shape[0]
-        self._by_row = self._rows > 1 and any(type(p) not in _ROW_INDEPENDENT for p in self._processors)
+        self._by_row = self._rows > 1 and not all(
+            isinstance(p, FiltersDrafts) or type(p) in _ROW_INDEPENDENT for p in self._processors
+        )
         recorded = config.return_dict_in_generate
         self.scores: list[Tensor] | None = [] if recorded and config.output_scores else None
         self.logits: list[Tensor] | None = [] if recorded and config.output_logits else None

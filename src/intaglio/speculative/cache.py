@@ -66,6 +66,21 @@ def preallocated_cache() -> DynamicCache:
     return cache
 
 
+def sampling_cache(model: Any) -> DynamicCache:
+    """Return an empty cache whose rows can be repeated and dropped, with states where the model keeps states."""
+    cache = DynamicCache(config=model.config)
+    return preallocated_cache() if other_layer(cache) is None else cache
+
+
+def holds_tokens(cache: DynamicCache) -> bool:
+    """Return whether a cache has read anything."""
+    layers: list[Any] = cache.layers
+    return any(
+        layer.get_seq_length() > 0 if isinstance(layer, DynamicLayer) else any(layer.has_previous_state.values())
+        for layer in layers
+    )
+
+
 TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, PreallocatedLayer, _SHARING)
 """Kinds of cache layers whose rows can be reordered."""
 

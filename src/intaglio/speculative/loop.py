@@ -29,7 +29,7 @@ from intaglio.speculative.outputs import SpeculativeOutput, active_rows, build_o
 from intaglio.speculative.pass_cost import pass_costs
 from intaglio.speculative.prepacked_linear import prepacked
 from intaglio.speculative.protocols import AcceptingSession, DecodingRun, Drafter, ForwardSession, Step, TreePass
-from intaglio.speculative.request import Request, read_request
+from intaglio.speculative.request import FiltersDrafts, Request, read_request
 from intaglio.speculative.sequences import SequenceState, stop_together
 from intaglio.speculative.statistics import Statistics
 from intaglio.speculative.target_model import stack
@@ -135,8 +135,10 @@ class _Generation:
         self._forward = self._session.forward if isinstance(self._session, ForwardSession) else None
         if self._forward is not None and isinstance(self.cached, CachedChainModel):
             raise IntaglioError(f"{self.cached.refusal}; {type(decoder.drafter).__name__} drafts inside such passes")
-        accepting = isinstance(self._session, AcceptingSession)
-        self._accept: AcceptancePolicy = self._session.accept if accepting else verify_tree
+        self._accept: AcceptancePolicy = verify_tree
+        self._filters = [processor for processor in request.processors if isinstance(processor, FiltersDrafts)]
+        if isinstance(self._session, AcceptingSession):  # it may emit what no pass has verified
+            self._accept, self._filters = self._session.accept, []
 
     def _decoding_run(self) -> DecodingRun:
         request = self._request
@@ -207,6 +209,11 @@ class _Generation:
                 raise IntaglioError(
                     f"{name} proposed the token {max(tree.tokens)}; the target's vocabulary ends at {last_id}"
                 )
+        for each in self._filters:
+            trees = [
+                tree.filtered(each.allowed_nodes(row.ids[0].tolist(), tree.tokens, tree.parents))
+                for tree, row in zip(trees, rows, strict=True)
+            ]
         return [self.cached.fit(tree, len(row.unread), most) for tree, row, most in zip(trees, rows, room, strict=True)]
 
     def _pass(self, rows: list[SequenceState]) -> None:

@@ -6,9 +6,10 @@ Dimension letters: B rows, P prompt tokens.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
@@ -21,6 +22,23 @@ from intaglio.speculative._utils import context_length
 from intaglio.speculative.cache import check_cache, is_windowed, other_layer, preallocated_cache
 
 _KNOWN = frozenset({"attention_mask", "position_ids", *CACHES, "use_cache", "logits_to_keep"})
+
+
+@runtime_checkable
+class FiltersDrafts(Protocol):
+    """A logits processor that knows which drafted tokens it will reject, so that no pass verifies them.
+
+    Its scores depend on a row's tokens alone, not on the row's index in the batch.
+    """
+
+    def allowed_nodes(self, ids: Sequence[int], tokens: Sequence[int], parents: Sequence[int]) -> list[bool]:
+        """Return for each node of a tree whether its path may be emitted.
+
+        Args:
+            ids: tokens of the row, padding and the root included.
+            tokens: token of each node, the root first.
+            parents: index of each node's parent, which comes before it.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +86,7 @@ class Request:
 def dropped_arguments() -> dict[str, Any]:
     """Return the given arguments of `generate` that it silently keeps from a custom decoder.
 
-    An assistant would be ignored, and a streamer would never end, so that its cached waits for ever. They can be seen
+    An assistant would be ignored, and a streamer would never end, so that its reader waits for ever. They can be seen
     only in the caller's own frame.
     """
     frame: FrameType | None = sys._getframe(1)
@@ -84,19 +102,17 @@ def _check_mode(config: Any, rows: int) -> None:
     dropped = dropped_arguments()
     if "assistant_model" in dropped:
         raise IntaglioError(
-            "an assistant_model was given beside a speculative decoder; give it to the decoder as its draft model"
+            "an assistant_model was given beside a decoder of its own; give it to the decoder as its draft model"
         )
     if "streamer" in dropped:
         raise IntaglioError("a streamer was given to generate, which does not pass it on; give it to the decoder")
     if config.num_beams > 1:
-        raise IntaglioError(
-            f"num_beams is {config.num_beams}; speculative decoding follows one beam, so only 1 is accepted"
-        )
+        raise IntaglioError(f"num_beams is {config.num_beams}; this decoder follows one beam, so only 1 is accepted")
     if config.prompt_lookup_num_tokens is not None:
-        raise IntaglioError("prompt_lookup_num_tokens was given beside a speculative decoder; use one of the two")
+        raise IntaglioError("prompt_lookup_num_tokens was given beside a decoder of its own; use one of the two")
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise IntaglioError(f"the generation mode is {mode.value}; speculative decoding is greedy or samples")
+        raise IntaglioError(f"the generation mode is {mode.value}; this decoder is greedy or samples")
     for name in ("output_attentions", "output_hidden_states"):
         if config.return_dict_in_generate and getattr(config, name):
             raise IntaglioError(f"{name} is True; a pass over a tree has no such output for a single token")
@@ -140,11 +156,11 @@ def read_request(
             cannot be passed on, or more tokens than the context holds.
     """
     if getattr(model.config, "is_encoder_decoder", False):
-        raise IntaglioError(f"{model.config.model_type} is an encoder-decoder; speculative decoding needs a decoder")
+        raise IntaglioError(f"{model.config.model_type} is an encoder-decoder; a decoder is needed")
     _check_mode(config, len(input_ids))
     for name, value in given.items():
         if name not in _KNOWN and value is not None and value != {}:
-            raise IntaglioError(f"generate was given {name}, which speculative decoding does not pass on to the model")
+            raise IntaglioError(f"generate was given {name}, which this decoder does not pass on to the model")
     rows, length = input_ids.shape
     own = next((given[name] for name in CACHES if name in given), None)
     cache = _cache(own, rows, given.get("use_cache"))

@@ -116,6 +116,19 @@ class TokenTree:
             self.replace,
         )
 
+    def filtered(self, allowed: Sequence[bool]) -> TokenTree:
+        """Return the tree without disallowed nodes and all nodes below them.
+
+        Disallowed siblings that were drawn stay, without children, so that `q` stays true.
+        """
+        kept = [0]
+        for node in range(1, len(self.tokens)):
+            parent = self.parents[node]
+            drawn = self.q is not None and parent in self.q
+            if parent in kept and allowed[parent] and (allowed[node] or drawn):
+                kept.append(node)
+        return self if len(kept) == len(self.tokens) else self.subtree(kept)
+
     def truncate(self, depth: int) -> TokenTree:
         """Return the tree without the nodes below a depth (at least 0, the root alone)."""
         if max(self.depths) <= depth:
