@@ -105,9 +105,11 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         raise IntaglioError(f"seed {options['seed']}")
 
     monkeypatch.setattr("intaglio.recipe.run.carve", stop)
-    done = run("train", "--interactions", "x.csv", "-o", tmp_path / "o", "--objective", "sasrec", "--set",
-               "negatives=3", "--steps", "7", "--batch-size", "5", "--learning-rate", "0.5", "--width", "12", "--depth", "3",
-               "--heads", "4", "--context", "9", "--seed", "8")  # fmt: skip
+    words = (
+        "--objective sasrec --set negatives=3 --steps 7 --batch-size 5 --learning-rate 0.5 --width 12 --depth 3 --heads 4"
+        " --context 9 --seed 8"
+    )
+    done = run("train", "--interactions", "x.csv", "-o", tmp_path / "o", *words.split())
     assert "seed 8" in done.stderr
     new, step = recipes[0].new, recipes[0].steps[0].model_dump()
     assert new is not None
