@@ -106,8 +106,8 @@ def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
     monkeypatch.setattr("intaglio.recipe.run.carve", stop)
     words = (
-        "--objective sasrec --set negatives=3 --steps 7 --batch-size 5 --learning-rate 0.5 --width 12 --depth 3 --heads 4"
-        " --context 9 --seed 8"
+        "--objective sasrec --set negatives=3 --steps 7 --batch-size 5 --learning-rate 0.5 --width 12 --depth 3"
+        " --heads 4 --context 9 --seed 8"
     )
     done = run("train", "--interactions", "x.csv", "-o", tmp_path / "o", *words.split())
     assert "seed 8" in done.stderr
