@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from typer.testing import CliRunner
 
 from intaglio.checkpoint import weights_digest
 from intaglio.cli.app import app
+from intaglio.data.item_sequences import ItemSequences
+from intaglio.errors import IntaglioError
+from intaglio.recipe.recommender import _validate
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
 from tests.conftest import TinyDir
+from tests.methods.objectives.recommenders import recommender, walks
 from tests.trainer.test_resume import Killed, killer
 
 OPTIONS = ("--steps", "40", "--width", "16", "--depth", "1", "--context", "8", "--learning-rate", "0.01")
@@ -59,6 +64,10 @@ def test_it_writes_a_stock_checkpoint_with_its_items_and_a_report(trained: Path)
     ]
     page = (trained / "report.html").read_text()
     assert "Film, the 8th" in page
+    # Of twelve films nine were seen.
+    assert [len(sample["recommended"]) for sample in document["samples"]] == [3, 3, 3]
+    assert not any(set(sample["history"]) & set(sample["recommended"]) for sample in document["samples"])
+    assert document["curve"]["evaluation/NDCG@10"][-1] > 0
     assert "<svg" in page
 
 
@@ -88,6 +97,68 @@ def test_it_goes_on_with_a_trained_model(trained: Path, tmp_path: Path) -> None:
     assert "has 1 items that the model does not know, such as 'other'" in done.stderr
 
 
+def test_options_reach_the_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipes: list[Recipe] = []
+
+    def stop(recipe: Recipe, *_: Any, **options: Any) -> None:
+        recipes.append(recipe)
+        raise IntaglioError(f"seed {options['seed']}")
+
+    monkeypatch.setattr("intaglio.recipe.run.carve", stop)
+    words = (
+        "--objective sasrec --set negatives=3 --steps 7 --batch-size 5 --learning-rate 0.5 --width 12 --depth 3"
+        " --heads 4 --context 9 --seed 8"
+    )
+    done = run("train", "--interactions", "x.csv", "-o", tmp_path / "o", *words.split())
+    assert "seed 8" in done.stderr
+    new, step = recipes[0].new, recipes[0].steps[0].model_dump()
+    assert new is not None
+    assert (new.family, new.width, new.depth, new.heads, new.context, new.tokenizer) == ("gpt2", 12, 3, 4, 9, "items")
+    assert (step["interactions"], step["objective"]["sasrec"]["negatives"]) == ("x.csv", 3)
+    assert (step["steps"], step["batch_size"], step["learning_rate"], step["warmup"]) == (7, 5, 0.5, 0.1)
+
+
+def test_settings_of_a_recipe_reach_data_model_and_rankings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    held_out, whole = [], ItemSequences.training
+    monkeypatch.setattr(ItemSequences, "training", lambda self, count=2: held_out.append(count) or whole(self, count))
+    monkeypatch.setattr("intaglio.methods.objectives.next_item.NEGATIVES", 0)
+    data = str(log(tmp_path / "log.csv", [*cycle(20), *(f"few,i{n},{n},F" for n in range(3))]))
+    configs, weights = [], []
+    for seed, dropout, least, count in ((0, None, 5, 2), (1, 0.3, 3, 1)):
+        new = {"family": "bert", "width": 16, "depth": 1, "context": 8, "tokenizer": "items", "dropout": dropout}
+        step = {"objective": {"bert4rec": {}}, "interactions": data, "least": least, "held_out": count, "steps": 1,
+                "learning_rate": 1e-9}  # fmt: skip
+        out = tmp_path / str(seed)
+        document = carve(Recipe.from_dict({"seed": seed, "new": new, "steps": [{"train": step}]}), out)
+        configs.append(json.loads((out / "config.json").read_text())["hidden_dropout_prob"])
+        weights.append(weights_digest(out))
+        assert document["data"]["users"] == {5: 20, 3: 21}[least]
+        assert ("evaluation/NDCG@10" in document["curve"]) == (count == 2)
+        # Without negatives the target is alone among the sampled candidates.
+        assert [row["MRR"] < 1 for row in document["rankings"]] == [True, True, False, False, False, False]
+    assert held_out == [2, 1]
+    assert configs == [0.2, 0.3]
+    assert weights[0] != weights[1]
+
+
+def test_validation_gives_an_error_to_stop_by() -> None:
+    items = walks(20)
+    values = _validate(recommender(items), items.validation(), True)
+    assert set(values) == {"NDCG@10", "error"}
+    assert values["error"] == 1 - values["NDCG@10"]
+    assert set(_validate(recommender(items), items.validation(), False)) == {"NDCG@10"}
+
+
+def test_damaged_titles_are_one_sentence(trained: Path, tmp_path: Path) -> None:
+    for number, content in enumerate(("{", "[]", '{"i1": 2}')):
+        copy = shutil.copytree(trained, tmp_path / str(number))
+        (copy / "items.json").write_text(content)
+        done = run("recommend", copy, "--history", "i3")
+        assert (done.exit_code, len(done.stderr.splitlines())) == (2, 1)
+        assert "items.json" in done.stderr
+        assert "is damaged: it must map items to titles" in done.stderr
+
+
 @pytest.mark.parametrize("objective", ["bert4rec", "sasrec"])
 def test_a_killed_run_resumes_to_the_same_bytes(objective: str, tmp_path: Path) -> None:
     recipe = Recipe.from_dict({
@@ -106,7 +177,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(objective: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("rows", "header", "sentence"),
     [
-        (["u,1"], "user,time", "has no column 'item_id'; it has: user_id, timestamp"),
+        (["u,1"], "user,time", "has no column 'item_id'; it has: user, time"),
         (["u1,a,1", "u2,b,2"], "user,item,time", "has one item a user, so nothing follows it"),
         (["u1,a,1", "u1,b,2"], "user,item,time", "has no users and items with 5 interactions each"),
         (["u1,a,soon"], "user,item,time", "line 2 of .* has the timestamp 'soon'; a number or a date"),
@@ -139,6 +210,15 @@ def test_bad_options_are_one_sentence(trained: Path, tiny_dir: TinyDir, tmp_path
         ),
         (("recommend", trained, "--history", "i3,none"), "the model does not know the item 'none'; it has 12, such as"),
         (("recommend", tiny_dir("llama"), "--history", "a"), "is no recommender: its tokens are no items"),
+        (
+            ("train", trained, "--interactions", "x", "-o", "o", "--width", "16"),
+            f"--width sizes a new model; {trained} has its own",
+        ),
+        (
+            ("train", "-r", "recipe.yaml", "-o", "o", "--set", "mask_ratio=0.5"),
+            "--set needs --interactions; a recipe sets its own",
+        ),
+        (("train", "-r", "recipe.yaml", "-o", "o", "--batch-size", "64"), "--batch-size needs --interactions"),
     ):
         done = run(*words)
         assert done.exit_code == 2, words
@@ -153,19 +233,17 @@ def test_bad_options_are_one_sentence(trained: Path, tiny_dir: TinyDir, tmp_path
         ({"objective": {"meap": {}}}, "interactions need one of the objectives bert4rec and sasrec"),
         ({"evaluate": 0.1}, "evaluate and select do not apply to interactions"),
         ({"texts": "wikipedia"}, "texts and interactions are given"),
+        ({"interactions": None, "objective": None, "texts": "wikipedia", "held_out": 1}, "held_out belong to"),
+        ({"interactions": None, "objective": None, "texts": "wikipedia", "least": 2}, "least and held_out belong to"),
     ],
 )
 def test_steps_that_do_not_fit_are_refused(change: dict[str, Any], sentence: str) -> None:
-    from intaglio.errors import IntaglioError
-
     step = {"objective": {"bert4rec": {}}, "interactions": "movielens", "steps": 2, **change}
     with pytest.raises(IntaglioError, match=sentence):
         Recipe.from_dict({"model": "m", "steps": [{"train": {k: v for k, v in step.items() if v is not None}}]})
 
 
 def test_tokens_and_data_of_a_new_model_must_fit() -> None:
-    from intaglio.errors import IntaglioError
-
     new = {"family": "bert", "width": 16, "depth": 1}
     step = {"train": {"objective": {"bert4rec": {}}, "interactions": "movielens", "steps": 2}}
     for document, sentence in (
@@ -175,6 +253,8 @@ def test_tokens_and_data_of_a_new_model_must_fit() -> None:
             "needs a train step with interactions",
         ),
         ({"new": {**new, "tokenizer": "items"}, "steps": [step, step]}, "a recipe on interactions has one step"),
+        ({"new": {**new, "tokenizer": "items"}, "steps": [step], "measure": {"samples": 2}}, "measure do not apply"),
+        ({"new": {**new, "tokenizer": "items"}, "steps": [step], "calibration": {"samples": 2}}, "calibration and"),
     ):
         with pytest.raises(IntaglioError, match=sentence):
             Recipe.from_dict(document)

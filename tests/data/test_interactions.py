@@ -91,6 +91,27 @@ def test_a_csv_file_is_read_by_the_names_of_its_columns(tmp_path: Path) -> None:
     assert load_interactions(file) == Interactions(("u",), ("i",), (1.0,))
 
 
+def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text('user,item,time\n\nu,"a\nb",1\nu,i,soon\n')
+    with pytest.raises(IntaglioError, match=r"line 5 of .* has the timestamp 'soon'"):
+        load_interactions(file)
+
+
+@pytest.mark.parametrize(
+    ("header", "sentence"),
+    [
+        ("user,User_id,item,time", "has 2 columns of user_id, user and User_id; keep only one"),
+        ("Person,item,time", "has no column 'user_id'; it has: Person, item, time"),
+    ],
+)
+def test_columns_are_named_as_in_the_file(tmp_path: Path, header: str, sentence: str) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text(f"{header}\n")
+    with pytest.raises(IntaglioError, match=sentence):
+        load_interactions(file)
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [("u,i,nan", "has the timestamp 'nan'; a finite number"), ('u,"i,1', "is not a CSV file: unexpected end of data")],

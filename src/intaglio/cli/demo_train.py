@@ -14,7 +14,7 @@ from intaglio.methods.base import Progress, no_progress
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
 
-STEPS = 400
+STEPS = 240
 """Optimizer steps of the recommender: about a minute on two cores."""
 
 
@@ -32,19 +32,19 @@ class Topic:
 def recommender(
     output: Path, *, device: str | None = None, seed: int = 0, progress: Progress = no_progress
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train BERT4Rec on MovieLens-100K and rank films for users."""
+    """Train SASRec on MovieLens-100K, with a full softmax as it learns fastest, and rank films for users."""
     recipe = Recipe.from_dict(
         {
             "seed": seed,
-            "new": {"family": "bert", "width": 64, "depth": 2, "heads": 2, "context": 50, "tokenizer": "items"},
+            "new": {"family": "gpt2", "width": 64, "depth": 2, "heads": 2, "context": 50, "tokenizer": "items"},
             "steps": [
                 {
                     "train": {
-                        "objective": {"bert4rec": {}},
+                        "objective": {"sasrec": {"loss_type": "softmax"}},
                         "interactions": "movielens",
                         "steps": STEPS,
                         "batch_size": 64,
-                        "learning_rate": 2e-3,
+                        "learning_rate": 3e-3,
                         "warmup": 0.1,
                     }
                 }
@@ -53,7 +53,7 @@ def recommender(
         "the demo",
     )
     document = carve(recipe, output, device=device, progress=progress)
-    return document, report.recommender_section(document, "A recommender: BERT4Rec on MovieLens-100K")
+    return document, report.recommender_section(document, "A recommender: SASRec on MovieLens-100K")
 
 
 TOPICS: dict[str, Topic] = {"recommender": Topic(("movielens",), recommender)}
@@ -73,7 +73,7 @@ def demo(
         The content of `report.json`: `{topics: {name: document}, seconds}`.
     """
     started, output = time.time(), Path(output)
-    ours = (output / "report.json").is_file()
+    ours = output.is_dir() and {file.name for file in output.iterdir()} <= {"report.html", "report.json", *TOPICS}
     atomic_io.check_target(output, overwrite=ours)
     documents, sections = {}, []
     with atomic_io.directory(output, overwrite=ours) as temporary:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +17,15 @@ from intaglio.errors import IntaglioError, did_you_mean
 
 FAMILIES = {"bert4rec": "bert", "sasrec": "gpt2"}
 """Default architecture of each objective on interactions."""
+SIZES = ("width", "depth", "heads", "context")
+"""Options that belong to a new model."""
+SETTINGS = ("objective", "set_", "steps", "batch_size", "learning_rate", *SIZES)
+"""Options that belong to interactions."""
 
 
 @handle_errors
 def train(
+    options: typer.Context,
     model: Annotated[
         str | None, typer.Argument(help="A checkpoint to train on. [default: the recipe's, or a new model]")
     ] = None,
@@ -57,6 +63,10 @@ def train(
         raise IntaglioError(f"{given}; give one of --recipe FILE and --interactions LOG")
     if output is None:
         raise IntaglioError("an output directory is missing: name one with -o DIR")
+    if recipe is not None:
+        _refuse(options, SETTINGS, "needs --interactions; a recipe sets its own")
+    elif model is not None:
+        _refuse(options, SIZES, f"sizes a new model; {model} has its own")
     from intaglio import report
     from intaglio.recipe.run import carve
     from intaglio.recipe.schema import Recipe
@@ -84,6 +94,14 @@ def train(
         out.print(report.carve_table(document))
         print_out(report.summary(document))
     print_out(f"checkpoint: {output}\nreport: {output / 'report.html'}")
+
+
+def _refuse(options: typer.Context, names: Sequence[str], reason: str) -> None:
+    """Refuse options that would have no effect."""
+    for name in names:
+        source = options.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise IntaglioError(f"--{name.strip('_').replace('_', '-')} {reason}")
 
 
 def _recommender_recipe(
@@ -126,11 +144,11 @@ def recommend(
     from intaglio.methods.objectives.next_item import recommend as run
 
     checkpoint = load(model, device=device)
-    titles: dict[str, str] = json_module.loads(checkpoint.companions.get(ITEMS, b"{}"))
+    known = set(item_names(checkpoint))
+    titles = _titles(checkpoint.companions.get(ITEMS, b"{}"), f"{ITEMS} of {model}")
     by_title: dict[str, list[str]] = {}
     for name, title in titles.items():
         by_title.setdefault(title, []).append(name)
-    known = set(item_names(checkpoint))
     items = [item for word in history for item in _items(word, known, by_title)]
     ranked = run(checkpoint, items, k, exclude_seen=exclude_seen)
     if json:
@@ -140,17 +158,28 @@ def recommend(
                 "history": [{"item": item, "title": titles.get(item)} for item in items],
                 "exclude_seen": exclude_seen,
                 "recommendations": [
-                    {"rank": rank, "item": one.item, "title": titles.get(one.item), "score": one.score}
-                    for rank, one in enumerate(ranked, 1)
+                    {"rank": rank, "item": entry.item, "title": titles.get(entry.item), "score": entry.score}
+                    for rank, entry in enumerate(ranked, 1)
                 ],
             }
         )
         return
     table = Table("rank", "item", *(["title"] if titles else []), "score", box=SIMPLE_HEAD)
-    for rank, one in enumerate(ranked, 1):
-        shown = [Text(titles.get(one.item, ""))] if titles else []
-        table.add_row(str(rank), Text(one.item), *shown, f"{one.score:.3f}")
+    for rank, entry in enumerate(ranked, 1):
+        shown = [Text(titles.get(entry.item, ""))] if titles else []
+        table.add_row(str(rank), Text(entry.item), *shown, f"{entry.score:.3f}")
     out.print(table)
+
+
+def _titles(content: bytes, what: str) -> dict[str, str]:
+    """Return the titles of items by name."""
+    try:
+        titles = json_module.loads(content)
+    except ValueError:
+        titles = None
+    if not isinstance(titles, dict) or not all(isinstance(title, str) for title in titles.values()):
+        raise IntaglioError(f"{what} is damaged: it must map items to titles")
+    return titles
 
 
 def _items(word: str, known: set[str], by_title: dict[str, list[str]]) -> list[str]:

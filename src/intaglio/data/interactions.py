@@ -23,6 +23,9 @@ from intaglio.errors import IntaglioError, shorten
 _TITLES = ("movie_title", "title", "item_name", "name")
 _COLUMNS = {"user_id": ("user", "userid"), "item_id": ("item", "itemid"), "timestamp": ("time",)}
 """Other names of the needed columns, in lower case."""
+NEEDED = tuple(_COLUMNS)
+Columns = tuple[dict[str, list[str]], list[int]]
+"""Columns by name, and the line of each row in the file."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +70,21 @@ def load_interactions(source: str | os.PathLike[str]) -> Interactions:
     bundled = any(asset.name == name and asset.kind == "interactions" for asset in assets.ASSETS.values())
     path = assets.path(name) if bundled else Path(name).expanduser()
     if path.is_file():
-        columns = _csv(path, ("user_id", "item_id", "timestamp"))
-        return _interactions(path, columns, columns)
+        columns, lines = _csv(path, NEEDED)
+        return _interactions(path, columns, lines, columns)
     if not path.is_dir():
         raise IntaglioError(f"the interactions {shorten(name)!r} are neither a bundled name nor a file or directory")
     inter, item = _only(path, "*.inter"), _only(path, "*.item")
     if inter is None:
         raise IntaglioError(f"{path} has no interactions: one file *.inter is needed")
-    columns = _table(inter, ("user_id", "item_id", "timestamp"))
-    return _interactions(inter, columns, {} if item is None else _table(item, ("item_id",)))
+    columns, lines = _table(inter, NEEDED)
+    return _interactions(inter, columns, lines, {} if item is None else _table(item, ("item_id",))[0])
 
 
-def _interactions(path: Path, columns: Mapping[str, list[str]], items: Mapping[str, list[str]]) -> Interactions:
-    times = tuple(_time(path, line, text) for line, text in enumerate(columns["timestamp"], 2))
+def _interactions(
+    path: Path, columns: Mapping[str, list[str]], lines: Sequence[int], items: Mapping[str, list[str]]
+) -> Interactions:
+    times = tuple(_time(path, line, text) for line, text in zip(lines, columns["timestamp"], strict=True))
     title = next((items[column] for column in _TITLES if column in items), ())
     titles = dict(zip(items.get("item_id", ()), title, strict=False))
     return Interactions(tuple(columns["user_id"]), tuple(columns["item_id"]), times, titles)
@@ -102,15 +107,17 @@ def _lines(path: Path) -> list[str]:
         raise IntaglioError(f"{path} is not UTF-8 (byte offset {error.start})") from None
 
 
-def _csv(path: Path, needed: Sequence[str]) -> dict[str, list[str]]:
-    """Return the columns of a CSV or TSV file by name."""
+def _csv(path: Path, needed: Sequence[str]) -> Columns:
+    """Return the columns of a CSV or TSV file."""
     text = [f"{line}\n" for line in _lines(path)]
+    reader = csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
     try:
-        rows = list(csv.reader(text, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True))
+        header = next(reader)
+        rows = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise IntaglioError(f"{path} is not a CSV file: {error}") from None
-    names = [_column_name(name) for name in rows[0]]
-    return _columns(path, names, [row for row in rows[1:] if row], needed)
+    names = [_column_name(name) for name in header]
+    return _columns(path, header, names, rows, needed)
 
 
 def _column_name(given: str) -> str:
@@ -118,24 +125,31 @@ def _column_name(given: str) -> str:
     return next((column for column, others in _COLUMNS.items() if name in others), name)
 
 
-def _table(path: Path, needed: Sequence[str]) -> dict[str, list[str]]:
-    """Return the columns of one of RecBole's tables by name."""
+def _table(path: Path, needed: Sequence[str]) -> Columns:
+    """Return the columns of one of RecBole's tables."""
     header, *lines = _lines(path)
     names = [name.partition(":")[0] for name in header.split("\t")]
-    return _columns(path, names, [line.split("\t") for line in lines], needed)
+    return _columns(path, names, names, [(number, line.split("\t")) for number, line in enumerate(lines, 2)], needed)
 
 
-def _columns(path: Path, names: list[str], rows: list[list[str]], needed: Sequence[str]) -> dict[str, list[str]]:
-    missing = [name for name in needed if name not in names]
-    if missing:
-        raise IntaglioError(f"{path} has no column {missing[0]!r}; it has: {shorten(', '.join(names)) or 'nothing'}")
-    for number, row in enumerate(rows, 2):
+def _columns(
+    path: Path, header: list[str], names: list[str], rows: list[tuple[int, list[str]]], needed: Sequence[str]
+) -> Columns:
+    """Return the columns of numbered rows by name; `header` has the names as the file spells them."""
+    for name in needed:
+        spelled = [given for given, column in zip(header, names, strict=True) if column == name]
+        if not spelled:
+            raise IntaglioError(f"{path} has no column {name!r}; it has: {shorten(', '.join(header)) or 'nothing'}")
+        if len(spelled) > 1:
+            raise IntaglioError(f"{path} has {len(spelled)} columns of {name}, {' and '.join(spelled)}; keep only one")
+    for number, row in rows:
         if len(row) != len(names):
             raise IntaglioError(f"line {number} of {path} has {len(row)} columns; {len(names)} are named at the top")
-        for column in needed:
-            if not row[names.index(column)].strip():
-                raise IntaglioError(f"line {number} of {path} has no {column}; a value is needed")
-    return {name: [row[column] for row in rows] for column, name in enumerate(names)}
+        for name in needed:
+            if not row[names.index(name)].strip():
+                raise IntaglioError(f"line {number} of {path} has no {name}; a value is needed")
+    columns = {name: [row[column] for _, row in rows] for column, name in enumerate(names)}
+    return columns, [number for number, _ in rows]
 
 
 def _time(path: Path, line: int, text: str) -> float:

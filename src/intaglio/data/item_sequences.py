@@ -126,11 +126,11 @@ class ItemSequences:
         return {user: items[: len(items) - held_out] for user, items in self.sequences.items()}
 
     def validation(self) -> tuple[Question, ...]:
-        """Return every user's last item but one, with what came before it."""
+        """Return every user's last item but one, with the items before it."""
         return tuple(Question(user, items[:-2], items[-2]) for user, items in self.sequences.items())
 
     def test(self) -> tuple[Question, ...]:
-        """Return every user's last item, with what came before it."""
+        """Return every user's last item, with the items before it."""
         return tuple(Question(user, items[:-1], items[-1]) for user, items in self.sequences.items())
 
 

@@ -201,7 +201,7 @@ class Recipe(RecipeHeader):
         try:
             check_order(map(method_of, steps), fitted=fitted_methods(steps))
             _check_fits_last(steps)
-            _check_items(steps, header.new)
+            _check_items(steps, header)
         except IntaglioError as error:
             raise IntaglioError(f"{document.where(('steps',))}: {error}") from error
         return cls(**{name: getattr(header, name) for name in RecipeHeader.model_fields}, steps=steps)
@@ -243,11 +243,14 @@ def _check_fits_last(steps: Sequence[Step]) -> None:
             )
 
 
-def _check_items(steps: Sequence[Step], new: New | None) -> None:
-    """Refuse interactions beside other steps, and a new model whose tokens do not suit its data."""
+def _check_items(steps: Sequence[Step], header: RecipeHeader) -> None:
+    """Refuse interactions beside other steps or texts, and a new model whose tokens do not suit its data."""
+    new = header.new
     logs = [step for step in steps if getattr(step, "interactions", None) is not None]
     if logs and len(steps) > 1:
         raise IntaglioError("a recipe on interactions has one step, train; put other steps into a recipe of their own")
+    if logs and (header.calibration, header.measure) != (Calibration(), Measure()):
+        raise IntaglioError("calibration and measure do not apply to interactions, whose held-out items are ranked")
     if new is not None and (new.tokenizer == "items") != bool(logs):
         raise IntaglioError(
             "new has tokenizer: items, which needs a train step with interactions"

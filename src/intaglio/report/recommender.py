@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,7 +15,7 @@ from intaglio.report.html import trained_page
 from intaglio.report.svg import clean_text
 
 Document = Mapping[str, Any]
-CANDIDATES = {"full": "all items", "popular": "100 popular unseen items", "uniform": "100 unseen items"}
+CANDIDATES = {"full": "all unseen items", "popular": "it and 100 by popularity", "uniform": "it and 100 at random"}
 """Candidates of each protocol."""
 MEASURES = ("HR@10", "NDCG@10", "MRR")
 
@@ -54,7 +55,7 @@ def recommender_section(document: Document, title: str = "Recommender") -> dict[
         }
     ]
     for sample in document["samples"]:
-        columns = zip(sample["history"], sample["recommended"], strict=False)
+        columns = zip_longest(sample["history"], sample["recommended"], fillvalue="")
         tables.append(
             {
                 "title": f"User {clean_text(sample['user'])}, whose next item was {clean_text(sample['next'])}",
@@ -86,7 +87,7 @@ def recommender_tables(document: Document) -> list[Table]:
     for sample in document["samples"][:1]:
         title = f"User {sample['user']}, whose next item was {sample['next']}"
         shown = Table("last items", "recommended", box=SIMPLE_HEAD, title=Text(title))
-        for pair in zip(sample["history"], sample["recommended"], strict=False):
+        for pair in zip_longest(sample["history"], sample["recommended"], fillvalue=""):
             shown.add_row(*map(Text, pair))
         tables.append(shown)
     return tables

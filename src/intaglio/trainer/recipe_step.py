@@ -121,6 +121,8 @@ class Train(Settings, Method, slug="train"):
                 if recommends
                 else f"interactions need one of the objectives {' and '.join(sorted(RECOMMENDERS))}"
             )
+        if not recommends and (self.least, self.held_out) != (LEAST, HELD_OUT):
+            raise ValueError("least and held_out belong to interactions; name a log of users, items and times")
         if recommends and (self.evaluate or self.select is not None):
             raise ValueError("evaluate and select do not apply to interactions, whose last items are held out")
         if (self.validation is not None or self.evaluate) and labels != (self.validation is not None):

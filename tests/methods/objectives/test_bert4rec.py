@@ -14,10 +14,18 @@ from hypothesis import strategies as st
 from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 import intaglio
+from intaglio.data.item_sequences import Question
 from intaglio.errors import IntaglioError
 from intaglio.measures.ranking import ranking_metrics
 from intaglio.methods.objectives.bert4rec import BERT4Rec, mask_count
-from intaglio.methods.objectives.next_item import NextItemModel, item_names, ranks, recommend, window_starts
+from intaglio.methods.objectives.next_item import (
+    NextItemModel,
+    Popularity,
+    item_names,
+    ranks,
+    recommend,
+    window_starts,
+)
 from intaglio.trainer import KeyedRNG, train
 from tests.families import ENCODERS
 from tests.methods.objectives.recommenders import recommender, sequences, walks
@@ -177,6 +185,8 @@ def test_windows_follow_the_step() -> None:
     counts = [len(BERT4Rec(length=8, window_step=step).windows(rows)) for step in (0.25, 0.5, 1.0)]
     assert counts == [7, 4, 3]
     assert len(BERT4Rec(length=8).windows(rows, training=False)) == 1
+    made = [list(BERT4Rec(window_step=step).prepare(recommender(ITEMS), rows, DRAWS)) for step in (0.25, 0.5, 1.0)]
+    assert [len(windows) for windows in made] == counts
 
 
 def test_each_position_is_masked_equally_often() -> None:
@@ -221,9 +231,45 @@ def test_static_copies_are_those_of_the_official_generator() -> None:
     assert torch.equal(method.collate([again], DRAWS)["input_ids"][0], one[0]["input_ids"])
 
 
+def test_the_output_is_tied_in_large_catalogues(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight tied to item table, where `intaglio.new` would untie it as well."""
+    monkeypatch.setattr("intaglio.checkpoint.from_scratch.TIED", 4)
+    for family in ("bert", "gpt2"):
+        model = recommender(ITEMS, family).model
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_rows_beyond_the_tokens_are_never_recommended() -> None:
+    ckpt = recommender(ITEMS, vocab=16)
+    with torch.no_grad():
+        ckpt.model.get_output_embeddings().bias[MASK + 1 :] = 99.0
+    assert {item.item for item in recommend(ckpt, ["i1"], 99)} == {*ITEMS.names[1:]} - {"i1"}
+    assert len(ranks(ckpt, ITEMS.test())) == 40
+
+
+def test_sampled_candidates_need_counts_and_a_known_protocol() -> None:
+    ckpt = recommender(ITEMS)
+    with pytest.raises(IntaglioError, match="counts has 0 values; popular needs 13, from id 0"):
+        ranks(ckpt, ITEMS.test(), protocol="popular")
+    with pytest.raises(IntaglioError, match="protocol is 'pop100'; accepted: full"):
+        ranks(ckpt, ITEMS.test(), protocol="pop100")  # type: ignore[arg-type]
+    assert len(ranks(ckpt, ())) == 0
+
+
+def test_sampled_candidates_are_popular_or_uniform() -> None:
+    """Target against unseen items drawn by popularity: with fewer than 100 of them, those with a count."""
+    scores, question = Popularity(tuple(range(13))), Question("u", (1,), 2)
+    assert ranks(scores, [question]).tolist() == [10]
+    assert ranks(scores, [question], protocol="uniform").tolist() == [10]
+    counts = (0, 5, 5, 0, 0, 0, 0, 0, 0, 0, 0, 3, 4)
+    assert ranks(scores, [question], protocol="popular", counts=counts).tolist() == [2]
+
+
 def test_the_papers_settings() -> None:
     """Defaults per data set (rho, max_pred, L, prop)."""
     found = {name: BERT4Rec.paper(name) for name in ("ml-1m", "ml-20m", "beauty", "steam")}  # type: ignore[arg-type]
+    assert {m.static_copies for m in found.values()} == {10}
+    assert BERT4Rec.paper(static_copies=2).static_copies == 2
     assert [(m.mask_ratio, m.max_predictions, m.length, m.window_step) for m in found.values()] == [
         (0.2, 40, 200, 0.5), (0.2, 20, 200, 0.5), (0.6, 30, 50, 0.1), (0.4, 20, 50, 0.5)]  # fmt: skip
     with pytest.raises(IntaglioError, match="data is 'ml-2m'; did you mean"):
@@ -261,6 +307,31 @@ def test_it_trains_in_a_stock_trainer(tmp_path: Path) -> None:
     assert ranking_metrics(ranks(checkpoint, ITEMS.test()), 1)["HR@1"] > 0.5
 
 
+def test_a_collator_follows_its_seed_and_vocabulary() -> None:
+    """else half keep, half random item: never padding or the mask; masks follow from the seed."""
+    method = BERT4Rec(length=8, mask_ratio=1.0, mask_prob=0.0, last_only_ratio=0.0)
+    one, again, other = (
+        method.data_collator(3, seed, vocabulary=5)([row([1, 2, 4, 1, 2, 4, 1, 2], n) for n in range(40)])
+        for seed in (0, 0, 1)
+    )
+    assert set(one["input_ids"].flatten().tolist()) == {1, 2, 4}
+    assert torch.equal(one["input_ids"], again["input_ids"])
+    assert not torch.equal(one["input_ids"], other["input_ids"])
+    assert set(one) == {"input_ids", "labels"}
+
+
+def test_sampled_candidates_follow_the_seed_and_the_user() -> None:
+    """Target against 100 unseen negatives, whichever batch the user is in."""
+    scores = Popularity(tuple(range(301)))
+    questions = [Question(f"u{n}", (1, 2), 150) for n in range(20)]
+    one, again, other = (ranks(scores, questions, protocol="uniform", seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert len(one.unique()) > 3
+    assert one.tolist()[5:] == ranks(scores, questions[5:], protocol="uniform").tolist()
+    assert abs(float(one.double().mean()) - 50) < 10
+
+
 def test_wrong_models_and_settings_are_one_sentence() -> None:
     with pytest.raises(IntaglioError, match=r"needs a bidirectional encoder .* is a causal decoder; sasrec trains"):
         train(checkpoint("llama", layers=1), sequences(ITEMS), objective=BERT4Rec(), steps=1)
@@ -268,5 +339,10 @@ def test_wrong_models_and_settings_are_one_sentence() -> None:
         BERT4Rec(length=8, mask_prob=0.5).data_collator(MASK)
     with pytest.raises(IntaglioError, match="length is missing"):
         BERT4Rec().windows([])
-    with pytest.raises(IntaglioError, match="sequence 0 of the training data has no input_ids"):
-        train(recommender(ITEMS), [{"items": [1]}], objective=BERT4Rec(), steps=1)
+    for example, sentence in (
+        ({"items": [1]}, "sequence 0 of the training data has no input_ids"),
+        ({"input_ids": [1.5, 2.5]}, "sequence 0 of the training data: input_ids must be one row of integers"),
+        ({"input_ids": [1, 99]}, "token id 99 is outside the model's vocabulary of 14"),
+    ):
+        with pytest.raises(IntaglioError, match=sentence):
+            train(recommender(ITEMS), [example], objective=BERT4Rec(), steps=1)

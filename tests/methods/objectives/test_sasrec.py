@@ -37,9 +37,12 @@ def rows(method: SASRec) -> list[dict[str, Any]]:
     return [{**row, "id": n, "epoch": 0} for n, row in enumerate(made)]
 
 
-def test_the_loss_by_hand() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_loss_by_hand(bias: bool) -> None:
     """-log s(h e_pos) - sum_j log(1 - s(h e_neg)), mean over targets."""
     ckpt, method = recommender(ITEMS, "gpt2"), SASRec(negatives=2)
+    if bias:
+        ckpt.model.get_output_embeddings().bias = torch.nn.Parameter(torch.randn(ITEMS.vocabulary))
     batch = method.collate(rows(method)[:3], DRAWS)
     logits = ckpt.model(batch["input_ids"]).logits
     total, count = torch.zeros(()), 0

@@ -16,7 +16,7 @@ from intaglio.evidence.designs.base import Measure, Measured, Settings, Values
 from intaglio.evidence.designs.training import Pretrain, data_digest
 from intaglio.evidence.engine.claim import Arm, Metric, Result, RunKey
 from intaglio.evidence.testbeds.movielens import MovieLens
-from intaglio.measures.ranking import ndcg, ranking_metrics
+from intaglio.measures.ranking import ranking_metrics
 from intaglio.methods.objectives.next_item import NextItemModel, Popularity, ranks
 
 NDCG = Metric("NDCG@10", "share", "higher", continuous=False)
@@ -35,8 +35,8 @@ def next_items(measured: Measured) -> Values:
 
 
 def _ranked(predictor: Any, questions: Any) -> dict[str, float]:
-    found = ranks(predictor, questions)
-    return {NDCG.name: float(ndcg(found, 10).mean()), HIT_RATIO.name: ranking_metrics(found)["HR@10"]}
+    measures = ranking_metrics(ranks(predictor, questions))
+    return {metric.name: measures[metric.name] for metric in (NDCG, HIT_RATIO)}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -25,6 +25,7 @@ from intaglio.data.item_sequences import PAD, ItemSequences, Question
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.measures.ranking import NEGATIVES, Protocol, draw_candidates, rank_of
 from intaglio.modeling.anatomy import anatomy
+from intaglio.trainer.dataset import as_ids
 from intaglio.trainer.preserve_state import preserve_modes
 from intaglio.trainer.protocols import Example
 from intaglio.trainer.rng import generator
@@ -48,12 +49,13 @@ def window_starts(items: int, length: int, step_ratio: float) -> list[int]:
 def window_rows(examples: Iterable[Example], length: int, step_ratio: float, *, training: bool) -> Iterator[Example]:
     """Yield the windows of each sequence, `input_ids` int64 [T] and `seen`, all items of the sequence.
 
-    While evaluating there is only the last window. Sequences of one item are left out: nothing precedes it.
+    While evaluating there is only the last window. Sequences of one item are dropped: they have nothing to predict.
     """
     for number, example in enumerate(examples):
+        what = f"sequence {number} of the training data"
         if "input_ids" not in example:
-            raise IntaglioError(f"sequence {number} of the training data has no input_ids; item ids are needed")
-        ids_T = torch.as_tensor(example["input_ids"], dtype=torch.int64)
+            raise IntaglioError(f"{what} has no input_ids; item ids are needed")
+        ids_T = as_ids(example["input_ids"], what)
         if len(ids_T) < 2:
             continue
         starts = window_starts(len(ids_T), length, step_ratio)
@@ -113,7 +115,9 @@ def new_recommender(
     """Return an untrained model of a stock architecture over items, with its vocabulary as the tokenizer.
 
     BERT is BERT4Rec's architecture: tied output with a transform and a bias, learned positions, weights drawn from
-    N(0, 0.02^2) truncated at two deviations. GPT-2 is SASRec's: causal, tied output, learned positions, ReLU.
+    N(0, 0.02^2) truncated at two deviations. GPT-2 stands for SASRec's: causal, tied output, learned positions, ReLU,
+    layer norms before each part. Unlike the paper's, its inner layer has four times the width, keys and values are
+    normalised as queries are, and embeddings are not scaled by the root of the width.
 
     Args:
         items: sequences whose items become the vocabulary.
@@ -132,7 +136,7 @@ def new_recommender(
     if family not in FAMILIES:
         raise IntaglioError(f"there is no family {family!r}; {did_you_mean(str(family), FAMILIES)}")
     fields = dict.fromkeys(FAMILIES[family].dropouts, dropout)
-    fields |= EXTRA.get(family, {})
+    fields |= {"tie_word_embeddings": True, **EXTRA.get(family, {})}
     sizes: dict[str, Any] = {"width": width, "depth": depth, "heads": heads, "context": context, "seed": seed}
     checkpoint = new(family, **sizes, tokenizer=item_tokenizer(items.names[1:]), **{**fields, **overrides})
     checkpoint.source = f"new {family} recommender"
@@ -192,7 +196,8 @@ class NextItemModel:
         flat_B = last_B + torch.arange(len(rows), device=device) * batch["input_ids"].shape[1]
         with preserve_modes(self.model), head_on(self.model, flat_B):
             self.model.eval()
-            scores_BV = self.model(**batch).logits[0].float().cpu()
+            # A model may have more rows than tokens: the mask token is the last one.
+            scores_BV = self.model(**batch).logits[0, :, : max(self.special) + 1].float().cpu()
         scores_BV[:, list(self.special)] = -math.inf
         return scores_BV
 
@@ -231,25 +236,32 @@ def ranks(
     """Return the rank of each target, int64 [questions], from 0. Items of the history are never candidates.
 
     Args:
-        recommender: a checkpoint, or what gives scores.
+        recommender: a checkpoint, or a scorer such as `Popularity`.
         questions: histories and targets.
         protocol: `full` (all items, default), `popular` or `uniform`: the target among 100 unseen items drawn by their
             `counts`, or uniformly.
         counts: interactions of each item by id, from id 0, for `popular`.
         seed: of the sampled candidates, which depend on it, the user and nothing else. Default 0.
+
+    Raises:
+        IntaglioError: an unknown protocol, or `counts` that do not fit the items.
     """
+    if protocol not in get_args(Protocol):
+        raise IntaglioError(f"protocol is {protocol!r}; {did_you_mean(str(protocol), get_args(Protocol))}")
     predictor = NextItemModel.from_checkpoint(recommender) if isinstance(recommender, Checkpoint) else recommender
     weights_V = torch.ones(max(predictor.special) + 1)
     if protocol == "popular":
-        weights_V[: len(counts)] = torch.tensor(counts, dtype=torch.float32)
+        if len(counts) != len(weights_V) - 1:
+            raise IntaglioError(f"counts has {len(counts)} values; popular needs {len(weights_V) - 1}, from id 0")
+        weights_V[:-1] = torch.tensor(counts, dtype=torch.float32)
     weights_V[list(predictor.special)] = 0
-    found = []
+    parts = [torch.empty(0, dtype=torch.int64)]
     for start in range(0, len(questions), BATCH):
         part = questions[start : start + BATCH]
         scores_BV = predictor.scores([question.history for question in part])
         candidates_BV = torch.stack([_candidates(question, weights_V, protocol, seed) for question in part])
-        found.append(rank_of(scores_BV, torch.tensor([question.target for question in part]), candidates_BV))
-    return torch.cat(found)
+        parts.append(rank_of(scores_BV, torch.tensor([question.target for question in part]), candidates_BV))
+    return torch.cat(parts)
 
 
 def _candidates(question: Question, weights_V: Tensor, protocol: Protocol, seed: int) -> Tensor:
@@ -277,7 +289,7 @@ def recommend(
 
     Args:
         checkpoint: a recommender.
-        history: names of items in order of time; the last ones count, as many as the context holds.
+        history: names of items in order of time; a model reads the last ones, as many as its context holds.
         k: number of items to return. Default 10.
         exclude_seen: whether items of the history are left out. Default True.
 
