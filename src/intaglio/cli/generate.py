@@ -16,7 +16,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.cli.settings import check_settings
 from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import anatomy
-from intaglio.speculative.factory import drafter_names, make_decoder
+from intaglio.speculative.factory import decoder_names, drafter_names, is_decoder, make_decoder
 from intaglio.speculative.protocols import Step
 
 
@@ -98,7 +98,7 @@ def check_options(
     Raises:
         IntaglioError: an unknown decoder, a value out of range, or a sampling option for greedy.
     """
-    known = [*STOCK, *drafter_names()]
+    known = [*STOCK, *decoder_names()]
     if decoder not in known:
         raise IntaglioError(f"there is no decoder named {decoder!r}; accepted: {', '.join(known)}")
     if temperature is not None and not 0 < temperature < float("inf"):
@@ -116,13 +116,12 @@ def check_options(
 
 def check_drafting(decoder: str, settings: Mapping[str, str], show_drafts: bool) -> None:
     """Raise an `IntaglioError` for settings and options that a decoder does not have, before any model loads."""
+    others = ", ".join(drafter_names())
     if decoder not in STOCK:
         check_settings(decoder, settings)
-        return
-    others = ", ".join(drafter_names())
-    if settings:
+    elif settings:
         raise IntaglioError(f"the decoder {decoder} has no settings (--set {next(iter(settings))}); {others} have")
-    if show_drafts:
+    if show_drafts and (decoder in STOCK or is_decoder(decoder)):
         raise IntaglioError(f"the decoder {decoder} drafts nothing for --show-drafts to show; {others} do")
 
 
@@ -210,7 +209,8 @@ def generate(
                 "agreement": loop.statistics.agreement,
                 "speed_up": (len(new) / seconds) / ((unaided.shape[1] - ids.shape[1]) / took),
             }
-    passes = calls[0] if loop is None else loop.statistics.passes
+    statistics = getattr(loop, "statistics", None)  # of drafting
+    passes = calls[0] if statistics is None else statistics.passes
     return {
         "text": checkpoint.tokenizer.decode(new, skip_special_tokens=True),
         "token_ids": new,
@@ -220,7 +220,7 @@ def generate(
         "seconds": seconds,
         "tokens_per_second": len(new) / seconds,
         "tokens_per_pass": len(new) / passes,
-        "accepted_share": None if loop is None else loop.statistics.accepted_share,
+        "accepted_share": None if statistics is None else statistics.accepted_share,
         "lossy": lossy,
         "decoder": decoder,
     }

@@ -57,6 +57,16 @@ def drafter_names() -> list[str]:
     return [*(slug for slug, entry in PUBLISHED.items() if "drafter" in entry.kinds), *PLAIN]
 
 
+def decoder_names() -> list[str]:
+    """Return the names of all decoders but those of stock `generate`: drafters, and methods that decode otherwise."""
+    return [*drafter_names(), *(slug for slug, entry in PUBLISHED.items() if is_decoder(slug))]
+
+
+def is_decoder(name: str) -> bool:
+    """Return whether it is a method that decodes without drafting."""
+    return name in PUBLISHED and "decoder" in PUBLISHED[name].kinds and "drafter" not in PUBLISHED[name].kinds
+
+
 def settings_model(name: str) -> type[BaseModel]:
     """Return the model of a drafter's settings."""
     return PLAIN[name] if name in PLAIN else get_method(name)
@@ -109,6 +119,9 @@ def make_decoder(
     on_step: Callable[[Step], None] | None = None,
 ) -> Any:
     """Return the callable for `generate(custom_generate=...)`; arguments as `make_drafter` and `Speculative`."""
+    if is_decoder(name):
+        method: Any = get_method(name)
+        return method.for_checkpoint(checkpoint, **fields).model_copy(update={"streamer": streamer})
     drafter = make_drafter(name, fields, checkpoint)
     if isinstance(drafter, SpeculativeDecoder):
         return drafter.model_copy(update={"streamer": streamer, "on_step": on_step})
