@@ -173,7 +173,7 @@ def test_a_small_step_lowers_the_loss_of_its_window(family: str) -> None:
         gradients = [g[..., :6, :] for g in torch.autograd.grad(first, states)]
         assert any(g.any() for g in gradients)
         cache.step(gradients, CacheOptimizer(rule="sgd", step_size=1e-4))
-        assert float(loss(cache)[0]) < float(first)
+        assert float(loss(cache)[0].detach()) < float(first.detach())
 
 
 def test_adam_is_torchs_while_no_state_is_added() -> None:
@@ -371,7 +371,9 @@ def test_what_stands_in_the_sources_padding_is_not_seen() -> None:
     batch["source_mask"][:, 5:] = 0
     other = batch["source"].clone()
     other[:, 5:] = other[:, 5:].flip(1)
-    plain, permuted = (logits_of(model, network, {**batch, "source": s}, batch["draft"]) for s in (batch["source"], other))
+    plain, permuted = (
+        logits_of(model, network, {**batch, "source": s}, batch["draft"]) for s in (batch["source"], other)
+    )
     assert torch.equal(plain, permuted)
 
 
@@ -426,15 +428,15 @@ def test_it_learns_a_substitution_and_a_reload_decodes_alike(tmp_path: Path) -> 
     draws = torch.Generator().manual_seed(0)
     sources = torch.randint(10, 20, (64, 4), generator=draws)
     data = [{"source_ids": row, "target_ids": row + 20} for row in sources]
-    method = ApplyPretrained(technique="seq2seq", max_target=6, decode_temperature=0.0, update_share=1.0)
-    train(ckpt, data, objective=method, steps=150, batch_size=16, learning_rate=3e-3)
-    decoder = ckpt.decoder("apply_pretrained", candidate_lengths=1)
+    method = ApplyPretrained(technique="seq2seq", max_target=6, decode_temperature=0.0, length_weight=1.0)
+    train(ckpt, data, objective=method, steps=300, batch_size=16, learning_rate=3e-3)
+    decoder = ckpt.decoder("apply_pretrained")
     results = decoder.transduce(ckpt, list(sources[:16]))
     right = sum(ids == (row + 20).tolist() for (ids, _), row in zip(results, sources, strict=False))
     assert right >= 12
     ckpt.save(tmp_path / "out")
     back = intaglio.load(tmp_path / "out")
-    assert back.decoder("apply_pretrained", candidate_lengths=1).transduce(back, list(sources[:4])) == results[:4]
+    assert back.decoder("apply_pretrained").transduce(back, list(sources[:4])) == results[:4]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -484,14 +486,14 @@ def test_what_cannot_be_decoded_is_one_sentence(fields: dict[str, Any], options:
 def test_models_that_do_not_fit_are_refused() -> None:
     for family, technique in (("bert", "recurrence"), ("llama", "seq2seq"), ("modernbert", "seq2seq")):
         data = PAIRS if technique == "seq2seq" else TEXTS
-        with pytest.raises(IntaglioError, match="causal decoder|masked language model|cross-attention"):
+        with pytest.raises(IntaglioError, match=r"causal decoder|masked language model|cross-attention"):
             train(checkpoint(family), data, objective=ApplyPretrained(technique=technique), steps=1)
     with pytest.raises(IntaglioError, match="context of 128"):
         hso_score(tiny_model("llama", layers=1), torch.zeros(1, 200, dtype=torch.long), 8)
+    model = tiny_model("llama", layers=2)
+    model.set_attn_implementation("flex_attention")
     with pytest.raises(IntaglioError, match="eager or sdpa"):
-        model = tiny_model("llama", layers=2)
-        model.set_attn_implementation("flex_attention")
-        windowed(model).logits(IDS, 12)
+        windowed(model)
 
 
 def test_an_attachment_is_used_as_it_was_trained() -> None:

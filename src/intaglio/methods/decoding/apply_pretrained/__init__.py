@@ -1,4 +1,4 @@
-"""Four add-ons for pretrained transformers (Yoshida, 2024): recurrence, RUM-SUNDAE, optimized caches, conditional search.
+"""Four add-ons for pretrained transformers (Yoshida, 2024): recurrence, RUM-SUNDAE, optimized caches, search.
 
     model.generate(**inputs, custom_generate=intaglio.ApplyPretrained(window=32))               # hso
     intaglio.train(ckpt, texts, objective=intaglio.ApplyPretrained(technique="recurrence"), steps=500)
@@ -102,7 +102,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         technique: see above. Default `hso`.
         window: (hso, recurrence) tokens of a window. Default 64.
         rule: (hso) `rms`, `sgd` or `adam`; see `CacheOptimizer`. Default `rms`.
-        step_size: (hso) step size. Default 0.03.
+        step_size: (hso) step size. Default 0.001.
         window_steps: (hso) updates on each window. Default 1.
         update_own: (hso) whether a window's own states are updated too. Default false.
         memory: (hso) most cached states; the oldest are dropped. Default: no limit.
@@ -157,7 +157,9 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
     kinds = ("objective", "decoder")
-    summary = "adds recurrence, non-autoregressive decoding, an optimized cache or conditional search to a trained model"
+    summary = (
+        "adds recurrence, non-autoregressive decoding, an optimized cache or conditional search to a trained model"
+    )
     citation = (
         "Yoshida, Making the Most of your Model: Methods for Finetuning and Applying Pretrained Transformers, thesis, "
         "TTIC 2024"
@@ -169,7 +171,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
     technique: Literal["hso", "recurrence", "seq2seq", "conditional_beam", "exact_mode"] = "hso"
     window: Positive = 64
     rule: Literal["rms", "sgd", "adam"] = "rms"
-    step_size: Annotated[float, Field(ge=0)] = 0.03
+    step_size: Annotated[float, Field(ge=0)] = 0.001
     window_steps: Positive = 1
     update_own: bool = False
     memory: Positive | None = None
@@ -238,7 +240,9 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
             classes = 2 if self.attribute == "label" else self.max_remaining + 1
             embedded = model.get_input_embeddings().weight.shape[1]
             return PrefixClassifier(width, embedded, classes, self.classifier_width, seed)
-        raise IntaglioError(f"the technique {self.technique} trains nothing; recurrence, seq2seq and conditional_beam do")
+        raise IntaglioError(
+            f"the technique {self.technique} trains nothing; recurrence, seq2seq and conditional_beam do"
+        )
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
         """Make the network, and rows of the examples."""
@@ -326,7 +330,9 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
             IntaglioError: no texts, a technique that trains nothing or the weights too, or as `intaglio.train`.
         """
         if self.technique == "seq2seq":
-            raise IntaglioError("seq2seq trains the encoder too; use a train step with objective: {apply_pretrained: ...}")
+            raise IntaglioError(
+                "seq2seq trains the encoder too; use a train step with objective: {apply_pretrained: ...}"
+            )
         self.make(checkpoint.model, seed)  # a technique or setting that does not fit: refused before any work
         self._check_model(checkpoint)
         trained = train(
@@ -424,6 +430,10 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         flops = workload.parameters * (passes * tokens + 20.0 * generated)
         return Cost(flops=flops, extra_bytes=int(self.batch_size * length * workload.hidden * 4 * 12))
 
+    def losses(self, model: Any, ids_BT: Tensor) -> Tensor:
+        """Return the `hso` losses of rows; see `hso_score`."""
+        return hso_score(model, ids_BT, self.window, self.cache_optimizer)
+
     # --- decoding ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -447,7 +457,9 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
             raise IntaglioError(f"num_beams is {generation_config.num_beams}; the number of beams is the field beams")
         stepwise = self.technique in ("hso", "recurrence")
         if generation_config.do_sample and not stepwise:
-            raise IntaglioError(f"sampling is requested of {self.technique}, which is deterministic; use do_sample=False")
+            raise IntaglioError(
+                f"sampling is requested of {self.technique}, which is deterministic; use do_sample=False"
+            )
         with streaming(self.streamer, input_ids):
             if stepwise:
                 step = self._next_logits(model, input_ids)
@@ -514,7 +526,9 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
             warnings.warn(f"not proven to be the mode: the search stopped after {search.nodes} prefixes", stacklevel=2)
         text = search.modes.get(self.target_length)
         if text is None:
-            raise IntaglioError(f"no text that ends was found within {search.nodes} prefixes; raise node_budget or beams")
+            raise IntaglioError(
+                f"no text that ends was found within {search.nodes} prefixes; raise node_budget or beams"
+            )
         return text
 
     def _attribute(self, model: Any, ends: Sequence[int]) -> LengthAttribute | LabelAttribute | None:
@@ -540,7 +554,9 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         )
         return exact_mode(scored, ends, max_length, lengths=lengths, bounds=bounds, node_budget=self.node_budget)
 
-    def transduce(self, checkpoint: Checkpoint, sources: Sequence[Any], *, seed: int = 0) -> list[tuple[list[int], float]]:
+    def transduce(
+        self, checkpoint: Checkpoint, sources: Sequence[Any], *, seed: int = 0
+    ) -> list[tuple[list[int], float]]:
         """Return the target ids of each source, and their mean log-probability, with a trained `seq2seq`.
 
         Args:

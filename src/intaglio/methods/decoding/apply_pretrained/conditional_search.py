@@ -21,8 +21,9 @@ from intaglio.modeling.anatomy import CACHE, anatomy
 
 Tokens = tuple[int, ...]
 Attribute = Callable[[Sequence[Tokens], Tensor | None, Tensor], Tensor]
-"""`log_q(prefixes, hidden_ND, tokens_NK) -> [N, K]`: log q(a | prefix and candidate); a candidate that ends the text has
-the exact value where the attribute is decided then."""
+"""`log_q(prefixes, hidden_ND, tokens_NK) -> [N, K]`: log q(a | prefix and candidate).
+
+Where the end of the text decides the attribute, a candidate that ends it has the exact value."""
 
 
 class NextToken(Protocol):
@@ -80,7 +81,7 @@ class CachedModel:
 
 def _common(a: Tokens, b: Tokens) -> int:
     """Return the length of the common prefix."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,8 @@ def decode(
     active_B = torch.ones(len(ids_BL), dtype=torch.bool, device=ids_BL.device)
     while active_B.any():
         scores_BV = logits_processor(ids_BL, step(ids_BL).float())
-        if config.do_sample:
-            token_B = torch.multinomial(scores_BV.softmax(-1), 1)[:, 0]
-        else:
-            token_B = scores_BV.argmax(-1)
+        sampled = config.do_sample
+        token_B = torch.multinomial(scores_BV.softmax(-1), 1)[:, 0] if sampled else scores_BV.argmax(-1)
         token_B = torch.where(active_B, token_B, config.pad_token_id or 0)
         ids_BL = torch.cat([ids_BL, token_B[:, None]], 1)
         if streamer is not None:

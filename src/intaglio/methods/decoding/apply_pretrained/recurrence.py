@@ -63,27 +63,28 @@ class WindowRecurrence(nn.Module):
         return state
 
 
-def check_layers(parts: Anatomy, *layers: int | None) -> list[int]:
+def check_layers(parts: Anatomy, state_layer: int | None, insert_layer: int | None) -> list[int]:
     """Return the block indices l_out and l_ins: by default the last and the middle block.
 
     Raises:
         IntaglioError: an index that no block has.
     """
     count = len(parts.blocks)
-    chosen = [default if layer is None else layer for layer, default in zip(layers, (count - 1, count // 2))]
-    for name, layer in zip(("state_layer", "insert_layer"), chosen, strict=True):
+    chosen = {
+        "state_layer": count - 1 if state_layer is None else state_layer,
+        "insert_layer": count // 2 if insert_layer is None else insert_layer,
+    }
+    for name, layer in chosen.items():
         if not 0 <= layer < count:
             raise IntaglioError(f"{name} is {layer}; the model has blocks 0 to {count - 1}")
-    return chosen
+    return list(chosen.values())
 
 
-def _mask_with_slots(mask: Any, hidden_BLD: Tensor, bias_S: Tensor) -> Tensor:
+def _mask_with_slots(mask: Tensor | None, hidden_BLD: Tensor, bias_S: Tensor) -> Tensor:
     """Return an additive mask [B, 1, L+S, L+S]: the model's own, and slots that every token sees."""
     (batch, length, _), slots, lowest = hidden_BLD.shape, len(bias_S), torch.finfo(hidden_BLD.dtype).min
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=hidden_BLD.device).tril()[None, None]
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        raise IntaglioError("recurrence needs eager or sdpa attention; load the model with one of them")
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=hidden_BLD.dtype, device=mask.device).masked_fill(~mask, lowest)
     mask = mask.to(hidden_BLD.dtype).expand(batch, -1, -1, -1)
@@ -156,6 +157,10 @@ class WindowedModel:
         recompute: bool = False,
     ) -> None:
         parts = anatomy(model)
+        if parts.config._attn_implementation not in ("eager", "sdpa"):
+            raise IntaglioError(
+                f"recurrence needs eager or sdpa attention; the model has {parts.config._attn_implementation}"
+            )
         self.model, self.network, self.detach, self.recompute = model, network, detach, recompute
         self.source, self.target = parts.blocks[layers[0]], parts.blocks[layers[1]]
 

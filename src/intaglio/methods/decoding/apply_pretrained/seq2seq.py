@@ -59,7 +59,9 @@ class MlmSeq2Seq(nn.Module):
         try:
             self.decoder = AutoModelForCausalLM.from_config(config)
         except ValueError as error:
-            raise IntaglioError(f"seq2seq needs a family with cross-attention, such as bert; {kind} has none") from error
+            raise IntaglioError(
+                f"seq2seq needs a family with cross-attention, such as bert; {kind} has none"
+            ) from error
         finally:
             logging.set_verbosity(before)
         if not all(hasattr(block, CROSS) for block in block_list(self.decoder)):
@@ -201,7 +203,8 @@ def sundae_decode(
     """Return the target of a source, and its mean log-probability in the last step.
 
     Drafts of the most likely lengths are refined together; each step redraws a random share of the positions. A draft
-    that the most likely tokens would not change is a fixed point and stays.
+    that the most likely tokens would not change is a fixed point and stays. The result has the highest mean
+    log-probability of its tokens plus that of its length.
 
     Args:
         network: decoder and length head.
@@ -238,8 +241,8 @@ def _refine(
     rng = torch.Generator(device).manual_seed(seed)
     mask_1S = torch.ones(1, len(source_S), dtype=torch.long, device=device)
     hidden_1SD = network.encode(model, source_S[None], mask_1S)
-    lengths_1 = network.length_logits(hidden_1SD, mask_1S)[0, 1:]  # an empty target is never drafted
-    tried = lengths_1.topk(min(lengths, len(lengths_1))).indices.repeat_interleave(samples) + 1
+    lengths_n = network.length_logits(hidden_1SD, mask_1S)[0, 1:].log_softmax(-1)  # an empty target is never drafted
+    tried = lengths_n.topk(min(lengths, len(lengths_n))).indices.repeat_interleave(samples) + 1
     mask_NL = (torch.arange(int(tried.max()), device=device) < tried[:, None]).long()
     draft_NL = torch.randint(network.decoder.config.vocab_size, mask_NL.shape, generator=rng, device=device)
     if start == "mask" and network.mask_id is not None:
@@ -257,5 +260,5 @@ def _refine(
     logits_NLV = network(draft_NL, mask_NL, hidden_NSD, mask_NS)
     log_probs_NL = logits_NLV.float().log_softmax(-1).gather(-1, draft_NL[..., None])[..., 0]
     scores_N = (log_probs_NL * mask_NL).sum(1) / mask_NL.sum(1)
-    best = int(scores_N.argmax())
+    best = int((scores_N + lengths_n[tried - 1]).argmax())
     return draft_NL[best, : int(tried[best])].tolist(), float(scores_N[best])

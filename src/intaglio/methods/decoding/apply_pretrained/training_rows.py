@@ -88,7 +88,9 @@ def labelled_texts(path: str) -> list[Example]:
         except (ValueError, RecursionError) as error:
             raise IntaglioError(f"line {number} of {path} is not JSON: {error}") from None
         if not isinstance(result[-1], dict) or result[-1].get("label") not in (0, 1):
-            raise IntaglioError(f"line {number} of {path} is {shorten(line)}; it needs prompt, answer and label, 0 or 1")
+            raise IntaglioError(
+                f"line {number} of {path} is {shorten(line)}; it needs prompt, answer and label, 0 or 1"
+            )
     if not result:
         raise IntaglioError(f"the labels {path} are empty; one JSON object a line is needed")
     return result
@@ -104,9 +106,7 @@ def labelled_rows(checkpoint: Checkpoint, examples: Iterable[Example], length: i
         yield {"input_ids": ids_T, "classes": class_T}
 
 
-def length_rows(
-    examples: Iterable[Example], length: int, classes: int, end_tokens: Sequence[int]
-) -> Iterator[Example]:
+def length_rows(examples: Iterable[Example], length: int, classes: int, end_tokens: Sequence[int]) -> Iterator[Example]:
     """Yield `input_ids` and `classes`, the number of tokens that remain after each prefix, for texts cut to `length`.
 
     A text of the model's own (`labels` of -100 in its prompt) is complete where it ends with an end token; every other
