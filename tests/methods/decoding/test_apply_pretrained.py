@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ SEARCH = {**TRAINED, "technique": "conditional_beam", "length": 24, "prompt": 4,
           "classifier_width": 8, "max_remaining": 8}  # fmt: skip
 EXACT = {"technique": "exact_mode", "target_length": 2, "node_budget": 20}
 ALIVE = {
-    "technique": "recurrence",
+    "technique": alive("recurrence", **TRAINED),
     "window": alive(3, **HSO),
     "rule": alive("sgd", **HSO),
     "step_size": alive(0.3, **HSO),
@@ -71,13 +72,13 @@ ALIVE = {
     "candidate_lengths": alive(1, **SEQ2SEQ),
     "drafts": alive(5, **SEQ2SEQ),
     "draft_start": alive("mask", **SEQ2SEQ),
-    "attribute": "test_a_label_steers_the_beam",
+    "attribute": "test_apply_pretrained_search:test_a_label_steers_the_beam",
     "target_length": alive(2, **SEARCH),
     "beams": alive(1, **SEARCH),
     "top_k": alive(60, **{**SEARCH, "beams": 1, "gamma": 50.0}),
     "gamma": alive(0.0, **SEARCH),
     "node_budget": alive(3, **{**EXACT, "beams": 1, "top_k": 1}),
-    "labels": "test_a_label_steers_the_beam",
+    "labels": "test_apply_pretrained_search:test_a_label_steers_the_beam",
     "max_remaining": alive(2, **SEARCH),
     "classifier_width": alive(0, **SEARCH),
     "own_text": alive(False, **SEARCH),
@@ -426,10 +427,10 @@ def test_the_length_head_leaves_the_encoder_alone() -> None:
 def test_it_learns_a_substitution_and_a_reload_decodes_alike(tmp_path: Path) -> None:
     ckpt = checkpoint("bert", layers=1)
     draws = torch.Generator().manual_seed(0)
-    sources = torch.randint(10, 20, (64, 4), generator=draws)
+    sources = torch.randint(10, 15, (32, 3), generator=draws)
     data = [{"source_ids": row, "target_ids": row + 20} for row in sources]
     method = ApplyPretrained(technique="seq2seq", max_target=6, decode_temperature=0.0, length_weight=1.0)
-    train(ckpt, data, objective=method, steps=300, batch_size=16, learning_rate=3e-3)
+    train(ckpt, data, objective=method, steps=120, batch_size=16, learning_rate=5e-3)
     decoder = ckpt.decoder("apply_pretrained")
     results = decoder.transduce(ckpt, list(sources[:16]))
     right = sum(ids == (row + 20).tolist() for (ids, _), row in zip(results, sources, strict=False))
@@ -447,6 +448,7 @@ def test_it_learns_a_substitution_and_a_reload_decodes_alike(tmp_path: Path) -> 
     [
         ({"technique": "recurrence", "state_layer": 2}, "state_layer is 2; the model has blocks 0 to 1"),
         ({"technique": "recurrence", "window": 500}, "window is 500; the model's context is 128"),
+        ({"technique": "recurrence", "slot_bias": None}, "nothing can be fitted"),
         ({"technique": "hso"}, "trains nothing"),
         ({"technique": "seq2seq"}, "use a train step"),
         ({"technique": "conditional_beam", "prompt": 24, "length": 24}, "a larger length"),
@@ -524,9 +526,10 @@ def test_the_command_line_decodes_and_streams() -> None:
     pieces: list[str] = []
     for settings in ({"window": "4"}, {"technique": "exact_mode", "node_budget": "50", "target_length": "2"}):
         pieces.clear()
-        result = generate(
-            ckpt, "the dog", decoder="apply_pretrained", max_new_tokens=5, settings=settings, write=pieces.append
-        )
+        with pytest.warns(UserWarning, match="not proven") if "technique" in settings else nullcontext():
+            result = generate(
+                ckpt, "the dog", decoder="apply_pretrained", max_new_tokens=5, settings=settings, write=pieces.append
+            )
         assert "".join(pieces) == result["text"]
         assert result["passes"] > 1
         assert result["accepted_share"] is None

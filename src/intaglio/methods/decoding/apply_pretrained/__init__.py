@@ -293,7 +293,10 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         """Return the loss of the technique."""
         if self.technique == "recurrence":
             logits_BTV = self.windowed(model).logits(batch["input_ids"], self.window, batch.get("attention_mask"))
-            return Loss(cross_entropy(logits_BTV, batch["target"]), outputs=logits_BTV)
+            total = cross_entropy(logits_BTV, batch["target"])
+            if not total.requires_grad:  # a frozen model, and rows of a single window, which get no state
+                total = total + 0.0 * sum(p.sum() for p in self._network.parameters())
+            return Loss(total, outputs=logits_BTV)
         if self.technique == "seq2seq":
             denoising, length = sundae_loss(self._network, model, batch, self.unroll, int(batch["seed"]))
             return Loss(denoising + self.length_weight * length, {"denoising": denoising, "length": length})
@@ -333,6 +336,8 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
             raise IntaglioError(
                 "seq2seq trains the encoder too; use a train step with objective: {apply_pretrained: ...}"
             )
+        if self.technique == "recurrence" and self.slot_bias is None:
+            raise IntaglioError("slot_bias is null, so no window gets a state and nothing can be fitted")
         self.make(checkpoint.model, seed)  # a technique or setting that does not fit: refused before any work
         self._check_model(checkpoint)
         trained = train(
@@ -411,12 +416,14 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         return method
 
     @classmethod
-    def for_checkpoint(cls, checkpoint: Checkpoint, **fields: Any) -> Self:
+    def for_checkpoint(cls, checkpoint: Checkpoint, **fields: Any) -> ApplyPretrained:
         """Return the decoder with the checkpoint's trained network if the technique has one."""
         attachment = checkpoint.attachments.get(cls.slug)
         attached = "hso" if attachment is None else attachment.parameters["technique"]
         if fields.get("technique", attached) in ARCHITECTURE and fields.get("gamma") != 0:
-            decoder: Self = checkpoint.decoder(cls.slug, **fields)  # explains how to fit if nothing is attached
+            decoder: ApplyPretrained = checkpoint.decoder(
+                cls.slug, **fields
+            )  # explains how to fit if nothing is attached
             return decoder
         return cls(**fields)
 

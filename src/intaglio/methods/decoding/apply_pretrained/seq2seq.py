@@ -57,7 +57,7 @@ class MlmSeq2Seq(nn.Module):
         before = logging.get_verbosity()
         logging.set_verbosity_error()
         try:
-            self.decoder = AutoModelForCausalLM.from_config(config)
+            self.decoder = AutoModelForCausalLM.from_config(config).to(next(model.parameters()).dtype)
         except ValueError as error:
             raise IntaglioError(
                 f"seq2seq needs a family with cross-attention, such as bert; {kind} has none"
