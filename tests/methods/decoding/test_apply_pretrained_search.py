@@ -134,8 +134,8 @@ def test_the_mode_is_noise_where_clean_texts_are_many() -> None:
     assert search.proven
     assert search.modes[None].tokens == ()
     assert math.exp(search.modes[None].log_prob) == pytest.approx(0.01)
-    (found,) = exact_mode(model, [END], 10, lengths=[10]).modes.values()
-    assert math.exp(found.log_prob) == pytest.approx(0.99 / 1024)
+    (text,) = exact_mode(model, [END], 10, lengths=[10]).modes.values()
+    assert math.exp(text.log_prob) == pytest.approx(0.99 / 1024)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -145,8 +145,8 @@ def test_conditional_beams_find_the_modes_of_each_length(seed: int) -> None:
     for beams in (2, 4):
         assert conditional_beam_search(model, [END], MOST + 1, beams=beams)[0].tokens == ()
     for length in range(MOST + 1):
-        (found, *_) = conditional_beam_search(model, [END], MOST + 1, beams=64, attribute=model.exactly(length))
-        assert found.tokens == best(model, length)
+        (text, *_) = conditional_beam_search(model, [END], MOST + 1, beams=64, attribute=model.exactly(length))
+        assert text.tokens == best(model, length)
         for beams in (1, 2, 4):
             texts = conditional_beam_search(model, [END], MOST + 1, beams=beams, attribute=model.exactly(length))
             assert {len(text.tokens) for text in texts} == {length}
@@ -247,7 +247,7 @@ def test_no_text_is_one_sentence() -> None:
     def impossible(prefixes: Sequence[Tokens], hidden: Tensor | None, tokens: Tensor) -> Tensor:
         return torch.full(tokens.shape, -math.inf)
 
-    with pytest.raises(IntaglioError, match="no text with the attribute"):
+    with pytest.raises(IntaglioError, match="has the attribute"):
         conditional_beam_search(Letters(0), [END], 4, beams=2, attribute=impossible)
 
 

@@ -502,7 +502,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
             )
 
     def _searched(self, model: Any, input_ids: Tensor, processors: Any, config: Any) -> Tensor:
-        """Return prompts and the texts that were found, padded on the right."""
+        """Return prompts and their texts, padded on the right."""
         ends = [] if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
         most = int(config.max_length) - input_ids.shape[1]
         if not ends:
@@ -534,7 +534,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         text = search.modes.get(self.target_length)
         if text is None:
             raise IntaglioError(
-                f"no text that ends was found within {search.nodes} prefixes; raise node_budget or beams"
+                f"no text ended within {search.nodes} prefixes; raise node_budget or beams"
             )
         return text
 

@@ -144,7 +144,7 @@ def exact_mode(
         node_budget: most prefixes that the model reads; then the result is not proven. Default 10,000.
 
     Returns:
-        The modes that were found; a length without a text of positive probability is left out.
+        The modes; a length without a text of positive probability is left out.
 
     Raises:
         IntaglioError: a length outside 0 to `max_length`.
@@ -259,7 +259,7 @@ def conditional_beam_search(
             break
     if not finished:
         raise IntaglioError(
-            f"no text with the attribute was found in {max_new_tokens} tokens; use more beams, a larger top_k or more"
+            f"no text of {max_new_tokens} tokens has the attribute; use more beams, a larger top_k or more"
             " tokens"
         )
     return finished
