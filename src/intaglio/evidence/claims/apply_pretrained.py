@@ -53,5 +53,5 @@ CLAIM = Claim(
     use_when="you score or continue a text in a domain that the model was not trained on, and can take gradients",
     otherwise="dynamic evaluation",
     toy={"width": 16, "context": 96, "tokens": 96},
-    golden={"dynamic evaluation": {}, "hso": {}},
+    golden={"dynamic evaluation": {NATS.name: 5.20319}, "hso": {NATS.name: 5.20325}},
 )

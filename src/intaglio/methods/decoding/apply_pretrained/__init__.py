@@ -533,9 +533,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
             warnings.warn(f"not proven to be the mode: the search stopped after {search.nodes} prefixes", stacklevel=2)
         text = search.modes.get(self.target_length)
         if text is None:
-            raise IntaglioError(
-                f"no text ended within {search.nodes} prefixes; raise node_budget or beams"
-            )
+            raise IntaglioError(f"no text ended within {search.nodes} prefixes; raise node_budget or beams")
         return text
 
     def _attribute(self, model: Any, ends: Sequence[int]) -> LengthAttribute | LabelAttribute | None:

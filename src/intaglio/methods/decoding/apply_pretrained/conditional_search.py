@@ -259,7 +259,6 @@ def conditional_beam_search(
             break
     if not finished:
         raise IntaglioError(
-            f"no text of {max_new_tokens} tokens has the attribute; use more beams, a larger top_k or more"
-            " tokens"
+            f"no text of {max_new_tokens} tokens has the attribute; use more beams, a larger top_k or more tokens"
         )
     return finished

@@ -181,7 +181,8 @@ class WindowedModel:
 
     def logits(self, ids_BT: Tensor, window: int, mask_BT: Tensor | None = None) -> Tensor:
         """Return the logits [B, T, V] of rows read window by window."""
-        state_BSD, pieces = None, []
+        state_BSD: Tensor | None = None
+        pieces = []
         for start in range(0, ids_BT.shape[1], window):
             mask_BL = None if mask_BT is None else mask_BT[:, start : start + window]
             if mask_BL is not None and bool(mask_BL.all()):
