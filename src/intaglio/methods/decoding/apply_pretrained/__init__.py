@@ -155,7 +155,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
     official code was published; constants that the abstracts do not give are ours.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True, use_attribute_docstrings=True)
     kinds = ("objective", "decoder")
     summary = (
         "adds recurrence, non-autoregressive decoding, an optimized cache or conditional search to a trained model"
@@ -401,7 +401,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
             if name in fields and fields[name] != trained:
                 raise IntaglioError(f"{name} is {fields[name]}; the attachment was trained with {trained}")
         method = cls(**attachment.parameters | fields)
-        network = method.make(checkpoint.model, 0)
+        network: Any = method.make(checkpoint.model, 0)
         own = {f"network.{name}": value.shape for name, value in network.state_dict().items()}
         if own != {name: value.shape for name, value in attachment.tensors.items()}:
             raise IntaglioError(
