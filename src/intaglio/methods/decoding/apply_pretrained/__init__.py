@@ -420,12 +420,11 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         """Return the decoder with the checkpoint's trained network if the technique has one."""
         attachment = checkpoint.attachments.get(cls.slug)
         attached = "hso" if attachment is None else attachment.parameters["technique"]
-        if fields.get("technique", attached) in ARCHITECTURE and fields.get("gamma") != 0:
-            decoder: ApplyPretrained = checkpoint.decoder(
-                cls.slug, **fields
-            )  # explains how to fit if nothing is attached
-            return decoder
-        return cls(**fields)
+        trained = fields.get("technique", attached) in ARCHITECTURE and fields.get("gamma") != 0
+        if attachment is None or not trained:
+            return cls(**fields)  # decoding explains what to train, if it must
+        decoder: ApplyPretrained = checkpoint.decoder(cls.slug, **fields)
+        return decoder
 
     def estimate_fit(self, workload: Workload, texts: Any) -> Cost:
         """Estimate the passes of the frozen model and of the network, and generating the texts."""
