@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-search bench-blockffn bench-r-sparse bench-r-sparse-decode clean
+.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test guard bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-search bench-recommend bench-blockffn bench-r-sparse bench-r-sparse-decode clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -73,6 +73,9 @@ docs-serve: install  ## serve the site locally and rebuild on changes
 bench-pruning: assets  ## pruning against llm-compressor, in its own environment
 	$(BIN)/python benchmarks/pruning/run.py
 
+guard: assets  ## compare every fast path with stock on this machine; fails if one is slower by more than 3 %
+	$(BIN)/python benchmarks/guard.py
+
 bench-decoding: assets  ## speculative decoding against the modes of transformers
 	$(BIN)/python benchmarks/decoding/run.py
 
@@ -108,6 +111,9 @@ bench-recovery: assets  ## recovery of a pruned model by data selection, per tra
 
 bench-blockffn: install  ## expert layers against the dense product and the bandwidth bound
 	$(BIN)/python benchmarks/blockffn/run.py
+
+bench-recommend: assets  ## BERT4Rec on MovieLens-100K against RecTools
+	$(BIN)/python benchmarks/recommend/run.py
 
 bench-r-sparse: install  ## gathered columns against dense products and the bandwidth bound
 	$(BIN)/python benchmarks/r_sparse/run.py

@@ -72,7 +72,17 @@ SIZES: dict[str, Any] = {
     "is_decoder": True,
 }  # fmt: skip
 
+_HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+"""One layer of each kind, as every released model of these families has."""
+
 MORE: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(
+        ("bailing_hybrid", "granitemoehybrid", "kimi_linear", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), _HYBRID
+    ),
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48},

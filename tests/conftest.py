@@ -17,6 +17,7 @@ from typing import Any
 
 # Read when the library is imported, so before any test module is.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["INTAGLIO_TUNING"] = "off"
 
 import pytest
 import torch

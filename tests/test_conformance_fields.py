@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from torch.nn import Module
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import accepted_fields
+from intaglio.methods.base import Carving, Fittable, accepted_fields
 from intaglio.methods.registry import PUBLISHED, get_method
 from tests import alive
 from tests.examples import EXAMPLES, TEST_FILES
@@ -68,6 +69,12 @@ def test_no_field_is_listed_that_is_not_there(slug: str) -> None:
     assert TEST_FILES[slug].ALIVE.keys() == set(accepted_fields(get_method(slug)))
 
 
+@pytest.mark.parametrize("slug", PUBLISHED)
+def test_the_repr_shows_the_accepted_fields(slug: str) -> None:
+    method = get_method(slug)(**EXAMPLES[slug][0])
+    assert {name for name, _ in method.__repr_args__()} == set(accepted_fields(type(method)))
+
+
 PINNED: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(PINS_FILE.read_text(encoding="utf-8"))
 COSTS: dict[str, list[list[list[float]]]] = yaml.safe_load(COSTS_FILE.read_text(encoding="utf-8"))
 
@@ -90,6 +97,15 @@ def test_a_value_of_the_paper_is_the_cards(slug: str) -> None:
     """`paper()` sets a field to the card's value, or the reason says which of two sources it follows."""
     rows = {name: row for name, row in PINNED[slug].items() if "paper" in row}
     assert [name for name, row in rows.items() if row["paper"] != row.get("card", ...) and not row.get("why")] == []
+
+
+@pytest.mark.parametrize("slug", PUBLISHED)
+def test_the_arguments_of_apply_and_fit_have_the_defaults_of_the_protocols(slug: str) -> None:
+    for protocol, name in ((Carving, "apply"), (Fittable, "fit")):
+        own, promised = getattr(get_method(slug), name, None), signature(getattr(protocol, name)).parameters
+        for argument, parameter in signature(own).parameters.items() if own is not None else ():
+            if argument in promised:
+                assert parameter.default == promised[argument].default, f"{name}({argument})"
 
 
 @pytest.mark.parametrize("slug", PUBLISHED)

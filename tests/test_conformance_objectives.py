@@ -12,7 +12,7 @@ import torch
 from intaglio.errors import IntaglioError
 from intaglio.methods.registry import PUBLISHED, get_method
 from intaglio.trainer import Loss, Objective
-from tests.examples import EXAMPLES
+from tests.examples import EXAMPLES, TEST_FILES
 from tests.families import DECODERS, ENCODERS, tiny_model
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
@@ -20,6 +20,8 @@ from tests.trainer.test_resume import Killed, killer
 
 OBJECTIVES = [slug for slug, entry in PUBLISHED.items() if "objective" in entry.kinds]
 CASES = [(slug, index) for slug in OBJECTIVES for index in range(len(EXAMPLES[slug]))]
+FITTING = {slug: getattr(TEST_FILES[slug], "FAMILIES", DECODERS) for slug in OBJECTIVES}
+"""Families that an objective trains: `FAMILIES` in its test file, or all decoders."""
 
 
 def objective(slug: str, index: int) -> Any:
@@ -37,7 +39,7 @@ def test_it_is_an_objective_and_plain_data(slug: str, index: int) -> None:
 
 @pytest.mark.parametrize(
     ("slug", "index", "family"),
-    [(*case, name) for case in CASES for name in DECODERS if case[1] == 0 or name == "llama"],
+    [(*case, name) for case in CASES for name in FITTING[case[0]] if case[1] == 0 or name == FITTING[case[0]][0]],
 )
 def test_two_steps_saved_and_resumed_are_equal(slug: str, index: int, family: str, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"steps": 3, "save_every": 1, "warmup": 0}
@@ -58,7 +60,7 @@ def test_two_steps_saved_and_resumed_are_equal(slug: str, index: int, family: st
 def test_its_loss_is_a_scalar_with_a_gradient(slug: str, index: int) -> None:
     from intaglio.trainer import KeyedRNG
 
-    ckpt, method, draws = checkpoint(), objective(slug, index), KeyedRNG(0)
+    ckpt, method, draws = checkpoint(FITTING[slug][0]), objective(slug, index), KeyedRNG(0)
     examples = [{"input_ids": ckpt.tokenizer(text)["input_ids"], "id": n} for n, text in enumerate(TEXTS)]
     made = method.prepare(ckpt, examples, draws) if hasattr(method, "prepare") else examples
     rows = [{**row, "id": n, "epoch": 0, "step": 0} for n, row in enumerate(made)][:3]

@@ -1,6 +1,7 @@
 """Mutation test of the methods: change one thing at a time, and see whether the method's own tests notice.
 
     python tools/mutants.py                       # the seeded sample of 150; at least 85 % must be killed
+    python tools/mutants.py --resume              # go on with a run that was stopped
     python tools/mutants.py --only lost --list    # the mutants of one method, not run
 
 A mutant swaps an operator, drops a keyword argument, or changes a default or a preset. It is compiled in memory, in a
@@ -214,11 +215,15 @@ def run_tests(mutant: Mutant, log: Path, limit: int) -> int:
         os._exit(int(failed))
 
 
-def run_all(chosen: list[Mutant], jobs: int, limit: int, logs: Path) -> dict[str, str]:
-    """Return the outcome of every mutant: killed, timeout or survived."""
-    outcomes: dict[str, str] = {}
+def run_all(chosen: list[Mutant], jobs: int, limit: int, logs: Path, resume: bool) -> dict[str, str]:
+    """Return the outcome of every mutant: killed, timeout or survived; `logs` keeps those that are known."""
+    kept = logs / "outcomes.txt"
+    lines = kept.read_text(encoding="utf-8").splitlines() if resume and kept.exists() else []
+    known = {name: outcome for outcome, name in (line.split(" | ", 1) for line in lines)}
+    outcomes = {mutant.name: known[mutant.name] for mutant in chosen if mutant.name in known}
+    kept.write_text("".join(f"{outcome} | {name}\n" for name, outcome in outcomes.items()), encoding="utf-8")
     running: dict[int, Mutant] = {}
-    waiting = list(enumerate(chosen))
+    waiting = [(number, mutant) for number, mutant in enumerate(chosen) if mutant.name not in outcomes]
     while waiting or running:
         while waiting and len(running) < jobs:
             number, mutant = waiting.pop(0)
@@ -227,6 +232,8 @@ def run_all(chosen: list[Mutant], jobs: int, limit: int, logs: Path) -> dict[str
         mutant = running.pop(pid)
         timeout = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
         outcomes[mutant.name] = "timeout" if timeout else "killed" if status else "survived"
+        with kept.open("a", encoding="utf-8") as file:
+            file.write(f"{outcomes[mutant.name]} | {mutant.name}\n")
         print(
             f"{len(outcomes):4d}/{len(chosen)} {outcomes[mutant.name]:8s} line {mutant.line} {mutant.name}", flush=True
         )
@@ -249,6 +256,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--limit", type=int, default=300, help="seconds for the tests of a mutant")
     parser.add_argument("--logs", type=Path, default=Path("build/mutants"), help="folder for the tests' output")
+    parser.add_argument("--resume", action="store_true", help="keep the outcomes in the folder of logs")
     parser.add_argument("--list", action="store_true", help="print the sample and run nothing")
     given = parser.parse_args()
     os.chdir(ROOT)
@@ -274,7 +282,7 @@ def main() -> None:
         importlib.import_module(name)
     given.logs.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
-    outcomes = run_all(chosen, given.jobs, given.limit, given.logs)
+    outcomes = run_all(chosen, given.jobs, given.limit, given.logs, given.resume)
     killed = sum(outcome != "survived" for outcome in outcomes.values())
     print(*(f"survived: {name}" for name, outcome in outcomes.items() if outcome == "survived"), sep="\n")
     skipped = len(sample[part - 1 :: parts]) - len(chosen)

@@ -3,8 +3,13 @@
     python benchmarks/decoding/run.py                                 # twenty prompts, 64 new tokens, greedy
     python benchmarks/decoding/run.py --batch 1,4 --temperatures 0,0.6
     python benchmarks/decoding/run.py --prompts 4 --new 8 --draft none --modes greedy,aded
+    python benchmarks/decoding/run.py --nodes 0                       # each method with the tree size that it chooses
     python benchmarks/decoding/run.py --lud DIR                       # with a model trained by recipes/lud.yaml
     python benchmarks/decoding/run.py --device cuda --dtype bfloat16  # against a loop with CUDA graphs
+
+Two sets of prompts: *mixed*, of four kinds, many of whose continuations repeat themselves, and *plain*, chat turns and
+beginnings of articles whose greedy text repeats no eight tokens. A stock call is timed again and again through the run,
+and no results are written if its time wandered by more than 10 %.
 
 Trees have the same number of nodes in every mode with such a setting (`--nodes`); `draft_model` drafts a chain of five,
 and `undrafted` is our loop without drafts. `hidden_transfer` and `chimera` use heads attached to the model or bundled
@@ -14,8 +19,8 @@ which samples above temperature 0). On a CUDA device short passes are launch-bou
 stock `generate` with a static cache and compiled passes.
 
 Each finished run is a line of `runs.jsonl` in the output directory and is not repeated, so an interrupted benchmark
-continues. Writes `results.json` and `results.md`. Run it on a quiet machine; on a busy one use `--threads 1`, which
-measures CPU time.
+continues. Writes `results.json` and `results.md`, with the processor. Run it on a quiet machine; on a busy one use
+`--threads 1`, which measures CPU time.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +40,7 @@ import prompts
 import table
 import torch
 import transformers
-from once import DecodingRun as Timed
+from once import Run as Timed
 from once import gap, once
 
 import intaglio
@@ -43,48 +48,34 @@ from intaglio import atomic_io
 from intaglio.checkpoint import stat_fingerprint
 from intaglio.checkpoint.attachments import Attachment, read_attachments
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.draft_model import DraftModel as DraftModelBed
+from intaglio.evidence.testbeds.draft_model import DraftModelBed
 from intaglio.methods.decoding.aded import ADED
 from intaglio.methods.decoding.dyspec import DySpec
 from intaglio.methods.decoding.lud import LUD
+from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.drafters.draft_model import DraftModel
 from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
+from intaglio.speculative.drafters.ngrams import NGramStore
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
+from intaglio.speculative.drafters.undrafted import Undrafted
 from intaglio.speculative.loop import Speculative
 from intaglio.speculative.prepacked_linear import MIN_NEW_TOKENS
-from intaglio.speculative.protocols import DecodingRun, Session, Step, by_row
 from intaglio.speculative.static_tree import best_tree, default_acceptance
-from intaglio.speculative.tree import TokenTree, root_only
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from machine import check_quiet, machine, title  # noqa: E402
+
 SOURCE = HERE.parents[1] / "src" / "intaglio"
 # What a run of ours depends on: when one of these changes, finished runs no longer count.
-CODE = ("decoding/**/*.py", "heads/*.py", "verify/**/*.py")
+CODE = ("methods/decoding/**/*.py", "speculative/**/*.py", "environment/*.py")
 STOCK = (table.BASE, table.CAPTURED, "prompt_lookup_num_tokens", "assistant_model")
 OURS = ("undrafted", "aded", "prompt_lookup", "draft_model", "dyspec", "lud", "hidden_transfer", "chimera", "medusa")
-MORE = ("aded-best", "aded-no-corpus")
+MORE = ("aded-best", "aded-no-corpus", "dyspec-ngrams")
+SETS = ("mixed", "plain")
+REFERENCE = 16
+"""New tokens of the stock call that is repeated through the run to see whether the machine was quiet."""
 WITH_DRAFT = ("assistant_model", "draft_model", "dyspec")
-
-
-class Undrafted:
-    """Drafter without drafts."""
-
-    needs_hidden = False
-
-    def start(self, run: DecodingRun) -> Session:
-        """Return a session that proposes nothing."""
-        return by_row(run, lambda prompt: _Roots(0))
-
-
-@dataclass
-class _Roots:
-    last: int
-
-    def propose(self, room: int) -> TokenTree:
-        return root_only(self.last)
-
-    def observe(self, step: Step) -> None:
-        self.last = step.tokens[-1]
 
 
 @dataclass(frozen=True)
@@ -113,10 +104,13 @@ def _arguments() -> argparse.Namespace:
                         help=f"comma-separated; default: %(default)s; also: {', '.join(MORE)}")  # fmt: skip
     parser.add_argument("--batch", default="1", help="prompts at a time, comma-separated; default: %(default)s")
     parser.add_argument("--temperatures", default="0", help="comma-separated; 0 is greedy; default: %(default)s")
-    parser.add_argument("--nodes", type=int, default=15, help="drafted tokens of a tree; default: %(default)s")
+    parser.add_argument("--nodes", type=int, default=15,
+                        help="drafted tokens of a tree; 0: each its own default; default: %(default)s")  # fmt: skip
     parser.add_argument("--kinds", default=",".join(prompts.KINDS), help="of prompts; default: %(default)s")
     parser.add_argument("--context", type=int, default=1500, help="tokens of a retrieval prompt; default: %(default)s")
     parser.add_argument("--prompts", type=int, default=20, help="number, spread over the kinds; default: %(default)s")
+    parser.add_argument("--sets", default=",".join(SETS), help="of prompts: mixed, of four kinds; plain, whose greedy "
+                        "text repeats no 8 tokens; default: %(default)s")  # fmt: skip
     parser.add_argument("--new", type=int, default=64, help="new tokens; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
@@ -165,7 +159,8 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Mode]:
         ).model.to(checkpoint.device, checkpoint.model.dtype)
     aded = None
     if {"aded", "aded-best"} & {*wanted}:
-        aded = ADED(corpus=prompts.corpus(arguments.texts), tokenizer=checkpoint.tokenizer, nodes=arguments.nodes)
+        size = {"nodes": arguments.nodes} if arguments.nodes else {}
+        aded = ADED(corpus=prompts.corpus(arguments.texts), tokenizer=checkpoint.tokenizer, **size)
         aded.table(checkpoint.model)
     collected: dict[str, Mode] = {}
     for mode in wanted:
@@ -177,7 +172,7 @@ def _modes(arguments: argparse.Namespace, checkpoint: Any) -> dict[str, Mode]:
 
 
 def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, draft: Any, aded: Any) -> Mode:
-    nodes = arguments.nodes
+    size = {"nodes": arguments.nodes} if arguments.nodes else {}
     if mode in WITH_DRAFT and draft is None:
         raise IntaglioError("there is no draft model; give one with --draft")
     if mode == "greedy":
@@ -197,7 +192,7 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
         lud = LUD(tokenizer=tuned.tokenizer)
         return Mode(_with(lud), tuned, f"{ours} {stat_fingerprint(arguments.lud)}", lossless=False)
     if mode in ("hidden_transfer", "chimera"):
-        decoder = checkpoint.decoder(mode, nodes=nodes)
+        decoder = checkpoint.decoder(mode, **size)
         return Mode(_with(decoder), checkpoint, f"{ours} {_of_heads(decoder._heads, decoder.static_tree())}")
     if mode == "medusa":
         heads, shape = _medusa(arguments, checkpoint)
@@ -205,11 +200,19 @@ def _mode(mode: str, arguments: argparse.Namespace, checkpoint: Any, ours: str, 
     made: dict[str, Callable[[], Any]] = {
         "aded": lambda: aded,
         "aded-best": lambda: aded.model_copy(update={"search": "best"}),
-        "aded-no-corpus": lambda: ADED(nodes=nodes),
+        "aded-no-corpus": lambda: ADED(**size),
         "undrafted": lambda: Speculative(Undrafted()),
-        "prompt_lookup": lambda: Speculative(PromptLookup(nodes=nodes)),
+        "prompt_lookup": lambda: Speculative(PromptLookup(**size)),
         "draft_model": lambda: Speculative(DraftModel(draft)),
-        "dyspec": lambda: DySpec(draft=draft, budget=nodes),
+        "dyspec-ngrams": lambda: DySpec(
+            draft=NGramStore.build(
+                checkpoint.tokenizer(prompts.corpus(arguments.texts), verbose=False)["input_ids"],
+                vocabulary_size(checkpoint.model),
+            ),
+            tokenizer=checkpoint.tokenizer,
+            budget=arguments.nodes or None,
+        ),
+        "dyspec": lambda: DySpec(draft=draft, budget=arguments.nodes or None),
     }
     return Mode(_with(made[mode]()), checkpoint, f"{ours} {arguments.draft if mode in WITH_DRAFT else ''}")
 
@@ -284,46 +287,85 @@ def main() -> None:
     batches = _numbers("--batch", arguments.batch, int, 1)
     temperatures = _numbers("--temperatures", arguments.temperatures, float, 0)
     kinds = _listed("--kinds", arguments.kinds, list(prompts.KINDS))
+    sets = _listed("--sets", arguments.sets, list(SETS))
     torch.set_num_threads(arguments.threads)
     checkpoint = _load(arguments.model, arguments)
     modes = _modes(arguments, checkpoint)
-    all_prompts = prompts.prompts(checkpoint.tokenizer, arguments.texts, arguments.context)
-    chosen = prompts.chosen(all_prompts, arguments.prompts, kinds)
     settings = {"model": arguments.model, "files": stat_fingerprint(arguments.model), "texts": arguments.texts,
                 "new": arguments.new, "threads": arguments.threads, "torch": torch.__version__,
-                "transformers": transformers.__version__}  # fmt: skip
+                "transformers": transformers.__version__, "processor": machine()["processor"],
+                "instructions": machine()["instructions"]}  # fmt: skip
+    print(title(), flush=True)
     if checkpoint.device.type != "cpu":
         settings |= {"device": torch.cuda.get_device_name(checkpoint.device), "dtype": str(checkpoint.model.dtype)}
-    summary = {
-        "nodes": arguments.nodes,
-        "prompts": len(chosen),
-        "context": arguments.context,
-        "repeats": arguments.repeats,
-    }
     # One thread's CPU time is the same on a busy machine, nearly.
     clock = "cpu_seconds" if arguments.threads == 1 and checkpoint.device.type == "cpu" else "seconds"
     base = table.CAPTURED if table.CAPTURED in modes else table.BASE
-    journal, tables, texts = Journal(arguments.out / "runs.jsonl"), [], []
+    journal, tables, texts = Journal(arguments.out / "runs.jsonl"), [], [f"Machine: {title()}\n"]
+    all_prompts = prompts.prompts(checkpoint.tokenizer, arguments.texts, arguments.context)
+    mixed = prompts.chosen(all_prompts, arguments.prompts, kinds)
     for mode in modes.values():
-        # Not counted: the first call of a model lays its weights out.
-        once(mode.checkpoint, [chosen[0]["ids"]], MIN_NEW_TOKENS, mode.options())
-    for temperature in temperatures:
-        for batch in batches:
-            some = {name: mode for name, mode in modes.items() if batch == 1 or mode.batches}
-            groups = prompts.groups(chosen, batch)
-            runs = [
-                run
-                for number, group in enumerate(groups)
-                for run in _alternated(
-                    arguments, journal, some, group, temperature, settings, f"{number + 1}/{len(groups)}"
-                )
-            ]
-            collected = table.results(runs, clock, base)
-            tables.append({"batch": batch, "temperature": temperature, "base": base, "modes": collected})
-            texts.append(table.markdown(collected, batch, temperature, base))
-    atomic_io.write_json(arguments.out / "results.json", {"settings": settings | summary, "tables": tables})
+        # Not counted: the first call of a model measures its choices and lays its weights out.
+        once(mode.checkpoint, [mixed[0]["ids"]], MIN_NEW_TOKENS, mode.options())
+    stock = partial(_alternated, arguments, journal, {table.BASE: modes[table.BASE]}, settings=settings)
+    reference = _Reference(journal, settings, clock, partial(once, checkpoint, [mixed[0]["ids"]], REFERENCE, {}))
+    chosen = {"mixed": mixed} if "mixed" in sets else {}
+    if "plain" in sets:
+        chosen["plain"] = list(_plain(checkpoint.tokenizer, arguments, stock))
+    for name, some_prompts in chosen.items():
+        for temperature in temperatures:
+            for batch in batches:
+                some = {name: mode for name, mode in modes.items() if batch == 1 or mode.batches}
+                groups = prompts.groups(some_prompts, batch)
+                runs = []
+                for number, group in enumerate(groups):
+                    where = f"{number + 1}/{len(groups)}"
+                    runs += _alternated(arguments, journal, some, group, temperature, where, settings)
+                    reference.measure()
+                collected = table.results(runs, clock, base)
+                tables.append({"set": name, "prompts": len(some_prompts), "batch": batch, "temperature": temperature,
+                               "base": base, "modes": collected})  # fmt: skip
+                texts += [
+                    f"Prompts: {name}, {len(some_prompts)}\n",
+                    table.markdown(collected, batch, temperature, base),
+                ]
+    check_quiet(reference.seconds, f"stock generate, {REFERENCE} tokens")
+    summary = {name: getattr(arguments, name) for name in ("nodes", "context", "repeats")}
+    document = {"machine": machine(), "settings": settings | summary, "tables": tables}
+    atomic_io.write_json(arguments.out / "results.json", document)
     atomic_io.write_text(arguments.out / "results.md", "\n".join(texts))
     print("\n" + "\n".join(texts))
+
+
+class _Reference:
+    """Times of the same stock call through the run, kept in the journal with the runs."""
+
+    def __init__(self, journal: Journal, settings: dict[str, Any], clock: str, call: Callable[[], Timed]) -> None:
+        self._journal, self._clock, self._call = journal, clock, call
+        self._key = "reference " + hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:24]
+        self.seconds = [run[clock] for key, run in journal.done.items() if key.startswith(self._key)]
+        self.measure()
+
+    def measure(self) -> None:
+        """Time the call once more."""
+        run = self._call()
+        self.seconds.append(run[self._clock])
+        times = {name: run[name] for name in ("seconds", "cpu_seconds")}
+        self._journal.append({"key": f"{self._key} {len(self.seconds)}", **times})
+
+
+def _plain(
+    tokenizer: Any, arguments: argparse.Namespace, stock: Callable[..., list[Timed]]
+) -> Iterator[prompts.Prompt]:
+    """Yield as many prompts as requested whose greedy text has no loop."""
+    left = arguments.prompts
+    for prompt in prompts.candidates(tokenizer, arguments.texts):
+        if not left:
+            return
+        (run,) = stock([prompt], 0.0, "looking for loops")
+        if not prompts.loops(run["ids"][0]):
+            left -= 1
+            yield prompt
 
 
 def _alternated(
@@ -332,8 +374,8 @@ def _alternated(
     modes: dict[str, Mode],
     group: list[prompts.Prompt],
     temperature: float,
-    settings: dict[str, Any],
     where: str,
+    settings: dict[str, Any],
 ) -> list[Timed]:
     """Return the runs of a batch of prompts, from the log or newly measured."""
     rows, name = [prompt["ids"] for prompt in group], " + ".join(prompt["name"] for prompt in group)

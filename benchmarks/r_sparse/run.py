@@ -28,23 +28,24 @@ from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
-import numba
 import torch
 from torch.nn import functional as F
 
 from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint
+from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.kernels import gather
 from intaglio.measures.input_sparsity import count_inputs, input_sparsity
 from intaglio.measures.language_modeling import quality
-from intaglio.methods.activations.r_sparse import RSparse, reading
+from intaglio.methods.activations.r_sparse import RSparse, measure_bytes_read
 from intaglio.methods.base import Carving
 from intaglio.methods.weights.wanda import Wanda
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from bandwidth import CACHE, Call, in_turns  # noqa: E402
+from machine import check_quiet, machine, title  # noqa: E402
 
 SHAPES = ("576x576", "576x1536", "1536x576", "4096x4096", "4096x14336", "14336x4096")
 ROWS = 17
@@ -94,6 +95,7 @@ def measure(shape: str, shares: list[float], threads: int, seconds: float) -> di
     inputs, outputs = map(int, shape.split("x"))
     calls = variants(inputs, outputs, shares)
     times, turn, speed = in_turns({name: call for name, (call, _) in calls.items()}, threads, seconds)
+    check_quiet(times["float32, dense"], f"the dense product, {shape}, {threads} threads")
     return {
         "shape": shape, "threads": threads, "turns": turn, "read_gb_s": speed / 1e9,
         "median_us": {name: 1e6 * median(times[name]) for name in calls},
@@ -114,7 +116,7 @@ def decode(tokens: int, rounds: int, documents: int, samples: int) -> list[dict[
             cast(Carving, arm).apply(checkpoint, calibration, batch_size=8)
         with count_inputs(checkpoint.model) as tallies:
             summary = quality(checkpoint, texts, batch_size=8)
-        share = reading(checkpoint, {module: tally.left_out for module, tally in tallies.items()}).share
+        share = measure_bytes_read(checkpoint, {module: tally.left_out for module, tally in tallies.items()}).share
         results[name] = {
             "perplexity": summary.perplexity,
             "read": share,
@@ -129,6 +131,7 @@ def decode(tokens: int, rounds: int, documents: int, samples: int) -> list[dict[
             seconds = _generated(checkpoint, ids, tokens + 1) - begun
             if turn:
                 results[name]["seconds"].append(seconds)
+    check_quiet(results["dense"]["seconds"], "dense decoding")
     dense = median(results["dense"]["seconds"])
     return [
         {
@@ -197,6 +200,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="calibration segments")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="output directory")
     given = parser.parse_args()
+    print(title(), flush=True)
     runs: list[dict[str, Any]] = []
     decoded: list[dict[str, Any]] = []
     threads = [int(count) for count in given.threads.split(",")]
@@ -209,7 +213,7 @@ def main() -> None:
             for shape in given.shapes.split(","):
                 runs.append(measure(shape, [float(share) for share in given.left_out.split(",")], count, given.seconds))
                 print(json.dumps(runs[-1]), flush=True)
-    about = {"torch": torch.__version__, "numba": numba.__version__}
+    about = {"machine": machine()}
     name = "decode" if given.decode else "results"
     atomic_io.write_text(
         given.out / f"{name}.json", json.dumps({**about, "runs": runs, "decode": decoded}, indent=1) + "\n"
@@ -219,4 +223,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except IntaglioError as error:
+        sys.exit(f"error: {error}")

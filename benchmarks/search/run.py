@@ -1,14 +1,16 @@
 """Search against scipy, bm25s, numpy, Seismic and milvus-lite, on documents with Zipfian terms.
 
     python benchmarks/search/run.py                  100,000 documents; about ten minutes on two cores
-    python benchmarks/search/run.py --documents 5000
+    python benchmarks/search/run.py --documents 5000 --only bm25
+    python benchmarks/search/run.py --out results.json     resumes after the parts that are done
 
 - sparse: exact top 10 of 200 terms a document and 30 a query, against scipy's row product (X q) and inverted product
   (q X^T); Seismic (approximate) and milvus-lite in an environment of their own (`peer-requirements.txt`), if they
   install
 - BM25: top 10 of 6 words, against bm25s, which cannot be updated, in its numpy and numba forms
+- updates: seconds to add 10,000 documents to an index, its size beside the raw text, and a query with its hits
 - dense: exact top 10 of 384 dimensions, against numpy's product with argpartition
-- seconds to add 10,000 documents to an index, and its size beside the raw text
+- graph: usearch against the exact product, on clustered vectors
 
 Times are the medians over queries of the best of three, one thread each; all in one process, in turns.
 """
@@ -33,7 +35,7 @@ import bm25s  # noqa: E402
 import numpy as np  # noqa: E402
 import scipy.sparse as sp  # noqa: E402
 
-from intaglio.search import Document, Index, dense  # noqa: E402
+from intaglio.search import Document, Index, ann, dense  # noqa: E402
 from intaglio.search.lexical import BM25, Analyzer, LexicalSearch, Postings, term_key  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -129,7 +131,8 @@ def peer_results(data: Path) -> dict[str, Any]:
     return result
 
 
-def bm25(rng: np.random.Generator, documents: int) -> dict[str, Any]:
+def drawn_texts(rng: np.random.Generator, documents: int) -> tuple[list[str], list[str]]:
+    """Draw documents of 100 to 300 Zipfian words, and queries of 6."""
     words = np.array([f"w{i}" for i in range(TERMS)])
     cumulative = np.cumsum(1 / np.arange(1, TERMS + 1))
 
@@ -137,7 +140,11 @@ def bm25(rng: np.random.Generator, documents: int) -> dict[str, Any]:
         drawn = np.minimum(np.searchsorted(cumulative / cumulative[-1], rng.random(int(lengths.sum()))), TERMS - 1)
         return [" ".join(words[own]) for own in np.split(drawn, np.cumsum(lengths)[:-1])]
 
-    texts, queries = draw(rng.integers(100, 300, documents)), draw(np.full(QUERIES, 6))
+    return draw(rng.integers(100, 300, documents)), draw(np.full(QUERIES, 6))
+
+
+def bm25(rng: np.random.Generator, documents: int) -> dict[str, Any]:
+    texts, queries = drawn_texts(rng, documents)
     analyzer = Analyzer("none")
     postings = Postings.from_texts(texts, analyzer)
     lists = LexicalSearch([postings], [None], [documents], BM25(1.5, 0.75))
@@ -165,6 +172,13 @@ def bm25(rng: np.random.Generator, documents: int) -> dict[str, Any]:
     result: dict[str, Any] = {"greatest difference of scores": error, "ms": median_ms(functions, split)}
     faster = min(result["ms"]["bm25s numpy"], result["ms"]["bm25s numba"])
     result["share of the faster bm25s"] = result["ms"]["intaglio"] / faster
+    return result
+
+
+def updates(rng: np.random.Generator, documents: int) -> dict[str, Any]:
+    """Time adds and queries of an index, with its text and ids, and measure its size."""
+    texts, queries = drawn_texts(rng, documents)
+    result: dict[str, Any] = {}
     with (
         tempfile.TemporaryDirectory() as folder,
         Index.create(Path(folder, "index"), language="none", chunk=0) as index,
@@ -194,20 +208,47 @@ def dense_vectors(rng: np.random.Generator, documents: int) -> dict[str, Any]:
     return result
 
 
+def graph(rng: np.random.Generator, documents: int) -> dict[str, Any]:
+    """Compare approximate with exact search on vectors of 64 clusters."""
+    centres = rng.standard_normal((64, DIMENSIONS), np.float32)
+    vectors = centres[rng.integers(0, 64, documents)] + rng.standard_normal((documents, DIMENSIONS), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    queries = vectors[rng.choice(documents, QUERIES)] + 0.02 * rng.standard_normal((QUERIES, DIMENSIONS), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "vectors.usearch")
+        started = time.perf_counter()
+        ann.build(vectors, file)
+        result: dict[str, Any] = {"seconds to build": time.perf_counter() - started, "bytes": file.stat().st_size}
+        made = ann.load(file)
+        functions = {
+            "exact": lambda query: dense.search([vectors], [None], query[None], K),
+            "graph": lambda query: ann.search([(vectors, made)], [None], query[None], K),
+        }
+        shared = [len({*functions["exact"](q)[0][1]} & {*functions["graph"](q)[0][1]}) / K for q in queries]
+        return {**result, "recall": float(np.mean(shared)), "ms": median_ms(functions, queries)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, default=100_000)
     parser.add_argument("--no-peers", action="store_true", help="leave out Seismic and milvus-lite")
-    parser.add_argument("--only", choices=["sparse", "bm25", "dense"])
+    parser.add_argument("--only", choices=["sparse", "bm25", "updates", "dense", "graph"])
+    parser.add_argument("--out", type=Path, help="JSON file of results; parts that are in it are not run again")
     options = parser.parse_args()
     parts = {
         "sparse": lambda rng: sparse(rng, options.documents, not options.no_peers),
         "bm25": lambda rng: bm25(rng, options.documents),
+        "updates": lambda rng: updates(rng, options.documents),
         "dense": lambda rng: dense_vectors(rng, options.documents),
+        "graph": lambda rng: graph(rng, options.documents),
     }
+    results = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
     for name, part in parts.items():
-        if options.only in (None, name):
-            print(json.dumps({name: part(np.random.default_rng(0))}, indent=2), flush=True)
+        if options.only in (None, name) and name not in results:
+            results[name] = part(np.random.default_rng(0))
+            print(json.dumps({name: results[name]}, indent=2), flush=True)
+            if options.out:
+                options.out.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -23,18 +23,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numba
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from intaglio import atomic_io
+from intaglio.errors import IntaglioError
 from intaglio.kernels import ternary
 from intaglio.kernels.ternary_simd import instructions
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from bandwidth import CACHE, Call, in_turns  # noqa: E402
+from machine import check_quiet, machine, title  # noqa: E402
 
 SHAPES = ("576x1536", "1536x576", "4096x4096", "4096x14336", "14336x4096")
 
@@ -76,6 +77,7 @@ def measure(shape: str, rows: int, threads: int, seconds: float) -> dict[str, An
     inputs, outputs = map(int, shape.split("x"))
     calls = variants(inputs, outputs, rows)
     times, turn, speed = in_turns({name: call for name, (call, _) in calls.items()}, threads, seconds)
+    check_quiet(times["float32"], f"the dense product, {shape}, {rows} rows, {threads} threads")
     return {
         "shape": shape, "rows": rows, "threads": threads, "turns": turn, "read_gb_s": speed / 1e9,
         "bound_us": 1e6 * calls["ternary"][1] / speed,
@@ -115,6 +117,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="measuring time of each")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="output directory")
     given = parser.parse_args()
+    print(title(), flush=True)
     runs = []
     for threads in map(int, given.threads.split(",")):
         for shape in given.shapes.split(","):
@@ -122,11 +125,14 @@ def main() -> None:
                 runs.append(measure(shape, rows, threads, given.seconds))
                 print(json.dumps(runs[-1]), flush=True)
     kind, size = instructions()
-    about = {"torch": torch.__version__, "numba": numba.__version__, "instructions": f"{kind}, {8 * size} bits"}
+    about = {"machine": machine(), "instructions": f"{kind}, {8 * size} bits"}
     atomic_io.write_text(given.out / "results.json", json.dumps({**about, "runs": runs}, indent=1) + "\n")
     atomic_io.write_text(given.out / "results.md", markdown(runs))
     print(markdown(runs))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except IntaglioError as error:
+        sys.exit(f"error: {error}")

@@ -31,6 +31,10 @@ class IntaglioError(ValueError):
         super().__init__(printable(sentence))
 
 
+class DivergedError(IntaglioError):
+    """A training whose loss, weights or scores are not finite."""
+
+
 def did_you_mean(word: str, accepted: Iterable[str]) -> str:
     """Return the accepted names as the end of a sentence: the nearest, or all of them if few."""
     names = sorted(accepted)

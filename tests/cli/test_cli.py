@@ -22,6 +22,7 @@ from intaglio.checkpoint import RECORD, Checkpoint, load, weights_digest
 from intaglio.cli.app import app
 from intaglio.cli.console import progress_bar
 from intaglio.cli.generate import DraftPainter, count_passes, generate
+from intaglio.environment import tuning
 from intaglio.evidence.engine.record import all_committed
 from intaglio.methods.decoding.aded import ADED, Table
 from intaglio.methods.decoding.lud import LUD
@@ -31,8 +32,9 @@ from intaglio.speculative.protocols import Step
 from intaglio.trainer import train
 from tests.conftest import TinyDir
 from tests.families import tiny_model
+from tests.tuners import GivenTimes
 
-VERBS = ["list", "show", "schema", "carve", "compare", "generate", "assets", "demo"]
+VERBS = ["list", "show", "schema", "carve", "compare", "generate", "tune", "assets", "demo"]
 SIDE = {
     "perplexity",
     "bits_per_byte",
@@ -398,6 +400,45 @@ def drafting_words(decoder: str, tiny_dir: TinyDir, corpus_file: Path) -> list[s
         "draft_model": [f"model={tiny_dir('llama')}", "length=3"],
     }
     return ["--decoder", decoder, *(word for setting in settings[decoder] for word in ("--set", setting))]
+
+
+def test_tune_measures_and_prints_what_it_keeps(
+    tiny_dir: TinyDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INTAGLIO_HOME", str(tmp_path))
+    found = document("tune", tiny_dir("llama"), "--rows", "1,2")
+    assert [item["rows"] for item in found["passes"]] == [1, 2]
+    assert all(set(item["cost"]) == {"1", "2", "4", "8", "16"} for item in found["passes"])
+    assert all(found["times"][key][name] > 0 for key, name in found["choices"].items())
+    kept = tuning.default_path()
+    assert found["times"].items() <= json.loads(kept.read_text())["times"].items()
+    again = document("tune", tiny_dir("llama"), "--rows", "1,2")
+    assert found["times"].items() <= again["times"].items()  # nothing is measured again
+    shown = run("tune", tiny_dir("llama"))
+    assert "a further token" in shown.stdout
+    assert f"kept in {kept}" in shown.stdout
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps(found))
+    fixed = tuning.Tuner(table, measured=False)  # as with INTAGLIO_TUNING=table.json
+    for key, times in found["times"].items():
+        assert fixed.times(key, dict.fromkeys(times, print)) == times
+
+
+def test_tune_refuses_what_it_cannot_measure(tiny_dir: TinyDir) -> None:
+    for words, sentence in (
+        (["tune", str(tiny_dir("llama")), "--rows", "1,0"], "rows is '1,0'; numbers from 1 on, separated by commas"),
+        (["tune", str(tiny_dir("bert"))], "speculative decoding needs a decoder"),
+    ):
+        found = CliRunner().invoke(app, words)
+        assert found.exit_code == 2
+        assert sentence in found.stderr
+
+
+def test_heads_that_lose_say_so_in_the_closing_line(tiny_dir: TinyDir) -> None:
+    words = ("generate", tiny_dir("llama"), PROMPT, "--max-new-tokens", "4", "--decoder", "chimera")
+    with tuning.using(GivenTimes()):
+        shown = run(*words, "--set", "untrained=true")
+    assert "nothing was drafted: on this processor the best tree of chimera is expected to run at 0." in shown.stderr
 
 
 @pytest.mark.parametrize("decoder", ["aded", "dyspec", "prompt_lookup", "ngram", "draft_model"])

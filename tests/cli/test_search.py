@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
+import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -13,12 +16,14 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from intaglio.cli import demo_search
 from intaglio.cli.app import app
 from intaglio.data.docstrings import Pair
-from intaglio.search import Index, serve
+from intaglio.search import Index, documents, serve
+from tests.conftest import TinyDir
 
 PAGES = {
     "masks.md": "# Attention masks\n\nA causal mask hides later keys from a query.\n",
@@ -127,7 +132,7 @@ def test_nothing_is_left_where_nothing_was_indexed(tmp_path: Path) -> None:
     assert "holds no document" in refused("index", tmp_path / "empty", "-o", tmp_path / "index")
     assert "do not exist" in refused("index", tmp_path / "absent", "-o", tmp_path / "index")
     assert not (tmp_path / "index").exists()
-    assert "name one with -o INDEX" in refused("index", tmp_path / "empty")
+    assert "name -o INDEX or --store URL" in refused("index", tmp_path / "empty")
 
 
 def test_a_failed_update_leaves_the_index(index: Path, tmp_path: Path) -> None:
@@ -232,6 +237,135 @@ def test_serve_answers_until_it_is_stopped(index: Path, tmp_path: Path, monkeypa
     assert "&lt;script&gt;x&lt;/script&gt;" in answers[0]
     assert not any(tag in answers[0] for tag in ("<script", "<b>t", "<img", "<i>"))
     assert "open quotation mark" in answers[1]
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encoder(tiny_dir: TinyDir, tmp_path: Path) -> Path:
+    """Copy a small BERT, which a test may change."""
+    return Path(shutil.copytree(tiny_dir("bert"), tmp_path / "encoder"))
+
+
+def rows_file(path: Path, *rows: dict[str, Any]) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return path
+
+
+def test_a_line_beyond_the_limit_is_refused_and_the_rest_of_a_folder_is_read(
+    index: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_BYTES", 10_000)
+    line = rows_file(tmp_path / "long.jsonl", {"id": "long", "text": "word " * 3000})
+    assert "line 1 of" in (sentence := refused("index", "add", index, line))
+    assert "longer than" in sentence
+    (docs / "long.txt").write_text("word " * 3000)
+    assert "split it" in run("index", "add", index, docs).stderr
+    assert document("index", "info", index)["documents"] == 4
+
+
+def test_duplicate_ids_are_refused(index: Path, tmp_path: Path) -> None:
+    file = rows_file(tmp_path / "rows.jsonl", {"id": "x", "text": "one"}, {"id": "x", "text": "two"})
+    assert "the id 'x' is that of two documents" in refused("index", "add", index, file)
+    assert document("index", "info", index)["documents"] == 4
+
+
+def test_an_index_of_another_version_is_refused(index: Path) -> None:
+    with sqlite3.connect(index / "index.db") as db:
+        db.execute("UPDATE settings SET value = '99' WHERE key = 'version'")
+    for words in (("search", index, "mask"), ("index", "info", index), ("index", "delete", index, "code.py")):
+        assert "has format 99" in refused(*words)
+
+
+def test_a_second_writer_is_refused_and_readers_go_on(index: Path, docs: Path) -> None:
+    with Index.open(index) as writer, writer._store.writing():
+        assert "is being written by another process" in refused("index", "add", index, docs)
+        assert document("search", index, "causal")["hits"][0]["id"] == "masks.md"
+
+
+def test_a_full_disk_is_refused_and_nothing_is_lost(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = rows_file(tmp_path / "rows.jsonl", {"id": "x", "text": "a cake"})
+    with monkeypatch.context() as patch:
+        patch.setattr("safetensors.numpy.save_file", full)
+        assert "is full; what was committed before is kept" in refused("index", "add", index, file)
+    assert document("index", "info", index, "--verify")["documents"] == 4
+    assert document("index", "add", index, file)["added"] == 1
+
+
+def test_a_corrupt_segment_is_named_and_the_rest_stays_searchable(index: Path, tmp_path: Path) -> None:
+    run("index", "add", index, rows_file(tmp_path / "rows.jsonl", {"id": "x", "text": "a causal cake"}))
+    file = min((index / "segments").iterdir())
+    file.write_bytes(file.read_bytes()[:-7])
+    result = run("search", index, "causal")
+    assert f"the segment {file} is damaged" in result.stderr.replace("\n", " ")
+    assert result.stdout.startswith(" 1. x")
+
+
+def test_a_query_beyond_the_context_and_a_changed_encoder_are_refused(
+    docs: Path, encoder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "dense"
+    run("index", docs, "-o", path, "--encoder", encoder)
+    assert "tokens; the encoder" in refused("search", path, "word " * 5000)
+    assert document("search", path, "mask")["hits"]
+    file = encoder / "model.safetensors"
+    tensors = load_file(file)
+    name = max(tensors, key=lambda name: tensors[name].numel())
+    save_file({**tensors, name: tensors[name] + 1}, file, {"format": "pt"})
+    for words in (("search", path, "mask"), ("index", "add", path, docs)):
+        assert "vectors of two spaces are never mixed" in refused(*words)
+
+
+# --- milvus ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_takes_the_place_of_the_index(index: Path, docs: Path) -> None:
+    url = "milvus:///x/file.db/texts"
+    assert "takes the place of INDEX" in refused("search", index, "mask", "--store", url)
+    assert "takes the place of INDEX" in refused("index", "info", index, "--store", url)
+    assert "name -o INDEX or --store URL" in refused("index", docs, "-o", index, "--store", url)
+    assert "--store has no page" in refused("search", "--serve", "--store", url)
+    assert "accepted: milvus://host:port/name" in refused("search", "mask", "--store", "http://x/y")
+    assert "the argument DOCS is missing" in refused("index", "add", index)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["mean", "splade"])
+def test_the_commands_work_on_milvus_lite(docs: Path, encoder: Path, tmp_path: Path, pooling: str) -> None:
+    pytest.importorskip("milvus_lite")
+    url = f"milvus://{tmp_path}/store.db/texts"
+    store = ("--store", url)
+    assert "does not exist" in refused("search", "mask", *store)
+    first = document("index", docs, *store, "--encoder", encoder, "--pooling", pooling)
+    assert (first["added"], first["documents"]) == (4, 4)
+    assert document("index", docs, *store, "--encoder", encoder, "--pooling", pooling)["unchanged"] == 4
+    assert "has chunk 2000 instead of 500" in refused("index", docs, *store, "--chunk", "500")
+    assert "has pooling" in refused("index", docs, *store, "--pooling", "cls")
+    text = "a sparse vector of words"
+    added = document("index", "add", rows_file(tmp_path / "rows.jsonl", {"id": 7, "text": text, "year": 2024}), *store)
+    assert (added["added"], added["documents"]) == (1, 5)
+    hits = {hit["id"]: hit for hit in document("search", text, "--explain", *store)["hits"]}
+    assert set(hits) == {*PAGES, "7"}
+    kind = "sparse" if pooling == "splade" else "dense"
+    assert (hits["7"]["metadata"], set(hits["7"]["parts"])) == ({"year": 2024}, {kind})
+    # Weights of an untrained sparse encoder are no similarity.
+    assert hits["7"]["rank"] == 1 or kind == "sparse"
+    assert [hit["id"] for hit in document("search", text, "--filter", "type=md", *store)["hits"]] == ["masks.md"]
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(f"query,document\n{text},7\n")
+    (result,) = document("evaluate", *store, "--pairs", pairs)
+    assert (result["R@10"], result["missing"], result["bytes"]) == (1, 0, None)
+    assert "nDCG@10" in run("evaluate", *store, "--pairs", pairs, "-o", tmp_path / "report.html").stdout
+    assert document("index", "info", *store)["documents"] == 5
+    assert document("index", "delete", "7", *store)["documents"] == 4
+    assert "nothing was deleted" in refused("index", "delete", "7", *store)
+    assert document("index", "delete", "--filter", "type=md", *store) == {"index": url, "deleted": 1, "documents": 3}
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def test_malformed_tables_are_one_sentence(tmp_path: Path, inter: str | None, it
 
 
 def test_other_bad_places_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(IntaglioError, match="'nowhere' are neither a bundled name nor a directory"):
+    with pytest.raises(IntaglioError, match="'nowhere' are neither a bundled name nor a file or directory"):
         load_interactions("nowhere")
     written(tmp_path, INTER).joinpath("b.inter").write_text(INTER)
     with pytest.raises(IntaglioError, match=r"has 2 files \*.inter; one is accepted"):
@@ -79,3 +79,24 @@ def test_other_bad_places_are_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "a.inter").write_bytes(b"\xff\xfe")
     with pytest.raises(IntaglioError, match=r"a.inter is not UTF-8 \(byte offset 0\)"):
         load_interactions(tmp_path)
+
+
+def test_a_csv_file_is_read_by_the_names_of_its_columns(tmp_path: Path) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text('time,Item,USER_ID,title\r\n3,"a, b",u1,"One ""more"""\r\n2024-01-31T00:00:00,c,u2,C\r\n')
+    found = load_interactions(file)
+    assert found == Interactions(("u1", "u2"), ("a, b", "c"), (3.0, 1706659200.0), {"a, b": 'One "more"', "c": "C"})
+    file = tmp_path / "log.tsv"
+    file.write_text("user\titem\ttimestamp\nu\ti\t1\n")
+    assert load_interactions(file) == Interactions(("u",), ("i",), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [("u,i,nan", "has the timestamp 'nan'; a finite number"), ('u,"i,1', "is not a CSV file: unexpected end of data")],
+)
+def test_malformed_csv_files_are_one_sentence(tmp_path: Path, rows: str, sentence: str) -> None:
+    file = tmp_path / "log.csv"
+    file.write_text(f"user,item,time\n{rows}\n")
+    with pytest.raises(IntaglioError, match=sentence):
+        load_interactions(file)

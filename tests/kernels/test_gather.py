@@ -195,3 +195,22 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
     found = gather.linear(x.cuda(), weight.cuda(), 0.7, None, down.cuda(), up.cuda())
     expected = exact(x.float(), weight, 0.7, None, down, up)
     torch.testing.assert_close(found.cpu().double(), expected, rtol=0.05, atol=0.5)
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_shared_call_gives_what_a_call_for_each_gives(threads: None, dtype: torch.dtype, count: int) -> None:
+    torch.set_num_threads(count)
+    x, scale = drawn(1, 2, 90), drawn(5, 90).abs()
+    parts = [
+        (drawn(width, 90, width).to(dtype), limit, scaled, bias)
+        for width, limit, scaled, bias in (
+            (70, 0.4, scale, None),
+            (21, 0.2, None, drawn(6, 21)),
+            (1100, -1.0, None, None),
+        )
+    ]
+    found = gather.shared_input(parts)(x, count)
+    for (weight, limit, scaled, bias), y in zip(parts, found, strict=True):
+        assert torch.equal(y, gather.rows(x, weight, limit, scaled, None, None, bias))

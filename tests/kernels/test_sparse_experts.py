@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from intaglio.environment import tuning
 from intaglio.errors import IntaglioError
 from intaglio.kernels import sparse_experts
+from tests.tuners import GivenTimes
 
 
 def case(T: int, D: int, E: int, H: int, seed: int = 0, share: float = 0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -122,3 +124,21 @@ def test_shapes_that_do_not_fit() -> None:
     for wrong in (score[:1], torch.ones(2, 3), torch.ones(2, 0)):
         with pytest.raises(IntaglioError, match="equally many rows an expert"):
             sparse_experts.apply(x, up, down, wrong)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.parametrize("winner", ["dense", "active"])
+def test_the_kernel_is_used_where_it_was_measured_to_be_faster(winner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x_TD, up_FD, down_FD = torch.randn(2, 256), torch.randn(512, 256), torch.randn(512, 256)
+    score_TE = (torch.arange(8) < 2).float().expand(2, 8)
+    calls: list[str] = []
+    masked = sparse_experts.masked
+    monkeypatch.setattr(sparse_experts, "masked", lambda *all: calls.append("dense") or masked(*all))
+    with tuning.using(tuner := GivenTimes(winner)):
+        sparse_experts.apply(x_TD, up_FD, down_FD, score_TE)
+        calls.clear()
+        found = sparse_experts.apply(x_TD, up_FD, down_FD, score_TE)
+    assert calls == (["dense"] if winner == "dense" else [])
+    torch.testing.assert_close(found, masked(x_TD, up_FD, down_FD, score_TE), rtol=1e-3, atol=1e-2)
+    assert list(tuner.used) == ["experts 256x512 of 8 float32 rows 2 threads 1"]

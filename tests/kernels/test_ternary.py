@@ -17,8 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from intaglio import IntaglioError
+from intaglio.environment import tuning
 from intaglio.kernels import _utils, ternary
 from intaglio.kernels.ternary import linear, matmul, pack, packed_width, quantize, unpack
+from tests.tuners import GivenTimes
 
 WAYS = ["torch", "numba", "triton"]
 
@@ -274,7 +276,9 @@ def test_every_instruction_set_multiplies_alike(kind: str, size: int) -> None:
 def test_without_numba_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_utils, "find_spec", lambda name: None)
     _utils.works.cache_clear()
-    assert ternary._kernel(torch.zeros(1)) == "torch"
+    with pytest.warns(UserWarning, match="slowly, as numba is not installed") as warned:  # once
+        assert ternary._kernel(torch.zeros(1)) == ternary._kernel(torch.zeros(1)) == "torch"
+    assert len(warned) == 1
     monkeypatch.undo()
     # One that is there and cannot be imported is told of, once.
     monkeypatch.setattr(_utils, "find_spec", lambda name: True)
@@ -361,3 +365,21 @@ def test_on_a_gpu(rows: int) -> None:
     assert torch.equal(matmul(x_BI.cuda(), packed_OJ).cpu(), exact(x_BI, weight_OI))
     floats_BI = x_BI.float() / 100
     assert torch.equal(linear(floats_BI.cuda(), packed_OJ, 1.3).cpu(), linear(floats_BI, pack(weight_OI), 1.3))
+
+
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.parametrize("winner", ["1", "2"])
+def test_the_threads_are_the_measured_ones(winner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from intaglio.kernels import ternary_numba
+
+    x_BI, weight_OI = torch.randn(2, 64), torch.randint(-1, 2, (30, 64), dtype=torch.int8)
+    expected = ternary.linear(x_BI, pack(weight_OI), 2.0)
+    given: list[int | None] = []
+    call = ternary_numba._call
+    monkeypatch.setattr(ternary_numba, "_call", lambda *all: given.append(all[-1]) or call(*all))
+    torch.set_num_threads(2)
+    with tuning.using(tuner := GivenTimes(winner)):
+        for _ in range(2):
+            assert torch.equal(ternary.linear(x_BI, pack(weight_OI), 2.0), expected)
+    assert given[-2:] == [int(winner)] * 2
+    assert list(tuner.used) == ["ternary 64x30 rows 2 threads 2"]

@@ -14,7 +14,7 @@ from intaglio.masks import Bidirectional, clear_visibility, set_visibility
 from intaglio.modeling.anatomy import CACHE
 from intaglio.speculative import DecodingRun, Speculative, Step, TokenTree, TreePass, chain, root_only
 from intaglio.speculative.drafters import DraftModel, NGramStore, PromptLookup
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 from tests.families import tiny_model, tiny_tokenizer
 from tests.speculative.toys import Made, nothing, prompt, ragged, target
 
@@ -71,11 +71,11 @@ def test_caches_whose_rows_cannot_be_kept() -> None:
         run(model, **{CACHE: StaticCache(config=model.config, max_cache_len=20)})
     quantized = QuantizedCache.__new__(QuantizedCache)
     with pytest.raises(IntaglioError, match="a QuantizedCache was given"):
-        Reader(model, quantized)
+        CachedModel(model, quantized)
     hybrid = DynamicCache()
     hybrid.layers = [LinearAttentionLayer()]
     with pytest.raises(IntaglioError, match="the cache holds a LinearAttentionLayer"):
-        Reader(model, hybrid)
+        CachedModel(model, hybrid)
     used = DynamicCache()
     model.generate(**ragged([3, 5]), **{CACHE: used}, do_sample=False, max_new_tokens=2, eos_token_id=None)
     inputs = ragged([6, 8])
@@ -90,24 +90,24 @@ def test_caches_whose_rows_cannot_be_kept() -> None:
 
 def test_models_that_are_no_decoder_or_take_no_mask() -> None:
     with pytest.raises(IntaglioError, match="no causal language model"):
-        Reader(tiny_model("bert"))
+        CachedModel(tiny_model("bert"))
     config = T5Config(vocab_size=32, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
     with pytest.raises(IntaglioError, match="encoder-decoder"):
         run(T5ForConditionalGeneration(config).eval(), input_ids=torch.tensor([[3, 4]]))
     model = tiny_model("llama", layers=1)
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(IntaglioError, match="'flash_attention_2', which takes no tree mask"):
-        Reader(model)
+        CachedModel(model)
     ruled = tiny_model("llama", layers=1)
     set_visibility(ruled, Bidirectional())
     with pytest.raises(IntaglioError, match="visibility rules"):
-        Reader(ruled)
+        CachedModel(ruled)
     clear_visibility(ruled)
-    Reader(ruled)
+    CachedModel(ruled)
     other = tiny_model("qwen3", layers=1)
     other.config.layer_types = ["linear_attention"]
     with pytest.raises(IntaglioError, match="'linear_attention'"):
-        Reader(other)
+        CachedModel(other)
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ class _Session:
         self.last = steps[0].tokens[-1]
 
     def forward(self, call: TreePass) -> torch.Tensor:
-        call.reader.forward(call.inputs)
-        return call.reader.forward(call.inputs)
+        call.cached.forward(call.inputs)
+        return call.cached.forward(call.inputs)
 
 
 class _Drafter:

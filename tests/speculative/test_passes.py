@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from intaglio.speculative import tree_attention
 from intaglio.speculative.cache import ROOM, drop_last, is_windowed, preallocated_cache
 from intaglio.speculative.statistics import Statistics
-from intaglio.speculative.target_model import Reader, format_mask, stack
+from intaglio.speculative.target_model import CachedModel, format_mask, stack
 from intaglio.speculative.tree import TokenTree
 from tests.speculative.toys import prompt, target
 
@@ -30,11 +30,11 @@ def test_grouped_heads_are_read_as_they_are_with_the_same_bits(family: str, monk
     for configs in (tree_attention.configs(model, model.device), []):
         assert len(configs) <= 1
         monkeypatch.setattr("intaglio.speculative.target_model.configs", lambda *_, configs=configs: configs)
-        reader = Reader(model)
+        cached = CachedModel(model)
         with torch.inference_mode():
-            reader.prefill(prompt(13))
+            cached.prefill(prompt(13))
             seen = _count_grouped(monkeypatch)  # without a mask, stock does not repeat either
-            logits[bool(configs)] = reader.extend(*stack([TREE]))
+            logits[bool(configs)] = cached.extend(*stack([TREE]))
         assert (seen[0] == len(model.model.layers)) == bool(configs)
         monkeypatch.undo()
     assert torch.equal(logits[True], logits[False])
@@ -74,13 +74,13 @@ def test_what_the_grouped_function_does_not_understand_is_stocks(monkeypatch: py
 
 def test_a_pass_that_fails_leaves_the_model_as_it_was() -> None:
     model = target("llama")
-    reader = Reader(model)
+    cached = CachedModel(model)
     with pytest.raises(IndexError):
-        reader.prefill(torch.tensor([[9999]]))
+        cached.prefill(torch.tensor([[9999]]))
     assert model.config._attn_implementation == "sdpa"
     # A model that another thread is passing through is one with stock attention all the same.
     with tree_attention.grouped(tree_attention.configs(model, model.device)):
-        assert Reader(model).implementation == "sdpa"
+        assert CachedModel(model).implementation == "sdpa"
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -233,15 +233,23 @@ def test_the_default_acceptance_gives_a_tree_that_narrows() -> None:
     assert best_tree([[0.5]], 3).paths == [(), (0,)]  # there is no more
 
 
+def linear(token_cost: float) -> Callable[[int], float]:
+    return lambda nodes: 1 + token_cost * nodes
+
+
 def test_a_tree_is_as_large_as_it_pays_to_be() -> None:
-    assert len(best_tree_for_cost([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]], 0.0)) == 12  # all nodes with known acceptance
-    assert best_tree_for_cost([[0.5, 0.3], [0.5, 0.3]], 10.0).paths == [(), (0,)]
+    assert (
+        len(best_tree_for_cost([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2]], linear(0.0))) == 12
+    )  # all nodes with known acceptance
+    assert best_tree_for_cost([[0.5, 0.3], [0.5, 0.3]], linear(10.0)).paths == [(), (0,)]
     acceptance = [[0.6, 0.2, 0.1], [0.5, 0.2, 0.1], [0.4, 0.2, 0.1]]
-    assert best_tree_for_cost(acceptance, 0.05, level_cost=5.0).depth == 1
+    assert best_tree_for_cost(acceptance, linear(0.05), level_cost=5.0).depth == 1
     for token_cost, level_cost in ((0.035, 0.0), (0.05, 0.1), (0.2, 0.02)):
 
         def rate(tree: StaticTree, a: float = token_cost, b: float = level_cost) -> float:
             return tree.expected(acceptance) / (1 + a * len(tree) + b * tree.depth)
 
         others = (best_tree(acceptance[:depth], nodes) for depth in (1, 2, 3) for nodes in range(1, 40))
-        assert rate(best_tree_for_cost(acceptance, token_cost, level_cost)) == pytest.approx(max(map(rate, others)))
+        assert rate(best_tree_for_cost(acceptance, linear(token_cost), level_cost)) == pytest.approx(
+            max(map(rate, others))
+        )

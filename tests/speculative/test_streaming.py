@@ -112,17 +112,17 @@ class _Inside(_Outside):
     """Makes the pass itself, with one more token behind each tree, which it then takes out of the cache again."""
 
     def forward(self, call: TreePass) -> torch.Tensor:
-        reader, inputs = call.reader, call.inputs
+        cached, inputs = call.cached, call.inputs
         rows, nodes = inputs.tokens_BQ.shape
         tokens = torch.cat([inputs.tokens_BQ, torch.full((rows, 1), 7)], 1)
         positions = torch.cat([inputs.positions_BQ, inputs.positions_BQ[:, :1] + 1], 1)
         visible = torch.nn.functional.pad(inputs.visible_BQK, (0, 1, 0, 1))
         visible[:, -1] = visible[:, 0]  # it sees what the root sees, and itself
         visible[:, -1, -1] = True
-        logits = reader.forward(type(inputs)(tokens, positions, visible, reader.masks(visible, positions)))
-        reader.cache.crop(-1)
-        if reader.hidden_BQD is not None:
-            reader.hidden_BQD = reader.hidden_BQD[:, :nodes]
+        logits = cached.forward(type(inputs)(tokens, positions, visible, cached.masks(visible, positions)))
+        cached.cache.crop(-1)
+        if cached.hidden_BQD is not None:
+            cached.hidden_BQD = cached.hidden_BQD[:, :nodes]
         return logits[:, :nodes]
 
 

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 
 from intaglio.errors import IntaglioError
 from intaglio.speculative import TokenTree
-from intaglio.speculative.target_model import Reader, stack
+from intaglio.speculative.target_model import CachedModel, stack
 from tests.families import EXTRA_FAMILIES
 from tests.speculative.toys import DESIGN_DECODERS, prompt, ragged, random_tree, target
 
@@ -38,16 +38,16 @@ def follow(model: Any, cache: DynamicCache | None, length: int, seed: int, round
     """Read a prompt, then trees one after the other, each time keeping the path to a random node."""
     draws = random.Random(seed)
     ids = prompt(length, seed)
-    reader = Reader(model, cache)
+    cached = CachedModel(model, cache)
     seen = ids[0].tolist()
-    torch.testing.assert_close(reader.prefill(ids)[0], plain(model, seen), **EXACT)
+    torch.testing.assert_close(cached.prefill(ids)[0], plain(model, seen), **EXACT)
     for _ in range(rounds):
         tree = random_tree(draws, draws.randrange(160), draws.randint(0, 10))
-        check_nodes(model, seen, tree, reader.extend(*stack([tree]))[0])
+        check_nodes(model, seen, tree, cached.extend(*stack([tree]))[0])
         path = tree.path(draws.randrange(len(tree)))
-        reader.keep_rows([path])
+        cached.keep_rows([path])
         seen += [tree.tokens[node] for node in path]
-        assert reader.cache.get_seq_length() == reader.width == len(seen)
+        assert cached.cache.get_seq_length() == cached.width == len(seen)
 
 
 @pytest.mark.parametrize(
@@ -70,13 +70,13 @@ def test_any_tree_after_any_prompt(seed: int, length: int, own: bool) -> None:
 @torch.no_grad()
 def test_a_windowed_cache_stays_as_small_as_its_window() -> None:
     model = target("mistral_window")
-    reader = Reader(model, DynamicCache(config=model.config))
-    reader.prefill(prompt(30))
+    cached = CachedModel(model, DynamicCache(config=model.config))
+    cached.prefill(prompt(30))
     for _ in range(3):
         tree = random_tree(random.Random(0), 5, 9)
-        reader.extend(*stack([tree]))
-        reader.keep_rows([tree.path(9)])
-        assert all(layer.keys.shape[-2] <= 7 for layer in reader.cache.layers)
+        cached.extend(*stack([tree]))
+        cached.keep_rows([tree.path(9)])
+        assert all(layer.keys.shape[-2] <= 7 for layer in cached.cache.layers)
 
 
 @torch.no_grad()
@@ -87,23 +87,23 @@ def test_rows_of_a_batch_keep_paths_of_unlike_lengths(family: str, implementatio
     model = target(family, implementation, torch.float64 if implementation == "sdpa" else torch.float32)
     draws = random.Random(3)
     batch = ragged([9, 2, 14], seed=4)
-    reader = Reader(model)
-    reader.prefill(batch["input_ids"], batch["attention_mask"])
+    cached = CachedModel(model)
+    cached.prefill(batch["input_ids"], batch["attention_mask"])
     seen = [row[keep == 1].tolist() for row, keep in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
     for step in range(4):
         trees = [random_tree(draws, draws.randrange(160), draws.randint(0, 8)) for _ in seen]
-        logits = reader.extend(*stack(trees))
+        logits = cached.extend(*stack(trees))
         for ids, tree, row in zip(seen, trees, logits, strict=True):
             check_nodes(model, ids, tree, row)
         paths = [tree.path(draws.randrange(len(tree))) for tree in trees]
-        reader.keep_rows(paths)
+        cached.keep_rows(paths)
         seen = [[*ids, *(tree.tokens[n] for n in path)] for ids, tree, path in zip(seen, trees, paths, strict=True)]
         if step == 1:  # the middle row has ended
-            reader.select_rows([0, 2])
+            cached.select_rows([0, 2])
             seen = [seen[0], seen[2]]
-        used = [length - pad for length, pad in zip(reader.lengths, reader.pads, strict=True)]
+        used = [length - pad for length, pad in zip(cached.lengths, cached.pads, strict=True)]
         assert used == [len(ids) for ids in seen]
-        assert reader.cache.get_seq_length() == reader.width
+        assert cached.cache.get_seq_length() == cached.width
 
 
 @torch.no_grad()
@@ -111,30 +111,30 @@ def test_a_tree_read_level_by_level_equals_one_read_at_once() -> None:
     model = target("qwen3_window")
     tree = TokenTree([5, 6, 7, 8, 9], [-1, 0, 0, 1, 2])
     ids = prompt(11)
-    reader = Reader(model)
-    reader.prefill(ids)
+    cached = CachedModel(model)
+    cached.prefill(ids)
     levels = [
-        reader.extend([[5]], [[0]], [[[True]]]),
-        reader.extend([[6, 7]], [[1, 1]], [[[True, True, False], [True, False, True]]]),
-        reader.extend([[8, 9]], [[2, 2]], [[[True, True, False, True, False], [True, False, True, False, True]]]),
+        cached.extend([[5]], [[0]], [[[True]]]),
+        cached.extend([[6, 7]], [[1, 1]], [[[True, True, False], [True, False, True]]]),
+        cached.extend([[8, 9]], [[2, 2]], [[[True, True, False, True, False], [True, False, True, False, True]]]),
     ]
     check_nodes(model, ids[0].tolist(), tree, torch.cat(levels, 1)[0])
-    assert reader.pending == 5
-    reader.keep_rows([[0, 2, 4]])
+    assert cached.pending == 5
+    cached.keep_rows([[0, 2, 4]])
     torch.testing.assert_close(
-        reader.extend([[3]], [[0]], [[[True]]])[0, 0], plain(model, [*ids[0].tolist(), 5, 7, 9, 3]), **EXACT
+        cached.extend([[3]], [[0]], [[[True]]])[0, 0], plain(model, [*ids[0].tolist(), 5, 7, 9, 3]), **EXACT
     )
 
 
 @torch.no_grad()
 def test_hidden_states_are_those_after_the_final_norm() -> None:
     model = target("gemma3")
-    reader = Reader(model, hidden=True)
+    cached = CachedModel(model, hidden=True)
     ids = prompt(6)
-    reader.prefill(ids)
+    cached.prefill(ids)
     expected = model(ids, output_hidden_states=True).hidden_states[-1]
-    assert reader.hidden_BQD is not None
-    torch.testing.assert_close(reader.hidden_BQD, expected, **EXACT)
+    assert cached.hidden_BQD is not None
+    torch.testing.assert_close(cached.hidden_BQD, expected, **EXACT)
 
 
 @torch.no_grad()
@@ -142,10 +142,10 @@ def test_padding_behind_a_prompt_and_a_full_cache_are_refused() -> None:
     model = target("llama")
     ids = prompt(4)
     with pytest.raises(IntaglioError, match="pad prompts on the left"):
-        Reader(model).prefill(ids, torch.tensor([[1, 1, 1, 0]]))
+        CachedModel(model).prefill(ids, torch.tensor([[1, 1, 1, 0]]))
     with pytest.raises(IntaglioError, match="pad prompts on the left"):
-        Reader(model).prefill(ids, torch.tensor([[1, 0, 1, 1]]))
-    reader = Reader(model)
-    reader.prefill(ids)
+        CachedModel(model).prefill(ids, torch.tensor([[1, 0, 1, 1]]))
+    cached = CachedModel(model)
+    cached.prefill(ids)
     with pytest.raises(IntaglioError, match="the cache holds 4 tokens and the input has 4"):
-        Reader(model, reader.cache).prefill(ids)
+        CachedModel(model, cached.cache).prefill(ids)

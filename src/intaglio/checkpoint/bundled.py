@@ -79,7 +79,9 @@ class BundledHeads:
         heads = read_attachment(self.folder, self.slug)
         if (heads.parameters, heads.base, heads.bytes) != (self.parameters, self.base, self.bytes):
             raise IntaglioError(f"the heads in {self.folder} are not those that {self.slug}.json describes")
-        return Attachment(self.slug, heads.tensors, self.parameters, -1, self.about, self.base)
+        # The cost of a drafted token is the machine's that runs the heads, not that of the machine that fitted them.
+        parameters = self.parameters | {"token_cost": None}
+        return Attachment(self.slug, heads.tensors, parameters, -1, self.about, self.base)
 
 
 def bundled_heads(slug: str, root: Path | None = None) -> list[BundledHeads]:

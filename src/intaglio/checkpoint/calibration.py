@@ -10,12 +10,13 @@ Dimension letters: B batch, L sequence, N tokens, I input features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments, segments
@@ -121,18 +122,56 @@ class _AllInputsKnown(Exception):
     """Ends a pass early: the inputs of all linears of the block are known."""
 
 
+class _ExpertInputs(TorchFunctionMode):
+    """Calls `record(linear, input)` for every product with the matrix of one expert in a stacked parameter."""
+
+    _PRODUCTS = frozenset({nn.functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__})
+
+    def __init__(self, experts: Sequence[Linear], record: Callable[[Linear, Tensor], None]) -> None:
+        super().__init__()
+        self._record = record
+        self._matrices = {linear.weight[linear.expert].data_ptr(): linear for linear in experts}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._PRODUCTS and len(args) > 1:
+            linear = self._matrices.get(args[1].data_ptr())
+            if linear is not None and args[1].dim() == 2:
+                self._record(linear, args[0])
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _eager_experts(model: Any) -> Iterator[None]:
+    """Run experts one after the other, each by products of its own."""
+    before = model.get_experts_implementation() if hasattr(model, "get_experts_implementation") else {}
+    if not any(before.values()):
+        yield
+        return
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
 class _Collector:
-    """Forward pre-hooks on a block's linears; linears called with the same tensor object share one statistic."""
+    """Forward pre-hooks on a block's linears; linears called with the same tensor object share one statistic.
+
+    An expert's matrix has a statistic of its own, of the tokens that are routed to it.
+    """
 
     def __init__(
         self, linears: Sequence[Linear], make: Callable[[int, torch.device], Statistic], whole: bool = False
     ) -> None:
-        self.groups: dict[nn.Module, SharedInputGroup] = {}
+        self.groups: dict[nn.Module | Linear, SharedInputGroup] = {}
         self._make_statistic = make
         self._linears: dict[nn.Module, list[Linear]] = {}
+        self._experts = [linear for linear in linears if linear.expert is not None]
         for linear in linears:
-            self._linears.setdefault(linear.module, []).append(linear)
+            if linear.expert is None:
+                self._linears.setdefault(linear.module, []).append(linear)
         self._whole = whole
+        self._sequences = 0
         self._leader: dict[nn.Module, nn.Module] = {}
         self._inputs: dict[nn.Module, Tensor] = {}
         self._mask_BL: Tensor | None = None
@@ -141,15 +180,28 @@ class _Collector:
     def run(self, parts: Anatomy, index: int, inputs: BlockInputs) -> Tensor | None:
         """Run block `index` on one batch up to its last linear's input, or wholly, and then return its output."""
         self._mask_BL = inputs.mask_BL
+        self._sequences = inputs.hidden_BLD.shape[0]
         self._inputs.clear()
-        with suppress(_AllInputsKnown):
-            return run_blocks(parts, index, index + 1, inputs)
+        if self._experts and self._mask_BL is not None and not self._mask_BL.all():
+            raise IntaglioError(
+                "the calibration data are padded, and padding is routed to experts like tokens; give segments of equal "
+                "length"
+            )
+        experts = _ExpertInputs(self._experts, self._record_expert) if self._experts else nullcontext()
+        with suppress(_AllInputsKnown), experts:
+            output_BLD = run_blocks(parts, index, index + 1, inputs)
+            return output_BLD if self._whole else None
         return None
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._record(module, args[0])
-        if len(self._inputs) == len(self._linears) and not self._whole:
+        if len(self._inputs) == len(self._linears) and not self._whole and not self._experts:
             raise _AllInputsKnown
+
+    def _record_expert(self, linear: Linear, x: Tensor) -> None:
+        if linear not in self.groups:
+            self.groups[linear] = SharedInputGroup([linear], self._make_statistic(x.shape[-1], x.device))
+        self.groups[linear].statistic.update(x.reshape(-1, x.shape[-1]), self._sequences)
 
     def _record(self, module: nn.Module, x: Tensor) -> None:
         leader = self._leader.get(module)
@@ -181,8 +233,10 @@ class _Collector:
             handle.remove()
         self._inputs.clear()
         unseen = [linears[0].name for module, linears in self._linears.items() if module not in self._leader]
+        unseen += [linear.name for linear in self._experts if linear not in self.groups]
         if unseen:
-            raise IntaglioError(f"no calibration token reached {', '.join(unseen)}")
+            what = f"{', '.join(unseen[:4])}{f' and {len(unseen) - 4} more' if len(unseen) > 4 else ''}"
+            raise IntaglioError(f"no calibration token reached {what}; give more calibration data or leave it out")
         return list(self.groups.values())
 
 
@@ -219,6 +273,7 @@ def calibrate_blocks(
     *,
     statistic: Callable[[int, torch.device], Statistic],
     carve: Callable[[int, SharedInputGroup], None],
+    linears: Callable[[int], Sequence[Linear]] | None = None,
     batch_size: int = 4,
     what: str = "carving",
     progress: Progress = no_progress,
@@ -231,6 +286,7 @@ def calibrate_blocks(
         calibration: the token ids.
         statistic: makes an empty statistic for `(features, device)`.
         carve: called as `carve(block index, group)` for each group of linears that share an input; it writes weights.
+        linears: the projections of a block to collect statistics of, by its index. Default: all that are modules.
         batch_size: sequences of a pass. Equal bytes need an equal batch size, since sums are grouped by it.
         what: label of the progress.
         progress: called after each batch of each pass.
@@ -243,8 +299,8 @@ def calibrate_blocks(
     was_training = checkpoint.model.training
     checkpoint.model.eval()
     try:
-        with torch.no_grad():
-            _walk(parts, calibration, statistic, carve, batch_size, what, progress, edits)
+        with torch.no_grad(), _eager_experts(checkpoint.model):
+            _walk(parts, calibration, statistic, carve, linears or parts.linears, batch_size, what, progress, edits)
     finally:
         checkpoint.model.train(was_training)
 
@@ -254,6 +310,7 @@ def _walk(
     calibration: Segments,
     statistic: Callable[[int, torch.device], Statistic],
     carve: Callable[[int, SharedInputGroup], None],
+    linears: Callable[[int], Sequence[Linear]],
     batch_size: int,
     what: str,
     progress: Progress,
@@ -265,7 +322,7 @@ def _walk(
     total = len(batches) * (2 * len(parts.blocks) - 1 if edits else len(parts.blocks))
     done = 0
     for index in range(len(parts.blocks)):
-        collector = _Collector(parts.linears(index), statistic, whole=not edits)
+        collector = _Collector(linears(index), statistic, whole=not edits)
         outputs: list[Tensor | None] = []
         for inputs in batches:
             outputs.append(collector.run(parts, index, inputs))

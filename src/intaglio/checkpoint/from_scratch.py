@@ -29,13 +29,15 @@ class Family:
     """Requirements of an architecture's config beyond the sizes.
 
     `feed_forward` is the default ratio of inner width to width; `extra` returns further fields for `(context, depth,
-    head size)`.
+    head size)`; `inner` is the config's name of the inner width, `dropouts` those of its dropout rates.
     """
 
     model_type: str
     feed_forward: float
     encoder: bool = False
     extra: Callable[[int, int, int], dict[str, Any]] = lambda context, depth, head: {"head_dim": head}
+    inner: str = "intermediate_size"
+    dropouts: tuple[str, ...] = ("attention_dropout",)
 
 
 def _gemma3(context: int, depth: int, head: int) -> dict[str, Any]:
@@ -55,8 +57,27 @@ FAMILIES = {
     "qwen3": Family("qwen3", 3.0),
     "mistral": Family("mistral", 3.5, extra=lambda context, depth, head: {"head_dim": head, "sliding_window": None}),
     "gemma3": Family("gemma3_text", 6.0, extra=_gemma3),
-    "bert": Family("bert", 4.0, encoder=True, extra=lambda context, depth, head: {}),
-    "modernbert": Family("modernbert", 1.5, encoder=True, extra=_modernbert),
+    "gpt2": Family(
+        "gpt2",
+        4.0,
+        extra=lambda context, depth, head: {},
+        inner="n_inner",
+        dropouts=("embd_pdrop", "resid_pdrop", "attn_pdrop"),
+    ),
+    "bert": Family(
+        "bert",
+        4.0,
+        encoder=True,
+        extra=lambda context, depth, head: {},
+        dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    ),
+    "modernbert": Family(
+        "modernbert",
+        1.5,
+        encoder=True,
+        extra=_modernbert,
+        dropouts=("embedding_dropout", "mlp_dropout", "attention_dropout"),
+    ),
 }
 
 
@@ -79,7 +100,7 @@ def new(
     reads the result of `Checkpoint.save`.
 
     Args:
-        family: `llama`, `qwen3`, `mistral` (without a window), `gemma3` (text), `bert` or `modernbert`.
+        family: `llama`, `qwen3`, `mistral` (without a window), `gemma3` (text), `gpt2`, `bert` or `modernbert`.
         width: of the hidden state, a multiple of `heads`.
         depth: number of layers.
         vocab: rows of the embedding, at least the tokenizer's entries; with texts as `tokenizer`, the size of the
@@ -110,20 +131,20 @@ def new(
     if heads % (kv_heads or heads):
         raise IntaglioError(f"kv_heads is {kv_heads}, which does not divide heads, {heads}")
     spec = FAMILIES[family]
-    if spec.encoder and kv_heads not in (None, heads):
+    if (spec.encoder or family == "gpt2") and kv_heads not in (None, heads):
         raise IntaglioError(f"kv_heads is {kv_heads}; {family} has as many as heads, {heads}")
     tokens = _tokenizer(tokenizer, vocab, context, spec.encoder)
     rows = _rows(tokens, vocab)
     fields = {
         "vocab_size": rows,
         "hidden_size": width,
-        "intermediate_size": -(-round(width * spec.feed_forward) // 8) * 8,
+        spec.inner: -(-round(width * spec.feed_forward) // 8) * 8,
         "num_hidden_layers": depth,
         "num_attention_heads": heads,
         "max_position_embeddings": context,
         "tie_word_embeddings": rows <= TIED,
         **{f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("pad", "bos", "eos")},
-        **({} if spec.encoder else {"num_key_value_heads": kv_heads or heads}),
+        **({} if spec.encoder or family == "gpt2" else {"num_key_value_heads": kv_heads or heads}),
         **spec.extra(context, depth, width // heads),
     }
     if spec.encoder:
@@ -191,6 +212,17 @@ def byte_tokenizer(context: int, *, encoder: bool = False) -> PreTrainedTokenize
     backend = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(byte_letters())}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return _wrap(backend, context, encoder)
+
+
+def word_tokenizer(vocabulary: Sequence[str], **roles: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer of words separated by white space, whose ids are their places in the vocabulary.
+
+    `roles` are `pad_token`, `unk_token` (needed) and so on; nothing is added to a text.
+    """
+    ids = {word: index for index, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=roles["unk_token"]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
 
 def trained_tokenizer(texts: Corpus, vocab: int, context: int, *, encoder: bool = False) -> PreTrainedTokenizerFast:

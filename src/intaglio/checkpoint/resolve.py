@@ -20,6 +20,9 @@ from intaglio.environment import silence_loggers
 from intaglio.errors import IntaglioError, first_line, shorten
 
 BUNDLED = ("smollm2", "minilm", "splade-tiny")
+ITEMS = "items.json"
+"""Titles of a recommender's items, by name."""
+
 LIVE_TYPE, LIVE_WEIGHTS = "intaglio_", "live.safetensors"
 """Prefix of a live checkpoint's `model_type`, and its weight file name: the stock loaders recognise neither."""
 _SENTENCE_TRANSFORMERS_FILES = ("config_sentence_transformers.json", "sentence_bert_config.json")
@@ -99,6 +102,8 @@ def check_directory(path: Path) -> None:
 def read_extra_files(source: str, revision: str | None = None) -> dict[str, bytes]:
     """Read the sentence-transformers files of a checkpoint (module list, settings, small weights), if any.
 
+    A recommender's directory has the titles of its items.
+
     They are saved again, so that the result stays a sentence-transformers model.
     """
 
@@ -113,9 +118,11 @@ def read_extra_files(source: str, revision: str | None = None) -> dict[str, byte
             )
         return None if file is None else Path(file).read_bytes()
 
+    items = Path(source) / ITEMS
+    extra = {ITEMS: items.read_bytes()} if items.is_file() else {}
     modules = read("modules.json")
     if modules is None:
-        return {}
+        return extra
     try:
         folders = [str(module["path"]) for module in json.loads(modules) if module["path"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -127,7 +134,7 @@ def read_extra_files(source: str, revision: str | None = None) -> dict[str, byte
         *(f"{folder}/{name}" for folder in safe for name in ("config.json", "model.safetensors")),
     ]
     contents = {path: content for path in paths for content in [read(path)] if content is not None}
-    return {"modules.json": modules, **contents}
+    return {"modules.json": modules, **contents, **extra}
 
 
 def weights_digest(directory: Path) -> str:

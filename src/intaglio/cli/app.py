@@ -23,6 +23,7 @@ from intaglio.cli.console import (
     read_stdin,
 )
 from intaglio.cli.search import evaluate, index_app, search
+from intaglio.cli.train import recommend, train
 
 app = typer.Typer(
     name="intaglio",
@@ -377,7 +378,35 @@ def generate(
         )
     elif result["accepted_share"] is not None:
         line += f"{per_pass}, {result['accepted_share']:.0%} of the drafts accepted"
-    print_err(line)
+    print_err(f"{line}; {result['note']}" if result["note"] else line)
+
+
+@app.command()
+@handle_errors
+def tune(
+    model: Model,
+    rows: Annotated[str, typer.Option(help="Prompts that share a pass, comma-separated.")] = "1",
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Measure the fast paths of a model on this machine, and keep the fastest of each for later runs."""
+    from intaglio.checkpoint import load
+    from intaglio.cli.tune import notes, tables
+    from intaglio.cli.tune import tune as run
+    from intaglio.environment.tuning import default_path
+    from intaglio.errors import IntaglioError
+
+    counts = [int(word) if word.strip().isdecimal() else 0 for word in rows.split(",")]
+    if not min(counts):
+        raise IntaglioError(f"rows is {rows!r}; numbers from 1 on, separated by commas, are accepted")
+    document = run(load(model, dtype=dtype), counts)
+    if json:
+        print_json(document)
+        return
+    for table in tables(document):
+        out.print(table)
+    for line in [*notes(document), f"kept in {default_path()}"]:
+        print_out(line)
 
 
 @app.command()
@@ -513,12 +542,14 @@ def prove(
 app.add_typer(index_app, name="index")
 app.command()(search)
 app.command()(evaluate)
+app.command()(train)
+app.command()(recommend)
 
 
 @app.command()
 @handle_errors
 def demo(
-    topic: Annotated[str, typer.Argument(help="prune or search.")] = "prune",
+    topic: Annotated[str, typer.Argument(help="prune, search or train.")] = "prune",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory of the results. [default: intaglio-demo]")
     ] = None,
@@ -526,10 +557,10 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: Json = False,
 ) -> None:
-    """Prune a real 135M-parameter model nine ways and measure the results, or search Python's docstrings three ways."""
+    """Prune a real 135M-parameter model nine ways, search Python's docstrings three ways, or train small models."""
     from intaglio.errors import IntaglioError, did_you_mean
 
-    if topic not in (topics := {"prune": _demo_prune, "search": _demo_search}):
+    if topic not in (topics := {"prune": _demo_prune, "search": _demo_search, "train": _demo_train}):
         raise IntaglioError(f"the demo has no topic {topic!r}; {did_you_mean(topic, topics)}")
     topics[topic](output, device, seed, json)
 
@@ -551,6 +582,25 @@ def _demo_search(output: Path | None, device: str | None, seed: int, json: bool)
     indexed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in document["seconds_to_index"].items())
     print_out(f"indexed in: {indexed}; everything took {document['seconds']:.0f} s")
     print_out(f"report: {output / 'report.html'}\nsearch it yourself: intaglio search {output / 'minilm'} --serve")
+
+
+def _demo_train(output: Path | None, device: str | None, seed: int, json: bool) -> None:
+    from intaglio import report
+    from intaglio.cli.demo_train import TOPICS
+    from intaglio.cli.demo_train import demo as run
+    from intaglio.data import assets as bundled
+
+    bundled.fetch(tuple(name for topic in TOPICS.values() for name in topic.assets), progress=print_err)
+    output = output or Path("intaglio-demo-train")
+    with progress_bar() as progress:
+        document = run(output, device=device, seed=seed, progress=progress)
+    if json:
+        print_json(document)
+        return
+    for table in report.recommender_tables(document["topics"]["recommender"]):
+        out.print(table)
+    print_out(f"everything took {document['seconds']:.0f} s\nreport: {output / 'report.html'}")
+    print_out(f"ask it yourself: intaglio recommend {output / 'recommender'} --history 'Star Wars' --history Alien")
 
 
 def _demo_prune(output: Path | None, device: str | None, seed: int, json: bool) -> None:

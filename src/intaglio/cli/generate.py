@@ -1,4 +1,4 @@
-"""`intaglio generate`: streaming generation with stock and drafting decoders, and its cost."""
+"""`intaglio generate`: streaming generation with stock decoders and decoding methods, and its cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.cli.settings import check_settings
 from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import anatomy
-from intaglio.speculative.factory import decoder_names, drafter_names, is_decoder, make_decoder
+from intaglio.speculative.factory import decoder_names, drafter_names, make_decoder
 from intaglio.speculative.protocols import Step
 
 
@@ -116,13 +116,14 @@ def check_options(
 
 def check_drafting(decoder: str, settings: Mapping[str, str], show_drafts: bool) -> None:
     """Raise an `IntaglioError` for settings and options that a decoder does not have, before any model loads."""
-    others = ", ".join(drafter_names())
+    if show_drafts and decoder not in drafter_names():
+        others = ", ".join(drafter_names())
+        raise IntaglioError(f"the decoder {decoder} drafts nothing for --show-drafts to show; {others} do")
     if decoder not in STOCK:
         check_settings(decoder, settings)
     elif settings:
+        others = ", ".join(decoder_names())
         raise IntaglioError(f"the decoder {decoder} has no settings (--set {next(iter(settings))}); {others} have")
-    if show_drafts and (decoder in STOCK or is_decoder(decoder)):
-        raise IntaglioError(f"the decoder {decoder} drafts nothing for --show-drafts to show; {others} do")
 
 
 def generate(
@@ -145,23 +146,24 @@ def generate(
     Args:
         checkpoint: a decoder with a tokenizer.
         prompt: the user's text.
-        decoder: `greedy`, `sample`, or a drafting decoder, which is greedy unless a sampling option is given.
+        decoder: `greedy`, `sample`, or a decoding method, which is greedy unless a sampling option is given.
         max_new_tokens: most new tokens. Default 128.
         temperature: (sample) divides the logits; None: 1.
         top_k: (sample) keep the k most likely; None: all.
         top_p: (sample) keep the smallest set with this probability; None: all.
         chat: use the chat template.
         seed: (sample) of the draws.
-        settings: (drafting) settings as words; see `settings.read_settings`.
+        settings: (methods) settings as words; see `settings.read_settings`.
         write: called with each piece of text as it is generated.
         paint: (drafting) called instead, with each piece and whether it was drafted.
 
     Returns:
         `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, tokens_per_pass,
-        accepted_share, lossy, decoder`; `passes` counts the target's forward passes, prefill included, and
-        `accepted_share` is the share of the verified drafted tokens that were accepted (None for stock decoders).
+        accepted_share, lossy, decoder, note`; `passes` counts the target's forward passes, prefill included, and
+        `accepted_share` is the share of the verified drafted tokens that were accepted (None without drafts).
         `lossy` is None if the output is the target's own, else `threshold`, `agreement` with the unaided target and
-        `speed_up` in seconds over it, for which it is run too.
+        `speed_up` in seconds over it, for which it is run too. `note` is the drafter's remark, such as the reason for
+        drafting nothing.
 
     Raises:
         IntaglioError: an unknown decoder, sampling options for greedy, wrong settings, or a prompt that leaves no
@@ -200,16 +202,15 @@ def generate(
         torch.manual_seed(seed)
         whole, seconds = _timed(model, ids, options)
         new = whole[0, ids.shape[1] :].tolist()
-        lossy = None
+        statistics, lossy = getattr(loop, "statistics", None), None  # of drafting
         if loop is not None and not getattr(loop, "lossless", True):
             torch.manual_seed(seed)
             unaided, took = _timed(model, ids, options | {"custom_generate": None})
             lossy = {
-                "threshold": loop.statistics.threshold,
-                "agreement": loop.statistics.agreement,
+                "threshold": statistics.threshold,
+                "agreement": statistics.agreement,
                 "speed_up": (len(new) / seconds) / ((unaided.shape[1] - ids.shape[1]) / took),
             }
-    statistics = getattr(loop, "statistics", None)  # of drafting
     passes = calls[0] if statistics is None else statistics.passes
     return {
         "text": checkpoint.tokenizer.decode(new, skip_special_tokens=True),
@@ -223,6 +224,7 @@ def generate(
         "accepted_share": None if statistics is None else statistics.accepted_share,
         "lossy": lossy,
         "decoder": decoder,
+        "note": "" if statistics is None else statistics.note,
     }
 
 

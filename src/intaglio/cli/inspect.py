@@ -12,7 +12,7 @@ from intaglio import atomic_io
 from intaglio.checkpoint import load
 from intaglio.errors import IntaglioError
 from intaglio.masks.visualize import Group, as_json, drawing, groups, svg
-from intaglio.methods.activations.moe_x import monitor
+from intaglio.methods.activations.moe_x import expert_statistics
 
 
 def masks(model: str, length: int, output: Path | None, device: str | None) -> tuple[list[Group], dict[str, Any]]:
@@ -49,12 +49,12 @@ def masks_table(model: str, layers: list[Group], length: int) -> Table:
 
 
 def experts(model: str, texts: str, device: str | None) -> dict[str, dict[str, Any]]:
-    """Return statistics of each layer of experts on some texts; see `intaglio.methods.activations.moe_x.monitor`.
+    """Return statistics of each layer of experts on some texts; see `moe_x.expert_statistics`.
 
     Raises:
         IntaglioError: the model cannot be loaded, has no experts, or there is too little text.
     """
-    return monitor(load(model, device=device), texts)
+    return expert_statistics(load(model, device=device), texts)
 
 
 def experts_table(model: str, texts: str, statistics: dict[str, dict[str, Any]]) -> Table:

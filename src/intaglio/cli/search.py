@@ -26,6 +26,7 @@ from intaglio.errors import IntaglioError, printable
 
 if TYPE_CHECKING:
     from intaglio.search import Hit, Index
+    from intaglio.search.milvus import MilvusIndex
 
 _BLANKS = re.compile(r"\s+")
 
@@ -49,8 +50,20 @@ index_app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
 Where = Annotated[Path, typer.Argument(metavar="INDEX", help="Directory of the index.")]
+Place = Annotated[str | None, typer.Argument(metavar="INDEX", help="Directory of the index; left out with --store.")]
+Approximate = Annotated[
+    bool, typer.Option("--ann", help="(dense) Search by the graphs that `index compact --ann` builds.")
+]
+StoreUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="A Milvus collection instead of INDEX: milvus://host:port/name, or milvus:///path/file.db/name.",
+    ),
+]
 Docs = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="DOCS",
         help="A folder (text, Markdown, reStructuredText, HTML, Python), a .jsonl or .csv file, or a datasets id.",
@@ -71,7 +84,7 @@ Filter = Annotated[
 @index_app.command("create")
 @handle_errors
 def create(
-    docs: Docs,
+    docs: Docs = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the index.")] = None,
     kind: Annotated[
         str | None,
@@ -89,13 +102,15 @@ def create(
     text_field: TextField = "text",
     id_field: IdField = "id",
     device: Device = None,
+    store: StoreUrl = None,
     json: Json = False,
 ) -> None:
     """Build an index of documents; if it was stopped, the same command resumes it."""
     from intaglio.search import Index
 
-    if output is None:
-        raise IntaglioError("a directory for the index is missing: name one with -o INDEX")
+    docs = _given(docs, "DOCS")
+    if (output is None) == (store is None):
+        raise IntaglioError("the place of the index is missing or given twice: name -o INDEX or --store URL")
     options = {
         "pooling": pooling,
         "query_prompt": query_prompt,
@@ -106,6 +121,15 @@ def create(
     sparse = encoder == "splade-tiny" or pooling == "splade"
     chosen: Any = kind or ("sparse" if sparse else "dense" if encoder else "bm25")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if store is not None:
+        from intaglio.search.milvus import MilvusIndex
+
+        if language != "english":
+            raise IntaglioError("--language is of BM25; a Milvus store holds dense or sparse vectors")
+        with MilvusIndex(store, encoder, kind=kind, chunk=chunk, create=True, **given) as collection:
+            _add(collection, docs, text_field, id_field, json)
+        return
+    assert output is not None
     empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     try:
         with Index.create(
@@ -124,22 +148,41 @@ def create(
 @index_app.command("add")
 @handle_errors
 def add(
-    index: Where,
-    docs: Docs,
+    index: Place = None,
+    docs: Docs = None,
     text_field: TextField = "text",
     id_field: IdField = "id",
     encoder: Encoder = None,
     device: Device = None,
+    store: StoreUrl = None,
     json: Json = False,
 ) -> None:
     """Add documents; a known id is an update."""
-    from intaglio.search import Index
+    from intaglio.search import open_index
 
-    with Index.open(index, encoder=encoder, device=device) as opened:
+    place, docs = _place(index, docs, store)
+    docs = _given(docs, "DOCS")
+    with open_index(place, encoder=encoder, device=device) as opened:
         _add(opened, docs, text_field, id_field, json)
 
 
-def _add(index: Index, docs: str, text_field: str, id_field: str, json: bool) -> None:
+def _given(value: str | None, name: str) -> str:
+    """Return an argument that must be given."""
+    if value is None:
+        raise IntaglioError(f"the argument {name} is missing")
+    return value
+
+
+def _place(index: str | None, other: str | None, store: str | None) -> tuple[str, str | None]:
+    """Return the place of the index and the next argument; with --store, INDEX is left out."""
+    if store is None:
+        return _given(index, "INDEX"), other
+    if other is not None:
+        raise IntaglioError("--store takes the place of INDEX; give only one of both")
+    return store, index
+
+
+def _add(index: Index | MilvusIndex, docs: str, text_field: str, id_field: str, json: bool) -> None:
     with progress_bar() as progress:
         report = index.add(docs, text_field=text_field, id_field=id_field, progress=progress)
     for sentence in report.skipped:
@@ -156,36 +199,44 @@ def _add(index: Index, docs: str, text_field: str, id_field: str, json: bool) ->
 @index_app.command("delete")
 @handle_errors
 def delete(
-    index: Where,
+    index: Place = None,
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids of documents.")] = None,
     filter_: Filter = None,
+    store: StoreUrl = None,
     json: Json = False,
 ) -> None:
     """Delete documents by id or by metadata."""
-    from intaglio.search import Index
+    from intaglio.search import open_index
 
+    if store is not None:
+        index, ids = store, [*([index] if index else []), *(ids or [])]
+    place = _given(index, "INDEX")
     if bool(ids) == bool(filter_):
         raise IntaglioError("delete takes ids of documents or --filter conditions, and exactly one of both")
-    with Index.open(index) as opened:
+    with open_index(place) as opened:
         count = opened.delete(ids or None, filters=filter_ or None)
         left = len(opened)
     if json:
-        print_json({"index": str(index), "deleted": count, "documents": left})
+        print_json({"index": place, "deleted": count, "documents": left})
         return
-    print_out(f"{index}: {count:,} deleted, {left:,} documents")
+    print_out(f"{place}: {count:,} deleted, {left:,} documents")
 
 
 @index_app.command("info")
 @handle_errors
 def info(
-    index: Where,
+    index: Place = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compare every segment with its checksum.")] = False,
+    store: StoreUrl = None,
     json: Json = False,
 ) -> None:
     """Describe an index: its kind, encoder, documents and bytes."""
-    from intaglio.search import Index
+    from intaglio.search import open_index
 
-    with Index.open(index) as opened:
+    place, extra = _place(index, None, store)
+    if extra is not None:
+        raise IntaglioError("--store takes the place of INDEX; give only one of both")
+    with open_index(place) as opened:
         facts = opened.info(verify)
     if json:
         print_json(facts)
@@ -210,12 +261,18 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 @index_app.command("compact")
 @handle_errors
-def compact(index: Where, json: Json = False) -> None:
-    """Merge segments and drop deleted rows."""
+def compact(
+    index: Where,
+    ann: Annotated[
+        bool, typer.Option("--ann", help="Build graphs of dense segments of 20,000 chunks or more.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Merge segments and drop deleted rows; with --ann, build graphs for approximate search."""
     from intaglio.search import Index
 
     with Index.open(index) as opened, progress_bar() as progress:
-        result = opened.compact(progress)
+        result = opened.compact(progress, graphs=ann)
     if json:
         print_json({"index": str(index), **result})
         return
@@ -227,7 +284,7 @@ def compact(index: Where, json: Json = False) -> None:
 
 @handle_errors
 def search(
-    index: Where,
+    index: Place = None,
     query: Annotated[str | None, typer.Argument(help="The words to search for; - reads them from stdin.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Maximum number of results.")] = 10,
     filter_: Filter = None,
@@ -239,22 +296,34 @@ def search(
     port: Annotated[int, typer.Option(min=0, max=65535, help="(--serve) Port; 0 takes a free one.")] = 8642,
     encoder: Encoder = None,
     device: Device = None,
+    store: StoreUrl = None,
+    ann: Approximate = False,
     json: Json = False,
 ) -> None:
     """Search an index, on the command line or with --serve on a local page."""
+    place, query = _place(index, query, store)
+    if serve and store:
+        raise IntaglioError("--serve serves an index in a directory; --store has no page")
     if serve == (query is not None) or (serve and json):
         raise IntaglioError("search takes a query, or --serve without a query and without --json")
-    from intaglio.search import Index
+    from intaglio.search import open_index
 
     if serve:
         from intaglio.search.serve import serve as run
 
-        run(index, port=port, encoder=encoder, device=device, ready=lambda url: print_out(f"{url} (Ctrl+C stops it)"))
+        run(place, port=port, encoder=encoder, device=device, ready=lambda url: print_out(f"{url} (Ctrl+C stops it)"))
         return
     words = read_stdin().strip() if query == "-" else query or ""
-    with Index.open(index, encoder=encoder, device=device) as opened:
+    with open_index(place, encoder=encoder, device=device) as opened:
         start = time.perf_counter()
-        hits = opened.search(words, k, filters=filter_ or None, explain=explain, mode=mode)  # type: ignore[arg-type]
+        hits = opened.search(
+            words,
+            k,
+            filters=filter_ or None,
+            explain=explain,
+            mode=mode,  # type: ignore[arg-type]
+            approximate=ann,
+        )
         milliseconds = 1000 * (time.perf_counter() - start)
         damaged = opened.damaged
     for sentence in damaged:
@@ -262,7 +331,7 @@ def search(
     if json:
         print_json(
             {
-                "index": str(index),
+                "index": place,
                 "query": words,
                 "milliseconds": milliseconds,
                 "damaged": damaged,
@@ -295,7 +364,9 @@ def _print_hit(hit: Hit) -> None:
 
 @handle_errors
 def evaluate(
-    indexes: Annotated[list[Path], typer.Argument(metavar="INDEX...", help="Directories of one or more indexes.")],
+    indexes: Annotated[
+        list[Path] | None, typer.Argument(metavar="INDEX...", help="Directories of one or more indexes.")
+    ] = None,
     qrels: Annotated[
         Path | None, typer.Option(help="Relevance judgements in TREC format: query-id 0 document-id grade.")
     ] = None,
@@ -310,6 +381,10 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Also write a report with plots to this HTML file.")
     ] = None,
     device: Device = None,
+    stores: Annotated[
+        list[str] | None, typer.Option("--store", metavar="URL", help="A Milvus collection; can be repeated.")
+    ] = None,
+    ann: Approximate = False,
     json: Json = False,
 ) -> None:
     """Measure retrieval on judged queries: nDCG, MRR, recall, latency and bytes, for one or more indexes."""
@@ -319,9 +394,12 @@ def evaluate(
 
     if (pairs is None) == (qrels is None) or (qrels is None) != (queries is None):
         raise IntaglioError("evaluate takes --pairs FILE, or --qrels FILE with --queries FILE")
+    places: list[str | Path] = [*(indexes or []), *(stores or [])]
+    if not places:
+        raise IntaglioError("the argument INDEX is missing")
     judged = read_pairs(pairs) if pairs is not None else read_qrels(qrels, queries)  # type: ignore[arg-type]
     with progress_bar() as progress:
-        results = [run(index, judged, k, device=device, progress=progress) for index in indexes]
+        results = [run(index, judged, k, device=device, approximate=ann, progress=progress) for index in places]
     if output is not None:
         atomic_io.write_text(output, report_page(results))
     if json:

@@ -6,9 +6,12 @@
 - `streaming`: corpora larger than memory.
 - `python_source`: source files of the standard library and of installed packages.
 - `docstrings`: documented functions from those, as pairs of text and code.
+- `identifier_roles`: identifiers in those with their roles.
 - `token_classification`: token-classification data.
 - `interactions`: tables of users, items and times.
+- `item_sequences`: item ids of each user in the order of time, the last two held out.
+- `images`: labelled images.
 - `segments`: `Segments`, token ids of equal length, cut from a corpus in a seeded order.
 
-Importing this package, `assets` or `texts` does not import torch; `segments` does.
+Importing this package, `assets` or `texts` does not import torch; `images` and `segments` do.
 """

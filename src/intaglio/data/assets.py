@@ -16,7 +16,6 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from intaglio import atomic_io
+from intaglio.environment import cache_dir
 from intaglio.errors import IntaglioError, did_you_mean
 
 META = "meta.json"
@@ -171,14 +171,6 @@ ASSETS: dict[str, Asset] = {
     )
 }
 """Every bundled asset by name, in the order of download."""
-
-
-def cache_dir() -> Path:
-    """Return the cache directory: $INTAGLIO_HOME, $XDG_CACHE_HOME/intaglio or ~/.cache/intaglio."""
-    if home := os.environ.get("INTAGLIO_HOME"):
-        return Path(home).expanduser()
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache).expanduser() if cache else Path.home() / ".cache") / "intaglio"
 
 
 def find(name: str) -> Asset:

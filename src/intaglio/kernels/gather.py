@@ -18,11 +18,17 @@ Dimension letters: B rows of activations (tokens), I inputs, O outputs, R rank o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from intaglio.errors import IntaglioError
 from intaglio.kernels._utils import describe_tensor, works
+
+if TYPE_CHECKING:
+    from intaglio.kernels.gather_numba import SharedInput
 
 MOST_ROWS = 4
 """Most rows for which columns are gathered; more rows together select nearly every column."""
@@ -73,8 +79,12 @@ def rows(
     down_RI: Tensor | None,
     up_RO: Tensor | None,
     bias_O: Tensor | None,
+    threads: int | None = None,
 ) -> Tensor:
-    """Do the same for rows [B, O] without checks, for modules whose arguments are known to be valid."""
+    """Do the same for rows [B, O] without checks, for modules whose arguments are known to be valid.
+
+    On a CPU `threads` sets the number of threads; without, it follows from the size.
+    """
     fast = kernel(x_BI, weight_IO.dtype)
     if not fast:
         return _dense(x_BI, weight_IO, threshold, scale_I, down_RI, up_RO, bias_O)
@@ -88,12 +98,21 @@ def rows(
         bias_O = bias_O if bias_O is None or bias_O.dtype == torch.float32 else bias_O.float()
         y_BO = gather_numba.linear(
             x_float.contiguous(), weight_IO, threshold, scale_I, down_RI, up_RO,
-            None if bias_O is None else bias_O.contiguous(),
+            None if bias_O is None else bias_O.contiguous(), threads,
         )  # fmt: skip
         return y_BO if x_BI.dtype == torch.float32 else y_BO.to(x_BI.dtype)
     from intaglio.kernels import gather_triton
 
     return gather_triton.linear(x_BI.contiguous(), weight_IO, threshold, scale_I, down_RI, up_RO, bias_O)
+
+
+def shared_input(parts: Sequence[tuple[Tensor, float, Tensor | None, Tensor | None]]) -> SharedInput:
+    """Return the numba kernel for projections of the same input; see `gather_numba.SharedInput`."""
+    from intaglio.kernels import gather_numba
+
+    float_parts = [(w, limit, scale, None if bias is None else bias.detach().float().contiguous())
+                   for w, limit, scale, bias in parts]  # fmt: skip
+    return gather_numba.SharedInput(float_parts)
 
 
 def wanted(x: Tensor, threshold: float | Tensor, scale_I: Tensor | None) -> Tensor:

@@ -6,13 +6,15 @@ touched; the next eight are prefetched (`row_dot_llvm`). Then the rows of `up` a
 activations a column is read where any of them selects it, and adds zero for the others.
 
 Outputs are split over torch's number of threads where a product is large enough. Each output is summed in a fixed
-order, so results do not depend on the threads.
+order, so results do not depend on the threads. Projections of the same input (`SharedInput`) are computed in one call:
+every thread selects inputs for itself and computes its share of each projection's outputs, so threads start once.
 
 Dimension letters: B rows of activations, I inputs, O outputs, R rank; C selected inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -44,13 +46,18 @@ def linear(
     down_RI: Tensor | None,
     up_RO: Tensor | None,
     bias_O: Tensor | None,
+    threads: int | None = None,
 ) -> Tensor:
-    """Apply a linear layer, float32 [B, O]; arguments are checked in `gather.linear`."""
+    """Apply a linear layer, float32 [B, O]; arguments are checked in `gather.linear`.
+
+    Without a number of threads it follows from the size.
+    """
     (B, inputs), outputs = x_BI.shape, weight_IO.shape[1]
     rank = 0 if down_RI is None else len(down_RI)
     y_BO = torch.empty(B, outputs)
     one, many = (threshold_B, 0) if isinstance(threshold_B, float) else (0.0, threshold_B.data_ptr())
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + B * inputs * outputs // _WORTH)
+    most = 1 + B * inputs * outputs // _WORTH if threads is None else threads
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, most)
     room = torch.empty(4 * (inputs + B * (2 * inputs + rank)) + (threads + 2) * _LINE, dtype=torch.uint8)
     arguments = (
         x_BI.data_ptr(), B, inputs, weight_IO.data_ptr(), outputs, one, many,
@@ -63,6 +70,44 @@ def linear(
     else:
         _alone(weight_IO.dtype)(*arguments)
     return y_BO
+
+
+class SharedInput:
+    """Projections without a low rank that read the same input.
+
+    Args:
+        parts: weight [I, O], threshold, scale [I] or None, and bias [O] in float32 or None of each; the weights of one
+            dtype.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Tensor, float, Tensor | None, Tensor | None]]) -> None:
+        self._parts = parts  # addresses are valid as long as the tensors live
+        self.inputs, self.dtype = parts[0][0].shape[0], parts[0][0].dtype
+        self.widths = [weight_IO.shape[1] for weight_IO, *_ in parts]
+        rows = [
+            [weight_IO.data_ptr(), weight_IO.shape[1], *(0 if part is None else part.data_ptr() for part in rest)]
+            for weight_IO, _, *rest in parts
+        ]
+        self._table = torch.tensor(rows)
+        self._limits = torch.tensor([limit for _, limit, *_ in parts], dtype=torch.float64)
+        self._addresses = self._table.data_ptr(), self._limits.data_ptr(), len(parts)
+
+    def worth(self, rows: int) -> int:
+        """Return the number of threads that the size is worth."""
+        return min(numba.config.NUMBA_NUM_THREADS, 1 + rows * self.inputs * sum(self.widths) // _WORTH)
+
+    def __call__(self, x_BI: Tensor, threads: int) -> list[Tensor]:
+        """Return each projection's outputs, float32 [B, O]; x is float32 and contiguous."""
+        B = len(x_BI)
+        y = torch.empty(B * sum(self.widths))
+        own = (4 * (self.inputs + 2 * B * self.inputs) + 4 * _LINE) // _LINE * _LINE
+        room = torch.empty(threads * own + _LINE, dtype=torch.uint8)
+        arguments = (x_BI.data_ptr(), B, self.inputs, *self._addresses, y.data_ptr(), room.data_ptr(), own)
+        if threads > 1 and may_share():
+            _shared_together(self.dtype)(*arguments, threads)
+        else:
+            _shared(self.dtype)(*arguments, 0, 1)
+        return [part.view(B, -1) for part in y.split([B * width for width in self.widths])]
 
 
 # Compiled from here on. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
@@ -239,6 +284,44 @@ def _together(dtype: torch.dtype) -> Any:
             numbers = own + _LINE * share
             add(weight, outputs, places, values, chosen, B, y, first, end, numbers)
             add(up, outputs, np.int64(0), low, rank, B, y, first, end, numbers)
+        numba.set_num_threads(before)
+
+    return together
+
+
+@lru_cache
+def _shared(dtype: torch.dtype) -> Any:
+    """Compute a thread's share of the projections of one input."""
+    _, add = _functions(dtype)
+
+    @compiled
+    def shared(x, B, inputs, table, limits, projections, y, room, own, share, threads):
+        row_P4, limit_P = pointer(table, np.int64), pointer(limits, np.float64)
+        places, values, rest, _, numbers = _parts(B, inputs, 0, room + share * own)
+        for p in range(projections):
+            outputs = row_P4[4 * p + 1]
+            chosen = _choose(x, B, inputs, limit_P[p], 0, row_P4[4 * p + 2], places, values, rest)
+            # Sixteen outputs are a cache line, which two threads should not share.
+            part = ((outputs + threads - 1) // threads + 15) // 16 * 16
+            first, end = min(outputs, share * part), min(outputs, (share + 1) * part)
+            _begin(y, B, outputs, row_P4[4 * p + 3], first, end)
+            add(row_P4[4 * p], outputs, places, values, chosen, B, y, first, end, numbers)
+            y += 4 * B * outputs
+
+    return shared
+
+
+@lru_cache
+def _shared_together(dtype: torch.dtype) -> Any:
+    """Compute the projections of one input in several threads, started once."""
+    shared = _shared(dtype)
+
+    @njit(nogil=True, error_model="numpy", parallel=True)
+    def together(x, B, inputs, table, limits, projections, y, room, own, threads):
+        before = numba.get_num_threads()
+        numba.set_num_threads(threads)
+        for share in prange(threads):
+            shared(x, B, inputs, table, limits, projections, y, room, own, share, threads)
         numba.set_num_threads(before)
 
     return together

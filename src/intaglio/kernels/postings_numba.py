@@ -17,6 +17,8 @@ from numba import njit
 
 WINDOW = 4096
 """Rows of a window: 16 KB of sums and 16 KB of norms."""
+_BLOCK = 64
+"""Rows whose sums are compared with the threshold at once; divides the window."""
 _LOOKUP = 8
 """Postings that are added in the time of a lookup."""
 _ESSENTIAL = np.float32(0.35)
@@ -103,7 +105,7 @@ def search(rows_P, values_P, norm_N, allowed_N, starts_T, ends_T, weights_T, bou
         reach_T[i] = total * _SLACK
     cursor_T = starts_T.copy()
     sums_W = np.zeros(WINDOW, np.float32)
-    candidates_W = np.empty(WINDOW, np.int32)
+    candidates_W = np.empty(WINDOW + 1, np.int32)
     first = 0
     for low in range(0, N, WINDOW):
         high = min(low + WINDOW, N)
@@ -128,10 +130,24 @@ def search(rows_P, values_P, norm_N, allowed_N, starts_T, ends_T, weights_T, bou
             cursor_T[t] = stop
         rest = reach_T[first - 1] if first else np.float32(0)
         count = 0
-        for i in range(high - low):
-            score = sums_W[i]
-            candidates_W[count] = i
-            count += (score > 0) & (score + rest > threshold)
+        direct = first == 0 and not masked  # every term is essential, every row allowed
+        cut = max(threshold - rest, np.float32(0)) / _SLACK
+        for block in range(0, high - low, _BLOCK):
+            hit = False
+            for i in range(block, block + _BLOCK):
+                hit |= sums_W[i] > cut
+            if not hit:
+                continue
+            if direct:
+                for i in range(block, block + _BLOCK):
+                    if sums_W[i] > cut:
+                        size = _push(scores_K, keys_K, size, sums_W[i], base + low + i)
+                        if size == K:
+                            cut = scores_K[0]
+            else:
+                for i in range(block, block + _BLOCK):
+                    candidates_W[count] = i
+                    count += sums_W[i] > cut
         if masked:
             kept = 0
             for c in range(count):

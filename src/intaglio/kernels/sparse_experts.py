@@ -8,7 +8,8 @@ chunk of a prompt) together read the union of their experts once, and no other e
     y_TD = apply(x_TD, up_FD, down_FD, score_TE)
 
 Dispatch: with a gradient, or with more than `MOST_ROWS` tokens, the dense product with scores of zero (`masked`).
-Otherwise numba on a CPU, if installed (`pip install 'intaglio[kernels]'`), Triton on a CUDA device; else torch, which
+Otherwise numba on a CPU, if installed (`pip install 'intaglio[kernels]'`) and measured to be faster for these sizes
+(`environment.tuning`), Triton on a CUDA device; else torch, which
 copies the rows of the union (`gathered`) where they are few. All agree to the tolerance of their sums. The union of a
 chunk is the kernel of Song et al., BlockFFN, COLM 2025 (arXiv 2507.08771).
 
@@ -17,12 +18,15 @@ Dimension letters: T tokens, D width, E experts, H rows of an expert, F = E H, U
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from intaglio.environment import tuning
 from intaglio.errors import IntaglioError
-from intaglio.kernels._utils import works
+from intaglio.kernels._utils import copies, works
 
 MOST_ROWS = 16
 """Most tokens; more of them together activate most experts, and dense products reuse each row better."""
@@ -43,6 +47,8 @@ def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Ten
         return masked(x_TD, up_FD, down_FD, score_TE)
     fast = _kernel(x_TD, up_FD, down_FD)
     if fast == "numba":
+        if not _wins(x_TD, up_FD, down_FD, score_TE):
+            return masked(x_TD, up_FD, down_FD, score_TE)
         from intaglio.kernels import sparse_experts_numba
 
         return sparse_experts_numba.apply(x_TD, up_FD, down_FD, score_TE)
@@ -52,6 +58,27 @@ def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Ten
         return sparse_experts_triton.apply(x_TD, up_FD, down_FD, score_TE)
     few = up_FD.numel() >= SMALL and int((score_TE != 0).any(0).sum()) <= FEW * score_TE.shape[1]
     return (gathered if few else masked)(x_TD, up_FD, down_FD, score_TE)
+
+
+def _wins(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> bool:
+    """Return whether the CPU kernel is faster for these sizes, measured with the experts of the first such call."""
+    tuner = tuning.tuner()
+    if tuner is None:
+        return True
+    own = (len(x_TD), score_TE.shape[1], up_FD.shape, up_FD.dtype, torch.get_num_threads())
+    if own not in tuner.chosen:
+        from intaglio.kernels import sparse_experts_numba
+
+        up, down, dtype = copies(up_FD.detach()), copies(down_FD.detach()), str(up_FD.dtype).removeprefix("torch.")
+        calls = {
+            name: partial(lambda product: product(x_TD, next(up), next(down), score_TE), product)
+            for name, product in (("dense", masked), ("active", sparse_experts_numba.apply))
+        }
+        sizes = f"{up_FD.shape[1]}x{len(up_FD)} of {own[1]}"
+        key = f"experts {sizes} {dtype} rows {len(x_TD)} threads {own[-1]}"
+        tuner.chosen[own] = tuner.choose(key, calls, compiles=True)
+        tuner.save()
+    return tuner.chosen[own] == "active"
 
 
 def masked(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Tensor:

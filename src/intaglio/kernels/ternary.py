@@ -22,11 +22,14 @@ Dimension letters: B rows of activations (tokens), I inputs, O outputs, J bytes 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from intaglio.environment import tuning
 from intaglio.errors import IntaglioError
-from intaglio.kernels._utils import describe_tensor, works
+from intaglio.kernels._utils import copies, describe_tensor, works
 
 EPS = 1e-5
 """Lower bound of a row's peak (bitlinear, transformers)."""
@@ -199,7 +202,8 @@ def _linear(
     if fast == "numba":
         from intaglio.kernels import ternary_numba
 
-        return ternary_numba.linear(x_BI, packed_OJ, scale_S, bias_O, limits, eps)
+        threads = _threads(x_BI, packed_OJ, scale_S, limits, eps)
+        return ternary_numba.linear(x_BI, packed_OJ, scale_S, bias_O, limits, eps, threads)
     x_BI, scale_S = x_BI.detach(), scale_S.detach().view(-1)
     if limits is None:
         factors_BI, divisor = x_BI, scale_S
@@ -213,6 +217,30 @@ def _linear(
     else:
         y_BO = _dense(factors_BI, packed_OJ).float() / divisor
     return y_BO if bias_O is None else y_BO + bias_O
+
+
+def _threads(
+    x_BI: Tensor, packed_OJ: Tensor, scale_S: Tensor, limits: tuple[int, int, int] | None, eps: float
+) -> int | None:
+    """Return the threads that the CPU kernel is fastest with, measured at the first use; None: by size."""
+    tuner, threads = tuning.tuner(), torch.get_num_threads()
+    if tuner is None or threads == 1:
+        return None
+    own = (x_BI.shape, packed_OJ.shape, limits is None, threads)
+    if own not in tuner.chosen:
+        from intaglio.kernels import ternary_numba
+
+        weights = copies(packed_OJ.detach())
+        calls = {
+            str(count): partial(
+                lambda count: ternary_numba.linear(x_BI, next(weights), scale_S, None, limits, eps, count), count
+            )
+            for count in (1, threads)
+        }
+        sizes = f"{x_BI.shape[1]}x{len(packed_OJ)}{' of floats' if limits is None else ''}"
+        tuner.chosen[own] = tuner.choose(f"ternary {sizes} rows {len(x_BI)} threads {threads}", calls, compiles=True)
+        tuner.save()
+    return int(tuner.chosen[own])
 
 
 def _dense(x_BI: Tensor, packed_OJ: Tensor) -> Tensor:

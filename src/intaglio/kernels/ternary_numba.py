@@ -55,11 +55,15 @@ def linear(
     bias_O: Tensor | None,
     limits: tuple[int, int, int] | None,
     eps: float,
+    threads: int | None = None,
 ) -> Tensor:
-    """Apply a linear layer, float32 [B, O]; arguments are checked in `ternary.linear`."""
+    """Apply a linear layer, float32 [B, O]; arguments are checked in `ternary.linear`.
+
+    Without a number of threads it follows from the size.
+    """
     y_BO = torch.empty(len(x_BI), len(packed_OJ))
     kind = _FLOATING if limits is None else _QUANTIZED
-    _call(kind, x_BI, packed_OJ, y_BO, scale_S, bias_O, limits or (0, 0, 0), eps)
+    _call(kind, x_BI, packed_OJ, y_BO, scale_S, bias_O, limits or (0, 0, 0), eps, threads)
     return y_BO
 
 
@@ -72,6 +76,7 @@ def _call(
     bias_O: Tensor | None = None,
     limits: tuple[int, int, int] = (0, 0, 0),
     eps: float = 0.0,
+    threads: int | None = None,
 ) -> None:
     x_BI, packed_OJ = x_BI.contiguous(), packed_OJ.contiguous()
     scale_S = None if scale_S is None else scale_S.contiguous()
@@ -84,7 +89,8 @@ def _call(
         0 if scale_S is None else scale_S.data_ptr(), 1 if scale_S is None else scale_S.numel(),
         0 if bias_O is None else bias_O.data_ptr(), *limits, eps, room.data_ptr(),
     )  # fmt: skip
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + D * outputs * J * 4 // _WORTH)
+    most = 1 + D * outputs * J * 4 // _WORTH if threads is None else threads
+    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, most)
     if threads > 1 and may_share():
         _together(*arguments, threads)
     else:

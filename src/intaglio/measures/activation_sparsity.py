@@ -102,7 +102,7 @@ def activation_sparsity(
 
     def record(name: str) -> Any:
         def hook(module: Any, inputs: tuple[Any, ...]) -> None:
-            active = module.active(inputs[0])
+            active = module.active_units(inputs[0])
             if active is None:
                 counts.pop(name, None)
                 return

@@ -1,9 +1,10 @@
-"""Peak memory of a piece of work."""
+"""Peak memory and wall time of a piece of work."""
 
 from __future__ import annotations
 
 import resource
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ import torch
 
 @dataclass
 class Peak:
-    """Peak memory in bytes, set when the block ends: of the device on a GPU, of the process on a CPU."""
+    """Peak memory in bytes (of the device on a GPU, of the process on a CPU) and wall time, set when the block ends."""
 
     bytes: int = 0
+    seconds: float = 0.0
 
 
 def _reset_peak() -> bool:
@@ -39,16 +41,17 @@ def _high_water() -> int:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak memory of a block.
+    """Measure the peak memory and the wall time of a block.
 
     On a CPU this is the resident memory of the whole process, libraries and mapped weights included.
     """
-    peak = Peak()
+    peak, start = Peak(), time.perf_counter()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
         peak.bytes = torch.cuda.max_memory_allocated(device)
-        return
-    _reset_peak()
-    yield peak
-    peak.bytes = max(_high_water(), psutil.Process().memory_info().rss)
+    else:
+        _reset_peak()
+        yield peak
+        peak.bytes = max(_high_water(), psutil.Process().memory_info().rss)
+    peak.seconds = time.perf_counter() - start

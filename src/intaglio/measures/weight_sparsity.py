@@ -33,7 +33,7 @@ class Zeros:
 def count_zeros(checkpoint: Checkpoint) -> Zeros:
     """Count the zeros of each projection of each block."""
     counts = {}
-    for name, linear in anatomy(checkpoint.model).all_linears():
+    for name, linear in anatomy(checkpoint.model).all_linears(experts=True):
         weight_OI = linear.read()
         counts[name] = (weight_OI.numel() - int(weight_OI.count_nonzero()), weight_OI.numel())
     return Zeros(counts)

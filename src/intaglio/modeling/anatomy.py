@@ -38,6 +38,9 @@ CACHE = CACHES[0 if "cache" in {f.name for f in fields(BaseModelOutputWithPastAn
 """What the installed version calls it."""
 
 _ATTENTION_WORDS = ("attn", "attention")
+_CROSS_ATTENTION = ("encoder_attn", "cross_attn", "crossattention")
+_ELEMENTWISE = ("A_log",)
+"""Parameters with several dimensions that no matrix product reads."""
 # Last name of a projection -> the roles of the parts fused in it, in the order of its rows.
 _FUSED: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q", "k", "v"),
@@ -68,8 +71,11 @@ class Linear:
             `self_attn.qkv_proj[k]`.
         part: `attention` or `mlp`.
         role: `q`, `k`, `v`, `o`, `gate`, `up`, `down`, or the module's own name for other projections.
-        module: the `nn.Linear` or `Conv1D` that holds the weight.
+        module: the `nn.Linear` or `Conv1D` that holds the weight, or the module of stacked experts.
         rows: the module's output rows that belong to this projection, int64 [O]; None for all of them.
+        parameter: name of the weight in the module.
+        expert: index of the matrix in a stacked parameter [E, O, I]; None for a plain weight. Its name has the index
+            appended, as in `mlp.experts.down_proj[3]`.
     """
 
     name: str
@@ -77,11 +83,24 @@ class Linear:
     role: str
     module: nn.Module
     rows: Tensor | None = None
+    parameter: str = "weight"
+    expert: int | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that holds the matrix: plain, transposed, fused or stacked."""
+        weight: Tensor = getattr(self.module, self.parameter)
+        return weight
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the parameter holds the matrix as [I, O]."""
+        return isinstance(self.module, Conv1D) or (self.expert is not None and _is_transposed(self.module))
 
     @property
     def _stored(self) -> Tensor:
-        weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.T if isinstance(self.module, Conv1D) else weight
+        weight = self.weight if self.expert is None else self.weight[self.expert]
+        return weight.T if self.transposed else weight
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -198,21 +217,68 @@ def _key_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads)
 
 
-def linears(block: nn.Module, config: Any) -> list[Linear]:
+def _is_transposed(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_transposed", False))
+
+
+def stacked_parameters(module: nn.Module) -> list[str]:
+    """Return the names of a module's stacked matrices, one per expert: [E, O, I], or [E, I, O] where transposed.
+
+    Known are the experts that transformers' experts interface runs, and modules with the sizes of a linear layer.
+    """
+    sizes = tuple(getattr(module, name, None) for name in ("num_experts", "output_size", "input_size"))
+    return [
+        name
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and (hasattr(module, "is_transposed") or tuple(parameter.shape) == sizes)
+    ]
+
+
+def _routers(block: nn.Module, experts: set[int]) -> set[int]:
+    """Return the ids of a block's router parameters; `experts` holds the numbers of experts."""
+    routers = [
+        list(module.parameters())
+        for name, module in block.named_modules()
+        if name.rpartition(".")[2] in ("gate", "router")
+    ]
+    return {id(p) for weights in routers for p in weights if any(weight.shape[0] in experts for weight in weights)}
+
+
+def linears(block: nn.Module, config: Any, experts: bool = False) -> list[Linear]:
     """Return the projections of a block in module order, fused projections split.
 
-    Replaced projections (`intaglio.modeling.replacement`) are excluded: they have no plain weight.
+    Replaced projections (`intaglio.modeling.replacement`) are excluded: they have no plain weight. So are
+    cross-attention in a decoder without an encoder, which never runs, and the routers of a mixture of experts.
+
+    Args:
+        block: a transformer block.
+        config: the model's text config.
+        experts: whether each matrix of stacked experts is a projection too. Default False: a block with such is
+            refused, for callers that replace modules.
     """
     result: list[Linear] = []
     covered: set[int] = set()
     inside: set[int] = set()
+    stacks = {module: stacked_parameters(module) for module in block.modules()} if experts else {}
+    sizes = {getattr(module, name).shape[0] for module, names in stacks.items() for name in names}
+    routers = _routers(block, sizes)
+    covered |= routers
     for name, module in block.named_modules():
         if isinstance(module, REPLACED):
             inside.update(map(id, module.modules()))
             covered.update(map(id, module.parameters()))
         elif isinstance(module, nn.Conv1d) or _is_norm(module):  # a norm by head has a matrix of weights
             covered.update(map(id, module.parameters()))
-        if id(module) in inside or not isinstance(module, (nn.Linear, Conv1D)):
+        elif not getattr(config, "is_encoder_decoder", False) and name.rpartition(".")[2] in _CROSS_ATTENTION:
+            inside.update(map(id, module.modules()))
+            covered.update(map(id, module.parameters()))
+        for stacked in stacks.get(module, ()):
+            covered.update(id(parameter) for parameter in module.parameters(recurse=False))
+            result += [
+                Linear(f"{name}.{stacked}[{expert}]", _part(name), stacked, module, None, stacked, expert)
+                for expert in range(len(getattr(module, stacked)))
+            ]
+        if id(module) in inside or not isinstance(module, (nn.Linear, Conv1D)) or id(module.weight) in routers:
             continue
         covered.add(id(module.weight))
         part = _part(name)
@@ -223,7 +289,7 @@ def linears(block: nn.Module, config: Any) -> list[Linear]:
             last = name.rpartition(".")[2]
             result.append(Linear(name, part, _ROLES.get(last, last), module))
     for name, parameter in block.named_parameters():
-        if parameter.dim() > 1 and id(parameter) not in covered:
+        if parameter.dim() > 1 and id(parameter) not in covered and not name.endswith(_ELEMENTWISE):
             raise IntaglioError(
                 f"the model family {config.model_type!r} is not supported: its blocks hold {name} "
                 f"{tuple(parameter.shape)}, which is not a linear layer"
@@ -367,19 +433,23 @@ class Anatomy:
         _refuse_shared(self.blocks, self.config)
         return True
 
-    def linears(self, index: int) -> list[Linear]:
+    def linears(self, index: int, experts: bool = False) -> list[Linear]:
         """Return the projections of block `index`; refuse blocks with shared weights or matrices of other kinds."""
         assert self._editable
-        return linears(self.blocks[index], self.config)
+        return linears(self.blocks[index], self.config, experts)
 
     def mlp(self, index: int) -> MLP:
         """Return the MLP of block `index`."""
         assert self._editable
         return mlp(self.blocks[index], self.config)
 
-    def all_linears(self) -> list[tuple[str, Linear]]:
+    def all_linears(self, experts: bool = False) -> list[tuple[str, Linear]]:
         """Return every projection of every block with its full name, such as `layers.3.self_attn.q_proj`."""
-        return [(f"layers.{i}.{linear.name}", linear) for i in range(len(self.blocks)) for linear in self.linears(i)]
+        return [
+            (f"layers.{index}.{linear.name}", linear)
+            for index in range(len(self.blocks))
+            for linear in self.linears(index, experts)
+        ]
 
     def feed_forward(self, index: int) -> FeedForward:
         """Return the feed-forward location of block `index`."""
@@ -420,9 +490,9 @@ def _refuse_shared(block_modules: Sequence[nn.Module], config: Any) -> None:
     owners: dict[int, nn.Module] = {}
     for block in block_modules:
         norms(block)
-        for linear in linears(block, config):
+        for linear in linears(block, config, experts=True):
             if (
-                owners.setdefault(id(linear.module.weight), linear.module) is not linear.module
+                owners.setdefault(id(linear.weight), linear.module) is not linear.module
                 or block_modules.count(block) > 1
             ):
                 raise IntaglioError(

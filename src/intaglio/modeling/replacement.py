@@ -87,7 +87,7 @@ class ReplacedMLP(nn.Module):
         super().__init__()
         self.width = width
 
-    def active(self, x_BD: Tensor) -> Tensor | None:
+    def active_units(self, x_BD: Tensor) -> Tensor | None:
         """Return which of its units fire for an input, bool [B, E]; None (the default) if all always do."""
         return None
 

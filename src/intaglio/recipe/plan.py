@@ -12,12 +12,14 @@ import torch
 
 from intaglio.checkpoint import load_config, load_tokenizer
 from intaglio.data.texts import Corpus
+from intaglio.errors import IntaglioError
 from intaglio.measures.language_modeling import ELEMENTS
 from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
 from intaglio.methods.base import Carving, Cost, Fittable, RemovesBlocks, Workload
 from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.recipe.compatibility import check_history
 from intaglio.recipe.data import read_texts
+from intaglio.recipe.recommender import interactions_step
 from intaglio.recipe.report_document import non_default_fields
 from intaglio.recipe.schema import Fit, Measure, Recipe, Step, method_of
 from intaglio.recipe.source import RunSpec, meta_model
@@ -57,6 +59,8 @@ def plan(
     """
     spec = RunSpec.from_args(recipe, model, device, dtype, seed)
     recipe, name = spec.recipe, spec.source_name
+    if interactions_step(recipe) is not None:
+        raise IntaglioError("a recipe on interactions has no dry run; its progress shows the time")
     check_history(spec)
     weightless = meta_model(spec)
     own = getattr(weightless.config, "dtype", None) or torch.float32
@@ -69,7 +73,7 @@ def plan(
     parameters = sum(p.numel() for p in weightless.parameters())
     element = torch.empty(0, dtype=kind).element_size()
     workload = Workload(
-        linears=tuple(linear.shape for _, linear in parts.all_linears()),
+        linears=tuple(linear.shape for _, linear in parts.all_linears(experts=True)),
         block_parameters=_in_blocks(parts),
         parameters=parameters,
         hidden=int(parts.config.hidden_size),
@@ -120,7 +124,7 @@ def _shortened(workload: Workload, parts: Anatomy) -> Workload:
     inside = _in_blocks(parts)
     return replace(
         workload,
-        linears=tuple(linear.shape for _, linear in parts.all_linears()),
+        linears=tuple(linear.shape for _, linear in parts.all_linears(experts=True)),
         block_parameters=inside,
         parameters=workload.parameters - workload.block_parameters + inside,
         blocks=len(parts.blocks),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,15 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def publish(out: Path, last: Path, document: dict[str, Any], overwrite: bool) -> None:
-    """Make `out` from the directory of the last step and the report, atomically."""
+def publish(
+    out: Path,
+    last: Path,
+    document: dict[str, Any],
+    overwrite: bool,
+    page: Callable[[dict[str, Any]], str] = report.carve_page,
+) -> None:
+    """Make `out` from the directory of the last step and the report, atomically; `page` renders the report."""
     with atomic_io.directory(out, overwrite) as temporary:
         shutil.copytree(last, temporary, copy_function=_link_or_copy, dirs_exist_ok=True)
         (temporary / "report.json").write_text(atomic_io.to_json(document), encoding="utf-8")
-        (temporary / "report.html").write_text(report.carve_page(document), encoding="utf-8")
+        (temporary / "report.html").write_text(page(document), encoding="utf-8")

@@ -21,6 +21,7 @@ from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import anatomy
 from intaglio.recipe.compatibility import check_history
 from intaglio.recipe.data import held_out_segments, make_evaluator, prepare_data, read_texts
+from intaglio.recipe.recommender import interactions_step, train_recommender
 from intaglio.recipe.report_document import environment, make_document, new_tokens_note
 from intaglio.recipe.resume import (
     TRAINING,
@@ -82,6 +83,8 @@ def carve(
     out = Path(out)
     spec = RunSpec.from_args(recipe, model, device, dtype, seed)
     recipe, name = spec.recipe, spec.source_name
+    if interactions_step(recipe) is not None:
+        return train_recommender(spec, out, resume=resume, overwrite=overwrite, progress=progress)
     check_history(spec)
     texts = read_texts(recipe)
     stamp = "" if spec.from_scratch else stat_fingerprint(name)

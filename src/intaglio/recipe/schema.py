@@ -59,14 +59,16 @@ class New(BaseModel):
     """A small model from scratch, as `intaglio.new` makes it from the recipe's seed.
 
     Args:
-        family: `llama`, `qwen3`, `mistral`, `gemma3`, `bert` or `modernbert`. Default `llama`.
+        family: `llama`, `qwen3`, `mistral`, `gemma3`, `gpt2`, `bert` or `modernbert`. Default `llama`.
         width: hidden size.
         depth: number of layers.
         heads: attention heads. Default: by width.
         kv_heads: key-value heads. Default: `heads`.
         context: longest input in tokens. Default 512.
-        tokenizer: `bytes`, or `texts`: a vocabulary trained on the recipe's calibration texts. Default `bytes`.
+        tokenizer: `bytes`, `texts` (a vocabulary trained on the recipe's calibration texts), or `items` (those of the
+            interactions that a `train` step names). Default `bytes`.
         vocab: size of a trained vocabulary. Default 4,096.
+        dropout: of a recommender (`tokenizer: items`). Default 0.2.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -77,13 +79,16 @@ class New(BaseModel):
     heads: Annotated[int, Field(ge=1)] | None = None
     kv_heads: Annotated[int, Field(ge=1)] | None = None
     context: Annotated[int, Field(ge=8, le=1_000_000)] = 512
-    tokenizer: Literal["bytes", "texts"] = "bytes"
+    tokenizer: Literal["bytes", "texts", "items"] = "bytes"
     vocab: Annotated[int, Field(ge=260, le=1_000_000)] | None = None
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
 
     @model_validator(mode="after")
     def _vocabulary(self) -> Self:
-        if self.vocab is not None and self.tokenizer == "bytes":
+        if self.vocab is not None and self.tokenizer != "texts":
             raise ValueError("vocab is the size of a trained vocabulary; add tokenizer: texts")
+        if self.dropout is not None and self.tokenizer != "items":
+            raise ValueError("dropout belongs to recommenders; add tokenizer: items")
         return self
 
 
@@ -193,6 +198,7 @@ class Recipe(RecipeHeader):
         try:
             check_order(map(method_of, steps), fitted=fitted_methods(steps))
             _check_fits_last(steps)
+            _check_items(steps, header.new)
         except IntaglioError as error:
             raise IntaglioError(f"{document.where(('steps',))}: {error}") from error
         return cls(**{name: getattr(header, name) for name in RecipeHeader.model_fields}, steps=steps)
@@ -232,6 +238,19 @@ def _check_fits_last(steps: Sequence[Step]) -> None:
                 f"{step.slug} cannot follow the fit of {fitted}, which belongs to the weights at that point; put fit "
                 "after the steps that change them"
             )
+
+
+def _check_items(steps: Sequence[Step], new: New | None) -> None:
+    """Refuse interactions beside other steps, and a new model whose tokens do not suit its data."""
+    logs = [step for step in steps if getattr(step, "interactions", None) is not None]
+    if logs and len(steps) > 1:
+        raise IntaglioError("a recipe on interactions has one step, train; put other steps into a recipe of their own")
+    if new is not None and (new.tokenizer == "items") != bool(logs):
+        raise IntaglioError(
+            "new has tokenizer: items, which needs a train step with interactions"
+            if not logs
+            else f"new has tokenizer: {new.tokenizer}; a model of interactions needs tokenizer: items"
+        )
 
 
 def _step(step: Any, document: Document, position: Position) -> Step:

@@ -76,7 +76,7 @@ def load_source(spec: RunSpec, texts: Corpus) -> Checkpoint:
     """Load the source, or make a new model; `texts` train its tokenizer where the recipe has `tokenizer: texts`."""
     if spec.recipe.new is None or not spec.from_scratch:
         return load(spec.source_name, device=spec.device, dtype=spec.dtype)
-    fields = spec.recipe.new.model_dump()
+    fields = spec.recipe.new.model_dump(exclude={"dropout"})
     if spec.recipe.new.tokenizer == "texts":
         fields["tokenizer"] = texts
     checkpoint = new(**fields, seed=spec.recipe.seed % 2**32)
@@ -90,7 +90,7 @@ def meta_model(spec: RunSpec) -> Any:
         if spec.recipe.new is None or not spec.from_scratch:
             _, config = load_config(spec.source_name)
             return model_class(config, spec.source_name)(config)
-        fields = spec.recipe.new.model_dump() | {"tokenizer": "bytes"}
+        fields = spec.recipe.new.model_dump(exclude={"dropout"}) | {"tokenizer": "bytes"}
         if spec.recipe.new.tokenizer == "texts":
             fields["vocab"] = spec.recipe.new.vocab or TRAINED
         return new(**fields).model

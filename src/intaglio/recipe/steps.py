@@ -37,7 +37,8 @@ def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str, tokenizer: Any
         generates = generates or ("attention" in method.changes and parts.causal and parts.head is not None)
         if not isinstance(step, Fit):
             if linears_known:
-                cast(Carving, step).check([(full, *linear.shape) for full, linear in parts.all_linears()])
+                linears = parts.all_linears(experts=method.edits_experts)
+                cast(Carving, step).check([(full, *linear.shape) for full, linear in linears])
             # The projections that a merge restores do not exist yet.
             linears_known = linears_known and "linear_weights" not in method.restores
             if isinstance(step, ChecksModel):

@@ -1,11 +1,17 @@
 """Reports: measurement documents as a self-contained HTML page, terminal tables and a summary sentence.
 
 `schema` describes and checks the documents; `formatting` formats values and their changes; `summary`, `tables` and
-`html` render a document as a line, in the terminal and in a browser.
+`html` render a document as a line, in the terminal and in a browser; `recommender` does so for recommenders.
 """
 
 from intaglio.report.formatting import MEASURES, Cell, Change, Measure, Row, rows
-from intaglio.report.html import carve_page, compare_page, demo_page, training_page
+from intaglio.report.html import carve_page, compare_page, demo_page, trained_page, training_page
+from intaglio.report.recommender import (
+    recommender_page,
+    recommender_section,
+    recommender_summary,
+    recommender_tables,
+)
 from intaglio.report.schema import BAKED, FORMAT, LIVE, TIE, ZEROS
 from intaglio.report.summary import summary
 from intaglio.report.tables import carve_table, compare_table, demo_chart, demo_table
@@ -28,7 +34,12 @@ __all__ = [
     "demo_chart",
     "demo_page",
     "demo_table",
+    "recommender_page",
+    "recommender_section",
+    "recommender_summary",
+    "recommender_tables",
     "rows",
     "summary",
+    "trained_page",
     "training_page",
 ]

@@ -280,6 +280,28 @@ def training_page(title: str, summary: str, columns: training_curves.Columns, no
     )
 
 
+def trained_page(title: str, summary: str, sections: Sequence[Mapping[str, Any]]) -> str:
+    """Return trained models as a self-contained HTML page.
+
+    A section has a `title`, a `summary` (may be empty), and optionally `curve` (columns), `tables` (title, headings,
+    rows of text) and `notes` (values by name).
+    """
+    shown = [
+        {
+            "title": section["title"],
+            "summary": section["summary"],
+            "curves": Markup(training_curves.curves(section["curve"]))
+            if training_curves.is_columns(section.get("curve"))
+            else Markup(),
+            "tables": section.get("tables", ()),
+            "notes": section.get("notes", {}),
+        }
+        for section in sections
+    ]
+    template = _environment().get_template("trained.html.j2")
+    return template.render(document={"title": title}, summary=summary, sections=shown)
+
+
 def evaluation_page(
     title: str,
     summary: str,

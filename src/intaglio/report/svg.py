@@ -18,6 +18,7 @@ from typing import Literal
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+Anchor = Literal["start", "middle", "end"]
 WIDTH = 900.0
 # Mean advance of a character at the pictures' two text sizes: SVG has no layout, so margins are estimated.
 LABEL_CHARACTER = 7.7
@@ -62,7 +63,7 @@ def write(
     x: float,
     y: float,
     kind: str = "small",
-    anchor: Literal["start", "middle", "end"] = "start",
+    anchor: Anchor = "start",
 ) -> None:
     """Add a text."""
     add(parent, "text", text, x=x, y=y, class_=kind, text_anchor=anchor)

@@ -1,6 +1,6 @@
 """Search engine for your own documents: BM25, dense, learned-sparse and hybrid retrieval in one directory.
 
-    from intaglio.search import Index
+    from intaglio.search import Index, open_index
 
     with Index.create("index", kind="hybrid", encoder="minilm") as index:
         index.add("docs/")
@@ -8,10 +8,13 @@
             print(hit.score, hit.id, hit.text)
 
 - `index`: the `Index` class: create, open, add, delete, search, compact
+- `results`: hits and reports; `retrieval`: ranking and fusion on a snapshot
+- `segment_writer`: commits of documents; `compaction`: merging of segments
 - `documents`: readers of folders, JSONL, CSV and data sets; chunks
 - `storage`: the directory: SQLite, segments, commits, recovery
 - `lexical`: BM25 and learned-sparse posting lists; `dense`: exact products
 - `encoders`: text encoders and their fingerprints
+- `milvus`: the same commands on a Milvus server
 - `fusion`: reciprocal rank fusion; `filters`: metadata conditions
 """
 
@@ -23,19 +26,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from intaglio.search.documents import Document, read_documents
     from intaglio.search.encoders import TextEncoder, load_encoder
-    from intaglio.search.index import AddReport, Hit, Index
+    from intaglio.search.index import Index, open_index
+    from intaglio.search.results import AddReport, Hit
 
 _MODULES = {
-    "AddReport": "index",
+    "AddReport": "results",
     "Document": "documents",
-    "Hit": "index",
+    "Hit": "results",
     "Index": "index",
     "TextEncoder": "encoders",
     "load_encoder": "encoders",
+    "open_index": "index",
     "read_documents": "documents",
 }
 
-__all__ = ["AddReport", "Document", "Hit", "Index", "TextEncoder", "load_encoder", "read_documents"]
+__all__ = ["AddReport", "Document", "Hit", "Index", "TextEncoder", "load_encoder", "open_index", "read_documents"]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 Pooling = Literal["mean", "cls", "last", "splade"]
+DEFAULT_ENCODER = {"dense": "minilm", "hybrid": "minilm", "sparse": "splade-tiny"}
+"""Encoder by kind of index."""
 POOLINGS = ("mean", "cls", "last", "splade")
-_BATCH_TOKENS = {"splade": 2048}
+_BATCH_TOKENS = {"splade": 512}
 """Most tokens of a batch: a token of SPLADE has a logit for each word of the vocabulary."""
 
 
@@ -319,6 +321,16 @@ def check_space(
     return encoder
 
 
+def check_context(encoder: TextEncoder, queries: Sequence[str]) -> None:
+    """Refuse queries beyond the encoder's context."""
+    for query, count in zip(queries, encoder.count_tokens(queries, query=True), strict=True):
+        if count > encoder.max_tokens:
+            raise IntaglioError(
+                f"the query {shorten(query)!r} has {count} tokens; the encoder {encoder.name} reads"
+                f" {encoder.max_tokens}"
+            )
+
+
 def describe_setting(value: Any) -> str:
     """Return a setting of an index as words of a sentence."""
     if not isinstance(value, dict):
@@ -330,9 +342,11 @@ def describe_setting(value: Any) -> str:
 
 
 __all__ = [
+    "DEFAULT_ENCODER",
     "CheckpointEncoder",
     "SparseVectors",
     "TextEncoder",
+    "check_context",
     "check_space",
     "describe_encoder",
     "describe_setting",

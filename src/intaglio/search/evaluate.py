@@ -20,7 +20,8 @@ from rich.text import Text
 from intaglio.errors import IntaglioError, first_line, shorten
 from intaglio.report import svg
 from intaglio.report.html import evaluation_page
-from intaglio.search.index import Index
+from intaglio.search.index import Index, open_index
+from intaglio.search.milvus import MilvusIndex
 
 METRICS = ("nDCG@10", "RR@10", "R@10", "R@100")
 """Names of ir-measures; RR is the reciprocal rank, whose mean is the MRR."""
@@ -138,11 +139,12 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def evaluate(
-    index: str | os.PathLike[str] | Index,
+    index: str | os.PathLike[str] | Index | MilvusIndex,
     judged: Judged,
     k: int = 100,
     *,
     device: str | None = None,
+    approximate: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Measure an index on judged queries, each searched alone.
@@ -150,15 +152,17 @@ def evaluate(
     A judged document that is not in the index counts as not retrieved.
 
     Args:
-        index: a directory, or an open index.
+        index: a directory, a `milvus://` address, or an open index.
         judged: queries and relevant documents.
         k: results for each query. Default 100.
         device: of the encoder. Default: the CPU.
+        approximate: search by graphs, and measure the recall of exact search. Default False.
         progress: called with (done, total, what).
 
     Returns:
         {"index", "kind", "encoder", "documents", "queries", "missing", metrics by name, "milliseconds" (median),
-        "milliseconds_95" (95th percentile), "bytes", "bytes_text"}; latency includes encoding the query.
+        "milliseconds_95" (95th percentile), "bytes", "bytes_text", "approximate": {"recall" (of exact search's k
+        results), "milliseconds_exact"} or None}; latency includes encoding the query.
 
     Raises:
         IntaglioError: ir-measures is not installed, or the index cannot be searched.
@@ -169,17 +173,25 @@ def evaluate(
         raise IntaglioError(
             "evaluation needs the package ir-measures; run `pip install 'intaglio[search]'` first"
         ) from error
-    if not isinstance(index, Index):
-        with Index.open(index, device=device) as opened:
-            return evaluate(opened, judged, k, progress=progress)
-    name = index.path.name
-    index.search(next(iter(judged.queries.values())), k)  # loads the encoder and compiles the kernels
+    if isinstance(index, (str, os.PathLike)):
+        with open_index(index, device=device) as opened:
+            return evaluate(opened, judged, k, approximate=approximate, progress=progress)
+    name = Path(index.path).name
+    # Load the encoder and compile the kernels.
+    index.search(next(iter(judged.queries.values())), k, approximate=approximate)
     retrieved: dict[str, dict[str, float]] = {}
-    seconds = []
+    seconds: list[float] = []
+    exact: list[float] = []
+    recalls: list[float] = []
     for done, (id, query) in enumerate(judged.queries.items(), start=1):
         start = time.perf_counter()
-        hits = index.search(query, k)
+        hits = index.search(query, k, approximate=approximate)
         seconds.append(time.perf_counter() - start)
+        if approximate:
+            start = time.perf_counter()
+            best = {hit.id for hit in index.search(query, k)}
+            exact.append(time.perf_counter() - start)
+            recalls.append(len(best & {hit.id for hit in hits}) / max(len(best), 1))
         # Ranks, because metrics sort by score and would break ties by id.
         retrieved[id] = {hit.id: float(-hit.rank) for hit in hits}
         if progress is not None:
@@ -197,12 +209,15 @@ def evaluate(
         "encoder": info["encoder"] and info["encoder"]["name"],
         "documents": info["documents"],
         "queries": len(judged.queries),
-        "missing": sum(index.get(id) is None for id in ids),
+        "missing": sum(id not in index for id in ids),
         **{metric: sums[metric] / len(judged.queries) for metric in METRICS},
         "milliseconds": 1000 * statistics.median(seconds),
         "milliseconds_95": 1000 * sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1],
         "bytes": info["bytes"]["total"],
         "bytes_text": info["bytes"]["text"],
+        "approximate": {"recall": statistics.fmean(recalls), "milliseconds_exact": 1000 * statistics.median(exact)}
+        if approximate
+        else None,
     }
 
 
@@ -214,8 +229,11 @@ def cells(result: Mapping[str, Any]) -> list[str]:
         *(f"{result[metric]:.3f}" for metric in METRICS),
         f"{result['milliseconds']:.1f}",
         f"{result['milliseconds_95']:.1f}",
-        f"{result['bytes'] / 1e6:,.1f}",
-        f"{result['bytes'] / max(1, result['bytes_text']):.2f}",
+        *(
+            (f"{result['bytes'] / 1e6:,.1f}", f"{result['bytes'] / max(1, result['bytes_text']):.2f}")
+            if result["bytes"] is not None  # unknown of a server
+            else ("-", "-")
+        ),
     ]
 
 
@@ -242,7 +260,16 @@ def _caption(results: Sequence[Mapping[str, Any]]) -> str:
     words = (
         "R: recall; ms: median time of a query with its encoding, and 95th percentile; of text: size over the text's"
     )
-    return f"{words}. {missing:,} relevant documents are not in an index." if missing else words
+    sentences = [words]
+    if missing:
+        sentences.append(f"{missing:,} relevant documents are not in an index")
+    for result in results:
+        if measured := result.get("approximate"):
+            sentences.append(
+                f"{result['index']}: approximate search returns {measured['recall']:.3f} of exact search's results,"
+                f" which takes {measured['milliseconds_exact']:.1f} ms"
+            )
+    return ". ".join(sentences) + ("." if len(sentences) > 1 else "")
 
 
 def plots(results: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -253,7 +280,10 @@ def plots(results: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     pictures = []
     for key, title, axis, unit in axes:
-        points = [svg.Point(result["index"], result[key] / unit, result["nDCG@10"]) for result in results]
+        known = [result for result in results if result[key] is not None]
+        if not known:
+            continue
+        points = [svg.Point(result["index"], result[key] / unit, result["nDCG@10"]) for result in known]
         words = "; ".join(f"{p.label}: nDCG@10 {p.y:.3f} at {p.x:,.3g}" for p in points) + "."
         pictures.append(svg.scatter(title, words, points, x_axis=axis, y_axis="nDCG@10"))
     return pictures

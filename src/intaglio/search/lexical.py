@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _NO_FLOATS, _NO_BYTES = np.empty(0, np.float32), np.empty(0, np.uint8)
+KEPT_TERMS = 1 << 16
+"""Most terms of earlier queries that are looked up once for a snapshot."""
 _ARRAYS = ("keys", "ptr", "rows", "values", "bounds")
 
 
@@ -201,7 +203,7 @@ class Postings:
         """Return k1 (1 - b + b length / mean) of each row."""
         if (k1, b, mean) not in self._norms:
             self._norms.clear()
-            self._norms[k1, b, mean] = (k1 * (1 - b + b * self.lengths / mean)).astype(np.float32)
+            self._norms[k1, b, mean] = np.asarray(BM25(k1, b).norm(self.lengths, mean), np.float32)
         return self._norms[k1, b, mean]
 
     def values_at(self, slot: int, rows: NDArray[Any]) -> NDArray[np.float32]:
@@ -229,6 +231,18 @@ class BM25:
         """Return the inverse document frequency."""
         return math.log(1 + (rows - df + 0.5) / (df + 0.5))
 
+    def norm(self, length: Any, mean: float) -> Any:
+        """Return k1 (1 - b + b length / mean)."""
+        return self.k1 * (1 - self.b + self.b * length / mean)
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A term's weight (inverse document frequency, or 1) and in each segment (slot or -1, start, end, bound)."""
+
+    weight: float
+    lists: list[tuple[int, int, int, float]]
+
 
 class LexicalSearch:
     """Searches the posting lists of a snapshot's segments.
@@ -247,39 +261,38 @@ class LexicalSearch:
         sizes: Sequence[int],
         bm25: BM25 | None,
     ) -> None:
+        from intaglio.kernels import postings_numba
+
         self._segments, self._alive, self._sizes, self._bm25 = segments, alive, sizes, bm25
-        self._df: dict[int, int] = {}
+        self._kernels = postings_numba
+        self._terms: dict[int, _Term] = {}
         if bm25:
             live = [p.lengths if a is None else p.lengths[a != 0] for p, a in zip(segments, alive, strict=True)]
             self._rows = sum(map(len, live))
             # At least 1, so that a corpus of stop words alone is no division by zero.
             self._mean = max(sum(int(part.sum(dtype=np.int64)) for part in live), 1) / max(self._rows, 1)
 
-    def _document_frequency(self, key: int, slots: Sequence[int]) -> int:
-        from intaglio.kernels import postings_numba
+    def _term(self, key: int) -> _Term:
+        """Return a term's lists and weight, kept for later queries."""
+        if key not in self._terms:
+            if len(self._terms) >= KEPT_TERMS:
+                self._terms.clear()
+            self._terms[key] = self._look_up(key)
+        return self._terms[key]
 
-        if key not in self._df:
-            total = 0
-            for part, alive, slot in zip(self._segments, self._alive, slots, strict=True):
-                if slot >= 0:
-                    start, end = int(part.ptr[slot]), int(part.ptr[slot + 1])
-                    total += (
-                        end - start
-                        if alive is None
-                        else int(postings_numba.count_allowed(part.rows, start, end, alive))
-                    )
-            self._df[key] = total
-        return self._df[key]
-
-    def _query(self, terms: Mapping[int, float]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return the weight of each term, and its list in each segment."""
-        keys_T = np.fromiter(terms, np.uint64, len(terms))
-        slots_ST = np.stack([part.find(keys_T) for part in self._segments])
-        weights = list(terms.values())
-        if self._bm25:
-            dfs = [self._document_frequency(key, slots_ST[:, t].tolist()) for t, key in enumerate(terms)]
-            weights = [w * self._bm25.weigh(df, self._rows) for w, df in zip(weights, dfs, strict=True)]
-        return np.array(weights, np.float32), slots_ST
+    def _look_up(self, key: int) -> _Term:
+        lists, df = [], 0
+        for part, alive in zip(self._segments, self._alive, strict=True):
+            slot = int(part.find(np.array([key], np.uint64))[0])
+            if slot < 0:
+                lists.append((-1, 0, 0, 0.0))
+                continue
+            start, end, bound = int(part.ptr[slot]), int(part.ptr[slot + 1]), float(part.bounds[slot])
+            if self._bm25:
+                df += end - start if alive is None else int(self._kernels.count_allowed(part.rows, start, end, alive))
+                bound /= bound + self._bm25.norm(float(part.shortest[slot]), self._mean)
+            lists.append((slot, start, end, bound))
+        return _Term(self._bm25.weigh(df, self._rows) if self._bm25 else 1.0, lists)
 
     def search(
         self, terms: Mapping[int, float], k: int, allowed: Sequence[NDArray[np.uint8]] | None = None
@@ -291,25 +304,19 @@ class LexicalSearch:
             k: most rows.
             allowed: rows that pass a filter, in each segment; all of them live. Default: the live rows.
         """
-        from intaglio.kernels import postings_numba
-
         scores_K, keys_K, size, base = np.empty(k, np.float32), np.empty(k, np.int64), 0, 0
-        if not self._segments or not terms:
-            return scores_K[:0], keys_K[:0]
-        weights_T, slots_ST = self._query(terms)
-        for number, (part, rows, slots_T) in enumerate(zip(self._segments, self._sizes, slots_ST, strict=True)):
-            used_T = slots_T >= 0
-            if used_T.any():
-                slots, weights = slots_T[used_T], weights_T[used_T]
-                norms, bounds = _NO_FLOATS, part.bounds[slots].astype(np.float32)
-                if self._bm25:
-                    norms = part.norms(self._bm25.k1, self._bm25.b, self._mean)
-                    least = self._bm25.k1 * (1 - self._bm25.b + self._bm25.b * part.shortest[slots] / self._mean)
-                    bounds = bounds / (bounds + least).astype(np.float32)
+        weighed = [(count * term.weight, term.lists) for key, count in terms.items() for term in (self._term(key),)]
+        for number, (part, rows) in enumerate(zip(self._segments, self._sizes, strict=True)):
+            own = [(weight, *lists[number]) for weight, lists in weighed if lists[number][0] >= 0]
+            if own:
+                weights, _, starts, ends, bounds = zip(*own, strict=True)
+                weights_T = np.array(weights, np.float32)
+                norms = part.norms(self._bm25.k1, self._bm25.b, self._mean) if self._bm25 else _NO_FLOATS
                 mask = self._alive[number] if allowed is None else allowed[number]
-                size = postings_numba.search(
-                    part.rows, part.values, norms, _NO_BYTES if mask is None else mask, part.ptr[slots],
-                    part.ptr[slots + 1], weights, weights * bounds, base, rows, scores_K, keys_K, size,
+                size = self._kernels.search(
+                    part.rows, part.values, norms, _NO_BYTES if mask is None else mask, np.array(starts, np.int64),
+                    np.array(ends, np.int64), weights_T, weights_T * np.array(bounds, np.float32), base, rows,
+                    scores_K, keys_K, size,
                 )  # fmt: skip
             base += rows
         order = np.lexsort((keys_K[:size], -scores_K[:size]))
@@ -317,14 +324,15 @@ class LexicalSearch:
 
     def explain(self, terms: Mapping[int, float], segment: int, row: int) -> dict[int, float]:
         """Return what each matching term adds to a row's score, by key."""
-        weights_T, slots_ST = self._query(terms)
         part, result = self._segments[segment], {}
-        for key, weight, slot in zip(terms, weights_T, slots_ST[segment], strict=True):
-            value = float(part.values_at(int(slot), np.array([row]))[0]) if slot >= 0 else 0.0
+        for key, count in terms.items():
+            term = self._term(key)
+            slot = term.lists[segment][0]
+            value = float(part.values_at(slot, np.array([row]))[0]) if slot >= 0 else 0.0
             if value:
                 if self._bm25:
                     value /= value + float(part.norms(self._bm25.k1, self._bm25.b, self._mean)[row])
-                result[key] = float(weight) * value
+                result[key] = count * term.weight * value
         return result
 
 

@@ -14,8 +14,16 @@ import numpy as np
 from intaglio.errors import IntaglioError, first_line, shorten
 from intaglio.search import filters as conditions
 from intaglio.search.documents import Document, chunk_spans, read_documents
-from intaglio.search.encoders import SparseVectors, TextEncoder, check_space, describe_encoder, resolve_encoder
-from intaglio.search.index import AddReport, Filters, Hit, Progress
+from intaglio.search.encoders import (
+    DEFAULT_ENCODER,
+    SparseVectors,
+    TextEncoder,
+    check_context,
+    check_space,
+    describe_encoder,
+    resolve_encoder,
+)
+from intaglio.search.results import AddReport, Filters, Hit, Kind, Progress, check_queries
 
 BATCH = 256
 """Documents sent at a time."""
@@ -29,10 +37,12 @@ class MilvusIndex:
     fingerprint is recorded in the collection's properties, and other encoders are refused as by `Index`.
 
     Args:
-        url: `milvus://host:port/collection`, or `milvus:///file.db/collection` for a local file of milvus-lite.
+        url: `milvus://host:port/collection`, or `milvus:///path/file.db/collection` for a local file of milvus-lite.
         encoder: a name, directory or object. Default: the recorded one; `minilm` for a new collection.
+        kind: "dense" or "sparse", for a new collection. Default: what the encoder is.
         chunk: most characters of a chunk, for a new collection. Default 2000.
         create: create the collection if it is missing. Default False.
+        device: device of the encoder. Default: the CPU.
         encoder_options: as for `Index.create`, for a new collection.
 
     Raises:
@@ -44,8 +54,10 @@ class MilvusIndex:
         url: str,
         encoder: str | TextEncoder | None = None,
         *,
+        kind: str | None = None,
         chunk: int = 2000,
         create: bool = False,
+        device: str | None = None,
         **encoder_options: Any,
     ) -> None:
         try:
@@ -63,7 +75,13 @@ class MilvusIndex:
         if not exists:
             if not create:
                 raise IntaglioError(f"{url} does not exist: `intaglio index DOCS --store {url}` creates it")
-            self._encoder = resolve_encoder(encoder or "minilm", encoder_options)
+            if kind not in (None, "dense", "sparse"):
+                raise IntaglioError(f"kind is {kind!r}; a Milvus store accepts: dense, sparse")
+            if encoder is None or isinstance(encoder, str):
+                encoder_options["device"] = device
+            self._encoder = resolve_encoder(encoder or DEFAULT_ENCODER[kind or "dense"], encoder_options)
+            if kind not in (None, self._encoder.kind):
+                raise IntaglioError(f"the encoder {self._encoder.name!r} is {self._encoder.kind}, not {kind}")
             self._create()
         else:
             with self._sentences():
@@ -71,7 +89,12 @@ class MilvusIndex:
             if "intaglio" not in properties:
                 raise IntaglioError(f"{url} is no collection of intaglio; name another")
             settings = json.loads(properties["intaglio"])
-            self._encoder, self._chunk = check_space(url, settings["encoder"], encoder), settings["chunk"]
+            known = {**settings["encoder"], "chunk": settings["chunk"]}
+            for name, value in {"chunk": chunk, "kind": kind, **encoder_options}.items() if create else ():
+                if value is not None and known.get(name, value) != value:
+                    raise IntaglioError(f"{url} has {name} {known[name]} instead of {value}; name another collection")
+            self._encoder = check_space(url, settings["encoder"], encoder, device)
+            self._chunk = settings["chunk"]
         self.kind = self._encoder.kind
         with self._sentences():
             self._client.load_collection(self._collection)
@@ -87,6 +110,7 @@ class MilvusIndex:
             for name in ("document", "title", "text", "digest"):
                 schema.add_field(name, DataType.VARCHAR, max_length=65_535)
             schema.add_field("start", DataType.INT64)
+            schema.add_field("part", DataType.INT64)  # number of the chunk in its document
             schema.add_field("metadata", DataType.JSON)
             if sparse:
                 schema.add_field("vector", DataType.SPARSE_FLOAT_VECTOR)
@@ -125,6 +149,7 @@ class MilvusIndex:
         """Add or update documents; see `Index.add`."""
         started, report = time.perf_counter(), AddReport()
         batch: dict[str, Document] = {}
+        seen: dict[str, bytes] = {}
         source = read_documents(documents, text_field=text_field, id_field=id_field, skipped=report.skipped)
         for count, document in enumerate(source, 1):
             if progress:
@@ -132,8 +157,9 @@ class MilvusIndex:
             if not document.text.strip():
                 report.skipped.append(f"the document {shorten(document.id)!r} is empty")
                 continue
-            if batch.setdefault(document.id, document).digest != document.digest:
+            if seen.setdefault(document.id, document.digest) != document.digest:
                 raise IntaglioError(f"the id {shorten(document.id)!r} is that of two documents; ids must be unique")
+            batch[document.id] = document
             if len(batch) == BATCH:
                 self._send(batch, report)
                 batch = {}
@@ -150,13 +176,15 @@ class MilvusIndex:
             return
         context, counts = self._encoder.max_tokens, self._encoder.count_tokens
         pieces = [
-            (document, start, stop)
+            (document, part, start, stop)
             for document in changed
-            for start, stop in chunk_spans(
-                document.text, self._chunk or 16_000, lambda texts: [tokens > context for tokens in counts(texts)]
+            for part, (start, stop) in enumerate(
+                chunk_spans(
+                    document.text, self._chunk or 16_000, lambda texts: [tokens > context for tokens in counts(texts)]
+                )
             )
         ]
-        vectors = self._encoder.encode_documents([document.text[start:stop] for document, start, stop in pieces])
+        vectors = self._encoder.encode_documents([document.text[start:stop] for document, _, start, stop in pieces])
         rows = [
             {
                 "document": document.id,
@@ -164,10 +192,11 @@ class MilvusIndex:
                 "text": document.text[start:stop],
                 "digest": document.digest.hex(),
                 "start": start,
+                "part": part,
                 "metadata": json.loads(document.metadata_json),
                 "vector": vector,
             }
-            for (document, start, stop), vector in zip(pieces, _rows(vectors), strict=True)
+            for (document, part, start, stop), vector in zip(pieces, _rows(vectors), strict=True)
         ]
         updated = [document.id for document in changed if document.id in known]
         with self._sentences():
@@ -187,20 +216,47 @@ class MilvusIndex:
             )
         return {row["document"]: row["digest"] for row in rows}
 
-    def delete(self, ids: Iterable[str]) -> int:
-        """Delete documents by id, and return their number; see `Index.delete`."""
-        names = list(dict.fromkeys(ids))
-        known = self._known(names)
-        if unknown := [name for name in names if name not in known]:
-            raise IntaglioError(f"no document of {self.path} has the id {shorten(unknown[0])!r}; nothing was deleted")
+    def _count(self, expression: str) -> int:
+        """Return the number of rows that meet an expression."""
         with self._sentences():
-            self._client.delete(self._collection, filter=f"document in {json.dumps(names)}")
-        return len(names)
+            (row,) = self._client.query(self._collection, filter=expression, output_fields=["count(*)"])
+        return int(row["count(*)"])
 
-    def search(self, query: str, k: int = 10, *, filters: Filters | None = None) -> list[Hit]:
-        """Return the best documents for a query; see `Index.search`."""
-        if not query.strip():
-            raise IntaglioError("the query is empty; give at least one word")
+    def delete(self, ids: Iterable[str] | None = None, *, filters: Filters | None = None) -> int:
+        """Delete documents by id or by metadata, and return their number; see `Index.delete`."""
+        if ids is None and not filters:
+            raise IntaglioError("nothing to delete was named; give ids or a filter")
+        clauses = [_expression(filters)] if filters else []
+        if ids is not None:
+            names = list(dict.fromkeys(ids))
+            known = self._known(names)
+            if unknown := [name for name in names if name not in known]:
+                name = shorten(unknown[0])
+                raise IntaglioError(f"no document of {self.path} has the id {name!r}; nothing was deleted")
+            clauses.append(f"document in {json.dumps(names)}")
+        expression = " and ".join(clauses)
+        count = self._count(f"{expression} and part == 0")
+        with self._sentences():
+            self._client.delete(self._collection, filter=expression)
+        return count
+
+    def search(
+        self,
+        query: str,
+        k: int = 10,
+        *,
+        filters: Filters | None = None,
+        explain: bool = False,
+        mode: Kind | None = None,
+        approximate: bool = False,
+    ) -> list[Hit]:
+        """Return the best documents for a query; see `Index.search`. `explain` fills in `Hit.parts` only."""
+        check_queries([query], k)
+        if mode not in (None, self.kind):
+            raise IntaglioError(f"mode is {mode!r}; the store {self.path} has: {self.kind}")
+        if approximate:
+            raise IntaglioError(f"the store {self.path} has an exact index; approximate search is of a directory")
+        check_context(self._encoder, [query])
         (vector,) = _rows(self._encoder.encode_queries([query]))
         with self._sentences():
             (rows,) = self._client.search(
@@ -218,9 +274,44 @@ class MilvusIndex:
             hit = Hit(
                 entity["document"], row["distance"], len(hits) + 1, entity["title"], entity["text"], entity["start"],
                 entity["metadata"],
+                parts={self.kind: {"rank": float(len(hits) + 1), "score": row["distance"]}} if explain else {},
             )  # fmt: skip
             hits.setdefault(hit.id, hit)
         return list(hits.values())[:k]
+
+    def info(self, verify: bool = False) -> dict[str, Any]:
+        """Describe the collection; see `Index.info`.
+
+        Args:
+            verify: ignored; the server guards its files.
+
+        Returns:
+            {"path", "kind", "documents", "chunks", "encoder", "chunk", "bytes": {"text", "total"}, "damaged": []}; the
+            bytes are unknown, hence None.
+        """
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "documents": len(self),
+            "chunks": self._count("part >= 0"),
+            "encoder": describe_encoder(self._encoder),
+            "chunk": self._chunk,
+            "bytes": {"text": None, "total": None},
+            "damaged": self.damaged,
+        }
+
+    @property
+    def damaged(self) -> list[str]:
+        """Nothing: the server guards its files."""
+        return []
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return self._count("part == 0")
+
+    def __contains__(self, id: str) -> bool:
+        """Return whether a document is in the collection."""
+        return bool(self._known([id]))
 
     def close(self) -> None:
         """Close the connection."""

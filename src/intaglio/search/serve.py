@@ -23,7 +23,8 @@ from urllib.parse import parse_qs, urlsplit
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from intaglio.errors import IntaglioError
-from intaglio.search.index import Hit, Index
+from intaglio.search.index import Index
+from intaglio.search.results import Hit
 from intaglio.search.snippets import Piece, snippet
 
 HOST = "127.0.0.1"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from intaglio.search import ann
 from intaglio.search.lexical import BM25, LexicalSearch, Postings
 from intaglio.search.storage import CorruptSegmentError, SegmentRow, Store
 
@@ -22,11 +24,17 @@ class Segment:
     row: SegmentRow
     arrays: dict[str, NDArray[Any]]
     alive: NDArray[np.uint8] | None
+    graph_file: Path
 
     @property
     def live(self) -> NDArray[np.bool_]:
         """The mask of the live rows, bool [N]."""
         return np.ones(self.row.rows, np.bool_) if self.alive is None else self.alive != 0
+
+    @cached_property
+    def graph(self) -> Any:
+        """The usearch graph of the dense vectors, or None."""
+        return ann.load(self.graph_file)
 
     @cached_property
     def bm25(self) -> Postings:
@@ -81,7 +89,7 @@ class Snapshot:
                 continue
             gone = dead[np.searchsorted(dead, row.first) : np.searchsorted(dead, row.last, side="right")]
             alive = (~member(arrays["chunks"], gone)).astype(np.uint8) if len(gone) else None
-            segments.append(Segment(row, arrays, alive))
+            segments.append(Segment(row, arrays, alive, store.graph_file(row.number)))
         return cls(store.generation(), segments, damaged, bm25)
 
     @cached_property

@@ -2,6 +2,7 @@
 
     index.db              settings, documents, chunks, deleted chunks, the list of segments
     segments/N.safetensors  vectors and posting lists of a run of chunks
+    segments/N.usearch    graph of these vectors, optional
     lock                  held by the writer
 
 The commit point is a SQLite transaction: a segment is written and flushed first, then registered together with its
@@ -150,9 +151,10 @@ class Store:
         """
         busy = f"the index {self.path} is being written by another process; try again when it is done"
         with atomic_io.locked(self.path / LOCK, busy), sentences(self.path):
-            known = {self.file(row.number).name for row in self.segments()}
+            rows = self.segments()
+            known = {file(row.number) for row in rows for file in (self.file, self.graph_file)}
             for file in (self.path / SEGMENTS).iterdir():
-                if file.name not in known:
+                if file not in known:
                     file.unlink()
             yield
             # Moves the log into the database; a reader in the way is not waited for.
@@ -203,6 +205,10 @@ class Store:
         """Return the file of a segment."""
         return self.path / SEGMENTS / f"{number}.safetensors"
 
+    def graph_file(self, number: int) -> Path:
+        """Return the file of a segment's graph, which `index compact --ann` writes."""
+        return self.file(number).with_suffix(".usearch")
+
     def write_segment(self, arrays: dict[str, NDArray[Any]]) -> SegmentRow:
         """Write and flush a segment; it is registered by `register`."""
         from safetensors.numpy import save_file
@@ -231,6 +237,13 @@ class Store:
         """Register a segment, inside a transaction."""
         values = dataclasses.astuple(row)
         self.db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    def remove(self, document: int) -> None:
+        """Delete a document, inside a transaction."""
+        db = self.db
+        db.execute("INSERT INTO dead SELECT chunk FROM chunks WHERE document = ?", (document,))
+        db.execute("DELETE FROM chunks WHERE document = ?", (document,))
+        db.execute("DELETE FROM documents WHERE number = ?", (document,))
 
     def read_segment(self, row: SegmentRow, verify: bool = False) -> dict[str, NDArray[Any]]:
         """Map a segment's arrays; its checksum is compared if the file's time is not the recorded one.

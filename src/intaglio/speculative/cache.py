@@ -66,11 +66,17 @@ def preallocated_cache() -> DynamicCache:
     return cache
 
 
-def check_cache(cache: Any) -> None:
-    """Raise an `IntaglioError` if the rows of a cache cannot be reordered.
+TREE_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, PreallocatedLayer, _SHARING)
+"""Kinds of cache layers whose rows can be reordered."""
 
-    Refused are no cache at all, and static, quantized, offloaded, hybrid and encoder-decoder caches.
-    """
+
+def other_layer(cache: DynamicCache) -> str | None:
+    """Return the class of the first layer whose rows cannot be reordered, or None."""
+    return next((type(layer).__name__ for layer in cache.layers if type(layer) not in TREE_LAYERS), None)
+
+
+def check_cache(cache: Any) -> None:
+    """Raise an `IntaglioError` for no cache at all, and for static, quantized, offloaded and encoder-decoder caches."""
     if cache is None:
         raise IntaglioError(
             "generate made no key-value cache (use_cache is False, or the model keeps a state of another kind); "
@@ -80,12 +86,6 @@ def check_cache(cache: Any) -> None:
         raise IntaglioError(f"a {type(cache).__name__} was given; speculative decoding needs a DynamicCache")
     if cache.offloading:
         raise IntaglioError("the cache is offloaded; speculative decoding needs a DynamicCache that stays in memory")
-    for layer in cache.layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, PreallocatedLayer, _SHARING):
-            raise IntaglioError(
-                f"the cache holds a {type(layer).__name__}; speculative decoding needs attention layers with dynamic "
-                "keys and values"
-            )
 
 
 def is_windowed(cache: DynamicCache) -> bool:
@@ -114,7 +114,7 @@ def drop_last(layers: Iterable[Any], count: int) -> None:
 
 def _filled(cache: DynamicCache) -> list[Any]:
     """Return the layers that hold rows; layers that share another's keys hold none."""
-    filled = [layer for layer in cache.layers if layer.is_initialized and layer.keys is not None]
+    filled = [x for x in cache.layers if isinstance(x, DynamicLayer) and x.is_initialized and x.keys is not None]
     return [layer for layer in filled if layer.keys.numel()]
 
 
@@ -164,3 +164,6 @@ def release(cache: DynamicCache) -> None:
     """Copy the rows of a cache filled under inference mode, so that users may compute with them."""
     for layer in _filled(cache):
         layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
+    for layer in cache.layers:
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            states.update({index: state.clone() for index, state in states.items() if state is not None})

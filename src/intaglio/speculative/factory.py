@@ -1,4 +1,4 @@
-"""Drafters by name: the methods of the catalogue that draft, and the plain drafters."""
+"""Decoders by name: the methods of the catalogue that decode, and the plain drafters."""
 
 from __future__ import annotations
 
@@ -58,17 +58,12 @@ def drafter_names() -> list[str]:
 
 
 def decoder_names() -> list[str]:
-    """Return the names of all decoders but those of stock `generate`: drafters, and methods that decode otherwise."""
-    return [*drafter_names(), *(slug for slug, entry in PUBLISHED.items() if is_decoder(slug))]
-
-
-def is_decoder(name: str) -> bool:
-    """Return whether it is a method that decodes without drafting."""
-    return name in PUBLISHED and "decoder" in PUBLISHED[name].kinds and "drafter" not in PUBLISHED[name].kinds
+    """Return the names of all decoders, those that draft and others."""
+    return [*(slug for slug, entry in PUBLISHED.items() if {"decoder", "drafter"} & set(entry.kinds)), *PLAIN]
 
 
 def settings_model(name: str) -> type[BaseModel]:
-    """Return the model of a drafter's settings."""
+    """Return the model of a decoder's settings."""
     return PLAIN[name] if name in PLAIN else get_method(name)
 
 
@@ -118,10 +113,14 @@ def make_decoder(
     streamer: Any = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Any:
-    """Return the callable for `generate(custom_generate=...)`; arguments as `make_drafter` and `Speculative`."""
-    if is_decoder(name):
+    """Return the callable for `generate(custom_generate=...)`; arguments as `make_drafter` and `Speculative`.
+
+    A decoder that drafts nothing takes `streamer` if it has a field of that name, and no `on_step`.
+    """
+    if name not in drafter_names():
         method: Any = get_method(name)
-        return method.for_checkpoint(checkpoint, **fields).model_copy(update={"streamer": streamer})
+        decoder = method.for_checkpoint(checkpoint, **fields) if hasattr(method, "for_checkpoint") else method(**fields)
+        return decoder.model_copy(update={"streamer": streamer}) if "streamer" in method.model_fields else decoder
     drafter = make_drafter(name, fields, checkpoint)
     if isinstance(drafter, SpeculativeDecoder):
         return drafter.model_copy(update={"streamer": streamer, "on_step": on_step})

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,23 +24,26 @@ from torch import Tensor
 
 from intaglio.errors import IntaglioError
 from intaglio.speculative.acceptance import AcceptancePolicy, TokenSelector, verify_tree
+from intaglio.speculative.chain_model import CachedChainModel, open_cached_model
 from intaglio.speculative.outputs import SpeculativeOutput, active_rows, build_output, collect_rows, streaming
+from intaglio.speculative.pass_cost import pass_costs
 from intaglio.speculative.prepacked_linear import prepacked
 from intaglio.speculative.protocols import AcceptingSession, DecodingRun, Drafter, ForwardSession, Step, TreePass
 from intaglio.speculative.request import Request, read_request
 from intaglio.speculative.sequences import SequenceState, stop_together
 from intaglio.speculative.statistics import Statistics
-from intaglio.speculative.target_model import Reader, check_tree_attention, stack
+from intaglio.speculative.target_model import stack
 from intaglio.speculative.tree import TokenTree, root_only
 
 
 class Speculative:
     """Speculative decoding as a `custom_generate` callable of stock `generate`.
 
-    Accepts decoders with full or sliding attention under SDPA or eager attention, any batch size with left padding,
-    greedy decoding or sampling, every logits processor and stopping criterion that `generate` builds or gets (stop
-    strings as `stopping_criteria=[StopStringCriteria(tokenizer, ...)]`, since `generate` does not pass the tokenizer
-    on). A cache given to `generate` is filled and continued (one row).
+    Accepts decoders with full or sliding attention under SDPA or eager attention, any batch size with left padding
+    (of models that read only chains, such as recurrent ones, one row without padding: `chain_model`), greedy
+    decoding or sampling, every logits processor and stopping criterion that `generate` builds or gets (stop strings
+    as `stopping_criteria=[StopStringCriteria(tokenizer, ...)]`, since `generate` does not pass the tokenizer on). A
+    cache given to `generate` is filled and continued (one row).
 
     Args:
         drafter: source of the guesses.
@@ -49,7 +53,8 @@ class Speculative:
         generator: source of the draws. Default None: torch's global generator, as in stock `generate`.
         prepack: whether passes on a CPU use copies of the linear weights laid out for a few tokens at a time (as much
             memory again as the weights take; kept for the next call). True: wherever possible. False: never, as stock
-            `generate`. Default None: from 32 new tokens on, if there is memory for them.
+            `generate`. Default None: from 32 new tokens on, if there is memory for them, and for the weights and
+            numbers of tokens for which the first use on a machine measured them to be faster.
 
     Attributes:
         statistics: of the last run.
@@ -106,7 +111,7 @@ class Speculative:
             generation = _Generation(self, model, request)
             ids_BL = generation.run()
         selector = generation.selector
-        return build_output(request, ids_BL, self.statistics, selector.scores, selector.logits)
+        return build_output(request, generation.cached, ids_BL, self.statistics, selector.scores, selector.logits)
 
 
 class _Generation:
@@ -119,14 +124,17 @@ class _Generation:
         self._counts = decoder.statistics
         self._model = model
         weights = prepacked(model, decoder.prepack, request.room)
-        self._reader = Reader(model, request.cache, hidden=decoder.drafter.needs_hidden, prepacked=weights)
-        check_tree_attention(model, request.max_length)
-        shape = (request.ids_BP.shape[0], request.max_length)
+        rows = len(request.ids_BP)
+        self._costs = partial(pass_costs, model, rows, weights)
+        self.cached = open_cached_model(model, request, decoder.drafter.needs_hidden, weights)
+        shape = (rows, request.max_length)
         self._ids_BL = torch.full(shape, request.pad, device=request.ids_BP.device)
         self._rows = [SequenceState(index, buffer_L, request) for index, buffer_L in enumerate(self._ids_BL)]
         self.selector = TokenSelector(request, decoder.generator)
         self._session = self._timed(decoder.drafter.start, self._decoding_run())
         self._forward = self._session.forward if isinstance(self._session, ForwardSession) else None
+        if self._forward is not None and isinstance(self.cached, CachedChainModel):
+            raise IntaglioError(f"{self.cached.refusal}; {type(decoder.drafter).__name__} drafts inside such passes")
         accepting = isinstance(self._session, AcceptingSession)
         self._accept: AcceptancePolicy = self._session.accept if accepting else verify_tree
 
@@ -146,13 +154,15 @@ class _Generation:
             limit=request.room,
             generator=self._decoder.generator,
             prepack=self._decoder.prepack,
+            costs=self._costs,
+            branches=not isinstance(self.cached, CachedChainModel),
             statistics=self._counts,
         )
 
     def _timed(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call the drafter and add the time to its account."""
         start = time.perf_counter()
-        with self._reader.linears:  # heads that draft call the target's own last linear
+        with self.cached.linears:  # heads that draft call the target's own last linear
             result = function(*args)
         self._counts.drafter_seconds += time.perf_counter() - start
         return result
@@ -160,15 +170,15 @@ class _Generation:
     def run(self) -> Tensor:
         """Generate, and return the padded rows [B, L]."""
         self._prefill()
-        for rows in active_rows(self._rows, self._reader):
+        for rows in active_rows(self._rows, self.cached):
             self._pass(rows)
-        ids_BL = collect_rows(self._request, self._rows, self._ids_BL, self._counts)
+        ids_BL = collect_rows(self._request, self.cached, self._rows, self._ids_BL, self._counts)
         self._counts.seconds = time.perf_counter() - self._began
         return ids_BL
 
     def _prefill(self) -> None:
         start = time.perf_counter()
-        logits_BV = self._reader.prefill(self._request.ids_BP, self._request.mask_BP)
+        logits_BV = self.cached.prefill(self._request.ids_BP, self._request.mask_BP)
         self._counts.record_pass(len(self._rows), start, self._model.device)
         self.selector.prepare(logits_BV[:, None])
         steps = []
@@ -176,8 +186,8 @@ class _Generation:
             logits_1V = logits_BV[row.index][None]
             (first,) = verify_tree(self.selector, row, row.index, root_only(row.last), logits_1V)
             row.unread = first.tokens
-            hidden_BPD = self._reader.hidden_BQD
-            hidden = None if hidden_BPD is None else hidden_BPD[row.index, self._reader.pads[row.index] :]
+            hidden_BPD = self.cached.hidden_BQD
+            hidden = None if hidden_BPD is None else hidden_BPD[row.index, self.cached.pads[row.index] :]
             steps.append(Step(row.index, first.tokens, 0, None, (), hidden, logits_1V, row.done))
         self._report(steps)
 
@@ -185,7 +195,7 @@ class _Generation:
         """Return a checked tree for every row, no deeper than it can use."""
         room = [row.remaining - 1 for row in rows]
         trees: Sequence[TokenTree] = self._timed(self._session.propose, [row.index for row in rows], room)
-        name, last_id = type(self._decoder.drafter).__name__, self._reader.vocabulary - 1
+        name, last_id = type(self._decoder.drafter).__name__, self.cached.vocabulary - 1
         if len(trees) != len(rows):
             raise IntaglioError(f"{name} proposed {len(trees)} trees for {len(rows)} rows; one per row is needed")
         for tree, row in zip(trees, rows, strict=True):
@@ -197,28 +207,28 @@ class _Generation:
                 raise IntaglioError(
                     f"{name} proposed the token {max(tree.tokens)}; the target's vocabulary ends at {last_id}"
                 )
-        return [tree.truncate(most + len(row.unread) - 1) for tree, row, most in zip(trees, rows, room, strict=True)]
+        return [self.cached.fit(tree, len(row.unread), most) for tree, row, most in zip(trees, rows, room, strict=True)]
 
     def _pass(self, rows: list[SequenceState]) -> None:
         """Draft, verify, emit and keep, once."""
         trees = self._draft(rows)
-        inputs = self._reader.prepare_inputs(*stack(trees))
+        inputs = self.cached.prepare_inputs(*stack(trees))
         start = time.perf_counter()
         if self._forward is None:
-            logits_BQV = self._reader.forward(inputs)
+            logits_BQV = self.cached.forward(inputs)
         else:
             indices = [row.index for row in rows]
-            with self._reader.linears:
-                logits_BQV = self._forward(TreePass(self._model, indices, trees, inputs, self._reader))
+            with self.cached.linears:
+                logits_BQV = self._forward(TreePass(self._model, indices, trees, inputs, self.cached))
         self._counts.record_pass(len(rows), start, self._model.device)
-        self._reader.commit(inputs)
+        self.cached.commit(inputs)
         self.selector.prepare(logits_BQV)
         steps, kept = [], []
         for index, (row, tree) in enumerate(zip(rows, trees, strict=True)):
             logits_NV = logits_BQV[index, : len(tree)]
             accepted = self._accept(self.selector, row, index, tree, logits_NV)
             for part in accepted:
-                hidden_BQD = self._reader.hidden_BQD
+                hidden_BQD = self.cached.hidden_BQD
                 hidden = None if hidden_BQD is None else hidden_BQD[index, part.path]
                 done = row.done and part is accepted[-1]
                 steps.append(Step(row.index, part.tokens, part.drafted, tree, part.path, hidden, logits_NV, done))
@@ -229,7 +239,7 @@ class _Generation:
             self._counts.nodes += sum(part.tried for part in accepted)
             self._counts.accepted += drafted
             self._counts.lengths.append(drafted)
-        self._reader.keep_rows(kept)
+        self.cached.keep_rows(kept)
         self._report(steps)
 
     def _report(self, steps: list[Step]) -> None:

@@ -19,7 +19,7 @@ from intaglio.speculative.cache import is_windowed, release, stop_recording
 from intaglio.speculative.request import Request
 from intaglio.speculative.sequences import SequenceState
 from intaglio.speculative.statistics import Statistics
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 
 
 @dataclass
@@ -52,20 +52,24 @@ def streaming(streamer: Any, ids_BP: Tensor) -> Iterator[None]:
         streamer.end()
 
 
-def active_rows(rows: list[SequenceState], reader: Reader) -> Iterator[list[SequenceState]]:
-    """Yield the rows of each pass until all have ended; ended rows are dropped from the reader."""
+def active_rows(rows: list[SequenceState], cached: CachedModel) -> Iterator[list[SequenceState]]:
+    """Yield the rows of each pass until all have ended; ended rows are dropped from the cache."""
     live = rows
     while active := [row for row in live if not row.done]:
         if len(active) < len(live):
-            reader.select_rows([index for index, row in enumerate(live) if not row.done])
+            cached.select_rows([index for index, row in enumerate(live) if not row.done])
         live = active
         yield live
 
 
-def collect_rows(request: Request, rows: Sequence[SequenceState], ids_BL: Tensor, counts: Statistics) -> Tensor:
-    """Return the ended rows [B, L], padded to the longest, and count their tokens."""
-    if is_windowed(request.cache):
-        stop_recording(request.cache)
+def collect_rows(
+    request: Request, cached: CachedModel, rows: Sequence[SequenceState], ids_BL: Tensor, counts: Statistics
+) -> Tensor:
+    """Return the ended rows [B, L], padded to the longest, and count their tokens; leave the cache as stock does."""
+    if request.keeps_cache:
+        cached.close()
+    if is_windowed(cached.cache):
+        stop_recording(cached.cache)
     for row in rows:
         ids_BL[row.index, row.length :] = request.pad
     counts.tokens = sum(row.length for row in rows) - request.ids_BP.numel()
@@ -74,21 +78,22 @@ def collect_rows(request: Request, rows: Sequence[SequenceState], ids_BL: Tensor
 
 def build_output(
     request: Request,
+    cached: CachedModel,
     ids_BL: Tensor,
     counts: Statistics,
     scores: Sequence[Tensor] | None,
     logits: Sequence[Tensor] | None,
 ) -> Tensor | SpeculativeOutput:
     """Return the rows, or the requested output object, outside of inference mode, so that users may compute with it."""
-    sequences_BL, as_object = ids_BL.clone(), request.config.return_dict_in_generate
-    if as_object or getattr(request.cache, "_is_user_defined", False):
-        release(request.cache)
-    if not as_object:
+    sequences_BL = ids_BL.clone()
+    if request.keeps_cache:
+        release(cached.cache)
+    if not request.config.return_dict_in_generate:
         return sequences_BL
     return SpeculativeOutput(
         sequences=sequences_BL,
         scores=None if scores is None else tuple(score.clone() for score in scores),
         logits=None if logits is None else tuple(logit.clone() for logit in logits),
         statistics=counts,
-        **{CACHE: request.cache if len(ids_BL) == 1 else None},
+        **{CACHE: cached.cache if len(ids_BL) == 1 else None},
     )

@@ -4,7 +4,8 @@ On a CPU the usual matrix product repacks the weight in each call, which a singl
 back; from two to some hundred rows, those of a drafted tree, it is most of the time. oneDNN accepts weights in its own
 layout. A linear layer gets such a copy at its first call in a run, and uses it only during the passes of the loop; the
 weights themselves are unchanged. On one core of an AMD EPYC in float32, the product of 4 tokens with SmolLM2's 49,152 x
-576 head takes 6 ms instead of 18 to 21, and that of 16 tokens 11 instead of 25.
+576 head takes 6 ms instead of 18 to 21, and that of 16 tokens 11 instead of 25. Other processors gain less or nothing,
+so each shape is measured (`environment.tuning`), and the copy serves only the numbers of rows for which it is faster.
 
 The two operators are those that torch's inductor calls for frozen weights; without them models run unchanged. Copies
 are kept for the next run, as long as the module lives. Sums run in another order, so the last bits differ, as they do
@@ -13,8 +14,11 @@ between a pass over one token and over several.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
+from itertools import cycle
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +26,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from intaglio.environment import tuning
 
 MAX_ROWS = 256
 """Most rows of a product that uses the copy; for more, the usual product is as fast."""
@@ -32,6 +38,17 @@ _LAYOUT_ROWS = 16
 _MIN_ROWS = 4
 """Products are padded to so many rows: oneDNN takes less time for four than for one to three."""
 _DTYPES = (torch.float32, torch.bfloat16)
+_ROW_STEPS = (1, 4, 8, 16)
+"""Rows that products are measured with; a product takes the choice of the next step, above the last one that of it."""
+_BYTES = 32 << 20
+"""Weights are measured in copies of so many bytes together, which no cache holds; of larger ones only some outputs."""
+_MAX_COPIES = 64
+_RESERVE = 0.8
+"""Seconds of measuring that are left for whole passes."""
+
+Steps = tuple[bool, ...]
+"""Whether the copy is used, for each of `_ROW_STEPS`."""
+_ALWAYS: Steps = (True,) * len(_ROW_STEPS)
 
 
 @dataclass
@@ -56,10 +73,16 @@ class Prepacked:
 
     Only layers on a CPU in float32 or bfloat16 do. A thread that leaves the context while another is in it ends it for
     both: the other's pass then continues with the weights themselves.
+
+    Args:
+        model: the model.
+        steps: choices for each usable layer; layers without any stay stock. Default: the copy always.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._forwards = [(module, partial(_forward, module)) for module in model.modules() if _is_usable(module)]
+    def __init__(self, model: nn.Module, steps: dict[nn.Module, Steps] | None = None) -> None:
+        if steps is None:
+            steps = dict.fromkeys(filter(_is_usable, model.modules()), _ALWAYS)
+        self._forwards = [(module, partial(_forward, module, own)) for module, own in steps.items() if any(own)]
         for module, _ in self._forwards:
             copy = _COPIES.get(module)
             if copy is not None and not torch.equal(copy.probe_O, _probe(module)):
@@ -102,20 +125,81 @@ def _probe(module: Any) -> Tensor:
     return rows_OI @ torch.rand(rows_OI.shape[1], generator=draws).add_(0.5)
 
 
-def _forward(module: Any, x: Tensor) -> Tensor:
+def _forward(module: Any, steps: Steps, x: Tensor) -> Tensor:
     """Compute the module's forward, with its copy if that is faster and exact."""
-    if torch.is_grad_enabled() or x.dtype != module.weight.dtype or x.numel() > MAX_ROWS * x.shape[-1]:
+    rows = x.numel() // x.shape[-1]
+    # As a module's attributes parameters are slow to find, which a product of one token notices.
+    weight = module._parameters["weight"]
+    if not _uses_copy(steps, rows) or torch.is_grad_enabled() or x.dtype != weight.dtype:
+        if type(module) is nn.Linear:
+            return nn.functional.linear(x, weight, module._parameters["bias"])
         stock: Tensor = type(module).forward(module, x)
         return stock
-    shape, copy = x.shape[:-1], _COPIES.get(module)
+    copy = _COPIES.get(module)
     if copy is None:
-        laid_out = torch.ops.mkldnn._reorder_linear_weight(_rows(module).contiguous(), _LAYOUT_ROWS)
-        copy = _COPIES[module] = _Copy(laid_out, _probe(module))
-    rows = x.numel() // x.shape[-1]
+        copy = _COPIES[module] = _Copy(_lay_out(_rows(module).contiguous()), _probe(module))
+    return _product(x, copy.weight_IO, module.bias, rows)
+
+
+@lru_cache(maxsize=4096)
+def _uses_copy(steps: Steps, rows: int) -> bool:
+    return rows <= MAX_ROWS and steps[min(bisect_left(_ROW_STEPS, rows), len(_ROW_STEPS) - 1)]
+
+
+def _lay_out(weight_OI: Tensor) -> Tensor:
+    laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_OI, _LAYOUT_ROWS)
+    return laid_out
+
+
+def _product(x: Tensor, weight_IO: Tensor, bias_O: Tensor | None, rows: int) -> Tensor:
+    """Multiply with a copy in oneDNN's layout."""
+    shape = x.shape[:-1]
     if rows < _MIN_ROWS:
         x = nn.functional.pad(x.reshape(rows, -1), (0, 0, 0, _MIN_ROWS - rows))
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy.weight_IO, module.bias, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_IO, bias_O, "none", [], "")
     return result if rows >= _MIN_ROWS else result[:rows].reshape(*shape, -1)
+
+
+class _Weights:
+    """Weights of one shape to measure with, in turn: as the layer stores them, and in oneDNN's layout."""
+
+    def __init__(self, module: Any) -> None:
+        weight = _rows(module)
+        outputs, self.inputs = weight.shape
+        self.dtype, self._transposed = weight.dtype, type(module) is not nn.Linear
+        size = weight.element_size() * self.inputs
+        self._shape = (min(outputs, max(1, _BYTES // size)), self.inputs)
+        self._copies = min(_MAX_COPIES, max(1, _BYTES // (size * self._shape[0])))
+        stored = " transposed" if self._transposed else ""
+        self.key = f"linear {self.inputs}x{outputs}{stored} {str(self.dtype).removeprefix('torch.')}"
+
+    def _turns(self, make: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        return cycle([make(torch.full(self._shape, 0.5, dtype=self.dtype)) for _ in range(self._copies)])
+
+    @cached_property
+    def stock(self) -> Iterator[Tensor]:
+        """Weights [O, I]."""
+        return self._turns(lambda weight_OI: weight_OI.T.contiguous().T if self._transposed else weight_OI)
+
+    @cached_property
+    def laid_out(self) -> Iterator[Tensor]:
+        """Copies in oneDNN's layout."""
+        return self._turns(_lay_out)
+
+
+@torch.inference_mode()
+def _tuned_steps(module: Any, tuner: tuning.Tuner) -> Steps:
+    """Return the choices for a layer's shape, dtype and the threads, measured if they are not known."""
+    weights, steps = _Weights(module), []
+    for rows in _ROW_STEPS:
+        x_BI = torch.full((rows, weights.inputs), 0.5, dtype=weights.dtype)
+        calls = {
+            "stock": partial(lambda x: nn.functional.linear(x, next(weights.stock)), x_BI),
+            "prepacked": partial(lambda x, rows: _product(x, next(weights.laid_out), None, rows), x_BI, rows),
+        }
+        key = f"{weights.key} rows {rows} threads {torch.get_num_threads()}"
+        steps.append(tuner.choose(key, calls, reserve=_RESERVE) == "prepacked")
+    return tuple(steps)
 
 
 @lru_cache(maxsize=len(_DTYPES))
@@ -136,8 +220,8 @@ def prepacked(model: nn.Module, wanted: bool | None, tokens: int) -> Prepacked |
 
     Args:
         model: the model.
-        wanted: True: wherever possible. False: never. None: if the run may emit at least 32 tokens and the copies take
-            at most half of the free memory.
+        wanted: True: wherever possible. False: never. None: where it was measured to be faster, if the run may emit at
+            least 32 tokens and the copies take at most half of the free memory.
         tokens: most new tokens of the run.
     """
     if wanted is False or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
@@ -145,8 +229,31 @@ def prepacked(model: nn.Module, wanted: bool | None, tokens: int) -> Prepacked |
     usable = [module for module in model.modules() if _is_usable(module)]
     if not usable:
         return None
-    if wanted is None:
-        missing = sum(_rows(module).nbytes for module in usable if module not in _COPIES)
-        if tokens < MIN_NEW_TOKENS or missing > psutil.virtual_memory().available // 2:
-            return None
-    return Prepacked(model)
+    if wanted:
+        return Prepacked(model)
+    if tokens < MIN_NEW_TOKENS:
+        return None
+    steps = choices(usable)
+    used = [module for module in usable if any(steps[module])]
+    missing = sum(_rows(module).nbytes for module in used if module not in _COPIES)
+    if not used or missing > psutil.virtual_memory().available // 2:
+        return None
+    return Prepacked(model, steps)
+
+
+def choices(modules: Iterable[nn.Module]) -> dict[nn.Module, Steps]:
+    """Return for each usable layer with how many rows its copy is used."""
+    tuner = tuning.tuner()
+    usable = [module for module in modules if _is_usable(module)]
+    if tuner is None:
+        return dict.fromkeys(usable, _ALWAYS)
+    by_shape: dict[Any, Steps] = {}
+    steps: dict[nn.Module, Steps] = {}
+    # The widest weights first: where there is no time for all, they matter most.
+    for module in sorted(usable, key=lambda module: -_rows(module).numel()):
+        key = (type(module), _rows(module).shape, _rows(module).dtype)
+        if key not in by_shape:
+            by_shape[key] = _tuned_steps(module, tuner)
+        steps[module] = by_shape[key]
+    tuner.save()
+    return steps

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from intaglio.speculative.acceptance import Accepted, TokenSelector
+from intaglio.speculative.pass_cost import FIXED, PassCosts
 from intaglio.speculative.sequences import SequenceState
 from intaglio.speculative.statistics import Statistics
-from intaglio.speculative.target_model import Inputs, Reader
+from intaglio.speculative.target_model import CachedModel, Inputs
 from intaglio.speculative.tree import TokenTree
 
 
@@ -45,6 +46,8 @@ class DecodingRun:
         generator: source of the loop's draws; None for torch's global generator. A drafter that draws uses it too, and
             a drafter that draws nothing must leave it alone.
         prepack: whether a draft model runs from weights laid out beforehand; see `prepacked_linear.prepacked`.
+        costs: returns the costs of passes over the rows, measured at the first use on a machine. Default: fixed costs.
+        branches: whether the target reads trees that branch; otherwise the loop keeps the first child of every node.
         statistics: of the run; a drafter with statistics of its own (`new_statistics`) counts there.
     """
 
@@ -55,6 +58,8 @@ class DecodingRun:
     limit: int
     generator: torch.Generator | None = None
     prepack: bool | None = False
+    costs: Callable[[], PassCosts] = lambda: FIXED
+    branches: bool = True
     statistics: Statistics = field(default_factory=Statistics)
 
 
@@ -101,14 +106,14 @@ class TreePass:
         trees: tree of each row [B].
         inputs: tokens, positions and masks of the nodes [B, Q, ...], right-padded with nodes that see only themselves.
             A session that adds slots of its own extends `inputs.visible_BQK` and calls `target_model.masks`.
-        reader: the target's cache, with the lengths and paddings of its rows.
+        cached: the target's cache, with the lengths and paddings of its rows.
     """
 
     model: Any
     rows: Sequence[int]
     trees: Sequence[TokenTree]
     inputs: Inputs
-    reader: Reader
+    cached: CachedModel
 
 
 class Session(Protocol):

@@ -18,7 +18,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import CACHES
 from intaglio.speculative._utils import context_length
-from intaglio.speculative.cache import check_cache, is_windowed, preallocated_cache
+from intaglio.speculative.cache import check_cache, is_windowed, other_layer, preallocated_cache
 
 _KNOWN = frozenset({"attention_mask", "position_ids", *CACHES, "use_cache", "logits_to_keep"})
 
@@ -30,7 +30,8 @@ class Request:
     Args:
         ids_BP: prompts, padded on the left.
         mask_BP: 1 at real tokens, or None.
-        cache: cache of the target.
+        cache: cache of the target, to read trees with.
+        given: the cache that `generate` made or got, to read chains with.
         config: the merged generation config.
         processors: logits processors, called once per emitted token.
         stops: token ids that end a row.
@@ -44,6 +45,7 @@ class Request:
     ids_BP: Tensor
     mask_BP: Tensor | None
     cache: DynamicCache
+    given: DynamicCache
     config: Any
     processors: Any
     stops: frozenset[int]
@@ -51,6 +53,11 @@ class Request:
     max_length: int
     pad: int
     together: bool
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the cache outlives the call: the user's own, or part of the output object."""
+        return bool(self.config.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False))
 
     @property
     def room(self) -> int:
@@ -61,7 +68,7 @@ class Request:
 def _dropped() -> dict[str, Any]:
     """Return the given arguments of `generate` that it silently keeps from a custom decoder.
 
-    An assistant would be ignored, and a streamer would never end, so that its reader waits for ever. They can be seen
+    An assistant would be ignored, and a streamer would never end, so that its cached waits for ever. They can be seen
     only in the caller's own frame.
     """
     frame: FrameType | None = sys._getframe(1)
@@ -103,8 +110,10 @@ def _check_mode(config: Any, rows: int) -> None:
 
 
 def _cache(given: Any, rows: int, use_cache: Any) -> DynamicCache:
-    """Return the cache to fill: the given one if its rows can be kept, else a new one."""
+    """Return the cache to fill with trees: the given one if that is windowed or the user's, else a new one."""
     check_cache(None if use_cache is False else given)
+    if other_layer(given) is not None:
+        return given
     if rows > 1:
         if given.get_seq_length():
             raise IntaglioError(f"a cache that holds tokens was given with {rows} rows; it is accepted with one row")
@@ -137,7 +146,8 @@ def read_request(
         if name not in _KNOWN and value is not None and value != {}:
             raise IntaglioError(f"generate was given {name}, which speculative decoding does not pass on to the model")
     rows, length = input_ids.shape
-    cache = _cache(next((given[name] for name in CACHES if name in given), None), rows, given.get("use_cache"))
+    own = next((given[name] for name in CACHES if name in given), None)
+    cache = _cache(own, rows, given.get("use_cache"))
     stops: set[int] = set()
     limits, others = [int(config.max_length)], []
     for criterion in criteria:
@@ -158,6 +168,7 @@ def read_request(
         ids_BP=input_ids.to(model.device),
         mask_BP=None if given.get("attention_mask") is None else given["attention_mask"].to(model.device),
         cache=cache,
+        given=own,
         config=config,
         processors=processors,
         stops=frozenset(stops),

@@ -234,23 +234,24 @@ def best_tree(acceptance: Acceptance, nodes: int, depth: int | None = None) -> S
 
 
 def best_tree_for_cost(
-    acceptance: Acceptance, token_cost: float, level_cost: float = 0.0, max_nodes: int = MAX_NODES
+    acceptance: Acceptance, cost: Callable[[int], float], level_cost: float = 0.0, max_nodes: int = MAX_NODES
 ) -> StaticTree:
     """Return the tree of one to `max_nodes` nodes with the most expected tokens for the cost of its pass.
 
-    It maximises F(T) / (1 + token_cost · nodes + level_cost · levels).
+    It maximises F(T) / (cost(nodes) + level_cost · levels).
 
     Args:
         acceptance: as in `best_tree`.
-        token_cost: added to the cost of a pass by each drafted token, in passes over one token.
+        cost: of a pass with so many drafted tokens, in passes over one token.
         level_cost: added by each level, for drafts that take a pass of their own per level. Default 0.
         max_nodes: most nodes. Default 64.
     """
     levels = _by_level(acceptance, max_nodes)
     best_rate, best = 0.0, StaticTree((-1, 0))
+    costs = np.array([cost(nodes) for nodes in range(1, max_nodes + 1)])
     for depth in range(1, len(levels) + 1):
         values, choices = _best_values(levels[:depth], max_nodes + 1)
-        rates = values[2:] / (1.0 + token_cost * np.arange(1, max_nodes + 1) + level_cost * depth)
+        rates = values[2:] / (costs + level_cost * depth)
         size = int(np.argmax(rates)) + 2
         if rates[size - 2] > best_rate:
             best_rate, best = float(rates[size - 2]), _decode(choices, size)

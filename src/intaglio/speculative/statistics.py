@@ -23,6 +23,7 @@ class Statistics:
         seconds: the whole call.
         model_seconds: inside the target's passes.
         drafter_seconds: inside the drafter's `start`, `propose` and `observe`.
+        note: a remark of the drafter on the run, such as the reason for drafting nothing.
     """
 
     passes: int = 0
@@ -34,6 +35,7 @@ class Statistics:
     seconds: float = 0.0
     model_seconds: float = 0.0
     drafter_seconds: float = 0.0
+    note: str = ""
 
     def record_pass(self, rows: int, start: float, device: torch.device) -> None:
         """Count a pass of the target over `rows` rows that began at `start` (`time.perf_counter()`)."""
@@ -64,7 +66,7 @@ class Statistics:
         return self.seconds - self.model_seconds - self.drafter_seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything above as plain numbers, ready for JSON."""
+        """Return everything above as plain data, ready for JSON."""
         names = ("passes", "row_passes", "nodes", "tokens", "accepted", "lengths", "tokens_per_pass", "accepted_share",
-                 "drafted_share", "seconds", "model_seconds", "drafter_seconds", "loop_seconds")  # fmt: skip
+                 "drafted_share", "seconds", "model_seconds", "drafter_seconds", "loop_seconds", "note")  # fmt: skip
         return {name: getattr(self, name) for name in names}

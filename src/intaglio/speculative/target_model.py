@@ -24,15 +24,19 @@ from transformers.cache_utils import DynamicCache
 
 from intaglio.errors import IntaglioError, first_line
 from intaglio.masks import get_visibility
-from intaglio.modeling.anatomy import CACHE, anatomy, attention
+from intaglio.modeling.anatomy import CACHE, Anatomy, anatomy
 from intaglio.speculative._utils import vocabulary_size
-from intaglio.speculative.cache import check_cache, is_windowed, move_rows, preallocated_cache, row_moves
+from intaglio.speculative.cache import check_cache, is_windowed, move_rows, other_layer, preallocated_cache, row_moves
 from intaglio.speculative.prepacked_linear import Prepacked
 from intaglio.speculative.tree import TokenTree
 from intaglio.speculative.tree_attention import NAME, configs, grouped
 
 _BOOL = ("sdpa", "intaglio_sdpa")
 _ADDITIVE = ("eager", "intaglio_eager")
+
+
+class TreeRefused(IntaglioError):
+    """A model or its cache cannot read a tree; a chain may still be possible (`chain_model`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +70,13 @@ def _layer_types(config: Any, windows: Sequence[int | None]) -> dict[str, _Layer
     names = getattr(config, "layer_types", None) or ["full_attention"] * len(windows)
     for name in names:
         if name not in ("full_attention", "sliding_attention"):
-            raise IntaglioError(
+            raise TreeRefused(
                 f"the model has layers of the type {name!r}; speculative decoding needs full or sliding attention"
             )
     return {name: _LayerType(names.index(name), windows[names.index(name)]) for name in dict.fromkeys(names)}
 
 
-class Reader:
+class CachedModel:
     """A model, its cache, and how far each row has been read.
 
     Args:
@@ -129,10 +133,20 @@ class Reader:
         self.hidden_BQD: Tensor | None = None
         self._hidden = hidden
         self.linears: AbstractContextManager[None] = prepacked or nullcontext()
-        self._grouped = configs(model, model.device)
-        self._layer_types = _layer_types(parts.config, parts.windows)
+        self._grouped: list[Any] = []
+        self._prepare(parts)
         self._pending_positions_BR: list[Tensor] = []
         self._keeps_few = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def _prepare(self, parts: Anatomy) -> None:
+        """Refuse caches whose rows cannot be reordered, and find the windows and the layers to switch."""
+        other = other_layer(self.cache)
+        if other is not None:
+            raise TreeRefused(
+                f"the cache holds a {other}; speculative decoding needs attention layers with dynamic keys and values"
+            )
+        self._grouped = configs(self.model, self.model.device)
+        self._layer_types = _layer_types(parts.config, parts.windows)
 
     @property
     def vocabulary(self) -> int:
@@ -279,6 +293,13 @@ class Reader:
         self.commit(inputs)
         return logits
 
+    def fit(self, tree: TokenTree, unread: int, drafted: int) -> TokenTree:
+        """Return a row's tree without levels that it cannot use; the first `unread` nodes are emitted tokens."""
+        return tree.truncate(unread - 1 + drafted)
+
+    def close(self) -> None:
+        """Complete the cache for those who use it after the run."""
+
     def keep_rows(self, kept: Sequence[Sequence[int]]) -> None:
         """Keep some pending slots of each row, along one path and in the order given, and drop the rest."""
         before, pending = self.width, self.pending
@@ -299,8 +320,8 @@ class Reader:
         self.cache.crop(self.width - before)
 
 
-class _BaseReader(Reader):
-    """Reads with the base model: its logits are hidden states."""
+class _CachedBaseModel(CachedModel):
+    """Cached base model: its logits are hidden states."""
 
     def _call(self, **arguments: Any) -> Tensor:
         arguments.pop("logits_to_keep", None)
@@ -333,7 +354,7 @@ def check_tree_attention(model: Any, longest: int) -> None:
     if implementation in _CHECKED.get(model, ()):
         return
     for block in anatomy(model).blocks:
-        for name, buffer in attention(block).named_buffers():
+        for name, buffer in block.named_buffers():
             if (
                 buffer.dtype not in (torch.bool, torch.uint8)
                 or buffer.dim() < 2
@@ -341,7 +362,7 @@ def check_tree_attention(model: Any, longest: int) -> None:
             ):
                 continue
             if bool((~buffer.bool() & torch.ones_like(buffer, dtype=torch.bool).tril()).any()):
-                raise IntaglioError(
+                raise TreeRefused(
                     f"the attention of {model.config.model_type} hides cache slots by its own buffer {name!r}, but the "
                     "nodes of a tree are not in the slots of their positions; speculative decoding needs attention "
                     "that follows the mask"
@@ -351,7 +372,7 @@ def check_tree_attention(model: Any, longest: int) -> None:
     errors: list[float] = []
     while not errors or not errors[-1] < tolerance:
         if len(errors) == 3:
-            raise IntaglioError(
+            raise TreeRefused(
                 f"the hidden states of {model.config.model_type} in a branch of a tree differ from those in a chain by "
                 f"{min(errors):.1%}; speculative decoding needs attention that follows mask and position_ids"
             )
@@ -367,14 +388,14 @@ def _branch_error(model: Any, seed: int) -> float:
         TokenTree([ids[8], ids[9], ids[10], ids[11]], (-1, 0, 0, 2)),
         TokenTree([ids[8], ids[10], ids[11]], (-1, 0, 1)),  # its second branch alone
     ):
-        reader = _BaseReader(model)
+        cached = _CachedBaseModel(model)
         try:
-            reader.prefill(torch.tensor([ids[:8]], device=model.device))
-            hidden_BQD = reader.forward(reader.prepare_inputs(*stack([tree])))
+            cached.prefill(torch.tensor([ids[:8]], device=model.device))
+            hidden_BQD = cached.forward(cached.prepare_inputs(*stack([tree])))
         except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
             if isinstance(error, IntaglioError):
                 raise
-            raise IntaglioError(
+            raise TreeRefused(
                 f"{model.config.model_type} cannot read a tree, which takes a mask and position_ids of its own: "
                 f"{first_line(error)}"
             ) from error

@@ -3,7 +3,7 @@
 Under a mask transformers repeats the keys and values of grouped heads before it calls SDPA. On a CPU SDPA reads the
 groups directly, with or without a mask, with bit-identical results, so the copy is useless: in a pass of SmolLM2 over
 16 tokens after 1,500 it takes longer than the attention itself. The function here leaves it out; it is in use only
-during the reader's own passes.
+during the cached model's own passes.
 
 Dimension letters: B rows, H query heads, G key heads, Q query positions, K key positions, D width of a head.
 """

@@ -10,7 +10,7 @@
 - `loop`: `train` and its result.
 - `settings`: the settings of a run, validated.
 - `protocols`: objectives, training modifiers, selectors.
-- `causal_lm`, `instruction_tuning`, `token_classification`: objectives.
+- `causal_lm`, `instruction_tuning`, `token_classification`, `image_classification`: objectives.
 - `dataset`, `instruction_data`: from a user's data to rows, in memory or as a stream; instruction pairs.
 - `rng`: randomness keyed by (seed, epoch, example id).
 - `lora`, `sparsity_mask`: adapters through PEFT; zeros of pruned layers stay zeros.

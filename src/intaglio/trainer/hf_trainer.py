@@ -21,7 +21,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, TrainerState
 
-from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.errors import DivergedError, IntaglioError, did_you_mean
 from intaglio.methods.base import Progress
 from intaglio.trainer import resume as run_state
 from intaglio.trainer.dataset import row_tokens
@@ -206,7 +206,7 @@ class IntaglioTrainer(Trainer):
         # One transfer for all: on a GPU each waits for the device.
         values = torch.stack([_scalar(value, total) for value in (total, *parts.values())]).tolist()
         if not math.isfinite(values[0]):
-            raise IntaglioError(f"the loss is {values[0]} at step {step}; {self._advice()}")
+            raise DivergedError(f"the loss is {values[0]} at step {step}; {self._advice()}")
         self.totals.add({name: value * inputs["share"] for name, value in zip(names, values, strict=True)})
         self.totals.tokens += inputs["tokens"]
         result: Tensor = total * inputs["share"]
@@ -256,7 +256,7 @@ class IntaglioTrainer(Trainer):
         step = self.state.global_step
         broken = [name for name, value in self.module.saved().items() if not _finite(value)]
         if broken:
-            raise IntaglioError(f"{broken[0]} holds values that are not finite after step {step}; {self._advice()}")
+            raise DivergedError(f"{broken[0]} holds values that are not finite after step {step}; {self._advice()}")
         tensors: dict[str, Tensor] = {}
         state = {
             "count": self.totals.count,

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.data.item_sequences import HELD_OUT, LEAST
 from intaglio.data.streaming import TextStream
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.data.token_classification import as_labelled, read_labelled
@@ -34,6 +35,8 @@ from intaglio.trainer.settings import Settings
 
 ROW = 512
 """Tokens of a row in estimates."""
+RECOMMENDERS = frozenset({"bert4rec", "sasrec"})
+"""Objectives that train on interactions."""
 
 
 class Train(Settings, Method, slug="train"):
@@ -51,6 +54,11 @@ class Train(Settings, Method, slug="train"):
         labels: instead of texts, a file of labelled words, one JSON object a line (`words` and `labels`, or `text`,
             `spans` and `labels`), for token_classification; without an objective its words are trained on as text.
         validation: another such file, on which the labels are scored while training.
+        interactions: instead of texts, a log of users, items and times (a CSV file, a bundled name, or a directory in
+            RecBole's format), for bert4rec or sasrec. Each user's last two items are held out.
+        least: users and items with fewer interactions are dropped. Default 5.
+        held_out: items at the end of each sequence that are not trained on: 2, or 1, the validation items joining the
+            training of a final model. Default 2.
         length: tokens of a row, for next-token prediction. Default: the model's context, at most 1,024.
         chat: whether the prompts of pairs are put into the tokenizer's chat template, if it has one; for instructions
             without an objective, which has its own. Default true.
@@ -70,6 +78,9 @@ class Train(Settings, Method, slug="train"):
     instructions: Annotated[str, Field(min_length=1)] | None = None
     labels: Annotated[str, Field(min_length=1)] | None = None
     validation: Annotated[str, Field(min_length=1)] | None = None
+    interactions: Annotated[str, Field(min_length=1)] | None = None
+    least: Annotated[int, Field(ge=1)] = LEAST
+    held_out: Literal[1, 2] = HELD_OUT
     length: Annotated[int, Field(ge=2)] | None = None
     chat: bool = True
     evaluate: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -94,7 +105,8 @@ class Train(Settings, Method, slug="train"):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        given = [name for name in ("texts", "instructions", "labels") if getattr(self, name) is not None]
+        sources = ("texts", "instructions", "labels", "interactions")
+        given = [name for name in sources if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; give one source of training data")
         labels = self.objective is not None and "token_classification" in self.objective
@@ -102,6 +114,15 @@ class Train(Settings, Method, slug="train"):
             raise ValueError("token_classification needs labels, a file of labelled words")
         if self.labels is not None and not labels and self.objective is not None:
             raise ValueError("labels need the objective token_classification, or none, to train on the words alone")
+        recommends = self.objective is not None and not RECOMMENDERS.isdisjoint(self.objective)
+        if recommends != (self.interactions is not None):
+            raise ValueError(
+                f"{next(iter(self.objective or {}))} needs interactions, a log of users, items and times"
+                if recommends
+                else f"interactions need one of the objectives {' and '.join(sorted(RECOMMENDERS))}"
+            )
+        if recommends and (self.evaluate or self.select is not None):
+            raise ValueError("evaluate and select do not apply to interactions, whose last items are held out")
         if (self.validation is not None or self.evaluate) and labels != (self.validation is not None):
             raise ValueError(
                 "token_classification is scored on a file of labels: name one as validation"
@@ -119,9 +140,10 @@ class Train(Settings, Method, slug="train"):
         editing = [modifier.slug for modifier in map(_make, self.modifiers) if "weights" in modifier.changes]
         if len(editing) > 1:
             raise ValueError(f"{editing[0]} and {editing[1]} both change the weights; give each its own train step")
-        if self.early_stopping_patience is not None and not self.evaluate and self.validation is None:
+        scored = self.evaluate or self.validation is not None or (recommends and self.held_out == HELD_OUT)
+        if self.early_stopping_patience is not None and not scored:
             raise ValueError("early_stopping_patience needs evaluate, a share of the data such as 0.05, or validation")
-        if self.early_stopping_patience is not None and labels and self.metric_for_best_model == "loss":
+        if self.early_stopping_patience is not None and (labels or recommends) and self.metric_for_best_model == "loss":
             raise ValueError("validation gives no loss to stop early by; set metric_for_best_model: error")
         replacing = [part.slug for part in self.parts if "linear_weights" in part.invalidates]
         if self.lora is not None and replacing:
@@ -221,18 +243,19 @@ class Train(Settings, Method, slug="train"):
         directory: Path | None = None,
         resume: bool = False,
         progress: Progress = no_progress,
+        data: tuple[Any, Any] | None = None,
     ) -> Checkpoint:
-        """Train `checkpoint` in place and return it."""
+        """Train `checkpoint` in place and return it; `data` replaces the step's own training and evaluation data."""
         from intaglio.trainer.loop import train
 
         settings = {name: getattr(self, name) for name in Settings.model_fields}
         settings["seed"] = seed if self.seed is None else self.seed
         if "tensorboard" in self.report_to:  # not in the directory, which is removed after the step
             settings["log_directory"] = self.log_directory or "runs"
-        data, evaluate = self._data(calibration, held_out_hashes)
+        examples, evaluate = self._data(calibration, held_out_hashes) if data is None else data
         train(
             checkpoint,
-            data,
+            examples,
             objective=self._objective_method(),
             modifiers=[_make(named) for named in self.modifiers],  # type: ignore[misc]
             select=None if self.select is None else _make(self.select),  # type: ignore[arg-type]

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from intaglio.data.images import Images
 from intaglio.errors import IntaglioError
 from intaglio.evidence.designs.classify import ACCURACY, TEST_LOSS, Classify, batches, evaluate, mlp, pass_flops
 from intaglio.evidence.engine.claim import Arm, RunKey
-from intaglio.evidence.testbeds.digits import Digits, Images
+from intaglio.evidence.testbeds.digits import Digits
 
 DESIGN = Classify().toy()
 KEY = RunKey("look", 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from intaglio.evidence.designs import drafters
-from intaglio.evidence.designs.draft_heads import HeadTraining, medusa, medusa_sizes, trained_heads
+from intaglio.evidence.designs.drafters import HeadTraining, medusa, medusa_sizes, trained_heads
 from intaglio.evidence.designs.replay import (
     AGREED_TOKENS,
     AGREEMENT,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from intaglio.evidence.designs.generate import DISTINCT, Generate
-from intaglio.evidence.designs.retrieve import MRR, NDCG, Retrieve, ndcg, reciprocal_rank
+from intaglio.evidence.designs.retrieve import MRR, NDCG, Retrieve, per_query
 from intaglio.evidence.engine.claim import Arm, RunKey
 from intaglio.evidence.testbeds.prompts import Prompts
 
@@ -42,12 +42,13 @@ def test_retrieval_is_measured_for_each_query(tmp_path: Any, monkeypatch: pytest
 
 def test_metrics_by_hand() -> None:
     scores = {"a": 3.0, "b": 2.0, "c": 1.0}
-    assert reciprocal_rank(scores, {"b": 1}) == 0.5
-    assert reciprocal_rank(scores, {"x": 1}) == 0.0
-    assert ndcg(scores, {"a": 1}) == 1.0
-    assert ndcg(scores, {"b": 1}) == pytest.approx(0.6309, abs=1e-4)
-    assert ndcg(scores, {"c": 1, "a": 2}) == pytest.approx((3 + 0.5) / (3 + 0.6309), abs=1e-3)
-    assert ndcg(scores, {}) == 0.0
+    relevant = [{"b": 1}, {"x": 1}, {"a": 1}, {"c": 1, "a": 2}]
+    by_query = {str(number): scores for number in range(len(relevant))}
+    judged = {str(number): grades for number, grades in enumerate(relevant)}
+    assert list(per_query(by_query, judged, MRR).values()) == [0.5, 0.0, 1.0, 1.0]
+    gains = [0.6309, 0.0, 1.0, (2 + 0.5) / (2 + 0.6309)]
+    assert list(per_query(by_query, judged, NDCG).values()) == pytest.approx(gains, abs=1e-4)
+    assert per_query({"0": {"b": 1.0, "a": 1.0}}, {"0": {"a": 1}}, MRR) == {"0": 1.0}
 
 
 def repeat(model: Any, prompt: tuple[int, ...], seed: int, times: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from rich.console import Console
 from intaglio.errors import IntaglioError
 from intaglio.evidence.engine import golden, pending, registration, run
 from intaglio.evidence.engine import record as records
-from intaglio.evidence.engine.claim import Arm, Claim, RunKey
+from intaglio.evidence.engine.claim import Arm, Claim, Result, RunKey, Settings
 from intaglio.evidence.engine.journal import open_journal
 from intaglio.evidence.engine.plot import effects
 from intaglio.evidence.engine.record import Record, compose_advice, is_stale, read_record, write_record
 from intaglio.evidence.engine.run import OutOfTimeError, extensions, prove
 from intaglio.evidence.engine.spot import spot
 from intaglio.evidence.engine.tables import arms, cell, report, sentence
+from intaglio.evidence.testbeds import cache
 
 from .toy import LOSS, Noise, toy_claim
 
@@ -58,6 +59,27 @@ def test_stages_run_in_order_each_on_units_of_its_own(finished: tuple[Record, Pa
     assert record.level == 0.995
     assert record.arms["half"].units == 3
     assert record.headroom == pytest.approx(0.8, abs=0.2)
+
+
+@dataclass(frozen=True)
+class Prepared(Noise):
+    """Noise whose first unit prepares a test bed."""
+
+    def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
+        if (arm.what, key.stage, key.index) == ("plain training", "look", 0):
+            with cache.preparation():
+                sum(range(2_000_000))
+        return super().run(arm, key, settings)
+
+
+def test_no_arm_is_charged_for_the_preparation_of_the_test_bed(tmp_path: Path) -> None:
+    record = run_toy(tmp_path, design=Prepared(), units=5, tune={})
+    first, *others = journal_lines(tmp_path)
+    assert first["bed_seconds"] > 0
+    assert first["core_seconds"] >= 0
+    assert not any(line["bed_seconds"] for line in others)
+    assert record.cost["test bed"] == round(first["bed_seconds"] / 60, 2)
+    assert record.seconds["plain"][0] == round(first["core_seconds"], 2)
 
 
 def test_both_tuned_arms_choose_and_a_choice_at_the_edge_extends_the_grid_once(finished: tuple[Record, Path]) -> None:
@@ -126,14 +148,23 @@ def test_every_decided_verdict_stops_the_looks(method: float, verdict: str, tmp_
     assert record.units <= 10
 
 
-def test_a_diverging_method_is_worse_and_a_diverging_baseline_is_not_tested(tmp_path: Path) -> None:
-    broken = Arm("broken", {"diverges": True})
-    toy = toy_claim()
-    bad_method = toy_claim(arms={**toy.arms, "better": broken})
-    bad_baseline = toy_claim(arms={**toy.arms, "plain": broken})
+@pytest.mark.parametrize("how", ["is nan", "raises"])
+@pytest.mark.parametrize("crossed", [False, True])
+def test_a_diverging_method_is_worse_and_a_diverging_baseline_is_not_tested(
+    how: str, crossed: bool, tmp_path: Path
+) -> None:
+    broken = Arm("broken", {"diverges": how})
+    toy, inner = toy_claim(), {"crossed": crossed, "design": Noise(inner=8), "unit_names": ("seed", "document")}
+    bad_method = toy_claim(arms={**toy.arms, "better": broken}, **inner)
+    bad_baseline = toy_claim(arms={**toy.arms, "plain": broken}, **inner)
     assert prove("wanda", claim=bad_method, directory=tmp_path / "a").verdict == "worse"
     record = prove("wanda", claim=bad_baseline, directory=tmp_path / "b")
     assert (record.verdict, record.why) == ("untestable here", "the baseline diverges; it needs other settings")
+
+
+def test_a_setting_whose_training_diverges_is_not_chosen(tmp_path: Path) -> None:
+    record = prove("wanda", claim=toy_claim(tune={"rate": (1e-3, 10.0)}), directory=tmp_path)
+    assert record.arms["plain"].settings == {"rate": 1e-3}
 
 
 @pytest.mark.parametrize(

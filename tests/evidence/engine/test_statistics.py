@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from intaglio.evidence.engine.claim import Claim, Metric
-from intaglio.evidence.engine.looks import look, probe
 from intaglio.evidence.engine.statistics import (
     Array,
     Differences,
     average_clusters,
     best,
+    look,
     pair,
     prediction_interval,
+    probe,
     spread,
     verdicts,
 )

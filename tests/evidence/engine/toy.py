@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from intaglio.errors import DivergedError
 from intaglio.evidence.engine.claim import Arm, Claim, Cost, Metric, Result, RunKey, Settings
 
 LOSS = Metric("loss", "nats")
@@ -24,6 +25,8 @@ class Noise:
         shared, own = rng.normal(size=self.inner), np.random.default_rng([key.seed, len(arm.what)]).normal()
         level = arm.settings.get("level", 1.0) + (np.log10(settings.get("rate", 1e-3)) + 3) ** 2
         losses = {f"d{i}": float(level + x + self.sd * own) for i, x in enumerate(shared)}
+        if arm.settings.get("diverges") == "raises" or settings.get("rate", 0) > 0.1:
+            raise DivergedError("the loss is nan at step 3")
         if arm.settings.get("diverges"):
             losses = dict.fromkeys(losses, float("nan"))
         return Result(

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from intaglio.data.identifier_roles import PASSAGE, ROLES, STRING, lines, passages
 from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds import cached_models
-from intaglio.evidence.testbeds.identifier_roles import PASSAGE, ROLES, STRING, IdentifierRoles, lines, passages
+from intaglio.evidence.testbeds.identifier_roles import IdentifierRoles
+from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.evidence.testbeds.splits import BOUNDS
 
 SOURCE = '''"""A docstring."""
@@ -105,7 +107,9 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> IdentifierRo
             a, b, c = draw.choices(names, k=3)
             body.append(f"    {a} = {b}({c}={a}.{b})")
         (root / f"m{number}.py").write_text("\n".join(body) + "\n", encoding="utf-8")
-    return IdentifierRoles(folder=str(root), vocabulary=300, width=16, depth=4, context=128, steps=3, batch=2)
+    return IdentifierRoles(
+        SourceCode(folder=str(root)), vocabulary=300, width=16, depth=4, context=128, steps=3, batch=2
+    )
 
 
 def test_sets_share_no_file_and_draws_are_the_same_everywhere(small: IdentifierRoles) -> None:

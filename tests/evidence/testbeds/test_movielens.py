@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from intaglio.data.item_sequences import dense
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.movielens import BOUNDS, MovieLens, _dense
+from intaglio.evidence.testbeds.movielens import BOUNDS, MovieLens
 from intaglio.evidence.testbeds.splits import part_of
 
 Rows = list[tuple[str, str, int]]
@@ -101,7 +102,7 @@ def test_what_is_dense_is_the_largest_such_part(rows: list[tuple[int, int]], lea
     sequences: dict[str, tuple[str, ...]] = {}
     for user, item in rows:
         sequences[f"u{user}"] = (*sequences.get(f"u{user}", ()), f"i{item}")
-    found = _dense(sequences, least)
+    found = dense(sequences, least)
     counts = Counter(item for items in found.values() for item in items)
     assert all(len(items) >= least for items in found.values())
     assert all(count >= least for count in counts.values())
@@ -128,7 +129,7 @@ def test_bad_settings_and_data_are_one_sentence(make: Make, small: MovieLens) ->
     with pytest.raises(IntaglioError, match=r"movielens' is not in .*run `intaglio assets` first"):
         MovieLens().load()
     with pytest.raises(IntaglioError, match="no users and items with 5 interactions each"):
-        make([("u", "i", 1)]).load()
+        make([("u", "i", 1), ("u", "j", 2)]).load()
     with pytest.raises(IntaglioError, match=r"600 evaluation users were requested; there are \d+"):
         MovieLens(source=small.source).questions("evaluation")
 

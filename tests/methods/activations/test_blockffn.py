@@ -107,7 +107,7 @@ def test_where_nothing_is_open_nothing_comes_out(norm: Any) -> None:
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.isfinite().all()
-    assert not made.active(x).any()
+    assert not made.active_units(x).any()
 
 
 def test_scores_of_one_are_a_plain_mlp() -> None:
@@ -116,7 +116,7 @@ def test_scores_of_one_are_a_plain_mlp() -> None:
     torch.testing.assert_close(made(x), plain)
     with torch.no_grad():
         torch.testing.assert_close(made(x[0]), plain[0])
-    assert made.active(x).all()
+    assert made.active_units(x).all()
 
 
 def test_the_layer_expert_by_expert_with_and_without_a_gradient() -> None:

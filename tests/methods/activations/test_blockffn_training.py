@@ -105,7 +105,7 @@ def test_a_larger_weight_makes_chunks_sparser_and_the_routers_may_have_a_rate_of
     with torch.no_grad():  # what was measured is what is computed
         layer = tight.model.model.layers[0].mlp
         x = torch.randn(3, 5, layer.width)
-        assert torch.equal(layer.active(x), layer.active(2 * x))
+        assert torch.equal(layer.active_units(x), layer.active_units(2 * x))
 
 
 @pytest.mark.parametrize("fields", [{"router": "topk", "k": 2}, {"router": "remoe", "k": 2}, {"router": "none"}])

@@ -130,7 +130,7 @@ def test_units_that_rest_are_those_of_other_experts_and_those_at_zero(config: di
     pre_TEF = torch.einsum("td,efd->tef", x_BLD.flatten(0, 1), made.encoder) + (0 if encoder is None else encoder)
     taken_TE1 = F.one_hot(chosen_TK, made.config.experts).sum(1).bool()[..., None]
     expected_TEF = taken_TE1 & (pre_TEF > 0 if made.config.activation == "relu" else F.gelu(pre_TEF) != 0)
-    assert torch.equal(made.active(x_BLD), expected_TEF.view(2, 9, -1))
+    assert torch.equal(made.active_units(x_BLD), expected_TEF.view(2, 9, -1))
 
 
 def test_exactly_k_experts_and_gates_that_sum_to_one() -> None:

@@ -19,7 +19,7 @@ from intaglio.cli.app import app
 from intaglio.errors import IntaglioError
 from intaglio.exporters import export
 from intaglio.masks import visible
-from intaglio.methods.activations.moe_x import MoELayer, MoEX, moe_layers, monitor
+from intaglio.methods.activations.moe_x import MoELayer, MoEX, expert_statistics, moe_layers
 from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
 from intaglio.methods.base import Workload
 from intaglio.methods.weights.bitnet import BitNet
@@ -91,6 +91,9 @@ def test_noise_reset_and_split_by_their_numbers() -> None:
     assert float(error.std()) == pytest.approx(0.1, rel=0.1)
     assert all(not torch.equal(noisy.encoder[0], noisy.encoder[e]) for e in (1, 2, 3))
     (drawn, *_) = layers_of(upcycled(noise=0.0, reset=0.25, activation="own"))
+    torch.manual_seed(9)  # which no draw depends on
+    (again, *_) = layers_of(upcycled(noise=0.0, reset=0.25, activation="own"))
+    assert torch.equal(drawn.encoder, again.encoder)
     changed_EF = (drawn.encoder != gate).any(-1)
     assert changed_EF.sum(1).tolist() == [12] * 4  # a quarter of 48
     assert len({tuple(row.tolist()) for row in changed_EF}) == 4
@@ -190,7 +193,7 @@ def test_the_balance_loss_evens_the_loads() -> None:
             layer.router.data.mul_(20)
         fields = {"steps": 30, "learning_rate": 0.01, "batch_size": 4, "schedule": "constant"}
         run(ckpt, modifiers=[MoEX(experts=None, balance=balance)], **fields)
-        found = monitor(ckpt, IDS)
+        found = expert_statistics(ckpt, IDS)
         return sum(one["load_entropy"] for one in found.values()) / len(found)
 
     assert entropy(1.0) > entropy(0.0) + 0.05
@@ -250,7 +253,7 @@ def test_a_masked_objective_trains_them_too() -> None:
 
 def test_the_monitor_by_hand() -> None:
     ckpt = upcycled(noise=0.3)
-    found = monitor(ckpt, IDS, batch_size=2)
+    found = expert_statistics(ckpt, IDS, batch_size=2)
     assert list(found) == ["model.layers.0.mlp", "model.layers.1.mlp"]
     inputs: list[Tensor] = []
     layer = layers_of(ckpt)[0]
@@ -267,7 +270,7 @@ def test_the_monitor_by_hand() -> None:
     assert one["dead_units"] == pytest.approx(float((~active_TEF.any(0)).double().mean()))
     assert one["expected_l0"] == pytest.approx(one["l0"], rel=0.35)
     with pytest.raises(IntaglioError, match="has no experts of moe_x"):
-        monitor(checkpoint(), IDS)
+        expert_statistics(checkpoint(), IDS)
 
 
 def test_inspect_shows_it(tmp_path: Path) -> None:

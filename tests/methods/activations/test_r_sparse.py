@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,20 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from intaglio.environment import tuning
 from intaglio.errors import IntaglioError
 from intaglio.kernels import gather
 from intaglio.measures.input_sparsity import count_inputs
 from intaglio.methods.activations.r_sparse import RSparse, SparseLinear
 from intaglio.methods.activations.r_sparse.budget import BudgetSpec
 from intaglio.methods.activations.r_sparse.decomposition import low_rank_pair
-from intaglio.methods.activations.r_sparse.layers import ALL, NONE, DensePrefill, InputRule
+from intaglio.methods.activations.r_sparse.layers import ALL, NONE, DensePrefill, InputRule, share_inputs
 from intaglio.methods.activations.r_sparse.search import Search
 from intaglio.methods.activations.r_sparse.thresholds import InputSample, scores, thresholds
 from intaglio.modeling.anatomy import anatomy, capture, run_blocks
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.loop import Speculative
-from tests.alive import alive, refused
+from tests.alive import alive
 from tests.methods.activations.helpers import IDS, PROMPT, carved, drawn, layers, masked, tiny
+from tests.tuners import GivenTimes
 
 EXAMPLES = (
     {"alpha": 0.9},
@@ -47,7 +51,7 @@ ALIVE = {
     "how": alive("teal", alpha=1.0),
     "allocation": alive("greedy", how="teal", alpha=1.0),
     "scale": False,
-    "low_rank": refused(False),
+    "low_rank": alive(False, search=None, rank=None, alpha=0.5),
     "rank": 2,
     "strict": True,
     "threshold": "topk",
@@ -99,7 +103,8 @@ def test_the_ends_of_alpha_and_real_shapes() -> None:
     assert (low.channels, low.share, low.rank) == (0, 0.0, 33)  # 100 * 200 / 2 / 300
     # Keys of grouped-query attention are narrower than they are deep: not the rank of a square.
     assert BudgetSpec().split("k", 192, 576, 0.5, 0.8).rank == (192 * 576 // 2 - 230 * 192) // (192 + 576)
-    assert BudgetSpec(low_rank=False).split("x", 100, 200, 0.5, 0.9).channels == 100
+    alone = BudgetSpec(low_rank=False).split("x", 100, 200, 0.5, 0.9)
+    assert (alone.channels, alone.rank) == (90, 0)
     with pytest.raises(IntaglioError, match=r"^rank is 101, above the width of x, 100 x 200: at most 100 is accepted$"):
         BudgetSpec(rank=101).split("x", 100, 200, 0.5, 0.9)
 
@@ -279,14 +284,81 @@ def test_drafts_are_verified_by_the_model_that_decodes(fields: dict[str, Any]) -
 
 
 @torch.no_grad()
-def test_generating_uses_the_kernel_and_not_for_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[int] = []
-    plain = gather.rows
+@pytest.mark.parametrize(("alpha", "calls"), [(0.9, [1] * 7), (1.0, [(1, 3), 1, (1, 2), 1])])
+def test_generating_uses_the_kernel_and_not_for_prompts(
+    alpha: float, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a low rank, q, k and v share a call, and gate and up."""
+    rows: list[Any] = []
+    plain, shared = gather.rows, gather.shared_input
     monkeypatch.setattr(gather, "rows", lambda x, *rest: rows.append(len(x)) or plain(x, *rest))
-    model = carved().model
+
+    def noted(parts: Any) -> Any:
+        call = shared(parts)
+
+        class Noted:
+            worth = staticmethod(call.worth)
+
+            def __call__(self, x: Any, threads: int) -> Any:
+                rows.append((len(x), len(parts)))
+                return call(x, threads)
+
+        return Noted()
+
+    monkeypatch.setattr(gather, "shared_input", noted)
+    model = carved(fields={"alpha": alpha}).model
     model.generate(PROMPT, do_sample=False, max_new_tokens=3)
     if gather.kernel(torch.zeros(1, 2), torch.float32):
-        assert rows == [1] * 2 * 2 * 7
+        assert rows == calls * 2 * 2
+
+
+@torch.no_grad()
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+@pytest.mark.parametrize("winner", ["dense", "gathered 1", "shared 1", "nothing"])
+def test_the_measured_choice_is_used_and_gives_the_same_text(winner: str) -> None:
+    how = {"do_sample": False, "max_new_tokens": 6}
+    expected = carved(fields={"alpha": 1.0}).model.generate(PROMPT, **how)
+    model = carved(fields={"alpha": 1.0}).model
+    with tuning.using(given := GivenTimes(winner)):
+        assert torch.equal(model.generate(PROMPT, **how), expected)
+    sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    threads = {layer._prepare().threads[1] for layer in sparse}
+    assert threads == {1 if winner == "gathered 1" else 0}
+    shared = {layer.shared._threads[1] for layer in sparse if layer.shared is not None}
+    assert shared == {1 if winner == "shared 1" else 0}
+    assert all("kept" in key and " rows " in key for key in given.used)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+def test_a_shared_output_is_that_of_the_layer_as_it_is_now() -> None:
+    holder = nn.Module()
+    layers = [SparseLinear.from_weight(drawn(4, 6, seed=seed), None, InputRule(0.5)) for seed in range(3)]
+    for name, layer in zip(("q_proj", "k_proj", "v_proj"), layers, strict=True):
+        holder.add_module(name, layer)
+    share_inputs(holder)
+    q, k, v = layers
+    x, other = drawn(1, 6, seed=5), drawn(1, 6, seed=6)
+    for change in (lambda: None, lambda: k.weight.mul_(2), lambda: setattr(k, "rule", InputRule(0.1))):
+        torch.testing.assert_close(q(x), masked(q, x))
+        change()
+        torch.testing.assert_close(k(x), masked(k, x))
+        torch.testing.assert_close(v(other), masked(v, other))  # not the tensor that q was called with
+        torch.testing.assert_close(q(x), masked(q, x))
+        torch.testing.assert_close(v(x), masked(v, x))
+
+
+@torch.no_grad()
+def test_a_copy_of_a_model_shares_calls_of_its_own() -> None:
+    model = carved(fields={"alpha": 1.0}).model
+    expected = model(PROMPT[:, :1]).logits
+    other = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    del model
+    assert torch.equal(other(PROMPT[:, :1]).logits, expected)
+    shared = {id(module.shared) for module in other.modules() if isinstance(module, SparseLinear) and module.shared}
+    assert len(shared) == 4
 
 
 def test_mutated_splits_stay_on_the_grid_and_reach_its_ends() -> None:

@@ -18,7 +18,7 @@ from intaglio.checkpoint import RECORD, Checkpoint, load
 from intaglio.errors import IntaglioError
 from intaglio.measures.evaluate import Evaluator
 from intaglio.measures.input_sparsity import count_inputs, input_sparsity
-from intaglio.methods.activations.r_sparse import RSparse, SparseLinear, decomposition, reading
+from intaglio.methods.activations.r_sparse import RSparse, SparseLinear, decomposition, measure_bytes_read
 from intaglio.methods.activations.r_sparse.budget import BudgetSpec
 from intaglio.methods.activations.r_sparse.decomposition import low_rank_pair
 from intaglio.methods.activations.r_sparse.layer_options import ALPHAS, OptionSpec
@@ -136,22 +136,22 @@ def test_cats_is_the_feed_forward_with_its_gates_cut() -> None:
     with count_inputs(sparse.model) as tallies:
         sparse.model(IDS)
     shares = {name: one.left_out for name, one in tallies.items()}
-    assert 1 - reading(sparse, shares).share == pytest.approx(0.2, abs=0.05)
+    assert 1 - measure_bytes_read(sparse, shares).share == pytest.approx(0.2, abs=0.05)
     with pytest.raises(IntaglioError, match=r"and cats leaves out less than 0\.4 of these weights") as caught:
         carved(fields={"how": "cats", "sparsity": 0.5})
     assert "\n" not in str(caught.value)
 
 
 def test_what_a_token_reads() -> None:
-    dense = reading(tiny())
+    dense = measure_bytes_read(tiny())
     assert dense.read == dense.dense == (4.0 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32),) * 2
     checkpoint = carved(fields={"alpha": 0.5, "sparsity": 0.25})
     with count_inputs(checkpoint.model) as tallies, torch.no_grad():
         checkpoint.model(IDS)
-    found = reading(checkpoint, {name: one.left_out for name, one in tallies.items()})
+    found = measure_bytes_read(checkpoint, {name: one.left_out for name, one in tallies.items()})
     assert found.dense == dense.dense
     assert found.share == pytest.approx(checkpoint.record.steps[-1].chosen["read"], abs=0.05)
-    assert reading(checkpoint).share > 1  # nothing left out: weights and factors
+    assert measure_bytes_read(checkpoint).share > 1  # nothing left out: weights and factors
 
 
 # search
@@ -283,6 +283,7 @@ def test_decompositions_are_kept_by_the_weight(tmp_path: Path, monkeypatch: pyte
         ({"allocation": "greedy"}, "allocation: greedy belongs to how: teal"),
         ({"fraction": 0.5}, "fraction belongs to mode: last_fraction"),
         ({"low_rank": False, "rank": 3}, "low_rank is false, so there is no rank"),
+        ({"low_rank": False, "alpha": "error"}, "low_rank is false, so alpha is a number"),
         ({"alpha": "error", "search": {}}, "alpha: error and search are two ways to choose alpha"),
         ({"search": {"population": 1}}, "greater than or equal to 2"),
     ],

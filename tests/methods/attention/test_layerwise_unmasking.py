@@ -367,6 +367,7 @@ def test_trials_may_differ_in_their_settings() -> None:
     assert [trial.settings for trial in found.trials] == [trial.settings for trial in trials]
     assert found.trials[0].tokens == found.trials[1].tokens > 0
     assert found.trials[0].scores != found.trials[1].scores
+    assert checkpoint.record.steps == []  # each trial has a record of its own
 
 
 def test_unmasking_at_inference_only_needs_no_training() -> None:

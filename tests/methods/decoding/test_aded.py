@@ -32,12 +32,12 @@ from intaglio.methods.decoding.aded.search import (
     mcts,
     most_visited,
     path_probs,
-    prune_by_cost,
     puct,
     trim,
 )
 from intaglio.speculative.loop import Speculative
-from intaglio.speculative.target_model import Reader, stack
+from intaglio.speculative.pass_cost import prune_by_cost
+from intaglio.speculative.target_model import CachedModel, stack
 from intaglio.speculative.tree import TokenTree, trie
 from tests.alive import alive, drafted
 from tests.conftest import TinyDir
@@ -441,7 +441,8 @@ def test_what_is_verified_is_worth_its_cost() -> None:
         ((0.2, 0.1), [2, 4, 6, 3, 5]), ((0.2, 0.2), [2, 3, 5]), ((0.6, 0.1), [2, 4, 6, 3, 5]), ((0.0, 0.74), [2, 3, 5]),
         ((1.8, 0.1), [2]), ((0.0, 0.76), [2]),
     ):  # fmt: skip
-        assert list(prune_by_cost(tree, found, *costs).tokens) == kept, costs
+        part = prune_by_cost(found, lambda k, draft=costs[0], token=costs[1]: 1 + draft + token * k)
+        assert list(tree.subtree(part).tokens) == kept, costs
 
 
 def test_what_promises_too_much_is_trusted_less_and_tried_again_later() -> None:
@@ -481,10 +482,9 @@ def test_the_verified_part_is_the_best_of_all_parts(
         for part in combinations(range(1, len(tree)), count)
         if all(tree.parents[node] in (0, *part) for node in part)
     ]
-    found = prune_by_cost(tree, likely, draft_cost, token_cost)
-    kept = {tuple(found.tokens[n] for n in found.path(node)) for node in range(1, len(found))}
-    nodes = [node for node in range(1, len(tree)) if tuple(tree.tokens[n] for n in tree.path(node)) in kept]
-    assert len(nodes) == len(found) - 1
+    root, *nodes = prune_by_cost(likely, lambda k: 1 + draft_cost + token_cost * k)
+    assert root == 0
+    assert tuple(nodes) in parts
     assert worth(nodes) == pytest.approx(max(map(worth, parts)))
 
 
@@ -593,10 +593,10 @@ def test_the_logits_of_a_node_are_its_paths(family: str) -> None:
     table = Table.build([[30, x, y] for x in (5, 6, 7) for y in (8, 9)] + [[9, 30, 5], [9, 30, 6], [9, 30, 7]], VOCAB)
     tree: TokenTree = ADEDRow(ADED.paper(adaptive=False), table, PROMPT).propose(99)
     assert len(tree) > 6
-    reader = Reader(model)
+    cached = CachedModel(model)
     with torch.inference_mode():
-        reader.prefill(torch.tensor([PROMPT[:-1]]), None)
-        logits = reader.forward(reader.prepare_inputs(*stack([tree])))[0]
+        cached.prefill(torch.tensor([PROMPT[:-1]]), None)
+        logits = cached.forward(cached.prepare_inputs(*stack([tree])))[0]
         for node in range(len(tree)):
             ids = [*PROMPT[:-1], *(tree.tokens[n] for n in tree.path(node))]
             assert torch.allclose(logits[node], model(torch.tensor([ids])).logits[0, -1], atol=1e-9)

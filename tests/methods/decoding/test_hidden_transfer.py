@@ -21,7 +21,7 @@ from intaglio.methods.decoding.hidden_transfer.heads import (
 from intaglio.methods.decoding.hidden_transfer.session import deepest_path, run_with_pseudo_states
 from intaglio.modeling.anatomy import HeadOnly, after_blocks, anatomy
 from intaglio.speculative.heads.objective import freeze, head_batch
-from intaglio.speculative.target_model import Reader, stack
+from intaglio.speculative.target_model import CachedModel, stack
 from intaglio.speculative.tree import TokenTree, root_only
 from tests.alive import alive, fitted_and_drafted, refused
 from tests.families import DECODERS, VOCAB, tiny_model
@@ -58,7 +58,6 @@ ALIVE = {
     "precision": "bfloat16",
     "save_every": "test_trained_heads:test_a_killed_fit_resumes_to_the_same_bytes",
     "untrained": refused(False),
-    "seed": "test_untrained_maps_are_the_identity_whatever_the_seed",
     "ahead": 2,
     "layers": [0, 1, 1],
     "goal": "text",
@@ -82,19 +81,19 @@ def heads_of(model: Any, layers: list[int], spread: float = 0.1) -> TransferHead
 @torch.inference_mode()
 def passed(model: Any, heads: TransferHeads, ids: list[int], tree: TokenTree, cache: Any = None) -> Any:
     """Nodes and pseudo states after a pass over a tree behind a prompt, whose last token is the root."""
-    reader = Reader(model, cache)
-    reader.prefill(torch.tensor([ids[:-1]]))
-    inputs = reader.prepare_inputs(*stack([tree]))
-    return (*run_with_pseudo_states(anatomy(model), heads, reader, inputs, [range(len(tree))]), reader, inputs)
+    cached = CachedModel(model, cache)
+    cached.prefill(torch.tensor([ids[:-1]]))
+    inputs = cached.prepare_inputs(*stack([tree]))
+    return (*run_with_pseudo_states(anatomy(model), heads, cached, inputs, [range(len(tree))]), cached, inputs)
 
 
 def guesses(model: Any, heads: TransferHeads, ids: list[int]) -> torch.Tensor:
     """Pseudo states of the last place as training makes them [k, D]."""
-    reader, parts = Reader(model, hidden=True), anatomy(model)
+    cached, parts = CachedModel(model, hidden=True), anatomy(model)
     with torch.no_grad():
         with record_states(parts, heads.layers) as states:
-            reader.prefill(torch.tensor([ids]))
-        return torch.stack([step[0, -1] for step in heads.refine(parts, reader, states)])
+            cached.prefill(torch.tensor([ids]))
+        return torch.stack([step[0, -1] for step in heads.refine(parts, cached, states)])
 
 
 # --- masks and states ------------------------------------------------------------------------------------------------
@@ -114,14 +113,14 @@ def test_the_nodes_do_not_notice(family: str, implementation: str) -> None:
     heads = heads_of(model, [1, 1, 2])
     atol = 1e-9 if implementation == "sdpa" else 1e-5  # stock eager attention takes its softmax in float32
     for cache in (None, DynamicCache(config=model.config)):
-        plain = Reader(model, copy.deepcopy(cache))
+        plain = CachedModel(model, copy.deepcopy(cache))
         with torch.inference_mode():
             plain.prefill(torch.tensor([PROMPT[:-1]]))
             expected = plain.forward(plain.prepare_inputs(*stack([TREE])))[0]
-        real, _, reader, _ = passed(model, heads, PROMPT, TREE, cache)
+        real, _, cached, _ = passed(model, heads, PROMPT, TREE, cache)
         with torch.inference_mode():
             torch.testing.assert_close(after_blocks(anatomy(model), real[0]), expected, rtol=0, atol=atol)
-        for mine, theirs in zip(reader.cache.layers, plain.cache.layers, strict=True):
+        for mine, theirs in zip(cached.cache.layers, plain.cache.layers, strict=True):
             torch.testing.assert_close(mine.keys, theirs.keys, rtol=0, atol=atol)
             torch.testing.assert_close(mine.values, theirs.values, rtol=0, atol=atol)
             assert mine.get_seq_length() == theirs.get_seq_length() == len(PROMPT) - 1 + len(TREE)
@@ -141,12 +140,12 @@ def test_rows_of_unlike_lengths_make_the_same_states() -> None:
     model = target("gemma3")
     heads = heads_of(model, [1, 2])
     inputs = ragged([4, 9])
-    reader = Reader(model)
+    cached = CachedModel(model)
     with torch.inference_mode():
-        reader.prefill(**{f"{name.partition('_')[0].replace('input', 'ids')}_BP": v for name, v in _named(inputs)})
+        cached.prefill(**{f"{name.partition('_')[0].replace('input', 'ids')}_BP": v for name, v in _named(inputs)})
         trees = [TREE, root_only(7)]
         owners = [deepest_path(tree) for tree in trees]
-        _, pseudo = run_with_pseudo_states(anatomy(model), heads, reader, reader.prepare_inputs(*stack(trees)), owners)
+        _, pseudo = run_with_pseudo_states(anatomy(model), heads, cached, cached.prepare_inputs(*stack(trees)), owners)
     for row, (tree, own) in enumerate(zip(trees, owners, strict=True)):
         real = inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist()
         for place, node in enumerate(own):

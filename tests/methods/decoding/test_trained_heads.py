@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +271,11 @@ def test_trees_shrink_with_the_rows_that_share_a_pass(slug: str) -> None:
     sizes = [len(method.static_tree(rows)) for rows in (1, 4, 16)]
     assert sizes[0] > sizes[1] >= sizes[2] == 1
     assert len(get_method(slug)(untrained=True, nodes=9).static_tree(4)) == 9  # type: ignore[attr-defined]
+
+
+def test_heads_that_were_saved_with_a_seed_are_found_again() -> None:
+    checkpoint = tiny()
+    get_method("hidden_transfer")(**QUICK).fit(checkpoint, TEXTS)
+    attachment = checkpoint.attachments["hidden_transfer"]
+    checkpoint.attachments["hidden_transfer"] = replace(attachment, parameters=attachment.parameters | {"seed": 0})
+    assert checkpoint.decoder("hidden_transfer")._heads is not None

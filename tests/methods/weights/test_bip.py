@@ -312,6 +312,7 @@ def test_a_global_ranking_does_not_empty_a_layer() -> None:
     bare, none = magnitude_masks(scores, layers, 0.9, guard=False)
     assert not bare["2"].any()
     assert none == ()
+    assert magnitude_masks(scores, layers, 0.9)[1] == ("2",)  # the guard is the default
     found = Pruner(net, 0.1)
     assert found.masked.rescued == ("2",)
     assert int(found.masks["2"].sum()) == 1

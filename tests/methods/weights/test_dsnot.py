@@ -142,6 +142,21 @@ def test_equals_the_slow_algorithm(
     assert torch.equal(found.mask_RI, expected)
 
 
+@pytest.mark.parametrize("power", [0.5, 2.0])
+def test_the_variance_divides_by_its_power(power: float) -> None:
+    weight_RI, statistics = layer(2, rows=4, inputs=24)
+    score, variance_I = wanda_score(weight_RI, statistics.square_I), torch.logspace(-2, 2, 24).flip(0)
+    options: dict[str, Any] = {"prune_key_RI": score, "group": None, "cycles": 5, "threshold": 0.0, "same_sign": False}
+    masks = [
+        refine(
+            weight_RI, prune_mask(score, 0.5), statistics.sum_I, values_I, variance_power=exponent, **options
+        ).mask_RI
+        for values_I, exponent in ((variance_I, power), (variance_I**power, 1.0), (variance_I, 1.0))
+    ]
+    assert torch.equal(masks[0], masks[1])
+    assert not torch.equal(masks[0], masks[2])
+
+
 def test_a_candidate_whose_group_is_used_up_is_skipped() -> None:
     """At 1:4 the best two candidates share a group whose one kept weight the first swap prunes; the third is next."""
     weight_RI = torch.tensor([[0.1, 3.0, 2.0, 4.0, 0.1, 1.0, 0.1, 5.0]])

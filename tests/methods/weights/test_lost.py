@@ -21,6 +21,7 @@ from intaglio.masks import visible
 from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
 from intaglio.methods.weights.lost import LOST, ElementsLinear, LayerSizes, LostLinear, merge
 from intaglio.methods.weights.lost.init import Decomposition, random_pair
+from intaglio.methods.weights.lost.layers import LostLinearConfig
 from intaglio.methods.weights.lost.saliency import column_gradients
 from intaglio.methods.weights.lost.sizing import SizeSpec
 from intaglio.methods.weights.sparsity_target import pruned_count
@@ -557,3 +558,9 @@ def test_adapters_of_peft_find_nothing_to_adapt() -> None:
     LOST().apply(ckpt)
     with pytest.raises(IntaglioError, match="its projections were replaced"):
         run(ckpt, lora={"r": 2})
+
+
+def test_a_layer_has_no_bias_unless_one_is_given() -> None:
+    layers = [LostLinear(4, 3, 2, 1, LostLinearConfig(0.7, 0.3), **given) for given in ({}, {"bias": True})]
+    assert [layer.up.bias is not None for layer in layers] == [False, True]
+    assert not layers[0].transposed

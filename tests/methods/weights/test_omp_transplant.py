@@ -538,6 +538,13 @@ def test_lone_bytes_by_strings() -> None:
     assert joined.base.find(token, joined.donor, "strings") is None
 
 
+@pytest.mark.parametrize("where", ["no", "embedding"])
+def test_byte_tokens_are_matched_where_the_field_says(where: Any) -> None:
+    method = OMPTransplant(donor=_SPELT, k=3, join="strings", byte_match=where, least_overlap=0.0)
+    chosen = observe(method)[2]["chosen"]
+    assert ("by byte" in chosen["embedding"]) == (where == "embedding")
+
+
 def test_special_tokens_by_role_then_by_name() -> None:
     own = metaspace(["a"], unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     ends = metaspace(["a"], unk_token="?", bos_token="<|x|>", eos_token="<|x|>", cls_token="[CLS]", pad_token="[PAD]")
@@ -725,3 +732,9 @@ def test_an_unknown_donor_is_refused_before_any_work(tmp_path: Path) -> None:
 def test_a_large_k_warns() -> None:
     with pytest.warns(UserWarning, match="over half of the donor's width of 24"):
         OMPTransplant(donor="x", k=13).transplant(base(), Donor.from_checkpoint(donor()))
+
+
+def test_a_neighbour_twice_as_far_weighs_half() -> None:
+    code = neighbours(torch.zeros(1, 2), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), 2, "euclidean", "distance", 1)
+    assert code.support_TK.tolist() == [[0, 1]]
+    torch.testing.assert_close(code.weight_TK, torch.tensor([[2 / 3, 1 / 3]]))

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from intaglio.data.images import Images
 from intaglio.evidence.designs.classify import Classify, batches
-from intaglio.evidence.testbeds.digits import Images
 from intaglio.methods.weights.bip import MaskedModel
 from intaglio.methods.weights.bip.masked_model import masked, score_gradients, score_rate
 

@@ -34,6 +34,7 @@ CLAIM = Claim(
     tune_units=4,
     metrics=(BEFORE_LOOP,),
     equal=("tokens", "parameters"),
+    minutes=40,
     parity=f"Every arm may verify {NODES} drafted tokens a pass and emits the target's own greedy text.",
     use_when="you have text like the output to count a table in, and no draft model",
     otherwise="prompt lookup",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from intaglio.evidence.designs.draft_heads import NODES, medusa, trained_heads
-from intaglio.evidence.designs.replay import BEFORE_LOOP, TOKENS, Replay
+from intaglio.evidence.designs.drafters import HEADS_CLAIM, HEADS_PARITY, medusa, trained_heads
+from intaglio.evidence.designs.replay import Replay
 from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.methods.decoding.chimera import Chimera
@@ -24,8 +24,6 @@ CLAIM = Claim(
     version=2,
     says="Draft heads that read the whole context and the drafted tri-gram emit more tokens per pass than Medusa heads"
     " of as many parameters.",
-    metric=TOKENS,
-    delta=0.1,
     design=Replay(SourceCode(tokens=64, documents_run=100), new=96),
     arms={
         "medusa": Arm(
@@ -43,18 +41,11 @@ CLAIM = Claim(
     baseline="medusa",
     method="chimera",
     ablations=("no tri-gram", "no context"),
-    unit_names=("training of heads",),
-    looks=(5,),  # a training takes minutes
-    tune={"learning_rate": (3e-4, 1e-3, 3e-3)},
-    metrics=(BEFORE_LOOP,),
-    equal=("tokens",),
-    parity=f"Equal parameters to within one percent, the same training text and steps, trees of {NODES} nodes made from"
-    " the heads' own acceptance on held-out texts. Chimera's own passes cost seconds, not passes of the target.",
-    minutes=60,
+    parity=f"{HEADS_PARITY} Chimera's own passes cost seconds, not passes of the target.",
     use_when="a pass of the target costs far more than a small decoder layer",
-    otherwise="Medusa heads",
     reason="The heads of version 1 were trained once and too briefly, and Chimera's start was mis-scaled; now five"
     " trainings of 1,000 steps on a small Llama of source code.",
+    **HEADS_CLAIM,
     toy={"depth": 2},
     golden={"medusa": {}, "chimera": {}},
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from intaglio.evidence.designs.draft_heads import NODES, medusa, trained_heads
-from intaglio.evidence.designs.replay import BEFORE_LOOP, TOKENS, Replay
+from intaglio.evidence.designs.drafters import HEADS_CLAIM, HEADS_PARITY, medusa, trained_heads
+from intaglio.evidence.designs.replay import Replay
 from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.methods.decoding.hidden_transfer import HiddenTransfer
@@ -24,8 +24,6 @@ CLAIM = Claim(
     version=2,
     says="Predicting the hidden states of coming tokens in the middle of the model, and refining them in its upper"
     " blocks, emits more tokens per pass than Medusa heads of as many parameters.",
-    metric=TOKENS,
-    delta=0.1,
     design=Replay(SourceCode(depth=DEPTH, tokens=64, documents_run=100), new=96),
     arms={
         "medusa": Arm(
@@ -39,18 +37,11 @@ CLAIM = Claim(
     baseline="medusa",
     method="transfer",
     ablations=("early", "linear"),
-    unit_names=("training of heads",),
-    looks=(5,),  # a training takes minutes
-    tune={"learning_rate": (3e-4, 1e-3, 3e-3)},
-    metrics=(BEFORE_LOOP,),
-    equal=("tokens",),
-    parity=f"Equal parameters to within one percent, the same training text and steps, trees of {NODES} nodes made from"
-    " the heads' own acceptance on held-out texts. Pseudo states take rows in the target's upper blocks.",
-    minutes=60,
+    parity=f"{HEADS_PARITY} Pseudo states take rows in the target's upper blocks.",
     use_when="rows of the upper blocks are free",
-    otherwise="Medusa heads",
     reason="The heads of version 1 were trained once; now five trainings of 1,000 steps on a small Llama of source"
     " code.",
+    **HEADS_CLAIM,
     toy={"depth": DEPTH},
     golden={"medusa": {}, "transfer": {}},
 )

@@ -9,16 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.replay import (
-    AGREED_TOKENS,
-    AGREEMENT,
-    BEFORE_LOOP,
-    TOKENS,
-    Context,
-    Replay,
-    agreed_tokens,
-    decode,
-)
+from intaglio.evidence.designs import replay
 from intaglio.evidence.engine.claim import Arm, Claim, describe
 from intaglio.evidence.testbeds.cached_models import trained_model
 from intaglio.evidence.testbeds.source_code import TOY, SourceCode
@@ -62,7 +53,7 @@ def _tuned(bed: SourceCode, objective: Any, steps: int) -> Checkpoint:
     )
 
 
-def lexical_units(context: Context, beta: float | None = None, **fields: Any) -> LUD:
+def lexical_units(context: replay.Context, beta: float | None = None, **fields: Any) -> LUD:
     """Return the decoder; without `beta` its threshold is the one with the most tokens on validation prompts."""
     tokenizer = context.target.tokenizer
     fields |= {"cap": CAP, "pad_token": tokenizer.convert_tokens_to_ids(TOKEN), "tokenizer": tokenizer}
@@ -74,8 +65,8 @@ def _threshold(bed: SourceCode, target: Checkpoint, new: int, **fields: Any) -> 
     prompts = [bed.source("validation", index)[0].ids for index in range(min(TRIALS, bed.documents_pilot))]
 
     def counted(beta: float) -> float:
-        passes = decode(target, lambda note: LUD(beta=beta, on_step=note, **fields), prompts, new)
-        return fmean(agreed_tokens(target, prompts, passes)[1])
+        passes = replay.decode(target, lambda note: LUD(beta=beta, on_step=note, **fields), prompts, new)
+        return fmean(replay.agreed_tokens(target, prompts, passes)[1])
 
     return max(BETAS, key=lambda beta: (counted(beta), beta))
 
@@ -90,9 +81,9 @@ CLAIM = Claim(
     version=1,
     says="Trained for lexical units, a small Llama that continues Python files greedily emits more tokens per pass than"
     " one, counting a text as one token per pass if less than 97 % of it is what the unaided model would have emitted.",
-    metric=AGREED_TOKENS,
+    metric=replay.AGREED_TOKENS,
     delta=0.2,
-    design=Replay(SourceCode(documents_run=60, documents_pilot=20, prompt=64), new=192),
+    design=replay.Replay(SourceCode(documents_run=60, documents_pilot=20, prompt=64), new=192),
     arms={
         "unaided": arm("the model trained for units, one token per pass", beta=2.0),
         # Tokens are bytes here, which repeat legitimately, as in indentation.
@@ -107,7 +98,7 @@ CLAIM = Claim(
     ablations=("start", "untrained", "guarded", "verified"),
     unit_names=("prompt",),
     looks=(60,),
-    metrics=(TOKENS, BEFORE_LOOP, AGREEMENT),
+    metrics=(replay.TOKENS, replay.BEFORE_LOOP, replay.AGREEMENT),
     equal=("tokens",),
     parity="Every arm continues the same prompts with a model of the same size, trained on as many tokens of the same"
     f" files, PADs counted ({SEEN} a row at most). Thresholds are chosen from one grid on other files.",

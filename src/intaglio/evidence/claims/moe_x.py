@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from intaglio.evidence.designs.game_units import (
-    COVERAGE,
-    FIRING,
-    GAME_LOSS,
-    RECONSTRUCTION,
-    SINGLE_COVERAGE,
-    board_units,
-    upcycled,
-)
+from intaglio.evidence.designs import game_units
 from intaglio.evidence.designs.training import Pretrain
 from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.evidence.testbeds.board_game import BoardGame
@@ -23,14 +15,14 @@ EXPERTS, ACTIVE, NOISE, BALANCE = 8, 2, 0.05, 0.01
 
 def dense(activation: str) -> dict[str, Any]:
     """Return the settings of a dense arm."""
-    return {"start": upcycled, "model": {"activation": activation, "copies": ACTIVE, "noise": NOISE}}
+    return {"start": game_units.upcycled, "model": {"activation": activation, "copies": ACTIVE, "noise": NOISE}}
 
 
 def mixture(router: Any, activation: Any) -> dict[str, Any]:
     """Return the settings of an arm with experts."""
     experts = MoEX(experts=EXPERTS, active=ACTIVE, router=router, activation=activation, noise=NOISE, balance=BALANCE)
     trained = (MoEX(experts=None, balance=BALANCE),)
-    return {"start": upcycled, "model": {"activation": activation, "experts": experts}, "modifiers": trained}
+    return {"start": game_units.upcycled, "model": {"activation": activation, "experts": experts}, "modifiers": trained}
 
 
 CLAIM = Claim(
@@ -38,9 +30,9 @@ CLAIM = Claim(
     version=2,
     says="Trained on the same games from the same dense start, a small GPT-2 with MoE-X has units that report more of"
     " the board than those of a dense ReLU model of equal activated parameters.",
-    metric=COVERAGE,
+    metric=game_units.COVERAGE,
     delta=0.03,
-    design=Pretrain(BoardGame(steps=3600, batch=64), measures=(board_units,)),
+    design=Pretrain(BoardGame(steps=3600, batch=32), measures=(game_units.board_units,)),
     arms={
         "dense": Arm(f"dense, ReLU, {ACTIVE} D units", dense("relu")),
         "moe-x": Arm(f"{EXPERTS} experts of D ReLU units, the {ACTIVE} expected sparsest", mixture("sparsity", "relu")),
@@ -54,7 +46,7 @@ CLAIM = Claim(
     # this rate out of three, and the losses of those two differed little.
     looks=(4,),
     tune={"learning_rate": (6e-3,)},
-    metrics=(SINGLE_COVERAGE, RECONSTRUCTION, GAME_LOSS, FIRING),
+    metrics=(game_units.SINGLE_COVERAGE, game_units.RECONSTRUCTION, game_units.GAME_LOSS, game_units.FIRING),
     equal=("tokens",),
     parity="Equal tokens in the same order from the same dense model, whose MLPs are copied with noise of one size; a"
     " token uses equally many units in all arms. Units and thresholds are chosen on training games.",
@@ -64,5 +56,5 @@ CLAIM = Claim(
     reason="Version 1 trained for a third of the steps and read single units alone, although what a unit reported is"
     " split over its copies in the experts.",
     toy={},
-    golden={"dense": {GAME_LOSS.name: 1.77126}, "moe-x": {GAME_LOSS.name: 1.77161}},
+    golden={"dense": {game_units.GAME_LOSS.name: 1.77126}, "moe-x": {game_units.GAME_LOSS.name: 1.77161}},
 )

@@ -10,7 +10,7 @@ from intaglio.evidence.designs.one_shot import OneShot
 from intaglio.evidence.engine.claim import Arm, Claim, Metric
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.measures.input_sparsity import count_inputs
-from intaglio.methods.activations.r_sparse import RSparse, reading
+from intaglio.methods.activations.r_sparse import RSparse, measure_bytes_read
 
 READ = Metric("share of the weights read", "share", continuous=False)
 
@@ -20,7 +20,7 @@ def sparse_log_perplexity(measured: Measured) -> Values:
     with count_inputs(measured.checkpoint.model) as counters:
         values = log_perplexity(measured)
     left_out = {name: counter.left_out for name, counter in counters.items()}
-    return {**values, READ.name: reading(measured.checkpoint, left_out).share}
+    return {**values, READ.name: measure_bytes_read(measured.checkpoint, left_out).share}
 
 
 def sparse(how: str = "r_sparse", **fields: Any) -> dict[str, Any]:

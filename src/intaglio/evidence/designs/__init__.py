@@ -4,7 +4,7 @@
 - `one_shot`: `OneShot`, edit a trained model with calibration data, then measure.
 - `replay`: `Replay`, tokens per pass of drafters and decoders.
 - `classify`: `Classify`, image classifiers; `retrieve`: `Retrieve`, per-query metrics; `generate`: `Generate`, outputs.
-- `measures`: what is measured on a model; `drafters`, `draft_heads`: the arms of `Replay`.
+- `measures`: what is measured on a model; `drafters`: the arms of `Replay`.
 
 A setting with the name of a method's field is given to that method, so that tuned values reach it.
 """

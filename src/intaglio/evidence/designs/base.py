@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
-
-import torch
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.evidence.engine.claim import Arm, Cost, RunKey
 from intaglio.evidence.testbeds.splits import Windows
-from intaglio.measures.memory import peak_memory
+from intaglio.measures.memory import Peak
 
 Settings = Mapping[str, Any]
 Values = Mapping[str, float | Mapping[str, float | None] | None]
@@ -43,29 +39,10 @@ class Measured:
 Measure = Callable[[Measured], Values]
 
 
-@dataclass
-class Usage:
-    """Wall time and peak memory of a block."""
-
-    seconds: float = 0.0
-    peak_bytes: int = 0
-
-
-@contextmanager
-def usage(device: torch.device) -> Iterator[Usage]:
-    """Fill in the usage of a block."""
-    result = Usage()
-    with peak_memory(device) as peak:
-        start = time.perf_counter()
-        yield result
-        result.seconds = time.perf_counter() - start
-    result.peak_bytes = peak.bytes
-
-
-def training_cost(checkpoint: Checkpoint, tokens: int, spent: Usage) -> Cost:
+def training_cost(checkpoint: Checkpoint, tokens: int, spent: Peak) -> Cost:
     """Return the cost of a training, 6 operations a parameter and token."""
     parameters = nonzero_parameters(checkpoint)
-    return Cost(tokens, 6.0 * parameters * tokens, parameters, spent.seconds, spent.peak_bytes)
+    return Cost(tokens, 6.0 * parameters * tokens, parameters, spent.seconds, spent.bytes)
 
 
 def nonzero_parameters(checkpoint: Checkpoint) -> int:

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import Configured, Settings, usage
+from intaglio.data.images import CLASSES, Images
+from intaglio.evidence.designs.base import Configured, Settings
 from intaglio.evidence.designs.training import RECIPE
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
-from intaglio.evidence.testbeds.digits import CLASSES, Digits, Images
+from intaglio.evidence.testbeds.digits import Digits
 from intaglio.evidence.testbeds.splits import generator
+from intaglio.measures.memory import peak_memory
 from intaglio.trainer import train
-from intaglio.trainer.protocols import Loss
+from intaglio.trainer.image_classification import ImageClassification
 
 ACCURACY = Metric("accuracy", "points", "higher", continuous=False)
 TEST_LOSS = Metric("negative log-likelihood", "nats")
@@ -51,7 +53,7 @@ class Classify:
         net = self._start(seed)
         loop, count = own.pop("train"), own.pop("passes", 1)
         budget = dataclasses.replace(self, steps=round(self.steps * own.pop("share", 1.0)))
-        with usage(torch.device("cpu")) as spent:
+        with peak_memory(torch.device("cpu")) as spent:
             if loop is not None:
                 passes = loop(net, images, seed, design=budget, **own.arguments(loop))
             else:
@@ -62,7 +64,7 @@ class Classify:
         loss, accuracy = evaluate(net, measured)
         parameters = sum(int(p.count_nonzero()) for p in net.parameters())
         flops = float(passes * self.batch_size * pass_flops(net))
-        cost = Cost(passes * self.batch_size, flops, parameters, spent.seconds, spent.peak_bytes)
+        cost = Cost(passes * self.batch_size, flops, parameters, spent.seconds, spent.bytes)
         parity = {"training": images.digest, "images": measured.digest}
         return Result({ACCURACY.name: accuracy, TEST_LOSS.name: loss}, cost, parity)
 
@@ -95,31 +97,7 @@ def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
 def _train(net: nn.Module, images: Images, modifiers: Sequence[Any], recipe: Mapping[str, Any]) -> int:
     pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
     rows = [{"pixels": pixels, "label": int(label)} for pixels, label in pairs]
-    return train(Checkpoint(net), rows, objective=Classification(), modifiers=modifiers, **recipe).steps
-
-
-@dataclass(frozen=True)
-class Classification:
-    """Cross-entropy over the classes of images, an objective of the trainer."""
-
-    def modules(self) -> nn.ModuleDict:
-        """Return none."""
-        return nn.ModuleDict()
-
-    def prepare(self, checkpoint: Checkpoint, examples: Iterable[Any], rng: Any) -> Iterable[Any]:
-        """Return the examples."""
-        return examples
-
-    def collate(self, examples: Sequence[Any], rng: Any) -> dict[str, Any]:
-        """Return a batch `{pixels, labels, weight}`."""
-        labels = torch.tensor([example["label"] for example in examples])
-        return {"pixels": torch.stack([example["pixels"] for example in examples]), "labels": labels,
-                "weight": len(labels)}  # fmt: skip
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Loss:
-        """Return the mean cross-entropy of a batch."""
-        logits_NC = model(batch["pixels"])
-        return Loss(F.cross_entropy(logits_NC, batch["labels"]), outputs=logits_NC)
+    return train(Checkpoint(net), rows, objective=ImageClassification(), modifiers=modifiers, **recipe).steps
 
 
 def batches(images: Images, size: int, key: str) -> Iterable[tuple[Tensor, Tensor]]:

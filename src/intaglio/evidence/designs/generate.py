@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import BedDesign, Settings, usage
+from intaglio.evidence.designs.base import BedDesign, Settings
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
 from intaglio.evidence.testbeds.prompts import Prompts
+from intaglio.measures.memory import peak_memory
 
 DISTINCT = Metric("type-token ratio", "share", "higher", continuous=False)
 Outputs = Sequence[Sequence[int]]
@@ -39,10 +40,10 @@ class Generate(BedDesign):
         model: Checkpoint = self.bed.load()
         make = own.pop("generator")
         prompts = [tuple(prompt.ids) for prompt in self.bed.source(key.split, key.index, key.base)]
-        with usage(model.device) as spent:
+        with peak_memory(model.device) as spent:
             outputs = [make(model, prompt, key.seed, **own) for prompt in prompts]
         scores = [self.score(prompt, of_prompt) for prompt, of_prompt in zip(prompts, outputs, strict=True)]
         values = {name: {str(n): score[name] for n, score in enumerate(scores)} for name in scores[0]}
         tokens = sum(len(ids) for of_prompt in outputs for ids in of_prompt)
-        cost = Cost(tokens, seconds=spent.seconds, peak_bytes=spent.peak_bytes)
+        cost = Cost(tokens, seconds=spent.seconds, peak_bytes=spent.bytes)
         return Result(values, cost, {"prompts": digest(prompts)})

@@ -12,11 +12,13 @@ from typing import Any, ClassVar
 import torch
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import BedDesign, Configured, Settings, training_cost, usage
+from intaglio.data.identifier_roles import ROLES
+from intaglio.evidence.designs.base import BedDesign, Configured, Settings, training_cost
 from intaglio.evidence.engine.claim import Arm, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
 from intaglio.evidence.testbeds.cached_models import copied
-from intaglio.evidence.testbeds.identifier_roles import ROLES, IdentifierRoles
+from intaglio.evidence.testbeds.identifier_roles import IdentifierRoles
+from intaglio.measures.memory import peak_memory
 from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
 from intaglio.methods.attention.layerwise_unmasking.search import Trial, best_of
 from intaglio.modeling.anatomy import anatomy
@@ -58,7 +60,7 @@ class Label(BedDesign):
         checkpoint = copied(self.bed.trained())
         method, parts = LayerwiseUnmasking(groups=self.groups), anatomy(checkpoint.model)
         objective = TokenClassification(place=place, labels=list(ROLES))
-        with usage(checkpoint.device) as spent:
+        with peak_memory(checkpoint.device) as spent:
             best = best_of(
                 checkpoint, examples, validation, trials, lambda bits: method.rules(parts, bits), objective=objective,
                 steps=self.steps, batch_size=self.batch_size, weight_decay=0.1, betas=(0.9, 0.95),

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import BedDesign, Configured, Measure, Measured, Settings, nonzero_parameters, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Measure, Measured, Settings, nonzero_parameters
 from intaglio.evidence.designs.measures import BATCH, log_perplexity
 from intaglio.evidence.engine.claim import Arm, Cost, Result, RunKey
 from intaglio.evidence.testbeds.cached_models import copied
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.testbeds.splits import Windows
+from intaglio.measures.memory import peak_memory
 from intaglio.methods.base import Workload
 from intaglio.modeling.anatomy import anatomy
 
@@ -37,14 +38,14 @@ class OneShot(BedDesign):
         calibration = self.bed.calibration(key.seed, key.split)
         edited = copied(original)
         flops = 0.0
-        with usage(original.device) as spent:
+        with peak_memory(original.device) as spent:
             if method is not None:
                 method.apply(edited, calibration.segments, seed=key.seed, batch_size=BATCH)
                 flops = method.estimate(_workload(original, calibration)).flops
         measured = Measured(edited, self.bed, key, arm.settings, original)
         values = {name: value for measure in self.measures for name, value in measure(measured).items()}
         tokens = calibration.segments.tokens
-        cost = Cost(tokens, flops, nonzero_parameters(edited), spent.seconds, spent.peak_bytes)
+        cost = Cost(tokens, flops, nonzero_parameters(edited), spent.seconds, spent.bytes)
         parity = {"calibration": calibration.segments.digest, "documents": measured.documents.segments.digest}
         return Result(values, cost, parity)
 

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import Settings, usage
+from intaglio.evidence.designs.base import Settings
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
-from intaglio.evidence.testbeds.cache import digest
+from intaglio.evidence.testbeds.cache import digest, preparation
 from intaglio.evidence.testbeds.prompts import Prompts
+from intaglio.measures.memory import peak_memory
 from intaglio.modeling.anatomy import anatomy, final_hidden
 from intaglio.speculative.heads.self_generated_data import generate_corpus
 from intaglio.speculative.loop import Speculative
@@ -104,7 +105,7 @@ class Replay:
         context = Context(self.bed, target, key, self)
         drafter: Any = None
         decoder, drafter = own.pop("decoder", None), own.pop("drafter", None)
-        with usage(target.device) as spent:
+        with peak_memory(target.device) as spent:
             if decoder is not None:
                 passes = decode(target, _decoding(decoder(context, **own)), prompts, self.new)
             else:
@@ -122,7 +123,7 @@ class Replay:
         rows = sum(result.rows for result in passes)
         parameters = sum(p.numel() for p in target.model.parameters())
         tokens = sum(map(len, prompts))
-        cost = Cost(tokens, 2.0 * parameters * rows, parameters, spent.seconds, spent.peak_bytes)
+        cost = Cost(tokens, 2.0 * parameters * rows, parameters, spent.seconds, spent.bytes)
         return Result(values, cost, {"prompts": digest(prompts)})
 
     def _passes(self, target: Checkpoint, drafter: Drafter, prompts: Sequence[tuple[int, ...]]) -> list[Passes]:
@@ -146,23 +147,21 @@ def ratio(counts: Any) -> float:
 
 
 @lru_cache(maxsize=4)
+@torch.inference_mode()
 def continuations(
     target: Checkpoint, prompts: tuple[tuple[int, ...], ...], new: int, hidden: bool
 ) -> tuple[Text, ...]:  # fmt: skip
     """Return the greedy continuation of each prompt, generated once and cached, and its hidden states if required."""
-    examples = generate_corpus(target, prompts, tokens=new, temperature=0.0)
+    with preparation():
+        examples = generate_corpus(target, prompts, tokens=new, temperature=0.0)
     texts = []
     for prompt, example in zip(prompts, examples, strict=True):
         ids = list(map(int, example["input_ids"]))
         start = sum(label == IGNORED for label in example["labels"])
-        texts.append(Text(prompt, tuple(ids[start:]), hidden_states(target, ids) if hidden else None))
+        batch = {"input_ids": torch.tensor([ids])}
+        hidden_TD = final_hidden(anatomy(target.model), batch)[0] if hidden else None  # after the final norm
+        texts.append(Text(prompt, tuple(ids[start:]), hidden_TD))
     return tuple(texts)
-
-
-@torch.inference_mode()
-def hidden_states(target: Checkpoint, ids: Sequence[int]) -> Tensor:
-    """Return the last hidden states [T, D] of a text, after the final norm."""
-    return final_hidden(anatomy(target.model), {"input_ids": torch.tensor([list(ids)])})[0]
 
 
 def _start(target: Checkpoint, drafter: Drafter, prompts: Sequence[tuple[int, ...]], new: int) -> Session:

@@ -6,20 +6,22 @@ Settings of an arm: `retriever`, a function `(context, **settings) -> search`, w
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ir_measures
 import torch
 
-from intaglio.evidence.designs.base import BedDesign, Settings, usage
+from intaglio.evidence.designs.base import BedDesign, Settings
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.docstrings import Docstrings
+from intaglio.measures.memory import peak_memory
 
 MRR = Metric("MRR@10", "points", "higher", continuous=False)
 NDCG = Metric("nDCG@10", "points", "higher", continuous=False)
 DEPTH = 10
+_IR_NAMES = {MRR.name: "RR@10", NDCG.name: "nDCG@10"}
 Scores = Mapping[str, Mapping[str, float]]
 
 
@@ -40,32 +42,18 @@ class Retrieve(BedDesign):
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Search a unit's documents with an arm."""
         own = {**settings, **arm.settings}
-        with usage(torch.device("cpu")) as spent:
+        with peak_memory(torch.device("cpu")) as spent:
             search = own.pop("retriever")(RetrieveContext(self.bed, key), **own)
             data = self.bed.retrieval(key.split, key.base)
             scores: Scores = search(data.queries, data.documents)
-        values = {
-            MRR.name: {query: reciprocal_rank(scores[query], data.relevant[query]) for query in data.queries},
-            NDCG.name: {query: ndcg(scores[query], data.relevant[query]) for query in data.queries},
-        }
-        return Result(values, Cost(seconds=spent.seconds, peak_bytes=spent.peak_bytes), {"data": data.digest})
+        values = {metric.name: per_query(scores, data.relevant, metric) for metric in (MRR, NDCG)}
+        return Result(values, Cost(seconds=spent.seconds, peak_bytes=spent.bytes), {"data": data.digest})
 
 
-def _ranked(scores: Mapping[str, float]) -> list[str]:
-    return sorted(scores, key=lambda document: (-scores[document], document))[:DEPTH]
-
-
-def reciprocal_rank(scores: Mapping[str, float], relevant: Mapping[str, int]) -> float:
-    """Return 1 over the rank of the first relevant document, 0 below the tenth."""
-    ranks = (rank for rank, document in enumerate(_ranked(scores), 1) if relevant.get(document))
-    return 1 / next(ranks, math.inf)
-
-
-def ndcg(scores: Mapping[str, float], relevant: Mapping[str, int]) -> float:
-    """Return the normalised discounted cumulative gain of the first ten documents."""
-
-    def gain(grades: list[int]) -> float:
-        return sum((2**grade - 1) / math.log2(rank + 1) for rank, grade in enumerate(grades, 1))
-
-    best = gain(sorted(relevant.values(), reverse=True)[:DEPTH])
-    return gain([relevant.get(document, 0) for document in _ranked(scores)]) / best if best else 0.0
+def per_query(scores: Scores, relevant: Mapping[str, Mapping[str, int]], metric: Metric) -> dict[str, float]:
+    """Return a metric of each query by ir-measures; of equal scores the smaller id comes first."""
+    ranked = {query: sorted(of_query, key=lambda d: (-of_query[d], d))[:DEPTH] for query, of_query in scores.items()}
+    run = {query: {name: float(-rank) for rank, name in enumerate(names)} for query, names in ranked.items()}
+    measure = ir_measures.parse_measure(_IR_NAMES[metric.name])
+    values = {value.query_id: float(value.value) for value in ir_measures.iter_calc([measure], relevant, run)}
+    return {query: values.get(query, 0.0) for query in scores}

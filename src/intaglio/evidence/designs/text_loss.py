@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import BedDesign, Configured, Settings, nonzero_parameters, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Settings, nonzero_parameters
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.testbeds.splits import check_count
+from intaglio.measures.memory import peak_memory
 
 NATS = Metric("nats per byte", "nats")
 
@@ -40,11 +41,11 @@ class TextLoss(BedDesign):
         first = key.index * self.texts
         check_count(f"{key.split} texts", first + self.texts, windows.segments.n)
         ids_NT = windows.segments.ids_NT[first : first + self.texts].to(checkpoint.device)
-        with usage(checkpoint.device) as spent:
+        with peak_memory(checkpoint.device) as spent:
             losses = [float(score(checkpoint.model, ids_T[None], **arguments).sum()) for ids_T in ids_NT]
         sizes = [len(checkpoint.tokenizer.decode(ids_T[1:]).encode()) for ids_T in ids_NT]
         names = windows.names[first : first + self.texts]
         values = {name: loss / size for name, loss, size in zip(names, losses, sizes, strict=True)}
         parameters, tokens = nonzero_parameters(checkpoint), ids_NT.numel()
-        cost = Cost(tokens, 2.0 * passes * parameters * tokens, parameters, spent.seconds, spent.peak_bytes)
+        cost = Cost(tokens, 2.0 * passes * parameters * tokens, parameters, spent.seconds, spent.bytes)
         return Result({NATS.name: values}, cost, {"texts": windows.segments.digest})

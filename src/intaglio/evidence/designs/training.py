@@ -19,12 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.evidence.designs.base import BedDesign, Configured, Measure, Measured, Settings, training_cost, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Measure, Measured, Settings, training_cost
 from intaglio.evidence.designs.measures import bits_per_byte
 from intaglio.evidence.engine.claim import Arm, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
 from intaglio.evidence.testbeds.cached_models import copied
 from intaglio.evidence.testbeds.source_code import SourceCode
+from intaglio.measures.memory import peak_memory
 from intaglio.trainer import train
 
 RECIPE = (
@@ -60,7 +61,7 @@ class Pretrain(BedDesign):
             checkpoint = own.fill(prepare)(checkpoint, seed) or checkpoint
         own.check()
         data = self._data(seed, recipe["steps"])
-        with usage(checkpoint.device) as spent:
+        with peak_memory(checkpoint.device) as spent:
             trained = train(checkpoint, data, modifiers=modifiers, **recipe)
         checkpoint.model.eval()
         measured = Measured(checkpoint, self.bed, key, every)

@@ -10,10 +10,11 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from intaglio.evidence.designs.base import BedDesign, Configured, Settings, usage
+from intaglio.evidence.designs.base import BedDesign, Configured, Settings
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cached_models import copied
 from intaglio.evidence.testbeds.two_tokenizers import TwoTokenizers, Which, nats_per_byte
+from intaglio.measures.memory import peak_memory
 from intaglio.methods.weights.omp_transplant import Donor
 from intaglio.trainer import train
 
@@ -38,7 +39,7 @@ class Transplant(BedDesign):
         which: Which = "base" if method is None else "donor"
         documents = self.bed.documents(key.split, key.base)
         checkpoint, donor = copied(self.bed.trained("base", seed)), self.bed.trained("donor", seed)
-        with usage(checkpoint.device) as spent, warnings.catch_warnings():
+        with peak_memory(checkpoint.device) as spent, warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # 64 atoms are too many: an arm shows it
             if method is not None:
                 method.transplant(checkpoint, Donor.from_checkpoint(donor), seed=seed)
@@ -49,5 +50,5 @@ class Transplant(BedDesign):
             checkpoint.model.eval()
             values[TUNED_NATS.name] = nats_per_byte(checkpoint, documents)
         parameters = sum(p.numel() for p in checkpoint.model.parameters())
-        cost = Cost(windows.tokens, 0.0, parameters, spent.seconds, spent.peak_bytes)
+        cost = Cost(windows.tokens, 0.0, parameters, spent.seconds, spent.bytes)
         return Result(values, cost, {"documents": "".join(documents), "models": str(seed)})

@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Iterable
 
-from intaglio.environment import torch_threads
+from intaglio.environment import torch_threads, tuning
 from intaglio.evidence.engine.claim import Claim, RunKey, combinations
 from intaglio.evidence.engine.journal import clean_values
 from intaglio.evidence.engine.registration import load_claim
@@ -23,7 +23,7 @@ def golden_values(claim: Claim, arms: Iterable[str] | None = None) -> dict[str, 
     for arm in claim.arms if arms is None else arms:
         tuned = combinations(claim.grid(claim.settings_source(arm)))[0]
         own = claim.arms[arm].settings
-        with torch_threads(1):
+        with torch_threads(1), tuning.using(None):
             result = design.run(claim.arms[arm], key, {name: own.get(name, value) for name, value in tuned.items()})
         means[arm] = {
             metric: sum(math.nan if value is None else value for value in values.values()) / len(values)

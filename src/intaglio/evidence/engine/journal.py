@@ -28,7 +28,10 @@ def entry_key(stage: Stage, index: int, arm: str, settings: Settings) -> Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished arm of a unit: its settings, `{metric: {inner unit: value}}` (None: diverged), cost and CPU time."""
+    """A finished arm of a unit: its settings, `{metric: {inner unit: value}}` (None: diverged), cost and CPU time.
+
+    `core_seconds` leaves out `bed_seconds`, preparations of the test bed that the arm was the first to need.
+    """
 
     stage: Stage
     index: int
@@ -38,7 +41,13 @@ class Entry:
     cost: Cost
     parity: Mapping[str, str]
     core_seconds: float
+    bed_seconds: float
     machine: str
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run ended without a result."""
+        return not self.parity and all(values == {"": None} for values in self.values.values())
 
     @property
     def key(self) -> Key:

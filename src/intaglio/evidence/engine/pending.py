@@ -38,8 +38,9 @@ def pending_claims(home: Path) -> list[str]:
             continue
         journal = home / "journals" / f"{claim.slug}-v{claim.version}.jsonl"
         lines = journal.read_text().splitlines()[1:] if journal.is_file() else []
-        spent = sum(json.loads(line).get("core_seconds", 0.0) for line in lines if line.endswith("}")) / 60
-        waiting.append((claim.minutes - spent, claim.slug))
+        entries = [json.loads(line) for line in lines if line.endswith("}")]
+        spent = sum(entry["core_seconds"] + entry["bed_seconds"] for entry in entries)
+        waiting.append((claim.minutes - spent / 60, claim.slug))
     return [slug for _, slug in sorted(waiting)]
 
 

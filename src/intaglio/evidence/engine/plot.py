@@ -5,10 +5,8 @@ Classes are those of the reports' style sheet; standing alone the picture brings
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ET
-
 from intaglio.evidence.engine.record import Record
-from intaglio.report.svg import WIDTH, add, ticks
+from intaglio.report.svg import WIDTH, Anchor, add, canvas, text_of, ticks, write
 
 _STYLE = """
 .picture { --ink: #1d1a17; --muted: #6a635b; --rule: #e0dad0; --accent: #9c4519; --paper: #fdfcfa;
@@ -36,11 +34,9 @@ def effects(record: Record, alone: bool = True) -> str:
     description = f"Larger is better for the method; {record.margin:g} must be passed."
     if record.effect is not None:
         description = f"Effect {record.effect:.4g} {unit}, {level} {low:.4g} to {high:.4g}. {description}"
-    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "role": "img", "class": "picture",
-                              "aria-label": f"{title}. {description}",
-                              "viewBox": f"0 0 {WIDTH:g} {BOTTOM + 52:g}"})  # fmt: skip
-    for tag, text in (("title", title), ("desc", description), ("style", (_STYLE if alone else "") + _MARKS)):
-        add(root, tag, text)
+    root = canvas(title, description, BOTTOM + 52)
+    root.set("xmlns", "http://www.w3.org/2000/svg")
+    add(root, "style", (_STYLE if alone else "") + _MARKS)
     marks = [(0.0, record.baseline), (record.margin, f"{record.margin:+g} to pass")]
     edge = max(high, record.margin) + FAR * record.delta
     if record.ceiling and record.headroom is not None:
@@ -54,16 +50,16 @@ def effects(record: Record, alone: bool = True) -> str:
 
     for tick in axis:
         add(root, "line", x1=x(tick), x2=x(tick), y1=TOP - 8, y2=BOTTOM, class_="grid")
-        add(root, "text", f"{tick:g}", x=x(tick), y=BOTTOM + 18, class_="small", text_anchor="middle")
+        write(root, f"{tick:g}", x(tick), BOTTOM + 18, anchor="middle")
     for number, (at, name) in enumerate(sorted(marks)):
         y = TOP - 14 - 18 * number  # a row each: neighbours may be close
-        anchor = "end" if x(at) > 0.85 * WIDTH else "start" if x(at) < 0.15 * WIDTH else "middle"
+        anchor: Anchor = "end" if x(at) > 0.85 * WIDTH else "start" if x(at) < 0.15 * WIDTH else "middle"
         add(root, "line", x1=x(at), x2=x(at), y1=y + 4, y2=BOTTOM, class_="reference")
-        add(root, "text", name, x=x(at), y=y, class_="small", text_anchor=anchor)
+        write(root, name, x(at), y, anchor=anchor)
     if record.effect is not None:
         y = (TOP + BOTTOM) / 2
         add(root, "line", x1=x(low), x2=x(high) + 0.01, y1=y, y2=y, class_="reach")
         add(root, "circle", cx=x(record.effect), cy=y, r=4.5, class_="at")
     caption = f"effect of {record.method} on {record.metric.name}, {unit}; larger is better; {level}"
-    add(root, "text", caption, x=LEFT, y=BOTTOM + 40, class_="small")
-    return ET.tostring(root, encoding="unicode")
+    write(root, caption, LEFT, BOTTOM + 40)
+    return text_of(root)

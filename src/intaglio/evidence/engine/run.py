@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 
 from intaglio import atomic_io
-from intaglio.environment import torch_threads, versions
+from intaglio.environment import torch_threads, tuning, versions
+from intaglio.errors import DivergedError
 from intaglio.evidence.engine import plot
 from intaglio.evidence.engine import record as records
 from intaglio.evidence.engine.claim import (
@@ -32,16 +33,28 @@ from intaglio.evidence.engine.claim import (
     Claim,
     Cost,
     Grid,
+    Result,
     RunKey,
     Settings,
     Stage,
     combinations,
 )
 from intaglio.evidence.engine.journal import Entry, Journal, clean_values, entry_key, open_journal
-from intaglio.evidence.engine.looks import Look, look, probe
 from intaglio.evidence.engine.record import ArmSummary, LookSummary, Record
 from intaglio.evidence.engine.registration import check_arguments, check_registered, commit_of_code, load_claim
-from intaglio.evidence.engine.statistics import MAX_DIVERGED, Array, Differences, Values, best, diverged_share, pair
+from intaglio.evidence.engine.statistics import (
+    MAX_DIVERGED,
+    Array,
+    Differences,
+    Look,
+    Values,
+    best,
+    diverged_share,
+    look,
+    pair,
+    probe,
+)
+from intaglio.evidence.testbeds.cache import PREPARED
 from intaglio.methods.base import Progress, no_progress
 
 DIRECTORY = "intaglio-prove"
@@ -225,14 +238,18 @@ class Session:
         claim, seconds = self.claim, dict[str, list[float]]()
         for entry in self.journal.entries.values():
             if entry.stage == "probe":
-                seconds.setdefault(entry.arm, []).append(entry.core_seconds)
+                seconds.setdefault(entry.arm, []).append(entry.core_seconds + entry.bed_seconds)
         arms = [float(np.mean(seconds[arm])) for arm in (claim.baseline, claim.method)]
         left = claim.looks[-1] * sum(arms) + ABLATION_UNITS * (len(claim.arms) - 2) * max(arms)
-        return self.spent() + left / 60
+        return self.spent()["all"] + left / 60
 
-    def spent(self, stage: Stage | None = None) -> float:
-        """Return the core-minutes of a stage, or of all."""
-        return sum(e.core_seconds for e in self.journal.entries.values() if stage in (None, e.stage)) / 60
+    def spent(self) -> dict[str, float]:
+        """Return the core-minutes of each stage, of the test bed's trainings, and of all."""
+        seconds = dict.fromkeys(("tune", "probe", "look", "test bed"), 0.0)
+        for entry in self.journal.entries.values():
+            seconds[entry.stage] += entry.core_seconds
+            seconds["test bed"] += entry.bed_seconds
+        return {name: value / 60 for name, value in seconds.items()} | {"all": sum(seconds.values()) / 60}
 
     def look(self, claim: Claim) -> list[Look]:
         """Look at the interval after each number of units until the claim is decided."""
@@ -276,7 +293,9 @@ class Session:
 
     def check_pairs(self, entries: Sequence[Entry]) -> None:
         """Raise RuntimeError where arms of a unit are not comparable: a defect of the design."""
-        claim = self.claim
+        claim, entries = self.claim, [entry for entry in entries if not entry.diverged]
+        if not entries:
+            return
         unit = f"of {entries[0].stage} unit {entries[0].index}"
         for first, other in pairwise(entries):
             if other.parity != first.parity:
@@ -294,8 +313,22 @@ class Session:
         return [self.journal.entries[entry_key(stage, index, arm, chosen)] for index in range(units)]
 
     def values(self, stage: Stage, units: int, arm: str, metric: str, settings: Settings | None = None) -> list[Values]:
-        """Return the inner values of an arm's first units; none where it has no such metric."""
-        return [entry.values.get(metric, {}) for entry in self.entries(stage, units, arm, settings)]
+        """Return the inner values of an arm's first units; none where it has no such metric.
+
+        A run that ended without a result has the inner units of the other arms.
+        """
+        entries = self.entries(stage, units, arm, settings)
+        if not any(entry.diverged for entry in entries):
+            return [entry.values.get(metric, {}) for entry in entries]
+        others = [
+            e for e in self.journal.entries.values() if e.stage == stage and not e.diverged and metric in e.values
+        ]
+        names = {entry.index: entry.values[metric] for entry in others}
+        common = others[0].values[metric] if others and self.claim.crossed else {"": None}
+        return [
+            dict.fromkeys(names.get(entry.index, common)) if entry.diverged else entry.values.get(metric, {})
+            for entry in entries
+        ]
 
     def differences(self, stage: Stage, units: int, baseline: str = "", method: str = "") -> Differences:
         """Return the paired differences of two arms, baseline and method by default."""
@@ -330,7 +363,6 @@ class Session:
         )  # fmt: skip
         last = summaries[-1] if summaries else None
         inner = self.values(stage, 1, claim.baseline, claim.metric.name)[0] if claim.crossed else {}
-        stages: tuple[Stage, ...] = ("tune", "probe", "look")
         return Record(
             **{name: getattr(claim, name) for name in COPIED},
             verdict=verdict,
@@ -353,7 +385,7 @@ class Session:
                 for m in (claim.metric, *claim.metrics)
             },
             seconds={arm: [round(entry.core_seconds, 2) for entry in entries[arm]] for arm in ran},
-            cost={name: round(self.spent(name), 2) for name in stages} | {"all": round(self.spent(), 2)},
+            cost={name: round(minutes, 2) for name, minutes in self.spent().items()},
             seed_base=self.base,
             commit=commit_of_code(),
             versions={name: version.partition("+")[0] for name, version in versions(PACKAGES).items()},
@@ -444,16 +476,19 @@ def run_task(claim: Claim, task: Task, deadline: float | None = None) -> Entry:
     """Run one arm of one unit on one thread."""
     if deadline is not None and time.monotonic() > deadline:
         raise OutOfTimeError
-    with torch_threads(1):
-        began = time.process_time()
-        result = claim.design.run(claim.arms[task.arm], task.key, task.settings)
-        seconds = time.process_time() - began
+    with torch_threads(1), tuning.using(None):
+        began, prepared = time.process_time(), sum(PREPARED)
+        try:
+            result = claim.design.run(claim.arms[task.arm], task.key, task.settings)
+        except DivergedError:
+            result = Result({metric.name: None for metric in (claim.metric, *claim.metrics)})
+        bed = sum(PREPARED) - prepared
+        seconds = time.process_time() - began - bed
     if claim.metric.name not in result.values:
         raise RuntimeError(f"the design of {claim.slug} does not measure {claim.metric.name!r}")
     values, settings = clean_values(result), dict(task.settings)
-    return Entry(
-        task.key.stage, task.key.index, task.arm, settings, values, result.cost, result.parity, seconds, machine(claim)
-    )
+    place = task.key.stage, task.key.index, task.arm
+    return Entry(*place, settings, values, result.cost, result.parity, seconds, bed, machine(claim))
 
 
 def machine(claim: Claim) -> str:

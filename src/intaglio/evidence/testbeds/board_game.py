@@ -15,8 +15,7 @@ positions, K properties.
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, ClassVar
 
@@ -34,9 +33,8 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 PAD, BEGIN, END = range(len(SPECIAL))
 CHUNK = 512
 """Games drawn from a random stream of their own."""
-_DECIDES: tuple[str, ...] = ("columns", "height", "line", "skill", "width", "depth", "heads", "inner")
-_DECIDES += ("base_steps", "batch", "learning_rate")
-"""Settings that the base model follows from."""
+_MEASURED = ("steps", "games_read", "games_run", "games_pilot")
+"""Settings that the base model does not depend on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +52,6 @@ class Games:
     def is_move_NT(self) -> Tensor:
         """Mask of the tokens that are moves, bool [N, T]."""
         return self.ids_NT >= len(SPECIAL)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the tokens."""
-        return hashlib.sha256(self.ids_NT.numpy().tobytes()).hexdigest()
 
     def examples(self) -> list[dict[str, Any]]:
         """Return the games as `intaglio.trainer.train` takes them."""
@@ -163,7 +156,7 @@ class BoardGame(Sized):
         """
         trained = trained_model(
             "board_game",
-            {"seed": seed, "activation": activation, "settings": self.settings(*_DECIDES)},
+            {"seed": seed, "activation": activation, "settings": {**asdict(self), **dict.fromkeys(_MEASURED)}},
             lambda: self.new(seed, activation),
             lambda: self.games("train", f"base:{seed}", self.base_steps * self.batch).examples(),
             self.recipe(seed, self.base_steps),

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,16 @@ from intaglio.data import assets
 FOLDER = "testbeds"
 CHOICES = "choices.json"
 """The key of an artifact, written last: its presence means that the artifact is complete."""
+PREPARED: list[float] = []
+"""CPU seconds of each `preparation` in this process, which no arm of a claim is charged for."""
+
+
+@contextmanager
+def preparation() -> Iterator[None]:
+    """Count a block as work that arms share: the training of a test bed, text that its model generates."""
+    began = time.process_time()
+    yield
+    PREPARED.append(time.process_time() - began)
 
 
 def digest(document: Any) -> str:

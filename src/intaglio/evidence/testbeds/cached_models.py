@@ -9,7 +9,7 @@ from typing import Any
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.environment import torch_threads, versions
-from intaglio.evidence.testbeds.cache import cached
+from intaglio.evidence.testbeds.cache import cached, preparation
 from intaglio.methods.base import Progress, no_progress
 from intaglio.trainer import train
 
@@ -56,9 +56,9 @@ def trained_model(
     }
 
     def build(target: Path, scratch: Path) -> None:
-        checkpoint = new()
-        with torch_threads(THREADS):
-            train(checkpoint, data(), directory=scratch, progress=progress, **recipe)
+        checkpoint, examples = new(), data()
+        with torch_threads(THREADS), preparation():
+            train(checkpoint, examples, directory=scratch, progress=progress, **recipe)
         checkpoint.write_files(target)
 
     path = cached(name, key, build)

@@ -61,15 +61,16 @@ class Docstrings(Sized):
     @property
     def digest(self) -> str:
         """SHA-256 of all pairs."""
-        every = _collected(tuple(sorted({*self.training_packages, *self.evaluation_packages})), self.document)
-        return hashlib.sha256("\n".join(pair.id for pair in every).encode("ascii")).hexdigest()
+        return hashlib.sha256("\n".join(pair.id for pair in self._every()).encode("ascii")).hexdigest()
+
+    def _every(self) -> tuple[Pair, ...]:
+        return _collected(tuple(sorted({*self.training_packages, *self.evaluation_packages})), self.document)
 
     def pairs(self, part: Part) -> tuple[Pair, ...]:
         """Return all pairs of a set."""
         check_part(part)
         wanted = self.training_packages if part == "train" else self.evaluation_packages
-        every = _collected(tuple(sorted({*self.training_packages, *self.evaluation_packages})), self.document)
-        return tuple(pair for pair in every if pair.package in wanted and part_of(pair.module) == part)
+        return tuple(pair for pair in self._every() if pair.package in wanted and part_of(pair.module) == part)
 
     def training(self, seed: int) -> tuple[Pair, ...]:
         """Return random training pairs."""

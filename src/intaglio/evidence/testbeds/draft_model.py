@@ -8,20 +8,18 @@ of the standard library (the benchmarks prompt with those outside).
 
 from __future__ import annotations
 
-import copy
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
-from transformers import AutoModelForCausalLM
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.python_source import source_files
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.cache import digest
-from intaglio.evidence.testbeds.cached_models import trained_model
+from intaglio.evidence.testbeds.cache import digest, preparation
+from intaglio.evidence.testbeds.cached_models import copied, trained_model
+from intaglio.evidence.testbeds.prompts import chat_turn
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.testbeds.splits import keyed, remainder
+from intaglio.methods.weights.drop_blocks import DropBlocks
 from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative.heads.self_generated_data import generate_corpus
 from intaglio.trainer.causal_lm import CausalLM
@@ -34,7 +32,7 @@ HELD_OUT = 200
 
 
 @dataclass(frozen=True)
-class DraftModel:
+class DraftModelBed:
     """Text that the target generates, and the training of the draft model on it.
 
     With the defaults SmolLM2 generates about 17,000 tokens, which the draft reads four times: about ten minutes on two
@@ -66,47 +64,38 @@ class DraftModel:
         modules = [file.text for file in source_files() if "." in file.module and len(file.text) >= longest]
         if not articles:
             raise IntaglioError(f"the texts {self.texts!r} have no article of {longest} characters to prompt with")
-        before, after = _turn(tokenizer, "Summarize this text.\n\n")
         prompts = []
         for number in range(self.samples):
             pool = modules if number % 3 == 2 else articles
             text = pool[keyed("said", str(number)) % len(pool)]
             start = keyed("place", str(number)) % (len(text) - longest + 1)
             ids = tokenizer(text[start : start + longest], add_special_tokens=False, verbose=False)["input_ids"]
-            if number % 3 == 1:
-                ids = [*before, *ids[: self.prompt - len(before) - len(after)], *after]
-            prompts.append(ids[: self.prompt])
+            if number % 3 == 1 and tokenizer.chat_template:
+                text = f"Summarize this text.\n\n{tokenizer.decode(ids[: self.prompt // 2])}"
+                prompts.append(chat_turn(tokenizer, text))
+            else:
+                prompts.append(ids[: self.prompt])
         return prompts
 
     def text(self) -> list[Example]:
         """Return the generated texts as training examples whose loss leaves the prompts out."""
-        return generate_corpus(
-            self.target(), self.prompts(), tokens=self.new, temperature=self.temperature, batch_size=BATCH,
-        )  # fmt: skip
+        settings: dict[str, Any] = {"tokens": self.new, "temperature": self.temperature, "batch_size": BATCH}
+        with preparation():
+            return generate_corpus(self.target(), self.prompts(), **settings)
 
     def new_draft(self) -> Checkpoint:
         """Return the untrained draft model: embedding, norm, first and last layers of the target."""
-        target = self.target()
-        config: Any = copy.deepcopy(target.model.config)
-        layers = len(anatomy(target.model).blocks)
-        config.num_hidden_layers = self.depth
-        with torch.random.fork_rng(devices=[]):
-            draft: Any = AutoModelForCausalLM.from_config(config)
-        copied = [number * (layers - 1) // max(self.depth - 1, 1) for number in range(self.depth)]
-        source = target.model.state_dict()
-        for name, tensor in draft.state_dict().items():
-            parts = name.split(".")
-            if "layers" in parts:
-                index = parts.index("layers") + 1
-                parts[index] = str(copied[int(parts[index])])
-            tensor.copy_(source[".".join(parts)])
-        return Checkpoint(draft.eval(), target.tokenizer, source="smollm2 draft")
+        draft = copied(self.target())
+        layers = len(anatomy(draft.model).blocks)
+        kept = {number * (layers - 1) // max(self.depth - 1, 1) for number in range(self.depth)}
+        DropBlocks(layers=[layer for layer in range(layers) if layer not in kept]).apply(draft)
+        return Checkpoint(draft.model, draft.tokenizer, source="smollm2 draft")
 
     def load(self) -> Checkpoint:
         """Return the trained draft model, one shared object a process."""
         examples = self.text()
         recipe = {
-            "objective": CausalLM(length=self.prompt + self.new),
+            "objective": CausalLM(length=2 * self.prompt + self.new),
             "epochs": self.epochs,
             "batch_size": self.batch,
             "learning_rate": self.learning_rate,
@@ -114,15 +103,3 @@ class DraftModel:
         text = digest([list(map(int, example["input_ids"])) for example in examples])
         choices = asdict(self) | {"text": text}
         return trained_model("smollm2_draft", choices, self.new_draft, lambda: examples, recipe)
-
-
-def _turn(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Token ids before and after a text that follows `text` in the user's turn; none after without a template."""
-    if not getattr(tokenizer, "chat_template", None):
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], []
-    mark = "\u241e"
-    whole = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text + mark}], add_generation_prompt=True, tokenize=False
-    )
-    before, after = whole.split(mark)
-    return tuple(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (before, after))

@@ -15,6 +15,7 @@ L tokens of a fact, W words of filler, V vocabulary.
 from __future__ import annotations
 
 import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -25,15 +26,19 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.checkpoint.from_scratch import new
+from intaglio.checkpoint.from_scratch import new, word_tokenizer
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
+from intaglio.evidence.testbeds.cached_models import copied, pretraining_recipe, trained_model
 from intaglio.evidence.testbeds.splits import BOUNDS, Part, Sized, check_count, check_part, generator, part_of
+from intaglio.trainer.instruction_tuning import InstructionTuning
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<mask>", "<unk>", "?")
 """The first tokens of the vocabulary, in the order of their ids."""
 PAD, BOS, EOS, MASK, UNKNOWN, QUESTION = range(len(SPECIAL))
+ROLES = dict(zip(("pad_token", "bos_token", "eos_token", "mask_token", "unk_token"), SPECIAL, strict=False))
+CONTEXT = 129
+"""Least context of a model, so that it can go on with longer documents; the end of text takes a token."""
 CONCENTRATION = 0.1
 """Of the Dirichlet distribution of the filler's transitions: a word has two or three likely successors out of 16."""
 
@@ -74,24 +79,11 @@ def answers(model: nn.Module, needles: Needles, batch_size: int = 64) -> tuple[T
     return needles.correct_NQ(torch.cat(predicted)), score_NP.view_as(needles.positions_NQA).sum(-1)
 
 
-def word_tokenizer(vocabulary: Sequence[str]) -> Any:
-    """Return a tokenizer of words, `SPECIAL` first: they are separated by white space, and nothing is added."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    ids = {token: i for i, token in enumerate(vocabulary)}
-    backend = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL[UNKNOWN]))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"pad": PAD, "bos": BOS, "eos": EOS, "mask": MASK, "unk": UNKNOWN}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, **{f"{name}_token": SPECIAL[index] for name, index in names.items()}
-    )
-
-
 @dataclass(frozen=True)
 class Haystack(Sized):
     """One language, the number of documents, and the size of a small Llama that reads them.
 
+    The trained model begins as that of the test bed `easier`, if any: with few facts, recall is learned much sooner.
     With one key token, the keys of the evaluation would be untrained words. `keys` are at least twice as many as facts.
     """
 
@@ -111,8 +103,9 @@ class Haystack(Sized):
     steps: int = 1000
     batch: int = 32
     learning_rate: float = 3e-3
+    easier: Haystack | None = None
     MINIATURE: ClassVar = {"length": 32, "width": 16, "depth": 1, "steps": 4, "batch": 4, "documents_run": 16,
-                           "documents_pilot": 16}  # fmt: skip
+                           "documents_pilot": 16, "easier": None}  # fmt: skip
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
@@ -122,11 +115,12 @@ class Haystack(Sized):
 
     def tokenizer(self) -> Any:
         """Return a tokenizer of the vocabulary."""
-        return word_tokenizer(self.vocabulary)
+        return word_tokenizer(self.vocabulary, **ROLES)
 
     def new(self, seed: int, **changes: Any) -> Checkpoint:
         """Return an untrained Llama that reads the language; `changes` override arguments of `intaglio.new`."""
-        sizes = {"width": self.width, "depth": self.depth, "context": self.length, "seed": seed % 2**32}
+        context = max(self.length + 1, CONTEXT)
+        sizes = {"width": self.width, "depth": self.depth, "context": context, "seed": seed % 2**32}
         return new("llama", **{**sizes, "tokenizer": self.tokenizer(), **changes})
 
     def recipe(self, seed: int) -> dict[str, Any]:
@@ -144,11 +138,15 @@ class Haystack(Sized):
         return self.draw("train", count, seed).segments
 
     def load(self) -> Checkpoint:
-        """Return the trained model, one shared object a process: copy it before changing it."""
-        measured = ("documents_run", "documents_pilot")
-        settings = {name: value for name, value in asdict(self).items() if name not in measured}
-        choices = {"settings": settings}
-        return trained_model("haystack", choices, lambda: self.new(0), lambda: self.training(0), self.recipe(0))
+        """Return the model trained on the answers, one shared object a process: copy it before changing it."""
+        easier = self.easier
+        return trained_model(
+            "haystack",
+            {"settings": {**asdict(self), "documents_run": None, "documents_pilot": None}},
+            lambda: copied(easier.load()) if easier else self.new(0),
+            lambda: self.finetuning(0, self.steps),
+            self.recipe(0) | {"objective": InstructionTuning(length=self.length + 1, pack=False, chat=False)},
+        )
 
     def finetuning(self, seed: int, steps: int) -> list[dict[str, Any]]:
         """Return pairs of a fine-tuning: filler with facts, and all questions with their answers."""
@@ -166,15 +164,13 @@ class Haystack(Sized):
         """Return documents of a set; each follows from the set, the seed and its index."""
         keys = self.keys_of(part)
         check_count("documents", count)
-        filler = self._filler()
         names = tuple(f"{part}-{seed}-{index}" for index in range(count))
-        drawn = [self._draw_document(name, keys, filler) for name in names]
-        queried_NQ, gaps_NF, facts_NFL, uniform_NW = (np.stack(field) for field in zip(*drawn, strict=True))
-        ids_NT, positions_NQA = self._assemble(self._walk(uniform_NW), gaps_NF, facts_NFL, queried_NQ)
-        depths_NQ = np.take_along_axis(gaps_NF, queried_NQ, 1) / max(filler, 1)
-        return Needles(
-            Segments.of(torch.from_numpy(ids_NT)), torch.from_numpy(positions_NQA), torch.from_numpy(depths_NQ), names
-        )
+        ids_NT, depths_NQ = zip(*(self._document(name, keys) for name in names), strict=True)
+        fact = self.key_tokens + self.value_tokens
+        start_Q1 = self.length - torch.arange(self.questions, 0, -1)[:, None] * (1 + fact)
+        positions_QA = start_Q1 + 1 + self.key_tokens + torch.arange(self.value_tokens)
+        positions_NQA, depths = positions_QA.repeat(count, 1, 1), torch.tensor(depths_NQ, dtype=torch.float64)
+        return Needles(Segments.of(torch.tensor(ids_NT)), positions_NQA, depths, names)
 
     def _filler(self) -> int:
         """Words of filler in a document."""
@@ -184,19 +180,24 @@ class Haystack(Sized):
             raise IntaglioError(f"length is {self.length}; facts and questions alone take {needed} tokens")
         return self.length - needed
 
-    def _draw_document(
-        self, name: str, keys: Sequence[tuple[int, ...]], filler: int
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Facts in question [Q], words before each fact [F], facts' tokens [F, L], a number for each word [W]."""
-        draws = generator(f"haystack:{self.language}:{name}")
-        queried_Q = draws.permutation(self.facts)[: self.questions]
-        value_FA = draws.integers(self.values, size=(self.facts, self.value_tokens))
+    def _document(self, name: str, keys: Sequence[tuple[int, ...]]) -> tuple[list[int], list[float]]:
+        """Tokens [T] of a document, and the share of the filler before each fact in question [Q]."""
+        draws, filler = generator(f"haystack:{self.language}:{name}"), self._filler()
+        queried = draws.permutation(self.facts)[: self.questions].tolist()
+        values = draws.integers(self.values, size=(self.facts, self.value_tokens)).tolist()
         # Scaled uniform numbers, so that what follows does not depend on the length.
-        gaps_F = np.floor(draws.random(self.facts) * (filler + 1)).astype(np.int64)
-        key_FK = np.array(self._distinct_keys(draws, keys))
+        gaps = [int(share * (filler + 1)) for share in draws.random(self.facts)]
         first_key, first_value = len(SPECIAL) + self.words, len(SPECIAL) + self.words + self.keys
-        facts_FL = np.concatenate([first_key + key_FK, first_value + value_FA], axis=1)
-        return queried_Q, gaps_F, facts_FL, draws.random(filler)
+        facts = [
+            [*(first_key + token for token in key), *(first_value + token for token in value)]
+            for key, value in zip(self._distinct_keys(draws, keys), values, strict=True)
+        ]
+        words, ids, placed = self._walk(draws.random(filler)), [BOS], 0
+        for fact in sorted(range(self.facts), key=gaps.__getitem__):
+            ids += words[placed : gaps[fact]] + facts[fact]
+            placed = gaps[fact]
+        ids += words[placed:] + [token for fact in queried for token in (QUESTION, *facts[fact])]
+        return ids, [gaps[fact] / max(filler, 1) for fact in queried]
 
     def _distinct_keys(self, draws: np.random.Generator, keys: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """One key a fact, no two with the same token in the same place."""
@@ -211,37 +212,15 @@ class Haystack(Sized):
                 if len(chosen) == self.facts:
                     return chosen
 
-    def _walk(self, uniform_NW: np.ndarray) -> np.ndarray:
-        """Return the filler: a path of the Markov chain for each row of uniform numbers."""
-        start_W, step_WW = _transitions(self.words, self.language)
-        path_NW = np.empty(uniform_NW.shape, dtype=np.int64)
-        for w in range(uniform_NW.shape[1]):
-            bounds = start_W[None] if w == 0 else step_WW[path_NW[:, w - 1]]
-            path_NW[:, w] = (uniform_NW[:, w, None] >= bounds[:, :-1]).sum(1)
-        return len(SPECIAL) + path_NW
-
-    def _assemble(
-        self, filler_NW: np.ndarray, gaps_NF: np.ndarray, facts_NFL: np.ndarray, queried_NQ: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the documents [N, T] and the positions of their answers [N, Q, A]."""
-        count, n_facts, fact = facts_NFL.shape
-        rows = np.arange(count)
-        rank_NF = np.argsort(np.argsort(gaps_NF, axis=1, kind="stable"), axis=1, kind="stable")
-        body = 1 + filler_NW.shape[1] + n_facts * fact
-        ids_NT = np.full((count, body + self.questions * (1 + fact)), BOS, dtype=np.int64)
-        is_filler_NT = np.ones(ids_NT.shape, dtype=bool)
-        position_NFL = (1 + gaps_NF + fact * rank_NF)[:, :, None] + np.arange(fact)
-        is_filler_NT[rows[:, None, None], position_NFL] = False
-        is_filler_NT[:, 0] = False
-        is_filler_NT[:, body:] = False
-        ids_NT[is_filler_NT] = filler_NW.ravel()  # every row has the same number of words
-        ids_NT[rows[:, None, None], position_NFL] = facts_NFL
-        queried_NQL = facts_NFL[rows[:, None], queried_NQ]
-        question_NQL = np.concatenate([np.full((*queried_NQ.shape, 1), QUESTION), queried_NQL], axis=2)
-        ids_NT[:, body:] = question_NQL.reshape(count, -1)
-        answer_Q = body + (1 + fact) * np.arange(self.questions) + 1 + self.key_tokens
-        positions_QA = answer_Q[:, None] + np.arange(self.value_tokens)
-        return ids_NT, np.broadcast_to(positions_QA, (count, *positions_QA.shape)).copy()
+    def _walk(self, uniform_W: np.ndarray) -> list[int]:
+        """Return the filler: a path of the Markov chain by uniform numbers."""
+        bounds, steps = _transitions(self.words, self.language)
+        path = []
+        for number in uniform_W.tolist():
+            word = bisect_right(bounds, number, hi=self.words - 1)
+            path.append(len(SPECIAL) + word)
+            bounds = steps[word]
+        return path
 
 
 @lru_cache(maxsize=8)
@@ -254,8 +233,8 @@ def _keys(keys: int, key_tokens: int) -> dict[Part, tuple[tuple[int, ...], ...]]
 
 
 @lru_cache(maxsize=8)
-def _transitions(words: int, language: int) -> tuple[np.ndarray, np.ndarray]:
+def _transitions(words: int, language: int) -> tuple[list[float], list[list[float]]]:
     """Cumulative probabilities of the first word [W] and of each word's successors [W, W]."""
     draws = generator(f"haystack language:{words}:{language}")
     step_WW = draws.dirichlet(np.full(words, CONCENTRATION), size=words)
-    return np.full(words, 1 / words).cumsum(), step_WW.cumsum(1)
+    return np.full(words, 1 / words).cumsum().tolist(), step_WW.cumsum(1).tolist()

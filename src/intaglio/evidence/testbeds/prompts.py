@@ -112,9 +112,14 @@ class Prompts:
             start = " ".join(own.split()[:8])
             question = f'What does the text that begins with "{start}" say? Answer with sentences of it.'
             text = "\n\n".join([*passages, question])
-        turn = [{"role": "user", "content": text}]
-        encoded: Any = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)
-        return list(encoded["input_ids"])
+        return chat_turn(tokenizer, text)
+
+
+def chat_turn(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a user's turn, up to where the answer begins."""
+    turn = [{"role": "user", "content": text}]
+    encoded: Any = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
 
 
 @lru_cache(maxsize=16)

@@ -5,7 +5,7 @@ A pair is a prompt of words and digits and an answer of `digits` digits; all pro
     please now echo the row : 3 1 4 1 5     ->  3 1 4 1 5       copy
     turn : 3 1 4 1 5                        ->  5 1 4 1 3       reverse
     rank : 3 1 4 1 5                        ->  1 1 3 4 5       sort
-    raise : 3 1 4 1 5 by 7                  ->  0 8 1 8 2       add, modulo 10
+    raise : 3 1 4 1 9 by 2                  ->  5 3 6 3 1       add 1 to 3, modulo 10
     find : a 3 f 1 c 4 ... in f c a ...     ->  1 4 3 ...       lookup
 
 Pairs are split by the hash of their prompt. In a pool, a share of the pairs is corrupted: their answer follows another
@@ -26,9 +26,9 @@ import torch
 from torch.nn import functional as F
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.checkpoint.from_scratch import new
+from intaglio.checkpoint.from_scratch import new, word_tokenizer
 from intaglio.evidence.testbeds.cached_models import copied, pretraining_recipe, trained_model
-from intaglio.evidence.testbeds.haystack import SPECIAL, word_tokenizer
+from intaglio.evidence.testbeds.haystack import ROLES, SPECIAL
 from intaglio.evidence.testbeds.splits import Part, Sized, check_part, generator, part_of
 from intaglio.methods.weights.magnitude import Magnitude
 from intaglio.trainer.instruction_tuning import InstructionTuning
@@ -43,7 +43,7 @@ VERBS: Mapping[str, tuple[str, ...]] = {
 SKILLS = tuple(VERBS)
 FILLERS = ("please", "now", "the", "row", "of", "all", "these", "digits", "here", "below")
 KEYS = tuple("abcdefghij")
-BASE = 10
+BASE, SHIFTS = 10, 3
 Pair = dict[str, Any]
 """`prompt`, `answer`, `skill`, and whether the answer is `clean`."""
 
@@ -74,7 +74,8 @@ class Skills(Sized):
     def tokenizer(self) -> Any:
         """Return a tokenizer of the words, letters and digits."""
         words = (w for verbs in VERBS.values() for w in verbs)
-        return word_tokenizer((*SPECIAL, *words, *FILLERS, *KEYS, *map(str, range(BASE)), ":", "by", "in"))
+        vocabulary = (*SPECIAL, *words, *FILLERS, *KEYS, *map(str, range(BASE)), ":", "by", "in")
+        return word_tokenizer(vocabulary, **ROLES)
 
     def objective(self) -> InstructionTuning:
         """Return next-token prediction of the answers."""
@@ -109,7 +110,7 @@ class Skills(Sized):
             pair = pairs[number]
             others = [skill for skill in SKILLS if skill not in (pair["skill"], "lookup")]
             digits = [int(word) for word in pair["prompt"].split() if word.isdigit()][: self.digits]
-            answer = _answer(others[int(draws.integers(len(others)))], digits, shift=int(draws.integers(1, BASE)))
+            answer = _answer(others[int(draws.integers(len(others)))], digits, shift=int(draws.integers(1, 1 + SHIFTS)))
             pairs[number] = {**pair, "answer": " ".join(map(str, answer)), "clean": False}
         return pairs
 
@@ -130,7 +131,7 @@ class Skills(Sized):
 
     def _draw(self, skill: str, draws: np.random.Generator) -> Pair:
         digits = draws.integers(BASE, size=self.digits).tolist()
-        shift, order = int(draws.integers(1, BASE)), draws.permutation(self.digits).tolist()
+        shift, order = int(draws.integers(1, 1 + SHIFTS)), draws.permutation(self.digits).tolist()
         content = [str(digit) for digit in digits]
         if skill == "add":
             content += ["by", str(shift)]

@@ -37,7 +37,7 @@ from intaglio.trainer import train
 
 TOY = "toy"
 """Package of made-up source, the same with every Python, for golden numbers."""
-_DECIDES = ("packages", "width", "depth", "context", "tokens", "steps", "batch")
+_DECIDES = ("packages", "width", "depth", "context", "steps", "batch", "overrides")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class SourceCode(Sized):
 
     def training(self, seed: int, steps: int | None = None) -> Segments:
         """Return the windows of a training of `steps` (default: the test bed's); fewer are the first of more."""
-        stream_S = _stream(self.packages, self.folder, "train")
+        stream_S = _stream(self.packages, self.folder)
         count = (self.steps if steps is None else steps) * self.batch
         return random_windows(f"source code train:{seed}", stream_S, count, self.context, "bytes")
 
@@ -124,7 +124,10 @@ class SourceCode(Sized):
         """Return the trained model of a seed; see `trained_model`."""
         if self.packages == (TOY,):
             return _toy_model(self, seed)
-        choices = self.settings(*_DECIDES) | {"overrides": dict(self.overrides)}
+        choices = self.settings(*_DECIDES) | {
+            "length": max(self.context, self.tokens),
+            "overrides": dict(self.overrides),
+        }
         return trained_model(
             "source_code",
             {"seed": seed, "data": self.digest, "settings": choices},
@@ -178,8 +181,8 @@ def _files_of(packages: tuple[str, ...], folder: str, part: Part) -> Corpus:
 
 
 @lru_cache(maxsize=4)
-def _stream(packages: tuple[str, ...], folder: str, part: Part) -> np.ndarray:
-    """All files of a set in a row, each followed by the end-of-text token, uint16 [S]."""
+def _stream(packages: tuple[str, ...], folder: str) -> np.ndarray:
+    """All training files in a row, each followed by the end-of-text token, uint16 [S]."""
     end = np.array([byte_tokenizer(1).eos_token_id], dtype=np.uint16)
-    pieces = [np.frombuffer(text.encode(), dtype=np.uint8) for text in _files_of(packages, folder, part).documents]
+    pieces = [np.frombuffer(text.encode(), dtype=np.uint8) for text in _files_of(packages, folder, "train").documents]
     return np.concatenate([part for piece in pieces for part in (piece.astype(np.uint16), end)] or [end[:0]])

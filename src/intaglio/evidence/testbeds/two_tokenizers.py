@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -20,11 +20,10 @@ from torch.nn import functional as F
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new, trained_tokenizer
-from intaglio.data.python_source import STANDARD_LIBRARY
 from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus
 from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
-from intaglio.evidence.testbeds.source_code import TOY, SourceCode
+from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.evidence.testbeds.splits import Part, Sized, draw_windows, keyed, random_windows, token_stream
 from intaglio.trainer.causal_lm import CausalLM
 
@@ -35,8 +34,7 @@ Which = Literal["base", "donor"]
 class TwoTokenizers(Sized):
     """Source, sizes of both models, their training, and number and size in bytes of the documents measured on."""
 
-    packages: tuple[str, ...] = (STANDARD_LIBRARY,)
-    folder: str = ""
+    source: SourceCode = field(default_factory=SourceCode)
     vocab: int = 1000
     donor_vocab: int = 3000
     width: int = 96
@@ -49,23 +47,18 @@ class TwoTokenizers(Sized):
     documents_run: int = 60
     documents_pilot: int = 30
     size: int = 1024
-    MINIATURE: ClassVar = {"packages": (TOY,), "folder": "", "vocab": 280, "donor_vocab": 300, "width": 16,
+    MINIATURE: ClassVar = {"source": SourceCode().toy(), "vocab": 280, "donor_vocab": 300, "width": 16,
                            "donor_width": 24, "depth": 1, "context": 32, "steps": 4, "batch": 4, "size": 128,
                            "documents_run": 8, "documents_pilot": 8}  # fmt: skip
 
-    @property
-    def source(self) -> SourceCode:
-        """The files and their sets."""
-        return SourceCode(packages=self.packages, folder=self.folder)
-
     def tokenizer(self, which: Which) -> Any:
         """Return the tokenizer of one of the models."""
-        return copy.deepcopy(_tokenizer(self, which))
+        return copy.deepcopy(_tokens(self, which)[0])
 
     def training(self, which: Which, seed: int, steps: int | None = None) -> Segments:
         """Return the windows of a training of `steps` (default: the test bed's) in one model's tokens."""
         count = (self.steps if steps is None else steps) * self.batch
-        return random_windows(f"two tokenizers {which}:{seed}", _stream(self, which), count, self.context)
+        return random_windows(f"two tokenizers {which}:{seed}", _tokens(self, which)[1], count, self.context)
 
     def documents(self, part: Part, base: int = 0) -> dict[str, str]:
         """Return the documents of a set by their file's hash; another base gives other windows."""
@@ -97,7 +90,7 @@ class TwoTokenizers(Sized):
 
     def trained(self, which: Which, seed: int) -> Checkpoint:
         """Return one of the trained models; see `trained_model`."""
-        measured = ("documents_run", "documents_pilot", "size")
+        measured = ("source", "documents_run", "documents_pilot", "size")
         settings = {name: value for name, value in asdict(self).items() if name not in measured}
         return trained_model(
             f"two_tokenizers_{which}",
@@ -108,19 +101,15 @@ class TwoTokenizers(Sized):
         )
 
 
-@lru_cache(maxsize=8)
-def _tokenizer(bed: TwoTokenizers, which: Which) -> Any:
-    corpus = bed.source.part("train")
-    half = 0 if which == "base" else 1
+@lru_cache(maxsize=4)
+def _tokens(bed: TwoTokenizers, which: Which) -> tuple[Any, np.ndarray]:
+    """Return a model's tokenizer, and all training files in its tokens."""
+    corpus, half = bed.source.part("train"), 0 if which == "base" else 1
     pairs = zip(corpus.hashes, corpus.documents, strict=True)
     own = tuple(text for name, text in pairs if keyed("half", name) % 2 == half)
     vocab = bed.vocab if which == "base" else bed.donor_vocab
-    return trained_tokenizer(Corpus(f"Python source ({which})", own), vocab, max(bed.context, bed.size))
-
-
-@lru_cache(maxsize=4)
-def _stream(bed: TwoTokenizers, which: Which) -> np.ndarray:
-    return token_stream(_tokenizer(bed, which), bed.source.part("train").documents)
+    tokenizer = trained_tokenizer(Corpus(f"Python source ({which})", own), vocab, max(bed.context, bed.size))
+    return tokenizer, token_stream(tokenizer, corpus.documents)
 
 
 @torch.no_grad()

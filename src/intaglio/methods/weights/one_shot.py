@@ -29,7 +29,7 @@ PruneFn = Callable[[Linear, InputStatistics], Tensor]
 
 def shapes(checkpoint: Checkpoint) -> list[tuple[str, int, int]]:
     """Return `(name, rows, columns)` of every linear that pruning edits."""
-    linears = [(name, *linear.shape) for name, linear in anatomy(checkpoint.model).all_linears()]
+    linears = [(name, *linear.shape) for name, linear in anatomy(checkpoint.model).all_linears(experts=True)]
     if not linears:
         raise IntaglioError("the model has no plain projections to prune: another step replaced them")
     return linears
@@ -43,6 +43,8 @@ def masked(linear: Linear, mask_RI: Tensor) -> Tensor:
 class OneShotPruner(ABC):
     """Base of pruning methods: `apply` replaces each linear's weight, block by block, by the result of `rule`.
 
+    Each expert of a mixture counts as a linear, with statistics of the tokens routed to it; routers stay as they are.
+
     A mixin beside `Amount` and `Method`. A subclass implements `rule` and sets `moments` or `hessian` where the rule
     needs more input statistics than norms, or `needs_calibration = False` where it needs no data.
     """
@@ -51,6 +53,7 @@ class OneShotPruner(ABC):
     needs_calibration: ClassVar[bool] = True
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
     requires: ClassVar[frozenset[Capability]] = frozenset({"linear_weights"})
+    edits_experts: ClassVar[bool] = True
     moments: ClassVar[bool] = False
 
     @property
@@ -78,14 +81,17 @@ class OneShotPruner(ABC):
         names = {name for name, _, _ in linears}
         refuse_packed(checkpoint)
         rule, chosen = self.rule(linears)
+        parts = anatomy(checkpoint.model)
+
+        def wanted(index: int) -> list[Linear]:
+            return [x for x in parts.linears(index, experts=True) if f"layers.{index}.{x.name}" in names]
 
         def statistic(features: int, device: torch.device) -> InputStatistics:
             return InputStatistics(features, device, moments=self.moments, hessian=self.hessian)
 
         def prune_group(index: int, group: SharedInputGroup) -> None:
             for linear in group.linears:
-                if f"layers.{index}.{linear.name}" in names:
-                    linear.write(rule(linear, group.statistic))
+                linear.write(rule(linear, group.statistic))
 
         identity = None
         if self.needs_calibration:
@@ -96,14 +102,14 @@ class OneShotPruner(ABC):
                 data,
                 statistic=statistic,
                 carve=prune_group,
+                linears=wanted,
                 batch_size=batch_size,
                 what=method.slug,
                 progress=progress,
             )
         else:
-            parts = anatomy(checkpoint.model)
             for index in range(len(parts.blocks)):
-                for linear in parts.linears(index):
+                for linear in wanted(index):
                     prune_group(index, SharedInputGroup([linear], statistic(linear.shape[1], checkpoint.device)))
                 progress(index + 1, len(parts.blocks), f"{method.slug}: block {index + 1}/{len(parts.blocks)}")
         checkpoint.record_step(method.slug, method.model_dump(), seed=seed, calibration=identity, chosen=chosen)
@@ -116,7 +122,7 @@ def describe(data: Segments, batch_size: int) -> dict[str, Any]:
 
 
 def walk_cost(workload: Workload, *, hessian: bool = False) -> Cost:
-    """Return the cost of the two passes and the statistics."""
+    """Return the cost of the two passes and the statistics, as if every token reached every expert."""
     flops = 4.0 * workload.block_parameters * workload.tokens
     widest = max(columns for _, columns in workload.linears)
     extra = workload.tokens * workload.hidden * workload.element_size
@@ -124,14 +130,15 @@ def walk_cost(workload: Workload, *, hessian: bool = False) -> Cost:
     if hessian:
         # Linears with a shared input share a product: about half of the columns.
         flops += sum(2.0 * workload.tokens * columns**2 for _, columns in workload.linears) / 2
-        extra += 4 * 4 * widest**2
+        # Dense blocks have at most four inputs; each expert has its own.
+        extra += 4 * max(4 * widest**2, sum(columns**2 for _, columns in workload.linears) // workload.blocks)
     return Cost(flops=flops, sorted_elements=float(sum(r * c for r, c in workload.linears)), extra_bytes=int(extra))
 
 
 def refuse_packed(checkpoint: Checkpoint) -> None:
     """Refuse packed or quantized weights, which have no meaning without their scales."""
-    for name, linear in anatomy(checkpoint.model).all_linears():
-        dtype = linear.module.weight.dtype
+    for name, linear in anatomy(checkpoint.model).all_linears(experts=True):
+        dtype = linear.weight.dtype
         if dtype not in DTYPES.values():
             raise IntaglioError(
                 f"{name} stores its weight as {str(dtype).removeprefix('torch.')}; pruning needs {', '.join(DTYPES)}: "

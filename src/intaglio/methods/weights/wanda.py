@@ -23,7 +23,8 @@ class Wanda(OneShotPruner, SparsityTarget, Method, slug="wanda"):
     """Prune by S_rk = |W_rk| ||x_k||_2, compared within each output row (unstructured) or each group (N:M).
 
     ||x_k||_2 is the norm of input feature k over the calibration tokens, computed from the outputs of the already
-    pruned previous blocks. Weights are not updated; kept weights are bit-identical.
+    pruned previous blocks. Weights are not updated; kept weights are bit-identical. In a mixture of experts the tokens
+    of an expert's matrix are those routed to it, and routers keep all their weights.
 
     Args:
         sparsity: share of zeros in each row, 0 <= sparsity < 1; floor(inputs * sparsity) of a row are pruned.

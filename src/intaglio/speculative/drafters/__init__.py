@@ -6,6 +6,7 @@
 - `draft_model.py`: `DraftModel`, a smaller model with its own cache, a chain or a static tree
 - `rank_statistics.py`: acceptance statistics by rank, for the best static tree
 - `dynamic_tree.py`: dynamically grown trees and the drafts behind them
+- `undrafted.py`: `Undrafted`, no drafts
 - `medusa.py`: `Medusa`, heads on the last hidden state, the baseline of trained heads; not imported here, as it needs
   the training code
 """
@@ -15,5 +16,6 @@ from __future__ import annotations
 from intaglio.speculative.drafters.draft_model import DraftModel
 from intaglio.speculative.drafters.ngrams import NGramStore
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
+from intaglio.speculative.drafters.undrafted import Undrafted
 
-__all__ = ["DraftModel", "NGramStore", "PromptLookup"]
+__all__ = ["DraftModel", "NGramStore", "PromptLookup", "Undrafted"]

@@ -128,5 +128,10 @@ def open_draft(draft: Any, run: DecodingRun) -> Draft:
     if isinstance(draft, NGramStore):
         draft.check(run.model)
         return TableDraft(draft, run)
+    if not run.branches:
+        raise IntaglioError(
+            f"{run.model.config.model_type} cannot read trees that branch, as a draft model grows them; use a drafter "
+            "without a model, such as aded or prompt lookup"
+        )
     check_draft_model(draft, run)
     return CachedModelDraft(draft, run)

@@ -30,7 +30,7 @@ from intaglio.speculative._utils import context_length
 from intaglio.speculative.drafters.ngrams import NGramStore
 from intaglio.speculative.prepacked_linear import prepacked
 from intaglio.speculative.protocols import DecodingRun, Step
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 from intaglio.speculative.tree import TokenTree
 
 
@@ -229,8 +229,8 @@ class CachedModelDraft:
 
     def __init__(self, model: Any, run: DecodingRun) -> None:
         self._device = run.model.device
-        self._reader = Reader(model, prepacked=prepacked(model, run.prepack, run.limit))
-        self._reader.prefill(*pad_left(run.prompts, model.device))
+        self._cached = CachedModel(model, prepacked=prepacked(model, run.prepack, run.limit))
+        self._cached.prefill(*pad_left(run.prompts, model.device))
         self.calls = DraftStats(passes=1)
         self._state = {row: _DraftRow() for row in range(len(run.prompts))}
         self._rows = list(self._state)
@@ -240,7 +240,7 @@ class CachedModelDraft:
     def begin(self, rows: Sequence[int], trees: Sequence[PartialTree]) -> None:
         """See `Draft.begin`."""
         if list(rows) != self._rows:
-            self._reader.select_rows([index for index, row in enumerate(self._rows) if row in rows])
+            self._cached.select_rows([index for index, row in enumerate(self._rows) if row in rows])
             self._rows = list(rows)
         self._trees = trees
         for row in rows:
@@ -248,7 +248,7 @@ class CachedModelDraft:
 
     def read(self, wanted: Sequence[Sequence[int]]) -> list[Tensor]:
         """See `Draft.read`: one pass over all rows."""
-        pending = self._reader.pending
+        pending = self._cached.pending
         entries = [
             self._entries(row, tree, nodes, pending)
             for row, tree, nodes in zip(self._rows, self._trees, wanted, strict=True)
@@ -262,7 +262,7 @@ class CachedModelDraft:
             for slot, (token, depth, visible) in enumerate(row_entries):
                 tokens[index, slot], depths[index, slot] = token, depth
                 seen[index, slot, visible] = True
-        logits_BQV = self._reader.extend(tokens, depths, seen)
+        logits_BQV = self._cached.extend(tokens, depths, seen)
         self.calls.passes += 1
         self.calls.nodes += sum(map(len, wanted))
         return [
@@ -300,8 +300,8 @@ class CachedModelDraft:
 
     def close(self) -> None:
         """See `Draft.close`."""
-        if self._reader.pending:
-            self._reader.keep_rows([self._kept[row] for row in self._rows])
+        if self._cached.pending:
+            self._cached.keep_rows([self._kept[row] for row in self._rows])
         self._kept = {}
 
 

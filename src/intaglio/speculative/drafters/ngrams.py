@@ -21,6 +21,7 @@ from intaglio import atomic_io
 from intaglio.errors import IntaglioError
 from intaglio.speculative._utils import check_count, vocabulary_size
 from intaglio.speculative.drafters.ngram_counts import NGramCounts, chunks
+from intaglio.speculative.pass_cost import FIXED, DraftPruner, PassCosts
 from intaglio.speculative.protocols import DecodingRun, Session, Step, by_row
 from intaglio.speculative.tree import TokenTree
 
@@ -33,7 +34,8 @@ class NGramStore:
     """Drafts from n-grams of a corpus, the longest known context first.
 
     The tree is grown best first: the value of a node is the product of the relative frequencies along its path, 0.4
-    for each token of context that had to be dropped. The store never changes, so equal contexts give equal trees.
+    for each token of context that had to be dropped. The store never changes, so equal contexts give equal trees. Where
+    passes were measured (`speculative.pass_cost`), only the part that is expected to be worth its cost is verified.
 
     Built by `build` or `load`.
 
@@ -194,24 +196,26 @@ class NGramStore:
     def start(self, run: DecodingRun) -> Session:
         """Start a run; see `Drafter.start`."""
         self.check(run.model)
-        return by_row(run, lambda prompt: _Tail(self, prompt))
+        costs = run.costs()
+        return by_row(run, lambda prompt: _Tail(self, prompt, costs))
 
 
 class _Tail:
     """Last tokens of one row, as many as a context needs."""
 
-    def __init__(self, store: NGramStore, prompt: Sequence[int]) -> None:
-        self._store = store
+    def __init__(self, store: NGramStore, prompt: Sequence[int], costs: PassCosts = FIXED) -> None:
+        self._store, self._costs, self._pruner = store, costs, DraftPruner()
         self._most = len(store.tables)
         self._ids = list(prompt[-self._most :])
 
     def observe(self, step: Step) -> None:
         self._ids = [*self._ids, *step.tokens][-self._most :]
+        self._pruner.observe(step.drafted)
 
     def propose(self, room: int) -> TokenTree:
         store = self._store
         most = min(store.length, room)
-        tokens, parents, depths, contexts = [self._ids[-1]], [-1], [0], [self._ids]
+        tokens, parents, depths, contexts, values = [self._ids[-1]], [-1], [0], [self._ids], [1.0]
         # (minus the value, age, token, parent): the age breaks ties, so equal contexts give equal trees.
         heap: list[tuple[float, int, int, int]] = []
         age = itertools.count()
@@ -227,9 +231,13 @@ class _Tail:
             tokens.append(token)
             parents.append(parent)
             depths.append(depths[parent] + 1)
+            values.append(-value)
             contexts.append([*contexts[parent], token][-self._most :])
             open_node(len(tokens) - 1, -value)
-        return TokenTree(tokens, parents)
+        tree = TokenTree(tokens, parents)
+        if not self._costs.measured:
+            return tree
+        return self._pruner.prune(tree, values, lambda k: self._costs.cost(1 + k))
 
 
 def _largest(vocabulary: int) -> int:

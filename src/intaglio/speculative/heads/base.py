@@ -19,14 +19,16 @@ from intaglio.methods.base import Cost, Progress, Workload, no_progress
 from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.decoder_mixin import SpeculativeDecoder
 from intaglio.speculative.drafters.dynamic_tree import draft_probs_fn
+from intaglio.speculative.drafters.undrafted import Undrafted
 from intaglio.speculative.heads.candidates import CandidateSampler
 from intaglio.speculative.heads.chunked_loss import ROWS
 from intaglio.speculative.heads.lm_head import MAX_DRAFT_VOCABULARY, build_draft_vocabulary
 from intaglio.speculative.heads.objective import LENGTH, measure_acceptance, train_heads
 from intaglio.speculative.heads.self_generated_data import extract_prompts, generate_corpus, prompt_sources
+from intaglio.speculative.pass_cost import FIXED, PassCosts
 from intaglio.speculative.protocols import DecodingRun, Session
 from intaglio.speculative.static_tree import StaticTree, best_tree, best_tree_for_cost, default_acceptance
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 from intaglio.trainer.protocols import Example
 
 HELD_OUT = 20
@@ -50,10 +52,11 @@ class TrainedHeads(SpeculativeDecoder):
     tree: list[list[Annotated[int, Field(ge=0)]]] | None = None
     """Nodes of the static tree, each by the ranks of its path (`[[0], [1], [0, 0]]`). Default: the best tree for the
     acceptance of each rank that was measured at the end of the training."""
-    token_cost: Annotated[float, Field(ge=0, le=100)] = 0.035
+    token_cost: Annotated[float, Field(ge=0, le=100)] | None = None
     """Cost that each drafted token adds to a pass for each row that shares it, in passes over one token; with the cost
-    of the method's own drafting it decides how large a tree is if neither `nodes` nor `tree` does. Default 0.035, as
-    measured on a CPU; about 0.002 on a GPU, where rows cost nearly nothing."""
+    of the method's own drafting it decides how large a tree is if neither `nodes` nor `tree` does. Default: as measured
+    on the processor at hand (0.035 where nothing is measured), and nothing is drafted where the best tree is expected
+    to lose; about 0.002 on a GPU, where rows cost nearly nothing."""
     drawn: bool = True
     """Under sampling, whether candidates are drawn from the heads and verified by recursive rejection (default), or are
     the most likely ones, of which the target's own draw may hit one."""
@@ -97,10 +100,7 @@ class TrainedHeads(SpeculativeDecoder):
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps between two states that a killed run resumes from. Default: a tenth of the steps."""
     untrained: bool = False
-    """Let heads draft that were never trained (`seed` draws them): the output is the same, only slower. Default false:
-    refuse them."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of untrained heads."""
+    """Let heads draft that were never trained: the output is the same, only slower. Default false: refuse them."""
 
     _heads: Any = PrivateAttr(None)
     _about: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -149,14 +149,30 @@ class TrainedHeads(SpeculativeDecoder):
 
     # --- drafting ---------------------------------------------------------------------------------------------------
 
-    def static_tree(self, rows: int = 1) -> StaticTree:
+    @property
+    def acceptance(self) -> list[list[float]]:
+        """Acceptance by level and rank, as measured at the end of the training."""
+        measured: list[list[float]] | None = self._about.get("chances")
+        return measured or default_acceptance(self.levels)
+
+    def static_tree(self, rows: int = 1, costs: PassCosts = FIXED) -> StaticTree:
         """Return the static tree of a run; a drafted token costs a slot in each of the rows that share a pass."""
         if self.tree is not None:
             return StaticTree.from_paths(self.tree)
-        acceptance = self._about.get("chances") or default_acceptance(self.levels)
         if self.nodes is not None:
-            return best_tree(acceptance, self.nodes)
-        return best_tree_for_cost(acceptance, self.token_cost * self.rows_per_node() * rows, self.level_cost)
+            return best_tree(self.acceptance, self.nodes)
+        return best_tree_for_cost(self.acceptance, lambda nodes: self._cost(nodes, rows, costs), self.level_cost)
+
+    def _cost(self, nodes: int, rows: int, costs: PassCosts) -> float:
+        """Return the cost of a pass with so many drafted tokens of each row, in passes over one token."""
+        tokens = nodes * self.rows_per_node()
+        if self.token_cost is None:
+            return costs.cost(1 + tokens, rows)
+        return 1.0 + self.token_cost * self.rows_per_node() * rows * nodes
+
+    def expected_speed(self, tree: StaticTree, rows: int, costs: PassCosts) -> float:
+        """Return the expected tokens for the time of a pass over one token: above 1, drafting this tree pays."""
+        return tree.expected(self.acceptance) / (self._cost(len(tree), rows, costs) + self.level_cost * tree.depth)
 
     def start(self, run: DecodingRun) -> Session:
         """Start a run; see `Drafter.start`.
@@ -167,7 +183,16 @@ class TrainedHeads(SpeculativeDecoder):
         heads = self._heads_for(run.model).to(device=run.model.device, dtype=run.model.dtype).eval()
         to_probs = draft_probs_fn(run, self.draft_temperature)
         sampler = CandidateSampler(to_probs, run.sampling and self.drawn, run.generator, heads.words)
-        return self.begin(heads, run, sampler, self.static_tree(len(run.prompts)))
+        rows, costs = len(run.prompts), FIXED if self.token_cost is not None else run.costs()
+        tree = self.static_tree(rows, costs)
+        speed = self.expected_speed(tree, rows, costs)
+        if costs.measured and self.tree is None and self.nodes is None and speed <= 1:
+            run.statistics.note = (
+                f"nothing was drafted: on this processor the best tree of {self.slug} is expected to run at "
+                f"{speed:.2f} times the speed without drafts (nodes=N drafts all the same)"
+            )
+            return Undrafted().start(run)
+        return self.begin(heads, run, sampler, tree)
 
     def _heads_for(self, model: nn.Module) -> Any:
         slug, own = self.slug, fingerprint(model)
@@ -178,7 +203,8 @@ class TrainedHeads(SpeculativeDecoder):
                     f"load(...).decoder({slug!r}) has them"
                 )
             tokens_K = build_draft_vocabulary((), vocabulary_size(model), self.vocabulary)
-            self._heads = self.make(model, self.seed, tokens_K)
+            seed: int = getattr(self, "seed", 0)  # a field where the start is drawn
+            self._heads = self.make(model, seed, tokens_K)
             self._about["model"] = own
         if own not in (self._about.get("model"), self._about.get("float16")):
             raise IntaglioError(
@@ -217,7 +243,7 @@ class TrainedHeads(SpeculativeDecoder):
             IntaglioError: no texts, a model that heads cannot be trained on, or as `intaglio.train`.
         """
         slug = self.slug
-        Reader(checkpoint.model)  # an encoder, or attention that takes no mask: refused before any work
+        CachedModel(checkpoint.model)  # an encoder, or attention that takes no mask: refused before any work
         self.make(checkpoint.model, seed)  # settings that do not fit the model: refused before any work, too
         if self.tree is not None:
             StaticTree.from_paths(self.tree)
@@ -323,7 +349,11 @@ class TrainedHeads(SpeculativeDecoder):
                     f"{name} is {fields[name]}; the heads of {attachment.slug} were fitted with {fitted}, fit them "
                     f"again for another"
                 )
-        decoder = cls(**attachment.parameters | fields)
+        # Heads were once saved with a seed by methods that draw nothing.
+        kept = {
+            name: value for name, value in attachment.parameters.items() if name != "seed" or name in cls.model_fields
+        }
+        decoder = cls(**kept | fields)
         tokens_K = attachment.tensors.get("words.tokens_K")
         fits = tokens_K is None or (
             tokens_K.dim() == 1 and len(tokens_K) > 0 and int(tokens_K.max()) < checkpoint.vocabulary

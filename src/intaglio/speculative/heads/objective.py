@@ -17,7 +17,7 @@ from torch import nn
 from intaglio.checkpoint import Checkpoint
 from intaglio.methods.base import Progress, no_progress
 from intaglio.speculative.static_tree import default_acceptance
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 from intaglio.trainer.causal_lm import IGNORED, cut, documents, row_length
 from intaglio.trainer.loop import TrainResult, train
 from intaglio.trainer.preserve_state import preserve_grads, preserve_modes
@@ -172,7 +172,7 @@ def train_heads(
     Raises:
         IntaglioError: a model that cannot be read through trees, or as `intaglio.train`.
     """
-    Reader(checkpoint.model)  # an encoder, or attention that takes no mask: refused before any work
+    CachedModel(checkpoint.model)  # an encoder, or attention that takes no mask: refused before any work
     heads.to(device=checkpoint.device, dtype=torch.float32)
     # The loop records a training of the weights, which this is not: the record is thrown away.
     shadow = Checkpoint(checkpoint.model, checkpoint.tokenizer, checkpoint.source)

@@ -75,7 +75,7 @@ class BlockFFNLayer(ReplacedMLP):
         return y_TD.view(x_BD.shape)
 
     @torch.no_grad()
-    def active(self, x_BD: Tensor) -> Tensor:
+    def active_units(self, x_BD: Tensor) -> Tensor:
         """Return which experts a token takes, bool [B, E]; see the base."""
         # A gain may cross zero, so the scores themselves are compared.
         return scores(self._raw(x_BD), self.config, self.gain) != 0

@@ -7,7 +7,7 @@ The paper's MoE-X has experts of ReLU units and a router without weights of its 
 - `routing`: expected sparsity of the experts, the choice, the loss that balances.
 - `layers`: experts and router.
 - `upcycling`: experts from a dense MLP.
-- `expert_stats`: loads, units that fire, units that are dead.
+- `expert_statistics`: loads, units that fire, units that are dead.
 
 The layer is one sparse MLP of E F units (`MoELayer.features`, `MoELayer.wide_decoder`): its units, each times its
 expert's gate, are what can be read. No official code was found. The paper leaves the normalisation of the gates, the
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.replacement import ReplacesMLPs, non_default_fields
 from intaglio.errors import IntaglioError
-from intaglio.methods.activations.moe_x.expert_stats import monitor
+from intaglio.methods.activations.moe_x.expert_stats import expert_statistics
 from intaglio.methods.activations.moe_x.layers import MoELayer, MoELayerConfig, Router, moe_layers
 from intaglio.methods.activations.moe_x.routing import Gates, balance_loss
 from intaglio.methods.activations.moe_x.upcycling import Source, UpcycleConfig
@@ -38,7 +38,7 @@ from intaglio.modeling.anatomy import MLP, Anatomy, anatomy
 from intaglio.modeling.targets import replace_mlps
 from intaglio.trainer import Batch, Loss, ModifierSession, TrainingRun
 
-__all__ = ["MoELayer", "MoELayerConfig", "MoEX", "moe_layers", "monitor"]
+__all__ = ["MoELayer", "MoELayerConfig", "MoEX", "expert_statistics", "moe_layers"]
 
 
 class MoEX(ReplacesMLPs, Method, slug="moe_x"):
@@ -68,7 +68,7 @@ class MoEX(ReplacesMLPs, Method, slug="moe_x"):
     loads (1: all alike), the units that fire for a token and how many were expected to, and the share of units that
     fired for no token of the batch.
 
-    The checkpoint becomes a live one (`intaglio.load` reads it). `monitor` returns statistics of the experts.
+    The checkpoint becomes a live one (`intaglio.load` reads it). `expert_statistics` returns statistics of the experts.
 
     Source: Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025 (arXiv 2503.07639); see the
     package for what it leaves open. Balance loss: Fedus et al., Switch Transformers, JMLR 2022. Units drawn anew:

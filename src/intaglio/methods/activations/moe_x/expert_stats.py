@@ -44,7 +44,7 @@ class _LayerTotals:
         self.expected += units * float(probs_TE.gather(1, routed.chosen_TK).double().sum())
 
     def summary(self) -> dict[str, Any]:
-        """Return plain data; see `monitor`."""
+        """Return plain data; see `expert_statistics`."""
         share_E = self.chosen_E / self.chosen_E.sum()
         return {
             "load": share_E.tolist(),
@@ -56,7 +56,9 @@ class _LayerTotals:
 
 
 @torch.no_grad()
-def monitor(checkpoint: Checkpoint, data: Any, *, batch_size: int = 4, seed: int = 0) -> dict[str, dict[str, Any]]:
+def expert_statistics(
+    checkpoint: Checkpoint, data: Any, *, batch_size: int = 4, seed: int = 0
+) -> dict[str, dict[str, Any]]:
     """Return statistics of each layer of experts on some data.
 
     Args:

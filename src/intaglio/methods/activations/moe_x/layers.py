@@ -251,7 +251,7 @@ class MoELayer(ReplacedMLP):
         return z_TEF.view(*x_BLD.shape[:-1], -1)
 
     @torch.no_grad()
-    def active(self, x_BD: Tensor) -> Tensor:
+    def active_units(self, x_BD: Tensor) -> Tensor:
         """Return which units take part in a token's output, bool [B, N]: those of its experts that are not 0."""
         return self.features(x_BD) != 0
 

@@ -27,7 +27,7 @@ from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
 from intaglio.methods.activations.r_sparse import calibrate, cats, teal
 from intaglio.methods.activations.r_sparse.budget import BudgetSpec, BudgetSplit, alpha_of
-from intaglio.methods.activations.r_sparse.bytes_read import Reading, reading
+from intaglio.methods.activations.r_sparse.bytes_read import BytesRead, measure_bytes_read
 from intaglio.methods.activations.r_sparse.decomposition import FLOPS
 from intaglio.methods.activations.r_sparse.layer_options import OptionSpec
 from intaglio.methods.activations.r_sparse.layers import (
@@ -36,6 +36,7 @@ from intaglio.methods.activations.r_sparse.layers import (
     Mode,
     SparseLinear,
     ThresholdedActivation,
+    share_inputs,
 )
 from intaglio.methods.activations.r_sparse.search import Search
 from intaglio.methods.base import Capability, Cost, Method, Progress, Workload, no_progress
@@ -48,7 +49,7 @@ LENGTH = 256
 ALPHA = 1.0
 """The default split: columns alone."""
 
-__all__ = ["BudgetSplit", "RSparse", "Reading", "Search", "SparseLinear", "reading"]
+__all__ = ["BudgetSplit", "BytesRead", "RSparse", "Search", "SparseLinear", "measure_bytes_read"]
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -90,7 +91,8 @@ class RSparse(ReplacesLinears, Method, slug="r_sparse"):
             step by step where the block's output changes least.
         scale: whether the score is |x_i| s_i (default), or |x_i| alone; none: scaled unless α is 1, as in the authors'
             code. Each has a τ of its own.
-        low_rank: whether the rest goes through the low rank. False gives columns the whole budget. Default True.
+        low_rank: whether the rest goes through the low rank. False leaves it out and keeps the columns that α gives, to
+            see what the low rank adds. Default True.
         rank: of every projection, instead of what α leaves for it; the budget may then be overspent. Default: none.
         strict: whether nothing is overspent: the paper's minimum of one column and a rank of one for every projection,
             too much for small ones, is left out where the budget has no room. Default False.
@@ -150,9 +152,11 @@ class RSparse(ReplacesLinears, Method, slug="r_sparse"):
             raise ValueError("fraction belongs to mode: last_fraction")
         if self.alpha == "error" and self.search is not None:
             raise ValueError("alpha: error and search are two ways to choose alpha; leave one out")
-        for name in ("alpha", "search", "rank"):
+        for name in ("search", "rank"):
             if not self.low_rank and name in changed:
                 raise ValueError(f"low_rank is false, so there is no {name}")
+        if not self.low_rank and self.alpha == "error":
+            raise ValueError("low_rank is false, so alpha is a number; error weighs columns against a rank")
         return self
 
     @classmethod
@@ -335,3 +339,4 @@ def _finish(model: nn.Module, mode: Mode, fraction: float) -> None:
             module.prefill = prefill
         if isinstance(module, SparseLinear):
             module.requires_grad_(False)
+    share_inputs(model)

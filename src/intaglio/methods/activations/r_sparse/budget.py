@@ -64,7 +64,7 @@ class BudgetSpec:
     """Fields of `RSparse` that decide how a budget is split.
 
     Args:
-        low_rank: whether the other channels go through a low-rank path.
+        low_rank: whether the other channels go through a low-rank path; else they are left out.
         rank: of every projection; None: by what is left of the budget.
         strict: whether what the budget has no room for is left out, instead of one channel and rank 1.
     """
@@ -79,13 +79,12 @@ class BudgetSpec:
             C = max(int(I (1 - s) alpha), 1)
             R = max(int((I O (1 - s) - C O) / (I + O)), 1)
 
-        At alpha 1 there is no low-rank path (R = 0, unless `rank` is set), at alpha 0 nothing else (C = 0).
+        Without `low_rank` and at alpha 1 there is no low-rank path (R = 0, unless `rank` is set), at alpha 0 nothing
+        else (C = 0).
 
         Raises:
             IntaglioError: `rank` is above the narrower side.
         """
-        if not self.low_rank:
-            alpha = 1.0
         least, share = 0 if self.strict else 1, (1 - sparsity) * alpha
         channels = max(floor_share(inputs, share), least) if alpha else 0
         rank = 0
@@ -96,7 +95,7 @@ class BudgetSpec:
                     f"rank is {rank}, above the width of {name}, {outputs} x {inputs}: at most {min(inputs, outputs)} "
                     "is accepted"
                 )
-        elif alpha < 1:
+        elif alpha < 1 and self.low_rank:
             # Of the real shape: in grouped-query attention keys and values have fewer outputs than inputs.
             left = inputs * outputs * (1 - sparsity) - channels * outputs
             rank = min(max(floor_share(1, left / (inputs + outputs)), least), inputs, outputs)

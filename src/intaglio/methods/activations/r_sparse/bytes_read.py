@@ -12,7 +12,7 @@ from intaglio.modeling.replacement import module_names
 
 
 @dataclass(frozen=True)
-class Reading:
+class BytesRead:
     """Bytes of the projections of each block.
 
     Args:
@@ -29,7 +29,7 @@ class Reading:
         return sum(self.read) / sum(self.dense)
 
 
-def reading(checkpoint: Checkpoint, left_out: Mapping[str, float] | None = None) -> Reading:
+def measure_bytes_read(checkpoint: Checkpoint, left_out: Mapping[str, float] | None = None) -> BytesRead:
     """Return the bytes that a token reads of the weights of each block's projections.
 
     Args:
@@ -57,4 +57,4 @@ def reading(checkpoint: Checkpoint, left_out: Mapping[str, float] | None = None)
                 read -= left_out.get(names[id(module)], 0.0) * size["up"]
         all_read.append(read)
         all_dense.append(dense)
-    return Reading(tuple(all_read), tuple(all_dense))
+    return BytesRead(tuple(all_read), tuple(all_dense))

@@ -6,7 +6,11 @@ Dimension letters: B any leading dimensions, L sequence, N rows, I inputs, O out
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import cycle
 from typing import Any, Literal
 
 import psutil
@@ -14,13 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intaglio.environment import tuning
 from intaglio.kernels import gather
+from intaglio.kernels._utils import copies
 from intaglio.modeling.anatomy import CACHE
 from intaglio.modeling.replacement import InputCounter, ReplacedLinear
 
 Mode = Literal["all", "decode", "last_fraction"]
 ALL, NONE = -1.0, math.inf
 """Thresholds that keep every input, or none."""
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+"""Projections of one module that read the same tensor, in the order of the calls."""
+_SETS = 8
+"""Copies of all weights of a shared call that it is measured with, in turn."""
 
 
 class DensePrefill:
@@ -91,6 +101,7 @@ class _Prepared:
     scale_I: Tensor | None  # norms of columns, where scores are scaled
     weight_IO: Tensor | None = None  # the weight column by column
     tried: bool = False  # whether that copy was tried
+    threads: dict[int, int | None] = field(default_factory=dict)  # by rows; 0: dense, None: by size
 
 
 class SparseLinear(ReplacedLinear):
@@ -100,8 +111,10 @@ class SparseLinear(ReplacedLinear):
         y = W (m x) + U_r S_r V_r^T ((1 - m) x) + bias
 
     Few tokens are multiplied by the kernels of `intaglio.kernels.gather`, which read no other columns, from a copy of
-    the weight that lies column by column; it is made in the first such pass, and only while it takes at most half of
-    the free memory. All else is a dense product with zeros for the inputs that are not kept. Nothing here is trained.
+    the weight that lies column by column, if the first such pass on the machine measures that to be faster
+    (`environment.tuning`); the copy is made only while it takes at most half of the free memory. All else is a dense
+    product with zeros for the inputs that are not kept. Nothing here is trained. Projections of one input share a call
+    (`SharedInput`).
 
     Args:
         in_features: I.
@@ -140,6 +153,7 @@ class SparseLinear(ReplacedLinear):
         self.rule = rule
         self.prefill: DensePrefill | None = None
         self.tally: InputCounter | None = None
+        self.shared: SharedInput | None = None
         self._prepared: _Prepared | None = None
 
     @classmethod
@@ -206,22 +220,62 @@ class SparseLinear(ReplacedLinear):
     def forward(self, x_BI: Tensor) -> Tensor:
         """Return y [B, O]; under a `DensePrefill`, the dimension before the last is the sequence."""
         dense = 0 if self.prefill is None else self.prefill.dense
-        few = x_BI.numel() <= gather.MOST_ROWS * self.in_features
+        # Compilers must not trace into calls by address.
+        few = x_BI.numel() <= gather.MOST_ROWS * self.in_features and not torch.compiler.is_compiling()
         if few and not dense and self.tally is None and not (x_BI.requires_grad and torch.is_grad_enabled()):
             prepared = self._prepare()
             weight_IO = self._columns(prepared)
             if weight_IO is not None and x_BI.dtype == weight_IO.dtype:
-                return self._gathered(x_BI, weight_IO, prepared.scale_I)
+                if self.shared is not None and (y_BO := self.shared.take(self, prepared, x_BI)) is not None:
+                    return y_BO
+                threads = self._threads(prepared, x_BI, weight_IO)
+                if threads != 0:
+                    return self._gathered(x_BI, weight_IO, prepared.scale_I, threads)
         return self._masked(x_BI, dense)
 
-    def _gathered(self, x_BI: Tensor, weight_IO: Tensor, scale_I: Tensor | None) -> Tensor:
+    def _threads(self, prepared: _Prepared, x_BI: Tensor, weight_IO: Tensor) -> int | None:
+        """Return the kernel's threads for so many rows, measured at the first use; 0: dense, None: by size."""
+        rows = x_BI.numel() // self.in_features
+        if rows not in prepared.threads:
+            tuner = tuning.tuner()
+            prepared.threads[rows] = None
+            if tuner is not None and x_BI.device.type == "cpu":
+                prepared.threads[rows] = self._tuned_threads(tuner, x_BI, weight_IO, prepared.scale_I)
+        return prepared.threads[rows]
+
+    def _tuned_threads(self, tuner: tuning.Tuner, x_BI: Tensor, weight_IO: Tensor, scale_I: Tensor | None) -> int:
+        threads, columns, dense = torch.get_num_threads(), copies(weight_IO), copies(self.weight.detach())
+        calls: dict[str, Callable[[], Tensor]] = {"dense": partial(self._masked_by, x_BI, dense)}
+        for count in sorted({1, threads}):
+            calls[f"gathered {count}"] = partial(self._gathered_by, x_BI, columns, scale_I, count)
+        key = (
+            f"columns {self.in_features}x{self.out_features} {str(weight_IO.dtype).removeprefix('torch.')} rank "
+            f"{self.rank} kept {self._kept_quarters(x_BI)} rows {x_BI.numel() // self.in_features} threads {threads}"
+        )
+        chosen = tuner.choose(key, calls, compiles=True)
+        tuner.save()
+        return int(chosen.partition(" ")[2] or 0)
+
+    def _kept_quarters(self, x_BI: Tensor) -> float:
+        """Return the share of the inputs that are kept, rounded to a quarter."""
+        return round(4 * float(self.kept(x_BI).float().mean())) / 4
+
+    def _masked_by(self, x_BI: Tensor, weights: Iterator[Tensor]) -> Tensor:
+        return self._product(torch.where(self.kept(x_BI), x_BI, 0), next(weights))
+
+    def _gathered_by(
+        self, x_BI: Tensor, weights: Iterator[Tensor], scale_I: Tensor | None, threads: int | None
+    ) -> Tensor:
+        return self._gathered(x_BI, next(weights), scale_I, threads)
+
+    def _gathered(self, x_BI: Tensor, weight_IO: Tensor, scale_I: Tensor | None, threads: int | None = None) -> Tensor:
         """Return the product from the kept columns."""
         shape = x_BI.shape
         x_NI = x_BI if len(shape) == 2 else x_BI.reshape(-1, shape[-1])
         # Scores are needed only where channels are counted: the kernel compares with a threshold itself.
         limit = self.rule.limit(x_NI if self.rule.channels is None else self._score(x_NI, scale_I))
         limit = limit if isinstance(limit, float) else limit[:, 0]
-        y_NO = gather.rows(x_NI, weight_IO, limit, scale_I, self.down, self.up, self.bias)
+        y_NO = gather.rows(x_NI, weight_IO, limit, scale_I, self.down, self.up, self.bias, threads)
         return y_NO if len(shape) == 2 else y_NO.view(*shape[:-1], self.out_features)
 
     def _score(self, x_BI: Tensor, scale_I: Tensor | None) -> Tensor:
@@ -251,17 +305,143 @@ class SparseLinear(ReplacedLinear):
             y_BO = y_BO + F.linear(torch.where(keep_BI, 0, x_BI), self.down) @ self.up
         return y_BO
 
-    def _product(self, x_BI: Tensor) -> Tensor:
-        """Return W x + bias, by the very operation of the replaced module."""
+    def _product(self, x_BI: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return W x + bias, by the very operation of the replaced module; `weight` replaces its own."""
+        weight = self.weight if weight is None else weight
         if not self.transposed:
-            return F.linear(x_BI, self.weight, self.bias)
+            return F.linear(x_BI, weight, self.bias)
         x_NI = x_BI.reshape(-1, self.in_features)
-        y_NO = x_NI @ self.weight if self.bias is None else torch.addmm(self.bias, x_NI, self.weight)
+        y_NO = x_NI @ weight if self.bias is None else torch.addmm(self.bias, x_NI, weight)
         return y_NO.view(*x_BI.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Return sizes and rank."""
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+class SharedInput:
+    """Sparse layers of a block that read the same input, such as q, k and v, computed in one kernel call.
+
+    The first layer that is called computes the outputs of all, and the others take theirs if they are called with the
+    very same tensor. Used for layers without a low rank and with a threshold, in float32, where it was measured to be
+    faster than a call for each (`environment.tuning`).
+
+    Args:
+        layers: in the order of the calls.
+    """
+
+    def __init__(self, layers: Sequence[SparseLinear]) -> None:
+        self._layers = tuple(layers)
+        self._prepared: list[_Prepared] = []
+        self._rules: list[InputRule] = []
+        self._weights: list[Tensor] = []
+        self._built: gather.SharedInput | None = None
+        self._threads: dict[int, int] = {}
+        self._waiting: tuple[Tensor, dict[SparseLinear, tuple[Any, Any, Any]]] | None = None
+
+    def __getstate__(self) -> tuple[SparseLinear, ...]:
+        """Return the layers alone: a copy has weights at other addresses."""
+        return self._layers
+
+    def __setstate__(self, layers: tuple[SparseLinear, ...]) -> None:
+        """Start anew with copied layers."""
+        self.__init__(layers)  # type: ignore[misc]
+
+    def take(self, layer: SparseLinear, prepared: _Prepared, x_BI: Tensor) -> Tensor | None:
+        """Return the output of a layer, or None where the layers are better computed one by one."""
+        waiting = self._waiting
+        if waiting is not None and waiting[0] is x_BI:
+            own, rule, y_BO = waiting[1].pop(layer, (None, None, None))
+            if not waiting[1]:
+                self._waiting = None
+            return y_BO if own is prepared and rule is layer.rule else None
+        if layer is not self._layers[0] or (call := self._call()) is None:
+            return None
+        rows = x_BI.numel() // layer.in_features
+        if rows not in self._threads:
+            self._threads[rows] = self._chosen_threads(call, x_BI, rows)
+        if not self._threads[rows]:
+            return None
+        first, *others = self._outputs(call, x_BI, self._threads[rows])
+        keys = [(own, one.rule) for own, one in zip(self._prepared[1:], self._layers[1:], strict=True)]
+        self._waiting = x_BI, {one: (*key, y_BO) for one, key, y_BO in zip(self._layers[1:], keys, others, strict=True)}
+        return first
+
+    def _call(self) -> gather.SharedInput | None:
+        """Return the call for weights and rules as they are; None where a layer does not fit."""
+        prepared, rules = [layer._prepare() for layer in self._layers], [layer.rule for layer in self._layers]
+        if _same(self._prepared, prepared) and _same(self._rules, rules):
+            return self._built
+        weights = [layer._columns(own) for layer, own in zip(self._layers, prepared, strict=True)]
+        self._weights = [weight_IO for weight_IO in weights if weight_IO is not None]
+        fit = len(self._weights) == len(self._layers) and all(
+            gather.kernel(weight_IO[:1], weight_IO.dtype) == "numba" and layer.rank == 0 and layer.rule.channels is None
+            for layer, weight_IO in zip(self._layers, self._weights, strict=True)
+        )
+        self._built = self._build(self._weights, prepared) if fit else None
+        self._prepared, self._rules = prepared, rules
+        return self._built
+
+    def _build(self, weights: Sequence[Tensor], prepared: Sequence[_Prepared]) -> gather.SharedInput:
+        return gather.shared_input(
+            [
+                (weight_IO, NONE if (limit := layer.rule.threshold) is None else limit, own.scale_I, layer.bias)
+                for layer, weight_IO, own in zip(self._layers, weights, prepared, strict=True)
+            ]
+        )
+
+    def _outputs(self, call: gather.SharedInput, x_BI: Tensor, threads: int) -> list[Tensor]:
+        x_NI = x_BI.reshape(-1, x_BI.shape[-1]).float().contiguous()
+        return [y_NO.to(x_BI.dtype).view(*x_BI.shape[:-1], -1) for y_NO in call(x_NI, threads)]
+
+    def _chosen_threads(self, call: gather.SharedInput, x_BI: Tensor, rows: int) -> int:
+        """Return the threads of the shared call for so many rows, measured at the first use; 0: a call for each."""
+        tuner, threads = tuning.tuner(), torch.get_num_threads()
+        if tuner is None:
+            return min(threads, call.worth(rows))
+        prepared, columns = self._prepared, [copies(weight_IO) for weight_IO in self._weights]
+        each: list[Callable[[], Tensor]] = []
+        for layer, own, weight_IO, turn in zip(self._layers, prepared, self._weights, columns, strict=True):
+            own_threads = layer._threads(own, x_BI, weight_IO)
+            if own_threads == 0:
+                each.append(partial(layer._masked_by, x_BI, copies(layer.weight.detach())))
+            else:
+                each.append(partial(layer._gathered_by, x_BI, turn, own.scale_I, own_threads))
+
+        def separate() -> list[Tensor]:
+            return [one() for one in each]
+
+        def built() -> Iterator[gather.SharedInput]:
+            yield from cycle([self._build([next(turn) for turn in columns], prepared) for _ in range(_SETS)])
+
+        sets, calls = built(), {"separate": separate}
+        for number in sorted({1, threads}):
+            calls[f"shared {number}"] = partial(lambda number: self._outputs(next(sets), x_BI, number), number)
+        dtype = str(self._weights[0].dtype).removeprefix("torch.")
+        kept = self._layers[0]._kept_quarters(x_BI)
+        key = (
+            f"columns {call.inputs}x{'+'.join(map(str, call.widths))} {dtype} kept {kept} rows {rows} threads {threads}"
+        )
+        chosen = tuner.choose(key, calls, compiles=True)
+        tuner.save()
+        return int(chosen.partition(" ")[2] or 0)
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def share_inputs(model: nn.Module) -> None:
+    """Let the sparse layers of a model that read the same input share kernel calls: q, k, v, and gate, up."""
+    for parent in model.modules():
+        children = dict(parent.named_children())
+        for names in _SAME_INPUT:
+            layers = [children.get(name) for name in names]
+            sparse = [layer for layer in layers if isinstance(layer, SparseLinear)]
+            if len(sparse) > 1:
+                shared = SharedInput(sparse)
+                for layer in sparse:
+                    layer.shared = shared
 
 
 class ThresholdedActivation(nn.Module):

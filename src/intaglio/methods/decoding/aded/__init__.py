@@ -30,12 +30,12 @@ from intaglio.methods.decoding.aded.search import (
     mcts,
     most_visited,
     path_probs,
-    prune_by_cost,
     trim,
 )
 from intaglio.methods.decoding.aded.trigram_table import ENTRIES, Table
 from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.decoder_mixin import SpeculativeDecoder, tokenizer_of
+from intaglio.speculative.pass_cost import FIXED, DraftPruner, PassCosts
 from intaglio.speculative.protocols import DecodingRun, Session, Step
 from intaglio.speculative.tree import TokenTree, root_only, trie
 
@@ -44,8 +44,6 @@ _IDS = {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"ty
 _CORPUS = {"anyOf": [_TEXT, {"type": "array", "minItems": 1, "items": {"type": "string"}}, _IDS, {"type": "null"}]}
 _LEARNT = 100_000
 """Most learnt rows kept from run to run."""
-_DECAY, _PRIOR = 0.95, 2.0
-"""Decay per step of the expected and the accepted tokens, and how many tokens count as accepted beforehand."""
 
 
 class ADED(SpeculativeDecoder, slug="aded"):
@@ -69,9 +67,9 @@ class ADED(SpeculativeDecoder, slug="aded"):
     The output is the target's own, whatever the table holds. The table of the corpus never changes: learnt rows belong
     to one row of one run (or to this object, with `carry_over`).
 
-    The defaults are scaled to small targets on a CPU, where (with `prepack`) a pass over 4 tokens costs as much as one
-    over a single token, over 8 about 1.2 and over 16 about 1.5 times that: at most 15 nodes, and no more than are
-    expected to be worth it (`token_cost`; on a GPU, where rows cost nothing, set it to 0). A small tree holds few
+    The defaults are scaled to small targets on a CPU, where a pass over 16 tokens costs 1.5 to 2 passes over one: at
+    most 15 nodes, and no more than are expected to be worth the cost of passes as it was measured on the processor at
+    hand (`token_cost`; on a GPU, where rows cost nothing, set it to 0). A small tree holds few
     branches, so it goes deeper (`length`), and new text has to outrank the corpus sooner (`boost`). The whole prompt is
     learnt from, not only its end (`prompt`), and a successor seen once in the corpus is not certain (`discount`).
     `ADED.paper()` has the constants of the paper and its released code.
@@ -110,7 +108,8 @@ class ADED(SpeculativeDecoder, slug="aded"):
             `prepack` about 0.35.
         token_cost: cost that each drafted token adds to it, once for each row that shares the pass. The part of the
             tree with the most tokens expected by the table for the cost of its pass is verified, possibly none. The
-            expectation is scaled by how much of it came true in the last steps. Default 0.035; paper 0: the whole tree.
+            expectation is scaled by how much of it came true in the last steps. Default: as measured for passes of
+            1 to 16 tokens (`speculative.pass_cost`), 0.035 where nothing is measured; paper 0: the whole tree.
         seed: of the search's draws, for each row apart. Default 0.
         tokenizer: the target's, for a corpus of texts. Default: the one beside the target's weights.
 
@@ -150,7 +149,7 @@ class ADED(SpeculativeDecoder, slug="aded"):
     choices: Annotated[int, Field(ge=1, le=10_000)] = 64
     nodes: Annotated[int, Field(ge=1, le=1024)] = 15
     draft_cost: Annotated[float, Field(ge=0, le=100)] = 0.0
-    token_cost: Annotated[float, Field(ge=0, le=100)] = 0.035
+    token_cost: Annotated[float, Field(ge=0, le=100)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     tokenizer: SkipJsonSchema[InstanceOf[PreTrainedTokenizerBase] | None] = Field(None, exclude=True, repr=False)
 
@@ -174,7 +173,8 @@ class ADED(SpeculativeDecoder, slug="aded"):
             IntaglioError: the corpus cannot be read, or is another tokenizer's.
         """
         table, learnt = self.table(run.model), self._learnt if self.carry_over else None
-        return ADEDSession([ADEDRow(self, table, prompt, learnt) for prompt in run.prompts])
+        costs = run.costs() if self.token_cost is None else FIXED
+        return ADEDSession([ADEDRow(self, table, prompt, learnt, costs) for prompt in run.prompts])
 
     def table(self, model: Any) -> Table:
         """Return the table of the corpus for a target, built at the first use and kept."""
@@ -273,10 +273,16 @@ class ADEDRow:
         table: of the corpus.
         prompt: token ids.
         learnt: rows learnt earlier, changed in place. Default None: none.
+        costs: of passes, where the settings give no `token_cost`. Default: fixed.
     """
 
     def __init__(
-        self, settings: ADED, table: Table, prompt: Sequence[int], learnt: dict[int, dict[int, float]] | None = None
+        self,
+        settings: ADED,
+        table: Table,
+        prompt: Sequence[int],
+        learnt: dict[int, dict[int, float]] | None = None,
+        costs: PassCosts = FIXED,
     ) -> None:
         self.table = AdaptiveTable(table, settings.top, learnt, None if learnt is None else _LEARNT)
         self._settings = settings
@@ -284,12 +290,12 @@ class ADEDRow:
             self.table.adapt(prompt, settings.boost * settings.prompt, settings.cap)
         self._ids = list(prompt[-settings.window :])
         self._rng = Random(settings.seed)
-        self._expected = self._accepted = 0.0  # decaying sums
+        self._pruner, self._costs = DraftPruner(), costs
 
     def observe(self, step: Step) -> None:
         """Take in the emitted tokens."""
         self._ids = [*self._ids, *step.tokens][-self._settings.window :]
-        self._accepted = _DECAY * self._accepted + step.drafted
+        self._pruner.observe(step.drafted)
 
     def propose(self, room: int, rows: int = 1) -> TokenTree:
         """Adapt, search and draft at most `room` levels in a pass that `rows` rows share.
@@ -302,13 +308,16 @@ class ADEDRow:
         if room < 1 or len(self._ids) < 2:
             return root_only(self._ids[-1])
         tree = trie(self._ids[-1], self.paths(), settings.nodes)
-        if len(tree) == 1 or not (settings.draft_cost or settings.token_cost):
+        if len(tree) == 1 or (settings.token_cost == 0 and not settings.draft_cost):
             return tree
-        probs = path_probs(self.table, self._root, tree)
-        trust = (self._accepted + _PRIOR) / (self._expected + _PRIOR)
-        tree = prune_by_cost(tree, probs, settings.draft_cost, settings.token_cost * rows, trust)
-        self._expected = _DECAY * self._expected + sum(path_probs(self.table, self._root, tree)) - 1
-        return tree
+        return self._pruner.prune(tree, path_probs(self.table, self._root, tree), lambda k: self._cost(k, rows))
+
+    def _cost(self, drafted: int, rows: int) -> float:
+        """Return the cost of a pass over so many drafted tokens of each row, in passes over the root alone."""
+        settings = self._settings
+        if settings.token_cost is None:
+            return settings.draft_cost + self._costs.cost(1 + drafted, rows)
+        return 1 + settings.draft_cost + settings.token_cost * rows * drafted
 
     @property
     def _root(self) -> int:

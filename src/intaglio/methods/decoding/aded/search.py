@@ -229,30 +229,6 @@ def path_probs(table: AdaptiveTable, root: int, tree: TokenTree) -> list[float]:
     return probs
 
 
-def prune_by_cost(
-    tree: TokenTree, probs: Sequence[float], draft_cost: float, token_cost: float, trust: float = 1.0
-) -> TokenTree:
-    """Return the part of a draft with the most expected tokens for the cost of its pass, or the root alone.
-
-    A pass over the k most likely nodes is expected to give 1 + trust times the sum of their probabilities, and costs
-    1 + draft_cost + token_cost k passes over one token.
-
-    Args:
-        tree: the draft, chosen without chance.
-        probs: of each node, none more than its parent's.
-        draft_cost: added to the cost of a pass by any draft.
-        token_cost: added by each of its tokens.
-        trust: tokens accepted for each expected one. Default 1.
-    """
-    order = sorted(range(1, len(tree)), key=lambda node: (-probs[node], node))
-    tokens, best, count = 1.0, 1.0, 0
-    for k, node in enumerate(order, 1):
-        tokens += trust * probs[node]
-        if tokens > best * (1 + draft_cost + token_cost * k):
-            best, count = tokens / (1 + draft_cost + token_cost * k), k
-    return tree.subtree([0, *sorted(order[:count])])
-
-
 def trim(paths: Sequence[Path], choices: int) -> list[Path]:
     """Drop paths with many distinct tokens until their numbers of distinct tokens sum to at most `choices`.
 

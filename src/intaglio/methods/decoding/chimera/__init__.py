@@ -52,6 +52,7 @@ class Chimera(TrainedHeads, slug="chimera"):
         distil: weight of KL(target || head). Default 0, as in the released code; the paper has such a term.
         encoders: `all`; or for comparisons `no_trigram` (u of one token) or `no_context` (no F). Default `all`.
         learning_rate: peak learning rate, cosine to 0. Default 2e-4.
+        seed: of the weights of heads that were never trained. Default 0.
 
     The other arguments (trees, sampling, text, training) are those of `intaglio.speculative.heads.base.TrainedHeads`.
 
@@ -86,6 +87,7 @@ class Chimera(TrainedHeads, slug="chimera"):
     distil: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     encoders: Literal["all", "no_trigram", "no_context"] = "all"
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:

@@ -27,7 +27,7 @@ from intaglio.modeling.anatomy import CACHE, Anatomy, BlockInputs, HeadOnly, aft
 from intaglio.speculative._utils import context_length
 from intaglio.speculative.heads.lm_head import DraftVocabulary
 from intaglio.speculative.heads.multi_token_loss import Goal, multi_token_loss, shift_states, valid_targets
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 from intaglio.trainer.protocols import Batch, Loss
 
 
@@ -111,13 +111,13 @@ class TransferHeads(nn.Module):
         The model reads the rows once, without gradient, and keeps its cache; then only the pseudo states run through
         the later blocks against it.
         """
-        reader = Reader(model, DynamicCache(), hidden=True)  # a stock cache: gradients pass through its rows
+        cached = CachedModel(model, DynamicCache(), hidden=True)  # a stock cache: gradients pass through its rows
         parts = anatomy(model)
         with torch.no_grad(), record_states(parts, self.layers) as states:
-            reader.prefill(batch["input_ids"])
-        hidden_BTD = reader.hidden_BQD
+            cached.prefill(batch["input_ids"])
+        hidden_BTD = cached.hidden_BQD
         assert hidden_BTD is not None
-        guesses = self.refine(parts, reader, states)
+        guesses = self.refine(parts, cached, states)
         head = HeadOnly(parts, frozen=False)
         loss = multi_token_loss(
             batch,
@@ -144,12 +144,12 @@ class TransferHeads(nn.Module):
             distances.append(F.mse_loss(moved_BTD[scored_BT].float(), states[layer][scored_BT].float()))
         return torch.stack(distances).mean()
 
-    def refine(self, parts: Anatomy, reader: Reader, states: dict[int, Tensor]) -> list[Tensor]:
+    def refine(self, parts: Anatomy, cached: CachedModel, states: dict[int, Tensor]) -> list[Tensor]:
         """Return the pseudo states of every position after the last block, [B, T, D] per step.
 
         Args:
             parts: of the target.
-            reader: has read the rows and nothing else.
+            cached: has read the rows and nothing else.
             states: by transfer layer, of every position [B, T, D].
         """
         first = states[self.layers[0]]
@@ -165,9 +165,9 @@ class TransferHeads(nn.Module):
         stages: dict[int, BlockInputs] = {}
         for count in sorted({self.present(index) for index in range(self.layers[0], len(parts.blocks))}):
             visible_BNK = pseudo_visible(seen_BSK, count)
-            positions_BN = pseudo_positions(position_BS, count, reader)
-            mask = reader.masks(visible_BNK, positions_BN)
-            stages[count] = block_inputs(parts, reader, torch.zeros_like(positions_BN), positions_BN, mask)
+            positions_BN = pseudo_positions(position_BS, count, cached)
+            mask = cached.masks(visible_BNK, positions_BN)
+            stages[count] = block_inputs(parts, cached, torch.zeros_like(positions_BN), positions_BN, mask)
         pseudo_BND = first[:, :0]
         for index in range(self.layers[0], len(parts.blocks) + 1):
             for step, layer in enumerate(self.layers):
@@ -192,23 +192,23 @@ def pseudo_visible(seen_BSK: Tensor, count: int) -> Tensor:
     return torch.cat([seen_BSK.repeat(1, count, 1), own_NN[None].expand(rows, -1, -1)], -1)
 
 
-def pseudo_positions(position_BS: Tensor, count: int, reader: Reader) -> Tensor:
+def pseudo_positions(position_BS: Tensor, count: int, cached: CachedModel) -> Tensor:
     """Return the positions of the pseudo states, the owner's and i more [B, N], clamped to the model's context.
 
     Guesses beyond the context are never used.
     """
     positions_BN = torch.cat([position_BS + step for step in range(1, count + 1)], 1)
-    context = context_length(reader.model)
+    context = context_length(cached.model)
     return positions_BN if context is None else positions_BN.clamp(max=context - 1)
 
 
-def block_inputs(parts: Anatomy, reader: Reader, ids_BQ: Tensor, positions_BQ: Tensor, mask: Any) -> BlockInputs:
+def block_inputs(parts: Anatomy, cached: CachedModel, ids_BQ: Tensor, positions_BQ: Tensor, mask: Any) -> BlockInputs:
     """Return the state that enters the first block, and the other inputs of every block, for tokens after a cache.
 
     The ids of pseudo states are arbitrary, as the state that enters the first block is not used.
     """
     batch = {"input_ids": ids_BQ, "position_ids": positions_BQ, "attention_mask": mask}
-    return capture(parts, {**batch, CACHE: reader.cache, "use_cache": True})
+    return capture(parts, {**batch, CACHE: cached.cache, "use_cache": True})
 
 
 @contextmanager

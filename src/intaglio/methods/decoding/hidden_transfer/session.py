@@ -21,7 +21,7 @@ from intaglio.speculative.cache import drop_last
 from intaglio.speculative.heads.candidates import CandidateSampler
 from intaglio.speculative.protocols import DecodingRun, Step, TreePass
 from intaglio.speculative.static_tree import StaticTree
-from intaglio.speculative.target_model import Inputs, Reader
+from intaglio.speculative.target_model import CachedModel, Inputs
 from intaglio.speculative.tree import TokenTree, root_only
 
 
@@ -80,14 +80,14 @@ class HiddenTransferSession:
         """See `ForwardSession.forward`."""
         self._owners = [deepest_path(tree) if self._path_only else list(range(len(tree))) for tree in call.trees]
         hidden_BQD, self._pseudo = run_with_pseudo_states(
-            self._parts, self._heads, call.reader, call.inputs, self._owners
+            self._parts, self._heads, call.cached, call.inputs, self._owners
         )
         rows, nodes = hidden_BQD.shape[:2]
         return after_blocks(self._parts, hidden_BQD.flatten(0, 1)).view(rows, nodes, -1)
 
 
 def run_with_pseudo_states(
-    parts: Anatomy, heads: TransferHeads, reader: Reader, inputs: Inputs, owners: Sequence[Sequence[int]]
+    parts: Anatomy, heads: TransferHeads, cached: CachedModel, inputs: Inputs, owners: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
     """Run the blocks over the nodes, and over pseudo states from their transfer layers on.
 
@@ -96,7 +96,7 @@ def run_with_pseudo_states(
     Args:
         parts: of the target.
         heads: the maps.
-        reader: the target's cache.
+        cached: the target's cache.
         inputs: of the pass.
         owners: the nodes of each row that have pseudo states.
 
@@ -107,7 +107,7 @@ def run_with_pseudo_states(
     most = max(map(len, owners))
     # Rows with fewer owners repeat their first, which costs a row and changes nothing.
     owner_BS = torch.tensor([[*own, *[own[0]] * (most - len(own))] for own in owners], device=device)
-    stages = _stages(parts, heads, reader, inputs, owner_BS)
+    stages = _stages(parts, heads, cached, inputs, owner_BS)
     hidden_BND = stages[0].hidden_BLD
     nodes, width = hidden_BND.shape[1:]
     index_BSD = owner_BS[:, :, None].expand(-1, -1, width)
@@ -119,24 +119,24 @@ def run_with_pseudo_states(
         if index < blocks:
             count = heads.present(index)
             hidden_BND = run_block(parts.blocks[index], index, hidden_BND, stages[count])
-            drop_last(reader.cache.layers[index : index + 1], count * most)
+            drop_last(cached.cache.layers[index : index + 1], count * most)
     real_BQD, pseudo_BND = hidden_BND[:, :nodes], hidden_BND[:, nodes:]
     return real_BQD, pseudo_BND.unflatten(1, (heads.steps, most))
 
 
 def _stages(
-    parts: Anatomy, heads: TransferHeads, reader: Reader, inputs: Inputs, owner_BS: Tensor
+    parts: Anatomy, heads: TransferHeads, cached: CachedModel, inputs: Inputs, owner_BS: Tensor
 ) -> dict[int, BlockInputs]:
     """Return the inputs of the blocks by the number of steps present, before any block changes the cache."""
     visible_BQK, positions_BQ = inputs.visible_BQK, inputs.positions_BQ
     slots = visible_BQK.shape[-1]
     seen_BSK = visible_BQK.gather(1, owner_BS[:, :, None].expand(-1, -1, slots))
-    stages = {0: block_inputs(parts, reader, inputs.tokens_BQ, positions_BQ, inputs.mask)}
+    stages = {0: block_inputs(parts, cached, inputs.tokens_BQ, positions_BQ, inputs.mask)}
     for count in sorted({heads.present(index) for index in range(len(parts.blocks))} - {0}):
         pseudo_BNK = pseudo_visible(seen_BSK, count)
         blind = pseudo_BNK.new_zeros((*visible_BQK.shape[:2], pseudo_BNK.shape[1]))
         visible_BNK = torch.cat([torch.cat([visible_BQK, blind], -1), pseudo_BNK], 1)
-        positions_BN = torch.cat([positions_BQ, pseudo_positions(positions_BQ.gather(1, owner_BS), count, reader)], 1)
-        mask = reader.masks(visible_BNK, positions_BN)
-        stages[count] = block_inputs(parts, reader, torch.zeros_like(positions_BN), positions_BN, mask)
+        positions_BN = torch.cat([positions_BQ, pseudo_positions(positions_BQ.gather(1, owner_BS), count, cached)], 1)
+        mask = cached.masks(visible_BNK, positions_BN)
+        stages[count] = block_inputs(parts, cached, torch.zeros_like(positions_BN), positions_BN, mask)
     return stages

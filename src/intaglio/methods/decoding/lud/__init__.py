@@ -33,7 +33,7 @@ from intaglio.methods.decoding.lud.statistics import UnitStatistics
 from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.decoder_mixin import SpeculativeDecoder
 from intaglio.speculative.protocols import DecodingRun, Session
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 from intaglio.trainer.causal_lm import (
     IGNORED,
     check_causal,
@@ -180,7 +180,7 @@ class LUD(SpeculativeDecoder, slug="lud"):
         """
         length = row_length(checkpoint, self.length)
         check_causal(checkpoint, packing=self.pack)
-        Reader(checkpoint.model)  # refuses models whose attention takes no mask
+        CachedModel(checkpoint.model)  # refuses models whose attention takes no mask
         self._context = checkpoint.context
         self._pad = reserve_token(
             checkpoint, self.pad_token, name=TOKEN, field="pad_token", grow=self.grow, seed=rng.seed

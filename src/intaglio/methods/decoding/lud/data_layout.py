@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from intaglio.methods.decoding.lud.lexical_units import Unit
-from intaglio.speculative.target_model import Reader
+from intaglio.speculative.target_model import CachedModel
 from intaglio.trainer.causal_lm import IGNORED, causal_batch, positions, starts, targets
 from intaglio.trainer.protocols import Batch, Example
 
@@ -143,9 +143,9 @@ def logits(model: Any, batch: Batch) -> Tensor:
     """Return the model's logits [B, S, V] on a batch of either layout, on the model's device."""
     inputs = {name: batch[name] for name in ("input_ids", "position_ids", "attention_mask") if name in batch}
     if "group" in batch:
-        reader = Reader(model)  # builds masks by layer type, windows and implementation
-        reader.lengths, reader.pads = [0] * len(batch["group"]), [0] * len(batch["group"])
-        inputs["attention_mask"] = reader.masks(visible(batch), batch["position_ids"])
+        cached = CachedModel(model)  # builds masks by layer type, windows and implementation
+        cached.lengths, cached.pads = [0] * len(batch["group"]), [0] * len(batch["group"])
+        inputs["attention_mask"] = cached.masks(visible(batch), batch["position_ids"])
     # With a cache the stock models do not detect packed documents.
     logits_BSV: Tensor = model(**inputs, use_cache=False).logits
     return logits_BSV

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Tokens [B, Q], depths [B, Q] and visibility [B, Q, Q], as `verify.reader.stack` returns them."""
+"""Tokens [B, Q], depths [B, Q] and visibility [B, Q, Q], as `target_model.stack` returns them."""
 
 
 def with_slots(arrays: Arrays, nodes_BG: np.ndarray, pad: int, slots: int) -> Arrays:

@@ -47,11 +47,11 @@ class _SlotSession:
 
         The PADs' rows of the cache are dropped again.
         """
-        reader, own = call.reader, max(map(len, call.trees))
-        room = [self._context - 1 - length + pad for length, pad in zip(reader.lengths, reader.pads, strict=True)]
+        cached, own = call.cached, max(map(len, call.trees))
+        room = [self._context - 1 - length + pad for length, pad in zip(cached.lengths, cached.pads, strict=True)]
         arrays = clamp_depths(with_slots(stack(call.trees), nodes_BG, self._pad, self._slots), room)
-        logits_BSV = reader.forward(reader.prepare_inputs(*arrays))
-        drop_last(reader.cache.layers, nodes_BG.shape[1] * self._slots)
+        logits_BSV = cached.forward(cached.prepare_inputs(*arrays))
+        drop_last(cached.cache.layers, nodes_BG.shape[1] * self._slots)
         return logits_BSV[:, :own], logits_BSV[:, own:]
 
 

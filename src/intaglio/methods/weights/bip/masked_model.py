@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from intaglio.errors import IntaglioError
+from intaglio.errors import DivergedError, IntaglioError
 from intaglio.methods.weights.bip.masks import Scope, magnitude_masks, unit_masks
 from intaglio.methods.weights.bip.prunable_units import Kind, Layer, Units, find_layers, find_units
-from intaglio.methods.weights.sparsity_target import as_numbers
+from intaglio.methods.weights.sparsity_target import mask_to_float
 
 Implicit = bool | Literal["released"]
 ScoreSchedule = Literal["step", "cosine", "constant"]
@@ -26,7 +26,7 @@ ScoreSchedule = Literal["step", "cosine", "constant"]
 def masked(weight: Tensor, kept: Tensor) -> Tensor:
     """Return m * weight for finite weights, with no gradient of its own."""
     # Computed each time: stored as numbers, masks would take four times the memory.
-    return as_numbers(kept, weight.dtype).mul_(weight)
+    return mask_to_float(kept, weight.dtype).mul_(weight)
 
 
 class _Product(torch.autograd.Function):
@@ -143,7 +143,7 @@ class MaskedModel:
     def _ranked(self) -> dict[str, Tensor]:
         scores = {name: score.detach() for name, score in self.scores.items()}
         if not _finite(list(scores.values())):
-            raise IntaglioError("a score is not finite, so weights cannot be ranked by it; lower the scores' rate")
+            raise DivergedError("a score is not finite, so weights cannot be ranked by it; lower the scores' rate")
         if self.units:
             return unit_masks(scores, self.units, self.sparsity, self.p)
         masks, self.rescued = magnitude_masks(scores, self.layers, self.sparsity, self.scope, guard=self.guard)
@@ -178,7 +178,7 @@ class MaskedModel:
     def learn(self, gradients: dict[str, Tensor | None], rate: float) -> None:
         """Step the scores, s <- s - rate * sign(s) * G (with momentum), and rank them; empties `gradients`."""
         if not _finite([g for g in gradients.values() if g is not None]):
-            raise IntaglioError("the gradient of the scores is not finite; lower the learning rates, or clip")
+            raise DivergedError("the gradient of the scores is not finite; lower the learning rates, or clip")
         for name, score in self.scores.items():
             g = gradients.pop(name)
             score.grad = None if g is None else self._score_gradient(name, g)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from intaglio.methods.weights.progressive_nm.masks import keep_mask
 from intaglio.methods.weights.progressive_nm.schedule import Gradient, Moment, Schedule
-from intaglio.methods.weights.sparsity_target import as_numbers
+from intaglio.methods.weights.sparsity_target import mask_to_float
 
 
 class StraightThrough(torch.autograd.Function):
@@ -44,7 +44,7 @@ class StraightThrough(torch.autograd.Function):
         (gradient,) = gradients
         if ctx.pull:
             weight, keep = ctx.saved_tensors
-            gradient = gradient + ctx.pull * (weight * as_numbers(~keep, weight.dtype))
+            gradient = gradient + ctx.pull * (weight * mask_to_float(~keep, weight.dtype))
         return gradient, None, None, None
 
 
@@ -104,7 +104,7 @@ class ProgressiveMask(nn.Module):
         if self.training and self.dense:
             return weight
         keep = self.keep(weight, final=not self.training)
-        factor = as_numbers(keep, weight.dtype)
+        factor = mask_to_float(keep, weight.dtype)
         if self.training:
             factor = factor.clamp_(min=self.z.to(weight.dtype))
         if self.straight:

@@ -1,12 +1,18 @@
-"""Reproducibility helpers: package versions, torch thread count, logger silencing."""
+"""The machine and its software: package versions, processor, cache directory, torch thread count, logger silencing.
+
+`tuning` keeps the choices that are made by measurement on this machine.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 PACKAGES = ("intaglio", "torch", "transformers", "tokenizers", "safetensors", "numpy")
 """Packages that affect the numbers of a carve."""
@@ -21,6 +27,27 @@ def versions(extra: Sequence[str] = ()) -> dict[str, str]:
         except PackageNotFoundError:
             result[name] = "unknown"
     return result
+
+
+def cache_dir() -> Path:
+    """Return the cache directory: $INTAGLIO_HOME, $XDG_CACHE_HOME/intaglio or ~/.cache/intaglio."""
+    if home := os.environ.get("INTAGLIO_HOME"):
+        return Path(home).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache).expanduser() if cache else Path.home() / ".cache") / "intaglio"
+
+
+@lru_cache(maxsize=1)
+def processor() -> str:
+    """Return the processor's name, family and number of cores: `AMD EPYC 7B13 (family 25, model 1, 2 cores)`."""
+    fields: dict[str, str] = {}
+    if Path("/proc/cpuinfo").is_file():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            fields.setdefault(name.strip(), value.strip())
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    family = [f"{part} {fields[key]}" for part, key in (("family", "cpu family"), ("model", "model")) if key in fields]
+    return f"{name} ({', '.join([*family, f'{os.cpu_count()} cores'])})"
 
 
 @contextmanager

@@ -1,0 +1,163 @@
+"""Retrieval on a snapshot: encode queries, rank chunks, fuse rankings, describe hits."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from intaglio.search import ann, dense, fusion
+from intaglio.search import filters as conditions
+from intaglio.search.encoders import SparseVectors, TextEncoder, check_context
+from intaglio.search.lexical import Analyzer, term_key
+from intaglio.search.results import Filters, Hit
+from intaglio.search.snapshot import Snapshot, member
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Retrieval by the names "bm25", "dense" and "sparse".
+
+    Args:
+        db: the index's database.
+        analyzer: returns the tokenizer of BM25.
+        encoder: returns the encoder; loaded at the first use.
+    """
+
+    db: sqlite3.Connection
+    analyzer: Callable[[], Analyzer]
+    encoder: Callable[[], TextEncoder | None]
+
+    def encode(self, name: str, queries: Sequence[str]) -> Any:
+        """Return the term weights by key of each query, or the vectors [B, D]."""
+        if name == "bm25":
+            keys = [[term_key(term) for term in self.analyzer().terms(query)] for query in queries]
+            return [{key: float(own.count(key)) for key in dict.fromkeys(own)} for own in keys]
+        encoder = self.encoder()
+        assert encoder is not None
+        check_context(encoder, queries)
+        vectors = encoder.encode_queries(queries)
+        return list(vectors.rows()) if isinstance(vectors, SparseVectors) else np.asarray(vectors, np.float32)
+
+    def rank(
+        self,
+        snapshot: Snapshot,
+        name: str,
+        queries: Any,
+        depth: int,
+        allowed: list[NDArray[np.uint8]] | None,
+        approximate: bool = False,
+    ) -> list[list[tuple[int, int, float]]]:
+        """Return (document, position of its best chunk, score) of the best documents for each query."""
+
+        def search(batch: Any, k: int) -> list[tuple[Any, Any]]:
+            if name == "dense" and approximate:
+                segments = [(segment.arrays["dense.vectors"], segment.graph) for segment in snapshot.segments]
+                return ann.search(segments, allowed or snapshot.alive, batch, k)
+            if name == "dense":
+                vectors = [segment.arrays["dense.vectors"] for segment in snapshot.segments]
+                return dense.search(vectors, allowed or snapshot.alive, batch, k)
+            return [snapshot.lexical(name).search(terms, k, allowed) for terms in batch]
+
+        result, rows = [], max(int(snapshot.bases[-1]), 1)
+        for i, (scores, positions) in enumerate(search(queries, min(depth, rows))):
+            k = min(depth, rows)
+            while True:
+                best: dict[int, tuple[int, int, float]] = {}
+                for score, position in zip(scores.tolist(), positions.tolist(), strict=True):
+                    sql = "SELECT document FROM chunks WHERE chunk = ?"
+                    (document,) = self.db.execute(sql, (snapshot.chunk(position),)).fetchone()
+                    best.setdefault(document, (document, position, score))
+                if len(best) >= depth or len(scores) < k or k == rows:
+                    break
+                k = min(4 * k, rows)  # several chunks were of the same documents
+                ((scores, positions),) = search(queries[i : i + 1], k)
+            result.append(list(best.values())[:depth])
+        return result
+
+    def hits(
+        self,
+        snapshot: Snapshot,
+        query: str,
+        k: int,
+        ranked: Mapping[str, list[tuple[int, int, float]]],
+        encoded: Mapping[str, Any],
+        explain: bool,
+    ) -> list[Hit]:
+        """Fuse rankings and describe the best documents."""
+        if len(ranked) == 1:
+            (only,) = ranked.values()
+            best = [(document, score) for document, _, score in only[:k]]
+        else:
+            best = fusion.reciprocal_rank({name: [row[0] for row in own] for name, own in ranked.items()}, k)
+        places = {
+            name: {document: (rank, position, score) for rank, (document, position, score) in enumerate(own, 1)}
+            for name, own in ranked.items()
+        }
+        words, hits = self._query_words(query, encoded), []
+        for rank, (document, score) in enumerate(best, 1):
+            own = {name: place[document] for name, place in places.items() if document in place}
+            position = min(own.values())[1]  # of the retriever that ranks it highest
+            identity, title, metadata, content, start, stop = self.db.execute(
+                "SELECT id, title, metadata, text, start, stop FROM chunks JOIN documents ON document = number"
+                " WHERE chunk = ?",
+                (snapshot.chunk(position),),
+            ).fetchone()
+            text = zlib.decompress(content).decode()[start:stop]
+            spans = self._spans(text, words)
+            terms = self._terms(snapshot, position, encoded, words) if explain else {}
+            parts = {name: {"rank": float(r), "score": s} for name, (r, _, s) in own.items()} if explain else {}
+            hits.append(Hit(identity, score, rank, title, text, start, json.loads(metadata), spans, terms, parts))
+        return hits
+
+    def _query_words(self, query: str, encoded: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+        """Return the words of the query's terms by key, for each lexical retriever."""
+        result = {}
+        if "bm25" in encoded:
+            result["bm25"] = {term_key(term): term for term in self.analyzer().terms(query)}
+        if "sparse" in encoded:
+            encoder = self.encoder()
+            assert encoder is not None
+            result["sparse"] = {term: encoder.term(term) for term in encoded["sparse"]}
+        return result
+
+    def _spans(self, text: str, words: Mapping[str, Mapping[int, str]]) -> tuple[tuple[int, int], ...]:
+        """Return where a text's words are terms of the query."""
+        spans = set(self.analyzer().spans(text, set(words["bm25"].values()))) if "bm25" in words else set()
+        if "sparse" in words:
+            known = set(words["sparse"].values())
+            spans |= {match.span() for match in re.finditer(r"\w+", text) if match[0].lower() in known}
+        return tuple(sorted(spans))
+
+    def _terms(
+        self, snapshot: Snapshot, position: int, encoded: Mapping[str, Any], words: Mapping[str, Mapping[int, str]]
+    ) -> dict[str, float]:
+        """Return what each matching term adds to the score of a row."""
+        weights: dict[str, float] = {}
+        for name, own in words.items():
+            for key, weight in snapshot.lexical(name).explain(encoded[name], *snapshot.locate(position)).items():
+                weights[own[key]] = weights.get(own[key], 0.0) + weight
+        return dict(sorted(weights.items(), key=lambda pair: -pair[1]))
+
+    def allowed(self, snapshot: Snapshot, filters: Filters) -> list[NDArray[np.uint8]]:
+        """Return the mask of the rows that pass a filter, for each segment."""
+        where, parameters = conditions.to_sql(filters)
+        key = json.dumps([where, parameters])
+        if key not in snapshot.masks:
+            sql = f"SELECT chunk FROM documents JOIN chunks ON document = number WHERE {where} ORDER BY chunk"
+            chunks = np.fromiter((row[0] for row in self.db.execute(sql, parameters)), np.int64)
+            masks = [member(segment.arrays["chunks"], chunks).astype(np.uint8) for segment in snapshot.segments]
+            snapshot.masks = {key: masks}
+        return snapshot.masks[key]
+
+
+__all__ = ["Retrieval"]
