@@ -1,4 +1,4 @@
-"""Families whose attention does not follow the mask are refused, so that output is never silently wrong."""
+"""Families whose attention does not follow the mask draft chains, so that output is never silently wrong."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import anatomy, attention
 from intaglio.speculative import Speculative
 from intaglio.speculative.drafters import PromptLookup
+from intaglio.speculative.target_model import TreeRefused, check_tree_attention
 from tests.families import VOCAB, tiny_model
 from tests.speculative.toys import prompt
 
@@ -28,20 +28,20 @@ def gpt_neo(*kinds: str) -> Any:
     return GPTNeoForCausalLM(config).eval()
 
 
-def test_gpt_neo_with_local_layers_is_refused() -> None:
-    with pytest.raises(IntaglioError, match="of gpt_neo hides cache slots by its own buffer") as caught:
-        gpt_neo("global", "local").generate(prompt(9), custom_generate=Speculative(PromptLookup()), **GREEDY)
-    assert "\n" not in str(caught.value)
-
-
-def test_gpt_neo_with_global_layers_is_lossless() -> None:
-    model, ids = gpt_neo("global", "global"), prompt(9).repeat(1, 3)
+@pytest.mark.parametrize("kind", ["global", "local"])
+def test_gpt_neo_is_lossless(kind: str) -> None:
+    model, ids = gpt_neo("global", kind), prompt(9).repeat(1, 3)
     expected = model.generate(ids, **GREEDY)
     assert torch.equal(model.generate(ids, custom_generate=Speculative(PromptLookup()), **GREEDY), expected)
 
 
+def test_gpt_neo_with_local_layers_reads_no_tree() -> None:
+    with pytest.raises(TreeRefused, match="of gpt_neo hides cache slots by its own buffer"):
+        check_tree_attention(gpt_neo("global", "local"), 64)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_an_unknown_family_that_masks_by_slot_is_refused(implementation: str) -> None:
+def test_an_unknown_family_that_masks_by_slot_reads_no_tree_and_drafts_losslessly(implementation: str) -> None:
     model: Any = tiny_model("llama", layers=2)
     model.set_attn_implementation(implementation)
 
@@ -57,8 +57,10 @@ def test_an_unknown_family_that_masks_by_slot_is_refused(implementation: str) ->
 
     for block in anatomy(model).blocks:
         attention(block).register_forward_pre_hook(by_slot, with_kwargs=True)
-    with pytest.raises(IntaglioError, match="hidden states of llama in a branch of a tree differ"):
-        model.generate(prompt(9), custom_generate=Speculative(PromptLookup()), **GREEDY)
+    with pytest.raises(TreeRefused, match="hidden states of llama in a branch of a tree differ"):
+        check_tree_attention(model, 64)
+    expected = model.generate(prompt(9), **GREEDY)
+    assert torch.equal(model.generate(prompt(9), custom_generate=Speculative(PromptLookup()), **GREEDY), expected)
 
 
 def test_the_check_runs_once_per_model() -> None:

@@ -158,7 +158,7 @@ _REFUSED: WeakKeyDictionary[Any, dict[str, str]] = WeakKeyDictionary()
 
 
 def open_cached_model(model: Any, request: Request, hidden: bool, prepacked: Prepacked | None) -> CachedModel:
-    """Return the cached of a target: of trees, or of chains if it cannot read those.
+    """Return a target with its cache that reads trees, or chains if it cannot read trees.
 
     Raises:
         IntaglioError: it can read neither, or a cache of another kind of model was given.

@@ -771,7 +771,7 @@ def said(tokens: Sequence[int], path: Sequence[int], tree: TokenTree | None) -> 
 def test_a_step_without_room_leaves_the_draft_where_it_is() -> None:
     model = target("llama")
     run = SimpleNamespace(model=model, prompts=((5, 6, 7),), sampling=False, config=model.generation_config, limit=9,
-                          generator=None, prepack=False)  # fmt: skip
+                          generator=None, prepack=False, branches=True)  # fmt: skip
     session = DySpec(draft=model, budget=2).start(run)  # type: ignore[arg-type]
     session.observe([said([8], [], None)])
     tree = session.propose([0], [0])[0]
