@@ -22,15 +22,22 @@ NATS = Metric("nats per byte", "nats")
 
 @dataclass(frozen=True)
 class TextLoss(BedDesign):
-    """Score the texts of a unit, `texts` documents that no other unit has."""
+    """Score the texts of a unit, `texts` documents that no other unit has.
+
+    Args:
+        bed: test bed.
+        texts: documents of a unit. Default 2.
+        tuned_scale: factor on tuned settings. Default 1; a model in miniature takes steps large enough to be measured.
+    """
 
     bed: Any = field(default_factory=SmolLM2Wikipedia)
     texts: int = 2
-    MINIATURE: ClassVar = {"texts": 2}
+    tuned_scale: float = 1.0
+    MINIATURE: ClassVar = {"tuned_scale": 1000.0}
 
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Score the texts of a unit with an arm."""
-        own = Configured(arm, settings)
+        own = Configured(arm, {name: self.tuned_scale * value for name, value in settings.items()})
         method, score, passes = own.pop("method"), own.pop("score"), own.pop("passes")
         if method is not None:
             score = own.fill(method).losses

@@ -131,7 +131,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
             exact_mode any length.
         beams: (conditional_beam) number of beams; (exact_mode) those of the search that gives the first bounds.
             Default 4.
-        top_k: (conditional_beam) candidates of each beam. Default: twice the beams.
+        top_k: (conditional_beam) candidates of each beam, at least twice the beams. Default: twice the beams.
         gamma: (conditional_beam) weight of log q; 0 is plain beam search. Default 1.
         node_budget: (exact_mode) most prefixes read. Default 10,000.
         labels: (fit, label) file with a JSON object a line: `prompt`, `answer`, `label` 0 or 1.

@@ -219,7 +219,7 @@ def conditional_beam_search(
         max_new_tokens: most tokens, the end token included.
         beams: number of beams B.
         attribute: log q of each extension. Default: log q = 0.
-        top_k: candidates of each beam by log p. Default: 2 B.
+        top_k: candidates of each beam by log p, at least 2 B. Default: 2 B.
         gamma: weight of log q. Default 1.
 
     Raises:
