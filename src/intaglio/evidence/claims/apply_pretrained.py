@@ -1,4 +1,4 @@
-"""Apply-pretrained: steps on the cached states lower the loss of shifted text more than steps on the weights."""
+"""Apply-pretrained: steps on the cached states lower the loss of Python source more than steps on the weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def hso(**fields: Any) -> dict[str, Any]:
 CLAIM = Claim(
     slug="apply_pretrained",
     version=1,
-    says="Gradient steps on the cached keys and values lower the loss of a text that the model was hardly trained on"
-    " more than gradient steps on the weights do.",
+    says="Gradient steps on the cached keys and values lower a small chat model's loss of Python source more than"
+    " gradient steps on the weights do.",
     metric=NATS,
     delta=0.01,
     design=TextLoss(
