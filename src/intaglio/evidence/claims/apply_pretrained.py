@@ -56,6 +56,6 @@ CLAIM = Claim(
     minutes=45,
     use_when="you score or continue a text in a domain that the model was not trained on, and can take gradients",
     otherwise="dynamic evaluation",
-    toy={"width": 16, "context": 96, "tokens": 96},
-    golden={"dynamic evaluation": {NATS.name: 5.20319}, "hso": {NATS.name: 5.20325}},
+    toy={"width": 16, "context": 96, "tokens": 96, "overrides": (("initializer_range", 0.2),)},
+    golden={"dynamic evaluation": {NATS.name: 5.10045}, "hso": {NATS.name: 5.13805}},
 )

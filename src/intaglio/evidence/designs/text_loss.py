@@ -27,17 +27,17 @@ class TextLoss(BedDesign):
     Args:
         bed: test bed.
         texts: documents of a unit. Default 2.
-        tuned_scale: factor on tuned settings. Default 1; a model in miniature takes steps large enough to be measured.
+        fixed: values that tuned settings have instead, by name. Default: none; a miniature takes steps that show.
     """
 
     bed: Any = field(default_factory=SmolLM2Wikipedia)
     texts: int = 2
-    tuned_scale: float = 1.0
-    MINIATURE: ClassVar = {"tuned_scale": 1000.0}
+    fixed: tuple[tuple[str, float], ...] = ()
+    MINIATURE: ClassVar = {"fixed": (("step_size", 0.3), ("learning_rate", 1e-3))}
 
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Score the texts of a unit with an arm."""
-        own = Configured(arm, {name: self.tuned_scale * value for name, value in settings.items()})
+        own = Configured(arm, {name: dict(self.fixed).get(name, value) for name, value in settings.items()})
         method, score, passes = own.pop("method"), own.pop("score"), own.pop("passes")
         if method is not None:
             score = own.fill(method).losses
