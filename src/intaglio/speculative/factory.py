@@ -115,11 +115,12 @@ def make_decoder(
 ) -> Any:
     """Return the callable for `generate(custom_generate=...)`; arguments as `make_drafter` and `Speculative`.
 
-    A decoder that drafts nothing takes neither `streamer` nor `on_step`.
+    A decoder that drafts nothing takes `streamer` if it has a field of that name, and no `on_step`.
     """
     if name not in drafter_names():
         method: Any = get_method(name)
-        return method(**fields)
+        decoder = method.for_checkpoint(checkpoint, **fields) if hasattr(method, "for_checkpoint") else method(**fields)
+        return decoder.model_copy(update={"streamer": streamer}) if "streamer" in method.model_fields else decoder
     drafter = make_drafter(name, fields, checkpoint)
     if isinstance(drafter, SpeculativeDecoder):
         return drafter.model_copy(update={"streamer": streamer, "on_step": on_step})

@@ -1,5 +1,7 @@
 """SmolLM2-135M-Instruct with English Wikipedia: a real model for methods that need no training.
 
+The texts `stdlib` are Python's standard library instead.
+
 The evaluation articles are none of those that the library's own development measured on (`Corpus.split` holds out
 hashes below 200 of 1000; here these are training articles).
 """
@@ -11,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint, load
+from intaglio.data.python_source import STANDARD_LIBRARY, source_files
 from intaglio.data.segments import Segments, special_affixes
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError
@@ -80,9 +83,13 @@ def _load(model: str) -> Checkpoint:
 
 @lru_cache(maxsize=8)
 def _articles(texts: str, low: int, high: int) -> Corpus:
-    corpus = load_texts(texts)
+    corpus = _source() if texts == STANDARD_LIBRARY else load_texts(texts)
     pairs = zip(corpus.documents, corpus.hashes, strict=True)
     return Corpus(f"{texts} [{low}, {high})", tuple(text for text, name in pairs if low <= remainder(name) < high))
+
+
+def _source() -> Corpus:
+    return Corpus(STANDARD_LIBRARY, tuple(file.text for file in source_files()))
 
 
 @lru_cache(maxsize=4)
