@@ -55,7 +55,7 @@ def test_lines_are_filled_before_and_after(tmp_path: Path) -> None:
     document = carved(tmp_path, objective={"codegen2": {"length": 64}}, evaluate=0.2)
     (step,) = document["steps"]
     (row, *_) = step["samples"]["rows"]
-    assert row["expected"] in TEXT
+    assert row["expected"].endswith("of twelve")
     assert "▭" in row["prompt"]
     assert list(step["samples"]["scores"]) == ["lines filled exactly"]
 

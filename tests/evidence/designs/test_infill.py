@@ -15,7 +15,7 @@ from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.methods.objectives.codegen2 import CodeGen2
 from intaglio.trainer import KeyedRNG
 
-BED = SourceCode().toy(context=64, tokens=56)
+BED = SourceCode().toy(context=64, tokens=56, depth=2)
 FIELDS: dict[str, Any] = {"length": 64, "pack": False}
 
 

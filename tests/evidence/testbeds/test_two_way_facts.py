@@ -21,7 +21,9 @@ def test_facts_share_symbols_but_neither_names_nor_descriptions() -> None:
     both, new = BED.facts(0)
     every = [*both, *new]
     assert len({fact[:2] for fact in every}) == len({fact[2:] for fact in every}) == 360
-    assert {fact[0] for fact in new} <= {fact[0] for fact in both}
+    for place in range(4):
+        known = {fact[place] for fact in both}
+        assert sum(fact[place] in known for fact in new) > 50
     assert BED.facts(0) == (both, new)
     assert BED.facts(1)[0] != both
 

@@ -40,7 +40,7 @@ from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 EXAMPLES = ({"length": 48, "corruption_ratio": 0.8}, {"length": 48, "attention": "prefix", "pack": False})
-BASE = {"length": 64, "corruption_ratio": 0.8}
+BASE = {"length": 128, "corruption_ratio": 0.8}
 ALIVE = {
     "corruption_ratio": 0.2,
     "spans": "poisson",
@@ -51,7 +51,7 @@ ALIVE = {
     "drop_sentinel_loss": True,
     "attention": alive("prefix", pack=False),
     "grow": refused(False),
-    "length": 48,
+    "length": 32,
     "pack": False,
 }
 

@@ -58,6 +58,6 @@ CLAIM = Claim(
     minutes=45,
     use_when="facts in the training texts are asked in both orders",
     otherwise="next-token prediction",
-    toy={},
+    toy={"steps": 200, "width": 32},
     golden={"next token": {}, "bico": {}},
 )

@@ -1,4 +1,6 @@
-"""BICO: bidirectional denoising mixed into the fine-tuning of a causal model, against the reversal curse (Lv et al.).
+"""BICO: bidirectional denoising in the fine-tuning of causal models (Lv et al., EMNLP 2024).
+
+It counters the reversal curse: a model trained on "A is B" does not know that B is A.
 
 A fair coin for each batch chooses one of two losses:
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -317,7 +317,8 @@ class CodeGen2(Method, slug="codegen2"):
 
     def samples(self, checkpoint: Checkpoint, held_out: Sequence[str]) -> Samples:
         """Return the middle lines of texts as the model fills them; without sentinels, its continuation of the line."""
-        holes = [hole for hole in map(middle_line, held_out) if hole is not None][:SAMPLES]
+        found = (hole for hole in map(middle_line, held_out) if hole is not None)
+        holes = [_fitted(checkpoint, *hole) for hole in islice(found, SAMPLES)]
         fills = Sentinels.from_tokenizer(checkpoint.tokenizer) is not None
         shown = [
             Sample(f"{prefix}{HOLE}{suffix}", line, (_fill if fills else _continue)(checkpoint, prefix, suffix))
@@ -336,6 +337,13 @@ def middle_line(text: str) -> tuple[str, str, str] | None:
         return None
     line = lines[index].rstrip("\n")
     return "".join(lines[:index])[-SHOWN:], line, lines[index][len(line) :] + "".join(lines[index + 1 :])[:SHOWN]
+
+
+def _fitted(checkpoint: Checkpoint, prefix: str, line: str, suffix: str) -> tuple[str, str, str]:
+    """Return a hole with no more text around it than the context has room for."""
+    tokens = len(checkpoint.tokenizer(prefix + suffix, verbose=False)["input_ids"])
+    share = min(1.0, 0.9 * (checkpoint.context - ANSWER - 8) / max(1, tokens))
+    return prefix[len(prefix) - int(share * len(prefix)) :], line, suffix[: int(share * len(suffix))]
 
 
 def _fill(checkpoint: Checkpoint, prefix: str, suffix: str) -> str:
@@ -425,4 +433,4 @@ def infill(checkpoint: Checkpoint, pieces: Sequence[str], *, max_new_tokens: int
         given = {"do_sample": False, "max_new_tokens": max_new_tokens, **stopping, **options}
         new = model.generate(ids, attention_mask=torch.ones_like(ids), **given)[0, ids.shape[1] :].tolist()
         answers.append(_until(new, given["eos_token_id"]))
-    return [checkpoint.tokenizer.decode(answer) for answer in answers]
+    return [checkpoint.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
