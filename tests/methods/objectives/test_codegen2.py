@@ -317,14 +317,18 @@ def test_it_trains_in_a_stock_trainer(tmp_path: Path) -> None:
     )
     transformers.Trainer(checkpoint_.model, arguments, collate, rows).train()
     assert not same(before, weights(checkpoint_))
-    batch, ours = collate(rows[:3]), EpochCollator(method, rng)
-    ours.seen.update(dict.fromkeys((row["id"] for row in rows[:3]), collate.seen[rows[0]["id"]] - 1))
-    with torch.no_grad():
-        stock = checkpoint_.model(**batch).loss
-        assert collate(rows[:3])["labels"].shape == collate(rows[:3])["input_ids"].shape
-    mask = batch["labels"] != IGNORED
-    assert torch.equal(batch["labels"][mask], batch["input_ids"][mask])
-    assert torch.isfinite(stock)
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_stock_batch_has_the_objectives_loss(pack: bool) -> None:
+    method, rows, ckpt = prepared([text[:20] for text in TEXTS], pack=pack)
+    own, stock = EpochCollator(method, DRAWS), EpochCollator(method, DRAWS, labels=True)
+    for _ in range(2):  # epochs
+        batch, labelled = own(rows[:3]), stock(rows[:3])
+        assert torch.equal(batch["input_ids"], labelled["input_ids"])
+        with torch.no_grad():
+            assert torch.allclose(ckpt.model(**labelled).loss, method.loss(ckpt.model, batch).total, atol=1e-5)
+    assert not torch.equal(own(rows[:3])["input_ids"], batch["input_ids"])
 
 
 def test_fill_in_the_middle_moves_the_middle() -> None:
