@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from intaglio.data.json_lines import json_lines
 from intaglio.errors import IntaglioError, shorten
 
 INVENTED = "invented"
@@ -75,25 +74,8 @@ def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
     """
     if os.fspath(path) == INVENTED:
         return invented_facts()
-    file = Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise IntaglioError(f"cannot read the facts {file}: {reason}") from None
-    facts, places = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        places.append(f"line {number} of {file}")
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise IntaglioError(f"{places[-1]} is not JSON: {error}") from None
-        facts.append(_parsed(value, places[-1]))
-    if not facts:
-        raise IntaglioError(f"the facts {file} are empty; one JSON object a line with subject and object is needed")
-    return check_facts(facts, places)
+    read = list(json_lines(path, "facts", "subject and object"))
+    return check_facts([_parsed(value, place) for place, value in read], [place for place, _ in read])
 
 
 def _parsed(value: Any, place: str) -> Fact:

@@ -65,6 +65,13 @@ def reserve_token(
     return _ban(model, index)
 
 
+def reserve_mask_token(checkpoint: Checkpoint, token: str | int | None, *, grow: bool, seed: int) -> int:
+    """Return the id of the mask token: as given, the tokenizer's, or a new `<|mask|>`; see `reserve_token`."""
+    return reserve_token(
+        checkpoint, token, name="<|mask|>", field="mask_token", grow=grow, seed=seed, role="mask_token"
+    )
+
+
 def reserve_tokens(checkpoint: Checkpoint, names: Sequence[str], *, grow: bool, seed: int) -> list[int]:
     """Return the ids of several special tokens, adding the missing ones at once; see `reserve_token`.
 

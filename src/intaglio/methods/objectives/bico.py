@@ -53,10 +53,7 @@ from intaglio.trainer.causal_lm import (
 )
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG
-from intaglio.trainer.special_token import reserve_token
-
-TOKEN = "<|mask|>"
-"""Name of an added mask token."""
+from intaglio.trainer.special_token import reserve_mask_token
 
 Rotation = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Rotates queries [B, H, T, D] and keys [B, G, T, D] back by their positions."""
@@ -198,15 +195,7 @@ class BICO(Method, slug="bico"):
         """Find or add the mask token, and cut the documents to rows."""
         length = row_length(checkpoint, self.length)
         check_causal(checkpoint, packing=False)
-        self._mask_id = reserve_token(
-            checkpoint,
-            self.mask_token,
-            name=TOKEN,
-            field="mask_token",
-            grow=self.grow,
-            seed=rng.seed,
-            role="mask_token",
-        )
+        self._mask_id = reserve_mask_token(checkpoint, self.mask_token, grow=self.grow, seed=rng.seed)
         self._special = tuple(getattr(checkpoint.tokenizer, "all_special_ids", ()))
         return cut(documents(examples, checkpoint.vocabulary), length)
 
