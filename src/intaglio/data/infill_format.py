@@ -32,7 +32,8 @@ class Sentinels:
     @classmethod
     def from_tokenizer(cls, tokenizer: Any) -> Self | None:
         """Return the sentinels of a tokenizer, or None if it lacks some."""
-        known, masks = tokenizer.get_vocab(), []
+        known: dict[str, int] = tokenizer.get_vocab()
+        masks: list[int] = []
         while MASK.format(len(masks) + 1) in known:
             masks.append(known[MASK.format(len(masks) + 1)])
         if not masks or SEPARATOR not in known or END not in known or tokenizer.eos_token_id is None:
@@ -82,7 +83,8 @@ class FillInMiddle:
         names = next((names for names in FIM if all(name in known for name in names)), None)
         if names is None or tokenizer.eos_token_id is None:
             return None
-        return cls(*(known[name] for name in names), tokenizer.eos_token_id)
+        prefix, suffix, middle = (known[name] for name in names)
+        return cls(prefix, suffix, middle, tokenizer.eos_token_id)
 
     @property
     def added(self) -> tuple[int, ...]:

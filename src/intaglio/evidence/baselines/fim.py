@@ -34,7 +34,8 @@ class FillInMiddleTraining(CodeGen2):
     spm_ratio: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def _reserve(self, checkpoint: Checkpoint, stop: Any, seed: int) -> Any:
-        return FillInMiddle(*reserve_tokens(checkpoint, FIM[0], grow=self.grow, seed=seed), stop)
+        prefix, suffix, middle = reserve_tokens(checkpoint, FIM[0], grow=self.grow, seed=seed)
+        return FillInMiddle(prefix, suffix, middle, stop)
 
     def _rearrangement(
         self, begin: int, tokens: int, room: int, rng: torch.Generator

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from intaglio.evidence.baselines.fim import FillInMiddleTraining
 from intaglio.evidence.designs.infill import LINE, SINGLE, middle_lines
 from intaglio.evidence.designs.measures import BITS, bits_per_byte
@@ -12,8 +14,8 @@ from intaglio.methods.objectives.codegen2 import CodeGen2
 
 CONTEXT = 192
 """Tokens of a row, special ones included, so that every arm processes as many."""
-ROWS = {"pack": False}
-HOLES = {**ROWS, "sentinels": 8}
+ROWS: dict[str, Any] = {"pack": False}
+HOLES: dict[str, Any] = {**ROWS, "sentinels": 8}
 
 CLAIM = Claim(
     slug="codegen2",

@@ -83,7 +83,8 @@ class TwoWayFacts(Sized):
         both, forward_only = self.facts(seed)
         pool = [self.document(fact, wording, False) for fact in (*both, *forward_only) for wording in range(WORDINGS)]
         pool += [self.document(fact, wording, True) for fact in both for wording in range(WORDINGS)]
-        count, draws, order = (self.steps if steps is None else steps) * self.batch, generator(f"order:{seed}"), []
+        count, draws = (self.steps if steps is None else steps) * self.batch, generator(f"two-way facts order:{seed}")
+        order: list[int] = []
         while len(order) < count:
             order += draws.permutation(len(pool)).tolist()
         return Segments.of(torch.tensor([pool[index] for index in order[:count]]))
