@@ -59,5 +59,5 @@ CLAIM = Claim(
     use_when="facts in the training texts are asked in both orders",
     otherwise="next-token prediction",
     toy={"steps": 200, "width": 32},
-    golden={"next token": {SCORE.name: -5.8169}, "bico": {SCORE.name: -6.5177}},
+    golden={"next token": {SCORE.name: -5.78067}, "bico": {SCORE.name: -6.30687}},
 )
