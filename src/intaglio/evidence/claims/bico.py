@@ -1,4 +1,8 @@
-"""BICO: facts read in one order are recalled in the other, at equal optimizer steps."""
+"""BICO: facts read in one order are recalled in the other, at equal optimizer steps.
+
+A run takes minutes, so there is a single look and no tuning: in pilots with half the width or depth BICO had learned
+neither direction after as many steps.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,6 @@ CLAIM = Claim(
         "next token": Arm("next-token prediction", {"objective": BICO(denoise_ratio=0.0)}),
         "bico": Arm("BICO: half of the batches are denoised", {"objective": BICO()}),
         "no flip": Arm("BICO with stock rotations", {"objective": BICO(flip=False)}),
-        "causal": Arm("BICO under the causal mask: masked prediction alone", {"objective": BICO(bidirectional=False)}),
         "MNTP": Arm(
             "MNTP of LLM2Vec: masked tokens are keys, stock rotations",
             {"objective": BICO(flip=False, attend_masked=True)},
@@ -47,15 +50,14 @@ CLAIM = Claim(
     },
     baseline="next token",
     method="bico",
-    ablations=("no flip", "causal"),
+    ablations=("no flip",),
     reported=("MNTP",),
-    looks=(5, 10, 20),
-    tune={"learning_rate": (1e-3, 3e-3, 6e-3)},
+    looks=(5,),
     equal=("tokens",),
     metrics=(FORWARD, BACKGROUND, SCORE),
     parity="Equal steps and tokens, the same documents in the same order; last step. No document states a new fact in"
     " reverse. Half of BICO's batches are denoised, so it predicts fewer next tokens; answers are exact, two tokens.",
-    minutes=45,
+    minutes=60,
     use_when="facts in the training texts are asked in both orders",
     otherwise="next-token prediction",
     toy={"steps": 200, "width": 32},

@@ -45,11 +45,11 @@ class TwoWayFacts(Sized):
     symbols: int = 60
     both: int = 300
     forward_only: int = 60
-    width: int = 64
-    depth: int = 2
+    width: int = 128
+    depth: int = 4
     steps: int = 1500
     batch: int = 64
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     MINIATURE: ClassVar = {"symbols": 8, "both": 12, "forward_only": 6, "width": 16, "depth": 1, "steps": 6, "batch": 8}
 
     @property
