@@ -12,7 +12,7 @@ from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.methods.objectives.codegen2 import CodeGen2
 
-CONTEXT = 192
+CONTEXT = 128
 """Tokens of a row, special ones included, so that every arm processes as many."""
 ROWS: dict[str, Any] = {"pack": False}
 HOLES: dict[str, Any] = {**ROWS, "sentinels": 8}
@@ -26,7 +26,7 @@ CLAIM = Claim(
     metric=LINE,
     delta=0.02,
     design=Pretrain(
-        SourceCode(width=64, depth=3, context=CONTEXT, tokens=180, steps=600, batch=16, documents_run=200),
+        SourceCode(width=64, depth=3, context=CONTEXT, tokens=120, steps=600, batch=8, documents_run=200),
         measures=(middle_lines, bits_per_byte),
     ),
     arms={
