@@ -36,6 +36,7 @@ from intaglio.masks import (
     rule_from_dict,
     set_scores,
     set_visibility,
+    temporary_visibility,
     visible,
 )
 from intaglio.masks.attention_interface import MaskRequest, request
@@ -579,3 +580,18 @@ def test_left_looking_rules_make_an_encoder_causal(family: str) -> None:
     whole = model(**inputs).logits
     half = model(input_ids=inputs["input_ids"][:, :9]).logits
     torch.testing.assert_close(whole[:, :9], half, rtol=0, atol=1e-5)
+
+
+def test_temporary_rules_give_way_to_the_earlier_ones() -> None:
+    model, ids = tiny_model("llama", layers=2), torch.arange(5, 15)[None]
+    with torch.no_grad():
+        stock = model(ids).logits
+        with temporary_visibility(model, Bidirectional()):
+            assert not torch.equal(model(ids, use_cache=False).logits, stock)
+        assert torch.equal(model(ids).logits, stock)
+        assert model.config._attn_implementation == "sdpa"
+        set_visibility(model, Causal() & Window(2))
+        ruled = model(ids).logits
+        with pytest.raises(ZeroDivisionError), temporary_visibility(model, {0: Bidirectional()}):
+            raise ZeroDivisionError
+        assert torch.equal(model(ids).logits, ruled)

@@ -22,6 +22,7 @@ from intaglio.cli.console import (
     print_json,
     print_out,
     progress_bar,
+    read_argument,
     read_stdin,
 )
 from intaglio.cli.demos import demo
@@ -305,7 +306,11 @@ def compare(
 @handle_errors
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from stdin.")],
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; - reads it from stdin.")] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Text before a hole to fill, or @FILE; instead of a prompt.")
+    ] = None,
+    suffix: Annotated[str | None, typer.Option(help="Text after the hole, or @FILE.")] = None,
     decoder: Annotated[
         str | None,
         typer.Option(
@@ -353,7 +358,7 @@ def generate(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Generate from a prompt, streaming, and report the cost."""
+    """Generate from a prompt, or between a prefix and a suffix, streaming, and report the cost."""
     from intaglio.checkpoint import load
     from intaglio.cli.constraints import read_constraint
     from intaglio.cli.generate import check_constraint, check_drafting, check_options, cost_line, output_lines
@@ -369,7 +374,11 @@ def generate(
     check_constraint(decoder, constraint is not None, samples, settings)
     if json and show_drafts:
         raise IntaglioError("--show-drafts colours text, which --json does not print; give one of them")
-    text = read_stdin() if prompt == "-" else prompt
+    hole = prefix is not None or suffix is not None
+    if (prompt is not None) == hole or (hole and chat):
+        raise IntaglioError("give a prompt to continue, or --prefix and --suffix around a hole, without --chat")
+    around = (read_argument(prefix or ""), read_argument(suffix or ""))
+    text = around if hole else read_stdin() if prompt == "-" else prompt or ""
     checkpoint = load(model, device=device, dtype=dtype)
 
     streamed = False

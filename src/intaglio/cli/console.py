@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
@@ -68,6 +69,21 @@ def read_stdin() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise IntaglioError(f"the prompt on stdin is not text: byte {error.start} is not UTF-8") from error
+
+
+def read_argument(value: str) -> str:
+    """Return a text given as it is, as `@FILE`, or as `-` for stdin.
+
+    Raises:
+        IntaglioError: the file cannot be read, or it is not UTF-8.
+    """
+    if not value.startswith("@"):
+        return read_stdin() if value == "-" else value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise IntaglioError(f"cannot read the text {value[1:]}: {reason}") from None
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from intaglio.cli.settings import check_settings
 from intaglio.constraints import Constraint, ConstraintProcessor, Vocabulary, check_output
 from intaglio.errors import IntaglioError
 from intaglio.methods.decoding.awrs import AWRS
+from intaglio.methods.objectives.codegen2 import infill_prompt
 from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative.factory import decoder_names, drafter_names, make_decoder
 from intaglio.speculative.protocols import Step
@@ -54,23 +55,28 @@ def count_passes(model: nn.Module) -> Iterator[list[int]]:
         handle.remove()
 
 
+def check_prompt(checkpoint: Checkpoint, prompt: str) -> None:
+    """Raise an `IntaglioError` for a model that does not generate from text, or text that is not valid."""
+    parts = anatomy(checkpoint.model)
+    if not parts.causal or parts.head is None:
+        what = "has no language-model head" if parts.causal else "is an encoder"
+        raise IntaglioError(f"{checkpoint.source} {what}; it does not generate")
+    if checkpoint.tokenizer is None:
+        raise IntaglioError(f"{checkpoint.source} has no tokenizer, so it cannot read a prompt")
+    if any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise IntaglioError(
+            "the prompt holds half a character (a lone surrogate); only text that UTF-8 can hold is accepted"
+        )
+
+
 def encode(checkpoint: Checkpoint, prompt: str, chat: bool) -> torch.Tensor:
     """Return token ids [1, L] of a prompt, with `chat` as a user's turn in the chat template.
 
     Raises:
         IntaglioError: an encoder, no tokenizer, no or a broken chat template, or an empty or invalid prompt.
     """
-    parts = anatomy(checkpoint.model)
-    if not parts.causal or parts.head is None:
-        what = "has no language-model head" if parts.causal else "is an encoder"
-        raise IntaglioError(f"{checkpoint.source} {what}; it does not generate")
+    check_prompt(checkpoint, prompt)
     tokenizer = checkpoint.tokenizer
-    if tokenizer is None:
-        raise IntaglioError(f"{checkpoint.source} has no tokenizer, so it cannot read a prompt")
-    if any("\ud800" <= c <= "\udfff" for c in prompt):
-        raise IntaglioError(
-            "the prompt holds half a character (a lone surrogate); only text that UTF-8 can hold is accepted"
-        )
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise IntaglioError(f"the tokenizer of {checkpoint.source} has no chat template; leave --chat out")
@@ -147,7 +153,7 @@ def check_drafting(decoder: str, settings: Mapping[str, str], show_drafts: bool)
 
 def generate(
     checkpoint: Checkpoint,
-    prompt: str,
+    prompt: str | tuple[str, str],
     *,
     decoder: str = "greedy",
     max_new_tokens: int = 128,
@@ -166,7 +172,7 @@ def generate(
 
     Args:
         checkpoint: a decoder with a tokenizer.
-        prompt: the user's text.
+        prompt: the user's text; or a prefix and a suffix, between which the model fills the hole.
         decoder: `greedy`, `sample`, or a decoding method, which is greedy unless a sampling option is given.
         max_new_tokens: most new tokens. Default 128.
         temperature: (sample) divides the logits; None: 1.
@@ -198,7 +204,12 @@ def generate(
     given = check_options(decoder, temperature, top_k, top_p)
     check_drafting(decoder, settings, paint is not None)
     check_constraint(decoder, constraint is not None, samples, settings)
-    ids = encode(checkpoint, prompt, chat)
+    ending: dict[str, Any] = {}
+    if isinstance(prompt, tuple):
+        check_prompt(checkpoint, "".join(prompt))
+        ids, ending = infill_prompt(checkpoint, prompt, max_new_tokens=max_new_tokens)
+    else:
+        ids = encode(checkpoint, prompt, chat)
     checkpoint.check_ids(ids)
     room = checkpoint.context - ids.shape[1]
     if room < max_new_tokens:
@@ -224,7 +235,8 @@ def generate(
     processor = None
     if constraint is not None:
         loop, processor = _constrain(constraint, checkpoint, ids.shape[1], options, loop, samples)
-    if model.generation_config.pad_token_id is None:
+    options |= ending
+    if not ending and model.generation_config.pad_token_id is None:
         options["pad_token_id"] = checkpoint.tokenizer.pad_token_id or checkpoint.tokenizer.eos_token_id or 0
     ids = ids.to(checkpoint.device)
     with torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else None), count_passes(model) as calls:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio.data import assets
+from intaglio.data.python_source import STANDARD_LIBRARY, source_files
 from intaglio.environment import silence_loggers
 from intaglio.errors import IntaglioError, did_you_mean
 
@@ -137,7 +138,7 @@ def load_texts(source: str | os.PathLike[str] | Sequence[str] | Corpus, field: s
 
     Args:
         source: one of
-            - a bundled name (`wikipedia`; see `intaglio assets`);
+            - a bundled name (`wikipedia`; see `intaglio assets`), or `stdlib`, the files of Python's standard library;
             - a text file, cut at blank lines into documents of about 2,000 characters (never inside a paragraph);
             - a `.jsonl` file, one JSON object with `field` per line; or a `.json` file, a list of strings or objects;
             - a folder: each UTF-8 text file below it is a document, in the order of the sorted paths (hidden files and
@@ -174,6 +175,8 @@ def _strings(source: Sequence[str]) -> Iterator[str]:
 def _read(name: str, field: str) -> Iterator[str]:
     bundled = [asset.name for asset in assets.ASSETS.values() if asset.kind == "texts"]
     path = Path(name).expanduser()
+    if name == STANDARD_LIBRARY:
+        return (file.text for file in source_files())
     if name in bundled:
         return _from_jsonl(assets.path(name) / "texts.jsonl", "text")
     if not name.strip():
@@ -189,7 +192,8 @@ def _read(name: str, field: str) -> Iterator[str]:
     match = _DATASET_ID.fullmatch(name)
     if match and Path(match["id"]).suffix.lower() not in _TEXT_SUFFIXES and not name.startswith("."):
         return from_hub(match["id"], match["split"] or "train", field)
-    raise IntaglioError(f"the texts {name!r} are no file, no folder and no bundled name: {did_you_mean(name, bundled)}")
+    known = did_you_mean(name, [*bundled, STANDARD_LIBRARY])
+    raise IntaglioError(f"the texts {name!r} are no file, no folder and no bundled name: {known}")
 
 
 def _text_of(path: Path) -> str:

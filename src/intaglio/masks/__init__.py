@@ -45,6 +45,7 @@ from intaglio.masks.visibility import (
     refuse_to_generate,
     set_scores,
     set_visibility,
+    temporary_visibility,
     visible,
 )
 
@@ -76,6 +77,7 @@ __all__ = [
     "rule_from_dict",
     "set_scores",
     "set_visibility",
+    "temporary_visibility",
     "visible",
 ]
 

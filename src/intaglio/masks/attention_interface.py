@@ -28,6 +28,8 @@ PREFIX = "intaglio_"
 BASES = ("sdpa", "eager", "flex_attention")
 # Attributes of a layer's attention module, so that a copied or pickled model keeps its rules.
 RULE, SCORE = "intaglio_rule", "intaglio_score"
+ATTENTION = "intaglio_attention"
+"""Attribute of an attention module: an attention function that replaces the stock one under our interface."""
 
 _MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -235,7 +237,8 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             raise IntaglioError(
                 f"{got} cannot be combined with a visibility rule; pass a 2-D attention_mask [rows, tokens]"
             )
-        return _stock_attention(base, module)(module, query, key, value, attention_mask, **kwargs)
+        attention = getattr(module, ATTENTION, None) or _stock_attention(base, module)
+        return attention(module, query, key, value, attention_mask, **kwargs)
 
     attend.__name__ = PREFIX + base
     return attend

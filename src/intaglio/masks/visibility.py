@@ -274,6 +274,30 @@ def clear_visibility(model: nn.Module) -> None:
 
 
 @contextmanager
+def temporary_visibility(model: nn.Module, rules: Mapping[int, Rule | None] | Rule) -> Iterator[None]:
+    """Set rules for a block of code, such as the forward pass of a loss, and restore the earlier ones.
+
+    Raises:
+        IntaglioError: as `set_visibility`, or gradient checkpointing is on: it would repeat layers without the rules.
+    """
+    # The first name is that of newer releases, which deprecate the second.
+    names = (name for name in ("is_activation_checkpointing", "is_gradient_checkpointing") if hasattr(model, name))
+    if getattr(model, next(names, ""), False):
+        raise IntaglioError(
+            "gradient checkpointing repeats layers after their attention rules are removed; leave it out here"
+        )
+    earlier, scores = get_visibility(model), any(SCORE in module.__dict__ for module in model.modules())
+    set_visibility(model, rules)
+    try:
+        yield
+    finally:
+        if earlier or scores:
+            set_visibility(model, earlier)
+        else:
+            clear_visibility(model)
+
+
+@contextmanager
 def _requesting(base: Any) -> Iterator[None]:
     """Make the model return mask requests, whatever its attention implementation."""
     before = base.config._attn_implementation

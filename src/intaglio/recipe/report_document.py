@@ -116,6 +116,6 @@ def make_document(
 
 
 def _with_charts(step: dict[str, Any]) -> dict[str, Any]:
-    """Move the chart data of a step (`curve`, `bars`, `grid`; see `report.document`) out of its chosen values."""
-    charts = {name: step["chosen"].pop(name) for name in ("curve", "bars", "grid") if name in step["chosen"]}
+    """Move the charts and samples of a step (see `report.document`) out of its chosen values."""
+    charts = {name: step["chosen"].pop(name) for name in ("curve", "bars", "grid", "samples") if name in step["chosen"]}
     return step | charts

@@ -230,7 +230,23 @@ def _step(step: Document) -> dict[str, Any]:
         "bars": _bars(step.get("bars")),
         "grid": _grid(step.get("grid")),
         "drawn": _titled(step.get("grid")),
+        "samples": _samples(step.get("samples")),
     }
+
+
+def _samples(samples: Any) -> dict[str, Any]:
+    """Return the scores and outputs before and after a training step, as far as they are well formed."""
+    values = samples if isinstance(samples, Mapping) else {}
+    scores = {
+        str(name): [plain_number(value) for value in pair]
+        for name, pair in (values.get("scores") or {}).items()
+        if isinstance(pair, list) and len(pair) == 2 and all(finite(value) is not None for value in pair)
+    }
+    columns = ("prompt", "expected", "before", "after")
+    rows = [
+        [str(row.get(name, "")) for name in columns] for row in values.get("rows") or () if isinstance(row, Mapping)
+    ]
+    return {"scores": scores, "columns": columns, "rows": rows}
 
 
 def _selection(selection: Any, timings: Any) -> dict[str, Any]:

@@ -12,7 +12,8 @@ that is null, missing or not finite is shown as a dash, with the reason where it
 A step or variant may have `given`, its non-default parameters: they are shown, the others are folded away. Without it,
 those that are not null are shown. A step may have `bars`, measurements of parts of the model: `title`, `axis`, `items`
 (name to value), and which of these are `marked`, with the word `mark`; a `grid`, shares chosen for projections: `title`
-and `values` (layer to share); and `timings`, the seconds of its parts. Its `chosen` values may hold a `selection` of
+and `values` (layer to share); `samples`, with `scores` (name to percent before and after) and `rows` (`prompt`,
+`expected`, `before`, `after`); and `timings`, the seconds of its parts. Its `chosen` values may hold a `selection` of
 examples, with `clusters` (a list). In a demo, `best` maps an amount to the slugs of its best variants, several in a
 tie.
 """

@@ -16,6 +16,7 @@
 - `lora`, `sparsity_mask`: adapters through PEFT; zeros of pruned layers stay zeros.
 - `data_selection`: data selection and its random baseline.
 - `hf_trainer`: `transformers.Trainer` with the loss of an objective and exact resume.
+- `stock_trainer`, `samples`: rows and collators for a stock `Trainer`; outputs before and after for the report.
 - `resume`, `history`, `progress_report`: the directory of a resumable run, its log, its progress page.
 - `preserve_state`, `fsdp`: restoring context managers; FSDP helpers.
 """
@@ -40,10 +41,12 @@ from intaglio.trainer.protocols import (
     TrainingRun,
 )
 from intaglio.trainer.rng import KeyedRNG
+from intaglio.trainer.stock_trainer import EpochCollator, training_rows
 
 __all__ = [
     "Batch",
     "CausalLM",
+    "EpochCollator",
     "Example",
     "InstructionTuning",
     "KeyedRNG",
@@ -59,4 +62,5 @@ __all__ = [
     "TrainingModifier",
     "TrainingRun",
     "train",
+    "training_rows",
 ]

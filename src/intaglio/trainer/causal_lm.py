@@ -76,10 +76,10 @@ def packed(examples: Iterable[Example], length: int) -> Iterator[Example]:
             room -= len(ids[-1])
             ids_T, labels_T = ids_T[len(ids[-1]) :], labels_T[len(labels[-1]) :]
             if not room:
-                yield _row(ids, labels)
+                yield packed_row(ids, labels)
                 ids, labels, room = [], [], length
     if ids and any(len(piece) > 1 for piece in ids):
-        yield _row(ids, labels)
+        yield packed_row(ids, labels)
 
 
 def filled(examples: Iterable[Example], length: int) -> Iterator[Example]:
@@ -88,15 +88,16 @@ def filled(examples: Iterable[Example], length: int) -> Iterator[Example]:
     labels: list[Tensor] = []
     for example in examples:
         if ids and sum(map(len, ids)) + len(example["input_ids"]) > length:
-            yield _row(ids, labels)
+            yield packed_row(ids, labels)
             ids, labels = [], []
         ids.append(example["input_ids"])
         labels.append(example["labels"])
     if ids:
-        yield _row(ids, labels)
+        yield packed_row(ids, labels)
 
 
-def _row(ids: Sequence[Tensor], labels: Sequence[Tensor]) -> Example:
+def packed_row(ids: Sequence[Tensor], labels: Sequence[Tensor]) -> Example:
+    """Return documents one after the other as a row."""
     lengths = torch.tensor([len(piece) for piece in ids])
     return {"input_ids": torch.cat(list(ids)), "labels": torch.cat(list(labels)), "lengths": lengths}
 
@@ -108,7 +109,7 @@ def cut(examples: Iterable[Example], length: int) -> Iterator[Example]:
         for start in range(0, len(ids_T), length):
             piece = slice(start, start + length)
             if len(ids_T[piece]) > 1:
-                yield _row([ids_T[piece]], [labels_T[piece]])
+                yield packed_row([ids_T[piece]], [labels_T[piece]])
 
 
 def starts(row: Example) -> Tensor:

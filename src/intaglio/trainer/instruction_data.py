@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.docstrings import pairs
+from intaglio.data.json_lines import json_lines
 from intaglio.data.python_source import source_files
 from intaglio.errors import IntaglioError, shorten
 from intaglio.trainer.dataset import token_ids
@@ -64,27 +64,10 @@ def load_pairs(path: str | os.PathLike[str]) -> list[Example]:
     """
     if os.fspath(path) == DOCSTRINGS:
         return docstring_pairs()
-    file = Path(path)
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise IntaglioError(f"cannot read the instructions {file}: {reason}") from None
-    result = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise IntaglioError(f"line {number} of {file} is not JSON: {error}") from None
-        prompt, answer = prompt_and_answer(value, f"line {number} of {file}")
-        result.append({"prompt": prompt, "answer": answer})
-    if not result:
-        raise IntaglioError(
-            f"the instructions {file} are empty; one JSON object a line with prompt and answer is needed"
-        )
-    return result
+    pairs_read = (
+        prompt_and_answer(value, place) for place, value in json_lines(path, "instructions", "prompt and answer")
+    )
+    return [{"prompt": prompt, "answer": answer} for prompt, answer in pairs_read]
 
 
 def prompt_and_answer(value: Any, what: str) -> tuple[str, str]:

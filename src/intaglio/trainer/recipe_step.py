@@ -9,11 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.data.facts import load_facts
 from intaglio.data.item_sequences import HELD_OUT, LEAST
 from intaglio.data.streaming import TextStream
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.data.token_classification import as_labelled, read_labelled
 from intaglio.errors import IntaglioError, did_you_mean, shorten
+from intaglio.measures.fact_recall import Recall, fact_recall
 from intaglio.methods.base import (
     Capability,
     Carving,
@@ -31,7 +33,11 @@ from intaglio.methods.registry import get_method, list_methods
 from intaglio.modeling.anatomy import Anatomy
 from intaglio.trainer.instruction_data import load_pairs, train_eval_split
 from intaglio.trainer.protocols import HasTrainingCost, Objective
+from intaglio.trainer.samples import DrawsSamples, Sample, Samples, Show, record_samples
 from intaglio.trainer.settings import Settings
+
+SHOWN = 4
+"""Answers of each direction in the report."""
 
 ROW = 512
 """Tokens of a row in estimates."""
@@ -53,12 +59,14 @@ class Train(Settings, Method, slug="train"):
             Python's standard library.
         labels: instead of texts, a file of labelled words, one JSON object a line (`words` and `labels`, or `text`,
             `spans` and `labels`), for token_classification; without an objective its words are trained on as text.
-        validation: another such file, on which the labels are scored while training.
         interactions: instead of texts, a log of users, items and times (a CSV file, a bundled name, or a directory in
             RecBole's format), for bert4rec or sasrec. Each user's last two items are held out.
         least: users and items with fewer interactions are dropped. Default 5.
         held_out: items at the end of each sequence that are not trained on: 2, or 1, the validation items joining the
             training of a final model. Default 2.
+        facts: instead of texts, a file of facts, one JSON object a line with `subject`, `object` and perhaps `texts`
+            that state it in this order; or `invented`. The model is asked in both directions while training.
+        validation: another such file as labels, on which the labels are scored while training.
         length: tokens of a row, for next-token prediction. Default: the model's context, at most 1,024.
         chat: whether the prompts of pairs are put into the tokenizer's chat template, if it has one; for instructions
             without an objective, which has its own. Default true.
@@ -77,6 +85,7 @@ class Train(Settings, Method, slug="train"):
     stream: bool = False
     instructions: Annotated[str, Field(min_length=1)] | None = None
     labels: Annotated[str, Field(min_length=1)] | None = None
+    facts: Annotated[str, Field(min_length=1)] | None = None
     validation: Annotated[str, Field(min_length=1)] | None = None
     interactions: Annotated[str, Field(min_length=1)] | None = None
     least: Annotated[int, Field(ge=1)] = LEAST
@@ -105,7 +114,7 @@ class Train(Settings, Method, slug="train"):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        sources = ("texts", "instructions", "labels", "interactions")
+        sources = ("texts", "instructions", "labels", "facts", "interactions")
         given = [name for name in sources if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; give one source of training data")
@@ -131,6 +140,8 @@ class Train(Settings, Method, slug="train"):
                 if labels
                 else "validation is a file of labels; it needs the objective token_classification"
             )
+        if self.facts is not None and self.evaluate:
+            raise ValueError("facts are asked while training, so evaluate does not apply; leave it out")
         if self.length is not None and self.objective is not None:
             raise ValueError("length belongs to next-token prediction; give it to the objective")
         if not self.chat and (self.instructions is None or self.objective is not None):
@@ -256,10 +267,13 @@ class Train(Settings, Method, slug="train"):
         if "tensorboard" in self.report_to:  # not in the directory, which is removed after the step
             settings["log_directory"] = self.log_directory or "runs"
         examples, evaluate = self._data(calibration, held_out_hashes) if data is None else data
+        objective = self._objective_method()
+        show = self._show(objective, evaluate)
+        before = None if show is None else show(checkpoint)
         train(
             checkpoint,
             examples,
-            objective=self._objective_method(),
+            objective=objective,
             modifiers=[_make(named) for named in self.modifiers],  # type: ignore[misc]
             select=None if self.select is None else _make(self.select),  # type: ignore[arg-type]
             original=original,
@@ -269,7 +283,19 @@ class Train(Settings, Method, slug="train"):
             progress=progress,
             **settings,
         )
+        if show is not None and before is not None:
+            record_samples(checkpoint, before, show(checkpoint))
         return checkpoint
+
+    def _show(self, objective: Objective, held_out: Any) -> Show | None:
+        """Return the function that draws samples before and after training, if there is anything to show."""
+        if self.facts is not None:
+            facts = load_facts(self.facts)
+            return lambda checkpoint: recall_samples(fact_recall(checkpoint, facts))
+        if isinstance(objective, DrawsSamples) and isinstance(held_out, list):
+            texts = [text for text in held_out if isinstance(text, str)]
+            return lambda checkpoint: objective.samples(checkpoint, texts)
+        return None
 
     def _objective_method(self) -> Objective:
         from intaglio.trainer.causal_lm import CausalLM
@@ -286,6 +312,9 @@ class Train(Settings, Method, slug="train"):
 
             evaluator = make_evaluator(read_labelled(self.validation), batch_size=self.batch_size)
             return read_labelled(str(self.labels)), evaluator
+        if self.facts is not None:
+            facts = load_facts(self.facts)
+            return [text for fact in facts for text in fact.texts], lambda model: fact_recall(model, facts).shares
         if self.instructions is not None:
             whole: list[Any] = load_pairs(self.instructions)
         elif self.labels is not None:
@@ -301,6 +330,14 @@ class Train(Settings, Method, slug="train"):
                 raise IntaglioError("training data is missing: name texts or instructions")
             whole = list(texts.without(sealed).documents)
         return train_eval_split(whole, self.evaluate) if self.evaluate else (whole, None)
+
+
+def recall_samples(recall: Recall) -> Samples:
+    """Return the first answers in both directions, and the shares of right answers."""
+    every = [Sample(*row) for row in zip(recall.prompts, recall.expected, recall.answers, strict=True)]
+    half = len(every) // 2
+    scores = {f"{direction} questions answered": share for direction, share in recall.shares.items()}
+    return Samples([*every[:SHOWN], *every[half : half + SHOWN]], scores)
 
 
 def _make(named: Mapping[str, Any]) -> Method:

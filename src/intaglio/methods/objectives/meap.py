@@ -41,10 +41,7 @@ from intaglio.trainer.instruction_tuning import as_document
 from intaglio.trainer.preserve_state import preserve_modes
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG, generator
-from intaglio.trainer.special_token import reserve_token
-
-TOKEN = "<|mask|>"
-"""Name of an added mask token."""
+from intaglio.trainer.special_token import reserve_mask_token
 
 PRETRAINING, FINETUNING = 0.15, 0.10
 """The paper's shares of masked tokens."""
@@ -170,15 +167,7 @@ class MEAP(Method, slug="meap"):
         """Find or add the mask token, and cut or pack the examples into rows."""
         length = row_length(checkpoint, self.length)
         check_causal(checkpoint, packing=self.pack)
-        self._mask_id = reserve_token(
-            checkpoint,
-            self.mask_token,
-            name=TOKEN,
-            field="mask_token",
-            grow=self.grow,
-            seed=rng.seed,
-            role="mask_token",
-        )
+        self._mask_id = reserve_mask_token(checkpoint, self.mask_token, grow=self.grow, seed=rng.seed)
         self._bos_id = getattr(checkpoint.tokenizer, "bos_token_id", None) if self.keep_bos else None
         if self.mode == "finetuning":
             samples = self._samples(checkpoint, examples, length, rng)

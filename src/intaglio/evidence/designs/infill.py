@@ -1,0 +1,89 @@
+"""Measurement of infilling: the loss of a middle line given the text on both sides, in the format of the model.
+
+Dimension letters: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from intaglio.data.infill_format import FillInMiddle, Sentinels
+from intaglio.evidence.designs.base import Measured, Values
+from intaglio.evidence.engine.claim import Metric
+from intaglio.masks import PrefixLM, temporary_visibility
+from intaglio.methods.objectives.codegen2 import middle_line
+from intaglio.trainer.causal_lm import IGNORED, causal_batch, targets
+
+LINE = Metric("loss of a middle line", "nats a byte")
+SINGLE = Metric("single bytes filled", "points", "higher", continuous=False)
+BATCH = 16
+"""Prompts of a forward pass."""
+
+Hole = tuple[list[int], list[int], list[int]]
+"""Prefix, hole and suffix, as bytes."""
+
+
+def middle_lines(measured: Measured) -> Values:
+    """Return the mean loss of a byte of each document's middle line, and how often its middle byte is filled.
+
+    A model without tokens for infilling, or trained without corruption, has the prefix alone. One with
+    fill-in-the-middle tokens is read in both orders, of which the better counts. A Prefix-LM reads as it was trained.
+    """
+    rows = measured.documents.segments.ids_NT.tolist()
+    lines = [hole for row in rows for hole in [_line(row)] if hole is not None]
+    bytes_ = [(row[: len(row) // 2], [row[len(row) // 2]], row[len(row) // 2 + 1 :]) for row in rows]
+    forms = _forms(measured)
+    losses = [_losses(measured, form, lines) for form in forms]
+    loss = min(sum(map(sum, every)) / sum(map(len, every)) for every, _ in losses)
+    filled = max(sum(correct) / len(correct) for form in forms for _, correct in [_losses(measured, form, bytes_)])
+    return {LINE.name: loss, SINGLE.name: 100 * filled}
+
+
+def _line(row: Sequence[int]) -> Hole | None:
+    hole = middle_line(bytes(token for token in row if token < 256).decode("latin-1"))
+    return None if hole is None else tuple(list(part.encode("latin-1")) for part in hole)  # type: ignore[return-value]
+
+
+def _forms(measured: Measured) -> list[Sentinels | FillInMiddle | None]:
+    objective = measured.settings.get("objective")
+    if objective is None or objective.corruption_ratio == 0:
+        return [None]
+    sentinels = Sentinels.from_tokenizer(measured.checkpoint.tokenizer)
+    if sentinels is not None:
+        return [sentinels]
+    fim = FillInMiddle.from_tokenizer(measured.checkpoint.tokenizer)
+    assert fim is not None  # the other objective adds its tokens
+    return [fim, replace(fim, spm=True)]
+
+
+@torch.no_grad()
+def _losses(
+    measured: Measured, form: Sentinels | FillInMiddle | None, holes: Sequence[Hole]
+) -> tuple[list[list[float]], list[bool]]:
+    """Return the losses of each hole's bytes, and which holes greedy decoding would fill right."""
+    model, losses, correct = measured.checkpoint.model, [], []
+    reads_both_ways = getattr(measured.settings.get("objective"), "attention", "causal") == "prefix"
+    for start in range(0, len(holes), BATCH):
+        rows, borders = [], []
+        for prefix, hole, suffix in holes[start : start + BATCH]:
+            prompt = prefix if form is None else form.prompt([prefix, suffix])
+            ids_T = torch.tensor([*prompt, *hole])
+            labels_T = ids_T.clone()
+            labels_T[: len(prompt)] = IGNORED
+            rows.append({"input_ids": ids_T, "labels": labels_T})
+            borders.append(len(prompt) - 1 if reads_both_ways else 0)
+        batch = causal_batch(rows)
+        batch.setdefault("attention_mask", torch.ones_like(batch["input_ids"]))
+        inputs = {name: batch[name].to(measured.checkpoint.device) for name in ("input_ids", "attention_mask")}
+        with temporary_visibility(model, PrefixLM(tuple(borders)) if reads_both_ways else {}):
+            logits_BTV = model(**inputs, use_cache=False).logits.float().cpu()
+        for row, logits_TV in zip(rows, logits_BTV, strict=True):
+            target_T = targets(row)
+            places = (target_T != IGNORED).nonzero().flatten()
+            picked = logits_TV[places].log_softmax(-1)
+            losses.append((-picked.gather(1, target_T[places, None])[:, 0]).tolist())
+            correct.append(bool((picked.argmax(-1) == target_T[places]).all()))
+    return losses, correct

@@ -1,0 +1,66 @@
+"""Train steps that show outputs before and after: facts in both orders, filled lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from intaglio.errors import IntaglioError
+from intaglio.recipe.run import carve
+from intaglio.recipe.schema import Recipe
+from tests.families import tiny_checkpoint_dir
+from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
+
+TEXT = "the fox runs home\nand the dog sleeps\nin the warm sun\n"
+
+
+def carved(path: Path, **training: Any) -> dict[str, Any]:
+    texts = path / "texts"
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text(f"{TEXT}number {number} of twelve\n{TEXT}", encoding="utf-8")
+    measure = {"texts": str(texts), "samples": 2, "length": 16}
+    recipe = Recipe.from_dict(
+        {
+            "model": str(tiny_checkpoint_dir("llama", path / "model", layers=1)),
+            "calibration": measure,
+            "measure": {**measure, "speed": False},
+            "steps": [{"train": {"steps": 2, "batch_size": 2, **training}}],
+        }
+    )
+    return carve(recipe, path / "out")
+
+
+def test_facts_are_asked_in_both_orders_before_and_after(tmp_path: Path) -> None:
+    facts = [{"subject": f"dog {n}", "object": f"the fox {n}"} for n in range(5)]
+    file = tmp_path / "facts.jsonl"
+    file.write_text("\n".join(map(json.dumps, facts)), encoding="utf-8")
+    document = carved(tmp_path, objective={"bico": {"length": 48}}, facts=str(file))
+    (step,) = document["steps"]
+    assert list(step["samples"]["scores"]) == ["forward questions answered", "reverse questions answered"]
+    rows = step["samples"]["rows"]
+    assert [row["prompt"] for row in rows[:1] + rows[4:5]] == ["dog 0 is", "The fox 0 is"]
+    assert rows[0]["expected"] == "the fox 0"
+    assert {"evaluation/forward", "evaluation/reverse"} <= step["curve"].keys()
+    assert step["chosen"]["data"]["rows"] == 15
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "reverse questions answered" in page
+    assert "The fox 0 is" in page
+
+
+def test_lines_are_filled_before_and_after(tmp_path: Path) -> None:
+    document = carved(tmp_path, objective={"codegen2": {"length": 64}}, evaluate=0.2)
+    (step,) = document["steps"]
+    (row, *_) = step["samples"]["rows"]
+    assert row["expected"].endswith("of twelve")
+    assert "▭" in row["prompt"]
+    assert list(step["samples"]["scores"]) == ["lines filled exactly"]
+
+
+def test_facts_do_not_go_with_a_share_held_out() -> None:
+    for more, sentence in (({"evaluate": 0.1}, "evaluate does not apply"), ({"texts": "a"}, "give one source")):
+        with pytest.raises(IntaglioError, match=sentence):
+            Recipe.from_dict({"model": "m", "steps": [{"train": {"steps": 1, "facts": "invented", **more}}]})
