@@ -7,5 +7,6 @@
 - `memory`: peak memory of a block of code.
 - `token_classification`: token-classification metrics.
 - `feature_coverage`: how well single neurons predict a known state.
+- `lexical_invariance`: substitution ciphers and the recovery of their keys.
 - `evaluate`: all of them, for one side of a before/after report.
 """
