@@ -168,10 +168,8 @@ def test_with_random_types_alone_it_is_the_lexinvariant_model() -> None:
     """p=1 equals the lexinvariant model for the same noise."""
     ckpt = words()
     ids = torch.tensor([[2, 3, 4, 2]])
-    semi = Lexinvariant(random_ratio=0.5, embedding_std=1.0)
-    semi._stds = (1.0, 1.0)
-    whole = Lexinvariant(logit_scale=1.0)
-    one, two = (m.sequence_tables(ckpt.model, torch.tensor([5]), 1.0) for m in (semi, whole))
+    seeds, almost = torch.tensor([5]), 1 - 1e-12
+    one, two = (SequenceTables(seeds, ckpt.model, ratio, (1.0, 1.0), 1.0) for ratio in (almost, 1.0))
     hidden = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(one.inputs(ids), two.inputs(ids))
     assert torch.equal(one.logits(hidden, torch.arange(7)), two.logits(hidden, torch.arange(7)))
@@ -254,6 +252,8 @@ def test_a_generation_holds_its_table(family: str) -> None:
         beams = ckpt.model.generate(prompt[1:], num_return_sequences=2, num_beams=2, **options)
         assert torch.equal(ckpt.model.generate(prompt[1:], **options), both[1:])
     assert len(beams) == 2
+    with pytest.raises(IntaglioError, match="seeds has 2 tables for 1 rows"), method.tables(ckpt.model, seeds):
+        ckpt.model(prompt[:1])
     assert "forward" not in vars(ckpt.model.get_input_embeddings())
 
 

@@ -116,7 +116,7 @@ class SequenceTables:
     seeds: Tensor
     model: Any
     random_ratio: float
-    stds: tuple[float, float]
+    stds: tuple[float | Tensor, float | Tensor]
     scale: Tensor | float
     excluded: tuple[int, ...] = ()
 
@@ -127,13 +127,15 @@ class SequenceTables:
 
     def expand(self, rows: int) -> SequenceTables:
         """Return the tables of a batch in which each sequence occurs several times in a row, as beams do."""
+        if rows % len(self.seeds):
+            raise IntaglioError(f"seeds has {len(self.seeds)} tables for {rows} rows; one a row is accepted")
         return replace(self, seeds=self.seeds.repeat_interleave(rows // len(self.seeds)))
 
     def noise(self, ids_BR: Tensor) -> Tensor:
         """Return the N(0, 1) rows of tokens [B, R, D]."""
         return gaussian_rows(self.seeds[:, None], ids_BR, self.width)
 
-    def _rows(self, ids_BR: Tensor, std: float, learned: Callable[[Tensor], Tensor]) -> Tensor:
+    def _rows(self, ids_BR: Tensor, std: float | Tensor, learned: Callable[[Tensor], Tensor]) -> Tensor:
         if self.random_ratio == 0:
             return learned(ids_BR)
         random_BRD = self.noise(ids_BR) * std
@@ -146,7 +148,8 @@ class SequenceTables:
         """Return the input embeddings [B, T, D]."""
         embedding = self.model.get_input_embeddings()
         # The class's forward: the instance's may be replaced by this very function.
-        return self._rows(ids_BT, self.stds[0], lambda ids: type(embedding).forward(embedding, ids))
+        rows_BTD = self._rows(ids_BT, self.stds[0], lambda ids: type(embedding).forward(embedding, ids))
+        return rows_BTD.to(embedding.weight.dtype)
 
     def readout(self, ids_BR: Tensor) -> Tensor:
         """Return the readout rows [B, R, D]; ids [1, R] are the same tokens in all tables."""
@@ -232,7 +235,7 @@ class Lexinvariant(Method, slug="lexinvariant"):
     has no probability. Documents packed in a row share a table and do not see each other. Input scales and logit
     soft-caps of a family do not apply.
 
-    With `random_ratio` below 1 the random rows have the standard deviation of the learned ones, the logits the scale of
+    With `random_ratio` below 1 the random rows have the present standard deviation of the learned ones, the logits the scale of
     the stock model, and evaluation uses learned rows alone, so that the result is a stock checkpoint. Where embeddings
     are not tied, a type is random in input and readout together, each at its own standard deviation.
 
@@ -264,7 +267,7 @@ class Lexinvariant(Method, slug="lexinvariant"):
     length: Annotated[int, Field(ge=2)] | None = None
     pack: bool = True
 
-    _stds: tuple[float, float] = PrivateAttr((1.0, 1.0))
+    _factor: float = PrivateAttr(1.0)
     _excluded: tuple[int, ...] = PrivateAttr(())
 
     @cached_property
@@ -278,7 +281,7 @@ class Lexinvariant(Method, slug="lexinvariant"):
         return self.owned["readout"].scale if self.owned else 1.0  # type: ignore[return-value]
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
-        """Take the tables out of the model's parameters, or measure their rows, and cut or pack the examples."""
+        """Take the tables out of the model's parameters if they are not trained, and cut or pack the examples."""
         length = row_length(checkpoint, self.length)
         check_causal(checkpoint, packing=self.pack)
         if not isinstance(getattr(anatomy(checkpoint.model).head, "weight", None), Tensor):
@@ -294,16 +297,13 @@ class Lexinvariant(Method, slug="lexinvariant"):
 
     @torch.no_grad()
     def bind(self, checkpoint: Checkpoint) -> None:
-        """Set the standard deviations and excluded tokens for a checkpoint."""
+        """Note the factor of a checkpoint's input embedding, and the token that has no probability."""
+        embedding: Any = checkpoint.model.get_input_embeddings()  # type: ignore[operator]
+        rows_VD = embedding(torch.arange(checkpoint.vocabulary, device=checkpoint.device))
+        self._factor = float(rows_VD.norm() / embedding.weight.norm())  # not 1 in Gemma
         if self.random_ratio == 1:
-            self._stds = (self.embedding_std or 1.0, 1.0)
             padding, end = (getattr(checkpoint.tokenizer, f"{name}_token_id", None) for name in ("pad", "eos"))
             self._excluded = () if padding is None or padding == end else (padding,)
-            return
-        embedding = checkpoint.model.get_input_embeddings()  # type: ignore[operator]
-        head = checkpoint.model.get_output_embeddings()  # type: ignore[operator]
-        rows = embedding(torch.arange(checkpoint.vocabulary, device=checkpoint.device))
-        self._stds = (self.embedding_std or float(rows.std()), float(head.weight.std()))
 
     def modules(self) -> nn.ModuleDict:
         """Return `owned`."""
@@ -333,7 +333,12 @@ class Lexinvariant(Method, slug="lexinvariant"):
     def sequence_tables(self, model: Any, seeds_B: Tensor, ratio: float | None = None) -> SequenceTables:
         """Return the tables of sequences by their seeds."""
         ratio = self.random_ratio if ratio is None else ratio
-        return SequenceTables(seeds_B, model, ratio, self._stds, self.scale, self._excluded)
+        stds: tuple[float | Tensor, float | Tensor] = (self.embedding_std or 1.0, 1.0)
+        if 0 < ratio < 1:
+            table_VD, head_VD = (module.weight.detach() for module in
+                                 (model.get_input_embeddings(), model.get_output_embeddings()))  # fmt: skip
+            stds = (self.embedding_std or table_VD.std() * self._factor, head_VD.std())
+        return SequenceTables(seeds_B, model, ratio, stds, self.scale, self._excluded)
 
     @contextmanager
     def tables(self, model: Any, seeds: Sequence[int]) -> Iterator[None]:
@@ -355,7 +360,7 @@ class Lexinvariant(Method, slug="lexinvariant"):
             rows_BVD = stored_BVD.repeat_interleave(len(hidden_BTD) // len(stored_BVD), 0).to(hidden_BTD.dtype)
             return own.masked(self.scale * (hidden_BTD @ rows_BVD.mT), parts[0])
 
-        embedding.forward = lambda ids_BT: tables.expand(len(ids_BT)).inputs(ids_BT).to(embedding.weight.dtype)
+        embedding.forward = lambda ids_BT: tables.expand(len(ids_BT)).inputs(ids_BT)
         head.forward = read
         try:
             yield
@@ -418,9 +423,7 @@ class Lexinvariant(Method, slug="lexinvariant"):
         tables = self.sequence_tables(model, torch.tensor([seed], device=checkpoint.device), 1.0)
         ids_V = torch.arange(checkpoint.vocabulary, device=checkpoint.device)
         noise_VD = tables.noise(ids_V[None])[0].to(embedding.weight.dtype)
-        _set_table(embedding, nn.Parameter(torch.ones_like(noise_VD)))
-        factor = embedding(ids_V[:1]).mean()  # Gemma's embedding multiplies
-        _set_table(embedding, nn.Parameter(noise_VD * self._stds[0] / factor))
+        _set_table(embedding, nn.Parameter(noise_VD * tables.stds[0] / self._factor))
         _set_table(head, nn.Parameter(noise_VD * self.scale))
         if getattr(head, "bias", None) is not None:
             head.bias.zero_()
