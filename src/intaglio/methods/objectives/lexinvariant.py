@@ -235,9 +235,9 @@ class Lexinvariant(Method, slug="lexinvariant"):
     has no probability. Documents packed in a row share a table and do not see each other. Input scales and logit
     soft-caps of a family do not apply.
 
-    With `random_ratio` below 1 the random rows have the present standard deviation of the learned ones, the logits the scale of
-    the stock model, and evaluation uses learned rows alone, so that the result is a stock checkpoint. Where embeddings
-    are not tied, a type is random in input and readout together, each at its own standard deviation.
+    With `random_ratio` below 1 the random rows have the present standard deviation of the learned ones, the logits
+    the scale of the stock model, and evaluation uses learned rows alone, so that the result is a stock checkpoint.
+    Where embeddings are not tied, a type is random in input and readout together, each at its own standard deviation.
 
     Source: Huang et al., Lexinvariant Language Models, NeurIPS 2023, sections 2 and 3.
 
