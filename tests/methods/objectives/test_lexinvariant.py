@@ -196,7 +196,7 @@ def test_while_evaluating_the_regulariser_is_off() -> None:
     batch = method.collate([row(torch.arange(20, 32))], DRAWS)
     on, off = (method.loss(ckpt.model.train(mode), batch).total for mode in (True, False))
     assert torch.allclose(off, next_token_loss(ckpt.model, causal_batch([row(torch.arange(20, 32))])).total, atol=1e-5)
-    assert abs(float(on - off)) > 1e-3
+    assert abs((on - off).item()) > 1e-3
 
 
 def test_rows_are_standard_gaussians() -> None:

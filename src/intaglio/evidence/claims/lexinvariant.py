@@ -20,6 +20,7 @@ CODE_LOSS = Metric("loss on code", "nats a byte")
 LOOKUP_LOSS = Metric("LookUp loss", "nats")
 BATCH = 100
 """Sequences measured at a time."""
+BED = SymbolicCode(width=64, depth=2, context=128, tokens=128, batch=16, steps=1500)
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ CLAIM = Claim(
     " symbols up in its context more often than a model with learned embeddings.",
     metric=LOOKUP,
     delta=10.0,
-    design=Pretrain(SymbolicCode(), measures=(symbols,)),
+    design=Pretrain(BED, measures=(symbols,)),
     arms={
         "learned": Arm("the same model with learned, tied embeddings", {"objective": CausalLM()}),
         "lexinvariant": Arm("Gaussian embeddings drawn for every sequence, tied readout, learned scale", tuned()),
@@ -79,7 +80,7 @@ CLAIM = Claim(
     equal=("tokens",),
     parity="The same code, network and steps; symbols are letters and digits, frequent in the code, so both models know"
     " them. A prediction is one pass; lexinvariant draws one table a task.",
-    minutes=90,
+    minutes=60,
     use_when="the meaning of symbols is given by their context alone",
     otherwise="learned embeddings",
     toy={"steps": 20, "learning_rate": 1e-2},
