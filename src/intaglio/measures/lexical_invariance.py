@@ -114,7 +114,7 @@ def key_recovery(
             chosen = torch.randint(len(plain_M), (batch_size,), generator=rng).to(train_MD.device)
             loss = F.cross_entropy(probe((train_MD[chosen] - mean_D) / std_D), plain_M[chosen])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     with torch.no_grad():
         correct_NT = probe((test_NTD - mean_D) / std_D).argmax(-1).cpu() == test_NT
