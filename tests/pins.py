@@ -23,7 +23,9 @@ def presets(slug: str) -> dict[str, dict[str, Any]]:
     names = [
         name
         for name, made in vars(method).items()
-        if isinstance(made, classmethod) and name != "restore" and made.__func__.__annotations__.get("return") == "Self"
+        if isinstance(made, classmethod)
+        and name not in ("restore", "from_checkpoint")
+        and made.__func__.__annotations__.get("return") == "Self"
     ]
     return {name: getattr(method, name)(**REQUIRED.get(slug, {})).model_dump() for name in names}
 

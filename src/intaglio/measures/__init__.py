@@ -8,5 +8,6 @@
 - `generated_text`: repetition, diversity and overlap of outputs, their log-probability, oracle score, entropy.
 - `token_classification`: token-classification metrics.
 - `feature_coverage`: how well single neurons predict a known state.
+- `lexical_invariance`: substitution ciphers and the recovery of their keys.
 - `evaluate`: all of them, for one side of a before/after report.
 """

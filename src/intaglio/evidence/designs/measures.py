@@ -28,6 +28,8 @@ TOKEN_SPARSITY = Metric("token sparsity", "share", "higher", continuous=False)
 CHUNK_SPARSITY = Metric("chunk sparsity", "share", "higher", continuous=False)
 NEEDLE_SCORE = Metric("log-probability of the answer", "nats", "higher")
 NEEDLES = Metric("answers found", "points", "higher", continuous=False)
+LOOKUP = Metric("LookUp accuracy", "points", "higher", continuous=False)
+PERMUTATION = Metric("Permutation accuracy", "points", "higher", continuous=False)
 BATCH = 8
 """Documents measured at a time."""
 CHUNK = 8
