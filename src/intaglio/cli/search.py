@@ -280,6 +280,8 @@ def compact(
         f"{index}: {result['segments_before']} segments became {result['segments']}, "
         f"{result['bytes_before'] / 1e6:,.1f} MB became {result['bytes'] / 1e6:,.1f} MB"
     )
+    if ann:
+        print_out(f"{index}: {result['approximate']} of {result['segments']} segments have an approximate index")
 
 
 @handle_errors

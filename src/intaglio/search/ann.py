@@ -40,8 +40,9 @@ PACKAGES = {"dense": ("usearch", "ann"), "sparse": ("seismic", "seismic")}
 class Rows(Protocol):
     """A segment's vectors, with their approximate index."""
 
-    index: Any
-    """The opened index; None where the segment has none."""
+    @property
+    def index(self) -> Any:
+        """The opened index; None where the segment has none."""
 
     def __len__(self) -> int:
         """Return the number of rows."""

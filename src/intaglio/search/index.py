@@ -311,7 +311,8 @@ class Index:
                 Seismic). Default False.
 
         Returns:
-            {"segments_before", "segments", "bytes_before", "bytes", "seconds"}.
+            {"segments_before", "segments", "approximate", "bytes_before", "bytes", "seconds"}; `approximate` is the
+            number of segments with an approximate index.
         """
         if approximate:
             if self._store.settings["encoder"] is None:
@@ -328,6 +329,7 @@ class Index:
         return {
             "segments_before": len(before),
             "segments": len(after),
+            "approximate": sum(self._store.ann_file(row.number).exists() for row in after),
             "bytes_before": sum(row.bytes for row in before),
             "bytes": sum(row.bytes for row in after),
             "seconds": time.perf_counter() - started,
