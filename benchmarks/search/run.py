@@ -217,12 +217,12 @@ def graph(rng: np.random.Generator, documents: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "vectors.usearch")
         started = time.perf_counter()
-        ann.build(vectors, file)
+        ann.build({"dense.vectors": vectors}, file)
         result: dict[str, Any] = {"seconds to build": time.perf_counter() - started, "bytes": file.stat().st_size}
-        made = ann.load(file)
+        rows = ann.load({"dense.vectors": vectors}, file)
         functions = {
             "exact": lambda query: dense.search([vectors], [None], query[None], K),
-            "graph": lambda query: ann.search([(vectors, made)], [None], query[None], K),
+            "graph": lambda query: ann.search([rows], [None], query[None], K),
         }
         shared = [len({*functions["exact"](q)[0][1]} & {*functions["graph"](q)[0][1]}) / K for q in queries]
         return {**result, "recall": float(np.mean(shared)), "ms": median_ms(functions, queries)}

@@ -52,7 +52,7 @@ index_app = typer.Typer(
 Where = Annotated[Path, typer.Argument(metavar="INDEX", help="Directory of the index.")]
 Place = Annotated[str | None, typer.Argument(metavar="INDEX", help="Directory of the index; left out with --store.")]
 Approximate = Annotated[
-    bool, typer.Option("--ann", help="(dense) Search by the graphs that `index compact --ann` builds.")
+    bool, typer.Option("--ann", help="(dense, sparse) Search by what `index compact --ann` builds.")
 ]
 StoreUrl = Annotated[
     str | None,
@@ -264,15 +264,15 @@ def _flat(facts: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 def compact(
     index: Where,
     ann: Annotated[
-        bool, typer.Option("--ann", help="Build graphs of dense segments of 20,000 chunks or more.")
+        bool, typer.Option("--ann", help="Build approximate indexes of segments of 20,000 chunks or more.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Merge segments and drop deleted rows; with --ann, build graphs for approximate search."""
+    """Merge segments and drop deleted rows; with --ann, build approximate indexes."""
     from intaglio.search import Index
 
     with Index.open(index) as opened, progress_bar() as progress:
-        result = opened.compact(progress, graphs=ann)
+        result = opened.compact(progress, approximate=ann)
     if json:
         print_json({"index": str(index), **result})
         return
@@ -280,6 +280,8 @@ def compact(
         f"{index}: {result['segments_before']} segments became {result['segments']}, "
         f"{result['bytes_before'] / 1e6:,.1f} MB became {result['bytes'] / 1e6:,.1f} MB"
     )
+    if ann:
+        print_out(f"{index}: {result['approximate']} of {result['segments']} segments have an approximate index")
 
 
 @handle_errors

@@ -56,14 +56,14 @@ class Compaction:
                 self.merge(group)
         self.store.shrink()
 
-    def build_graphs(self, progress: Progress | None) -> None:
-        """Write the missing graphs of large segments."""
+    def build_approximate(self, progress: Progress | None) -> None:
+        """Write the missing approximate indexes of large segments."""
         with self.view() as snapshot:
-            large = [s for s in snapshot.segments if s.row.rows >= ann.MIN_ROWS and not s.graph_file.exists()]
+            large = [s for s in snapshot.segments if s.row.rows >= ann.MIN_ROWS and not s.ann_file.exists()]
         for number, segment in enumerate(large):
             if progress:
-                progress(number, len(large), "building graphs")
-            ann.build(segment.arrays["dense.vectors"], segment.graph_file)
+                progress(number, len(large), "building approximate indexes")
+            ann.build(segment.arrays, segment.ann_file)
 
     def drop_damaged(self) -> None:
         """Drop corrupt segments without a live chunk."""
@@ -111,7 +111,7 @@ class Compaction:
                 self.store.register(new)
         for row in rows:
             self.store.file(row.number).unlink(missing_ok=True)
-            self.store.graph_file(row.number).unlink(missing_ok=True)
+            self.store.ann_file(row.number).unlink(missing_ok=True)
 
 
 def _tier(segment: Segment) -> int:

@@ -156,7 +156,7 @@ def evaluate(
         judged: queries and relevant documents.
         k: results for each query. Default 100.
         device: of the encoder. Default: the CPU.
-        approximate: search by graphs, and measure the recall of exact search. Default False.
+        approximate: search approximately, and measure the recall of exact search. Default False.
         progress: called with (done, total, what).
 
     Returns:

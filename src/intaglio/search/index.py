@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
 import time
-import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from intaglio.errors import IntaglioError, shorten
+from intaglio.errors import IntaglioError
 from intaglio.search import ann
 from intaglio.search import filters as conditions
 from intaglio.search.compaction import Compaction
@@ -30,7 +28,7 @@ from intaglio.search.milvus import MilvusIndex
 from intaglio.search.results import AddReport, Filters, Hit, Kind, Progress, check_queries
 from intaglio.search.retrieval import Retrieval
 from intaglio.search.segment_writer import SegmentWriter
-from intaglio.search.snapshot import Snapshot
+from intaglio.search.snapshot import Snapshots
 from intaglio.search.storage import DATABASE, Store, sentences
 
 BATCH_CHUNKS, BATCH_CHARACTERS = 4096, 32 << 20
@@ -138,7 +136,9 @@ class Index:
         self._device = device
         self._given, self._loaded = encoder, None if check_encoder else encoder
         self._analyzer_loaded: Analyzer | None = None
-        self._snapshot: Snapshot | None = None
+        bm25 = BM25(self._bm25["k1"], self._bm25["b"]) if self._bm25 else None
+        self._snapshots = Snapshots(self._store, bm25)
+        self._view = self._snapshots.view
         self._lock = threading.RLock()
         self._retrieval = Retrieval(self._store.db, self._analyzer, self._encoder)
         self._compaction = Compaction(self._store, self._view)
@@ -173,55 +173,19 @@ class Index:
                 committed before stay.
         """
         started, report = time.perf_counter(), AddReport()
-        pending: dict[str, Document] = {}
-        characters = count = 0
         encoder = self._encoder()
         most = min(BATCH_CHARACTERS, BATCH_CHUNKS * (self._chunk or 2000)) if encoder else BATCH_CHARACTERS
-        writer = SegmentWriter(self._store, self._analyzer() if self._bm25 else None, encoder, self._chunk)
+        analyzer = self._analyzer() if self._bm25 else None
+        writer = SegmentWriter(self._store, analyzer, encoder, self._chunk, self._compaction.merge_tiers)
         with self._lock, self._store.writing():
-            db = self._store.db
-            # In a temporary file: the ids of a source may not fit in memory.
-            db.execute("CREATE TEMP TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
-            db.execute("DELETE FROM seen")
             with self._view() as snapshot:
                 damaged = [(row.first, row.last) for row in snapshot.damaged]
-            for document in read_documents(documents, text_field=text_field, id_field=id_field, skipped=report.skipped):
-                count += 1
-                if progress:
-                    progress(count, 0, "reading")
-                if not document.text.strip():
-                    report.skipped.append(f"the document {shorten(document.id)!r} is empty")
-                    continue
-                known = db.execute("SELECT number, digest FROM documents WHERE id = ?", (document.id,)).fetchone()
-                waiting = pending.get(document.id)
-                digest = waiting.digest if waiting else known[1] if known else None
-                new = db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (document.id,)).rowcount
-                if not new and digest != document.digest:
-                    raise IntaglioError(
-                        f"the id {shorten(document.id)!r} is that of two documents; ids must be unique (what was"
-                        " committed before is kept)"
-                    )
-                if digest == document.digest and (waiting or not self._overlaps(known[0], damaged)):
-                    report.unchanged += 1
-                    continue
-                pending[document.id] = document
-                characters += len(document.text)
-                if characters >= most:
-                    writer.flush(pending, report, progress)
-                    self._compaction.merge_tiers()
-                    characters = 0
-            if pending:
-                writer.flush(pending, report, progress)
+            source = read_documents(documents, text_field=text_field, id_field=id_field, skipped=report.skipped)
+            count = writer.write(source, most, damaged, report, progress)
             if not count and not report.skipped:
                 raise IntaglioError("there is no document to index")
-            self._compaction.merge_tiers()
         report.seconds = time.perf_counter() - started
         return report
-
-    def _overlaps(self, document: int, ranges: Sequence[tuple[int, int]]) -> bool:
-        """Return whether a chunk of a document lies in one of these ranges."""
-        sql = "SELECT 1 FROM chunks WHERE document = ? AND chunk BETWEEN ? AND ?"
-        return any(self._store.db.execute(sql, (document, *ends)).fetchone() for ends in ranges)
 
     def delete(self, ids: Iterable[str] | None = None, *, filters: Filters | None = None) -> int:
         """Delete documents by id or by metadata, and return their number.
@@ -232,18 +196,12 @@ class Index:
         if ids is None and not filters:
             raise IntaglioError("nothing to delete was named; give ids or a filter")
         with self._lock, self._store.writing():
-            db = self._store.db
-            numbers = []
-            for identity in dict.fromkeys(ids or ()):
-                row = db.execute("SELECT number FROM documents WHERE id = ?", (identity,)).fetchone()
-                if row is None:
-                    name = shorten(str(identity))
-                    raise IntaglioError(f"no document of {self.path} has the id {name!r}; nothing was deleted")
-                numbers.append(row[0])
+            numbers = self._store.numbers(ids or ())
             if filters:
                 where, parameters = conditions.to_sql(filters)
-                chosen = {row[0] for row in db.execute(f"SELECT number FROM documents WHERE {where}", parameters)}
-                numbers = sorted(chosen) if ids is None else [number for number in numbers if number in chosen]
+                chosen = self._store.db.execute(f"SELECT number FROM documents WHERE {where}", parameters).fetchall()
+                kept = {number for (number,) in chosen}
+                numbers = sorted(kept) if ids is None else [number for number in numbers if number in kept]
             if numbers:
                 with self._store.transaction():
                     for number in numbers:
@@ -268,8 +226,8 @@ class Index:
             filters: conditions on metadata; see `Filters`.
             explain: fill in `Hit.terms` and `Hit.parts`. Default False.
             mode: for a hybrid index, use only this retriever. Default: the index's kind.
-            approximate: search dense vectors by the graphs that `compact(graphs=True)` builds; segments without a
-                graph are searched exactly. Default False.
+            approximate: search vectors by the indexes that `compact(approximate=True)` builds; segments without one
+                are searched exactly. Default False.
 
         Returns:
             At most k hits in descending order of score; equal scores in the order of addition.
@@ -292,10 +250,8 @@ class Index:
         """Search for several queries; as `search`, encoding them together."""
         check_queries(queries, k)
         names = self._retrievers(mode)
-        if approximate and "dense" not in names:
-            raise IntaglioError(
-                f"approximate search is of dense vectors; {self.path} is searched by {', '.join(names)}"
-            )
+        if approximate and names == ["bm25"]:
+            raise IntaglioError(f"approximate search is of dense or sparse vectors; {self.path} is searched by bm25")
         with self._lock, sentences(self.path):
             encoded = {name: self._retrieval.encode(name, queries) for name in names}
             with self._view() as snapshot:
@@ -324,28 +280,6 @@ class Index:
             raise IntaglioError(f"mode is {mode!r}; the index {self.path} has: {', '.join(own)}")
         return [mode]
 
-    @contextlib.contextmanager
-    def _view(self) -> Iterator[Snapshot]:
-        """Give the block one consistent view of database and segments."""
-        missing = -1
-        while True:
-            with self._store.reading():
-                generation, previous = self._store.generation(), self._snapshot
-                if previous is None or previous.generation != generation:
-                    bm25 = BM25(self._bm25["k1"], self._bm25["b"]) if self._bm25 else None
-                    try:
-                        self._snapshot = Snapshot.read(self._store, bm25, previous, missing == generation)
-                    except FileNotFoundError:
-                        # Unlinked by a compaction since this view began; if not, the next view is of this generation.
-                        missing = generation
-                        continue
-                    for row, sentence in self._snapshot.damaged.items():
-                        if previous is None or row not in previous.damaged:
-                            warnings.warn(sentence, stacklevel=4)
-                assert self._snapshot is not None
-                yield self._snapshot
-                return
-
     @property
     def damaged(self) -> list[str]:
         """A sentence for each corrupt segment; the others stay searchable."""
@@ -368,32 +302,34 @@ class Index:
             self._loaded = check_space(self.path, recorded, self._given or self._encoder_name, self._device)
         return self._loaded
 
-    def compact(self, progress: Progress | None = None, *, graphs: bool = False) -> dict[str, Any]:
+    def compact(self, progress: Progress | None = None, *, approximate: bool = False) -> dict[str, Any]:
         """Merge segments and drop deleted rows.
 
         Args:
             progress: called with (done, total, what).
-            graphs: then build the graphs of approximate search for dense segments of at least 20,000 chunks. Default
-                False.
+            approximate: then build approximate indexes of segments of at least 20,000 chunks (dense: usearch; sparse:
+                Seismic). Default False.
 
         Returns:
-            {"segments_before", "segments", "bytes_before", "bytes", "seconds"}.
+            {"segments_before", "segments", "approximate", "bytes_before", "bytes", "seconds"}; `approximate` is the
+            number of segments with an approximate index.
         """
-        if graphs:
-            ann.check_installed()
-            if "dense" not in self._retrievers(None):
-                raise IntaglioError(f"graphs are of dense vectors; {self.path} is {self.kind}")
+        if approximate:
+            if self._store.settings["encoder"] is None:
+                raise IntaglioError(f"approximate indexes are of dense or sparse vectors; {self.path} is {self.kind}")
+            ann.check_installed(self._store.settings["encoder"]["kind"])
         started = time.perf_counter()
         with self._lock, self._store.writing():
             before = self._store.segments()
             self._compaction.merge_all(progress)
-            if graphs:
-                self._compaction.build_graphs(progress)
-                self._snapshot = None  # opened again with them
+            if approximate:
+                self._compaction.build_approximate(progress)
+                self._snapshots.drop()  # opened again with them
             after = self._store.segments()
         return {
             "segments_before": len(before),
             "segments": len(after),
+            "approximate": sum(self._store.ann_file(row.number).exists() for row in after),
             "bytes_before": sum(row.bytes for row in before),
             "bytes": sum(row.bytes for row in after),
             "seconds": time.perf_counter() - started,
@@ -406,10 +342,10 @@ class Index:
             verify: compare every segment with its checksum. Default False.
 
         Returns:
-            {"path", "version", "kind", "documents", "chunks", "deleted", "segments", "graphs", "bytes": {"text",
+            {"path", "version", "kind", "documents", "chunks", "deleted", "segments", "approximate", "bytes": {"text",
             "database", "segments", "total"}, "encoder": {"name", "kind", "dimensions", "pooling", "fingerprint", ...}
-            or None, "bm25": {"language", "k1", "b"} or None, "chunk", "damaged": [...]}; `bytes["text"]` is the raw
-            text's UTF-8 size.
+            or None, "bm25": {"language", "k1", "b"} or None, "chunk", "damaged": [...]}; `approximate` is the number
+            of segments with an approximate index, `bytes["text"]` the raw text's UTF-8 size.
         """
         with self._lock, sentences(self.path), self._view() as snapshot:
             return describe(self._store, snapshot, verify)
@@ -438,7 +374,7 @@ class Index:
 
     def close(self) -> None:
         """Close the database and the segments."""
-        self._snapshot = None
+        self._snapshots.drop()
         self._store.close()
 
 

@@ -21,8 +21,8 @@ def describe(store: Store, snapshot: Snapshot, verify: bool) -> dict[str, Any]:
     files = [store.path / name for name in (DATABASE, f"{DATABASE}-wal")]
     database = sum(file.stat().st_size for file in files if file.exists())
     rows = store.segments()
-    graphs = [file for file in (store.graph_file(row.number) for row in rows) if file.exists()]
-    held = sum(row.bytes for row in rows) + sum(file.stat().st_size for file in graphs)
+    approximate = [file for file in (store.ann_file(row.number) for row in rows) if file.exists()]
+    held = sum(row.bytes for row in rows) + sum(file.stat().st_size for file in approximate)
     return {
         "path": str(store.path),
         "version": settings["version"],
@@ -31,7 +31,7 @@ def describe(store: Store, snapshot: Snapshot, verify: bool) -> dict[str, Any]:
         "chunks": db.execute("SELECT count(*) FROM chunks").fetchone()[0],
         "deleted": db.execute("SELECT count(*) FROM dead").fetchone()[0],
         "segments": len(rows),
-        "graphs": len(graphs),
+        "approximate": len(approximate),
         "bytes": {"text": text, "database": database, "segments": held, "total": database + held},
         "encoder": settings["encoder"],
         "bm25": settings["bm25"],

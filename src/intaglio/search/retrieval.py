@@ -60,8 +60,8 @@ class Retrieval:
         """Return (document, position of its best chunk, score) of the best documents for each query."""
 
         def search(batch: Any, k: int) -> list[tuple[Any, Any]]:
-            if name == "dense" and approximate:
-                segments = [(segment.arrays["dense.vectors"], segment.graph) for segment in snapshot.segments]
+            if approximate and name != "bm25":
+                segments = [segment.approximate for segment in snapshot.segments]
                 return ann.search(segments, allowed or snapshot.alive, batch, k)
             if name == "dense":
                 vectors = [segment.arrays["dense.vectors"] for segment in snapshot.segments]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, shorten
 from intaglio.search.documents import Document, chunk_spans
 from intaglio.search.encoders import TextEncoder
 from intaglio.search.lexical import Analyzer, Postings
@@ -33,12 +33,66 @@ class SegmentWriter:
         analyzer: of BM25; None without it.
         encoder: None without vectors.
         chunk: most characters of a chunk; 0 keeps documents whole.
+        committed: called after each commit.
     """
 
     store: Store
     analyzer: Analyzer | None
     encoder: TextEncoder | None
     chunk: int
+    committed: Callable[[], None]
+
+    def write(
+        self,
+        documents: Iterable[Document],
+        most: int,
+        damaged: Sequence[tuple[int, int]],
+        report: AddReport,
+        progress: Progress | None,
+    ) -> int:
+        """Commit new and changed documents, at most about `most` characters at a time; return the number read.
+
+        Documents with chunks in the ranges `damaged` are written again.
+
+        Raises:
+            IntaglioError: two different documents have the same id.
+        """
+        db, pending = self.store.db, dict[str, Document]()
+        count = characters = 0
+        # In a temporary file: the ids of a source may not fit in memory.
+        db.execute("CREATE TEMP TABLE IF NOT EXISTS seen (id TEXT PRIMARY KEY) WITHOUT ROWID")
+        db.execute("DELETE FROM seen")
+        for count, document in enumerate(documents, start=1):
+            if progress:
+                progress(count, 0, "reading")
+            if not document.text.strip():
+                report.skipped.append(f"the document {shorten(document.id)!r} is empty")
+                continue
+            known = db.execute("SELECT number, digest FROM documents WHERE id = ?", (document.id,)).fetchone()
+            waiting = pending.get(document.id)
+            digest = waiting.digest if waiting else known[1] if known else None
+            new = db.execute("INSERT OR IGNORE INTO seen VALUES (?)", (document.id,)).rowcount
+            if not new and digest != document.digest:
+                raise IntaglioError(
+                    f"the id {shorten(document.id)!r} is that of two documents; ids must be unique (what was"
+                    " committed before is kept)"
+                )
+            if digest == document.digest and (waiting or not self._overlaps(known[0], damaged)):
+                report.unchanged += 1
+                continue
+            pending[document.id] = document
+            characters += len(document.text)
+            if characters >= most:
+                self.flush(pending, report, progress)
+                characters = 0
+        if pending:
+            self.flush(pending, report, progress)
+        return count
+
+    def _overlaps(self, document: int, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Return whether a chunk of a document lies in one of these ranges."""
+        sql = "SELECT 1 FROM chunks WHERE document = ? AND chunk BETWEEN ? AND ?"
+        return any(self.store.db.execute(sql, (document, *ends)).fetchone() for ends in ranges)
 
     def flush(self, pending: dict[str, Document], report: AddReport, progress: Progress | None) -> None:
         """Commit documents as one segment."""
@@ -76,6 +130,7 @@ class SegmentWriter:
         report.updated += updated
         report.chunks += len(texts)
         pending.clear()
+        self.committed()
 
 
 def _encode(encoder: TextEncoder, texts: Sequence[str], progress: Progress | None) -> dict[str, NDArray[Any]]:

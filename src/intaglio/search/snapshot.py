@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +27,7 @@ class Segment:
     row: SegmentRow
     arrays: dict[str, NDArray[Any]]
     alive: NDArray[np.uint8] | None
-    graph_file: Path
+    ann_file: Path
 
     @property
     def live(self) -> NDArray[np.bool_]:
@@ -32,9 +35,9 @@ class Segment:
         return np.ones(self.row.rows, np.bool_) if self.alive is None else self.alive != 0
 
     @cached_property
-    def graph(self) -> Any:
-        """The usearch graph of the dense vectors, or None."""
-        return ann.load(self.graph_file)
+    def approximate(self) -> ann.Rows:
+        """The vectors with their approximate index, if there is one."""
+        return ann.load(self.arrays, self.ann_file)
 
     @cached_property
     def bm25(self) -> Postings:
@@ -89,7 +92,7 @@ class Snapshot:
                 continue
             gone = dead[np.searchsorted(dead, row.first) : np.searchsorted(dead, row.last, side="right")]
             alive = (~member(arrays["chunks"], gone)).astype(np.uint8) if len(gone) else None
-            segments.append(Segment(row, arrays, alive, store.graph_file(row.number)))
+            segments.append(Segment(row, arrays, alive, store.ann_file(row.number)))
         return cls(store.generation(), segments, damaged, bm25)
 
     @cached_property
@@ -121,6 +124,44 @@ class Snapshot:
         return any(left.row.last < row.first < right.row.first for row in self.damaged)
 
 
+class Snapshots:
+    """The current snapshot of an index, read again after a commit.
+
+    Args:
+        store: the index's directory.
+        bm25: the weighting, if the index has BM25.
+    """
+
+    def __init__(self, store: Store, bm25: BM25 | None) -> None:
+        self._store, self._bm25 = store, bm25
+        self._current: Snapshot | None = None
+
+    @contextlib.contextmanager
+    def view(self) -> Iterator[Snapshot]:
+        """Give the block one consistent view of database and segments; warn of newly damaged segments."""
+        missing = -1
+        while True:
+            with self._store.reading():
+                generation, previous = self._store.generation(), self._current
+                if previous is None or previous.generation != generation:
+                    try:
+                        self._current = Snapshot.read(self._store, self._bm25, previous, missing == generation)
+                    except FileNotFoundError:
+                        # Unlinked by a compaction since this view began; if not, the next view is of this generation.
+                        missing = generation
+                        continue
+                    for row, sentence in self._current.damaged.items():
+                        if previous is None or row not in previous.damaged:
+                            warnings.warn(sentence, stacklevel=4)
+                assert self._current is not None
+                yield self._current
+                return
+
+    def drop(self) -> None:
+        """Close the current snapshot."""
+        self._current = None
+
+
 def member(values: NDArray[np.int64], members: NDArray[np.int64]) -> NDArray[np.bool_]:
     """Return which values are among ascending members."""
     if not len(members):
@@ -129,4 +170,4 @@ def member(values: NDArray[np.int64], members: NDArray[np.int64]) -> NDArray[np.
     return result
 
 
-__all__ = ["Segment", "Snapshot", "member"]
+__all__ = ["Segment", "Snapshot", "Snapshots", "member"]

@@ -2,7 +2,7 @@
 
     index.db              settings, documents, chunks, deleted chunks, the list of segments
     segments/N.safetensors  vectors and posting lists of a run of chunks
-    segments/N.usearch    graph of these vectors, optional
+    segments/N.ann        approximate index of these vectors, optional
     lock                  held by the writer
 
 The commit point is a SQLite transaction: a segment is written and flushed first, then registered together with its
@@ -21,14 +21,14 @@ import os
 import sqlite3
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from intaglio import atomic_io
-from intaglio.errors import IntaglioError, first_line
+from intaglio.errors import IntaglioError, first_line, shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -152,7 +152,7 @@ class Store:
         busy = f"the index {self.path} is being written by another process; try again when it is done"
         with atomic_io.locked(self.path / LOCK, busy), sentences(self.path):
             rows = self.segments()
-            known = {file(row.number) for row in rows for file in (self.file, self.graph_file)}
+            known = {file(row.number) for row in rows for file in (self.file, self.ann_file)}
             for file in (self.path / SEGMENTS).iterdir():
                 if file not in known:
                     file.unlink()
@@ -205,9 +205,9 @@ class Store:
         """Return the file of a segment."""
         return self.path / SEGMENTS / f"{number}.safetensors"
 
-    def graph_file(self, number: int) -> Path:
-        """Return the file of a segment's graph, which `index compact --ann` writes."""
-        return self.file(number).with_suffix(".usearch")
+    def ann_file(self, number: int) -> Path:
+        """Return the file of a segment's approximate index, which `index compact --ann` writes."""
+        return self.file(number).with_suffix(".ann")
 
     def write_segment(self, arrays: dict[str, NDArray[Any]]) -> SegmentRow:
         """Write and flush a segment; it is registered by `register`."""
@@ -237,6 +237,21 @@ class Store:
         """Register a segment, inside a transaction."""
         values = dataclasses.astuple(row)
         self.db.execute("INSERT INTO segments VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+    def numbers(self, ids: Iterable[str]) -> list[int]:
+        """Return the numbers of documents by id.
+
+        Raises:
+            IntaglioError: an id is unknown.
+        """
+        numbers = []
+        for identity in dict.fromkeys(ids):
+            row = self.db.execute("SELECT number FROM documents WHERE id = ?", (identity,)).fetchone()
+            if row is None:
+                name = shorten(str(identity))
+                raise IntaglioError(f"no document of {self.path} has the id {name!r}; nothing was deleted")
+            numbers.append(int(row[0]))
+        return numbers
 
     def remove(self, document: int) -> None:
         """Delete a document, inside a transaction."""
