@@ -171,7 +171,8 @@ def _self_attention(block: nn.Module) -> nn.Module | None:
         for name, module in block.named_modules()
         if name
         and any(word in name.lower().rpartition(".")[2] or name.endswith(".self") for word in _ATTENTION_WORDS)
-        and any(isinstance(child, (nn.Linear, Conv1D, ReplacedLinear)) for child in module.children())
+        # An adapter of PEFT keeps its linear layer as `base_layer`.
+        and any(isinstance(getattr(c, "base_layer", c), (nn.Linear, Conv1D, ReplacedLinear)) for c in module.children())
     ]
     # Families that do not call the attention interface have neither attribute.
     marked = [module for module in candidates if hasattr(module, "is_causal") or hasattr(module, "scaling")]

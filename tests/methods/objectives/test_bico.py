@@ -298,6 +298,14 @@ def test_it_trains_in_a_stock_trainer(tmp_path: Path) -> None:
     assert not same(before, weights(checkpoint_))
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_adapters_are_trained_too(family: str) -> None:
+    ckpt = checkpoint(family, layers=1)
+    run(ckpt, objective=BICO(length=24, denoise_ratio=1.0, mask_token=3), steps=2, lora={"r": 2})
+    assert not same(weights(ckpt), weights(checkpoint(family, layers=1)))
+    assert type(ckpt.model) is type(tiny_model(family, layers=1))
+
+
 def test_bad_input_is_one_sentence() -> None:
     cases = [
         (lambda: run(checkpoint(layers=1), objective=BICO(length=24), gradient_checkpointing=True),
