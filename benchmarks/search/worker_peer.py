@@ -58,7 +58,7 @@ def milvus_lite(data: dict[str, np.ndarray]) -> tuple[list[float], list[set[int]
         for a, b in zip(data["query_ptr"][:-1], data["query_ptr"][1:], strict=True):
             query = vector(data["query_terms"][a:b], data["query_weights"][a:b])
             began = time.perf_counter()
-            (hits,) = client.search("rows", [query], limit=K, search_params={"metric_type": "IP"})
+            (hits,) = client.search("rows", [query], anns_field="vector", limit=K, search_params={"metric_type": "IP"})
             times.append(time.perf_counter() - began)
             results.append({int(hit["row"]) for hit in hits})
         return times, results
