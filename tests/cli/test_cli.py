@@ -616,7 +616,10 @@ def test_half_characters_wait_for_their_other_half() -> None:
         (["--json", "--show-drafts"], "--show-drafts colours text, which --json does not print; give one of them"),
         (["--decoder", "greedy", "--set", "nodes=1"], "the decoder greedy has no settings (--set nodes); aded"),
         (["--decoder", "sample", "--show-drafts"], "the decoder sample drafts nothing for --show-drafts to show"),
-        (["--decoder", "adad"], "there is no decoder named 'adad'; accepted: greedy, sample, aded, chimera, dyspec"),
+        (
+            ["--decoder", "adad"],
+            "there is no decoder named 'adad'; accepted: greedy, sample, aded, apply_pretrained, awrs",
+        ),
         (["--decoder", "ngram"], "the decoder ngram needs a corpus; give it with --set corpus=..."),
         (["--decoder", "ngram", "--set", "order=1", "--set", "corpus={corpus}"], "order is 1; it must be at least 2"),
         (["--decoder", "prompt_lookup", "--set", "nodes=0"], "nodes is 0; it must be at least 1"),

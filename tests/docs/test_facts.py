@@ -25,7 +25,7 @@ def test_the_example_is_a_valid_shipped_recipe_that_uses_the_method(slug: str) -
     method = get_method(slug)(**fields)
     if facts.is_last_step(example.document, slug):
         assert recipe.steps[-1] == method
-    if method.fitted:
+    if method.fitted and "objective" not in PUBLISHED[slug].kinds:
         assert isinstance(recipe.steps[-1], Fit)
         assert recipe.steps[-1].method == method
 

@@ -385,13 +385,13 @@ def generate(
 
     def write(piece: str) -> None:
         nonlocal streamed
-        streamed = True
+        streamed = streamed or piece != ""
         sys.stdout.write(piece)
         sys.stdout.flush()
 
     def painted(piece: str, drafted: bool) -> None:
         nonlocal streamed
-        streamed = True
+        streamed = streamed or piece != ""
         paint(piece, drafted)
 
     try:

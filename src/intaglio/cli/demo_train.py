@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from intaglio import atomic_io, report
+from intaglio.cli.demo_infill import infilling
 from intaglio.methods.base import Progress, no_progress
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
@@ -56,7 +57,7 @@ def recommender(
     return document, report.recommender_section(document, "A recommender: SASRec on MovieLens-100K")
 
 
-TOPICS: dict[str, Topic] = {"recommender": Topic(("movielens",), recommender)}
+TOPICS: dict[str, Topic] = {"recommender": Topic(("movielens",), recommender), "infilling": Topic((), infilling)}
 """The runs of the demo by name, in order."""
 
 

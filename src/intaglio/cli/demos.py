@@ -87,6 +87,8 @@ def _demo_train(output: Path | None, device: str | None, seed: int, json: bool) 
         return
     for table in report.recommender_tables(document["topics"]["recommender"]):
         out.print(table)
+    for row in document["topics"]["infilling"]["steps"][-1]["samples"]["rows"][:2]:
+        print_out(f"a held-out line: {row['expected']!r}; filled in before: {row['before']!r}, after: {row['after']!r}")
     print_out(f"everything took {document['seconds']:.0f} s\nreport: {output / 'report.html'}")
     print_out(f"ask it yourself: intaglio recommend {output / 'recommender'} --history 'Star Wars' --history Alien")
 

@@ -732,6 +732,13 @@ class HeadOnly:
         return logits
 
 
+@dataclass
+class _BaseOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """Output of a base model of any kind; mixtures of experts read router logits from it."""
+
+    router_logits: Any = None
+
+
 class _Given(nn.Module):
     """Stand-in for the base model, or one that holds it as `decoder`, that returns a given hidden state."""
 
@@ -744,8 +751,8 @@ class _Given(nn.Module):
     def decoder(self) -> _Given:
         return self
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> _BaseOutput:
+        return _BaseOutput(last_hidden_state=self.hidden)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from intaglio.checkpoint.from_scratch import new
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
-from intaglio.evidence.testbeds.haystack import BOS, EOS, QUESTION, SPECIAL, word_tokenizer
+from intaglio.evidence.testbeds.haystack import BOS, EOS, QUESTION, ROLES, SPECIAL, word_tokenizer
 from intaglio.evidence.testbeds.splits import BOUNDS, Part, Prompt, Sized, check_part, draw, generator, part_of
 
 MODES = (0.35, 0.25, 0.15, 0.1, 0.1, 0.05)
@@ -83,7 +83,7 @@ class OneToMany(Sized):
     def new(self, seed: int) -> Checkpoint:
         """Return an untrained Llama."""
         words = [f"a{m}.{p}.{s}" for m in range(len(MODES)) for p in range(PLACES) for s in range(2)]
-        tokenizer = word_tokenizer((*SPECIAL, *words, *(f"o{i}" for i in range(self.objects))))
+        tokenizer = word_tokenizer((*SPECIAL, *words, *(f"o{i}" for i in range(self.objects))), **ROLES)
         return new(
             "llama", width=self.width, depth=self.depth, context=2 * LENGTH, seed=seed % 2**32, tokenizer=tokenizer
         )

@@ -1,4 +1,4 @@
-"""Diverse beam search (Vijayakumar et al., AAAI 2018): beams in groups, each penalised for repeating earlier groups.
+"""DiverseBeamSearch (Vijayakumar et al., AAAI 2018): beams in groups, each penalised for repeating earlier groups.
 
     Y_g[t] = argmax over B' distinct extensions of  sum_b score(y_b[t]) - penalty * sum_{h<g} similarity(y_b[t], Y_h[t])
 

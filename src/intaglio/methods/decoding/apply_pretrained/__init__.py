@@ -1,4 +1,4 @@
-"""Four add-ons for pretrained transformers (Yoshida, 2024): recurrence, RUM-SUNDAE, optimized caches, search.
+"""ApplyPretrained (Yoshida, TTIC 2024): recurrence, RUM-SUNDAE, optimized caches and exact search for trained models.
 
     model.generate(**inputs, custom_generate=intaglio.ApplyPretrained(window=32))               # hso
     intaglio.train(ckpt, texts, objective=intaglio.ApplyPretrained(technique="recurrence"), steps=500)
