@@ -183,7 +183,7 @@ def generate(
         settings: (methods) settings as words; see `settings.read_settings`.
         constraint: that the new text must meet (`intaglio.constraints`).
         samples: (awrs) number of particles, whose distinct outputs are all returned; None: a single draw.
-        write: called with each piece of text as it is generated; not by decoders that draft nothing.
+        write: called with each piece of text as it is generated; not by decoders without a streamer.
         paint: (drafting) called instead, with each piece and whether it was drafted.
 
     Returns:

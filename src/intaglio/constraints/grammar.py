@@ -45,7 +45,7 @@ def _reason(error: str) -> str:
     return shorten(reason.rstrip(". "), 140)
 
 
-class _Compiled(Constraint):
+class CompiledConstraint(Constraint):
     """A constraint with a grammar of llguidance; a subclass may add a check of whole outputs.
 
     Args:
@@ -78,7 +78,7 @@ class _Compiled(Constraint):
 class _GrammarState(State):
     exact = True
 
-    def __init__(self, constraint: _Compiled, vocabulary: Vocabulary, matcher: LLMatcher, data: bytes) -> None:
+    def __init__(self, constraint: CompiledConstraint, vocabulary: Vocabulary, matcher: LLMatcher, data: bytes) -> None:
         self._constraint = constraint
         self._vocabulary = vocabulary
         self._matcher = matcher
@@ -123,7 +123,7 @@ class _GrammarState(State):
         return _GrammarState(self._constraint, self._vocabulary, matcher, self._data + self._vocabulary.forms[token])
 
 
-class Grammar(_Compiled):
+class Grammar(CompiledConstraint):
     """The strings of a context-free grammar in llguidance's dialect of Lark.
 
     Args:
@@ -137,7 +137,7 @@ class Grammar(_Compiled):
         super().__init__("the grammar", text)
 
 
-class Regex(_Compiled):
+class Regex(CompiledConstraint):
     r"""The strings that a regular expression matches from beginning to end.
 
     `\d`, `\w` and `\s` are ASCII classes, as with Python's `re.ASCII`.
@@ -166,7 +166,7 @@ class Regex(_Compiled):
         return self._pattern.fullmatch(text) is not None
 
 
-class Choices(_Compiled):
+class Choices(CompiledConstraint):
     """A few given strings.
 
     Args:
@@ -183,7 +183,7 @@ class Choices(_Compiled):
         super().__init__("the list of choices", f"start: {alternatives}")
 
 
-class JSONSchema(_Compiled):
+class JSONSchema(CompiledConstraint):
     """The JSON texts that are valid under a JSON Schema.
 
     Texts have the spacing of `json.dumps`, `{"a": 1, "b": [2, 3]}`, so that they cannot be padded without end.

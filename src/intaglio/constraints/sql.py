@@ -8,7 +8,7 @@ import re
 import sqlite3
 from pathlib import Path
 
-from intaglio.constraints.grammar import _Compiled
+from intaglio.constraints.grammar import CompiledConstraint
 from intaglio.errors import IntaglioError, first_line
 
 MAX_JOINED = 12
@@ -50,7 +50,7 @@ STRING: /'([^'\n\x00]|''){0,200}'/
 """
 
 
-class SQLSelect(_Compiled):
+class SQLSelect(CompiledConstraint):
     """SELECT statements over the tables and columns of an SQLite schema.
 
     The subset: columns and aggregates, DISTINCT, one table or an inner join of two on equal columns, WHERE with AND,

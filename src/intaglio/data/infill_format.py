@@ -113,13 +113,13 @@ class FillInMiddle:
 
 def infill_format(tokenizer: Any, source: str) -> Sentinels | FillInMiddle:
     """Return the format whose tokens a tokenizer has; `source` names the model in the error message."""
-    found = Sentinels.from_tokenizer(tokenizer) or FillInMiddle.from_tokenizer(tokenizer)
-    if found is None:
+    form = Sentinels.from_tokenizer(tokenizer) or FillInMiddle.from_tokenizer(tokenizer)
+    if form is None:
         raise IntaglioError(
             f"{source} cannot fill holes: its tokenizer has neither <mask_1>, <sep> and <eom> nor fill-in-the-middle"
             " tokens; train it with the objective codegen2"
         )
-    return found
+    return form
 
 
 def check_holes(form: Sentinels | FillInMiddle, pieces: Sequence[Any]) -> None:

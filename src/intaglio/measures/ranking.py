@@ -15,7 +15,7 @@ from torch import Tensor
 
 from intaglio.errors import IntaglioError
 
-Protocol = Literal["full", "popular", "uniform"]
+RankingProtocol = Literal["full", "popular", "uniform"]
 """Candidates of a ranking: all items, or the target among negatives drawn by popularity or uniformly."""
 NEGATIVES = 100
 """Negatives of the sampled protocols, as in BERT4Rec's paper."""

@@ -18,7 +18,7 @@ from intaglio.checkpoint.resolve import ITEMS
 from intaglio.data.interactions import load_interactions
 from intaglio.data.item_sequences import ItemSequences, Question
 from intaglio.environment import torch_threads, versions
-from intaglio.measures.ranking import Protocol, ranking_metrics
+from intaglio.measures.ranking import RankingProtocol, ranking_metrics
 from intaglio.methods.base import Progress
 from intaglio.methods.objectives.next_item import NextItemModel, Popularity, item_names, new_recommender, ranks
 from intaglio.recipe.resume import (
@@ -35,7 +35,7 @@ from intaglio.recipe.schema import Recipe
 from intaglio.recipe.source import RunSpec
 from intaglio.trainer.recipe_step import Train
 
-PROTOCOLS: tuple[Protocol, ...] = ("full", "popular", "uniform")
+PROTOCOLS: tuple[RankingProtocol, ...] = ("full", "popular", "uniform")
 SAMPLES, SHOWN = 3, 5
 """Users in the report, and items of each list."""
 EVALUATED = 500

@@ -19,7 +19,7 @@ from torch import Tensor
 from intaglio.errors import IntaglioError
 from intaglio.methods.decoding.apply_pretrained import ApplyPretrained
 from intaglio.methods.decoding.apply_pretrained.conditional_search import (
-    CachedModel,
+    CachedPrefixes,
     Tokens,
     conditional_beam_search,
     exact_mode,
@@ -195,7 +195,7 @@ def test_without_an_attribute_it_is_stock_beam_search(family: str) -> None:
 def test_the_cached_model_follows_any_path() -> None:
     model = tiny_model("qwen3", layers=2, dtype=torch.float64)
     prompt = IDS[0].tolist()
-    cached = CachedModel(model, prompt)
+    cached = CachedPrefixes(model, prompt)
     calls = [[()], [(5,), (6,), (7,)], [(6, 1), (6, 2)], [(6, 1, 9)], [(6,)], [(8, 8, 8), (6, 1, 4)]]
     for prefixes in calls:
         log_probs, hidden = cached(prefixes)
@@ -286,7 +286,7 @@ def test_a_label_steers_the_beam(tmp_path: Path) -> None:
     assert attachment.tensors["network.layers.2.weight"].shape == (2, 128)
     decoder = ckpt.decoder("apply_pretrained", gamma=20.0, top_k=160)
     prompt = ckpt.tokenizer("say")["input_ids"]
-    _, hidden = CachedModel(ckpt.model, prompt)([()])
+    _, hidden = CachedPrefixes(ckpt.model, prompt)([()])
     letters = {letter: ckpt.tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in "abcdef"}
     tokens = torch.tensor([list(letters.values())])
     log_q = decoder._attribute(ckpt.model, [END])([()], hidden, tokens)[0]

@@ -20,7 +20,7 @@ from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.random_language_models import Table, TableModel
 from intaglio.methods.decoding.awrs import AWRS
 from intaglio.methods.decoding.awrs.estimators import WeightedDraws, first_accepted, geometric, recursive, two_loop
-from intaglio.methods.decoding.awrs.smc import CachedModel, ancestors, effective_size
+from intaglio.methods.decoding.awrs.smc import CachedHistories, ancestors, effective_size
 from tests.alive import alive
 from tests.causal_lms import tiny_lm
 from tests.families import EOS, VOCAB, tiny_model, tiny_tokenizer
@@ -376,7 +376,7 @@ def test_the_cached_model_is_the_model(family: str) -> None:
         def processors(self, ids: Any, scores: Any) -> Any:
             return scores
 
-    cached: Any = CachedModel(model, PROMPT, Plain())  # type: ignore[arg-type]
+    cached: Any = CachedHistories(model, PROMPT, Plain())  # type: ignore[arg-type]
     rows = [PROMPT]
     with torch.inference_mode():
         got = cached.start()

@@ -26,9 +26,9 @@ def recall(measured: Measured) -> Values:
     both, forward_only = bed.facts(measured.key.seed)
     asked = {REVERSE: (forward_only, True), FORWARD: (forward_only, False), BACKGROUND: (both, True)}
     model = measured.checkpoint.model
-    found = {metric: recalled(model, bed.questions(*questions)) for metric, questions in asked.items()}
-    shares = {metric.name: 100 * float(right.float().mean()) for metric, (right, _) in found.items()}
-    return {**shares, SCORE.name: float(found[REVERSE][1].mean())}
+    answers = {metric: recalled(model, bed.questions(*questions)) for metric, questions in asked.items()}
+    shares = {metric.name: 100 * float(right.float().mean()) for metric, (right, _) in answers.items()}
+    return {**shares, SCORE.name: float(answers[REVERSE][1].mean())}
 
 
 CLAIM = Claim(

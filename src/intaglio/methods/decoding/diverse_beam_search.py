@@ -148,7 +148,7 @@ class DiverseBeamSearch(Method, slug="diverse_beam_search"):
     processor, stopping criterion, `length_penalty`, `early_stopping`, encoder-decoder models, padding on the left and
     sampling (`do_sample=True` draws within each group). With one group the output is stock beam search, id for id. Two
     details of the released code differ: it forbids the unknown token (`suppress_tokens` of `generate` does that), and
-    its groups shrink as their beams finish, where stock beam search goes on with as many beams.
+    its groups shrink as their beams finish, where stock beam search keeps as many beams.
 
     A group ranks and keeps its own finished hypotheses. At each step the tokens of its B' best candidates count, an
     end-of-text token too; a group whose search has ended adds no more. With `return_dict_in_generate` the output

@@ -317,8 +317,8 @@ class CodeGen2(Method, slug="codegen2"):
 
     def samples(self, checkpoint: Checkpoint, held_out: Sequence[str]) -> Samples:
         """Return the middle lines of texts as the model fills them; without sentinels, its continuation of the line."""
-        found = (hole for hole in map(middle_line, held_out) if hole is not None)
-        holes = [_fitted(checkpoint, *hole) for hole in islice(found, SAMPLES)]
+        lines = (hole for hole in map(middle_line, held_out) if hole is not None)
+        holes = [_fitted(checkpoint, *hole) for hole in islice(lines, SAMPLES)]
         fills = Sentinels.from_tokenizer(checkpoint.tokenizer) is not None
         shown = [
             Sample(f"{prefix}{HOLE}{suffix}", line, (_fill if fills else _continue)(checkpoint, prefix, suffix))

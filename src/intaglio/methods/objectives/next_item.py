@@ -23,7 +23,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import FAMILIES, new
 from intaglio.data.item_sequences import PAD, ItemSequences, Question
 from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.measures.ranking import NEGATIVES, Protocol, draw_candidates, rank_of
+from intaglio.measures.ranking import NEGATIVES, RankingProtocol, draw_candidates, rank_of
 from intaglio.modeling.anatomy import anatomy
 from intaglio.trainer.dataset import as_ids
 from intaglio.trainer.preserve_state import preserve_modes
@@ -229,7 +229,7 @@ def ranks(
     recommender: Checkpoint | NextItemModel | Popularity,
     questions: Sequence[Question],
     *,
-    protocol: Protocol = "full",
+    protocol: RankingProtocol = "full",
     counts: Sequence[int] = (),
     seed: int = 0,
 ) -> Tensor:
@@ -246,8 +246,8 @@ def ranks(
     Raises:
         IntaglioError: an unknown protocol, or `counts` that do not fit the items.
     """
-    if protocol not in get_args(Protocol):
-        raise IntaglioError(f"protocol is {protocol!r}; {did_you_mean(str(protocol), get_args(Protocol))}")
+    if protocol not in get_args(RankingProtocol):
+        raise IntaglioError(f"protocol is {protocol!r}; {did_you_mean(str(protocol), get_args(RankingProtocol))}")
     predictor = NextItemModel.from_checkpoint(recommender) if isinstance(recommender, Checkpoint) else recommender
     weights_V = torch.ones(max(predictor.special) + 1)
     if protocol == "popular":
@@ -264,7 +264,7 @@ def ranks(
     return torch.cat(parts)
 
 
-def _candidates(question: Question, weights_V: Tensor, protocol: Protocol, seed: int) -> Tensor:
+def _candidates(question: Question, weights_V: Tensor, protocol: RankingProtocol, seed: int) -> Tensor:
     if protocol != "full":
         rng = generator(seed, protocol, question.user)
         return draw_candidates(weights_V, question.history, question.target, NEGATIVES, rng)

@@ -32,9 +32,9 @@ from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Cost, Method, ModelAspect, Progress, Workload, no_progress
 from intaglio.methods.decoding.apply_pretrained.conditional_search import (
-    CachedModel,
-    Hypothesis,
+    CachedPrefixes,
     ModeSearch,
+    SearchedText,
     conditional_beam_search,
     exact_mode,
 )
@@ -520,10 +520,10 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         pad = ends[0] if config.pad_token_id is None else config.pad_token_id
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
 
-    def _text(self, model: Any, prompt: list[int], processors: Any, ends: list[int], most: int) -> Hypothesis:
+    def _text(self, model: Any, prompt: list[int], processors: Any, ends: list[int], most: int) -> SearchedText:
         if self.technique == "conditional_beam":
             attribute = self._attribute(model, ends)
-            scored = CachedModel(model, prompt, processors)
+            scored = CachedPrefixes(model, prompt, processors)
             return conditional_beam_search(
                 scored, ends, most, beams=self.beams, attribute=attribute, top_k=self.top_k, gamma=self.gamma
             )[0]
@@ -552,7 +552,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         """Return the result of `exact_mode` with a beam search's texts as first bounds."""
         lengths = None if self.target_length is None else [self.target_length]
         forced = None if self.target_length is None else LengthAttribute(self.target_length, ends)
-        scored = CachedModel(model, prompt, processors)
+        scored = CachedPrefixes(model, prompt, processors)
         bounds = conditional_beam_search(
             scored, ends, max_length + 1, beams=self.beams, attribute=forced, top_k=self.top_k
         )

@@ -33,7 +33,7 @@ class NextToken(Protocol):
         """Return both; the hidden states are None where there are none."""
 
 
-class CachedModel:
+class CachedPrefixes:
     """A `NextToken` of a model after a prompt; its cache follows beams and depth-first paths.
 
     Args:
@@ -85,7 +85,7 @@ def _common(a: Tokens, b: Tokens) -> int:
 
 
 @dataclass(frozen=True)
-class Hypothesis:
+class SearchedText:
     """A text of a search.
 
     Args:
@@ -116,7 +116,7 @@ class ModeSearch:
         nodes: prefixes that the model read.
     """
 
-    modes: dict[int | None, Hypothesis] = field(default_factory=dict)
+    modes: dict[int | None, SearchedText] = field(default_factory=dict)
     proven: bool = True
     nodes: int = 0
 
@@ -127,7 +127,7 @@ def exact_mode(
     max_length: int,
     *,
     lengths: Collection[int] | None = None,
-    bounds: Iterable[Hypothesis] = (),
+    bounds: Iterable[SearchedText] = (),
     node_budget: int = 10_000,
 ) -> ModeSearch:
     """Find the most likely texts by depth-first search with pruning.
@@ -154,7 +154,7 @@ def exact_mode(
         raise IntaglioError(f"lengths are {sorted(wanted)}; at least one from 0 to max_length, {max_length}, is needed")
     result, deepest = ModeSearch(), max(wanted)
 
-    def offer(text: Hypothesis) -> None:
+    def offer(text: SearchedText) -> None:
         key = wanted.get(len(text.tokens), -1)
         if key == -1 or text.end is None:
             return
@@ -171,7 +171,7 @@ def exact_mode(
         row_V = model([prefix])[0][0].double()
         for end in end_tokens:
             total = log_prob + float(row_V[end])
-            offer(Hypothesis(prefix, total, total, end))
+            offer(SearchedText(prefix, total, total, end))
         if len(prefix) == deepest:
             return
         values, order = row_V.sort(descending=True, stable=True)
@@ -205,7 +205,7 @@ def conditional_beam_search(
     attribute: Attribute | None = None,
     top_k: int | None = None,
     gamma: float = 1.0,
-) -> list[Hypothesis]:
+) -> list[SearchedText]:
     """Return the best texts by S, at most `beams`, best first.
 
     Each beam is extended by its `top_k` most likely tokens and the end tokens, all of them are scored, and the best
@@ -226,7 +226,7 @@ def conditional_beam_search(
         IntaglioError: no text has the attribute.
     """
     active: list[tuple[Tokens, float]] = [((), 0.0)]
-    finished: list[Hypothesis] = []
+    finished: list[SearchedText] = []
     for length in range(1, max_new_tokens + 1):
         prefixes = [prefix for prefix, _ in active]
         log_probs_NV, hidden_ND = model(prefixes)
@@ -251,7 +251,7 @@ def conditional_beam_search(
             ended = token in end_tokens
             if (ended or length == max_new_tokens) and rank < beams:
                 tokens = prefixes[row] if ended else (*prefixes[row], token)
-                finished.append(Hypothesis(tokens, log_prob, score, token if ended else None))
+                finished.append(SearchedText(tokens, log_prob, score, token if ended else None))
             elif not ended:
                 active.append(((*prefixes[row], token), log_prob))
         finished = sorted(finished, key=lambda text: -text.score)[:beams]

@@ -197,7 +197,7 @@ def hso_score(model: Any, ids_BT: Tensor, window: int, optimizer: CacheOptimizer
 
 
 def hso_prefill(model: Any, ids_BT: Tensor, window: int, optimizer: CacheOptimizer | None = None) -> OptimizedCache:
-    """Return the optimized cache of all tokens but the last, from which decoding goes on; arguments as `hso_score`."""
+    """Return the optimized cache of all tokens but the last, to decode from; arguments as `hso_score`."""
     return optimize_cache(model, ids_BT, window, optimizer or CacheOptimizer())[1]
 
 

@@ -32,7 +32,7 @@ from intaglio.methods.decoding.awrs.estimators import (
     recursive,
     two_loop,
 )
-from intaglio.methods.decoding.awrs.smc import CachedModel, NextTokens, Population, Resampling, Run
+from intaglio.methods.decoding.awrs.smc import CachedHistories, NextTokens, ParticleFilter, Population, Resampling
 from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.cache import holds_tokens
@@ -220,7 +220,7 @@ class AWRS(Method, slug="awrs"):
         Returns:
             weighted outputs.
         """
-        run = Run(
+        run = ParticleFilter(
             model, start, self.draw, self.particles, max_tokens, self.ess_threshold, self.resampling,
             self.proper_weights, self.prune, rng, proposal,
         )  # fmt: skip
@@ -250,7 +250,7 @@ class AWRS(Method, slug="awrs"):
         self._populations = ()
         for index, ids_P in enumerate(request.ids_BP):
             ids = ids_P if request.mask_BP is None else ids_P[request.mask_BP[index].bool()]
-            make = partial(CachedModel, prompt=ids.tolist(), request=request)
+            make = partial(CachedHistories, prompt=ids.tolist(), request=request)
             proposal = None if self.proposal is None else make(self.proposal)
             population = self.sample(make(model), start, request.room, rng, proposal)
             self._populations += (population,)

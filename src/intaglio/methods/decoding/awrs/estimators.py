@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-Estimator = Literal["two_loop", "recursive", "geometric"]
 Accept = Callable[[int], bool]
 Draw = tuple[int, float]
 """A token, and the estimate w of the accepted share (0: the particle dies; the token was rejected)."""

@@ -39,7 +39,7 @@ class NextTokens(Protocol):
         """
 
 
-class CachedModel:
+class CachedHistories:
     """A stock causal model: all histories in one forward pass, the prompt read once.
 
     Args:
@@ -93,7 +93,7 @@ class Particle:
 
     @property
     def live(self) -> bool:
-        """Whether it goes on."""
+        """Whether it continues."""
         return not self.prefix.ended and self.log_weight > -math.inf
 
 
@@ -177,8 +177,8 @@ def ancestors(log_weights: np.ndarray, scheme: Resampling, rng: np.random.Genera
 
 
 @dataclass
-class Run:
-    """A run of sequential Monte Carlo.
+class ParticleFilter:
+    """Sequential Monte Carlo over a constrained model.
 
     Args:
         model: the target p.
