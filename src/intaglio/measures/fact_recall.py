@@ -15,6 +15,7 @@ import torch
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.facts import Fact
 from intaglio.errors import IntaglioError
+from intaglio.measures.generated_text import greedy_answers
 
 NEW_TOKENS = 24
 """Tokens in which the answer must occur."""
@@ -70,21 +71,7 @@ def fact_recall(
         for start in range(0, len(group), batch_size):
             chosen = group[start : start + batch_size]
             ids_BP = torch.tensor([ids[index] for index in chosen], device=checkpoint.device)
-            texts = _continued(checkpoint, ids_BP, max_new_tokens)
+            texts = greedy_answers(checkpoint, ids_BP, max_new_tokens)
             for index, text in zip(chosen, texts, strict=True):
                 answers[index] = text
     return Recall(tuple(prompts), tuple(expected), tuple(answers))
-
-
-def _continued(checkpoint: Checkpoint, ids_BP: torch.Tensor, max_new_tokens: int) -> list[str]:
-    model: Any = checkpoint.model
-    pad = checkpoint.tokenizer.pad_token_id
-    rows_BL = model.generate(
-        ids_BP,
-        attention_mask=torch.ones_like(ids_BP),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=checkpoint.tokenizer.eos_token_id if pad is None else pad,
-    )
-    texts: list[str] = checkpoint.tokenizer.batch_decode(rows_BL[:, ids_BP.shape[1] :], skip_special_tokens=True)
-    return texts

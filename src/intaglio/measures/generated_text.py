@@ -169,6 +169,17 @@ def continue_texts(
     return texts
 
 
+@torch.no_grad()
+def greedy_answers(checkpoint: Checkpoint, prompts_NP: Tensor, max_new_tokens: int) -> list[str]:
+    """Return the text that a causal model adds to each prompt, up to its end of text; prompts are of equal length."""
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens, "pad_token_id": pad}
+    rows_NL = model.generate(prompts_NP, attention_mask=torch.ones_like(prompts_NP), **options)  # type: ignore[operator]
+    texts: list[str] = tokenizer.batch_decode(rows_NL[:, prompts_NP.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
 def greedy_continuations(checkpoint: Checkpoint, data: Segments) -> dict[str, Any] | None:
     """Return greedy continuations of the first tokens of held-out segments, and their metrics, for a report.
 

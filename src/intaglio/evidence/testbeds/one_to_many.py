@@ -19,11 +19,11 @@ from functools import lru_cache
 from typing import ClassVar
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.checkpoint.from_scratch import new
+from intaglio.checkpoint.from_scratch import new, word_tokenizer
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.cached_models import pretraining_recipe, trained_model
-from intaglio.evidence.testbeds.haystack import BOS, EOS, QUESTION, ROLES, SPECIAL, word_tokenizer
+from intaglio.evidence.testbeds.haystack import BOS, EOS, QUESTION, ROLES, SPECIAL
 from intaglio.evidence.testbeds.splits import BOUNDS, Part, Prompt, Sized, check_part, draw, generator, part_of
 
 MODES = (0.35, 0.25, 0.15, 0.1, 0.1, 0.05)

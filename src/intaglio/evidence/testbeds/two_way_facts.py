@@ -23,12 +23,12 @@ from intaglio.checkpoint.from_scratch import new, word_tokenizer
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.cached_models import pretraining_recipe
+from intaglio.evidence.testbeds.haystack import BOS, EOS, ROLES
 from intaglio.evidence.testbeds.splits import Sized, generator
 
-SPECIAL = ("<pad>", "<s>", "</s>", "<mask>", "<unk>", "is")
+SPECIAL = (*ROLES.values(), "is")
 """The first tokens of the vocabulary, in the order of their ids."""
-PAD, BOS, EOS, MASK, UNKNOWN, IS = range(len(SPECIAL))
-ROLES = dict(zip(("pad_token", "bos_token", "eos_token", "mask_token", "unk_token"), SPECIAL, strict=False))
+IS = SPECIAL.index("is")
 WORDINGS = 3
 """Of each order."""
 ANSWER = slice(5, 7)

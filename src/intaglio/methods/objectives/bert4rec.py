@@ -14,7 +14,6 @@ Dimension letters: B windows, T items of a window, M masked positions of a batch
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -34,6 +33,7 @@ from intaglio.trainer.causal_lm import IGNORED, row_length
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG
 from intaglio.trainer.special_token import reserve_token
+from intaglio.trainer.stock_trainer import EpochCollator
 from intaglio.trainer.token_classification import padded
 
 LAST_ONLY = 1 / 11
@@ -216,7 +216,7 @@ class BERT4Rec(Method, slug="bert4rec"):
     def data_collator(self, mask_id: int, seed: int = 0, vocabulary: int | None = None) -> Callable[..., Batch]:
         """Return a collator for a stock `transformers.Trainer`: `input_ids`, `attention_mask` and `labels` [B, T].
 
-        Masks follow from the seed and the number of windows collated before.
+        Masks follow from the seed, a sequence and how often its windows were collated before.
 
         Args:
             mask_id: id of the mask token.
@@ -226,12 +226,14 @@ class BERT4Rec(Method, slug="bert4rec"):
         """
         if self.mask_prob < 1 and vocabulary is None:
             raise IntaglioError("vocabulary is missing; random items are drawn where mask_prob is below 1")
-        own, rng, count = self.model_copy(), KeyedRNG(seed), itertools.count()
+        own = self.model_copy()
         own._mask_id = mask_id
         own._items = tuple(index for index in range(1, vocabulary or 1) if index != mask_id)
 
+        masks = EpochCollator(own, KeyedRNG(seed))
+
         def collate(features: Sequence[Example]) -> Batch:
-            batch = own.collate([{**row, "id": next(count), "epoch": 0} for row in features], rng)
+            batch = masks(features)
             labels_BT = torch.full_like(batch["input_ids"], IGNORED)
             labels_BT.view(-1)[batch.pop("positions")] = batch.pop("target")
             del batch["weight"]

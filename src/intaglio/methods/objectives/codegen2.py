@@ -32,6 +32,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.infill_format import END, MASK, SEPARATOR, Sentinels, check_holes, infill_format
 from intaglio.errors import IntaglioError
 from intaglio.masks import PrefixLM, temporary_visibility
+from intaglio.measures.generated_text import greedy_answers
 from intaglio.methods.base import Capability, Method, ModelAspect
 from intaglio.trainer.causal_lm import (
     IGNORED,
@@ -352,12 +353,7 @@ def _fill(checkpoint: Checkpoint, prefix: str, suffix: str) -> str:
 
 def _continue(checkpoint: Checkpoint, prefix: str, suffix: str) -> str:
     ids = checkpoint.tokenizer(prefix, return_tensors="pt", verbose=False)["input_ids"].to(checkpoint.device)
-    model: Any = checkpoint.model
-    pad = checkpoint.tokenizer.eos_token_id
-    options = {"do_sample": False, "max_new_tokens": ANSWER, "pad_token_id": pad}
-    new = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
-    text: str = checkpoint.tokenizer.decode(new, skip_special_tokens=True)
-    return text.partition("\n")[0]
+    return greedy_answers(checkpoint, ids, ANSWER)[0].partition("\n")[0]
 
 
 def _hidden(labels_T: Tensor, prefix: int) -> Tensor:

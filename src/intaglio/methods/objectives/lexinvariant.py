@@ -18,7 +18,6 @@ Dimension letters: B sequences, T tokens of a sequence, D width, V vocabulary, R
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,10 +46,10 @@ from intaglio.trainer.causal_lm import (
     packed,
     row_length,
 )
-from intaglio.trainer.dataset import read_rows
 from intaglio.trainer.preserve_state import preserve_modes
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG
+from intaglio.trainer.stock_trainer import EpochCollator, training_rows
 
 SCALE = 0.1
 """Initial logit scale of a lexinvariant model."""
@@ -434,23 +433,16 @@ class Lexinvariant(Method, slug="lexinvariant"):
 
     def rows(self, checkpoint: Checkpoint, texts: Any) -> list[Example]:
         """Return the rows of texts for a stock Trainer, and prepare the checkpoint's model."""
-        return list(read_rows(checkpoint, texts, self, KeyedRNG(0)).read())
+        return training_rows(self, checkpoint, texts, KeyedRNG(0))
 
     def module(self, checkpoint: Checkpoint) -> LexinvariantModule:
         """Return model and logit scale as one module whose forward is the loss."""
         list(self.prepare(checkpoint, [], KeyedRNG(0)))
         return LexinvariantModule(checkpoint.model, self)
 
-    def data_collator(self, seed: int = 0) -> Callable[[Sequence[Example]], Batch]:
-        """Return a collator for a stock Trainer; tables follow from the seed and the number of rows collated before."""
-        rng, count = KeyedRNG(seed), itertools.count()
-
-        def collate(features: Sequence[Example]) -> Batch:
-            batch = self.collate([{**row, "id": next(count), "epoch": 0} for row in features], rng)
-            del batch["weight"]
-            return batch
-
-        return collate
+    def data_collator(self, seed: int = 0) -> EpochCollator:
+        """Return a collator for a stock Trainer; tables follow from the seed, a row and how often it was collated."""
+        return EpochCollator(self, KeyedRNG(seed))
 
 
 def _set_table(module: Any, table: Tensor) -> None:

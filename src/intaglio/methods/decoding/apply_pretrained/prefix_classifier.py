@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intaglio.methods.decoding.apply_pretrained.conditional_search import Tokens
+from intaglio.methods.decoding.apply_pretrained.init import draw_linears
 from intaglio.modeling.anatomy import anatomy
 from intaglio.trainer.causal_lm import IGNORED
-from intaglio.trainer.rng import generator
 
 
 class PrefixClassifier(nn.Module):
@@ -41,12 +41,7 @@ class PrefixClassifier(nn.Module):
         total = width + embedding_width
         first = [nn.Linear(total, hidden), nn.GELU()] if hidden else []
         self.layers = nn.Sequential(*first, nn.Linear(hidden or total, classes))
-        rng = generator(seed, "prefix classifier")
-        with torch.no_grad():
-            for module in self.layers:
-                if isinstance(module, nn.Linear):
-                    module.weight.normal_(0, module.in_features**-0.5, generator=rng)
-                    module.bias.zero_()
+        draw_linears(self.layers, seed, "prefix classifier")
 
     @property
     def classes(self) -> int:

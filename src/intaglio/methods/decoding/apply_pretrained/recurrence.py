@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from intaglio.errors import IntaglioError
+from intaglio.methods.decoding.apply_pretrained.init import draw_linears
 from intaglio.modeling.anatomy import Anatomy, anatomy, attention
-from intaglio.trainer.rng import generator
 
 
 class WindowRecurrence(nn.Module):
@@ -46,12 +46,7 @@ class WindowRecurrence(nn.Module):
             nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, slots * width)
         )
         self.norm = nn.LayerNorm(width)
-        rng = generator(seed, "recurrence")
-        with torch.no_grad():
-            for module in self.layers:
-                if isinstance(module, nn.Linear):
-                    module.weight.normal_(0, module.in_features**-0.5, generator=rng)
-                    module.bias.zero_()
+        draw_linears(self.layers, seed, "recurrence")
         self.bias = None if bias is None else nn.Parameter(torch.full((slots,), bias))
 
     def forward(self, mean_BD: Tensor, state_BSD: Tensor | None = None) -> Tensor:

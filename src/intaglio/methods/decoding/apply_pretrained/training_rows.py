@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.data.json_lines import json_lines
 from intaglio.errors import IntaglioError, shorten
 from intaglio.methods.decoding.apply_pretrained.prefix_classifier import remaining_classes
 from intaglio.methods.decoding.apply_pretrained.seq2seq import corrupt
@@ -73,26 +73,11 @@ def labelled_texts(path: str) -> list[Example]:
     Raises:
         IntaglioError: the file cannot be read, or a line is malformed (it is named).
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise IntaglioError(
-            f"cannot read the labels {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8'}"
-        ) from None
     result = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            result.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise IntaglioError(f"line {number} of {path} is not JSON: {error}") from None
-        if not isinstance(result[-1], dict) or result[-1].get("label") not in (0, 1):
-            raise IntaglioError(
-                f"line {number} of {path} is {shorten(line)}; it needs prompt, answer and label, 0 or 1"
-            )
-    if not result:
-        raise IntaglioError(f"the labels {path} are empty; one JSON object a line is needed")
+    for place, value in json_lines(path, "labels", "prompt, answer and label, 0 or 1,"):
+        if not isinstance(value, dict) or value.get("label") not in (0, 1):
+            raise IntaglioError(f"{place} is {shorten(json.dumps(value))}; it needs prompt, answer and label, 0 or 1")
+        result.append(value)
     return result
 
 
