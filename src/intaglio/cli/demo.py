@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from intaglio import atomic_io, report
 from intaglio.checkpoint import load
+from intaglio.cli.demo_output import demo_directory
 from intaglio.methods.base import Method, Progress, no_progress
 from intaglio.recipe.data import Data, make_evaluator, prepare_data, read_texts
 from intaglio.recipe.report_document import environment, non_default_fields
@@ -57,10 +57,16 @@ def demo(
         The content of `report.json`: `{dense: side, variants: [side + name, slug, amount, parameters, seconds], best,
         notes}`.
     """
+    with demo_directory(output) as temporary:
+        document = _document(device, seed, progress)
+        (temporary / "report.json").write_text(atomic_io.to_json(document), encoding="utf-8")
+        (temporary / "report.html").write_text(report.demo_page(document), encoding="utf-8")
+    return document
+
+
+def _document(device: str | None, seed: int, progress: Progress) -> dict[str, Any]:
+    """Return the measurements of the dense model and of all variants."""
     started = time.time()
-    output = Path(output)
-    ours = output.is_dir() and {file.name for file in output.iterdir()} <= {"report.html", "report.json"}
-    atomic_io.check_target(output, overwrite=ours)
     shared = recipe(seed)
     checkpoint = load(MODEL, device=device)
     data = prepare_data(shared, checkpoint, read_texts(shared))
@@ -83,7 +89,7 @@ def demo(
                 "seconds": seconds,
             }
         )
-    document = {
+    return {
         "format": report.FORMAT,
         "title": "SmolLM2-135M pruned four ways, and reading half of its weights",
         "model": MODEL,
@@ -98,10 +104,6 @@ def demo(
             "every token sparse.",
         ],
     }
-    with atomic_io.directory(output, overwrite=ours) as temporary:
-        (temporary / "report.json").write_text(atomic_io.to_json(document), encoding="utf-8")
-        (temporary / "report.html").write_text(report.demo_page(document), encoding="utf-8")
-    return document
 
 
 def _labelled(progress: Progress, label: str) -> Progress:

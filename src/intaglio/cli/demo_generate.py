@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from intaglio import atomic_io
 from intaglio.checkpoint import load
+from intaglio.cli.demo_output import demo_directory
 from intaglio.cli.generate import generate
 from intaglio.constraints import JSONSchema, Regex
 
@@ -63,15 +63,12 @@ def demo(
         `{parts: [result of generate + title, prompt], seconds}`.
     """
     started = time.time()
-    output = Path(output)
-    ours = output.is_dir() and {file.name for file in output.iterdir()} <= {"report.json"}
-    atomic_io.check_target(output, overwrite=ours)
-    checkpoint, parts = load("smollm2", device=device), []
-    for title, prompt, options in PARTS:
-        part = {"title": title, "prompt": prompt, **generate(checkpoint, prompt, seed=seed, **options)}
-        parts.append(part)
-        show(part)
-    document = {"parts": parts, "seconds": time.time() - started}
-    with atomic_io.directory(output, overwrite=ours) as temporary:
+    with demo_directory(output) as temporary:
+        checkpoint, parts = load("smollm2", device=device), []
+        for title, prompt, options in PARTS:
+            part = {"title": title, "prompt": prompt, **generate(checkpoint, prompt, seed=seed, **options)}
+            parts.append(part)
+            show(part)
+        document = {"parts": parts, "seconds": time.time() - started}
         (temporary / "report.json").write_text(atomic_io.to_json(document), encoding="utf-8")
     return document

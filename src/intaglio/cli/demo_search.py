@@ -6,7 +6,6 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -14,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from intaglio import atomic_io
+from intaglio.cli.demo_output import demo_directory
 from intaglio.data.docstrings import Pair, pairs, words
 from intaglio.data.python_source import source_files
 from intaglio.methods.base import Progress, no_progress
@@ -80,18 +80,15 @@ def demo(
         `evaluate`, `examples` the first results of each query by index.
     """
     started = time.time()
-    output = Path(output)
-    ours = (output / "report.json").is_file()
-    atomic_io.check_target(output, overwrite=ours)
-    found = documents_of(distinct_pairs())
-    found = random.Random(seed).sample(found, min(MAX_DOCUMENTS, len(found)))
-    asked = found[:MAX_QUERIES]
-    judged = evaluation.Judged(
-        {document.id: query for query, document in asked}, {document.id: {document.id: 1} for _, document in asked}
-    )
-    results, seconds_to_index = [], {}
-    examples: dict[str, dict[str, list[str]]] = {query: {} for query in QUERIES}
-    with atomic_io.directory(output, overwrite=ours) as temporary:
+    with demo_directory(output, *(name for name, _ in INDEXES)) as temporary:
+        found = documents_of(distinct_pairs())
+        found = random.Random(seed).sample(found, min(MAX_DOCUMENTS, len(found)))
+        asked = found[:MAX_QUERIES]
+        judged = evaluation.Judged(
+            {document.id: query for query, document in asked}, {document.id: {document.id: 1} for _, document in asked}
+        )
+        results, seconds_to_index = [], {}
+        examples: dict[str, dict[str, list[str]]] = {query: {} for query in QUERIES}
         for name, settings in INDEXES:
             options: dict[str, Any] = {"device": device} if device and "encoder" in settings else {}
             with Index.create(temporary / name, **settings, **options) as index:

@@ -11,6 +11,7 @@ from typing import Any
 
 from intaglio import atomic_io, report
 from intaglio.cli.demo_infill import infilling
+from intaglio.cli.demo_output import demo_directory
 from intaglio.methods.base import Progress, no_progress
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
@@ -73,11 +74,8 @@ def demo(
     Returns:
         The content of `report.json`: `{topics: {name: document}, seconds}`.
     """
-    started, output = time.time(), Path(output)
-    ours = output.is_dir() and {file.name for file in output.iterdir()} <= {"report.html", "report.json", *TOPICS}
-    atomic_io.check_target(output, overwrite=ours)
-    documents, sections = {}, []
-    with atomic_io.directory(output, overwrite=ours) as temporary:
+    started, documents, sections = time.time(), {}, []
+    with demo_directory(output, *TOPICS) as temporary:
         for name, topic in TOPICS.items():
             documents[name], section = topic.run(temporary / name, device=device, seed=seed, progress=progress)
             sections.append(section)

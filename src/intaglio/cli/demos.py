@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +28,21 @@ def demo(
     if topic not in topics:
         raise IntaglioError(f"the demo has no topic {topic!r}; {did_you_mean(topic, topics)}")
     topics[topic](output, device, seed, json)
+
+
+def _run(
+    run: Callable[..., dict[str, Any]], assets: tuple[str, ...], output: Path, device: str | None, seed: int, json: bool
+) -> dict[str, Any] | None:
+    """Fetch what a demo needs, run it, and return its report; None where it was printed as JSON."""
+    from intaglio.data import assets as bundled
+
+    bundled.fetch(assets, progress=print_err)
+    with progress_bar() as progress:
+        document = run(output, device=device, seed=seed, progress=progress)
+    if json:
+        print_json(document)
+        return None
+    return document
 
 
 def _demo_generate(output: Path | None, device: str | None, seed: int, json: bool) -> None:
@@ -56,14 +72,10 @@ def _demo_generate(output: Path | None, device: str | None, seed: int, json: boo
 def _demo_search(output: Path | None, device: str | None, seed: int, json: bool) -> None:
     from intaglio.cli.demo_search import demo as run
     from intaglio.cli.demo_search import tables
-    from intaglio.data import assets as bundled
 
-    bundled.fetch(("minilm", "splade-tiny"), progress=print_err)
     output = output or Path("intaglio-demo-search")
-    with progress_bar() as progress:
-        document = run(output, device=device, seed=seed, progress=progress)
-    if json:
-        print_json(document)
+    document = _run(run, ("minilm", "splade-tiny"), output, device, seed, json)
+    if document is None:
         return
     for table in tables(document):
         out.print(table)
@@ -76,14 +88,10 @@ def _demo_train(output: Path | None, device: str | None, seed: int, json: bool) 
     from intaglio import report
     from intaglio.cli.demo_train import TOPICS
     from intaglio.cli.demo_train import demo as run
-    from intaglio.data import assets as bundled
 
-    bundled.fetch(tuple(name for topic in TOPICS.values() for name in topic.assets), progress=print_err)
     output = output or Path("intaglio-demo-train")
-    with progress_bar() as progress:
-        document = run(output, device=device, seed=seed, progress=progress)
-    if json:
-        print_json(document)
+    document = _run(run, tuple(name for topic in TOPICS.values() for name in topic.assets), output, device, seed, json)
+    if document is None:
         return
     for table in report.recommender_tables(document["topics"]["recommender"]):
         out.print(table)
@@ -96,14 +104,10 @@ def _demo_train(output: Path | None, device: str | None, seed: int, json: bool) 
 def _demo_prune(output: Path | None, device: str | None, seed: int, json: bool) -> None:
     from intaglio import report
     from intaglio.cli.demo import demo as run
-    from intaglio.data import assets as bundled
 
-    bundled.fetch(("smollm2", "wikipedia"), progress=print_err)
     output = output or Path("intaglio-demo")
-    with progress_bar() as progress:
-        document = run(output, device=device, seed=seed, progress=progress)
-    if json:
-        print_json(document)
+    document = _run(run, ("smollm2", "wikipedia"), output, device, seed, json)
+    if document is None:
         return
     out.print(report.demo_table(document))
     out.print(report.demo_chart(document))

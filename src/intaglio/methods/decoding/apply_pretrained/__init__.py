@@ -8,7 +8,8 @@
 - `recurrence.py`: windows that hand on a state
 - `seq2seq.py`: non-autoregressive decoder from a masked language model
 - `conditional_search.py`: `exact_mode`, `conditional_beam_search`; `prefix_classifier.py`: the learned attribute
-- `training_rows.py`: rows and batches of what is trained; `init.py`: first weights; `decode_loop.py`: token-by-token decoding
+- `training_rows.py`: rows and batches of what is trained; `init.py`: first weights
+- `decode_loop.py`: token-by-token decoding
 """
 
 from __future__ import annotations
