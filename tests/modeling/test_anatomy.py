@@ -7,7 +7,8 @@ import torch
 from transformers.activations import ACT2FN
 
 from intaglio.errors import IntaglioError
-from intaglio.modeling.anatomy import HeadOnly, Linear, anatomy, capture, final_hidden, linears, run_blocks
+from intaglio.modeling.anatomy import Linear, anatomy, linears
+from intaglio.modeling.partial_pass import HeadOnly, capture, final_hidden, run_blocks
 from intaglio.modeling.replacement import ReplacedMLP
 from tests.families import DECODERS, FAMILIES, VOCAB, tiny_model
 

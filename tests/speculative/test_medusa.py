@@ -9,7 +9,8 @@ import torch
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.modeling.anatomy import anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import final_hidden
 from intaglio.speculative import Speculative
 from intaglio.speculative.drafters.medusa import Medusa, MedusaHeads
 from intaglio.speculative.heads.lm_head import TargetHead

@@ -23,7 +23,8 @@ from intaglio.data.segments import Segments, segments
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress, no_progress
-from intaglio.modeling.anatomy import Anatomy, BlockInputs, Linear, anatomy, capture, run_blocks
+from intaglio.modeling.anatomy import Anatomy, Linear, anatomy
+from intaglio.modeling.partial_pass import BlockInputs, capture, run_blocks
 
 
 class Statistic(Protocol):

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 from intaglio.errors import IntaglioError, first_line
 from intaglio.masks.attention_interface import BASES, PREFIX, RULE, SCORE, MaskRequest
 from intaglio.masks.rules import Rule, Score
-from intaglio.modeling.anatomy import CACHES, Anatomy, anatomy, attention, blocks, capture
+from intaglio.modeling.anatomy import CACHES, Anatomy, anatomy, attention, blocks
+from intaglio.modeling.partial_pass import capture
 
 _STATE = "_intaglio_masks"
 _LAYER_TYPES = ("full_attention", "sliding_attention")

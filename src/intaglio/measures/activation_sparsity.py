@@ -23,7 +23,8 @@ from torch import Tensor
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
-from intaglio.modeling.anatomy import anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import final_hidden
 from intaglio.modeling.replacement import ReplacedMLP
 
 CHUNK = 8

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
-from intaglio.modeling.anatomy import anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import final_hidden
 
 Pooling = Literal["mean", "cls", "last"]
 

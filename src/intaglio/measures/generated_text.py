@@ -22,7 +22,8 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
-from intaglio.modeling.anatomy import HeadOnly, anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import HeadOnly, final_hidden
 
 Items = Sequence[Hashable]
 WINDOW = 96

@@ -18,7 +18,8 @@ from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
 from intaglio.measures.embeddings import embeddings, pool
 from intaglio.methods.base import Progress, no_progress
-from intaglio.modeling.anatomy import HeadOnly, anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import HeadOnly, final_hidden
 
 # Limit of elements in a float32 table of logits computed at a time.
 ELEMENTS = 1 << 24

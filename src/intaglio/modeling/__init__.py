@@ -1,1 +1,1 @@
-"""Model families: anatomy, target selection, module replacement."""
+"""Model families: anatomy, passes over parts of a model, target selection, module replacement."""

@@ -219,7 +219,8 @@ class CheckpointEncoder:
         from torch.nn.functional import normalize
 
         from intaglio.measures.embeddings import pool
-        from intaglio.modeling.anatomy import anatomy, final_hidden
+        from intaglio.modeling.anatomy import anatomy
+        from intaglio.modeling.partial_pass import final_hidden
 
         hidden_BLD = final_hidden(anatomy(self._checkpoint.model), tokens)
         pooled_BD = pool(hidden_BLD, tokens["attention_mask"].bool(), self.pooling)  # type: ignore[arg-type]

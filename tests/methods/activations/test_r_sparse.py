@@ -24,7 +24,8 @@ from intaglio.methods.activations.r_sparse.decomposition import low_rank_pair
 from intaglio.methods.activations.r_sparse.layers import ALL, NONE, DensePrefill, InputRule, share_inputs
 from intaglio.methods.activations.r_sparse.search import Search
 from intaglio.methods.activations.r_sparse.thresholds import InputSample, scores, thresholds
-from intaglio.modeling.anatomy import anatomy, capture, run_blocks
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import capture, run_blocks
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.loop import Speculative
 from tests.alive import alive

@@ -24,7 +24,8 @@ from intaglio.methods.activations.r_sparse.decomposition import low_rank_pair
 from intaglio.methods.activations.r_sparse.layer_options import ALPHAS, OptionSpec
 from intaglio.methods.activations.r_sparse.layers import DensePrefill
 from intaglio.methods.weights.wanda import Wanda
-from intaglio.modeling.anatomy import anatomy, capture, run_blocks
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import capture, run_blocks
 from intaglio.recipe.schema import Recipe
 from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.speculative.loop import Speculative

@@ -20,7 +20,8 @@ from intaglio.methods.decoding.chimera.model import (
     trigrams,
 )
 from intaglio.methods.decoding.chimera.session import ChimeraSession
-from intaglio.modeling.anatomy import anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import final_hidden
 from intaglio.speculative.heads.candidates import CandidateSampler
 from intaglio.speculative.heads.lm_head import TargetHead
 from intaglio.speculative.heads.objective import freeze, head_batch

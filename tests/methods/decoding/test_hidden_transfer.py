@@ -19,7 +19,8 @@ from intaglio.methods.decoding.hidden_transfer.heads import (
     record_states,
 )
 from intaglio.methods.decoding.hidden_transfer.session import deepest_path, run_with_pseudo_states
-from intaglio.modeling.anatomy import HeadOnly, after_blocks, anatomy
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import HeadOnly, after_blocks
 from intaglio.speculative.heads.objective import freeze, head_batch
 from intaglio.speculative.target_model import CachedModel, stack
 from intaglio.speculative.tree import TokenTree, root_only

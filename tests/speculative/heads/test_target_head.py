@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from intaglio.methods.decoding.chimera.model import ChimeraModel
-from intaglio.modeling.anatomy import anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import final_hidden
 from intaglio.speculative.drafters.medusa import MedusaHeads
 from intaglio.speculative.heads.lm_head import TargetHead
 from tests.families import VOCAB

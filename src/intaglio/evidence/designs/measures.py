@@ -16,7 +16,8 @@ from intaglio.evidence.engine.claim import Metric
 from intaglio.evidence.testbeds.haystack import Needles, answers
 from intaglio.measures import activation_sparsity as sparsity
 from intaglio.measures.language_modeling import quality
-from intaglio.modeling.anatomy import Linear, anatomy, final_hidden
+from intaglio.modeling.anatomy import Linear, anatomy
+from intaglio.modeling.partial_pass import final_hidden
 from intaglio.modeling.replacement import ReplacedLinear
 
 BITS = Metric("bits per byte", "bits")

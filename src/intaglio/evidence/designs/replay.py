@@ -30,7 +30,8 @@ from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest, preparation
 from intaglio.evidence.testbeds.prompts import Prompts
 from intaglio.measures.memory import peak_memory
-from intaglio.modeling.anatomy import anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import final_hidden
 from intaglio.speculative.heads.self_generated_data import generate_corpus
 from intaglio.speculative.loop import Speculative
 from intaglio.speculative.protocols import DecodingRun, Drafter, ForwardSession, Session, Step

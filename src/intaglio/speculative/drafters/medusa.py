@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intaglio.errors import IntaglioError
-from intaglio.modeling.anatomy import HeadOnly, anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import HeadOnly, final_hidden
 from intaglio.speculative._utils import check_count
 from intaglio.speculative.drafters.dynamic_tree import draft_probs_fn
 from intaglio.speculative.heads.candidates import CandidateSampler

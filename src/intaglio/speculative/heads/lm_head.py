@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from intaglio.errors import IntaglioError
-from intaglio.modeling.anatomy import Anatomy, after_blocks
+from intaglio.modeling.anatomy import Anatomy
+from intaglio.modeling.partial_pass import after_blocks
 from intaglio.trainer.causal_lm import IGNORED
 
 MAX_DRAFT_VOCABULARY = 8192

@@ -19,7 +19,8 @@ from intaglio.checkpoint.calibration import as_segments
 from intaglio.errors import IntaglioError
 from intaglio.methods.activations.moe_x.layers import MoELayer, moe_layers
 from intaglio.methods.activations.moe_x.routing import entropy, firing_probability, loads, sparsity_scores
-from intaglio.modeling.anatomy import anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import final_hidden
 
 SAMPLES, LENGTH = 64, 256
 

@@ -21,7 +21,8 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
 from intaglio.methods.activations.r_sparse.layers import InputRule, SparseLinear
 from intaglio.methods.base import Progress, no_progress
-from intaglio.modeling.anatomy import BlockInputs, anatomy, capture, run_block
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import BlockInputs, capture, run_block
 
 SEGMENTS = 4
 """Calibration segments that errors are measured on."""

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from intaglio.errors import IntaglioError
-from intaglio.modeling.anatomy import CACHE, Anatomy, HeadOnly, anatomy, capture, final_hidden, run_block
+from intaglio.modeling.anatomy import CACHE, Anatomy, anatomy
+from intaglio.modeling.partial_pass import HeadOnly, capture, final_hidden, run_block
 from intaglio.speculative.heads.chunked_loss import chunked, kl, zero_loss
 from intaglio.speculative.heads.lm_head import DraftLMHead, DraftVocabulary, TargetHead, resolve_rank
 from intaglio.speculative.heads.multi_token_loss import name_losses, topk_hits

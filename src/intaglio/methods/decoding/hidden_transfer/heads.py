@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from intaglio.errors import IntaglioError
-from intaglio.modeling.anatomy import CACHE, Anatomy, BlockInputs, HeadOnly, after_blocks, anatomy, capture, run_block
+from intaglio.modeling.anatomy import CACHE, Anatomy, anatomy
+from intaglio.modeling.partial_pass import BlockInputs, HeadOnly, after_blocks, capture, run_block
 from intaglio.speculative._utils import context_length
 from intaglio.speculative.heads.lm_head import DraftVocabulary
 from intaglio.speculative.heads.multi_token_loss import Goal, multi_token_loss, shift_states, valid_targets

@@ -16,7 +16,8 @@ from intaglio.methods.decoding.hidden_transfer.heads import (
     pseudo_positions,
     pseudo_visible,
 )
-from intaglio.modeling.anatomy import Anatomy, BlockInputs, after_blocks, anatomy, run_block
+from intaglio.modeling.anatomy import Anatomy, anatomy
+from intaglio.modeling.partial_pass import BlockInputs, after_blocks, run_block
 from intaglio.speculative.cache import drop_last
 from intaglio.speculative.heads.candidates import CandidateSampler
 from intaglio.speculative.protocols import DecodingRun, Step, TreePass

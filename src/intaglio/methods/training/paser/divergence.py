@@ -18,7 +18,8 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress, no_progress
 from intaglio.methods.training.paser.samples import Sample
-from intaglio.modeling.anatomy import HeadOnly, anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import HeadOnly, final_hidden
 from intaglio.trainer.preserve_state import preserve_modes
 
 Scope = Literal["answer", "prompt", "both"]

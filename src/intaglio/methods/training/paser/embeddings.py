@@ -15,7 +15,8 @@ from intaglio.checkpoint import load
 from intaglio.errors import IntaglioError
 from intaglio.measures.embeddings import pool
 from intaglio.methods.base import Progress, no_progress
-from intaglio.modeling.anatomy import anatomy, final_hidden
+from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.partial_pass import final_hidden
 
 TFIDF = "tfidf"
 """Name of the vectors that need no encoder."""

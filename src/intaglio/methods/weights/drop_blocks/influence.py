@@ -19,7 +19,8 @@ from intaglio.checkpoint.calibration import run_blockwise
 from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.measures.language_modeling import ELEMENTS
-from intaglio.modeling.anatomy import Anatomy, BlockInputs, after_blocks, capture, run_blocks
+from intaglio.modeling.anatomy import Anatomy
+from intaglio.modeling.partial_pass import BlockInputs, after_blocks, capture, run_blocks
 
 OnBatch = Callable[[], None]
 """Callback after each batch."""
