@@ -20,6 +20,16 @@ from typer.core import TyperGroup
 
 from intaglio.errors import IntaglioError, printable
 
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Dtype of the weights: float32, bfloat16, float16. [default: the checkpoint's own]"),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A bundled name (smollm2, minilm, splade-tiny), a directory, or a hub id (user/name, user/name@revision)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]
 Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:N, mps. [default: cpu]")]
 
