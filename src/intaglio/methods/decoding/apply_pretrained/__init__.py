@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -45,7 +46,7 @@ from intaglio.methods.decoding.apply_pretrained.hidden_state_optimization import
     hso_classify,
     hso_prefill,
     hso_score,
-    read,
+    next_logits,
 )
 from intaglio.methods.decoding.apply_pretrained.prefix_classifier import (
     LabelAttribute,
@@ -483,16 +484,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         if input_ids.shape[1] == 1:
             raise IntaglioError("the prompt has a single token; hidden state optimization reads at least 2")
         cache = hso_prefill(model, input_ids, self.window, self.cache_optimizer)
-
-        def step(ids_BL: Tensor) -> Tensor:
-            earlier = cache.length
-            logits_B1V, states = read(model, ids_BL[:, -1:], cache)
-            cache.append([x[..., earlier:, :] for x in states])
-            if self.memory is not None:
-                cache.drop(self.memory)
-            return logits_B1V[:, -1]
-
-        return step
+        return partial(next_logits, model, cache, memory=self.memory)
 
     def _require_network(self) -> None:
         if self._network is None:

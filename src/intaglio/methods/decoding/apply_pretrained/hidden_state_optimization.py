@@ -201,6 +201,16 @@ def hso_prefill(model: Any, ids_BT: Tensor, window: int, optimizer: CacheOptimiz
     return optimize_cache(model, ids_BT, window, optimizer or CacheOptimizer())[1]
 
 
+def next_logits(model: Any, cache: OptimizedCache, ids_BL: Tensor, *, memory: int | None = None) -> Tensor:
+    """Read the last token of growing rows, add its states to the cache, and return the next token's logits [B, V]."""
+    earlier = cache.length
+    logits_B1V, states = read(model, ids_BL[:, -1:], cache)
+    cache.append([x[..., earlier:, :] for x in states])
+    if memory is not None:
+        cache.drop(memory)
+    return logits_B1V[:, -1]
+
+
 @torch.no_grad()
 def hso_classify(
     model: Any,
