@@ -29,7 +29,8 @@ class Family:
     """Requirements of an architecture's config beyond the sizes.
 
     `feed_forward` is the default ratio of inner width to width; `extra` returns further fields for `(context, depth,
-    head size)`; `inner` is the config's name of the inner width, `dropouts` those of its dropout rates.
+    head size)`; `inner` is the config's name of the inner width, `dropouts` those of its dropout rates; `grouped` says
+    whether several heads may share keys and values.
     """
 
     model_type: str
@@ -38,6 +39,7 @@ class Family:
     extra: Callable[[int, int, int], dict[str, Any]] = lambda context, depth, head: {"head_dim": head}
     inner: str = "intermediate_size"
     dropouts: tuple[str, ...] = ("attention_dropout",)
+    grouped: bool = True
 
 
 def _gemma3(context: int, depth: int, head: int) -> dict[str, Any]:
@@ -63,6 +65,7 @@ FAMILIES = {
         extra=lambda context, depth, head: {},
         inner="n_inner",
         dropouts=("embd_pdrop", "resid_pdrop", "attn_pdrop"),
+        grouped=False,
     ),
     "bert": Family(
         "bert",
@@ -70,6 +73,7 @@ FAMILIES = {
         encoder=True,
         extra=lambda context, depth, head: {},
         dropouts=("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        grouped=False,
     ),
     "modernbert": Family(
         "modernbert",
@@ -77,6 +81,7 @@ FAMILIES = {
         encoder=True,
         extra=_modernbert,
         dropouts=("embedding_dropout", "mlp_dropout", "attention_dropout"),
+        grouped=False,
     ),
 }
 
@@ -131,7 +136,7 @@ def new(
     if heads % (kv_heads or heads):
         raise IntaglioError(f"kv_heads is {kv_heads}, which does not divide heads, {heads}")
     spec = FAMILIES[family]
-    if (spec.encoder or family == "gpt2") and kv_heads not in (None, heads):
+    if not spec.grouped and kv_heads not in (None, heads):
         raise IntaglioError(f"kv_heads is {kv_heads}; {family} has as many as heads, {heads}")
     tokens = _tokenizer(tokenizer, vocab, context, spec.encoder)
     rows = _rows(tokens, vocab)
@@ -144,7 +149,7 @@ def new(
         "max_position_embeddings": context,
         "tie_word_embeddings": rows <= TIED,
         **{f"{name}_token_id": getattr(tokens, f"{name}_token_id") for name in ("pad", "bos", "eos")},
-        **({} if spec.encoder or family == "gpt2" else {"num_key_value_heads": kv_heads or heads}),
+        **({"num_key_value_heads": kv_heads or heads} if spec.grouped else {}),
         **spec.extra(context, depth, width // heads),
     }
     if spec.encoder:
