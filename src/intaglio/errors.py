@@ -31,6 +31,10 @@ class IntaglioError(ValueError):
         super().__init__(printable(sentence))
 
 
+class OtherRunError(IntaglioError):
+    """A directory that holds another run than the one to resume."""
+
+
 class DivergedError(IntaglioError):
     """A training whose loss, weights or scores are not finite."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, OtherRunError
 from intaglio.trainer import CausalLM
 from intaglio.trainer import resume as run_state
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
@@ -131,6 +132,24 @@ def test_the_directory_of_another_run_is_refused(change: dict[str, Any], named: 
     with pytest.raises(IntaglioError, match=f"holds a run with another {named}") as caught:
         run(checkpoint(), directory=tmp_path, **change)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_an_earlier_version_is_resumed_where_the_new_option_is_none(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        run(checkpoint(), directory=tmp_path, progress=killer(4))
+    saved = json.loads((tmp_path / "run.json").read_text())
+    assert saved["arguments"].pop("early_stopping_patience") is None
+    (tmp_path / "run.json").write_text(json.dumps(saved))
+    resumed, whole = checkpoint(), checkpoint()
+    run(resumed, directory=tmp_path)
+    run(whole)
+    assert same(weights(resumed), weights(whole))
+    with pytest.raises(OtherRunError, match=r"holds a run with another early_stopping_patience \(None, not 3\)"):
+        run(checkpoint(), directory=tmp_path, early_stopping_patience=3, evaluate=TEXTS)
+    saved["arguments"]["removed_option"] = 1
+    (tmp_path / "run.json").write_text(json.dumps(saved))
+    with pytest.raises(OtherRunError, match="another removed_option"):
+        run(checkpoint(), directory=tmp_path)
 
 
 def test_another_model_and_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -343,12 +343,12 @@ def _claim(directory: Path, identity: dict[str, Any], resume: bool) -> Path | No
         try:
             outcome[0] = run_state.start(directory, identity, resume=resume)
         except IntaglioError as error:
-            outcome[1] = str(error)
+            outcome[1] = error
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(outcome)
-    step, message = outcome
-    if message is not None:
-        raise IntaglioError(message)
+    step, refusal = outcome
+    if refusal is not None:
+        raise refusal
     return run_state.checkpoint_path(directory, step) if step else None
 
 

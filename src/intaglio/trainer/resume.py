@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from intaglio import atomic_io
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, OtherRunError
 
 RUN = "run.json"
 STATE = "loop.json"
@@ -120,16 +120,17 @@ def clean(directory: Path, kept: list[int]) -> None:
 
 
 def start(directory: Path, identity: dict[str, Any], *, resume: bool) -> int:
-    """Claim a directory for a run, and return the step to resume from (0: the start)."""
+    """Claim a directory for a run, and return the step to resume from (0: the start).
+
+    An argument that the saved run lacks equals one that is None, so that a new option does not end old runs.
+    """
     identity = plain(identity)
     file = directory / RUN
     if file.is_file() and resume:
-        there = _read(file)
-        other = [name for name in identity if there.get(name) != identity[name]]
-        if other:
-            raise IntaglioError(
-                f"{directory} holds a run with another {_first_difference(other[0], there, identity)}; name another"
-                " directory or pass resume=False"
+        difference = _first_difference("run", _read(file), identity)
+        if difference is not None:
+            raise OtherRunError(
+                f"{directory} holds a run with another {difference}; name another directory or pass resume=False"
             )
         saved = steps_saved(directory)
         clean(directory, saved[-KEEP:])
@@ -142,12 +143,14 @@ def start(directory: Path, identity: dict[str, Any], *, resume: bool) -> int:
     return 0
 
 
-def _first_difference(name: str, there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Return the name of the first difference, with both values where they are short."""
-    a, b = there.get(name), here[name]
-    while isinstance(a, dict) and isinstance(b, dict):
-        keys = [key for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
-        a, b, name = a.get(keys[0]), b.get(keys[0]), keys[0]
-    if isinstance(b, (int, float, str)) and len(str(b)) < 40 and len(str(a)) < 40:
-        return f"{name} ({a}, not {b})"
+def _first_difference(name: str, there: Any, here: Any) -> str | None:
+    """Return the name of the first difference, with both values where they are short; None: there is none."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = [*here, *sorted(there.keys() - here.keys())]
+        differences = (_first_difference(key, there.get(key), here.get(key)) for key in keys)
+        return next((difference for difference in differences if difference is not None), None)
+    if there == here:
+        return None
+    if isinstance(here, (int, float, str)) and len(str(here)) < 40 and len(str(there)) < 40:
+        return f"{name} ({there}, not {here})"
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -190,6 +191,25 @@ def test_a_killed_training_resumes_to_the_same_weights(
     assert unbroken is not resumed
     state = unbroken.model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in resumed.model.state_dict().items())
+
+
+def test_a_killed_training_of_another_version_of_the_library_starts_again(small: SourceCode, tmp_path: Path) -> None:
+    bed = replace(small, steps=20)
+
+    def kill(done: int, total: int, what: str) -> None:
+        if done == 11:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bed.trained(progress=kill)
+    (file,) = tmp_path.glob("home/testbeds/*.scratch/run.json")
+    saved = json.loads(file.read_text())
+    saved["arguments"]["removed_option"] = 1
+    file.write_text(json.dumps(saved))
+    steps: list[int] = []
+    bed.trained(progress=lambda done, total, what: steps.append(done))
+    assert steps == list(range(1, 21))
+    assert not list(tmp_path.glob("home/testbeds/*.scratch"))
 
 
 def test_too_little_source_is_one_sentence(small: SourceCode) -> None:

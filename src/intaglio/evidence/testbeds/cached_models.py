@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.environment import torch_threads, versions
+from intaglio.errors import OtherRunError
 from intaglio.evidence.testbeds.cache import cached, preparation
 from intaglio.methods.base import Progress, no_progress
 from intaglio.trainer import train
@@ -58,7 +60,11 @@ def trained_model(
     def build(target: Path, scratch: Path) -> None:
         checkpoint, examples = new(), data()
         with torch_threads(THREADS), preparation():
-            train(checkpoint, examples, directory=scratch, progress=progress, **recipe)
+            try:
+                train(checkpoint, examples, directory=scratch, progress=progress, **recipe)
+            except OtherRunError:  # a killed build of another version of the library
+                shutil.rmtree(scratch)
+                train(checkpoint, examples, directory=scratch, progress=progress, **recipe)
         checkpoint.write_files(target)
 
     path = cached(name, key, build)
