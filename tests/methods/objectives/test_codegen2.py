@@ -19,12 +19,11 @@ from intaglio.data.infill_format import FillInMiddle, Sentinels, infill_format
 from intaglio.errors import IntaglioError
 from intaglio.evidence.baselines.fim import FillInMiddleTraining
 from intaglio.masks import PrefixLM, set_visibility, visible
+from intaglio.measures.infilling import infill, infill_prompt
 from intaglio.methods.objectives.codegen2 import (
     CodeGen2,
     corrupted,
     draw_spans,
-    infill,
-    infill_prompt,
     parts,
     poisson_spans,
     restored,

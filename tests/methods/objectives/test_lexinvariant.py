@@ -19,8 +19,9 @@ import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new, word_tokenizer
 from intaglio.errors import IntaglioError
-from intaglio.methods.objectives.lexinvariant import Lexinvariant, SequenceTables, gaussian_rows, random_types
-from intaglio.trainer import KeyedRNG, train
+from intaglio.methods.objectives.lexinvariant import Lexinvariant, SequenceTables
+from intaglio.modeling.hashed_rows import gaussian_rows, random_types
+from intaglio.trainer import EpochCollator, KeyedRNG, ObjectiveModule, train, training_rows
 from intaglio.trainer.causal_lm import causal_batch, next_token_loss
 from tests.families import DECODERS
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
@@ -312,9 +313,9 @@ def test_it_learns_in_context_and_tells_no_symbols_apart() -> None:
 def test_it_trains_in_a_stock_trainer(tmp_path: Path) -> None:
     """The five lines of the docstring."""
     checkpoint, texts = words(), [" ".join("abcde"[n % 5] for n in range(k, k + 12)) for k in range(20)]
-    objective = intaglio.Lexinvariant(length=12)
-    model, rows = objective.module(checkpoint), objective.rows(checkpoint, texts)
-    collate = objective.data_collator()
+    objective, rng = intaglio.Lexinvariant(length=12), KeyedRNG(seed=0)
+    rows = training_rows(objective, checkpoint, texts, rng)
+    model, collate = ObjectiveModule(checkpoint.model, objective), EpochCollator(objective, rng)
     arguments = TrainingArguments(
         str(tmp_path), remove_unused_columns=False, save_strategy="no", max_steps=60, learning_rate=1e-2, use_cpu=True,
         report_to=[], per_device_train_batch_size=16, disable_tqdm=True, logging_steps=20,

@@ -14,7 +14,7 @@ from intaglio.data.infill_format import FillInMiddle, Sentinels
 from intaglio.evidence.designs.base import Measured, Values
 from intaglio.evidence.engine.claim import Metric
 from intaglio.masks import PrefixLM, temporary_visibility
-from intaglio.methods.objectives.codegen2 import middle_line
+from intaglio.measures.infilling import middle_line
 from intaglio.trainer.causal_lm import IGNORED, causal_batch, targets
 
 LINE = Metric("loss of a middle line", "nats a byte")
