@@ -23,7 +23,8 @@ from intaglio.methods.objectives.lexinvariant import Lexinvariant, SequenceTable
 from intaglio.modeling.hashed_rows import gaussian_rows, random_types
 from intaglio.trainer import EpochCollator, KeyedRNG, ObjectiveModule, train, training_rows
 from intaglio.trainer.causal_lm import causal_batch, next_token_loss
-from tests.families import DECODERS
+from tests.causal_lms import tiny_lm
+from tests.families import DECODERS, tiny_tokenizer
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run
 
@@ -191,6 +192,25 @@ def test_random_and_learned_rows_have_one_scale_and_a_type_is_random_throughout(
     assert float((x[chosen].std() / table.std()).detach()) == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize(("kind", "more"), [("cohere", {"logit_scale": 0.1}), ("gptj", {}), ("gemma2", {})])
+def test_logits_that_are_changed_after_the_head_go_with_random_rows_alone(kind: str, more: dict[str, Any]) -> None:
+    """A scale, a bias and a cap: the trained model would not be the stock one."""
+    if kind == "gemma2":
+        more = {"final_logit_softcapping": 1.0}
+    ckpt = Checkpoint(tiny_lm(kind, **more), tiny_tokenizer("llama"), "tiny")
+    with pytest.raises(IntaglioError, match="adds a bias to its logits, scales or caps them"):
+        run(ckpt, objective=Lexinvariant(length=24, random_ratio=0.2))
+    run(ckpt, objective=Lexinvariant(length=24, pack=False), steps=1)
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "opt"])
+def test_other_families_are_regularised(kind: str) -> None:
+    for ratio in (1.0, 0.2):
+        ckpt = Checkpoint(tiny_lm(kind), tiny_tokenizer("llama"), "tiny")
+        result = run(ckpt, objective=Lexinvariant(length=24, random_ratio=ratio, pack=False), steps=2, lora={"r": 2})
+        assert all(math.isfinite(line.loss) for line in result.history if line.loss is not None)
+
+
 def test_while_evaluating_the_regulariser_is_off() -> None:
     ckpt = checkpoint("llama", layers=1)
     method = prepared(ckpt, random_ratio=0.5)
@@ -225,16 +245,17 @@ def test_a_row_depends_on_nothing_but_its_key(seed: int, token: int, width: int)
 def test_the_loss_in_parts_is_the_whole_one(ratio: float) -> None:
     """Generate only rows of tokens that occur plus, for the softmax, the full table in chunks."""
     found = []
-    for chunk in (None, 50):
+    for chunk in (None, 50, 1):  # of padding alone a part has no probability
         ckpt = checkpoint("llama", layers=1)
         method = prepared(ckpt, random_ratio=ratio, chunk_rows=chunk)
         batch = method.collate([row(torch.arange(20, 32)), row(torch.arange(40, 47), 1)], DRAWS)
         loss = method.loss(ckpt.model.train(), batch).total
         loss.backward()
         found.append((loss.detach(), [p.grad for p in (*ckpt.model.parameters(), *method.owned.parameters())]))
-    (whole, grads), (parts, others) = found
-    assert torch.allclose(whole, parts, atol=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, others, strict=True))
+    (whole, grads), *others = found
+    for parts, other in others:
+        assert torch.allclose(whole, parts, atol=1e-6)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, other, strict=True))
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -139,6 +139,8 @@ class SequenceTables:
 
         normalizer_BT = torch.full(target_BT.shape, -math.inf, device=target_BT.device)
         for ids_R in parts:
+            if torch.isin(ids_R, torch.tensor(self.excluded, device=ids_R.device)).all():
+                continue  # the logsumexp of nothing has no gradient
             part_BT = recompute(logsumexp, hidden_BTD, ids_R, use_reentrant=False)
             normalizer_BT = torch.logaddexp(normalizer_BT, part_BT)
         known_BT = target_BT != IGNORED
@@ -237,8 +239,26 @@ class Lexinvariant(Method, slug="lexinvariant"):
         self.owned.to(checkpoint.device)
         if self.random_ratio == 1:
             _fix_tables(checkpoint.model, rng.seed)
+        else:
+            self._check_logits(checkpoint.model)
         whole = documents(examples, checkpoint.vocabulary)
         return packed(whole, length) if self.pack else cut(whole, length)
+
+    @torch.no_grad()
+    def _check_logits(self, model: Any) -> None:
+        """Refuse a model whose logits are not the product of its last hidden state and its head."""
+        with preserve_modes(model):
+            model.eval()
+            ids_BT = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+            stock_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
+            tables = self.sequence_tables(model, ids_BT[:, 0], 0.0)
+            hidden_BTD = model.base_model(inputs_embeds=tables.inputs(ids_BT), use_cache=False)[0]
+            own_BTV = tables.logits(hidden_BTD, torch.arange(stock_BTV.shape[-1], device=ids_BT.device)).float()
+        if not torch.allclose(own_BTV, stock_BTV, rtol=0, atol=2e-2 * float(stock_BTV.std())):
+            raise IntaglioError(
+                f"{type(model).__name__} adds a bias to its logits, scales or caps them, so random rows do not fit its"
+                " head; random_ratio: 1 trains it without"
+            )
 
     @torch.no_grad()
     def bind(self, checkpoint: Checkpoint) -> None:
