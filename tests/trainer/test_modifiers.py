@@ -258,7 +258,9 @@ def test_rows_of_new_tokens_are_trained_with_adapters(family: str, tmp_path: Pat
         seen.append(ckpt.model(ids).logits)
         return {"loss": 0.0}
 
-    objective = CodeGen2(length=48, pack=False, corruption_ratio=1.0, sentinels=1)
+    objective = CodeGen2(
+        length=48, pack=False, corruption_ratio=1.0, sentinels=2, noise_ratio=0.4, mean_span_length=2.0
+    )
     fields: dict[str, Any] = {"objective": objective, "lora": {"r": 2}, "learning_rate": 1e-2, "steps": 4}
     start, trained, killed, again = (checkpoint(family, layers=1) for _ in range(4))
     list(objective.prepare(start, [], KeyedRNG(0)))

@@ -105,7 +105,9 @@ class ReflectedAttention:
         assert self.angles is not None  # the hook ran
         cos, sin = self.angles
         norm = (cos.square() + sin.square()).sqrt()  # long-context variants scale both
-        return self.rotary(query, key, cos / norm, -sin / norm)
+        width = cos.shape[-1]  # Phi and others rotate the first part of a head alone
+        q, k = self.rotary(query[..., :width], key[..., :width], cos / norm, -sin / norm)
+        return torch.cat([q, query[..., width:]], -1), torch.cat([k, key[..., width:]], -1)
 
     def __call__(
         self,
@@ -288,8 +290,8 @@ class BICO(Method, slug="bico"):
             return next_token_loss(model, batch)
         inputs = {name: value for name, value in batch.items() if name != "denoise"}
         if "position_ids" in inspect.signature(model.forward).parameters:  # some families count them by the mask
-            ids_BT = batch["input_ids"]
-            inputs["position_ids"] = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+            target_BT = batch["target"]
+            inputs["position_ids"] = torch.arange(target_BT.shape[1], device=target_BT.device).expand_as(target_BT)
         with temporary_visibility(model, Bidirectional() if self.bidirectional else Causal()):
             if not (self.flip and self.bidirectional):
                 return next_token_loss(model, inputs)
