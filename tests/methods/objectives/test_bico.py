@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.masks import Bidirectional, temporary_visibility
+from intaglio.masks import Bidirectional, Causal, temporary_visibility
 from intaglio.masks.attention_interface import ATTENTION
 from intaglio.methods.objectives.bico import BICO, reflected, reflected_scores
 from intaglio.modeling.anatomy import attention, blocks
@@ -229,6 +229,44 @@ def test_other_families_are_denoised(kind: str) -> None:
     batch = method.collate(rows[:2], DRAWS)
     plain = logits(method.model_copy(update={"flip": False}), ckpt.model, batch)
     assert torch.allclose(logits(method, ckpt.model, batch), plain, atol=1e-3) == (kind == "opt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 1}),
+        ("granite", {"attention_multiplier": 2.0}),
+    ],
+)
+def test_below_the_diagonal_scores_are_the_stock_ones(kind: str, more: dict[str, Any]) -> None:
+    """For j <= i use standard RoPE scores: scaled, and capped where the family caps them."""
+    model = tiny_lm(kind, **more)
+    model.set_attn_implementation("eager")
+    ids = torch.arange(20, 32)[None]
+    with torch.no_grad():
+        stock = model(ids, use_cache=False).logits
+        with temporary_visibility(model, Causal()), reflected(model):
+            found = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    assert torch.allclose(found, stock, atol=1e-4)
+
+
+def test_attention_dropout_is_the_models() -> None:
+    method, rows, ckpt = prepared()
+    batch = method.collate(rows[:2], DRAWS)
+    for module in map(attention, blocks(ckpt.model)):
+        module.attention_dropout = 0.5
+    one, two = (logits(method, ckpt.model.train(mode), batch) for mode in (True, False))
+    assert not torch.allclose(one, two, atol=1e-3)
+
+
+def test_the_mask_row_follows_from_the_seed() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        ckpt = checkpoint()
+        training_rows(BICO(), ckpt, TEXTS, KeyedRNG(seed))
+        found.append(ckpt.model.get_input_embeddings().weight[-1].detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_positions_do_not_depend_on_what_is_masked() -> None:

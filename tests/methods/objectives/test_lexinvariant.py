@@ -177,19 +177,29 @@ def test_with_random_types_alone_it_is_the_lexinvariant_model() -> None:
     assert torch.equal(one.logits(hidden, torch.arange(7)), two.logits(hidden, torch.arange(7)))
 
 
-def test_random_and_learned_rows_have_one_scale_and_a_type_is_random_throughout() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_random_and_learned_rows_have_one_scale_and_a_type_is_random_throughout(family: str) -> None:
     """Match scales: learned rows must have the variance of the random rows; in both input and readout."""
-    ckpt = checkpoint("llama", layers=1)
+    ckpt = checkpoint(family, layers=1)
+    head = ckpt.model.lm_head.weight
+    if family == "llama":  # untied
+        with torch.no_grad():
+            head *= 3
     method = prepared(ckpt, random_ratio=0.2)
-    table = ckpt.model.get_input_embeddings().weight
+    embedding = ckpt.model.get_input_embeddings()
+    table = embedding(torch.arange(ckpt.vocabulary))
     ids = torch.arange(ckpt.vocabulary).expand(50, -1)
     tables = method.sequence_tables(ckpt.model, torch.arange(50))
     chosen = random_types(torch.arange(50)[:, None], ids, 0.2)
     x = tables.inputs(ids)
     assert abs(float(chosen.float().mean()) - 0.2) < 0.02
     assert torch.equal((x == table[None]).all(-1), ~chosen)
-    assert torch.equal((tables.readout(ids) == ckpt.model.lm_head.weight[None]).all(-1), ~chosen)
-    assert float((x[chosen].std() / table.std()).detach()) == pytest.approx(1, abs=0.05)
+    rows = tables.readout(ids)
+    assert torch.equal((rows == head[None]).all(-1), ~chosen)
+    for random, learned in ((x[chosen], table), (rows[chosen], head)):
+        assert float((random.std() / learned.std()).detach()) == pytest.approx(1, abs=0.05)
+    own = prepared(ckpt, random_ratio=0.2, embedding_std=7.0).sequence_tables(ckpt.model, torch.arange(50)).inputs(ids)
+    assert float(own[chosen].std()) == pytest.approx(7, rel=0.05)
 
 
 @pytest.mark.parametrize(("kind", "more"), [("cohere", {"logit_scale": 0.1}), ("gptj", {}), ("gemma2", {})])
@@ -279,13 +289,14 @@ def test_a_generation_holds_its_table(family: str) -> None:
     assert "forward" not in vars(ckpt.model.get_input_embeddings())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
-def test_a_stored_table_makes_a_stock_checkpoint(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "std"), [("llama", 0.5), ("gemma3", None), ("gpt_neox", None)])
+def test_a_stored_table_makes_a_stock_checkpoint(family: str, std: float | None, tmp_path: Path) -> None:
     ckpt = checkpoint(family, layers=1)
-    run(ckpt, objective=Lexinvariant(length=24), steps=3)
+    run(ckpt, objective=Lexinvariant(length=24, embedding_std=std), steps=3)
     ckpt.save(tmp_path / "trained")
     back = intaglio.load(tmp_path / "trained")
-    method = Lexinvariant.from_checkpoint(back)
+    method = Lexinvariant.from_checkpoint(back, chunk_rows=50)
+    assert (method.chunk_rows, method.embedding_std) == (50, std)
     ids = torch.tensor([[20, 21, 22, 20]])
     with torch.no_grad(), method.tables(back.model, [3]):
         expected = back.model(ids).logits
@@ -307,6 +318,16 @@ def test_probabilities_are_means_over_tables() -> None:
     assert not torch.allclose(singles[0], singles[1])
     with pytest.raises(IntaglioError, match="draws is 0; at least 1"):
         method.probs(ckpt.model, ids, draws=0)
+
+
+def test_the_saved_table_follows_from_the_seed() -> None:
+    found = []
+    for seed in (0, 1):
+        ckpt = words()
+        list(Lexinvariant(pack=False).prepare(ckpt, [], KeyedRNG(seed)))
+        found.append(ckpt.model.get_input_embeddings().weight)
+    assert torch.equal(found[0], gaussian_rows(torch.tensor(0), torch.arange(7), 32))
+    assert not torch.isclose(*found).any()
 
 
 def cycles(count: int, shift: int = 0) -> list[dict[str, Any]]:
