@@ -65,4 +65,8 @@ CLAIM = Claim(
     use_when="several holes are filled at once",
     otherwise="fill-in-the-middle training",
     toy={"context": LENGTH, "tokens": LENGTH - 8, "batch": 4},
+    golden={
+        "FIM": {LINE.name: 5.2204, LOG_PERPLEXITY.name: 5.22014},
+        "codegen2": {LINE.name: 5.25434, LOG_PERPLEXITY.name: 5.24579},
+    },
 )
