@@ -12,15 +12,14 @@ from intaglio.evidence.designs.base import Measured, Values
 from intaglio.evidence.designs.measures import LOOKUP, PERMUTATION
 from intaglio.evidence.designs.training import Pretrain
 from intaglio.evidence.engine.claim import Arm, Claim, Metric
-from intaglio.evidence.testbeds.symbols import SymbolicCode, SymbolTasks
+from intaglio.evidence.testbeds.symbols import SymbolLanguage, SymbolTasks
 from intaglio.methods.objectives.lexinvariant import Lexinvariant
 from intaglio.trainer import CausalLM
 
-CODE_LOSS = Metric("loss on code", "nats a byte")
+LANGUAGE_LOSS = Metric("loss on the language", "nats a symbol")
 LOOKUP_LOSS = Metric("LookUp loss", "nats")
 BATCH = 100
 """Sequences measured at a time."""
-BED = SymbolicCode(width=64, depth=2, context=128, tokens=128, batch=16, steps=1500)
 
 
 @torch.no_grad()
@@ -38,15 +37,15 @@ def outputs(measured: Measured, ids_NT: Tensor) -> Tensor:
 
 
 def symbols(measured: Measured) -> Values:
-    """Return the accuracy of LookUp and Permutation, and the losses of LookUp's answers and of code."""
+    """Return the accuracy of LookUp and Permutation, and the losses of LookUp's answers and of the language."""
     bed, part, base = measured.bed, measured.key.split, measured.key.base
     tasks: dict[str, SymbolTasks] = {LOOKUP.name: bed.lookup(part, base), PERMUTATION.name: bed.permutation(part, base)}
     logits = {name: outputs(measured, task.ids) for name, task in tasks.items()}
     values = {name: 100 * float(task.correct(logits[name]).double().mean()) for name, task in tasks.items()}
-    code_NT = measured.documents.segments.ids_NT
-    losses_N = _losses(outputs(measured, code_NT), code_NT).mean(1)
+    plain_NT = measured.documents.segments.ids_NT
+    losses_N = _losses(outputs(measured, plain_NT), plain_NT).mean(1)
     answers_N = _losses(logits[LOOKUP.name], tasks[LOOKUP.name].ids)[:, -1]
-    return {**values, LOOKUP_LOSS.name: float(answers_N.mean()), CODE_LOSS.name: float(losses_N.mean())}
+    return {**values, LOOKUP_LOSS.name: float(answers_N.mean()), LANGUAGE_LOSS.name: float(losses_N.mean())}
 
 
 def _losses(logits_NTV: Tensor, ids_NT: Tensor) -> Tensor:
@@ -60,12 +59,12 @@ def tuned(**fields: Any) -> dict[str, Any]:
 
 CLAIM = Claim(
     slug="lexinvariant",
-    version=1,
-    says="After training on the same code, a model whose embeddings are drawn anew for every sequence looks random"
-    " symbols up in its context more often than a model with learned embeddings.",
+    version=2,
+    says="After training on the same language of symbols, a model whose embeddings are drawn anew for every sequence"
+    " looks random pairs of them up in its context more often than a model with learned embeddings.",
     metric=LOOKUP,
     delta=10.0,
-    design=Pretrain(BED, measures=(symbols,)),
+    design=Pretrain(SymbolLanguage(), measures=(symbols,)),
     arms={
         "learned": Arm("the same model with learned, tied embeddings", {"objective": CausalLM()}),
         "lexinvariant": Arm("Gaussian embeddings drawn for every sequence, tied readout, learned scale", tuned()),
@@ -74,18 +73,16 @@ CLAIM = Claim(
     baseline="learned",
     method="lexinvariant",
     reported=("semi",),
-    metrics=(PERMUTATION, LOOKUP_LOSS, CODE_LOSS),
+    metrics=(PERMUTATION, LOOKUP_LOSS, LANGUAGE_LOSS),
     looks=(5, 10),
     tune={"learning_rate": (1e-3, 3e-3, 6e-3)},
     equal=("tokens",),
-    parity="The same code, network and steps; symbols are letters and digits, frequent in the code, so both models know"
-    " them. A prediction is one pass; lexinvariant draws one table a task.",
+    parity="The same sequences, network and steps; tasks have the symbols of the language, so both models know them. A"
+    " prediction is one pass; lexinvariant draws one table a task.",
     minutes=60,
     use_when="the meaning of symbols is given by their context alone",
     otherwise="learned embeddings",
+    reason="on source code, the text of version 1, the model had hardly learned to read its context after the minutes"
+    " that a run may take; in a language of 32 symbols they repeat sooner",
     toy={"steps": 20, "learning_rate": 1e-2},
-    golden={
-        "learned": {LOOKUP_LOSS.name: 5.56974, CODE_LOSS.name: 5.3144},
-        "lexinvariant": {LOOKUP_LOSS.name: 5.99184, CODE_LOSS.name: 5.58222},
-    },
 )

@@ -1,6 +1,7 @@
-"""SmolLM2-135M-Instruct with English Wikipedia: a real model for methods that need no training.
+"""SmolLM2-135M-Instruct with English Wikipedia, or with source code that adapters are trained on.
 
-The texts `stdlib` are Python's standard library instead.
+The texts `stdlib` are Python's standard library. `upper` writes every letter as a capital: prose in a form that the
+model has hardly read.
 
 The evaluation articles are none of those that the library's own development measured on (`Corpus.split` holds out
 hashes below 200 of 1000; here these are training articles).
@@ -17,6 +18,7 @@ from intaglio.data.python_source import STANDARD_LIBRARY, source_files
 from intaglio.data.segments import Segments, special_affixes
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError
+from intaglio.evidence.testbeds.cached_models import pretraining_recipe
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.evidence.testbeds.splits import Bounds, Part, Windows, check_part, draw_windows, remainder
 
@@ -36,6 +38,7 @@ class SmolLM2Wikipedia:
     documents_run: int = 24
     documents_pilot: int = 10
     tokens: int = 256
+    upper: bool = False
 
     def load(self) -> Checkpoint:
         """Return the dense model, one shared object a process: copy it before changing it."""
@@ -67,10 +70,28 @@ class SmolLM2Wikipedia:
     def _windows(self, what: str, low: int, high: int, count: int, length: int, seed: int) -> Windows:
         prefix, suffix = special_affixes(self.load().tokenizer)
         inner = length - len(prefix) - len(suffix)
-        documents = dict(_tokens(self.model, self.texts, low, high))
+        documents = dict(_tokens(self.model, self.texts, low, high, self.upper))
         drawn = draw_windows(f"{what}:{seed}", documents, count, inner, f"{what} articles of {length} tokens")
         rows = [prefix + ids + suffix for ids in drawn.values()]
         return Windows(Segments.of(rows), tuple(name[:12] for name in drawn))
+
+
+@dataclass(frozen=True)
+class SmolLM2Source(SmolLM2Wikipedia):
+    """SmolLM2 with the standard library's source: `Finetune` trains on a window of each of `batch` files a step."""
+
+    texts: str = STANDARD_LIBRARY
+    batch: int = 4
+    length: int = 128
+    tokens: int = 128
+
+    def training(self, seed: int, steps: int) -> Segments:
+        """Return a window of `length` tokens from each of `steps` times `batch` training files."""
+        return self._windows("train", *BOUNDS["train"], steps * self.batch, self.length, seed).segments
+
+    def recipe(self, seed: int) -> dict[str, Any]:
+        """Return the keyword arguments of `intaglio.trainer.train`; the design sets steps and rate."""
+        return pretraining_recipe(0, self.batch, 0.0, seed)
 
 
 @lru_cache(maxsize=1)
@@ -93,10 +114,11 @@ def _source() -> Corpus:
 
 
 @lru_cache(maxsize=4)
-def _tokens(model: str, texts: str, low: int, high: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _tokens(
+    model: str, texts: str, low: int, high: int, upper: bool = False
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Each article's hash and token ids, without special ones."""
     tokenizer, corpus = _load(model).tokenizer, _articles(texts, low, high)
-    return tuple(
-        (name, tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-        for name, text in zip(corpus.hashes, corpus.documents, strict=True)
-    )
+    documents = [text.upper() if upper else text for text in corpus.documents]
+    rows = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return tuple((name, tuple(ids)) for name, ids in zip(corpus.hashes, rows, strict=True))
