@@ -1,0 +1,64 @@
+"""Combiner: summaries of spans against the strided sparse attention of the Sparse Transformer, at equal score entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from intaglio.evidence.baselines.strided_attention import StridedAttention
+from intaglio.evidence.designs.measures import BITS
+from intaglio.evidence.designs.training import Pretrain
+from intaglio.evidence.engine.claim import Arm, Claim
+from intaglio.evidence.testbeds.source_code import SourceCode
+from intaglio.masks.method import Visibility
+from intaglio.methods.attention.combiner import Combiner
+
+CONTEXT, SEGMENT = 256, 16
+ENTRIES = SEGMENT + CONTEXT // SEGMENT
+"""Score entries of a query: its segment and one for each segment."""
+
+
+def combiner(**fields: Any) -> dict[str, Any]:
+    """Return the settings of an arm."""
+    return {"apply": Combiner(**fields)}
+
+
+CLAIM = Claim(
+    slug="combiner",
+    version=1,
+    says="With as many attention scores, a language model that also reads summaries of all earlier segments predicts"
+    " better than one with strided sparse attention.",
+    metric=BITS,
+    delta=0.02,
+    design=Pretrain(SourceCode(width=64, depth=3, context=CONTEXT, tokens=CONTEXT, steps=500, batch=8)),
+    arms={
+        "strided": Arm(
+            "own segment and the last token of each earlier one (Sparse Transformer, fixed pattern)",
+            {"prepare": StridedAttention(SEGMENT)},
+        ),
+        "combiner": Arm("own segment and a summary of each earlier one", combiner(segment=SEGMENT)),
+        "full": Arm(f"full attention, {CONTEXT} score entries a query"),
+        "logn": Arm("the logarithmic variant, 9 entries a query", combiner(variant="logn")),
+        "mixture": Arm("the axial mixture, 80 entries a query", combiner(variant="mixture", segment=SEGMENT)),
+        "size bias": Arm("log |S| added to the scores of spans", combiner(segment=SEGMENT, size_bias=True)),
+        "window": Arm(
+            f"the last {ENTRIES} tokens",
+            {"apply": Visibility(rule={"sliding": {"window": ENTRIES}})},
+        ),
+    },
+    baseline="strided",
+    method="combiner",
+    ceiling="full",
+    ablations=("logn", "mixture", "size bias"),
+    reported=("window",),
+    looks=(5, 10, 20),
+    tune={"learning_rate": (2e-3, 4e-3, 8e-3)},
+    equal=("tokens",),
+    parity=f"At most {ENTRIES} score entries a query in both, in every one of three layers, so that two steps of strided"
+    " attention reach every token. Equal parameters, tokens and order; learned positions are rotary in all arms,"
+    " which the paper did not use.",
+    minutes=60,
+    use_when="a long context has to be read in one layer at sub-quadratic cost",
+    otherwise="strided sparse attention, or full attention where it can be afforded",
+    toy={"context": 64, "tokens": 64},
+    golden={},
+)
