@@ -31,8 +31,7 @@ RULE, SCORE = "intaglio_rule", "intaglio_score"
 ATTENTION = "intaglio_attention"
 """Attribute of an attention module: an attention function that replaces the stock one under our interface.
 
-A function with a true attribute `takes_request` receives the `MaskRequest` itself, so that no dense mask is built.
-"""
+With an attribute `takes_request` that is true, it receives the `MaskRequest` and the base's name instead of a mask."""
 
 _MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -254,9 +253,9 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         rule, score = getattr(module, RULE, None), getattr(module, SCORE, None)
-        attention = getattr(module, ATTENTION, None) or _stock_attention(base, module)
+        attention = getattr(module, ATTENTION, None)
         if getattr(attention, "takes_request", False):
-            return attention(module, query, key, value, attention_mask, **kwargs)
+            return attention(module, query, key, value, attention_mask, base, **kwargs)  # type: ignore[misc]
         if isinstance(attention_mask, MaskRequest):
             attention_mask, bias = attention_mask.mask(base, rule, score, query)
             if bias is not None:
@@ -266,6 +265,7 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             raise IntaglioError(
                 f"{got} cannot be combined with a visibility rule; pass a 2-D attention_mask [rows, tokens]"
             )
+        attention = attention or _stock_attention(base, module)
         return attention(module, query, key, value, attention_mask, **kwargs)
 
     attend.__name__ = PREFIX + base

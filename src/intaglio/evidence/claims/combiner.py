@@ -1,4 +1,4 @@
-"""Combiner: summaries of spans against the strided sparse attention of the Sparse Transformer, at equal score entries."""
+"""Combiner: summaries of spans against strided sparse attention (Sparse Transformer), at equal score entries."""
 
 from __future__ import annotations
 
@@ -53,9 +53,8 @@ CLAIM = Claim(
     looks=(5, 10, 20),
     tune={"learning_rate": (2e-3, 4e-3, 8e-3)},
     equal=("tokens",),
-    parity=f"At most {ENTRIES} score entries a query in both, in every one of three layers, so that two steps of strided"
-    " attention reach every token. Equal parameters, tokens and order; learned positions are rotary in all arms,"
-    " which the paper did not use.",
+    parity=f"At most {ENTRIES} score entries a query in both arms; three layers, of which strided attention needs two to"
+    " reach every token. Equal parameters, tokens and order. Positions are rotary, where the paper learned them.",
     minutes=60,
     use_when="a long context has to be read in one layer at sub-quadratic cost",
     otherwise="strided sparse attention, or full attention where it can be afforded",

@@ -65,6 +65,11 @@ def part(
     return Part(scores, lambda w: (w.transpose(2, 3) @ value.transpose(2, 3)).transpose(2, 3), seen, sizes, dropout)
 
 
+def softmax(scores: Tensor) -> Tensor:
+    """Return the softmax over the last dimension, computed in float32 for half precision."""
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+
+
 def joint_attention(parts: Sequence[Part], size_bias: bool = False) -> Tensor:
     """Return Σ w v [B, H, R, C, D], with weights w from one softmax over the items of all parts.
 
@@ -78,7 +83,7 @@ def joint_attention(parts: Sequence[Part], size_bias: bool = False) -> Tensor:
         elif size_bias and items.sizes != 1:
             values = values + torch.tensor(float(items.sizes)).log().item()
         scores.append(values.masked_fill(~items.seen, torch.finfo(values.dtype).min))
-    weights = torch.cat(scores, -1).softmax(-1, dtype=torch.float32).to(scores[0].dtype)
+    weights = softmax(torch.cat(scores, -1))
     split = weights.split([values.shape[-1] for values in scores], -1)
     mixed = [
         items.mix(F.dropout(w, items.dropout) if items.dropout else w) for items, w in zip(parts, split, strict=True)

@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from intaglio.errors import IntaglioError
 from intaglio.masks import RULE, SCORE, MaskRequest
+from intaglio.masks.attention_interface import ATTENTION
 from intaglio.methods.attention.combiner.functional import Pool, document_rows
 from intaglio.methods.attention.combiner.grid import (
     AxialMixture,
@@ -95,6 +96,8 @@ class CombinerAttention(nn.Module):
         module.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if getattr(module, ATTENTION, None) is not self:  # removed, or replaced for a while
+            return
         hidden = args[0] if args else kwargs["hidden_states"]
         caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
         self._call = (hidden, cache_layer(caches[0], module.layer_idx) if caches else None)  # type: ignore[arg-type]
@@ -120,12 +123,13 @@ class CombinerAttention(nn.Module):
         key_BGQD: Tensor,
         value_BGQD: Tensor,
         mask: Any,
+        base: str,
         scaling: float | None = None,
         dropout: float = 0.0,
         softcap: float | None = None,
         **more: Any,
     ) -> tuple[Tensor, None]:
-        """Return the outputs [B, Q, H, D], and None for the weights, which have no dense form.
+        """Return the outputs [B, Q, H, D], and None for the weights, which have no dense form; `base` is ignored.
 
         Raises:
             IntaglioError: the layer has a visibility rule as well, or the mask or the scores are not plain.

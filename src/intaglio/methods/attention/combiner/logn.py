@@ -16,7 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from intaglio.methods.attention.combiner.functional import Part, Pool, attend, joint_attention, merged, part, pooled
+from intaglio.methods.attention.combiner.functional import (
+    Part,
+    Pool,
+    attend,
+    joint_attention,
+    merged,
+    part,
+    pooled,
+    softmax,
+)
 from intaglio.methods.attention.combiner.grid import Activate, Tensors, Tokens
 
 GROWTH = 64
@@ -85,7 +94,7 @@ class Logn:
             unread = (position[1 << level :] >> level) % 2 == 0
             least = torch.finfo(score.dtype).min
             scores.append(F.pad(score.masked_fill(unread, least), (1 << level, 0), value=least))
-        weights = torch.stack(scores, -1).softmax(-1, dtype=torch.float32).to(x.value.dtype)[..., None]
+        weights = softmax(torch.stack(scores, -1))[..., None]
         output = weights[..., 0, :] * x.value
         for level in range(read):
             value = _for_readers(levels[level]["value"], level, length)
