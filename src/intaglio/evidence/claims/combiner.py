@@ -11,15 +11,20 @@ from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.masks.method import Visibility
 from intaglio.methods.attention.combiner import Combiner
+from intaglio.trainer import CausalLM
 
 CONTEXT, SEGMENT = 256, 16
 ENTRIES = SEGMENT + CONTEXT // SEGMENT
 """Score entries of a query: its segment and one for each segment."""
 
 
+ROWS: dict[str, Any] = {"objective": CausalLM(pack=False)}
+"""Visibility rules do not separate packed documents; every row is a window of one file in all arms."""
+
+
 def combiner(**fields: Any) -> dict[str, Any]:
     """Return the settings of an arm."""
-    return {"apply": Combiner(**fields)}
+    return {**ROWS, "apply": Combiner(**fields)}
 
 
 CLAIM = Claim(
@@ -33,16 +38,16 @@ CLAIM = Claim(
     arms={
         "strided": Arm(
             "own segment and the last token of each earlier one (Sparse Transformer, fixed pattern)",
-            {"prepare": StridedAttention(SEGMENT)},
+            {**ROWS, "prepare": StridedAttention(SEGMENT)},
         ),
         "combiner": Arm("own segment and a summary of each earlier one", combiner(segment=SEGMENT)),
-        "full": Arm(f"full attention, {CONTEXT} score entries a query"),
+        "full": Arm(f"full attention, {CONTEXT} score entries a query", ROWS),
         "logn": Arm("the logarithmic variant, 9 entries a query", combiner(variant="logn")),
         "mixture": Arm("the axial mixture, 80 entries a query", combiner(variant="mixture", segment=SEGMENT)),
         "size bias": Arm("log |S| added to the scores of spans", combiner(segment=SEGMENT, size_bias=True)),
         "window": Arm(
             f"the last {ENTRIES} tokens",
-            {"apply": Visibility(rule={"sliding": {"window": ENTRIES}})},
+            {**ROWS, "apply": Visibility(rule={"sliding": {"window": ENTRIES}})},
         ),
     },
     baseline="strided",
@@ -53,7 +58,7 @@ CLAIM = Claim(
     looks=(5, 10, 20),
     tune={"learning_rate": (2e-3, 4e-3, 8e-3)},
     equal=("tokens",),
-    parity=f"At most {ENTRIES} score entries a query in both arms; three layers, of which strided attention needs two to"
+    parity=f"At most {ENTRIES} score entries a query in both; three layers, of which strided attention needs two to"
     " reach every token. Equal parameters, tokens and order. Positions are rotary, where the paper learned them.",
     minutes=60,
     use_when="a long context has to be read in one layer at sub-quadratic cost",

@@ -67,7 +67,11 @@ def part(
 
 def softmax(scores: Tensor) -> Tensor:
     """Return the softmax over the last dimension, computed in float32 for half precision."""
-    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    return scores.softmax(-1, dtype=_at_least_float32(scores.dtype)).to(scores.dtype)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def joint_attention(parts: Sequence[Part], size_bias: bool = False) -> Tensor:
@@ -78,10 +82,9 @@ def joint_attention(parts: Sequence[Part], size_bias: bool = False) -> Tensor:
     scores = []
     for items in parts:
         values = items.scores
-        if size_bias and not isinstance(items.sizes, int):
-            values = values + items.sizes.clamp(min=1).log().to(values.dtype)
-        elif size_bias and items.sizes != 1:
-            values = values + torch.tensor(float(items.sizes)).log().item()
+        if size_bias:
+            sizes = torch.as_tensor(items.sizes, device=values.device).clamp(min=1)
+            values = values + sizes.to(_at_least_float32(values.dtype)).log().to(values.dtype)
         scores.append(values.masked_fill(~items.seen, torch.finfo(values.dtype).min))
     weights = softmax(torch.cat(scores, -1))
     split = weights.split([values.shape[-1] for values in scores], -1)
