@@ -63,6 +63,6 @@ CLAIM = Claim(
     minutes=60,
     use_when="a long context has to be read in one layer at sub-quadratic cost",
     otherwise="strided sparse attention, or full attention where it can be afforded",
-    toy={"context": 64, "tokens": 64},
+    toy={"width": 32, "context": 64, "tokens": 64, "steps": 40},
     golden={},
 )

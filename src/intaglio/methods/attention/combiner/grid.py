@@ -1,8 +1,8 @@
 """The variants on a grid of rows (segments) and columns: fixed, axial row-major, and both axial mixtures.
 
 A variant has two forms that share their spans. `parallel` returns the output of all tokens. `step` returns that of one
-new token in each batch row, at a row and column of its own, from what `State` keeps of the tokens before it; `finish`
-adds the spans of a row that is complete.
+new token in each batch row, at a row and column of its own, from what `GridState` keeps of the tokens before it, and
+adds the spans of a row that it completes.
 
 Dimension letters: B batch rows, n batch rows whose grid row is complete, H query heads, R rows, C columns, D head size,
 W width of the hidden state.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -114,8 +114,6 @@ class Fixed:
     k_S = pool_{j in S} k_j,   q_S = pool_{j in S} q_j,   v_S = Σ_j softmax_j(q_S · k_j) v_j
     """
 
-    earlier_only: ClassVar[bool] = True
-
     def __init__(self, columns: int, pool: Pool, size_bias: bool) -> None:
         self.columns, self.pool, self.size_bias = columns, pool, size_bias
 
@@ -128,12 +126,11 @@ class Fixed:
 
     def parts(self, x: Tokens, spans: Tensors, running: Tensors) -> list[Part]:
         """Return the items of all tokens of a grid."""
-        earlier = _below(x.query.shape[2], x.query.device)[:, None]
-        return [self._own_row(x), part("column", x.query, spans["key"], spans["value"], earlier, self.columns)]
-
-    def _own_row(self, x: Tokens) -> Part:
-        local = _below(self.columns, x.query.device, 0)
-        return part("row", x.query, x.key, x.value, local, dropout=x.dropout)
+        local, earlier = _below(self.columns, x.query.device, 0), _below(x.query.shape[2], x.query.device)[:, None]
+        return [
+            part("row", x.query, x.key, x.value, local, dropout=x.dropout),
+            part("column", x.query, spans["key"], spans["value"], earlier, self.columns),
+        ]
 
     def step_parts(self, query: Tensor, state: GridState, column: Tensor, row: Tensor) -> list[Part]:
         """Return the items, besides the unfinished grid row, of one new token [B, H, 1, 1, D] in each batch row."""
@@ -173,7 +170,7 @@ class Fixed:
         Args:
             x: one token, [B, H, 1, D]; those that are padding change nothing.
             state: changed in place.
-            activate: as in the constructor of a layer.
+            activate: the activation of the pooling, for the tokens of a row that is complete.
         """
         row, column = state.length // self.columns, state.length % self.columns
         real = x.real.expand(len(row), 1)[:, 0]
@@ -328,8 +325,6 @@ class BidirectionalMixture(AxialMixture):
     Above and below: every column of the query's row, its own included; left and right: the part of every row on that
     side of the query's column, its own included. A token attends to itself twice, through row and column.
     """
-
-    earlier_only: ClassVar[bool] = False
 
     def parallel(self, x: Tokens, keep: bool = False) -> tuple[Tensor, None]:
         """Return the outputs [B, H, L, D] of a sequence."""

@@ -58,8 +58,6 @@ class Logn:
     Blocks of one token have its own key and value. Blocks at the end of a level without a reader are left out.
     """
 
-    earlier_only = True
-
     def __init__(self, pool: Pool, size_bias: bool) -> None:
         self.pool, self.size_bias = pool, size_bias
 
