@@ -63,8 +63,9 @@ class Combiner(Method, slug="combiner"):
 
     Weights are kept and must be fine-tuned: `combiner: {}` and then a `train` step. Rotary positions are applied before
     the pooling, so that keys of spans mix the rotations of their tokens; the paper used learned positions. Padding and
-    packed documents are separated. Generation appends: the cache holds unfinished segments and finished spans (`logn`
-    and `mixture`: all keys and values as well), in a stock `DynamicCache`. The checkpoint needs `intaglio.load`.
+    packed documents are separated. Generation appends to layers of a stock `DynamicCache` that hold the unfinished
+    segment and the spans; `logn` and `mixture` keep all keys and values as well, `row_major` a summary for every token.
+    The checkpoint needs `intaglio.load`.
 
     Source: Ren et al., Combiner: Full Attention Transformer with Sparse Computation Cost, NeurIPS 2021; see the module
     for differences between paper and code.

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from intaglio.methods.attention.combiner.functional import (
+    Axis,
     Part,
     Pool,
     Span,
@@ -260,7 +261,7 @@ class AxialMixture(Fixed):
         spans |= {"left_key": left.key, "left_value": left.value, "right_key": right.key, "right_value": right.value}
         return spans, {"query": above.query, "key": above.key, "value": above.value}
 
-    def _span(self, x: Tokens, axis: Literal["row", "column"], reverse: bool, dropout: float = 0.0) -> Span:
+    def _span(self, x: Tokens, axis: Axis, reverse: bool, dropout: float = 0.0) -> Span:
         return running_span(
             x.pooled_query, x.pooled_key, x.key, x.value,
             axis=axis, pool=self.pool, seen=x.real, reverse=reverse, dropout=dropout,
@@ -291,18 +292,17 @@ class AxialMixture(Fixed):
         """Return the items of the own column, the other columns and both sides; see the base."""
         at = {name: _at_column(value, column) for name, value in state.spans.items()}
         groups = query.shape[1] // at["key"].shape[1]
-        own = (at[name].repeat_interleave(groups, 1) for name in ("key", "value"))
-        earlier = self._earlier(state, row)
+        key, value = (at[name].repeat_interleave(groups, 1) for name in ("key", "value"))
+        earlier, place = self._earlier(state, row), (slice(None), None, None, None, None)
         others = (torch.arange(self.columns, device=row.device) != column[:, None]) & (row > 0)[:, None]
-        above = (state.running[name][:, :, None] for name in ("key", "value"))
-        place = (slice(None), None, None, None, None)
+        above_key, above_value = (state.running[name][:, :, None] for name in ("key", "value"))
         sides = [
             part("column", query, at[f"{side}_key"], at[f"{side}_value"], earlier & (size > 0)[place], size[place])
             for side, size in self._sides(column)
         ]
         return [
-            part("column", query, *own, earlier),
-            part("row", query, *above, others[:, None, None, None], row[place]),
+            part("column", query, key, value, earlier),
+            part("row", query, above_key, above_value, others[:, None, None, None], row[place]),
             *sides,
         ]
 
@@ -336,7 +336,8 @@ class BidirectionalMixture(AxialMixture):
             part("row", grid.query, grid.key, grid.value, row_keys),
             part("column", grid.query, grid.key, grid.value, column_keys),
         ]
-        for axis, across in (("column", "row"), ("row", "column")):
+        directions: tuple[tuple[Axis, Axis], ...] = (("column", "row"), ("row", "column"))
+        for axis, across in directions:
             for reverse in (False, True):
                 span = self._span(grid, axis, reverse, x.dropout)
                 size = span.size[:, :, :, None] if across == "row" else span.size.mT[:, :, None]

@@ -114,7 +114,7 @@ class CombinerAttention(nn.Module):
         """Return W2 LN(x + Dropout(W1 y)) [B, H, R, C, D] of summaries y, for hidden states x [B, R, C, W]."""
         heads = summary.permute(0, 2, 3, 1, 4)
         into = F.dropout(self.summary_in(heads.flatten(3)), dropout)
-        return self.summary_out(self.summary_norm(hidden + into)).view(heads.shape).permute(0, 3, 1, 2, 4)  # type: ignore[no-any-return]
+        return self.summary_out(self.summary_norm(hidden + into)).view(heads.shape).permute(0, 3, 1, 2, 4)
 
     def forward(
         self,
@@ -173,7 +173,7 @@ class CombinerAttention(nn.Module):
         """Return the outputs [B, H, Q, D] of new tokens after those of the cache, and append them to it."""
         if cached.state is None:
             output, cached.state = self._read(x, documents, keep=True)
-            return output  # type: ignore[no-any-return]
+            return output
         outputs = []
         for place in range(x.query.shape[2]):
             own = slice(place, place + 1)

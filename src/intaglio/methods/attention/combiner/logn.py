@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from intaglio.methods.attention.combiner.functional import (
-    Part,
     Pool,
     attend,
     joint_attention,
@@ -119,12 +118,12 @@ class Logn:
             activate: ignored; the pools of the token are in `x`.
         """
         everything = torch.ones((), dtype=torch.bool, device=x.query.device)
-        query, (key, value) = x.query[:, :, None], (x.key[:, :, None], x.value[:, :, None])
-        parts: list[Part] = [part("row", query, key, value, everything)]
+        query, key, value = (known[:, :, None] for known in (x.query, x.key, x.value))
         level = torch.arange(state.blocks["key"].shape[2], device=query.device)
         set_bits = ((state.length[:, None] >> level) % 2 == 1)[:, None, None, None]
-        blocks = (state.blocks[name][:, :, None] for name in ("key", "value"))
-        output = joint_attention([*parts, part("row", query, *blocks, set_bits, 1 << level)], self.size_bias)
+        keys, values = (state.blocks[name][:, :, None] for name in ("key", "value"))
+        parts = [part("row", query, key, value, everything), part("row", query, keys, values, set_bits, 1 << level)]
+        output = joint_attention(parts, self.size_bias)
         alive = x.real.expand(len(query), 1)[:, 0].nonzero()[:, 0]
         self._append(x, state, alive)
         # Merged as in a binary counter: as many levels as the position ends with ones.
