@@ -70,7 +70,7 @@ class Tokens:
         missing = rows * columns - self.query.shape[2]
 
         def grid(x: Tensor) -> Tensor:
-            return F.pad(x, (0, 0, 0, missing)).unflatten(-2, (rows, columns))
+            return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(-2, (rows, columns))
 
         names = ("query", "key", "value", "pooled_query", "pooled_key")
         on_grid: Tensors = {name: grid(getattr(self, name)) for name in names}
