@@ -40,10 +40,10 @@ CLAIM = Claim(
     design=Pretrain(SourceCode(width=64, depth=3, context=CONTEXT, tokens=CONTEXT, steps=500, batch=8)),
     arms={
         "strided": Arm(
-            "own segment and the last token of each earlier one (Sparse Transformer, fixed pattern)",
+            "own segment and the last token of each earlier segment (Sparse Transformer)",
             {**ROWS, "prepare": StridedAttention(SEGMENT)},
         ),
-        "combiner": Arm("own segment and a summary of each earlier one", combiner(segment=SEGMENT)),
+        "combiner": Arm("own segment and a summary of each earlier segment", combiner(segment=SEGMENT)),
         "full": Arm(f"full attention, {CONTEXT} score entries a query", ROWS),
         "logn": Arm("the logarithmic variant, 9 entries a query", combiner(variant="logn")),
         "mixture": Arm("the axial mixture, 80 entries a query", combiner(variant="mixture", segment=SEGMENT)),
