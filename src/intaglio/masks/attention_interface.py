@@ -29,7 +29,9 @@ BASES = ("sdpa", "eager", "flex_attention")
 # Attributes of a layer's attention module, so that a copied or pickled model keeps its rules.
 RULE, SCORE = "intaglio_rule", "intaglio_score"
 ATTENTION = "intaglio_attention"
-"""Attribute of an attention module: an attention function that replaces the stock one under our interface."""
+"""Attribute of an attention module: an attention function that replaces the stock one under our interface.
+
+With an attribute `takes_request` that is true, it receives the `MaskRequest` and the base's name instead of a mask."""
 
 _MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -62,15 +64,16 @@ class MaskRequest:
         """Whether the model's own mask is bidirectional (only those requests allow skipping a bidirectional mask)."""
         return "allow_is_bidirectional_skip" in self.arguments
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the mask consists of causality, a window and padding."""
+        arguments = self.arguments
+        skips = arguments.get("allow_is_causal_skip") or arguments.get("allow_is_bidirectional_skip")
+        return not arguments.get("use_vmap") and bool(skips or arguments["q_length"] == 1)
+
     def _refuse_overlay(self) -> None:
         """Refuse masks with more than causality, a window and padding, which a rule would silently drop."""
-        arguments = self.arguments
-        plain = (
-            arguments.get("allow_is_causal_skip")
-            or arguments.get("allow_is_bidirectional_skip")
-            or arguments["q_length"] == 1
-        )
-        if arguments.get("use_vmap") or not plain:
+        if not self._is_plain:
             raise IntaglioError(
                 "a visibility rule cannot be combined with packed position_ids or the model's own mask function; "
                 "pass an attention_mask of ones, and BlockDiagonal as the rule for packed rows"
@@ -83,6 +86,28 @@ class MaskRequest:
             arguments.get("attention_mask"), arguments["kv_length"], arguments.get("kv_offset", 0)
         )
         return None if padding is None else padding.to(device=device, dtype=torch.bool)
+
+    def documents(self, device: torch.device) -> Tensor | None:
+        """Return the number of each new token's document in its row, int64 [B, Q], -1 for padding.
+
+        None stands for rows of one document without padding. Packed documents are separated by their positions.
+
+        Raises:
+            IntaglioError: the mask has more than causality, a window, padding and packed documents.
+        """
+        arguments = self.arguments
+        start, count = int(arguments.get("q_offset", 0)), arguments["q_length"]
+        numbers_BQ = torch.zeros(arguments["batch_size"], count, dtype=torch.int64, device=device)
+        padding_BK = self._padding(device)
+        if not self._is_plain:
+            function = arguments["mask_function"]
+            b, q = torch.arange(len(numbers_BQ), device=device)[:, None], torch.arange(1, count, device=device)[None]
+            if arguments.get("use_vmap") or function(b, torch.zeros_like(b), q - 1, q).any():
+                raise IntaglioError("the model's own mask function cannot be combined with a replaced attention")
+            numbers_BQ[:, 1:] = (~function(b, torch.zeros_like(b), q, q - 1)).cumsum(-1)
+        if padding_BK is not None:
+            numbers_BQ = numbers_BQ.masked_fill(~padding_BK[:, start : start + count], -1)
+        return numbers_BQ if numbers_BQ.any() else None
 
     def _visible(self, rule: Rule, heads: int, device: torch.device) -> _MaskFunction:
         """Return rule, window and padding as a function of row, head and absolute positions."""
@@ -228,6 +253,9 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         rule, score = getattr(module, RULE, None), getattr(module, SCORE, None)
+        attention = getattr(module, ATTENTION, None)
+        if getattr(attention, "takes_request", False):
+            return attention(module, query, key, value, attention_mask, base, **kwargs)  # type: ignore[misc]
         if isinstance(attention_mask, MaskRequest):
             attention_mask, bias = attention_mask.mask(base, rule, score, query)
             if bias is not None:
@@ -237,7 +265,7 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             raise IntaglioError(
                 f"{got} cannot be combined with a visibility rule; pass a 2-D attention_mask [rows, tokens]"
             )
-        attention = getattr(module, ATTENTION, None) or _stock_attention(base, module)
+        attention = attention or _stock_attention(base, module)
         return attention(module, query, key, value, attention_mask, **kwargs)
 
     attend.__name__ = PREFIX + base

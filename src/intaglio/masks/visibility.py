@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from intaglio.errors import IntaglioError, first_line
-from intaglio.masks.attention_interface import BASES, PREFIX, RULE, SCORE, MaskRequest
+from intaglio.masks.attention_interface import ATTENTION, BASES, PREFIX, RULE, SCORE, MaskRequest
 from intaglio.masks.rules import Rule, Score
 from intaglio.modeling.anatomy import CACHES, Anatomy, anatomy, attention, blocks
 from intaglio.modeling.partial_pass import capture
@@ -60,8 +60,8 @@ def _guard(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
     name = base.config._attn_implementation
     if state.ruled and not (name or "").startswith(PREFIX):
         raise IntaglioError(
-            f"the attention implementation was set to {name!r}, which drops the visibility rules; "
-            "call set_visibility again, or clear_visibility before"
+            f"the attention implementation was set to {name!r}, which drops the visibility rules and "
+            "attention functions; call set_visibility or set_attention again, or clear_visibility before"
         )
     if not state.is_noncausal:
         return args, kwargs
@@ -138,14 +138,20 @@ def _set_on_layers(model: nn.Module, attribute: str, values: Mapping[int, Any]) 
     # Located before any change, so that a refusal leaves the model unchanged.
     targets = {layer: attention(blocks(model)[layer]) for layer in values}
     state = _install(model)
-    for module in model.modules():
-        module.__dict__.pop(attribute, None)
+    for module in list(model.modules()):
+        if _has(module, attribute):
+            delattr(module, attribute)
     for layer, module in targets.items():
         setattr(module, attribute, values[layer])
     rules = get_visibility(model).values()
-    state.ruled = bool(rules) or any(SCORE in module.__dict__ for module in model.modules())
+    state.ruled = any(_has(module, name) for module in model.modules() for name in (RULE, SCORE, ATTENTION))
     state.is_noncausal = any(rule.is_noncausal for rule in rules)
     _guard_generate(model, state.is_noncausal)
+
+
+def _has(module: nn.Module, attribute: str) -> bool:
+    """Return whether a module has an attribute or submodule of its own."""
+    return attribute in module.__dict__ or attribute in module._modules
 
 
 def _guard_generate(model: nn.Module, wanted: bool) -> None:
@@ -248,6 +254,26 @@ def set_scores(model: nn.Module, scores: Mapping[int, Score | None] | Score | No
     _set_on_layers(model, SCORE, values)
 
 
+def set_attention(model: nn.Module, functions: Mapping[int, Any]) -> None:
+    """Replace the attention function of layers, and restore the stock one in all others.
+
+    Args:
+        model: as for `set_visibility`.
+        functions: layer -> `function(attention_module, query, key, value, mask, **kwargs)`, called as transformers
+            calls its own; see `attention_interface.ATTENTION`. A module becomes a submodule of the layer's attention.
+
+    Raises:
+        IntaglioError: as `set_visibility`.
+    """
+    _set_on_layers(model, ATTENTION, _by_layer(model, functions, "layers"))
+
+
+def attention_functions(model: nn.Module) -> dict[int, Any]:
+    """Return the attention function of every layer that does not use the stock one."""
+    modules = ((layer, module) for layer, block in enumerate(blocks(model)) for module in block.modules())
+    return {layer: getattr(module, ATTENTION) for layer, module in modules if _has(module, ATTENTION)}
+
+
 def get_visibility(model: nn.Module) -> dict[int, Rule]:
     """Return the rule of every layer that has one."""
     rules: dict[int, Rule] = {}
@@ -259,7 +285,10 @@ def get_visibility(model: nn.Module) -> dict[int, Rule]:
 
 
 def clear_visibility(model: nn.Module) -> None:
-    """Remove every rule and score rule from a model and restore its stock attention implementation."""
+    """Remove every rule and score rule from a model and restore its stock attention implementation.
+
+    Layers whose attention function is replaced keep it, and the model our implementation.
+    """
     base = _base(model)
     state: _State | None = getattr(base, _STATE, None)
     if state is None:
@@ -267,8 +296,11 @@ def clear_visibility(model: nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop(RULE, None)
         module.__dict__.pop(SCORE, None)
-    state.guard.remove()
     _guard_generate(model, False)
+    if attention_functions(model):
+        state.is_noncausal = False
+        return
+    state.guard.remove()
     delattr(base, _STATE)
     if (base.config._attn_implementation or "").startswith(PREFIX):  # the user may have set another since
         base.set_attn_implementation(state.stock)

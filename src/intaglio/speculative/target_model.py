@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from intaglio.errors import IntaglioError, first_line
-from intaglio.masks import get_visibility
+from intaglio.masks import attention_functions, get_visibility
 from intaglio.modeling.anatomy import CACHE, Anatomy, anatomy
 from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.cache import check_cache, is_windowed, move_rows, other_layer, preallocated_cache, row_moves
@@ -122,6 +122,10 @@ class CachedModel:
         if get_visibility(model):
             raise IntaglioError(
                 "the model's layers carry visibility rules; speculative decoding makes masks of its own"
+            )
+        if attention_functions(model):
+            raise IntaglioError(
+                "the model's layers carry attention functions of their own; speculative decoding needs the stock ones"
             )
         self.model = model
         self.base = parts.base
