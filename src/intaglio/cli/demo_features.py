@@ -86,8 +86,8 @@ def _example(features: dict[str, Any]) -> dict[str, Any]:
 def _steered(checkpoint: Checkpoint, dictionary: SparseDictionary, feature: int, amount: float) -> str:
     """Return a greedy continuation while a feature is added."""
     inputs = checkpoint.tokenizer(PROMPT, return_tensors="pt").to(checkpoint.device)
-    assert dictionary.site is not None
-    with hooked(anatomy(checkpoint.model), {dictionary.site: Push(dictionary, feature, amount, "add")}):
+    push = Push.from_feature(dictionary, feature, amount)
+    with hooked(anatomy(checkpoint.model), {push.site: push}):
         ids = checkpoint.model.generate(**inputs, do_sample=False, max_new_tokens=24)  # type: ignore[operator]
     text: str = checkpoint.tokenizer.decode(ids[0], skip_special_tokens=True)
     return text

@@ -109,7 +109,7 @@ class ActiveEntries:
 def _csr(rows_E: Tensor, columns_E: Tensor, values_E: Tensor, shape: tuple[int, int]) -> Tensor:
     starts = rows_E.new_zeros(shape[0] + 1, dtype=torch.int32)
     starts[1:] = torch.bincount(rows_E, minlength=shape[0]).cumsum(0)
-    return torch.sparse_csr_tensor(starts, columns_E.to(torch.int32), values_E, shape)
+    return torch.sparse_csr_tensor(starts, columns_E.to(torch.int32), values_E, shape, check_invariants=False)
 
 
 class _PreActivations(torch.autograd.Function):

@@ -280,7 +280,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         pre_E, threshold_E = ctx.saved_tensors
         near_E = (pre_E - threshold_E).abs() < BANDWIDTH / 2
-        return None, -near_E / BANDWIDTH * grads[0]
+        return None, -(1 / BANDWIDTH) * near_E * grads[0]
 
 
 class JumpReLUSAE(_Untied, slug="jumprelu_sae"):

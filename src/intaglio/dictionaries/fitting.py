@@ -236,13 +236,13 @@ def measure(
             top_M = codes_NM.amax(0)
             highest[name] = top_M if name not in highest else torch.maximum(highest[name], top_M)
     for name, dictionary in dictionaries.items():
-        dictionary.about |= {"fvu": measured[name].fvu, "l0": measured[name].l0}
+        dictionary.about.update(fvu=measured[name].fvu, l0=measured[name].l0)
         dictionary.about["max_activation"] = [round(value, 6) for value in highest[name].tolist()]
         if predicts_next(parts):
             assert dictionary.site is not None
-            dictionary.about["loss_recovered"] = loss_recovered(
-                parts, dictionary, dictionary.site, data, skip=skip, batch_size=batch_size
-            )
+            recovered = loss_recovered(parts, dictionary, dictionary.site, data, skip=skip, batch_size=batch_size)
+            if recovered is not None:
+                dictionary.about["loss_recovered"] = recovered
 
 
 @torch.no_grad()

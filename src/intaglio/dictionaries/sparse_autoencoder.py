@@ -217,7 +217,7 @@ class SparseAutoencoder(Method):
         }
         checkpoint.record_step(self.slug, parameters, seed=seed, chosen=measured, verb="fit")
         tensors = {
-            f"{name}:{key}": tensor.cpu()
+            f"{name}:{key}": tensor.cpu().clone()
             for name, dictionary in dictionaries.items()
             for key, tensor in dictionary.tensors.items()
         }

@@ -8,7 +8,7 @@ Dimension letters: B batch, L sequence, D width, M latents.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -20,7 +20,7 @@ from intaglio.dictionaries.sources import find_dictionary
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Cost, Method, ModelAspect, Progress, Workload, no_progress
 from intaglio.modeling.anatomy import anatomy
-from intaglio.modeling.sites import add_hook
+from intaglio.modeling.sites import Site, add_hook
 
 SLUG = "steer"
 
@@ -97,17 +97,17 @@ class Steer(Method, slug=SLUG):
         strength = 1.0 if highest is None else float(highest[self.feature])
         if strength == 0:
             raise IntaglioError(f"feature {self.feature} of {name} fired for no held-out token, so it has no strength")
-        push = Push(dictionary, self.feature, self.scale * strength, self.mode)
+        push = Push.from_feature(dictionary, self.feature, self.scale * strength, self.mode)
         earlier = checkpoint.attachments.get(SLUG)
         tensors = {} if earlier is None else dict(earlier.tensors)
         pushes = [] if earlier is None else list(earlier.about["pushes"])
-        tensors |= {f"{len(pushes)}:{key}": tensor.cpu() for key, tensor in push.tensors().items()}
+        tensors |= {f"{len(pushes)}:{key}": tensor for key, tensor in push.tensors().items()}
         pushes.append(push.settings())
         chosen = {"dictionary": name, "site": dictionary.site.name, "strength": strength}
         checkpoint.record_step(self.slug, self.model_dump(), chosen=chosen)
         checkpoint.attach(SLUG, tensors, self.model_dump(), {"pushes": pushes})
         checkpoint.set_runtime_state(SLUG, {"count": len(pushes)})
-        add_hook(anatomy(checkpoint.model), dictionary.site, push)
+        add_hook(anatomy(checkpoint.model), push.site, push)
         return checkpoint
 
     @classmethod
@@ -124,44 +124,56 @@ class Steer(Method, slug=SLUG):
                 if key.startswith(f"{index}:")
             }
             push = Push.from_settings(settings, tensors)
-            assert push.dictionary.site is not None
-            add_hook(parts, push.dictionary.site, push)
+            add_hook(parts, push.site, push)
 
 
 class Push:
     """What one step adds to a site.
 
     Args:
-        dictionary: of the feature.
-        feature: its index.
+        site: what is steered.
+        row_D: the feature's decoder row.
         amount: code that is added, or that the feature's code becomes.
-        mode: `add` or `clamp`.
+        encoder: (clamp) gives the feature's code. Default None: the row is added.
+        feature: (clamp) index of the feature.
     """
 
-    def __init__(self, dictionary: SparseDictionary, feature: int, amount: float, mode: str) -> None:
-        self.dictionary, self.feature, self.amount, self.mode = dictionary, feature, amount, mode
+    def __init__(
+        self, site: Site, row_D: Tensor, amount: float, encoder: SparseDictionary | None = None, feature: int = 0
+    ) -> None:
+        self.site, self.row_D, self.amount, self.encoder, self.feature = site, row_D, amount, encoder, feature
+
+    @classmethod
+    def from_feature(cls, dictionary: SparseDictionary, feature: int, amount: float, mode: str = "add") -> Push:
+        """Return the push of a feature of a dictionary with a known site."""
+        assert dictionary.site is not None
+        row_D = dictionary.decoder_MD[feature].clone()
+        return cls(dictionary.site, row_D, amount, dictionary if mode == "clamp" else None, feature)
 
     def __call__(self, x_BLD: Tensor) -> Tensor:
         """Return the steered activations."""
-        if self.dictionary.decoder_MD.device != x_BLD.device:
-            self.dictionary = self.dictionary.to(x_BLD.device)
-        row_D = self.dictionary.decoder_MD[self.feature]
-        if self.mode == "add":
-            return x_BLD + (self.amount * row_D).to(x_BLD.dtype)
-        missing_BL = self.amount - self.dictionary.encode(x_BLD)[..., self.feature]
-        return x_BLD + (missing_BL[..., None] * row_D).to(x_BLD.dtype)
+        if self.row_D.device != x_BLD.device:
+            self.row_D = self.row_D.to(x_BLD.device)
+            self.encoder = None if self.encoder is None else self.encoder.to(x_BLD.device)
+        if self.encoder is None:
+            return x_BLD + (self.amount * self.row_D).to(x_BLD.dtype)
+        missing_BL = self.amount - self.encoder.encode(x_BLD)[..., self.feature]
+        return x_BLD + (missing_BL[..., None] * self.row_D).to(x_BLD.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the dictionary's tensors."""
-        return self.dictionary.tensors
+        """Return copies of its tensors."""
+        own = {"row": self.row_D} | ({} if self.encoder is None else self.encoder.tensors)
+        return {name: tensor.detach().cpu().clone() for name, tensor in own.items()}
 
     def settings(self) -> dict[str, Any]:
         """Return everything else as plain data."""
-        about = replace(self.dictionary, about={}).settings()
-        return {"feature": self.feature, "amount": self.amount, "mode": self.mode, "dictionary": about}
+        encoder = None if self.encoder is None else replace(self.encoder, about={}).settings()
+        return {"site": asdict(self.site), "amount": self.amount, "encoder": encoder, "feature": self.feature}
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any], tensors: dict[str, Tensor]) -> Push:
+    def from_settings(cls, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Push:
         """Return the push of `settings` and `tensors`."""
-        dictionary = SparseDictionary.from_parts(settings["dictionary"], tensors)
-        return cls(dictionary, settings["feature"], settings["amount"], settings["mode"])
+        own = dict(tensors)
+        row_D, encoder = own.pop("row"), settings["encoder"]
+        dictionary = None if encoder is None else SparseDictionary.from_parts(encoder, own)
+        return cls(Site(**settings["site"]), row_D, settings["amount"], dictionary, settings["feature"])

@@ -123,7 +123,7 @@ class TrainingRun:
             group["lr"] = method.rate * factor
         self.optimizer.zero_grad(set_to_none=True)
         loss = method.loss(self, x_BD)
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise DivergedError(f"the loss of {method.slug} is not finite at step {self.step}; lower learning_rate")
         loss.backward()

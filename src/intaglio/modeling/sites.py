@@ -69,15 +69,17 @@ def check_site(parts: Anatomy, site: Site) -> None:
 
 
 def _projection(parts: Anatomy, site: Site) -> Linear:
-    role = "o" if site.part == "z" else site.part
-    for linear in parts.linears(site.layer):
-        # BERT calls its output projection `dense`.
-        if linear.part == "attention" and (linear.role == role or (role == "o" and "output" in linear.name)):
-            return linear
-    raise IntaglioError(
-        f"the model family {parts.config.model_type!r} has no projection {role} in layer {site.layer}; "
-        "residual, attention and mlp are sites of every model"
-    )
+    attention_linears = [linear for linear in parts.linears(site.layer) if linear.part == "attention"]
+    if site.part == "z":  # families call it o_proj, dense or c_proj
+        matching = [linear for linear in attention_linears if linear.role not in ("q", "k", "v")][-1:]
+    else:
+        matching = [linear for linear in attention_linears if linear.role == site.part]
+    if not matching:
+        raise IntaglioError(
+            f"the model family {parts.config.model_type!r} has no projection for {site.part} in layer {site.layer}; "
+            "residual, attention and mlp are sites of every model"
+        )
+    return matching[0]
 
 
 def _heads(parts: Anatomy, site: Site, linear: Linear) -> int:

@@ -45,7 +45,8 @@ def test_arms_share_samples_and_measures_are_means_over_dictionaries() -> None:
     one, two = (run(dictionaries=(TopKSAE(k=k),)) for k in (1, 4))
     both = run(dictionaries=(TopKSAE(k=1), TopKSAE(k=4)))
     assert both == pytest.approx({name: (one[name] + two[name]) / 2 for name in one})
-    assert (one[ACTIVE.name], two[ACTIVE.name]) == (1, 4)
+    assert one[ACTIVE.name] == 1
+    assert 3.9 < two[ACTIVE.name] <= 4
     assert run(oracle=True)[RECOVERED.name] == 1
     assert run(dictionaries=(GBASAE(),), groups=2)[UNEXPLAINED.name] > 0
     assert len(digests) == 1

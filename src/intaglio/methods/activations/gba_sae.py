@@ -5,7 +5,7 @@ Dimension letters: B batch, D width, M latents, K groups, E active entries.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -124,7 +124,6 @@ class GBASAE(SparseAutoencoder, slug="gba_sae"):
         "ICLR 2026"
     )
     url = "https://arxiv.org/abs/2506.14002"
-    unit_norm: ClassVar[tuple[str, ...]] = ("W_enc",)
 
     groups: Annotated[int, Field(ge=1, le=10_000)] = 10
     highest_frequency: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -162,6 +161,11 @@ class GBASAE(SparseAutoencoder, slug="gba_sae"):
     def rate(self) -> float:
         """The learning rate."""
         return LEARNING_RATE if self.learning_rate is None else self.learning_rate
+
+    @property
+    def unit_norm(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Trained matrices whose rows keep norm 1."""
+        return ("W_enc",) if self.tied else ("W_enc", "W_dec")
 
     @property
     def projects_gradient(self) -> bool:  # type: ignore[override]
@@ -208,10 +212,7 @@ class GBASAE(SparseAutoencoder, slug="gba_sae"):
         return 0.5 * (x_BD - reconstructed_BD).square().sum(1).mean()
 
     def after_step(self, run: TrainingRun, x_BD: Tensor) -> None:
-        """Normalise an untied decoder, and adapt the biases where it is time."""
-        if not self.tied:
-            norms_M = run["W_dec"].norm(dim=1).clamp_min(1e-12)
-            run["W_dec"] /= norms_M[:, None]
+        """Adapt the biases where it is time."""
         if run.step % self.adapt_every:
             return
         state = run.state
