@@ -40,10 +40,20 @@ def _squared_error(x_BD: Tensor, reconstructed_BD: Tensor) -> Tensor:
 
 
 class _Untied(SparseAutoencoder):
-    """Encoder rows that start as the decoder's, and a bias for each latent."""
+    """Encoder rows that start as the decoder's, and a bias for each latent.
+
+    Args:
+        frozen_decoder: whether decoder rows stay as drawn: a control with random features. Default false.
+    """
 
     kinds: ClassVar[tuple[Kind, ...]] = ()
     architecture: ClassVar[Architecture]
+
+    frozen_decoder: bool = False
+
+    def decoder(self, run: TrainingRun) -> Tensor:
+        """Return the decoder rows of a training step."""
+        return run["W_dec"].detach() if self.frozen_decoder else run["W_dec"]
 
     def new_parameters(self, inputs: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Return random decoder rows, the same rows for the encoder, and biases of 0."""
@@ -93,7 +103,7 @@ class L1SAE(_Untied, slug="l1_sae"):
         run.state["fired"][at.latents_E] = True
         penalty = codes_E.sum() / len(x_BD)
         weight = self.l1 * run.warmed(round(self.l1_warmup * run.steps))
-        return _squared_error(x_BD, decode(codes_E, run["W_dec"], run["b_dec"], at)) + weight * penalty
+        return _squared_error(x_BD, decode(codes_E, self.decoder(run), run["b_dec"], at)) + weight * penalty
 
     def after_step(self, run: TrainingRun, x_BD: Tensor) -> None:
         """Resample dead latents where it is time."""
@@ -112,11 +122,14 @@ class L1SAE(_Untied, slug="l1_sae"):
         alive = torch.ones(self.width, dtype=torch.bool, device=x_BD.device)
         alive[dead] = False
         norm = run["W_enc"][alive].norm(dim=1).mean() if alive.any() else torch.ones((), device=x_BD.device)
-        run["W_dec"][dead] = directions
+        if not self.frozen_decoder:
+            run["W_dec"][dead] = directions
         run["W_enc"][dead] = directions * norm * RESAMPLED_SCALE
         run["b_enc"][dead] = 0
         for name in ("W_dec", "W_enc", "b_enc"):
-            moments = run.optimizer.state[run[name]]
+            moments = run.optimizer.state.get(run[name])
+            if moments is None:  # a frozen decoder
+                continue
             moments["exp_avg"][dead] = 0
             moments["exp_avg_sq"][dead] = 0
 
@@ -148,7 +161,7 @@ class _TopKBase(_Untied):
         codes_E = torch.relu(run.values(pre_BM, x_BD, run["b_enc"], at))
         self.observe(run, codes_E.detach())
         run.fired(at.where(codes_E.detach() > 0))
-        reconstructed_BD = decode(codes_E, run["W_dec"], run["b_dec"], at)
+        reconstructed_BD = decode(codes_E, self.decoder(run), run["b_dec"], at)
         loss = _squared_error(x_BD, reconstructed_BD)
         return loss + self._auxiliary_loss(run, x_BD, pre_BM, (x_BD - reconstructed_BD).detach())
 
@@ -165,7 +178,7 @@ class _TopKBase(_Untied):
         latents_BK = pre_BM.masked_fill(~dead_M, -torch.inf).topk(count, dim=1, sorted=False).indices
         at = ActiveEntries.from_topk(latents_BK, self.width)
         codes_E = torch.relu(run.values(pre_BM, x_BD, run["b_enc"], at))
-        guess_BD = decode(codes_E, run["W_dec"], torch.zeros_like(run["b_dec"]), at)
+        guess_BD = decode(codes_E, self.decoder(run), torch.zeros_like(run["b_dec"]), at)
         scale = (residual_BD - residual_BD.mean(0)).square().sum(1).mean().clamp_min(1e-12)
         return self.auxiliary * _squared_error(residual_BD, guess_BD) / scale
 
@@ -344,7 +357,7 @@ class JumpReLUSAE(_Untied, slug="jumprelu_sae"):
         l0 = steps_E.sum() / len(x_BD)
         warmup = min(2000, run.steps // 5) if self.sparsity_warmup is None else self.sparsity_warmup
         penalty = (l0 / self.l0 - 1).square() if self.quadratic else l0
-        error = _squared_error(x_BD, decode(codes_E, run["W_dec"], run["b_dec"], at))
+        error = _squared_error(x_BD, decode(codes_E, self.decoder(run), run["b_dec"], at))
         return error + self.sparsity * run.warmed(warmup) * penalty
 
     def after_step(self, run: TrainingRun, x_BD: Tensor) -> None:
@@ -393,7 +406,7 @@ class GatedSAE(_Untied, slug="gated_sae"):
         gate_bias_E, magnitude_bias_E = run["b_gate"][at.latents_E], run["b_mag"][at.latents_E]
         magnitude_E = (gate_E - gate_bias_E) * run["r_mag"][at.latents_E].exp() + magnitude_bias_E
         run.fired(at)
-        error = _squared_error(x_BD, decode(torch.relu(magnitude_E), run["W_dec"], run["b_dec"], at))
+        error = _squared_error(x_BD, decode(torch.relu(magnitude_E), self.decoder(run), run["b_dec"], at))
         frozen_BD = decode(gate_E, run["W_dec"].detach(), run["b_dec"].detach(), at)
         weight = self.l1 * run.warmed(round(self.l1_warmup * run.steps))
         return error + weight * gate_E.sum() / len(x_BD) + _squared_error(x_BD, frozen_BD)

@@ -221,7 +221,7 @@ class SparseAutoencoder(Method):
             for name, dictionary in dictionaries.items()
             for key, tensor in dictionary.tensors.items()
         }
-        settings = {name: dictionary.settings() for name, dictionary in dictionaries.items()}
+        settings = [[name, dictionary.settings()] for name, dictionary in dictionaries.items()]  # JSON sorts mappings
         checkpoint.attach(self.slug, tensors, parameters, {"dictionaries": settings})
         self._dictionaries = dict(dictionaries)
         return checkpoint
@@ -299,10 +299,10 @@ def attached_dictionaries(attachment: Attachment, checkpoint: Checkpoint) -> dic
         IntaglioError: it holds none, or they do not fit the model.
     """
     settings = attachment.about.get("dictionaries")
-    if not isinstance(settings, dict) or not settings:
+    if not isinstance(settings, list) or not settings:
         raise IntaglioError(f"the attachment {attachment.slug} holds no dictionary")
     result = {}
-    for name, values in settings.items():
+    for name, values in settings:
         prefix = f"{name}:"
         tensors = {
             key.removeprefix(prefix): tensor for key, tensor in attachment.tensors.items() if key.startswith(prefix)
