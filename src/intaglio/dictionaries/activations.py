@@ -22,7 +22,7 @@ from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import Anatomy
 from intaglio.modeling.sites import Site, check_site, read_sites
 
-HELD_OUT = 32
+HELD_OUT = 16
 """Most segments that are kept for measurements: at most a tenth of all."""
 
 

@@ -53,6 +53,7 @@ ALIVE = {
     "step_up": "test_step_up_acts_on_latents_that_never_fire",
     "adapt_every": 1,
     "min_frequency": "test_only_latents_below_the_least_frequency_are_raised",
+    "start_scale": 1.0,
     "activation": "relu",
     "tied": False,
     "spherical": True,

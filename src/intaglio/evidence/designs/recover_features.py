@@ -34,8 +34,8 @@ class RecoverFeatures(BedDesign):
     """Train dictionaries of `width` latents for `steps` steps of `batch_tokens` samples; a unit is a seed."""
 
     bed: SparseFeatures = field(default_factory=SparseFeatures)
-    width: int = 512
-    steps: int = 3000
+    width: int = 256
+    steps: int = 1000
     batch_tokens: int = 512
     MINIATURE: ClassVar[Mapping[str, Any]] = {"width": 24, "steps": 150, "batch_tokens": 64}
 

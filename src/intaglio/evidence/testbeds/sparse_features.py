@@ -27,7 +27,7 @@ class SparseFeatures(Sized):
     features: int = 128
     width: int = 42
     samples: int = 50_000
-    sparsities: tuple[int, ...] = (3, 20)
+    sparsities: tuple[int, ...] = (3, 3, 3, 3, 20)
     MINIATURE: ClassVar = {"features": 12, "width": 8, "samples": 2000, "sparsities": (1, 3)}
 
     def directions(self, seed: int) -> Tensor:

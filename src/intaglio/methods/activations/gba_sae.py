@@ -102,6 +102,8 @@ class GBASAE(SparseAutoencoder, slug="gba_sae"):
         adapt_every: optimizer steps between adaptations; a chance of 0.001 needs 10,000 activations to be seen. Default
             50.
         min_frequency: ε. Default 1e-6.
+        start_scale: a_m at the start. Near 0 each row learns from the input rather than from what other rows leave of
+            it, as in the paper's theory; from 1 on, rows share features out among them. Default 0.1.
         activation: `jumprelu` (default) or `relu`.
         tied: whether one matrix encodes and decodes; otherwise both have rows of norm 1, and the controller acts on the
             encoder's biases. Default true.
@@ -132,6 +134,7 @@ class GBASAE(SparseAutoencoder, slug="gba_sae"):
     step_up: Annotated[float, Field(ge=0, le=1)] = 0.01
     adapt_every: Annotated[int, Field(ge=1)] = 50
     min_frequency: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    start_scale: Annotated[float, Field(gt=0, le=100)] = 0.1
     activation: Literal["jumprelu", "relu"] = "jumprelu"
     tied: bool = True
     spherical: bool = False
@@ -179,9 +182,9 @@ class GBASAE(SparseAutoencoder, slug="gba_sae"):
         return by_group_K[group_of_latents(self.width, self.groups)]
 
     def new_parameters(self, inputs: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Return random rows and scales of 1."""
+        """Return random rows and equal scales."""
         rows_MD = unit_rows(self.width, inputs, generator)
-        start = {"W_enc": rows_MD, "scale": torch.ones(self.width)}
+        start = {"W_enc": rows_MD, "scale": torch.full((self.width,), self.start_scale)}
         return start if self.tied else start | {"W_dec": rows_MD.clone()}
 
     def new_state(self) -> dict[str, Tensor]:
