@@ -16,7 +16,9 @@ from intaglio.errors import IntaglioError
 from intaglio.methods.activations.gba_sae import GBASAE
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.sites import Site, read_sites
+from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
+from tests.conftest import TinyDir
 from tests.families import DECODERS, tiny_model, tiny_tokenizer
 
 IDS = torch.randint(8, 150, (11, 9), generator=torch.Generator().manual_seed(0))
@@ -150,3 +152,19 @@ def test_a_steered_checkpoint_without_its_attachment_is_refused(tmp_path: Path) 
     (tmp_path / "out" / "attachments" / "steer.safetensors").unlink()
     with pytest.raises(IntaglioError, match=r"is steered, and its attachments/steer.safetensors is missing"):
         load(tmp_path / "out")
+
+
+def test_a_recipe_fits_steers_and_writes_a_runtime_checkpoint(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(f"the quick brown fox number {i} jumps over the lazy dog {i}" for i in range(400)))
+    data = {"texts": str(texts), "samples": 4, "length": 16}
+    fit = {"topk_sae": {"layer": 1, "width": 4, "k": 3, "tokens": 200, "length": 16, "batch_tokens": 20}}
+    recipe = {"model": str(tiny_dir("llama")), "calibration": data, "measure": {**data, "speed": False}}
+    carve(Recipe.from_dict({**recipe, "steps": [{"fit": fit}, {"steer": {"feature": 2}}]}), tmp_path / "out")
+    back = load(tmp_path / "out")
+    assert [(step.slug, step.verb) for step in back.record.steps] == [("topk_sae", "fit"), ("steer", "carve")]
+    assert back.kind == "runtime"
+    strength = back.record.steps[1].chosen["strength"]
+    row_D = back.fitted("topk_sae").dictionary().decoder_MD[2]
+    steered, plain = (activations(one, Site(1)) for one in (back, load(tiny_dir("llama"))))
+    torch.testing.assert_close(steered - plain, (strength * row_D).expand_as(plain), atol=1e-4, rtol=1e-4)

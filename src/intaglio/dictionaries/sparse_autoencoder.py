@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 import torch
-from pydantic import BeforeValidator, Field, PrivateAttr, field_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
 from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
@@ -36,6 +36,36 @@ def read_count(value: Any) -> Any:
     if match is None:
         return int(value) if isinstance(value, str) and value.isdecimal() else value
     return round(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def checked_entries(field: str, value: list[dict[str, dict[str, Any]]]) -> list[dict[str, dict[str, Any]]]:
+    """Return the value of a field that lists dictionaries to train, each as `{SLUG: fields}`.
+
+    Raises:
+        ValueError: an entry does not name one method of this base.
+    """
+    accepted = [slug for slug in list_methods("dictionary") if issubclass(get_method(slug), SparseAutoencoder)]
+    for entry in value:
+        if len(entry) != 1 or next(iter(entry)) not in accepted:
+            given = shorten(repr(", ".join(entry)))
+            raise ValueError(f"{field} names {given}, not one dictionary; {did_you_mean(given, accepted)}")
+    return value
+
+
+def method_of_entry(field: str, entry: Mapping[str, Mapping[str, Any]], shared: Mapping[str, Any]) -> SparseAutoencoder:
+    """Return the method of an entry; `shared` are fields that it need not name.
+
+    Raises:
+        IntaglioError: a field of it is wrong.
+    """
+    ((slug, fields),) = entry.items()
+    cls, values = get_method(slug), {**shared, **fields}
+    try:
+        method: Any = cls(**values)
+    except ValidationError as error:
+        raise IntaglioError(f"{field}.{slug}.{validation_sentence(error, cls, values)}") from error
+    made: SparseAutoencoder = method
+    return made
 
 
 Count = Annotated[int, BeforeValidator(read_count), Field(ge=1)]
@@ -89,12 +119,7 @@ class SparseAutoencoder(Method):
     @field_validator("beside")
     @classmethod
     def _check_beside(cls, value: list[dict[str, dict[str, Any]]]) -> list[dict[str, dict[str, Any]]]:
-        accepted = list_methods("dictionary")
-        for entry in value:
-            if len(entry) != 1 or next(iter(entry)) not in accepted:
-                given = shorten(repr(", ".join(entry)))
-                raise ValueError(f"beside names {given}, not one dictionary; {did_you_mean(given, accepted)}")
-        return value
+        return checked_entries("beside", value)
 
     # --- what a method defines ----------------------------------------------------------------------------------------
 
@@ -142,18 +167,8 @@ class SparseAutoencoder(Method):
             IntaglioError: a field of one is wrong.
         """
         shared = ("layer", "site", "width", "batch_tokens", "seeds", "warmup", "decay")
-        result = []
-        for entry in self.beside:
-            ((slug, fields),) = entry.items()
-            cls = get_method(slug)
-            values = {name: getattr(self, name) for name in shared} | fields
-            try:
-                result.append(cls(**values))
-            except ValueError as error:
-                if not hasattr(error, "errors"):
-                    raise
-                raise IntaglioError(f"beside.{slug}.{validation_sentence(error, cls, values)}") from error  # type: ignore[arg-type]
-        return result  # type: ignore[return-value]
+        own = {name: getattr(self, name) for name in shared}
+        return [method_of_entry("beside", entry, own) for entry in self.beside]
 
     def jobs(self, depth: int, seed: int) -> dict[str, Job]:
         """Return the dictionaries to train, by name: `SLUG.SITE`, with a number from the second seed on."""

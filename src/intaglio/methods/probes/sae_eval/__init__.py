@@ -14,21 +14,20 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.dictionaries.dictionary import SparseDictionary
 from intaglio.dictionaries.sources import find_dictionary
-from intaglio.dictionaries.sparse_autoencoder import SparseAutoencoder
-from intaglio.errors import IntaglioError, did_you_mean, shorten
+from intaglio.dictionaries.sparse_autoencoder import SparseAutoencoder, checked_entries, method_of_entry
+from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
-from intaglio.methods.base import Method, Progress, no_progress, validation_sentence
+from intaglio.methods.base import Method, Progress, no_progress
 from intaglio.methods.probes.sae_eval.baselines import principal_components
 from intaglio.methods.probes.sae_eval.evaluate import Bench, Learned
 from intaglio.methods.probes.sae_eval.patching import Node, run
 from intaglio.methods.probes.sae_eval.supervised import SupervisedDictionary
 from intaglio.methods.probes.sae_eval.tasks import IOITask, english, symbolic
-from intaglio.methods.registry import get_method, list_methods
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.sites import Site, SitePart, check_site
 
@@ -127,12 +126,7 @@ class SAEEval(Method, slug="sae_eval"):
     @field_validator("dictionaries")
     @classmethod
     def _check_dictionaries(cls, value: list[dict[str, dict[str, Any]]]) -> list[dict[str, dict[str, Any]]]:
-        accepted = list_methods("dictionary")
-        for entry in value:
-            if len(entry) != 1 or next(iter(entry)) not in accepted:
-                given = shorten(repr(", ".join(entry)))
-                raise ValueError(f"dictionaries names {given}, not one dictionary; {did_you_mean(given, accepted)}")
-        return value
+        return checked_entries("dictionaries", value)
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
@@ -226,15 +220,9 @@ class SAEEval(Method, slug="sae_eval"):
         """Return the dictionaries to train by name."""
         learners: dict[str, SparseAutoencoder] = {}
         for entry in self.dictionaries:
-            ((slug, fields),) = entry.items()
-            cls = get_method(slug)
             # Task activations are few: a hundred passes over them.
-            values = {"tokens": 100 * self.train} | fields
-            try:
-                method: Any = cls(**values)
-            except ValidationError as error:
-                raise IntaglioError(f"dictionaries.{slug}.{validation_sentence(error, cls, values)}") from error
-            name = slug if slug not in learners else f"{slug} {len(learners)}"
+            method = method_of_entry("dictionaries", entry, {"tokens": 100 * self.train})
+            name = method.slug if method.slug not in learners else f"{method.slug} {len(learners)}"
             learners[name] = method
         if self.random and learners:
             first, method = next(iter(learners.items()))
