@@ -47,7 +47,7 @@ class SymbolicIOI(Sized):
         names, fillers = (f"n{i}" for i in range(self.names)), (f"f{i}" for i in range(self.fillers))
         tokenizer = word_tokenizer(("<pad>", "<s>", "->", *names, *fillers), pad_token="<pad>", unk_token="<pad>")
         sizes = {"width": self.width, "depth": self.depth, "context": CONTEXT, "seed": seed % 2**32}
-        return new("llama", tokenizer=tokenizer, **sizes)  # type: ignore[arg-type]
+        return new("llama", tokenizer=tokenizer, **sizes)
 
     def training(self, seed: int) -> Segments:
         """Return the training prompts with their answers."""

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 Attributes = Mapping[str, Tensor]
+CodeKind = Literal["mean", "mse"]
+CODE_KINDS: tuple[CodeKind, ...] = ("mean", "mse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,7 @@ class SupervisedDictionary:
 
     @classmethod
     def from_activations(
-        cls, x_ND: Tensor, attributes: Attributes, sizes: Mapping[str, int], kind: Literal["mean", "mse"] = "mean"
+        cls, x_ND: Tensor, attributes: Attributes, sizes: Mapping[str, int], kind: CodeKind = "mean"
     ) -> SupervisedDictionary:
         """Fit the codes.
 
