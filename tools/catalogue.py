@@ -18,7 +18,7 @@ from intaglio import atomic_io
 from intaglio.methods.base import Method
 from intaglio.methods.registry import AREAS, TABLE, Entry, area_package
 
-SHARED = {"masks": "intaglio.masks", "trainer": "intaglio.trainer"}
+SHARED = {"masks": "intaglio.masks", "trainer": "intaglio.trainer", "dictionaries": "intaglio.dictionaries"}
 """Packages with method classes that no paper describes."""
 
 

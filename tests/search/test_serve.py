@@ -5,8 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import re
-import shutil
-import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 
 from intaglio.errors import IntaglioError
 from intaglio.search.serve import MAX_TARGET, Shown, server
+from tests.browser import browse, find_browser
 
 SCRIPT = "<script>document.title='owned'</script>"
 IMAGE = "<img src=x onerror=\"document.title='owned'\">"
@@ -152,21 +151,8 @@ def test_a_port_in_use_is_refused(port: int) -> None:
 
 
 @pytest.fixture
-def chromium(tmp_path: Path) -> str:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if browser is None:
-        if os.environ.get("CI") == "true":
-            pytest.fail("CI has no chromium; .ci/run installs it")
-        pytest.skip("no chromium is installed")
-    return browser
-
-
-def browse(browser: str, profile: Path, *words: str) -> str:
-    """Run a browser without network access beyond this machine, and return its standard output."""
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    flags += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}"]
-    done = subprocess.run([browser, *flags, *words], capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout
+def chromium() -> str:
+    return find_browser()
 
 
 def test_hostile_text_runs_nothing_in_a_browser(port: int, chromium: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from intaglio.checkpoint.resolve import LIVE_TYPE, LIVE_WEIGHTS, silence_transfo
 from intaglio.environment import versions
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.methods.base import Fittable
-from intaglio.methods.registry import PUBLISHED, get_method
+from intaglio.methods.registry import METHODS, PUBLISHED, get_method
 
 
 class Checkpoint:
@@ -124,6 +124,15 @@ class Checkpoint:
         if not (method.fitted and {"decoder", "drafter"} & set(method.kinds)):
             known = [s for s, entry in PUBLISHED.items() if entry.fitted and {"decoder", "drafter"} & set(entry.kinds)]
             raise IntaglioError(f"{slug} is no decoder that is fitted to a checkpoint; {did_you_mean(slug, known)}")
+        return self.fitted(slug, **fields)
+
+    def fitted(self, slug: str, **fields: Any) -> Any:
+        """Return a method with the parts that a `fit` step attached; `fields` override those of the fit.
+
+        Raises:
+            IntaglioError: nothing of it is attached, or what is attached belongs to other weights.
+        """
+        method = get_method(slug)
         if slug in self.attachments:
             attachment = self.attachments[slug]
             self._check_base(attachment)
@@ -148,7 +157,11 @@ class Checkpoint:
         )
 
     def _check_base(self, attachment: Attachment) -> None:
-        later = [step.slug for step in self.record.steps[attachment.step + 1 :] if step.verb == "carve"]
+        later = [
+            step.slug
+            for step in self.record.steps[attachment.step + 1 :]
+            if step.verb == "carve" and not (step.slug in METHODS and get_method(step.slug).keeps_fits)
+        ]
         if later:
             raise IntaglioError(
                 f"the attachment {attachment.slug} was fitted before {later[0]} changed the weights; fit it again"

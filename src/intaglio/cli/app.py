@@ -330,22 +330,51 @@ def inspect(
         str | None, typer.Option(metavar="TEXTS", help="Show how the experts of moe_x are used on these texts.")
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="(masks) Number of tokens.")] = 32,
+    features: Annotated[
+        bool, typer.Option("--features", help="Write a page of the features of the model's dictionary.")
+    ] = False,
+    dictionary: Annotated[
+        str | None,
+        typer.Option(
+            help="(features) An attached dictionary, or a directory of sae_lens. [default: the first attached]"
+        ),
+    ] = None,
+    texts: Annotated[str, typer.Option(help="(features) Texts to read.")] = "wikipedia",
+    tokens: Annotated[int, typer.Option(min=256, help="(features) Tokens to read.")] = 65_536,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="(masks) Also draw the masks to this SVG file.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="(masks) Also draw to this SVG file. (features) The page. [default: features.html]"
+        ),
     ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Inspect a model: its attention masks (--masks, of any model) or the use of its experts (--experts)."""
+    """Inspect a model: attention masks (--masks), use of its experts (--experts) or a dictionary's features."""
     from intaglio.errors import IntaglioError
 
-    if masks == (experts is not None):
+    given = [
+        name for name, on in (("--masks", masks), ("--experts", experts is not None), ("--features", features)) if on
+    ]
+    if len(given) != 1:
         raise IntaglioError(
-            "--masks and --experts are given; give one of them"
-            if masks
-            else "an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts"
+            f"{' and '.join(given)} are given; give one of them"
+            if given
+            else "an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts, "
+            "--features the features of a dictionary"
         )
     from intaglio.cli import inspect
+
+    if features:
+        page = output or Path("features.html")
+        with progress_bar() as progress:
+            document = inspect.features(model, dictionary, texts, tokens, page, device, progress)
+        if json:
+            print_json(document)
+            return
+        out.print(inspect.features_table(document))
+        print_out(f"page: {page}")
+        return
 
     if experts is not None:
         used = inspect.experts(model, experts, device)

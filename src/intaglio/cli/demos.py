@@ -13,7 +13,7 @@ from intaglio.cli.console import Device, Json, handle_errors, out, print_err, pr
 
 @handle_errors
 def demo(
-    topic: Annotated[str, typer.Argument(help="prune, search, generate or train.")] = "prune",
+    topic: Annotated[str, typer.Argument(help="prune, search, generate, train or features.")] = "prune",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory of the results. [default: intaglio-demo]")
     ] = None,
@@ -21,10 +21,16 @@ def demo(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: Json = False,
 ) -> None:
-    """Prune a real 135M-parameter model nine ways, search docstrings, generate four ways, or train small models."""
+    """Prune a real 135M-parameter model, search docstrings, generate, train small models, or read features."""
     from intaglio.errors import IntaglioError, did_you_mean
 
-    topics = {"prune": _demo_prune, "search": _demo_search, "generate": _demo_generate, "train": _demo_train}
+    topics = {
+        "prune": _demo_prune,
+        "search": _demo_search,
+        "generate": _demo_generate,
+        "train": _demo_train,
+        "features": _demo_features,
+    }
     if topic not in topics:
         raise IntaglioError(f"the demo has no topic {topic!r}; {did_you_mean(topic, topics)}")
     topics[topic](output, device, seed, json)
@@ -99,6 +105,21 @@ def _demo_train(output: Path | None, device: str | None, seed: int, json: bool) 
         print_out(f"a held-out line: {row['expected']!r}; filled in before: {row['before']!r}, after: {row['after']!r}")
     print_out(f"everything took {document['seconds']:.0f} s\nreport: {output / 'report.html'}")
     print_out(f"ask it yourself: intaglio recommend {output / 'recommender'} --history 'Star Wars' --history Alien")
+
+
+def _demo_features(output: Path | None, device: str | None, seed: int, json: bool) -> None:
+    from intaglio.cli.demo_features import demo as run
+    from intaglio.cli.inspect import features_table
+
+    output = output or Path("intaglio-demo-features")
+    document = _run(run, ("smollm2", "wikipedia"), output, device, seed, json)
+    if document is None:
+        return
+    out.print(features_table(document["features"]))
+    print_out(document["sentence"])
+    for row in document["steered"]:
+        print_out(f"{row['label']}: {row['text']!r}")
+    print_out(f"everything took {document['seconds']:.0f} s\npage: {output / 'report.html'}")
 
 
 def _demo_prune(output: Path | None, device: str | None, seed: int, json: bool) -> None:

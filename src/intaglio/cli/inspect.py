@@ -1,4 +1,4 @@
-"""`intaglio inspect`: attention masks and experts of a model."""
+"""`intaglio inspect`: attention masks, experts and features of a model."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
-from intaglio import atomic_io
+from intaglio import atomic_io, report
 from intaglio.checkpoint import load
+from intaglio.dictionaries.features import describe_features
+from intaglio.dictionaries.sources import find_dictionary
 from intaglio.errors import IntaglioError
 from intaglio.masks.visualize import Group, as_json, drawing, groups, svg
 from intaglio.methods.activations.moe_x import expert_statistics
+from intaglio.methods.base import Progress, no_progress
 
 
 def masks(model: str, length: int, output: Path | None, device: str | None) -> tuple[list[Group], dict[str, Any]]:
@@ -71,4 +75,42 @@ def experts_table(model: str, texts: str, statistics: dict[str, dict[str, Any]])
             f"{layer['expected_l0']:.1f}",
             f"{layer['dead_units']:.1%}",
         )
+    return table
+
+
+def features(
+    model: str,
+    dictionary: str | None,
+    texts: str,
+    tokens: int,
+    output: Path,
+    device: str | None,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Write the page of a dictionary's features and return its data; see `describe_features`.
+
+    Raises:
+        IntaglioError: the model has no such dictionary, the texts cannot be read, or the file name does not end in
+            `.html`.
+    """
+    if output.suffix.lower() != ".html":
+        raise IntaglioError(f"the page {output} must be an .html file")
+    checkpoint = load(model, device=device)
+    name, chosen = find_dictionary(checkpoint, dictionary)
+    document = describe_features(checkpoint, name, chosen, texts, tokens=tokens, progress=progress)
+    atomic_io.write_text(output, report.features_page(document))
+    return document
+
+
+def features_table(document: dict[str, Any], most: int = 12) -> Table:
+    """Return the most frequent features with the token at which each fires highest, a feature a row."""
+    title = f"Features of {document['model']}, {document['site']}"
+    alive, width, tokens = document["alive"], document["width"], document["tokens"]
+    caption = f"{alive} of {width} fired on {tokens} tokens, {document['l0']:.1f} at a time."
+    table = Table("feature", "fires", "highest at", "raises", title=title, caption=caption, box=SIMPLE_HEAD)
+    for feature in document["features"][:most]:
+        ids, levels = feature["contexts"][0]
+        raised = " ".join(repr(document["vocabulary"][index]) for index in feature["raised"][:3])
+        peak = document["vocabulary"][ids[levels.index(max(levels))]]
+        table.add_row(str(feature["id"]), f"{feature['rate']:.2%}", Text(repr(peak)), Text(raised))
     return table

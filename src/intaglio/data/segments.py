@@ -137,8 +137,11 @@ def segments(
     length: int,
     seed: int,
     order: Literal["shuffled", "file"] = "shuffled",
+    fewer: bool = False,
 ) -> Segments:
     """Return exactly `samples` segments of `length` tokens from the front of the joined documents.
+
+    With `fewer`, short texts give as many segments as they hold, instead of an error.
 
     The documents are ordered by SHA-256 of "seed:document hash", so that the order of two documents does not depend on
     the rest of the corpus; they are joined by two newlines and tokenised one by one until there are enough tokens.
@@ -162,6 +165,8 @@ def segments(
         # The separator comes first: a byte-level pre-tokenizer then splits it as between two paragraphs.
         text = _SEPARATOR + document if number else document
         stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if fewer:
+        samples = max(1, min(samples, len(stream) // inner))
     if len(stream) < samples * inner:
         raise IntaglioError(
             f"the texts {corpus.name!r} give {len(stream) // inner} segments of {length} tokens, {samples} are needed;"

@@ -73,6 +73,7 @@ class Method(BaseModel):
         requires: properties that the checkpoint must have.
         invalidates: properties that the checkpoint loses.
         restores: properties that it gives back, where only steps whose `changes` are among its own took them away.
+        keeps_fits: whether attachments that were fitted before it stay valid.
         edits_experts: whether it edits the matrices of stacked experts; otherwise a model with such is refused.
         trains_on: data that an objective is trained on. Default `texts`.
     """
@@ -92,6 +93,7 @@ class Method(BaseModel):
     vocabulary_config_keys: ClassVar[frozenset[str]] = frozenset()
     """Keys of the model's config in which it keeps token ids; a step that replaces the vocabulary removes them."""
     restores: ClassVar[frozenset[Capability]] = frozenset()
+    keeps_fits: ClassVar[bool] = False
     edits_experts: ClassVar[bool] = False
     trains_on: ClassVar[TrainingData] = "texts"
 

@@ -53,7 +53,7 @@ def _extra_outputs(parts: Anatomy) -> int | None:
         device = next(parts.base.parameters()).device
         handle = parts.blocks[0].register_forward_hook(stop)
         try:
-            _run_base(parts, {"input_ids": torch.zeros((1, 2), dtype=torch.long, device=device)})
+            run_base(parts, {"input_ids": torch.zeros((1, 2), dtype=torch.long, device=device)})
         except _BlockOutput:
             pass
         finally:
@@ -74,7 +74,7 @@ def _family_errors(config: Any, what: str) -> Iterator[None]:
         ) from error
 
 
-def _run_base(parts: Anatomy, batch: Mapping[str, Any]) -> Any:
+def run_base(parts: Anatomy, batch: Mapping[str, Any]) -> Any:
     """Run the model without its head, by default without a cache."""
     with _family_errors(parts.config, f"reading {' and '.join(batch)}"):
         return parts.base(**({"use_cache": False} if parts.causal else {}) | dict(batch))
@@ -114,7 +114,7 @@ def capture(parts: Anatomy, batch: Mapping[str, Any]) -> BlockInputs:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     with _pass_through(parts, calls):
-        _run_base(parts, inputs)
+        run_base(parts, inputs)
     if len(calls) != len(parts.blocks):
         raise IntaglioError(
             f"the model family {parts.config.model_type!r} is not supported: it runs its {len(parts.blocks)} blocks in "
@@ -242,5 +242,5 @@ class _Given(nn.Module):
 def final_hidden(parts: Anatomy, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the base model's `last_hidden_state` [B, L, D] for a batch."""
     device = next(parts.base.parameters()).device
-    hidden: Tensor = _run_base(parts, {name: value.to(device) for name, value in batch.items()}).last_hidden_state
+    hidden: Tensor = run_base(parts, {name: value.to(device) for name, value in batch.items()}).last_hidden_state
     return hidden

@@ -236,7 +236,7 @@ def _check_fits_last(steps: Sequence[Step]) -> None:
     for step in steps:
         if isinstance(step, Fit):
             fitted = step.slug
-        elif fitted is not None:
+        elif fitted is not None and not step.keeps_fits:
             raise IntaglioError(
                 f"{step.slug} cannot follow the fit of {fitted}, which belongs to the weights at that point; put fit "
                 "after the steps that change them"

@@ -4,6 +4,7 @@
 `html` render a document as a line, in the terminal and in a browser; `recommender` does so for recommenders.
 """
 
+from intaglio.report.features import features_page
 from intaglio.report.formatting import MEASURES, Cell, Change, Measure, Row, rows
 from intaglio.report.html import carve_page, compare_page, demo_page, trained_page, training_page
 from intaglio.report.recommender import (
@@ -34,6 +35,7 @@ __all__ = [
     "demo_chart",
     "demo_page",
     "demo_table",
+    "features_page",
     "recommender_page",
     "recommender_section",
     "recommender_summary",

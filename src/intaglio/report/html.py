@@ -85,15 +85,16 @@ def _json(value: Any) -> str:
 
 
 @cache
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """Return the environment of the templates; all text is escaped."""
+    loaded = Environment(
         loader=PackageLoader("intaglio.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
+    loaded.filters |= {
         "typeset": _typeset,
         "words": _json,
         "about_zeros": about_zeros,
@@ -101,17 +102,17 @@ def _environment() -> Environment:
         "percent": lambda share: f"{100 * share:.0f} %",
         "transposed": lambda columns: zip_longest(*columns, fillvalue="–"),
     }
-    environment.globals |= {"TEXT_MEASURES": TEXT_MEASURES}
-    environment.globals |= {"ZEROS": ZEROS, "LIVE": LIVE, "BAKED": BAKED}
-    environment.globals |= {"SPEED_NOISE": SPEED_NOISE, "MEMORY_NOISE": MEMORY_NOISE}
-    return environment
+    loaded.globals |= {"TEXT_MEASURES": TEXT_MEASURES}
+    loaded.globals |= {"ZEROS": ZEROS, "LIVE": LIVE, "BAKED": BAKED}
+    loaded.globals |= {"SPEED_NOISE": SPEED_NOISE, "MEMORY_NOISE": MEMORY_NOISE}
+    return loaded
 
 
 def _render(name: str, document: Document, **values: Any) -> str:
     side_keys = ("measure", "versions", "threads", "device", "dtype", "recipe", "seconds", "notes", "model")
     common = {key: document.get(key) for key in side_keys}
     sentence = summary(document)
-    return _environment().get_template(name).render(document=document, **common, summary=sentence, **values)
+    return environment().get_template(name).render(document=document, **common, summary=sentence, **values)
 
 
 def _headline(row: Row) -> Headline:
@@ -298,7 +299,7 @@ def _titled(grid: Any) -> str:
 def training_page(title: str, summary: str, columns: training_curves.Columns, notes: Mapping[str, str]) -> str:
     """Return the progress of a training run as a self-contained HTML page."""
     return (
-        _environment()
+        environment()
         .get_template("training.html.j2")
         .render(document={"title": title}, summary=summary, curves=Markup(training_curves.curves(columns)), notes=notes)
     )
@@ -322,7 +323,7 @@ def trained_page(title: str, summary: str, sections: Sequence[Mapping[str, Any]]
         }
         for section in sections
     ]
-    template = _environment().get_template("trained.html.j2")
+    template = environment().get_template("trained.html.j2")
     return template.render(document={"title": title}, summary=summary, sections=shown)
 
 
@@ -340,7 +341,7 @@ def evaluation_page(
     `examples` are queries, each with the ids of the first results by index.
     """
     return (
-        _environment()
+        environment()
         .get_template("evaluation.html.j2")
         .render(
             document={"title": title},

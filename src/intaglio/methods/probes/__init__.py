@@ -1,0 +1,1 @@
+"""Methods by area: reading a model: evaluations and diagnostics."""
