@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,7 +21,7 @@ from intaglio.checkpoint.resolve import LIVE_TYPE, LIVE_WEIGHTS, silence_transfo
 from intaglio.environment import versions
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.methods.base import Fittable
-from intaglio.methods.registry import PUBLISHED, get_method
+from intaglio.methods.registry import PUBLISHED, get_method, list_fitted
 
 
 class Checkpoint:
@@ -124,6 +125,13 @@ class Checkpoint:
         if not (method.fitted and {"decoder", "drafter"} & set(method.kinds)):
             known = [s for s, entry in PUBLISHED.items() if entry.fitted and {"decoder", "drafter"} & set(entry.kinds)]
             raise IntaglioError(f"{slug} is no decoder that is fitted to a checkpoint; {did_you_mean(slug, known)}")
+        return self.fitted(slug, **fields)
+
+    def fitted(self, slug: str, **fields: Any) -> Any:
+        """Return a method with what a `fit` step attached, ready to use; `fields` override those of the fit."""
+        method = get_method(slug)
+        if not method.fitted:
+            raise IntaglioError(f"{slug} is not fitted to a checkpoint; {did_you_mean(slug, list_fitted())}")
         if slug in self.attachments:
             attachment = self.attachments[slug]
             self._check_base(attachment)
@@ -183,6 +191,22 @@ class Checkpoint:
         with atomic_io.directory(path, overwrite) as temporary:
             self.write_files(temporary)
         return Path(path)
+
+    def save_attachment(self, slug: str) -> Path:
+        """Replace an attachment and the record in the directory that the checkpoint was read from, atomically each.
+
+        Raises:
+            IntaglioError: it was not read from a directory, or the file cannot be written.
+        """
+        if self._directory is None:
+            raise IntaglioError("the checkpoint was not read from a directory; save it to one")
+        attachment = self.attachments[slug] = self.attachments[slug].of(weights_digest(self._directory))
+        with tempfile.TemporaryDirectory() as temporary:
+            attachment.write(Path(temporary))
+            content = Path(temporary, f"{slug}.safetensors").read_bytes()
+        atomic_io.write_bytes(self._directory / FOLDER / f"{slug}.safetensors", content)
+        atomic_io.write_json(self._directory / RECORD, self.record.model_dump())
+        return self._directory
 
     def write_files(self, directory: Path) -> None:
         """Write the checkpoint's files into an existing directory (the writer's temporary one)."""

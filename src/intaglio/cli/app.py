@@ -9,6 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from intaglio.cli.classify import classify
 from intaglio.cli.console import (
     CommandGroup,
     Device,
@@ -456,6 +457,7 @@ app.command()(search)
 app.command()(evaluate)
 app.command()(train)
 app.command()(recommend)
+app.command()(classify)
 app.command()(demo)
 
 

@@ -28,6 +28,7 @@ Kind = Literal[
     "dictionary",
     "probe",
     "study",
+    "classifier",
 ]
 """A protocol that a method implements."""
 
@@ -254,6 +255,21 @@ class Fittable(Protocol):
 
     def estimate_fit(self, workload: Workload, texts: Any) -> Cost:
         """Estimate the cost of `fit` on these texts."""
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """A fitted method that classifies texts; `Checkpoint.fitted` returns it ready to use."""
+
+    def classify(
+        self, checkpoint: AnyCheckpoint, texts: Sequence[str], *, batch_size: int = 32, progress: Progress = no_progress
+    ) -> list[dict[str, float]]:
+        """Return the probability of every class for each text."""
+
+    def learn(
+        self, checkpoint: AnyCheckpoint, examples: Any, *, seed: int = 0, progress: Progress = no_progress
+    ) -> AnyCheckpoint:
+        """Learn further labelled texts, also of new classes, and replace the attachment."""
 
 
 class StepContract(Protocol):
