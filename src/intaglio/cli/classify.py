@@ -37,7 +37,7 @@ def classify(
         str | None,
         typer.Argument(
             metavar="TEXTS",
-            help="A .jsonl file of objects with text (and label: accuracy is measured), a file of one text a line, or -.",
+            help="A .jsonl file of objects with text (and label, for accuracy), a file of one text a line, or -.",
         ),
     ] = None,
     learn: Annotated[

@@ -29,6 +29,7 @@ Kind = Literal[
     "probe",
     "study",
     "classifier",
+    "autoencoder",
 ]
 """A protocol that a method implements."""
 
