@@ -330,23 +330,58 @@ def inspect(
     experts: Annotated[
         str | None, typer.Option(metavar="TEXTS", help="Show how the experts of moe_x are used on these texts.")
     ] = None,
+    diagnostics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXTS", help="Measure entropies, information surplus, Fisher metric and alignment on these texts."
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="(diagnostics) A field of markov_lm as key=value; can be repeated."),
+    ] = None,
     length: Annotated[int, typer.Option(min=1, help="(masks) Number of tokens.")] = 32,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="(masks) Also draw the masks to this SVG file.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="(masks, diagnostics) Also draw to this SVG file, or write this HTML page."
+        ),
     ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Inspect a model: its attention masks (--masks, of any model) or the use of its experts (--experts)."""
+    """Inspect a model: attention masks (--masks), the use of its experts (--experts), or --diagnostics."""
     from intaglio.errors import IntaglioError
 
-    if masks == (experts is not None):
+    given = {"--masks": masks, "--experts": experts is not None, "--diagnostics": diagnostics is not None}
+    chosen = [name for name, present in given.items() if present]
+    if len(chosen) != 1:
         raise IntaglioError(
-            "--masks and --experts are given; give one of them"
-            if masks
-            else "an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts"
+            f"{' and '.join(chosen)} are given; give one of them"
+            if chosen
+            else "an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts, "
+            "--diagnostics the geometry and information of next-token steps"
         )
+    if set_ and diagnostics is None:
+        raise IntaglioError("--set belongs to --diagnostics")
     from intaglio.cli import inspect
+
+    if diagnostics is not None:
+        from intaglio.cli.settings import read_settings
+        from intaglio.methods.registry import get_method
+        from intaglio.recipe.schema import from_cli
+
+        method: Any = from_cli(get_method("markov_lm"), read_settings(set_ or []), "--set")
+        with progress_bar() as progress:
+            document = inspect.diagnostics(model, diagnostics, method, output, device, progress)
+        if json:
+            print_json(document)
+            return
+        for table in inspect.diagnostics_tables(document):
+            out.print(table)
+        if output is not None:
+            print_out(f"page: {output}")
+        return
 
     if experts is not None:
         used = inspect.experts(model, experts, device)

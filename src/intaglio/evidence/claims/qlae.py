@@ -19,7 +19,7 @@ QUANTIZED, PLAIN = QLAE(**SIZES), QLAE(**SIZES, latent="continuous")
 CLAIM = Claim(
     slug="qlae",
     version=1,
-    says="Quantizing each latent to a few values of its own, with high weight decay, makes the latents of an autoencoder"
+    says="Quantizing each latent to a few values of its own, with high weight decay, makes an autoencoder's latents"
     " more modular on combinations of factors that it has not seen, at equal steps.",
     metric=MODULARITY,
     delta=0.10,
