@@ -37,7 +37,7 @@ CLAIM = Claim(
     reported=("permuted", "untrained"),
     unit_names=("random source and network",),
     metrics=(HALF, TENTH, WEIGHTED, PERMUTED, LEFT),
-    parity="The same network, rate and contexts; each arm trains until 2 % of its reducible loss is left (KL to the true"
+    parity="The same network, rate and contexts; each arm trains until 2 % of its reducible loss is left (KL to true"
     " laws, or squared error), and the alignment on the way is reported. The kernel is of the true laws, never of the"
     " model's own.",
     minutes=10,
