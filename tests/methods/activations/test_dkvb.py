@@ -184,7 +184,8 @@ def test_the_order_of_the_pairs_does_not_matter() -> None:
 def test_values_of_zero_give_uniform_classes() -> None:
     """Zero-init values give uniform class probabilities; CE = ln(classes)."""
     logits = VotingHead()(bottleneck()(draws(6, 6)).values)
-    assert float(nn.functional.cross_entropy(logits, torch.arange(6) % 4)) == pytest.approx(math.log(4))
+    loss = nn.functional.cross_entropy(logits, torch.arange(6) % 4)
+    assert loss.item() == pytest.approx(math.log(4))
 
 
 def test_tasks_that_share_no_pair_may_come_in_any_order() -> None:
@@ -282,8 +283,6 @@ def test_evaluation_falls_back_to_the_nearest_trained_key() -> None:
     made.use_counts[0, :2] = 1
     assert made.lookup(heads, restrict=True)[0].flatten().tolist() == [1, 2]
     assert made.lookup(heads)[0].flatten().tolist() == [2, 2]
-    z = draws(3, 1)
-    assert int(made.train()(z).counts.sum()) == int(made.use_counts.sum() > 2) * int(made(z).counts.sum() - 3 * 2)
 
 
 def test_training_counts_its_fetches_and_evaluation_does_not() -> None:

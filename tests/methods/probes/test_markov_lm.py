@@ -145,7 +145,7 @@ def test_the_loss_is_entropy_plus_divergence_and_alignment_plus_uniformity() -> 
     terms = alignment_and_uniformity(hidden, head, data, law, bias)
     assert terms["alignment"] + terms["uniformity"] == pytest.approx(parts["loss"], abs=1e-9)
     assert terms["loss"] == pytest.approx(parts["loss"], abs=1e-9)
-    bare = decompose_loss(data, (hidden @ head.T).softmax(1), torch.full((6,), 1 / 6).double())
+    bare = decompose_loss(data, (hidden @ head.T).softmax(1), torch.full((6,), 1 / 6, dtype=torch.float64))
     assert alignment_and_uniformity(hidden, head, data)["loss"] == pytest.approx(bare["loss"], abs=1e-9)
 
 
@@ -332,12 +332,12 @@ def order_2_chain(count: int, informed: bool) -> Positions:
     return Positions(hidden, tokens, part)
 
 
-@pytest.mark.parametrize(("informed", "low", "high"), [(True, 0.30, 0.42), (False, -0.02, 0.02)])
+@pytest.mark.parametrize(("informed", "low", "high"), [(True, 0.28, 0.44), (False, -0.03, 0.03)])
 def test_probes_estimate_the_exact_surplus(informed: bool, low: float, high: float) -> None:
     """Off by one: H_t predicts W_t; surplus concerns W_{t+1} onward GIVEN W_t: 0.368 nats, and 0 for the xor."""
-    (term,) = surplus_terms(order_2_chain(5000, informed), torch.eye(2), width=16, epochs=12)
+    (term,) = surplus_terms(order_2_chain(3000, informed), torch.eye(2), width=16, epochs=6)
     assert low < term.surplus < high
-    assert term.without_hidden == pytest.approx(math.log(2), abs=0.02)
+    assert term.without_hidden == pytest.approx(math.log(2), abs=0.03)
     assert term.outcomes == 3
 
 

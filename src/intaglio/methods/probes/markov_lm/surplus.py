@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from intaglio.methods.base import Progress, no_progress
 from intaglio.trainer.rng import generator
 
-RATES = (3e-4, 1e-3, 3e-3)
-"""Learning rates of q1; q2 has the middle one and the last."""
+RATES = (1e-3, 3e-3, 1e-2)
+"""Learning rates of q1; q2 has the first two."""
 MIXTURES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 """Shares of the table in a mixture with the network."""
-BATCH = 256
+BATCH = 64
+PATIENCE = 2
+"""Epochs without a better validation after which a probe stops."""
 TABLE_PRIOR = 5.0
 """Draws of the unigram law added to each row of the table."""
 
@@ -88,7 +90,7 @@ def surplus_terms(
         given = outcome_N, outcomes, positions.part_N, width, epochs
         plain = [_fit(known_NF, *given, rate, seed) for rate in RATES]
         both_NF = torch.cat([known_NF, hidden_ND], dim=1)
-        informed = [_fit(both_NF, *given, rate, seed) for rate in RATES[1:]]
+        informed = [_fit(both_NF, *given, rate, seed) for rate in RATES[:2]]
         table = _table(positions.tokens_NJ[:, j - 1], outcome_N, outcomes, positions.part_N)
         mixed = [_mixed(network, table, share) for network in plain for share in MIXTURES]
         terms.append(SurplusTerm(_chosen(mixed), _chosen(informed), outcomes))
@@ -144,6 +146,7 @@ def _fit(
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.01)
     rows_N = (part_N == 0).nonzero()[:, 0]
     best: tuple[float, Scores] | None = None
+    worse = 0
     for epoch in range(epochs):
         order_N = rows_N[torch.randperm(len(rows_N), generator=generator(seed, "surplus", epoch))]
         for rows in order_N.split(BATCH):
@@ -156,9 +159,12 @@ def _fit(
                 for part in (1, 2)
             )
         loss = float(-validation.log().mean())
-        if best is not None and loss > best[0]:
-            break
-        best = loss, (validation, held_out)
+        if best is None or loss < best[0]:
+            best, worse = (loss, (validation, held_out)), 0
+        else:
+            worse += 1
+            if worse == PATIENCE:
+                break
     assert best is not None
     return best[1]
 
