@@ -20,10 +20,10 @@ class NearestMean:
     Args:
         metric: `euclidean`, `cosine`, or `slda`: the Mahalanobis distance of a running covariance that all classes
             share (Hayes and Kanan, Lifelong Machine Learning with Deep Streaming LDA, 2020).
-        shrinkage: (slda) share of the identity in the covariance. Default 1e-2.
+        shrinkage: share of the identity in the covariance (slda), or of the grand mean in each mean. Default 0.
     """
 
-    def __init__(self, metric: str = "euclidean", shrinkage: float = 1e-2) -> None:
+    def __init__(self, metric: str = "euclidean", shrinkage: float = 0.0) -> None:
         self.metric, self.shrinkage = metric, shrinkage
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
@@ -40,19 +40,23 @@ class NearestMean:
             own = centred_ND.T @ centred_ND
             self.scatter = own if self.scatter is None else self.scatter + own
 
-    def predict(self, z_ND: Tensor) -> list[str]:
-        """Return the class of each embedding."""
-        z_ND, names = self._scaled(z_ND), list(self.sums)
-        means_LD = torch.stack([self.sums[name] / self.counts[name] for name in names])
+    @property
+    def classes(self) -> list[str]:
+        """Names in the order of the scores."""
+        return list(self.sums)
+
+    def scores(self, z_ND: Tensor) -> Tensor:
+        """Return the score of each class [N, L], largest for the nearest mean."""
+        z_ND = self._scaled(z_ND)
+        means_LD = torch.stack([self.sums[name] / self.counts[name] for name in self.classes])
         if self.metric == "slda":
             assert self.scatter is not None
             covariance = self.scatter / sum(self.counts.values())
             eye = torch.eye(len(covariance))
             precision = torch.linalg.inv((1 - self.shrinkage) * covariance + self.shrinkage * eye)
-            scores_NL = z_ND @ precision @ means_LD.T - 0.5 * ((means_LD @ precision) * means_LD).sum(1)
-        else:
-            scores_NL = -torch.cdist(z_ND, self._scaled(means_LD))
-        return [names[index] for index in scores_NL.argmax(1).tolist()]
+            return z_ND @ precision @ means_LD.T - 0.5 * ((means_LD @ precision) * means_LD).sum(1)
+        means_LD = means_LD.lerp(means_LD.mean(0), self.shrinkage)
+        return -torch.cdist(z_ND, self._scaled(means_LD))
 
     @property
     def numbers(self) -> int:
@@ -99,6 +103,7 @@ class LinearProbe:
         return sum(parameter.numel() for parameter in self.layer.parameters())
 
     @torch.no_grad()
-    def predict(self, z_ND: Tensor) -> list[str]:
-        """Return the class of each embedding."""
-        return [self.classes[index] for index in self.layer(z_ND).argmax(1).tolist()]
+    def scores(self, z_ND: Tensor) -> Tensor:
+        """Return the logits [N, L]."""
+        logits_NL: Tensor = self.layer(z_ND)
+        return logits_NL

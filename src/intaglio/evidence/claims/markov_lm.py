@@ -43,5 +43,8 @@ CLAIM = Claim(
     minutes=10,
     use_when="you want to see whether a model's hidden states are arranged by what they predict",
     otherwise="the loss alone",
-    toy={},
+    golden={
+        "targets": {ALIGNMENT.name: 0.105163, WEIGHTED.name: 0.101325},
+        "laws": {HALF.name: 0.622394, ALIGNMENT.name: 0.954103, LEFT.name: 0.0184835},
+    },
 )

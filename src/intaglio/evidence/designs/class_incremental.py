@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from intaglio.evidence.baselines.incremental import LinearProbe, NearestMean
 from intaglio.evidence.designs.base import BedDesign, Configured, Settings
@@ -23,6 +25,7 @@ from intaglio.methods.activations.dkvb import DKVB
 
 INCREMENTAL = Metric("accuracy over all classes", "points", "higher", continuous=False)
 FIRST_TASK = Metric("accuracy on the first task", "points", "higher", continuous=False)
+LOSS = Metric("negative log-likelihood of the scores", "nats")
 MEMORY = Metric("numbers kept", "thousands", continuous=False)
 
 
@@ -49,13 +52,15 @@ class ClassIncremental(BedDesign):
             learner = self._learner(own, data, classes, seed)
             for part in parts:
                 learner.learn(part.z_ND, part.labels, seed)
-            chosen = learner.predict(test.z_ND)
-        hits = [name == label for name, label in zip(chosen, test.labels, strict=True)]
+            scores_NL = learner.scores(test.z_ND)
+        target_N = torch.tensor([learner.classes.index(label) for label in test.labels])
+        hits = (scores_NL.argmax(1) == target_N).tolist()
         first = [hit for hit, label in zip(hits, test.labels, strict=True) if label in tasks[0]]
         values = {
             INCREMENTAL.name: 100 * sum(hits) / len(hits),
             FIRST_TASK.name: 100 * sum(first) / len(first),
             MEMORY.name: learner.numbers / 1000,
+            LOSS.name: float(F.cross_entropy(scores_NL, target_N)),
         }
         parity = {"training": digest(data.names), "tasks": digest(tasks), "test": digest(test.names)}
         return Result(values, Cost(len(data.names), seconds=spent.seconds, peak_bytes=spent.bytes), parity)
@@ -79,8 +84,12 @@ class _Taught:
         self.ready = ready
         self.numbers = sum(tensor.numel() for tensor in ready._bottleneck.state_dict().values())
 
-    def learn(self, z_ND: Any, labels: Any, seed: int) -> None:
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.ready.classes
+
+    def learn(self, z_ND: Tensor, labels: Any, seed: int) -> None:
         self.ready.learn_embeddings(z_ND, labels, seed=seed)
 
-    def predict(self, z_ND: Any) -> list[str]:
-        return [self.ready.classes[index] for index in self.ready.probs(z_ND).argmax(1).tolist()]
+    def scores(self, z_ND: Tensor) -> Tensor:
+        return self.ready.probs(z_ND).log()

@@ -51,11 +51,11 @@ class Newsgroups(Sized):
     """Numbers of texts a class; `length` tokens of each are read, `other` texts of Wikipedia are embedded too."""
 
     source: str = "newsgroups"
-    length: int = 96
-    training_texts: int = 150
-    kept_texts: int = 200
-    test_texts: int = 150
-    other: int = 2000
+    length: int = 64
+    training_texts: int = 100
+    kept_texts: int = 120
+    test_texts: int = 100
+    other: int = 800
     MINIATURE: ClassVar = {"source": BLOBS, "training_texts": 12, "other": 60}
 
     def training(self, seed: int) -> Embedded:

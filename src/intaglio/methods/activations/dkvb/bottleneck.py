@@ -41,6 +41,8 @@ class Splitter(nn.Module):
         IntaglioError: chunks that do not add up to D.
     """
 
+    projection: Tensor
+
     def __init__(
         self, name: SplitterName, dim_in: int, num_codebooks: int, dim_keys: int, generator: torch.Generator
     ) -> None:
@@ -115,6 +117,11 @@ class DiscreteKeyValueBottleneck(nn.Module):
     Raises:
         IntaglioError: sizes that do not fit.
     """
+
+    keys: Tensor
+    key_sums: Tensor
+    cluster_size: Tensor
+    use_counts: Tensor
 
     def __init__(
         self,

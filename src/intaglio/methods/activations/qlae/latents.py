@@ -96,6 +96,8 @@ class ScalarQuantizer(Latent):
         shared: whether all latents share one codebook (the paper's global codebook). Default False.
     """
 
+    absent: Tensor
+
     def __init__(
         self,
         num_latents: int,

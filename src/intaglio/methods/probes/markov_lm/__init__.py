@@ -111,7 +111,7 @@ class MarkovLM(Method, slug="markov_lm"):
     Raises:
         IntaglioError: (in `measure`) no tokenizer, no causal head or one that is not linear, or too little text.
 
-    Source: Zhang, A Markov Categorical Framework for Language Modeling, arXiv 2507.19247, sections 4 to 7 and A.9.
+    Source: Zhang, A Markov Categorical Framework for Language Modeling, arXiv 2025 (2507.19247), sections 4 to 7, A.9.
     """
 
     kinds = ("probe",)
