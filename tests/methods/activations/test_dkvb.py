@@ -53,7 +53,7 @@ ALIVE = {
     "value_dim": alive(3, head="linear"),
     "mlp_width": alive(5, head="mlp"),
     "value_std": 0.1,
-    "restrict_to_used": False,
+    "restrict_to_used": alive(False, init_epochs=0, num_pairs=256),
     "max_classes": 5,
     "epochs": 3,
     "batch_size": 5,

@@ -40,7 +40,7 @@ ALIVE = {
     "latent": "global",
     "num_latents": 2,
     "num_values": 5,
-    "value_range": (-1.0, 1.0),
+    "value_limit": 1.0,
     "learn_values": False,
     "vector_dim": alive(3, latent="vector"),
     "network": "conv_small",
@@ -296,7 +296,7 @@ def test_the_critic_recovers_the_generators_latents() -> None:
     images = torch.zeros(8, 1, 4, 4)
     for row, (a, b) in enumerate(sources.tolist()):
         images[row, 0, a, 2 * b : 2 * b + 2] = 1
-    method = QLAE.gan(network="dense", width=32, num_latents=2, num_values=[4, 2], steps=800, learning_rate=3e-3)
+    method = QLAE.gan(network="dense", width=32, num_latents=2, num_values=[4, 2], steps=500, learning_rate=3e-3)
     assert (method.weight_decay, method.batch_size, method.training) == (1e-4, 64, "gan")
     model = method.fit(images)
     z = model.latent.sample(200, torch.Generator().manual_seed(3)).detach()

@@ -54,7 +54,7 @@ class QLAE(Method, slug="qlae"):
         latent: `scalar` (default), `global` (one codebook for all latents), `vector` (VQ-VAE's) or `continuous` (none).
         num_latents: latents Z; the paper takes twice the number of sources. Default 10.
         num_values: values V of a codebook, or one number for each latent. Default 10.
-        value_range: first and last value of a new scalar codebook. Default (-0.5, 0.5).
+        value_limit: last value of a new scalar codebook, whose first is its negative. Default 0.5.
         learn_values: whether scalar codebooks are trained. Default true.
         vector_dim: width of a latent under `vector`. Default 8.
         network: `conv` (default), `conv_small` (squares of 8, 16, 32, ... pixels) or `dense`.
@@ -88,7 +88,7 @@ class QLAE(Method, slug="qlae"):
     latent: LatentName = "scalar"
     num_latents: Annotated[int, Field(ge=1)] = 10
     num_values: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = 10
-    value_range: tuple[float, float] = (-0.5, 0.5)
+    value_limit: Annotated[float, Field(gt=0)] = 0.5
     learn_values: bool = True
     vector_dim: Annotated[int, Field(ge=1)] = 8
     network: NetworkName = "conv"
@@ -104,14 +104,6 @@ class QLAE(Method, slug="qlae"):
     latent_weight: Annotated[float, Field(ge=0)] = 200.0
     gradient_weight: Annotated[float, Field(ge=0)] = 10.0
     generator_period: Annotated[int, Field(ge=1)] = 5
-
-    @model_validator(mode="before")
-    @classmethod
-    def _range(cls, given: Any) -> Any:
-        """Take the list of a JSON file for a pair."""
-        if isinstance(given, dict) and isinstance(given.get("value_range"), list):
-            return {**given, "value_range": tuple(given["value_range"])}
-        return given
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -138,9 +130,9 @@ class QLAE(Method, slug="qlae"):
         if self.latent == "vector":
             assert isinstance(self.num_values, int)
             return VectorQuantizer(self.num_latents, self.num_values, self.vector_dim, generator(seed, "codebook"))
-        return ScalarQuantizer(
-            self.num_latents, self.num_values, self.value_range, self.learn_values, shared=self.latent == "global"
-        )
+        limits = (-self.value_limit, self.value_limit)
+        shared = self.latent == "global"
+        return ScalarQuantizer(self.num_latents, self.num_values, limits, self.learn_values, shared)
 
     def make(self, shape: Shape, seed: int = 0) -> Autoencoder:
         """Return an untrained model of images [C, H, W]; with `training: gan` its encoder is a `Critic`.
