@@ -53,7 +53,7 @@ ALIVE = {
     "value_dim": alive(3, head="linear"),
     "mlp_width": alive(5, head="mlp"),
     "value_std": 0.1,
-    "restrict_to_used": alive(False, init_epochs=0, num_pairs=256),
+    "restrict_to_used": "test_classifying_fetches_pairs_that_training_fetched",
     "max_classes": 5,
     "epochs": 3,
     "batch_size": 5,
@@ -372,6 +372,19 @@ def test_later_classes_are_learned_without_forgetting(place: int | None) -> None
     assert probs.shape == (80, 4)
     assert torch.allclose(probs.sum(1), torch.ones(80))
     assert METHOD._bottleneck is None
+
+
+def test_classifying_fetches_pairs_that_training_fetched() -> None:
+    z, labels = blobs()
+    probs = []
+    for restrict in (True, False):
+        method = METHOD.model_copy(update={"restrict_to_used": restrict, "init_epochs": 0, "num_pairs": 64})
+        ready = method.fit_embeddings(z[::4], labels[::4])
+        indices = ready._bottleneck(3 * z).indices
+        used = ready._bottleneck.use_counts.gather(1, indices[:, :, 0, 0].T)
+        assert bool((used > 0).all()) is restrict
+        probs.append(ready.probs(3 * z))
+    assert not torch.equal(*probs)
 
 
 def test_a_decoder_with_weights_is_frozen_when_more_is_learned_and_has_a_fixed_number_of_classes() -> None:

@@ -193,7 +193,7 @@ def test_the_first_of_two_equally_near_values_is_taken() -> None:
 def test_vectors_are_shared_by_the_latents() -> None:
     latent = VectorQuantizer(2, 7, 3, torch.Generator().manual_seed(0))
     assert latent.inputs == 6
-    assert float(latent.values.abs().max()) <= 1
+    assert latent.values.abs().max().item() <= 1
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
     made = latent(x)
     expected = torch.cdist(x.view(10, 3), latent.values).argmin(1).view(5, 2)
