@@ -41,7 +41,7 @@ def diagnostics_tables(document: Document) -> list[Table]:
             ],
         ),
         (
-            f"Alignment with the predictive kernel of {alignment['reference']}",
+            f"Alignment with the predictive kernel of {_reference(document)}",
             ["measure", "hidden states", "contexts permuted"],
             [
                 ["centred alignment (CKA)", f"{alignment['cka']:.3f}", f"{alignment['permuted_cka']:.3f}"],
@@ -101,6 +101,12 @@ def _numbered(document: Document) -> list[tuple[int, Table]]:
     return list(zip(present, diagnostics_tables(document), strict=True))
 
 
+def _reference(document: Document) -> str:
+    """Return the name of the laws that the kernel is of."""
+    name: str = document["alignment"]["reference"]
+    return "n-gram counts" if name == "ngram" else name
+
+
 def _bars(title: str, items: list[Bar], axis: str, caption: str, **options: Any) -> tuple[str, str]:
     words = "; ".join(f"{bar.label}: {bar.text}" for bar in items)
     return bars(title, words, items, axis=axis, **options), caption
@@ -140,7 +146,7 @@ def _alignment(document: Document) -> tuple[str, str]:
     )
     items = [Bar(label, alignment[key], f"{alignment[key]:.3f}", strong=key == "cka") for label, key in named]
     marks = [(step / 5, f"{step / 5:g}") for step in range(6)]
-    caption = f"Centred kernel alignment; the kernel is of {alignment['reference']} laws but in the third bar."
+    caption = f"Centred kernel alignment; the kernel is of {_reference(document)} but in the third bar."
     return _bars("Alignment with the predictive kernel", items, "alignment", caption, ticks=marks)
 
 

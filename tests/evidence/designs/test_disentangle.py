@@ -94,4 +94,3 @@ def test_arms_share_their_images_and_are_measured_alike() -> None:
         assert -0.01 <= float(found.values[MODULARITY.name]) <= 1  # type: ignore[arg-type]
         assert 0 <= float(found.values[ACTIVE.name]) <= 4  # type: ignore[arg-type]
     assert result(method=METHOD, weight_decay=3.0).values != arms[0].values
-    assert result(method=METHOD).values == arms[0].values

@@ -49,4 +49,5 @@ CLAIM = Claim(
     use_when="latents are to hold one factor of variation each, and few values of each are enough",
     otherwise="an autoencoder with tuned weight decay",
     toy={"places": 3},
+    golden={"autoencoder": {RECONSTRUCTION.name: 0.141777}, "qlae": {RECONSTRUCTION.name: 0.101425}},
 )  # fmt: skip
