@@ -53,7 +53,8 @@ def load_labelled_texts(source: str | os.PathLike[str] | Iterable[Mapping[str, A
         rows: Iterable[tuple[str, Any]] = json_lines(path, "labelled texts", NEEDED)
     else:
         name, rows = "list of examples", ((f"example {number}", item) for number, item in enumerate(source))
-    texts, labels = [], []
+    texts: list[Any] = []
+    labels: list[Any] = []
     for place, value in rows:
         fields = [value.get(field) if isinstance(value, Mapping) else None for field in ("text", "label")]
         if not all(isinstance(field, str) and field.strip() for field in fields):

@@ -75,7 +75,7 @@ def diagnostics_tables(document: Document) -> list[Table]:
 def diagnostics_page(document: Document) -> str:
     """Return the diagnostics as a self-contained HTML page."""
     pictures = [_entropies(document), _spectrum(document), _alignment(document), _surplus(document), _drafts(document)]
-    sections = [
+    sections: list[dict[str, Any]] = [
         {
             "title": title,
             "summary": "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from intaglio.evidence.designs.disentangle import (
     ACTIVE,
     COMPACTNESS,
@@ -13,7 +15,7 @@ from intaglio.evidence.designs.disentangle import (
 from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.methods.activations.qlae import QLAE
 
-SIZES = {"network": "dense", "width": 256, "num_latents": 8, "num_values": 8}
+SIZES: dict[str, Any] = {"network": "dense", "width": 256, "num_latents": 8, "num_values": 8}
 QUANTIZED, PLAIN = QLAE(**SIZES), QLAE(**SIZES, latent="continuous")
 
 CLAIM = Claim(

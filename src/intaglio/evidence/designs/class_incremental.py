@@ -72,9 +72,9 @@ class ClassIncremental(BedDesign):
             method = own.fill(method.model_copy(update={"max_classes": len(classes)}))
             own.check()
             return _Taught(method.start(keys_ND, (), seed=seed))
-        made = NearestMean if baseline == "nearest mean" else LinearProbe
-        given = own.arguments(made)
-        return made(**given) if made is NearestMean else made(data.z_ND.shape[1], classes, **given)
+        if baseline == "nearest mean":
+            return NearestMean(**own.arguments(NearestMean))
+        return LinearProbe(data.z_ND.shape[1], classes, **own.arguments(LinearProbe))
 
 
 class _Taught:

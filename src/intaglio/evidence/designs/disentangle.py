@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from intaglio.evidence.baselines.autoencoders import bio_loss, tcvae_loss, vae_loss, with_gaussian
+from intaglio.evidence.baselines.autoencoders import LossFunction, bio_loss, tcvae_loss, vae_loss, with_gaussian
 from intaglio.evidence.designs.base import BedDesign, Configured, Settings
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
@@ -47,7 +47,8 @@ class Disentangle(BedDesign):
         method: QLAE = own.pop("method", QLAE())
         method = own.fill(method.model_copy(update={"steps": self.steps, "batch_size": self.batch_size}))
         own.check()
-        model, loss = method.make(tuple(data.images.shape[1:]), seed), method.loss  # type: ignore[arg-type]
+        model = method.make(tuple(data.images.shape[1:]), seed)  # type: ignore[arg-type]
+        loss: LossFunction = method.loss
         if baseline in ("vae", "tcvae"):
             model = with_gaussian(model, method.num_latents, seed)
             loss = vae_loss(strength) if baseline == "vae" else tcvae_loss(strength, len(data.images))

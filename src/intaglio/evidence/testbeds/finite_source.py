@@ -43,7 +43,6 @@ class MixtureLaws(Sized):
         law_N = draws.dirichlet(np.full(self.contexts, 5.0))
         other_NM = draws.dirichlet(np.full(self.bases, self.mixture_concentration), self.contexts)
         targets_NV = other_NM @ draws.standard_normal((self.bases, self.tokens))
-        laws_NV, law_N, targets_NV = (
-            torch.from_numpy(x.astype(np.float32)) for x in (weights_NM @ bases_MV, law_N, targets_NV)
+        return FiniteSource(
+            *(torch.from_numpy(x.astype(np.float32)) for x in (weights_NM @ bases_MV, law_N, targets_NV))
         )
-        return FiniteSource(laws_NV, law_N, targets_NV)

@@ -339,7 +339,7 @@ class MarkovLM(Method, slug="markov_lm"):
         positions = Positions(
             text.hidden_NLD[:, :last].flatten(0, 1), torch.stack(tokens, dim=1), text.part_N.repeat_interleave(last)
         )
-        embedding: Any = checkpoint.model.get_input_embeddings()  # type: ignore[operator]
+        embedding: Any = checkpoint.model.get_input_embeddings()
         with torch.enable_grad():
             terms = surplus_terms(
                 positions,
@@ -365,13 +365,13 @@ def linear_head(checkpoint: Checkpoint, hidden_LD: Tensor) -> tuple[Tensor, Tens
         IntaglioError: logits are no linear function of the hidden state, such as soft-capped ones.
     """
     parts = anatomy(checkpoint.model)
-    assert parts.head is not None
-    weight_VD, bias = parts.head.weight.detach().float().cpu(), getattr(parts.head, "bias", None)
+    module: Any = parts.head
+    weight_VD, bias = module.weight.detach().float().cpu(), getattr(module, "bias", None)
     bias_V = None if bias is None else bias.detach().float().cpu()
-    logits_LV = HeadOnly(parts, frozen=False).logits(hidden_LD[None].to(checkpoint.device, parts.head.weight.dtype))[0]
+    logits_LV = HeadOnly(parts, frozen=False).logits(hidden_LD[None].to(checkpoint.device, module.weight.dtype))[0]
     logits_LV, plain_LV = logits_LV.float().cpu(), F.linear(hidden_LD, weight_VD, bias_V)
     scale = float((logits_LV * plain_LV).sum() / plain_LV.square().sum().clamp(min=1e-30))
-    tolerance = LINEAR_TOLERANCE if weight_VD.dtype == parts.head.weight.dtype else 0.05
+    tolerance = LINEAR_TOLERANCE if weight_VD.dtype == module.weight.dtype else 0.05
     if float((logits_LV - scale * plain_LV).norm()) > tolerance * float(logits_LV.norm()):
         raise IntaglioError(
             f"the logits of {type(checkpoint.model).__name__} are not linear in its hidden state (soft-capped?); "
