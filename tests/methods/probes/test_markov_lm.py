@@ -368,7 +368,7 @@ def test_the_steps_of_a_model_by_hand() -> None:
     ckpt, method = model(), MarkovLM(**SIZES)
     found = method.measure(ckpt, TEXTS)
     again = method.measure(ckpt, TEXTS)
-    assert found == again
+    assert found == again == method.measure(ckpt, ["a short text", *TEXTS])
     assert found != method.measure(ckpt, TEXTS, seed=1)
     text = method._read(ckpt, __import__("intaglio").load_texts(TEXTS), 4, lambda *_: None)
     ids = text.ids_NL[text.part_N == 2]

@@ -167,15 +167,10 @@ class QLAE(Method, slug="qlae"):
         """
         self.check_images(images)
         model = self.make((images.shape[1], images.shape[2], images.shape[3]), seed).to(images.device)
-        names = ("steps", "batch_size", "learning_rate", "weight_decay", "clip")
+        names = ["steps", "batch_size", "learning_rate", "weight_decay", "clip"]
         if self.training == "gan":
-            names += (
-                "latent_weight",
-                "gradient_weight",
-                "quantization_weight",
-                "commitment_weight",
-                "generator_period",
-            )
+            names += ["latent_weight", "gradient_weight", "generator_period"]
+            names += ["quantization_weight", "commitment_weight"]
         settings: dict[str, Any] = {name: getattr(self, name) for name in names}
         settings |= {"seed": seed, "progress": progress}
         if self.training == "gan":

@@ -198,9 +198,7 @@ class MarkovLM(Method, slug="markov_lm"):
                 break
             if len(windows[part]) < most[part]:
                 ids = torch.tensor(checkpoint.tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
-                windows[part].extend(
-                    ids[: len(ids) // self.length * self.length].split(self.length) if len(ids) else ()
-                )
+                windows[part].extend(ids[: len(ids) // self.length * self.length].view(-1, self.length))
         windows = tuple(own[:count] for own, count in zip(windows, most, strict=True))  # type: ignore[assignment]
         empty = [name for name, own in zip(("training", "validation", "held-out"), windows, strict=True) if not own]
         if empty:
