@@ -84,7 +84,7 @@ class DKVB(Method, slug="dkvb"):
             voting grows when `learn` brings more.
         epochs: passes over the labelled texts, in `fit` and in `learn`. Default 20.
         batch_size: texts of a step. Default 64.
-        learning_rate: of the values, whose gradients are divided by C: it grows with `num_codebooks`. Default 3.
+        learning_rate: of the values, whose gradients are divided by C: it grows with `num_codebooks`. Default 100.
         head_learning_rate: of the weights of `linear` and `mlp`. Default 0.05.
         label_smoothing: of the cross-entropy. Default 0.1.
         max_grad_norm: joint norm that gradients are clipped to; 0: none. Default 1.
@@ -125,7 +125,7 @@ class DKVB(Method, slug="dkvb"):
     max_classes: Annotated[int, Field(ge=2)] | None = None
     epochs: Annotated[int, Field(ge=1)] = 20
     batch_size: Annotated[int, Field(ge=1)] = 64
-    learning_rate: Annotated[float, Field(gt=0)] = 3.0
+    learning_rate: Annotated[float, Field(gt=0)] = 100.0
     head_learning_rate: Annotated[float, Field(gt=0)] = 0.05
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
