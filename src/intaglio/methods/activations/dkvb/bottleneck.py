@@ -197,7 +197,7 @@ class DiscreteKeyValueBottleneck(nn.Module):
             distance_CIK = torch.where(kept_CK[:, None], distance_CIK, distance_CIK.max() + 1)
         score_CIK = -distance_CIK
         if self.temperature:
-            uniform_CIK = torch.rand(score_CIK.shape, generator=self.generator).clamp(min=1e-20)
+            uniform_CIK = torch.rand(score_CIK.shape, generator=self.generator).clamp(min=1e-20).to(score_CIK.device)
             score_CIK = score_CIK / self.temperature - (-uniform_CIK.log()).clamp(min=1e-20).log()
         most = self.topk if self.frozen else 1
         index_CIT = score_CIK.argmax(-1, keepdim=True) if most == 1 else score_CIK.topk(most).indices
