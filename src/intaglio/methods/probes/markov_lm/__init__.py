@@ -199,7 +199,7 @@ class MarkovLM(Method, slug="markov_lm"):
             if len(windows[part]) < most[part]:
                 ids = torch.tensor(checkpoint.tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
                 windows[part].extend(ids[: len(ids) // self.length * self.length].view(-1, self.length))
-        windows = tuple(own[:count] for own, count in zip(windows, most, strict=True))  # type: ignore[assignment]
+        windows = tuple(own[:count] for own, count in zip(windows, most, strict=True))
         empty = [name for name, own in zip(("training", "validation", "held-out"), windows, strict=True) if not own]
         if empty:
             raise IntaglioError(
@@ -337,7 +337,7 @@ class MarkovLM(Method, slug="markov_lm"):
         positions = Positions(
             text.hidden_NLD[:, :last].flatten(0, 1), torch.stack(tokens, dim=1), text.part_N.repeat_interleave(last)
         )
-        embedding: Any = checkpoint.model.get_input_embeddings()
+        embedding: Any = checkpoint.model.get_input_embeddings()  # type: ignore[operator]
         with torch.enable_grad():
             terms = surplus_terms(
                 positions,
