@@ -49,12 +49,12 @@ def inputs(rows: int = 512) -> dict[str, torch.Tensor]:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=draws)
 
-    codebooks_ZV = normal(8, 10).sort(1).values
+    codebooks_ZV = normal(4, 10).sort(1).values  # LatentQuantize lists all codes: 10^8 of eight latents do not fit
     sources_NS = torch.randint(0, 4, (rows, 3), generator=draws)
     mixed_NZ = torch.stack([sources_NS[:, 0], sources_NS[:, 0] + sources_NS[:, 1], sources_NS[:, 2] // 2], 1)
     return {
         "codebooks": codebooks_ZV,
-        "x": normal(rows, 8),
+        "x": normal(rows, 4),
         "z": normal(rows, 384),
         "projection": normal(64, 384, 8),
         "keys": 20 * normal(64, 512, 8),
