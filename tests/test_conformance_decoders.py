@@ -103,8 +103,8 @@ def test_what_is_fitted_is_saved_restored_and_equal(slug: str, tmp_path: Any) ->
         checkpoint.save(tmp_path / name)
     files = [tmp_path / name / "attachments" / f"{slug}.safetensors" for name in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
-    decoder = load(tmp_path / "a").fitted(slug)
-    assert {**decoder.model_dump(), "corpus": None} == {**method.model_dump(), "corpus": None}
+    ready = load(tmp_path / "a").fitted(slug)
+    assert {**ready.model_dump(), "corpus": None} == {**method.model_dump(), "corpus": None}
     workload = Workload(((64, 32),), 4096, 8192, 32, 128, 32, 4)
     cost = method.estimate_fit(workload, load_texts(TEXTS))
     assert isinstance(cost, Cost)

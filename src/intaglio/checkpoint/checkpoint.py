@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,7 +21,7 @@ from intaglio.checkpoint.resolve import LIVE_TYPE, LIVE_WEIGHTS, silence_transfo
 from intaglio.environment import versions
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.methods.base import Fittable
-from intaglio.methods.registry import METHODS, PUBLISHED, get_method
+from intaglio.methods.registry import METHODS, PUBLISHED, get_method, list_fitted
 
 
 class Checkpoint:
@@ -130,9 +131,12 @@ class Checkpoint:
         """Return a method with the parts that a `fit` step attached; `fields` override those of the fit.
 
         Raises:
-            IntaglioError: nothing of it is attached, or what is attached belongs to other weights.
+            IntaglioError: the method is not one that is fitted, nothing of it is attached, or what is attached belongs
+                to other weights.
         """
         method = get_method(slug)
+        if not method.fitted:
+            raise IntaglioError(f"{slug} is not fitted to a checkpoint; {did_you_mean(slug, list_fitted())}")
         if slug in self.attachments:
             attachment = self.attachments[slug]
             self._check_base(attachment)
@@ -196,6 +200,22 @@ class Checkpoint:
         with atomic_io.directory(path, overwrite) as temporary:
             self.write_files(temporary)
         return Path(path)
+
+    def save_attachment(self, slug: str) -> Path:
+        """Replace an attachment and the record in the directory that the checkpoint was read from, atomically each.
+
+        Raises:
+            IntaglioError: it was not read from a directory, or the file cannot be written.
+        """
+        if self._directory is None:
+            raise IntaglioError("the checkpoint was not read from a directory; save it to one")
+        attachment = self.attachments[slug] = self.attachments[slug].of(weights_digest(self._directory))
+        with tempfile.TemporaryDirectory() as temporary:
+            attachment.write(Path(temporary))
+            content = Path(temporary, f"{slug}.safetensors").read_bytes()
+        atomic_io.write_bytes(self._directory / FOLDER / f"{slug}.safetensors", content)
+        atomic_io.write_json(self._directory / RECORD, self.record.model_dump())
+        return self._directory
 
     def write_files(self, directory: Path) -> None:
         """Write the checkpoint's files into an existing directory (the writer's temporary one)."""

@@ -9,6 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from intaglio.cli.classify import classify
 from intaglio.cli.console import (
     CommandGroup,
     Device,
@@ -25,6 +26,7 @@ from intaglio.cli.console import (
 )
 from intaglio.cli.demos import demo
 from intaglio.cli.generate_command import generate
+from intaglio.cli.inspect_command import inspect
 from intaglio.cli.search import evaluate, index_app, search
 from intaglio.cli.train import recommend, train
 
@@ -321,75 +323,7 @@ def tune(
         print_out(line)
 
 
-@app.command()
-@handle_errors
-def inspect(
-    model: Model,
-    masks: Annotated[bool, typer.Option("--masks", help="Show the attention mask of each layer.")] = False,
-    experts: Annotated[
-        str | None, typer.Option(metavar="TEXTS", help="Show how the experts of moe_x are used on these texts.")
-    ] = None,
-    length: Annotated[int, typer.Option(min=1, help="(masks) Number of tokens.")] = 32,
-    features: Annotated[
-        bool, typer.Option("--features", help="Write a page of the features of the model's dictionary.")
-    ] = False,
-    dictionary: Annotated[
-        str | None,
-        typer.Option(
-            help="(features) An attached dictionary, or a directory of sae_lens. [default: the first attached]"
-        ),
-    ] = None,
-    texts: Annotated[str, typer.Option(help="(features) Texts to read.")] = "wikipedia",
-    tokens: Annotated[int, typer.Option(min=256, help="(features) Tokens to read.")] = 65_536,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="(masks) Also draw to this SVG file. (features) The page. [default: features.html]"
-        ),
-    ] = None,
-    device: Device = None,
-    json: Json = False,
-) -> None:
-    """Inspect a model: attention masks (--masks), use of its experts (--experts) or a dictionary's features."""
-    from intaglio.errors import IntaglioError
-
-    given = [
-        name for name, on in (("--masks", masks), ("--experts", experts is not None), ("--features", features)) if on
-    ]
-    if len(given) != 1:
-        raise IntaglioError(
-            f"{' and '.join(given)} are given; give one of them"
-            if given
-            else "an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts, "
-            "--features the features of a dictionary"
-        )
-    from intaglio.cli import inspect
-
-    if features:
-        page = output or Path("features.html")
-        with progress_bar() as progress:
-            document = inspect.features(model, dictionary, texts, tokens, page, device, progress)
-        if json:
-            print_json(document)
-            return
-        out.print(inspect.features_table(document))
-        print_out(f"page: {page}")
-        return
-
-    if experts is not None:
-        used = inspect.experts(model, experts, device)
-        if json:
-            print_json({"model": model, "texts": experts, "layers": used})
-        else:
-            out.print(inspect.experts_table(model, experts, used))
-        return
-    layers, data = inspect.masks(model, length, output, device)
-    if json:
-        print_json(data)
-        return
-    out.print(inspect.masks_table(model, layers, length))
-    if output is not None:
-        print_out(f"picture: {output}")
+app.command()(inspect)
 
 
 @app.command()
@@ -485,6 +419,7 @@ app.command()(search)
 app.command()(evaluate)
 app.command()(train)
 app.command()(recommend)
+app.command()(classify)
 app.command()(demo)
 
 

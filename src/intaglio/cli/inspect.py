@@ -1,4 +1,4 @@
-"""`intaglio inspect`: attention masks, experts and features of a model."""
+"""`intaglio inspect`: attention masks, experts, features and diagnostics of a model."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from intaglio.errors import IntaglioError
 from intaglio.masks.visualize import Group, as_json, drawing, groups, svg
 from intaglio.methods.activations.moe_x import expert_statistics
 from intaglio.methods.base import Progress, no_progress
+from intaglio.methods.probes.markov_lm import MarkovLM
 
 
 def masks(model: str, length: int, output: Path | None, device: str | None) -> tuple[list[Group], dict[str, Any]]:
@@ -114,3 +115,43 @@ def features_table(document: dict[str, Any], most: int = 12) -> Table:
         peak = document["vocabulary"][ids[levels.index(max(levels))]]
         table.add_row(str(feature["id"]), f"{feature['rate']:.2%}", Text(repr(peak)), Text(raised))
     return table
+
+
+def diagnostics(
+    model: str,
+    texts: str,
+    method: MarkovLM,
+    output: Path | None,
+    device: str | None,
+    progress: Progress = no_progress,
+) -> dict[str, Any]:
+    """Return the diagnostics of a causal model on some texts; see `MarkovLM.measure`.
+
+    Args:
+        model: a bundled name, a directory or a hub id.
+        texts: a name for `load_texts`.
+        method: with its fields.
+        output: HTML file to write, or None.
+        device: where to load the model.
+        progress: called after each pass and probe.
+
+    Raises:
+        IntaglioError: as `MarkovLM.measure`, or the file name does not end in `.html`.
+    """
+    if output is not None and output.suffix.lower() not in (".html", ".htm"):
+        raise IntaglioError(f"the page {output} must be an .html file")
+    document = {"model": model, **method.measure(load(model, device=device), texts, progress=progress)}
+    if output is not None:
+        atomic_io.write_text(output, report.diagnostics_page(document))
+    return document
+
+
+def diagnostics_tables(document: dict[str, Any]) -> list[Table]:
+    """Return the diagnostics as tables."""
+    tables = []
+    for title, headings, rows in report.diagnostics_tables(document):
+        table = Table(*headings, title=title, box=SIMPLE_HEAD)
+        for row in rows:
+            table.add_row(*row)
+        tables.append(table)
+    return tables

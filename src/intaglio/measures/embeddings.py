@@ -5,6 +5,7 @@ Dimension letters: B batch, L sequence, D width, N texts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
+from intaglio.errors import IntaglioError
+from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.partial_pass import final_hidden
 
@@ -43,3 +46,47 @@ def embeddings(checkpoint: Checkpoint, data: Segments, how: Pooling = "mean", ba
         mask = batch.get("attention_mask")
         result.append(pool(hidden_BLD, None if mask is None else mask.bool().to(hidden_BLD.device), how).cpu())
     return torch.cat(result)
+
+
+@torch.no_grad()
+def embed_texts(
+    checkpoint: Checkpoint,
+    texts: Sequence[str],
+    how: Pooling = "mean",
+    *,
+    max_length: int = 256,
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+    label: str = "embedding",
+) -> Tensor:
+    """Embed texts; float32 [N, D] on the CPU, not normalised.
+
+    Args:
+        checkpoint: the model with its tokenizer.
+        texts: the texts; texts of similar length share a batch.
+        how: pooling of the last hidden states. Default "mean".
+        max_length: tokens of a text that are read, at most the model's context. Default 256.
+        batch_size: texts of a batch. Default 32.
+        progress: called after each batch with `label`.
+
+    Raises:
+        IntaglioError: the checkpoint has no tokenizer.
+    """
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        raise IntaglioError(f"the encoder {checkpoint.source!r} has no tokenizer, so it reads no text")
+    parts, most = anatomy(checkpoint.model.eval()), min(max_length, checkpoint.context)
+    ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=most, verbose=False)["input_ids"]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    order = sorted(range(len(texts)), key=lambda row: len(ids[row]))
+    vectors: dict[int, Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt")
+        mask_BL = batch["attention_mask"]
+        hidden_BLD = final_hidden(parts, {"input_ids": batch["input_ids"], "attention_mask": mask_BL})
+        pooled_BD = pool(hidden_BLD, mask_BL.bool().to(hidden_BLD.device), how).cpu()
+        vectors.update(zip(rows, pooled_BD, strict=True))
+        progress(min(start + batch_size, len(order)), len(order), label)
+    return torch.stack([vectors[row] for row in range(len(texts))])

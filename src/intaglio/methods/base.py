@@ -28,6 +28,8 @@ Kind = Literal[
     "dictionary",
     "probe",
     "study",
+    "classifier",
+    "autoencoder",
 ]
 """A protocol that a method implements."""
 
@@ -275,6 +277,21 @@ class SamplesConstrained(Protocol):
 
     def constrained(self, constraint: Any, vocabulary: Any, samples: int | None) -> Any:
         """Return the decoder with a constraint, the byte forms of the model's tokens, and a number of samples."""
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """A fitted method that classifies texts; `Checkpoint.fitted` returns it ready to use."""
+
+    def classify(
+        self, checkpoint: AnyCheckpoint, texts: Sequence[str], *, batch_size: int = 32, progress: Progress = no_progress
+    ) -> list[dict[str, float]]:
+        """Return the probability of every class for each text."""
+
+    def learn(
+        self, checkpoint: AnyCheckpoint, examples: Any, *, seed: int = 0, progress: Progress = no_progress
+    ) -> AnyCheckpoint:
+        """Learn further labelled texts, also of new classes, and replace the attachment."""
 
 
 class StepContract(Protocol):

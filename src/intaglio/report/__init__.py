@@ -4,6 +4,7 @@
 `html` render a document as a line, in the terminal and in a browser; `recommender` does so for recommenders.
 """
 
+from intaglio.report.diagnostics import diagnostics_page, diagnostics_tables
 from intaglio.report.features import features_page
 from intaglio.report.formatting import MEASURES, Cell, Change, Measure, Row, rows
 from intaglio.report.html import carve_page, compare_page, demo_page, trained_page, training_page
@@ -35,6 +36,8 @@ __all__ = [
     "demo_chart",
     "demo_page",
     "demo_table",
+    "diagnostics_page",
+    "diagnostics_tables",
     "features_page",
     "recommender_page",
     "recommender_section",

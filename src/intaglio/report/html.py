@@ -305,11 +305,11 @@ def training_page(title: str, summary: str, columns: training_curves.Columns, no
     )
 
 
-def trained_page(title: str, summary: str, sections: Sequence[Mapping[str, Any]]) -> str:
-    """Return trained models as a self-contained HTML page.
+def trained_page(title: str, summary: str, sections: Sequence[Mapping[str, Any]], kicker: str | None = None) -> str:
+    """Return trained models, or other sections, as a self-contained HTML page.
 
-    A section has a `title`, a `summary` (may be empty), and optionally `curve` (columns), `tables` (title, headings,
-    rows of text) and `notes` (values by name).
+    A section has a `title`, a `summary` (may be empty), and optionally `curve` (columns), `pictures` (SVG and caption),
+    `tables` (title, headings, rows of text) and `notes` (values by name). `kicker` is the line above the title.
     """
     shown = [
         {
@@ -318,13 +318,16 @@ def trained_page(title: str, summary: str, sections: Sequence[Mapping[str, Any]]
             "curves": Markup(training_curves.curves(section["curve"]))
             if training_curves.is_columns(section.get("curve"))
             else Markup(),
+            "pictures": [(Markup(picture), caption) for picture, caption in section.get("pictures", ())],
             "tables": section.get("tables", ()),
             "notes": section.get("notes", {}),
         }
         for section in sections
     ]
     template = environment().get_template("trained.html.j2")
-    return template.render(document={"title": title}, summary=summary, sections=shown)
+    line = kicker or f"trained {'model' if len(shown) == 1 else 'models'}"
+    given = {"sections": shown, "kicker": line, "beside_json": kicker is None}
+    return template.render(document={"title": title}, summary=summary, **given)
 
 
 def evaluation_page(

@@ -6,17 +6,12 @@ Dimension letters: N texts, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import torch
 
 from intaglio.checkpoint import load
-from intaglio.errors import IntaglioError
-from intaglio.measures.embeddings import pool
+from intaglio.measures.embeddings import embed_texts
 from intaglio.methods.base import Progress, no_progress
-from intaglio.modeling.anatomy import anatomy
-from intaglio.modeling.partial_pass import final_hidden
 
 TFIDF = "tfidf"
 """Name of the vectors that need no encoder."""
@@ -52,24 +47,9 @@ def _tfidf(texts: Sequence[str]) -> np.ndarray:
     return np.asarray(svd.fit_transform(words_NV))
 
 
-@torch.no_grad()
 def _encode(texts: Sequence[str], name: str, batch_size: int, progress: Progress) -> np.ndarray:
     encoder = load(name)
-    if encoder.tokenizer is None:
-        raise IntaglioError(f"the encoder {name!r} has no tokenizer, so it reads no text")
-    parts, tokenizer = anatomy(encoder.model.eval()), encoder.tokenizer
-    max_length = min(MAX_TOKENS, encoder.context)
-    ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=max_length, verbose=False)["input_ids"]
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    order = sorted(range(len(texts)), key=lambda row: len(ids[row]))  # little padding
-    vectors: dict[int, Any] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [ids[row] for row in rows]}, padding_side="right", return_tensors="pt")
-        mask = batch["attention_mask"]
-        hidden_BLD = final_hidden(parts, {"input_ids": batch["input_ids"], "attention_mask": mask})
-        pooled_BD = pool(hidden_BLD, mask.bool().to(hidden_BLD.device)).double().cpu().numpy()
-        vectors.update(zip(rows, pooled_BD, strict=True))
-        progress(min(start + batch_size, len(order)), len(order), "paser: embedding")
-    return np.stack([vectors[row] for row in range(len(texts))])
+    vectors_ND = embed_texts(
+        encoder, texts, max_length=MAX_TOKENS, batch_size=batch_size, progress=progress, label="paser: embedding"
+    )
+    return vectors_ND.double().numpy()

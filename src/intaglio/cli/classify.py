@@ -1,0 +1,139 @@
+"""The command `classify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from intaglio.cli.console import (
+    Device,
+    Json,
+    Model,
+    handle_errors,
+    out,
+    print_json,
+    print_out,
+    progress_bar,
+    read_argument,
+)
+from intaglio.errors import IntaglioError, printable, shorten
+
+if TYPE_CHECKING:
+    from intaglio.checkpoint import Checkpoint
+
+SHOWN = 60
+"""Characters of a text in the table."""
+
+
+@handle_errors
+def classify(
+    model: Model,
+    texts: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="TEXTS",
+            help="A .jsonl file of objects with text (and label, for accuracy), a file of one text a line, or -.",
+        ),
+    ] = None,
+    learn: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Learn labelled texts first, also of new classes.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="(--learn) The directory to make. [default: MODEL's own attachment]"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="(--learn) Seed of the order of the texts.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="(--learn) Replace the output.")] = False,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Classify texts with the classifier attached to a model, and teach it further texts and classes (--learn)."""
+    if texts is None and learn is None:
+        raise IntaglioError("TEXTS are missing; give texts to classify, or labelled texts with --learn FILE")
+    if learn is None and (output is not None or overwrite):
+        raise IntaglioError("--output and --overwrite belong to --learn; classifying writes nothing")
+    from intaglio.atomic_io import check_target
+    from intaglio.checkpoint import load
+
+    if learn is not None:
+        if output is None and not Path(model).is_dir():
+            raise IntaglioError(f"{model} is no directory that could be changed; name an output with -o DIR")
+        if output is not None:
+            check_target(output, overwrite)
+    rows = [] if texts is None else _read(texts)
+    checkpoint = load(model, device=device)
+    method = _classifier(checkpoint, model)
+    document: dict[str, Any] = {"model": model, "method": method.slug}
+    with progress_bar() as progress:
+        if learn is not None:
+            known = set(method.classes)
+            method.learn(checkpoint, learn, seed=seed, progress=progress)
+            saved = checkpoint.save(output, overwrite) if output else checkpoint.save_attachment(method.slug)
+            added = [name for name in method.classes if name not in known]
+            document |= {"learned": learn, "new_classes": added, "checkpoint": str(saved)}
+        probs = method.classify(checkpoint, [row["text"] for row in rows], progress=progress)
+    document["texts"] = [
+        {**row, "class": max(prob, key=prob.__getitem__), "probs": prob} for row, prob in zip(rows, probs, strict=True)
+    ]
+    labelled = [row for row in document["texts"] if "label" in row]
+    if labelled:
+        document["accuracy"] = sum(row["class"] == row["label"] for row in labelled) / len(labelled)
+    if json:
+        print_json(document)
+        return
+    _print(document, labelled)
+
+
+def _print(document: dict[str, Any], labelled: list[dict[str, Any]]) -> None:
+    if "learned" in document:
+        names = ", ".join(document["new_classes"]) or "none"
+        print_out(
+            printable(f"learned {document['learned']}; new classes: {names}; checkpoint: {document['checkpoint']}")
+        )
+    if not document["texts"]:
+        return
+    table = Table("class", "probability", *(["label"] if labelled else []), "text", box=SIMPLE_HEAD)
+    for row in document["texts"]:
+        given = [Text(printable(row.get("label", "")))] if labelled else []
+        text = Text(printable(shorten(" ".join(row["text"].split()), SHOWN)))
+        table.add_row(Text(printable(row["class"])), f"{row['probs'][row['class']]:.3f}", *given, text)
+    out.print(table)
+    if labelled:
+        print_out(f"accuracy: {document['accuracy']:.1%} of {len(labelled):,} texts with a label")
+
+
+def _classifier(checkpoint: Checkpoint, model: str) -> Any:
+    """Return the attached classifier."""
+    from intaglio.methods.registry import METHODS
+
+    attached = [slug for slug in checkpoint.attachments if "classifier" in METHODS[slug].kinds]
+    if not attached:
+        raise IntaglioError(
+            f"nothing is attached to {model} that classifies texts; a recipe with fit: {{dkvb: {{labels: FILE}}}} "
+            "attaches a classifier"
+        )
+    return checkpoint.fitted(attached[0])
+
+
+def _read(texts: str) -> list[dict[str, str]]:
+    """Return the texts, with their labels where a .jsonl file has them."""
+    if texts.endswith(".jsonl"):
+        from intaglio.data.json_lines import json_lines
+
+        rows = []
+        for place, value in json_lines(texts, "texts", "text"):
+            fields = {name: value[name] for name in ("text", "label") if isinstance(value, dict) and name in value}
+            if "text" not in fields or not all(isinstance(field, str) for field in fields.values()):
+                raise IntaglioError(f"{place} is not an object with text and, if wanted, label, both strings")
+            rows.append(fields)
+        return rows
+    content = read_argument(texts if texts == "-" else f"@{texts}")
+    lines = [{"text": line} for line in content.splitlines() if line.strip()]
+    if not lines:
+        raise IntaglioError(f"the texts {texts} are empty; one text a line is needed")
+    return lines

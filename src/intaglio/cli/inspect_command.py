@@ -1,0 +1,237 @@
+"""The command `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from intaglio.cli.console import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    handle_errors,
+    out,
+    print_json,
+    print_out,
+    progress_bar,
+    read_argument,
+)
+
+VIEWS = {
+    "--masks": "the attention masks",
+    "--experts": "the use of moe_x's experts",
+    "--features": "the features of a dictionary",
+    "--diagnostics": "the geometry and information of next-token steps",
+    "--sparse-attention": "the study of long contexts",
+}
+
+
+@handle_errors
+def inspect(
+    model: Model,
+    masks: Annotated[bool, typer.Option("--masks", help="Show the attention mask of each layer.")] = False,
+    experts: Annotated[
+        str | None, typer.Option(metavar="TEXTS", help="Show how the experts of moe_x are used on these texts.")
+    ] = None,
+    features: Annotated[
+        bool, typer.Option("--features", help="Write a page of the features of the model's dictionary.")
+    ] = False,
+    diagnostics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXTS", help="Measure entropies, information surplus, Fisher metric and alignment on these texts."
+        ),
+    ] = None,
+    sparse_attention: Annotated[
+        bool,
+        typer.Option("--sparse-attention", help="Measure which sparse attention survives which long-context task."),
+    ] = False,
+    length: Annotated[int, typer.Option(min=1, help="(masks) Number of tokens.")] = 32,
+    prompt: Annotated[
+        str | None, typer.Option(help="(masks) Show what sparse attention keeps for this text, or @FILE.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="(masks with a prompt) Sparse attention by name, as for generate.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="(attention) Tokens that are read or kept.")] = None,
+    dictionary: Annotated[
+        str | None,
+        typer.Option(
+            help="(features) An attached dictionary, or a directory of sae_lens. [default: the first attached]"
+        ),
+    ] = None,
+    texts: Annotated[str, typer.Option(help="(features) Texts to read.")] = "wikipedia",
+    tokens: Annotated[int, typer.Option(min=256, help="(features) Tokens to read.")] = 65_536,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="(diagnostics) A field of markov_lm as key=value; can be repeated."),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="(sparse-attention) A further model for equal operations; can be repeated."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="(sparse-attention) Tokens of the prompts, comma-separated.")] = "1024",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="(sparse-attention) niah, vt, cwe, retrieval, multi_hop, filtering, qa, choice. [default: all]"
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="(sparse-attention) Methods, comma-separated. [default: all]")
+    ] = None,
+    sparsities: Annotated[str, typer.Option(help="(sparse-attention) Target sparsities.")] = "0.5,0.8,0.9,0.95",
+    question: Annotated[
+        str | None, typer.Option(help="(sparse-attention) 'before and after' or 'after' the context. [default: both]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="(sparse-attention) Samples of a cell.")] = 20,
+    documents: Annotated[
+        str | None,
+        typer.Option(help="(sparse-attention) JSON lines with context, question, answer and perhaps choices."),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="(sparse-attention) Tasks at the paper's sizes, with explanations.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="(sparse-attention) Seed of the samples.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="(masks) SVG file to draw to; (features, diagnostics) the HTML page; (sparse-attention) the directory"
+            " to make. [default: features.html; nothing for the others]",
+        ),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Inspect a model: its masks, experts, features, next-token steps, or what sparse attention costs it."""
+    from intaglio.errors import IntaglioError
+
+    present = (masks, experts is not None, features, diagnostics is not None, sparse_attention)
+    given = [name for name, is_given in zip(VIEWS, present, strict=True) if is_given]
+    if len(given) != 1:
+        shown = ", ".join(f"{name} shows {what}" for name, what in VIEWS.items())
+        raise IntaglioError(
+            f"{' and '.join(given)} are given; give one of them" if given else f"an option is missing: {shown}"
+        )
+    if set_ and diagnostics is None:
+        raise IntaglioError("--set belongs to --diagnostics")
+    if sparse_attention:
+        from intaglio.cli.inspect_sparse import design
+
+        sizes = design(lengths, methods, sparsities, samples, question, paper, seed)
+        places = {"output": output, "device": device, "dtype": dtype}
+        _study([model, *(also or ())], sizes, json, only=tasks, documents=documents, paper=paper, **places)
+    elif features:
+        _features(model, dictionary, texts, tokens, output or Path("features.html"), device, json)
+    elif diagnostics is not None:
+        _diagnostics(model, diagnostics, set_ or [], output, device, json)
+    elif experts is not None:
+        _experts(model, experts, device, json)
+    elif prompt is not None or attention is not None or budget is not None:
+        _kept(model, prompt, attention, budget, output, device, json)
+    else:
+        _masks(model, length, output, device, json)
+
+
+def _study(models: Sequence[str], sizes: Any, json: bool, *, output: Path | None, **options: Any) -> None:
+    from intaglio.cli import inspect_sparse
+
+    with progress_bar() as progress:
+        points, study = inspect_sparse.study(models, sizes, output=output, progress=progress, **options)
+    if json:
+        print_json(study)
+        return
+    out.print(inspect_sparse.cells_table(points))
+    out.print(inspect_sparse.tolerated_table(study))
+    for line in inspect_sparse.law_lines(study):
+        print_out(line)
+    if output is not None:
+        print_out(f"study: {output}")
+
+
+def _features(
+    model: str, dictionary: str | None, texts: str, tokens: int, page: Path, device: str | None, json: bool
+) -> None:
+    from intaglio.cli import inspect
+
+    with progress_bar() as progress:
+        document = inspect.features(model, dictionary, texts, tokens, page, device, progress)
+    if json:
+        print_json(document)
+        return
+    out.print(inspect.features_table(document))
+    print_out(f"page: {page}")
+
+
+def _diagnostics(
+    model: str, texts: str, settings: list[str], page: Path | None, device: str | None, json: bool
+) -> None:
+    from intaglio.cli import inspect
+    from intaglio.cli.settings import read_settings
+    from intaglio.methods.registry import get_method
+    from intaglio.recipe.schema import from_cli
+
+    method: Any = from_cli(get_method("markov_lm"), read_settings(settings), "--set")
+    with progress_bar() as progress:
+        document = inspect.diagnostics(model, texts, method, page, device, progress)
+    if json:
+        print_json(document)
+        return
+    for table in inspect.diagnostics_tables(document):
+        out.print(table)
+    if page is not None:
+        print_out(f"page: {page}")
+
+
+def _experts(model: str, texts: str, device: str | None, json: bool) -> None:
+    from intaglio.cli import inspect
+
+    used = inspect.experts(model, texts, device)
+    if json:
+        print_json({"model": model, "texts": texts, "layers": used})
+        return
+    out.print(inspect.experts_table(model, texts, used))
+
+
+def _kept(
+    model: str,
+    prompt: str | None,
+    attention: str | None,
+    budget: int | None,
+    picture: Path | None,
+    device: str | None,
+    json: bool,
+) -> None:
+    from intaglio.cli import inspect
+    from intaglio.cli.generate import check_attention
+    from intaglio.errors import IntaglioError
+
+    sparse = check_attention(attention, budget, "greedy")
+    if prompt is None:
+        raise IntaglioError("--attention keeps keys by the input; give it with --prompt")
+    layers, shares = inspect.kept(model, read_argument(prompt), sparse, picture, device)
+    if json:
+        print_json(shares)
+        return
+    out.print(inspect.kept_table(model, layers))
+    if picture is not None:
+        print_out(f"picture: {picture}")
+
+
+def _masks(model: str, length: int, picture: Path | None, device: str | None, json: bool) -> None:
+    from intaglio.cli import inspect
+
+    layers, data = inspect.masks(model, length, picture, device)
+    if json:
+        print_json(data)
+        return
+    out.print(inspect.masks_table(model, layers, length))
+    if picture is not None:
+        print_out(f"picture: {picture}")
