@@ -110,7 +110,8 @@ def test_it_changes_what_is_seen_and_no_weight(slug: str, family: str) -> None:
     before, after = tiny_model(family), carved(slug, 0, family).model
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert not torch.equal(before(IDS).logits, after(IDS).logits)
-    assert not torch.equal(visible(before, 16), visible(after, 16))
+    # Sparse attention chooses keys by the input, so no mask shows it.
+    assert torch.equal(visible(before, 16), visible(after, 16)) == (slug == "sparse_frontier")
     assert example(slug).changes == {"attention"}
 
 
@@ -118,7 +119,7 @@ def test_it_changes_what_is_seen_and_no_weight(slug: str, family: str) -> None:
 @pytest.mark.parametrize("slug", VISIBILITY)
 def test_an_encoder_is_refused_in_one_sentence(slug: str, family: str) -> None:
     checkpoint = Checkpoint(tiny_model(family), tiny_tokenizer(family), source="tiny")
-    with pytest.raises(IntaglioError, match="unmasking an encoder") as caught:
+    with pytest.raises(IntaglioError, match="an encoder") as caught:
         example(slug).apply(checkpoint)  # type: ignore[attr-defined]
     assert "\n" not in str(caught.value)
     assert checkpoint.record.steps == []

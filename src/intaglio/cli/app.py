@@ -22,6 +22,7 @@ from intaglio.cli.console import (
     print_json,
     print_out,
     progress_bar,
+    read_argument,
 )
 from intaglio.cli.demos import demo
 from intaglio.cli.generate_command import generate
@@ -330,21 +331,97 @@ def inspect(
         str | None, typer.Option(metavar="TEXTS", help="Show how the experts of moe_x are used on these texts.")
     ] = None,
     length: Annotated[int, typer.Option(min=1, help="(masks) Number of tokens.")] = 32,
+    prompt: Annotated[
+        str | None, typer.Option(help="(masks) Show what sparse attention keeps for this text, or @FILE.")
+    ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="(masks with a prompt) Sparse attention by name, as for generate.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="(attention) Tokens that are read or kept.")] = None,
+    sparse_attention: Annotated[
+        bool,
+        typer.Option("--sparse-attention", help="Measure which sparse attention survives which long-context task."),
+    ] = False,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="(sparse-attention) A further model for equal operations; can be repeated."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="(sparse-attention) Tokens of the prompts, comma-separated.")] = "1024",
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="(sparse-attention) niah, vt, cwe, retrieval, multi_hop, filtering, qa, choice. [default: all]"
+        ),
+    ] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="(sparse-attention) Methods, comma-separated. [default: all]")
+    ] = None,
+    sparsities: Annotated[str, typer.Option(help="(sparse-attention) Target sparsities.")] = "0.5,0.8,0.9,0.95",
+    question: Annotated[
+        str | None, typer.Option(help="(sparse-attention) 'before and after' or 'after' the context. [default: both]")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="(sparse-attention) Samples of a cell.")] = 20,
+    documents: Annotated[
+        str | None,
+        typer.Option(help="(sparse-attention) JSON lines with context, question, answer and perhaps choices."),
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="(sparse-attention) Tasks at the paper's sizes, with explanations.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="(sparse-attention) Seed of the samples.")] = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="(masks) Also draw the masks to this SVG file.")
+        Path | None,
+        typer.Option("--output", "-o", help="(masks) SVG file to draw to; (sparse-attention) directory to make."),
     ] = None,
     device: Device = None,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Inspect a model: its attention masks (--masks, of any model) or the use of its experts (--experts)."""
+    """Inspect a model: attention masks (--masks), sparse attention (--sparse-attention), or experts (--experts)."""
     from intaglio.errors import IntaglioError
 
-    if masks == (experts is not None):
-        raise IntaglioError(
-            "--masks and --experts are given; give one of them"
-            if masks
-            else "an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts"
+    given = [
+        name
+        for name, is_given in (
+            ("--masks", masks),
+            ("--experts", experts is not None),
+            ("--sparse-attention", sparse_attention),
         )
+        if is_given
+    ]
+    if len(given) != 1:
+        raise IntaglioError(
+            f"{' and '.join(given)} are given; give one of them"
+            if given
+            else "an option is missing: --masks shows the attention masks, --sparse-attention the study of long "
+            "contexts, --experts the use of moe_x's experts"
+        )
+    if sparse_attention:
+        from intaglio.cli import inspect_sparse
+
+        sizes = inspect_sparse.design(lengths, methods, sparsities, samples, question, paper, seed)
+        with progress_bar() as progress:
+            points, study = inspect_sparse.study(
+                [model, *(also or ())],
+                sizes,
+                only=tasks,
+                documents=documents,
+                paper=paper,
+                output=output,
+                device=device,
+                dtype=dtype,
+                progress=progress,
+            )
+        if json:
+            print_json(study)
+            return
+        out.print(inspect_sparse.cells_table(points))
+        out.print(inspect_sparse.tolerated_table(study))
+        for line in inspect_sparse.law_lines(study):
+            print_out(line)
+        if output is not None:
+            print_out(f"study: {output}")
+        return
     from intaglio.cli import inspect
 
     if experts is not None:
@@ -353,6 +430,20 @@ def inspect(
             print_json({"model": model, "texts": experts, "layers": used})
         else:
             out.print(inspect.experts_table(model, experts, used))
+        return
+    if prompt is not None or attention is not None or budget is not None:
+        from intaglio.cli.generate import check_attention
+
+        sparse = check_attention(attention, budget, "greedy")
+        if prompt is None:
+            raise IntaglioError("--attention keeps keys by the input; give it with --prompt")
+        kept, shares = inspect.kept(model, read_argument(prompt), sparse, output, device)
+        if json:
+            print_json(shares)
+            return
+        out.print(inspect.kept_table(model, kept))
+        if output is not None:
+            print_out(f"picture: {output}")
         return
     layers, data = inspect.masks(model, length, output, device)
     if json:
