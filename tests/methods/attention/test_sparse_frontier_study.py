@@ -20,11 +20,13 @@ from intaglio.measures.long_context import NeedleInAHaystack, StoryFiltering
 from intaglio.methods.attention.sparse_frontier import SparseFrontier, installed, study
 from intaglio.methods.attention.sparse_frontier.pictures import as_json, kept
 from intaglio.methods.attention.sparse_frontier.study import (
+    ADAPTED,
     METHODS,
     PREFILL,
     Design,
     answer,
     at_sparsity,
+    calibrated,
     encoded,
     panels,
     run,
@@ -56,8 +58,21 @@ def test_budgets_aim_at_the_sparsity(name: str, length: int) -> None:
         meter = sparse.meter
         measured.append(meter.prefill_sparsity if name in PREFILL else meter.decode_sparsity)
     assert measured == sorted(measured)
-    if name != "flex_prefill":  # its budget follows the input
-        assert measured == pytest.approx([0.5, 0.8, 0.9], abs=0.17 if name in PREFILL else 0.03)
+    if name not in ADAPTED:
+        assert measured == pytest.approx([0.5, 0.8, 0.9], abs=0.03)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_budgets_of_adapted_patterns_are_found_by_measuring(name: str) -> None:
+    tiny = checkpoint()
+    ids = torch.randint(8, 150, (1, 400), generator=torch.Generator().manual_seed(0))
+    nominal = calibrated(tiny, ids, name, 0.6)
+    if name not in ADAPTED:
+        assert nominal == 0.6
+        return
+    with at_sparsity(name, 400, nominal).attached(tiny.model) as sparse, torch.no_grad():
+        tiny.model(ids)
+    assert sparse.meter.prefill_sparsity == pytest.approx(0.6, abs=0.05)
 
 
 def test_sizes_scale_with_the_length() -> None:
@@ -97,7 +112,7 @@ def test_the_question_is_outside_the_prompt_where_it_comes_after() -> None:
 def test_a_study_of_two_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "ANSWER", 4)
     tiny, calls = checkpoint(), []
-    sizes = Design((300,), ("quest", "block_sparse"), (0.5, 0.9), samples=3, seed=1)
+    sizes = Design((400,), ("quest", "block_sparse"), (0.5, 0.9), samples=3, seed=1)
     points = run(tiny, [NIAH, StoryFiltering(chapters=1)], sizes, progress=lambda *call: calls.append(call))
     assert len(points) == len(calls) == 2 * 2 * 5
     assert calls[-1][:2] == (20, 20)

@@ -47,7 +47,6 @@ class Retrieval(BedDesign):
     bed: Any = field(default_factory=LongNeedles)
     MINIATURE: ClassVar = {}
 
-    @torch.no_grad()
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Measure an arm on a unit."""
         own = Configured(arm, settings)
@@ -57,7 +56,7 @@ class Retrieval(BedDesign):
         policy: Any = DENSE if name is None else at_sparsity(name, states.length, sparsity).cache
         layers = range(len(anatomy(model).blocks))
         right, scores = {}, {}
-        with peak_memory(next(model.parameters()).device) as spent:
+        with torch.no_grad(), peak_memory(next(model.parameters()).device) as spent:
             installation = install(model, None, policy, [], layers)
             try:
                 cache = states.cache(policy)

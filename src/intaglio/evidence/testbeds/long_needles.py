@@ -33,8 +33,8 @@ ADJECTIVES = (
     "red",
 )
 PLACES = ("harbour", "library", "vineyard", "monastery", "market", "lighthouse", "quarry", "garden", "mill", "tower")
-WINDOWS = 17
-"""Windows of 256 tokens from which a document is cut."""
+WINDOWS = 9
+"""Windows of 512 tokens, each of another article, from which a document is cut."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LongNeedles:
     """Documents of `shortest` to `longest` tokens with `needles` facts, from the windows of another test bed."""
 
     source: Any = field(
-        default_factory=lambda: SmolLM2Wikipedia(documents_run=WINDOWS, documents_pilot=WINDOWS, tokens=256)
+        default_factory=lambda: SmolLM2Wikipedia(documents_run=WINDOWS, documents_pilot=WINDOWS, tokens=512)
     )
     shortest: int = 2048
     longest: int = 4096

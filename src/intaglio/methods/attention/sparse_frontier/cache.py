@@ -47,7 +47,7 @@ class HeadBuffer:
             capacity = self.length + max(ROOM, self.length // 16)
             capacity += -capacity % self.unit
             for name, states in (("keys", key_GQD), ("values", value_GQD)):
-                grown = states.new_zeros((len(states), capacity, states.shape[-1]))
+                grown = states.new_empty((len(states), capacity, states.shape[-1]))
                 grown[:, :before] = getattr(self, name)[:, :before]
                 setattr(self, name, grown)
         self.keys[:, before : self.length] = key_GQD
@@ -122,8 +122,9 @@ class SequenceCache:
 
     @property
     def bytes(self) -> int:
-        """Memory of keys, values and page statistics."""
-        return sum(buffer.bytes for buffer in self.buffers) + sum(e.nbytes for e in self.extremes or ())
+        """Memory of keys, values, positions and page statistics."""
+        others = (*(self.extremes or ()), *(self.kept or ()))
+        return sum(buffer.bytes for buffer in self.buffers) + sum(each.nbytes for each in others)
 
     def attend(self, query_HQD: Tensor, key_GQD: Tensor, value_GQD: Tensor, meter: Meter | None = None) -> Tensor:
         """Add new tokens and return their attention [H, Q, D]; each token reads what the policy selects for it."""
@@ -188,11 +189,9 @@ class SequenceCache:
 class Policy(Settings):
     """Base of the cache policies.
 
-    `frees_memory`: keys are dropped after the prompt. `selects`: each token reads a selection of the keys, all of which
-    stay in memory.
+    `selects`: each token reads a selection of the keys, all of which stay in memory. Others drop keys after the prompt.
     """
 
-    frees_memory: ClassVar[bool] = False
     selects: ClassVar[bool] = False
 
     @property
@@ -300,8 +299,6 @@ class _Compression(Policy):
         sinks: first tokens that are always kept. Default 4.
         recent: last tokens of the prompt that are always kept. Default 128.
     """
-
-    frees_memory: ClassVar[bool] = True
 
     budget: Count = 1024
     num_queries: Count = 256

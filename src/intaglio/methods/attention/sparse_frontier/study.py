@@ -1,7 +1,8 @@
 """The study of a model: which sparse attention survives which task, at which sparsity.
 
 For each task, length and condition, the same samples are answered under dense attention and under each method at each
-sparsity. Forced tokens and estimation windows scale with the length, by n / 8,192. With the question after the context
+sparsity. Forced tokens and estimation windows scale with the length, by n / 8,192; budgets of patterns that depend on
+the input are chosen on the first prompt of a length. With the question after the context
 the context alone is the prompt: caches are compressed before the question is known, and its tokens are decoded.
 """
 
@@ -48,6 +49,9 @@ from intaglio.report.sparsity_curves import Panel
 PREFILL = ("vertical_slash", "block_sparse", "flex_prefill")
 DECODE = ("quest", "snapkv", "ada_snapkv", "sink_window", "random", "oracle")
 METHODS = (*PREFILL, *DECODE)
+ADAPTED = ("vertical_slash", "flex_prefill")
+"""Methods whose sparsity depends on the input."""
+BISECTIONS = 6
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 REFERENCE = 8192
 """Context to which the published numbers of forced tokens belong."""
@@ -111,6 +115,26 @@ def at_sparsity(name: str, length: int, sparsity: float) -> SparseFrontier:
     else:
         cache = RandomPolicy(budget=budget) if name == "random" else OraclePolicy(budget=budget)
     return SparseFrontier(prefill=prefill, cache=cache)
+
+
+@torch.no_grad()
+def calibrated(checkpoint: Checkpoint, ids: Tensor, name: str, sparsity: float) -> float:
+    """Return the nominal sparsity for `at_sparsity` at which a prompt [1, L] is computed at a sparsity.
+
+    Tiles of slashes, and a coverage, compute another share of the pairs than their numbers say, so a bisection measures
+    passes over the prompt. For the other methods the nominal sparsity is kept.
+    """
+    if name not in ADAPTED:
+        return sparsity
+    low, high, best = 0.0, 1.0, (1.0, sparsity)
+    for _ in range(BISECTIONS):
+        nominal = (low + high) / 2
+        with at_sparsity(name, ids.shape[1], nominal).attached(checkpoint.model) as sparse:
+            anatomy(checkpoint.model).base(ids.to(checkpoint.device), use_cache=False)
+        measured = sparse.meter.prefill_sparsity
+        best = min(best, (abs(measured - sparsity), nominal))
+        low, high = (nominal, high) if measured < sparsity else (low, nominal)
+    return best[1]
 
 
 @dataclass(frozen=True)
@@ -226,12 +250,19 @@ def run(
     cells = [(t, c, n) for t in tasks for c in design.conditions for n in design.lengths]
     arms = [(None, 0.0), *((m, s) for m in design.methods for s in design.sparsities)]
     points: list[Point] = []
+    nominal: dict[tuple[str, float, int, Condition], float] = {}
     done = 0
     for task, condition, length in cells:
         samples = [_sample(checkpoint, task, condition, length, design, i) for i in range(design.samples)]
         dense: Point | None = None
         for method, sparsity in arms:
-            point = _cell(checkpoint, task, condition, length, method, sparsity, samples, new, name)
+            key = (method or "", sparsity, length, condition)
+            if method is not None and key not in nominal:
+                _, first, second = samples[0]
+                ids = first if condition == "after" else torch.cat([first, second], 1)
+                nominal[key] = calibrated(checkpoint, ids, method, sparsity)
+            aim = (sparsity, nominal.get(key, 0.0))
+            point = _cell(checkpoint, task, condition, length, method, aim, samples, new, name)
             if dense is None:
                 dense = point
             else:
@@ -270,11 +301,13 @@ def _cell(
     condition: Condition,
     length: int,
     method: str | None,
-    sparsity: float,
+    aim: tuple[float, float],
     samples: Sequence[tuple[Sample, Tensor, Tensor]],
     new: int,
     name: str,
 ) -> Point:
+    """Return a cell; `aim` is the requested and the nominal sparsity."""
+    sparsity, nominal = aim
     parts = anatomy(checkpoint.model)
     config = parts.config
     heads = int(config.num_attention_heads)
@@ -284,7 +317,7 @@ def _cell(
     phase = "prefill" if method in PREFILL else "decode"
     for sample, first, second in samples:
         prompt = first.shape[1] if condition == "after" else first.shape[1] + second.shape[1]
-        sparse = None if method is None else at_sparsity(method, prompt, sparsity)
+        sparse = None if method is None else at_sparsity(method, prompt, nominal)
         result = answer(checkpoint, first, second, sparse, condition, new)
         scores.append(sample.score(result.text))
         meter = result.meter
