@@ -447,17 +447,17 @@ def read_documents(path: str | Path) -> list[Document]:
     """
     needed = '{"context": ..., "question": ..., "answer": ...}, and for letters "choices": [...]'
     documents = []
-    for where, row in json_lines(path, "documents", needed):
-        fields = [row.get(key) if isinstance(row, dict) else None for key in ("context", "question", "answer")]
-        choices = row.get("choices", []) if isinstance(row, dict) else []
-        answers = fields[2] if isinstance(fields[2], list) else [fields[2]]
-        texts = [*fields[:2], *answers, *choices] if isinstance(choices, list) else [None]
+    for where, value in json_lines(path, "documents", needed):
+        row: dict[str, Any] = value if isinstance(value, dict) else {}
+        answer, choices = row.get("answer"), row.get("choices", [])
+        answers: list[Any] = answer if isinstance(answer, list) else [answer]
+        texts = [row.get("context"), row.get("question"), *answers, *(choices if isinstance(choices, list) else [None])]
         if not all(isinstance(text, str) and text.strip() for text in texts) or not answers:
             raise IntaglioError(f"{where} is no document with a question; lines are {needed}")
         letters = string.ascii_uppercase[: len(choices)]
         if choices and not set("".join(answers).upper()) <= set(letters):
             raise IntaglioError(f"{where}: the answer {''.join(answers)!r} is none of the letters {letters}")
-        documents.append(Document(fields[0], fields[1], tuple(answers), tuple(choices)))
+        documents.append(Document(row["context"], row["question"], tuple(answers), tuple(choices)))
     if len({document.context for document in documents}) < 2:
         raise IntaglioError(f"{path} holds one context; another one is needed to pack it to a length")
     return documents

@@ -131,17 +131,17 @@ def tolerated_sparsity(points: Iterable[Point]) -> dict[tuple[str, ...], float]:
     cells: dict[tuple[str, ...], list[Point]] = {}
     for point in points:
         if point.difference is not None:
-            key = (point.model, point.task, point.condition, str(point.length), point.method)
+            key: tuple[str, ...] = (point.model, point.task, point.condition, str(point.length), point.method)
             cells.setdefault(key, []).append(point)
-    result = {}
-    for key, members in cells.items():
+    result: dict[tuple[str, ...], float] = {}
+    for cell, members in cells.items():
         best = 0.0
         for point in sorted(members, key=lambda p: p.sparsity):
             assert point.difference is not None
             if point.difference.worse:
                 break
             best = max(best, point.sparsity)
-        result[key] = best
+        result[cell] = best
     return result
 
 

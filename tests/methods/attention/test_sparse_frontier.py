@@ -20,6 +20,7 @@ from intaglio.errors import IntaglioError
 from intaglio.masks import Causal, set_visibility
 from intaglio.methods.attention.sparse_frontier import SparseFrontier, cache_bytes, installed, named, uninstall
 from intaglio.methods.attention.sparse_frontier.cache import SequenceCache, SnapKV, SparseLayer
+from intaglio.methods.attention.sparse_frontier.prompt_states import read_prompt
 from intaglio.methods.attention.sparse_frontier.tiled_attention import kept_pairs
 from intaglio.methods.decoding.aded import ADED
 from intaglio.modeling.anatomy import CACHE
@@ -488,3 +489,25 @@ def test_a_copied_model_keeps_its_own_installation() -> None:
     expected = passes(tiny_model("llama", layers=2), IDS)
     assert torch.equal(passes(model, IDS), expected)
     assert not torch.equal(passes(other, IDS), expected)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@torch.no_grad()
+def test_a_prompt_that_was_read_once_serves_every_policy(name: str) -> None:
+    model = tiny_model("llama", layers=2)
+    method = SparseFrontier(cache={"name": name, **SPARSE_POLICY[name]})
+    with method.attached(model):
+        expected = passes(model, IDS)[:, PROMPT:]
+    states = read_prompt(model, IDS[:, :PROMPT])
+    assert states.length == PROMPT
+    assert installed(model) is None
+    with method.attached(model):
+        cache = states.cache(method.cache)  # type: ignore[arg-type]
+        logits = [model(IDS[:, i : i + 1], **{CACHE: cache}).logits for i in range(PROMPT, 40)]
+    assert close(torch.cat(logits, 1), expected)
+
+
+def test_a_prompt_is_recorded_of_one_row_without_windows() -> None:
+    for model, ids in ((tiny_model("gemma3"), IDS), (tiny_model("llama"), IDS.repeat(2, 1))):
+        with pytest.raises(IntaglioError, match="of one row, in a model without sliding windows"):
+            read_prompt(model, ids)

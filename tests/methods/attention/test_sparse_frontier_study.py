@@ -112,7 +112,7 @@ def test_the_question_is_outside_the_prompt_where_it_comes_after() -> None:
 def test_a_study_of_two_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "ANSWER", 4)
     tiny, calls = checkpoint(), []
-    sizes = Design((400,), ("quest", "block_sparse"), (0.5, 0.9), samples=3, seed=1)
+    sizes = Design((700,), ("quest", "block_sparse"), (0.5, 0.9), samples=3, seed=1)
     points = run(tiny, [NIAH, StoryFiltering(chapters=1)], sizes, progress=lambda *call: calls.append(call))
     assert len(points) == len(calls) == 2 * 2 * 5
     assert calls[-1][:2] == (20, 20)

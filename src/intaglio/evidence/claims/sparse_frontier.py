@@ -35,4 +35,5 @@ CLAIM = Claim(
     minutes=45,
     use_when="the question comes after a long context and memory for the whole cache is at hand",
     otherwise="SnapKV, with the question before the context, which also frees memory",
+    toy={"context": 256},
 )
