@@ -13,9 +13,9 @@ from intaglio.errors import IntaglioError
 from intaglio.measures.long_context import (
     PAPER,
     SMALL,
-    Answering,
-    Choice,
-    Document,
+    MultipleChoice,
+    OpenQuestion,
+    QuestionedDocument,
     StoryFiltering,
     StoryMultiHop,
     VariableTracking,
@@ -30,12 +30,12 @@ from intaglio.measures.long_context import (
 )
 
 DOCUMENTS = (
-    Document("Anna lives in Rome and keeps bees.", "Where does Anna live?", ("Rome",)),
-    Document("Bert lives in Oslo and mends clocks.", "What does Bert mend?", ("clocks", "the clocks")),
-    Document("Carl sells fish.", "What does Carl sell?", ("B",), ("meat", "fish", "bread")),
-    Document("Dora paints and sings.", "What does Dora do?", ("AC",), ("paints", "runs", "sings")),
+    QuestionedDocument("Anna lives in Rome and keeps bees.", "Where does Anna live?", ("Rome",)),
+    QuestionedDocument("Bert lives in Oslo and mends clocks.", "What does Bert mend?", ("clocks", "the clocks")),
+    QuestionedDocument("Carl sells fish.", "What does Carl sell?", ("B",), ("meat", "fish", "bread")),
+    QuestionedDocument("Dora paints and sings.", "What does Dora do?", ("AC",), ("paints", "runs", "sings")),
 )
-ALL = [*SMALL, *PAPER, Answering(DOCUMENTS), Choice(DOCUMENTS)]
+ALL = [*SMALL, *PAPER, OpenQuestion(DOCUMENTS), MultipleChoice(DOCUMENTS)]
 
 
 def count(text: str) -> int:
@@ -156,11 +156,11 @@ def test_answers_are_read_leniently_and_scored_strictly() -> None:
 
 
 def test_choices_are_sets_of_letters() -> None:
-    one = Choice(DOCUMENTS[3:] + DOCUMENTS[:1]).sample(Random(0), 100, count)
+    one = MultipleChoice(DOCUMENTS[3:] + DOCUMENTS[:1]).sample(Random(0), 100, count)
     assert one.gold == ("AC",)
     assert "A. paints\nB. runs\nC. sings" in one.question
     assert [one.score(f"<answer>{text}</answer>") for text in ("AC", "C, A", "c and a", "A", "ABC")] == [1, 1, 1, 0, 0]
-    assert Answering(DOCUMENTS[:2]).sample(Random(1), 100, count).context.count("Document ") == 2
+    assert OpenQuestion(DOCUMENTS[:2]).sample(Random(1), 100, count).context.count("Document ") == 2
 
 
 def test_documents_of_a_file(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_documents_of_a_file(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
     documents = read_documents(file)
-    assert documents == [Document("x y", "q?", ("y",)), Document("z", "q?", ("a", "b"), ("m", "n"))]
+    assert documents == [QuestionedDocument("x y", "q?", ("y",)), QuestionedDocument("z", "q?", ("a", "b"), ("m", "n"))]
     assert [task.name for task in tasks(True, documents)][6:] == ["qa", "choice"]
     assert tasks(True)[:6] == list(SMALL)
     assert tasks(False)[:6] == list(PAPER)

@@ -11,8 +11,8 @@ import pytest
 from intaglio.errors import IntaglioError
 from intaglio.measures.sparsity_tradeoff import (
     Interval,
-    Point,
     ScalingLaw,
+    StudyCell,
     decode_flops,
     equal_flops,
     fit_scaling_law,
@@ -22,7 +22,7 @@ from intaglio.measures.sparsity_tradeoff import (
 )
 
 
-def point(**changes: Any) -> Point:
+def point(**changes: Any) -> StudyCell:
     fields: dict[str, Any] = {
         "model": "m",
         "parameters": 1000,
@@ -37,7 +37,7 @@ def point(**changes: Any) -> Point:
         "flops": 1e6,
         "difference": Interval(0, -0.1, 0.1),
     }
-    return Point(**fields | changes)
+    return StudyCell(**fields | changes)
 
 
 def test_the_bootstrap_is_paired() -> None:
@@ -98,7 +98,7 @@ def test_bins_of_equal_operations() -> None:
     assert 1e6 < rows[0]["flops"] < 10**6.5 < rows[1]["flops"] < 1e7
 
 
-def lawful(lengths: tuple[int, ...], parameters: tuple[int, ...], sparsities: tuple[float, ...]) -> list[Point]:
+def lawful(lengths: tuple[int, ...], parameters: tuple[int, ...], sparsities: tuple[float, ...]) -> list[StudyCell]:
     law = ScalingLaw({"intercept": -1.5, "parameters": 0.2, "length": -0.3, "compression": -0.4}, 1.0, "", None, 0)
     return [
         point(parameters=n, length=length, target=s, sparsity=s, scores=(law.predict(n, length, s),))

@@ -262,7 +262,7 @@ def generate(
     if not ending and model.generation_config.pad_token_id is None:
         options["pad_token_id"] = checkpoint.tokenizer.pad_token_id or checkpoint.tokenizer.eos_token_id or 0
     ids = ids.to(checkpoint.device)
-    devices = [] if ids.device.type == "cpu" else None
+    devices: list[int] | None = [] if ids.device.type == "cpu" else None
     with torch.random.fork_rng(devices), count_passes(model) as calls, _sparse(attention, model, options) as sparse:
         torch.manual_seed(seed)
         whole, seconds = _timed(model, ids, options)

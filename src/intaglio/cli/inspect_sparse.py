@@ -14,14 +14,11 @@ from intaglio.checkpoint import load
 from intaglio.cli.generate import check_prompt
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.measures.long_context import CONDITIONS, read_documents, tasks
-from intaglio.measures.sparsity_tradeoff import Point
-from intaglio.methods.attention.sparse_frontier.study import METHODS, SPARSITIES, Design, panels, run, summary
+from intaglio.measures.sparsity_tradeoff import StudyCell
+from intaglio.methods.attention.sparse_frontier.study import METHODS, SPARSITIES, StudySizes, panels, run, summary
 from intaglio.methods.base import Progress, no_progress
 from intaglio.report.sparsity_curves import STYLE, sparsity_curves
-from intaglio.report.svg import Point as Dot
-from intaglio.report.svg import scatter
-
-LENGTHS = "1024"
+from intaglio.report.svg import Point, scatter
 
 
 def numbers(text: str, what: str, least: float, most: float) -> tuple[float, ...]:
@@ -58,10 +55,10 @@ def design(
     question: str | None,
     explain: bool,
     seed: int,
-) -> Design:
+) -> StudySizes:
     """Return the sizes of a study from the words of the command line, checked before any model loads."""
     levels = numbers(sparsities, "sparsities", 0.01, 0.99) if sparsities else SPARSITIES
-    return Design(
+    return StudySizes(
         tuple(int(n) for n in numbers(lengths, "lengths", 1, 1 << 30)),
         chosen(methods, METHODS, "method"),
         levels,
@@ -74,7 +71,7 @@ def design(
 
 def study(
     models: Sequence[str],
-    sizes: Design,
+    sizes: StudySizes,
     *,
     only: str | None,
     documents: str | None,
@@ -83,7 +80,7 @@ def study(
     device: str | None,
     dtype: str | None,
     progress: Progress = no_progress,
-) -> tuple[list[Point], dict[str, Any]]:
+) -> tuple[list[StudyCell], dict[str, Any]]:
     """Run the study on one or several models and return its cells and its analysis.
 
     Args:
@@ -105,7 +102,7 @@ def study(
     known = [task for task in known if task.name in names]
     if output is not None:
         atomic_io.check_target(output, overwrite=False)
-    points: list[Point] = []
+    points: list[StudyCell] = []
     for name in models:
         checkpoint = load(name, device=device, dtype=dtype)
         check_prompt(checkpoint, "")
@@ -119,10 +116,10 @@ def study(
     return points, data
 
 
-def pictures(points: Sequence[Point], data: dict[str, Any]) -> dict[str, str]:
+def pictures(points: Sequence[StudyCell], data: dict[str, Any]) -> dict[str, str]:
     """Return the pictures of a study by file name."""
     dots = [
-        Dot(
+        Point(
             f"{row['task']} ({row['condition']}): {best['model']} {best['method']} {best['sparsity']:.0%}",
             bin_["flops"],
             best["accuracy"],
@@ -144,7 +141,7 @@ def _standalone(picture: str) -> str:
     return picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
 
 
-def cells_table(points: Sequence[Point]) -> Table:
+def cells_table(points: Sequence[StudyCell]) -> Table:
     """Return the cells as a table: accuracy, measured sparsity and the interval of the difference from dense."""
     caption = "Sparsity as measured. Difference from dense attention on the same samples, 95 % bootstrap interval."
     columns = ("model", "task", "question", "tokens", "method", "sparsity", "accuracy", "difference")
@@ -165,10 +162,10 @@ def tolerated_table(data: dict[str, Any]) -> Table:
     )
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     for row in data["tolerated"]:
-        key = (row["model"], row["task"], row["condition"], f"{int(row['length']):,}")
+        key: tuple[str, ...] = (row["model"], row["task"], row["condition"], f"{int(row['length']):,}")
         rows.setdefault(key, {})[row["method"]] = row["sparsity"]
-    for key, values in rows.items():
-        table.add_row(*key, *(f"{values[m]:.0%}" if m in values else "" for m in methods))
+    for words, values in rows.items():
+        table.add_row(*words, *(f"{values[m]:.0%}" if m in values else "" for m in methods))
     return table
 
 

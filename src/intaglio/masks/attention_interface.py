@@ -247,7 +247,7 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         rule, score = getattr(module, RULE, None), getattr(module, SCORE, None)
         attention = getattr(module, ATTENTION, None)
-        if getattr(attention, "takes_request", False):
+        if attention is not None and getattr(attention, "takes_request", False):
             return attention(module, query, key, value, attention_mask, base, **kwargs)
         if isinstance(attention_mask, MaskRequest):
             attention_mask, bias = attention_mask.mask(base, rule, score, query)

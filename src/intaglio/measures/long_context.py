@@ -11,7 +11,8 @@
 | `qa` | a passage of a user's document | F1 of the sets of words |
 | `quality`, `toefl` | a user's document and lettered choices | right or wrong, as a set of letters |
 
-The last two differ in their documents alone, so both are `Choice` on a file. An empty or unparsable answer is wrong.
+The last two differ in their documents alone, so both are `MultipleChoice` on a file. An empty or unparsable answer is
+wrong.
 The question comes before and after the context, or only after it.
 
 Source: Nawrot et al., The Sparse Frontier, 2025, arXiv 2504.17768; code PiotrNawrot/sparse-frontier, whose scores of
@@ -39,7 +40,7 @@ _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class Sample:
+class TaskSample:
     """A context, the question about it, the form of the answer and the gold answer.
 
     Args:
@@ -87,12 +88,12 @@ def overlap(answer: set[str], gold: set[str]) -> float:
 
 def numbered(answer: str) -> dict[int, str]:
     """Return the lines of a numbered list, the first of each number; a single plain line is number 1."""
-    found: dict[int, str] = {}
+    lines: dict[int, str] = {}
     for line in answer.splitlines():
         match = re.match(r"\s*(\d+)[.:)]\s*(.+?)\s*$", line)
         if match:
-            found.setdefault(int(match[1]), match[2])
-    return found or ({1: answer.strip()} if answer.strip() else {})
+            lines.setdefault(int(match[1]), match[2])
+    return lines or ({1: answer.strip()} if answer.strip() else {})
 
 
 def normal(text: str) -> str:
@@ -100,12 +101,12 @@ def normal(text: str) -> str:
     return re.sub(r"^(the|an|a)\s+", "", " ".join(text.lower().split())).strip(" .")
 
 
-class Task(Protocol):
+class LongContextTask(Protocol):
     """A generator of samples; equal random states give equal samples."""
 
     name: ClassVar[str]
 
-    def sample(self, rng: Random, tokens: int, count: Count) -> Sample:
+    def sample(self, rng: Random, tokens: int, count: Count) -> TaskSample:
         """Return a sample whose context has at most `tokens` tokens, and nearly as many."""
         ...
 
@@ -152,7 +153,7 @@ class NeedleInAHaystack:
         groups = ("".join(rng.choices(string.ascii_lowercase + string.digits, k=8)) for _ in range(self.parts))
         return "-".join(groups)
 
-    def sample(self, rng: Random, tokens: int, count: Count) -> Sample:
+    def sample(self, rng: Random, tokens: int, count: Count) -> TaskSample:
         """Return key-value sentences in random order, and a question for some of the keys."""
         used: set[str] = set()
 
@@ -174,7 +175,7 @@ class NeedleInAHaystack:
                 value in re.findall(r"[\w-]+", lines.get(i, "").lower()) for i, value in enumerate(gold, 1)
             ) / len(gold)
 
-        return Sample(
+        return TaskSample(
             "The context holds keys and their values.",
             " ".join(sentences),
             f"What are the values for the keys {', '.join(key for key, *_ in asked)}, in this order?",
@@ -198,7 +199,7 @@ class VariableTracking:
     chains: int = 8
     hops: int = 4
 
-    def sample(self, rng: Random, tokens: int, count: Count) -> Sample:
+    def sample(self, rng: Random, tokens: int, count: Count) -> TaskSample:
         """Return assignments in random order among noise."""
         used: set[str] = set()
         names = [
@@ -214,7 +215,7 @@ class VariableTracking:
         lines = _fill(lines, lambda n: self.NOISE, tokens, count, "the chains")
         rng.shuffle(lines)
         gold = tuple(names[0])
-        return Sample(
+        return TaskSample(
             "The context assigns numbers to variables, or variables to variables, in any order.",
             " ".join(lines),
             f"Which variables resolve to the value {values[0]}, directly or through other variables?",
@@ -239,7 +240,7 @@ class CommonWords:
     frequency: int = 30
     rare: int = 3
 
-    def sample(self, rng: Random, tokens: int, count: Count) -> Sample:
+    def sample(self, rng: Random, tokens: int, count: Count) -> TaskSample:
         """Return words in random order."""
         used: set[str] = set()
 
@@ -259,7 +260,7 @@ class CommonWords:
         while (room := room - self.rare * (number + count(f" {(other := word())}"))) >= 0 and len(used) < 3_000:
             listed += [other] * self.rare
         rng.shuffle(listed)
-        return Sample(
+        return TaskSample(
             "The context is a numbered list of words.",
             "\n".join(f"{i}. {w}" for i, w in enumerate(listed, 1)),
             f"Which {self.words} words occur {self.frequency} times each? All others occur {self.rare} times each.",
@@ -360,7 +361,7 @@ class StoryRetrieval:
     name: ClassVar[str] = "retrieval"
     queries: int = 16
 
-    def sample(self, rng: Random, tokens: int, count: Count) -> Sample:
+    def sample(self, rng: Random, tokens: int, count: Count) -> TaskSample:
         """Return a story and questions about some chapters."""
         chapters, text = _story(rng, tokens, count, self.queries)
         questions, gold = [], []
@@ -380,7 +381,7 @@ class StoryRetrieval:
             return sum(normal(lines.get(i, "")) == normal(g) for i, g in enumerate(gold, 1)) / len(gold)
 
         form = "\n".join(f"{i}. ANSWER" for i in range(1, self.queries + 1))
-        return Sample(_STORY, text, " ".join(questions), form, tuple(gold), score)
+        return TaskSample(_STORY, text, " ".join(questions), form, tuple(gold), score)
 
 
 @dataclass(frozen=True)
@@ -389,12 +390,12 @@ class StoryMultiHop:
 
     name: ClassVar[str] = "multi_hop"
 
-    def sample(self, rng: Random, tokens: int, count: Count) -> Sample:
+    def sample(self, rng: Random, tokens: int, count: Count) -> TaskSample:
         """Return a story and an item whose predecessor is asked for."""
         chapters, text = _story(rng, tokens, count, 2)
         place = rng.randrange(1, len(chapters))
         gold = chapters[place - 1].item
-        return Sample(
+        return TaskSample(
             _STORY,
             text,
             f"What was the last item that Arion bought before the {chapters[place].item}?",
@@ -415,11 +416,11 @@ class StoryFiltering:
     name: ClassVar[str] = "filtering"
     chapters: int = 3
 
-    def sample(self, rng: Random, tokens: int, count: Count) -> Sample:
+    def sample(self, rng: Random, tokens: int, count: Count) -> TaskSample:
         """Return a story in which some chapters have no purchase."""
         chapters, text = _story(rng, tokens, count, self.chapters + 1, self.chapters)
         gold = tuple(str(chapter.number) for chapter in chapters if not chapter.buys)
-        return Sample(
+        return TaskSample(
             _STORY,
             text,
             f"In which {self.chapters} chapters did Arion buy nothing?",
@@ -430,7 +431,7 @@ class StoryFiltering:
 
 
 @dataclass(frozen=True)
-class Document:
+class QuestionedDocument:
     """A user's document with a question; `choices` are the options of a lettered question, else empty."""
 
     context: str
@@ -439,7 +440,7 @@ class Document:
     choices: tuple[str, ...] = ()
 
 
-def read_documents(path: str | Path) -> list[Document]:
+def read_documents(path: str | Path) -> list[QuestionedDocument]:
     """Read documents from JSON lines `{"context", "question", "answer"}`, with `choices` and letters as the answer.
 
     Raises:
@@ -457,13 +458,15 @@ def read_documents(path: str | Path) -> list[Document]:
         letters = string.ascii_uppercase[: len(choices)]
         if choices and not set("".join(answers).upper()) <= set(letters):
             raise IntaglioError(f"{where}: the answer {''.join(answers)!r} is none of the letters {letters}")
-        documents.append(Document(row["context"], row["question"], tuple(answers), tuple(choices)))
+        documents.append(QuestionedDocument(row["context"], row["question"], tuple(answers), tuple(choices)))
     if len({document.context for document in documents}) < 2:
         raise IntaglioError(f"{path} holds one context; another one is needed to pack it to a length")
     return documents
 
 
-def _packed(rng: Random, chosen: Document, others: Sequence[Document], tokens: int, count: Count) -> str:
+def _packed(
+    rng: Random, chosen: QuestionedDocument, others: Sequence[QuestionedDocument], tokens: int, count: Count
+) -> str:
     """Return the chosen document among others, in random order."""
     distinct = list(dict.fromkeys(d.context for d in others if d.context != chosen.context))
     rng.shuffle(distinct)
@@ -474,24 +477,24 @@ def _packed(rng: Random, chosen: Document, others: Sequence[Document], tokens: i
 
 def word_f1(answer: str, gold: str) -> float:
     """Return the F1 of the sets of words, without articles and punctuation."""
-    found, wanted = (
+    given, wanted = (
         {w for w in re.findall(r"\w+", text.lower()) if w not in {"a", "an", "the"}} for text in (answer, gold)
     )
-    common = len(found & wanted)
-    return 2 * common / (len(found) + len(wanted)) if common else 0.0
+    common = len(given & wanted)
+    return 2 * common / (len(given) + len(wanted)) if common else 0.0
 
 
 @dataclass(frozen=True)
-class Answering:
+class OpenQuestion:
     """Open questions about a user's documents, each packed with others to the length."""
 
     name: ClassVar[str] = "qa"
-    documents: tuple[Document, ...]
+    documents: tuple[QuestionedDocument, ...]
 
-    def sample(self, rng: Random, tokens: int, count: Count) -> Sample:
+    def sample(self, rng: Random, tokens: int, count: Count) -> TaskSample:
         """Return a document among others, and its question."""
         chosen = rng.choice([document for document in self.documents if not document.choices])
-        return Sample(
+        return TaskSample(
             "The context holds documents.",
             _packed(rng, chosen, self.documents, tokens, count),
             chosen.question,
@@ -502,13 +505,13 @@ class Answering:
 
 
 @dataclass(frozen=True)
-class Choice:
+class MultipleChoice:
     """Lettered questions about a user's documents, as in QuALITY (one letter) and TOEFL (one or several)."""
 
     name: ClassVar[str] = "choice"
-    documents: tuple[Document, ...]
+    documents: tuple[QuestionedDocument, ...]
 
-    def sample(self, rng: Random, tokens: int, count: Count) -> Sample:
+    def sample(self, rng: Random, tokens: int, count: Count) -> TaskSample:
         """Return a document among others, and its question with choices."""
         chosen = rng.choice([document for document in self.documents if document.choices])
         letters = string.ascii_uppercase[: len(chosen.choices)]
@@ -516,10 +519,10 @@ class Choice:
         gold = "".join(sorted("".join(chosen.answers).upper()))
 
         def score(answer: str) -> float:
-            found = re.findall(rf"\b[{letters}]+\b", extracted(answer).upper())
-            return float("".join(sorted(set("".join(found)))) == gold)
+            letters_given = re.findall(rf"\b[{letters}]+\b", extracted(answer).upper())
+            return float("".join(sorted(set("".join(letters_given)))) == gold)
 
-        return Sample(
+        return TaskSample(
             "The context holds documents.",
             _packed(rng, chosen, self.documents, tokens, count),
             "\n".join([chosen.question, *lines]),
@@ -549,11 +552,11 @@ PAPER: tuple[Any, ...] = (
 """Generated tasks at the paper's sizes."""
 
 
-def tasks(small: bool, documents: Sequence[Document] = ()) -> list[Any]:
+def tasks(small: bool, documents: Sequence[QuestionedDocument] = ()) -> list[Any]:
     """Return the generated tasks, and those on documents that have questions of their kind."""
     given = tuple(documents)
     return [
         *(SMALL if small else PAPER),
-        *([Answering(given)] if any(not d.choices for d in given) else []),
-        *([Choice(given)] if any(d.choices for d in given) else []),
+        *([OpenQuestion(given)] if any(not d.choices for d in given) else []),
+        *([MultipleChoice(given)] if any(d.choices for d in given) else []),
     ]

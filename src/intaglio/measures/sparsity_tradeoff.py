@@ -61,7 +61,7 @@ def paired_bootstrap(baseline: Sequence[float], method: Sequence[float], seed: i
 
 
 @dataclass(frozen=True)
-class Point:
+class StudyCell:
     """A cell of the study: a model, a length and a method at a measured sparsity.
 
     Args:
@@ -122,13 +122,13 @@ def decode_flops(
     return 2.0 * parameters + layers * width * (4 * (1 - sparsity) * length + 2 * estimated_keys)
 
 
-def tolerated_sparsity(points: Iterable[Point]) -> dict[tuple[str, ...], float]:
+def tolerated_sparsity(points: Iterable[StudyCell]) -> dict[tuple[str, ...], float]:
     """Return the largest measured sparsity of each cell up to which no accuracy is lost beyond chance.
 
     A cell is `(model, task, condition, length, method)`. Sparsities are passed from the lowest on, and the first one
     with a significant loss ends the walk, so that a lucky high one does not count.
     """
-    cells: dict[tuple[str, ...], list[Point]] = {}
+    cells: dict[tuple[str, ...], list[StudyCell]] = {}
     for point in points:
         if point.difference is not None:
             key: tuple[str, ...] = (point.model, point.task, point.condition, str(point.length), point.method)
@@ -145,14 +145,14 @@ def tolerated_sparsity(points: Iterable[Point]) -> dict[tuple[str, ...], float]:
     return result
 
 
-def equal_flops(points: Sequence[Point], bins_per_decade: int = 4) -> list[dict[str, Any]]:
+def equal_flops(points: Sequence[StudyCell], bins_per_decade: int = 4) -> list[dict[str, Any]]:
     """Return for each bin of equal operations on a log scale its points and the most accurate one.
 
     Args:
         points: of one task and condition; several models make it a comparison.
         bins_per_decade: bins in a factor of ten. Default 4.
     """
-    bins: dict[int, list[Point]] = {}
+    bins: dict[int, list[StudyCell]] = {}
     for point in points:
         bins.setdefault(math.floor(math.log10(point.flops) * bins_per_decade), []).append(point)
     rows = []
@@ -198,7 +198,7 @@ class ScalingLaw:
         return math.exp(sum(value * names[name] for name, value in self.coefficients.items()))
 
 
-def fit_scaling_law(points: Sequence[Point], floor: float = 0.0) -> ScalingLaw | None:
+def fit_scaling_law(points: Sequence[StudyCell], floor: float = 0.0) -> ScalingLaw | None:
     """Fit log accuracy by least squares, with the longest length (else the highest sparsity) held out.
 
     A term whose variable takes a single value is left out. Returns None for fewer points than terms and one more.

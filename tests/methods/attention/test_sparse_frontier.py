@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
@@ -480,8 +481,6 @@ def test_a_saved_checkpoint_decodes_the_same_and_a_second_step_replaces_the_firs
 
 
 def test_a_copied_model_keeps_its_own_installation() -> None:
-    import copy
-
     model = tiny_model("llama", layers=2)
     SparseFrontier(cache=QUEST).install(model)
     other = copy.deepcopy(model)

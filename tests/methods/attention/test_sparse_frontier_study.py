@@ -23,7 +23,7 @@ from intaglio.methods.attention.sparse_frontier.study import (
     ADAPTED,
     METHODS,
     PREFILL,
-    Design,
+    StudySizes,
     answer,
     at_sparsity,
     calibrated,
@@ -112,7 +112,7 @@ def test_the_question_is_outside_the_prompt_where_it_comes_after() -> None:
 def test_a_study_of_two_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "ANSWER", 4)
     tiny, calls = checkpoint(), []
-    sizes = Design((700,), ("quest", "block_sparse"), (0.5, 0.9), samples=3, seed=1)
+    sizes = StudySizes((700,), ("quest", "block_sparse"), (0.5, 0.9), samples=3, seed=1)
     points = run(tiny, [NIAH, StoryFiltering(chapters=1)], sizes, progress=lambda *call: calls.append(call))
     assert len(points) == len(calls) == 2 * 2 * 5
     assert calls[-1][:2] == (20, 20)
@@ -143,11 +143,11 @@ def test_studies_that_cannot_run_are_refused() -> None:
         ({"lengths": (100,), "methods": ("x",)}, "no method named 'x'"),
     ):
         with pytest.raises(IntaglioError, match=match):
-            Design(**fields)  # type: ignore[arg-type]
+            StudySizes(**fields)  # type: ignore[arg-type]
     with pytest.raises(IntaglioError, match="beyond the model's context of 1024"):
-        run(checkpoint(), [NIAH], Design((1000,)))
+        run(checkpoint(), [NIAH], StudySizes((1000,)))
     with pytest.raises(IntaglioError, match="too short"):
-        run(checkpoint(), [NIAH], Design((60,), ("quest",)))
+        run(checkpoint(), [NIAH], StudySizes((60,), ("quest",)))
 
 
 @pytest.mark.parametrize("part", ["prefill", "cache"])

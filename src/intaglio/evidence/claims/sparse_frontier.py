@@ -34,6 +34,8 @@ CLAIM = Claim(
     " SnapKV keeps the tokens of the question. The question and the answer are decoded under the policy.",
     minutes=45,
     use_when="the question comes after a long context and memory for the whole cache is at hand",
+    reason="Facts have their key directly before the value, as in 'The locker of Mara 4821': in a pilot with dense"
+    " attention SmolLM2 answered one question in eight of the form 'The secret code of Mara is 4821'.",
     otherwise="SnapKV, with the question before the context, which also frees memory",
     toy={"context": 256},
 )

@@ -55,7 +55,8 @@ class Retrieval(BedDesign):
         model = self.bed.load().model
         policy: Any = DENSE if name is None else at_sparsity(name, states.length, sparsity).cache
         layers = range(len(anatomy(model).blocks))
-        right, scores = {}, {}
+        right: dict[str, float | None] = {}
+        scores: dict[str, float | None] = {}
         with torch.no_grad(), peak_memory(next(model.parameters()).device) as spent:
             installation = install(model, None, policy, [], layers)
             try:
@@ -68,7 +69,7 @@ class Retrieval(BedDesign):
                     scores[str(number)] = float(logits_TV.log_softmax(-1).gather(1, answer.T).sum())
             finally:
                 uninstall(model)
-        values = {
+        values: dict[str, Any] = {
             RETRIEVAL.name: right,
             SCORE.name: scores,
             SPARSITY.name: installation.meter.decode_sparsity,

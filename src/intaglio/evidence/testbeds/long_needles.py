@@ -1,7 +1,8 @@
 """Long documents with several facts each, and a question for every fact that comes after the document.
 
 The filler is windows of Wikipedia articles, for the miniature those of the source-code test bed. Facts stand at random
-places and read `The access code of the grey harbour is 4821.`; a question is a fact without its four digits.
+places and read `The locker of Mara 4821.`; a question is a fact without its four digits. The key stands directly before
+the value, since small models hardly copy otherwise.
 """
 
 from __future__ import annotations
@@ -18,21 +19,10 @@ from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.testbeds.splits import Part, generator
 
-ADJECTIVES = (
-    "grey",
-    "northern",
-    "quiet",
-    "royal",
-    "sunken",
-    "golden",
-    "narrow",
-    "hidden",
-    "old",
-    "upper",
-    "windy",
-    "red",
-)
-PLACES = ("harbour", "library", "vineyard", "monastery", "market", "lighthouse", "quarry", "garden", "mill", "tower")
+NAMES = (
+    "Mara", "Tomas", "Ilse", "Bruno", "Petra", "Anselm", "Greta", "Hugo", "Lena", "Oskar", "Rosa", "Viktor", "Nadia",
+    "Felix", "Clara", "Jonas", "Edith", "Simon", "Vera", "Martin", "Agnes", "Boris", "Helen", "Conrad",
+)  # fmt: skip
 WINDOWS = 9
 """Windows of 512 tokens, each of another article, from which a document is cut."""
 
@@ -70,15 +60,14 @@ class LongNeedles:
         """Return the document of a seed; its windows come from articles of the set."""
         tokenizer = self.load().tokenizer
         draws = generator(f"long needles:{part}:{seed}")
-        pairs = draws.permutation(len(ADJECTIVES) * len(PLACES))[: self.needles].tolist()
-        names = [f"{ADJECTIVES[n % len(ADJECTIVES)]} {PLACES[n // len(ADJECTIVES)]}" for n in pairs]
+        names = [NAMES[index] for index in draws.permutation(len(NAMES))[: self.needles].tolist()]
         codes = [f"{code:04d}" for code in draws.choice(10_000, self.needles, replace=False).tolist()]
 
         def ids(text: str) -> list[int]:
             encoded: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return encoded
 
-        stems = [f"\nThe access code of the {name} is" for name in names]
+        stems = [f"\nThe locker of {name}" for name in names]
         facts = [ids(f"{stem} {code}.\n") for stem, code in zip(stems, codes, strict=True)]
         length = int(draws.integers(self.shortest, self.longest + 1)) - sum(map(len, facts))
         filler = self.source.documents(part, seed).segments.ids_NT.flatten().tolist()

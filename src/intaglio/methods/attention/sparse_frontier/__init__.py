@@ -194,7 +194,8 @@ class SparseFrontier(Method, slug="sparse_frontier"):
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
         """Return Quest, the method that the study finds best where it is feasible, with its budget of 1,024 tokens."""
-        return cls(**({} if overrides.keys() & {"prefill", "cache"} else {"cache": Quest()}), **overrides)
+        chosen: dict[str, Any] = {} if overrides.keys() & {"prefill", "cache"} else {"cache": Quest()}
+        return cls(**chosen, **overrides)
 
     def plan(self, parts: Anatomy) -> tuple[list[int], list[int]]:
         """Return the layers with the pattern and those under the policy; refuse a model that does not fit."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.attention.sparse_frontier.prefill import Count, Settings, check_budget, draws, last_weights
+from intaglio.methods.attention.sparse_frontier.prefill import Count, FrozenSettings, check_budget, draws, last_weights
 from intaglio.methods.attention.sparse_frontier.tiled_attention import Meter
 
 ROOM = 64
@@ -186,7 +186,7 @@ class SequenceCache:
         return taken(buffer.keys), taken(buffer.values)
 
 
-class Policy(Settings):
+class Policy(FrozenSettings):
     """Base of the cache policies.
 
     `selects`: each token reads a selection of the keys, all of which stay in memory. Others drop keys after the prompt.

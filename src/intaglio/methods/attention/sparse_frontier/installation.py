@@ -85,10 +85,12 @@ class Installation:
 
     def _place(self, cache: DynamicCache) -> None:
         """Put empty layers under the policy, if there is one, into a cache."""
-        for index in self.cache_layers if self.policy is not None else ():
+        if self.policy is None:
+            return
+        for index in self.cache_layers:
             while len(cache.layers) <= index:
                 cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
-            cache.layers[index] = SparseLayer(self.policy, index)  # type: ignore[arg-type]
+            cache.layers[index] = SparseLayer(self.policy, index)
 
     def _before(
         self, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

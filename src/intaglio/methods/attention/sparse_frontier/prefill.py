@@ -25,7 +25,7 @@ EXACT = 1.0
 """Coverage at which FlexPrefill keeps every key, whatever the rounding of the sum."""
 
 
-class Settings(BaseModel):
+class FrozenSettings(BaseModel):
     """Base of the settings of a pattern or a cache policy."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
@@ -140,7 +140,7 @@ def _top(scores_HN: Tensor, count: int | Tensor, forced: int) -> Tensor:
     return torch.zeros_like(scores_HN, dtype=torch.bool).scatter_(1, order_HN, rank < limit)
 
 
-class _Tiled(Settings):
+class _Tiled(FrozenSettings):
     """Patterns of columns and offsets.
 
     Args:
@@ -244,7 +244,7 @@ class FlexPrefill(_Tiled):
         )
 
 
-class BlockSparse(Settings):
+class BlockSparse(FrozenSettings):
     """MInference's block-sparse: the key blocks whose mean key has the highest score with the tile's mean query.
 
     Block 0, the diagonal block and the one before it are always kept. The last block's mean counts missing tokens as
@@ -266,12 +266,12 @@ class BlockSparse(Settings):
         scores_HTT = (query_HTD @ key_HTD.mT).float()
         tiles = scores_HTT.shape[-1]
         block_T = torch.arange(tiles, device=scores_HTT.device)
-        behind_TT = block_T[:, None] - block_T  # blocks between a query block and a key block
-        scores_HTT.masked_fill_((behind_TT <= 1) | (block_T == 0), torch.inf)
-        hidden_TT = behind_TT < 0
+        blocks_apart_TT = block_T[:, None] - block_T  # blocks between a query block and a key block
+        scores_HTT.masked_fill_((blocks_apart_TT <= 1) | (block_T == 0), torch.inf)
+        hidden_TT = blocks_apart_TT < 0
         if window is not None:
             # The nearest two tokens of the blocks are this far apart.
-            hidden_TT = hidden_TT | ((behind_TT - 1) * self.block_size + 1 >= window)
+            hidden_TT = hidden_TT | ((blocks_apart_TT - 1) * self.block_size + 1 >= window)
         scores_HTT.masked_fill_(hidden_TT, -torch.inf)
         best = scores_HTT.topk(min(self.blocks, tiles))
         return Blocks(torch.where(best.values == -torch.inf, -1, best.indices), self.block_size)
@@ -354,7 +354,7 @@ def draws(seed: int, layer: int, heads: int, length: int) -> Tensor:
     return torch.rand((heads, length), generator=generator)
 
 
-class Oracle(Settings):
+class Oracle(FrozenSettings):
     """Baseline: the keys with the highest scores of every single query, which takes all scores to know.
 
     Args:

@@ -2,8 +2,8 @@
 
 For each task, length and condition, the same samples are answered under dense attention and under each method at each
 sparsity. Forced tokens and estimation windows scale with the length, by n / 8,192; budgets of patterns that depend on
-the input are chosen on the first prompt of a length. With the question after the context
-the context alone is the prompt: caches are compressed before the question is known, and its tokens are decoded.
+the input are chosen on the first prompt of a length. With the question after the context the context alone is the
+prompt: caches are compressed before the question is known, and its tokens are decoded.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.measures.long_context import CONDITIONS, Condition, Sample
+from intaglio.measures.long_context import CONDITIONS, Condition, TaskSample
 from intaglio.measures.sparsity_tradeoff import (
-    Point,
+    StudyCell,
     decode_flops,
     equal_flops,
     fit_scaling_law,
@@ -138,7 +138,7 @@ def calibrated(checkpoint: Checkpoint, ids: Tensor, name: str, sparsity: float) 
 
 
 @dataclass(frozen=True)
-class Design:
+class StudySizes:
     """Sizes of a study.
 
     Args:
@@ -169,7 +169,7 @@ class Design:
             )
 
 
-def encoded(checkpoint: Checkpoint, sample: Sample, condition: Condition, explain: bool) -> tuple[Tensor, Tensor]:
+def encoded(checkpoint: Checkpoint, sample: TaskSample, condition: Condition, explain: bool) -> tuple[Tensor, Tensor]:
     """Return the token ids [1, L] up to the end of the context and from the question on."""
     tokenizer = checkpoint.tokenizer
     context, question = sample.parts(condition, explain)
@@ -227,8 +227,8 @@ def answer(
 
 
 def run(
-    checkpoint: Checkpoint, tasks: Sequence[Any], design: Design, name: str = "", progress: Progress = no_progress
-) -> list[Point]:
+    checkpoint: Checkpoint, tasks: Sequence[Any], design: StudySizes, name: str = "", progress: Progress = no_progress
+) -> list[StudyCell]:
     """Return the cells of a study, dense attention first in each task, condition and length.
 
     Args:
@@ -249,12 +249,12 @@ def run(
         )
     cells = [(t, c, n) for t in tasks for c in design.conditions for n in design.lengths]
     arms = [(None, 0.0), *((m, s) for m in design.methods for s in design.sparsities)]
-    points: list[Point] = []
+    points: list[StudyCell] = []
     nominal: dict[tuple[str, float, int, Condition], float] = {}
     done = 0
     for task, condition, length in cells:
         samples = [_sample(checkpoint, task, condition, length, design, i) for i in range(design.samples)]
-        dense: Point | None = None
+        dense: StudyCell | None = None
         for method, sparsity in arms:
             key = (method or "", sparsity, length, condition)
             if method is not None and key not in nominal:
@@ -274,8 +274,8 @@ def run(
 
 
 def _sample(
-    checkpoint: Checkpoint, task: Any, condition: Condition, length: int, design: Design, index: int
-) -> tuple[Sample, Tensor, Tensor]:
+    checkpoint: Checkpoint, task: Any, condition: Condition, length: int, design: StudySizes, index: int
+) -> tuple[TaskSample, Tensor, Tensor]:
     """Return a sample whose prompt has at most `length` tokens, and its two parts."""
 
     def count(text: str) -> int:
@@ -302,10 +302,10 @@ def _cell(
     length: int,
     method: str | None,
     aim: tuple[float, float],
-    samples: Sequence[tuple[Sample, Tensor, Tensor]],
+    samples: Sequence[tuple[TaskSample, Tensor, Tensor]],
     new: int,
     name: str,
-) -> Point:
+) -> StudyCell:
     """Return a cell; `aim` is the requested and the nominal sparsity."""
     sparsity, nominal = aim
     parts = anatomy(checkpoint.model)
@@ -332,7 +332,7 @@ def _cell(
     mean = sum(measured) / len(measured)
     cost = sum(flops) / len(flops)
     source = name or checkpoint.source
-    return Point(
+    return StudyCell(
         source, parameters, task.name, condition, length, method or "dense", phase, sparsity, mean, tuple(scores), cost
     )
 
@@ -349,7 +349,7 @@ def _estimates(method: SparseFrontier | None, prompt: int) -> tuple[int, float]:
     return queries, float(prompt) if isinstance(method.cache, OraclePolicy) else 0.0
 
 
-def panels(points: Sequence[Point]) -> list[Panel]:
+def panels(points: Sequence[StudyCell]) -> list[Panel]:
     """Return a panel for each model, task, condition and length."""
     result = []
     for dense in points:
@@ -369,7 +369,7 @@ def panels(points: Sequence[Point]) -> list[Panel]:
     return result
 
 
-def summary(points: Sequence[Point]) -> dict[str, Any]:
+def summary(points: Sequence[StudyCell]) -> dict[str, Any]:
     """Return the analysis of a study: cells, tolerated sparsity, equal operations, scaling laws."""
     keys = ("model", "task", "condition", "length", "method")
     tolerated = [

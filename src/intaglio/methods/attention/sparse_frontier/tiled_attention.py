@@ -81,9 +81,14 @@ def tiled_attention(
             if meter is not None:
                 meter.prefill_computed += int(seen_TBK.view(-1, seen_TBK.shape[-1])[: length - first * size].sum())
             index_TK = index_TK.clamp(max=length - 1)
-            states = query_HTBD[head, first:last], key_GND[group][index_TK], value_GND[group][index_TK], seen_TBK
             # A head of one in the second dimension, for the fused kernel.
-            attended = torch.nn.functional.scaled_dot_product_attention(*(s[:, None] for s in states), scale=scale)
+            attended = torch.nn.functional.scaled_dot_product_attention(
+                query_HTBD[head, first:last, None],
+                key_GND[group][index_TK][:, None],
+                value_GND[group][index_TK][:, None],
+                seen_TBK[:, None],
+                scale=scale,
+            )
             out_HTBD[head, first:last] = attended[:, 0]
     if meter is not None:
         meter.prefill_pairs += heads * causal_pairs(length, window)
@@ -172,5 +177,5 @@ def flex_tiles(
         meter.prefill_computed += min(int(mask.kv_num_blocks.sum()) * FLEX_BLOCK**2, pairs)
         meter.prefill_pairs += pairs
     flex = torch.compile(flex_attention) if query_HND.device.type == "cuda" else flex_attention
-    out: Tensor = flex(query_HND[None], key_GND[None], value_GND[None], block_mask=mask, scale=scale, enable_gqa=True)  # type: ignore[assignment]
+    out: Tensor = flex(query_HND[None], key_GND[None], value_GND[None], block_mask=mask, scale=scale, enable_gqa=True)
     return out[0]
