@@ -19,9 +19,10 @@ from intaglio.cli.settings import check_settings
 from intaglio.constraints import Constraint, ConstraintProcessor, Vocabulary, check_output
 from intaglio.errors import IntaglioError
 from intaglio.measures.infilling import infill_prompt
+from intaglio.methods.attention.sparse_frontier import SparseFrontier, cache_bytes, named
 from intaglio.methods.base import SamplesConstrained
 from intaglio.methods.registry import METHODS, get_method
-from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.anatomy import CACHE, anatomy
 from intaglio.speculative.factory import decoder_names, drafter_names, make_decoder
 from intaglio.speculative.protocols import Step
 
@@ -161,6 +162,24 @@ def check_drafting(decoder: str, settings: Mapping[str, str], show_drafts: bool)
         raise IntaglioError(f"the decoder {decoder} has no settings (--set {next(iter(settings))}); {others} have")
 
 
+def check_attention(name: str | None, budget: int | None, decoder: str) -> SparseFrontier | None:
+    """Return the sparse attention of a name and a budget in tokens, checked before any model loads.
+
+    Raises:
+        IntaglioError: an unknown name, a budget that it does not accept, or a decoder that drafts.
+    """
+    if name is None:
+        if budget is not None:
+            raise IntaglioError(f"budget is {budget} without an attention to limit; give --attention too")
+        return None
+    if decoder not in STOCK:
+        raise IntaglioError(
+            f"the decoder {decoder} makes passes of its own, which sparse attention does not follow; "
+            f"{' and '.join(STOCK)} work with it"
+        )
+    return named(name, budget)
+
+
 def generate(
     checkpoint: Checkpoint,
     prompt: str | tuple[str, str],
@@ -175,6 +194,7 @@ def generate(
     settings: Mapping[str, str] | None = None,
     constraint: Constraint | None = None,
     samples: int | None = None,
+    attention: SparseFrontier | None = None,
     write: Callable[[str], None] | None = None,
     paint: Callable[[str, bool], None] | None = None,
 ) -> dict[str, Any]:
@@ -194,18 +214,21 @@ def generate(
         constraint: that the new text must meet (`intaglio.constraints`).
         samples: (decoders that sample under a constraint) number of particles, whose distinct outputs are all
             returned; None: a single draw.
+        attention: (greedy, sample) sparse attention while generating; None for the checkpoint's own.
         write: called with each piece of text as it is generated; not by decoders without a streamer.
         paint: (drafting) called instead, with each piece and whether it was drafted.
 
     Returns:
         `text, token_ids, prompt_tokens, new_tokens, passes, seconds, tokens_per_second, tokens_per_pass,
-        accepted_share, lossy, decoder, outputs, constraint, note`; `passes` counts the target's forward passes, prefill
-        included, and `accepted_share` is the share of the verified drafted tokens that were accepted (None without
-        drafts). `lossy` is None if the output is the target's own, else `threshold`, `agreement` with the unaided
-        target and `speed_up` in seconds over it, for which it is run too. `outputs`, of decoders with an attribute of
-        that name, are its entries, each with its `text` and `token_ids`; None for others. With a constraint,
-        `constraint` has the `checks` beyond masks and, of awrs, the `log_probability` that an output meets it; else it
-        is None. `note` is the drafter's remark, such as the reason for drafting nothing.
+        accepted_share, lossy, decoder, outputs, constraint, attention, note`; `passes` counts the target's forward
+        passes, prefill included, and `accepted_share` is the share of the verified drafted tokens that were accepted
+        (None without drafts). `lossy` is None if the output is the target's own, else `threshold`, `agreement` with the
+        unaided target and `speed_up` in seconds over it, for which it is run too. `outputs`, of decoders with an
+        attribute of that name, are its entries, each with its `text` and `token_ids`; None for others. With a
+        constraint, `constraint` has the `checks` beyond masks and, of awrs, the `log_probability` that an output meets
+        it; else it is None. `attention` has the shares of query-key pairs that were not computed, `prefill_sparsity`
+        and `decode_sparsity`, and the final `cache_bytes`; None without sparse attention. `note` is the drafter's
+        remark, such as the reason for drafting nothing.
 
     Raises:
         IntaglioError: an unknown decoder, sampling options for greedy, wrong settings, a prompt that leaves no
@@ -250,7 +273,8 @@ def generate(
     if not ending and model.generation_config.pad_token_id is None:
         options["pad_token_id"] = checkpoint.tokenizer.pad_token_id or checkpoint.tokenizer.eos_token_id or 0
     ids = ids.to(checkpoint.device)
-    with torch.random.fork_rng(devices=[] if ids.device.type == "cpu" else None), count_passes(model) as calls:
+    devices: list[int] | None = [] if ids.device.type == "cpu" else None
+    with torch.random.fork_rng(devices), count_passes(model) as calls, _sparse(attention, model, options) as sparse:
         torch.manual_seed(seed)
         whole, seconds = _timed(model, ids, options)
         new = whole[0, ids.shape[1] :].tolist()
@@ -290,7 +314,25 @@ def generate(
         "decoder": decoder,
         "outputs": outputs or None,
         "constraint": met,
+        "attention": sparse,
         "note": "" if statistics is None else statistics.note,
+    }
+
+
+@contextmanager
+def _sparse(attention: SparseFrontier | None, model: Any, options: dict[str, Any]) -> Iterator[dict[str, float] | None]:
+    """Install sparse attention and set the cache in the options; the yielded report is filled afterwards."""
+    if attention is None:
+        yield None
+        return
+    report: dict[str, float] = {}
+    with attention.attached(model) as sparse:
+        cache = options[CACHE] = sparse.new_cache(anatomy(model).config)
+        yield report
+    report |= {
+        "prefill_sparsity": sparse.meter.prefill_sparsity,
+        "decode_sparsity": sparse.meter.decode_sparsity,
+        "cache_bytes": cache_bytes(cache),
     }
 
 
@@ -310,6 +352,11 @@ def cost_line(result: Mapping[str, Any]) -> str:
         line += f"{per_pass}, {result['accepted_share']:.0%} of the drafts accepted"
     if met is not None and met["log_probability"] is not None:
         line += f"; {met['checks']} checks beyond masks; log-probability of the constraint {met['log_probability']:.2f}"
+    if result["attention"] is not None:
+        line += (
+            "; {prefill_sparsity:.0%} of the prompt's pairs and {decode_sparsity:.0%} of the new tokens' left out, "
+            "cache of {cache_bytes:,} bytes"
+        ).format(**result["attention"])
     return f"{line}; {result['note']}" if result["note"] else line
 
 

@@ -45,6 +45,16 @@ def generate(
     show_drafts: Annotated[
         bool, typer.Option("--show-drafts", help="(speculative) Colour the accepted draft tokens.")
     ] = False,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="(greedy, sample) Sparse attention: quest, snapkv, ada_snapkv, vertical_slash, block_sparse, "
+            "flex_prefill, or a baseline: sink_window, random, oracle."
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="(attention) Tokens that are read or kept. [default: the method's own]")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 128,
     temperature: Annotated[float | None, typer.Option(help="(sampling) Divisor of the logits.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="(sampling) Keep the k most likely tokens.")] = None,
@@ -80,7 +90,14 @@ def generate(
     """Generate from a prompt, or between a prefix and a suffix, streaming, and report the cost."""
     from intaglio.checkpoint import load
     from intaglio.cli.constraints import read_constraint
-    from intaglio.cli.generate import check_constraint, check_drafting, check_options, cost_line, output_lines
+    from intaglio.cli.generate import (
+        check_attention,
+        check_constraint,
+        check_drafting,
+        check_options,
+        cost_line,
+        output_lines,
+    )
     from intaglio.cli.generate import generate as run
     from intaglio.cli.settings import read_settings, starts_empty
     from intaglio.errors import IntaglioError
@@ -89,6 +106,7 @@ def generate(
     decoder = decoder or ("greedy" if samples is None else "awrs")
     check_options(decoder, temperature, top_k, top_p)
     check_drafting(decoder, settings, show_drafts)
+    sparse = check_attention(attention, budget, decoder)
     constraint = read_constraint(json_schema, regex, grammar, choices, sql)
     check_constraint(decoder, constraint is not None, samples, settings)
     if json and show_drafts:
@@ -127,6 +145,7 @@ def generate(
             settings=settings,
             constraint=constraint,
             samples=samples,
+            attention=sparse,
             write=None if json else write,
             paint=painted if show_drafts else None,
         )

@@ -1,4 +1,4 @@
-"""`intaglio inspect`: attention masks, experts, features and diagnostics of a model."""
+"""`intaglio inspect`: masks, sparse attention, experts, features and diagnostics of a model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ from rich.text import Text
 
 from intaglio import atomic_io, report
 from intaglio.checkpoint import load
+from intaglio.cli.generate import encode
 from intaglio.dictionaries.features import describe_features
 from intaglio.dictionaries.sources import find_dictionary
 from intaglio.errors import IntaglioError
 from intaglio.masks.visualize import Group, as_json, drawing, groups, svg
 from intaglio.methods.activations.moe_x import expert_statistics
+from intaglio.methods.attention.sparse_frontier import SparseFrontier, pictures
 from intaglio.methods.base import Progress, no_progress
 from intaglio.methods.probes.markov_lm import MarkovLM
+
+
+def check_picture(output: Path | None) -> None:
+    """Refuse a picture that is no SVG file."""
+    if output is not None and output.suffix.lower() != ".svg":
+        raise IntaglioError(f"the picture {output} must be an .svg file")
 
 
 def masks(model: str, length: int, output: Path | None, device: str | None) -> tuple[list[Group], dict[str, Any]]:
@@ -32,8 +40,7 @@ def masks(model: str, length: int, output: Path | None, device: str | None) -> t
     Raises:
         IntaglioError: the model cannot be loaded or read, or the file name does not end in `.svg`.
     """
-    if output is not None and output.suffix.lower() != ".svg":
-        raise IntaglioError(f"the picture {output} must be an .svg file")
+    check_picture(output)
     checkpoint = load(model, device=device)
     layers = groups(checkpoint.model, length)
     if output is not None:
@@ -50,6 +57,44 @@ def masks_table(model: str, layers: list[Group], length: int) -> Table:
     table = Table("layers", "mask", "share", "", title=title, caption=caption, box=SIMPLE_HEAD)
     for group in layers:
         table.add_row(group.where, group.name, f"{group.share:.0%}", drawing(group))
+    return table
+
+
+def kept(
+    model: str, prompt: str, attention: SparseFrontier | None, output: Path | None, device: str | None
+) -> tuple[list[pictures.Kept], dict[str, Any]]:
+    """Return what the heads keep for a prompt under sparse attention, also as plain data.
+
+    Args:
+        model: a bundled name, a directory or a hub id.
+        prompt: text.
+        attention: sparse attention to install; None for the checkpoint's own.
+        output: SVG file to write, or None.
+        device: where to load the model.
+
+    Raises:
+        IntaglioError: the model cannot be loaded or has no sparse attention, or the file name does not end in `.svg`.
+    """
+    check_picture(output)
+    checkpoint = load(model, device=device)
+    if attention is not None:
+        attention.install(checkpoint.model)
+    ids = encode(checkpoint, prompt, chat=False)
+    layers = pictures.kept(checkpoint, ids.to(checkpoint.device))
+    if output is not None:
+        axes = "for patterns queries down and keys across, for caches heads down and keys across"
+        atomic_io.write_text(output, svg(model, [layer.group() for layer in layers], axes))
+    return layers, {"model": model, "tokens": ids.shape[1], "layers": pictures.as_json(layers)}
+
+
+def kept_table(model: str, layers: list[pictures.Kept]) -> Table:
+    """Return what the heads keep as a table, a layer a row."""
+    caption = "Kept keys of each head: of the prompt's pairs (prefill), or for the token after the prompt (cache)."
+    title = f"Sparse attention of {model}"
+    table = Table("layer", "part", "method", "share", "kept by head", title=title, caption=caption, box=SIMPLE_HEAD)
+    for layer in layers:
+        counts = ", ".join(f"{count:,}" for count in layer.seen.flatten(1).sum(1).tolist())
+        table.add_row(str(layer.layer), layer.part, layer.name, f"{layer.share:.1%}", counts)
     return table
 
 

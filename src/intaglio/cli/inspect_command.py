@@ -22,7 +22,7 @@ from intaglio.cli.console import (
 )
 
 VIEWS = {
-    "--masks": "the attention masks",
+    "--masks": "shows the attention masks",
     "--experts": "the use of moe_x's experts",
     "--features": "the features of a dictionary",
     "--diagnostics": "the geometry and information of next-token steps",
@@ -116,7 +116,7 @@ def inspect(
     present = (masks, experts is not None, features, diagnostics is not None, sparse_attention)
     given = [name for name, is_given in zip(VIEWS, present, strict=True) if is_given]
     if len(given) != 1:
-        shown = ", ".join(f"{name} shows {what}" for name, what in VIEWS.items())
+        shown = ", ".join(f"{name} {what}" for name, what in VIEWS.items())
         raise IntaglioError(
             f"{' and '.join(given)} are given; give one of them" if given else f"an option is missing: {shown}"
         )

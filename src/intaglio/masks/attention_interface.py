@@ -71,13 +71,29 @@ class MaskRequest:
         skips = arguments.get("allow_is_causal_skip") or arguments.get("allow_is_bidirectional_skip")
         return not arguments.get("use_vmap") and bool(skips or arguments["q_length"] == 1)
 
-    def _refuse_overlay(self) -> None:
+    def refuse_overlay(self) -> None:
         """Refuse masks with more than causality, a window and padding, which a rule would silently drop."""
         if not self._is_plain:
             raise IntaglioError(
-                "a visibility rule cannot be combined with packed position_ids or the model's own mask function; "
-                "pass an attention_mask of ones, and BlockDiagonal as the rule for packed rows"
+                "a visibility rule or sparse attention cannot be combined with packed position_ids or the model's own "
+                "mask function; pass an attention_mask of ones, and BlockDiagonal as the rule for packed rows"
             )
+
+    @property
+    def start(self) -> int:
+        """Position of the first query, padding counted."""
+        return int(self.arguments.get("q_offset", 0))
+
+    @property
+    def window(self) -> int | None:
+        """Sliding window of the layer in tokens."""
+        window: int | None = self.arguments.get("local_size")
+        return window
+
+    def real_queries(self, device: torch.device) -> Tensor | None:
+        """Return which queries are no padding, bool [B, Q], or None without padding."""
+        padding_BK = self._padding(device)
+        return None if padding_BK is None else padding_BK[:, self.start : self.start + self.shape[2]]
 
     def _padding(self, device: torch.device) -> Tensor | None:
         """Return the mask of real keys, bool [B, at least K + offset], or None without padding."""
@@ -111,7 +127,7 @@ class MaskRequest:
 
     def _visible(self, rule: Rule, heads: int, device: torch.device) -> _MaskFunction:
         """Return rule, window and padding as a function of row, head and absolute positions."""
-        self._refuse_overlay()
+        self.refuse_overlay()
         arguments = self.arguments
         rule, padding_BK = rule.to(device), self._padding(device)
         shift_B = None if rule.shift_invariant else _left_padding(padding_BK)
@@ -236,7 +252,7 @@ def request(**arguments: Any) -> MaskRequest:
     return MaskRequest(arguments)
 
 
-def _stock_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def stock_attention(base: str, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return the attention function of `base`; the eager one is private to each modelling file."""
     if base != "eager":
         function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS[base]
@@ -254,8 +270,8 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     ) -> tuple[Tensor, Tensor | None]:
         rule, score = getattr(module, RULE, None), getattr(module, SCORE, None)
         attention = getattr(module, ATTENTION, None)
-        if getattr(attention, "takes_request", False):
-            return attention(module, query, key, value, attention_mask, base, **kwargs)  # type: ignore[misc]
+        if attention is not None and getattr(attention, "takes_request", False):
+            return attention(module, query, key, value, attention_mask, base, **kwargs)
         if isinstance(attention_mask, MaskRequest):
             attention_mask, bias = attention_mask.mask(base, rule, score, query)
             if bias is not None:
@@ -265,7 +281,7 @@ def _attention(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
             raise IntaglioError(
                 f"{got} cannot be combined with a visibility rule; pass a 2-D attention_mask [rows, tokens]"
             )
-        attention = attention or _stock_attention(base, module)
+        attention = attention or stock_attention(base, module)
         return attention(module, query, key, value, attention_mask, **kwargs)
 
     attend.__name__ = PREFIX + base

@@ -44,17 +44,20 @@ _STYLE = """
 class Group:
     """Layers with the same mask: their indices, rule (None: the model's own), sliding window, and mask.
 
-    The mask has H = 1 where all heads agree.
+    The mask has H = 1 where all heads agree. A `label` replaces the description; then cells may be shares.
     """
 
     layers: tuple[int, ...]
     rule: Rule | None
     window: int | None
     seen_HQK: Tensor
+    label: str = ""
 
     @property
     def name(self) -> str:
         """Description of the mask."""
+        if self.label:
+            return self.label
         if self.rule is not None:
             words = describe(self.rule)
             wide = self.rule.ignores_window
@@ -133,10 +136,10 @@ def drawing(group: Group, most: int = 24) -> Text:
     return Text("\n".join(rows))
 
 
-def svg(title: str, groups: list[Group]) -> str:
+def svg(title: str, groups: list[Group], axes: str = "queries down and keys across") -> str:
     """Draw the masks as SVG: a strip of all layers, and a panel for each group, queries down, keys across.
 
-    Where heads differ, a cell's darkness is the share of heads that see it.
+    Where heads differ, a cell's darkness is the share of heads that see it. `axes` names other axes.
     """
     depth = sum(len(group.layers) for group in groups)
     rows = -(-len(groups) // ACROSS)
@@ -154,7 +157,7 @@ def svg(title: str, groups: list[Group]) -> str:
         _text(
             16,
             48,
-            f"Layers from the input (left) to the output; below, queries down and keys across, of {length} tokens.",
+            f"Layers from the input (left) to the output; below, {axes}, of {length} tokens.",
             "small",
         ),
     ]
@@ -185,8 +188,8 @@ def _truncate(text: str, most: int) -> str:
 
 def _panel(x: float, y: float, group: Group, colour: str) -> list[str]:
     seen_QK = group.seen_HQK.float().mean(0)
-    length = seen_QK.shape[-1]
-    cell = SIDE / length
+    rows, length = seen_QK.shape
+    cell, tall = SIDE / length, SIDE / rows
     label = f"layer{'s' if len(group.layers) > 1 else ''} {group.where}"
     parts = [
         _text(x, y - 24, _truncate(label, 26)),
@@ -201,12 +204,13 @@ def _panel(x: float, y: float, group: Group, colour: str) -> list[str]:
             if key == length or row[key] != row[start]:
                 if row[start]:
                     parts.append(
-                        f'<rect x="{x + start * cell:.2f}" y="{y + query * cell:.2f}" height="{cell:.2f}" '
+                        f'<rect x="{x + start * cell:.2f}" y="{y + query * tall:.2f}" height="{tall:.2f}" '
                         f'width="{(key - start) * cell:.2f}" fill="{colour}" fill-opacity="{row[start]:.2f}"/>'
                     )
                 start = key
     parts.append("</g>")
-    parts.append(f'<line x1="{x}" y1="{y}" x2="{x + SIDE}" y2="{y + SIDE}" class="diagonal"/>')
+    if rows == length:
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{x + SIDE}" y2="{y + SIDE}" class="diagonal"/>')
     parts.append(f'<rect x="{x}" y="{y}" width="{SIDE}" height="{SIDE}" class="frame"/>')
     parts.append(_text(x, y + SIDE + 15, f"{group.share:.0%} of all pairs", "small"))
     return parts

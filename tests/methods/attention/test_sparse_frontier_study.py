@@ -1,0 +1,262 @@
+"""The study on a tiny model, the pictures of what heads keep, and the commands."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.cli.app import app
+from intaglio.cli.inspect_sparse import pictures
+from intaglio.errors import IntaglioError
+from intaglio.measures.long_context import NeedleInAHaystack, StoryFiltering
+from intaglio.methods.attention.sparse_frontier import SparseFrontier, installed, study
+from intaglio.methods.attention.sparse_frontier.pictures import as_json, kept
+from intaglio.methods.attention.sparse_frontier.study import (
+    ADAPTED,
+    METHODS,
+    PREFILL,
+    StudySizes,
+    answer,
+    at_sparsity,
+    calibrated,
+    encoded,
+    panels,
+    run,
+    summary,
+)
+from tests.families import HEADS, KV_HEADS, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
+
+POSITIONS = 1024
+NIAH = NeedleInAHaystack(queries=1, parts=0)
+
+
+def checkpoint(family: str = "llama") -> Checkpoint:
+    model = tiny_model(family, layers=2, max_position_embeddings=POSITIONS)
+    return Checkpoint(model, tiny_tokenizer(family), "tiny")
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("length", [512, 1024])
+@torch.no_grad()
+def test_budgets_aim_at_the_sparsity(name: str, length: int) -> None:
+    model = tiny_model("llama", layers=2, max_position_embeddings=2048)
+    ids = torch.randint(8, 150, (1, length + 8), generator=torch.Generator().manual_seed(0))
+    measured = []
+    for target in (0.5, 0.8, 0.9):
+        with at_sparsity(name, length, target).attached(model) as sparse:
+            cache = sparse.new_cache(model.config)
+            for start, end in ((0, length), *((i, i + 1) for i in range(length, length + 8))):
+                model(ids[:, start:end], cache=cache)
+        meter = sparse.meter
+        measured.append(meter.prefill_sparsity if name in PREFILL else meter.decode_sparsity)
+    assert measured == sorted(measured)
+    if name not in ADAPTED:
+        assert measured == pytest.approx([0.5, 0.8, 0.9], abs=0.03)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_budgets_of_adapted_patterns_are_found_by_measuring(name: str) -> None:
+    tiny = checkpoint()
+    ids = torch.randint(8, 150, (1, 400), generator=torch.Generator().manual_seed(0))
+    nominal = calibrated(tiny, ids, name, 0.6)
+    if name not in ADAPTED:
+        assert nominal == 0.6
+        return
+    with at_sparsity(name, 400, nominal).attached(tiny.model) as sparse, torch.no_grad():
+        tiny.model(ids)
+    assert sparse.meter.prefill_sparsity == pytest.approx(0.6, abs=0.05)
+
+
+def test_sizes_scale_with_the_length() -> None:
+    """Scale forced sink/local/window sizes by n/8192, min 1/4/8."""
+    small, large = (at_sparsity("snapkv", n, 0.9).cache.model_dump() for n in (256, 8192))  # type: ignore[union-attr]
+    assert (small["sinks"], small["recent"], small["num_queries"]) == (1, 4, 8)
+    assert (large["sinks"], large["recent"], large["num_queries"], large["kernel_size"]) == (4, 128, 256, 21)
+    assert large["budget"] == 819
+    for name in METHODS:
+        assert at_sparsity(name, 100_000, 0.5)
+    for name, sparsity, match in (("quests", 0.5, "did you mean quest"), ("quest", 1.0, "above 0 and below 1")):
+        with pytest.raises(IntaglioError, match=match):
+            at_sparsity(name, 100, sparsity)
+
+
+def test_the_question_is_outside_the_prompt_where_it_comes_after() -> None:
+    tiny = checkpoint()
+    sample = NIAH.sample(Random(0), 200, lambda text: len(tiny.tokenizer(text)["input_ids"]))
+    first, second = encoded(tiny, sample, "after", explain=False)
+    text = tiny.tokenizer.decode(first[0])
+    assert sample.question not in text
+    assert sample.context in text
+    assert sample.question in tiny.tokenizer.decode(second[0])
+    method = at_sparsity("snapkv", first.shape[1], 0.8)
+    seen = {}
+    for condition, prompt in (("after", first.shape[1]), ("before and after", first.shape[1] + second.shape[1])):
+        result = answer(tiny, first, second, method, condition, 4)  # type: ignore[arg-type]
+        assert result.prompt_tokens == first.shape[1] + second.shape[1]
+        assert 1 <= result.new_tokens <= 4
+        seen[condition] = result.meter.decode_pairs
+        assert prompt > 0
+    # With the question after the context its tokens are decoded too.
+    assert seen["after"] > seen["before and after"]
+    assert installed(tiny.model) is None
+
+
+def test_a_study_of_two_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "ANSWER", 4)
+    tiny, calls = checkpoint(), []
+    sizes = StudySizes((700,), ("quest", "block_sparse"), (0.5, 0.9), samples=3, seed=1)
+    points = run(tiny, [NIAH, StoryFiltering(chapters=1)], sizes, progress=lambda *call: calls.append(call))
+    assert len(points) == len(calls) == 2 * 2 * 5
+    assert calls[-1][:2] == (20, 20)
+    assert [p.method for p in points[:5]] == ["dense", "quest", "quest", "block_sparse", "block_sparse"]
+    for p in points:
+        assert len(p.scores) == 3
+        assert (p.difference is None) == (p.method == "dense")
+        assert (p.sparsity == 0) == (p.method == "dense")
+    quest = [p for p in points if p.method == "quest" and p.task == "niah" and p.condition == "after"]
+    dense = next(p for p in points if p.method == "dense" and p.task == "niah" and p.condition == "after")
+    assert dense.flops > quest[0].flops > quest[1].flops
+    data = summary(points)
+    assert len(data["cells"]) == 20
+    assert {row["method"] for row in data["tolerated"]} == {"quest", "block_sparse"}
+    assert len(data["equal_flops"]) == 4
+    assert json.loads(json.dumps(data)) == json.loads(json.dumps(data))
+    drawn = panels(points)
+    assert len(drawn) == 4
+    assert set(drawn[0].lines) == {"quest", "block_sparse"}
+    for picture in pictures(points, data).values():
+        ET.fromstring(picture)
+
+
+def test_studies_that_cannot_run_are_refused() -> None:
+    for fields, match in (
+        ({"lengths": ()}, "a length and 2 are needed"),
+        ({"lengths": (100,), "samples": 1}, "1 samples of lengths"),
+        ({"lengths": (100,), "methods": ("x",)}, "no method named 'x'"),
+    ):
+        with pytest.raises(IntaglioError, match=match):
+            StudySizes(**fields)  # type: ignore[arg-type]
+    with pytest.raises(IntaglioError, match="beyond the model's context of 1024"):
+        run(checkpoint(), [NIAH], StudySizes((1000,)))
+    with pytest.raises(IntaglioError, match="too short"):
+        run(checkpoint(), [NIAH], StudySizes((60,), ("quest",)))
+
+
+@pytest.mark.parametrize("part", ["prefill", "cache"])
+def test_pictures_show_what_each_layer_kept(part: str) -> None:
+    tiny = checkpoint("gemma3" if part == "prefill" else "llama")
+    fields: Any = {
+        "prefill": {"name": "sink_window", "budget": 6, "sinks": 2, "block_size": 1},
+        "cache": {"name": "snapkv", "budget": 10, "sinks": 2, "recent": 3, "num_queries": 4, "kernel_size": 1},
+    }
+    ids = torch.randint(8, 150, (1, 30), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(IntaglioError, match="has no sparse attention to draw"):
+        kept(tiny, ids)
+    SparseFrontier(**{part: fields[part]}).install(tiny.model)
+    layers = kept(tiny, ids)
+    assert [(layer.layer, layer.part) for layer in layers] == [(0, part), (1, part)]
+    if part == "prefill":
+        assert layers[0].seen.shape == (HEADS, 30, 30)
+        # Two sinks and four recent keys; the window of 8 hides the sinks of later queries.
+        assert layers[0].seen[0, 29].nonzero()[:, 0].tolist() == [26, 27, 28, 29]
+        assert layers[0].seen[0, 6].nonzero()[:, 0].tolist() == [0, 1, 3, 4, 5, 6]
+    else:
+        assert layers[0].seen.shape == (KV_HEADS, 30)
+        assert layers[0].seen.sum(1).tolist() == [10] * KV_HEADS
+        assert layers[0].seen[:, [0, 1, 27, 28, 29]].all()
+        assert layers[0].share == pytest.approx(1 / 3)
+    data = as_json(layers)
+    assert data[0]["kept_by_head"] == layers[0].seen.flatten(1).sum(1).tolist()
+    assert [len(row) for row in data[0]["keys"]] == [30] * (HEADS if part == "prefill" else KV_HEADS)
+    assert layers[0].group().seen_HQK.shape == ((1, 30, 30) if part == "prefill" else (1, KV_HEADS, 30))
+
+
+def test_quest_draws_the_pages_of_the_next_token() -> None:
+    tiny = checkpoint()
+    SparseFrontier(cache={"name": "quest", "budget": 8, "page_size": 4}).install(tiny.model)
+    ids = torch.randint(8, 150, (1, 30), generator=torch.Generator().manual_seed(0))
+    for layer in kept(tiny, ids):
+        assert layer.seen.sum(1).tolist() == [10, 10]  # two pages and the current one's 2 of 30 tokens
+        assert layer.seen[:, 28:].all()
+
+
+RUNNER = CliRunner()
+
+
+def invoke(*arguments: object) -> Any:
+    return RUNNER.invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint_dir(
+        "llama", tmp_path_factory.mktemp("m") / "tiny", layers=2, max_position_embeddings=POSITIONS
+    )
+
+
+def test_generate_with_attention(tiny_dir: Path) -> None:
+    prompt = "the quick brown fox jumps over the lazy dog " * 6
+    plain = json.loads(invoke("generate", tiny_dir, prompt, "--max-new-tokens", 5, "--json").stdout)
+    assert plain["attention"] is None
+    full = invoke("generate", tiny_dir, prompt, "--max-new-tokens", 5, "--json", "--attention", "quest")
+    assert json.loads(full.stdout)["token_ids"] == plain["token_ids"]
+    out = json.loads(
+        invoke(
+            "generate", tiny_dir, prompt, "--max-new-tokens", 5, "--json", "--attention", "quest", "--budget", 16
+        ).stdout
+    )
+    assert 0.1 < out["attention"]["decode_sparsity"] < 1
+    assert out["attention"]["prefill_sparsity"] == 0
+    assert out["attention"]["cache_bytes"] > 0
+    shown = invoke("generate", tiny_dir, prompt, "--max-new-tokens", 3, "--attention", "block_sparse", "--budget", 48)
+    assert "of the prompt's pairs and 0% of the new tokens' left out" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "x", "--attention", "quests"], "no sparse attention named 'quests'; did you mean quest"),
+        (["generate", "x", "--budget", "9"], "budget is 9 without an attention"),
+        (["generate", "x", "--attention", "snapkv", "--budget", "131"], "at least the forced 4 sinks and 128 recent"),
+        (["generate", "x", "--attention", "quest", "--decoder", "aded"], "the decoder aded makes passes of its own"),
+        (["inspect", "--masks", "--attention", "quest"], "give it with --prompt"),
+        (["inspect", "--masks", "--sparse-attention"], "--masks and --sparse-attention are given; give one"),
+        (["inspect", "--sparse-attention", "--lengths", "a"], "lengths is 'a'; numbers from 1"),
+        (["inspect", "--sparse-attention", "--methods", "dens"], "no method named 'dens'"),
+        (["inspect", "--sparse-attention", "--sparsities", "1.5"], "sparsities is '1.5'; numbers from 0.01 to 0.99"),
+        (["inspect", "--sparse-attention", "--question", "before"], "no condition named 'before'"),
+        (["inspect", "--sparse-attention", "--tasks", "nih"], "no task named 'nih'; did you mean niah"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(arguments: list[str], message: str, tiny_dir: Path) -> None:
+    result = invoke(arguments[0], tiny_dir, *arguments[1:])
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.stderr.split())
+
+
+def test_inspect_draws_and_studies(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "ANSWER", 3)
+    picture = tmp_path / "kept.svg"
+    quest = ("--attention", "quest", "--budget", 16)
+    drawn = invoke("inspect", tiny_dir, "--masks", "--prompt", "the dog sleeps in the sun " * 9, *quest, "-o", picture)
+    assert drawn.exit_code == 0, drawn.output
+    assert "quest" in drawn.stdout
+    ET.parse(picture)
+    out = tmp_path / "study"
+    sizes = ("--lengths", 300, "--tasks", "niah", "--methods", "quest,sink_window", "--sparsities", "0.9")
+    result = invoke("inspect", tiny_dir, "--sparse-attention", *sizes, "--samples", 2, "--also", tiny_dir, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "Tolerated sparsity" in result.stdout
+    assert sorted(file.name for file in out.iterdir()) == ["accuracy.svg", "equal_flops.svg", "study.json"]
+    data = json.loads((out / "study.json").read_text())
+    assert len(data["cells"]) == 2 * 2 * 3
+    again = invoke("inspect", tiny_dir, "--sparse-attention", "-o", out)
+    assert again.exit_code == 2
