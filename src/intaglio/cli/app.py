@@ -329,6 +329,12 @@ def inspect(
     experts: Annotated[
         str | None, typer.Option(metavar="TEXTS", help="Show how the experts of moe_x are used on these texts.")
     ] = None,
+    terms: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Show the words of a text's vector (learned-sparse encoders).")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="QUERY", help="(terms) Show what each word adds to the score of this query.")
+    ] = None,
     length: Annotated[int, typer.Option(min=1, help="(masks) Number of tokens.")] = 32,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="(masks) Also draw the masks to this SVG file.")
@@ -336,16 +342,29 @@ def inspect(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Inspect a model: its attention masks (--masks, of any model) or the use of its experts (--experts)."""
+    """Inspect a model: its attention masks (--masks), the use of its experts (--experts), words of a text (--terms)."""
     from intaglio.errors import IntaglioError
 
-    if masks == (experts is not None):
+    views = {"--masks": masks, "--experts": experts is not None, "--terms": terms is not None}
+    given = [name for name, wanted in views.items() if wanted]
+    if len(given) != 1:
         raise IntaglioError(
-            "--masks and --experts are given; give one of them"
-            if masks
-            else "an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts"
+            f"{' and '.join(given)} are given; give one of them"
+            if given
+            else "an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts,"
+            " --terms the words of a text"
         )
+    if against is not None and terms is None:
+        raise IntaglioError("--against explains the score of a text; give the text with --terms")
     from intaglio.cli import inspect
+
+    if terms is not None:
+        found = inspect.terms(model, terms, against, device)
+        if json:
+            print_json(found)
+        else:
+            out.print(inspect.terms_table(found))
+        return
 
     if experts is not None:
         used = inspect.experts(model, experts, device)

@@ -1,18 +1,60 @@
-"""`intaglio inspect`: attention masks and experts of a model."""
+"""`intaglio inspect`: attention masks, experts, and words of a model's vectors."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from intaglio import atomic_io
 from intaglio.checkpoint import load
 from intaglio.errors import IntaglioError
 from intaglio.masks.visualize import Group, as_json, drawing, groups, svg
 from intaglio.methods.activations.moe_x import expert_statistics
+from intaglio.trainer.term_explanation import explain, terms_of
+
+SHOWN = 20
+"""Words of a table."""
+
+
+def terms(model: str, text: str, against: str | None, device: str | None) -> dict[str, Any]:
+    """Return the words of a text's vector, or what each word adds to its score for a query.
+
+    Args:
+        model: a learned-sparse encoder.
+        text: a document.
+        against: a query, or None.
+        device: where to load the model.
+
+    Raises:
+        IntaglioError: the model cannot be loaded, or is no learned-sparse encoder.
+    """
+    checkpoint = load(model, device=device)
+    method = checkpoint.encoder()
+    found: dict[str, Any] = {"model": model, "text": text}
+    if against is None:
+        words = terms_of(method, checkpoint, text)
+    else:
+        explanation = explain(method, checkpoint, against, text)
+        words = explanation.terms
+        found |= {"query": against, "score": explanation.score}
+    return found | {"terms": [asdict(term) for term in words]}
+
+
+def terms_table(found: dict[str, Any]) -> Table:
+    """Return the largest terms from `terms` as a table."""
+    whole = math.fsum(term["weight"] for term in found["terms"])
+    title = f"Score {found['score']:.3f}" if "score" in found else "Words of the text"
+    caption = f"The first {SHOWN} of {len(found['terms']):,} words with a weight."
+    table = Table("word", "weight", "share", title=title, caption=caption, box=SIMPLE_HEAD)
+    for term in found["terms"][:SHOWN]:
+        table.add_row(Text(term["token"]), f"{term['weight']:.3f}", f"{term['weight'] / whole:.1%}")
+    return table
 
 
 def masks(model: str, length: int, output: Path | None, device: str | None) -> tuple[list[Group], dict[str, Any]]:
