@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test guard bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-search bench-recommend bench-blockffn bench-r-sparse bench-r-sparse-decode bench-control bench-features bench-long-context clean
+.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test guard bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-search bench-recommend bench-retrieval bench-blockffn bench-r-sparse bench-r-sparse-decode bench-control bench-features bench-long-context clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -114,6 +114,9 @@ bench-recovery: assets  ## recovery of a pruned model by data selection, per tra
 
 bench-blockffn: install  ## expert layers against the dense product and the bandwidth bound
 	$(BIN)/python benchmarks/blockffn/run.py
+
+bench-retrieval: assets  ## encoders against sentence-transformers: equal losses, training speed, quality
+	$(BIN)/python benchmarks/retrieval/run.py
 
 bench-recommend: assets  ## BERT4Rec on MovieLens-100K against RecTools
 	$(BIN)/python benchmarks/recommend/run.py

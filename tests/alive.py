@@ -18,7 +18,7 @@ import torch
 from intaglio.checkpoint import Checkpoint
 from intaglio.methods.base import Method
 from tests.families import tiny_model, tiny_tokenizer
-from tests.trainer.helpers import TEXTS, checkpoint, run
+from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 
 IDS = torch.randint(8, 150, (4, 12), generator=torch.Generator().manual_seed(0))
 PROMPT = [9, 30, 31, 32, 9, 30, 31, 33, 9, 30]
@@ -95,11 +95,19 @@ def modified(method: Any, layers: int = 1, **more: Any) -> Any:
     return ckpt.model.state_dict(), [(row.loss, row.parts) for row in result.history], ckpt.record.live
 
 
-def taught(method: Any, data: Any = TEXTS, **more: Any) -> Any:
+def taught(method: Any, data: Any = TEXTS, family: str = "llama", **more: Any) -> Any:
     """Train on an objective: weights, curve and record."""
-    ckpt = checkpoint(layers=1)
+    ckpt = checkpoint(family, layers=1)
     result = run(ckpt, data, objective=method, **{"steps": 3, "warmup": 0, **more})
     return ckpt.model.state_dict(), [(row.loss, row.parts) for row in result.history], ckpt.record.live
+
+
+def encoded(method: Any, family: str = "llama", **more: Any) -> Any:
+    """Train an encoder on pairs: weights, curve, and vectors of both sides."""
+    ckpt = checkpoint(family, layers=1)
+    rows = run(ckpt, PAIRS, objective=method, **{"steps": 3, "warmup": 0, **more}).history
+    vectors = [method.encode(ckpt, TEXTS[:3], side) for side in ("query", "document")]
+    return ckpt.model.state_dict(), method.modules().state_dict(), [(row.loss, row.parts) for row in rows], vectors
 
 
 def drafted(method: Any, model: Any = None, prompt: Any = PROMPT, **options: Any) -> Any:
@@ -131,6 +139,8 @@ def observe(method: Method) -> Any:
     kinds = type(method).kinds
     if "modifier" in kinds:
         return modified(method)
+    if "encoder" in kinds:
+        return encoded(method)
     if "objective" in kinds:
         return taught(method)
     if "drafter" in kinds:

@@ -12,16 +12,19 @@ import torch
 from intaglio.errors import IntaglioError
 from intaglio.methods.registry import PUBLISHED, get_method
 from intaglio.trainer import Loss, Objective
+from intaglio.trainer.dataset import as_example
 from tests.examples import EXAMPLES, TEST_FILES
 from tests.families import DECODERS, ENCODERS, tiny_model
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
-from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
+from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run, same, weights
 from tests.trainer.test_resume import Killed, killer
 
 OBJECTIVES = [slug for slug, entry in PUBLISHED.items() if "objective" in entry.kinds]
 CASES = [(slug, index) for slug in OBJECTIVES for index in range(len(EXAMPLES[slug]))]
 FITTING = {slug: getattr(TEST_FILES[slug], "FAMILIES", DECODERS) for slug in OBJECTIVES}
 """Families that an objective trains: `FAMILIES` in its test file, or all decoders."""
+DATA = {slug: PAIRS if "encoder" in PUBLISHED[slug].kinds else TEXTS for slug in OBJECTIVES}
+"""Training data by objective: pairs for encoders."""
 
 
 def objective(slug: str, index: int) -> Any:
@@ -45,10 +48,10 @@ def test_two_steps_saved_and_resumed_are_equal(slug: str, index: int, family: st
     arguments: dict[str, Any] = {"steps": 3, "save_every": 1, "warmup": 0}
     whole, killed, again = (checkpoint(family, layers=1) for _ in range(3))
     before = weights(whole)
-    unbroken = run(whole, objective=objective(slug, index), **arguments)
+    unbroken = run(whole, DATA[slug], objective=objective(slug, index), **arguments)
     with pytest.raises(Killed):
-        run(killed, objective=objective(slug, index), directory=tmp_path, progress=killer(3), **arguments)
-    resumed = run(again, objective=objective(slug, index), directory=tmp_path, **arguments)
+        run(killed, DATA[slug], objective=objective(slug, index), directory=tmp_path, progress=killer(3), **arguments)
+    resumed = run(again, DATA[slug], objective=objective(slug, index), directory=tmp_path, **arguments)
     assert resumed.history == unbroken.history
     assert same(weights(again), weights(whole))
     assert not same(weights(whole), before)
@@ -61,7 +64,7 @@ def test_its_loss_is_a_scalar_with_a_gradient(slug: str, index: int) -> None:
     from intaglio.trainer import KeyedRNG
 
     ckpt, method, draws = checkpoint(FITTING[slug][0]), objective(slug, index), KeyedRNG(0)
-    examples = [{"input_ids": ckpt.tokenizer(text)["input_ids"], "id": n} for n, text in enumerate(TEXTS)]
+    examples = [as_example(ckpt, n, item) for n, item in enumerate(DATA[slug])]
     made = method.prepare(ckpt, examples, draws) if hasattr(method, "prepare") else examples
     rows = [{**row, "id": n, "epoch": 0, "step": 0} for n, row in enumerate(made)][:3]
     batch = method.collate(rows, draws)

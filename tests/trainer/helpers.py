@@ -12,6 +12,10 @@ from intaglio.trainer import CausalLM, TrainResult, train
 from tests.families import tiny_model, tiny_tokenizer
 
 TEXTS = [f"the quick brown fox number {n} jumps over the lazy dog and sleeps in the sun" for n in range(30)]
+PAIRS = [
+    {"query": f"number {n} fox", "positive": text, "negatives": [TEXTS[(n + 7) % 30], TEXTS[(n + 11) % 30]]}
+    for n, text in enumerate(TEXTS[:12])
+]
 ARGUMENTS: dict[str, Any] = {"steps": 8, "batch_size": 2, "log_every": 1, "learning_rate": 1e-3, "warmup": 2}
 
 

@@ -145,6 +145,37 @@ class Checkpoint:
         restored: Fittable = cast(type[Fittable], method).restore(attachment, self, **fields)
         return restored
 
+    def encoder(self, slug: str | None = None, **fields: Any) -> Any:
+        """Return the text encoder that the checkpoint was trained as, ready for `encode`.
+
+        Args:
+            slug: its method. Default: the last one that was trained.
+            fields: override those that it was trained with.
+
+        Raises:
+            IntaglioError: it was trained as no such encoder, or the weights or the vocabulary have changed since.
+        """
+        trained = [slug for slug in self.attachments if "encoder" in get_method(slug).kinds]
+        if slug is None and trained:
+            slug = max(trained, key=lambda known: self.attachments[known].step)
+        if slug not in trained:
+            raise IntaglioError(
+                f"{self.source or 'this checkpoint'} was not trained as an encoder; a recipe with the step"
+                " train: {objective: {contrastive: {}}, pairs: FILE} does that"
+                if slug is None
+                else f"{self.source or 'this checkpoint'} was not trained by {slug}; {did_you_mean(slug, trained)}"
+            )
+        self._check_base(self.attachments[slug])
+        method: Any = get_method(slug)
+        unknown = next((name for name in fields if name not in method.model_fields), None)
+        if unknown is not None:
+            raise IntaglioError(f"{slug} has no field {unknown!r}; {did_you_mean(unknown, method.model_fields)}")
+        return method.restore(self.attachments[slug], self, **fields)
+
+    def as_sentence_transformer(self, slug: str | None = None, **fields: Any) -> Any:
+        """Return the encoder as a `SentenceTransformer`, or a `SparseEncoder` if it is sparse; see `encoder`."""
+        return self.encoder(slug, **fields).as_sentence_transformer()
+
     def _shipped(self, slug: str) -> Attachment:
         """Return the bundled heads of a method for this very model."""
         heads = bundled_heads(slug)

@@ -1,7 +1,9 @@
-"""`intaglio inspect`: masks, sparse attention, experts, features and diagnostics of a model."""
+"""`intaglio inspect`: masks, sparse attention, experts, features, diagnostics and words of a model."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,51 @@ from intaglio.methods.activations.moe_x import expert_statistics
 from intaglio.methods.attention.sparse_frontier import SparseFrontier, pictures
 from intaglio.methods.base import Progress, no_progress
 from intaglio.methods.probes.markov_lm import MarkovLM
+from intaglio.trainer.term_explanation import explain, terms_of
+
+SHOWN = 20
+"""Words of a table."""
 
 
 def check_picture(output: Path | None) -> None:
     """Refuse a picture that is no SVG file."""
     if output is not None and output.suffix.lower() != ".svg":
         raise IntaglioError(f"the picture {output} must be an .svg file")
+
+
+def terms(model: str, text: str, against: str | None, device: str | None) -> dict[str, Any]:
+    """Return the words of a text's vector, or what each word adds to its score for a query.
+
+    Args:
+        model: a learned-sparse encoder.
+        text: a document.
+        against: a query, or None.
+        device: where to load the model.
+
+    Raises:
+        IntaglioError: the model cannot be loaded, or is no learned-sparse encoder.
+    """
+    checkpoint = load(model, device=device)
+    method = checkpoint.encoder()
+    document: dict[str, Any] = {"model": model, "text": text}
+    if against is None:
+        words = terms_of(method, checkpoint, text)
+    else:
+        explanation = explain(method, checkpoint, against, text)
+        words = explanation.terms
+        document |= {"query": against, "score": explanation.score}
+    return document | {"terms": [asdict(term) for term in words]}
+
+
+def terms_table(words_of: dict[str, Any]) -> Table:
+    """Return the largest terms from `terms` as a table."""
+    whole = math.fsum(term["weight"] for term in document["terms"])
+    title = f"Score {document['score']:.3f}" if "score" in document else "Words of the text"
+    caption = f"The first {SHOWN} of {len(document['terms']):,} words with a weight."
+    table = Table("word", "weight", "share", title=title, caption=caption, box=SIMPLE_HEAD)
+    for term in document["terms"][:SHOWN]:
+        table.add_row(Text(term["token"]), f"{term['weight']:.3f}", f"{term['weight'] / whole:.1%}")
+    return table
 
 
 def masks(model: str, length: int, output: Path | None, device: str | None) -> tuple[list[Group], dict[str, Any]]:

@@ -25,6 +25,7 @@ VIEWS = {
     "--masks": "shows the attention masks",
     "--experts": "the use of moe_x's experts",
     "--features": "the features of a dictionary",
+    "--terms": "the words of a text",
     "--diagnostics": "the geometry and information of next-token steps",
     "--sparse-attention": "the study of long contexts",
 }
@@ -40,6 +41,9 @@ def inspect(
     features: Annotated[
         bool, typer.Option("--features", help="Write a page of the features of the model's dictionary.")
     ] = False,
+    terms: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Show the words of a text's vector (learned-sparse encoders).")
+    ] = None,
     diagnostics: Annotated[
         str | None,
         typer.Option(
@@ -66,6 +70,9 @@ def inspect(
     ] = None,
     texts: Annotated[str, typer.Option(help="(features) Texts to read.")] = "wikipedia",
     tokens: Annotated[int, typer.Option(min=256, help="(features) Tokens to read.")] = 65_536,
+    against: Annotated[
+        str | None, typer.Option(metavar="QUERY", help="(terms) Show what each word adds to the score of this query.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="(diagnostics) A field of markov_lm as key=value; can be repeated."),
@@ -110,10 +117,10 @@ def inspect(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Inspect a model: its masks, experts, features, next-token steps, or what sparse attention costs it."""
+    """Inspect a model: its masks, experts, features, words, next-token steps, or what sparse attention costs it."""
     from intaglio.errors import IntaglioError
 
-    present = (masks, experts is not None, features, diagnostics is not None, sparse_attention)
+    present = (masks, experts is not None, features, terms is not None, diagnostics is not None, sparse_attention)
     given = [name for name, is_given in zip(VIEWS, present, strict=True) if is_given]
     if len(given) != 1:
         shown = ", ".join(f"{name} {what}" for name, what in VIEWS.items())
@@ -122,6 +129,8 @@ def inspect(
         )
     if set_ and diagnostics is None:
         raise IntaglioError("--set belongs to --diagnostics")
+    if against is not None and terms is None:
+        raise IntaglioError("--against explains the score of a text; give the text with --terms")
     if sparse_attention:
         from intaglio.cli.inspect_sparse import design
 
@@ -130,6 +139,8 @@ def inspect(
         _study([model, *(also or ())], sizes, json, only=tasks, documents=documents, paper=paper, **places)
     elif features:
         _features(model, dictionary, texts, tokens, output or Path("features.html"), device, json)
+    elif terms is not None:
+        _terms(model, terms, against, device, json)
     elif diagnostics is not None:
         _diagnostics(model, diagnostics, set_ or [], output, device, json)
     elif experts is not None:
@@ -168,6 +179,16 @@ def _features(
         return
     out.print(inspect.features_table(document))
     print_out(f"page: {page}")
+
+
+def _terms(model: str, text: str, against: str | None, device: str | None, json: bool) -> None:
+    from intaglio.cli import inspect
+
+    document = inspect.terms(model, text, against, device)
+    if json:
+        print_json(document)
+        return
+    out.print(inspect.terms_table(document))
 
 
 def _diagnostics(

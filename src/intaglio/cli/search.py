@@ -26,7 +26,7 @@ from intaglio.cli.console import (
 from intaglio.errors import IntaglioError, printable
 
 if TYPE_CHECKING:
-    from intaglio.search import Hit, Index
+    from intaglio.search import Hit, Index, TextEncoder
     from intaglio.search.milvus import MilvusIndex
 
 _BLANKS = re.compile(r"\s+")
@@ -96,6 +96,10 @@ def create(
     chunk: Annotated[int, typer.Option(min=0, help="Maximum characters of a chunk; 0 keeps documents whole.")] = 2000,
     language: Annotated[str, typer.Option(help="(BM25) Language of the stemmer, or none.")] = "english",
     pooling: Annotated[str | None, typer.Option(help="(encoder) mean, cls, last or splade.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="(encoder) A field of the method that trained it as key=value; can be repeated."),
+    ] = None,
     query_prompt: Annotated[str | None, typer.Option(help="(encoder) Text before each query.")] = None,
     document_prompt: Annotated[str | None, typer.Option(help="(encoder) Text before each chunk.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="(encoder) Chunks in a batch.")] = None,
@@ -106,7 +110,9 @@ def create(
     json: Json = False,
 ) -> None:
     """Build an index of documents; if it was stopped, the same command resumes it."""
+    from intaglio.cli.settings import read_settings
     from intaglio.search import Index
+    from intaglio.search.encoders import resolve_encoder
 
     docs = _given(docs, "DOCS")
     if (output is None) == (store is None):
@@ -118,9 +124,16 @@ def create(
         "batch_size": batch_size,
         "device": device,
     }
-    sparse = encoder == "splade-tiny" or pooling == "splade"
-    chosen: Any = kind or ("sparse" if sparse else "dense" if encoder else "bm25")
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if set_:
+        import yaml
+
+        given["fields"] = {key: yaml.safe_load(value) for key, value in read_settings(set_).items()}
+    chosen: Any = kind or "bm25"
+    loaded: TextEncoder | str | None = encoder
+    if kind is None and encoder is not None and store is None:
+        loaded, given = resolve_encoder(encoder, given), {}
+        chosen = loaded.kind
     if store is not None:
         from intaglio.search.milvus import MilvusIndex
 
@@ -133,7 +146,7 @@ def create(
     empty = not output.exists() or (output.is_dir() and not any(output.iterdir()))
     try:
         with Index.create(
-            output, kind=chosen, encoder=encoder, chunk=chunk, language=language, exist_ok=True, **given
+            output, kind=chosen, encoder=loaded, chunk=chunk, language=language, exist_ok=True, **given
         ) as index:
             try:
                 _add(index, docs, text_field, id_field, json)

@@ -3,11 +3,13 @@
     export(checkpoint, "out/", "safetensors")            # plain weights: pruned, trained, merged
     export(checkpoint, "out/", "compressed-tensors")     # low-bit integers, `pack-quantized`
     export(checkpoint, "out/", "bitnet")                 # ternary, transformers' own format
+    export(checkpoint, "out/", "sentence-transformers")  # an encoder, as stock modules
 
 A checkpoint that a format cannot represent exactly is refused, never approximated.
 
 - `compressed_tensors`, `bitnet`: the two formats of quantized weights.
 - `base`: their common part.
+- `sentence_transformers`: encoders.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from typing import Literal, get_args
 from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.exporters import bitnet, compressed_tensors
+from intaglio.exporters import bitnet, compressed_tensors, sentence_transformers
 from intaglio.exporters.base import Exported, write
 from intaglio.methods.registry import get_method
 
-Format = Literal["safetensors", "compressed-tensors", "bitnet"]
+Format = Literal["safetensors", "compressed-tensors", "bitnet", "sentence-transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 _QUANTIZED: dict[str, Callable[[Checkpoint], Exported]] = {
     "compressed-tensors": compressed_tensors.exported,
@@ -41,7 +43,8 @@ def export(
         checkpoint: the checkpoint; it stays unchanged.
         path: the directory to make.
         format: `safetensors` (default) for plain weights, `compressed-tensors` (its `pack-quantized`; the package of
-            that name is needed to load it) or `bitnet` for weights quantized by `bitnet`.
+            that name is needed to load it) or `bitnet` for weights quantized by `bitnet`; `sentence-transformers` for
+            an encoder that was trained on pairs.
         overwrite: replace an existing directory. Default False.
 
     Raises:
@@ -51,6 +54,10 @@ def export(
         raise IntaglioError(f"the format {format!r} is unknown; {did_you_mean(str(format), FORMATS)}")
     target = Path(path)
     atomic_io.check_target(target, overwrite)
+    if format == sentence_transformers.FORMAT:
+        with atomic_io.directory(target, overwrite) as temporary:
+            sentence_transformers.write(checkpoint, temporary)
+        return target
     if format == "safetensors":
         if checkpoint.kind == "runtime":
             slugs = sorted({str(part.get("slug")) for part in checkpoint.record.live})

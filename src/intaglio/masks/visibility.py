@@ -198,8 +198,9 @@ def is_noncausal(model: nn.Module) -> bool:
 
 
 def predicts_next(parts: Anatomy) -> bool:
-    """Return whether a model predicts the next token: a decoder with its head, without rules that see later tokens."""
-    return parts.causal and parts.head is not None and not is_noncausal(parts.model)
+    """Return whether a model predicts the next token: a decoder with its head that sees no later tokens."""
+    causal = parts.causal and getattr(parts.config, "is_causal", True) is not False
+    return causal and parts.head is not None and not is_noncausal(parts.model)
 
 
 def set_visibility(model: nn.Module, rules: Mapping[int, Rule | None] | Rule | None) -> None:

@@ -42,8 +42,8 @@ matrices), `matrix_products` (the projections, plain or replaced, multiply by a 
 generates), `cache` (a stock key-value cache), `tokenizer` (token ids keep their original meaning), `zeros` (the zeros
 of an earlier pruning step are kept)."""
 
-TrainingData = Literal["texts", "labels", "interactions"]
-"""What an objective is trained on: texts or token ids, labelled words, or logs of users and items."""
+TrainingData = Literal["texts", "labels", "interactions", "pairs"]
+"""What an objective is trained on: texts or ids, labelled words, logs of users and items, or pairs of texts."""
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, label)` after each unit of long work."""

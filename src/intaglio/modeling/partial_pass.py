@@ -209,6 +209,10 @@ class HeadOnly:
     @torch.no_grad()
     def logits(self, hidden_BLD: Tensor) -> Tensor:
         """Return logits [B, L, V] of final hidden states, in the model's dtype."""
+        return self(hidden_BLD)
+
+    def __call__(self, hidden_BLD: Tensor) -> Tensor:
+        """Return `logits`, differentiable."""
         self._base.hidden = hidden_BLD
         ids = torch.zeros(hidden_BLD.shape[:2], dtype=torch.long, device=hidden_BLD.device)
         logits: Tensor = self._shell(input_ids=ids).logits
@@ -242,5 +246,10 @@ class _Given(nn.Module):
 def final_hidden(parts: Anatomy, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the base model's `last_hidden_state` [B, L, D] for a batch."""
     device = next(parts.base.parameters()).device
-    hidden: Tensor = run_base(parts, {name: value.to(device) for name, value in batch.items()}).last_hidden_state
+    return base_hidden(parts, {name: value.to(device) for name, value in batch.items()})
+
+
+def base_hidden(parts: Anatomy, batch: Mapping[str, Tensor]) -> Tensor:
+    """Return `final_hidden` of a batch on the model's device, differentiable."""
+    hidden: Tensor = run_base(parts, batch).last_hidden_state
     return hidden

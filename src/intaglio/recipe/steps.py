@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.data.text_pairs import TextPair
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
 from intaglio.methods.base import Carving, ChecksModel, Fittable, Progress, RemovesBlocks, ReplacesTokenizer, Resumable
 from intaglio.modeling.anatomy import Anatomy
 from intaglio.recipe.data import Data
 from intaglio.recipe.schema import Fit, Recipe, Step, method_of
+from intaglio.search.encoders import ObjectiveEncoder
+from intaglio.search.hard_negatives import mine_hard_negatives
+from intaglio.trainer.encoder_training import EncoderObjective
+from intaglio.trainer.mining import Mine, Mining
 
 
 def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str, tokenizer: Any = None) -> None:
@@ -81,13 +86,24 @@ def apply_step(
     if is_resumable(step):
         options |= {"directory": directory, "resume": resume}
     if is_training(step):
-        cast(Any, step).apply(checkpoint, data.texts, held_out_hashes=data.sealed, original=original, **options)
+        options |= {"held_out_hashes": data.sealed, "original": original, "mine": miner}
+        cast(Any, step).apply(checkpoint, data.texts, **options)
         return
     options["batch_size"] = recipe.calibration.batch_size
     if isinstance(step, Fit):
         cast(Fittable, step.method).fit(checkpoint, data.texts, **options)
     else:
         cast(Carving, step).apply(checkpoint, data.calibration, **options)
+
+
+def miner(objective: EncoderObjective, checkpoint: Checkpoint) -> Mine:
+    """Return the function that mines hard negatives, by the model before training where the encoder is `self`."""
+
+    def mine(pairs: Sequence[TextPair], mining: Mining) -> list[TextPair]:
+        own = ObjectiveEncoder(objective, checkpoint, "self") if mining.encoder == "self" else None
+        return mine_hard_negatives(pairs, mining, encoder=own)
+
+    return mine
 
 
 def is_training(step: Step) -> bool:

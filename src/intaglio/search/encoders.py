@@ -41,6 +41,19 @@ class SparseVectors:
     terms: NDArray[np.int64]
     weights: NDArray[np.float32]
 
+    @classmethod
+    def from_terms(cls, rows: Sequence[tuple[NDArray[np.int64], NDArray[np.float32]]]) -> SparseVectors:
+        """Return rows given by their term ids and weights."""
+        ptr = np.concatenate([[0], np.cumsum([len(terms) for terms, _ in rows])]).astype(np.int64)
+        terms = [terms for terms, _ in rows] or [np.empty(0, np.int64)]
+        return cls(ptr, np.concatenate(terms), np.concatenate([w for _, w in rows] or [np.empty(0, np.float32)]))
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[NDArray[np.float32]]) -> SparseVectors:
+        """Return rows given over the whole vocabulary."""
+        places = [np.flatnonzero(row) for row in rows]
+        return cls.from_terms([(place, row[place]) for place, row in zip(places, rows, strict=True)])
+
     def rows(self) -> Iterator[dict[int, float]]:
         """Yield each vector as weights by term id."""
         for start, stop in zip(self.ptr[:-1], self.ptr[1:], strict=True):
@@ -196,11 +209,7 @@ class CheckpointEncoder:
                     rows[i] = row
         if self.kind == "dense":
             return np.stack(rows) if rows else np.empty((0, self.dimensions), np.float32)
-        ptr = np.concatenate([[0], np.cumsum([len(terms) for terms, _ in rows])]).astype(np.int64)
-        terms = [terms for terms, _ in rows] or [np.empty(0, np.int64)]
-        return SparseVectors(
-            ptr, np.concatenate(terms), np.concatenate([w for _, w in rows] or [np.empty(0, np.float32)])
-        )
+        return SparseVectors.from_terms(rows)
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Yield the indices of batches of about the same length."""
@@ -235,6 +244,55 @@ class CheckpointEncoder:
             yield terms, row_V[terms]
 
 
+class ObjectiveEncoder(CheckpointEncoder):
+    """A checkpoint read as its training objective reads texts: `intaglio.trainer.encoder_training.EncoderObjective`.
+
+    Args:
+        objective: the trained method, from `checkpoint.encoder()`.
+        checkpoint: the model with its tokenizer.
+        name: as the user wrote it.
+        batch_size: most texts of a batch. Default 32.
+    """
+
+    def __init__(self, objective: Any, checkpoint: Any, name: str, batch_size: int = 32) -> None:
+        self.name, self.batch_size, self.pooling = name, batch_size, objective.slug
+        self.kind = "sparse" if objective.sparse else "dense"
+        self.max_tokens = objective.length("document")
+        self.dimensions = objective.dimensions(checkpoint)
+        self._objective, self._checkpoint, self._fingerprint = objective, checkpoint, ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The method with its fields, and a digest of its own modules."""
+        from intaglio.checkpoint.fingerprint import fingerprint
+
+        owned = self._objective.modules()
+        own = fingerprint(owned) if owned.state_dict() else ""
+        return {"method": {self._objective.slug: self._objective.model_dump(mode="json")}, "modules": own}
+
+    def count_tokens(self, texts: Sequence[str], query: bool = False) -> list[int]:
+        """Return the tokens of each text; queries are cut, as in training."""
+        counts = [self._objective.count_tokens(text, "query" if query else "document") for text in texts]
+        return [min(count, self.max_tokens) for count in counts] if query else counts
+
+    def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32] | SparseVectors:
+        """Encode queries."""
+        return self._vectors(texts, "query")
+
+    def encode_documents(self, texts: Sequence[str]) -> NDArray[np.float32] | SparseVectors:
+        """Encode documents."""
+        return self._vectors(texts, "document")
+
+    def _vectors(self, texts: Sequence[str], side: str) -> NDArray[np.float32] | SparseVectors:
+        parts = [
+            self._objective.encode(self._checkpoint, texts[start : start + self.batch_size], side).numpy()
+            for start in range(0, len(texts), self.batch_size)
+        ]
+        if self.kind == "dense":
+            return np.concatenate(parts) if parts else np.empty((0, self.dimensions), np.float32)
+        return SparseVectors.from_rows([row for part in parts for row in part])
+
+
 def _own_pooling(checkpoint: Any, name: str) -> Pooling:
     """Return the pooling of the sentence-transformers files, or the default for the model's class."""
     modules = json.loads(checkpoint.companions.get("modules.json", b"[]"))
@@ -261,8 +319,11 @@ def load_encoder(
     document_prompt: str = "",
     device: str | None = None,
     batch_size: int = 32,
+    fields: Mapping[str, Any] | None = None,
 ) -> CheckpointEncoder:
     """Load an encoder.
+
+    A checkpoint that was trained as an encoder by Intaglio is read as it was trained, unless `pooling` is given.
 
     Args:
         name: a bundled name (`minilm`, `splade-tiny`), a checkpoint directory, or a hub id.
@@ -271,15 +332,22 @@ def load_encoder(
         document_prompt: text before every document. Default "".
         device: device of the model. Default: the CPU.
         batch_size: most texts of a batch. Default 32.
+        fields: override fields of the method by which it was trained as an encoder. Default: none.
 
     Raises:
-        IntaglioError: the checkpoint cannot be loaded or encodes no text.
+        IntaglioError: the checkpoint cannot be loaded or encodes no text, or has no such fields.
     """
     from intaglio.checkpoint import load
+    from intaglio.methods.registry import get_method
 
-    return CheckpointEncoder(
-        load(name, device=device), os.fspath(name), pooling, query_prompt, document_prompt, batch_size
-    )
+    checkpoint = load(name, device=device)
+    if pooling is None and any("encoder" in get_method(slug).kinds for slug in checkpoint.attachments):
+        if query_prompt or document_prompt:
+            raise IntaglioError(f"the encoder {os.fspath(name)!r} has the prompts that it was trained with; give none")
+        return ObjectiveEncoder(checkpoint.encoder(**(fields or {})), checkpoint, os.fspath(name), batch_size)
+    if fields:
+        raise IntaglioError(f"the encoder {os.fspath(name)!r} was not trained by a method, so it has no {min(fields)}")
+    return CheckpointEncoder(checkpoint, os.fspath(name), pooling, query_prompt, document_prompt, batch_size)
 
 
 def resolve_encoder(encoder: str | os.PathLike[str] | TextEncoder, options: Mapping[str, Any]) -> TextEncoder:
@@ -312,6 +380,8 @@ def check_space(
     """Return an index's encoder (by default the recorded one); that of another space is refused."""
     if encoder is None or isinstance(encoder, (str, os.PathLike)):
         options = {name: recorded[name] for name in ("pooling", "query_prompt", "document_prompt") if name in recorded}
+        if "method" in recorded:
+            options["fields"] = next(iter(recorded["method"].values()))
         encoder = resolve_encoder(encoder or recorded["name"], {**options, "device": device})
     if encoder.fingerprint != recorded["fingerprint"]:
         known, given = describe_setting(recorded), describe_setting(describe_encoder(encoder))
@@ -345,6 +415,7 @@ def describe_setting(value: Any) -> str:
 __all__ = [
     "DEFAULT_ENCODER",
     "CheckpointEncoder",
+    "ObjectiveEncoder",
     "SparseVectors",
     "TextEncoder",
     "check_context",

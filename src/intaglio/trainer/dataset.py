@@ -63,7 +63,8 @@ class _TableSlots(Dataset[Example]):
         if self._order[0] != epoch:
             self._order = (epoch, self.rng.permutation(len(self.table), epoch))
         index = int(self._order[1][position])
-        return {**self.table[index], "id": index, "epoch": epoch, "step": slot // self.step_rows}
+        place = {"id": index, "epoch": epoch, "step": slot // self.step_rows, "steps": self.total // self.step_rows}
+        return {**self.table[index], **place}
 
 
 @dataclass
@@ -80,7 +81,8 @@ class _StreamSlots(IterableDataset[Example]):
         for epoch in itertools.count():
             before = slot
             for index, row in enumerate(self.read()):
-                yield {**row, "id": index, "epoch": epoch, "step": slot // self.step_rows}
+                place = {"step": slot // self.step_rows, "steps": self.total // self.step_rows}
+                yield {**row, "id": index, "epoch": epoch, **place}
                 slot += 1
             if slot == before:
                 raise IntaglioError(

@@ -241,7 +241,7 @@ def _record(
     if choice is not None:
         checkpoint.record.steps[-1].timings = dict(choice.metadata.get("seconds") or {})
     owned, slug = objective.modules().state_dict(), getattr(objective, "slug", None)
-    if owned and slug is not None:
+    if slug is not None and (owned or "encoder" in getattr(objective, "kinds", ())):  # an encoder's fields are needed
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in owned.items()}
         checkpoint.attach(slug, tensors, run_state.describe(objective)[slug])
 

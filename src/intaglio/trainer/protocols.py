@@ -18,7 +18,8 @@ from intaglio.methods.base import Cost, Progress, Workload
 from intaglio.trainer.rng import KeyedRNG
 
 Example = dict[str, Any]
-"""One training example. The loop adds `id` (its index in the data), `epoch` and `step` (the optimizer's, from 0)."""
+"""One training example. The loop adds `id` (its index in the data), `epoch`, `step` (the optimizer's, from 0) and
+`steps`, those of the run."""
 
 Batch = dict[str, Any]
 """A collated batch: tensors by name, which the loop moves to the model's device.

@@ -12,6 +12,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.facts import Fact, load_facts
 from intaglio.data.item_sequences import HELD_OUT, LEAST
 from intaglio.data.streaming import TextStream
+from intaglio.data.text_pairs import TextPair, as_pair, load_text_pairs
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.data.token_classification import as_labelled, read_labelled
 from intaglio.errors import IntaglioError, did_you_mean, shorten
@@ -31,8 +32,11 @@ from intaglio.methods.base import (
 )
 from intaglio.methods.registry import get_method, list_methods, list_objectives
 from intaglio.modeling.anatomy import Anatomy
+from intaglio.trainer.encoder_training import EncoderObjective
 from intaglio.trainer.instruction_data import load_pairs, train_eval_split
+from intaglio.trainer.mining import Mine, Mining
 from intaglio.trainer.protocols import HasTrainingCost, Objective
+from intaglio.trainer.retrieval_evaluation import retrieval_evaluator, retrieval_samples
 from intaglio.trainer.samples import DrawsSamples, Sample, Samples, Show, record_samples
 from intaglio.trainer.settings import Settings
 
@@ -64,6 +68,9 @@ class Train(Settings, Method, slug="train"):
             training of a final model. Default 2.
         facts: instead of texts, a file of facts, one JSON object a line with `subject`, `object` and perhaps `texts`
             that state it in this order; or `invented`. The model is asked in both directions while training.
+        pairs: instead of texts, a file of queries with relevant texts, one JSON object a line (`query`, `positive` and
+            perhaps `negatives`), for an encoder; or `docstrings`. With `evaluate`, whole held-out pairs are searched.
+        negatives: mines hard negatives of the pairs before training; see `Mining`. Default: the pairs' own.
         validation: another such file as labels, on which the labels are scored while training.
         length: tokens of a row, for next-token prediction. Default: the model's context, at most 1,024.
         chat: whether the prompts of pairs are put into the tokenizer's chat template, if it has one; for instructions
@@ -84,6 +91,8 @@ class Train(Settings, Method, slug="train"):
     instructions: Annotated[str, Field(min_length=1)] | None = None
     labels: Annotated[str, Field(min_length=1)] | None = None
     facts: Annotated[str, Field(min_length=1)] | None = None
+    pairs: Annotated[str, Field(min_length=1)] | None = None
+    negatives: Mining | None = None
     validation: Annotated[str, Field(min_length=1)] | None = None
     interactions: Annotated[str, Field(min_length=1)] | None = None
     least: Annotated[int, Field(ge=1)] = LEAST
@@ -112,13 +121,13 @@ class Train(Settings, Method, slug="train"):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        sources = ("texts", "instructions", "labels", "facts", "interactions")
+        sources = ("texts", "instructions", "labels", "facts", "interactions", "pairs")
         given = [name for name in sources if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; give one source of training data")
         slug = next(iter(self.objective or {}), "")
         trains_on = get_method(slug).trains_on if slug else "texts"
-        labels, recommends = trains_on == "labels", trains_on == "interactions"
+        labels, recommends, encodes = (trains_on == kind for kind in ("labels", "interactions", "pairs"))
         if labels and self.labels is None:
             raise ValueError(f"{slug} needs labels, a file of labelled words")
         if self.labels is not None and not labels and slug:
@@ -130,6 +139,18 @@ class Train(Settings, Method, slug="train"):
                 if recommends
                 else f"interactions need one of the objectives {' and '.join(list_objectives('interactions'))}"
             )
+        if encodes != (self.pairs is not None):
+            raise ValueError(
+                f"{slug} needs pairs, a file of queries with relevant texts"
+                if encodes
+                else f"pairs need an objective that trains an encoder: {', '.join(list_objectives('pairs'))}"
+            )
+        if self.negatives is not None and not encodes:
+            raise ValueError("negatives are mined for pairs; name a file of queries with relevant texts")
+        if encodes and self.tokens is not None:
+            raise ValueError("tokens does not apply to pairs, whose sides are padded; give steps or epochs")
+        if encodes and self.select is not None:
+            raise ValueError("select does not apply to pairs; leave it out")
         if not recommends and (self.least, self.held_out) != (LEAST, HELD_OUT):
             raise ValueError("least and held_out belong to interactions; name a log of users, items and times")
         if recommends and (self.evaluate or self.select is not None):
@@ -157,7 +178,8 @@ class Train(Settings, Method, slug="train"):
         scored = self.evaluate or self.validation is not None or (recommends and self.held_out == HELD_OUT)
         if self.early_stopping_patience is not None and not scored:
             raise ValueError("early_stopping_patience needs evaluate, a share of the data such as 0.05, or validation")
-        if self.early_stopping_patience is not None and (labels or recommends) and self.metric_for_best_model == "loss":
+        measured = labels or recommends or encodes
+        if self.early_stopping_patience is not None and measured and self.metric_for_best_model == "loss":
             raise ValueError("validation gives no loss to stop early by; set metric_for_best_model: error")
         replacing = [part.slug for part in self.parts if "linear_weights" in part.invalidates]
         if self.lora is not None and replacing:
@@ -258,8 +280,13 @@ class Train(Settings, Method, slug="train"):
         resume: bool = False,
         progress: Progress = no_progress,
         data: tuple[Any, Any] | None = None,
+        mine: Callable[[EncoderObjective, Checkpoint], Mine] | None = None,
     ) -> Checkpoint:
-        """Train `checkpoint` in place and return it; `data` replaces the step's own training and evaluation data."""
+        """Train `checkpoint` in place and return it.
+
+        `data` replaces the step's own training and evaluation data. `mine` makes the function that finds the hard
+        negatives of pairs; it comes from the caller, as the search engine stands above the trainer.
+        """
         from intaglio.trainer.loop import train
 
         settings = {name: getattr(self, name) for name in Settings.model_fields}
@@ -267,9 +294,16 @@ class Train(Settings, Method, slug="train"):
         if "tensorboard" in self.report_to:  # not in the directory, which is removed after the step
             settings["log_directory"] = self.log_directory or "runs"
         facts = None if self.facts is None else load_facts(self.facts)
-        examples, evaluate = self._data(calibration, held_out_hashes, facts) if data is None else data
         objective = self._objective_method()
-        show = self._show(objective, evaluate, facts)
+        held_out: Any = None
+        if self.pairs is not None:
+            encoder = cast(EncoderObjective, objective)
+            encoder.setup(checkpoint, settings["seed"])
+            examples, held_out = self._pairs(encoder, checkpoint, mine)
+            evaluate = None if held_out is None else retrieval_evaluator(encoder, held_out)
+        else:
+            examples, evaluate = self._data(calibration, held_out_hashes, facts) if data is None else data
+        show = self._show(objective, held_out or evaluate, facts)
         before = None if show is None else show(checkpoint)
         train(
             checkpoint,
@@ -292,10 +326,28 @@ class Train(Settings, Method, slug="train"):
         """Return the function that draws samples before and after training, if there is anything to show."""
         if facts is not None:
             return lambda checkpoint: recall_samples(fact_recall(checkpoint, facts))
+        if isinstance(objective, EncoderObjective) and isinstance(held_out, list):
+            return lambda checkpoint: retrieval_samples(objective, checkpoint, held_out)
         if isinstance(objective, DrawsSamples) and isinstance(held_out, list):
             texts = [text for text in held_out if isinstance(text, str)]
             return lambda checkpoint: objective.samples(checkpoint, texts)
         return None
+
+    def _pairs(
+        self,
+        objective: EncoderObjective,
+        checkpoint: Checkpoint,
+        mine: Callable[[EncoderObjective, Checkpoint], Mine] | None,
+    ) -> tuple[list[Any], list[TextPair] | None]:
+        """Return the training pairs as rows, with mined negatives, and the held-out pairs, if any."""
+        rows = [pair.row() for pair in load_text_pairs(str(self.pairs))]
+        kept, held_out = train_eval_split(rows, self.evaluate) if self.evaluate else (rows, [])
+        if self.negatives is not None:
+            if mine is None:
+                raise IntaglioError("negatives are mined by a recipe; from Python, call mine_hard_negatives before")
+            pairs = [as_pair(row, "a pair") for row in kept]
+            kept = [pair.row() for pair in mine(objective, checkpoint)(pairs, self.negatives)]
+        return kept, [as_pair(row, "a pair") for row in held_out] or None
 
     def _objective_method(self) -> Objective:
         from intaglio.trainer.causal_lm import CausalLM

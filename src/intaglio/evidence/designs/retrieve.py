@@ -6,7 +6,7 @@ Settings of an arm: `retriever`, a function `(context, **settings) -> search`, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,9 @@ from intaglio.measures.memory import peak_memory
 
 MRR = Metric("MRR@10", "points", "higher", continuous=False)
 NDCG = Metric("nDCG@10", "points", "higher", continuous=False)
+RANKING_LOSS = Metric("ranking loss", "nats")
+QUERY_TERMS = Metric("query terms", "terms", continuous=False)
+DOCUMENT_TERMS = Metric("document terms", "terms", continuous=False)
 DEPTH = 10
 _IR_NAMES = {MRR.name: "RR@10", NDCG.name: "nDCG@10"}
 Scores = Mapping[str, Mapping[str, float]]
@@ -27,10 +30,11 @@ Scores = Mapping[str, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class RetrieveContext:
-    """Inputs of a function that makes a retriever: the test bed and the key of the run."""
+    """Inputs of a function that makes a retriever: test bed and key of the run, and further values that it measures."""
 
     bed: Any
     key: RunKey
+    values: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,23 @@ class Retrieve(BedDesign):
         """Search a unit's documents with an arm."""
         own = {**settings, **arm.settings}
         with peak_memory(torch.device("cpu")) as spent:
-            search = own.pop("retriever")(RetrieveContext(self.bed, key), **own)
+            context = RetrieveContext(self.bed, key)
+            search = own.pop("retriever")(context, **own)
             data = self.bed.retrieval(key.split, key.base)
             scores: Scores = search(data.queries, data.documents)
-        values = {metric.name: per_query(scores, data.relevant, metric) for metric in (MRR, NDCG)}
+        values: dict[str, Any] = {metric.name: per_query(scores, data.relevant, metric) for metric in (MRR, NDCG)}
+        values[RANKING_LOSS.name] = ranking_loss(scores, data.relevant, list(data.documents))
+        values |= context.values
         return Result(values, Cost(seconds=spent.seconds, peak_bytes=spent.bytes), {"data": data.digest})
+
+
+def ranking_loss(scores: Scores, relevant: Mapping[str, Mapping[str, int]], documents: Sequence[str]) -> float:
+    """Return the mean of -log softmax of the relevant documents' scores; a document without a score has 0."""
+    losses = []
+    for query, of_query in scores.items():
+        log_probs = torch.tensor([of_query.get(name, 0.0) for name in documents], dtype=torch.float64).log_softmax(0)
+        losses += [-float(log_probs[documents.index(name)]) for name in relevant[query]]
+    return sum(losses) / len(losses)
 
 
 def per_query(scores: Scores, relevant: Mapping[str, Mapping[str, int]], metric: Metric) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Methods by area: text encoders and retrieval components."""

@@ -1,0 +1,402 @@
+"""Training of text encoders on pairs: the base `EncoderObjective`, its losses and its reading of texts.
+
+    info_nce      -log exp(s(q_i, p_i) / T) / sum_j exp(s(q_i, d_j) / T)            s(q, d) = <v_q, v_d>
+    margin_mse    mean over i, j of ((s(q_i, p_i) - s(q_i, n_ij)) - (t_i - t_ij))^2
+
+The d_j are the positives and negatives of the whole batch; those known to be relevant to q_i are left out. Chunks are
+recomputed for the gradient, so memory depends on the chunk and not on the batch: the gradient caching of Gao et al.
+(2021, arXiv 2101.06983) by autograd itself.
+
+Dimension letters: B queries, N documents, L tokens of a text, D dimensions of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PrivateAttr, ValidationError
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as checkpointed
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.attachments import Attachment
+from intaglio.data.text_pairs import as_pair
+from intaglio.errors import IntaglioError
+from intaglio.methods.base import Capability, Method, ModelAspect, TrainingData, validation_sentence
+from intaglio.modeling.anatomy import Anatomy, anatomy
+from intaglio.modeling.bidirectional import make_bidirectional
+from intaglio.trainer.preserve_state import preserve_modes
+from intaglio.trainer.protocols import Batch, Example, Loss
+from intaglio.trainer.rng import KeyedRNG
+
+SIDES = ("query", "document")
+ECHO = {"query": "Query: {text}\nQuery again: {text}", "document": "Document: {text}\nDocument again: {text}"}
+"""Templates of Springer et al. (2024), in which a text is read twice."""
+
+LENGTHS = {"query": 64, "document": 256}
+"""Most tokens of each side's texts by default."""
+
+Read = tuple[list[int], int, int]
+"""Token ids of a text as the model reads them, and the first and the end of those that are pooled."""
+
+
+def info_nce(scores_BN: Tensor, excluded_BN: Tensor, *, symmetric: bool = False) -> Tensor:
+    """Return the contrastive cross-entropy of scores; document i belongs to query i.
+
+    Args:
+        scores_BN: scores, divided by the temperature; N >= B.
+        excluded_BN: True where a document is left out of a query's softmax; never on the diagonal.
+        symmetric: whether to average with the cross-entropy of the first B documents over the queries. Default False.
+    """
+    scores_BN = scores_BN.float().masked_fill(excluded_BN, -torch.inf)
+    target_B = torch.arange(len(scores_BN), device=scores_BN.device)
+    rows = F.cross_entropy(scores_BN, target_B)
+    return (rows + F.cross_entropy(scores_BN[:, : len(target_B)].T, target_B)) / 2 if symmetric else rows
+
+
+def margin_mse(scores_BN: Tensor, owner_N: Tensor, teacher_N: Tensor) -> Tensor:
+    """Return the mean squared error of margins (Hofstätter et al., 2020, arXiv 2010.02666).
+
+    Args:
+        scores_BN: scores; the positive of query i is document i.
+        owner_N: the query that a document belongs to.
+        teacher_N: the teacher's score of each document for its query.
+    """
+    owner_K = owner_N[len(scores_BN) :]
+    own_K = scores_BN.float()[owner_K, torch.arange(len(scores_BN), scores_BN.shape[1], device=owner_K.device)]
+    student_K = scores_BN.float().diagonal()[owner_K] - own_K
+    return F.mse_loss(student_K, teacher_N[owner_K] - teacher_N[len(scores_BN) :])
+
+
+def side(batch: Mapping[str, Any], name: str) -> dict[str, Tensor]:
+    """Return the inputs of one side of a batch: `input_ids`, `attention_mask` and `pool_mask`, each [N, L]."""
+    return {key.removeprefix(f"{name}_"): value for key, value in batch.items() if key.startswith(f"{name}_")}
+
+
+def text_batch(texts: Sequence[Read]) -> dict[str, Tensor]:
+    """Return texts padded on the right: `input_ids`, `attention_mask` (int64) and `pool_mask` (bool), each [N, L]."""
+    ids_NL = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _, _ in texts], batch_first=True)
+    place_L = torch.arange(ids_NL.shape[1])
+    length_N1, start_N1, stop_N1 = (
+        torch.tensor(values)[:, None] for values in zip(*((len(ids), a, b) for ids, a, b in texts), strict=True)
+    )
+    return {
+        "input_ids": ids_NL,
+        "attention_mask": (place_L < length_N1).to(torch.int64),
+        "pool_mask": (place_L >= start_N1) & (place_L < stop_N1),
+    }
+
+
+class EncoderObjective(Method):
+    """Base of objectives that train a text encoder on pairs; a subclass gives `embed` and may replace `compare`.
+
+    Data: `{query, positive, negatives, scores}`, see `intaglio.data.text_pairs`. After training,
+    `checkpoint.encoder()` returns the method, ready to `encode`; `intaglio index --encoder OUT` uses it.
+
+    Args:
+        variant: `plain` reads a text as it is, `echo` reads it twice and pools the second copy alone, `bidirectional`
+            lets a decoder see later tokens, by `is_causal=False` in its config. Default `plain`.
+        loss_type: `info_nce` or `margin_mse`, which needs negatives and a teacher's scores. Default `info_nce`.
+        temperature: T of info_nce.
+        num_negatives: negatives of a pair in a batch, drawn anew each epoch. Default: all.
+        chunk_size: most texts of a forward pass; activations of other texts are recomputed. Default: a whole side.
+        query_length: most tokens of a query, which is cut before it is doubled. Default: 64, or what the context holds.
+        document_length: most tokens of a document, likewise. Default: 256, or what the context holds.
+        query_prompt: text before each query. Default "".
+        document_prompt: text before each document. Default "".
+    """
+
+    changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
+    invalidates: ClassVar[frozenset[Capability]] = frozenset({"causal"})
+    storage: ClassVar[Literal["standalone"]] = "standalone"
+    trains_on: ClassVar[TrainingData] = "pairs"
+    sparse: ClassVar[bool] = False
+    """Whether dimensions are ids of the vocabulary."""
+
+    variant: Literal["plain", "echo", "bidirectional"] = "plain"
+    loss_type: Literal["info_nce", "margin_mse"] = "info_nce"
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    num_negatives: Annotated[int, Field(ge=1)] | None = None
+    chunk_size: Annotated[int, Field(ge=1)] | None = None
+    query_length: Annotated[int, Field(ge=1)] | None = None
+    document_length: Annotated[int, Field(ge=1)] | None = None
+    query_prompt: str = ""
+    document_prompt: str = ""
+
+    _parts: Anatomy = PrivateAttr(None)  # type: ignore[assignment]
+    _checkpoint: Checkpoint = PrivateAttr(None)  # type: ignore[assignment]
+    _lengths: dict[str, int] = PrivateAttr(default_factory=dict)
+    _owned: nn.ModuleDict = PrivateAttr(None)  # type: ignore[assignment]
+
+    def embed(self, model: nn.Module, inputs: Mapping[str, Tensor], side: str) -> Tensor:
+        """Return the vectors [N, D] of texts, for training.
+
+        Args:
+            model: the model.
+            inputs: see `side`.
+            side: `query` or `document`.
+        """
+        raise NotImplementedError
+
+    def searched(self, model: nn.Module, inputs: Mapping[str, Tensor], side: str) -> Tensor:
+        """Return the vectors as they are searched; by default those of `embed`."""
+        return self.embed(model, inputs, side)
+
+    def compare(self, query_BD: Tensor, document_ND: Tensor, batch: Batch) -> Loss:
+        """Return the loss of a batch from its vectors."""
+        scores_BN = query_BD.float() @ document_ND.float().T
+        return Loss(self.ranking_loss(scores_BN, batch), {"accuracy": accuracy(scores_BN)}, outputs=scores_BN)
+
+    def ranking_loss(self, scores_BN: Tensor, batch: Batch, *, symmetric: bool = False) -> Tensor:
+        """Return the loss of `loss_type` from scores that are not yet divided by the temperature."""
+        if self.loss_type == "margin_mse":
+            return margin_mse(scores_BN, batch["owner"], batch["teacher"])
+        return info_nce(scores_BN / self.temperature, batch["excluded"], symmetric=symmetric)
+
+    def build(self, checkpoint: Checkpoint, seed: int) -> nn.ModuleDict:
+        """Return the method's own modules for a checkpoint, untrained; by default none."""
+        return nn.ModuleDict()
+
+    def check_parts(self, parts: Anatomy) -> None:
+        """Refuse a model that cannot be trained so; by default none."""
+
+    def setup(self, checkpoint: Checkpoint, seed: int = 0) -> Self:
+        """Prepare the method for a checkpoint, once; modules of its own are drawn from the seed."""
+        if self._checkpoint is checkpoint and self._parts.model is checkpoint.model:
+            return self
+        if checkpoint.tokenizer is None:
+            raise IntaglioError("the checkpoint has no tokenizer, so texts cannot be encoded")
+        parts = anatomy(checkpoint.model)
+        self.check_parts(parts)
+        self._lengths = {name: self._checked_length(checkpoint, name) for name in SIDES}
+        if self.variant == "bidirectional":
+            make_bidirectional(parts)
+        self._parts, self._checkpoint = parts, checkpoint
+        self._owned = self.build(checkpoint, seed).to(checkpoint.device)
+        return self
+
+    def _checked_length(self, checkpoint: Checkpoint, name: str) -> int:
+        """Return the most tokens of a side's texts; refuse more than the context holds."""
+        given = self.query_length if name == "query" else self.document_length
+        room = checkpoint.context
+        if self.variant == "echo":
+            room = (room - sum(map(len, self._echo(checkpoint.tokenizer, name)))) // 2
+        if room < (given or 1):
+            raise IntaglioError(
+                f"{name}_length is {given or 1}, and the model's context of {checkpoint.context} tokens holds {room} in"
+                f" the variant {self.variant}"
+            )
+        return given or min(LENGTHS[name], room)
+
+    def length(self, name: str) -> int:
+        """Return the most tokens of a side's texts for the checkpoint at hand."""
+        return self._lengths[name]
+
+    def _prompt(self, name: str) -> str:
+        return self.query_prompt if name == "query" else self.document_prompt
+
+    def read(self, text: str, name: str) -> Read:
+        """Return the tokens of a text of a side as the model reads them."""
+        tokenizer, length = self._checkpoint.tokenizer, self._lengths[name]
+        prompt = self._prompt(name)
+        if self.variant != "echo":
+            ids = list(tokenizer(prompt + text, truncation=True, max_length=length, verbose=False)["input_ids"])
+            start, stop = 0, len(ids)
+        else:
+            before, again, after = self._echo(tokenizer, name)
+            copy = _plain(tokenizer, f" {text}")[:length]
+            ids = [*before, *copy, *again, *copy, *after]
+            start = len(before) + len(copy) + len(again)
+            stop = start + len(copy)
+        if start == stop:
+            raise IntaglioError(f"the {name} {text[:40]!r} has no tokens; both sides of a pair need text")
+        return ids, start, stop
+
+    def count_tokens(self, text: str, name: str) -> int:
+        """Return the tokens of a text of a side, before it is cut."""
+        prompt, tokenizer = self._prompt(name), self._checkpoint.tokenizer
+        if self.variant == "echo":
+            return len(_plain(tokenizer, f" {text}"))
+        return len(tokenizer(prompt + text, verbose=False)["input_ids"])
+
+    def _echo(self, tokenizer: Any, name: str) -> tuple[list[int], list[int], list[int]]:
+        """Return the tokens before, between and after the two copies of a text."""
+        begin, end = special_tokens(tokenizer)
+        before, again, after = (part.removesuffix(" ") for part in (self._prompt(name) + ECHO[name]).split("{text}"))
+        return [*begin, *_plain(tokenizer, before)], _plain(tokenizer, again), [*_plain(tokenizer, after), *end]
+
+    def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
+        """Tokenise the pairs; equal texts get equal numbers, by which relevant documents of a batch are known."""
+        self.setup(checkpoint, rng.seed)
+        pairs = [as_pair(example, f"example {number} of the pairs") for number, example in enumerate(examples)]
+        numbers: dict[str, int] = {}
+        relevant: dict[str, set[int]] = {}
+        for pair in pairs:
+            for text in (pair.positive, *pair.negatives):
+                numbers.setdefault(text, len(numbers))
+            relevant.setdefault(pair.query, set()).add(numbers[pair.positive])
+        rows = []
+        for number, pair in enumerate(pairs):
+            if self.loss_type == "margin_mse" and (pair.scores is None or not pair.negatives):
+                raise IntaglioError(
+                    f"example {number} of the pairs has no negatives with scores; margin_mse needs both"
+                )
+            texts = (pair.positive, *pair.negatives)
+            rows.append(
+                {
+                    "query": self.read(pair.query, "query"),
+                    "documents": [self.read(text, "document") for text in texts],
+                    "numbers": [numbers[text] for text in texts],
+                    "relevant": sorted(relevant[pair.query]),
+                    "scores": list(pair.scores or ()),
+                }
+            )
+        return rows
+
+    def modules(self) -> nn.ModuleDict:
+        """Return the method's own modules."""
+        return nn.ModuleDict() if self._owned is None else self._owned
+
+    def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
+        """Return both sides of a batch (see `side`), the positives before the negatives.
+
+        Also `excluded`, bool [B, N]; `owner`, int64 [N]; `teacher`, float32 [N], for margin_mse; `step` and `steps`.
+
+        Raises:
+            IntaglioError: a training batch for info_nce has one pair and no negative.
+        """
+        drawn = [self._negatives(example, rng) for example in examples]
+        owner = [*range(len(examples)), *(row for row, own in enumerate(drawn) for _ in own)]
+        place = [0] * len(examples) + [index for own in drawn for index in own]
+        if len(owner) == 1 and rng.training and self.loss_type == "info_nce":
+            raise IntaglioError(
+                "a batch of one pair has nothing to contrast; raise batch_size to 2 or more, or give negatives"
+            )
+        number_N = torch.tensor([examples[row]["numbers"][index] for row, index in zip(owner, place, strict=True)])
+        excluded_BN = torch.stack([torch.isin(number_N, torch.tensor(row["relevant"])) for row in examples])
+        excluded_BN.fill_diagonal_(False)
+        texts = {
+            "query": [row["query"] for row in examples],
+            "document": [examples[row]["documents"][index] for row, index in zip(owner, place, strict=True)],
+        }
+        batch: Batch = {f"{name}_{key}": value for name in SIDES for key, value in text_batch(texts[name]).items()}
+        batch |= {"excluded": excluded_BN, "owner": torch.tensor(owner), "weight": len(examples)}
+        if self.loss_type == "margin_mse":
+            batch["teacher"] = torch.tensor([examples[r]["scores"][i] for r, i in zip(owner, place, strict=True)])
+        first = examples[0]
+        return {**batch, "step": int(first.get("step", 0)), "steps": int(first.get("steps", 0))}
+
+    def _negatives(self, example: Example, rng: KeyedRNG) -> list[int]:
+        """Return the places of a pair's negatives in this batch, in order."""
+        count = len(example["documents"]) - 1
+        if self.num_negatives is None or self.num_negatives >= count:
+            return list(range(1, count + 1))
+        order = torch.randperm(count, generator=rng(example, "negatives"))[: self.num_negatives]
+        return sorted((order + 1).tolist())
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        """Return the loss of a batch of pairs."""
+        query_BD, document_ND = (self.vectors(model, side(batch, name), name) for name in SIDES)
+        return self.compare(query_BD, document_ND, batch)
+
+    def vectors(self, model: nn.Module, inputs: Mapping[str, Tensor], name: str) -> Tensor:
+        """Return the vectors [N, D] of a side, in chunks whose activations are recomputed for the gradient."""
+        if self.chunk_size is None or self.chunk_size >= len(inputs["input_ids"]):
+            return self.embed(model, inputs, name)
+        return torch.cat([recomputed(self.embed, model, chunk, name) for chunk in chunks_of(inputs, self.chunk_size)])
+
+    @torch.no_grad()
+    def encode(self, checkpoint: Checkpoint, texts: Sequence[str], side: str, batch_size: int = 32) -> Tensor:
+        """Return the vectors of texts as they are searched, float32 [N, D] on the CPU.
+
+        Args:
+            checkpoint: the encoder.
+            texts: at least one.
+            side: `query` or `document`.
+            batch_size: texts of a batch. Default 32.
+        """
+        self.setup(checkpoint)
+        read = [self.read(text, side) for text in texts]
+        order = sorted(range(len(read)), key=lambda number: len(read[number][0]))
+        rows: list[Any] = [None] * len(read)
+        with preserve_modes(checkpoint.model), preserve_modes(self._owned):
+            checkpoint.model.eval()
+            self._owned.eval()
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                made = text_batch([read[number] for number in chosen])
+                inputs = {name: value.to(checkpoint.device) for name, value in made.items()}
+                vectors_ND = self.searched(checkpoint.model, inputs, side).float().cpu()
+                for number, vector_D in zip(chosen, vectors_ND, strict=True):
+                    rows[number] = vector_D
+        return torch.stack(rows)
+
+    def dimensions(self, checkpoint: Checkpoint) -> int:
+        """Return D."""
+        return checkpoint.vocabulary if self.sparse else int(checkpoint.config.hidden_size)
+
+    def as_sentence_transformer(self) -> Any:
+        """Return the encoder as a `SentenceTransformer`, or a `SparseEncoder` if it is sparse.
+
+        Raises:
+            IntaglioError: sentence-transformers is not installed.
+        """
+        from intaglio.trainer.sentence_transformer import wrap
+
+        return wrap(self, self._checkpoint)
+
+    @classmethod
+    def restore(cls, attachment: Attachment, checkpoint: Checkpoint, **fields: Any) -> Self:
+        """Return the trained method from its attachment; `fields` override those it was trained with.
+
+        Raises:
+            IntaglioError: a field is wrong, or the model's vocabulary or width has changed since.
+        """
+        given = {**attachment.parameters, **fields}
+        try:
+            method = cls(**given).setup(checkpoint)
+        except ValidationError as error:
+            raise IntaglioError(validation_sentence(error, cls, given)) from None
+        own = method._owned.state_dict()
+        for name, value in attachment.tensors.items():
+            if own[name].shape != value.shape:
+                raise IntaglioError(
+                    f"{cls.slug} was trained with {name} of {'x'.join(map(str, value.shape))}, and this model needs"
+                    f" {'x'.join(map(str, own[name].shape))}: its vocabulary or width has changed; train it again"
+                )
+        method._owned.load_state_dict(attachment.tensors)
+        return method
+
+
+def accuracy(scores_BN: Tensor) -> Tensor:
+    """Return the share of queries whose own document has the highest score."""
+    return (scores_BN.argmax(1) == torch.arange(len(scores_BN), device=scores_BN.device)).float().mean()
+
+
+def chunks_of(inputs: Mapping[str, Tensor], size: int | None) -> Iterator[dict[str, Tensor]]:
+    """Yield the inputs of `size` texts at a time (None: all), without columns that are padding in all of them."""
+    rows = len(inputs["input_ids"])
+    for start in range(0, rows, size or rows):
+        chunk = {name: value[start : start + (size or rows)] for name, value in inputs.items()}
+        longest = int(chunk["attention_mask"].sum(1).max())
+        yield {name: value[:, :longest] for name, value in chunk.items()}
+
+
+def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Return the result of a function whose activations are recomputed for the gradient."""
+    result: Tensor = checkpointed(function, *arguments, use_reentrant=False)
+    return result
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a tokenizer puts before and after a text."""
+    inner, whole = _plain(tokenizer, "a"), list(tokenizer("a", verbose=False)["input_ids"])
+    begin = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
+    return whole[:begin], whole[begin + len(inner) :]

@@ -1,0 +1,114 @@
+"""Retrieval on held-out pairs while an encoder trains: metrics, and sample queries for the report.
+
+Dimension letters: Q queries, N documents, D dimensions of a vector.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from intaglio.checkpoint import Checkpoint
+from intaglio.data.text_pairs import TextPair
+from intaglio.errors import shorten
+from intaglio.trainer.encoder_training import EncoderObjective
+from intaglio.trainer.samples import Sample, Samples
+
+DEPTH = 10
+SHOWN = 6
+"""Queries in the report."""
+PART = 256
+"""Documents that are encoded at a time: vectors over a vocabulary are large."""
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """Queries of held-out pairs, and all of their texts as documents.
+
+    Args:
+        pairs: with their negatives, which are documents as well.
+    """
+
+    pairs: Sequence[TextPair]
+
+    @cached_property
+    def queries(self) -> list[str]:
+        """The distinct queries."""
+        return list(dict.fromkeys(pair.query for pair in self.pairs))
+
+    @cached_property
+    def documents(self) -> list[str]:
+        """The distinct documents."""
+        return list(dict.fromkeys(text for pair in self.pairs for text in (pair.positive, *pair.negatives)))
+
+    @cached_property
+    def relevant(self) -> list[list[int]]:
+        """The places of the relevant documents of each query."""
+        place = {text: number for number, text in enumerate(self.documents)}
+        known: dict[str, dict[int, None]] = {}
+        for pair in self.pairs:
+            known.setdefault(pair.query, {})[place[pair.positive]] = None
+        return [list(known[query]) for query in self.queries]
+
+
+@torch.no_grad()
+def search(
+    objective: EncoderObjective, checkpoint: Checkpoint, queries: Sequence[str], documents: Sequence[str]
+) -> Tensor:
+    """Return the scores of all documents for all queries, float32 [Q, N]."""
+    query_QD = objective.encode(checkpoint, queries, "query")
+    parts = [documents[start : start + PART] for start in range(0, len(documents), PART)]
+    return torch.cat([query_QD @ objective.encode(checkpoint, part, "document").T for part in parts], dim=1)
+
+
+def ranking_quality(scores_QN: Tensor, relevant: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Return the means over queries of `nDCG@10` and `MRR@10`; of equal scores the irrelevant documents come first."""
+    gains, reciprocals = [], []
+    for scores_N, own in zip(scores_QN, relevant, strict=True):
+        irrelevant_N = torch.ones(len(scores_N), dtype=torch.bool)
+        irrelevant_N[list(own)] = False
+        best = scores_N[list(own)].sort(descending=True).values
+        ranks = [int(((scores_N >= score) & irrelevant_N).sum()) + place for place, score in enumerate(best)]
+        ideal = sum(1 / math.log2(place + 2) for place in range(min(len(own), DEPTH)))
+        gains.append(sum(1 / math.log2(rank + 2) for rank in ranks if rank < DEPTH) / ideal)
+        reciprocals.append(1 / (ranks[0] + 1) if ranks[0] < DEPTH else 0.0)
+    return {f"nDCG@{DEPTH}": sum(gains) / len(gains), f"MRR@{DEPTH}": sum(reciprocals) / len(reciprocals)}
+
+
+def retrieval_evaluator(
+    objective: EncoderObjective, pairs: Sequence[TextPair]
+) -> Callable[[Checkpoint], dict[str, float]]:
+    """Return a function that searches the documents of held-out pairs, for `train(evaluate=...)` or on its own.
+
+    Args:
+        objective: the same object that trains.
+        pairs: held out.
+
+    Returns:
+        A function of the checkpoint: `nDCG@10`, `MRR@10`, and `error`, 1 - nDCG@10, to stop early by.
+    """
+    task = RetrievalTask(pairs)
+
+    def evaluate(checkpoint: Checkpoint) -> dict[str, float]:
+        quality = ranking_quality(search(objective, checkpoint, task.queries, task.documents), task.relevant)
+        return {**quality, "error": 1 - quality[f"nDCG@{DEPTH}"]}
+
+    return evaluate
+
+
+def retrieval_samples(objective: EncoderObjective, checkpoint: Checkpoint, pairs: Sequence[TextPair]) -> Samples:
+    """Return the first queries of held-out pairs with their best documents, and the metrics in percent."""
+    task = RetrievalTask(pairs)
+    scores_QN = search(objective, checkpoint, task.queries, task.documents)
+    first = scores_QN.argmax(1).tolist()
+    shown = [
+        Sample(query, shorten(task.documents[own[0]]), shorten(task.documents[best]))
+        for query, own, best in zip(task.queries[:SHOWN], task.relevant, first, strict=False)
+    ]
+    quality = ranking_quality(scores_QN, task.relevant)
+    return Samples(shown, {name: 100 * value for name, value in quality.items()})

@@ -1,0 +1,325 @@
+"""Training of encoders on pairs: losses, reading of texts, chunks, and what loads the result."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+
+from intaglio.checkpoint import Checkpoint, load
+from intaglio.data.text_pairs import TextPair
+from intaglio.errors import IntaglioError
+from intaglio.masks import predicts_next
+from intaglio.modeling.anatomy import anatomy
+from intaglio.search.encoders import load_encoder
+from intaglio.trainer import KeyedRNG
+from intaglio.trainer.contrastive import Contrastive
+from intaglio.trainer.encoder_training import info_nce, margin_mse, side
+from intaglio.trainer.mining import Mining
+from intaglio.trainer.retrieval_evaluation import RetrievalTask, ranking_quality, retrieval_evaluator, retrieval_samples
+from tests.families import DECODERS, tiny_model, tiny_tokenizer
+from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
+from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run, same, weights
+from tests.trainer.test_resume import Killed, killer
+
+DRAWS = KeyedRNG(0)
+NONE = torch.zeros(1, 3, dtype=torch.bool)
+
+
+def batch_of(method: Any, ckpt: Checkpoint, pairs: Any = PAIRS[:4], draws: KeyedRNG = DRAWS, **place: Any) -> Any:
+    rows = list(method.prepare(ckpt, [dict(pair) for pair in pairs], draws))
+    examples = [{**row, "id": n, "epoch": 0, "step": 0, "steps": 9, **place} for n, row in enumerate(rows)]
+    return method.collate(examples, draws)
+
+
+def test_info_nce_worked_example() -> None:
+    """Logits (already / tau) [2,1,0], positive first: p = 0.66524, CE = 0.40761."""
+    assert float(info_nce(torch.tensor([[2.0, 1.0, 0.0]]), NONE)) == pytest.approx(0.40761, abs=1e-5)
+
+
+def test_excluded_documents_are_not_in_the_softmax() -> None:
+    scores = torch.tensor([[2.0, 1.0, 0.0]])
+    excluded = torch.tensor([[False, True, False]])
+    assert float(info_nce(scores, excluded)) == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-6)
+
+
+def test_the_symmetric_loss_averages_rows_and_columns_of_the_positives() -> None:
+    """C(A,B) = C(B,A) when both have N rows; with M more documents the columns are those of the first N alone."""
+    scores = torch.tensor([[2.0, 1.0, 5.0], [0.0, 1.0, 4.0]])
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    square = scores[:, :2]
+    both = info_nce(square, none[:, :2], symmetric=True)
+    assert torch.allclose(both, info_nce(square.T.contiguous(), none[:, :2], symmetric=True))
+    columns = info_nce(square.T, none[:, :2])
+    assert torch.allclose(info_nce(scores, none, symmetric=True), (info_nce(scores, none) + columns) / 2)
+
+
+def test_margin_mse_compares_each_negative_with_its_own_positive() -> None:
+    scores = torch.tensor([[5.0, 9.0, 3.0, 9.0], [9.0, 4.0, 9.0, 1.0]])  # documents 2 and 3 belong to queries 0 and 1
+    teacher = torch.tensor([1.0, 2.0, 0.0, 2.5])
+    expected = ((2 - 1) ** 2 + (3 + 0.5) ** 2) / 2
+    assert float(margin_mse(scores, torch.tensor([0, 1, 0, 1]), teacher)) == pytest.approx(expected)
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.integers(1, 5), st.sampled_from(["plain", "echo"]))
+def test_chunks_change_no_gradient(size: int, variant: Any) -> None:
+    """Batch size is not memory: a chunk's activations are recomputed, and the gradient is that of the whole batch."""
+    gradients = []
+    for chunk in (None, size):
+        ckpt = checkpoint(layers=1, dtype=torch.float64)
+        method = Contrastive(chunk_size=chunk, variant=variant)
+        batch = batch_of(method, ckpt)
+        method.loss(ckpt.model, batch).total.backward()
+        gradients.append([p.grad.clone() for p in ckpt.model.parameters() if p.grad is not None])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(*gradients, strict=True))
+
+
+def test_chunks_hold_no_activations_of_other_chunks() -> None:
+    """Between the passes only vectors live: the most texts in one pass is the chunk, in forward and backward."""
+    ckpt = checkpoint(layers=1)
+    method = Contrastive(chunk_size=3)
+    batch, rows = batch_of(method, ckpt), []
+    ckpt.model.register_forward_pre_hook(lambda *_: None)
+    method._parts.base.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    loss = method.loss(ckpt.model, batch).total
+    assert rows == [3, 1, 3, 3, 3, 3]
+    loss.backward()
+    assert sorted(rows[6:]) == sorted(rows[:6])
+
+
+def test_texts_relevant_to_an_equal_query_are_no_negatives() -> None:
+    pairs = [
+        {"query": "a fox", "positive": TEXTS[0]},
+        {"query": "a dog", "positive": TEXTS[1], "negatives": [TEXTS[0]]},
+        {"query": "a fox", "positive": TEXTS[2]},
+        {"query": "a cat", "positive": TEXTS[0]},
+    ]
+    excluded = batch_of(Contrastive(), checkpoint(), pairs)["excluded"]
+    # Documents: the four positives, then the negative, which is relevant to "a fox" and to "a cat".
+    assert excluded.long().tolist() == [[0, 0, 1, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 1, 1], [1, 0, 0, 0, 1]]
+
+
+def test_positives_come_first_and_negatives_have_owners() -> None:
+    ckpt, method = checkpoint(), Contrastive()
+    batch = batch_of(method, ckpt)
+    assert batch["owner"].tolist() == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 3, 3]
+    documents = side(batch, "document")["input_ids"]
+    for n, text in enumerate([PAIRS[0]["positive"], PAIRS[1]["positive"]]):
+        ids, _, stop = method.read(text, "document")
+        assert documents[n, :stop].tolist() == ids
+
+
+def test_negatives_are_drawn_anew_each_epoch() -> None:
+    pairs = [{"query": "q", "positive": "p", "negatives": TEXTS[:12]}, {"query": "r", "positive": "s"}]
+    method, ckpt = Contrastive(num_negatives=3), checkpoint()
+    first, again = batch_of(method, ckpt, pairs), batch_of(method, ckpt, pairs)
+    other = batch_of(method, ckpt, pairs, epoch=1)
+    assert torch.equal(first["document_input_ids"], again["document_input_ids"])
+    assert len(first["owner"]) == 2 + 3
+    assert first["document_input_ids"].tolist() != other["document_input_ids"].tolist()
+
+
+def test_a_batch_of_one_pair_is_refused_while_training() -> None:
+    pairs = [{"query": "q", "positive": "p"}]
+    with pytest.raises(IntaglioError, match="a batch of one pair has nothing to contrast"):
+        batch_of(Contrastive(), checkpoint(), pairs)
+    batch_of(Contrastive(), checkpoint(), pairs, KeyedRNG(0, training=False))
+    batch_of(Contrastive(), checkpoint(), PAIRS[:1])  # its negatives suffice
+
+
+def test_margin_mse_needs_scores() -> None:
+    with pytest.raises(IntaglioError, match="example 0 of the pairs has no negatives with scores"):
+        batch_of(Contrastive(loss_type="margin_mse"), checkpoint())
+
+
+def test_margin_mse_learns_the_teachers_margins() -> None:
+    pairs = [{**pair, "scores": [0.9, 0.4, 0.6]} for pair in PAIRS[:4]]
+    ckpt = checkpoint(layers=1)
+    result = run(ckpt, pairs, objective=Contrastive(loss_type="margin_mse"), steps=30, learning_rate=3e-3)
+    assert result.history[-1].loss < 0.3 * result.history[0].loss
+
+
+def test_matryoshka_of_the_whole_vector_is_the_base_loss() -> None:
+    """Matryoshka with dims=[full], weight 1 equals the base loss; sizes add up."""
+    ckpt, losses = checkpoint(layers=1), {}
+    for sizes, weight in ((None, None), ([32], [1.0]), ([8], None), ([32, 8], [1.0, 0.5])):
+        method = Contrastive(matryoshka=sizes, matryoshka_weights=weight)
+        losses[str(sizes)] = float(method.loss(ckpt.model, batch_of(method, ckpt)).total)
+    assert losses["None"] == losses["[32]"]
+    assert losses["[32, 8]"] == pytest.approx(losses["[32]"] + 0.5 * losses["[8]"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"matryoshka": [64]}, "the size 64; the model's vectors have 32 dimensions"),
+        ({"query_length": 500}, "query_length is 500, and the model's context of 128 tokens holds 128"),
+        (
+            {"variant": "echo", "document_length": 70},
+            "document_length is 70, and the model's context of 128 tokens holds",
+        ),
+    ],
+)
+def test_fields_that_do_not_fit_the_model_are_refused(fields: Any, says: str) -> None:
+    with pytest.raises(IntaglioError, match=says) as caught:
+        batch_of(Contrastive(**fields), checkpoint())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", [*DECODERS])
+def test_bidirectional_lets_the_first_token_see_the_last(family: str) -> None:
+    """Changing the LAST token changes the FIRST token's hidden state, unless the family is refused."""
+    ckpt = checkpoint(family)
+    assert predicts_next(anatomy(ckpt.model))
+    method = Contrastive(variant="bidirectional").setup(ckpt)
+    assert not predicts_next(anatomy(ckpt.model))
+    ids = torch.tensor([[9, 10, 11, 12], [9, 10, 11, 13]])
+    for mask in (None, torch.ones_like(ids)):
+        hidden = method._parts.base(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        assert not torch.equal(hidden[0, 0], hidden[1, 0])
+
+
+def test_echo_shows_the_whole_text_to_every_pooled_token() -> None:
+    """Changing x_n changes Z at EVERY position of the second copy; without echo, positions before n are unchanged."""
+    ckpt = checkpoint()
+    for variant in ("plain", "echo"):
+        method = Contrastive(variant=variant).setup(ckpt)  # type: ignore[arg-type]
+        (one, start, stop), (two, *_) = (method.read(text, "document") for text in ("the lazy A", "the lazy B"))
+        assert len(one) == len(two)
+        changed = [n for n, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
+        ids = torch.tensor([one, two])
+        hidden = method._parts.base(input_ids=ids).last_hidden_state
+        differs = (hidden[0] != hidden[1]).any(-1)
+        assert differs[start:stop].all() == (variant == "echo")
+        assert not differs[: changed[0]].any()
+
+
+def test_echo_cuts_a_text_before_it_is_doubled() -> None:
+    """Truncation must be applied to x before doubling, or the second copy is cut; template tokens not pooled."""
+    method = Contrastive(variant="echo", document_length=5, document_prompt="find: ").setup(checkpoint())
+    ids, start, stop = method.read(TEXTS[0], "document")
+    assert stop - start == 5
+    text = tiny_tokenizer("llama").decode(ids)
+    assert text.startswith("find: Document:")
+    assert ids[start:stop] == ids[start - 5 - len(method._echo(tiny_tokenizer("llama"), "document")[1]) :][:5]
+
+
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize("variant", ["plain", "echo", "bidirectional"])
+def test_a_vector_does_not_depend_on_its_batch(family: str, variant: Any) -> None:
+    """Padding invariance: batch-with-pad equals unpadded to 1e-5."""
+    ckpt = checkpoint(family)
+    method = Contrastive(variant=variant)
+    texts = [TEXTS[0], "a dog", TEXTS[3][:30]]
+    together = method.encode(ckpt, texts, "document")
+    alone = torch.cat([method.encode(ckpt, [text], "document") for text in texts])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together.norm(dim=1), torch.ones(3), atol=1e-5)
+
+
+def test_the_sides_have_their_own_lengths_and_prompts() -> None:
+    ckpt = checkpoint()
+    method = Contrastive(query_length=3, document_length=6, query_prompt="q: ", document_prompt="d: ").setup(ckpt)
+    for name, length, prompt in (("query", 3, "q: "), ("document", 6, "d: ")):
+        expected = ckpt.tokenizer(prompt + TEXTS[0])["input_ids"][:length]
+        assert method.read(TEXTS[0], name) == (expected, 0, length)
+
+
+def test_a_killed_run_on_pairs_resumes_to_the_byte(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"steps": 4, "save_every": 1, "warmup": 0, "batch_size": 4}
+
+    def go(ckpt: Checkpoint, **more: Any) -> Any:
+        method = Contrastive(chunk_size=3, num_negatives=1)
+        held_out = [TextPair(f"number {n}", TEXTS[n]) for n in range(6)]
+        return run(ckpt, PAIRS, objective=method, evaluate=retrieval_evaluator(method, held_out), **arguments, **more)
+
+    whole, killed, again = (checkpoint(layers=1) for _ in range(3))
+    unbroken = go(whole)
+    with pytest.raises(Killed):
+        go(killed, directory=tmp_path, progress=killer(3))
+    assert go(again, directory=tmp_path).history == unbroken.history
+    assert same(weights(again), weights(whole))
+    assert set(unbroken.history[-1].evaluation) == {"nDCG@10", "MRR@10", "error"}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("bert", {}),
+        ("bert", {"pooling": "cls", "normalize": False}),
+        ("llama", {"query_prompt": "q: "}),
+        ("llama", {"variant": "bidirectional"}),
+    ],
+)
+def test_sentence_transformers_and_the_index_read_the_same_vectors(family: str, fields: Any, tmp_path: Path) -> None:
+    ckpt = checkpoint(family)
+    run(ckpt, PAIRS, objective=Contrastive(**fields), steps=2)
+    ckpt.model.eval()
+    ckpt.save(tmp_path / "out")
+    texts = [TEXTS[0], "a dog"]
+    expected = ckpt.encoder().encode(ckpt, texts, "query")
+    stock = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert torch.allclose(torch.tensor(stock.encode_query(texts)), expected, atol=1e-5)
+    own = load_encoder(tmp_path / "out")
+    assert torch.equal(torch.tensor(own.encode_queries(texts)), expected)
+    assert (own.kind, own.dimensions) == ("dense", 32)
+    wrapped = load(tmp_path / "out").as_sentence_transformer()
+    assert torch.allclose(torch.tensor(wrapped.encode_query(texts)), expected, atol=1e-5)
+
+
+def test_an_echo_encoder_is_restored_with_its_fields(tmp_path: Path) -> None:
+    ckpt = checkpoint()
+    run(ckpt, PAIRS, objective=Contrastive(variant="echo", document_length=20), steps=2)
+    ckpt.model.eval()
+    ckpt.save(tmp_path / "out")
+    expected = ckpt.encoder().encode(ckpt, TEXTS[:3], "document")
+    wrapped = load(tmp_path / "out").as_sentence_transformer()
+    assert torch.allclose(torch.tensor(wrapped.encode_document(TEXTS[:3])), expected, atol=1e-5)
+    with pytest.raises(IntaglioError, match="has no field 'poling'"):
+        load(tmp_path / "out").encoder(poling="cls")
+    with pytest.raises(IntaglioError, match="pooling: 'max' is not accepted"):
+        load(tmp_path / "out").encoder(pooling="max")
+
+
+def test_a_checkpoint_that_is_no_encoder_is_refused() -> None:
+    with pytest.raises(IntaglioError, match="was not trained as an encoder"):
+        checkpoint().encoder()
+    with pytest.raises(IntaglioError, match="no tokenizer"):
+        Contrastive().setup(Checkpoint(tiny_model("llama", layers=1)))
+
+
+def test_retrieval_quality_worked_example() -> None:
+    """Ranks 0 and 2 of two relevant documents: DCG 1 + 1/2 over 1 + 1/log2(3); ties count against the relevant."""
+    scores = torch.tensor([[3.0, 2.0, 1.0], [1.0, 1.0, 0.0]])
+    quality = ranking_quality(scores, [[0, 2], [1]])
+    expected = (1.5 / (1 + 1 / math.log2(3)) + 1 / math.log2(3)) / 2
+    assert quality == {"nDCG@10": pytest.approx(expected), "MRR@10": pytest.approx(0.75)}
+    assert ranking_quality(torch.arange(11.0)[None], [[0]]) == {"nDCG@10": 0.0, "MRR@10": 0.0}
+
+
+def test_the_task_shares_equal_queries_and_texts() -> None:
+    task = RetrievalTask([TextPair("q", "a", ("b",)), TextPair("q", "c"), TextPair("r", "b")])
+    assert (task.queries, task.documents, task.relevant) == (["q", "r"], ["a", "b", "c"], [[0, 2], [1]])
+
+
+def test_samples_show_the_best_document() -> None:
+    ckpt, method = checkpoint(), Contrastive()
+    pairs = [TextPair(text, text) for text in TEXTS[:3]]  # a text finds itself
+    samples = retrieval_samples(method, ckpt, pairs)
+    assert [sample.text for sample in samples.shown] == [sample.expected for sample in samples.shown]
+    assert samples.scores == {"nDCG@10": 100.0, "MRR@10": 100.0}
+
+
+def test_mining_settings() -> None:
+    assert Mining(ranks=[2, 5]).ranks == (2, 5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the first must not exceed the last"):
+        Mining(ranks=(5, 2))
