@@ -58,7 +58,7 @@ def terms(model: str, text: str, against: str | None, device: str | None) -> dic
     return document | {"terms": [asdict(term) for term in words]}
 
 
-def terms_table(words_of: dict[str, Any]) -> Table:
+def terms_table(document: dict[str, Any]) -> Table:
     """Return the largest terms from `terms` as a table."""
     whole = math.fsum(term["weight"] for term in document["terms"])
     title = f"Score {document['score']:.3f}" if "score" in document else "Words of the text"
