@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from intaglio.masks import (
     set_visibility,
     temporary_visibility,
 )
+from intaglio.masks.method import Visibility
 from intaglio.methods.attention.combiner import Combiner
 from intaglio.methods.attention.combiner.functional import document_rows
 from intaglio.methods.attention.combiner.grid import Tokens
@@ -208,6 +210,18 @@ def test_degenerate_cases_are_full_attention(variant: str, m: int, rows: int) ->
     got = function.form.parallel(x)[0]
     torch.testing.assert_close(got[:, :, :rows], full[:, :, :rows], rtol=0, atol=1e-12)
     assert rows == 12 or not torch.allclose(got[:, :, 2], full[:, :, 2])
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@torch.no_grad()
+def test_degenerate_segments_give_the_stock_logits_in_every_family(family: str) -> None:
+    """m = 1 and m = L are dense attention to 1e-5, with the model's own scale of the scores."""
+    own = {"query_pre_attn_scalar": 16} if family == "gemma3" else {}
+    stock, ids = tiny_model(family, layers=2, **own), IDS[:, :8]  # no longer than the windows
+    expected = stock(ids, use_cache=False).logits
+    for variant, segment in (("fixed", 8), ("fixed", 1), ("mixture", 8)):
+        got = combined(variant, segment=segment, model=copy.deepcopy(stock))(ids, use_cache=False).logits
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_equal_scores_give_the_cards_rows() -> None:
@@ -440,6 +454,30 @@ def test_dropout_is_where_the_official_code_has_it(variant: str, drops: bool) ->
     assert torch.equal(*got) is not drops
 
 
+@pytest.mark.parametrize("variant", [*CAUSAL, "bidirectional_mixture"])
+def test_each_weight_has_its_own_dropout(variant: str) -> None:
+    """At a rate of 1 only the weights without dropout are left: direct ones, and all of `mixture`."""
+    function, one_hot = layer(variant, 4), torch.eye(12).double().expand(1, 2, -1, -1)
+    left = function.form.parallel(replace(random_tokens(function, 12, value=one_hot), dropout=1.0))[0][0, 0] > 0
+    i, j = torch.arange(12)[:, None], torch.arange(12)
+    expected = {
+        "fixed": i < 0,
+        "row_major": i < 0,
+        "logn": (i == j) | (i % 2 == 1) & (j == i - 1),  # a block of one token is that token
+        "mixture": j <= i,
+        "bidirectional_mixture": (i // 4 == j // 4) | (i % 4 == j % 4),
+    }[variant]
+    assert torch.equal(left, expected.expand(12, 12))
+
+
+def test_the_learned_part_drops_its_summary_and_normalises_as_flax_does() -> None:
+    function = layer("row_major", 3, row_summary="proj")
+    summary, hidden = torch.ones(1, 2, 1, 3, 4).double(), 1e-3 * torch.arange(24).double().sin().view(1, 1, 3, 8)
+    got = function.project(summary, hidden, 1.0)
+    expected = function.summary_out(F.layer_norm(hidden, (8,), eps=1e-6)).view(1, 1, 3, 2, 4).permute(0, 3, 1, 2, 4)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("variant", CAUSAL)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
@@ -542,6 +580,23 @@ def test_models_that_do_not_fit_are_refused_unchanged(family: str, fields: dict[
         Combiner(**fields).apply(checkpoint)
     assert not attention_functions(checkpoint.model)
     assert not checkpoint.record.steps
+
+
+def test_a_model_without_the_attention_interface_is_refused_unchanged() -> None:
+    checkpoint = Checkpoint(tiny_model("llama"))
+    checkpoint.model.config._attn_implementation = "other"
+    with pytest.raises(IntaglioError, match="attention implementation 'other'"):
+        Combiner(variant="row_major").apply(checkpoint)
+    assert not attention_functions(checkpoint.model)
+    assert not any(module._forward_pre_hooks for module in checkpoint.model.modules())
+
+
+def test_a_rule_on_a_replaced_layer_is_refused_before_it_is_recorded() -> None:
+    checkpoint = Combiner(segment=4, layers=[0, 1]).apply(Checkpoint(tiny_model("llama")))
+    with pytest.raises(IntaglioError, match="layer 1 has the attention of another step"):
+        Visibility(rule="bidirectional", layers=[1, 2]).apply(checkpoint)
+    assert [step.slug for step in checkpoint.record.steps] == ["combiner"]
+    Visibility(rule={"sliding": {"window": 4}}, layers=[2, 3]).apply(checkpoint)
 
 
 def test_windowed_layers_keep_their_attention_by_default() -> None:

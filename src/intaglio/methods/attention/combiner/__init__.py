@@ -12,6 +12,8 @@ Official code: google-research/google-research, folder combiner (JAX and TensorF
 - Dropout acts on the weights of the values of spans, and on those of a query's own segment in `fixed` and `row_major`,
   as in TensorFlow; `mixture` has none in either.
 - Pooling other than the maximum, and activations, are there for `fixed` alone; here for all that pool.
+- The learned part of `row_major` has no biases and Xavier's initialisation, as in JAX. Its dropout has the rate of the
+  attention weights; in the official code, that of the residual stream, which stock decoders do not have.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from torch import nn
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.masks import attention_functions, get_visibility, set_attention
-from intaglio.masks.attention_interface import ATTENTION
 from intaglio.masks.method import layer_numbers
 from intaglio.methods.attention.combiner.functional import Pool
 from intaglio.methods.attention.combiner.grid import RowSummary
@@ -81,8 +82,8 @@ class Combiner(Method, slug="combiner"):
         pool: `max` (default), `mean` or `sum`.
         row_summary: keys of `row_major`: learned (`proj`, default), keys averaged by the weights of the values
             (`wsum`), that average through the learned part (`wsum_proj`), or the tokens' own keys (`none`).
-        size_bias: whether log |S| is added to the scores of spans, with which equal keys get equal weights; the paper
-            has no such term. Default False.
+        size_bias: whether log |S| is added to the scores of spans; the paper has no such term. With equal keys, all
+            tokens then have equal weights, except in the mixtures, which cover tokens twice. Default False.
 
     Raises:
         IntaglioError: (in `apply`) a causal variant on an encoder or the reverse, a layer with a sliding window is
@@ -198,12 +199,14 @@ class Combiner(Method, slug="combiner"):
         self.check_model(parts)
         layers, segment = self.chosen_layers(parts), self.segment_of(parts.config)
         part = {"fields": self.model_dump(), "segment": segment, "layers": layers}
-        functions, generator = _insert(part, parts), torch.Generator().manual_seed(seed)
+        functions, generator = _functions(part, parts), torch.Generator().manual_seed(seed)
         like = next(parts.blocks[0].parameters())
         for function in functions.values():
             function.draw(generator)
             function.to(like.device, like.dtype).train(checkpoint.model.training)
+        # Refuses a model without our attention interface, so it comes before the layers are changed.
         set_attention(checkpoint.model, {**attention_functions(checkpoint.model), **functions})
+        _attach(functions, parts)
         earlier = [known for known in checkpoint.record.live if known.get("slug") == self.slug]
         groups = [group for known in earlier for group in known["groups"]]
         checkpoint.set_runtime_state(self.slug, {"groups": [*groups, part]})
@@ -215,7 +218,8 @@ class Combiner(Method, slug="combiner"):
     def build_empty(cls, part: Mapping[str, Any], model: nn.Module) -> None:
         """Insert the recorded attention functions into a model without weights."""
         for group in part["groups"]:
-            _insert(group, anatomy(model))
+            parts = anatomy(model)
+            _attach(_functions(group, parts), parts)
 
     @classmethod
     def restore_runtime(cls, part: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -223,12 +227,12 @@ class Combiner(Method, slug="combiner"):
         set_attention(checkpoint.model, attention_functions(checkpoint.model))
 
 
-def _insert(part: Mapping[str, Any], parts: Anatomy) -> dict[int, CombinerAttention]:
-    """Put new attention functions into the layers that a part of the record names, and return them."""
-    method, functions = Combiner(**part["fields"]), {}
-    for layer in part["layers"]:
-        module = attention(parts.blocks[layer])
-        functions[layer] = function = CombinerAttention(method.layer_config(parts.config, part["segment"]))
-        function.attach(module)
-        setattr(module, ATTENTION, function)
-    return functions
+def _functions(part: Mapping[str, Any], parts: Anatomy) -> dict[int, CombinerAttention]:
+    """Return new attention functions for the layers that a part of the record names."""
+    config = Combiner(**part["fields"]).layer_config(parts.config, part["segment"])
+    return {layer: CombinerAttention(config) for layer in part["layers"]}
+
+
+def _attach(functions: Mapping[int, CombinerAttention], parts: Anatomy) -> None:
+    for layer, function in functions.items():
+        function.attach(attention(parts.blocks[layer]))

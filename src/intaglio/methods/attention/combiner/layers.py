@@ -92,7 +92,8 @@ class CombinerAttention(nn.Module):
                 module.weight.data.copy_(drawn)
 
     def attach(self, module: nn.Module) -> None:
-        """Follow the calls of an attention module, for its input and its cache."""
+        """Become the attention function of an attention module, and follow its calls for its input and its cache."""
+        setattr(module, ATTENTION, self)
         module.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
