@@ -1,4 +1,4 @@
-"""The fixed pattern of the Sparse Transformer (Child et al., 2019): own segment, and the last tokens of earlier ones.
+"""The fixed pattern of the Sparse Transformer (Child et al., 2019): own segment, and the ends of earlier segments.
 
     query i sees j <= i  where  floor(i / m) = floor(j / m)  or  j mod m >= m - c
 

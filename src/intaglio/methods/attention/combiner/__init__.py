@@ -1,7 +1,7 @@
 """Combiner (Ren et al. 2021): attention to direct tokens and summarised spans, with every token in reach of every head.
 
 - `functional`: pooling, spans, the joint softmax.
-- `grid`: the variants on rows and columns; `logn`: the logarithmic one.
+- `grid`: the variants on rows and columns; `logn`: the logarithmic variant.
 - `layers`: the attention function of a layer, and its layer of the cache.
 
 Official code: google-research/google-research, folder combiner (JAX and TensorFlow). Where its parts differ:
@@ -11,7 +11,7 @@ Official code: google-research/google-research, folder combiner (JAX and TensorF
   and the mean of the whole axis as value. Here they are masked, as in the causal mixture.
 - Dropout acts on the weights of the values of spans, and on those of a query's own segment in `fixed` and `row_major`,
   as in TensorFlow; `mixture` has none in either.
-- Pooling other than the maximum, and activations, are there for `fixed` alone; here for all that pool.
+- Pooling other than the maximum, and activations, are there for `fixed` alone; here for every variant that pools.
 - The learned part of `row_major` has no biases and Xavier's initialisation, as in JAX. Its dropout has the rate of the
   attention weights; in the official code, that of the residual stream, which stock decoders do not have.
 """
