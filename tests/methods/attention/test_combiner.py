@@ -370,6 +370,15 @@ def test_appending_equals_the_parallel_form(variant: str, data: st.DataObject) -
         torch.testing.assert_close(got[row : row + 1, pad:], alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
 
 
+@pytest.mark.parametrize("variant", ["fixed", "logn", "mixture"])
+@torch.no_grad()
+def test_appending_takes_activation_pool_and_size_bias_along(variant: str) -> None:
+    model = combined(variant, activation="relu", pool="mean", size_bias=True)
+    expected = model(IDS, use_cache=False).logits
+    got = steps(model, IDS, torch.ones_like(IDS), [3] + [1] * (T - 3))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_every_family_generates_the_same_from_a_padded_batch_and_without_a_cache(family: str) -> None:
     model = combined("fixed", family, segment=3)
