@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import intaglio
 from intaglio.checkpoint import Checkpoint, load
@@ -81,7 +81,7 @@ def combined(variant: str = "fixed", family: str = "llama", *, model: Any = None
 def layer(variant: str, segment: int, **fields: Any) -> CombinerAttention:
     """Return an attention function in float64 for two heads of size 4 and a width of 8."""
     own = {"activation": "identity", "pool": "max", "row_summary": "wsum", "size_bias": False, **fields}
-    function = CombinerAttention(LayerConfig(variant, segment, **own, head_size=4, shape=(8, 8)))  # type: ignore[arg-type]
+    function = CombinerAttention(LayerConfig(variant, segment, **own, head_size=4, shape=(8, 8, 8)))  # type: ignore[arg-type]
     function.draw(torch.Generator().manual_seed(1))
     return function.double().requires_grad_(False)
 
@@ -388,6 +388,23 @@ def test_every_family_generates_the_same_from_a_padded_batch_and_without_a_cache
     for row, pad in enumerate((0, 2, 5)):
         alone = model.generate(IDS[row : row + 1, pad:], use_cache=False, **options)
         assert torch.equal(batch[row, pad:], alone[0])
+
+
+LATENT = {
+    "vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "first_k_dense_replace": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{"variant": "row_major"}, {"activation": "deepset"}])
+@torch.no_grad()
+def test_keys_and_values_of_latent_attention_may_differ_in_size(fields: dict[str, Any]) -> None:
+    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **LATENT)).eval()
+    model = combined(model=stock, **fields)
+    expected = model(IDS, use_cache=False).logits
+    got = steps(model, IDS, torch.ones_like(IDS), [3] + [1] * (T - 3))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("variant", CAUSAL)

@@ -171,12 +171,14 @@ class Combiner(Method, slug="combiner"):
         """Return a cost of zero: nothing is computed."""
         return Cost()
 
-    def layer_config(self, config: Any, segment: int) -> LayerConfig:
-        """Return the fields of a layer of a model."""
-        heads = int(config.num_attention_heads)
-        size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    def layer_config(self, config: Any, segment: int, module: nn.Module) -> LayerConfig:
+        """Return the fields of a layer of a model, whose attention is `module`."""
+        heads, width = int(config.num_attention_heads), int(config.hidden_size)
+        # Latent attention has keys and values of sizes of its own.
+        size = int(getattr(module, "qk_head_dim", None) or getattr(config, "head_dim", None) or width // heads)
+        summary = int(getattr(module, "v_head_dim", None) or size) if self.row_summary == "proj" else size
         own = {name: getattr(self, name) for name in ("variant", "activation", "pool", "row_summary", "size_bias")}
-        return LayerConfig(**own, segment=segment, head_size=size, shape=(heads * size, int(config.hidden_size)))
+        return LayerConfig(**own, segment=segment, head_size=size, shape=(heads * summary, width, heads * size))
 
     def segment_of(self, config: Any) -> int:
         """Return the segment for a model; 0 for `logn`."""
@@ -229,8 +231,11 @@ class Combiner(Method, slug="combiner"):
 
 def _functions(part: Mapping[str, Any], parts: Anatomy) -> dict[int, CombinerAttention]:
     """Return new attention functions for the layers that a part of the record names."""
-    config = Combiner(**part["fields"]).layer_config(parts.config, part["segment"])
-    return {layer: CombinerAttention(config) for layer in part["layers"]}
+    method, modules = Combiner(**part["fields"]), {layer: attention(parts.blocks[layer]) for layer in part["layers"]}
+    return {
+        layer: CombinerAttention(method.layer_config(parts.config, part["segment"], module))
+        for layer, module in modules.items()
+    }
 
 
 def _attach(functions: Mapping[int, CombinerAttention], parts: Anatomy) -> None:
