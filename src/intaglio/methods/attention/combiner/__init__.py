@@ -66,7 +66,7 @@ class Combiner(Method, slug="combiner"):
     the pooling, so that keys of spans mix the rotations of their tokens; the paper used learned positions. Padding and
     packed documents are separated. Generation appends to layers of a stock `DynamicCache` that hold the unfinished
     segment and the spans; `logn` and `mixture` keep all keys and values as well, `row_major` a summary for every token.
-    The checkpoint needs `intaglio.load`.
+    Tokens appended to a cache have no gradients. The checkpoint needs `intaglio.load`.
 
     Source: Ren et al., Combiner: Full Attention Transformer with Sparse Computation Cost, NeurIPS 2021; see the module
     for differences between paper and code.
@@ -87,7 +87,8 @@ class Combiner(Method, slug="combiner"):
 
     Raises:
         IntaglioError: (in `apply`) a causal variant on an encoder or the reverse, a layer with a sliding window is
-            named, no layer is left, or a layer has a visibility rule, capped scores or sinks.
+            named, no layer is left, a layer has a visibility rule, capped scores or sinks, or the model does not call
+            transformers' attention interface.
     """
 
     kinds = ("carving", "visibility")
