@@ -102,7 +102,7 @@ def function(variant: str, length: int, arguments: argparse.Namespace) -> Combin
     width = arguments.heads * arguments.head_size
     columns = 0 if variant == "logn" else segment(length)
     fields = ("identity", "max", "wsum", False)
-    return CombinerAttention(LayerConfig(variant, columns, *fields, arguments.head_size, (width, width)))  # type: ignore[arg-type]
+    return CombinerAttention(LayerConfig(variant, columns, *fields, arguments.head_size, (width,) * 3))  # type: ignore[arg-type]
 
 
 def dense(x: Tokens) -> Tensor:

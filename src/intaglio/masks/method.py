@@ -17,7 +17,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError, shorten
 from intaglio.masks.registry import describe, read_rule
 from intaglio.masks.rules import Rule, rule_from_dict
-from intaglio.masks.visibility import clear_visibility, get_visibility, set_visibility
+from intaglio.masks.visibility import attention_functions, clear_visibility, get_visibility, set_visibility
 from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Progress, Workload, no_progress
 from intaglio.modeling.anatomy import Anatomy, anatomy
 
@@ -60,6 +60,11 @@ def check_windows(windows: Sequence[int | None], rules: Mapping[int, Rule]) -> N
 def keep(checkpoint: Checkpoint, rules: Mapping[int, Rule]) -> None:
     """Replace all rules of a checkpoint's layers and record them as its live part."""
     check_windows(anatomy(checkpoint.model).windows, rules)
+    for layer, function in attention_functions(checkpoint.model).items():
+        if layer in rules and getattr(function, "takes_request", False):
+            raise IntaglioError(
+                f"layer {layer} has the attention of another step, which a rule cannot mask; leave it out"
+            )
     if rules:
         set_visibility(checkpoint.model, rules)
     else:

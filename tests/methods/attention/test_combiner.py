@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 import intaglio
 from intaglio.checkpoint import Checkpoint, load
@@ -29,6 +30,7 @@ from intaglio.masks import (
     set_visibility,
     temporary_visibility,
 )
+from intaglio.masks.method import Visibility
 from intaglio.methods.attention.combiner import Combiner
 from intaglio.methods.attention.combiner.functional import document_rows
 from intaglio.methods.attention.combiner.grid import Tokens
@@ -79,7 +81,7 @@ def combined(variant: str = "fixed", family: str = "llama", *, model: Any = None
 def layer(variant: str, segment: int, **fields: Any) -> CombinerAttention:
     """Return an attention function in float64 for two heads of size 4 and a width of 8."""
     own = {"activation": "identity", "pool": "max", "row_summary": "wsum", "size_bias": False, **fields}
-    function = CombinerAttention(LayerConfig(variant, segment, **own, head_size=4, shape=(8, 8)))  # type: ignore[arg-type]
+    function = CombinerAttention(LayerConfig(variant, segment, **own, head_size=4, shape=(8, 8, 8)))  # type: ignore[arg-type]
     function.draw(torch.Generator().manual_seed(1))
     return function.double().requires_grad_(False)
 
@@ -208,6 +210,18 @@ def test_degenerate_cases_are_full_attention(variant: str, m: int, rows: int) ->
     got = function.form.parallel(x)[0]
     torch.testing.assert_close(got[:, :, :rows], full[:, :, :rows], rtol=0, atol=1e-12)
     assert rows == 12 or not torch.allclose(got[:, :, 2], full[:, :, 2])
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@torch.no_grad()
+def test_degenerate_segments_give_the_stock_logits_in_every_family(family: str) -> None:
+    """m = 1 and m = L are dense attention to 1e-5, with the model's own scale of the scores."""
+    own = {"query_pre_attn_scalar": 16} if family == "gemma3" else {}
+    stock, ids = tiny_model(family, layers=2, **own), IDS[:, :8]  # no longer than the windows
+    expected = stock(ids, use_cache=False).logits
+    for variant, segment in (("fixed", 8), ("fixed", 1), ("mixture", 8)):
+        got = combined(variant, segment=segment, model=copy.deepcopy(stock))(ids, use_cache=False).logits
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_equal_scores_give_the_cards_rows() -> None:
@@ -356,6 +370,15 @@ def test_appending_equals_the_parallel_form(variant: str, data: st.DataObject) -
         torch.testing.assert_close(got[row : row + 1, pad:], alone, rtol=0, atol=1e-5 * float(alone.abs().max()))
 
 
+@pytest.mark.parametrize("variant", ["fixed", "logn", "mixture"])
+@torch.no_grad()
+def test_appending_takes_activation_pool_and_size_bias_along(variant: str) -> None:
+    model = combined(variant, activation="relu", pool="mean", size_bias=True)
+    expected = model(IDS, use_cache=False).logits
+    got = steps(model, IDS, torch.ones_like(IDS), [3] + [1] * (T - 3))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_every_family_generates_the_same_from_a_padded_batch_and_without_a_cache(family: str) -> None:
     model = combined("fixed", family, segment=3)
@@ -365,6 +388,23 @@ def test_every_family_generates_the_same_from_a_padded_batch_and_without_a_cache
     for row, pad in enumerate((0, 2, 5)):
         alone = model.generate(IDS[row : row + 1, pad:], use_cache=False, **options)
         assert torch.equal(batch[row, pad:], alone[0])
+
+
+LATENT = {
+    "vocab_size": 160, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "first_k_dense_replace": 2, "pad_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [{"variant": "row_major"}, {"activation": "deepset"}])
+@torch.no_grad()
+def test_keys_and_values_of_latent_attention_may_differ_in_size(fields: dict[str, Any]) -> None:
+    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model("deepseek_v3", **LATENT)).eval()
+    model = combined(model=stock, **fields)
+    expected = model(IDS, use_cache=False).logits
+    got = steps(model, IDS, torch.ones_like(IDS), [3] + [1] * (T - 3))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("variant", CAUSAL)
@@ -438,6 +478,30 @@ def test_dropout_is_where_the_official_code_has_it(variant: str, drops: bool) ->
         got = [model.train()(IDS, use_cache=False).logits for _ in range(2)]
     assert all(torch.equal(logits, expected) is not drops for logits in got)
     assert torch.equal(*got) is not drops
+
+
+@pytest.mark.parametrize("variant", [*CAUSAL, "bidirectional_mixture"])
+def test_each_weight_has_its_own_dropout(variant: str) -> None:
+    """At a rate of 1 only the weights without dropout are left: direct ones, and all of `mixture`."""
+    function, one_hot = layer(variant, 4), torch.eye(12).double().expand(1, 2, -1, -1)
+    left = function.form.parallel(replace(random_tokens(function, 12, value=one_hot), dropout=1.0))[0][0, 0] > 0
+    i, j = torch.arange(12)[:, None], torch.arange(12)
+    expected = {
+        "fixed": i < 0,
+        "row_major": i < 0,
+        "logn": (i == j) | (i % 2 == 1) & (j == i - 1),  # a block of one token is that token
+        "mixture": j <= i,
+        "bidirectional_mixture": (i // 4 == j // 4) | (i % 4 == j % 4),
+    }[variant]
+    assert torch.equal(left, expected.expand(12, 12))
+
+
+def test_the_learned_part_drops_its_summary_and_normalises_as_flax_does() -> None:
+    function = layer("row_major", 3, row_summary="proj")
+    summary, hidden = torch.ones(1, 2, 1, 3, 4).double(), 1e-3 * torch.arange(24).double().sin().view(1, 1, 3, 8)
+    got = function.project(summary, hidden, 1.0)
+    expected = function.summary_out(F.layer_norm(hidden, (8,), eps=1e-6)).view(1, 1, 3, 2, 4).permute(0, 3, 1, 2, 4)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("variant", CAUSAL)
@@ -542,6 +606,23 @@ def test_models_that_do_not_fit_are_refused_unchanged(family: str, fields: dict[
         Combiner(**fields).apply(checkpoint)
     assert not attention_functions(checkpoint.model)
     assert not checkpoint.record.steps
+
+
+def test_a_model_without_the_attention_interface_is_refused_unchanged() -> None:
+    checkpoint = Checkpoint(tiny_model("llama"))
+    checkpoint.model.config._attn_implementation = "other"
+    with pytest.raises(IntaglioError, match="attention implementation 'other'"):
+        Combiner(variant="row_major").apply(checkpoint)
+    assert not attention_functions(checkpoint.model)
+    assert not any(module._forward_pre_hooks for module in checkpoint.model.modules())
+
+
+def test_a_rule_on_a_replaced_layer_is_refused_before_it_is_recorded() -> None:
+    checkpoint = Combiner(segment=4, layers=[0, 1]).apply(Checkpoint(tiny_model("llama")))
+    with pytest.raises(IntaglioError, match="layer 1 has the attention of another step"):
+        Visibility(rule="bidirectional", layers=[1, 2]).apply(checkpoint)
+    assert [step.slug for step in checkpoint.record.steps] == ["combiner"]
+    Visibility(rule={"sliding": {"window": 4}}, layers=[2, 3]).apply(checkpoint)
 
 
 def test_windowed_layers_keep_their_attention_by_default() -> None:

@@ -12,6 +12,8 @@ Official code: google-research/google-research, folder combiner (JAX and TensorF
 - Dropout acts on the weights of the values of spans, and on those of a query's own segment in `fixed` and `row_major`,
   as in TensorFlow; `mixture` has none in either.
 - Pooling other than the maximum, and activations, are there for `fixed` alone; here for every variant that pools.
+- The learned part of `row_major` has no biases and Xavier's initialisation, as in JAX. Its dropout has the rate of the
+  attention weights; in the official code, that of the residual stream, which stock decoders do not have.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from torch import nn
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.masks import attention_functions, get_visibility, set_attention
-from intaglio.masks.attention_interface import ATTENTION
 from intaglio.masks.method import layer_numbers
 from intaglio.methods.attention.combiner.functional import Pool
 from intaglio.methods.attention.combiner.grid import RowSummary
@@ -65,7 +66,7 @@ class Combiner(Method, slug="combiner"):
     the pooling, so that keys of spans mix the rotations of their tokens; the paper used learned positions. Padding and
     packed documents are separated. Generation appends to layers of a stock `DynamicCache` that hold the unfinished
     segment and the spans; `logn` and `mixture` keep all keys and values as well, `row_major` a summary for every token.
-    The checkpoint needs `intaglio.load`.
+    Tokens appended to a cache have no gradients. The checkpoint needs `intaglio.load`.
 
     Source: Ren et al., Combiner: Full Attention Transformer with Sparse Computation Cost, NeurIPS 2021; see the module
     for differences between paper and code.
@@ -81,12 +82,13 @@ class Combiner(Method, slug="combiner"):
         pool: `max` (default), `mean` or `sum`.
         row_summary: keys of `row_major`: learned (`proj`, default), keys averaged by the weights of the values
             (`wsum`), that average through the learned part (`wsum_proj`), or the tokens' own keys (`none`).
-        size_bias: whether log |S| is added to the scores of spans, with which equal keys get equal weights; the paper
-            has no such term. Default False.
+        size_bias: whether log |S| is added to the scores of spans; the paper has no such term. With equal keys, all
+            tokens then have equal weights, except in the mixtures, which cover tokens twice. Default False.
 
     Raises:
         IntaglioError: (in `apply`) a causal variant on an encoder or the reverse, a layer with a sliding window is
-            named, no layer is left, or a layer has a visibility rule, capped scores or sinks.
+            named, no layer is left, a layer has a visibility rule, capped scores or sinks, or the model does not call
+            transformers' attention interface.
     """
 
     kinds = ("carving", "visibility")
@@ -170,12 +172,14 @@ class Combiner(Method, slug="combiner"):
         """Return a cost of zero: nothing is computed."""
         return Cost()
 
-    def layer_config(self, config: Any, segment: int) -> LayerConfig:
-        """Return the fields of a layer of a model."""
-        heads = int(config.num_attention_heads)
-        size = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    def layer_config(self, config: Any, segment: int, module: nn.Module) -> LayerConfig:
+        """Return the fields of a layer of a model, whose attention is `module`."""
+        heads, width = int(config.num_attention_heads), int(config.hidden_size)
+        # Latent attention has keys and values of sizes of its own.
+        size = int(getattr(module, "qk_head_dim", None) or getattr(config, "head_dim", None) or width // heads)
+        summary = int(getattr(module, "v_head_dim", None) or size) if self.row_summary == "proj" else size
         own = {name: getattr(self, name) for name in ("variant", "activation", "pool", "row_summary", "size_bias")}
-        return LayerConfig(**own, segment=segment, head_size=size, shape=(heads * size, int(config.hidden_size)))
+        return LayerConfig(**own, segment=segment, head_size=size, shape=(heads * summary, width, heads * size))
 
     def segment_of(self, config: Any) -> int:
         """Return the segment for a model; 0 for `logn`."""
@@ -198,12 +202,14 @@ class Combiner(Method, slug="combiner"):
         self.check_model(parts)
         layers, segment = self.chosen_layers(parts), self.segment_of(parts.config)
         part = {"fields": self.model_dump(), "segment": segment, "layers": layers}
-        functions, generator = _insert(part, parts), torch.Generator().manual_seed(seed)
+        functions, generator = _functions(part, parts), torch.Generator().manual_seed(seed)
         like = next(parts.blocks[0].parameters())
         for function in functions.values():
             function.draw(generator)
             function.to(like.device, like.dtype).train(checkpoint.model.training)
+        # Refuses a model without our attention interface, so it comes before the layers are changed.
         set_attention(checkpoint.model, {**attention_functions(checkpoint.model), **functions})
+        _attach(functions, parts)
         earlier = [known for known in checkpoint.record.live if known.get("slug") == self.slug]
         groups = [group for known in earlier for group in known["groups"]]
         checkpoint.set_runtime_state(self.slug, {"groups": [*groups, part]})
@@ -215,7 +221,8 @@ class Combiner(Method, slug="combiner"):
     def build_empty(cls, part: Mapping[str, Any], model: nn.Module) -> None:
         """Insert the recorded attention functions into a model without weights."""
         for group in part["groups"]:
-            _insert(group, anatomy(model))
+            parts = anatomy(model)
+            _attach(_functions(group, parts), parts)
 
     @classmethod
     def restore_runtime(cls, part: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -223,12 +230,15 @@ class Combiner(Method, slug="combiner"):
         set_attention(checkpoint.model, attention_functions(checkpoint.model))
 
 
-def _insert(part: Mapping[str, Any], parts: Anatomy) -> dict[int, CombinerAttention]:
-    """Put new attention functions into the layers that a part of the record names, and return them."""
-    method, functions = Combiner(**part["fields"]), {}
-    for layer in part["layers"]:
-        module = attention(parts.blocks[layer])
-        functions[layer] = function = CombinerAttention(method.layer_config(parts.config, part["segment"]))
-        function.attach(module)
-        setattr(module, ATTENTION, function)
-    return functions
+def _functions(part: Mapping[str, Any], parts: Anatomy) -> dict[int, CombinerAttention]:
+    """Return new attention functions for the layers that a part of the record names."""
+    method, modules = Combiner(**part["fields"]), {layer: attention(parts.blocks[layer]) for layer in part["layers"]}
+    return {
+        layer: CombinerAttention(method.layer_config(parts.config, part["segment"], module))
+        for layer, module in modules.items()
+    }
+
+
+def _attach(functions: Mapping[int, CombinerAttention], parts: Anatomy) -> None:
+    for layer, function in functions.items():
+        function.attach(attention(parts.blocks[layer]))

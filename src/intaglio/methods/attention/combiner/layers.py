@@ -41,8 +41,8 @@ class LayerConfig:
     Args:
         variant: as in `Combiner`, like all others but the last two.
         segment: columns of the grid; 0 for `logn`, which has none.
-        head_size: D.
-        shape: H · D and W, of the learned projection.
+        head_size: D of the keys.
+        shape: of the learned part: H times the size of what is summarised, W, and H · D.
     """
 
     variant: Variant
@@ -52,7 +52,7 @@ class LayerConfig:
     row_summary: RowSummary
     size_bias: bool
     head_size: int
-    shape: tuple[int, int]
+    shape: tuple[int, int, int]
 
 
 class CombinerAttention(nn.Module):
@@ -64,13 +64,13 @@ class CombinerAttention(nn.Module):
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
         self.config = config
-        heads, width = config.shape
+        inputs, width, outputs = config.shape
         if config.activation == "deepset":
             self.query_in, self.key_in = (nn.Linear(config.head_size, config.head_size, bias=False) for _ in range(2))
         if config.variant == "row_major" and config.row_summary.endswith("proj"):
-            self.summary_in = nn.Linear(heads, width, bias=False)
+            self.summary_in = nn.Linear(inputs, width, bias=False)
             self.summary_norm = nn.LayerNorm(width, eps=1e-6)
-            self.summary_out = nn.Linear(width, heads, bias=False)
+            self.summary_out = nn.Linear(width, outputs, bias=False)
         self.form = self._form()
         self._call: tuple[Tensor | None, CombinerCacheLayer | None] = (None, None)
 
@@ -92,7 +92,8 @@ class CombinerAttention(nn.Module):
                 module.weight.data.copy_(drawn)
 
     def attach(self, module: nn.Module) -> None:
-        """Follow the calls of an attention module, for its input and its cache."""
+        """Become the attention function of an attention module, and follow its calls for its input and its cache."""
+        setattr(module, ATTENTION, self)
         module.register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -114,7 +115,8 @@ class CombinerAttention(nn.Module):
         """Return W2 LN(x + Dropout(W1 y)) [B, H, R, C, D] of summaries y, for hidden states x [B, R, C, W]."""
         heads = summary.permute(0, 2, 3, 1, 4)
         into = F.dropout(self.summary_in(heads.flatten(3)), dropout)
-        return self.summary_out(self.summary_norm(hidden + into)).view(heads.shape).permute(0, 3, 1, 2, 4)
+        keys = self.summary_out(self.summary_norm(hidden + into)).unflatten(-1, (heads.shape[3], -1))
+        return keys.permute(0, 3, 1, 2, 4)
 
     def forward(
         self,
