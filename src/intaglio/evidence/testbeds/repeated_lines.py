@@ -77,10 +77,11 @@ class RepeatedLines(Sized):
         return [(row[:start], row[start : start + LINE - 1], row[start + LINE - 1 :]) for row in rows]
 
     def _drawn(self, key: str, count: int) -> Segments:
-        rng = generator(f"repeated lines:{key}")
-        names_NL = np.argsort(rng.random((count, self.names)))[:, : self.lines]
-        values_NL = self.names + rng.integers(self.values, size=(count, self.lines))
+        # A row of numbers for each document, so that fewer documents are the first of more.
+        uniform = generator(f"repeated lines:{key}").random((count, self.names + 2 * self.lines))
+        names, values, order = np.split(uniform, (self.names, self.names + self.lines), 1)
+        names_NL = np.argsort(names)[:, : self.lines]
+        values_NL = self.names + (values * self.values).astype(np.int64)
         lines_NL3 = np.stack([names_NL, values_NL, np.full_like(names_NL, LINE_END - len(SPECIAL))], -1) + len(SPECIAL)
-        order_NL = np.argsort(rng.random((count, self.lines)))
-        again_NL3 = np.take_along_axis(lines_NL3, order_NL[..., None], 1)
+        again_NL3 = np.take_along_axis(lines_NL3, np.argsort(order)[..., None], 1)
         return Segments.of(np.concatenate([lines_NL3, again_NL3], 1).reshape(count, -1))
