@@ -39,7 +39,7 @@ def test_every_training_reads_the_same_chain() -> None:
     ]
     shares = [count / count.sum(1, keepdim=True).clamp(min=1) for count in counts]
     assert torch.allclose(*shares, atol=0.1)
-    assert float(shares[0][2:].topk(4).values.sum(1).mean()) > 0.85
+    assert float(shares[0][2:].topk(4).values.sum(1).mean()) > 0.7
 
 
 def test_sets_and_bases_have_tasks_of_their_own() -> None:

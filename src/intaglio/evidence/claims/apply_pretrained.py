@@ -25,7 +25,7 @@ CLAIM = Claim(
     " gradient steps on the weights do.",
     metric=NATS,
     delta=0.01,
-    design=TextLoss(SmolLM2Wikipedia(upper=True, documents_run=40, documents_pilot=6, tokens=256), texts=1),
+    design=TextLoss(SmolLM2Wikipedia(upper=True, documents_run=40, documents_pilot=6, tokens=256), texts=2),
     arms={
         "dynamic evaluation": Arm(
             "a normalised step on all weights after each window",
@@ -45,7 +45,8 @@ CLAIM = Claim(
     method="hso",
     ablations=("plain gradient", "own states"),
     reported=("plain model",),
-    unit_names=("text",),
+    unit_names=("pair of texts",),
+    looks=(5, 10, 20),
     tune_units=3,
     equal=("tokens",),
     parity="The same windows of 32 tokens, each with the whole text before it as context. Dynamic evaluation makes 7"
@@ -56,5 +57,5 @@ CLAIM = Claim(
     use_when="you score or continue a text in a domain that the model was not trained on, and can take gradients",
     otherwise="dynamic evaluation",
     toy={"width": 16, "context": 96, "tokens": 96, "overrides": (("initializer_range", 0.2),)},
-    golden={"dynamic evaluation": {NATS.name: 5.04998}, "hso": {NATS.name: 5.08812}},
+    golden={"dynamic evaluation": {NATS.name: 5.10045}, "hso": {NATS.name: 5.13805}},
 )

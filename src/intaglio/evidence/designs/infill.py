@@ -20,7 +20,7 @@ from intaglio.trainer.causal_lm import IGNORED, causal_batch, targets
 
 LINE = Metric("loss of a middle line", "nats a token")
 SINGLE = Metric("single tokens filled", "points", "higher", continuous=False)
-BATCH = 16
+BATCH = 64
 """Prompts of a forward pass."""
 
 Hole = tuple[list[int], list[int], list[int]]
@@ -30,11 +30,15 @@ Hole = tuple[list[int], list[int], list[int]]
 def middle_lines(measured: Measured) -> Values:
     """Return the mean loss of the tokens of all documents' middle lines, and how often a middle token is filled.
 
+    The lines are the test bed's `holes`, if it names them, else those nearest to the middle of the text.
     A model without tokens for infilling, or trained without corruption, has the prefix alone. One with
     fill-in-the-middle tokens is read in both orders, of which the better counts. A Prefix-LM reads as it was trained.
     """
     rows = measured.documents.segments.ids_NT.tolist()
-    lines = [hole for row in rows for hole in [_line(measured.checkpoint.tokenizer, row)] if hole is not None]
+    if hasattr(measured.bed, "holes"):
+        lines = measured.bed.holes(measured.key.split, measured.key.base)
+    else:
+        lines = [hole for row in rows for hole in [_line(measured.checkpoint.tokenizer, row)] if hole is not None]
     singles = [(row[: len(row) // 2], [row[len(row) // 2]], row[len(row) // 2 + 1 :]) for row in rows]
     forms = _forms(measured)
     losses = [_losses(measured, form, lines) for form in forms]

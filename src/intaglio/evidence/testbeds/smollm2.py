@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct with English Wikipedia, or with source code that adapters are trained on.
+"""SmolLM2-135M-Instruct with English Wikipedia: a real model for methods that need no training.
 
 The texts `stdlib` are Python's standard library. `upper` writes every letter as a capital: prose in a form that the
 model has hardly read.
@@ -18,7 +18,6 @@ from intaglio.data.python_source import STANDARD_LIBRARY, source_files
 from intaglio.data.segments import Segments, special_affixes
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.cached_models import pretraining_recipe
 from intaglio.evidence.testbeds.source_code import SourceCode
 from intaglio.evidence.testbeds.splits import Bounds, Part, Windows, check_part, draw_windows, remainder
 
@@ -74,24 +73,6 @@ class SmolLM2Wikipedia:
         drawn = draw_windows(f"{what}:{seed}", documents, count, inner, f"{what} articles of {length} tokens")
         rows = [prefix + ids + suffix for ids in drawn.values()]
         return Windows(Segments.of(rows), tuple(name[:12] for name in drawn))
-
-
-@dataclass(frozen=True)
-class SmolLM2Source(SmolLM2Wikipedia):
-    """SmolLM2 with the standard library's source: `Finetune` trains on a window of each of `batch` files a step."""
-
-    texts: str = STANDARD_LIBRARY
-    batch: int = 4
-    length: int = 128
-    tokens: int = 128
-
-    def training(self, seed: int, steps: int) -> Segments:
-        """Return a window of `length` tokens from each of `steps` times `batch` training files."""
-        return self._windows("train", *BOUNDS["train"], steps * self.batch, self.length, seed).segments
-
-    def recipe(self, seed: int) -> dict[str, Any]:
-        """Return the keyword arguments of `intaglio.trainer.train`; the design sets steps and rate."""
-        return pretraining_recipe(0, self.batch, 0.0, seed)
 
 
 @lru_cache(maxsize=1)
