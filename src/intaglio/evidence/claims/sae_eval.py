@@ -17,12 +17,11 @@ from intaglio.evidence.engine.claim import Arm, Claim
 
 WIDTH = 62
 """Features of the supervised dictionary: 30 names as indirect object, 30 as subject, and two orders."""
-TOKENS = 400_000
 
 
 def learned(cls: type[Any], **fields: Any) -> dict[str, Any]:
     """Return the settings of an arm with a trained dictionary."""
-    return {"dictionary": cls(width=WIDTH, tokens=TOKENS, **fields)}
+    return {"dictionary": cls(width=WIDTH, **fields)}
 
 
 CLAIM = Claim(

@@ -35,14 +35,18 @@ ACCURACY = Metric("accuracy of the model", "points", "higher", continuous=False)
 
 @dataclass(frozen=True)
 class GradeDictionaries(BedDesign):
-    """Fit a dictionary to the residual stream at the end after `layer`, and edit `k` features; a unit is a seed."""
+    """Fit a dictionary to the residual stream at the end after `layer`, and edit `k` features; a unit is a seed.
+
+    Trained dictionaries see the activations of `train` prompts in `passes` passes.
+    """
 
     bed: SymbolicIOI = field(default_factory=SymbolicIOI)
     layer: int = 1
     k: int = 2
     train: int = 4000
     test: int = 500
-    MINIATURE: ClassVar[Mapping[str, Any]] = {"layer": 0, "train": 60, "test": 30}
+    passes: int = 100
+    MINIATURE: ClassVar[Mapping[str, Any]] = {"layer": 0, "train": 200, "test": 30, "passes": 20}
 
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Grade an arm on the model and the prompts of a unit."""
@@ -80,5 +84,7 @@ class GradeDictionaries(BedDesign):
         if components is not None:
             axes = principal_components(x_ND, components)
             return Learned(axes, axes.decoder_MD)
-        dictionary = own.fill(method).fit_activations(x_ND, seed=seed).dictionary()
+        given = own.fill(method)
+        trained = type(given)(**{**given.model_dump(exclude_unset=True), "tokens": self.passes * len(x_ND)})
+        dictionary = trained.fit_activations(x_ND, seed=seed).dictionary()
         return Learned(dictionary, dictionary.decoder_MD)

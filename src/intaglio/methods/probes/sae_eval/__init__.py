@@ -6,7 +6,8 @@
 - `sparse_control`: edits of few features.
 - `interpretability`: F1 between features and properties.
 - `evaluate`: the three tests.
-- `baselines`: principal components and random directions.
+- `baselines`: principal components.
+- `phenomena`: occlusion and over-splitting.
 """
 
 from __future__ import annotations
