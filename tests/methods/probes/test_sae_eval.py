@@ -431,7 +431,7 @@ def test_the_identity_passes_every_test_of_a_learned_dictionary() -> None:
     own = bench()
     (node,) = own.activations
     width = own.activations[node].shape[1]
-    results = own.learned({node: Learned(Identity(), torch.eye(width))}, [1, width])
+    results = own.learned({node: Learned(Identity(), torch.eye(width))}, [1, width], unions=1)
     assert results["sufficiency"] == pytest.approx(1, abs=1e-4)
     assert results["l0"] == width
     for attribute, truth in results["edit"].items():
@@ -502,7 +502,7 @@ def test_what_cannot_be_measured_is_one_sentence() -> None:
     with pytest.raises(ValidationError, match="dictionaries names 'wanda', not one dictionary"):
         SAEEval(dictionaries=[{"wanda": {}}])
     with pytest.raises(IntaglioError, match="the model fails the task: its mean logit difference is -"):
-        SAEEval(**BASE).measure(solved(-1), symbolic())
+        SAEEval(**BASE | {"train": 60}).measure(solved(-1), symbolic())
 
 
 # --- phenomena --------------------------------------------------------------------------------------------------------
@@ -516,7 +516,7 @@ def test_the_larger_attribute_occludes_the_smaller() -> None:
     x_ND = 4 * rows[0][values["io"]] + rows[1][values["s"]] + 0.02 * torch.randn(600, 24, generator=draws)
     properties = {name: {f"{name}={value}": own == value for value in range(4)} for name, own in values.items()}
     codes = SupervisedDictionary.from_activations(x_ND, values, {"io": 4, "s": 4})
-    method = TopKSAE(width=8, k=1, tokens=40_000, batch_tokens=100, learning_rate=0.01)
+    method = TopKSAE(width=8, k=1, tokens=20_000, batch_tokens=100, learning_rate=0.02)
     counts = occlusion(x_ND, values, properties, codes, method, shares=(0.0, 1.0))
     assert counts[0.0]["io"] >= 3
     assert counts[0.0]["s"] == 0
