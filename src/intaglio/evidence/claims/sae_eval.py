@@ -11,6 +11,7 @@ from intaglio.evidence.designs.grade_dictionaries import (
     NECESSITY,
     SUFFICIENCY,
     UNEDITED,
+    UNEXPLAINED,
     GradeDictionaries,
 )
 from intaglio.evidence.engine.claim import Arm, Claim
@@ -52,7 +53,7 @@ CLAIM = Claim(
     reported=("l1", "frozen", "components"),
     looks=(5,),  # a model is trained for each unit
     closed=("k",),
-    metrics=(UNEDITED, SUFFICIENCY, NECESSITY, ACCURACY),
+    metrics=(UNEDITED, SUFFICIENCY, NECESSITY, UNEXPLAINED, ACCURACY),
     equal=("tokens",),
     parity="The same model, prompts and activations; 62 features each; an edit removes and adds one feature, or changes"
     " two. Six trials for TopK, none for the supervised codes.",
