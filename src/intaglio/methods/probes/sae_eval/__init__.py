@@ -1,4 +1,4 @@
-"""SAEEval (Makelov, Lange and Nanda 2024): dictionaries graded on a task by three tests, against supervised ones.
+"""SAEEval (Makelov et al. 2025): dictionaries graded on a task by three tests, against supervised ones.
 
 - `tasks`: indirect object identification in English and in symbols.
 - `patching`: activations at nodes, and passes with others in their place.
@@ -6,7 +6,8 @@
 - `sparse_control`: edits of few features.
 - `interpretability`: F1 between features and properties.
 - `evaluate`: the three tests.
-- `baselines`: principal components and random directions.
+- `baselines`: principal components.
+- `phenomena`: occlusion and over-splitting.
 """
 
 from __future__ import annotations
