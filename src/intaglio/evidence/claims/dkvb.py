@@ -6,8 +6,8 @@ from intaglio.evidence.designs.class_incremental import FIRST_TASK, INCREMENTAL,
 from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.methods.activations.dkvb import DKVB
 
-METHOD = DKVB(num_codebooks=64, num_pairs=512, key_dim=8)
-PROBE_RATE = 0.1
+METHOD = DKVB(num_codebooks=256, num_pairs=256, key_dim=14)
+PROBE_RATE = 0.01
 """The best of 0.01, 0.03, 0.1 and 0.3 on validation texts, task by task."""
 
 CLAIM = Claim(
@@ -24,11 +24,9 @@ CLAIM = Claim(
             {"baseline": "nearest mean"},
             tune={"metric": ("euclidean", "cosine"), "shrinkage": (0.0, 0.1, 0.3)},
         ),
-        "dkvb": Arm("DKVB, keys fitted to Wikipedia", {"method": METHOD}),
-        "all at once": Arm("DKVB, all classes in one task", {"method": METHOD, "at_once": True}),
-        "own keys": Arm(
-            "DKVB, keys fitted to the training texts of all classes, without labels", {"method": METHOD, "keys": "own"}
-        ),
+        "dkvb": Arm("DKVB, keys fitted to unlabelled texts of all classes", {"method": METHOD, "keys": "own"}),
+        "other keys": Arm("DKVB, keys fitted to Wikipedia", {"method": METHOD, "keys": "others"}),
+        "all at once": Arm("DKVB, all classes in one task", {"method": METHOD, "keys": "own", "at_once": True}),
         "slda": Arm(
             "running class means with a shared covariance",
             {"baseline": "nearest mean", "metric": "slda", "shrinkage": 0.05},
@@ -42,9 +40,9 @@ CLAIM = Claim(
     baseline="means",
     method="dkvb",
     ceiling="linear probe at once",
-    ablations=("own keys", "all at once"),
+    ablations=("other keys", "all at once"),
     reported=("slda", "linear probe"),
-    tune={"learning_rate": (30.0, 100.0, 300.0), "epochs": (10, 30)},
+    tune={"learning_rate": (10.0, 30.0, 100.0), "epochs": (10, 30)},
     closed=("metric", "shrinkage"),
     unit_names=("order of classes and training draw",),
     metrics=(FIRST_TASK, LOSS, MEMORY),
@@ -54,5 +52,5 @@ CLAIM = Claim(
     use_when="classes arrive one after another, old texts cannot be kept, and memory is plentiful",
     otherwise="running class means with a shared covariance",
     toy={"training_texts": 12},
-    golden={"means": {LOSS.name: 0.0928801}, "dkvb": {LOSS.name: 1.76933}},
+    golden={"means": {LOSS.name: 0.0928801}, "dkvb": {LOSS.name: 1.72528}},
 )

@@ -62,7 +62,7 @@ class DKVB(Method, slug="dkvb"):
         length: tokens of a text that are read. Default 256.
         num_codebooks: codebooks C. Default 64.
         num_pairs: key-value pairs K of a codebook. Default 512.
-        key_dim: width H of keys and heads. Default 8.
+        key_dim: width H of keys and heads. Default 14.
         splitter: `random_projection` (default), `chunk` (C H must be the encoder's width), or `learned_projection`, a
             linear map with its initial weights, as the official `prepare` freezes it.
         key_init: `random` (default) or `kmeans` of the first batch.
@@ -107,7 +107,7 @@ class DKVB(Method, slug="dkvb"):
     length: Annotated[int, Field(ge=2)] = 256
     num_codebooks: Annotated[int, Field(ge=1)] = 64
     num_pairs: Annotated[int, Field(ge=1)] = 512
-    key_dim: Annotated[int, Field(ge=1)] = 8
+    key_dim: Annotated[int, Field(ge=1)] = 14
     splitter: SplitterName = "random_projection"
     key_init: KeyInit = "random"
     key_texts: Literal["labelled", "recipe"] = "labelled"
@@ -143,7 +143,7 @@ class DKVB(Method, slug="dkvb"):
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
         """Return the method with the sizes and the training of the paper's image classes (one split of two classes)."""
-        sizes = {"num_codebooks": 256, "num_pairs": 4096, "key_dim": 14, "key_texts": "recipe"}
+        sizes = {"num_codebooks": 256, "num_pairs": 4096, "key_texts": "recipe"}
         return cls(**{**sizes, "learning_rate": 0.3, "batch_size": 256, "epochs": 2000, **overrides})
 
     # --- networks ---------------------------------------------------------------------------------------------------
