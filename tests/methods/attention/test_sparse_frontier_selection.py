@@ -262,7 +262,9 @@ def test_random_differs_by_head_and_layer_and_not_by_input() -> None:
     assert not torch.equal(first[0], first[1])
     query, key, _ = states(30)
     assert not torch.equal(kept_pairs(pattern.indices(query, key, 0.3, None, 1), HEADS, 30, None), first)
-    assert first[:, 29].sum(-1).tolist() == [9] * HEADS
+    # Seven columns and two recent keys, which columns may repeat.
+    assert set(first[:, 29].sum(-1).tolist()) <= {7, 8, 9}
+    assert pairs(Random(budget=12, sinks=1, recent=2, block_size=1), 30)[:, 29].sum() > first[:, 29].sum()
 
 
 def cached(policy: Any, length: int, seed: int = 0) -> SequenceCache:
