@@ -51,7 +51,7 @@ def parity() -> dict[str, float]:
         SparseMarginMSELoss,
         SparseMultipleNegativesRankingLoss,
     )
-    from sentence_transformers.sparse_encoder.models import SpladePooling
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
 
     rng = torch.Generator().manual_seed(0)
     lengths = [5, 9, 12, 3]
@@ -70,7 +70,8 @@ def parity() -> dict[str, float]:
     ranking = SparseMultipleNegativesRankingLoss(None, scale=0.5)
     peer = ranking.compute_loss_from_embeddings([queries, documents[:2], documents[2:]], None)
     differences["InfoNCE"] = _difference(info_nce(queries @ documents.T / 2, none), peer)
-    teacher = torch.tensor([3.0, 1.0, 2.0, 0.5])
+    queries, documents = queries.double(), documents.double()
+    teacher = torch.tensor([3.0, 1.0, 2.0, 0.5], dtype=torch.float64)
     margins = torch.stack([teacher[:2] - teacher[2:]], 1)
     peer = SparseMarginMSELoss(None).compute_loss_from_embeddings([queries, documents[:2], documents[2:]], margins)
     own = margin_mse(queries @ documents.T, torch.tensor([0, 1, 0, 1]), teacher)
