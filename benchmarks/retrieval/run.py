@@ -42,6 +42,8 @@ EQUAL, LEAST_FASTER = 1e-6, 1.0
 """Targets: largest relative difference of a value, and pairs a second over the peer's."""
 PARTS = ("parity", "speed", "quality")
 QUERIES, DOCUMENTS = 200, 600
+CHARACTERS = 384
+"""Of the texts of the timed trainings, more than a row holds."""
 
 
 def parity() -> dict[str, float]:
@@ -51,7 +53,7 @@ def parity() -> dict[str, float]:
         SparseMarginMSELoss,
         SparseMultipleNegativesRankingLoss,
     )
-    from sentence_transformers.sparse_encoder.models import SpladePooling
+    from sentence_transformers.sparse_encoder.modules import SpladePooling
 
     rng = torch.Generator().manual_seed(0)
     lengths = [5, 9, 12, 3]
@@ -70,7 +72,8 @@ def parity() -> dict[str, float]:
     ranking = SparseMultipleNegativesRankingLoss(None, scale=0.5)
     peer = ranking.compute_loss_from_embeddings([queries, documents[:2], documents[2:]], None)
     differences["InfoNCE"] = _difference(info_nce(queries @ documents.T / 2, none), peer)
-    teacher = torch.tensor([3.0, 1.0, 2.0, 0.5])
+    queries, documents = queries.double(), documents.double()
+    teacher = torch.tensor([3.0, 1.0, 2.0, 0.5], dtype=torch.float64)
     margins = torch.stack([teacher[:2] - teacher[2:]], 1)
     peer = SparseMarginMSELoss(None).compute_loss_from_embeddings([queries, documents[:2], documents[2:]], margins)
     own = margin_mse(queries @ documents.T, torch.tensor([0, 1, 0, 1]), teacher)
@@ -83,14 +86,19 @@ def _difference(own: torch.Tensor, peer: torch.Tensor) -> float:
     return float((own - peer).abs().max() / peer.abs().max())
 
 
-def speed(runs: int, steps: int) -> dict[str, dict[str, float]]:
+def speed(runs: int, steps: int, out: Path) -> dict[str, dict[str, float]]:
     """Return pairs a second of both sides, medians over alternated processes, and their ratio."""
     results = {}
+    # Texts that fill a row, so that padding is the same however a batch is drawn.
+    every = [pair for pair in load_text_pairs("docstrings") if len(pair.positive) > CHARACTERS][:400]
+    file = out / "pairs.jsonl"
+    lines = [json.dumps(TextPair(pair.positive[:CHARACTERS], pair.positive).row()) + "\n" for pair in every]
+    atomic_io.write_text(file, "".join(lines))
     for kind in ("dense", "sparse"):
         rates: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(runs):
             for side, own in rates.items():
-                command = [sys.executable, str(HERE / "worker.py"), side, kind, "--steps", str(steps)]
+                command = [sys.executable, str(HERE / "worker.py"), side, kind, str(file), "--steps", str(steps)]
                 lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
                 own.append(json.loads(lines[-1])["pairs_per_second"])
         medians = {side: median(own) for side, own in rates.items()}
@@ -201,14 +209,14 @@ def main() -> None:
     parser.add_argument("--training", type=int, default=40, help="steps of SmolLM2")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
     if "parity" in given.only:
         results["parity"] = parity()
     if "speed" in given.only:
-        results["speed"] = speed(given.runs, given.steps)
+        results["speed"] = speed(given.runs, given.steps, given.out)
     if "quality" in given.only:
         results["quality"] = quality(given.training)
-    given.out.mkdir(parents=True, exist_ok=True)
     atomic_io.write_json(given.out / "results.json", results)
     (given.out / "results.md").write_text(page(results), encoding="utf-8")
     print(page(results))

@@ -1,9 +1,9 @@
 """One training of an encoder, in a fresh process: prints pairs a second as JSON.
 
-    python benchmarks/retrieval/worker.py SIDE KIND --steps 12
+    python benchmarks/retrieval/worker.py SIDE KIND PAIRS --steps 12
 
-SIDE is `ours` or `theirs` (sentence-transformers' trainer), KIND is `dense` (MiniLM) or `sparse` (SPLADE-tiny). Both
-sides get the same pairs in batches of the same size and length; the first steps are not counted.
+SIDE is `ours` or `theirs` (sentence-transformers' trainer), KIND is `dense` (MiniLM) or `sparse` (SPLADE-tiny), PAIRS a
+file from `run.py`. Both get the same pairs in batches of the same size and length; the first steps are not counted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,13 +85,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("side", choices=("ours", "theirs"))
     parser.add_argument("kind", choices=("dense", "sparse"))
+    parser.add_argument("pairs", type=Path)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=16)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    # Texts that fill a row, so that padding is the same however a batch is drawn.
-    every = [pair for pair in load_text_pairs("docstrings") if len(pair.positive) > 6 * LENGTH]
-    pairs = [{"query": pair.positive[: 6 * LENGTH], "positive": pair.positive} for pair in every[:400]]
+    pairs = [pair.row() for pair in load_text_pairs(given.pairs)]
     side = ours if given.side == "ours" else theirs
     times = side(given.kind, pairs, given.steps, given.batch)
     seconds = times[-1] - times[SKIPPED - 1]

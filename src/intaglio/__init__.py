@@ -10,7 +10,7 @@ Every name below is loaded when it is first used, so that importing the package 
 - `load`, `Checkpoint`: a model, its tokenizer and its record
 - `Recipe`, `carve`, `compare`, `plan`: recipes, and running them
 - `export`: a checkpoint in a format that stock transformers loads
-- `new`, `train`, `CausalLM`, `InstructionTuning`: small models from scratch, and the training loop
+- `new`, `train`, `CausalLM`, `InstructionTuning`, `Contrastive`: small models from scratch, and the training loop
 - `load_texts`, `Corpus`, `Segments`: data
 - `IntaglioError`: the error raised for bad input
 - every published method by its name (`Magnitude`, `Wanda`, `SparseGPT`, `DSnoT`)
@@ -34,11 +34,13 @@ if TYPE_CHECKING:
     from intaglio.recipe.run import carve, compare
     from intaglio.recipe.schema import Recipe
     from intaglio.trainer.causal_lm import CausalLM
+    from intaglio.trainer.contrastive import Contrastive
     from intaglio.trainer.instruction_tuning import InstructionTuning
     from intaglio.trainer.loop import train
 
 _MODULES = {
     "CausalLM": "intaglio.trainer.causal_lm",
+    "Contrastive": "intaglio.trainer.contrastive",
     "Checkpoint": "intaglio.checkpoint",
     "Corpus": "intaglio.data.texts",
     "InstructionTuning": "intaglio.trainer.instruction_tuning",
@@ -59,6 +61,7 @@ _METHODS = {entry.name: entry.module for entry in PUBLISHED.values()}
 __all__ = [
     "CausalLM",
     "Checkpoint",
+    "Contrastive",
     "Corpus",
     "InstructionTuning",
     "IntaglioError",

@@ -19,8 +19,10 @@ from intaglio.masks import predicts_next
 from intaglio.modeling.anatomy import anatomy
 from intaglio.search.encoders import load_encoder
 from intaglio.trainer import KeyedRNG
+from intaglio.trainer.cls_and_terms import ClsAndTerms
 from intaglio.trainer.contrastive import Contrastive
 from intaglio.trainer.encoder_training import info_nce, margin_mse, side
+from intaglio.trainer.masked_lm import MaskedLM
 from intaglio.trainer.mining import Mining
 from intaglio.trainer.retrieval_evaluation import RetrievalTask, ranking_quality, retrieval_evaluator, retrieval_samples
 from tests.families import DECODERS, tiny_model, tiny_tokenizer
@@ -323,3 +325,63 @@ def test_mining_settings() -> None:
     assert Mining(ranks=[2, 5]).ranks == (2, 5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the first must not exceed the last"):
         Mining(ranks=(5, 2))
+
+
+BASE_DEFAULTS = {
+    "variant": "plain", "loss_type": "info_nce", "num_negatives": None, "chunk_size": None, "query_length": None,
+    "document_length": None, "query_prompt": "", "document_prompt": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("made", "defaults"),
+    [
+        (Contrastive(), {**BASE_DEFAULTS, "temperature": 0.05, "pooling": None, "normalize": True, "symmetric": False,
+                         "matryoshka": None, "matryoshka_weights": None}),
+        (ClsAndTerms(), {**BASE_DEFAULTS, "temperature": 1.0, "cls_size": 384, "terms": 384, "activation": "none"}),
+        (MaskedLM(), {"mask_ratio": 0.15, "length": None}),
+        (Mining(), {"encoder": "bm25", "ranks": (1, 30), "count": 8, "margin": None, "consistency": None}),
+    ],
+)  # fmt: skip
+def test_defaults(made: Any, defaults: dict[str, Any]) -> None:
+    assert made.model_dump() == defaults
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"variant": "echo"},
+        {"variant": "bidirectional"},
+        {"loss_type": "margin_mse"},
+        {"temperature": 0.5},
+        {"num_negatives": 1},
+        {"query_length": 3},
+        {"document_length": 5},
+        {"query_prompt": "q: "},
+        {"document_prompt": "d: "},
+        {"pooling": "mean"},
+        {"normalize": False},
+        {"symmetric": True},
+        {"matryoshka": [8]},
+        {"matryoshka": [32, 8], "matryoshka_weights": [1.0, 0.1]},
+    ],
+    ids=str,
+)
+def test_every_field_changes_the_vectors(fields: dict[str, Any]) -> None:
+    pairs = [{**pair, "scores": [0.9, 0.4, 0.6]} for pair in PAIRS]
+    base = {"matryoshka": [32, 8]} if len(fields) == 2 else {}
+    vectors = []
+    for own in (base, fields):
+        ckpt, method = checkpoint(layers=1), Contrastive(**own)
+        run(ckpt, pairs, objective=method, steps=2, warmup=0)
+        vectors.append([method.encode(ckpt, TEXTS[:2], name) for name in ("query", "document")])
+    assert any(not torch.equal(a, b) for a, b in zip(*vectors, strict=True))
+
+
+def test_the_default_pooling_follows_the_model() -> None:
+    for family, variant, how in (
+        ("llama", "plain", "last"),
+        ("llama", "bidirectional", "mean"),
+        ("bert", "plain", "mean"),
+    ):
+        assert Contrastive(variant=variant).setup(checkpoint(family))._how == how  # type: ignore[arg-type]

@@ -53,18 +53,19 @@ def write(checkpoint: Checkpoint, directory: Path) -> None:
 def _splade(method: MistralSplade, checkpoint: Checkpoint) -> Checkpoint:
     """Return a checkpoint whose logits are those that `SpladePooling` reads."""
     _check_fields(method)
-    model = copy.deepcopy(checkpoint.model)
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    model: Any = copy.deepcopy(checkpoint.model)
+    head: Any = model.get_output_embeddings()
     _check_scaling(method, model.config)
-    terms_V, rows_VD = method.modules()["splade"].terms_V, head.weight  # type: ignore[union-attr]
+    own: Any = method.modules()["splade"]
+    rows_VD = head.weight
     if method.head == "embeddings":
-        rows_VD = model.get_input_embeddings().weight  # type: ignore[operator]
-    factor_V = terms_V.to(rows_VD) * method.scale
+        rows_VD = model.get_input_embeddings().weight
+    factor_V = own.terms_V.to(rows_VD) * method.scale
     with torch.no_grad():
         head.weight = torch.nn.Parameter(rows_VD * factor_V[:, None])
         if getattr(head, "bias", None) is not None:
             head.bias = torch.nn.Parameter(head.bias * (0 if method.head == "embeddings" else factor_V))
-    model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+    model.config.tie_word_embeddings = False
     causal = method._parts.causal
     if causal:
         _check_padding(model)

@@ -13,7 +13,7 @@
 - `documents`: readers of folders, JSONL, CSV and data sets; chunks
 - `storage`: the directory: SQLite, segments, commits, recovery
 - `lexical`: BM25 and learned-sparse posting lists; `dense`: exact products
-- `encoders`: text encoders and their fingerprints
+- `encoders`: text encoders and their fingerprints; `hard_negatives`: negatives for training them
 - `milvus`: the same commands on a Milvus server
 - `fusion`: reciprocal rank fusion; `filters`: metadata conditions
 """
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from intaglio.search.documents import Document, read_documents
     from intaglio.search.encoders import TextEncoder, load_encoder
+    from intaglio.search.hard_negatives import mine_hard_negatives
     from intaglio.search.index import Index, open_index
     from intaglio.search.results import AddReport, Hit
 
@@ -36,11 +37,22 @@ _MODULES = {
     "Index": "index",
     "TextEncoder": "encoders",
     "load_encoder": "encoders",
+    "mine_hard_negatives": "hard_negatives",
     "open_index": "index",
     "read_documents": "documents",
 }
 
-__all__ = ["AddReport", "Document", "Hit", "Index", "TextEncoder", "load_encoder", "open_index", "read_documents"]
+__all__ = [
+    "AddReport",
+    "Document",
+    "Hit",
+    "Index",
+    "TextEncoder",
+    "load_encoder",
+    "mine_hard_negatives",
+    "open_index",
+    "read_documents",
+]
 
 
 def __getattr__(name: str) -> Any:

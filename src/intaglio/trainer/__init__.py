@@ -11,6 +11,9 @@
 - `settings`: the settings of a run, validated.
 - `protocols`: objectives, training modifiers, selectors.
 - `causal_lm`, `instruction_tuning`, `token_classification`, `image_classification`: objectives.
+- `encoder_training`, `contrastive`, `cls_and_terms`: text encoders on pairs; `mining`, `retrieval_evaluation`: their
+  hard negatives and held-out retrieval; `term_explanation`, `sentence_transformer`: what is done with the result.
+- `masked_lm`: masked language modelling of whole words.
 - `dataset`, `instruction_data`: from a user's data to rows, in memory or as a stream; instruction pairs.
 - `rng`: randomness keyed by (seed, epoch, example id).
 - `lora`, `sparsity_mask`: adapters through PEFT; zeros of pruned layers stay zeros.

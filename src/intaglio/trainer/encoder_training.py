@@ -66,8 +66,8 @@ def margin_mse(scores_BN: Tensor, owner_N: Tensor, teacher_N: Tensor) -> Tensor:
         teacher_N: the teacher's score of each document for its query.
     """
     owner_K = owner_N[len(scores_BN) :]
-    own_K = scores_BN.float()[owner_K, torch.arange(len(scores_BN), scores_BN.shape[1], device=owner_K.device)]
-    student_K = scores_BN.float().diagonal()[owner_K] - own_K
+    own_K = scores_BN[owner_K, torch.arange(len(scores_BN), scores_BN.shape[1], device=owner_K.device)]
+    student_K = scores_BN.diagonal()[owner_K] - own_K
     return F.mse_loss(student_K, teacher_N[owner_K] - teacher_N[len(scores_BN) :])
 
 

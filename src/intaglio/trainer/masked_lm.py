@@ -46,7 +46,7 @@ def whole_word_mask(begins_L: Tensor, special_L: Tensor, ratio: float, rng: torc
     words = word_L[~special_L].unique()
     sizes = torch.bincount(word_L, minlength=int(word_L[-1]) + 1).tolist()
     wanted = max(1, round(len(begins_L) * ratio))
-    taken, chosen = 0, []
+    taken, chosen = 0, list[int]()
     for word in words[torch.randperm(len(words), generator=rng)].tolist():
         if taken + sizes[word] <= wanted or not chosen:
             chosen.append(word)

@@ -61,8 +61,8 @@ def wrap(method: EncoderObjective, checkpoint: Checkpoint) -> Any:
 
     sparse = method.sparse
     kind = sentence_transformers.SparseEncoder if sparse else sentence_transformers.SentenceTransformer
-    cosine = "dot" if sparse or not getattr(method, "normalize", True) else "cosine"
+    similarity: Any = "dot" if sparse or not getattr(method, "normalize", True) else "cosine"
     with torch.no_grad():
         return kind(
-            modules=[EncoderModule(method, checkpoint)], similarity_fn_name=cosine, device=str(checkpoint.device)
+            modules=[EncoderModule(method, checkpoint)], similarity_fn_name=similarity, device=str(checkpoint.device)
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
 import pytest
 
+from intaglio.evidence.designs.encoders import as_it_is
 from intaglio.evidence.designs.generate import DISTINCT, Generate
-from intaglio.evidence.designs.retrieve import MRR, NDCG, Retrieve, per_query
+from intaglio.evidence.designs.retrieve import MRR, NDCG, Retrieve, per_query, ranking_loss
 from intaglio.evidence.engine.claim import Arm, RunKey
 from intaglio.evidence.testbeds.prompts import Prompts
 
@@ -49,6 +51,25 @@ def test_metrics_by_hand() -> None:
     gains = [0.6309, 0.0, 1.0, (2 + 0.5) / (2 + 0.6309)]
     assert list(per_query(by_query, judged, NDCG).values()) == pytest.approx(gains, abs=1e-4)
     assert per_query({"0": {"b": 1.0, "a": 1.0}}, {"0": {"a": 1}}, MRR) == {"0": 1.0}
+
+
+def test_the_ranking_loss_is_a_softmax_over_all_documents() -> None:
+    scores = {"q": {"a": 1.0, "b": 2.0}}  # c has no score, which counts as 0
+    expected = math.log(math.exp(1) + math.exp(2) + 1) - 2
+    assert ranking_loss(scores, {"q": {"b": 1}}, ["a", "b", "c"]) == pytest.approx(expected)
+
+
+def test_a_retriever_may_add_values(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTAGLIO_HOME", str(tmp_path))
+
+    def counted(context: Any) -> Any:
+        context.values["terms"] = 3.0
+        return word_overlap(context)
+
+    result = Retrieve().toy().run(Arm("words", {"retriever": counted}), KEY, {})
+    assert result.values["terms"] == 3.0
+    bm25 = Retrieve().toy().run(Arm("BM25", {"retriever": as_it_is}), KEY, {"learning_rate": 1.0})
+    assert 0 < fmean(bm25.values[MRR.name].values()) <= 1  # type: ignore[union-attr]
 
 
 def repeat(model: Any, prompt: tuple[int, ...], seed: int, times: int) -> list[list[int]]:

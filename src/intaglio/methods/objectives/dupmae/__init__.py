@@ -34,6 +34,8 @@ from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG
 
 OWNED = "decoder"
+BOW_WEIGHT = 0.1
+"""Weight of L_bow by default."""
 
 
 def bag_loss(pooled_BV: Tensor, weights_BV: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ class DupMAE(MaskedLM, slug="dupmae"):
         decoder_mask_ratio: share of the tokens that a row of the decoder does not see. Default 0.50; 1 shows it h and
             its position alone.
         decoder_weight: of L_dec; 0 leaves it out. Default 1.
-        bow_weight: w of L_bow; 0 leaves it out. Default 0.1.
+        bow_weight: w of L_bow; 0 leaves it out. Default: 0.1, and 0 for RetroMAE.
         retromae: whether this is RetroMAE v1: no L_bow, queries that are not normalised. Default False.
         chunk_size: texts whose logits over all positions are held at a time for L_bow. Default 8.
         length: tokens of a row. Default: the model's context, at most 1,024.
@@ -81,7 +83,7 @@ class DupMAE(MaskedLM, slug="dupmae"):
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.30
     decoder_mask_ratio: Annotated[float, Field(gt=0, le=1)] = 0.50
     decoder_weight: Annotated[float, Field(ge=0)] = 1.0
-    bow_weight: Annotated[float, Field(ge=0)] = 0.1
+    bow_weight: Annotated[float, Field(ge=0)] | None = None
     retromae: bool = False
     chunk_size: Annotated[int, Field(ge=1)] = 8
 
@@ -89,13 +91,13 @@ class DupMAE(MaskedLM, slug="dupmae"):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.retromae and "bow_weight" in self.model_fields_set and self.bow_weight:
+        if self.retromae and self.bow_weight:
             raise ValueError("retromae has no bag of words; leave bow_weight out")
         return self
 
     @property
     def _bow(self) -> float:
-        return 0.0 if self.retromae else self.bow_weight
+        return (0.0 if self.retromae else BOW_WEIGHT) if self.bow_weight is None else self.bow_weight
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
         """Cut the texts to rows; take up the decoder of an earlier pretraining, or draw a new one."""
@@ -152,7 +154,7 @@ class DupMAE(MaskedLM, slug="dupmae"):
 
     def decoded(self, sentence_BD: Tensor, batch: Batch) -> Tensor:
         """Return the decoder's outputs [B, L, D] for sentence vectors."""
-        embeddings: Any = self._parts.base.embeddings  # type: ignore[union-attr]
+        embeddings: Any = self._parts.base.embeddings
         repeated_BLD = sentence_BD[:, None].expand(-1, batch["ids"].shape[1], -1)
         if self.retromae:
             place_L = torch.arange(batch["ids"].shape[1], device=sentence_BD.device)

@@ -103,7 +103,8 @@ class VDR(EncoderObjective, slug="vdr"):
     def check_parts(self, parts: Anatomy) -> None:
         """Refuse embeddings of another width than the hidden states."""
         width = int(parts.config.hidden_size)
-        own = int(parts.embedding.weight.shape[1])  # type: ignore[union-attr]
+        embedding: Any = parts.embedding
+        own = int(embedding.weight.shape[1])
         if own != width:
             raise IntaglioError(f"vdr scores hidden states of {width} numbers against embeddings of {own}; a model"
                                 " whose widths agree is needed")  # fmt: skip
@@ -135,7 +136,7 @@ class VDR(EncoderObjective, slug="vdr"):
         parts = self._sides[side]
         norm = self._owned["query_norm" if self.shared or side == "query" else "document_norm"]
         hidden_NLD = base_hidden(parts, {name: inputs[name] for name in ("input_ids", "attention_mask")})
-        words_VD: Tensor = parts.embedding.weight  # type: ignore[union-attr, assignment]
+        words_VD: Any = parts.embedding.weight
         pool_NL = inputs["pool_mask"]
         if self.official_pad_pooling:
             pool_NL = torch.ones_like(pool_NL)
