@@ -135,8 +135,8 @@ def inspect(
         from intaglio.cli.inspect_sparse import design
 
         sizes = design(lengths, methods, sparsities, samples, question, paper, seed)
-        places = {"output": output, "device": device, "dtype": dtype}
-        _study([model, *(also or ())], sizes, json, only=tasks, documents=documents, paper=paper, **places)
+        options = {"only": tasks, "documents": documents, "paper": paper, "device": device, "dtype": dtype}
+        _study([model, *(also or ())], sizes, output, json, **options)
     elif features:
         _features(model, dictionary, texts, tokens, output or Path("features.html"), device, json)
     elif terms is not None:
@@ -151,7 +151,7 @@ def inspect(
         _masks(model, length, output, device, json)
 
 
-def _study(models: Sequence[str], sizes: Any, json: bool, *, output: Path | None, **options: Any) -> None:
+def _study(models: Sequence[str], sizes: Any, output: Path | None, json: bool, **options: Any) -> None:
     from intaglio.cli import inspect_sparse
 
     with progress_bar() as progress:

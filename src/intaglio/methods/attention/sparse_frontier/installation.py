@@ -89,7 +89,7 @@ class Installation:
             return
         for index in self.cache_layers:
             while len(cache.layers) <= index:
-                cache.layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]
+                cache.layers.append(cache.layer_class_to_replicate())
             cache.layers[index] = SparseLayer(self.policy, index)
 
     def _before(
