@@ -725,3 +725,12 @@ def test_fit_notes_what_it_read() -> None:
     assert seen == [0]
     with pytest.raises(IntaglioError, match="aded has no corpus to count the table in"):
         ADED().fit(checkpoint)
+
+
+def test_a_fitted_table_comes_back_with_its_fields_and_overrides() -> None:
+    checkpoint = Checkpoint(tiny_model("llama", layers=1), tiny_tokenizer("llama"), "tiny")
+    ADED(nodes=7, window=5).fit(checkpoint, ["the quick brown fox", "a dog"])
+    back, changed = checkpoint.decoder("aded"), checkpoint.decoder("aded", window=9)
+    assert (back.nodes, back.window, changed.nodes, changed.window) == (7, 5, 7, 9)
+    assert isinstance(back.corpus, Table)
+    assert back.tokenizer is checkpoint.tokenizer

@@ -29,7 +29,7 @@ from intaglio.methods.training.paser import PASER, ConsistencyGraph, Pool, Sampl
 from intaglio.methods.training.paser.clusters import affinity, cluster, coordinates
 from intaglio.methods.training.paser.concepts import merge_synonyms
 from intaglio.methods.training.paser.divergence import degradation, positions
-from intaglio.methods.training.paser.embeddings import embed
+from intaglio.methods.training.paser.embeddings import TFIDF, embed
 from intaglio.methods.training.paser.samples import read_samples
 from intaglio.methods.training.paser.select import select_samples
 from intaglio.trainer import CausalLM, KeyedRNG, Selection, Selector
@@ -547,3 +547,9 @@ def test_refusals_about_models(dense: Checkpoint) -> None:
 def test_fields_that_are_refused(fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         PASER(**fields)
+
+
+def test_three_texts_of_many_words_keep_two_components() -> None:
+    texts = [" ".join(f"w{text}x{word}" for word in range(60)) + " shared" for text in range(3)]
+    assert embed(texts, TFIDF).shape == (3, 2)
+    assert embed(texts[:2], TFIDF).shape == (2, 121)

@@ -24,6 +24,7 @@ from intaglio.masks.method import Visibility
 from intaglio.measures.language_modeling import quality
 from intaglio.methods.base import Cost, Workload
 from intaglio.methods.weights.drop_blocks import DropBlocks
+from intaglio.methods.weights.drop_blocks.removal import _outer_attributes
 from intaglio.modeling.anatomy import anatomy, blocks
 from intaglio.recipe.plan import plan
 from intaglio.recipe.run import carve
@@ -515,3 +516,17 @@ def test_a_loss_that_is_not_finite_without_a_block_is_refused() -> None:
         checkpoint.model.model.norm.weight.fill_(float("inf"))
     with pytest.raises(IntaglioError, match="the measure of block 0 is not finite"):
         drop(checkpoint, count=1, by="loss")
+
+
+@pytest.mark.parametrize("other", ["shape", "kind"])
+def test_parts_outside_the_blocks_that_depend_on_their_number_are_refused(other: str) -> None:
+    parts = anatomy(tiny_model("llama"))
+    old, new = tiny_model("llama"), tiny_model("llama")
+    assert _outer_attributes(parts, old, new) == []
+    inner: Any = new.model
+    if other == "shape":
+        inner.norm.weight = torch.nn.Parameter(torch.ones(7))
+    else:
+        inner.rotary_emb = torch.nn.Identity()
+    with pytest.raises(IntaglioError, match="parts outside its blocks depend on the number of blocks"):
+        _outer_attributes(parts, old, new)

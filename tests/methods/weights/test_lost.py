@@ -19,6 +19,7 @@ from intaglio.data.segments import Segments
 from intaglio.errors import IntaglioError
 from intaglio.masks import visible
 from intaglio.methods.attention.layerwise_unmasking import LayerwiseUnmasking
+from intaglio.methods.base import Workload
 from intaglio.methods.weights.lost import LOST, ElementsLinear, LayerSizes, LostLinear, merge
 from intaglio.methods.weights.lost.init import Decomposition, random_pair
 from intaglio.methods.weights.lost.layers import LostLinearConfig
@@ -564,3 +565,14 @@ def test_a_layer_has_no_bias_unless_one_is_given() -> None:
     layers = [LostLinear(4, 3, 2, 1, LostLinearConfig(0.7, 0.3), **given) for given in ({}, {"bias": True})]
     assert [layer.up.bias is not None for layer in layers] == [False, True]
     assert not layers[0].transposed
+
+
+def test_the_estimate_counts_decompositions_and_the_gradient() -> None:
+    workload = Workload(((64, 64), (128, 64)), 20_000, 30_000, 64, 1000, 100, 4)
+    svd = 22.0 * 64**2 * (64 + 128)
+    plain = LOST(columns_by="l2").estimate(workload)
+    assert (plain.flops, plain.extra_bytes) == (svd, 16 * 128 * 64)
+    graded = LOST(columns_by="gradient").estimate(workload)
+    assert graded.flops == svd + 6.0 * 30_000 * 1000
+    assert graded.extra_bytes == 16 * 128 * 64 + 20_000 * 4 + 64 * 100 * 64
+    assert LOST(merge=True).estimate(workload).flops == 0

@@ -738,3 +738,18 @@ def test_a_neighbour_twice_as_far_weighs_half() -> None:
     code = neighbours(torch.zeros(1, 2), torch.tensor([[1.0, 0.0], [0.0, 2.0]]), 2, "euclidean", "distance", 1)
     assert code.support_TK.tolist() == [[0, 1]]
     torch.testing.assert_close(code.weight_TK, torch.tensor([[2 / 3, 1 / 3]]))
+
+
+def test_transplant_draws_from_seed_zero_in_the_precision_of_its_work() -> None:
+    def noisy(dtype: str, **seed: int) -> Tensor:
+        made = base()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            method = OMPTransplant(donor="donor", noise=0.1, dtype=dtype)  # type: ignore[arg-type]
+            method.transplant(made, Donor.from_checkpoint(donor()), **seed)
+        return matrices(made)[0]
+
+    assert torch.equal(noisy("float32"), noisy("float32", seed=0))
+    assert not torch.equal(noisy("float32"), noisy("float32", seed=1))
+    # A generator draws other numbers in double precision.
+    assert not torch.allclose(noisy("float64"), noisy("float32"), atol=1e-3)
