@@ -44,7 +44,8 @@ _STYLE = """
 class Group:
     """Layers with the same mask: their indices, rule (None: the model's own), sliding window, and mask.
 
-    The mask has H = 1 where all heads agree. A `label` replaces the description and the share; then cells may be shares.
+    The mask has H = 1 where all heads agree. A `label` replaces the description and the share;
+    then cells may be shares.
     """
 
     layers: tuple[int, ...]
