@@ -123,8 +123,9 @@ def kept(
     ids = encode(checkpoint, prompt, chat=False)
     layers = pictures.kept(checkpoint, ids.to(checkpoint.device))
     if output is not None:
-        axes = "for patterns queries down and keys across, for caches heads down and keys across"
-        atomic_io.write_text(output, svg(model, [layer.group() for layer in layers], axes))
+        rows = {"prefill": "queries", "cache": "heads"}
+        axes = " or ".join(f"{rows[part]} down ({part})" for part in dict.fromkeys(layer.part for layer in layers))
+        atomic_io.write_text(output, svg(model, [layer.group() for layer in layers], f"{axes} and keys across"))
     return layers, {"model": model, "tokens": ids.shape[1], "layers": pictures.as_json(layers)}
 
 

@@ -44,7 +44,8 @@ _STYLE = """
 class Group:
     """Layers with the same mask: their indices, rule (None: the model's own), sliding window, and mask.
 
-    The mask has H = 1 where all heads agree. A `label` replaces the description; then cells may be shares.
+    The mask has H = 1 where all heads agree. A `label` replaces the description and the share;
+    then cells may be shares.
     """
 
     layers: tuple[int, ...]
@@ -162,7 +163,8 @@ def svg(title: str, groups: list[Group], axes: str = "queries down and keys acro
         ),
     ]
     wide = (WIDTH - 32) / depth
-    shade = {layer: _SHADES[n % len(_SHADES)] for n, group in enumerate(groups) for layer in group.layers}
+    shades = [_SHADES[0 if group.label else n % len(_SHADES)] for n, group in enumerate(groups)]
+    shade = {layer: colour for group, colour in zip(groups, shades, strict=True) for layer in group.layers}
     for layer in range(depth):
         x = 16 + layer * wide
         parts.append(
@@ -174,7 +176,7 @@ def svg(title: str, groups: list[Group], axes: str = "queries down and keys acro
     for number, group in enumerate(groups):
         x = 16 + (number % ACROSS) * (SIDE + GAP)
         y = top + 46 + (number // ACROSS) * (SIDE + 78)
-        parts += _panel(x, y, group, _SHADES[number % len(_SHADES)])
+        parts += _panel(x, y, group, shades[number])
     return "".join([*parts, "</svg>\n"])
 
 
@@ -212,5 +214,6 @@ def _panel(x: float, y: float, group: Group, colour: str) -> list[str]:
     if rows == length:
         parts.append(f'<line x1="{x}" y1="{y}" x2="{x + SIDE}" y2="{y + SIDE}" class="diagonal"/>')
     parts.append(f'<rect x="{x}" y="{y}" width="{SIDE}" height="{SIDE}" class="frame"/>')
-    parts.append(_text(x, y + SIDE + 15, f"{group.share:.0%} of all pairs", "small"))
+    if not group.label:
+        parts.append(_text(x, y + SIDE + 15, f"{group.share:.0%} of all pairs", "small"))
     return parts
