@@ -34,7 +34,9 @@ def latent_quantize(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def bottleneck(given: dict[str, torch.Tensor], repeats: int = 20) -> dict[str, torch.Tensor]:
     """Return indices [B, C] and the mean of the fetched values [B, V], and the seconds of a pass."""
     codebooks, pairs, width = given["keys"].shape
-    options: dict[str, Any] = {"num_memory_codebooks": codebooks, "dim_embed": given["z"].shape[1]}
+    # Without codebook_dim the peer projects the heads again.
+    options: dict[str, Any] = {"num_memory_codebooks": codebooks, "codebook_dim": width}
+    options["dim_embed"] = given["z"].shape[1]
     peer = DiscreteKeyValueBottleneck(width, num_memories=pairs, dim_memory=given["values"].shape[2], **options).eval()
     with torch.no_grad():
         peer.rand_proj.copy_(given["projection"])
@@ -57,7 +59,7 @@ def official_infomec(path: Path, given: dict[str, torch.Tensor]) -> dict[str, to
     spec.loader.exec_module(module)
     result = {}
     for kind in ("discrete", "continuous"):
-        latents = given[f"{kind}_latents"].numpy()
+        latents = given[f"{kind}_latents"].double().numpy()
         scores = module.compute_infomec(given["sources"].numpy(), latents, kind == "discrete")
         result |= {f"{kind} {name}": torch.tensor(float(scores[name])) for name in ("infom", "infoe", "infoc")}
         result[f"{kind} nmi"] = torch.from_numpy(scores["nmi"])
