@@ -60,8 +60,7 @@ def inputs(rows: int = 512) -> dict[str, torch.Tensor]:
         "keys": 20 * normal(64, 512, 8),
         "values": normal(64, 512, 20),
         "sources": sources_NS,
-        "discrete_latents": mixed_NZ,
-        "continuous_latents": mixed_NZ + 0.1 * normal(rows, 3).double(),
+        "latents": mixed_NZ,
     }
 
 
@@ -87,11 +86,9 @@ def ours(given: dict[str, torch.Tensor]) -> dict[str, Any]:
         means = VotingHead()(fetched.values)
     found = {"codes": latents.hat.detach(), "codebook_gradient": latent.values.grad, "means": means,
              "indices": fetched.indices[:, :, 0, 0], "seconds": torch.tensor(seconds)}  # fmt: skip
-    for kind in ("discrete", "continuous"):
-        latents_NZ = given[f"{kind}_latents"].numpy()
-        scores = infomec(given["sources"].numpy(), latents_NZ, discrete=kind == "discrete")
-        found |= {f"{kind} {name}": torch.tensor(getattr(scores, name)) for name in ("infom", "infoe", "infoc")}
-        found[f"{kind} nmi"] = torch.from_numpy(scores.nmi)
+    scores = infomec(given["sources"].numpy(), given["latents"].numpy(), discrete=True)
+    found |= {name: torch.tensor(getattr(scores, name)) for name in ("infom", "infoe", "infoc")}
+    found["nmi"] = torch.from_numpy(scores.nmi)
     return found
 
 

@@ -34,7 +34,9 @@ def latent_quantize(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def bottleneck(given: dict[str, torch.Tensor], repeats: int = 20) -> dict[str, torch.Tensor]:
     """Return indices [B, C] and the mean of the fetched values [B, V], and the seconds of a pass."""
     codebooks, pairs, width = given["keys"].shape
-    options: dict[str, Any] = {"num_memory_codebooks": codebooks, "dim_embed": given["z"].shape[1]}
+    # Without codebook_dim the peer projects the heads again.
+    options: dict[str, Any] = {"num_memory_codebooks": codebooks, "codebook_dim": width}
+    options["dim_embed"] = given["z"].shape[1]
     peer = DiscreteKeyValueBottleneck(width, num_memories=pairs, dim_memory=given["values"].shape[2], **options).eval()
     with torch.no_grad():
         peer.rand_proj.copy_(given["projection"])
@@ -49,19 +51,18 @@ def bottleneck(given: dict[str, torch.Tensor], repeats: int = 20) -> dict[str, t
 
 
 def official_infomec(path: Path, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the official scores of the codes, from a copy of `disentangle/metrics/infomec.py`."""
+    """Return the official scores of discrete latents, from a copy of `disentangle/metrics/infomec.py`.
+
+    Those of continuous latents draw noise, so they do not repeat.
+    """
     spec = importlib.util.spec_from_file_location("infomec", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    result = {}
-    for kind in ("discrete", "continuous"):
-        latents = given[f"{kind}_latents"].numpy()
-        scores = module.compute_infomec(given["sources"].numpy(), latents, kind == "discrete")
-        result |= {f"{kind} {name}": torch.tensor(float(scores[name])) for name in ("infom", "infoe", "infoc")}
-        result[f"{kind} nmi"] = torch.from_numpy(scores["nmi"])
-    return result
+    scores = module.compute_infomec(given["sources"].numpy(), given["latents"].double().numpy(), True)
+    result = {name: torch.tensor(float(scores[name])) for name in ("infom", "infoe", "infoc")}
+    return {**result, "nmi": torch.from_numpy(scores["nmi"])}
 
 
 def main() -> None:
