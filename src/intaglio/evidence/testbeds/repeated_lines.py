@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new, word_tokenizer
@@ -84,4 +85,4 @@ class RepeatedLines(Sized):
         values_NL = self.names + (values * self.values).astype(np.int64)
         lines_NL3 = np.stack([names_NL, values_NL, np.full_like(names_NL, LINE_END - len(SPECIAL))], -1) + len(SPECIAL)
         again_NL3 = np.take_along_axis(lines_NL3, np.argsort(order)[..., None], 1)
-        return Segments.of(np.concatenate([lines_NL3, again_NL3], 1).reshape(count, -1))
+        return Segments.of(torch.from_numpy(np.concatenate([lines_NL3, again_NL3], 1).reshape(count, -1)))
