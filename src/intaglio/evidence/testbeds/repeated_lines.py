@@ -37,9 +37,9 @@ class RepeatedLines(Sized):
     `holes` are the lines in the middle of the first half.
     """
 
-    lines: int = 6
-    names: int = 16
-    values: int = 16
+    lines: int = 3
+    names: int = 8
+    values: int = 8
     context: int = 64
     width: int = 64
     depth: int = 2
@@ -48,7 +48,7 @@ class RepeatedLines(Sized):
     learning_rate: float = 3e-3
     documents_run: int = 500
     documents_pilot: int = 200
-    MINIATURE: ClassVar = {"lines": 6, "width": 16, "depth": 1, "steps": 6, "batch": 4, "documents_run": 16,
+    MINIATURE: ClassVar = {"width": 16, "depth": 1, "steps": 6, "batch": 4, "documents_run": 16,
                            "documents_pilot": 16}  # fmt: skip
 
     def new(self, seed: int, **changes: Any) -> Checkpoint:
