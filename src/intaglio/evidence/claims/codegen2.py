@@ -58,4 +58,8 @@ CLAIM = Claim(
     reason="on source code, the text of version 1, the text after a hole did not help within minutes of training",
     use_when="several holes are filled at once",
     otherwise="fill-in-the-middle training",
+    golden={
+        "FIM": {LINE.name: 3.22765, LOG_PERPLEXITY.name: 3.18566},
+        "codegen2": {LINE.name: 3.22233, LOG_PERPLEXITY.name: 3.17638},
+    },
 )
