@@ -131,11 +131,11 @@ def _trained_rows(model: Any, tokens: Sequence[int]) -> Iterator[None]:
     with torch.no_grad():
         factor = float(embedding(ids_N).norm() / embedding.weight[ids_N].norm())  # not 1 in Gemma
 
-    def embed(module: nn.Module, args: Any, output_BTD: Tensor) -> Tensor:
+    def embed(module: Any, args: Any, output_BTD: Tensor) -> Tensor:
         same_BTN = (args[0][..., None] == ids_N).to(output_BTD.dtype)
         return output_BTD + factor * same_BTN @ module.new_rows.to(output_BTD.dtype)
 
-    def read(module: nn.Module, args: Any, output_BTV: Tensor) -> Tensor:
+    def read(module: Any, args: Any, output_BTV: Tensor) -> Tensor:
         return output_BTV.index_add(-1, ids_N, F.linear(args[0], module.new_rows.to(args[0].dtype)))
 
     tied = head is not None and head.weight is embedding.weight

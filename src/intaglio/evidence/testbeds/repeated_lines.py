@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new, word_tokenizer
@@ -36,9 +37,9 @@ class RepeatedLines(Sized):
     `holes` are the lines in the middle of the first half.
     """
 
-    lines: int = 6
-    names: int = 16
-    values: int = 16
+    lines: int = 3
+    names: int = 8
+    values: int = 8
     context: int = 64
     width: int = 64
     depth: int = 2
@@ -47,7 +48,7 @@ class RepeatedLines(Sized):
     learning_rate: float = 3e-3
     documents_run: int = 500
     documents_pilot: int = 200
-    MINIATURE: ClassVar = {"lines": 6, "width": 16, "depth": 1, "steps": 6, "batch": 4, "documents_run": 16,
+    MINIATURE: ClassVar = {"width": 16, "depth": 1, "steps": 6, "batch": 4, "documents_run": 16,
                            "documents_pilot": 16}  # fmt: skip
 
     def new(self, seed: int, **changes: Any) -> Checkpoint:
@@ -84,4 +85,4 @@ class RepeatedLines(Sized):
         values_NL = self.names + (values * self.values).astype(np.int64)
         lines_NL3 = np.stack([names_NL, values_NL, np.full_like(names_NL, LINE_END - len(SPECIAL))], -1) + len(SPECIAL)
         again_NL3 = np.take_along_axis(lines_NL3, np.argsort(order)[..., None], 1)
-        return Segments.of(np.concatenate([lines_NL3, again_NL3], 1).reshape(count, -1))
+        return Segments.of(torch.from_numpy(np.concatenate([lines_NL3, again_NL3], 1).reshape(count, -1)))

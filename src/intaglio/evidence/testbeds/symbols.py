@@ -120,7 +120,7 @@ class SymbolLanguage(Sized):
             rows.append([token for line in lines for token in (*line, BAR)][:-1])
         return SymbolTasks(torch.tensor(rows), self.word)
 
-    def _walks(self, key: str, count: int) -> np.ndarray:
+    def _walks(self, key: str, count: int) -> Tensor:
         """Return paths of the chain, int64 [N, T]; each follows from the key and its index."""
         uniform_NT = generator(f"symbol language:{key}").random((count, self.length))
         steps_SS = _transitions()
@@ -129,7 +129,7 @@ class SymbolLanguage(Sized):
         for uniform_N in uniform_NT.T[1:]:
             at_N = (steps_SS[at_N] < uniform_N[:, None]).sum(1).clip(max=SYMBOLS - 1)
             path.append(at_N)
-        return np.stack(path, 1) + len(SPECIAL)
+        return torch.from_numpy(np.stack(path, 1) + len(SPECIAL))
 
     def _count(self, part: Part) -> int:
         check_part(part)
