@@ -194,7 +194,9 @@ def test_the_page_lists_features_and_runs_no_text_in_a_browser(tmp_path: Path) -
     assert not re.search(r"<img\b", dom)
 
 
-@pytest.mark.parametrize(("query", "ids"), [("q=river", ["7"]), ("q=SUN", ["12"]), ("31", ["31"]), ("q=zebra", [])])
+@pytest.mark.parametrize(
+    ("query", "ids"), [("q=river", ["7"]), ("q=SUN", ["12"]), ("31", ["31"]), ("q=zebra", []), ("%", ["12", "7", "31"])]
+)
 def test_the_search_finds_marked_tokens_and_numbers(tmp_path: Path, query: str, ids: list[str]) -> None:
     body = re.sub(r"<script.*?</script>", "", opened(tmp_path, f"#{query}", "--dump-dom"), flags=re.DOTALL)
     assert re.findall(r'data-id="(\d+)"', body) == ids

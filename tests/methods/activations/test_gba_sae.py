@@ -179,6 +179,7 @@ def test_targets_are_geometric_and_groups_partition_the_latents() -> None:
 def test_one_group_is_ba() -> None:
     """K=1 gives BA."""
     assert GBASAE.single(0.03, width=6).targets.tolist() == [0.03] * 6
+    assert GBASAE(groups=1, highest_frequency=0.2, width=6).targets.tolist() == [0.2] * 6
 
 
 def test_biases_change_in_adaptations_alone_and_receive_no_gradient() -> None:
@@ -321,6 +322,8 @@ def test_the_loss_is_half_the_squared_error_with_the_gradients_of_dense_autograd
         ({"width": 4, "groups": 5}, "width is 4 and groups is 5; a group needs at least one latent"),
         ({"lowest_frequency": 0.6}, "lowest_frequency is 0.6 and highest_frequency 0.5"),
         ({"beside": [{"wanda": {}}]}, "beside names 'wanda', not one dictionary"),
+        ({"beside": [{"topk_sae": {"tokens": 9}}]}, "topk_sae names tokens, which is that of the whole pass"),
+        ({"beside": [{"topk_sae": {"beside": []}}]}, "topk_sae names beside, which is that of the whole pass"),
         ({"tokens": "some"}, "valid integer"),
     ],
 )
