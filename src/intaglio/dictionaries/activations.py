@@ -129,11 +129,10 @@ class ActivationStream:
 
     def _order(self, low: int, high: int) -> Tensor:
         """Return the segments of places in the endless sequence of passes."""
-        places = np.arange(low, high)
-        passes = {
-            p: np.random.default_rng([self.seed, 0, p]).permutation(self.data.n) for p in set(places // self.data.n)
-        }
-        return torch.tensor([int(passes[place // self.data.n][place % self.data.n]) for place in places])
+        passes, count = range(low // self.data.n, (high - 1) // self.data.n + 1), self.data.n
+        orders = [np.random.default_rng([self.seed, 0, number]).permutation(count) for number in passes]
+        offset = passes.start * count
+        return torch.from_numpy(np.concatenate(orders)[low - offset : high - offset])
 
 
 def kept_tokens(x_BLD: Tensor, batch: dict[str, Tensor], skip: int) -> Tensor:

@@ -161,11 +161,11 @@ def pre_activations(
     """
     with torch.no_grad():
         pre_E, centred_BD = at.gather(pre_BM), x_BD - offset_D
-    values_E: Tensor = _PreActivations.apply(pre_E, centred_BD, weight_MD, bias_M, offset_D, at)  # type: ignore[no-untyped-call]
+    values_E: Tensor = _PreActivations.apply(pre_E, centred_BD, weight_MD, bias_M, offset_D, at)
     return values_E
 
 
 def decode(values_E: Tensor, weight_MD: Tensor, offset_D: Tensor, at: ActiveEntries) -> Tensor:
     """Return Z W + offset [B, D], with gradients for the values, the weight and the offset."""
-    out_BD: Tensor = _Decode.apply(values_E, weight_MD, at)  # type: ignore[no-untyped-call]
+    out_BD: Tensor = _Decode.apply(values_E, weight_MD, at)
     return out_BD + offset_D

@@ -355,8 +355,8 @@ class JumpReLUSAE(_Untied, slug="jumprelu_sae"):
         threshold_M = run["threshold"].detach()
         at = ActiveEntries.from_mask((pre_BM > threshold_M) | ((pre_BM - threshold_M).abs() < BANDWIDTH / 2))
         pre_E, threshold_E = run.values(pre_BM, x_BD, run["b_enc"], at), run["threshold"][at.latents_E]
-        codes_E: Tensor = _Jump.apply(pre_E, threshold_E)  # type: ignore[no-untyped-call]
-        steps_E: Tensor = _Step.apply(pre_E, threshold_E)  # type: ignore[no-untyped-call]
+        codes_E: Tensor = _Jump.apply(pre_E, threshold_E)
+        steps_E: Tensor = _Step.apply(pre_E, threshold_E)
         run.fired(at.where(steps_E.detach() > 0))
         l0 = steps_E.sum() / len(x_BD)
         warmup = min(2000, run.steps // 5) if self.sparsity_warmup is None else self.sparsity_warmup

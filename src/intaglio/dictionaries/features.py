@@ -75,7 +75,8 @@ def promoted_tokens(parts: Anatomy, directions_MD: Tensor, count: int) -> tuple[
     """
     if directions_MD.shape[1] != int(parts.config.hidden_size):
         return None
-    weight_VD = (parts.head or parts.embedding).weight.detach().float()  # type: ignore[union-attr]
+    owner: Any = parts.head or parts.embedding
+    weight_VD: Tensor = owner.weight.detach().float()
     if weight_VD.shape[1] != directions_MD.shape[1]:
         return None
     gain_D = _gain(parts, directions_MD) if parts.head is not None else torch.ones_like(directions_MD[0])

@@ -64,4 +64,5 @@ CLAIM = Claim(
     minutes=60,
     use_when="the number of active features is not known, or differs from input to input",
     otherwise="TopK, with several k compared by what they reconstruct",
+    golden={"topk": {UNEXPLAINED.name: 5.47219}, "gba": {UNEXPLAINED.name: 0.302104}},
 )

@@ -11,18 +11,18 @@ from intaglio.evidence.designs.grade_dictionaries import (
     NECESSITY,
     SUFFICIENCY,
     UNEDITED,
+    UNEXPLAINED,
     GradeDictionaries,
 )
 from intaglio.evidence.engine.claim import Arm, Claim
 
 WIDTH = 62
 """Features of the supervised dictionary: 30 names as indirect object, 30 as subject, and two orders."""
-TOKENS = 400_000
 
 
 def learned(cls: type[Any], **fields: Any) -> dict[str, Any]:
     """Return the settings of an arm with a trained dictionary."""
-    return {"dictionary": cls(width=WIDTH, tokens=TOKENS, **fields)}
+    return {"dictionary": cls(width=WIDTH, **fields)}
 
 
 CLAIM = Claim(
@@ -53,7 +53,7 @@ CLAIM = Claim(
     reported=("l1", "frozen", "components"),
     looks=(5,),  # a model is trained for each unit
     closed=("k",),
-    metrics=(UNEDITED, SUFFICIENCY, NECESSITY, ACCURACY),
+    metrics=(UNEDITED, SUFFICIENCY, NECESSITY, UNEXPLAINED, ACCURACY),
     equal=("tokens",),
     parity="The same model, prompts and activations; 62 features each; an edit removes and adds one feature, or changes"
     " two. Six trials for TopK, none for the supervised codes.",

@@ -30,19 +30,24 @@ AGREEMENT = Metric("edit agreement", "points", "higher", continuous=False)
 UNEDITED = Metric("agreement without an edit", "points", "higher", continuous=False)
 SUFFICIENCY = Metric("sufficiency", "share", "higher")
 NECESSITY = Metric("necessity", "share", "higher")
+UNEXPLAINED = Metric("variance unexplained", "share")
 ACCURACY = Metric("accuracy of the model", "points", "higher", continuous=False)
 
 
 @dataclass(frozen=True)
 class GradeDictionaries(BedDesign):
-    """Fit a dictionary to the residual stream at the end after `layer`, and edit `k` features; a unit is a seed."""
+    """Fit a dictionary to the residual stream at the end after `layer`, and edit `k` features; a unit is a seed.
+
+    Trained dictionaries see the activations of `train` prompts in `passes` passes.
+    """
 
     bed: SymbolicIOI = field(default_factory=SymbolicIOI)
     layer: int = 1
     k: int = 2
     train: int = 4000
     test: int = 500
-    MINIATURE: ClassVar[Mapping[str, Any]] = {"layer": 0, "train": 60, "test": 30}
+    passes: int = 100
+    MINIATURE: ClassVar[Mapping[str, Any]] = {"layer": 0, "train": 200, "test": 30, "passes": 20}
 
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Grade an arm on the model and the prompts of a unit."""
@@ -60,18 +65,24 @@ class GradeDictionaries(BedDesign):
                     name: bench.agreement(name, targets) for name, (_, targets, _) in bench.counterfactuals.items()
                 }
                 scores: dict[str, Any] = {"sufficiency": 1.0, "necessity": 1.0}
+                decoded_ND = bench.activations[node]
             elif supervised is not None:
                 sizes = {"io": len(task.names), "s": len(task.names), "pos": 2}
                 codes = SupervisedDictionary.from_activations(training[node], prompts.attributes, sizes, supervised)
                 scores = bench.supervised({node: codes})
-                edits = scores["edit"]
+                edits, decoded_ND = scores["edit"], codes.reconstruct(bench.prompts.attributes)
             else:
-                dictionary = self._learned(own, method, components, training[node], seed)
-                scores = bench.learned({node: dictionary}, [self.k])
+                learned = self._learned(own, method, components, training[node], seed)
+                scores = bench.learned({node: learned}, [self.k])
+                decoded_ND = learned.dictionary.decode(learned.dictionary.encode(bench.activations[node]))
                 edits = {name: row[self.k]["agreement"] for name, row in scores["edit"].items()}
         own.check()
         values[AGREEMENT.name] = 100 * sum(edits.values()) / len(edits)
         values[UNEDITED.name] = 100 * sum(bench.unedited().values()) / len(edits)
+        error_ND, centred_ND = (
+            bench.activations[node] - other for other in (decoded_ND, bench.activations[node].mean(0))
+        )
+        values[UNEXPLAINED.name] = float(error_ND.square().sum() / centred_ND.square().sum())
         values |= {SUFFICIENCY.name: scores["sufficiency"], NECESSITY.name: scores["necessity"]}
         cost = Cost(self.train, seconds=spent.seconds, peak_bytes=spent.bytes)
         return Result(values, cost, {"prompts": digest(bench.prompts.ids_NT.flatten().tolist())})
@@ -80,5 +91,7 @@ class GradeDictionaries(BedDesign):
         if components is not None:
             axes = principal_components(x_ND, components)
             return Learned(axes, axes.decoder_MD)
-        dictionary = own.fill(method).fit_activations(x_ND, seed=seed).dictionary()
+        given = own.fill(method)
+        trained = type(given)(**{**given.model_dump(exclude_unset=True), "tokens": self.passes * len(x_ND)})
+        dictionary = trained.fit_activations(x_ND, seed=seed).dictionary()
         return Learned(dictionary, dictionary.decoder_MD)

@@ -37,7 +37,7 @@ class RecoverFeatures(BedDesign):
     width: int = 256
     steps: int = 1000
     batch_tokens: int = 512
-    MINIATURE: ClassVar[Mapping[str, Any]] = {"width": 24, "steps": 150, "batch_tokens": 64}
+    MINIATURE: ClassVar[Mapping[str, Any]] = {"width": 64, "steps": 100, "batch_tokens": 64}
 
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Train an arm's dictionaries on a unit's samples and compare them with the true directions."""

@@ -2,8 +2,7 @@
 
     <s> n3 f1 n7 f0 n7 -> n3
 
-The model is trained once for each seed, on pairs of names that are in training prompts alone. Dimension letters: N
-prompts, T tokens.
+The model is trained once for each seed, on prompts of both splits: the splits are those of the dictionaries.
 """
 
 from __future__ import annotations
@@ -47,12 +46,14 @@ class SymbolicIOI(Sized):
         names, fillers = (f"n{i}" for i in range(self.names)), (f"f{i}" for i in range(self.fillers))
         tokenizer = word_tokenizer(("<pad>", "<s>", "->", *names, *fillers), pad_token="<pad>", unk_token="<pad>")
         sizes = {"width": self.width, "depth": self.depth, "context": CONTEXT, "seed": seed % 2**32}
-        return new("llama", tokenizer=tokenizer, **sizes)  # type: ignore[arg-type]
+        return new("llama", tokenizer=tokenizer, **sizes)
 
     def training(self, seed: int) -> Segments:
-        """Return the training prompts with their answers."""
-        prompts = self.task.prompts(self.steps * self.batch, seed % 2**32)
-        return Segments.of(torch.cat([prompts.ids_NT, prompts.answers_N2[:, :1]], 1))
+        """Return prompts of both splits in turn with their answers: a pretrained model has seen all words."""
+        half = (self.steps * self.batch + 1) // 2
+        splits = [self.task.prompts(half, seed % 2**32, split) for split in ("train", "test")]
+        rows = [torch.cat([prompts.ids_NT, prompts.answers_N2[:, :1]], 1) for prompts in splits]
+        return Segments.of(torch.stack(rows, 1).flatten(0, 1)[: self.steps * self.batch])
 
     def load(self, seed: int) -> Checkpoint:
         """Return the trained model of a seed, one shared object a process."""

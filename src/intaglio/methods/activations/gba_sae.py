@@ -1,4 +1,4 @@
-"""GBASAE (Chen et al. 2025): a sparse dictionary whose biases follow target firing frequencies, without a penalty.
+"""GBASAE (Chen et al. 2026): a sparse dictionary whose biases follow target firing frequencies, without a penalty.
 
 Dimension letters: B batch, D width, M latents, K groups, E active entries.
 """

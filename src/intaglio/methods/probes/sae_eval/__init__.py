@@ -1,4 +1,4 @@
-"""SAEEval (Makelov, Lange and Nanda 2024): dictionaries graded on a task by three tests, against supervised ones.
+"""SAEEval (Makelov et al. 2025): dictionaries graded on a task by three tests, against supervised ones.
 
 - `tasks`: indirect object identification in English and in symbols.
 - `patching`: activations at nodes, and passes with others in their place.
@@ -6,7 +6,8 @@
 - `sparse_control`: edits of few features.
 - `interpretability`: F1 between features and properties.
 - `evaluate`: the three tests.
-- `baselines`: principal components and random directions.
+- `baselines`: principal components.
+- `phenomena`: occlusion and over-splitting.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from intaglio.methods.base import Method, Progress, no_progress
 from intaglio.methods.probes.sae_eval.baselines import principal_components
 from intaglio.methods.probes.sae_eval.evaluate import Bench, Learned
 from intaglio.methods.probes.sae_eval.patching import Node, run
-from intaglio.methods.probes.sae_eval.supervised import SupervisedDictionary
+from intaglio.methods.probes.sae_eval.supervised import CODE_KINDS, CodeKind, SupervisedDictionary
 from intaglio.methods.probes.sae_eval.tasks import IOITask, english, symbolic
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.sites import Site, SitePart, check_site
@@ -115,7 +116,7 @@ class SAEEval(Method, slug="sae_eval"):
         default_factory=lambda: [{"topk_sae": {"width": 256, "k": 3}}]
     )
     attached: str | None = None
-    supervised: list[Literal["mean", "mse"]] = Field(default_factory=lambda: ["mean", "mse"])
+    supervised: list[CodeKind] = Field(default_factory=lambda: list(CODE_KINDS))
     components: Annotated[int, Field(ge=0)] = 3
     random: bool = True
     ks: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] = Field(default_factory=lambda: [1, 2, 4])

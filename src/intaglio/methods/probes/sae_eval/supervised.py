@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 Attributes = Mapping[str, Tensor]
+CodeKind = Literal["mean", "mse"]
+CODE_KINDS: tuple[CodeKind, ...] = ("mean", "mse")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +35,7 @@ class SupervisedDictionary:
 
     @classmethod
     def from_activations(
-        cls, x_ND: Tensor, attributes: Attributes, sizes: Mapping[str, int], kind: Literal["mean", "mse"] = "mean"
+        cls, x_ND: Tensor, attributes: Attributes, sizes: Mapping[str, int], kind: CodeKind = "mean"
     ) -> SupervisedDictionary:
         """Fit the codes.
 
@@ -63,10 +65,23 @@ class SupervisedDictionary:
         parts = [self.codes[name][values.to(self.mean_D.device)] for name, values in attributes.items()]
         return self.mean_D + torch.stack(parts).sum(0)
 
-    def edit(self, x_ND: Tensor, attribute: str, before: Tensor, after: Tensor) -> Tensor:
-        """Return a - u_v + u_v' [N, D]."""
+    def edit(self, x_ND: Tensor, attribute: str, before: Tensor, after: Tensor, *, projection: bool = False) -> Tensor:
+        """Return a - u_v + u_v' [N, D].
+
+        Args:
+            x_ND: activations.
+            attribute: the attribute that changes.
+            before: its values, int64 [N].
+            after: its new values.
+            projection: removes the activation's projection on u_v instead of u_v itself, a variant of the authors'
+                code. Default false.
+        """
         code = self.codes[attribute]
-        return x_ND - code[before.to(code.device)] + code[after.to(code.device)]
+        old_ND, new_ND = code[before.to(code.device)], code[after.to(code.device)]
+        if projection:
+            shares_N = ((x_ND - self.mean_D) * old_ND).sum(1) / old_ND.square().sum(1).clamp_min(1e-12)
+            old_ND = shares_N[:, None] * old_ND
+        return x_ND - old_ND + new_ND
 
     def weight(self, attributes: Attributes, attribute: str) -> Tensor:
         """Return the share [N] of the reconstruction that an attribute's code carries; the shares sum to 1."""
