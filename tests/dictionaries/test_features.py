@@ -120,6 +120,20 @@ def test_the_most_frequent_features_are_shown_and_options_reach_them() -> None:
     assert described(skip=10)[0]["tokens"] == 5 * 20
 
 
+def test_texts_are_cut_to_the_length_and_ordered_by_the_seed() -> None:
+    ckpt = Checkpoint(tiny_model("llama", layers=2), tiny_tokenizer("llama"), "tiny")
+    texts = [f"the river {i} runs through the town {i} in the north" for i in range(9)]
+
+    def read(**options: Any) -> dict[str, Any]:
+        return describe_features(ckpt, "own", dictionary(), texts, tokens=30, **options)
+
+    short, other, longer = read(length=11), read(length=11, seed=5), read(length=16)
+    assert (short["tokens"], longer["tokens"]) == (30, 30)
+    assert max(len(ids) for row in short["features"] for ids, _ in row["contexts"]) <= 11
+    assert max(len(ids) for row in longer["features"] for ids, _ in row["contexts"]) > 11
+    assert short["vocabulary"] != other["vocabulary"]
+
+
 def test_what_cannot_be_shown_is_refused() -> None:
     ckpt = Checkpoint(tiny_model("llama", layers=2), None, "tiny")
     with pytest.raises(IntaglioError, match="tiny has no tokenizer"):

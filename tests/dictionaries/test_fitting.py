@@ -232,12 +232,16 @@ def test_loss_recovered() -> None:
         assert fitting.loss_recovered(parts, mixed, site, data) is None
 
 
-def test_the_measurements_are_those_of_the_held_out_segments() -> None:
+@pytest.mark.parametrize("skip", [1, 3])
+def test_the_measurements_are_those_of_the_held_out_segments(skip: int) -> None:
     ckpt = checkpoint()
-    method = GBASAE(**FIELDS)
+    method = GBASAE(**FIELDS, skip=skip)
     method.fit(ckpt, IDS, batch_size=2)
     dictionary, site = method.dictionary(), Site(1)
-    x_ND = read_sites(anatomy(ckpt.model), (site,), {"input_ids": IDS[-1:]})[site][0, 1:]
+    parts, held_out = anatomy(ckpt.model), Segments.of(IDS[-1:])
+    x_ND = read_sites(parts, (site,), {"input_ids": held_out.ids_NT})[site][0, skip:]
+    recovered = fitting.loss_recovered(parts, dictionary, site, held_out, skip=skip)
+    assert dictionary.about["loss_recovered"] == pytest.approx(recovered, rel=1e-4)
     codes = dictionary.encode(x_ND)
     error = (x_ND - dictionary.decode(codes)).square().sum() / (x_ND - x_ND.mean(0)).square().sum()
     assert dictionary.about["fvu"] == pytest.approx(float(error), rel=1e-4)
@@ -251,6 +255,16 @@ def test_the_measurements_are_those_of_the_held_out_segments() -> None:
     assert faint.about["max_activation"] == pytest.approx(highest, rel=1e-3, abs=0)
     step = ckpt.record.steps[-1]
     assert step.chosen["gba_sae.layers.1"]["fvu"] == dictionary.about["fvu"]
+
+
+def test_a_latent_is_alive_that_fired_in_the_last_fifth(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: list[int] = []
+    monkeypatch.setattr(fitting.TrainingRun, "alive", lambda run, window: windows.append(window) or 0.25)
+    method = GBASAE(**FIELDS)
+    method.fit(checkpoint(), IDS)
+    in_memory = GBASAE(**FIELDS).fit_activations(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)))
+    assert windows == [40, 40]
+    assert [one.dictionary().about["alive"] for one in (method, in_memory)] == [0.25, 0.25]
 
 
 def test_the_strongest_latents_are_compared_between_seeds_too() -> None:

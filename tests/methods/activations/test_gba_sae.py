@@ -106,6 +106,11 @@ def adapt(bias: list[float], frequency: list[float], peak: list[float], **fields
     return [round(value, 6) for value in result.tolist()]
 
 
+def test_a_latent_at_its_target_or_at_the_least_frequency_keeps_its_bias() -> None:
+    assert adapt([-0.5], [0.5], [1.0], targets=[0.5]) == [-0.5]
+    assert adapt([-0.5], [0.25], [1.0], targets=[0.5], min_frequency=0.25) == [-0.5]
+
+
 def test_the_mean_peak_is_that_of_the_group_without_silent_latents() -> None:
     peaks = [1.0, 3.0, 0.0, 10.0, 0.0]
     raised = adapt([-0.9] * 5, [0.1, 0.1, 0.0, 0.1, 0.0], peaks, groups=[0, 0, 0, 1, 1], step_up=0.1)
