@@ -250,6 +250,22 @@ def test_dead_latents_are_resampled_from_inputs_with_large_losses() -> None:
         assert torch.equal(run["W_dec"], before)
 
 
+@pytest.mark.parametrize(("steps", "count"), [(50, 3), (100, 7), (9, 4), (40, 1)])
+def test_latents_are_resampled_so_many_times_within_60_percent_of_the_steps(steps: int, count: int) -> None:
+    method, x_ND = method_of(L1SAE, resamplings=count), data(50)
+    run, when = run_of(method, x_ND, steps=steps), []
+    run.update(x_ND)
+    for step in range(1, steps + 1):
+        run.step = step
+        run.state["fired"].fill_(True)
+        with torch.no_grad():
+            method.after_step(run, x_ND * run.scale)
+        if not run.state["fired"].any():
+            when.append(step)
+    assert len(when) == count
+    assert when[-1] <= 0.6 * steps
+
+
 # --- JumpReLU ---------------------------------------------------------------------------------------------------------
 
 

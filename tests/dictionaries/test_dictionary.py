@@ -110,6 +110,10 @@ def test_files_of_sae_lens_itself_are_read(tmp_path: Path) -> None:
         ({"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm of .* is True; accepted: False"),
         ({"architecture": "jumprelu", "metadata": {}}, "the tensor threshold of the dictionary is missing"),
         ({"architecture": "topk", "metadata": {}, "k": 9}, "k of the dictionary is 9; 1 to 3 latents is accepted"),
+        ({"architecture": "topk", "metadata": {}, "k": "9"}, "k of the dictionary is '9'; 1 to 3 latents is accepted"),
+        ({"metadata": "none"}, "cfg.json is no configuration of sae_lens"),
+        ({"metadata": {"intaglio": {"architecture": "standard"}}}, "metadata.intaglio of .*cfg.json is damaged"),
+        ({"metadata": {"intaglio": "standard"}}, "metadata.intaglio of .*cfg.json is damaged"),
     ],
 )
 def test_what_it_cannot_be_is_refused(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
@@ -121,6 +125,9 @@ def test_damaged_files_and_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(IntaglioError, match="is no dictionary"):
         SparseDictionary.load(tmp_path)
     path = saved(tmp_path / "a")
+    (saved(tmp_path / "list") / CONFIG).write_text("[]")
+    with pytest.raises(IntaglioError, match=r"cfg\.json is no configuration of sae_lens"):
+        SparseDictionary.load(tmp_path / "list")
     (path / WEIGHTS).write_bytes(b"cut")
     with pytest.raises(IntaglioError, match="is no dictionary"):
         SparseDictionary.load(path)

@@ -120,6 +120,20 @@ def test_the_most_frequent_features_are_shown_and_options_reach_them() -> None:
     assert described(skip=10)[0]["tokens"] == 5 * 20
 
 
+def test_texts_are_cut_to_the_length_and_ordered_by_the_seed() -> None:
+    ckpt = Checkpoint(tiny_model("llama", layers=2), tiny_tokenizer("llama"), "tiny")
+    texts = [f"the river {i} runs through the town {i} in the north" for i in range(9)]
+
+    def read(**options: Any) -> dict[str, Any]:
+        return describe_features(ckpt, "own", dictionary(), texts, tokens=30, **options)
+
+    short, other, longer = read(length=11), read(length=11, seed=5), read(length=16)
+    assert (short["tokens"], longer["tokens"]) == (30, 30)
+    assert max(len(ids) for row in short["features"] for ids, _ in row["contexts"]) <= 11
+    assert max(len(ids) for row in longer["features"] for ids, _ in row["contexts"]) > 11
+    assert short["vocabulary"] != other["vocabulary"]
+
+
 def test_what_cannot_be_shown_is_refused() -> None:
     ckpt = Checkpoint(tiny_model("llama", layers=2), None, "tiny")
     with pytest.raises(IntaglioError, match="tiny has no tokenizer"):
@@ -194,7 +208,9 @@ def test_the_page_lists_features_and_runs_no_text_in_a_browser(tmp_path: Path) -
     assert not re.search(r"<img\b", dom)
 
 
-@pytest.mark.parametrize(("query", "ids"), [("q=river", ["7"]), ("q=SUN", ["12"]), ("31", ["31"]), ("q=zebra", [])])
+@pytest.mark.parametrize(
+    ("query", "ids"), [("q=river", ["7"]), ("q=SUN", ["12"]), ("31", ["31"]), ("q=zebra", []), ("%", ["12", "7", "31"])]
+)
 def test_the_search_finds_marked_tokens_and_numbers(tmp_path: Path, query: str, ids: list[str]) -> None:
     body = re.sub(r"<script.*?</script>", "", opened(tmp_path, f"#{query}", "--dump-dom"), flags=re.DOTALL)
     assert re.findall(r'data-id="(\d+)"', body) == ids

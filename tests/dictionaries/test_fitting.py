@@ -78,6 +78,12 @@ def test_padding_is_left_out() -> None:
     mask[:, 7:] = False
     own = stream(data=Segments(IDS, mask), tokens=88)
     assert sum(len(own.chunk(index)[Site(0)]) for index in range(len(own))) == 66
+    mask[3:, 1:] = False
+    given = token_segments(checkpoint(), Segments(IDS, mask), 88, 9, 1, 0)
+    assert torch.equal(given.ids_NT, IDS[:3])
+    assert torch.equal(given.mask_NT, mask[:3])
+    with pytest.raises(IntaglioError, match="the first 7 tokens of all segments are skipped and the others are padd"):
+        token_segments(checkpoint(), Segments(IDS, mask), 88, 9, 7, 0)
 
 
 def test_activations_that_are_not_finite_are_refused_with_their_batch() -> None:
@@ -129,12 +135,29 @@ def test_several_dictionaries_share_a_pass_and_equal_those_trained_alone(monkeyp
     assert not torch.equal(*seeds)
     topk = method.dictionary("topk_sae.layers.1")
     assert (topk.architecture, topk.k, topk.width, topk.site) == ("topk", 3, 24, Site(1))
-    assert {"shared_latents", "fvu", "l0", "alive", "loss_recovered"} <= topk.about.keys()
+    own = {name: value for name, value in FIELDS.items() if name not in ("groups", "adapt_every")}
+    other_topk = TopKSAE(**own, k=3)
+    other_topk.fit(checkpoint(), IDS, seed=5, batch_size=2)
+    for name, tensor in topk.tensors.items():
+        assert torch.equal(other_topk.dictionary().tensors[name], tensor)
+    assert {"shared_latents", "shared_strongest", "fvu", "l0", "alive", "loss_recovered"} <= topk.about.keys()
 
 
 def test_two_of_a_kind_have_names_of_their_own() -> None:
     method = GBASAE(**FIELDS, beside=[{"topk_sae": {"k": 3}}, {"topk_sae": {"k": 4}}])
     assert [job.method.k for job in method.jobs(2, 0).values() if isinstance(job.method, TopKSAE)] == [3, 4]
+
+
+def test_dictionaries_beside_have_the_fields_of_the_pass_and_may_have_others_of_their_own() -> None:
+    fields = {
+        "layer": [0, 1], "site": "mlp", "width": 30, "tokens": 300, "length": 20, "skip": 2, "batch_tokens": 40,
+        "buffer": 99, "warmup": 3, "decay": 0.5, "seeds": 3,
+    }  # fmt: skip
+    (topk,) = GBASAE(**fields, beside=[{"topk_sae": {"k": 3}}]).companions()
+    assert {name: getattr(topk, name) for name in fields} == fields
+    changed = {"layer": 1, "site": "z", "width": 8, "batch_tokens": 4, "warmup": 5, "decay": 0.1, "seeds": 1}
+    (topk,) = GBASAE(**fields, beside=[{"topk_sae": {"k": 3, **changed}}]).companions()
+    assert {name: getattr(topk, name) for name in fields} == fields | changed
 
 
 def test_the_middle_layer_is_the_default() -> None:
@@ -209,19 +232,55 @@ def test_loss_recovered() -> None:
         assert fitting.loss_recovered(parts, mixed, site, data) is None
 
 
-def test_the_measurements_are_those_of_the_held_out_segments() -> None:
+@pytest.mark.parametrize("skip", [1, 3])
+def test_the_measurements_are_those_of_the_held_out_segments(skip: int) -> None:
     ckpt = checkpoint()
-    method = GBASAE(**FIELDS)
+    method = GBASAE(**FIELDS, skip=skip)
     method.fit(ckpt, IDS, batch_size=2)
     dictionary, site = method.dictionary(), Site(1)
-    x_ND = read_sites(anatomy(ckpt.model), (site,), {"input_ids": IDS[-1:]})[site][0, 1:]
+    parts, held_out = anatomy(ckpt.model), Segments.of(IDS[-1:])
+    x_ND = read_sites(parts, (site,), {"input_ids": held_out.ids_NT})[site][0, skip:]
+    recovered = fitting.loss_recovered(parts, dictionary, site, held_out, skip=skip)
+    assert dictionary.about["loss_recovered"] == pytest.approx(recovered, rel=1e-4)
     codes = dictionary.encode(x_ND)
     error = (x_ND - dictionary.decode(codes)).square().sum() / (x_ND - x_ND.mean(0)).square().sum()
     assert dictionary.about["fvu"] == pytest.approx(float(error), rel=1e-4)
     assert dictionary.about["l0"] == pytest.approx(float((codes != 0).sum(1).double().mean()))
     assert dictionary.about["max_activation"] == pytest.approx(codes.amax(0).tolist(), rel=1e-3, abs=1e-5)
+    tiny = {name: 1e-8 * tensor if name == "W_enc" else tensor for name, tensor in dictionary.tensors.items()}
+    faint = SparseDictionary("standard", {name: tiny[name] for name in ("W_enc", "W_dec", "b_dec", "b_enc")}, site=site)
+    fitting.measure(ckpt, {"faint": faint}, Segments.of(IDS[-1:]))
+    highest = faint.encode(x_ND).amax(0).tolist()
+    assert 0 < max(highest) < 1e-6
+    assert faint.about["max_activation"] == pytest.approx(highest, rel=1e-3, abs=0)
     step = ckpt.record.steps[-1]
     assert step.chosen["gba_sae.layers.1"]["fvu"] == dictionary.about["fvu"]
+
+
+def test_a_latent_is_alive_that_fired_in_the_last_fifth(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows: list[int] = []
+    monkeypatch.setattr(fitting.TrainingRun, "alive", lambda run, window: windows.append(window) or 0.25)
+    method = GBASAE(**FIELDS)
+    method.fit(checkpoint(), IDS)
+    in_memory = GBASAE(**FIELDS).fit_activations(torch.randn(50, 4, generator=torch.Generator().manual_seed(0)))
+    assert windows == [40, 40]
+    assert [one.dictionary().about["alive"] for one in (method, in_memory)] == [0.25, 0.25]
+
+
+def test_the_strongest_latents_are_compared_between_seeds_too() -> None:
+    about = [{"max_activation": [5.0, *[1.0] * 19]}, {"max_activation": [1.0] * 18 + [4.0, 4.0]}]
+    rows = torch.eye(20)
+    others = torch.cat([rows[:1], -rows[1:]])
+    dictionaries = {
+        name: SparseDictionary("standard", {
+            "W_enc": decoder.T.contiguous(), "W_dec": decoder, "b_dec": torch.zeros(20), "b_enc": torch.zeros(20)
+        }, about=own)
+        for name, decoder, own in zip("ab", (rows, others), about, strict=True)
+    }  # fmt: skip
+    method = GBASAE(**FIELDS)
+    fitting._note_shared({name: fitting.Job(method, Site(1), seed) for seed, name in enumerate("ab")}, dictionaries)
+    assert [one.about["shared_latents"] for one in dictionaries.values()] == [0.05, 0.05]
+    assert [one.about["shared_strongest"] for one in dictionaries.values()] == [0.5, 0.0]
 
 
 def test_encoders_are_fitted_too() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from intaglio.checkpoint import Checkpoint, load
+from intaglio.dictionaries.baselines import TopKSAE
 from intaglio.dictionaries.dictionary import SparseDictionary
 from intaglio.dictionaries.sources import find_dictionary
 from intaglio.dictionaries.steering import Steer
@@ -114,6 +115,15 @@ def test_a_dictionary_by_name_and_from_a_directory(tmp_path: Path) -> None:
     Steer(feature=1, scale=3.0, dictionary=str(tmp_path / "plain")).apply(ckpt)
     push = (3.0 * dictionary.decoder_MD[1]).expand_as(before)
     torch.testing.assert_close(activations(ckpt, Site(0)) - before, push, atol=1e-4, rtol=1e-4)
+
+
+def test_the_first_dictionary_is_that_of_the_first_fit_after_a_load_too(tmp_path: Path) -> None:
+    ckpt = Checkpoint(tiny_model("llama", layers=2), tiny_tokenizer("llama"), "tiny")
+    for method in (TopKSAE(layer=0, width=24, k=3, tokens=50), GBASAE(layer=0, width=24, tokens=50)):
+        method.fit(ckpt, IDS)
+    ckpt.save(tmp_path / "out")
+    for one in (ckpt, load(tmp_path / "out")):
+        assert find_dictionary(one)[0] == "topk_sae.layers.0"
 
 
 def refused(ckpt: Checkpoint, says: str, **fields: Any) -> None:

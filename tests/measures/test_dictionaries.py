@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from intaglio.errors import IntaglioError
 from intaglio.measures.dictionaries import (
     Reconstruction,
     feature_recovery_rate,
     max_cosines,
     reconstruction,
     shared_latents,
+    strongest,
 )
 
 AXES = torch.eye(3)
@@ -60,3 +62,17 @@ def test_shared_latents_are_those_of_every_seed() -> None:
     others = [AXES[:2] + 0.01, AXES[1:] * 5]
     assert shared_latents([AXES, *others]) == pytest.approx(1 / 3)
     assert shared_latents([AXES, others[0]]) == pytest.approx(2 / 3)
+
+
+def test_shared_latents_may_be_those_of_the_strongest() -> None:
+    """report share with MCS > .9, over the top-alpha most activating neurons."""
+    activation = torch.tensor([0.5, 3.0, 2.0])
+    assert strongest(activation, 0.5).tolist() == [False, True, True]
+    assert strongest(activation, 0.01).tolist() == [False, True, False]
+    assert shared_latents([AXES, AXES[:2]], counted_M=strongest(activation, 0.5)) == 0.5
+    assert shared_latents([AXES, AXES[:2]], counted_M=strongest(activation, 0.01)) == 1
+
+
+def test_activations_that_do_not_vary_are_refused() -> None:
+    with pytest.raises(IntaglioError, match="the activations are all equal"):
+        _ = reconstruction(Half(), torch.full((5, 2), 1e3 / 3)).fvu

@@ -29,6 +29,8 @@ HELD_OUT = 16
 def token_segments(checkpoint: Checkpoint, texts: Any, tokens: int, length: int, skip: int, seed: int) -> Segments:
     """Return segments with at least this many tokens after the first `skip`, fewer where the texts are short.
 
+    Given segments without a token after the first `skip` are left out.
+
     Raises:
         IntaglioError: there is no text or no tokenizer, or ids are outside the vocabulary.
     """
@@ -47,7 +49,12 @@ def token_segments(checkpoint: Checkpoint, texts: Any, tokens: int, length: int,
     checkpoint.check_ids(given.ids_NT)
     if given.length <= skip:
         raise IntaglioError(f"segments have {given.length} tokens and skip is {skip}; nothing is left")
-    return given
+    if given.mask_NT is None:
+        return given
+    kept_N = given.mask_NT[:, skip:].any(1)
+    if not kept_N.any():
+        raise IntaglioError(f"the first {skip} tokens of all segments are skipped and the others are padding")
+    return Segments(given.ids_NT[kept_N], given.mask_NT[kept_N])
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ class L1SAE(_Untied, slug="l1_sae"):
     Args:
         l1: λ. Default 0.05.
         l1_warmup: share of the steps in which λ rises. Default 0.05.
-        resamplings: times that dead latents are resampled, evenly over the first 60 % of the steps. Default 3.
+        resamplings: times that dead latents are resampled, evenly over the first 60 % of the steps; none in a run too
+            short for so many. Default 3.
 
     Source: Bricken et al., Towards Monosemanticity, 2023; as the baseline of Makelov et al., arXiv 2405.08366.
     """
@@ -107,8 +108,8 @@ class L1SAE(_Untied, slug="l1_sae"):
 
     def after_step(self, run: TrainingRun, x_BD: Tensor) -> None:
         """Resample dead latents where it is time."""
-        every = round(0.6 * run.steps / self.resamplings) if self.resamplings else 0
-        if not every or run.step % every or run.step > 0.6 * run.steps:
+        every = int(0.6 * run.steps / self.resamplings) if self.resamplings else 0
+        if not every or run.step % every or run.step > every * self.resamplings:
             return
         dead = (~run.state["fired"]).nonzero()[:, 0]
         run.state["fired"].zero_()
@@ -313,6 +314,9 @@ class JumpReLUSAE(_Untied, slug="jumprelu_sae"):
 
     Raises:
         IntaglioError: the target is above the width.
+
+    The reference trainer's estimator of L0 counts entries within ε / 2 above θ alone; the paper's and this one count
+    both sides.
 
     Source: Rajamanoharan et al., Jumping Ahead, 2024, arXiv 2407.14435; Adam's betas (0, 0.999), learning rate 7e-5.
     """

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from intaglio import atomic_io
-from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.errors import IntaglioError, did_you_mean, first_line
 from intaglio.modeling.sites import Site
 
 Architecture = Literal["standard", "topk", "gated", "jumprelu"]
@@ -95,8 +95,8 @@ class SparseDictionary:
                 raise IntaglioError(f"the tensor {name} of the dictionary is {there}; {list(expected)} is expected")
             if not torch.isfinite(tensor).all():
                 raise IntaglioError(f"the tensor {name} of the dictionary holds NaN or infinite values")
-        if self.architecture == "topk" and not 1 <= self.k <= self.width:
-            raise IntaglioError(f"k of the dictionary is {self.k}; 1 to {self.width} latents is accepted")
+        if self.architecture == "topk" and not (isinstance(self.k, int) and 1 <= self.k <= self.width):
+            raise IntaglioError(f"k of the dictionary is {self.k!r}; 1 to {self.width} latents is accepted")
 
     @property
     def inputs(self) -> int:
@@ -215,6 +215,9 @@ class SparseDictionary:
             tensors = load_file(folder / WEIGHTS)
         except (OSError, ValueError, SafetensorError) as error:
             raise IntaglioError(f"{folder} is no dictionary ({CONFIG} and {WEIGHTS} of sae_lens): {error}") from error
+        metadata = (config.get("metadata") or {}) if isinstance(config, dict) else None
+        if not isinstance(metadata, dict):
+            raise IntaglioError(f"{folder / CONFIG} is no configuration of sae_lens")
         refused = {
             "architecture": (config.get("architecture"), get_args(Architecture)),
             "normalize_activations": (config.get("normalize_activations", "none"), ("none",)),
@@ -226,16 +229,19 @@ class SparseDictionary:
                 names = ", ".join(map(str, accepted))
                 raise IntaglioError(f"{name} of {folder / CONFIG} is {value!r}; accepted: {names}")
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
-        own = (config.get("metadata") or {}).get("intaglio")
-        if own is not None:
+        own = metadata.get("intaglio")
+        if own is None:
+            return cls(
+                config["architecture"],
+                tensors,
+                k=config.get("k", 0) if config["architecture"] == "topk" else 0,
+                site=_site_of(str(metadata.get("hook_name") or config.get("hook_name") or "")),
+                subtracts=bool(config.get("apply_b_dec_to_input", True)),
+            )
+        try:
             return cls.from_parts(own, tensors)
-        return cls(
-            config["architecture"],
-            tensors,
-            k=int(config.get("k", 0)) if config["architecture"] == "topk" else 0,
-            site=_site_of(str((config.get("metadata") or {}).get("hook_name") or config.get("hook_name") or "")),
-            subtracts=bool(config.get("apply_b_dec_to_input", True)),
-        )
+        except (KeyError, TypeError) as error:
+            raise IntaglioError(f"metadata.intaglio of {folder / CONFIG} is damaged: {first_line(error)}") from error
 
 
 def _site_of(hook: str) -> Site | None:

@@ -31,7 +31,7 @@ from intaglio.dictionaries.dictionary import Dictionary, SparseDictionary
 from intaglio.dictionaries.training import TrainingRun
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
-from intaglio.measures.dictionaries import Reconstruction, shared_latents
+from intaglio.measures.dictionaries import Reconstruction, shared_latents, strongest
 from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.modeling.sites import Site, hooked, read_sites
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from intaglio.dictionaries.sparse_autoencoder import SparseAutoencoder
 
 TENSORS = "state.safetensors"
+STRONGEST = 0.1
+"""Share of latents, those with the highest activations, whose agreement between seeds is noted too."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def fit_dictionaries(
 
     Returns:
         The dictionaries by name, with `fvu`, `l0`, `alive`, `loss_recovered` (models that predict tokens),
-        `shared_latents` (several seeds) and `max_activation` [M] of the held-out text in `about`.
+        `shared_latents` and `shared_strongest` (several seeds; of all latents, and of the tenth with the highest codes)
+        and `max_activation` [M] of the held-out text in `about`.
 
     Raises:
         IntaglioError: no texts, a site that the model does not have, or activations or losses that are not finite.
@@ -237,7 +240,7 @@ def measure(
             highest[name] = top_M if name not in highest else torch.maximum(highest[name], top_M)
     for name, dictionary in dictionaries.items():
         dictionary.about.update(fvu=measured[name].fvu, l0=measured[name].l0)
-        dictionary.about["max_activation"] = [round(value, 6) for value in highest[name].tolist()]
+        dictionary.about["max_activation"] = [float(f"{value:.6g}") for value in highest[name].tolist()]
         if predicts_next(parts):
             assert dictionary.site is not None
             recovered = loss_recovered(parts, dictionary, dictionary.site, data, skip=skip, batch_size=batch_size)
@@ -309,5 +312,7 @@ def _note_shared(jobs: Mapping[str, Job], dictionaries: Mapping[str, SparseDicti
         if len(group) > 1:
             for index, dictionary in enumerate(group):
                 others: Sequence[SparseDictionary] = [*group[:index], *group[index + 1 :]]
-                decoders = (one.decoder_MD for one in (dictionary, *others))
+                decoders = [other.decoder_MD for other in (dictionary, *others)]
+                top_M = strongest(torch.tensor(dictionary.about["max_activation"]), STRONGEST)
                 dictionary.about["shared_latents"] = shared_latents(decoders)
+                dictionary.about["shared_strongest"] = shared_latents(decoders, counted_M=top_M.to(decoders[0].device))

@@ -30,7 +30,7 @@ def find_dictionary(checkpoint: Checkpoint, name: str | None = None) -> tuple[st
         return name, dictionary
     attached = {
         key: dictionary
-        for attachment in checkpoint.attachments.values()
+        for attachment in sorted(checkpoint.attachments.values(), key=lambda attachment: attachment.step)
         if "dictionaries" in attachment.about
         for key, dictionary in attached_dictionaries(attachment, checkpoint).items()
     }

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMbB])")
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}
+_OF_THE_PASS = ("tokens", "length", "skip", "buffer")
+_INHERITED = ("layer", "site", "width", "batch_tokens", "seeds", "warmup", "decay", *_OF_THE_PASS)
+"""Fields that the entries of `beside` have from their method."""
 
 
 def read_count(value: Any) -> Any:
@@ -87,8 +90,9 @@ class SparseAutoencoder(Method):
         warmup: optimizer steps in which the rate rises. Default: 1,000, at most a tenth of all.
         decay: share of the steps, at the end, in which the rate falls to 0. Default 0.2.
         seeds: dictionaries with starts of their own, trained in the same pass. Default 1.
-        beside: further dictionaries trained in the same pass, such as `[{topk_sae: {k: 32}}]`; they have this method's
-            layer, site, width, batch and seeds unless they name their own.
+        beside: further dictionaries trained in the same pass, such as `[{topk_sae: {k: 32}}]`. They have this method's
+            tokens, length, skip and buffer, and its layer, site, width, batch_tokens, seeds, warmup and decay unless
+            they name their own.
     """
 
     kinds: ClassVar[tuple[Kind, ...]] = ()
@@ -119,7 +123,12 @@ class SparseAutoencoder(Method):
     @field_validator("beside")
     @classmethod
     def _check_beside(cls, value: list[dict[str, dict[str, Any]]]) -> list[dict[str, dict[str, Any]]]:
-        return checked_entries("beside", value)
+        for entry in checked_entries("beside", value):
+            ((slug, fields),) = entry.items()
+            for name in (*_OF_THE_PASS, "beside"):
+                if name in fields:
+                    raise ValueError(f"{slug} names {name}, which is that of the whole pass; leave it out")
+        return value
 
     # --- what a method defines ----------------------------------------------------------------------------------------
 
@@ -166,8 +175,7 @@ class SparseAutoencoder(Method):
         Raises:
             IntaglioError: a field of one is wrong.
         """
-        shared = ("layer", "site", "width", "batch_tokens", "seeds", "warmup", "decay")
-        own = {name: getattr(self, name) for name in shared}
+        own = {name: getattr(self, name) for name in _INHERITED}
         return [method_of_entry("beside", entry, own) for entry in self.beside]
 
     def jobs(self, depth: int, seed: int) -> dict[str, Job]:

@@ -29,7 +29,7 @@ class Steer(Method, slug=SLUG):
     """Add a feature of a dictionary to a model's activations, as a recipe step.
 
         add      x + s m_f w_f              at every token
-        clamp    x + (s m_f - z_f(x)) w_f   so that the code of the feature is s m_f
+        clamp    x + (s m_f - z_f(x)) w_f   so that the feature's part of the reconstruction is s m_f w_f
 
     w_f is the feature's decoder row, z_f its code and m_f its highest code on the held-out text of the fit (1 for a
     dictionary without measurements). Weights stay as they are: the checkpoint becomes a runtime one, which
@@ -133,7 +133,7 @@ class Push:
     Args:
         site: what is steered.
         row_D: the feature's decoder row.
-        amount: code that is added, or that the feature's code becomes.
+        amount: code that is added, or that replaces the feature's code.
         encoder: (clamp) gives the feature's code. Default None: the row is added.
         feature: (clamp) index of the feature.
     """

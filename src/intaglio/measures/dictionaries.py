@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from intaglio.errors import IntaglioError
+
 CHUNK = 4096
 """Activations that are encoded at a time."""
 
@@ -43,6 +45,8 @@ class Reconstruction:
         """Fraction of variance unexplained."""
         assert self._sum_D is not None
         variance = self._square - float(self._sum_D.square().sum()) / self.count
+        if variance <= 1e-12 * self._square:
+            raise IntaglioError("the activations are all equal, so no share of their variance can be explained")
         return self._error / variance
 
     @property
@@ -84,10 +88,22 @@ def feature_recovery_rate(true_KD: Tensor, decoder_MD: Tensor, threshold: float 
     return float((max_cosines(true_KD, decoder_MD, signed) > threshold).double().mean())
 
 
-def shared_latents(decoders: Iterable[Tensor], threshold: float = 0.9) -> float:
-    """Return the share of the first decoder's latents that every other one has, with a cosine above the threshold."""
+def shared_latents(decoders: Iterable[Tensor], threshold: float = 0.9, counted_M: Tensor | None = None) -> float:
+    """Return the share of the first decoder's latents that every other one has, with a cosine above the threshold.
+
+    Args:
+        decoders: rows [M, D] of each dictionary.
+        threshold: of the cosine. Default 0.9.
+        counted_M: bool, latents of the first one that count, such as those of `strongest`. Default None: all.
+    """
     first_MD, *others = decoders
     common_M = torch.ones(len(first_MD), dtype=torch.bool, device=first_MD.device)
     for other_MD in others:
         common_M &= max_cosines(first_MD, other_MD) > threshold
-    return float(common_M.double().mean())
+    return float((common_M if counted_M is None else common_M[counted_M]).double().mean())
+
+
+def strongest(activation_M: Tensor, share: float) -> Tensor:
+    """Return which latents [M] are among the share, at least one, with the highest activations."""
+    highest = activation_M.topk(max(1, round(share * len(activation_M)))).indices
+    return torch.zeros_like(activation_M, dtype=torch.bool).index_fill_(0, highest, True)

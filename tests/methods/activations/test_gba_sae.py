@@ -106,6 +106,11 @@ def adapt(bias: list[float], frequency: list[float], peak: list[float], **fields
     return [round(value, 6) for value in result.tolist()]
 
 
+def test_a_latent_at_its_target_or_at_the_least_frequency_keeps_its_bias() -> None:
+    assert adapt([-0.5], [0.5], [1.0], targets=[0.5]) == [-0.5]
+    assert adapt([-0.5], [0.25], [1.0], targets=[0.5], min_frequency=0.25) == [-0.5]
+
+
 def test_the_mean_peak_is_that_of_the_group_without_silent_latents() -> None:
     peaks = [1.0, 3.0, 0.0, 10.0, 0.0]
     raised = adapt([-0.9] * 5, [0.1, 0.1, 0.0, 0.1, 0.0], peaks, groups=[0, 0, 0, 1, 1], step_up=0.1)
@@ -179,6 +184,7 @@ def test_targets_are_geometric_and_groups_partition_the_latents() -> None:
 def test_one_group_is_ba() -> None:
     """K=1 gives BA."""
     assert GBASAE.single(0.03, width=6).targets.tolist() == [0.03] * 6
+    assert GBASAE(groups=1, highest_frequency=0.2, width=6).targets.tolist() == [0.2] * 6
 
 
 def test_biases_change_in_adaptations_alone_and_receive_no_gradient() -> None:
@@ -321,6 +327,8 @@ def test_the_loss_is_half_the_squared_error_with_the_gradients_of_dense_autograd
         ({"width": 4, "groups": 5}, "width is 4 and groups is 5; a group needs at least one latent"),
         ({"lowest_frequency": 0.6}, "lowest_frequency is 0.6 and highest_frequency 0.5"),
         ({"beside": [{"wanda": {}}]}, "beside names 'wanda', not one dictionary"),
+        ({"beside": [{"topk_sae": {"tokens": 9}}]}, "topk_sae names tokens, which is that of the whole pass"),
+        ({"beside": [{"topk_sae": {"beside": []}}]}, "topk_sae names beside, which is that of the whole pass"),
         ({"tokens": "some"}, "valid integer"),
     ],
 )

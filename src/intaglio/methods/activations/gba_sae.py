@@ -87,7 +87,8 @@ class GBASAE(SparseAutoencoder, slug="gba_sae"):
         p_m < ε:    b_m ← min(b_m + γ₊ r̄_k, 0),   r̄_k the mean of the positive r_m of the group
 
     The targets fall in geometric steps from `highest_frequency` to `lowest_frequency`. One group is BA, the paper's
-    single-frequency form. The result is a JumpReLU dictionary with the thresholds -b_m.
+    single-frequency form, with the target `highest_frequency`. The result is a JumpReLU dictionary with the thresholds
+    -b_m.
 
     The biases are clamped to absolute values, so inputs are scaled; the paper leaves the scale open. Rows return to
     norm 1 after each step; `spherical` also removes the radial part of the gradient, as in the paper's theory. The
@@ -96,7 +97,7 @@ class GBASAE(SparseAutoencoder, slug="gba_sae"):
     Args:
         groups: K. Default 10.
         highest_frequency: target of the first group. Default 0.5.
-        lowest_frequency: target of the last group. Default 0.001.
+        lowest_frequency: target of the last group; a single group does not use it. Default 0.001.
         step_down: γ₋. Default 0.01.
         step_up: γ₊. Default 0.01.
         adapt_every: optimizer steps between adaptations; a chance of 0.001 needs 10,000 activations to be seen. Default
