@@ -155,7 +155,7 @@ def test_matryoshka_of_the_whole_vector_is_the_base_loss() -> None:
     ckpt, losses = checkpoint(layers=1), {}
     for sizes, weight in ((None, None), ([32], [1.0]), ([8], None), ([32, 8], [1.0, 0.5])):
         method = Contrastive(matryoshka=sizes, matryoshka_weights=weight)
-        losses[str(sizes)] = float(method.loss(ckpt.model, batch_of(method, ckpt)).total)
+        losses[str(sizes)] = method.loss(ckpt.model, batch_of(method, ckpt)).total.item()
     assert losses["None"] == losses["[32]"]
     assert losses["[32, 8]"] == pytest.approx(losses["[32]"] + 0.5 * losses["[8]"])
 
@@ -290,6 +290,18 @@ def test_an_echo_encoder_is_restored_with_its_fields(tmp_path: Path) -> None:
         load(tmp_path / "out").encoder(poling="cls")
     with pytest.raises(IntaglioError, match="pooling: 'max' is not accepted"):
         load(tmp_path / "out").encoder(pooling="max")
+
+
+def test_files_of_an_earlier_encoder_are_dropped() -> None:
+    ckpt = checkpoint("bert", layers=1)
+    batch_of(Contrastive(pooling="cls"), ckpt)
+    assert b'cls_token": true' in ckpt.companions["1_Pooling/config.json"]
+    batch_of(Contrastive(normalize=False), ckpt)
+    assert b"Normalize" not in ckpt.companions["modules.json"]
+    batch_of(Contrastive(variant="echo"), ckpt, draws=KeyedRNG(0, training=False))
+    assert ckpt.companions
+    batch_of(Contrastive(variant="echo"), ckpt)
+    assert not ckpt.companions
 
 
 def test_a_checkpoint_that_is_no_encoder_is_refused() -> None:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.attachments import Attachment
+from intaglio.checkpoint.resolve import ITEMS
 from intaglio.data.text_pairs import as_pair
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Capability, Method, ModelAspect, TrainingData, validation_sentence
@@ -229,8 +230,13 @@ class EncoderObjective(Method):
         return [*begin, *_plain(tokenizer, before)], _plain(tokenizer, again), [*_plain(tokenizer, after), *end]
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
-        """Tokenise the pairs; equal texts get equal numbers, by which relevant documents of a batch are known."""
+        """Tokenise the pairs; equal texts get equal numbers, by which relevant documents of a batch are known.
+
+        Files by which sentence-transformers loaded the checkpoint before describe another encoder, and are dropped.
+        """
         self.setup(checkpoint, rng.seed)
+        if rng.training:
+            checkpoint.companions = {name: file for name, file in checkpoint.companions.items() if name == ITEMS}
         pairs = [as_pair(example, f"example {number} of the pairs") for number, example in enumerate(examples)]
         numbers: dict[str, int] = {}
         relevant: dict[str, set[int]] = {}

@@ -123,7 +123,7 @@ def test_pooled_logits_ignore_padding_order_and_the_first_position() -> None:
 def test_chunks_change_no_loss() -> None:
     ckpt = checkpoint("bert", layers=1)
     losses = [m.loss(ckpt.model, b).parts["bag_of_words"] for m, b in (prepared(ckpt, chunk_size=n) for n in (1, 2, 8))]
-    assert float(losses[0]) == pytest.approx(float(losses[1])) == pytest.approx(float(losses[2]))
+    assert losses[0].item() == pytest.approx(losses[1].item()) == pytest.approx(losses[2].item())
 
 
 def test_row_masks() -> None:

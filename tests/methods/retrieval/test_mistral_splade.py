@@ -214,7 +214,7 @@ def test_adaptation_trains_the_next_token_under_the_causal_mask() -> None:
     for pair in PAIRS[:2]:
         for text in (pair["query"], pair["positive"], *pair["negatives"]):  # type: ignore[misc]
             ids = torch.tensor([stock.tokenizer(text)["input_ids"]])
-            total += float(stock.model(ids, labels=ids).loss) * (ids.shape[1] - 1)
+            total += stock.model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
     assert float(method.loss(ckpt.model, batch).total) == pytest.approx(total / count, rel=1e-4)
     assert ckpt.model.config.is_causal is False
@@ -224,7 +224,7 @@ def test_adaptation_of_doubled_texts_predicts_the_first_copy() -> None:
     ckpt = checkpoint()
     method = MistralSplade(adaptation=0.5, query_weight=0.0, document_weight=0.0)
     batch = batch_of(method, ckpt, [{"query": "a fox", "positive": "a dog"}, {"query": "a sun", "positive": "a river"}])
-    loss = float(method.loss(ckpt.model, batch).total)
+    loss = method.loss(ckpt.model, batch).total.item()
     for name in ("query", "document"):
         second = batch[f"{name}_pool_mask"]
         batch[f"{name}_input_ids"] = torch.where(second, 50, batch[f"{name}_input_ids"])
