@@ -54,7 +54,10 @@ def gold(task: Any, one: Any) -> str:
     return f"I looked.\n<answer>{text}</answer>"
 
 
-@pytest.mark.parametrize("task", ALL, ids=lambda task: f"{task.name}-{hash(task) % 1000}")
+IDS = [f"{task.name}-{index}" for index, task in enumerate(ALL)]
+
+
+@pytest.mark.parametrize("task", ALL, ids=IDS)
 def test_the_gold_answer_scores_one_and_no_answer_scores_zero(task: Any) -> None:
     """An empty or unparsable answer is wrong (the official scorers skip some)."""
     for seed in range(4):
@@ -64,7 +67,7 @@ def test_the_gold_answer_scores_one_and_no_answer_scores_zero(task: Any) -> None
             assert one.score(broken) == 0
 
 
-@pytest.mark.parametrize("task", ALL[:12], ids=lambda task: f"{task.name}-{hash(task) % 1000}")
+@pytest.mark.parametrize("task", ALL[:12], ids=IDS[:12])
 def test_contexts_fill_the_length_and_hold_the_answer(task: Any) -> None:
     for tokens in (1500, 2200):
         one = sample(task, tokens=tokens)
@@ -76,7 +79,7 @@ def test_contexts_fill_the_length_and_hold_the_answer(task: Any) -> None:
     assert sample(task, 1).context != sample(task, 2).context
 
 
-@pytest.mark.parametrize("task", ALL[:12], ids=lambda task: f"{task.name}-{hash(task) % 1000}")
+@pytest.mark.parametrize("task", ALL[:12], ids=IDS[:12])
 def test_a_short_context_is_refused(task: Any) -> None:
     with pytest.raises(IntaglioError, match="a context of 5 tokens"):
         sample(task, tokens=5)

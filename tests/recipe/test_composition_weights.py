@@ -41,6 +41,7 @@ MORE: dict[str, list[dict[str, Any]]] = {
         {"drop_blocks": {"count": 1, "by": "loss"}},
         {"drop_blocks": {"layers": [0]}},
     ],
+    "steer": [{"steer": {"feature": 1}}],
     "train": [
         {"train": {"steps": 1}},
         {"train": {"steps": 1, "keep_mask": False}},

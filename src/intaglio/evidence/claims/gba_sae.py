@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from intaglio.dictionaries.baselines import L1SAE, TopKSAE
+from intaglio.dictionaries.baselines import TopKSAE
 from intaglio.evidence.designs.recover_features import ACTIVE, ALIVE, LOOSELY, RECOVERED, UNEXPLAINED, RecoverFeatures
 from intaglio.evidence.engine.claim import Arm, Claim
 from intaglio.evidence.testbeds.sparse_features import SparseFeatures
@@ -47,13 +47,12 @@ CLAIM = Claim(
         "relu": Arm("GBA with ReLU instead of the jump", gba(activation="relu")),
         "best k": Arm("TopK with k = 10, the nearest of these to the mean sparsity", topk(10)),
         "mean k": Arm("TopK with k = 6, the mean sparsity", topk(6)),
-        "l1": Arm("an L1 penalty of .05", {"dictionaries": (L1SAE(),)}),
     },
     baseline="topk",
     method="gba",
     ceiling="true directions",
     ablations=("one group", "relu"),
-    reported=("best k", "mean k", "l1"),
+    reported=("best k", "mean k"),
     tune={"learning_rate": (*RATES, 1e-2), "auxiliary": (0.0, 1 / 32)},
     closed=("adapt_every", "auxiliary"),
     looks=(5, 10),
