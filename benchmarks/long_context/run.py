@@ -142,15 +142,18 @@ def decode(length: int, sparsities: list[float], rounds: int) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def prefill(length: int, sparsities: list[float], rounds: int) -> dict[str, Any]:
+def prefill(length: int, sparsities: list[float], rounds: int, patterns: list[str]) -> dict[str, Any]:
     """Alternate the arms over one prompt and return the seconds of a pass and the measured sparsity."""
     model, ids = prompt(length)
     base = anatomy(model).base
     arms: dict[str, Any] = {"dense": None}
     for sparsity in sparsities:
-        arms[f"block_sparse {sparsity:.0%}"] = BlockSparse.at_sparsity(length, sparsity, BLOCK)
         count = max(64, round(length * (1 - sparsity**0.5)))
-        arms[f"vertical_slash {sparsity:.0%}"] = VerticalSlash(columns=count, offsets=count)
+        made = {
+            "block_sparse": BlockSparse.at_sparsity(length, sparsity, BLOCK),
+            "vertical_slash": VerticalSlash(columns=count, offsets=count),
+        }
+        arms |= {f"{name} {sparsity:.0%}": made[name] for name in patterns}
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     measured = dict.fromkeys(arms, 0.0)
     for _ in range(rounds):
@@ -208,6 +211,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="turns of each arm")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefill", action="store_true", help="the prompt, instead of decoding")
+    parser.add_argument("--patterns", default="block_sparse,vertical_slash", help="of --prefill, comma-separated")
     parser.add_argument("--out", type=Path, default=HERE / "out", help="output directory")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -215,7 +219,10 @@ def main() -> None:
     sparsities = [float(word) for word in given.sparsities.split(",")]
     runs = []
     for length in map(int, given.lengths.split(",")):
-        runs.append((prefill if given.prefill else decode)(length, sparsities, given.rounds))
+        if given.prefill:
+            runs.append(prefill(length, sparsities, given.rounds, given.patterns.split(",")))
+        else:
+            runs.append(decode(length, sparsities, given.rounds))
         print(markdown(runs[-1:]), flush=True)
     name = "prefill" if given.prefill else "decode"
     atomic_io.write_text(given.out / f"{name}.json", json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
