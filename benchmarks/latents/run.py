@@ -26,7 +26,7 @@ from intaglio.methods.activations.dkvb.bottleneck import DiscreteKeyValueBottlen
 from intaglio.methods.activations.qlae.latents import ScalarQuantizer, quantization_loss
 
 HERE = Path(__file__).resolve().parent
-REPEATS = 20
+REPEATS = 5
 
 
 def peer_python(given: str | None) -> str:
@@ -42,7 +42,7 @@ def peer_python(given: str | None) -> str:
     return str(python)
 
 
-def inputs(rows: int = 512) -> dict[str, torch.Tensor]:
+def inputs(rows: int = 128) -> dict[str, torch.Tensor]:
     """Return weights and inputs of both comparisons, and sources with latents for the metric."""
     draws = torch.Generator().manual_seed(0)
 

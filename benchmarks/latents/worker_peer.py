@@ -31,7 +31,7 @@ def latent_quantize(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"codes": codes_BZ.detach(), "codebook_gradient": torch.stack(gradients)}
 
 
-def bottleneck(given: dict[str, torch.Tensor], repeats: int = 20) -> dict[str, torch.Tensor]:
+def bottleneck(given: dict[str, torch.Tensor], repeats: int = 5) -> dict[str, torch.Tensor]:
     """Return indices [B, C] and the mean of the fetched values [B, V], and the seconds of a pass."""
     codebooks, pairs, width = given["keys"].shape
     # Without codebook_dim the peer projects the heads again.
