@@ -27,6 +27,7 @@ from intaglio.methods.registry import (
     get_method,
     list_fitted,
     list_methods,
+    list_objectives,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +36,12 @@ SOURCE = Path(intaglio.__file__).parent.parent
 
 def test_the_table_is_current() -> None:
     assert discover() == list(METHODS.values()), "run `make catalogue`"
+
+
+def test_objectives_declare_what_they_are_trained_on() -> None:
+    assert list_objectives("interactions") == ["bert4rec", "sasrec"]
+    assert list_objectives("labels") == ["token_classification"]
+    assert {"codegen2", "meap"} <= set(list_objectives("texts"))
 
 
 def test_published_methods_come_first_in_the_order_of_their_slugs() -> None:

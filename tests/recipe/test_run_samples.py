@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from intaglio.data.facts import load_facts
 from intaglio.errors import IntaglioError
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
+from intaglio.trainer import recipe_step
 from tests.families import tiny_checkpoint_dir
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 
@@ -34,11 +36,14 @@ def carved(path: Path, **training: Any) -> dict[str, Any]:
     return carve(recipe, path / "out")
 
 
-def test_facts_are_asked_in_both_orders_before_and_after(tmp_path: Path) -> None:
+def test_facts_are_asked_in_both_orders_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(recipe_step, "load_facts", lambda path: read.append(path) or load_facts(path))
     facts = [{"subject": f"dog {n}", "object": f"the fox {n}"} for n in range(5)]
     file = tmp_path / "facts.jsonl"
     file.write_text("\n".join(map(json.dumps, facts)), encoding="utf-8")
     document = carved(tmp_path, objective={"bico": {"length": 48}}, facts=str(file))
+    assert read == [str(file)]
     (step,) = document["steps"]
     assert list(step["samples"]["scores"]) == ["forward questions answered", "reverse questions answered"]
     rows = step["samples"]["rows"]

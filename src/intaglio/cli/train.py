@@ -15,8 +15,6 @@ from rich.text import Text
 from intaglio.cli.console import Device, Json, handle_errors, out, print_json, print_out, progress_bar, read_stdin
 from intaglio.errors import IntaglioError, did_you_mean
 
-FAMILIES = {"bert4rec": "bert", "sasrec": "gpt2"}
-"""Default architecture of each objective on interactions."""
 SIZES = ("width", "depth", "heads", "context")
 """Options that belong to a new model."""
 SETTINGS = ("objective", "set_", "steps", "batch_size", "learning_rate", *SIZES)
@@ -109,14 +107,17 @@ def _recommender_recipe(
 ) -> Any:
     """Return the recipe that the options stand for; `sizes` are those of a new model."""
     from intaglio.cli.settings import read_settings
-    from intaglio.methods.registry import get_method
+    from intaglio.methods.registry import get_method, list_objectives
     from intaglio.recipe.schema import Recipe, from_cli
 
-    if objective not in FAMILIES:
-        raise IntaglioError(f"--objective is {objective!r}; {did_you_mean(objective, FAMILIES)}")
-    fields = from_cli(get_method(objective), read_settings(words), "--set").model_dump()
+    accepted = list_objectives("interactions")
+    if objective not in accepted:
+        raise IntaglioError(f"--objective is {objective!r}; {did_you_mean(objective, accepted)}")
+    method = get_method(objective)
+    fields = from_cli(method, read_settings(words), "--set").model_dump()
     step = {"objective": {objective: fields}, "interactions": interactions, **settings}
-    new = {} if sizes is None else {"new": {"family": FAMILIES[objective], "tokenizer": "items", **sizes}}
+    family = "gpt2" if "causal" in method.requires else "bert"
+    new = {} if sizes is None else {"new": {"family": family, "tokenizer": "items", **sizes}}
     return Recipe.from_dict({**new, "steps": [{"train": step}]}, "the options")
 
 

@@ -40,6 +40,9 @@ matrices), `matrix_products` (the projections, plain or replaced, multiply by a 
 generates), `cache` (a stock key-value cache), `tokenizer` (token ids keep their original meaning), `zeros` (the zeros
 of an earlier pruning step are kept)."""
 
+TrainingData = Literal["texts", "labels", "interactions"]
+"""What an objective is trained on: texts or token ids, labelled words, or logs of users and items."""
+
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, label)` after each unit of long work."""
 
@@ -71,6 +74,7 @@ class Method(BaseModel):
         invalidates: properties that the checkpoint loses.
         restores: properties that it gives back, where only steps whose `changes` are among its own took them away.
         edits_experts: whether it edits the matrices of stacked experts; otherwise a model with such is refused.
+        trains_on: data that an objective is trained on. Default `texts`.
     """
 
     # strict: neither "0.5" nor true is taken for a number, nor 1 for true.
@@ -89,6 +93,7 @@ class Method(BaseModel):
     """Keys of the model's config in which it keeps token ids; a step that replaces the vocabulary removes them."""
     restores: ClassVar[frozenset[Capability]] = frozenset()
     edits_experts: ClassVar[bool] = False
+    trains_on: ClassVar[TrainingData] = "texts"
 
     def __init_subclass__(cls, slug: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -254,6 +259,20 @@ class Fittable(Protocol):
 
     def estimate_fit(self, workload: Workload, texts: Any) -> Cost:
         """Estimate the cost of `fit` on these texts."""
+
+
+@runtime_checkable
+class SamplesConstrained(Protocol):
+    """A decoder that samples outputs under a constraint by its own rule, and weights them.
+
+    `sample_fields` are the fields that `constrained` sets if a number of samples is given. After `generate`,
+    `populations` has an entry a row, with its `checks` and `log_probability`.
+    """
+
+    sample_fields: ClassVar[frozenset[str]]
+
+    def constrained(self, constraint: Any, vocabulary: Any, samples: int | None) -> Any:
+        """Return the decoder with a constraint, the byte forms of the model's tokens, and a number of samples."""
 
 
 class StepContract(Protocol):

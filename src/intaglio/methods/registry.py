@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.methods.base import Kind, Method
+from intaglio.methods.base import Kind, Method, TrainingData
 
 TABLE = Path(__file__).with_name("method_table.json")
 
@@ -91,6 +91,11 @@ def get_method(slug: str) -> type[Method]:
     entry = METHODS[slug]
     method: type[Method] = getattr(import_module(entry.module), entry.name)
     return method
+
+
+def list_objectives(trains_on: TrainingData) -> list[str]:
+    """Return the slugs of all objectives that are trained on a kind of data."""
+    return [slug for slug in list_methods("objective") if get_method(slug).trains_on == trains_on]
 
 
 def vocabulary_config_keys() -> frozenset[str]:

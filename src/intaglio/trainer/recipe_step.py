@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from pydantic import AliasChoices, Field, ValidationError, field_validator, model_validator
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.data.facts import load_facts
+from intaglio.data.facts import Fact, load_facts
 from intaglio.data.item_sequences import HELD_OUT, LEAST
 from intaglio.data.streaming import TextStream
 from intaglio.data.texts import Corpus, load_texts
@@ -29,7 +29,7 @@ from intaglio.methods.base import (
     no_progress,
     validation_sentence,
 )
-from intaglio.methods.registry import get_method, list_methods
+from intaglio.methods.registry import get_method, list_methods, list_objectives
 from intaglio.modeling.anatomy import Anatomy
 from intaglio.trainer.instruction_data import load_pairs, train_eval_split
 from intaglio.trainer.protocols import HasTrainingCost, Objective
@@ -41,8 +41,6 @@ SHOWN = 4
 
 ROW = 512
 """Tokens of a row in estimates."""
-RECOMMENDERS = frozenset({"bert4rec", "sasrec"})
-"""Objectives that train on interactions."""
 
 
 class Train(Settings, Method, slug="train"):
@@ -118,17 +116,19 @@ class Train(Settings, Method, slug="train"):
         given = [name for name in sources if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; give one source of training data")
-        labels = self.objective is not None and "token_classification" in self.objective
+        slug = next(iter(self.objective or {}), "")
+        trains_on = get_method(slug).trains_on if slug else "texts"
+        labels, recommends = trains_on == "labels", trains_on == "interactions"
         if labels and self.labels is None:
-            raise ValueError("token_classification needs labels, a file of labelled words")
-        if self.labels is not None and not labels and self.objective is not None:
-            raise ValueError("labels need the objective token_classification, or none, to train on the words alone")
-        recommends = self.objective is not None and not RECOMMENDERS.isdisjoint(self.objective)
+            raise ValueError(f"{slug} needs labels, a file of labelled words")
+        if self.labels is not None and not labels and slug:
+            accepted = " or ".join(list_objectives("labels"))
+            raise ValueError(f"labels need the objective {accepted}, or none, to train on the words alone")
         if recommends != (self.interactions is not None):
             raise ValueError(
-                f"{next(iter(self.objective or {}))} needs interactions, a log of users, items and times"
+                f"{slug} needs interactions, a log of users, items and times"
                 if recommends
-                else f"interactions need one of the objectives {' and '.join(sorted(RECOMMENDERS))}"
+                else f"interactions need one of the objectives {' and '.join(list_objectives('interactions'))}"
             )
         if not recommends and (self.least, self.held_out) != (LEAST, HELD_OUT):
             raise ValueError("least and held_out belong to interactions; name a log of users, items and times")
@@ -136,9 +136,9 @@ class Train(Settings, Method, slug="train"):
             raise ValueError("evaluate and select do not apply to interactions, whose last items are held out")
         if (self.validation is not None or self.evaluate) and labels != (self.validation is not None):
             raise ValueError(
-                "token_classification is scored on a file of labels: name one as validation"
+                f"{slug} is scored on a file of labels: name one as validation"
                 if labels
-                else "validation is a file of labels; it needs the objective token_classification"
+                else f"validation is a file of labels; it needs the objective {' or '.join(list_objectives('labels'))}"
             )
         if self.facts is not None and self.evaluate:
             raise ValueError("facts are asked while training, so evaluate does not apply; leave it out")
@@ -266,9 +266,10 @@ class Train(Settings, Method, slug="train"):
         settings["seed"] = seed if self.seed is None else self.seed
         if "tensorboard" in self.report_to:  # not in the directory, which is removed after the step
             settings["log_directory"] = self.log_directory or "runs"
-        examples, evaluate = self._data(calibration, held_out_hashes) if data is None else data
+        facts = None if self.facts is None else load_facts(self.facts)
+        examples, evaluate = self._data(calibration, held_out_hashes, facts) if data is None else data
         objective = self._objective_method()
-        show = self._show(objective, evaluate)
+        show = self._show(objective, evaluate, facts)
         before = None if show is None else show(checkpoint)
         train(
             checkpoint,
@@ -287,10 +288,9 @@ class Train(Settings, Method, slug="train"):
             record_samples(checkpoint, before, show(checkpoint))
         return checkpoint
 
-    def _show(self, objective: Objective, held_out: Any) -> Show | None:
+    def _show(self, objective: Objective, held_out: Any, facts: list[Fact] | None) -> Show | None:
         """Return the function that draws samples before and after training, if there is anything to show."""
-        if self.facts is not None:
-            facts = load_facts(self.facts)
+        if facts is not None:
             return lambda checkpoint: recall_samples(fact_recall(checkpoint, facts))
         if isinstance(objective, DrawsSamples) and isinstance(held_out, list):
             texts = [text for text in held_out if isinstance(text, str)]
@@ -305,15 +305,14 @@ class Train(Settings, Method, slug="train"):
             return cast(Objective, _make(self.objective))
         return InstructionTuning(self.length, chat=self.chat) if self.instructions else CausalLM(self.length)
 
-    def _data(self, calibration: Corpus | None, sealed: frozenset[str]) -> tuple[Any, Any]:
+    def _data(self, calibration: Corpus | None, sealed: frozenset[str], facts: list[Fact] | None) -> tuple[Any, Any]:
         """Return the training data and the evaluation data or function, if any."""
         if self.validation is not None:
             from intaglio.trainer.token_classification import make_evaluator
 
             evaluator = make_evaluator(read_labelled(self.validation), batch_size=self.batch_size)
             return read_labelled(str(self.labels)), evaluator
-        if self.facts is not None:
-            facts = load_facts(self.facts)
+        if facts is not None:
             return [text for fact in facts for text in fact.texts], lambda model: fact_recall(model, facts).shares
         if self.instructions is not None:
             whole: list[Any] = load_pairs(self.instructions)

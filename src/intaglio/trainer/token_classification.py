@@ -22,7 +22,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.token_classification import Labelled, Place, Row, as_labelled, found_labels, rows
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.measures.token_classification import scores
-from intaglio.methods.base import Capability, Method, ModelAspect
+from intaglio.methods.base import Capability, Method, ModelAspect, TrainingData
 from intaglio.modeling.token_classifier import PLACE, SLUG, classification_head, label_names, to_classifier
 from intaglio.trainer.causal_lm import IGNORED, row_length
 from intaglio.trainer.protocols import Batch, Example, Loss
@@ -47,6 +47,7 @@ class TokenClassification(Method, slug=SLUG):
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
     invalidates: ClassVar[frozenset[Capability]] = frozenset({"causal"})
     storage: ClassVar[str] = "standalone"
+    trains_on: ClassVar[TrainingData] = "labels"
 
     place: Place = "first"
     labels: list[str] | None = None

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError, did_you_mean
-from intaglio.methods.base import Capability, Method, ModelAspect
+from intaglio.methods.base import Capability, Method, ModelAspect, TrainingData
 from intaglio.methods.objectives.meap import draw_positions, masked
 from intaglio.methods.objectives.next_item import draw_items, head_on, item_ids, window_rows
 from intaglio.modeling.anatomy import anatomy
@@ -101,6 +101,7 @@ class BERT4Rec(Method, slug="bert4rec"):
 
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
     requires: ClassVar[frozenset[Capability]] = frozenset({"tokenizer"})
+    trains_on: ClassVar[TrainingData] = "interactions"
 
     mask_ratio: Annotated[float, Field(gt=0, le=1)] = 0.2
     max_predictions: Annotated[int, Field(ge=1)] | None = None

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import Capability, Method, ModelAspect
+from intaglio.methods.base import Capability, Method, ModelAspect, TrainingData
 from intaglio.methods.objectives.next_item import draw_items, item_ids, window_rows
 from intaglio.trainer.causal_lm import IGNORED, causal_batch, check_causal, next_token_loss, row_length
 from intaglio.trainer.protocols import Batch, Example, Loss
@@ -54,6 +54,7 @@ class SASRec(Method, slug="sasrec"):
 
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "tokenizer"})
+    trains_on: ClassVar[TrainingData] = "interactions"
 
     loss_type: Literal["bce", "softmax"] = "bce"
     negatives: Annotated[int, Field(ge=1)] = 1

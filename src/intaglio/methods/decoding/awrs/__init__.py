@@ -138,6 +138,7 @@ class AWRS(Method, slug="awrs"):
     )
     url = "https://arxiv.org/abs/2504.05410"
     requires: ClassVar[frozenset[Capability]] = frozenset({"causal", "cache", "tokenizer"})
+    sample_fields: ClassVar[frozenset[str]] = frozenset({"particles", "return_all"})
 
     constraint: SkipJsonSchema[InstanceOf[Constraint] | None] = Field(None, exclude=True, repr=False)
     particles: Annotated[int, Field(ge=1, le=100_000)] = 5
@@ -178,6 +179,17 @@ class AWRS(Method, slug="awrs"):
     def outputs(self) -> tuple[WeightedOutput, ...]:
         """Weights and lengths of the returned sequences of the last call."""
         return self._outputs
+
+    def constrained(self, constraint: Constraint, vocabulary: Vocabulary, samples: int | None) -> Self:
+        """Return the decoder with a constraint and a vocabulary; `samples` is N, and all distinct outputs are returned.
+
+        Args:
+            constraint: of the new tokens' text.
+            vocabulary: byte forms of the model's tokens.
+            samples: number of particles. None: `particles` and `return_all` as they are.
+        """
+        own: dict[str, Any] = {} if samples is None else {"particles": samples, "return_all": True}
+        return self.model_copy(update={"constraint": constraint, "vocabulary": vocabulary, **own})
 
     def draw(self, draws: Draws, accept: Accept, largest: float = 0.0) -> Draw:
         """Draw a token and the estimate of the accepted share by the chosen estimator.
