@@ -18,8 +18,9 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.cli.settings import check_settings
 from intaglio.constraints import Constraint, ConstraintProcessor, Vocabulary, check_output
 from intaglio.errors import IntaglioError
-from intaglio.methods.decoding.awrs import AWRS
-from intaglio.methods.objectives.codegen2 import infill_prompt
+from intaglio.measures.infilling import infill_prompt
+from intaglio.methods.base import SamplesConstrained
+from intaglio.methods.registry import METHODS, get_method
 from intaglio.modeling.anatomy import anatomy
 from intaglio.speculative.factory import decoder_names, drafter_names, make_decoder
 from intaglio.speculative.protocols import Step
@@ -128,15 +129,24 @@ def check_constraint(
     decoder: str, constrained: bool, samples: int | None, settings: Mapping[str, str] | None = None
 ) -> None:
     """Raise an `IntaglioError` for a constraint or samples that a decoder does not take, before any model loads."""
-    takers = [*STOCK, *drafter_names(), "awrs"]
-    if constrained and decoder not in takers:
-        raise IntaglioError(f"the decoder {decoder} takes no constraint; {', '.join(takers)} do")
-    if decoder == "awrs" and not constrained:
-        raise IntaglioError("the decoder awrs needs a constraint; give --json-schema, --regex, --grammar, ...")
-    if samples is not None and decoder != "awrs":
-        raise IntaglioError(f"samples is {samples}, which the decoder {decoder} does not draw; awrs does")
-    for name in {"particles", "return_all"} & set(settings or {}) if samples is not None else ():
+    sampler = get_method(decoder) if decoder in METHODS else None
+    if not isinstance(sampler, SamplesConstrained):
+        drafts = decoder in (*STOCK, *drafter_names())
+        if constrained and not drafts:
+            takers = ", ".join([*STOCK, *drafter_names(), *_constrained_samplers()])
+            raise IntaglioError(f"the decoder {decoder} takes no constraint; {takers} do")
+        if samples is not None:
+            others = ", ".join(_constrained_samplers())
+            raise IntaglioError(f"samples is {samples}, which the decoder {decoder} does not draw; {others} does")
+        return
+    if not constrained:
+        raise IntaglioError(f"the decoder {decoder} needs a constraint; give --json-schema, --regex, --grammar, ...")
+    for name in sorted(sampler.sample_fields & set(settings or {})) if samples is not None else ():
         raise IntaglioError(f"--samples and --set {name} are given; give one of them")
+
+
+def _constrained_samplers() -> list[str]:
+    return [name for name in decoder_names() if name in METHODS and isinstance(get_method(name), SamplesConstrained)]
 
 
 def check_drafting(decoder: str, settings: Mapping[str, str], show_drafts: bool) -> None:
@@ -182,7 +192,8 @@ def generate(
         seed: (sample) of the draws.
         settings: (methods) settings as words; see `settings.read_settings`.
         constraint: that the new text must meet (`intaglio.constraints`).
-        samples: (awrs) number of particles, whose distinct outputs are all returned; None: a single draw.
+        samples: (decoders that sample under a constraint) number of particles, whose distinct outputs are all
+            returned; None: a single draw.
         write: called with each piece of text as it is generated; not by decoders without a streamer.
         paint: (drafting) called instead, with each piece and whether it was drafted.
 
@@ -329,10 +340,8 @@ def _constrain(
     if not stops and checkpoint.tokenizer.eos_token_id is not None:
         stops = options["eos_token_id"] = [checkpoint.tokenizer.eos_token_id]
     vocabulary = Vocabulary.from_tokenizer(checkpoint.tokenizer, checkpoint.vocabulary, stops)
-    if isinstance(loop, AWRS):
-        own: dict[str, Any] = {} if samples is None else {"particles": samples, "return_all": True}
-        loop = loop.model_copy(update={"constraint": constraint, "vocabulary": vocabulary, **own})
-        options["custom_generate"] = loop
+    if isinstance(loop, SamplesConstrained):
+        loop = options["custom_generate"] = loop.constrained(constraint, vocabulary, samples)
         return loop, None
     if loop is not None and not getattr(loop, "lossless", True):
         raise IntaglioError(f"{loop.slug} accepts drafts by its own rule, which a constraint cannot follow")

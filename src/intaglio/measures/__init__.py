@@ -6,6 +6,7 @@
 - `speed`: prefill and decode tokens per second.
 - `memory`: peak memory of a block of code.
 - `generated_text`: repetition, diversity and overlap of outputs, their log-probability, oracle score, entropy.
+- `infilling`: filling holes in texts, and the middle lines by which it is measured.
 - `token_classification`: token-classification metrics.
 - `feature_coverage`: how well single neurons predict a known state.
 - `lexical_invariance`: substitution ciphers and the recovery of their keys.

@@ -15,6 +15,7 @@
   `tree_attention.py`: grouped heads under a mask; `prepacked_linear.py`: linear weights laid out for few tokens
 - `request.py`: the checked arguments of `generate`; `sequences.py`: the state of a sequence
 - `outputs.py`: the returned object and the streamer; `statistics.py`: the cost of a run
+- `beam_groups.py`: stock beam search over groups that choose in order
 - `drafters/`: the plain drafters; `factory.py`: drafters by name
 """
 

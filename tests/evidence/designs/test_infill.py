@@ -29,7 +29,7 @@ def measured(objective: Any) -> Measured:
 def test_a_hole_is_scored_after_its_prompt(objective: Any) -> None:
     one = measured(objective)
     row = one.documents.segments.ids_NT[0].tolist()
-    prefix, hole, suffix = _line(row) or ([], [], [])
+    prefix, hole, suffix = _line(one.checkpoint.tokenizer, row) or ([], [], [])
     assert prefix + hole + suffix == row
     losses, _ = _losses(one, objective._tokens, [(prefix, hole, suffix)])
     prompt = objective._tokens.prompt([prefix, suffix])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,37 +15,44 @@ from intaglio.data.infill_format import FillInMiddle, Sentinels
 from intaglio.evidence.designs.base import Measured, Values
 from intaglio.evidence.engine.claim import Metric
 from intaglio.masks import PrefixLM, temporary_visibility
-from intaglio.methods.objectives.codegen2 import middle_line
+from intaglio.measures.infilling import middle_line
 from intaglio.trainer.causal_lm import IGNORED, causal_batch, targets
 
-LINE = Metric("loss of a middle line", "nats a byte")
-SINGLE = Metric("single bytes filled", "points", "higher", continuous=False)
-BATCH = 16
+LINE = Metric("loss of a middle line", "nats a token")
+SINGLE = Metric("single tokens filled", "points", "higher", continuous=False)
+BATCH = 64
 """Prompts of a forward pass."""
 
 Hole = tuple[list[int], list[int], list[int]]
-"""Prefix, hole and suffix, as bytes."""
+"""Token ids of prefix, hole and suffix."""
 
 
 def middle_lines(measured: Measured) -> Values:
-    """Return the mean loss of a byte of each document's middle line, and how often its middle byte is filled.
+    """Return the mean loss of the tokens of all documents' middle lines, and how often a middle token is filled.
 
+    The lines are the test bed's `holes`, if it names them, else those nearest to the middle of the text.
     A model without tokens for infilling, or trained without corruption, has the prefix alone. One with
     fill-in-the-middle tokens is read in both orders, of which the better counts. A Prefix-LM reads as it was trained.
     """
     rows = measured.documents.segments.ids_NT.tolist()
-    lines = [hole for row in rows for hole in [_line(row)] if hole is not None]
-    bytes_ = [(row[: len(row) // 2], [row[len(row) // 2]], row[len(row) // 2 + 1 :]) for row in rows]
+    if hasattr(measured.bed, "holes"):
+        lines = measured.bed.holes(measured.key.split, measured.key.base)
+    else:
+        lines = [hole for row in rows for hole in [_line(measured.checkpoint.tokenizer, row)] if hole is not None]
+    singles = [(row[: len(row) // 2], [row[len(row) // 2]], row[len(row) // 2 + 1 :]) for row in rows]
     forms = _forms(measured)
     losses = [_losses(measured, form, lines) for form in forms]
     loss = min(sum(map(sum, every)) / sum(map(len, every)) for every, _ in losses)
-    filled = max(sum(correct) / len(correct) for form in forms for _, correct in [_losses(measured, form, bytes_)])
+    filled = max(sum(correct) / len(correct) for form in forms for _, correct in [_losses(measured, form, singles)])
     return {LINE.name: loss, SINGLE.name: 100 * filled}
 
 
-def _line(row: Sequence[int]) -> Hole | None:
-    hole = middle_line(bytes(token for token in row if token < 256).decode("latin-1"))
-    return None if hole is None else tuple(list(part.encode("latin-1")) for part in hole)  # type: ignore[return-value]
+def _line(tokenizer: Any, row: Sequence[int]) -> Hole | None:
+    hole = middle_line(tokenizer.decode(row, skip_special_tokens=True))
+    if hole is None:
+        return None
+    prefix, line, suffix = tokenizer(list(hole), add_special_tokens=False, verbose=False)["input_ids"]
+    return prefix, line, suffix
 
 
 def _forms(measured: Measured) -> list[Sentinels | FillInMiddle | None]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice, takewhile
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
@@ -29,10 +29,10 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.data.infill_format import END, MASK, SEPARATOR, Sentinels, check_holes, infill_format
+from intaglio.data.infill_format import END, MASK, SEPARATOR, Sentinels
 from intaglio.errors import IntaglioError
 from intaglio.masks import PrefixLM, temporary_visibility
-from intaglio.measures.generated_text import greedy_answers
+from intaglio.measures.infilling import fitted_hole, line_in_hole, middle_line
 from intaglio.methods.base import Capability, Method, ModelAspect
 from intaglio.trainer.causal_lm import (
     IGNORED,
@@ -59,8 +59,8 @@ T5 = (0.15, 3.0)
 SHORTEST = 4
 """Fewest tokens of a document that is corrupted."""
 
-SAMPLES, SHOWN, ANSWER, HOLE = 6, 400, 32, "\u25ad"
-"""Samples of the report, characters on each side of their holes, most tokens of an answer, the sign of a hole."""
+SAMPLES, HOLE = 6, "\u25ad"
+"""Samples of the report, the sign of their holes."""
 
 Span = tuple[int, int]
 
@@ -136,7 +136,7 @@ class CodeGen2(Method, slug="codegen2"):
 
     In a recipe: `train: {objective: {codegen2: {}}, texts: src/, steps: 500}`. Then
     `intaglio generate OUT --prefix "def area(w, h):" --suffix "return a"`, or from Python `infill(checkpoint, [prefix,
-    suffix])`. In a stock `transformers.Trainer`:
+    suffix])` of `intaglio.measures.infilling`. In a stock `transformers.Trainer`:
 
         method, rng = intaglio.CodeGen2(length=256), KeyedRNG(seed=0)    # and two names below: intaglio.trainer
         rows = training_rows(method, checkpoint, texts, rng)
@@ -319,41 +319,12 @@ class CodeGen2(Method, slug="codegen2"):
     def samples(self, checkpoint: Checkpoint, held_out: Sequence[str]) -> Samples:
         """Return the middle lines of texts as the model fills them; without sentinels, its continuation of the line."""
         lines = (hole for hole in map(middle_line, held_out) if hole is not None)
-        holes = [_fitted(checkpoint, *hole) for hole in islice(lines, SAMPLES)]
-        fills = Sentinels.from_tokenizer(checkpoint.tokenizer) is not None
         shown = [
-            Sample(f"{prefix}{HOLE}{suffix}", line, (_fill if fills else _continue)(checkpoint, prefix, suffix))
-            for prefix, line, suffix in holes
+            Sample(f"{prefix}{HOLE}{suffix}", line, line_in_hole(checkpoint, prefix, suffix))
+            for prefix, line, suffix in (fitted_hole(checkpoint, *hole) for hole in islice(lines, SAMPLES))
         ]
         exact = sum(sample.text.strip() == sample.expected.strip() for sample in shown)
         return Samples(shown, {"lines filled exactly": 100 * exact / max(1, len(shown))})
-
-
-def middle_line(text: str) -> tuple[str, str, str] | None:
-    """Return the line nearest to the middle of a text that has at least 8 letters, with the text on both sides."""
-    lines = text.splitlines(keepends=True)
-    order = sorted(range(1, len(lines) - 1), key=lambda index: (abs(2 * index - len(lines)), index))
-    index = next((index for index in order if len(lines[index].strip()) >= 8), None)
-    if index is None:
-        return None
-    line = lines[index].rstrip("\n")
-    return "".join(lines[:index])[-SHOWN:], line, lines[index][len(line) :] + "".join(lines[index + 1 :])[:SHOWN]
-
-
-def _fitted(checkpoint: Checkpoint, prefix: str, line: str, suffix: str) -> tuple[str, str, str]:
-    """Return a hole with no more text around it than the context has room for."""
-    tokens = len(checkpoint.tokenizer(prefix + suffix, verbose=False)["input_ids"])
-    share = min(1.0, 0.9 * (checkpoint.context - ANSWER - 8) / max(1, tokens))
-    return prefix[len(prefix) - int(share * len(prefix)) :], line, suffix[: int(share * len(suffix))]
-
-
-def _fill(checkpoint: Checkpoint, prefix: str, suffix: str) -> str:
-    return infill(checkpoint, [prefix, suffix], max_new_tokens=ANSWER)[0]
-
-
-def _continue(checkpoint: Checkpoint, prefix: str, suffix: str) -> str:
-    ids = checkpoint.tokenizer(prefix, return_tensors="pt", verbose=False)["input_ids"].to(checkpoint.device)
-    return greedy_answers(checkpoint, ids, ANSWER)[0].partition("\n")[0]
 
 
 def _hidden(labels_T: Tensor, prefix: int) -> Tensor:
@@ -361,72 +332,3 @@ def _hidden(labels_T: Tensor, prefix: int) -> Tensor:
     hidden_T = labels_T.clone()
     hidden_T[:prefix] = IGNORED
     return hidden_T
-
-
-def _until(ids: Sequence[int], stops: Sequence[int]) -> list[int]:
-    return list(takewhile(lambda token: token not in stops, ids))
-
-
-def infill_prompt(
-    checkpoint: Checkpoint, pieces: Sequence[str], *, max_new_tokens: int, answers: Sequence[Sequence[int]] = ()
-) -> tuple[Tensor, dict[str, Any]]:
-    """Return the prompt of the next hole, int64 [1, T], and the arguments of `generate` by which it ends at `<eom>`.
-
-    Args:
-        checkpoint: a model trained by this objective, or with fill-in-the-middle tokens.
-        pieces: the text around the holes: two, a prefix and a suffix, for one hole.
-        max_new_tokens: room for the answer.
-        answers: token ids of the earlier holes' answers. Default: none.
-
-    Raises:
-        IntaglioError: the model cannot fill holes or not so many, or the text is too long for its context.
-    """
-    form = infill_format(checkpoint.tokenizer, checkpoint.source)
-    check_holes(form, pieces)
-    # Text that spells a special token is ordinary text; only the first piece may begin with a begin-of-text token.
-    tokens = [
-        checkpoint.tokenizer(
-            piece, add_special_tokens=index == 0, split_special_tokens=True, return_attention_mask=False, verbose=False
-        )["input_ids"]
-        for index, piece in enumerate(pieces)
-    ]
-    if tokens[0][-1:] == [checkpoint.tokenizer.eos_token_id]:
-        tokens[0] = tokens[0][:-1]
-    prompt = form.prompt(tokens, answers)
-    if len(prompt) + max_new_tokens > checkpoint.context:
-        raise IntaglioError(
-            f"the prefix is {len(tokens[0])} tokens and the text after it {len(prompt) - len(tokens[0])}; with"
-            f" max_new_tokens, {max_new_tokens}, they must fit in the context of {checkpoint.context}"
-        )
-    settings = getattr(checkpoint.model, "generation_config", None)
-    known = getattr(settings, "eos_token_id", None)
-    stops = {form.end, checkpoint.tokenizer.eos_token_id, *([known] if isinstance(known, int) else known or ())}
-    banned = {*(getattr(settings, "suppress_tokens", None) or ()), *form.added} - stops
-    ending = {"eos_token_id": sorted(stops), "pad_token_id": checkpoint.tokenizer.eos_token_id}
-    return torch.tensor([prompt]), {**ending, "suppress_tokens": sorted(banned)}
-
-
-def infill(checkpoint: Checkpoint, pieces: Sequence[str], *, max_new_tokens: int = 128, **options: Any) -> list[str]:
-    """Fill the holes between pieces of text, in order, each with the earlier answers in its prompt.
-
-    Args:
-        checkpoint: a model trained by this objective, or with fill-in-the-middle tokens.
-        pieces: the text around the holes: two, a prefix and a suffix, for one hole.
-        max_new_tokens: most tokens of an answer. Default 128.
-        **options: further arguments of `generate`. Default: greedy.
-
-    Returns:
-        The text of each hole.
-
-    Raises:
-        IntaglioError: as `infill_prompt`.
-    """
-    answers: list[list[int]] = []
-    model: Any = checkpoint.model
-    while not answers or len(answers) < len(pieces) - 1:
-        ids, stopping = infill_prompt(checkpoint, pieces, max_new_tokens=max_new_tokens, answers=answers)
-        ids = ids.to(checkpoint.device)
-        given = {"do_sample": False, "max_new_tokens": max_new_tokens, **stopping, **options}
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), **given)[0, ids.shape[1] :].tolist()
-        answers.append(_until(new, given["eos_token_id"]))
-    return [checkpoint.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
