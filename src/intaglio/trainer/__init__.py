@@ -41,7 +41,7 @@ from intaglio.trainer.protocols import (
     TrainingRun,
 )
 from intaglio.trainer.rng import KeyedRNG
-from intaglio.trainer.stock_trainer import EpochCollator, training_rows
+from intaglio.trainer.stock_trainer import EpochCollator, ObjectiveModule, training_rows
 
 __all__ = [
     "Batch",
@@ -55,6 +55,7 @@ __all__ = [
     "Loss",
     "ModifierSession",
     "Objective",
+    "ObjectiveModule",
     "Prepares",
     "Selection",
     "Selector",

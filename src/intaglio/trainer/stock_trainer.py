@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.nn.functional as F
+from torch import nn
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.trainer.causal_lm import IGNORED
@@ -43,6 +44,24 @@ class EpochCollator:
         self.seen.update(row["id"] for row in rows)
         batch = self.objective.collate(examples, self.rng)
         return stock_batch(batch) if self.labels else batch
+
+
+class ObjectiveModule(nn.Module):
+    """Model and the modules that an objective owns, in one module for `Trainer(model=...)`.
+
+    Args:
+        model: of the checkpoint, after `training_rows`.
+        objective: its `loss` is the forward pass.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.owned, self._objective = model, objective.modules(), objective
+
+    def forward(self, **batch: Any) -> dict[str, Any]:
+        """Return `loss`, that of a batch of `EpochCollator`."""
+        weightless = {name: value for name, value in batch.items() if name != "weight"}
+        return {"loss": self._objective.loss(self.model, weightless).total}
 
 
 def stock_batch(batch: Batch) -> Batch:

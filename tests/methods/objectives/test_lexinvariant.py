@@ -19,10 +19,12 @@ import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new, word_tokenizer
 from intaglio.errors import IntaglioError
-from intaglio.methods.objectives.lexinvariant import Lexinvariant, SequenceTables, gaussian_rows, random_types
-from intaglio.trainer import KeyedRNG, train
+from intaglio.methods.objectives.lexinvariant import Lexinvariant, SequenceTables
+from intaglio.modeling.hashed_rows import gaussian_rows, random_types
+from intaglio.trainer import EpochCollator, KeyedRNG, ObjectiveModule, train, training_rows
 from intaglio.trainer.causal_lm import causal_batch, next_token_loss
-from tests.families import DECODERS
+from tests.causal_lms import tiny_lm
+from tests.families import DECODERS, tiny_tokenizer
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run
 
@@ -175,19 +177,48 @@ def test_with_random_types_alone_it_is_the_lexinvariant_model() -> None:
     assert torch.equal(one.logits(hidden, torch.arange(7)), two.logits(hidden, torch.arange(7)))
 
 
-def test_random_and_learned_rows_have_one_scale_and_a_type_is_random_throughout() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_random_and_learned_rows_have_one_scale_and_a_type_is_random_throughout(family: str) -> None:
     """Match scales: learned rows must have the variance of the random rows; in both input and readout."""
-    ckpt = checkpoint("llama", layers=1)
+    ckpt = checkpoint(family, layers=1)
+    head = ckpt.model.lm_head.weight
+    if family == "llama":  # untied
+        with torch.no_grad():
+            head *= 3
     method = prepared(ckpt, random_ratio=0.2)
-    table = ckpt.model.get_input_embeddings().weight
+    embedding = ckpt.model.get_input_embeddings()
+    table = embedding(torch.arange(ckpt.vocabulary))
     ids = torch.arange(ckpt.vocabulary).expand(50, -1)
     tables = method.sequence_tables(ckpt.model, torch.arange(50))
     chosen = random_types(torch.arange(50)[:, None], ids, 0.2)
     x = tables.inputs(ids)
     assert abs(float(chosen.float().mean()) - 0.2) < 0.02
     assert torch.equal((x == table[None]).all(-1), ~chosen)
-    assert torch.equal((tables.readout(ids) == ckpt.model.lm_head.weight[None]).all(-1), ~chosen)
-    assert float((x[chosen].std() / table.std()).detach()) == pytest.approx(1, abs=0.05)
+    rows = tables.readout(ids)
+    assert torch.equal((rows == head[None]).all(-1), ~chosen)
+    for random, learned in ((x[chosen], table), (rows[chosen], head)):
+        assert float((random.std() / learned.std()).detach()) == pytest.approx(1, abs=0.05)
+    own = prepared(ckpt, random_ratio=0.2, embedding_std=7.0).sequence_tables(ckpt.model, torch.arange(50)).inputs(ids)
+    assert float(own[chosen].std()) == pytest.approx(7, rel=0.05)
+
+
+@pytest.mark.parametrize(("kind", "more"), [("cohere", {"logit_scale": 0.1}), ("gptj", {}), ("gemma2", {})])
+def test_logits_that_are_changed_after_the_head_go_with_random_rows_alone(kind: str, more: dict[str, Any]) -> None:
+    """A scale, a bias and a cap: the trained model would not be the stock one."""
+    if kind == "gemma2":
+        more = {"final_logit_softcapping": 1.0}
+    ckpt = Checkpoint(tiny_lm(kind, **more), tiny_tokenizer("llama"), "tiny")
+    with pytest.raises(IntaglioError, match="adds a bias to its logits, scales or caps them"):
+        run(ckpt, objective=Lexinvariant(length=24, random_ratio=0.2))
+    run(ckpt, objective=Lexinvariant(length=24, pack=False), steps=1)
+
+
+@pytest.mark.parametrize("kind", ["olmo2", "opt"])
+def test_other_families_are_regularised(kind: str) -> None:
+    for ratio in (1.0, 0.2):
+        ckpt = Checkpoint(tiny_lm(kind), tiny_tokenizer("llama"), "tiny")
+        result = run(ckpt, objective=Lexinvariant(length=24, random_ratio=ratio, pack=False), steps=2, lora={"r": 2})
+        assert all(math.isfinite(line.loss) for line in result.history if line.loss is not None)
 
 
 def test_while_evaluating_the_regulariser_is_off() -> None:
@@ -224,16 +255,17 @@ def test_a_row_depends_on_nothing_but_its_key(seed: int, token: int, width: int)
 def test_the_loss_in_parts_is_the_whole_one(ratio: float) -> None:
     """Generate only rows of tokens that occur plus, for the softmax, the full table in chunks."""
     found = []
-    for chunk in (None, 50):
+    for chunk in (None, 50, 1):  # of padding alone a part has no probability
         ckpt = checkpoint("llama", layers=1)
         method = prepared(ckpt, random_ratio=ratio, chunk_rows=chunk)
         batch = method.collate([row(torch.arange(20, 32)), row(torch.arange(40, 47), 1)], DRAWS)
         loss = method.loss(ckpt.model.train(), batch).total
         loss.backward()
         found.append((loss.detach(), [p.grad for p in (*ckpt.model.parameters(), *method.owned.parameters())]))
-    (whole, grads), (parts, others) = found
-    assert torch.allclose(whole, parts, atol=1e-6)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, others, strict=True))
+    (whole, grads), *others = found
+    for parts, other in others:
+        assert torch.allclose(whole, parts, atol=1e-6)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, other, strict=True))
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -257,13 +289,14 @@ def test_a_generation_holds_its_table(family: str) -> None:
     assert "forward" not in vars(ckpt.model.get_input_embeddings())
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
-def test_a_stored_table_makes_a_stock_checkpoint(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "std"), [("llama", 0.5), ("gemma3", None), ("gpt_neox", None)])
+def test_a_stored_table_makes_a_stock_checkpoint(family: str, std: float | None, tmp_path: Path) -> None:
     ckpt = checkpoint(family, layers=1)
-    run(ckpt, objective=Lexinvariant(length=24), steps=3)
+    run(ckpt, objective=Lexinvariant(length=24, embedding_std=std), steps=3)
     ckpt.save(tmp_path / "trained")
     back = intaglio.load(tmp_path / "trained")
-    method = Lexinvariant.from_checkpoint(back)
+    method = Lexinvariant.from_checkpoint(back, chunk_rows=50)
+    assert (method.chunk_rows, method.embedding_std) == (50, std)
     ids = torch.tensor([[20, 21, 22, 20]])
     with torch.no_grad(), method.tables(back.model, [3]):
         expected = back.model(ids).logits
@@ -285,6 +318,16 @@ def test_probabilities_are_means_over_tables() -> None:
     assert not torch.allclose(singles[0], singles[1])
     with pytest.raises(IntaglioError, match="draws is 0; at least 1"):
         method.probs(ckpt.model, ids, draws=0)
+
+
+def test_the_saved_table_follows_from_the_seed() -> None:
+    found = []
+    for seed in (0, 1):
+        ckpt = words()
+        list(Lexinvariant(pack=False).prepare(ckpt, [], KeyedRNG(seed)))
+        found.append(ckpt.model.get_input_embeddings().weight)
+    assert torch.equal(found[0], gaussian_rows(torch.tensor(0), torch.arange(7), 32))
+    assert not torch.isclose(*found).any()
 
 
 def cycles(count: int, shift: int = 0) -> list[dict[str, Any]]:
@@ -312,9 +355,9 @@ def test_it_learns_in_context_and_tells_no_symbols_apart() -> None:
 def test_it_trains_in_a_stock_trainer(tmp_path: Path) -> None:
     """The five lines of the docstring."""
     checkpoint, texts = words(), [" ".join("abcde"[n % 5] for n in range(k, k + 12)) for k in range(20)]
-    objective = intaglio.Lexinvariant(length=12)
-    model, rows = objective.module(checkpoint), objective.rows(checkpoint, texts)
-    collate = objective.data_collator()
+    objective, rng = intaglio.Lexinvariant(length=12), KeyedRNG(seed=0)
+    rows = training_rows(objective, checkpoint, texts, rng)
+    model, collate = ObjectiveModule(checkpoint.model, objective), EpochCollator(objective, rng)
     arguments = TrainingArguments(
         str(tmp_path), remove_unused_columns=False, save_strategy="no", max_steps=60, learning_rate=1e-2, use_cpu=True,
         report_to=[], per_device_train_batch_size=16, disable_tqdm=True, logging_steps=20,

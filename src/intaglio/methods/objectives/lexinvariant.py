@@ -36,6 +36,7 @@ from intaglio.checkpoint.attachments import Attachment
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Capability, Method, ModelAspect
 from intaglio.modeling.anatomy import anatomy
+from intaglio.modeling.hashed_rows import gaussian_rows, random_types
 from intaglio.trainer.causal_lm import (
     IGNORED,
     causal_batch,
@@ -49,54 +50,11 @@ from intaglio.trainer.causal_lm import (
 from intaglio.trainer.preserve_state import preserve_modes
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG
-from intaglio.trainer.stock_trainer import EpochCollator, training_rows
 
 SCALE = 0.1
 """Initial logit scale of a lexinvariant model."""
 TABLE_SIZE = 1 << 25
 """Most numbers of all tables of a batch that are held at once; larger ones are computed in parts."""
-GOLDEN, MULTIPLIER_1, MULTIPLIER_2 = (number - (1 << 64) for number in
-                                      (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))  # fmt: skip
-"""Constants of SplitMix64 as signed integers."""
-FRACTION = 24
-"""Bits of a uniform number."""
-
-
-def mixed(bits: Tensor) -> Tensor:
-    """Return the SplitMix64 finalizer of 64-bit integers, int64 of the same shape."""
-    for shift, multiplier in ((30, MULTIPLIER_1), (27, MULTIPLIER_2)):
-        bits = (bits ^ _shifted(bits, shift)) * multiplier
-    return bits ^ _shifted(bits, 31)
-
-
-def _shifted(bits: Tensor, count: int) -> Tensor:
-    """Return a logical shift to the right."""
-    return (bits >> count) & ((1 << (64 - count)) - 1)
-
-
-def row_keys(seeds: Tensor, ids: Tensor) -> Tensor:
-    """Return the hash of each pair of a sequence's seed and a token id, int64, broadcast."""
-    return mixed(mixed(seeds) ^ mixed((ids + 1) * GOLDEN))
-
-
-def gaussian_rows(seeds: Tensor, ids: Tensor, width: int) -> Tensor:
-    """Return rows of N(0, 1) numbers that follow from seed, token and dimension alone, float32 [..., D].
-
-    Args:
-        seeds: of the sequences, int64, broadcast against `ids`.
-        ids: tokens, int64.
-        width: D.
-    """
-    half = torch.arange(1, (width + 1) // 2 + 1, device=ids.device)
-    bits = mixed(row_keys(seeds, ids)[..., None] + half * GOLDEN)
-    radius = (-2 * torch.log((_shifted(bits, 64 - FRACTION) + 0.5) / (1 << FRACTION))).sqrt()
-    angle = ((bits & ((1 << FRACTION) - 1)) * (2 * math.pi / (1 << FRACTION))).float()
-    return torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten(-2)[..., :width]
-
-
-def random_types(seeds: Tensor, ids: Tensor, ratio: float) -> Tensor:
-    """Return which token types of a sequence have a random row, bool, each with probability `ratio`."""
-    return _shifted(mixed(row_keys(seeds, ids)), 64 - FRACTION) < ratio * (1 << FRACTION)
 
 
 @dataclass(frozen=True)
@@ -181,6 +139,8 @@ class SequenceTables:
 
         normalizer_BT = torch.full(target_BT.shape, -math.inf, device=target_BT.device)
         for ids_R in parts:
+            if torch.isin(ids_R, torch.tensor(self.excluded, device=ids_R.device)).all():
+                continue  # the logsumexp of nothing has no gradient
             part_BT = recompute(logsumexp, hidden_BTD, ids_R, use_reentrant=False)
             normalizer_BT = torch.logaddexp(normalizer_BT, part_BT)
         known_BT = target_BT != IGNORED
@@ -197,18 +157,6 @@ class LogitScale(nn.Module):
         self.scale = nn.Parameter(torch.tensor(initial))
 
 
-class LexinvariantModule(nn.Module):
-    """Model and logit scale in one module for a stock `transformers.Trainer`; the forward returns the loss."""
-
-    def __init__(self, model: nn.Module, objective: Lexinvariant) -> None:
-        super().__init__()
-        self.model, self.owned, self._objective = model, objective.modules(), objective
-
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        """Return `loss`, the mean negative log-likelihood in nats."""
-        return {"loss": self._objective.loss(self.model, batch).total}
-
-
 class Lexinvariant(Method, slug="lexinvariant"):
     """Next-token prediction with Gaussian token embeddings drawn anew for every sequence in every epoch.
 
@@ -223,9 +171,9 @@ class Lexinvariant(Method, slug="lexinvariant"):
 
     In a stock `transformers.Trainer`, on any causal model:
 
-        objective = intaglio.Lexinvariant(length=64)
-        model, rows = objective.module(checkpoint), objective.rows(checkpoint, texts)
-        collate = objective.data_collator()
+        objective, rng = intaglio.Lexinvariant(length=64), KeyedRNG(seed=0)    # and three names below: intaglio.trainer
+        rows = training_rows(objective, checkpoint, texts, rng)
+        model, collate = ObjectiveModule(checkpoint.model, objective), EpochCollator(objective, rng)
         arguments = transformers.TrainingArguments("out", remove_unused_columns=False, save_strategy="no")
         transformers.Trainer(model, arguments, collate, rows).train()
 
@@ -291,8 +239,26 @@ class Lexinvariant(Method, slug="lexinvariant"):
         self.owned.to(checkpoint.device)
         if self.random_ratio == 1:
             _fix_tables(checkpoint.model, rng.seed)
+        else:
+            self._check_logits(checkpoint.model)
         whole = documents(examples, checkpoint.vocabulary)
         return packed(whole, length) if self.pack else cut(whole, length)
+
+    @torch.no_grad()
+    def _check_logits(self, model: Any) -> None:
+        """Refuse a model whose logits are not the product of its last hidden state and its head."""
+        with preserve_modes(model):
+            model.eval()
+            ids_BT = torch.arange(4, device=model.get_input_embeddings().weight.device)[None]
+            stock_BTV = model(input_ids=ids_BT, use_cache=False).logits.float()
+            tables = self.sequence_tables(model, ids_BT[:, 0], 0.0)
+            hidden_BTD = model.base_model(inputs_embeds=tables.inputs(ids_BT), use_cache=False)[0]
+            own_BTV = tables.logits(hidden_BTD, torch.arange(stock_BTV.shape[-1], device=ids_BT.device)).float()
+        if not torch.allclose(own_BTV, stock_BTV, rtol=0, atol=2e-2 * float(stock_BTV.std())):
+            raise IntaglioError(
+                f"{type(model).__name__} adds a bias to its logits, scales or caps them, so random rows do not fit its"
+                " head; random_ratio: 1 trains it without"
+            )
 
     @torch.no_grad()
     def bind(self, checkpoint: Checkpoint) -> None:
@@ -430,19 +396,6 @@ class Lexinvariant(Method, slug="lexinvariant"):
         checkpoint.attachments.pop(self.slug, None)
         checkpoint.record_step(self.slug, self.model_dump(), seed=seed)
         return checkpoint
-
-    def rows(self, checkpoint: Checkpoint, texts: Any) -> list[Example]:
-        """Return the rows of texts for a stock Trainer, and prepare the checkpoint's model."""
-        return training_rows(self, checkpoint, texts, KeyedRNG(0))
-
-    def module(self, checkpoint: Checkpoint) -> LexinvariantModule:
-        """Return model and logit scale as one module whose forward is the loss."""
-        list(self.prepare(checkpoint, [], KeyedRNG(0)))
-        return LexinvariantModule(checkpoint.model, self)
-
-    def data_collator(self, seed: int = 0) -> EpochCollator:
-        """Return a collator for a stock Trainer; tables follow from the seed, a row and how often it was collated."""
-        return EpochCollator(self, KeyedRNG(seed))
 
 
 def _set_table(module: Any, table: Tensor) -> None:
