@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.masks import Bidirectional, temporary_visibility
+from intaglio.masks import Bidirectional, Causal, temporary_visibility
 from intaglio.masks.attention_interface import ATTENTION
 from intaglio.methods.objectives.bico import BICO, reflected, reflected_scores
 from intaglio.modeling.anatomy import attention, blocks
@@ -27,7 +27,8 @@ from intaglio.trainer.causal_lm import IGNORED, causal_batch, next_token_loss
 from intaglio.trainer.rng import generator
 from intaglio.trainer.stock_trainer import EpochCollator, training_rows
 from tests.alive import refused
-from tests.families import tiny_model
+from tests.causal_lms import tiny_lm
+from tests.families import tiny_model, tiny_tokenizer
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
@@ -217,6 +218,79 @@ def test_scaled_rotations_are_reflected_too() -> None:
         right = float(odds[0, distance] - odds[0, 0])
         left = float(odds[distance, 0] - odds[distance, distance])
         assert right == pytest.approx(left, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["smollm3", "phi", "olmo2", "opt"])
+def test_other_families_are_denoised(kind: str) -> None:
+    """Rotations are turned where a layer has any: SmolLM3 skips some, Phi turns a part of the width, OPT has none."""
+    ckpt = Checkpoint(tiny_lm(kind), tiny_tokenizer("llama"), "tiny")
+    method = BICO(length=16, denoise_ratio=1.0, mask_ratio=0.3)
+    rows = training_rows(method, ckpt, TEXTS, DRAWS)
+    batch = method.collate(rows[:2], DRAWS)
+    plain = logits(method.model_copy(update={"flip": False}), ckpt.model, batch)
+    assert torch.allclose(logits(method, ckpt.model, batch), plain, atol=1e-3) == (kind == "opt")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("gemma2", {"attn_logit_softcapping": 0.5, "query_pre_attn_scalar": 1}),
+        ("granite", {"attention_multiplier": 2.0}),
+    ],
+)
+def test_below_the_diagonal_scores_are_the_stock_ones(kind: str, more: dict[str, Any]) -> None:
+    """For j <= i use standard RoPE scores: scaled, and capped where the family caps them."""
+    model = tiny_lm(kind, **more)
+    model.set_attn_implementation("eager")
+    ids = torch.arange(20, 32)[None]
+    with torch.no_grad():
+        stock = model(ids, use_cache=False).logits
+        with temporary_visibility(model, Causal()), reflected(model):
+            found = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    assert torch.allclose(found, stock, atol=1e-4)
+
+
+def test_attention_dropout_is_the_models() -> None:
+    method, rows, ckpt = prepared()
+    batch = method.collate(rows[:2], DRAWS)
+    for module in map(attention, blocks(ckpt.model)):
+        module.attention_dropout = 0.5
+    one, two = (logits(method, ckpt.model.train(mode), batch) for mode in (True, False))
+    assert not torch.allclose(one, two, atol=1e-3)
+
+
+def test_the_mask_row_follows_from_the_seed() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        ckpt = checkpoint()
+        training_rows(BICO(), ckpt, TEXTS, KeyedRNG(seed))
+        found.append(ckpt.model.get_input_embeddings().weight[-1].detach())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_positions_do_not_depend_on_what_is_masked() -> None:
+    """Positions are plain arange(T); OPT would count them by the mask."""
+    ckpt = Checkpoint(tiny_lm("opt"), tiny_tokenizer("llama"), "tiny")
+    method = BICO(length=16, denoise_ratio=1.0, mask_ratio=0.3)
+    batch = method.collate(training_rows(method, ckpt, TEXTS, DRAWS)[:2], DRAWS)
+    seen: list[Tensor] = []
+    handle = ckpt.model.model.decoder.embed_positions.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    logits(method, ckpt.model, batch)
+    handle.remove()
+    assert torch.equal(seen[0], torch.arange(16).expand(2, -1))
+
+
+@pytest.mark.parametrize("kind", ["cohere2", "exaone4"])
+def test_rotations_that_cannot_be_turned_are_refused(kind: str) -> None:
+    """Layers without rotations must not be turned: equal tokens would score unlike on the left and right."""
+    config = {"layer_types": ["sliding_attention", "full_attention"]}
+    ckpt = Checkpoint(tiny_lm(kind, **config), tiny_tokenizer("llama"), "tiny")
+    with pytest.raises(IntaglioError, match="rotations cannot be turned; set flip: false"):
+        run(ckpt, objective=BICO(length=16))
+    run(ckpt, objective=BICO(length=16, flip=False, denoise_ratio=1.0), steps=1)
 
 
 def test_the_model_is_stock_after_each_loss() -> None:

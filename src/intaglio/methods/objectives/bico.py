@@ -26,6 +26,7 @@ Dimension letters: B rows, T tokens of a row, H heads, G key-value heads, D widt
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ from intaglio.trainer.causal_lm import (
     row_length,
     targets,
 )
+from intaglio.trainer.preserve_state import preserve_modes
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG
 from intaglio.trainer.special_token import reserve_mask_token
@@ -79,10 +81,18 @@ def _products(query_BHTD: Tensor, key_BGTD: Tensor) -> Tensor:
 
 
 class ReflectedAttention:
-    """Attention function of a layer whose scores are `reflected_scores`; its pre-hook keeps the layer's rotation."""
+    """Attention function of a layer whose scores are `reflected_scores`; its pre-hook keeps the layer's rotation.
 
-    def __init__(self, module: nn.Module, rotary: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        self.rotary = rotary
+    Args:
+        module: attention module.
+        rotary: the family's function that rotates queries and keys.
+        seen: gets the scores of each call. Default None.
+    """
+
+    def __init__(
+        self, module: nn.Module, rotary: Callable[..., tuple[Tensor, Tensor]], seen: list[Tensor] | None = None
+    ) -> None:
+        self.rotary, self.seen = rotary, seen
         self.handle = module.register_forward_pre_hook(self._keep, with_kwargs=True)
         self.angles: tuple[Tensor, Tensor] | None = None
 
@@ -95,7 +105,9 @@ class ReflectedAttention:
         assert self.angles is not None  # the hook ran
         cos, sin = self.angles
         norm = (cos.square() + sin.square()).sqrt()  # long-context variants scale both
-        return self.rotary(query, key, cos / norm, -sin / norm)
+        width = cos.shape[-1]  # Phi and others rotate the first part of a head alone
+        q, k = self.rotary(query[..., :width], key[..., :width], cos / norm, -sin / norm)
+        return torch.cat([q, query[..., width:]], -1), torch.cat([k, key[..., width:]], -1)
 
     def __call__(
         self,
@@ -114,6 +126,8 @@ class ReflectedAttention:
             raise IntaglioError("flip needs eager or sdpa attention without learned sinks; set flip: false")
         scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
         scores = reflected_scores(query_BHTD, key_BGTD, self._rotate_back) * scale
+        if self.seen is not None:
+            self.seen.append(scores)
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         least = torch.finfo(scores.dtype).min
@@ -126,19 +140,39 @@ class ReflectedAttention:
 
 
 @contextmanager
-def reflected(model: nn.Module) -> Iterator[None]:
+def reflected(model: nn.Module, seen: list[Tensor] | None = None) -> Iterator[None]:
     """Replace the scores of every layer with rotary positions by `reflected_scores`, below a visibility rule."""
     replaced = []
     try:
         for module in map(attention, blocks(model)):
             rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-            if rotary is not None:
-                module.__dict__[ATTENTION] = ReflectedAttention(module, rotary)
+            if rotary is not None and getattr(module, "use_rope", True):
+                module.__dict__[ATTENTION] = ReflectedAttention(module, rotary, seen)
                 replaced.append(module)
         yield
     finally:
         for module in replaced:
             module.__dict__.pop(ATTENTION).handle.remove()
+
+
+@torch.no_grad()
+def check_reflection(model: Any) -> None:
+    """Refuse a model whose rotations are not those that `reflected` turns.
+
+    Equal tokens have equal queries and keys at every position, so that their reflected scores must be symmetric.
+    """
+    name, scores = type(model).__name__, list[Tensor]()
+    ids = torch.ones(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with preserve_modes(model), temporary_visibility(model, Bidirectional()), reflected(model, scores):
+            model.eval()
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except (RuntimeError, TypeError) as error:
+        raise IntaglioError(f"{name} does not rotate its queries and keys in the usual way; set flip: false") from error
+    rotates = bool(getattr(model.config.get_text_config(), "rope_parameters", None))
+    same = [bool(((s - s.mT).abs() <= torch.finfo(s.dtype).eps ** 0.5 * s.abs().max()).all()) for s in scores]
+    if (rotates and not scores) or not all(same):
+        raise IntaglioError(f"{name} has layers whose rotations cannot be turned; set flip: false")
 
 
 class BICO(Method, slug="bico"):
@@ -195,6 +229,8 @@ class BICO(Method, slug="bico"):
         """Find or add the mask token, and cut the documents to rows."""
         length = row_length(checkpoint, self.length)
         check_causal(checkpoint, packing=False)
+        if self.flip and self.bidirectional and self.denoise_ratio:
+            check_reflection(checkpoint.model)
         self._mask_id = reserve_mask_token(checkpoint, self.mask_token, grow=self.grow, seed=rng.seed)
         self._special = tuple(getattr(checkpoint.tokenizer, "all_special_ids", ()))
         return cut(documents(examples, checkpoint.vocabulary), length)
@@ -253,6 +289,9 @@ class BICO(Method, slug="bico"):
         if "denoise" not in batch:
             return next_token_loss(model, batch)
         inputs = {name: value for name, value in batch.items() if name != "denoise"}
+        if "position_ids" in inspect.signature(model.forward).parameters:  # some families count them by the mask
+            target_BT = batch["target"]
+            inputs["position_ids"] = torch.arange(target_BT.shape[1], device=target_BT.device).expand_as(target_BT)
         with temporary_visibility(model, Bidirectional() if self.bidirectional else Causal()):
             if not (self.flip and self.bidirectional):
                 return next_token_loss(model, inputs)
