@@ -17,9 +17,11 @@ from torch.nn.utils import parametrize
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress
+from intaglio.methods.objectives.codegen2 import CodeGen2
 from intaglio.trainer import CausalLM, Example, KeyedRNG, Lora, Loss, ModifierSession, TrainingRun
 from intaglio.trainer import resume as run_state
 from intaglio.trainer.sparsity_mask import linear_modules
+from tests.families import VOCAB
 from tests.trainer.helpers import TEXTS, checkpoint, far, run, same, weights
 from tests.trainer.test_resume import Killed, killer
 
@@ -246,6 +248,34 @@ def test_adapters_resume_exactly_and_their_states_are_small(tmp_path: Path) -> N
     again = half_zero("llama")
     assert run(again, lora=lora, directory=tmp_path, save_every=2).history == unbroken.history
     assert same(weights(again), weights(whole))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma3"])
+def test_rows_of_new_tokens_are_trained_with_adapters(family: str, tmp_path: Path) -> None:
+    ids, seen = torch.arange(150, VOCAB + 3)[None], list[Tensor]()
+
+    def measure(ckpt: Checkpoint) -> dict[str, float]:
+        seen.append(ckpt.model(ids).logits)
+        return {"loss": 0.0}
+
+    objective = CodeGen2(
+        length=48, pack=False, corruption_ratio=1.0, sentinels=2, noise_ratio=0.4, mean_span_length=2.0
+    )
+    fields: dict[str, Any] = {"objective": objective, "lora": {"r": 2}, "learning_rate": 1e-2, "steps": 4}
+    start, trained, killed, again = (checkpoint(family, layers=1) for _ in range(4))
+    list(objective.prepare(start, [], KeyedRNG(0)))
+    run(trained, **fields, evaluate=measure, evaluate_every=4)
+    with torch.no_grad():
+        assert torch.allclose(trained.model(ids).logits, seen[-1], atol=1e-4)
+    for part in ("get_input_embeddings", "get_output_embeddings"):
+        before, after = (getattr(ckpt.model, part)().weight for ckpt in (start, trained))
+        assert torch.equal(before[:VOCAB], after[:VOCAB])
+        assert (before[VOCAB:] != after[VOCAB:]).any(1).all()
+    assert weights(trained).keys() == weights(start).keys()
+    with pytest.raises(Killed):
+        run(killed, **fields, directory=tmp_path, progress=killer(3), save_every=1)
+    run(again, **fields, directory=tmp_path, save_every=1)
+    assert same(weights(again), weights(trained))
 
 
 def test_an_adapter_is_taken_out_unmerged_after_an_error() -> None:

@@ -152,6 +152,7 @@ def train(
         last_blocks(checkpoint.model, options.trainable_blocks)  # likewise
     rng, path = KeyedRNG(options.seed), None if directory is None else Path(directory)
     choice = choose(checkpoint, data, select, original, options.seed, path if resume else None, digest, progress)
+    known = _vocabulary(checkpoint)
     rows = read_rows(checkpoint, data if choice is None else choice.examples, objective, rng)
     network = checkpoint.model  # only now: an objective may have given it another head
     arguments = {
@@ -181,7 +182,10 @@ def train(
             network.requires_grad_(False)
             for block in last_blocks(network, last):
                 block.requires_grad_(True)
-        context = adapted(network, options.lora, keep_mask=options.keep_mask, seed=options.seed, blocks=last)
+        added = sorted(_vocabulary(checkpoint) - known)
+        context = adapted(
+            network, options.lora, keep_mask=options.keep_mask, seed=options.seed, blocks=last, new_tokens=added
+        )
         stack.enter_context(context)
         stack.enter_context(_checkpointing(network, options.gradient_checkpointing))
         if getattr(objective, "disables_dropout", False):
@@ -240,6 +244,11 @@ def _record(
     if owned and slug is not None:
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in owned.items()}
         checkpoint.attach(slug, tensors, run_state.describe(objective)[slug])
+
+
+def _vocabulary(checkpoint: Checkpoint) -> set[int]:
+    """Return the token ids that the tokenizer knows."""
+    return set() if checkpoint.tokenizer is None else set(checkpoint.tokenizer.get_vocab().values())
 
 
 def _too_early(batch: Any) -> Loss:

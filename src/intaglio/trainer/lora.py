@@ -3,12 +3,14 @@
     W' = W + scale B A              (Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022)
     W' = W + mask * (scale B A)     where W is pruned: mask is where W is not zero, in training as in merging
 
-Dimension letters: O outputs, I inputs of a layer.
+The embedding and head rows of tokens that an objective has just added are trained as they are; others stay.
+
+Dimension letters: O outputs, I inputs of a layer, V vocabulary, N new tokens, D width, B rows, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Annotated, Any
@@ -36,7 +38,7 @@ class Lora(BaseModel):
         alpha: scale times r. Default: twice r.
         dropout: on the adapters' inputs. Default 0.
         targets: layers to adapt, by the last part of their names, such as `q_proj`. Default: every linear layer but the
-            head.
+            head. Rows of tokens that the objective adds to the vocabulary are trained too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -82,12 +84,18 @@ def last_blocks(model: nn.Module, count: int) -> list[nn.Module]:
 
 @contextmanager
 def adapted(
-    model: nn.Module, lora: Lora | None, *, keep_mask: bool, seed: int, blocks: int | None = None
+    model: nn.Module,
+    lora: Lora | None,
+    *,
+    keep_mask: bool,
+    seed: int,
+    blocks: int | None = None,
+    new_tokens: Sequence[int] = (),
 ) -> Iterator[None]:
     """Put adapters into a model, and merge them when the context ends; after an error remove them unmerged.
 
-    Everything else is frozen inside, but for the head of a token classifier. `lora` None: do nothing. `blocks`: adapt
-    so many of the last blocks alone.
+    Everything else is frozen inside, but for the head of a token classifier and the rows of `new_tokens`. `lora` None:
+    do nothing. `blocks`: adapt so many of the last blocks alone.
     """
     if lora is None:
         yield
@@ -101,7 +109,8 @@ def adapted(
         if masks[name] is not None:
             _mask_forward(layer, masks[name])
     try:
-        yield
+        with _trained_rows(model, new_tokens):
+            yield
         for name, layer in layers.items():
             _merge(layer, masks[name])
     finally:
@@ -109,6 +118,42 @@ def adapted(
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, layer.base_layer)
         vars(model).pop("peft_config", None)
+
+
+@contextmanager
+def _trained_rows(model: Any, tokens: Sequence[int]) -> Iterator[None]:
+    """Train a change of the embedding and head rows of some tokens, and add it to them when the context ends."""
+    if not tokens:
+        yield
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    ids_N = torch.tensor(sorted(tokens), device=embedding.weight.device)
+    with torch.no_grad():
+        factor = float(embedding(ids_N).norm() / embedding.weight[ids_N].norm())  # not 1 in Gemma
+
+    def embed(module: Any, args: Any, output_BTD: Tensor) -> Tensor:
+        same_BTN = (args[0][..., None] == ids_N).to(output_BTD.dtype)
+        return output_BTD + factor * same_BTN @ module.new_rows.to(output_BTD.dtype)
+
+    def read(module: Any, args: Any, output_BTV: Tensor) -> Tensor:
+        return output_BTV.index_add(-1, ids_N, F.linear(args[0], module.new_rows.to(args[0].dtype)))
+
+    tied = head is not None and head.weight is embedding.weight
+    modules = [embedding] if head is None else [embedding, head]
+    for module in modules:
+        changes_ND = torch.zeros(len(ids_N), module.weight.shape[1], device=ids_N.device)
+        module.new_rows = embedding.new_rows if tied and module is head else nn.Parameter(changes_ND)
+    handles = [module.register_forward_hook(hook) for module, hook in zip(modules, (embed, read), strict=False)]
+    try:
+        yield
+        with torch.no_grad():
+            for module in modules[:1] if tied else modules:
+                module.weight[ids_N] += module.new_rows.to(module.weight.dtype)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in modules:
+            del module.new_rows
 
 
 def _inject(model: nn.Module, lora: Lora, seed: int, blocks: int | None) -> dict[str, Any]:
