@@ -1,10 +1,9 @@
-"""Apply-pretrained: steps on the cached states lower the loss of Python source more than steps on the weights."""
+"""Apply-pretrained: steps on the cached states lower the loss of shifted text more than steps on the weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from intaglio.data.python_source import STANDARD_LIBRARY
 from intaglio.evidence.baselines.dynamic_evaluation import dynamic_evaluation
 from intaglio.evidence.designs.text_loss import NATS, TextLoss
 from intaglio.evidence.engine.claim import Arm, Claim
@@ -21,14 +20,12 @@ def hso(**fields: Any) -> dict[str, Any]:
 
 CLAIM = Claim(
     slug="apply_pretrained",
-    version=1,
-    says="Gradient steps on the cached keys and values lower a small chat model's loss of Python source more than"
+    version=2,
+    says="Gradient steps on the cached keys and values lower a small chat model's loss of prose in capitals more than"
     " gradient steps on the weights do.",
     metric=NATS,
     delta=0.01,
-    design=TextLoss(
-        SmolLM2Wikipedia(texts=STANDARD_LIBRARY, documents_run=80, documents_pilot=20, tokens=256), texts=2
-    ),
+    design=TextLoss(SmolLM2Wikipedia(upper=True, documents_run=40, documents_pilot=6, tokens=256), texts=2),
     arms={
         "dynamic evaluation": Arm(
             "a normalised step on all weights after each window",
@@ -49,11 +46,14 @@ CLAIM = Claim(
     ablations=("plain gradient", "own states"),
     reported=("plain model",),
     unit_names=("pair of texts",),
+    looks=(5, 10, 20),
+    tune_units=3,
     equal=("tokens",),
     parity="The same windows of 32 tokens, each with the whole text before it as context. Dynamic evaluation makes 7"
     " updates and the cache 6, since the first window has no states before it. Dynamic evaluation also computes the"
     " gradients of the weights: three passes against two.",
     minutes=45,
+    reason="the model was trained on Python source, the text of version 1, which is therefore no shift",
     use_when="you score or continue a text in a domain that the model was not trained on, and can take gradients",
     otherwise="dynamic evaluation",
     toy={"width": 16, "context": 96, "tokens": 96, "overrides": (("initializer_range", 0.2),)},

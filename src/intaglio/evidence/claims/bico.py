@@ -1,7 +1,8 @@
 """BICO: facts read in one order are recalled in the other, at equal optimizer steps.
 
-A run takes minutes, so there is a single look and no tuning: in pilots with half the width or depth BICO had learned
-neither direction after as many steps.
+A run takes minutes, so there is a single look and no tuning. In a pilot BICO recalled hardly any new fact in reverse
+before a third of these steps, and three in ten after half of them; with half the width or depth it learned neither
+direction.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ def recall(measured: Measured) -> Values:
 
 CLAIM = Claim(
     slug="bico",
-    version=1,
+    version=2,
     says="Facts that a model reads in one order alone are recalled in the other order after training with BICO, and"
     " not after next-token prediction.",
     metric=REVERSE,
     delta=10.0,
-    design=Pretrain(TwoWayFacts(), measures=(recall,)),
+    design=Pretrain(TwoWayFacts(steps=3000), measures=(recall,)),
     arms={
         "next token": Arm("next-token prediction", {"objective": BICO(denoise_ratio=0.0)}),
         "bico": Arm("BICO: half of the batches are denoised", {"objective": BICO()}),
@@ -57,9 +58,10 @@ CLAIM = Claim(
     metrics=(FORWARD, BACKGROUND, SCORE),
     parity="Equal steps and tokens, the same documents in the same order; last step. No document states a new fact in"
     " reverse. Half of BICO's batches are denoised, so it predicts fewer next tokens; answers are exact, two tokens.",
-    minutes=60,
+    minutes=200,
+    reason="after the 1,500 steps of version 1 neither arm recalled a new fact in reverse; both have twice as many now",
     use_when="facts in the training texts are asked in both orders",
     otherwise="next-token prediction",
     toy={"steps": 200, "width": 32},
-    golden={"next token": {SCORE.name: -5.78067}, "bico": {SCORE.name: -6.30687}},
+    golden={"next token": {SCORE.name: -5.42518}, "bico": {SCORE.name: -6.52724}},
 )

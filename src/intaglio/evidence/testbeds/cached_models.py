@@ -76,5 +76,5 @@ def trained_model(
 
 
 def copied(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a copy of a shared checkpoint that may be changed."""
-    return Checkpoint(copy.deepcopy(checkpoint.model), checkpoint.tokenizer, checkpoint.source)
+    """Return a copy of a shared checkpoint that may be changed, its vocabulary included."""
+    return Checkpoint(copy.deepcopy(checkpoint.model), copy.deepcopy(checkpoint.tokenizer), checkpoint.source)

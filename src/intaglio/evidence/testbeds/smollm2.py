@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct with English Wikipedia: a real model for methods that need no training.
 
-The texts `stdlib` are Python's standard library instead.
+The texts `stdlib` are Python's standard library. `upper` writes every letter as a capital: prose in a form that the
+model has hardly read.
 
 The evaluation articles are none of those that the library's own development measured on (`Corpus.split` holds out
 hashes below 200 of 1000; here these are training articles).
@@ -36,6 +37,7 @@ class SmolLM2Wikipedia:
     documents_run: int = 24
     documents_pilot: int = 10
     tokens: int = 256
+    upper: bool = False
 
     def load(self) -> Checkpoint:
         """Return the dense model, one shared object a process: copy it before changing it."""
@@ -67,7 +69,7 @@ class SmolLM2Wikipedia:
     def _windows(self, what: str, low: int, high: int, count: int, length: int, seed: int) -> Windows:
         prefix, suffix = special_affixes(self.load().tokenizer)
         inner = length - len(prefix) - len(suffix)
-        documents = dict(_tokens(self.model, self.texts, low, high))
+        documents = dict(_tokens(self.model, self.texts, low, high, self.upper))
         drawn = draw_windows(f"{what}:{seed}", documents, count, inner, f"{what} articles of {length} tokens")
         rows = [prefix + ids + suffix for ids in drawn.values()]
         return Windows(Segments.of(rows), tuple(name[:12] for name in drawn))
@@ -93,10 +95,11 @@ def _source() -> Corpus:
 
 
 @lru_cache(maxsize=4)
-def _tokens(model: str, texts: str, low: int, high: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _tokens(
+    model: str, texts: str, low: int, high: int, upper: bool = False
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Each article's hash and token ids, without special ones."""
     tokenizer, corpus = _load(model).tokenizer, _articles(texts, low, high)
-    return tuple(
-        (name, tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
-        for name, text in zip(corpus.hashes, corpus.documents, strict=True)
-    )
+    documents = [text.upper() if upper else text for text in corpus.documents]
+    rows = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
+    return tuple((name, tuple(ids)) for name, ids in zip(corpus.hashes, rows, strict=True))
