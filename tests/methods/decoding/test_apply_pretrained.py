@@ -440,6 +440,25 @@ def test_it_learns_a_substitution_and_a_reload_decodes_alike(tmp_path: Path) -> 
     assert back.decoder("apply_pretrained").transduce(back, list(sources[:4])) == results[:4]
 
 
+def test_networks_and_drafts_follow_from_their_seeds() -> None:
+    for fields in (RECURRENCE, {**SEQ2SEQ, "cross_attention": "random"}, SEARCH):
+        model = tiny_model("bert" if fields is not RECURRENCE and fields is not SEARCH else "llama", layers=1)
+        method = ApplyPretrained(**fields)
+        one, again, other = (method.make(model, seed).state_dict() for seed in (1, 1, 2))
+        assert same(one, again)
+        assert not same(one, other)
+
+
+def test_sources_are_decoded_with_seeds_of_their_own() -> None:
+    ckpt = checkpoint("bert", layers=1)
+    method = ApplyPretrained(technique="seq2seq", max_target=8, decode_temperature=3.0)
+    list(method.prepare(ckpt, PAIRS, KeyedRNG(0)))
+    source = torch.arange(20, 30)
+    several = method.transduce(ckpt, [source, source], seed=5)
+    assert several == [method.transduce(ckpt, [source], seed=seed)[0] for seed in (5, 6)]
+    assert several[0] != several[1]
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

@@ -19,12 +19,11 @@ from intaglio.data.infill_format import FillInMiddle, Sentinels, infill_format
 from intaglio.errors import IntaglioError
 from intaglio.evidence.baselines.fim import FillInMiddleTraining
 from intaglio.masks import PrefixLM, set_visibility, visible
+from intaglio.measures.infilling import infill, infill_prompt
 from intaglio.methods.objectives.codegen2 import (
     CodeGen2,
     corrupted,
     draw_spans,
-    infill,
-    infill_prompt,
     parts,
     poisson_spans,
     restored,
@@ -275,6 +274,52 @@ def test_a_trained_model_fills_holes_and_never_writes_sentinels() -> None:
     assert set(form.added) <= set(ckpt.model.generation_config.suppress_tokens)
     assert len(infill(ckpt, ["the quick", "fox", "jumps"], max_new_tokens=6)) == 2
     assert ckpt.model.get_input_embeddings().weight.shape[0] == VOCAB + 18
+
+
+def test_noise_and_span_lengths_are_drawn_for_each_document() -> None:
+    """Rate r ~ U(0.05, 0.5), length scale log-uniform(3, 64)."""
+    method = CodeGen2(sentinels=1000)
+    method._tokens = TOKENS
+    drawn = [method._spans(2000, 10**6, generator("lengths", n)) for n in range(400)]
+    spans = [one[1] for one in drawn if one is not None]
+    noise = [sum(b - a for a, b in one) / 2000 for one in spans]
+    mean = [share * 2000 / len(one) for share, one in zip(noise, spans, strict=True)]
+    assert 0.049 < min(noise) < 0.06
+    assert 0.48 < max(noise) < 0.501
+    assert 2.9 < min(mean) < 3.2
+    assert 58 < max(mean) < 100
+
+
+def test_poisson_spans_are_one_and_more() -> None:
+    method = CodeGen2(spans="poisson")
+    method._tokens = TOKENS
+    counts = [len(method._spans(2000, 10**6, generator("poisson", n))[1]) for n in range(400)]  # type: ignore[index]
+    assert min(counts) == 1
+    assert sum(counts) / 400 == pytest.approx(2, abs=0.25)
+
+
+def test_a_document_with_room_is_whole_and_a_full_one_loses_its_end() -> None:
+    method, rows, _ = prepared([{"input_ids": torch.arange(20, 40)}, {"input_ids": torch.arange(20, 84)}])
+    short, full = layouts(method, rows)
+    assert torch.equal(restored(short, method._tokens), torch.arange(20, 40))
+    whole = restored(full, method._tokens)
+    assert len(full) <= 64
+    assert torch.equal(whole, torch.arange(20, 84)[: len(whole)])
+    begun = {"input_ids": torch.tensor([1, *range(20, 83)]), "id": 0}
+    assert len(layouts(method, [begun])[0]) <= 64
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_and_seed_reach_the_checks(pack: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr("intaglio.methods.objectives.codegen2.check_causal", lambda c, *, packing: seen.append(packing))
+    found = []
+    for seed in (0, 1):
+        ckpt = checkpoint(layers=1)
+        training_rows(CodeGen2(length=64, pack=pack), ckpt, TEXTS, KeyedRNG(seed))
+        found.append(ckpt.model.get_input_embeddings().weight[VOCAB:])
+    assert seen == [pack, pack]
+    assert not torch.isclose(*found).any()
 
 
 def test_epochs_are_corrupted_anew_and_batches_do_not_matter() -> None:
