@@ -148,7 +148,7 @@ def test_no_gradient_flows_to_the_tables() -> None:
     tables = method.sequence_tables(ckpt.model, torch.tensor([1]))
     assert not tables.inputs(torch.tensor([[2]])).requires_grad
     assert not ckpt.model.get_input_embeddings().weight.requires_grad
-    assert method.owned["readout"].log_scale.grad is not None
+    assert method.owned["readout"].scale.grad is not None
     assert all(p.grad is not None for p in ckpt.model.parameters())
 
 

@@ -1,7 +1,8 @@
 """CodeGen2: at equal tokens the mixture with span corruption fills holes as well as fill-in-the-middle training.
 
 The probe has to show first that the text after a hole helps. On source code it did not within minutes, neither in a
-byte model trained from scratch nor with adapters on SmolLM2, so every line is stated again after its hole here.
+byte model trained from scratch nor with adapters on SmolLM2, so every line is stated again after its hole here. In a
+pilot of a quarter of these steps it did not help here yet either.
 """
 
 from __future__ import annotations
@@ -38,23 +39,19 @@ CLAIM = Claim(
             {"objective": CodeGen2(**HOLES, corruption_ratio=0.0)},
         ),
         "corruption only": Arm("every row corrupted", {"objective": CodeGen2(**HOLES, corruption_ratio=1.0)}),
-        "prefix": Arm(
-            "Prefix-LM: the text before the answers is seen both ways and not predicted",
-            {"objective": CodeGen2(**HOLES, attention="prefix")},
-        ),
     },
     baseline="FIM",
     method="codegen2",
     floor="causal",
-    ablations=("corruption only", "prefix"),
-    looks=(5, 10, 20),
-    tune={"learning_rate": (2e-3, 4e-3, 8e-3)},
+    ablations=("corruption only",),
+    looks=(5, 10),
+    tune={"learning_rate": (2e-3, 4e-3)},
     metrics=(SINGLE, LOG_PERPLEXITY),
     equal=("tokens",),
     parity="Equal tokens of text: the same documents in the same order, the same half of them rearranged, with four"
     " special tokens a row in FIM and five in CodeGen2. The same middle lines, their tokens alone scored; FIM in the"
     " better of its two orders. The log-perplexity, left to right, shows the cost.",
-    minutes=240,
+    minutes=300,
     reason="on source code, the text of version 1, the text after a hole did not help within minutes of training",
     use_when="several holes are filled at once",
     otherwise="fill-in-the-middle training",

@@ -43,7 +43,7 @@ class RepeatedLines(Sized):
     context: int = 64
     width: int = 64
     depth: int = 2
-    steps: int = 2000
+    steps: int = 6000
     batch: int = 32
     learning_rate: float = 3e-3
     documents_run: int = 500

@@ -4,7 +4,7 @@
 
 A token has one vector inside a sequence and another in the next, so the model cannot know tokens and infers them from
 context: averaged over E, p(w_1..w_n) = p(pi(w_1)..pi(w_n)) for every permutation pi of the vocabulary. The readout is
-tied to the same table; log s is learned, and no parameter has a row for each token. With `random_ratio` p below 1 (the
+tied to the same table; s is learned, and no parameter has a row for each token. With `random_ratio` p below 1 (the
 semi-lexinvariant regulariser), each token type of a sequence has a Gaussian row with probability p, else its learned
 row, in input and readout.
 
@@ -150,20 +150,11 @@ class SequenceTables:
 
 
 class LogitScale(nn.Module):
-    """Learned scalar factor s of the logits, by its logarithm.
-
-    At first the residual stream holds the current token, whose logit s then pulls up. Learned itself, s falls to 0
-    before the blocks have removed that token, and nothing has a gradient there.
-    """
+    """Learned scalar factor s of the logits."""
 
     def __init__(self, initial: float) -> None:
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(math.log(initial)))
-
-    @property
-    def scale(self) -> Tensor:
-        """The factor s."""
-        return self.log_scale.exp()
+        self.scale = nn.Parameter(torch.tensor(initial))
 
 
 class Lexinvariant(Method, slug="lexinvariant"):
@@ -233,7 +224,7 @@ class Lexinvariant(Method, slug="lexinvariant"):
 
     @property
     def scale(self) -> Tensor | float:
-        """The logit scale s; 1 if `random_ratio` is below 1."""
+        """The logit scale s, a parameter; 1 if `random_ratio` is below 1."""
         return self.owned["readout"].scale if self.owned else 1.0  # type: ignore[return-value]
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
