@@ -81,6 +81,17 @@ def test_training_lowers_the_error(cls: type[SparseAutoencoder]) -> None:
     assert errors[1] < 0.8 * errors[0]
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_frozen_decoder_keeps_its_directions_while_the_encoder_learns(cls: type[SparseAutoencoder]) -> None:
+    """Frozen-decoder SAE as the random-features control."""
+    run = run_of(method_of(cls, frozen_decoder=True))
+    start = {name: run[name].detach().clone() for name in ("W_enc", "W_dec")}
+    for part in data().split(50):
+        run.update(part)
+    assert float((run["W_dec"].detach() - start["W_dec"]).abs().max()) < 1e-6
+    assert float((run["W_enc"].detach() - start["W_enc"]).abs().max()) > 1e-4
+
+
 # --- TopK and BatchTopK -----------------------------------------------------------------------------------------------
 
 

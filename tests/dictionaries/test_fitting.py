@@ -249,7 +249,7 @@ def test_the_measurements_are_those_of_the_held_out_segments(skip: int) -> None:
     assert dictionary.about["max_activation"] == pytest.approx(codes.amax(0).tolist(), rel=1e-3, abs=1e-5)
     tiny = {name: 1e-8 * tensor if name == "W_enc" else tensor for name, tensor in dictionary.tensors.items()}
     faint = SparseDictionary("standard", {name: tiny[name] for name in ("W_enc", "W_dec", "b_dec", "b_enc")}, site=site)
-    fitting.measure(ckpt, {"faint": faint}, Segments.of(IDS[-1:]))
+    fitting.measure(ckpt, {"faint": faint}, held_out, skip=skip)
     highest = faint.encode(x_ND).amax(0).tolist()
     assert 0 < max(highest) < 1e-6
     assert faint.about["max_activation"] == pytest.approx(highest, rel=1e-3, abs=0)

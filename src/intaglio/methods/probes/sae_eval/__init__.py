@@ -105,8 +105,8 @@ class SAEEval(Method, slug="sae_eval"):
     kinds = ("probe",)
     summary = "grades dictionaries on a task by sufficiency, sparse control and interpretability"
     citation = (
-        "Makelov, Lange and Nanda, Towards Principled Evaluations of Sparse Autoencoders for Interpretability and "
-        "Control, ICLR 2025"
+        "Makelov et al., Towards Principled Evaluations of Sparse Autoencoders for Interpretability and Control, "
+        "ICLR 2025"
     )
     url = "https://arxiv.org/abs/2405.08366"
 

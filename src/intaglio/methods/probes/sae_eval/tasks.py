@@ -4,9 +4,9 @@
     Then, John and Mary went to the store. John gave a drink to → Mary        (BAB)
     <s> n3 f1 n7 f0 n7 -> → n3                                                 (symbols)
 
-Names, objects and places are single tokens. Objects, places and templates of the test prompts are not those of the
-training prompts, and neither are their (unordered) pairs of names; names are shared, since a supervised code exists for
-every value.
+Names, objects and places are single tokens. The (unordered) pairs of names of the test prompts are not those of the
+training prompts, and neither are objects, places and templates in English; names are shared, since a supervised code
+exists for every value.
 
 Dimension letters: N prompts, T tokens.
 """
@@ -217,7 +217,7 @@ def english(tokenizer: Any) -> IOITask:
 def symbolic(names: int = 30, fillers: int = 8, first_token: int = 1) -> IOITask:
     """Return the task in symbols: `first_token` starts a prompt, then come `->`, the names and the fillers.
 
-    Fillers stand between the names; half of them are in training prompts, half in test prompts.
+    Fillers stand after the names, the same ones in training and test prompts.
     """
     arrow = first_token + 1
     name_ids = tuple(range(arrow + 1, arrow + 1 + names))
@@ -227,8 +227,8 @@ def symbolic(names: int = 30, fillers: int = 8, first_token: int = 1) -> IOITask
         f, g = (first_filler + choices[name] for name in ("first", "second"))
         return [first_token, a, f, b, g, s, arrow], (1, 3, 5)
 
-    halves = (list(range(0, fillers, 2)), list(range(1, fillers, 2)))
-    return IOITask(name_ids, render, {"first": halves, "second": halves}, {})
+    both = (range(fillers), range(fillers))
+    return IOITask(name_ids, render, {"first": both, "second": both}, {})
 
 
 def subset(prompts: Prompts, rows: Tensor) -> Prompts:
