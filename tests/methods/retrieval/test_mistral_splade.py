@@ -216,7 +216,7 @@ def test_adaptation_trains_the_next_token_under_the_causal_mask() -> None:
             ids = torch.tensor([stock.tokenizer(text)["input_ids"]])
             total += stock.model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
-    assert float(method.loss(ckpt.model, batch).total) == pytest.approx(total / count, rel=1e-4)
+    assert method.loss(ckpt.model, batch).total.item() == pytest.approx(total / count, rel=1e-4)
     assert ckpt.model.config.is_causal is False
 
 
