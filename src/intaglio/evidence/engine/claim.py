@@ -39,7 +39,6 @@ ALPHAS: Mapping[int, tuple[float, ...]] = {
 PROBE_UNITS = 3
 ABLATION_UNITS = 3
 MAX_ABLATIONS = 4
-MAX_MINUTES = 300
 MAX_INDEX = 50_000
 MAX_SEED_BASE = 1_000
 
@@ -165,7 +164,7 @@ class Claim:
         reported: the same with the baseline's settings (peers, reference points). At most four with the ablations.
         equal: fields of `Cost` that must be equal for baseline and method; it is checked. Default: none.
         parity: budget that is equal over the arms, in a sentence.
-        minutes: core-minutes that the whole run may take by the probe's projection, at most 300. Default 15.
+        minutes: core-minutes that the whole run may take by the probe's projection, at most 60. Default 15.
         use_when: completes "Use it when ..."; `otherwise` completes "otherwise take ..." (default: the baseline).
         advice: sentence for the user that replaces the composed one; written after the run. Default "": composed.
         reason: why this version differs from the one before, from CLAIMS or the paper. Default "".
@@ -223,7 +222,7 @@ class Claim:
             (self.crossed and len(self.unit_names) != 2, "a crossed claim names its units and its inner units"),
             (self.floor is not None and self.kind == "better", "a floor is for claims of the kind 'as good as'"),
             (bool(set(self.equal) - {f.name for f in fields(Cost)}), f"equal names no cost: {', '.join(self.equal)}"),
-            (not 0 < self.minutes <= MAX_MINUTES, f"minutes is {self.minutes}; accepted: up to {MAX_MINUTES}"),
+            (not 0 < self.minutes <= 60, f"minutes is {self.minutes}; accepted: up to 60"),
             (trials.get(self.baseline, 0) < trials.get(self.method, 0), "the baseline is tuned less than the method"),
             (self.version > 1 and not self.reason, "a version above 1 gives its reason"),
         ):
