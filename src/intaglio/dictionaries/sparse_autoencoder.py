@@ -71,7 +71,7 @@ def method_of_entry(field: str, entry: Mapping[str, Mapping[str, Any]], shared: 
     return made
 
 
-Count = Annotated[int, BeforeValidator(read_count), Field(ge=1)]
+Count = Annotated[int, BeforeValidator(read_count, json_schema_input_type=int | str), Field(ge=1)]
 
 
 class SparseAutoencoder(Method):

@@ -104,7 +104,9 @@ def parameters(method: type[Method], paper: Mapping[str, Any]) -> list[Parameter
     """
     schema = method.model_json_schema()
     properties, definitions = schema.get("properties", {}), schema.get("$defs", {})
-    documented = describe(inspect.getdoc(method) or "").lists.get("Args", {})
+    documented: dict[str, str] = {}
+    for base in reversed(method.__mro__):  # a base describes the fields it shares
+        documented |= describe(inspect.cleandoc(base.__doc__ or "")).lists.get("Args", {})
     rows = []
     for name, field in sorted(method.model_fields.items(), key=lambda item: bool(item[1].exclude)):
         field_schema = properties.get(name)
