@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.trainer.encoder_training import text_batch
-
-if TYPE_CHECKING:
-    from intaglio.trainer.encoder_training import EncoderObjective
+from intaglio.trainer.encoder_training import EncoderObjective, text_batch
 
 
 class EncoderModule(nn.Module):
