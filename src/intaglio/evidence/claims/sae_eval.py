@@ -60,8 +60,9 @@ CLAIM = Claim(
     minutes=45,
     use_when="you must know how far a dictionary is from what labels alone would give on your task",
     otherwise="the variance unexplained and the loss recovered of the fit",
+    toy={"steps": 20},
     golden={
-        "topk": {UNEXPLAINED.name: 1.9421, SUFFICIENCY.name: 0.96569},
-        "supervised": {UNEXPLAINED.name: 0.79165, SUFFICIENCY.name: 1.00835},
+        "topk": {UNEXPLAINED.name: 0.929296, SUFFICIENCY.name: 0.12088},
+        "supervised": {UNEXPLAINED.name: 0.691111, SUFFICIENCY.name: 0.805116},
     },
 )

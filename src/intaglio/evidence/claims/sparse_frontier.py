@@ -37,14 +37,14 @@ CLAIM = Claim(
     reason="Facts have their key directly before the value, as in 'The locker of Mara 4821': in a pilot with dense"
     " attention SmolLM2 answered one question in eight of the form 'The secret code of Mara is 4821'.",
     otherwise="SnapKV, with the question before the context, which also frees memory",
-    toy={"context": 256, "width": 32, "depth": 2, "steps": 150, "learning_rate": 1e-2},
+    toy={"context": 256, "width": 32, "depth": 2, "steps": 60, "learning_rate": 5e-3},
     golden={
-        "snapkv": {SCORE.name: -25.0645},
-        "quest": {SCORE.name: -26.5795},
-        "dense": {SCORE.name: -21.0446},
-        "ada-snapkv": {SCORE.name: -25.0645},
-        "sink and window": {SCORE.name: -27.411},
-        "random": {SCORE.name: -24.3842},
-        "oracle": {SCORE.name: -24.2131},
+        "snapkv": {SCORE.name: -15.6669},
+        "quest": {SCORE.name: -15.7074},
+        "dense": {SCORE.name: -15.6745},
+        "ada-snapkv": {SCORE.name: -15.6879},
+        "sink and window": {SCORE.name: -15.7046},
+        "random": {SCORE.name: -15.6766},
+        "oracle": {SCORE.name: -16.2251},
     },
 )

@@ -21,7 +21,7 @@ def trained(
     *,
     objective: EncoderObjective,
     model: str,
-    steps: int = 200,
+    steps: int | None = None,
     learning_rate: float = 1e-3,
     batch_size: int = 16,
     start: Callable[[Any, str, int], Any] | None = None,
@@ -33,7 +33,7 @@ def trained(
         context: test bed and key.
         objective: the method, with its fields.
         model: `llama` or `bert`.
-        steps: optimizer steps. Default 200.
+        steps: optimizer steps. Default: the test bed's `tuning_steps`.
         learning_rate: the highest. Default 1e-3.
         batch_size: pairs of a step. Default 16.
         start: gives the model `(bed, model, seed)`. Default: the test bed's pretrained model.
@@ -43,7 +43,11 @@ def trained(
     method = type(objective)(**{**objective.model_dump(), **fields})
     checkpoint = bed.load(model) if start is None else start(bed, model, seed)
     pairs = [TextPair(pair.query, pair.document).row() for pair in bed.training(seed)]
-    arguments: dict[str, Any] = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size}
+    arguments: dict[str, Any] = {
+        "steps": steps or bed.tuning_steps,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+    }
     train(checkpoint, pairs, objective=method, warmup=0.1, seed=seed % 2**32, **arguments)
 
     def search(queries: Mapping[str, str], documents: Mapping[str, str]) -> Scores:

@@ -31,8 +31,10 @@ class DocstringModels(Docstrings):
     steps: int = 800
     batch: int = 16
     learning_rate: float = 3e-3
+    tuning_steps: int = 200
+    """Optimizer steps of an encoder's training on pairs."""
     MINIATURE: ClassVar = {**Docstrings.MINIATURE, "width": 16, "depth": 1, "vocabulary": 300, "length": 32,
-                           "steps": 4, "batch": 4}  # fmt: skip
+                           "steps": 4, "batch": 4, "tuning_steps": 20}  # fmt: skip
 
     def texts(self) -> tuple[str, ...]:
         """Return the texts of the pretraining: summaries with their documents, of the training pairs."""
