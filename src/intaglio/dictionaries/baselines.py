@@ -8,7 +8,7 @@ Dimension letters: B batch, D width, M latents, E active entries.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,8 @@ from torch import Tensor
 from intaglio.dictionaries.active_entries import ActiveEntries, decode
 from intaglio.dictionaries.dictionary import Architecture
 from intaglio.dictionaries.sparse_autoencoder import Count, SparseAutoencoder
-from intaglio.dictionaries.training import unit_rows
+from intaglio.dictionaries.training import TrainingRun, unit_rows
 from intaglio.methods.base import Kind
-
-if TYPE_CHECKING:
-    from intaglio.dictionaries.training import TrainingRun
 
 AUXILIARY = 1 / 32
 """Weight of the loss that dead latents share."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from intaglio.dictionaries.activations import (
     token_segments,
 )
 from intaglio.dictionaries.dictionary import Dictionary, SparseDictionary
-from intaglio.dictionaries.training import TrainingRun
+from intaglio.dictionaries.training import DictionaryMethod, TrainingRun
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
 from intaglio.measures.dictionaries import Reconstruction, shared_latents, strongest
@@ -36,9 +36,6 @@ from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.modeling.sites import Site, hooked, read_sites
 from intaglio.trainer.resume import checkpoint_path, describe, finish, join, read_state, split, start
-
-if TYPE_CHECKING:
-    from intaglio.dictionaries.sparse_autoencoder import SparseAutoencoder
 
 TENSORS = "state.safetensors"
 STRONGEST = 0.1
@@ -49,7 +46,7 @@ STRONGEST = 0.1
 class Job:
     """One dictionary to train: its method, the site that it reads, and the seed of its start."""
 
-    method: SparseAutoencoder
+    method: DictionaryMethod
     site: Site
     seed: int
 
@@ -181,7 +178,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def fit_activations(
-    methods: Mapping[str, tuple[SparseAutoencoder, int]], x_ND: Tensor, progress: Progress = no_progress
+    methods: Mapping[str, tuple[DictionaryMethod, int]], x_ND: Tensor, progress: Progress = no_progress
 ) -> dict[str, SparseDictionary]:
     """Train dictionaries on activations in memory.
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator
@@ -17,14 +17,12 @@ from intaglio.checkpoint.attachments import Attachment
 from intaglio.data.texts import Corpus
 from intaglio.dictionaries.dictionary import Architecture, SparseDictionary
 from intaglio.dictionaries.fitting import Job, fit_activations, fit_dictionaries
+from intaglio.dictionaries.training import TrainingRun
 from intaglio.errors import IntaglioError, did_you_mean, shorten
 from intaglio.methods.base import Cost, Kind, Method, Progress, Workload, no_progress, validation_sentence
 from intaglio.methods.registry import get_method, list_methods
 from intaglio.modeling.anatomy import blocks
 from intaglio.modeling.sites import Site, SitePart
-
-if TYPE_CHECKING:
-    from intaglio.dictionaries.training import TrainingRun
 
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)([kKmMbB])")
 _UNITS = {"k": 10**3, "m": 10**6, "b": 10**9}

@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from intaglio.dictionaries.active_entries import ActiveEntries, pre_activations
-from intaglio.dictionaries.dictionary import SparseDictionary
+from intaglio.dictionaries.dictionary import Architecture, SparseDictionary
 from intaglio.errors import DivergedError
 from intaglio.modeling.sites import Site
-
-if TYPE_CHECKING:
-    from intaglio.dictionaries.sparse_autoencoder import SparseAutoencoder
 
 MEDIAN_ROWS = 4096
 """Activations whose geometric median is taken."""
@@ -50,6 +47,57 @@ def unit_rows(rows: int, columns: int, generator: torch.Generator) -> Tensor:
     return F.normalize(torch.randn(rows, columns, generator=generator), dim=1)
 
 
+class DictionaryMethod(Protocol):
+    """The hyperparameters and the loss that a run needs of its method; `SparseAutoencoder` documents them."""
+
+    slug: ClassVar[str]
+    betas: ClassVar[tuple[float, float]]
+    unit_norm: ClassVar[tuple[str, ...]]
+    projects_gradient: ClassVar[bool]
+    max_grad_norm: ClassVar[float | None]
+
+    @property
+    def width(self) -> int:
+        """Latents M."""
+
+    @property
+    def tokens(self) -> int:
+        """Activations in training."""
+
+    @property
+    def batch_tokens(self) -> int:
+        """Activations of an optimizer step."""
+
+    @property
+    def decay(self) -> float:
+        """Share of the steps, at the end, in which the rate falls to 0."""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+
+    def warmup_steps(self, steps: int) -> int:
+        """Return the steps in which the learning rate rises."""
+
+    def new_parameters(self, inputs: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return the trained tensors, `b_dec` excepted."""
+
+    def new_state(self) -> dict[str, Tensor]:
+        """Return the tensors that no gradient changes."""
+
+    def loss(self, run: TrainingRun, x_BD: Tensor) -> Tensor:
+        """Return the loss of a batch of scaled activations, and note which latents fired."""
+
+    def after_step(self, run: TrainingRun, x_BD: Tensor) -> None:
+        """Change parameters or state after an optimizer step."""
+
+    def finished(self, run: TrainingRun) -> tuple[Architecture, dict[str, Tensor], int]:
+        """Return the architecture, tensors and k of the dictionary, in the scale of the training."""
+
+    def model_dump(self) -> dict[str, Any]:
+        """Return the fields."""
+
+
 class TrainingRun:
     """One autoencoder in training.
 
@@ -68,7 +116,7 @@ class TrainingRun:
     """
 
     def __init__(
-        self, method: SparseAutoencoder, first_ND: Tensor, seed: int, steps: int, site: Site | None = None
+        self, method: DictionaryMethod, first_ND: Tensor, seed: int, steps: int, site: Site | None = None
     ) -> None:
         self.method, self.steps, self.site, self.step = method, steps, site, 0
         self.generator = torch.Generator().manual_seed(seed)

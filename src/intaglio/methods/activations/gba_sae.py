@@ -5,7 +5,7 @@ Dimension letters: B batch, D width, M latents, K groups, E active entries.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -15,10 +15,7 @@ from torch import Tensor
 from intaglio.dictionaries.active_entries import ActiveEntries, decode
 from intaglio.dictionaries.dictionary import Architecture
 from intaglio.dictionaries.sparse_autoencoder import SparseAutoencoder
-from intaglio.dictionaries.training import unit_rows
-
-if TYPE_CHECKING:
-    from intaglio.dictionaries.training import TrainingRun
+from intaglio.dictionaries.training import TrainingRun, unit_rows
 
 LEARNING_RATE = 1e-3
 LOWEST_BIAS = -1.0
