@@ -16,7 +16,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,9 @@ from intaglio.errors import IntaglioError
 from intaglio.masks import AttentionSinks, Bidirectional, Causal, Window, clear_visibility, set_visibility
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from peer import peer_python  # noqa: E402
+
 RULES = ("no rule", "mixed", "all both ways")
 PARTS = ("stock", "peers", "gpu")
 TARGETS = {"no rule": 1.05, "mixed": 1.10}
@@ -83,20 +85,6 @@ def against_stock(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     return {name: {kind: statistics.median(took) for kind, took in of.items()} for name, of in seconds.items()}
 
 
-def peer_python(arguments: argparse.Namespace) -> Path:
-    """Return the interpreter of the peers' environment, creating it on the first run."""
-    if arguments.peer_python is not None:
-        return Path(arguments.peer_python)
-    place = HERE / ".venv-peer"
-    python = place / "bin" / "python"
-    if not (place / "installed").is_file():
-        venv.create(place, with_pip=True)
-        wanted = str(HERE / "peer-requirements.txt")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", wanted], check=True)
-        (place / "installed").touch()
-    return python
-
-
 def old_config(arguments: argparse.Namespace) -> Path:
     """Return the checkpoint with its configuration in the names that the peers' transformers expects."""
     source, config = intaglio.checkpoint.load_config(arguments.model)
@@ -127,7 +115,7 @@ def _worker(python: Path, script: str, model: Path, variant: str, start: int, ar
 
 def against_peers(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Return median seconds and the maximum difference of hidden states, in alternated fresh processes."""
-    python, model = peer_python(arguments), old_config(arguments)
+    python, model = peer_python(HERE, arguments.peer_python), old_config(arguments)
     depth = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
     pairs = {"stock": ("stock", 0), "llm2vec": ("llm2vec", 0), "billm": ("billm", depth - depth // 3)}
     collected: dict[str, dict[str, Any]] = {}

@@ -14,7 +14,6 @@ import os
 import statistics
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,8 @@ from intaglio.data.assets import path
 from intaglio.errors import IntaglioError
 
 HERE = Path(__file__).resolve().parent
-REQUIREMENTS = HERE / "peer-requirements.txt"
-
-
-def peer_python(given: Path | None, environment: Path) -> Path:
-    """Return a Python that has the peers; their environment is made when it is missing."""
-    if given is not None:
-        return given
-    python, ready = environment / "bin" / "python", environment / "installed.txt"
-    if not (ready.is_file() and ready.read_text() == REQUIREMENTS.read_text()):
-        venv.EnvBuilder(with_pip=True).create(environment)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--requirement", REQUIREMENTS], check=True)
-        ready.write_text(REQUIREMENTS.read_text())
-    return python
+sys.path.insert(0, str(HERE.parent))
+from peer import peer_python  # noqa: E402
 
 
 def work(python: Path | str, script: str, *arguments: object) -> None:
@@ -95,7 +83,7 @@ def main() -> None:
     parser.add_argument("--peer-venv", type=Path, default=HERE / ".venv-peer", help="created if missing")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     given = parser.parse_args()
-    peer = peer_python(given.peer_python, given.peer_venv.absolute())
+    peer = peer_python(HERE, given.peer_python, given.peer_venv.absolute())
     work(sys.executable, "prepare.py", given.out, "--tokens", given.tokens)
     results: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for _ in range(given.rounds):

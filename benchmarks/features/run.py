@@ -15,7 +15,6 @@ import os
 import statistics
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +28,12 @@ from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.sites import Site
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from peer import peer_python  # noqa: E402
+
 SIDES = ("ours", "peer", "peer, sparse")
 TOLERANCE = 1e-5
 """Difference of codes, relative to the highest."""
-
-
-def peer_python(given: Path | None) -> Path:
-    """Return the interpreter of the peer's environment, creating it on the first run."""
-    if given is not None:
-        return given
-    place = HERE / ".venv-peer"
-    python = place / "bin" / "python"
-    if not (place / "installed").is_file():
-        venv.create(place, with_pip=True)
-        wanted = str(HERE / "peer-requirements.txt")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", wanted], check=True)
-        (place / "installed").touch()
-    return python
 
 
 def activations(file: Path, layer: int, tokens: int) -> None:
@@ -84,7 +72,7 @@ def main() -> None:
     file = arguments.out / f"activations-{arguments.layer}-{arguments.tokens}.safetensors"
     if not file.is_file():
         activations(file, arguments.layer, arguments.tokens)
-    peer = peer_python(arguments.peer_python)
+    peer = peer_python(HERE, arguments.peer_python)
     common = ["--activations", str(file), "--steps", str(arguments.steps), "--threads", str(arguments.threads)]
     rows: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(arguments.repeats):

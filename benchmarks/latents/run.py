@@ -13,7 +13,6 @@ import argparse
 import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +25,10 @@ from intaglio.methods.activations.dkvb.bottleneck import DiscreteKeyValueBottlen
 from intaglio.methods.activations.qlae.latents import ScalarQuantizer, quantization_loss
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from peer import peer_python  # noqa: E402
+
 REPEATS = 5
-
-
-def peer_python(given: str | None) -> str:
-    """Return the Python of the peers' environment, made on the first run."""
-    if given:
-        return given
-    folder = HERE / ".venv-peer"
-    python = folder / "bin" / "python"
-    if not python.is_file():
-        venv.create(folder, with_pip=True)
-        requirements = str(HERE / "peer-requirements.txt")
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
-    return str(python)
 
 
 def inputs(rows: int = 128) -> dict[str, torch.Tensor]:
@@ -95,7 +84,7 @@ def ours(given: dict[str, torch.Tensor]) -> dict[str, Any]:
 def main() -> None:
     """Run both sides and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", help="Python of an environment with the peers")
+    parser.add_argument("--peer-python", type=Path, help="Python of an environment with the peers")
     parser.add_argument("--official", help="the official infomec.py")
     parser.add_argument("--output", type=Path, default=HERE / "out")
     given = parser.parse_args()
@@ -105,7 +94,7 @@ def main() -> None:
     save_file(data, given.output / "inputs.safetensors")
     words = [str(given.output / name) for name in ("inputs.safetensors", "peer.safetensors")]
     official = [given.official] if given.official else []
-    subprocess.run([peer_python(given.peer_python), str(HERE / "worker_peer.py"), *words, *official], check=True)
+    subprocess.run([peer_python(HERE, given.peer_python), str(HERE / "worker_peer.py"), *words, *official], check=True)
     own, peer = ours(data), load_file(given.output / "peer.safetensors")
     result: dict[str, Any] = {
         "equal_indices": bool(torch.equal(own["indices"], peer["indices"].long())),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import venv
 from pathlib import Path
 
 import common
@@ -49,24 +46,3 @@ def token_files(
     for path, part in zip(files, (calibration, evaluation), strict=True):
         save_file({common.IDS: part.ids_NT.contiguous()}, path)
     return *files, {"calibration": calibration.digest, "held_out": evaluation.digest}
-
-
-def peer_python(given: Path | None, environment: Path) -> Path:
-    """Return a Python that has the peer, making its virtual environment when it is missing.
-
-    Raises:
-        IntaglioError: the given interpreter is missing, or the installation fails.
-    """
-    python = given or environment / "bin" / "python"
-    # Written last, so that an interrupted installation is finished by the next run.
-    ready = environment / "installed.txt"
-    if given is None and not (ready.is_file() and ready.read_text() == REQUIREMENTS.read_text()):
-        print(f"making {environment} for the peer: about 2 GB, once", file=sys.stderr)
-        venv.EnvBuilder(with_pip=True).create(environment)
-        done = subprocess.run([python, "-m", "pip", "install", "--quiet", "--requirement", REQUIREMENTS], check=False)
-        if done.returncode:
-            raise IntaglioError(f"the peer could not be installed into {environment}; see pip's message above")
-        ready.write_text(REQUIREMENTS.read_text())
-    if not python.is_file():
-        raise IntaglioError(f"the peer's python {python} does not exist")
-    return python

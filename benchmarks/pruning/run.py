@@ -28,6 +28,9 @@ from intaglio import atomic_io
 from intaglio.errors import IntaglioError
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from peer import peer_python  # noqa: E402
+
 SOURCE = HERE.parents[1] / "src" / "intaglio"
 VARIANTS = ("magnitude-50", "magnitude-2:4", "wanda-50", "wanda-2:4", "sparsegpt-50", "sparsegpt-2:4")
 # What a pruning call of ours runs: when one of these changes, our finished runs no longer count.
@@ -85,7 +88,7 @@ class Bench:
         self.model = prepare.checkpoint_directory(arguments.model)
         self.python = {
             "ours": Path(sys.executable),
-            "peer": prepare.peer_python(arguments.peer_python, arguments.peer_venv.absolute()),
+            "peer": peer_python(HERE, arguments.peer_python, arguments.peer_venv.absolute()),
         }
         self.batch_size = {"ours": arguments.batch_size, "peer": arguments.peer_batch_size}
         counts = arguments.samples, arguments.held_out, arguments.length, arguments.seed

@@ -16,7 +16,6 @@ import json
 import math
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -26,21 +25,11 @@ from intaglio.data.interactions import load_interactions
 from intaglio.data.item_sequences import ItemSequences
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from peer import peer_python  # noqa: E402
+
 MOST_BELOW, LEAST_FASTER = 0.01, 2.0
 """Targets: NDCG@10 at most this much below the peer's; examples a second over the peer's."""
-
-
-def peer_python(given: str | None) -> str:
-    """Return the Python of the peer's environment, made on the first run."""
-    if given:
-        return given
-    folder = HERE / ".venv-peer"
-    python = folder / "bin" / "python"
-    if not python.is_file():
-        venv.create(folder, with_pip=True)
-        requirements = str(HERE / "peer-requirements.txt")
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", "-r", requirements], check=True)
-    return str(python)
 
 
 def prepare(path: Path, length: int) -> None:
@@ -66,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--peer-python")
+    parser.add_argument("--peer-python", type=Path)
     parser.add_argument("--out", type=Path, default=HERE / "out")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +64,7 @@ def main() -> None:
         "mask_ratio": 0.2, "epochs": arguments.epochs, "threads": arguments.threads,
     }  # fmt: skip
     prepare(arguments.out / "data.json", int(settings["length"]))
-    sides = {"ours": sys.executable, "peer": peer_python(arguments.peer_python)}
+    sides = {"ours": sys.executable, "peer": peer_python(HERE, arguments.peer_python)}
     runs: list[dict[str, Any]] = []
     for seed in range(arguments.seeds):
         for side in list(sides)[:: 1 if seed % 2 == 0 else -1]:

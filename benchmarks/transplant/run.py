@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,9 @@ from intaglio.evidence.testbeds.two_tokenizers import TwoTokenizers, nats_per_by
 from intaglio.methods.weights.omp_transplant import Donor, Vocabulary, match_tokens
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from peer import peer_python  # noqa: E402
+
 PAIRS = ("small", "smollm2")
 SEED = 900_001
 """Of the small models; none of the claim's."""
@@ -49,20 +51,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with mergekit")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     return parser.parse_args()
-
-
-def peer_python(arguments: argparse.Namespace) -> Path:
-    """Return the interpreter of the peer's environment, creating it on the first run."""
-    if arguments.peer_python is not None:
-        return Path(arguments.peer_python)
-    place = HERE / ".venv-peer"
-    python = place / "bin" / "python"
-    if not (place / "installed").is_file():
-        venv.create(place, with_pip=True)
-        wanted = str(HERE / "peer-requirements.txt")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "-r", wanted], check=True)
-        (place / "installed").touch()
-    return python
 
 
 def prepared(name: str, arguments: argparse.Namespace) -> tuple[Path, Path, dict[str, str]]:
@@ -173,7 +161,7 @@ def compared(name: str, k: int, python: Path, arguments: argparse.Namespace) -> 
 def main() -> None:
     arguments = _arguments()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    python = peer_python(arguments)
+    python = peer_python(HERE, arguments.peer_python)
     names = ["given"] if arguments.base else arguments.pairs.split(",")
     rows = [compared(name, int(k), python, arguments) for name in names for k in arguments.k.split(",")]
     atomic_io.write_json(arguments.out / "results.json", rows)
