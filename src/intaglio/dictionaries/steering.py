@@ -128,7 +128,7 @@ class Steer(Method, slug=SLUG):
 
 
 class Push:
-    """What one step adds to a site.
+    """Addition of one step to a site.
 
     Args:
         site: what is steered.

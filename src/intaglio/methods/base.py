@@ -43,7 +43,7 @@ generates), `cache` (a stock key-value cache), `tokenizer` (token ids keep their
 of an earlier pruning step are kept)."""
 
 TrainingData = Literal["texts", "labels", "interactions", "pairs"]
-"""What an objective is trained on: texts or ids, labelled words, logs of users and items, or pairs of texts."""
+"""Training data of an objective: texts or ids, labelled words, logs of users and items, or pairs of texts."""
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, label)` after each unit of long work."""

@@ -80,7 +80,7 @@ class Tokens:
 
 @dataclass
 class GridState:
-    """What generation keeps of earlier tokens.
+    """State of earlier tokens during generation.
 
     Args:
         length: tokens of each batch row, int64 [B].

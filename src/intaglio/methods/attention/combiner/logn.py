@@ -33,7 +33,7 @@ GROWTH = 64
 
 @dataclass
 class BlockState:
-    """What generation keeps of earlier tokens.
+    """State of earlier tokens during generation.
 
     Args:
         length: tokens of each batch row, int64 [B].

@@ -1,4 +1,4 @@
-"""What sparse attention kept for a prompt, layer by layer, for `intaglio inspect MODEL --masks --prompt TEXT`.
+"""Keys that sparse attention kept for a prompt, layer by layer, for `intaglio inspect MODEL --masks --prompt TEXT`.
 
 Dimension letters: H heads, Q queries, K keys, N tokens of the prompt.
 """
@@ -28,7 +28,7 @@ LONGEST = 4096
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What a layer kept: pairs of the prompt, bool [H, N, N], or keys that the next token reads, bool [H, N]."""
+    """Kept keys of a layer: pairs of the prompt, bool [H, N, N], or keys that the next token reads, bool [H, N]."""
 
     layer: int
     part: str

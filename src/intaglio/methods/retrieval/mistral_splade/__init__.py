@@ -46,7 +46,7 @@ from intaglio.trainer.protocols import Batch, Loss
 
 
 class SpladeHead(nn.Module):
-    """What SPLADE adds to a model: the terms that may be used, the tokens that stand for others, the threshold b.
+    """Additions of SPLADE to a model: the terms that may be used, the tokens that stand for others, the threshold b.
 
     Args:
         terms_V: tokens that may be terms, bool.
