@@ -46,7 +46,7 @@ def diagnostics_tables(document: Document) -> list[Table]:
             [
                 ["centred alignment (CKA)", f"{alignment['cka']:.3f}", f"{alignment['permuted_cka']:.3f}"],
                 ["the same, Fisher-weighted", f"{alignment['fisher_weighted_cka']:.3f}", ""],
-                ["the same, with the model's own laws (circular)", f"{alignment['own_cka']:.3f}", ""],
+                ["the same, with the model's own distributions (circular)", f"{alignment['own_cka']:.3f}", ""],
                 ["subspace overlap", f"{alignment['subspace_overlap']:.3f}", f"{alignment['permuted_overlap']:.3f}"],
                 ["whitened functional J", f"{alignment['functional']:.4f}", f"{alignment['permuted_functional']:.4f}"],
                 ["Dirichlet energy, leading direction", f"{alignment['dirichlet'][0]:.3f}", ""],
@@ -89,8 +89,8 @@ def diagnostics_page(document: Document) -> str:
     )
     summary = (
         f"{document['tokens']:,} tokens of {document['texts']}, {document['contexts']} contexts. Entropy equals the "
-        "loss where the model's laws are those of the texts. Surplus is what a hidden state knows of the token after "
-        "next; drafting lives on it. Alignment near its permuted value means none."
+        "loss where the model's distributions are those of the texts. Surplus is what a hidden state knows of the "
+        "token after next; drafting lives on it. Alignment near its permuted value means none."
     )
     return trained_page(f"Diagnostics of {document['model']}", summary, sections, "diagnostics")
 
@@ -102,7 +102,7 @@ def _numbered(document: Document) -> list[tuple[int, Table]]:
 
 
 def _reference(document: Document) -> str:
-    """Return the name of the laws that the kernel is of."""
+    """Return the name of the distributions that the kernel is of."""
     name: str = document["alignment"]["reference"]
     return "n-gram counts" if name == "ngram" else name
 
@@ -123,7 +123,9 @@ def _entropies(document: Document) -> tuple[str, str]:
         )
         for number, (low, high, count) in enumerate(histogram)
     ]
-    return _bars("Entropies of next-token laws", items, "share of positions", "Entropy in nats, held-out positions.")
+    return _bars(
+        "Entropies of next-token distributions", items, "share of positions", "Entropy in nats, held-out positions."
+    )
 
 
 def _spectrum(document: Document) -> tuple[str, str]:
@@ -141,7 +143,7 @@ def _alignment(document: Document) -> tuple[str, str]:
     named = (
         ("hidden states", "cka"),
         ("Fisher-weighted", "fisher_weighted_cka"),
-        ("own laws (circular)", "own_cka"),
+        ("own distributions (circular)", "own_cka"),
         ("contexts permuted", "permuted_cka"),
     )
     items = [Bar(label, alignment[key], f"{alignment[key]:.3f}", strong=key == "cka") for label, key in named]

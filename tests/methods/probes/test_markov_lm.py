@@ -45,7 +45,7 @@ from intaglio.methods.probes.markov_lm.geometry import (
     subspace_overlap,
     whiten,
 )
-from intaglio.methods.probes.markov_lm.reference import ngram_laws
+from intaglio.methods.probes.markov_lm.reference import ngram_distributions
 from intaglio.methods.probes.markov_lm.surplus import Positions, surplus_terms
 from tests.alive import alive
 from tests.families import DECODERS, ENCODERS, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
@@ -83,7 +83,7 @@ def observe(method: Any) -> Any:
     return {name: value for name, value in found.items() if name != "parameters"}
 
 
-def laws(rows: int, outcomes: int, seed: int = 0) -> Tensor:
+def distributions(rows: int, outcomes: int, seed: int = 0) -> Tensor:
     drawn = torch.rand(rows, outcomes, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return drawn.pow(3) / drawn.pow(3).sum(1, keepdim=True)
 
@@ -115,16 +115,16 @@ def test_a_deterministic_kernel_has_no_entropy(name: Any) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999), st.sampled_from(NAMES), st.sampled_from([0.3, 0.7, 1.6]))
-def test_a_kernel_brings_laws_nearer(seed: int, name: Any, order: float) -> None:
+def test_a_kernel_brings_distributions_nearer(seed: int, name: Any, order: float) -> None:
     """Data processing: D(pk || qk) <= D(p || q) for random finite kernels."""
-    p, q, kernel = laws(1, 5, seed), laws(1, 5, seed + 1), laws(5, 4, seed + 2)
+    p, q, kernel = distributions(1, 5, seed), distributions(1, 5, seed + 1), distributions(5, 4, seed + 2)
     after = divergence(compose(p, kernel), compose(q, kernel), name, order)
     assert float(after) <= float(divergence(p, q, name, order)) + 1e-12
 
 
 def test_kernels_compose_and_stay_stochastic() -> None:
     """Composition associativity and causality (rows sum to 1) for random finite kernels."""
-    a, b, c = laws(3, 4), laws(4, 5, 1), laws(5, 2, 2)
+    a, b, c = distributions(3, 4), distributions(4, 5, 1), distributions(5, 2, 2)
     assert torch.allclose(compose(compose(a, b), c), compose(a, compose(b, c)))
     for kernel in (compose(a, b), product(a, b), copy(3), compose(a, discard(4))):
         assert torch.allclose(kernel.sum(1), torch.ones(len(kernel)).double())
@@ -134,15 +134,15 @@ def test_kernels_compose_and_stay_stochastic() -> None:
 
 def test_the_loss_is_entropy_plus_divergence_and_alignment_plus_uniformity() -> None:
     """CE - H(data) = mean KL exactly on a finite source; alignment + uniformity = CE exactly."""
-    data, law = laws(6, 5), laws(1, 6, 3)[0]
+    data, distribution = distributions(6, 5), distributions(1, 6, 3)[0]
     hidden, head, bias = normal(6, 3), normal(5, 3, seed=1), normal(5, seed=2)
     own = (hidden @ head.T + bias).softmax(1)
-    parts = decompose_loss(data, own, law)
+    parts = decompose_loss(data, own, distribution)
     assert parts["loss"] == pytest.approx(parts["data_entropy"] + parts["kl"], abs=1e-9)
-    assert decompose_loss(data, data, law) == pytest.approx(
+    assert decompose_loss(data, data, distribution) == pytest.approx(
         {"loss": parts["data_entropy"], "data_entropy": parts["data_entropy"], "kl": 0.0, "entropy_gap": 0.0}
     )
-    terms = alignment_and_uniformity(hidden, head, data, law, bias)
+    terms = alignment_and_uniformity(hidden, head, data, distribution, bias)
     assert terms["alignment"] + terms["uniformity"] == pytest.approx(parts["loss"], abs=1e-9)
     assert terms["loss"] == pytest.approx(parts["loss"], abs=1e-9)
     bare = decompose_loss(data, (hidden @ head.T).softmax(1), torch.full((6,), 1 / 6, dtype=torch.float64))
@@ -163,7 +163,7 @@ def test_the_metric_is_a_covariance_and_the_curvature_of_the_divergence() -> Non
     assert [abs(ratio - 1) for ratio in ratios] == sorted((abs(ratio - 1) for ratio in ratios), reverse=True)
     assert ratios[-1] == pytest.approx(1, abs=5e-3)
     assert torch.allclose(fisher_metric(head + normal(4, seed=3), p), metric, atol=1e-12)
-    assert int(torch.linalg.matrix_rank(fisher_metric(normal(3, 6), laws(1, 3)[0]))) == 2
+    assert int(torch.linalg.matrix_rank(fisher_metric(normal(3, 6), distributions(1, 3)[0]))) == 2
     assert float(torch.linalg.eigvalsh(metric)[0]) >= -1e-12
     jacobian = torch.func.jacrev(lambda h: (head @ h).softmax(0).log())(hidden)
     assert torch.allclose((jacobian * p[:, None]).T @ jacobian, metric, atol=1e-12)
@@ -173,7 +173,7 @@ def test_the_metric_is_a_covariance_and_the_curvature_of_the_divergence() -> Non
 
 
 def xor_source(state: Any) -> Tensor:
-    """Joint law of a state of the last two bits and of the next two tokens, each their xor flipped with prob 0.1."""
+    """Joint distribution of a state (the last two bits) and the next two tokens, each their xor flipped at prob 0.1."""
     joint = torch.zeros(4, 2, 2, dtype=torch.float64)
     for a in (0, 1):
         for b in (0, 1):
@@ -197,11 +197,15 @@ def test_two_encoders_of_equal_loss_and_different_surplus() -> None:
 
 def test_a_source_of_order_one_has_no_surplus_and_terms_add_up() -> None:
     """order-1 source -> 0 for every encoder; the chain rule holds exactly."""
-    start, step, encoder = laws(1, 4)[0], laws(4, 4, 1), laws(4, 3, 2)  # encoder: state given the last token
+    start, step, encoder = (
+        distributions(1, 4)[0],
+        distributions(4, 4, 1),
+        distributions(4, 3, 2),
+    )  # encoder: state given the last token
     joint = torch.einsum("a,ah,ab,bc,cd->hbcd", start, encoder, step, step, step)
     found = information_surplus(joint)
     assert found["surplus"] == pytest.approx(0, abs=1e-12)
-    free = laws(1, 3 * 2 * 2 * 2, 5)[0].view(3, 2, 2, 2)
+    free = distributions(1, 3 * 2 * 2 * 2, 5)[0].view(3, 2, 2, 2)
     found = information_surplus(free)
     assert found["surplus"] == pytest.approx(found["term 1"] + found["term 2"])
     assert 0 < found["surplus"] < math.log(4)
@@ -212,7 +216,7 @@ def test_a_source_of_order_one_has_no_surplus_and_terms_add_up() -> None:
 @given(st.integers(0, 9999))
 def test_divergences_bound_each_other(seed: int) -> None:
     """TV^2 <= KL/2; (1-BC) <= KL/2; with d_H^2 = 2(1-BC) it is d_H^2 <= KL."""
-    p, q = laws(2, 4, seed)
+    p, q = distributions(2, 4, seed)
     kl = float(divergence(p, q))
     assert float(divergence(p, q, "tv")) ** 2 <= kl / 2 + 1e-12
     assert float(divergence(p, q, "hellinger")) <= kl + 1e-12
@@ -220,18 +224,18 @@ def test_divergences_bound_each_other(seed: int) -> None:
 
 def test_dirichlet_energy() -> None:
     """constant phi -> 0; equals the quadratic form with the Laplacian; K = delta -> 0."""
-    kernel, feature, law = predictive_kernel(laws(6, 4)), normal(6), laws(1, 6, 3)[0]
-    assert dirichlet_energy(kernel, torch.ones(6).double(), law) == pytest.approx(0, abs=1e-15)
-    assert dirichlet_energy(torch.eye(6).double(), feature, law) == pytest.approx(0, abs=1e-15)
-    pairs = (feature[:, None] - feature).square() * kernel * torch.outer(law, law)
-    assert dirichlet_energy(kernel, feature, law) == pytest.approx(0.5 * float(pairs.sum()))
+    kernel, feature, distribution = predictive_kernel(distributions(6, 4)), normal(6), distributions(1, 6, 3)[0]
+    assert dirichlet_energy(kernel, torch.ones(6).double(), distribution) == pytest.approx(0, abs=1e-15)
+    assert dirichlet_energy(torch.eye(6).double(), feature, distribution) == pytest.approx(0, abs=1e-15)
+    pairs = (feature[:, None] - feature).square() * kernel * torch.outer(distribution, distribution)
+    assert dirichlet_energy(kernel, feature, distribution) == pytest.approx(0.5 * float(pairs.sum()))
     uniform = (feature[:, None] - feature).square() * kernel / 36
     assert dirichlet_energy(kernel, feature) == pytest.approx(0.5 * float(uniform.sum()))
 
 
-def test_kernels_of_laws_and_their_alignment() -> None:
+def test_kernels_of_distributions_and_their_alignment() -> None:
     """BC kernel PSD, diagonal 1; CKA(h,h) = 1; permuting contexts of K drops CKA to the null level."""
-    probs, hidden = laws(60, 5), normal(60, 4)
+    probs, hidden = distributions(60, 5), normal(60, 4)
     kernel = predictive_kernel(probs)
     assert torch.allclose(kernel.diag(), torch.ones(60).double())
     assert float(torch.linalg.eigvalsh(kernel)[0]) > -1e-12
@@ -248,7 +252,7 @@ def test_kernels_of_laws_and_their_alignment() -> None:
 
 
 def test_each_kernel_by_its_formula() -> None:
-    probs, head = laws(5, 4), normal(4, 3)
+    probs, head = distributions(5, 4), normal(4, 3)
     coefficient = probs.sqrt() @ probs.sqrt().T
     assert torch.allclose(predictive_kernel(probs, "hellinger", 0.7), (-1.4 * (1 - coefficient)).exp())
     assert torch.allclose(predictive_kernel(probs, "linear"), probs @ probs.T)
@@ -261,23 +265,23 @@ def test_each_kernel_by_its_formula() -> None:
 
 
 def test_contexts_that_share_a_state_are_averaged_by_their_probabilities() -> None:
-    kernel, law = normal(3, 3), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
-    found = induced_kernel(kernel, torch.tensor([0, 0, 1]), law)
+    kernel, distribution = normal(3, 3), torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
+    found = induced_kernel(kernel, torch.tensor([0, 0, 1]), distribution)
     assert float(found[0, 1]) == pytest.approx(0.4 * float(kernel[0, 2]) + 0.6 * float(kernel[1, 2]))
-    assert torch.allclose(induced_kernel(kernel, torch.arange(3), law), kernel)
+    assert torch.allclose(induced_kernel(kernel, torch.arange(3), distribution), kernel)
 
 
 def test_alignment_weights_contexts_as_repeats_would() -> None:
-    """CKA must be weighted by the context law mu when contexts are not uniform."""
-    hidden, probs = normal(5, 3), laws(5, 4, 1)
+    """CKA must be weighted by the context distribution mu when contexts are not uniform."""
+    hidden, probs = normal(5, 3), distributions(5, 4, 1)
     counts = torch.tensor([3, 1, 1, 2, 1])
     repeated = torch.repeat_interleave(torch.arange(5), counts)
     a, b = hidden @ hidden.T, predictive_kernel(probs)
-    law = counts.double() / counts.sum()
-    assert kernel_alignment(a, b, law) == pytest.approx(
+    distribution = counts.double() / counts.sum()
+    assert kernel_alignment(a, b, distribution) == pytest.approx(
         kernel_alignment(a[repeated][:, repeated], b[repeated][:, repeated])
     )
-    assert spectral_functional(hidden, b, law) == pytest.approx(
+    assert spectral_functional(hidden, b, distribution) == pytest.approx(
         spectral_functional(hidden[repeated], b[repeated][:, repeated])
     )
     assert kernel_alignment(torch.ones(4, 4), torch.eye(4)) == 0
@@ -286,12 +290,12 @@ def test_alignment_weights_contexts_as_repeats_would() -> None:
 def test_spectra_subspaces_and_whitening() -> None:
     assert participation_ratio(torch.tensor([1.0, 1.0, 0.0])) == pytest.approx(2)
     assert participation_ratio(torch.zeros(3)) == 0
-    head, probs = normal(6, 4), laws(5, 6, 1)
+    head, probs = normal(6, 4), distributions(5, 6, 1)
     mean = sum(fisher_metric(head, p) for p in probs) / 5
     assert torch.allclose(mean_fisher_metric(head, probs), mean)
-    law = laws(1, 5, 2)[0]
-    weighted = sum(w * fisher_metric(head, p) for w, p in zip(law, probs, strict=True))
-    assert torch.allclose(mean_fisher_metric(head, probs, law), weighted)
+    distribution = distributions(1, 5, 2)[0]
+    weighted = sum(w * fisher_metric(head, p) for w, p in zip(distribution, probs, strict=True))
+    assert torch.allclose(mean_fisher_metric(head, probs, distribution), weighted)
     hidden = normal(40, 4)
     own = fisher_weighted(hidden, mean)
     assert torch.allclose(own @ own.T, hidden @ mean @ hidden.T, atol=1e-9)
@@ -308,7 +312,7 @@ def test_spectra_subspaces_and_whitening() -> None:
 
 def test_an_n_gram_reference_by_hand() -> None:
     stream = torch.tensor([0, 1, 2, 0, 1, 3, 1, 2])
-    found = ngram_laws(stream, [[9, 0, 1], [1]], 4).double()
+    found = ngram_distributions(stream, [[9, 0, 1], [1]], 4).double()
     unigram = torch.tensor([2, 3, 2, 1]).double().add(3 / 4) / 11
     bigram = (torch.tensor([0, 0, 2, 1]) + 3 * unigram) / 6
     trigram = (torch.tensor([0, 0, 1, 1]) + 3 * bigram) / 5

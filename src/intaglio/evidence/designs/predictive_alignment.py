@@ -1,8 +1,8 @@
-"""Design that trains a small network on contexts of known laws and measures its geometry: `PredictiveAlignment`.
+"""`PredictiveAlignment`: trains a small network on contexts of known distributions and measures its geometry.
 
-Settings of an arm: `trains`, `laws` (cross-entropy with the true laws), `permuted` (with those of other contexts),
-`targets` (squared error to random targets), `nothing`, or `oracle`, the laws' own features instead of a network;
-everything else is a field of `MarkovLM`, whose kernel is used.
+Settings of an arm: `trains`, `distributions` (cross-entropy with the true distributions), `permuted` (with those of
+other contexts), `targets` (squared error to random targets), `nothing`, or `oracle`, the distributions' own features
+instead of a network; everything else is a field of `MarkovLM`, whose kernel is used.
 
 Dimension letters: N contexts, D width of hidden states, V tokens.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from intaglio.evidence.designs.base import BedDesign, Configured, Settings
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.cache import digest
-from intaglio.evidence.testbeds.finite_source import FiniteSource, MixtureLaws
+from intaglio.evidence.testbeds.finite_source import FiniteSource, MixtureDistributions
 from intaglio.measures.memory import peak_memory
 from intaglio.methods.probes.markov_lm import MarkovLM
 from intaglio.methods.probes.markov_lm.finite import divergence
@@ -59,7 +59,7 @@ class Network(nn.Module):
 class PredictiveAlignment(BedDesign):
     """Train until `remaining` of the reducible loss is left, at most `steps` full passes; a unit is a random source."""
 
-    bed: MixtureLaws = field(default_factory=MixtureLaws)
+    bed: MixtureDistributions = field(default_factory=MixtureDistributions)
     width: int = 16
     steps: int = 3000
     learning_rate: float = 3e-3
@@ -72,23 +72,23 @@ class PredictiveAlignment(BedDesign):
         trains, method = own.pop("trains"), own.fill(MarkovLM())
         own.check()
         source = self.bed.source(key.seed)
-        kernel = predictive_kernel(source.laws_NV.double(), method.kernel, method.beta)
+        kernel = predictive_kernel(source.distributions_NV.double(), method.kernel, method.beta)
         with peak_memory(torch.device("cpu")) as spent:
             if trains == "oracle":
-                features_ND = source.laws_NV.sqrt()
+                features_ND = source.distributions_NV.sqrt()
                 values, steps = self._measured(features_ND, features_ND, kernel, source, key.seed), 0
                 values |= {HALF.name: values[ALIGNMENT.name], TENTH.name: values[ALIGNMENT.name], LEFT.name: 0.0}
             else:
                 values, steps = self._trained(trains, kernel, source, key.seed)
-        parity = {"source": digest(source.laws_NV.double().sum(0).tolist())}
+        parity = {"source": digest(source.distributions_NV.double().sum(0).tolist())}
         return Result(values, Cost(steps * len(kernel), seconds=spent.seconds, peak_bytes=spent.bytes), parity)
 
     def _trained(self, trains: str, kernel: Tensor, source: FiniteSource, seed: int) -> tuple[dict[str, float], int]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network = Network(len(kernel), self.width, source.laws_NV.shape[1])
+            network = Network(len(kernel), self.width, source.distributions_NV.shape[1])
         optimizer = torch.optim.Adam(network.parameters(), lr=self.learning_rate)
-        goal_NV = source.targets_NV if trains == "targets" else source.laws_NV
+        goal_NV = source.targets_NV if trains == "targets" else source.distributions_NV
         if trains == "permuted":
             goal_NV = goal_NV[torch.randperm(len(goal_NV), generator=torch.Generator().manual_seed(seed + 1))]
         first = float("nan")
@@ -100,7 +100,7 @@ class PredictiveAlignment(BedDesign):
                 loss_N = (logits_NV - goal_NV).square().sum(1)
             else:
                 loss_N = divergence(goal_NV, logits_NV.softmax(1))  # cross-entropy minus the data's entropy
-            loss = source.law_N @ loss_N
+            loss = source.weight_N @ loss_N
             first = float(loss.detach()) if step == 0 else first
             share = float(loss.detach()) / first
             if step % PASSES_A_CHECK == 0:
@@ -124,9 +124,9 @@ class PredictiveAlignment(BedDesign):
     ) -> dict[str, float]:
         order_N = torch.randperm(len(kernel), generator=torch.Generator().manual_seed(seed + 2))
         weighted_ND = hidden_ND.double()
-        if head_VD.shape[0] == source.laws_NV.shape[1]:
+        if head_VD.shape[0] == source.distributions_NV.shape[1]:
             probs_NV = (hidden_ND @ head_VD.T).softmax(1).double()
-            metric_DD = mean_fisher_metric(head_VD.double(), probs_NV, source.law_N.double())
+            metric_DD = mean_fisher_metric(head_VD.double(), probs_NV, source.weight_N.double())
             weighted_ND = fisher_weighted(weighted_ND, metric_DD)
         return {
             ALIGNMENT.name: self._alignment(hidden_ND, kernel, source),
@@ -137,4 +137,4 @@ class PredictiveAlignment(BedDesign):
     @staticmethod
     def _alignment(hidden_ND: Tensor, kernel: Tensor, source: FiniteSource) -> float:
         hidden_ND = hidden_ND.detach().double()
-        return kernel_alignment(hidden_ND @ hidden_ND.T, kernel, source.law_N.double())
+        return kernel_alignment(hidden_ND @ hidden_ND.T, kernel, source.weight_N.double())

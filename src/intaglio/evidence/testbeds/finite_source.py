@@ -1,6 +1,6 @@
-"""Contexts with known next-token laws: mixtures of a few base laws.
+"""Contexts with known next-token distributions: mixtures of a few base distributions.
 
-Dimension letters: N contexts, V tokens, M base laws.
+Dimension letters: N contexts, V tokens, M base distributions.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from intaglio.evidence.testbeds.splits import Sized, generator
 
 @dataclass(frozen=True, eq=False)
 class FiniteSource:
-    """True next-token laws [N, V], probabilities of the contexts [N], and targets of no meaning [N, V]; float32."""
+    """True next-token distributions [N, V], probabilities of contexts [N], and meaningless targets [N, V]; float32."""
 
-    laws_NV: Tensor
-    law_N: Tensor
+    distributions_NV: Tensor
+    weight_N: Tensor
     targets_NV: Tensor
 
 
 @dataclass(frozen=True)
-class MixtureLaws(Sized):
-    """Numbers of contexts, tokens and base laws, and the concentrations of base laws and mixtures."""
+class MixtureDistributions(Sized):
+    """Numbers of contexts, tokens and base distributions, and the concentrations of base distributions and mixtures."""
 
     contexts: int = 200
     tokens: int = 20
@@ -40,9 +40,9 @@ class MixtureLaws(Sized):
         draws = generator(f"mixture laws:{seed}")
         bases_MV = draws.dirichlet(np.full(self.tokens, self.base_concentration), self.bases)
         weights_NM = draws.dirichlet(np.full(self.bases, self.mixture_concentration), self.contexts)
-        law_N = draws.dirichlet(np.full(self.contexts, 5.0))
+        weight_N = draws.dirichlet(np.full(self.contexts, 5.0))
         other_NM = draws.dirichlet(np.full(self.bases, self.mixture_concentration), self.contexts)
         targets_NV = other_NM @ draws.standard_normal((self.bases, self.tokens))
         return FiniteSource(
-            *(torch.from_numpy(x.astype(np.float32)) for x in (weights_NM @ bases_MV, law_N, targets_NV))
+            *(torch.from_numpy(x.astype(np.float32)) for x in (weights_NM @ bases_MV, weight_N, targets_NV))
         )

@@ -1,10 +1,10 @@
 """MarkovLM (Zhang, arXiv 2507.19247, 2025): a language model's step as Markov kernels, measured.
 
     intaglio.MarkovLM().measure(ckpt, "wikipedia")         # or intaglio inspect MODEL --diagnostics TEXTS
-    kernels = as_kernels(ckpt)                             # encode: ids -> h, head: h -> next-token law
+    kernels = as_kernels(ckpt)                             # encode: ids -> h, head: h -> next-token distribution
 
 - `finite.py`: exact quantities of finite kernels; `geometry.py`: Fisher metric, kernels, alignment
-- `surplus.py`: probes for the information surplus; `reference.py`: laws that are not the model's own
+- `surplus.py`: probes for the information surplus; `reference.py`: distributions that are not the model's own
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from intaglio.methods.base import Capability, Method, Progress, no_progress
 from intaglio.methods.probes.markov_lm import geometry
 from intaglio.methods.probes.markov_lm.finite import categorical_entropy
 from intaglio.methods.probes.markov_lm.geometry import KernelName
-from intaglio.methods.probes.markov_lm.reference import model_laws, ngram_laws
+from intaglio.methods.probes.markov_lm.reference import model_distributions, ngram_distributions
 from intaglio.methods.probes.markov_lm.surplus import Positions, surplus_terms
 from intaglio.methods.registry import PUBLISHED
 from intaglio.modeling.anatomy import anatomy
@@ -48,7 +48,7 @@ class Kernels:
 
     Args:
         encode: token ids [B, L] -> hidden states [B, L, D], after the final norm: the deterministic kernel.
-        head: hidden states [..., D] -> next-token laws [..., V]: the stochastic kernel.
+        head: hidden states [..., D] -> next-token distributions [..., V]: the stochastic kernel.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -64,11 +64,11 @@ def as_kernels(checkpoint: Checkpoint) -> Kernels:
     parts = anatomy(checkpoint.model)
     head = HeadOnly(parts, frozen=False)
 
-    def laws(hidden: Tensor) -> Tensor:
+    def distributions(hidden: Tensor) -> Tensor:
         flat = head.logits(hidden.reshape(1, -1, hidden.shape[-1]))[0]
         return flat.float().softmax(-1).reshape(*hidden.shape[:-1], -1)
 
-    return Kernels(lambda ids_BL: final_hidden(parts, {"input_ids": ids_BL}), laws)
+    return Kernels(lambda ids_BL: final_hidden(parts, {"input_ids": ids_BL}), distributions)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _Text:
 class MarkovLM(Method, slug="markov_lm"):
     """Diagnostics of a language model's steps as Markov kernels: h = encode(context), p = softmax(W h).
 
-        H_D(p) = D(law of (Y, Y) || law of two draws)       entropies: Shannon (KL), 1 - sum p² (TV), Rényi
+        H_D(p) = D(P(Y, Y) || P of two draws)               entropies: Shannon (KL), 1 - sum p² (TV), Rényi
         I(H; W_t .. W_{t+K-1}) = I(H; W_t) + Surplus_K      the resource of multi-token drafting
         g(h) = W^T (diag p - p p^T) W                       pullback Fisher metric
         CKA(h h^T, K),  K(x, x') = sum sqrt(p_x p_x')       alignment with a predictive kernel
@@ -91,7 +91,7 @@ class MarkovLM(Method, slug="markov_lm"):
 
     W_t is the token predicted from h_t; h is the head's input, after the final norm. The paper gives definitions and no
     estimators; these are ours. That training aligns h with K (its Theorem 7.6) is argued there, not proven: a
-    hypothesis that the numbers test. K comes from a reference, since a kernel of the model's own laws is circular.
+    hypothesis that the numbers test. K comes from a reference: a kernel of the model's own distributions is circular.
 
     Args:
         contexts: contexts of kernels and metric. Default 256.
@@ -99,7 +99,7 @@ class MarkovLM(Method, slug="markov_lm"):
         tokens: tokens that are read; a tenth or two of them serve estimates, the rest trains probes. Default 16,000.
         kernel: `bhattacharyya` (default), `hellinger`, `linear`, `jensen_shannon` or `prototype`.
         beta: of `hellinger` and `jensen_shannon`. Default 1.
-        reference: laws of the kernel: `ngram` (default), counted in the training texts, or a model of the same
+        reference: distributions of the kernel: `ngram` (default), counted in the training texts, or a model of the same
             tokenizer.
         renyi_order: a of Rényi's divergence; the entropy has order 2 - a. Default 0.5.
         directions: leading directions of subspaces and of the metric's spectrum. Default 10.
@@ -255,7 +255,7 @@ class MarkovLM(Method, slug="markov_lm"):
     def _chosen(
         self, text: _Text, kernels: Kernels, chosen: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, list[list[int]]]:
-        """Return hidden states [N, D], next-token laws [N, V] and tokens of contexts."""
+        """Return hidden states [N, D], next-token distributions [N, V] and tokens of contexts."""
         windows, places = (torch.tensor(column) for column in zip(*chosen, strict=True))
         hidden_ND = text.hidden_NLD[windows, places]
         contexts = [text.ids_NL[window, : place + 1].tolist() for window, place in chosen]
@@ -290,9 +290,10 @@ class MarkovLM(Method, slug="markov_lm"):
         seed: int,
     ) -> dict[str, Any]:
         """Return the alignment of hidden states with the reference's kernel, and with a permuted one."""
-        laws_NV = self._laws(checkpoint, text, contexts, probs_NV.shape[1])
+        distributions_NV = self._distributions(checkpoint, text, contexts, probs_NV.shape[1])
         kernel, own = (
-            geometry.predictive_kernel(laws, self.kernel, self.beta, head_VD).double() for laws in (laws_NV, probs_NV)
+            geometry.predictive_kernel(distributions, self.kernel, self.beta, head_VD).double()
+            for distributions in (distributions_NV, probs_NV)
         )
         hidden_ND = hidden_ND.double()
         metric_DD = geometry.mean_fisher_metric(head_VD, probs_NV).double()
@@ -319,10 +320,10 @@ class MarkovLM(Method, slug="markov_lm"):
             "dirichlet": [energy / float(v) for energy, v in zip(energies, variance_M, strict=True)],
         }
 
-    def _laws(self, checkpoint: Checkpoint, text: _Text, contexts: list[list[int]], vocabulary: int) -> Tensor:
+    def _distributions(self, checkpoint: Checkpoint, text: _Text, contexts: list[list[int]], vocabulary: int) -> Tensor:
         if self.reference == "ngram":
-            return ngram_laws(text.ids_NL[text.part_N == 0].flatten(), contexts, vocabulary)
-        return model_laws(load(self.reference, device=str(checkpoint.device)), contexts, vocabulary)
+            return ngram_distributions(text.ids_NL[text.part_N == 0].flatten(), contexts, vocabulary)
+        return model_distributions(load(self.reference, device=str(checkpoint.device)), contexts, vocabulary)
 
     def _surplus(self, checkpoint: Checkpoint, text: _Text, seed: int, progress: Progress) -> list[dict[str, Any]]:
         """Return the terms of the surplus; h_t is read where W_t is still to come."""

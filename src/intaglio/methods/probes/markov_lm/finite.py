@@ -59,7 +59,7 @@ def divergence(p: Tensor, q: Tensor, name: DivergenceName = "kl", order: float =
 
 
 def categorical_entropy(p: Tensor, name: DivergenceName = "kl", order: float = 0.5) -> Tensor:
-    """Return D(law of (Y, Y) || law of two independent draws of p) over the last dimension, in closed form.
+    """Return D(P(Y, Y) || P of two independent draws of p) over the last dimension, in closed form.
 
     `kl` gives Shannon's entropy, `tv` 1 - sum p², `hellinger` 2 (1 - sum p^1.5), and `renyi` of order a Rényi's entropy
     of order 2 - a, log(sum p^(2 - a)) / (a - 1). It is 0 for a deterministic kernel.
@@ -75,7 +75,7 @@ def categorical_entropy(p: Tensor, name: DivergenceName = "kl", order: float = 0
 
 
 def direct_entropy(p_A: Tensor, name: DivergenceName = "kl", order: float = 0.5) -> Tensor:
-    """Return the categorical entropy by its definition, from the joint laws [A, A]."""
+    """Return the categorical entropy by its definition, from the joint distributions [A, A]."""
     return divergence(torch.diag(p_A).flatten(), torch.outer(p_A, p_A).flatten(), name, order)
 
 
@@ -105,15 +105,15 @@ def information_surplus(joint: Tensor) -> dict[str, float]:
     return result | {f"term {j}": informed[j] - informed[j - 1] for j in range(1, len(informed))}
 
 
-def decompose_loss(data_AV: Tensor, model_AV: Tensor, law_A: Tensor) -> dict[str, float]:
+def decompose_loss(data_AV: Tensor, model_AV: Tensor, weight_A: Tensor) -> dict[str, float]:
     """Return the expected cross-entropy of a model as `data_entropy` + `kl`, and the two entropies' `entropy_gap`.
 
     Args:
-        data_AV: true next-token laws of A contexts.
+        data_AV: true next-token distributions of A contexts.
         model_AV: the model's.
-        law_A: probabilities of the contexts.
+        weight_A: probabilities of the contexts.
     """
-    data_entropy, model_entropy = (float((law_A * categorical_entropy(p)).sum()) for p in (data_AV, model_AV))
-    kl = float((law_A * divergence(data_AV, model_AV)).sum())
-    loss = float(-(law_A * torch.special.xlogy(data_AV, model_AV).sum(-1)).sum())
+    data_entropy, model_entropy = (float((weight_A * categorical_entropy(p)).sum()) for p in (data_AV, model_AV))
+    kl = float((weight_A * divergence(data_AV, model_AV)).sum())
+    loss = float(-(weight_A * torch.special.xlogy(data_AV, model_AV).sum(-1)).sum())
     return {"loss": loss, "data_entropy": data_entropy, "kl": kl, "entropy_gap": model_entropy - data_entropy}

@@ -33,12 +33,12 @@ def fisher_metric(head_VD: Tensor, probs_V: Tensor) -> Tensor:
     return (head_VD * probs_V[:, None]).T @ head_VD - torch.outer(mean_D, mean_D)
 
 
-def mean_fisher_metric(head_VD: Tensor, probs_NV: Tensor, law_N: Tensor | None = None) -> Tensor:
-    """Return the metric averaged over contexts, [D, D]; `law_N` are their probabilities (default: equal)."""
-    law_N = torch.full((len(probs_NV),), 1 / len(probs_NV), dtype=probs_NV.dtype) if law_N is None else law_N
+def mean_fisher_metric(head_VD: Tensor, probs_NV: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    """Return the metric averaged over contexts, [D, D]; `weight_N` are their probabilities (default: equal)."""
+    weight_N = _weights(weight_N, probs_NV)
     mean_ND = probs_NV @ head_VD
-    second_DD = (head_VD * (law_N @ probs_NV)[:, None]).T @ head_VD
-    return second_DD - (mean_ND * law_N[:, None]).T @ mean_ND
+    second_DD = (head_VD * (weight_N @ probs_NV)[:, None]).T @ head_VD
+    return second_DD - (mean_ND * weight_N[:, None]).T @ mean_ND
 
 
 def participation_ratio(spectrum_M: Tensor) -> float:
@@ -59,10 +59,10 @@ def sensitivity(metric_DD: Tensor, direction_D: Tensor) -> float:
 def predictive_kernel(
     probs_NV: Tensor, name: KernelName = "bhattacharyya", beta: float = 1.0, prototypes_VD: Tensor | None = None
 ) -> Tensor:
-    """Return the similarity of contexts by their next-token laws, [N, N].
+    """Return the similarity of contexts by their next-token distributions, [N, N].
 
     Args:
-        probs_NV: next-token laws.
+        probs_NV: next-token distributions.
         name: `bhattacharyya`, sum sqrt(p p'); `hellinger`, exp(-beta d²) with d² = 2 (1 - sum sqrt(p p')); `linear`,
             <p, p'>; `jensen_shannon`, exp(-beta JS); `prototype`, <g, g'> with g = sum_w p(w) prototype_w.
         beta: of the exponentials. Default 1.
@@ -91,9 +91,9 @@ def _jensen_shannon(probs_NV: Tensor) -> Tensor:
     return torch.cat(rows)
 
 
-def induced_kernel(kernel_NN: Tensor, state_N: Tensor, law_N: Tensor) -> Tensor:
+def induced_kernel(kernel_NN: Tensor, state_N: Tensor, weight_N: Tensor) -> Tensor:
     """Return the kernel on encoder states: the mean over the contexts that share each state, by their probabilities."""
-    one_hot_NS = torch.nn.functional.one_hot(state_N).to(kernel_NN.dtype) * law_N[:, None]
+    one_hot_NS = torch.nn.functional.one_hot(state_N).to(kernel_NN.dtype) * weight_N[:, None]
     weights_NS = one_hot_NS / one_hot_NS.sum(0)
     return weights_NS.T @ kernel_NN @ weights_NS
 
@@ -101,33 +101,33 @@ def induced_kernel(kernel_NN: Tensor, state_N: Tensor, law_N: Tensor) -> Tensor:
 # --- Alignment --------------------------------------------------------------------------------------------------------
 
 
-def _law(law_N: Tensor | None, like: Tensor) -> Tensor:
-    return torch.full((len(like),), 1 / len(like), dtype=like.dtype) if law_N is None else law_N
+def _weights(weight_N: Tensor | None, like: Tensor) -> Tensor:
+    return torch.full((len(like),), 1 / len(like), dtype=like.dtype) if weight_N is None else weight_N
 
 
-def _centred(kernel_NN: Tensor, law_N: Tensor) -> Tensor:
+def _centred(kernel_NN: Tensor, weight_N: Tensor) -> Tensor:
     """Return the kernel of centred features, scaled on both sides by the square roots of the probabilities."""
-    mean_N = kernel_NN @ law_N
-    centred_NN = kernel_NN - mean_N[:, None] - mean_N + law_N @ mean_N
-    root_N = law_N.sqrt()
+    mean_N = kernel_NN @ weight_N
+    centred_NN = kernel_NN - mean_N[:, None] - mean_N + weight_N @ mean_N
+    root_N = weight_N.sqrt()
     return centred_NN * root_N[:, None] * root_N
 
 
-def kernel_alignment(a_NN: Tensor, b_NN: Tensor, law_N: Tensor | None = None) -> float:
+def kernel_alignment(a_NN: Tensor, b_NN: Tensor, weight_N: Tensor | None = None) -> float:
     """Return the centred alignment (CKA) of two kernels on the same contexts, weighted by their probabilities."""
-    law_N = _law(law_N, a_NN)
-    a_NN, b_NN = _centred(a_NN, law_N), _centred(b_NN, law_N)
+    weight_N = _weights(weight_N, a_NN)
+    a_NN, b_NN = _centred(a_NN, weight_N), _centred(b_NN, weight_N)
     scale = float(a_NN.norm() * b_NN.norm())
     return float((a_NN * b_NN).sum()) / scale if scale > 0 else 0.0
 
 
-def subspace_overlap(hidden_ND: Tensor, kernel_NN: Tensor, directions: int, law_N: Tensor | None = None) -> float:
+def subspace_overlap(hidden_ND: Tensor, kernel_NN: Tensor, directions: int, weight_N: Tensor | None = None) -> float:
     """Return the mean squared cosine between the leading `directions` of centred hidden states and centred kernel."""
-    law_N = _law(law_N, kernel_NN)
-    centred_ND = (hidden_ND - law_N @ hidden_ND) * law_N.sqrt()[:, None]
+    weight_N = _weights(weight_N, kernel_NN)
+    centred_ND = (hidden_ND - weight_N @ hidden_ND) * weight_N.sqrt()[:, None]
     directions = min(directions, *hidden_ND.shape)
     left_NM = torch.linalg.svd(centred_ND, full_matrices=False).U[:, :directions]
-    own_NM = torch.linalg.eigh(_centred(kernel_NN, law_N)).eigenvectors[:, -directions:]
+    own_NM = torch.linalg.eigh(_centred(kernel_NN, weight_N)).eigenvectors[:, -directions:]
     return float((left_NM.T @ own_NM).square().sum()) / directions
 
 
@@ -144,34 +144,34 @@ def whiten(hidden_ND: Tensor, mean_D: Tensor, covariance_DD: Tensor, ridge: floa
     return (hidden_ND - mean_D) @ (vectors_DD / values_D.clamp(min=floor).sqrt())
 
 
-def spectral_functional(white_ND: Tensor, kernel_NN: Tensor, law_N: Tensor | None = None) -> float:
+def spectral_functional(white_ND: Tensor, kernel_NN: Tensor, weight_N: Tensor | None = None) -> float:
     """Return J = E_{x, x'} [<h_x, h_x'> K(x, x')] of whitened hidden states, the functional of Theorem 7.6."""
-    law_N = _law(law_N, kernel_NN)
-    return float(law_N @ ((white_ND @ white_ND.T) * kernel_NN) @ law_N)
+    weight_N = _weights(weight_N, kernel_NN)
+    return float(weight_N @ ((white_ND @ white_ND.T) * kernel_NN) @ weight_N)
 
 
-def dirichlet_energy(kernel_NN: Tensor, feature_N: Tensor, law_N: Tensor | None = None) -> float:
-    """Return 1/2 sum_{x, x'} mu mu' K (phi - phi')² = phi^T (degrees - K) phi, with K weighted by the contexts' law."""
-    law_N = _law(law_N, kernel_NN)
-    weighted_NN = kernel_NN * torch.outer(law_N, law_N)
+def dirichlet_energy(kernel_NN: Tensor, feature_N: Tensor, weight_N: Tensor | None = None) -> float:
+    """Return 1/2 sum_{x, x'} mu mu' K (phi - phi')² = phi^T (degrees - K) phi, K weighted by contexts."""
+    weight_N = _weights(weight_N, kernel_NN)
+    weighted_NN = kernel_NN * torch.outer(weight_N, weight_N)
     return float(feature_N @ (weighted_NN.sum(1) * feature_N - weighted_NN @ feature_N))
 
 
 def alignment_and_uniformity(
-    hidden_ND: Tensor, head_VD: Tensor, data_NV: Tensor, law_N: Tensor | None = None, bias_V: Tensor | None = None
+    hidden_ND: Tensor, head_VD: Tensor, data_NV: Tensor, weight_N: Tensor | None = None, bias_V: Tensor | None = None
 ) -> dict[str, float]:
     """Return the two terms of the cross-entropy of a linear head: CE = -E <g, h> + E log Z(h).
 
     Args:
         hidden_ND: hidden states.
         head_VD: the head's rows.
-        data_NV: true next-token laws, one-hot for observed tokens; g = sum_w p(w) W_w.
-        law_N: probabilities of the contexts. Default: equal.
+        data_NV: true next-token distributions, one-hot for observed tokens; g = sum_w p(w) W_w.
+        weight_N: probabilities of the contexts. Default: equal.
         bias_V: of the head, counted with the alignment. Default: none.
     """
-    law_N = _law(law_N, hidden_ND)
+    weight_N = _weights(weight_N, hidden_ND)
     logits_NV = hidden_ND @ head_VD.T
     logits_NV = logits_NV if bias_V is None else logits_NV + bias_V
-    alignment = float(law_N @ (data_NV * logits_NV).sum(1))
-    uniformity = float(law_N @ logits_NV.logsumexp(1))
+    alignment = float(weight_N @ (data_NV * logits_NV).sum(1))
+    uniformity = float(weight_N @ logits_NV.logsumexp(1))
     return {"alignment": -alignment, "uniformity": uniformity, "loss": uniformity - alignment}

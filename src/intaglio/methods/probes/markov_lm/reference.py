@@ -1,4 +1,4 @@
-"""Reference next-token laws that do not come from the model itself: an interpolated n-gram model, or another model.
+"""Next-token distributions that do not come from the model itself: an interpolated n-gram model, or another model.
 
 Dimension letters: S tokens of a stream, N contexts, V vocabulary.
 """
@@ -18,11 +18,11 @@ from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.partial_pass import HeadOnly, final_hidden
 
 PRIOR = 3.0
-"""Draws of the shorter context's law that are added to the counts of a longer one."""
+"""Draws of the shorter context's distribution that are added to the counts of a longer one."""
 
 
-def ngram_laws(stream_S: Tensor, contexts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
-    """Return the laws [N, V] of an n-gram model of order three after some contexts.
+def ngram_distributions(stream_S: Tensor, contexts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
+    """Return the distributions [N, V] of an n-gram model of order three after some contexts.
 
         p_n(w) = (count(context_n, w) + 3 p_{n-1}(w)) / (count(context_n) + 3),   p_0 uniform
 
@@ -33,19 +33,19 @@ def ngram_laws(stream_S: Tensor, contexts: Sequence[Sequence[int]], vocabulary: 
     """
     stream = stream_S.numpy()
     unigram_V = np.bincount(stream, minlength=vocabulary).astype(np.float64)
-    laws = np.empty((len(contexts), vocabulary), np.float32)
+    distributions = np.empty((len(contexts), vocabulary), np.float32)
     base_V = (unigram_V + PRIOR / vocabulary) / (len(stream) + PRIOR)
     places_of = _places(stream)
     for row, context in enumerate(contexts):
-        law_V = base_V
+        distribution_V = base_V
         for order in (1, 2):
             places = places_of(int(context[-1])) if len(context) >= order else np.empty(0, np.int64)
             if order == 2:
                 places = places[(places > 0) & (stream[places - 1] == context[-2])] if len(places) else places
             counts_V = np.bincount(stream[places + 1], minlength=vocabulary)
-            law_V = (counts_V + PRIOR * law_V) / (len(places) + PRIOR)
-        laws[row] = law_V
-    return torch.from_numpy(laws)
+            distribution_V = (counts_V + PRIOR * distribution_V) / (len(places) + PRIOR)
+        distributions[row] = distribution_V
+    return torch.from_numpy(distributions)
 
 
 def _places(stream: np.ndarray) -> Any:
@@ -60,8 +60,8 @@ def _places(stream: np.ndarray) -> Any:
 
 
 @torch.no_grad()
-def model_laws(checkpoint: Checkpoint, contexts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
-    """Return another model's laws [N, V] after some contexts of the same tokenizer.
+def model_distributions(checkpoint: Checkpoint, contexts: Sequence[Sequence[int]], vocabulary: int) -> Tensor:
+    """Return another model's distributions [N, V] after some contexts of the same tokenizer.
 
     Raises:
         IntaglioError: its vocabulary differs.

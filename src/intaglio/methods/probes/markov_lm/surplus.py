@@ -28,7 +28,7 @@ BATCH = 64
 PATIENCE = 2
 """Epochs without a better validation after which a probe stops."""
 TABLE_PRIOR = 5.0
-"""Draws of the unigram law added to each row of the table."""
+"""Draws of the unigram distribution added to each row of the table."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _fit(
 
 
 def _table(before_N: Tensor, outcome_N: Tensor, outcomes: int, part_N: Tensor) -> Scores:
-    """Return the scores of a table of pairs, each row smoothed by the unigram law."""
+    """Return the scores of a table of pairs, each row smoothed by the unigram distribution."""
     train_N = part_N == 0
     unigram_O = torch.bincount(outcome_N[train_N], minlength=outcomes).float() + 0.5
     unigram_O /= unigram_O.sum()
