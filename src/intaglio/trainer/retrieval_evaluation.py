@@ -5,7 +5,6 @@ Dimension letters: Q queries, N documents, D dimensions of a vector.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from torch import Tensor
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.text_pairs import TextPair
 from intaglio.errors import shorten
+from intaglio.measures.ranking import hit_ratio, ndcg, reciprocal_rank
 from intaglio.trainer.encoder_training import EncoderObjective
 from intaglio.trainer.samples import Sample, Samples
 
@@ -73,10 +73,10 @@ def ranking_quality(scores_QN: Tensor, relevant: Sequence[Sequence[int]]) -> dic
         irrelevant_N = torch.ones(len(scores_N), dtype=torch.bool)
         irrelevant_N[list(own)] = False
         best = scores_N[list(own)].sort(descending=True).values
-        ranks = [int(((scores_N >= score) & irrelevant_N).sum()) + place for place, score in enumerate(best)]
-        ideal = sum(1 / math.log2(place + 2) for place in range(min(len(own), DEPTH)))
-        gains.append(sum(1 / math.log2(rank + 2) for rank in ranks if rank < DEPTH) / ideal)
-        reciprocals.append(1 / (ranks[0] + 1) if ranks[0] < DEPTH else 0.0)
+        places_R = torch.arange(len(best))
+        ranks_R = places_R + ((scores_N >= best[:, None]) & irrelevant_N).sum(1)
+        gains.append(float(ndcg(ranks_R, DEPTH).sum() / ndcg(places_R, DEPTH).sum()))
+        reciprocals.append(float(hit_ratio(ranks_R, DEPTH)[0] * reciprocal_rank(ranks_R)[0]))
     return {f"nDCG@{DEPTH}": sum(gains) / len(gains), f"MRR@{DEPTH}": sum(reciprocals) / len(reciprocals)}
 
 
