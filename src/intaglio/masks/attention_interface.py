@@ -112,17 +112,17 @@ class MaskRequest:
             IntaglioError: the mask has more than causality, a window, padding and packed documents.
         """
         arguments = self.arguments
-        start, count = int(arguments.get("q_offset", 0)), arguments["q_length"]
+        count = arguments["q_length"]
         numbers_BQ = torch.zeros(arguments["batch_size"], count, dtype=torch.int64, device=device)
-        padding_BK = self._padding(device)
         if not self._is_plain:
             function = arguments["mask_function"]
             b, q = torch.arange(len(numbers_BQ), device=device)[:, None], torch.arange(1, count, device=device)[None]
             if arguments.get("use_vmap") or function(b, torch.zeros_like(b), q - 1, q).any():
                 raise IntaglioError("the model's own mask function cannot be combined with a replaced attention")
             numbers_BQ[:, 1:] = (~function(b, torch.zeros_like(b), q, q - 1)).cumsum(-1)
-        if padding_BK is not None:
-            numbers_BQ = numbers_BQ.masked_fill(~padding_BK[:, start : start + count], -1)
+        real_BQ = self.real_queries(device)
+        if real_BQ is not None:
+            numbers_BQ = numbers_BQ.masked_fill(~real_BQ, -1)
         return numbers_BQ if numbers_BQ.any() else None
 
     def _visible(self, rule: Rule, heads: int, device: torch.device) -> _MaskFunction:
