@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -56,8 +58,9 @@ def test_dense_attention_is_a_plain_pass() -> None:
 def test_arms_share_the_document_and_differ_in_what_they_read() -> None:
     results = {name: DESIGN.run(arm, KEY, {}) for name, arm in CLAIM.arms.items()}
     assert len({result.parity["document"] for result in results.values()}) == 1
-    # The forced tokens fill this small budget, so Ada-SnapKV keeps the same keys as SnapKV.
-    assert len({str(result.values[SCORE.name]) for result in results.values()}) == len(results) - 1
+    scores = {name: torch.tensor(list(result.values[SCORE.name].values())) for name, result in results.items()}  # type: ignore[union-attr]
+    for one, other in itertools.combinations(scores, 2):
+        assert not torch.allclose(scores[one], scores[other], atol=1e-4), (one, other)
     for name, result in results.items():
         assert (result.values[SPARSITY.name] > 0.5) == (name != "dense")  # type: ignore[operator]
     sizes = {name: result.values[BYTES.name] for name, result in results.items()}
