@@ -28,8 +28,9 @@ def trained(arguments: argparse.Namespace) -> dict[str, float]:
     )  # fmt: skip
     sae = TopKTrainingSAE(config)
     settings = SAETrainerConfig(
-        total_training_samples=sum(map(len, batches)), train_batch_size_samples=arguments.batch, lr=arguments.rate
-    )
+        total_training_samples=sum(map(len, batches)), train_batch_size_samples=arguments.batch,
+        lr=arguments.rate, lr_end=arguments.rate,
+    )  # fmt: skip
     trainer = SAETrainer(cfg=settings, sae=sae, data_provider=iter(batches))
     trainer.step(batches[0])
     trainer.n_training_steps += 1
