@@ -23,7 +23,7 @@ def trained(arguments: argparse.Namespace) -> dict[str, float]:
     batches = training.split(arguments.batch)[: arguments.steps]
     torch.manual_seed(0)
     config = TopKTrainingSAEConfig(
-        d_in=x_ND.shape[1], d_sae=arguments.width, k=arguments.k, use_sparse_activations=arguments.sparse,
+        d_in=x_ND.shape[1], d_sae=arguments.width, k=arguments.k, use_sparse_activations=False,
         normalize_activations="none", decoder_init_norm=1.0,
     )  # fmt: skip
     sae = TopKTrainingSAE(config)
@@ -77,7 +77,6 @@ def main() -> None:
     for name, default in {"width": 2048, "k": 32, "batch": 4096, "steps": 12, "held-out": 4096, "threads": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--sparse", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(json.dumps(trained(arguments) if arguments.what == "trained" else read(arguments)))
