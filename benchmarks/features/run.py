@@ -4,7 +4,8 @@
     python benchmarks/features/run.py --peer-python PATH --steps 4 --repeats 1
 
 Same activations, width, k, batch, learning rate and number of steps, in alternated processes. The peer runs with dense
-codes: the gradient of its sparse ones is missing on the CPU in torch 2.13. Writes `results.json` and `results.md` to the output directory.
+codes: the gradient of its sparse ones is missing on the CPU in torch 2.13. Writes `results.json` and `results.md` to
+the output directory.
 """
 
 from __future__ import annotations
