@@ -271,6 +271,14 @@ def test_a_phase_counts_the_front_of_what_has_no_cache() -> None:
     assert phase.dense == 0
 
 
+def test_empty_layers_have_the_precision_of_the_model() -> None:
+    (part,) = carved(dtype=torch.bfloat16).record.live
+    empty = tiny(dtype=torch.bfloat16)
+    RSparse.build_empty(part, empty.model)
+    kinds = {tensor.dtype for layer in layers(empty).values() for tensor in layer.parameters()}
+    assert kinds == {torch.bfloat16}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("fields", [{}, {"mode": "decode"}, {"mode": "last_fraction"}, {"threshold": "topk"}])
 def test_drafts_are_verified_by_the_model_that_decodes(fields: dict[str, Any]) -> None:

@@ -298,6 +298,15 @@ def test_poisson_spans_are_one_and_more() -> None:
     assert sum(counts) / 400 == pytest.approx(2, abs=0.25)
 
 
+def test_poisson_spans_need_two_ends_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = CodeGen2(spans="poisson")
+    method._tokens = TOKENS
+    monkeypatch.setattr(torch, "poisson", lambda rates, generator: torch.tensor([9.0]))  # ten spans
+    assert method._spans(200, 40, generator("poisson")) is None  # 8 tokens have room beside their sentinels
+    kept, spans = method._spans(200, 52, generator("poisson"))  # type: ignore[misc]
+    assert (kept, len(spans)) == (20, 10)
+
+
 def test_a_document_with_room_is_whole_and_a_full_one_loses_its_end() -> None:
     method, rows, _ = prepared([{"input_ids": torch.arange(20, 40)}, {"input_ids": torch.arange(20, 84)}])
     short, full = layouts(method, rows)
