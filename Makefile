@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Two workers with one thread each: as fast as one with two, and with the same sums on every machine.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test guard bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-search bench-recommend bench-retrieval bench-blockffn bench-r-sparse bench-r-sparse-decode bench-control bench-features bench-long-context clean

@@ -6,6 +6,7 @@ user's own cache.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -23,7 +24,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.families import tiny_checkpoint_dir
+from tests.families import FAMILIES, FAST_FAMILIES, tiny_checkpoint_dir
 
 TinyDir = Callable[[str], Path]
 
@@ -58,6 +59,17 @@ def pytest_configure(config: pytest.Config) -> None:
     socket.getaddrinfo = resolve
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the families that resemble another to the slow tests, and further examples to one family."""
+    for item in items:
+        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        family = given.get("family")
+        if isinstance(family, str) and family in FAMILIES:
+            further = isinstance(given.get("index"), int) and given["index"] > 0
+            if family not in (FAST_FAMILIES[:1] if further else FAST_FAMILIES):
+                item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Choose the cache before any fixture of the test is made, those of the session included."""
@@ -67,6 +79,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.environ.pop("INTAGLIO_HOME", None)
     else:
         os.environ["INTAGLIO_HOME"] = _USERS_HOME
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _garbage_put_aside() -> None:
+    """Put what is loaded out of the collector's reach: recipes and trainers collect garbage often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

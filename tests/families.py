@@ -151,6 +151,8 @@ _ALL = (
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 EXTRA_FAMILIES = ("llama_tied", "phi3", "gpt_neox", "gpt2")
 DESIGN_FAMILIES = tuple(name for name in FAMILIES if name not in EXTRA_FAMILIES)
+FAST_FAMILIES = ("llama", "gemma3", "gpt2", "bert")
+"""Families of the fast tests; the slow ones run over all."""
 DECODERS = tuple(name for name, family in FAMILIES.items() if not family.encoder)
 ENCODERS = tuple(name for name, family in FAMILIES.items() if family.encoder)
 

@@ -16,7 +16,6 @@ from intaglio.search.encoders import load_encoder
 from intaglio.trainer.encoder_training import EncoderObjective
 from tests.examples import EXAMPLES, TEST_FILES
 from tests.families import DECODERS, tiny_model
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 
 ENCODERS = [slug for slug, entry in PUBLISHED.items() if "encoder" in entry.kinds]

@@ -40,7 +40,10 @@ def run(slug: str, fields: dict[str, Any]) -> str:
     return result(slug, key)
 
 
-@pytest.mark.parametrize(("slug", "field"), FIELDS, ids=[f"{slug}-{field}" for slug, field in FIELDS])
+@pytest.mark.parametrize(
+    ("slug", "field"),
+    [pytest.param(*case, marks=pytest.mark.xdist_group(case[0]), id="-".join(case)) for case in FIELDS],
+)
 def test_every_field_changes_a_result(slug: str, field: str) -> None:
     values = TEST_FILES[slug].ALIVE
     assert field in values, (

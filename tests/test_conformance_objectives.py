@@ -15,7 +15,6 @@ from intaglio.trainer import Loss, Objective
 from intaglio.trainer.dataset import as_example
 from tests.examples import EXAMPLES, TEST_FILES
 from tests.families import DECODERS, ENCODERS, tiny_model
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run, same, weights
 from tests.trainer.test_resume import Killed, killer
 

@@ -19,7 +19,6 @@ from tests.families import DECODERS, tiny_checkpoint_dir, tiny_model
 from tests.recipe.test_run import Killed, corpus, files, make_recipe  # noqa: F401
 from tests.recipe.test_run_train import TRAIN, kill_training
 from tests.trainer import toys
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 from tests.trainer.test_resume import Killed as TrainingKilled
 from tests.trainer.test_resume import killer
@@ -79,7 +78,9 @@ def test_a_modifier_saved_and_resumed_is_equal(slug: str, index: int, family: st
             assert sorted(model.state_dict()) == sorted(stock.state_dict())
 
 
-@pytest.mark.parametrize(("slug", "index"), MODIFIERS)
+@pytest.mark.parametrize(
+    ("slug", "index"), [pytest.param(*case, marks=pytest.mark.slow if case[1] else ()) for case in MODIFIERS]
+)
 def test_a_modifier_in_a_recipe_resumes_to_the_same_bytes(
     slug: str,
     index: int,

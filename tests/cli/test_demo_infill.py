@@ -9,7 +9,6 @@ import pytest
 import intaglio
 from intaglio.cli import demo_infill
 from intaglio.data.infill_format import infill_format
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 
 
 def test_it_trains_a_model_that_fills_holes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

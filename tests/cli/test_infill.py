@@ -13,7 +13,6 @@ from intaglio.data.infill_format import infill_format
 from intaglio.measures.infilling import infill
 from intaglio.methods.objectives.codegen2 import CodeGen2
 from tests.families import tiny_checkpoint_dir
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint, run
 
 

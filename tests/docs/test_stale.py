@@ -28,6 +28,7 @@ def test_the_report(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.slow
 def test_make_test_runs_it() -> None:
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("\ntest:")[2].partition("\n\n")[0]
     assert "docs/stale.py" in recipe

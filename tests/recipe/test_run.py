@@ -65,7 +65,7 @@ def make_recipe(corpus: Path, steps: list[dict] | None = None) -> Recipe:
         {
             "seed": 3,
             "calibration": {"texts": str(corpus), "samples": 6, "length": 32, "batch_size": 2},
-            "measure": {"texts": str(corpus), "samples": 2, "length": 32},
+            "measure": {"texts": str(corpus), "samples": 2, "length": 32, "speed": False},
             "steps": steps or STEPS,
         }
     )
@@ -111,7 +111,16 @@ def test_what_a_carve_leaves(model: Path, corpus: Path, tmp_path: Path) -> None:
     assert back.tokenizer.chat_template
 
 
-@pytest.mark.parametrize("call", [3, 20, 30, 50, 65])
+@pytest.mark.parametrize(
+    "call",
+    [
+        20,
+        65,
+        pytest.param(3, marks=pytest.mark.slow),
+        pytest.param(30, marks=pytest.mark.slow),
+        pytest.param(50, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_anywhere_it_resumes_to_the_same_bytes(model: Path, corpus: Path, tmp_path: Path, call: int) -> None:
     recipe, whole, broken = make_recipe(corpus), tmp_path / "whole", tmp_path / "broken"
     carve(recipe, whole, model=str(model))
@@ -227,7 +236,15 @@ def test_a_fit_attaches_and_leaves_the_weights_alone(model: Path, corpus: Path, 
     assert load(out).decoder("aded").nodes == 7
 
 
-@pytest.mark.parametrize("call", [20, 64, 70, 78])
+@pytest.mark.parametrize(
+    "call",
+    [
+        64,
+        pytest.param(20, marks=pytest.mark.slow),
+        pytest.param(70, marks=pytest.mark.slow),
+        pytest.param(78, marks=pytest.mark.slow),
+    ],
+)
 def test_a_fit_too_is_put_aside_and_resumed(model: Path, corpus: Path, tmp_path: Path, call: int) -> None:
     recipe, whole, broken = make_recipe(corpus, [{"wanda": {"sparsity": 0.5}}, FIT]), tmp_path / "a", tmp_path / "b"
     count = 0

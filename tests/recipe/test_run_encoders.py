@@ -18,7 +18,6 @@ from intaglio.recipe.schema import Recipe
 from tests.families import tiny_checkpoint_dir
 from tests.recipe.test_run import Killed, corpus, make_recipe  # noqa: F401
 from tests.recipe.test_run_train import kill_training
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS
 
 TRAIN: dict[str, Any] = {"steps": 4, "batch_size": 4, "save_every": 1, "log_every": 1, "evaluate": 0.2,

@@ -14,7 +14,6 @@ from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
 from intaglio.trainer import recipe_step
 from tests.families import tiny_checkpoint_dir
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 
 TEXT = "the fox runs home\nand the dog sleeps\nin the warm sun\n"
 

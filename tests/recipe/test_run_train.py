@@ -19,7 +19,6 @@ from intaglio.recipe.schema import Recipe, json_schema
 from intaglio.trainer.instruction_data import train_eval_split
 from tests.families import tiny_checkpoint_dir
 from tests.recipe.test_run import Killed, corpus, files, leftovers, make_recipe  # noqa: F401
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS
 
 TRAIN: dict[str, Any] = {"steps": 6, "batch_size": 2, "length": 24, "save_every": 1, "log_every": 1}

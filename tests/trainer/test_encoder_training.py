@@ -26,7 +26,6 @@ from intaglio.trainer.masked_lm import MaskedLM
 from intaglio.trainer.mining import Mining
 from intaglio.trainer.retrieval_evaluation import RetrievalTask, ranking_quality, retrieval_evaluator, retrieval_samples
 from tests.families import DECODERS, tiny_model, tiny_tokenizer
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run, same, weights
 from tests.trainer.test_resume import Killed, killer
 

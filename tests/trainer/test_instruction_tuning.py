@@ -13,7 +13,6 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.objectives.meap import MEAP
 from intaglio.trainer import InstructionTuning, KeyedRNG
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint, run, same, weights
 
 DRAWS = KeyedRNG(0)

@@ -29,6 +29,9 @@ from intaglio.trainer.protocols import Example
 
 SLUGS = sorted(module.name for module in pkgutil.iter_modules(claims.__path__))
 CPU = [slug for slug in SLUGS if load_claim(slug).golden]
+LONGER = {"bert4rec", "bico", "bitnet", "combiner", "diverse_beam_search", "dupmae", "hidden_transfer",
+          "layerwise_unmasking", "meap"}  # fmt: skip
+"""Claims whose numbers take more than a few seconds; the slow tests check them."""
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +39,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INTAGLIO_HOME", str(tmp_path))
 
 
-@pytest.mark.parametrize("slug", CPU)
+@pytest.mark.parametrize("slug", [pytest.param(slug, marks=pytest.mark.slow if slug in LONGER else ()) for slug in CPU])
 def test_golden_numbers_hold(slug: str) -> None:
     assert moved(load_claim(slug)) == []
 

@@ -25,7 +25,6 @@ from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from intaglio.trainer import CausalLM
 from tests.families import tiny_model
 from tests.speculative.toys import prompt
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint, run, same, weights
 
 SMALL: dict[str, Any] = {"experts": 6, "expert_width": 4}

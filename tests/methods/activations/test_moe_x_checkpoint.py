@@ -30,7 +30,6 @@ from intaglio.recipe.plan import plan
 from intaglio.recipe.schema import Recipe
 from intaglio.trainer import CausalLM, Loss, TrainingRun
 from tests.families import FAMILIES, tiny_checkpoint_dir, tiny_model
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 IDS = torch.randint(8, 150, (3, 12), generator=torch.Generator().manual_seed(0))

@@ -33,7 +33,6 @@ from intaglio.trainer import KeyedRNG, train
 from intaglio.trainer.rng import generator
 from tests.alive import alive, taught
 from tests.families import DECODERS, tiny_model, tiny_tokenizer
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, same, weights
 
 SMALL = {"technique": "recurrence", "window": 8, "length": 24, "steps": 2, "batch_size": 2}

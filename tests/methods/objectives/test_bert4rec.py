@@ -29,7 +29,6 @@ from intaglio.methods.objectives.next_item import (
 from intaglio.trainer import KeyedRNG, train
 from tests.families import ENCODERS
 from tests.methods.objectives.recommenders import recommender, sequences, walks
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint
 
 EXAMPLES = ({"length": 24}, {"length": 24, "static_copies": 2})

@@ -29,7 +29,6 @@ from intaglio.trainer.stock_trainer import EpochCollator, training_rows
 from tests.alive import refused
 from tests.causal_lms import tiny_lm
 from tests.families import tiny_model, tiny_tokenizer
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 EXAMPLES = ({"length": 24}, {"length": 24, "denoise_ratio": 1.0, "attend_masked": True})

@@ -35,7 +35,6 @@ from intaglio.trainer.rng import generator
 from intaglio.trainer.stock_trainer import EpochCollator, training_rows
 from tests.alive import alive, refused
 from tests.families import EOS, VOCAB, tiny_model, tiny_tokenizer
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 EXAMPLES = ({"length": 48, "corruption_ratio": 0.8}, {"length": 48, "attention": "prefix", "pack": False})

@@ -17,7 +17,6 @@ from intaglio.trainer.causal_lm import IGNORED
 from intaglio.trainer.cls_and_terms import ClsAndTerms
 from intaglio.trainer.masked_lm import MaskedLM, whole_word_mask
 from intaglio.trainer.rng import generator
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 from tests.trainer.test_encoder_training import batch_of
 

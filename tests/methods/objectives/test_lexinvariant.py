@@ -25,7 +25,6 @@ from intaglio.trainer import EpochCollator, KeyedRNG, ObjectiveModule, train, tr
 from intaglio.trainer.causal_lm import causal_batch, next_token_loss
 from tests.causal_lms import tiny_lm
 from tests.families import DECODERS, tiny_tokenizer
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run
 
 EXAMPLES = ({"length": 24}, {"length": 24, "random_ratio": 0.2})

@@ -23,7 +23,6 @@ from intaglio.trainer.instruction_data import load_pairs
 from intaglio.trainer.rng import generator
 from tests.alive import alive, refused, taught
 from tests.families import VOCAB, tiny_model, tiny_tokenizer
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 EXAMPLES = ({"length": 24}, {"length": 24, "shared_positions": True, "cycle": 2})

@@ -15,7 +15,6 @@ from intaglio.methods.objectives.next_item import ranks
 from intaglio.methods.objectives.sasrec import SASRec
 from intaglio.trainer import CausalLM, KeyedRNG, train
 from tests.methods.objectives.recommenders import recommender, sequences, walks
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint
 
 EXAMPLES = ({"length": 24}, {"length": 24, "loss_type": "softmax"})

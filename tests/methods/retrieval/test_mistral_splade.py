@@ -30,7 +30,6 @@ from intaglio.trainer.encoder_training import side
 from tests.alive import alive
 from tests.families import FAMILIES as ALL
 from tests.families import tiny_tokenizer
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 from tests.trainer.test_encoder_training import batch_of
 

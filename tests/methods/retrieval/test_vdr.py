@@ -24,7 +24,6 @@ from intaglio.trainer.encoder_training import SIDES, side
 from intaglio.trainer.term_explanation import explain, terms_of
 from tests.alive import alive
 from tests.families import FAMILIES as ALL
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 from tests.trainer.test_encoder_training import batch_of
 

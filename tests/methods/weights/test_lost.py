@@ -34,7 +34,6 @@ from intaglio.speculative.drafters.prompt_lookup import PromptLookup
 from tests.alive import alive
 from tests.families import tiny_model, tiny_tokenizer
 from tests.speculative.toys import prompt, target
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint, run, same, weights
 from tests.trainer.test_resume import Killed, killer
 

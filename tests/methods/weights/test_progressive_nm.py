@@ -36,7 +36,6 @@ from intaglio.recipe.schema import Recipe
 from intaglio.trainer import Example, KeyedRNG, Loss, TrainingRun
 from tests.alive import alive
 from tests.families import tiny_model
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint, run, same, weights
 
 EXAMPLES = (
