@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from intaglio.checkpoint import Checkpoint
@@ -18,35 +19,42 @@ def find_dictionary(checkpoint: Checkpoint, name: str | None = None) -> tuple[st
 
     Args:
         checkpoint: the model.
-        name: of an attached dictionary, or a directory of `SparseDictionary.save` or sae_lens. Default: the first
-            attached one.
+        name: of an attached dictionary, or a directory of `SparseDictionary.save` or sae_lens. Where two `fit` steps
+            trained one of the same name, that of the step comes first: `gba_sae/topk_sae.layers.15`. Default: the
+            first attached one.
 
     Raises:
-        IntaglioError: there is none, or it belongs to another model.
+        IntaglioError: there is none, several have the name, or it belongs to another model.
     """
     if name is not None and (Path(name) / CONFIG).is_file():
         dictionary = SparseDictionary.load(name).to(checkpoint.device)
         _check_owner(checkpoint, name, dictionary)
         return name, dictionary
     attached = {
-        key: dictionary
+        (attachment.slug, key): dictionary
         for attachment in sorted(checkpoint.attachments.values(), key=lambda attachment: attachment.step)
         if "dictionaries" in attachment.about
         for key, dictionary in attached_dictionaries(attachment, checkpoint).items()
     }
+    counts = Counter(key for _, key in attached)
+    named = {key if counts[key] == 1 else f"{slug}/{key}": attached[slug, key] for slug, key in attached}
+    named |= {f"{slug}/{key}": dictionary for (slug, key), dictionary in attached.items()}
     source = checkpoint.source or "this checkpoint"
-    if not attached:
+    if not named:
         what = (
             f"and {name} is no directory with {CONFIG}"
             if name
             else "a step such as fit: {gba_sae: {width: 2048}} trains one"
         )
         raise IntaglioError(f"no dictionary is attached to {source}; {what}")
-    name = next(iter(attached)) if name is None else name
-    if name not in attached:
-        raise IntaglioError(f"{source} has no dictionary {name!r}; {did_you_mean(name, attached)}")
-    _check_owner(checkpoint, name, attached[name])
-    return name, attached[name]
+    name = next(iter(named)) if name is None else name
+    if counts[name] > 1:
+        several = " and ".join(full for full in named if full.endswith(f"/{name}"))
+        raise IntaglioError(f"{source} has several dictionaries {name!r}: name {several}")
+    if name not in named:
+        raise IntaglioError(f"{source} has no dictionary {name!r}; {did_you_mean(name, named)}")
+    _check_owner(checkpoint, name, named[name])
+    return name, named[name]
 
 
 def _check_owner(checkpoint: Checkpoint, name: str, dictionary: SparseDictionary) -> None:
