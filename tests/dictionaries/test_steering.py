@@ -130,7 +130,7 @@ def test_two_fits_of_a_name_are_told_apart_by_their_step() -> None:
     ckpt = Checkpoint(tiny_model("llama", layers=2), tiny_tokenizer("llama"), "tiny")
     TopKSAE(layer=0, width=24, k=3, tokens=50).fit(ckpt, IDS)
     GBASAE(layer=0, width=24, tokens=50, beside=[{"topk_sae": {"width": 16, "k": 2}}]).fit(ckpt, IDS)
-    with pytest.raises(IntaglioError, match="name topk_sae/topk_sae.layers.0 and gba_sae/topk_sae.layers.0"):
+    with pytest.raises(IntaglioError, match=r"name topk_sae/topk_sae\.layers\.0 and gba_sae/topk_sae\.layers\.0"):
         find_dictionary(ckpt, "topk_sae.layers.0")
     assert find_dictionary(ckpt, "topk_sae/topk_sae.layers.0")[1].width == 24
     assert find_dictionary(ckpt, "gba_sae/topk_sae.layers.0")[1].width == 16
