@@ -414,10 +414,15 @@ def test_a_recipe_trains_an_image_classifier(tmp_path: Path) -> None:
         ({"classes": "{texts}"}, "new resnet takes images"),
         ({"classes": "missing.jsonl"}, "cannot read the labelled texts"),
         ({"texts": "wikipedia"}, "texts and classes are given"),
+        ({"classes": "{broken}"}, r"the image up/bad\.png is broken"),
+        ({"classes": "{repeated}"}, "the index x occurs 2 times"),
     ],
 )
 def test_recipes_with_bad_data_are_refused(training: dict[str, Any], message: str, tmp_path: Path) -> None:
     places = {"images": folder(tmp_path / "images"), "single": tmp_path / "single", "texts": tmp_path / "a.jsonl"}
+    places |= {"broken": folder(tmp_path / "broken"), "repeated": tmp_path / "b.jsonl"}
+    (places["broken"] / "up" / "bad.png").write_bytes(b"nothing")
+    places["repeated"].write_text("\n".join(json.dumps({**row, "index": "x"}) for row in TEXTS[:2]))
     places["texts"].write_text("\n".join(map(json.dumps, TEXTS)))
     (places["single"] / "up").mkdir(parents=True)
     Image.fromarray(squares()[1]["image"]).save(places["single"] / "up" / "a.png")

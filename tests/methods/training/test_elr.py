@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -36,7 +40,7 @@ from intaglio.trainer.classification import Classification, Classified, classifi
 from intaglio.trainer.mixing import beta_rate
 from intaglio.trainer.rng import generator
 from tests.alive import alive
-from tests.trainer.helpers import LABELLED, checkpoint, run, same, weights
+from tests.trainer.helpers import LABELLED, checkpoint, far, run, same, weights
 from tests.trainer.test_resume import Killed, killer
 
 EXAMPLES = ({}, {"networks": 2, "warmup_steps": 1})
@@ -485,6 +489,36 @@ def test_it_trains_adapters_beside_another_modifier() -> None:
     ckpt = checkpoint("bert", layers=1)
     result = run(ckpt, LABELLED, objective=Classification(), modifiers=[ELR(), ELR(beta=0.9)], lora={"r": 2})
     assert math.isfinite(result.history[-1].loss)
+
+
+SCRIPT = """
+import os, sys, torch
+torch.set_num_threads(1)
+from safetensors.torch import save_file
+from intaglio.methods.training.elr import ELR
+from intaglio.trainer.classification import Classification
+from tests.trainer.helpers import LABELLED, checkpoint, run, weights
+ckpt = checkpoint("bert", layers=1)
+modifiers = [ELR(networks=int(sys.argv[2]), mixup_alpha=0.0)]
+run(ckpt, LABELLED, objective=Classification(), modifiers=modifiers, batch_size=4, steps=12)
+if os.environ["RANK"] == "0":
+    save_file({**weights(ckpt), "targets": ckpt.attachments["elr"].tensors["targets"]}, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("networks", [1, 2])
+def test_two_processes_are_one(networks: int, tmp_path: Path) -> None:
+    out, script = tmp_path / "out.safetensors", tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(out), str(networks)], check=True, env=environment, capture_output=True)
+    alone, method = checkpoint("bert", layers=1), ELR(networks=networks, mixup_alpha=0.0)  # type: ignore[arg-type]
+    run(alone, LABELLED, objective=Classification(), modifiers=[method], batch_size=4, steps=12)
+    saved = load_file(out)
+    assert torch.allclose(saved.pop("targets"), alone.attachments["elr"].tensors["targets"], atol=1e-5)
+    assert far(saved, weights(alone)) < 1e-5
 
 
 def test_bad_input() -> None:

@@ -40,6 +40,7 @@ from intaglio.methods.base import Method, TrainingData
 from intaglio.modeling.classifier import head_modules, logits_layer
 from intaglio.trainer import classification
 from intaglio.trainer.classification import Classified, class_targets, classifier_outputs
+from intaglio.trainer.fsdp import is_sharded
 from intaglio.trainer.gathering import gather_rows
 from intaglio.trainer.mixing import beta_rate, mix, mix_inputs, mixed_embeddings, pairs_of
 from intaglio.trainer.protocols import Batch, Loss, ModifierSession, TrainingRun
@@ -88,7 +89,7 @@ class ELR(Method, slug="elr"):
 
     Raises:
         IntaglioError: (when training begins) the examples are a stream, there is no linear layer, or two networks are
-            trained under LoRA; (while training) the objective does not classify.
+            trained under LoRA; (while training) the objective does not classify, or FSDP shards two networks.
 
     Source: Liu et al., Early-Learning Regularization Prevents Memorization of Noisy Labels, NeurIPS 2020.
     """
@@ -293,6 +294,7 @@ class _PlusSession(_Session):
 
     def __init__(self, method: ELR, run: TrainingRun) -> None:
         super().__init__(method, run)
+        self.checked = False
         self.second = second_network(run.model, run.seed, method.second_network)
         self.networks: tuple[nn.Module, nn.Module] = (run.model, self.second)
         self.averages = [copy.deepcopy(network).requires_grad_(False) for network in self.networks]
@@ -308,6 +310,9 @@ class _PlusSession(_Session):
 
     def before_step(self, step: int, batch: Batch) -> None:
         super().before_step(step, batch)
+        if not self.checked and is_sharded(self.run.model):
+            raise IntaglioError("elr with two networks needs whole weights, and FSDP has sharded them; set networks: 1")
+        self.checked = True
         for network in (self.second, *self.averages):
             network.train()  # batch statistics in the averages, as in the released code
 
