@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.checkpoint.from_scratch import new_image_model
+from intaglio.cli.app import app
 from intaglio.data.labelled_examples import load_labelled_examples
 from intaglio.data.labelled_images import load_labelled_images, read_image
 from intaglio.errors import IntaglioError
@@ -457,4 +459,12 @@ def test_a_recipe_trains_a_text_classifier(tmp_path: Path) -> None:
     assert "evaluation/loss" in document["curve"]
     for row in document["mistakes"]:
         assert row["index"].startswith("text ")
-    assert label_names(load(tmp_path / "out").model) == ("dog", "fox", "sun")
+    back = load(tmp_path / "out")
+    assert label_names(back.model) == ("dog", "fox", "sun")
+    done = CliRunner().invoke(app, ["classify", str(tmp_path / "out"), str(file), "--json"])
+    rows = json.loads(done.stdout)["texts"]
+    chosen = predict(back, TEXTS).argmax(1).tolist()
+    assert [row["class"] for row in rows] == [label_names(back.model)[index] for index in chosen]
+    refused = CliRunner().invoke(app, ["classify", str(tmp_path / "out"), "--learn", str(file)])
+    assert refused.exit_code == 2
+    assert "cannot learn further texts by itself" in refused.stderr

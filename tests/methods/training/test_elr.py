@@ -54,7 +54,7 @@ ALIVE = {
     "mixup_alpha": alive(0.2, **PLUS),
     "ema_decay": alive(0.5, **PLUS),
     "ema_schedule": alive("average", **PLUS),
-    "ema_ramp_steps": alive(0, **PLUS),
+    "ema_ramp_steps": alive(40, **PLUS),
     "refine_targets": alive(True, **PLUS),
     "second_network": "test_the_second_network_is_drawn_anew",
 }
