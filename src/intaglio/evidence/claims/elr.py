@@ -51,6 +51,6 @@ CLAIM = Claim(
     minutes=30,
     use_when="many labels are wrong and no clean ones are at hand to find a stopping point",
     otherwise="cross-entropy, stopped early",
-    toy={"steps": 40},
+    toy={"steps": 200, "width": 32},
     golden={"stopped": {TEST_LOSS.name: 0.0}, "elr": {TEST_LOSS.name: 0.0}},
 )
