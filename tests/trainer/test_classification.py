@@ -402,6 +402,7 @@ def test_a_recipe_trains_an_image_classifier(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Held-out examples by class" in page
     assert ("data:image/png;base64," in page) == bool(wrong)
+    assert "img-src data:" in page  # the page's policy allows nothing by itself
     assert load(tmp_path / "out").image_processor is not None
     assert carve(plan, tmp_path / "out", resume=True) == document
 

@@ -67,10 +67,10 @@ def _mistakes(document: Document) -> tuple[list[dict[str, Any]], list[tuple[str,
         return [], []
     if "png" in shown[0]:
         items = [
-            (row["png"], f"{row['label']}, not {row['predicted']}", f"{row['index']} ({row['probability']:.0%})")
+            (row["png"], f"{row['label']}, not {row['predicted']} ({row['probability']:.0%})", row["index"])
             for row in shown
         ]
-        return [], [(thumbnails(title, items), f"{title}: label, predicted class, name and probability.")]
+        return [], [(thumbnails(title, items), f"{title}: label, predicted class with its probability, name.")]
     rows = [
         [row["index"], row["label"], f"{row['predicted']} ({row['probability']:.0%})", row["text"]] for row in shown
     ]

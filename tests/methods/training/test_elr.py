@@ -432,7 +432,7 @@ def test_wrong_labels_are_named_with_thumbnails(tmp_path: Path) -> None:
     assert 0 < score <= 1
     assert [row[3] for row in report["flagged"]] == sorted((row[3] for row in report["flagged"]), reverse=True)
     (pictures,) = report["thumbnails"]
-    assert pictures["items"][0][1] == f"{label}: {proposed}?"
+    assert pictures["items"][0][1:] == [f"{label}: {proposed}? ({score:.3f})", name]
     ckpt.save(tmp_path / "out")
     back = load(tmp_path / "out")
     assert torch.equal(back.attachments["elr"].tensors["targets"], ckpt.attachments["elr"].tensors["targets"])

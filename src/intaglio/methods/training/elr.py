@@ -262,7 +262,7 @@ def label_report(
             shown = shown_example(checkpoint, dict(row))
             table.append([name, label, proposed, score, *([shown["text"]] if "text" in shown else [])])
             if "png" in shown:
-                pictures.append([shown["png"], f"{label}: {proposed}?", f"{name} ({score})"])
+                pictures.append([shown["png"], f"{label}: {proposed}? ({score})", name])
     count = len(suspicions)
     summary = f"{count:,} of {len(labels_N):,} labels ({count / len(labels_N):.1%}) contradict what the model learned."
     headings = ["Index", "Label", "Proposed", "Score", *(["Text"] if table and len(table[0]) > 4 else [])]
@@ -272,7 +272,7 @@ def label_report(
         "suspicious": count,
         "flagged": flagged,
         "tables": [{"title": title, "headings": headings, "rows": table}] if table else [],
-        "thumbnails": [{"title": f"{title}: label, proposed class, name and score", "items": pictures}]
+        "thumbnails": [{"title": f"{title}: label, proposed class with its score, name", "items": pictures}]
         if pictures
         else [],
     }
