@@ -32,11 +32,11 @@ from intaglio.methods.training.elr import (
     ramp,
     regularizer,
     second_network,
-    suspicious_labels,
 )
 from intaglio.recipe.schema import Recipe
 from intaglio.trainer import EpochCollator, KeyedRNG, ObjectiveModule, TrainingRun, train, training_rows
 from intaglio.trainer.classification import Classification, Classified, classifier_outputs
+from intaglio.trainer.label_report import suspicious_labels
 from intaglio.trainer.mixing import beta_rate
 from intaglio.trainer.rng import generator
 from tests.alive import alive
