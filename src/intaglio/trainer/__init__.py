@@ -20,7 +20,7 @@
 - `data_selection`: data selection and its random baseline.
 - `hf_trainer`: `transformers.Trainer` with the loss of an objective and exact resume.
 - `stock_trainer`, `samples`: rows and collators for a stock `Trainer`; outputs before and after for the report.
-- `modified_loss`, `mixing`, `gathering`: the loss of a batch with modifiers; pairs of mixed rows; rows of all processes.
+- `modified_loss`, `mixing`, `gathering`: a loss with modifiers; pairs of mixed rows; rows of all processes.
 - `shown_examples`, `label_report`: training rows and suspicious labels as the report shows them.
 - `resume`, `history`, `progress_report`: the directory of a resumable run, its log, its progress page.
 - `preserve_state`, `fsdp`: restoring context managers; FSDP helpers.
