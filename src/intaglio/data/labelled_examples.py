@@ -6,12 +6,11 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from intaglio.data.labelled_images import LabelledImages, image_hash, load_labelled_images
+from intaglio.data.labelled_images import LabelledImages, load_labelled_images
 from intaglio.data.labelled_texts import LabelledTexts, load_labelled_texts
 from intaglio.data.texts import hub_rows
 from intaglio.errors import IntaglioError
@@ -23,7 +22,7 @@ class LabelledExamples:
 
     Args:
         kind: `text` or `image`: the key of the input in an example.
-        rows: examples `{text or image, label, index}`.
+        rows: examples `{text or image, label, index, hash}`; the hash is that of the input without its label.
         name: their origin, for messages.
         skipped: broken image files that were left out.
     """
@@ -42,12 +41,10 @@ class LabelledExamples:
         """The different labels, sorted."""
         return tuple(sorted({row["label"] for row in self.rows}))
 
-    @cached_property
+    @property
     def hashes(self) -> tuple[str, ...]:
-        """The hash of each text or image, without its label."""
-        if self.kind == "image":
-            return tuple(image_hash(row["image"], row["index"]) for row in self.rows)
-        return tuple(hashlib.sha256(row["text"].encode("utf-8", "replace")).hexdigest() for row in self.rows)
+        """The hash of each text or image."""
+        return tuple(row["hash"] for row in self.rows)
 
     @property
     def digest(self) -> str:
@@ -71,22 +68,24 @@ def load_labelled_examples(source: Any, *, skip_broken: bool = False) -> Labelle
     hub_name = os.fspath(source) if _is_hub_id(source) else None
     if hub_name is not None:
         hub, _, split = hub_name.partition(":")
-        rows = [{"index": str(number), **row} for number, row in enumerate(hub_rows(hub, split or "train", "label"))]
-        source = [row | {"label": str(row["label"])} for row in rows]
+        numbered = enumerate(hub_rows(hub, split or "train", "label"))
+        source = [{"index": str(number), **row, "label": str(row["label"])} for number, row in numbered]
+    kind: Literal["text", "image"] = "text"
+    skipped: tuple[str, ...] = ()
     if isinstance(source, LabelledTexts) or _is_text(source):
         if skip_broken:
             raise IntaglioError("skip_broken is for images; malformed texts are always refused")
         texts = load_labelled_texts(source)
+        inputs, labels, name = texts.texts, texts.labels, texts.name
         names = texts.index or tuple(map(str, range(len(texts))))
-        triples = zip(texts.texts, texts.labels, names, strict=True)
-        examples = tuple({"text": text, "label": label, "index": name} for text, label, name in triples)
-        result = LabelledExamples("text", examples, texts.name)
+        hashes = tuple(hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() for text in inputs)
     else:
         images = source if isinstance(source, LabelledImages) else load_labelled_images(source, skip_broken=skip_broken)
-        parts = zip(images.images, images.labels, images.index, strict=True)
-        examples = tuple({"image": image, "label": label, "index": name} for image, label, name in parts)
-        result = LabelledExamples("image", examples, images.name, images.skipped)
-    result = result if hub_name is None else replace(result, name=hub_name)
+        inputs, labels, name = images.images, images.labels, images.name
+        names, hashes, kind, skipped = images.index, images.hashes, "image", images.skipped
+    columns = zip(inputs, labels, names, hashes, strict=True)
+    rows = tuple({kind: value, "label": label, "index": own, "hash": key} for value, label, own, key in columns)
+    result = LabelledExamples(kind, rows, hub_name or name, skipped)
     _check_index(result)
     return result
 

@@ -31,6 +31,7 @@ class LabelledImages:
         images: a file, a PIL image, or uint8 [H, W] or [H, W, C] each.
         labels: their classes.
         index: the name of each image, all different.
+        hashes: the SHA-256 of each image's pixels in colours.
         name: their origin, for messages.
         skipped: broken files that were left out.
     """
@@ -38,6 +39,7 @@ class LabelledImages:
     images: tuple[Any, ...]
     labels: tuple[str, ...]
     index: tuple[str, ...]
+    hashes: tuple[str, ...]
     name: str
     skipped: tuple[str, ...] = ()
 
@@ -66,13 +68,14 @@ def load_labelled_images(source: Any, *, skip_broken: bool = False) -> LabelledI
     images: list[Any] = []
     labels: list[str] = []
     index: list[str] = []
+    hashes: list[str] = []
     broken: list[str] = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping) or row.get("image") is None or not isinstance(row.get("label"), (str, int)):
             raise IntaglioError(f"example {number} of {name} is {shorten(repr(row))}; it needs {NEEDED}")
         where = str(row.get("index", number))
         try:
-            read_image(row["image"], where)
+            pixels = read_image(row["image"], where)
         except IntaglioError:
             if not skip_broken:
                 raise
@@ -81,9 +84,10 @@ def load_labelled_images(source: Any, *, skip_broken: bool = False) -> LabelledI
         images.append(row["image"])
         labels.append(str(row["label"]))
         index.append(where)
+        hashes.append(hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest())
     if not images:
         raise IntaglioError(f"{name} holds no image that can be read; folders of images by class are needed")
-    return LabelledImages(tuple(images), tuple(labels), tuple(index), name, tuple(broken))
+    return LabelledImages(tuple(images), tuple(labels), tuple(index), tuple(hashes), name, tuple(broken))
 
 
 def _folder(folder: Path) -> list[dict[str, Any]]:
@@ -164,12 +168,6 @@ def read_image(image: Any, where: str, channels: int = 3) -> np.ndarray:
         ) from None
     pixels_HWC = np.asarray(picture)
     return pixels_HWC[..., None] if pixels_HWC.ndim == 2 else pixels_HWC
-
-
-def image_hash(image: Any, where: str) -> str:
-    """Return the SHA-256 of an image's pixels in colours."""
-    pixels = read_image(image, where)
-    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
 
 
 def thumbnail(image: Any, where: str, side: int = 48) -> str:
