@@ -317,8 +317,12 @@ def test_a_modifier_in_a_stock_trainer(tmp_path: Path) -> None:
     Trainer(module, arguments, collate, rows, callbacks=[module.callback]).train()
     assert mix.log == ["before 1", "model", "after 1", "before 2", "model", "after 2"]
     assert module.detach() == {"Mix": {"summary": "Mixed in halves."}}
+    plain = EpochCollator(goal, rng)(rows[:2])
     with pytest.raises(IntaglioError, match="the batch has no id"):
-        module(**EpochCollator(goal, rng)(rows[:2]))
+        module.train()(**plain)
+    expected = goal.loss(ckpt.model.eval(), plain).total
+    assert torch.equal(module.eval()(**plain)["loss"], expected)
+    assert len(mix.log) == 6
 
 
 # --- Training ---------------------------------------------------------------------------------------------------------

@@ -56,9 +56,15 @@ def train_classifier(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool,
         return checkpoint
 
     def train(checkpoint: Checkpoint, directory: Path) -> None:
-        data = (list(training.rows), evaluate)
-        seed = spec.recipe.seed
-        step.apply(checkpoint, seed=seed, directory=directory, resume=resume, progress=progress, data=data)
+        step.apply(
+            checkpoint,
+            seed=spec.recipe.seed,
+            original=start,
+            directory=directory,
+            resume=resume,
+            progress=progress,
+            data=(list(training.rows), evaluate),
+        )
 
     def document(checkpoint: Checkpoint) -> dict[str, Any]:
         return classifier_document(checkpoint, spec.source_name, training, validation, shared)

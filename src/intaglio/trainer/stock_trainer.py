@@ -92,12 +92,14 @@ class ObjectiveModule(nn.Module):
         return self._objective.loss(self.model if model is None else model, batch)
 
     def forward(self, **batch: Any) -> dict[str, Any]:
-        """Return `loss`, that of a batch of `EpochCollator`."""
-        if self.sessions and "id" not in batch:
+        """Return `loss`, that of a batch of `EpochCollator`; modifiers take part in training alone."""
+        ids_B, sessions = batch.get("id"), self.sessions if self.training else []
+        if sessions and ids_B is None:
             raise IntaglioError("the batch has no id, which modifiers need; collate with EpochCollator(..., ids=True)")
         inputs = {name: value for name, value in batch.items() if name not in ("weight", "id")}
-        self.callback.begin({**inputs, "id": batch.get("id")})
-        return {"loss": modified_loss(self._objective, self.model, inputs, batch.get("id"), self.sessions).total}
+        if sessions:
+            self.callback.begin({**inputs, "id": ids_B})
+        return {"loss": modified_loss(self._objective, self.model, inputs, ids_B, sessions).total}
 
     def detach(self) -> dict[str, dict[str, Any]]:
         """End the modifiers, and return their reports by slug or class name."""
