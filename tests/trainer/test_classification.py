@@ -120,7 +120,9 @@ def test_sizes_and_seed_of_a_new_model_of_images() -> None:
     resnet, vit = image_model("resnet", depth=3), image_model("vit", heads=4)
     assert resnet.config.hidden_sizes == [8, 16, 32]
     assert (vit.config.num_attention_heads, vit.config.image_size, vit.config.patch_size) == (4, 8, 1)
-    assert new_image_model("vit", width=16, depth=1).config.num_channels == 3
+    default = new_image_model("vit", width=16, depth=1)
+    assert (default.config.num_channels, default.config.image_size, default.config.patch_size) == (3, 32, 4)
+    assert new_image_model("vit", width=16, depth=1, patch_size=8).config.patch_size == 8
     assert new_image_model("convnext", width=8, depth=1).image_processor.size["height"] == 32
     again, other = image_model("resnet", depth=3), image_model("resnet", depth=3, seed=1)
     assert same(weights(resnet), weights(again))
