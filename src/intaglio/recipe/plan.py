@@ -60,8 +60,8 @@ def plan(
     """
     spec = RunSpec.from_args(recipe, model, device, dtype, seed)
     recipe, name = spec.recipe, spec.source_name
-    for what, step in (("interactions", interactions_step(recipe)), ("classes", classes_step(recipe))):
-        if step is not None:
+    for what, alone in (("interactions", interactions_step(recipe)), ("classes", classes_step(recipe))):
+        if alone is not None:
             raise IntaglioError(f"a recipe on {what} has no dry run; its progress shows the time")
     check_history(spec)
     weightless = meta_model(spec)

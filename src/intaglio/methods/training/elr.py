@@ -346,13 +346,13 @@ class _PlusSession(_Session):
         return {**super().attachment(), **second}
 
 
-def second_network(model: nn.Module, seed: int, drawn: Literal["head", "all"]) -> nn.Module:
+def second_network(model: Any, seed: int, drawn: Literal["head", "all"]) -> nn.Module:
     """Return a copy of a network with its head or all of its weights drawn anew."""
-    result = copy.deepcopy(model)
+    result: Any = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(seed, "elr", "second network").initial_seed() % 2**63))
         if hasattr(model, "config"):
-            fresh = type(model)(model.config).state_dict()  # type: ignore[call-arg]
+            fresh = type(model)(model.config).state_dict()
             heads = {id(p) for module in head_modules(result) for p in module.state_dict(keep_vars=True).values()}
             with torch.no_grad():
                 for name, value in result.state_dict(keep_vars=True).items():
@@ -363,7 +363,8 @@ def second_network(model: nn.Module, seed: int, drawn: Literal["head", "all"]) -
             for module in result.modules():
                 if hasattr(module, "reset_parameters") and (drawn == "all" or module is last):
                     module.reset_parameters()
-    return result
+    network: nn.Module = result
+    return network
 
 
 def predict(checkpoint: Checkpoint, examples: Sequence[Mapping[str, Any]], *, batch_size: int = 32) -> Tensor:
