@@ -10,7 +10,7 @@
 - `loop`: `train` and its result.
 - `settings`: the settings of a run, validated.
 - `protocols`: objectives, training modifiers, selectors.
-- `causal_lm`, `instruction_tuning`, `token_classification`, `image_classification`: objectives.
+- `causal_lm`, `instruction_tuning`, `token_classification`, `classification`: objectives.
 - `encoder_training`, `contrastive`, `cls_and_terms`: text encoders on pairs; `mining`, `retrieval_evaluation`: their
   hard negatives and held-out retrieval; `term_explanation`, `sentence_transformer`: what is done with the result.
 - `masked_lm`: masked language modelling of whole words.
@@ -20,6 +20,8 @@
 - `data_selection`: data selection and its random baseline.
 - `hf_trainer`: `transformers.Trainer` with the loss of an objective and exact resume.
 - `stock_trainer`, `samples`: rows and collators for a stock `Trainer`; outputs before and after for the report.
+- `modified_loss`, `mixing`, `gathering`: a loss with modifiers; pairs of mixed rows; rows of all processes.
+- `shown_examples`, `label_report`: training rows and suspicious labels as the report shows them.
 - `resume`, `history`, `progress_report`: the directory of a resumable run, its log, its progress page.
 - `preserve_state`, `fsdp`: restoring context managers; FSDP helpers.
 """
