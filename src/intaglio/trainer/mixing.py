@@ -15,22 +15,29 @@ Dimension letters: B rows, K folds (examples in a mix), C classes, H and W pixel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, shorten
 from intaglio.methods.base import Method
 from intaglio.modeling.anatomy import blocks
+from intaglio.modeling.classifier import logits_layer
+from intaglio.trainer.classification import PIXELS
+from intaglio.trainer.protocols import Batch, ModifierSession, TrainingRun
+from intaglio.trainer.rng import generator
+from intaglio.trainer.shown_examples import pixels_png, shown_example
 
 MixKind = Literal["mixup", "cutmix", "manifold"]
+SHOWN = 8
+"""Mixed samples in a report."""
 DEFAULT_LAYERS = 3
 """Layers that ManifoldMix chooses from by default: the inputs and the outputs of the first two blocks."""
 
@@ -48,6 +55,22 @@ class Mix:
     rows_BK: Tensor
     shares_BK: Tensor
     pasted_BHW: Tensor | None = None
+
+    @classmethod
+    def unmixed(cls, count: int, folds: int = 2) -> Mix:
+        """Return the mix that leaves `count` rows as they are."""
+        shares_K = torch.zeros(folds)
+        shares_K[0] = 1
+        return cls(torch.arange(count)[:, None].expand(count, folds), shares_K.expand(count, folds))
+
+    def padded(self, count: int) -> Mix:
+        """Return the mix with rows that stay as they are after its own, `count` in all; for averaged rows."""
+        rest = Mix.unmixed(count, self.rows_BK.shape[1])
+        own = len(self.rows_BK)
+        return Mix(
+            torch.cat([self.rows_BK, rest.rows_BK[own:].to(self.rows_BK.device)]),
+            torch.cat([self.shares_BK, rest.shares_BK[own:].to(self.shares_BK)]),
+        )
 
     def combine(self, x: Tensor) -> Tensor:
         """Return the mixes of the rows of x, float [B, ...] of any shape; pasted where the mix has a box."""
@@ -74,10 +97,9 @@ class Mix:
         return counted_BKL.amax(1)
 
 
-def mixed_targets(mix: Mix, labels_B: Tensor, num_classes: int, label_smoothing: float = 0.0) -> Tensor:
-    """Return soft targets y~ [B, C]; smoothing moves its share of each target to all classes equally."""
-    targets_BC = mix.average(F.one_hot(labels_B, num_classes).to(mix.shares_BK.dtype))
-    return (1 - label_smoothing) * targets_BC + label_smoothing / num_classes
+def mixed_targets(mix: Mix, labels_B: Tensor, classes: int) -> Tensor:
+    """Return soft targets y~, float [B, C]."""
+    return mix.average(F.one_hot(labels_B, classes).to(mix.shares_BK.dtype))
 
 
 def soft_cross_entropy(logits_BC: Tensor, targets_BC: Tensor) -> Tensor:
@@ -159,6 +181,12 @@ class Mixing(Method):
     per_example: bool = False
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
 
+    @model_validator(mode="after")
+    def _two_folds(self) -> Self:
+        if self.mix == "cutmix" and self.folds != 2:
+            raise ValueError(f"mix is 'cutmix', which pastes one image into another; folds is {self.folds}")
+        return self
+
     def draw(
         self, count: int, rng: torch.Generator, size: tuple[int, int] | None = None, *, largest_first: bool = False
     ) -> Mix | None:
@@ -176,10 +204,14 @@ class Mixing(Method):
         shares_BK = draw_shares(
             count, self.folds, self.alpha, rng, per_example=self.per_example, largest_first=largest_first
         )
+        return self.place(rows_BK, shares_BK, size, rng)
+
+    def place(self, rows_BK: Tensor, shares_BK: Tensor, size: tuple[int, int] | None, rng: torch.Generator) -> Mix:
+        """Return the mix of drawn rows and shares, for `cutmix` with boxes in images of a size (None: texts)."""
         if self.mix != "cutmix":
             return Mix(rows_BK, shares_BK)
         if size is None:
-            raise IntaglioError("mix is cutmix; it needs images: texts take mixup or manifold")
+            raise IntaglioError("mix is cutmix, which needs images; texts take mixup or manifold")
         return cut_boxes(rows_BK, shares_BK, size, rng)
 
     def draw_layer(self, rng: torch.Generator) -> int:
@@ -190,13 +222,12 @@ class Mixing(Method):
 
 def image_size(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return height and width of the images of a batch; None for texts."""
-    name = pixels_name(inputs)
-    return None if name is None else (inputs[name].shape[-2], inputs[name].shape[-1])
+    return (inputs[PIXELS].shape[-2], inputs[PIXELS].shape[-1]) if PIXELS in inputs else None
 
 
-def pixels_name(inputs: Mapping[str, Any]) -> str | None:
-    """Return the key of the images [B, C, H, W] of a batch; None for texts."""
-    return next((name for name in ("pixel_values", "pixels") if name in inputs), None)
+def take_rows(batch: Mapping[str, Any], rows_B: Tensor) -> dict[str, Any]:
+    """Return some rows of the tensors of a batch."""
+    return {name: value[rows_B] if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def mixing_layers(model: nn.Module) -> Sequence[nn.Module]:
@@ -204,13 +235,37 @@ def mixing_layers(model: nn.Module) -> Sequence[nn.Module]:
     return list(model.children())[:-1] if isinstance(model, nn.Sequential) else blocks(model)
 
 
+def mixed_inputs(inputs: Mapping[str, Any], mix: Mix, layer: int = 0) -> dict[str, Any]:
+    """Return the inputs of a mixed forward pass: mixed images at layer 0, and the tokens that are seen.
+
+    Args:
+        inputs: of the unmixed rows: `pixel_values` [B, C, H, W] (or [B, D]), or `input_ids` with `attention_mask`.
+        mix: rows and shares, of as many rows as the inputs (images at layer 0: of any number).
+        layer: 0 for the inputs (texts: embeddings), n for the output of block n. Default 0.
+    """
+    changed = dict(inputs)
+    if "attention_mask" in inputs:
+        changed["attention_mask"] = mix.visible(inputs["attention_mask"])
+    if layer == 0 and PIXELS in inputs:
+        changed[PIXELS] = mix.combine(inputs[PIXELS])
+    return changed
+
+
 @contextmanager
-def mixed_output(module: nn.Module, mix: Mix) -> Iterator[None]:
-    """Average the output of a module (a tensor, or the first of a tuple) over mixed rows, in this context."""
+def mixed_forward(model: nn.Module, inputs: Mapping[str, Any], mix: Mix, layer: int = 0) -> Iterator[None]:
+    """Average the rows at a layer in this context; nothing to do for images at layer 0. Arguments as `mixed_inputs`.
+
+    Raises:
+        IntaglioError: the model has no such layer, or recomputes it for the gradient.
+    """
+    if layer == 0 and PIXELS in inputs:
+        yield
+        return
 
     def average(module: nn.Module, args: Any, output: Any) -> Any:
         return (mix.average(output[0]), *output[1:]) if isinstance(output, tuple) else mix.average(output)
 
+    module = input_embeddings(model) if layer == 0 else _block(model, layer)
     handle = module.register_forward_hook(average)
     try:
         yield
@@ -218,40 +273,13 @@ def mixed_output(module: nn.Module, mix: Mix) -> Iterator[None]:
         handle.remove()
 
 
-def forward_mixed(
-    forward: Callable[[Mapping[str, Any]], Any],
-    model: nn.Module,
-    inputs: Mapping[str, Any],
-    mix: Mix,
-    layer: int = 0,
-) -> Any:
-    """Run a model on mixed examples and return its outputs.
-
-    Args:
-        forward: runs the model on inputs.
-        model: the model, for its layers.
-        inputs: of the unmixed rows: `pixel_values` or `pixels` [B, C, H, W], or `input_ids` with `attention_mask`.
-        mix: rows and shares, of as many rows as the inputs.
-        layer: 0 for the inputs (texts: embeddings), n for the output of block n. Default 0.
-
-    Raises:
-        IntaglioError: the model has no such layer, or recomputes it for the gradient.
-    """
-    changed = dict(inputs)
-    if "attention_mask" in inputs:
-        changed["attention_mask"] = mix.visible(inputs["attention_mask"])
-    pixels = pixels_name(inputs)
-    if layer == 0 and pixels is not None:
-        return forward({**changed, pixels: mix.combine(inputs[pixels])})
-    if layer == 0:
-        embedding: Any = getattr(model, "get_input_embeddings", None)
-        if embedding is None:
-            raise IntaglioError(f"{type(model).__name__} has no input embeddings at which texts could be mixed")
-        module = embedding()
-    else:
-        module = _block(model, layer)
-    with mixed_output(module, mix):
-        return forward(changed)
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """Return the embeddings at which texts are mixed."""
+    getter: Any = getattr(model, "get_input_embeddings", None)
+    if getter is None:
+        raise IntaglioError(f"{type(model).__name__} has no input embeddings at which texts could be mixed")
+    embeddings: nn.Module = getter()
+    return embeddings
 
 
 def _block(model: nn.Module, layer: int) -> nn.Module:
@@ -262,3 +290,114 @@ def _block(model: nn.Module, layer: int) -> nn.Module:
         raise IntaglioError("mix is manifold, but gradient checkpointing runs blocks again without the mix; give"
                             " layers: [0], or gradient_checkpointing: false")  # fmt: skip
     return every[layer - 1]
+
+
+class MixingSession(ModifierSession):
+    """Base of sessions that mix the rows of a batch; `mix` and `layer` are those of the batch at hand.
+
+    Args:
+        run: the training run.
+        name: slug of the method, the key of its draws.
+
+    Raises:
+        IntaglioError: the objective does not classify.
+    """
+
+    def __init__(self, run: TrainingRun, name: str) -> None:
+        if getattr(run.objective, "trains_on", "") != "classes":
+            raise IntaglioError(f"{name} mixes examples with classes; give the objective classification")
+        self.run, self.name = run, name
+        self.step = 1
+        self.mix: Mix | None = None
+        self.layer = 0
+        self.samples: list[dict[str, Any]] = []
+
+    def before_step(self, step: int, batch: Batch) -> None:
+        """Note the step, by which draws are keyed."""
+        self.step = step
+
+    def rng(self, batch: Batch) -> torch.Generator:
+        """Return the generator of a batch, always in its first state."""
+        return generator(self.run.seed, self.name, self.step, *batch["id"].tolist())
+
+    @property
+    def binary(self) -> bool:
+        """Whether the objective's loss is binary cross-entropy."""
+        return getattr(self.run.objective, "loss_type", "") == "binary_cross_entropy"
+
+    def need_cross_entropy(self, what: str) -> None:
+        """Refuse an objective whose loss is not 0 under targets of zero."""
+        goal = self.run.objective
+        smoothing = getattr(goal, "label_smoothing", 0.0)
+        if self.binary or smoothing:
+            given = "loss_type is binary_cross_entropy" if self.binary else f"label_smoothing is {smoothing}"
+            raise IntaglioError(f"{given}; {what} need cross_entropy without label smoothing")
+
+    def targets(self, model: nn.Module, batch: Batch, mix: Mix) -> Tensor:
+        """Return the mixed targets of a batch; those of an earlier modifier are averaged as they are."""
+        if "targets" in batch:
+            return mix.average(batch["targets"])
+        return mixed_targets(mix, batch["labels"], num_classes(model))
+
+    def without_loss(self, model: nn.Module, batch: Batch) -> Batch:
+        """Return a batch with targets of zero, so that the objective's own loss is 0."""
+        labels_B = batch["labels"]
+        return {**batch, "targets": torch.zeros(len(labels_B), num_classes(model), device=labels_B.device)}
+
+    def forward_context(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
+        """Mix hidden states or embeddings."""
+        return nullcontext() if self.mix is None else mixed_forward(model, batch, self.mix, self.layer)
+
+    def logits(self, model: nn.Module, inputs: Batch) -> Tensor:
+        """Return the logits of further inputs, in the run's precision."""
+        rows = {name: value for name, value in self.without_loss(model, inputs).items() if name != "id"}
+        logits_BC: Tensor = self.run.loss(rows).outputs.logits
+        return logits_BC
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the samples for the report."""
+        return {"samples": self.samples}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the samples."""
+        self.samples = list(state["samples"])
+
+    def keep_samples(self, batch: Batch, mixed: Batch, mix: Mix) -> None:
+        """Keep the first mixed rows of the run for the report, images as small PNG files."""
+        if self.samples:
+            return
+        names = getattr(getattr(self.run.model, "config", None), "id2label", None) or {}
+        labels_BK, ids_BK = mix.labels(batch["labels"]).tolist(), mix.labels(batch["id"]).tolist()
+        shares_BK = mix.shares_BK.detach().tolist()
+        for row in range(min(SHOWN, len(mix.rows_BK))):
+            classes = [names.get(label, str(label)) for label in labels_BK[row]]
+            caption = " + ".join(f"{share:.2f} {name}" for share, name in zip(shares_BK[row], classes, strict=True))
+            sample = {"caption": caption, "ids": ids_BK[row], "layer": self.layer}
+            if self.layer == 0 and PIXELS in mixed and mixed[PIXELS].ndim == 4:
+                sample["png"] = pixels_png(mixed[PIXELS][row])
+            self.samples.append(sample)
+
+    def report(self) -> dict[str, Any]:
+        """Return the kept samples: images with the share of each class, or a table of the mixed rows."""
+        pictures = [[sample["png"], sample["caption"]] for sample in self.samples if "png" in sample]
+        if pictures:
+            return {"thumbnails": [{"title": "Mixed samples", "items": pictures}]}
+        rows = [
+            [sample["caption"], str(sample["layer"]), " | ".join(self._excerpt(row) for row in sample["ids"])]
+            for sample in self.samples
+        ]
+        return {"tables": [{"title": "Mixed samples", "headings": ["Shares", "Layer", "Examples"], "rows": rows}]}
+
+    def _excerpt(self, row: int) -> str:
+        examples = self.run.examples
+        shown = shown_example(self.run.checkpoint, dict(examples[row])) if row < len(examples) else {}
+        return shorten(shown.get("text", f"row {row}"))
+
+
+def num_classes(model: nn.Module) -> int:
+    """Return the number of a classifier's logits."""
+    layer = logits_layer(model)
+    if layer is None:
+        raise IntaglioError(f"{type(model).__name__} has no linear layer with logits of classes")
+    return layer.out_features
+
