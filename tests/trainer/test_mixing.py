@@ -206,10 +206,14 @@ def test_bad_fields_are_refused(fields: dict[str, Any], sentence: str) -> None:
         average_of_texts(fields)
 
 
+def at_layer(model: nn.Module, layer: int) -> None:
+    with mixed_forward(model, {}, mix(), layer):
+        pass
+
+
 def test_a_missing_layer_is_named() -> None:
     with pytest.raises(IntaglioError, match="layers names 9; this model has blocks 1 to 3, and 0 for its inputs"):
-        with mixed_forward(network(), {}, mix(), 9):
-            pass
+        at_layer(network(), 9)
 
 
 def test_layers_that_are_recomputed_are_refused() -> None:
@@ -217,5 +221,4 @@ def test_layers_that_are_recomputed_are_refused() -> None:
     assert len(mixing_layers(model)) == 2
     model.gradient_checkpointing_enable()
     with pytest.raises(IntaglioError, match=r"gradient checkpointing runs blocks again"):
-        with mixed_forward(model, {}, mix(), 1):
-            pass
+        at_layer(model, 1)

@@ -400,4 +400,3 @@ def num_classes(model: nn.Module) -> int:
     if layer is None:
         raise IntaglioError(f"{type(model).__name__} has no linear layer with logits of classes")
     return layer.out_features
-

@@ -43,11 +43,14 @@ def observe(method: AdaMixUp) -> Any:
     return trained(method)
 
 
-def session(method: AdaMixUp, net: nn.Module | None = None, rows: int = 8) -> tuple[Any, nn.Module, dict[str, Any]]:
+def session(
+    method: AdaMixUp, net: nn.Module | None = None, rows: int = 8, goal: Any = None, data: Any = IMAGES
+) -> tuple[Any, nn.Module, dict[str, Any]]:
     """A session, its network and a batch with ids."""
-    goal, net = Classification(), image_network() if net is None else net
-    run = TrainingRun(Checkpoint(net), 10, len(IMAGES), 0, lambda batch: goal.loss(net, batch), examples=IMAGES,
-                      objective=goal)  # fmt: skip
+    goal, net = goal or Classification(), image_network() if net is None else net
+    run = TrainingRun(
+        Checkpoint(net), 10, len(data), 0, lambda batch: goal.loss(net, batch), examples=data, objective=goal
+    )
     batch = {**goal.collate(IMAGES[:rows], KeyedRNG(0)), "id": torch.arange(rows)}
     batch.pop("weight")
     return method.attach(run), net, batch
@@ -196,15 +199,13 @@ def test_the_policy_sees_gated_examples() -> None:
     assert not torch.equal(gated, made._gated(ones, rows, generator(1)))
 
 
-def test_the_small_policy_reads_any_shape() -> None:
-    for shape in ((3, 9, 5), (7,)):
-        rows = [{"pixel_values": torch.ones(shape), "label": n % 2} for n in range(4)]
-        net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 2))
-        goal = Classification()
-        run = TrainingRun(Checkpoint(net), 1, 4, 0, lambda b, net=net: goal.loss(net, b), examples=rows, objective=goal)
-        made = AdaMixUp(**SMALL).attach(run)
-        changed = made.change_batch(net, {**goal.collate(rows, KeyedRNG(0)), "id": torch.arange(4)})
-        assert changed["pixel_values"].shape == (6, *shape)
+@pytest.mark.parametrize("shape", [(3, 9, 5), (7,)])
+def test_the_small_policy_reads_any_shape(shape: tuple[int, ...]) -> None:
+    rows = [{"pixel_values": torch.ones(shape), "label": n % 2} for n in range(4)]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 2))
+    made, _, _ = session(AdaMixUp(**SMALL), net, data=rows)
+    changed = made.change_batch(net, {**Classification().collate(rows, KeyedRNG(0)), "id": torch.arange(4)})
+    assert changed["pixel_values"].shape == (6, *shape)
 
 
 def test_a_copy_has_weights_of_its_own_and_keeps_its_buffers() -> None:
@@ -223,14 +224,14 @@ def test_a_copy_has_weights_of_its_own_and_keeps_its_buffers() -> None:
 
 def test_a_batch_of_one_row_is_left_alone() -> None:
     made, net, batch = session(AdaMixUp(), rows=1)
-    changed, loss, extra = losses(made, net, batch)
+    changed, _, extra = losses(made, net, batch)
     assert changed is batch
     assert extra is None
 
 
 def test_of_an_odd_batch_the_larger_half_is_only_seen() -> None:
     made, net, batch = session(AdaMixUp(), rows=5)
-    changed, loss, _ = losses(made, net, batch)
+    changed, _, _ = losses(made, net, batch)
     assert len(changed["labels"]) == 7
     assert int((changed["targets"].sum(1) > 0).sum()) == 4
 
@@ -249,17 +250,14 @@ def test_fields_that_do_not_fit_are_refused(fields: dict[str, Any], sentence: st
         AdaMixUp(**fields)
 
 
-def test_other_losses_and_missing_labels_are_refused() -> None:
+def test_other_losses_missing_labels_and_streams_are_refused() -> None:
     with pytest.raises(IntaglioError, match=r"label_smoothing is 0.1; the unmixed rows of adamixup need cross_entropy"):
-        trained_with = Classification(label_smoothing=0.1)
-        run = TrainingRun(Checkpoint(image_network()), 1, 1, 0, lambda b: None, objective=trained_with)  # type: ignore[arg-type, return-value]
-        AdaMixUp().attach(run)
+        session(AdaMixUp(), goal=Classification(label_smoothing=0.1))
     made, net, batch = session(AdaMixUp())
     with pytest.raises(IntaglioError, match="rows without a label, which adamixup does not take"):
         made.change_batch(net, {**batch, "labels": batch["labels"] - 1})
     with pytest.raises(IntaglioError, match="adamixup needs its training data in memory"):
-        made.run.examples = ()
-        AdaMixUp().attach(made.run)
+        session(AdaMixUp(), data=())
 
 
 def test_it_is_public() -> None:
