@@ -18,7 +18,7 @@ import torch
 from intaglio.checkpoint import Checkpoint
 from intaglio.methods.base import Method
 from tests.families import tiny_model, tiny_tokenizer
-from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
+from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run, suited
 
 IDS = torch.randint(8, 150, (4, 12), generator=torch.Generator().manual_seed(0))
 PROMPT = [9, 30, 31, 32, 9, 30, 31, 33, 9, 30]
@@ -91,7 +91,7 @@ def _tokens(ckpt: Checkpoint) -> Any:
 def modified(method: Any, layers: int = 1, **more: Any) -> Any:
     """Train with a modifier: weights, curve and record."""
     ckpt = checkpoint(layers=layers)
-    result = run(ckpt, modifiers=[method], **{"steps": 4, "warmup": 0, "weight_decay": 0.1, **more})
+    result = run(ckpt, modifiers=[method], **{"steps": 4, "warmup": 0, "weight_decay": 0.1, **suited(method), **more})
     return ckpt.model.state_dict(), [(row.loss, row.parts) for row in result.history], ckpt.record.live
 
 

@@ -20,7 +20,7 @@ from tests.recipe.test_run import Killed, corpus, files, make_recipe  # noqa: F4
 from tests.recipe.test_run_train import TRAIN, kill_training
 from tests.trainer import toys
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
-from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
+from tests.trainer.helpers import LABELLED, TEXTS, checkpoint, run, same, suited, weights
 from tests.trainer.test_resume import Killed as TrainingKilled
 from tests.trainer.test_resume import killer
 
@@ -36,6 +36,8 @@ def cases(kind: str) -> list[tuple[str, int]]:
 
 
 MODIFIERS, SELECTORS = cases("modifier"), cases("selector")
+CLASSIFYING = [slug for slug, _ in MODIFIERS if slug in PUBLISHED and get_method(slug).trains_on == "classes"]
+"""Modifiers for classifiers, which train on labelled texts here."""
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +59,17 @@ def test_it_is_what_its_kind_says_and_plain_data(slug: str, index: int) -> None:
 
 @pytest.mark.parametrize(
     ("slug", "index", "family"),
-    [(*case, name) for case in MODIFIERS for name in DECODERS if case[1] == 0 or name == "llama"],
+    [
+        (*case, name)
+        for case in MODIFIERS
+        for name in DECODERS
+        if name == "llama" or (case[1] == 0 and case[0] not in CLASSIFYING)
+    ],
 )
 def test_a_modifier_saved_and_resumed_is_equal(slug: str, index: int, family: str, tmp_path: Path) -> None:
     if slug == "toy_modifier" and family in ("gpt2",):
         pytest.skip("its layers lie the other way round, and the toy does not care to know")
-    arguments: dict[str, Any] = {"steps": 3, "save_every": 1, "warmup": 0}
+    arguments: dict[str, Any] = {"steps": 3, "save_every": 1, "warmup": 0, **suited(made(slug, index))}
     whole, killed, again = (checkpoint(family, layers=1) for _ in range(3))
     before = weights(whole)
     unbroken = run(whole, modifiers=[made(slug, index)], **arguments)
@@ -73,7 +80,9 @@ def test_a_modifier_saved_and_resumed_is_equal(slug: str, index: int, family: st
     assert same(weights(again), weights(whole))
     assert not same(weights(whole), before)
     if whole.kind == "standalone":
-        stock = tiny_model(family, layers=1)
+        plain = checkpoint(family, layers=1)
+        run(plain, **{**arguments, "steps": 1})
+        stock = plain.model if slug in CLASSIFYING else tiny_model(family, layers=1)
         for model in (whole.model, killed.model):
             assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
             assert sorted(model.state_dict()) == sorted(stock.state_dict())
@@ -87,8 +96,13 @@ def test_a_modifier_in_a_recipe_resumes_to_the_same_bytes(
     tmp_path: Path,
 ) -> None:
     model = str(tiny_checkpoint_dir("llama", tmp_path / "model", layers=1))
-    step = {"train": {**TRAIN, "modifiers": [{slug: made(slug, index).model_dump()}]}}
-    wanted = make_recipe(corpus, [step])
+    step: dict[str, Any] = {**TRAIN, "modifiers": [{slug: made(slug, index).model_dump()}]}
+    if slug in CLASSIFYING:
+        file = tmp_path / "labelled.jsonl"
+        file.write_text("\n".join(map(json.dumps, LABELLED)))
+        wanted = Recipe.from_dict({"steps": [{"train": {**step, "classes": str(file)}}]})
+    else:
+        wanted = make_recipe(corpus, [{"train": step}])
     assert Recipe.from_dict(wanted.dump()) == wanted
     carve(wanted, tmp_path / "whole", model=model)
     with pytest.raises(Killed):

@@ -164,8 +164,8 @@ def test_texts_are_mixed_at_their_embeddings_and_see_both() -> None:
     made = Mix(torch.tensor([[0, 1], [1, 0], [2, 2]]), torch.tensor([[0.6, 0.4], [1.0, 0.0], [0.5, 0.5]]))
     seen = mixed_inputs({"input_ids": ids, "attention_mask": mask}, made)["attention_mask"]
     assert seen.tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]]
-    embedded = made.average(model.get_input_embeddings()(ids))
-    with mixed_forward(model, {"input_ids": ids}, made):
+    embedded = made.average(model.get_input_embeddings()(ids) * mask[..., None])
+    with mixed_forward(model, {"input_ids": ids, "attention_mask": mask}, made):
         mixed = model(input_ids=ids, attention_mask=seen).logits
     torch.testing.assert_close(mixed, model(inputs_embeds=embedded, attention_mask=seen).logits)
 

@@ -187,7 +187,7 @@ def class_targets(batch: Batch, classes: int) -> Tensor:
 
 def classifier_outputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Return the logits, float32 [B, K], and the features [B, D] of a batch (None where there is no linear layer)."""
-    layer, seen = logits_layer(model), []
+    layer, seen, ids_BT = logits_layer(model), [], None
     handle = None if layer is None else layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         if PIXELS in batch:
@@ -203,7 +203,10 @@ def classifier_outputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tens
             handle.remove()
     logits_BK: Tensor = getattr(output, "logits", output).float()
     features = seen[-1] if seen else None
-    # Decoders classify every token and pick a row's last: theirs are the features of all tokens.
+    if features is not None and features.dim() == 3 and ids_BT is not None:
+        # Decoders classify every token, and pick the last that is no padding.
+        last_B = ((ids_BT != pad) * torch.arange(ids_BT.shape[1], device=ids_BT.device)).argmax(1)
+        features = features[torch.arange(len(features), device=features.device), last_B]
     return logits_BK, features if features is not None and features.dim() == 2 else None
 
 

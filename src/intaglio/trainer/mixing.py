@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intaglio.errors import IntaglioError, shorten
-from intaglio.methods.base import Method
+from intaglio.methods.base import Method, TrainingData
 from intaglio.modeling.anatomy import blocks
 from intaglio.modeling.classifier import logits_layer
 from intaglio.trainer.classification import PIXELS
@@ -174,6 +174,8 @@ class Mixing(Method):
             Default 0, 1 and 2.
     """
 
+    trains_on: ClassVar[TrainingData] = "classes"
+
     mix: MixKind = "mixup"
     alpha: Annotated[float, Field(gt=0)] = 1.0
     folds: Annotated[int, Field(ge=2)] = 2
@@ -255,6 +257,8 @@ def mixed_inputs(inputs: Mapping[str, Any], mix: Mix, layer: int = 0) -> dict[st
 def mixed_forward(model: nn.Module, inputs: Mapping[str, Any], mix: Mix, layer: int = 0) -> Iterator[None]:
     """Average the rows at a layer in this context; nothing to do for images at layer 0. Arguments as `mixed_inputs`.
 
+    Embeddings of padding count as zeros.
+
     Raises:
         IntaglioError: the model has no such layer, or recomputes it for the gradient.
     """
@@ -265,8 +269,11 @@ def mixed_forward(model: nn.Module, inputs: Mapping[str, Any], mix: Mix, layer: 
     def average(module: nn.Module, args: Any, output: Any) -> Any:
         return (mix.average(output[0]), *output[1:]) if isinstance(output, tuple) else mix.average(output)
 
+    def average_tokens(module: nn.Module, args: Any, embedded_BLD: Tensor) -> Tensor:
+        return mix.average(embedded_BLD * inputs["attention_mask"][..., None].to(embedded_BLD))
+
     module = input_embeddings(model) if layer == 0 else _block(model, layer)
-    handle = module.register_forward_hook(average)
+    handle = module.register_forward_hook(average if layer else average_tokens)
     try:
         yield
     finally:
@@ -293,7 +300,7 @@ def _block(model: nn.Module, layer: int) -> nn.Module:
 
 
 class MixingSession(ModifierSession):
-    """Base of sessions that mix the rows of a batch; `mix` and `layer` are those of the batch at hand.
+    """Base of sessions that mix the rows of a batch; `mix`, `layer` and `unmixed` are those of the batch at hand.
 
     Args:
         run: the training run.
@@ -310,6 +317,7 @@ class MixingSession(ModifierSession):
         self.step = 1
         self.mix: Mix | None = None
         self.layer = 0
+        self.unmixed: Batch = {}
         self.samples: list[dict[str, Any]] = []
 
     def before_step(self, step: int, batch: Batch) -> None:
@@ -346,7 +354,7 @@ class MixingSession(ModifierSession):
 
     def forward_context(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
         """Mix hidden states or embeddings."""
-        return nullcontext() if self.mix is None else mixed_forward(model, batch, self.mix, self.layer)
+        return nullcontext() if self.mix is None else mixed_forward(model, self.unmixed, self.mix, self.layer)
 
     def logits(self, model: nn.Module, inputs: Batch) -> Tensor:
         """Return the logits of further inputs, in the run's precision."""

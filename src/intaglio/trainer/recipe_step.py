@@ -149,6 +149,9 @@ class Train(Settings, Method, slug="train"):
                 if classifies
                 else f"classes need the objective {' or '.join(list_objectives('classes'))}, or none"
             )
+        for modifier in map(_make, self.modifiers):
+            if modifier.trains_on == "classes" and not classifies:
+                raise ValueError(f"{modifier.slug} is for classifiers; it needs classes, labelled texts or images")
         if self.skip_broken and not classifies:
             raise ValueError("skip_broken belongs to classes; name labelled images")
         if classifies and self.validation is not None and self.evaluate:

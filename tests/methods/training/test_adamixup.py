@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +15,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import intaglio
-from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint import Checkpoint, load
 from intaglio.errors import IntaglioError
 from intaglio.methods.training.adamixup import AdaMixUp, region_shares
-from intaglio.trainer import KeyedRNG
+from intaglio.trainer import KeyedRNG, training_rows
 from intaglio.trainer.classification import Classification
 from intaglio.trainer.mixing import draw_shares
 from intaglio.trainer.protocols import TrainingRun
 from intaglio.trainer.rng import generator
-from tests.trainer.classes import IMAGES, image_network, trained
+from tests.trainer.classes import IMAGES, image_network, trained, trained_in_stock_trainer
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
+from tests.trainer.helpers import LABELLED, checkpoint
 
 SMALL = {"hidden_size": 8}
 EXAMPLES = (SMALL, {"folds": 3, **SMALL}, {"policy": "copy"})
@@ -258,6 +260,34 @@ def test_other_losses_missing_labels_and_streams_are_refused() -> None:
         made.change_batch(net, {**batch, "labels": batch["labels"] - 1})
     with pytest.raises(IntaglioError, match="adamixup needs its training data in memory"):
         session(AdaMixUp(), data=())
+
+
+@pytest.mark.parametrize("policy", ["small", "copy"])
+def test_it_trains_texts_in_a_stock_trainer_and_leaves_the_classifier(policy: Any, tmp_path: Path) -> None:
+    """The lines of the docstring; eval-mode network is bit-identical to the classifier alone."""
+    ckpt = trained_in_stock_trainer(AdaMixUp(policy=policy, **SMALL), tmp_path)
+    ckpt.save(tmp_path / "saved")
+    back, ids = load(tmp_path / "saved").model.eval(), torch.randint(8, 90, (2, 5), generator=generator(0))
+    assert sorted(back.state_dict()) == sorted(ckpt.model.state_dict())
+    assert torch.equal(back(input_ids=ids).logits, ckpt.model.eval()(input_ids=ids).logits)
+
+
+def test_texts_of_a_pair_are_mixed_at_their_embeddings() -> None:
+    ckpt = checkpoint("bert", layers=1)
+    goal, rng = Classification(), KeyedRNG(0)
+    rows = training_rows(goal, ckpt, LABELLED[:6], rng)
+    batch = {name: value for name, value in goal.collate(rows, rng).items() if name != "weight"}
+    batch["id"] = torch.arange(6)
+    run = TrainingRun(ckpt, 1, 6, 0, lambda b: goal.loss(ckpt.model, b), examples=rows, objective=goal)
+    made, model = AdaMixUp(**SMALL).attach(run), ckpt.model.eval()
+    changed, loss, _ = losses(made, model, batch)
+    assert changed["input_ids"].shape[0] == 9
+    embedded = model.get_input_embeddings()(batch["input_ids"]) * batch["attention_mask"][..., None]
+    shares, partner = made.mix.shares_BK[:3], made.mix.rows_BK[:3, 1] - 3
+    mixed = shares[:, :1, None] * embedded[:3] + shares[:, 1:, None] * embedded[partner]
+    seen = torch.maximum(batch["attention_mask"][:3], batch["attention_mask"][partner])
+    logits = model(inputs_embeds=mixed, attention_mask=seen).logits
+    torch.testing.assert_close(loss.outputs.logits[:3], logits)
 
 
 def test_it_is_public() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +18,17 @@ import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.training.decoupled_mixup import DecoupledMixup, decoupled_terms, rescaled
+from intaglio.modeling.token_classifier import label_names
+from intaglio.recipe.run import carve
+from intaglio.recipe.schema import Recipe
 from intaglio.trainer import KeyedRNG, train
 from intaglio.trainer.classification import Classification
 from intaglio.trainer.mixing import Mix, mixed_targets, soft_cross_entropy
 from intaglio.trainer.protocols import TrainingRun
 from tests.alive import alive
-from tests.trainer.classes import IMAGES, image_network, trained
+from tests.trainer.classes import IMAGES, image_folder, image_network, trained, trained_in_stock_trainer
 from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
+from tests.trainer.helpers import LABELLED, checkpoint, run
 
 EXAMPLES = ({}, {"mix": "manifold", "layers": [0, 1]}, {"folds": 3, "rescale": "none", "per_example": True})
 """Fields of the instances that the conformance suite applies."""
@@ -179,7 +184,7 @@ def test_the_best_logits_keep_the_ratio_and_leave_other_classes_less() -> None:
     for eta in (0.0, 1.0):
         logits = torch.zeros(1, 4, requires_grad=True)
         optimizer = torch.optim.SGD([logits], lr=1.0)
-        for _ in range(300):
+        for _ in range(150):
             optimizer.zero_grad()
             DecoupledMixup.paper(eta=eta).mixed_losses(logits, *pair(0.3)).sum().backward()
             optimizer.step()
@@ -192,12 +197,11 @@ def test_the_best_logits_keep_the_ratio_and_leave_other_classes_less() -> None:
 def test_targets_of_binary_cross_entropy_follow_the_rule() -> None:
     """y = scale * [r(lam) y_a + r(1 - lam) y_b]; shares from the threshold on are full targets."""
     mix, labels = pair(0.2, 3, 1)
-    labels2 = labels[:2]
-    targets = DecoupledMixup().two_hot_targets(mix, labels2, 4)
+    targets = DecoupledMixup().two_hot_targets(mix, labels, 4)
     torch.testing.assert_close(targets, torch.tensor([[0.0, 1.0, 0.0, 0.25]]))
-    half = DecoupledMixup(two_hot_scale=0.5, rescale_threshold=1.0).two_hot_targets(mix, labels2, 4)
+    half = DecoupledMixup(two_hot_scale=0.5, rescale_threshold=1.0).two_hot_targets(mix, labels, 4)
     torch.testing.assert_close(half, torch.tensor([[0.0, 0.4, 0.0, 0.1]]))
-    both = DecoupledMixup(rescale="none").two_hot_targets(mix, labels2, 4)
+    both = DecoupledMixup(rescale="none").two_hot_targets(mix, labels, 4)
     torch.testing.assert_close(both, torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
     same, same_labels = pair(0.2, 2, 2)
     torch.testing.assert_close(
@@ -283,7 +287,7 @@ def parts_of(method: DecoupledMixup, step: int = 10) -> tuple[dict[str, float], 
     changed, loss, extra = whole_loss(made, net, unlabelled(batch))
     assert len(changed["labels"]) == 4
     torch.testing.assert_close(loss.total, F.cross_entropy(net(batch["pixel_values"][:4]), batch["labels"][:4]))
-    return {name: float(value) for name, value in extra.parts.items()}, float(extra.total), made
+    return {name: value.item() for name, value in extra.parts.items()}, extra.total.item(), made
 
 
 SURE: dict[str, Any] = {"confidence": 0.01, "mix_confidence": 0.01}
@@ -370,8 +374,6 @@ def test_fields_that_do_not_fit_are_refused(fields: dict[str, Any], sentence: st
 
 
 def test_it_needs_a_classifier() -> None:
-    from tests.trainer.helpers import checkpoint, run
-
     with pytest.raises(IntaglioError, match="decoupled_mixup mixes examples with classes; give the objective classif"):
         run(checkpoint(layers=1), modifiers=[DecoupledMixup()])
 
@@ -397,6 +399,54 @@ def test_the_report_shows_mixed_samples() -> None:
     assert len(shown["items"]) == 4
     assert all(png.startswith("iVBOR") for png, _ in shown["items"])  # a PNG in base64
     assert all(" + " in caption for _, caption in shown["items"])
+
+
+@pytest.mark.parametrize("method", [DecoupledMixup(), DecoupledMixup(mix="manifold", layers=[1])])
+def test_it_trains_texts_in_a_stock_trainer(method: DecoupledMixup, tmp_path: Path) -> None:
+    """The lines of the docstring."""
+    trained_in_stock_trainer(method, tmp_path)
+
+
+def test_unlabelled_texts_train_and_are_no_class() -> None:
+    ckpt = checkpoint("bert", layers=1)
+    data = [row | ({"label": "?"} if n % 3 == 0 else {}) for n, row in enumerate(LABELLED)]
+    goal = Classification(unlabelled="?")
+    settings: dict[str, Any] = {"steps": 4, "batch_size": 6, "log_every": 1}
+    result = train(ckpt, data, objective=goal, modifiers=[DecoupledMixup(**SURE)], **settings)
+    assert label_names(ckpt.model) == ("fox", "sun")
+    assert all(entry.parts["mixed with unlabelled"] > 0 for entry in result.history)
+    (table,) = result.reports["decoupled_mixup"]["tables"]
+    assert table["rows"][0][0].count(" + ") == 1
+    assert "quick brown" in table["rows"][0][2]
+    with pytest.raises(IntaglioError, match="a batch has unlabelled examples; add the modifier decoupled_mixup"):
+        train(checkpoint("bert", layers=1), data, objective=goal, **settings)
+
+
+def recipe(folder: Path, **fields: Any) -> Recipe:
+    new = {"family": "resnet", "width": 8, "depth": 1, "image_size": 8, "num_channels": 1}
+    step = {"classes": str(folder), "modifiers": [{"decoupled_mixup": fields}], "steps": 2, "batch_size": 4}
+    return Recipe.from_dict({"new": new, "steps": [{"train": step}]})
+
+
+def test_a_recipe_trains_images_and_shows_the_mixed_ones(tmp_path: Path) -> None:
+    carve(recipe(image_folder(tmp_path / "images", ("cat", "dog")), mix="cutmix"), tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Mixed samples" in page
+    assert "data:image/png;base64," in page
+    assert " cat + " in page or " dog + " in page
+
+
+def test_bad_recipes_are_refused_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(IntaglioError, match="mixing_rate.*1.5.*less than or equal to 1") as caught:
+        recipe(tmp_path, mixing_rate=1.5)
+    assert "\n" not in str(caught.value)
+    single = image_folder(tmp_path / "single", ("cat",))
+    with pytest.raises(IntaglioError, match="has the label 'cat'; at least two classes are needed"):
+        carve(recipe(single), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(IntaglioError, match="mix is cutmix, which needs images; texts take mixup or manifold"):
+        train(checkpoint("bert", layers=1), LABELLED, objective=Classification(), steps=1,
+              modifiers=[DecoupledMixup(mix="cutmix")])  # fmt: skip
 
 
 def test_it_is_public() -> None:

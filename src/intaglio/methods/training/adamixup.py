@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import Method, ModelAspect
+from intaglio.methods.base import Method, ModelAspect, TrainingData
 from intaglio.modeling.classifier import logits_layer
 from intaglio.modeling.replacement import module_names, replace_modules
 from intaglio.trainer.classification import PIXELS, classifier_outputs
@@ -94,7 +94,7 @@ class AdaMixUp(Method, slug="adamixup"):
 
     Raises:
         IntaglioError: (in training) the objective is not classification by plain cross-entropy, the data is a stream,
-            rows have no label, or the classifier's last layer reads every token.
+            or rows have no label.
     """
 
     kinds = ("modifier",)
@@ -103,6 +103,7 @@ class AdaMixUp(Method, slug="adamixup"):
     url = "https://arxiv.org/abs/1809.02499"
 
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
+    trains_on: ClassVar[TrainingData] = "classes"
 
     folds: Annotated[int, Field(ge=2, le=3)] = 2
     intrusion_weight: Annotated[float, Field(ge=0)] = 1.0
@@ -171,7 +172,7 @@ class AdaMixUpSession(MixingSession):
         # Row n of the batch is row pairs + n of the pass, where its embeddings are.
         rows_PK = torch.cat([rows_PK[:, :1], rows_PK[:, 1:] + pairs], 1)
         self.mix = Mix(rows_PK, region_shares(self._region, uniform_PK)).padded(len(order))
-        whole = take_rows(batch, order)
+        self.unmixed = whole = take_rows(batch, order)
         changed = mixed_inputs(whole, self.mix)
         self.keep_samples(whole, changed, self.mix)
         seen_M = torch.arange(len(order), device=device) < 2 * pairs
@@ -227,8 +228,6 @@ class AdaMixUpSession(MixingSession):
         }
         if not self.method.intrusion_weight:
             return Loss(outputs.logits.new_zeros(()), parts)
-        if outputs.features is None:
-            raise IntaglioError(f"{type(model).__name__} classifies every token; adamixup needs one vector a text")
         real_M = (torch.arange(len(outputs.features), device=outputs.features.device) >= pairs).long()
         intrusion = F.cross_entropy(self.discriminator(outputs.features.float()), real_M)
         return Loss(self.method.intrusion_weight * intrusion, {**parts, "intrusion": intrusion})

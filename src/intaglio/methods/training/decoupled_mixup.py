@@ -210,7 +210,7 @@ class DecoupledMixup(Mixing, slug="decoupled_mixup"):
         shares_BK = class_shares(classes_BK, mix.shares_BK.to(classes_BK.device))
         threshold = self.rescale_threshold or BCE_THRESHOLD
         targets_BK = rescaled(shares_BK, self.rescale, threshold, self.rescale_exponent)
-        targets_BC = torch.zeros(len(labels_B), classes, device=labels_B.device)
+        targets_BC = torch.zeros(len(classes_BK), classes, device=labels_B.device)
         # Of equal classes the first counts, with the sum of the shares.
         targets_BK = targets_BK * ~_equal(classes_BK).tril(-1).any(-1)
         return (targets_BC.scatter_add(1, classes_BK, targets_BK) * self.two_hot_scale).clamp(max=1)
@@ -229,7 +229,7 @@ class DecoupledSession(MixingSession):
 
     def change_batch(self, model: nn.Module, batch: Batch) -> Batch:
         """Return the mixed batch; of a batch with unlabelled rows, the labelled ones unmixed."""
-        self.mix, self._rng, self._whole = None, self.rng(batch), batch
+        self.mix, self._rng, self.unmixed = None, self.rng(batch), batch
         known_B = batch["labels"] >= 0
         self._labelled, self._unlabelled = known_B.nonzero().flatten(), (~known_B).nonzero().flatten()
         if len(self._unlabelled):
@@ -267,7 +267,7 @@ class DecoupledSession(MixingSession):
 
     def _semi_supervised(self, model: nn.Module) -> Loss:
         """Return the weighted parts of a batch with unlabelled rows, but for the plain loss of labelled rows."""
-        method, rest = self.method, take_rows(self._whole, self._unlabelled)
+        method, rest = self.method, take_rows(self.unmixed, self._unlabelled)
         done = min(1.0, self.step / max(1, self.run.steps))
         probs_U, guesses_U = self._predicted(model, rest)
         sure_U = (probs_U >= method.confidence).float()
@@ -275,7 +275,7 @@ class DecoupledSession(MixingSession):
         parts = {"unlabelled": (losses_U * sure_U).mean()}
         total = method.unlabelled_weight * parts["unlabelled"]
         if len(self._labelled):
-            parts["mixed"] = self._mixed(model, take_rows(self._whole, self._labelled))
+            parts["mixed"] = self._mixed(model, take_rows(self.unmixed, self._labelled))
             parts["mixed with unlabelled"] = self._with_unlabelled(model, probs_U, guesses_U)
             rising = method.unlabelled_mix_weight * (1 - math.cos(math.pi * done)) / 2
             total = total + method.labelled_mix_weight * parts["mixed"] + rising * parts["mixed with unlabelled"]
@@ -306,8 +306,8 @@ class DecoupledSession(MixingSession):
         method, count, others = self.method, len(self._labelled), len(self._unlabelled)
         partner_B = torch.randperm(others, generator=self._rng).repeat(-(-count // others))[:count]
         partner_B = partner_B.to(guesses_U.device)
-        rows, known_B = torch.cat([self._labelled, self._unlabelled[partner_B]]), self._whole["labels"][self._labelled]
-        pairs = {**take_rows(self._whole, rows), "labels": torch.cat([known_B, guesses_U[partner_B]])}
+        rows, known_B = torch.cat([self._labelled, self._unlabelled[partner_B]]), self.unmixed["labels"][self._labelled]
+        pairs = {**take_rows(self.unmixed, rows), "labels": torch.cat([known_B, guesses_U[partner_B]])}
         mix, layer = self._draw_pairs(pairs, count), method.draw_layer(self._rng)
         if layer == 0 and PIXELS in pairs:
             changed = {PIXELS: mix.combine(pairs[PIXELS]), "labels": pairs["labels"][:count]}
