@@ -228,8 +228,8 @@ def image_size(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def take_rows(batch: Mapping[str, Any], rows_B: Tensor) -> dict[str, Any]:
-    """Return some rows of the tensors of a batch."""
-    return {name: value[rows_B] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    """Return some rows of the tensors of a batch; numbers stay."""
+    return {name: value[rows_B] if torch.is_tensor(value) and value.ndim else value for name, value in batch.items()}
 
 
 def mixing_layers(model: nn.Module) -> Sequence[nn.Module]:

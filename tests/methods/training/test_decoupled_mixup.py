@@ -437,7 +437,7 @@ def test_a_recipe_trains_images_and_shows_the_mixed_ones(tmp_path: Path) -> None
 
 
 def test_bad_recipes_are_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(IntaglioError, match="mixing_rate.*1.5.*less than or equal to 1") as caught:
+    with pytest.raises(IntaglioError, match=r"mixing_rate.*1\.5.*less than or equal to 1") as caught:
         recipe(tmp_path, mixing_rate=1.5)
     assert "\n" not in str(caught.value)
     single = image_folder(tmp_path / "single", ("cat",))

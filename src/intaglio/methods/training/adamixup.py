@@ -99,7 +99,7 @@ class AdaMixUp(Method, slug="adamixup"):
 
     kinds = ("modifier",)
     summary = "learns how far each pair of training examples may be mixed before it runs into other data"
-    citation = "Guo, Mao and Zhang, MixUp as Locally Linear Out-Of-Manifold Regularization, AAAI 2019"
+    citation = "Guo et al., MixUp as Locally Linear Out-Of-Manifold Regularization, AAAI 2019"
     url = "https://arxiv.org/abs/1809.02499"
 
     changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
