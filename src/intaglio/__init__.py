@@ -7,10 +7,11 @@
 
 Every name below is loaded when it is first used, so that importing the package costs nothing:
 
-- `load`, `Checkpoint`: a model, its tokenizer and its record
+- `load`, `Checkpoint`: a model, its tokenizer or image processor, and its record
 - `Recipe`, `carve`, `compare`, `plan`: recipes, and running them
 - `export`: a checkpoint in a format that stock transformers loads
-- `new`, `train`, `CausalLM`, `InstructionTuning`, `Contrastive`: small models from scratch, and the training loop
+- `new`, `new_image_model`: small models from scratch
+- `train`, `CausalLM`, `InstructionTuning`, `Contrastive`, `Classification`: the training loop and its objectives
 - `load_texts`, `Corpus`, `Segments`: data
 - `IntaglioError`: the error raised for bad input
 - every published method by its name (`Magnitude`, `Wanda`, `SparseGPT`, `DSnoT`)
@@ -25,7 +26,7 @@ from intaglio.methods.registry import PUBLISHED
 
 if TYPE_CHECKING:
     from intaglio.checkpoint import Checkpoint, load
-    from intaglio.checkpoint.from_scratch import new
+    from intaglio.checkpoint.from_scratch import new, new_image_model
     from intaglio.data.segments import Segments
     from intaglio.data.texts import Corpus, load_texts
     from intaglio.errors import IntaglioError
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
     from intaglio.recipe.run import carve, compare
     from intaglio.recipe.schema import Recipe
     from intaglio.trainer.causal_lm import CausalLM
+    from intaglio.trainer.classification import Classification
     from intaglio.trainer.contrastive import Contrastive
     from intaglio.trainer.instruction_tuning import InstructionTuning
     from intaglio.trainer.loop import train
 
 _MODULES = {
     "CausalLM": "intaglio.trainer.causal_lm",
+    "Classification": "intaglio.trainer.classification",
     "Contrastive": "intaglio.trainer.contrastive",
     "Checkpoint": "intaglio.checkpoint",
     "Corpus": "intaglio.data.texts",
@@ -53,6 +56,7 @@ _MODULES = {
     "load": "intaglio.checkpoint",
     "load_texts": "intaglio.data.texts",
     "new": "intaglio.checkpoint.from_scratch",
+    "new_image_model": "intaglio.checkpoint.from_scratch",
     "plan": "intaglio.recipe.plan",
     "train": "intaglio.trainer.loop",
 }
@@ -61,6 +65,7 @@ _METHODS = {entry.name: entry.module for entry in PUBLISHED.values()}
 __all__ = [
     "CausalLM",
     "Checkpoint",
+    "Classification",
     "Contrastive",
     "Corpus",
     "InstructionTuning",
@@ -73,6 +78,7 @@ __all__ = [
     "load",
     "load_texts",
     "new",
+    "new_image_model",
     "plan",
     "train",
     *_METHODS,

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from typer.testing import CliRunner
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.checkpoint.from_scratch import new_image_model
+from intaglio.cli.app import app
 from intaglio.data.labelled_examples import load_labelled_examples
 from intaglio.data.labelled_images import load_labelled_images, read_image
 from intaglio.errors import IntaglioError
@@ -414,10 +416,15 @@ def test_a_recipe_trains_an_image_classifier(tmp_path: Path) -> None:
         ({"classes": "{texts}"}, "new resnet takes images"),
         ({"classes": "missing.jsonl"}, "cannot read the labelled texts"),
         ({"texts": "wikipedia"}, "texts and classes are given"),
+        ({"classes": "{broken}"}, r"the image up/bad\.png is broken"),
+        ({"classes": "{repeated}"}, "the index x occurs 2 times"),
     ],
 )
 def test_recipes_with_bad_data_are_refused(training: dict[str, Any], message: str, tmp_path: Path) -> None:
     places = {"images": folder(tmp_path / "images"), "single": tmp_path / "single", "texts": tmp_path / "a.jsonl"}
+    places |= {"broken": folder(tmp_path / "broken"), "repeated": tmp_path / "b.jsonl"}
+    (places["broken"] / "up" / "bad.png").write_bytes(b"nothing")
+    places["repeated"].write_text("\n".join(json.dumps({**row, "index": "x"}) for row in TEXTS[:2]))
     places["texts"].write_text("\n".join(map(json.dumps, TEXTS)))
     (places["single"] / "up").mkdir(parents=True)
     Image.fromarray(squares()[1]["image"]).save(places["single"] / "up" / "a.png")
@@ -452,4 +459,12 @@ def test_a_recipe_trains_a_text_classifier(tmp_path: Path) -> None:
     assert "evaluation/loss" in document["curve"]
     for row in document["mistakes"]:
         assert row["index"].startswith("text ")
-    assert label_names(load(tmp_path / "out").model) == ("dog", "fox", "sun")
+    back = load(tmp_path / "out")
+    assert label_names(back.model) == ("dog", "fox", "sun")
+    done = CliRunner().invoke(app, ["classify", str(tmp_path / "out"), str(file), "--json"])
+    rows = json.loads(done.stdout)["texts"]
+    chosen = predict(back, TEXTS).argmax(1).tolist()
+    assert [row["class"] for row in rows] == [label_names(back.model)[index] for index in chosen]
+    refused = CliRunner().invoke(app, ["classify", str(tmp_path / "out"), "--learn", str(file)])
+    assert refused.exit_code == 2
+    assert "cannot learn further texts by itself" in refused.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +53,7 @@ def classify(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Classify texts with the classifier attached to a model, and teach it further texts and classes (--learn)."""
+    """Classify texts with a trained or attached classifier, and teach an attached one further texts (--learn)."""
     if texts is None and learn is None:
         raise IntaglioError("TEXTS are missing; give texts to classify, or labelled texts with --learn FILE")
     if learn is None and (output is not None or overwrite):
@@ -67,7 +68,7 @@ def classify(
             check_target(output, overwrite)
     rows = [] if texts is None else _read(texts)
     checkpoint = load(model, device=device)
-    method = _classifier(checkpoint, model)
+    method = _classifier(checkpoint, model, learn is not None)
     document: dict[str, Any] = {"model": model, "method": method.slug}
     with progress_bar() as progress:
         if learn is not None:
@@ -107,17 +108,39 @@ def _print(document: dict[str, Any], labelled: list[dict[str, Any]]) -> None:
         print_out(f"accuracy: {document['accuracy']:.1%} of {len(labelled):,} texts with a label")
 
 
-def _classifier(checkpoint: Checkpoint, model: str) -> Any:
-    """Return the attached classifier."""
+class _Trained:
+    """A classifier of whole texts, as a `train` step with `classes` makes it."""
+
+    slug = "classification"
+
+    def classify(self, checkpoint: Checkpoint, texts: Sequence[str], *, progress: Any) -> list[dict[str, float]]:
+        """Return the probability of every class for each text."""
+        from intaglio.modeling.token_classifier import label_names
+        from intaglio.trainer.classification import predict
+
+        names = label_names(checkpoint.model)
+        return [
+            dict(zip(names, row, strict=True))
+            for row in predict(checkpoint, [{"text": text} for text in texts]).tolist()
+        ]
+
+
+def _classifier(checkpoint: Checkpoint, model: str, learns: bool) -> Any:
+    """Return the attached classifier, or the model itself."""
     from intaglio.methods.registry import METHODS
+    from intaglio.modeling.classifier import is_whole_input_classifier
 
     attached = [slug for slug in checkpoint.attachments if "classifier" in METHODS[slug].kinds]
-    if not attached:
+    if attached:
+        return checkpoint.fitted(attached[0])
+    if not is_whole_input_classifier(checkpoint.model) or checkpoint.tokenizer is None:
         raise IntaglioError(
-            f"nothing is attached to {model} that classifies texts; a recipe with fit: {{dkvb: {{labels: FILE}}}} "
-            "attaches a classifier"
+            f"nothing is attached to {model} that classifies texts, nor does it do so; a recipe with the step"
+            " train: {classes: FILE} or fit: {dkvb: {labels: FILE}} makes a classifier"
         )
-    return checkpoint.fitted(attached[0])
+    if learns:
+        raise IntaglioError(f"{model} cannot learn further texts by itself; train it by a recipe with classes")
+    return _Trained()
 
 
 def _read(texts: str) -> list[dict[str, str]]:

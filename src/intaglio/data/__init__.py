@@ -10,7 +10,8 @@
 - `token_classification`: token-classification data.
 - `interactions`: tables of users, items and times.
 - `item_sequences`: item ids of each user in the order of time, the last two held out.
-- `images`: labelled images.
+- `labelled_texts`, `labelled_images`, `labelled_examples`: texts or images with a class each.
+- `images`: the images of the digits test bed.
 - `segments`: `Segments`, token ids of equal length, cut from a corpus in a seeded order.
 
 Importing this package, `assets` or `texts` does not import torch; `images` and `segments` do.

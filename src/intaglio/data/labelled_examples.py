@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -68,8 +68,9 @@ def load_labelled_examples(source: Any, *, skip_broken: bool = False) -> Labelle
     Raises:
         IntaglioError: it cannot be read, an example is malformed, or an index repeats.
     """
-    if _is_hub_id(source):
-        hub, _, split = os.fspath(source).partition(":")
+    hub_name = os.fspath(source) if _is_hub_id(source) else None
+    if hub_name is not None:
+        hub, _, split = hub_name.partition(":")
         rows = [{"index": str(number), **row} for number, row in enumerate(hub_rows(hub, split or "train", "label"))]
         source = [row | {"label": str(row["label"])} for row in rows]
     if isinstance(source, LabelledTexts) or _is_text(source):
@@ -82,9 +83,10 @@ def load_labelled_examples(source: Any, *, skip_broken: bool = False) -> Labelle
         result = LabelledExamples("text", examples, texts.name)
     else:
         images = source if isinstance(source, LabelledImages) else load_labelled_images(source, skip_broken=skip_broken)
-        triples = zip(images.images, images.labels, images.index, strict=True)
-        examples = tuple({"image": image, "label": label, "index": name} for image, label, name in triples)
+        parts = zip(images.images, images.labels, images.index, strict=True)
+        examples = tuple({"image": image, "label": label, "index": name} for image, label, name in parts)
         result = LabelledExamples("image", examples, images.name, images.skipped)
+    result = result if hub_name is None else replace(result, name=hub_name)
     _check_index(result)
     return result
 

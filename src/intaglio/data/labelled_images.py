@@ -63,7 +63,10 @@ def load_labelled_images(source: Any, *, skip_broken: bool = False) -> LabelledI
         rows = _folder(path) if path.is_dir() else _arrays(path)
     else:
         rows = list(source)
-    images, labels, index, broken = [], [], [], []
+    images: list[Any] = []
+    labels: list[str] = []
+    index: list[str] = []
+    broken: list[str] = []
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping) or row.get("image") is None or not isinstance(row.get("label"), (str, int)):
             raise IntaglioError(f"example {number} of {name} is {shorten(repr(row))}; it needs {NEEDED}")

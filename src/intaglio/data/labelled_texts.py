@@ -59,14 +59,16 @@ def load_labelled_texts(source: str | os.PathLike[str] | Iterable[Mapping[str, A
         name, rows = "list of examples", ((f"example {number}", item) for number, item in enumerate(source))
     texts: list[Any] = []
     labels: list[Any] = []
-    index: list[str] = []
+    index: list[Any] = []
     for place, value in rows:
         fields = [value.get(field) if isinstance(value, Mapping) else None for field in ("text", "label")]
         if not all(isinstance(field, str) and field.strip() for field in fields):
             raise IntaglioError(f"{place} is {shorten(json.dumps(value, default=repr))}; it needs {NEEDED}")
         texts.append(fields[0])
         labels.append(fields[1])
-        index.append(str(value.get("index", len(index))))
+        index.append(value.get("index"))
     if not texts:
         raise IntaglioError(f"the {name} of labelled texts is empty; objects with {NEEDED} are needed")
-    return LabelledTexts(tuple(texts), tuple(labels), name, tuple(index))
+    named = any(own is not None for own in index)
+    names = tuple(str(number if own is None else own) for number, own in enumerate(index)) if named else ()
+    return LabelledTexts(tuple(texts), tuple(labels), name, names)

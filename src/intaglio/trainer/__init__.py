@@ -20,6 +20,8 @@
 - `data_selection`: data selection and its random baseline.
 - `hf_trainer`: `transformers.Trainer` with the loss of an objective and exact resume.
 - `stock_trainer`, `samples`: rows and collators for a stock `Trainer`; outputs before and after for the report.
+- `modified_loss`, `mixing`, `gathering`, `shown_examples`: the loss of a batch with modifiers; pairs of mixed rows;
+  rows of all processes; training rows as the report shows them.
 - `resume`, `history`, `progress_report`: the directory of a resumable run, its log, its progress page.
 - `preserve_state`, `fsdp`: restoring context managers; FSDP helpers.
 """

@@ -187,7 +187,9 @@ def class_targets(batch: Batch, classes: int) -> Tensor:
 
 def classifier_outputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Return the logits, float32 [B, K], and the features [B, D] of a batch (None where there is no linear layer)."""
-    layer, seen, ids_BT = logits_layer(model), [], None
+    layer = logits_layer(model)
+    seen: list[Tensor] = []
+    ids_BT: Tensor | None = None
     handle = None if layer is None else layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         if PIXELS in batch:

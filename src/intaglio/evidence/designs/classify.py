@@ -1,9 +1,14 @@
 """Design that trains an image classifier and measures its accuracy: `Classify`.
 
-Settings of an arm, all optional: `train`, a function `(net, images, seed, design, **settings) -> passes` that replaces
-the library's trainer, for baselines with a loop of their own, and takes `design.steps` passes; `modifiers`, training
-modifiers; `share` of the design's steps, and `passes` that a step counts as, both 1 by default; names of `RECIPE`;
-everything else is a field of the modifiers, or an argument of `train`.
+Settings of an arm, all optional:
+
+- `train`: a function `(net, images, seed, design, **settings) -> passes` that replaces the library's trainer, for
+  baselines with a loop of their own, and takes `design.steps` passes.
+- `modifiers`: training modifiers; `objective`: an objective that classifies.
+- `stopped`: whether the result is the epoch that is most accurate on the validation images, whose labels are as noisy
+  as those trained on; `clean`: whether the true labels are trained on.
+- `share` of the design's steps, and `passes` that a step counts as, both 1 by default; names of `RECIPE`.
+- everything else is a field of the methods, or an argument of `train`.
 
 Dimension letters: N images, C classes.
 """
@@ -36,6 +41,8 @@ from intaglio.trainer.classification import Classification
 
 ACCURACY = Metric("accuracy", "points", "higher", continuous=False)
 TEST_LOSS = Metric("negative log-likelihood", "nats")
+MEMORISED = Metric("memorised wrong labels", "percent", continuous=False)
+DETECTION = Metric("F1 of wrong labels", "", "higher", continuous=False)
 
 
 @dataclass(frozen=True)
@@ -57,23 +64,28 @@ class Classify:
         """Train an arm on a unit and measure it."""
         own, seed = Configured(arm, settings), key.seed
         images, measured = self.bed.training(seed), self.bed.images(key.split, key.base)
+        parity = {"training": images.digest, "images": measured.digest}
         net = self._start(seed)
         loop, count = own.pop("train"), own.pop("passes", 1)
+        labelled = dataclasses.replace(images, labels_N=images.true_N) if own.pop("clean", False) else images
+        validation = self.bed.images("validation", key.base) if own.pop("stopped", False) else None
+        objective = own.pop("objective", Classification())
         budget = dataclasses.replace(self, steps=round(self.steps * own.pop("share", 1.0)))
         with peak_memory(torch.device("cpu")) as spent:
             if loop is not None:
-                passes = loop(net, images, seed, design=budget, **own.arguments(loop))
+                passes = loop(net, labelled, seed, design=budget, **own.arguments(loop))
             else:
                 recipe = {**self._recipe(-(-budget.steps // count), seed), **own.pop_all(RECIPE)}
-                modifiers = [own.fill(modifier) for modifier in own.pop("modifiers", ())]
+                recipe |= {"modifiers": [own.fill(modifier) for modifier in own.pop("modifiers", ())]}
+                recipe |= {"objective": own.fill(objective)}
                 own.check()
-                passes = count * _train(net, images, modifiers, recipe)
+                passes = count * _train(net, labelled, recipe, validation)
         loss, accuracy = evaluate(net, measured)
+        values = {ACCURACY.name: accuracy, TEST_LOSS.name: loss, **(memorised(net, images) if self.bed.noise else {})}
         parameters = sum(int(p.count_nonzero()) for p in net.parameters())
         flops = float(passes * self.batch_size * pass_flops(net, self.bed.shape))
         cost = Cost(passes * self.batch_size, flops, parameters, spent.seconds, spent.bytes)
-        parity = {"training": images.digest, "images": measured.digest}
-        return Result({ACCURACY.name: accuracy, TEST_LOSS.name: loss}, cost, parity)
+        return Result(values, cost, parity)
 
     def _start(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -97,14 +109,43 @@ class Classify:
 def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
     """Return the weights that all arms of a unit start from."""
     net = dataclasses.replace(design, dense_steps=0)._start(seed)
-    _train(net, design.bed.training(seed), [], design._recipe(design.dense_steps, seed))
+    _train(net, design.bed.training(seed), {**design._recipe(design.dense_steps, seed), "objective": Classification()})
     return net.state_dict()
 
 
-def _train(net: nn.Module, images: Images, modifiers: Sequence[Any], recipe: Mapping[str, Any]) -> int:
+def _train(net: nn.Module, images: Images, recipe: Mapping[str, Any], validation: Images | None = None) -> int:
+    """Train a network; with validation images, end with the weights of its best epoch on them. Return the steps."""
     pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
     rows = [{"pixel_values": pixels, "label": int(label)} for pixels, label in pairs]
-    return train(Checkpoint(net), rows, objective=Classification(), modifiers=modifiers, **recipe).steps
+    best: dict[str, Any] = {"accuracy": -1.0}
+
+    def keep_best(checkpoint: Checkpoint) -> dict[str, float]:
+        accuracy = evaluate(net, validation)[1] if validation is not None else 0.0
+        if accuracy > best["accuracy"]:
+            best.update(accuracy=accuracy, weights={name: value.clone() for name, value in net.state_dict().items()})
+        return {"accuracy": accuracy}
+
+    if validation is None:
+        return train(Checkpoint(net), rows, **recipe).steps
+    epoch = max(1, -(-len(rows) // recipe["batch_size"]))
+    steps = train(Checkpoint(net), rows, evaluate=keep_best, evaluate_every=epoch, **recipe).steps
+    net.load_state_dict(best["weights"])
+    return steps
+
+
+@torch.no_grad()
+def memorised(net: nn.Module, images: Images) -> dict[str, float]:
+    """Return what a network made of the wrong labels among its training images.
+
+    `memorised wrong labels`: their share, in percent, that it predicts; `F1 of wrong labels`: labels that it does not
+    predict, as a search for the wrong ones.
+    """
+    chosen_N, wrong_N = net.eval()(images.pixels_NCHW).argmax(1), images.labels_N != images.true_N
+    doubted_N = chosen_N != images.labels_N
+    hits = float((doubted_N & wrong_N).sum())
+    share = 100 * float((~doubted_N & wrong_N).sum()) / max(1, int(wrong_N.sum()))
+    f1 = 2 * hits / max(1, int(doubted_N.sum()) + int(wrong_N.sum()))
+    return {MEMORISED.name: share, DETECTION.name: f1}
 
 
 def batches(images: Images, size: int, key: str) -> Iterable[tuple[Tensor, Tensor]]:
@@ -118,10 +159,10 @@ def batches(images: Images, size: int, key: str) -> Iterable[tuple[Tensor, Tenso
 
 @torch.no_grad()
 def evaluate(net: nn.Module, images: Images) -> tuple[float, float]:
-    """Return the negative log-likelihood and the accuracy in percent, by the true classes."""
+    """Return the negative log-likelihood and the accuracy in percent, by the labels: wrong ones too in validation."""
     logits_NC = net.eval()(images.pixels_NCHW)
-    accuracy = 100 * float((logits_NC.argmax(1) == images.true_N).double().mean())
-    return float(F.cross_entropy(logits_NC, images.true_N)), accuracy
+    accuracy = 100 * float((logits_NC.argmax(1) == images.labels_N).double().mean())
+    return float(F.cross_entropy(logits_NC, images.labels_N)), accuracy
 
 
 def mlp(shape: Sequence[int], width: int, classes: int = CLASSES) -> nn.Module:
