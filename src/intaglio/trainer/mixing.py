@@ -394,7 +394,8 @@ class MixingSession(ModifierSession):
             [sample["caption"], str(sample["layer"]), " | ".join(self._excerpt(row) for row in sample["ids"])]
             for sample in self.samples
         ]
-        return {"tables": [{"title": "Mixed samples", "headings": ["Shares", "Layer", "Examples"], "rows": rows}]}
+        table = {"title": "Mixed samples", "headings": ["Shares", "Layer", "Examples"], "rows": rows}
+        return {"tables": [table]} if rows else {}
 
     def _excerpt(self, row: int) -> str:
         examples = self.run.examples

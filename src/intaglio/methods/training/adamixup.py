@@ -33,6 +33,7 @@ from intaglio.methods.base import Method, ModelAspect, TrainingData
 from intaglio.modeling.classifier import logits_layer
 from intaglio.modeling.replacement import module_names, replace_modules
 from intaglio.trainer.classification import PIXELS, classifier_outputs
+from intaglio.trainer.fsdp import is_sharded
 from intaglio.trainer.mixing import (
     Mix,
     MixingSession,
@@ -68,10 +69,10 @@ def region_shares(region_PR: Tensor, uniform_PK: Tensor) -> Tensor:
 class AdaMixUp(Method, slug="adamixup"):
     """Mixup with a learned region of shares, for classifiers of images and of texts, which mix at their embeddings.
 
-    In a recipe: `train: {classes: images/, objective: {classification: {}}, modifiers: [{adamixup: {}}], epochs: 20}`.
-    Policy and discriminator are dropped at the end. The log has the means of a_1 (`least share`), delta (`width`) and
-    the smallest share (`smallest share`): near 0, the policy has stopped mixing. A discriminator that always answers
-    "real" has an intrusion loss of 0.6365.
+    In a recipe: `train: {classes: images/, modifiers: [{adamixup: {}}], epochs: 20}`. Policy and discriminator are
+    dropped at the end. The log has the means of a_1 (`least share`), delta (`width`) and the smallest share (`smallest
+    share`): near 0, the policy has stopped mixing. A discriminator that always answers "real" has an intrusion loss of
+    0.6365.
 
     In a stock Trainer, with `rows = training_rows(objective, checkpoint, examples, rng)`:
 
@@ -129,7 +130,7 @@ class AdaMixUpSession(MixingSession):
     def __init__(self, method: AdaMixUp, run: TrainingRun) -> None:
         super().__init__(run, method.slug)
         self.need_cross_entropy("the unmixed rows of adamixup")
-        self.method, layer = method, logits_layer(run.model)
+        self.method, self.checked, layer = method, False, logits_layer(run.model)
         if not run.examples or layer is None:
             raise IntaglioError("adamixup needs its training data in memory, and a model with a linear layer of logits")
         with torch.random.fork_rng(devices=[]):
@@ -141,6 +142,13 @@ class AdaMixUpSession(MixingSession):
             )
         self.networks = nn.ModuleList([self.discriminator, *([] if self.policy is None else [self.policy])])
         self.networks.to(run.checkpoint.device).train()
+
+    def before_step(self, step: int, batch: Batch) -> None:
+        """Refuse sharded weights at the first step."""
+        super().before_step(step, batch)
+        if not self.checked and is_sharded(self.run.model):
+            raise IntaglioError("adamixup needs whole weights, and FSDP has sharded them")
+        self.checked = True
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the parameters of policy and discriminator; all decay, as in the authors' code."""

@@ -97,8 +97,9 @@ def rescaled(shares: Tensor, how: Rescale, threshold: float, exponent: float) ->
 class DecoupledMixup(Mixing, slug="decoupled_mixup"):
     """Mixup, CutMix or ManifoldMix with the decoupled loss, for classifiers of images and of texts.
 
-    In a recipe: `train: {classes: images/, objective: {classification: {}}, modifiers: [{decoupled_mixup: {mix:
-    cutmix}}], epochs: 20}`. Under `classification: {loss_type: binary_cross_entropy}` targets are rescaled instead.
+    In a recipe: `train: {classes: images/, modifiers: [{decoupled_mixup: {mix: cutmix}}], epochs: 20}`. Partners are
+    rows of one batch, in a distributed run of one process. Under the objective `classification: {loss_type:
+    binary_cross_entropy}` targets are rescaled instead.
 
     With rows that have no label (`classification: {unlabelled: NAME}`), the loss has four parts: cross-entropy of the
     labelled rows; the mixed loss among them; the mixed loss of each labelled row with an unlabelled row; and FixMatch's
