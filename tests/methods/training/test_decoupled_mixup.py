@@ -436,6 +436,15 @@ def test_a_recipe_trains_images_and_shows_the_mixed_ones(tmp_path: Path) -> None
     assert " cat + " in page or " dog + " in page
 
 
+def test_a_recipe_holds_out_examples_with_a_class_alone(tmp_path: Path) -> None:
+    plan = recipe(image_folder(tmp_path / "images", ("cat", "dog", "unknown")), **SURE).dump()
+    step = plan["steps"][0]["train"]
+    step |= {"objective": {"classification": {"unlabelled": "unknown"}}, "evaluate": 0.25}
+    document = carve(Recipe.from_dict(plan), tmp_path / "out")
+    assert document["classes"] == ["cat", "dog"]
+    assert (document["data"]["training"], document["data"]["validation"]) == (10, 2)
+
+
 def test_bad_recipes_are_refused_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(IntaglioError, match=r"mixing_rate.*1\.5.*less than or equal to 1") as caught:
         recipe(tmp_path, mixing_rate=1.5)
