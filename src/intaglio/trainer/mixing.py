@@ -398,9 +398,9 @@ class MixingSession(ModifierSession):
         return {"tables": [table]} if rows else {}
 
     def _excerpt(self, row: int) -> str:
-        examples = self.run.examples
-        shown = shown_example(self.run.checkpoint, dict(examples[row])) if row < len(examples) else {}
-        return shorten(shown.get("text", f"row {row}"))
+        example = self.run.examples[row] if row < len(self.run.examples) else {}
+        text = shown_example(self.run.checkpoint, dict(example)).get("text") if "input_ids" in example else None
+        return shorten(text or f"row {row}")
 
 
 def num_classes(model: nn.Module) -> int:

@@ -208,6 +208,7 @@ def test_the_small_policy_reads_any_shape(shape: tuple[int, ...]) -> None:
     made, _, _ = session(AdaMixUp(**SMALL), net, data=rows)
     changed = made.change_batch(net, {**Classification().collate(rows, KeyedRNG(0)), "id": torch.arange(4)})
     assert changed["pixel_values"].shape == (6, *shape)
+    assert len(made.report()["thumbnails" if len(shape) == 3 else "tables"]) == 1
 
 
 def test_a_copy_has_weights_of_its_own_and_keeps_its_buffers() -> None:
