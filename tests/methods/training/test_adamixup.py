@@ -161,14 +161,14 @@ def test_the_discriminator_begins_undecided_and_sees_all_rows() -> None:
     """psi at init: L_intr = log 2; positives are two of three rows, so a constant answer scores .6365."""
     made, net, batch = session(AdaMixUp(intrusion_weight=3.0))
     _, loss, extra = losses(made, net, batch)
-    assert float(extra.parts["intrusion"]) == pytest.approx(math.log(2), abs=1e-3)
-    assert float(extra.total) == pytest.approx(3 * float(extra.parts["intrusion"]))
+    assert extra.parts["intrusion"].item() == pytest.approx(math.log(2), abs=1e-3)
+    assert extra.total.item() == pytest.approx(3 * extra.parts["intrusion"].item())
     assert loss.outputs.features.shape[0] == 12
     with torch.no_grad():
         made.discriminator[1].weight.zero_()
         made.discriminator[1].bias.copy_(torch.tensor([1 / 3, 2 / 3]).log())
     extra = made.extra_loss(net, {"targets": loss.outputs.targets}, loss.outputs)
-    assert float(extra.parts["intrusion"]) == pytest.approx(0.6365, abs=1e-4)
+    assert extra.parts["intrusion"].item() == pytest.approx(0.6365, abs=1e-4)
     real = F.cross_entropy(made.discriminator(loss.outputs.features), torch.tensor([0] * 4 + [1] * 8))
     torch.testing.assert_close(extra.parts["intrusion"], real)
 

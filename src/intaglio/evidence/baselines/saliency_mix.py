@@ -60,6 +60,6 @@ class SaliencySession(MixingSession):
         salient_BSS = salient_BSS / salient_BSS.sum((1, 2), keepdim=True).clamp(min=1e-12)
         gain_BS = (salient_BSS[mix.rows_BK[:, 1]] - salient_BSS).flatten(1)
         count_B = (mix.shares_BK[:, 1] * side**2).round()
-        rank_BS = gain_BS.argsort(1, descending=True, stable=True).argsort(1)
+        rank_BS = gain_BS.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
         chosen_BSS = (rank_BS < count_B[:, None]).reshape(-1, 1, side, side).float()
         return F.interpolate(chosen_BSS, size=pixels_BCHW.shape[-2:], mode="nearest")[:, 0].bool()

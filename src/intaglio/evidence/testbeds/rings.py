@@ -30,6 +30,7 @@ class Rings(Sized):
     training_points: int = 20
     run_points: int = 1000
     spread: float = 0.25
+    noise: ClassVar[float] = 0.0  # no label is wrong
     MINIATURE: ClassVar = {"training_points": 20, "run_points": 100}
 
     @property
