@@ -1,7 +1,7 @@
 """Mixed batches and losses against timm's and torchvision's on equal batches, and the cost of a mixed step.
 
     python benchmarks/training/mixing.py              # the peers' environment is made on the first run
-    python benchmarks/training/mixing.py --cost       # also seconds a step of plain training and of each mixing
+    python benchmarks/training/mixing.py --cost       # also the CPU time of a step of plain training and of each mixing
 
 Both sides get one batch and one matrix of logits; shares are read from the peers' targets. Writes `out/mixing.json`,
 and prints what differs.
@@ -89,7 +89,7 @@ def _shares(labels_B: Tensor, partner_B: Tensor, targets_BC: Tensor, smoothing: 
 
 
 def costs(given: dict[str, Tensor]) -> dict[str, float]:
-    """Return milliseconds a step, alternated: plain training, mixup, and both methods."""
+    """Return CPU milliseconds a step on one thread, alternated: plain training, mixup, and both methods."""
     goal, arms = Classification(), {"plain": None, "mixup": DecoupledMixup(eta=0.0),
                                     "decoupled_mixup": DecoupledMixup(), "adamixup": AdaMixUp()}  # fmt: skip
     batch = {"pixel_values": given["pixels"], "labels": given["labels"]}
@@ -107,14 +107,14 @@ def costs(given: dict[str, Tensor]) -> dict[str, float]:
         made[name] = net, session, torch.optim.SGD([*net.parameters(), *owned], lr=0.01, momentum=0.9)
     for step in range(1, STEPS + 1):
         for name, (net, session, optimizer) in made.items():
-            start = time.perf_counter()
+            start = time.thread_time()
             if session is not None:
                 session.before_step(step, batch)
             sessions = [] if session is None else [session]
             modified_loss(goal, net, batch, torch.arange(ROWS), sessions).total.backward()
             optimizer.step()
             optimizer.zero_grad()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.thread_time() - start)
     return {name: 1000 * median(values[5:]) for name, values in times.items()}
 
 
@@ -132,9 +132,9 @@ def main() -> None:
     save_file(given, files[0])
     subprocess.run([peer_python(HERE, arguments.peer_python), str(HERE / "worker_mixing.py"), *files], check=True)
     found = differences(given, load_file(files[1]))
-    result = {"differences": found, **({"milliseconds a step": costs(given)} if arguments.cost else {})}
+    result = {"differences": found, **({"CPU milliseconds a step": costs(given)} if arguments.cost else {})}
     atomic_io.write_json(arguments.out / "mixing.json", result)
-    for name, value in [*found.items(), *result.get("milliseconds a step", {}).items()]:
+    for name, value in [*found.items(), *result.get("CPU milliseconds a step", {}).items()]:
         print(f"{name}: {value:.3g}")
     sys.exit(0 if max(found.values()) < MOST else 1)
 
