@@ -101,7 +101,7 @@ def costs(given: dict[str, Tensor]) -> dict[str, float]:
         net = cnn((1, SIDE, SIDE), 16, CLASSES)
         run = TrainingRun(
             Checkpoint(net), STEPS, ROWS, 0, lambda b, net=net: goal.loss(net, b), examples=rows, objective=goal
-        )  # noqa: E501
+        )
         session = None if method is None else method.attach(run)
         owned = [p for group in ([] if session is None else session.param_groups()) for p in group["params"]]
         made[name] = net, session, torch.optim.SGD([*net.parameters(), *owned], lr=0.01, momentum=0.9)
