@@ -78,7 +78,7 @@ class Method(BaseModel):
         restores: properties that it gives back, where only steps whose `changes` are among its own took them away.
         keeps_fits: whether attachments that were fitted before it stay valid.
         edits_experts: whether it edits the matrices of stacked experts; otherwise a model with such is refused.
-        trains_on: data that an objective is trained on. Default `texts`.
+        trains_on: data that an objective is trained on, or a modifier needs. Default `texts`.
     """
 
     # strict: neither "0.5" nor true is taken for a number, nor 1 for true.

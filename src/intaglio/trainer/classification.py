@@ -34,6 +34,8 @@ from intaglio.trainer.rng import KeyedRNG
 from intaglio.trainer.token_classification import padded
 
 PIXELS = "pixel_values"
+UNLABELLED = -1
+"""Number of the label of examples without a class."""
 INPUTS = (PIXELS, "input_ids", "attention_mask")
 """Keys of a batch that the model takes."""
 
@@ -63,6 +65,8 @@ class Classification(Method, slug="classification"):
 
     Args:
         labels: the classes in the order of the logits. Default: those of the training examples, sorted.
+        unlabelled: the label of examples without a class, which the modifier `decoupled_mixup` trains on; their number
+            in `labels` of a batch is -1. Default: every example has a class.
         loss_type: `cross_entropy` (default), or `binary_cross_entropy`, of each class against the others, summed over
             the classes.
         label_smoothing: share of each target that is spread evenly over all classes. Default 0.
@@ -79,6 +83,7 @@ class Classification(Method, slug="classification"):
     trains_on: ClassVar[TrainingData] = "classes"
 
     labels: list[str] | None = None
+    unlabelled: str | None = None
     loss_type: Literal["cross_entropy", "binary_cross_entropy"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -93,16 +98,21 @@ class Classification(Method, slug="classification"):
             return examples  # a bare module on pixels
         if self.labels is None and not is_whole_input_classifier(checkpoint.model):
             examples = list(examples)
-            names = tuple(sorted({_label(number, example) for number, example in enumerate(examples)}))
+            given = {_label(number, example) for number, example in enumerate(examples)}
+            names = tuple(sorted(given - {self.unlabelled}))
         else:
             names = tuple(self.labels or label_names(checkpoint.model))
         if len(names) < 2:
             raise IntaglioError(f"the examples have {len(names)} different labels; at least two are needed")
         make_classifier(checkpoint, names, seed=rng.seed, dropout=self.dropout)
-        return self._rows(checkpoint, examples, names)
+        return self._rows(checkpoint, examples, names, rng)
 
-    def _rows(self, checkpoint: Checkpoint, examples: Iterable[Example], names: Sequence[str]) -> Iterator[Example]:
+    def _rows(
+        self, checkpoint: Checkpoint, examples: Iterable[Example], names: Sequence[str], rng: KeyedRNG
+    ) -> Iterator[Example]:
         number, images = {name: index for index, name in enumerate(names)}, is_image_model(checkpoint.config)
+        if self.unlabelled is not None and rng.training:
+            number[self.unlabelled] = UNLABELLED
         length = 0 if images else row_length(checkpoint, self.length)
         for index, example in enumerate(examples):
             label = _label(index, example)
@@ -126,6 +136,8 @@ class Classification(Method, slug="classification"):
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the mean loss of a batch, in nats a row, with the accuracy against the likeliest target."""
+        if self.unlabelled is not None and "targets" not in batch and bool((batch["labels"] < 0).any()):
+            raise IntaglioError("a batch has unlabelled examples; add the modifier decoupled_mixup")
         logits_BK, features_BD = classifier_outputs(model, batch)
         targets_BK = class_targets(batch, logits_BK.shape[1])
         if self.loss_type == "binary_cross_entropy":
@@ -177,6 +189,7 @@ def classifier_outputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tens
     """Return the logits, float32 [B, K], and the features [B, D] of a batch (None where there is no linear layer)."""
     layer = logits_layer(model)
     seen: list[Tensor] = []
+    ids_BT: Tensor | None = None
     handle = None if layer is None else layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     try:
         if PIXELS in batch:
@@ -192,7 +205,10 @@ def classifier_outputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tens
             handle.remove()
     logits_BK: Tensor = getattr(output, "logits", output).float()
     features = seen[-1] if seen else None
-    # Decoders classify every token and pick a row's last: theirs are the features of all tokens.
+    if features is not None and features.dim() == 3 and ids_BT is not None:
+        # Decoders classify every token, and pick the last that is no padding.
+        last_B = ((ids_BT != pad) * torch.arange(ids_BT.shape[1], device=ids_BT.device)).argmax(1)
+        features = features[torch.arange(len(features), device=features.device), last_B]
     return logits_BK, features if features is not None and features.dim() == 2 else None
 
 

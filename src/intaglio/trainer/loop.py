@@ -176,6 +176,7 @@ def train(
         options.gradient_accumulation_steps,
         rows.table or (),
         options.weight_decay,
+        objective,
     )
     with ExitStack() as stack:
         for context in (preserve_modes(network), preserve_grads(network), preserve_rng()):

@@ -59,6 +59,7 @@ class TrainingRun:
         gradient_accumulation_steps: batches of an optimizer step, whose gradients are averaged. Default 1.
         examples: the rows as the objective prepared them. Default: none, as for a stream.
         weight_decay: of the run's matrices, for `param_groups`. Default 0.
+        objective: what is predicted. Default None.
         optimizer: None until every modifier is attached. `before_step` may change its groups.
     """
 
@@ -70,6 +71,7 @@ class TrainingRun:
     gradient_accumulation_steps: int = 1
     examples: Sequence[Example] = ()
     weight_decay: float = 0.0
+    objective: Objective | None = None
     optimizer: torch.optim.Optimizer | None = None
 
     @property

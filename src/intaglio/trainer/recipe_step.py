@@ -392,13 +392,18 @@ class Train(Settings, Method, slug="train"):
     def labelled(self) -> tuple[LabelledExamples, LabelledExamples | None, int]:
         """Return the training examples of `classes`, the validation examples, if any, and how many are in both.
 
+        Of a split, only examples with a class are held out.
+
         Raises:
             IntaglioError: they have one class, or the validation split is the training split.
         """
         whole = load_labelled_examples(self.classes, skip_broken=self.skip_broken)
         check_classes(whole)
         if self.evaluate:
-            kept, held_out = train_eval_split(whole.rows, self.evaluate)
+            nothing = (self.objective or {}).get("classification", {}).get("unlabelled")
+            known = [row for row in whole.rows if row["label"] != nothing]
+            kept, held_out = train_eval_split(known, self.evaluate)
+            kept = [*kept, *(row for row in whole.rows if row["label"] == nothing)]
             return replace(whole, rows=tuple(kept)), replace(whole, rows=tuple(held_out)), 0
         if self.validation is None:
             return whole, None, 0

@@ -82,7 +82,9 @@ class ObjectiveModule(nn.Module):
         super().__init__()
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(model)
         self.model, self.owned, self._objective = checkpoint.model, objective.modules(), objective
-        run = TrainingRun(checkpoint, steps, len(rows) or None, seed, self._plain_loss, examples=rows)
+        run = TrainingRun(
+            checkpoint, steps, len(rows) or None, seed, self._plain_loss, examples=rows, objective=objective
+        )
         self.modifiers, self.sessions = modifiers, [modifier.attach(run) for modifier in modifiers]
         groups = [group for session in self.sessions for group in session.param_groups()]
         self.modifier_parameters = nn.ParameterList([p for group in groups for p in group["params"]])

@@ -20,7 +20,7 @@ IMAGES = Digits().toy().training(0)
 
 def net() -> Any:
     torch.manual_seed(0)
-    return mlp(8, 16)
+    return mlp((1, 8, 8), 16)
 
 
 def test_rounds_of_iterative_pruning() -> None:

@@ -71,11 +71,11 @@ def test_settings_that_reach_nothing_are_refused() -> None:
 
 
 def test_the_network_and_its_operations() -> None:
-    net = mlp(8, 16)
+    net = mlp((1, 8, 8), 16)
     loss, accuracy = evaluate(net, Digits().toy().images("pilot"))
     assert 0 <= accuracy <= 100
     assert loss > 0
-    assert pass_flops(net) == 6 * (64 * 16 + 16 * 16 + 16 * 10)
+    assert pass_flops(net, (1, 8, 8)) == 6 * (64 * 16 + 16 * 16 + 16 * 10)
 
 
 def test_batches_cover_each_epoch_in_a_keyed_order() -> None:

@@ -139,7 +139,7 @@ def test_settings_compare_by_their_fields() -> None:
     assert hash(Digits()) != hash(Digits(noise=0.1))
     assert asdict(Digits()) == {
         "source": "digits", "training_images": 800, "validation_images": 250, "run_images": 400, "pilot_images": 160,
-        "noise": 0.0,
+        "noise": 0.0, "balanced": False,
     }  # fmt: skip
 
 

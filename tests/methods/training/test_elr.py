@@ -37,7 +37,7 @@ from intaglio.recipe.schema import Recipe
 from intaglio.trainer import EpochCollator, KeyedRNG, ObjectiveModule, TrainingRun, train, training_rows
 from intaglio.trainer.classification import Classification, Classified, classifier_outputs
 from intaglio.trainer.label_report import suspicious_labels
-from intaglio.trainer.mixing import beta_rate
+from intaglio.trainer.mixing import draw_rows, draw_shares
 from intaglio.trainer.rng import generator
 from tests.alive import alive
 from tests.trainer.helpers import LABELLED, checkpoint, far, run, same, weights
@@ -248,7 +248,7 @@ def test_the_mixture_of_a_batch() -> None:
     made.before_step(3, batch)
     peer = copy.deepcopy(made.averages[1])
     changed = made.change_batch(made.run.model, batch)
-    rate, pairs = made.mixture.rate, made.mixture.pairs_B
+    rate, pairs = made.mixture.shares_BK[0, 0], made.mixture.rows_BK[:, 1]
     assert 0.5 <= rate < 1
     assert torch.allclose(
         changed["pixel_values"], rate * batch["pixel_values"] + (1 - rate) * batch["pixel_values"][pairs]
@@ -322,9 +322,8 @@ def test_two_networks_take_the_steps_of_the_card() -> None:
     mirror, averages = copy.deepcopy(second), copy.deepcopy(made.averages)
     loss = made.extra_loss(model, changed, outputs)
     rng = generator(0, "elr", 1, 1, 1, 5, 6, 8)
-    rate = beta_rate(1.0, rng)
-    rate = max(rate, 1 - rate)
-    pairs = torch.randperm(4, generator=rng)
+    pairs = draw_rows(4, 2, rng)[:, 1]
+    rate = draw_shares(4, 2, 1.0, rng, largest_first=True)[0, 0]
     x, y = batch["pixel_values"], F.one_hot(batch["labels"], 3).float()
     h = 0.4 * averages[0](x).softmax(1).detach()
     q = rate * h + (1 - rate) * h[pairs]

@@ -16,14 +16,16 @@ Dimension letters: N images, C classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.images import CLASSES, Images
@@ -31,6 +33,7 @@ from intaglio.evidence.designs.base import Configured, Settings
 from intaglio.evidence.designs.training import RECIPE
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.digits import Digits
+from intaglio.evidence.testbeds.rings import Rings
 from intaglio.evidence.testbeds.splits import generator
 from intaglio.measures.memory import peak_memory
 from intaglio.trainer import train
@@ -44,14 +47,18 @@ DETECTION = Metric("F1 of wrong labels", "", "higher", continuous=False)
 
 @dataclass(frozen=True)
 class Classify:
-    """Train a perceptron on images, from dense weights after `dense_steps` if any; a unit is a training seed."""
+    """Train a network on images, from dense weights after `dense_steps` if any; a unit is a training seed.
 
-    bed: Digits = field(default_factory=Digits)
+    `network` is `mlp` (two hidden layers of `width`) or `cnn` (convolutions of `width` and twice as many channels).
+    """
+
+    bed: Digits | Rings = field(default_factory=Digits)
     width: int = 48
     steps: int = 750
     batch_size: int = 32
     learning_rate: float = 0.1
     dense_steps: int = 0
+    network: Literal["mlp", "cnn"] = "mlp"
 
     def run(self, arm: Arm, key: RunKey, settings: Settings) -> Result:
         """Train an arm on a unit and measure it."""
@@ -76,14 +83,14 @@ class Classify:
         loss, accuracy = evaluate(net, measured)
         values = {ACCURACY.name: accuracy, TEST_LOSS.name: loss, **(memorised(net, images) if self.bed.noise else {})}
         parameters = sum(int(p.count_nonzero()) for p in net.parameters())
-        flops = float(passes * self.batch_size * pass_flops(net))
+        flops = float(passes * self.batch_size * pass_flops(net, self.bed.shape))
         cost = Cost(passes * self.batch_size, flops, parameters, spent.seconds, spent.bytes)
         return Result(values, cost, parity)
 
     def _start(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            net = mlp(self.bed.side, self.width)
+            net = NETWORKS[self.network](self.bed.shape, self.width, self.bed.classes)
         if self.dense_steps:
             net.load_state_dict(_dense(self, seed))
         return net
@@ -158,14 +165,29 @@ def evaluate(net: nn.Module, images: Images) -> tuple[float, float]:
     return float(F.cross_entropy(logits_NC, images.labels_N)), accuracy
 
 
-def mlp(side: int, width: int) -> nn.Module:
-    """Return a perceptron with two hidden layers."""
+def mlp(shape: Sequence[int], width: int, classes: int = CLASSES) -> nn.Module:
+    """Return a perceptron with two hidden layers, for images of a shape."""
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(side * side, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
-        nn.Linear(width, CLASSES),
+        nn.Flatten(), nn.Linear(math.prod(shape), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+        nn.Linear(width, classes),
     )  # fmt: skip
 
 
-def pass_flops(net: nn.Module) -> int:
+def cnn(shape: Sequence[int], width: int, classes: int = CLASSES) -> nn.Module:
+    """Return a network of two convolutions, each with pooling, and a linear layer, for images [C, H, W]."""
+    channels, height, side = shape
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(2 * width * (height // 4) * (side // 4), classes),
+    )  # fmt: skip
+
+
+NETWORKS = {"mlp": mlp, "cnn": cnn}
+
+
+def pass_flops(net: nn.Module, shape: Sequence[int]) -> int:
     """Return the operations of a forward and backward pass of one image; zeros are multiplied like any number."""
-    return sum(6 * module.weight.numel() for module in net.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, *shape))
+    return 3 * int(counter.get_total_flops())

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
+from torch.nn import functional as F
+
 from intaglio.data.images import CLASSES, SIDES, Images, Source, load_images
 from intaglio.errors import IntaglioError
-from intaglio.evidence.testbeds.splits import Bounds, Part, Sized, check_part, draw, keyed, part_of
+from intaglio.evidence.testbeds.splits import Bounds, Part, Sized, check_count, check_part, draw, keyed, part_of
 
 BOUNDS: Bounds = {"train": (0, 500), "validation": (500, 650), "pilot": (650, 750), "evaluation": (750, 1000)}
 
@@ -37,7 +39,8 @@ class Digits(Sized):
     """The source of the images and the number of them.
 
     `digits` are scikit-learn's, `mnist5k` a bundled asset (about 2,500 / 750 / 500 / 1,250 images); `noise` is the
-    share of training and validation labels that are wrong.
+    share of training and validation labels that are wrong; `balanced`, whether the training images have equally many of
+    each class.
     """
 
     source: Source = "digits"
@@ -46,8 +49,19 @@ class Digits(Sized):
     run_images: int = 400
     pilot_images: int = 160
     noise: float = 0.0
+    balanced: bool = False
     MINIATURE: ClassVar = {"source": "digits", "training_images": 160, "validation_images": 100, "run_images": 100,
                            "pilot_images": 100}  # fmt: skip
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of an image."""
+        return (1, self.side, self.side)
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return CLASSES
 
     @property
     def side(self) -> int:
@@ -61,7 +75,7 @@ class Digits(Sized):
 
     def training(self, seed: int) -> Images:
         """Return noisy training images, in random order."""
-        return noisy(self._draw("train", self.training_images, seed), self.noise, seed)
+        return noisy(self._draw("train", self.training_images, seed, self.balanced), self.noise, seed)
 
     def images(self, part: Part, base: int = 0) -> Images:
         """Return the images that all runs are measured on; labels of `validation` are as noisy as those trained on."""
@@ -69,9 +83,15 @@ class Digits(Sized):
             return noisy(self._draw(part, self.validation_images, base), self.noise, base)
         return self._draw(part, self.pilot_images if part == "pilot" else self.run_images, base)
 
-    def _draw(self, part: Part, count: int, seed: int) -> Images:
-        images = self.part(part)
-        return images.take(draw(f"{self.source} {part}:{seed}", images.names, count, f"{part} images of digits"))
+    def _draw(self, part: Part, count: int, seed: int, balanced: bool = False) -> Images:
+        images, key, what = self.part(part), f"{self.source} {part}:{seed}", f"{part} images of digits"
+        if not balanced:
+            return images.take(draw(key, images.names, count, what))
+        order = images.take(draw(key, images.names, len(images), what))
+        rank_N = F.one_hot(order.true_N, CLASSES).cumsum(0).gather(1, order.true_N[:, None])[:, 0]
+        kept = order.take((rank_N <= count // CLASSES).nonzero().flatten())
+        check_count(what, count, len(kept))
+        return kept
 
 
 @lru_cache(maxsize=2)

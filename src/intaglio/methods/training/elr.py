@@ -24,8 +24,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -43,7 +43,7 @@ from intaglio.trainer.classification import Classified, class_targets, classifie
 from intaglio.trainer.fsdp import is_sharded
 from intaglio.trainer.gathering import gather_rows
 from intaglio.trainer.label_report import label_report, suspicious_labels
-from intaglio.trainer.mixing import beta_rate, mix, mix_inputs, mixed_embeddings, pairs_of
+from intaglio.trainer.mixing import Mix, draw_rows, draw_shares, mixed_forward, mixed_inputs
 from intaglio.trainer.protocols import Batch, Loss, ModifierSession, TrainingRun
 from intaglio.trainer.rng import generator
 
@@ -225,17 +225,6 @@ class _Session(ModifierSession):
         return label_report(self.run.checkpoint, self.run.examples, suspicious_labels(targets_NK, labels_N), labels_N)
 
 
-@dataclass
-class _Mixture:
-    """A network's rate and pairs of a batch."""
-
-    rate: float
-    pairs_B: Tensor
-
-    def mix(self, values: Tensor) -> Tensor:
-        return mix(values, self.rate, self.pairs_B)
-
-
 class _PlusSession(_Session):
     """ELR+: the run's network and a second one, each taught by the average of the other."""
 
@@ -270,30 +259,24 @@ class _PlusSession(_Session):
         mixed, self.mixture, self.q_BK = self._prepared(0, batch)
         return mixed
 
-    def _prepared(self, network: int, batch: Batch) -> tuple[Batch, _Mixture, Tensor]:
-        """Update a network's table by the other's average; return the mixed batch, its mixture and q [B, K]."""
+    def _prepared(self, network: int, batch: Batch) -> tuple[Batch, Mix, Tensor]:
+        """Update a network's table by the other's average; return the mixed batch, its mix and q [B, K]."""
         rng = generator(self.run.seed, "elr", network, self.step, *batch["id"].tolist())
-        rate = beta_rate(self.method.mixup_alpha, rng)
-        mixture = _Mixture(max(rate, 1 - rate), pairs_of(len(batch["id"]), rng))
+        rows, alpha = len(batch["id"]), self.method.mixup_alpha
+        mixture = Mix.unmixed(rows)
+        if alpha:
+            mixture = Mix(draw_rows(rows, 2, rng), draw_shares(rows, 2, alpha, rng, largest_first=True))
         with torch.no_grad():
             logits_BK, _ = classifier_outputs(self.averages[1 - network], batch)
-        q_BK = mixture.mix(self.tables[network].update(batch["id"], logits_BK.softmax(1)))
-        targets_BK = mixture.mix(class_targets(batch, logits_BK.shape[1]))
+        q_BK = mixture.average(self.tables[network].update(batch["id"], logits_BK.softmax(1)))
+        targets_BK = mixture.average(class_targets(batch, logits_BK.shape[1]))
         if self.method.refine_targets:
             targets_BK = targets_BK * q_BK
             targets_BK = targets_BK / targets_BK.sum(1, keepdim=True)
-        return {**mix_inputs(batch, mixture.rate, mixture.pairs_B), "targets": targets_BK}, mixture, q_BK
+        return {**mixed_inputs(batch, mixture), "targets": targets_BK}, mixture, q_BK
 
     def forward_context(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
-        return self._mixed(model, batch, None if self.warm else self.mixture)
-
-    @contextmanager
-    def _mixed(self, model: nn.Module, batch: Batch, mixture: _Mixture | None) -> Iterator[None]:
-        if mixture is None:
-            yield
-            return
-        with mixed_embeddings(model, batch, mixture.rate, mixture.pairs_B):
-            yield
+        return nullcontext() if self.warm else mixed_forward(model, self.plain, self.mixture)
 
     def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss | None:
         if not isinstance(outputs, Classified):
@@ -305,7 +288,7 @@ class _PlusSession(_Session):
             return Loss(other.total, {"second_network": other.total})
         first = self._term(self.q_BK, clamped_softmax(outputs.logits))
         mixed, mixture, q_BK = self._prepared(1, self.plain)
-        with self._mixed(self.second, mixed, mixture):
+        with mixed_forward(self.second, self.plain, mixture):
             other = self.run.loss(mixed, self.second)
         second = self._term(q_BK, clamped_softmax(other.outputs.logits))
         total = first.total + other.total + second.total
