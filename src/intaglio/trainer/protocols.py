@@ -56,6 +56,8 @@ class TrainingRun:
         loss: `loss(batch)`, the objective's loss of a batch with its gradient, in the run's precision and without the
             modifiers' terms: for modifiers that take steps of their own.
         gradient_accumulation_steps: batches of an optimizer step, whose gradients are averaged. Default 1.
+        held_out: `held_out(n)`, batch n of the rows that were held out for a modifier with a `held_out_share`, in a new
+            order in each pass, for `loss`; the same in every process. Default None: no modifier has one.
         optimizer: None until every modifier is attached. `before_step` may change its groups.
     """
 
@@ -65,6 +67,7 @@ class TrainingRun:
     seed: int
     loss: Callable[[Batch], Loss]
     gradient_accumulation_steps: int = 1
+    held_out: Callable[[int], Batch] | None = None
     optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -126,6 +129,9 @@ class ModifierSession:
     def before_step(self, step: int, batch: Batch) -> None:
         """Prepare optimizer step `step` (from 1), which begins with `batch`."""
 
+    def before_batch(self, batch: Batch) -> None:
+        """Prepare the forward pass of a training batch, which holds the ids of its rows as `id`, int64 [B]."""
+
     def after_step(self, step: int) -> None:
         """Follow up optimizer step `step` (from 1)."""
 
@@ -159,7 +165,8 @@ class TrainingModifier(Protocol):
     """A technique that changes how a model trains: schedules, regularizers, masks and quantizers.
 
     The modifier itself is immutable configuration; all state lives in the session. A class with
-    `trains_weights = True` is refused beside adapters or frozen weights before a model loads.
+    `trains_weights = True` is refused beside adapters or frozen weights before a model loads. Its `held_out_share`, if
+    it has one above 0, is the share of the rows that are not trained on but given to it as `TrainingRun.held_out`.
     """
 
     def attach(self, run: TrainingRun) -> ModifierSession:
