@@ -37,8 +37,8 @@ from intaglio.methods.training.stn.regularizers import (
 )
 from intaglio.methods.training.stn.session import Replay, SelfTuning
 from intaglio.trainer import ModifierSession, TrainingRun, train
+from intaglio.trainer.classification import Classification
 from intaglio.trainer.history import columns
-from intaglio.trainer.image_classification import ImageClassification
 from intaglio.trainer.protocols import Batch, Loss
 from tests.alive import alive
 from tests.families import tiny_model
@@ -69,7 +69,7 @@ ALIVE = {
     "schedule": alive({"step": [0.0], "dropout": [0.3]}),
 }
 PIXELS = torch.rand(12, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-IMAGES = [{"pixels": pixels, "label": n % 3} for n, pixels in enumerate(PIXELS)]
+IMAGES = [{"pixel_values": pixels, "label": n % 3} for n, pixels in enumerate(PIXELS)]
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -79,7 +79,7 @@ def net(seed: int = 0) -> nn.Sequential:
 
 def classify(model: nn.Module, data: Any = IMAGES, **more: Any) -> Any:
     settings = {"steps": 6, "batch_size": 4, "learning_rate": 0.1, "optimizer": "sgd", "log_every": 1, "warmup": 0}
-    return train(Checkpoint(model), data, objective=ImageClassification(), **{**settings, **more})
+    return train(Checkpoint(model), data, objective=Classification(), **{**settings, **more})
 
 
 def attach(method: STN, model: nn.Module, loss: Callable[[Batch], Tensor] | None = None, **more: Any) -> Any:
@@ -331,7 +331,7 @@ def test_a_regularizer_acts_in_training_passes_alone(kind: str) -> None:
     session.before_step(1, {})
 
     def passed(train_mode: bool) -> tuple[Tensor, float]:
-        session.before_batch({"id": torch.arange(6)})
+        session.change_batch(model, {"id": torch.arange(6)})
         model.train(train_mode)
         torch.manual_seed(0)
         out = model(x)
@@ -359,7 +359,7 @@ def test_penalties_are_the_squares_that_the_card_names() -> None:
              ("weight_decay", "activation", "temporal")]  # fmt: skip
     session = attach(STN(regularizers=items, scale=1e-6, gate_std=0.0), model)
     session.before_step(1, {})
-    session.before_batch({"id": torch.arange(2)})
+    session.change_batch(model, {"id": torch.arange(2)})
     x = torch.randn(2, 5, 3)
     out = model(x)
     decay = model[0].weight.square().sum() / 2
@@ -373,7 +373,7 @@ def test_words_of_an_embedding_are_dropped_in_all_places() -> None:
     items = [Regularizer(kind="embedding_dropout", start=0.5)]
     session = attach(STN(regularizers=items, scale=1e-3), model)
     session.before_step(1, {})
-    session.before_batch({"id": torch.arange(3)})
+    session.change_batch(model, {"id": torch.arange(3)})
     ids = torch.arange(9).expand(3, 9)
     dropped = (model(ids) == 0).all(-1)
     assert torch.equal(dropped, dropped[:1].expand(3, 9))
@@ -390,13 +390,13 @@ def test_one_mask_of_weights_holds_for_all_time_steps() -> None:
     kept = session.state.weight_mask
     session.state.weight_mask = lambda *a: masks.append(kept(*a)) or masks[-1]
     session.before_step(1, {})
-    session.before_batch({"id": torch.arange(2)})
+    session.change_batch(model, {"id": torch.arange(2)})
     model(torch.randn(2, 6, 3))
     own = [mask for mask in masks if mask is not None]
     assert len(own) == 6
     assert all(mask is own[0] for mask in own)
     assert layer.weight.shape == own[0].shape
-    session.before_batch({"id": torch.arange(2)})
+    session.change_batch(model, {"id": torch.arange(2)})
     model(torch.randn(2, 6, 3))
     assert masks[-1] is not own[0]
 
@@ -417,7 +417,7 @@ def test_a_train_step_leaves_the_hyperparameters_and_a_hyper_step_the_weights() 
     model.train()
     before = tensors(session)
     session.before_step(1, {})
-    session.before_batch({"id": torch.arange(5)})
+    session.change_batch(model, {"id": torch.arange(5)})
     loss = model(torch.randn(5, 16)).square().mean() + session.extra_loss(model, {}, None).total
     loss.backward()
     optimizer.step()
@@ -498,7 +498,7 @@ def test_perturbations_are_keyed_by_step_and_example() -> None:
 
     def drawn(step: int, ids: list[int]) -> Tensor:
         session.before_step(step, {})
-        session.before_batch({"id": torch.tensor(ids)})
+        session.change_batch(session.run.model, {"id": torch.tensor(ids)})
         return session.state.h_BH
 
     first = drawn(1, [4, 7, 9])
@@ -518,8 +518,8 @@ def test_rows_held_out_are_tuned_on_and_never_trained_on() -> None:
             assert run.rows == 9
             plain = run.held_out
             run.held_out = lambda n: tuned.update(_names(plain(n))) or plain(n)  # type: ignore[misc]
-            before = session.before_batch
-            session.before_batch = lambda batch: trained.update(_names(batch)) or before(batch)
+            before = session.change_batch
+            session.change_batch = lambda model, batch: trained.update(_names(batch)) or before(model, batch)
             return session
 
     classify(net(), steps=9, modifiers=[Watching(validation=0.25, hyper_warmup=0, train_steps=1)])
@@ -529,7 +529,7 @@ def test_rows_held_out_are_tuned_on_and_never_trained_on() -> None:
 
 
 def _names(batch: Mapping[str, Any]) -> set[float]:
-    return set(batch["pixels"][:, 0, 0, 0].tolist())
+    return set(batch["pixel_values"][:, 0, 0, 0].tolist())
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------
@@ -546,7 +546,7 @@ def test_the_baked_network_is_the_tuned_one_at_the_final_hyperparameters() -> No
     values = [line.parts["stn dropout"] for line in result.history]
     assert values[0] == pytest.approx(0.05)
     assert len(set(values)) > 2
-    assert set(result.history[0].parts) == {"stn dropout", "stn scale of dropout"}
+    assert set(result.history[0].parts) == {"accuracy", "stn dropout", "stn scale of dropout"}
 
 
 def test_a_schedule_is_read_from_a_checkpoint_and_replayed_on_a_plain_network(tmp_path: Path) -> None:
@@ -573,7 +573,7 @@ def test_a_replay_takes_the_line_of_its_step_and_trains_plain_weights() -> None:
     values = []
     for step in range(1, 7):
         session.before_step(step, {})
-        session.before_batch({"id": torch.arange(3)})
+        session.change_batch(model, {"id": torch.arange(3)})
         values.append(float(session.state.values_BH))
         session.after_step(step)
     assert values == pytest.approx([0.3, 0.3, 0.6, 0.6, 0.6, 0.6])
@@ -699,7 +699,7 @@ def test_on_ridge_both_starts_close_most_of_the_gap(start: float) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for step in range(1, 4001):
         session.before_step(step, {})
-        session.before_batch({"id": torch.arange(30)})
+        session.change_batch(model, {"id": torch.arange(30)})
         total = (model(x)[:, 0] - y).square().sum() / 2 + session.extra_loss(model, {}, None).total
         optimizer.zero_grad()
         total.backward()
@@ -769,7 +769,7 @@ def test_other_refusals() -> None:
         packed(torch.randn(5, 3))
     images = nn.Sequential(nn.Linear(3, 3))
     session = attach(STN(regularizers=[Regularizer(kind="input_scale")]), images)
-    session.before_batch({"id": torch.arange(2)})
+    session.change_batch(images, {"id": torch.arange(2)})
     with pytest.raises(IntaglioError, match="input_scale needs images"):
         images(torch.randn(2, 3))
     with pytest.raises(IntaglioError, match="held_out is empty"):

@@ -27,9 +27,9 @@ from intaglio.evidence.testbeds.digits import Digits
 from intaglio.measures.memory import peak_memory
 from intaglio.methods.training.stn import STN, Regularizer, found_schedule
 from intaglio.trainer import LogEntry, train
+from intaglio.trainer.classification import Classification
 from intaglio.trainer.dataset import hold_out
 from intaglio.trainer.history import columns
-from intaglio.trainer.image_classification import ImageClassification
 
 VALIDATION_LOSS = Metric("validation loss", "nats")
 DROPOUTS = {"input dropout": "1", "first hidden dropout": "3", "second hidden dropout": "5"}
@@ -102,7 +102,7 @@ class _Trainings:
     ) -> None:
         self.design, self.measured, self.seed, self.rate = design, measured, seed, rate
         pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
-        self.rows = [{"pixels": pixels, "label": int(label)} for pixels, label in pairs]
+        self.rows = [{"pixel_values": pixels, "label": int(label)} for pixels, label in pairs]
         self.kept, held_out = hold_out(self.rows, design.validation, seed)
         self.validation = images.take(held_out)
         self.named = {
@@ -135,7 +135,7 @@ class _Trainings:
         # STN holds its share out itself; all others are given the same rows.
         rows = self.rows if method.held_out_share else [self.rows[n] for n in self.kept]
         return train(
-            Checkpoint(net), rows, objective=ImageClassification(), modifiers=[method], evaluate=measure, steps=steps,
+            Checkpoint(net), rows, objective=Classification(), modifiers=[method], evaluate=measure, steps=steps,
             batch_size=self.design.batch_size, learning_rate=self.rate, schedule="constant", seed=self.seed,
             evaluate_every=self.design.evaluate_every,
         ).history  # fmt: skip

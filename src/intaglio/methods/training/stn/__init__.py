@@ -144,6 +144,8 @@ class STN(Method, slug="stn"):
     def attach(self, run: TrainingRun) -> ModifierSession:
         """Gate the layers, or set up the replay of a schedule."""
         if self.schedule is None:
+            if run.held_out is None:
+                raise IntaglioError("stn needs held-out batches to tune on; in a stock Trainer use STN.callback")
             return SelfTuning(self, run)
         schedule = self.schedule if isinstance(self.schedule, dict) else found_schedule(self.schedule)
         names = names_of(self.regularizers)

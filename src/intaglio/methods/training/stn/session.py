@@ -54,9 +54,10 @@ class RegularizedSession(ModifierSession):
         """Note the step, by which the perturbations are keyed."""
         self.step = step
 
-    def before_batch(self, batch: Batch) -> None:
-        """Set the values of the batch's examples."""
+    def change_batch(self, model: nn.Module, batch: Batch) -> Batch:
+        """Set the values of the batch's examples; the batch stays."""
         self.set_examples(batch["id"].tolist())
+        return batch
 
     def set_examples(self, ids: Sequence[int]) -> None:
         """Set the values of examples, by their ids, for the next forward pass in training mode."""
@@ -124,8 +125,7 @@ class SelfTuning(RegularizedSession):
 
         The model is in evaluation mode and nothing is regularized: the gradient reaches h through the gates alone.
         """
-        if self.run.held_out is None:
-            raise IntaglioError("stn needs held-out batches to tune on")
+        assert self.run.held_out is not None  # checked by `attach`
         batch = self.run.held_out(self.hyper_steps)
         count = _rows(batch.values())
         tuned, h_1H = self.method.tune_scales, self.hyper.h_H[None]
