@@ -330,7 +330,7 @@ def test_penalties_are_what_their_rule_says() -> None:
     rules = {rule: first.model_copy(update={"penalty_rule": rule}) for rule in ("absolute", "theory", "validation")}
     penalties = {rule: method.solve(sources, target).penalty for rule, method in rules.items()}
     assert penalties["absolute"] == 0.2
-    _, W = first.fit([source.draw(20) for source in sources])
+    _, W = first.represent([source.draw(20) for source in sources])
     w_K = first.solve(sources, target)
     assert share == pytest.approx(
         0.2 * largest_penalty(np.hstack(W), np.linalg.lstsq(w_K.features(target.x), target.y_NH, rcond=None)[0][:, 0]),
@@ -338,7 +338,9 @@ def test_penalties_are_what_their_rule_says() -> None:
     )
     # The residual is near the noise, 0.1, and below it by the fitted parameters.
     assert penalties["theory"] == pytest.approx(0.2 * 0.1 * np.sqrt((2 + np.log(6)) / 20), rel=0.2)
-    assert penalties["validation"] in [pytest.approx(share / 0.2 * s) for s in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)]
+    # Of four fifths of the target's samples, so that the scale is a little different.
+    shares = penalties["validation"] / (share / 0.2)
+    assert min(abs(shares / tried - 1) for tried in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)) < 0.1
     assert penalties["validation"] < 0.2 * share / 0.2  # the data are nearly exact, so that a small one is best
 
 
@@ -390,13 +392,13 @@ def test_inputs_are_standardised_components_and_a_constant() -> None:
 def test_the_samples_drawn_are_recorded_drawn_in_the_report_and_handed_out() -> None:
     ckpt = AMTRLLasso(**FIELDS).fit(tiny(), seed=1)
     chosen = ckpt.record.steps[-1].chosen
-    assert list(chosen["samples"]) == list(TASKS)
-    assert sum(chosen["samples"].values()) == 30 == chosen["cost"]
+    assert list(chosen["drawn"]) == list(TASKS)
+    assert sum(chosen["drawn"].values()) == 30 == chosen["cost"]
     assert chosen["explored"] == dict.fromkeys(TASKS, 6)
-    assert chosen["bars"]["items"].values() == pytest.approx(chosen["samples"].values())
+    assert list(chosen["bars"]["items"].values()) == list(chosen["drawn"].values())
     assert ckpt.record.steps[-1].verb == "fit"
     mixture = ckpt.fitted("amtrl_lasso").mixture()
-    for name, count in chosen["samples"].items():
+    for name, count in chosen["drawn"].items():
         rows = [row for row in mixture if row["task"] == name]
         assert len(rows) == count
         lines = [json.loads(line) for line in Path(TASKS[name]).read_text().splitlines()]
@@ -464,7 +466,7 @@ def test_a_recipe_fits_it_and_the_command_classifies(tmp_path: Path) -> None:
         "measure": {"texts": TARGET, "samples": 2, "length": 16, "speed": False},
     })  # fmt: skip
     document = carve(recipe, tmp_path / "out", model=str(model))
-    assert sum(document["steps"][0]["chosen"]["samples"].values()) == 30
+    assert sum(document["steps"][0]["chosen"]["drawn"].values()) == 30
     assert "Samples drawn of each source" in (tmp_path / "out" / "report.html").read_text()
     result = CliRunner().invoke(app, ["classify", str(tmp_path / "out"), TARGET, "--json"])
     assert result.exit_code == 0, result.output

@@ -610,7 +610,7 @@ class NextWord:
         return nn.ModuleDict()
 
     def collate(self, examples: Any, rng: Any) -> dict[str, Any]:
-        return {"ids": torch.stack([example["input_ids"] for example in examples])}
+        return {"ids": torch.stack([example["ids"] for example in examples])}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Loss:
         logits = model(batch["ids"][:, :-1])
@@ -628,7 +628,7 @@ def test_an_lstm_trains_under_all_its_regularizers() -> None:
         Regularizer(kind="activation", at=["rnn"]),
         Regularizer(kind="temporal", at=["rnn"]),
     ]
-    rows = [{"input_ids": torch.randint(9, (7,), generator=torch.Generator().manual_seed(n))} for n in range(12)]
+    rows = [{"ids": torch.randint(9, (7,), generator=torch.Generator().manual_seed(n))} for n in range(12)]
     method = STN(regularizers=items, hyper_warmup=0, train_steps=1, tune_scales=False)
     result = train(Checkpoint(model), rows, objective=NextWord(), modifiers=[method], steps=4, batch_size=3,
                    log_every=1, learning_rate=0.05)  # fmt: skip

@@ -192,9 +192,9 @@ class AMTRLLasso(ActiveSettings, Method, slug="amtrl_lasso"):
         """Return the record's part: counts, relevance, price, and bars for the report."""
         counts = solution.counts_RS[-1]
         relevance = {name: float(value) for name, value in zip(names, solution.relevance_S, strict=True)}
-        samples = dict(zip(names, counts.tolist(), strict=True))
+        drawn = dict(zip(names, counts.tolist(), strict=True))
         return {
-            "samples": samples,
+            "drawn": drawn,
             "explored": dict(zip(names, solution.counts_RS[0].tolist(), strict=True)),
             "relevance": relevance,
             "penalty": solution.penalty,
@@ -202,7 +202,7 @@ class AMTRLLasso(ActiveSettings, Method, slug="amtrl_lasso"):
             "bars": {
                 "title": "Samples drawn of each source",
                 "axis": "samples",
-                "items": {f"{name} (relevance {relevance[name]:.3g})": count for name, count in samples.items()},
+                "items": {f"{name} (relevance {relevance[name]:.3g})": count for name, count in drawn.items()},
             },
         }
 

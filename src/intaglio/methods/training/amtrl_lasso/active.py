@@ -139,7 +139,7 @@ class ActiveSettings(BaseModel):
                 weights = np.ones(len(sources))
             else:
                 drawn = [source.draw(int(n)) for source, n in zip(sources, counts, strict=True)]
-                phi, heads = self.fit(drawn, seed, network)
+                phi, heads = self.represent(drawn, seed, network)
                 nu_TC, penalty = self._coefficients(phi, heads, drawn, target, seed)
                 nu_TC = nu_TC if nu is None else nu
                 relevance = _by_source(nu_TC, drawn)
@@ -150,14 +150,14 @@ class ActiveSettings(BaseModel):
             history.append(counts)
             progress(number, self.rounds + 1, "amtrl_lasso: allocating")
         drawn = [source.draw(int(n)) for source, n in zip(sources, counts, strict=True)]
-        phi, heads = self.fit(drawn, seed, network)
+        phi, heads = self.represent(drawn, seed, network)
         progress(self.rounds + 1, self.rounds + 1, "amtrl_lasso: fitting")
         if not len(nu_TC):
             nu_TC = np.zeros((sum(s.y_NH.shape[1] for s in drawn), target.y_NH.shape[1]))
         target_KC = ridge(features(phi, target.x), target.y_NH, self.ridge)
         return Solution(phi, np.hstack(heads), target_KC, nu_TC, relevance, np.stack(history), penalty)
 
-    def fit(
+    def represent(
         self, drawn: Sequence[Samples], seed: int = 0, network: Callable[[], nn.Module] | None = None
     ) -> tuple[nn.Module, list[np.ndarray]]:
         """Return the representation of samples, and the heads [K, H] of each source."""

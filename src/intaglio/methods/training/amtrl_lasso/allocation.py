@@ -42,10 +42,10 @@ def lasso(W_KT: np.ndarray, w_K: np.ndarray, penalty: float) -> np.ndarray:
     """Return `argmin_nu 0.5 ||W nu - w||_2^2 + penalty ||nu||_1`, [T]; zeros from `max |W^T w|` on."""
     if penalty >= largest_penalty(W_KT, w_K):
         return np.zeros(W_KT.shape[1])
-    from sklearn.linear_model import Lasso
+    from sklearn.linear_model import LassoLars
 
-    # scikit-learn divides the squared error by the number of equations.
-    solver = Lasso(alpha=penalty / len(w_K), fit_intercept=False, max_iter=100_000, tol=1e-8)
+    # Exact where there are more sources than equations; scikit-learn divides the squared error by their number.
+    solver = LassoLars(alpha=penalty / len(w_K), fit_intercept=False)
     solution: np.ndarray = solver.fit(W_KT, w_K).coef_
     return solution
 

@@ -113,6 +113,11 @@ class GatedLayer(nn.Module):
         return nn.Parameter(value.to(like.device, torch.float32))
 
     @property
+    def stock(self) -> nn.Module:
+        """The stock layer as it is."""
+        return self.elementary
+
+    @property
     def weight(self) -> Any:
         """The weight of the stock layer, W_e."""
         return self.elementary.weight
@@ -193,6 +198,11 @@ class GatedLSTM(nn.Module):
                 for part, layers in (("ih", self.input_layers), ("hh", self.hidden_layers)):
                     names = [f"{kind}_{part}_l{layer}{suffix}" for kind in ("weight", "bias")]
                     layers.append(gated(_linear(*[getattr(lstm, name, None) for name in names])))
+
+    @property
+    def stock(self) -> nn.Module:
+        """The stock LSTM as it is."""
+        return self._stock[0]
 
     def forward(self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return what `nn.LSTM` returns for a batch of sequences."""
@@ -284,6 +294,6 @@ def install(
     return made
 
 
-def remove(model: nn.Module, layers: dict[str, GatedLayer | GatedLSTM], h_H: Tensor) -> None:
-    """Put the stock layers back, with the weights for unconstrained hyperparameters."""
-    replace_modules(model, {name: layer.bake(h_H) for name, layer in layers.items()})
+def remove(model: nn.Module, layers: dict[str, GatedLayer | GatedLSTM], h_H: Tensor | None) -> None:
+    """Put the stock layers back, with the weights for unconstrained hyperparameters; None: as they are."""
+    replace_modules(model, {n: layer.stock if h_H is None else layer.bake(h_H) for n, layer in layers.items()})

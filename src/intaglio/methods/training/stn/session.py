@@ -47,7 +47,7 @@ class RegularizedSession(ModifierSession):
         try:
             self.hooks = Hooks(run.model, method.regularizers, self.layers, self.state)
         except IntaglioError:
-            remove(run.model, self.layers, self.hyper.h_H)
+            remove(run.model, self.layers, None)
             raise
 
     def before_step(self, step: int, batch: Batch) -> None:
@@ -235,8 +235,10 @@ class STNCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **more: Any) -> None:
         """Add the current values to the log."""
-        if logs is not None:
-            logs |= {f"stn {name}": value for name, value in self.session.current().items()}
+        values = {f"stn {name}": value for name, value in self.session.current().items()}
+        for line in (logs, state.log_history[-1] if state.log_history else None):
+            if line is not None:
+                line |= values
 
     def detach(self) -> None:
         """Leave the stock model, with the weights for the final hyperparameters."""
