@@ -247,7 +247,7 @@ def test_alternating_least_squares_finds_the_subspace() -> None:
 def test_a_network_is_trained_on_all_sources_and_whitened() -> None:
     _, _, sources, _ = problem()
     drawn = [source.draw(40) for source in sources]
-    settings_ = {"steps": 200, "learning_rate": 1e-2, "strength": 1e-4, "seed": 0}
+    settings_ = {"steps": 30, "learning_rate": 1e-2, "strength": 1e-4, "seed": 0}
     made: list[nn.Module] = []
 
     def make() -> nn.Module:

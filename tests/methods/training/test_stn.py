@@ -353,6 +353,22 @@ def test_a_regularizer_acts_in_training_passes_alone(kind: str) -> None:
     assert float(session.extra_loss(model, {}, None).total) == 0
 
 
+def test_a_pattern_meets_a_gated_layer_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 3))
+    session = attach(STN(regularizers=[Regularizer(kind="dropout", start=0.5, at=["*0*"])], scale=1e-3), model)
+    inputs: list[Tensor] = []
+    layer: Any = model[0]
+    watch = layer.elementary.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    session.change_batch(model, {"id": torch.arange(50)})
+    model(torch.ones(50, 200))
+    watch.remove()
+    assert float((inputs[0] == 0).float().mean()) == pytest.approx(0.5, abs=0.03)
+    assert torch.equal(inputs[0], inputs[1])
+    session.detach()
+    assert not model[0]._forward_pre_hooks
+
+
 def test_penalties_are_the_squares_that_the_card_names() -> None:
     model = nn.Sequential(nn.Linear(3, 4))
     items = [Regularizer(kind=k, start=0.0 if k == "weight_decay" else 1.5, at=["0"]) for k in
@@ -547,6 +563,11 @@ def test_the_baked_network_is_the_tuned_one_at_the_final_hyperparameters() -> No
     assert values[0] == pytest.approx(0.05)
     assert len(set(values)) > 2
     assert set(result.history[0].parts) == {"accuracy", "stn dropout", "stn scale of dropout"}
+    (table,) = result.reports["stn"]["tables"]
+    (row,) = table["rows"]
+    assert row[:2] == ["dropout", "0.05"]
+    assert float(row[2]) != 0.05
+    assert len(table["headings"]) == len(row) == 4
 
 
 def test_a_schedule_is_read_from_a_checkpoint_and_replayed_on_a_plain_network(tmp_path: Path) -> None:
@@ -750,6 +771,7 @@ def test_a_model_that_does_not_fit_is_refused_and_left_as_it_was(fields: dict[st
     with pytest.raises(IntaglioError, match=message):
         classify(model, modifiers=[STN(**fields)])
     assert [type(part) for part in model] == [nn.Flatten, nn.Linear, nn.ReLU, nn.Linear]
+    assert not model[1]._forward_pre_hooks
     if "three colours" not in message:
         assert same(dict(model.state_dict()), dict(before))
 

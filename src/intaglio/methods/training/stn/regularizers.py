@@ -229,40 +229,56 @@ class Hooks:
         layers: Mapping[str, GatedLayer | GatedLSTM],
         state: HypernetInput,
     ) -> None:
-        self.state, self.handles = state, []
-        self.layers = {
-            f"{name}.{inner}" if inner else name: part
-            for name, layer in layers.items()
-            for inner, part in layer.named_modules()
-            if isinstance(part, GatedLayer)
-        }
+        self.model, self.state, self.gated = model, state, layers
+        self.handles: list[Any] = []
         self.decayed: list[tuple[int, list[GatedLayer]]] = []
-        everything = dict(model.named_modules())
-        for n, item in enumerate(regularizers):
-            if KINDS[item.kind].image:
-                if item.at is not None:
-                    raise IntaglioError(f"regularizers: {item.kind} acts on the images; leave at out")
-            elif item.kind in ("drop_connect", "weight_decay"):
-                chosen = _chosen(self.layers, item)
-                if item.kind == "drop_connect":
-                    state.drop_connect |= {id(layer): n for layer in chosen}
-                else:
-                    self.decayed.append((n, chosen))
-            elif item.kind in INPUTS:
-                named = {name: everything[name] for name in layers} if item.at is None else everything
-                for module in _chosen(named, item):
-                    self.handles.append(module.register_forward_pre_hook(self._before(n, INPUTS[item.kind])))
-            elif item.kind == "embedding_dropout":
-                for module in _chosen(_embeddings(model), item):
-                    self.handles.append(module.register_forward_hook(self._after_embedding(n)))
-            else:
-                if item.at is None:
-                    raise IntaglioError(f"regularizers: {item.kind} needs at, the modules whose outputs it penalises")
-                for module in _chosen(everything, item):
-                    self.handles.append(module.register_forward_hook(self._penalise(n, item.kind == "temporal")))
+        try:
+            for n, item in enumerate(regularizers):
+                self._add(n, item)
+        except IntaglioError:
+            self.remove()
+            raise
         images = [(n, item.kind) for n, item in enumerate(regularizers) if KINDS[item.kind].image]
         if images:
             self.handles.append(model.register_forward_pre_hook(self._on_images(images), with_kwargs=True))
+
+    def _add(self, n: int, item: Regularizer) -> None:
+        """Put the hooks of hyperparameter n on its modules."""
+        if KINDS[item.kind].image:
+            if item.at is not None:
+                raise IntaglioError(f"regularizers: {item.kind} acts on the images; leave at out")
+        elif item.kind in ("drop_connect", "weight_decay"):
+            chosen = _chosen(self._weights(), item)
+            if item.kind == "drop_connect":
+                self.state.drop_connect |= {id(layer): n for layer in chosen}
+            else:
+                self.decayed.append((n, chosen))
+        elif item.kind in INPUTS:
+            for module in _chosen(self.gated if item.at is None else self._outer(), item):
+                self.handles.append(module.register_forward_pre_hook(self._before(n, INPUTS[item.kind])))
+        elif item.kind == "embedding_dropout":
+            embeddings = {name: module for name, module in self._outer().items() if _is_embedding(module)}
+            for module in _chosen(embeddings, item):
+                self.handles.append(module.register_forward_hook(self._after_embedding(n)))
+        elif item.at is None:
+            raise IntaglioError(f"regularizers: {item.kind} needs at, the modules whose outputs it penalises")
+        else:
+            for module in _chosen(self._outer(), item):
+                self.handles.append(module.register_forward_hook(self._penalise(n, item.kind == "temporal")))
+
+    def _outer(self) -> dict[str, nn.Module]:
+        """Return the modules of the model by name, without those inside gated layers."""
+        inside = tuple(f"{name}." for name in self.gated)
+        return {name: module for name, module in self.model.named_modules() if not name.startswith(inside)}
+
+    def _weights(self) -> dict[str, GatedLayer]:
+        """Return the gated layers by name, of an LSTM its inner ones."""
+        return {
+            f"{name}.{inner}" if inner else name: part
+            for name, layer in self.gated.items()
+            for inner, part in layer.named_modules()
+            if isinstance(part, GatedLayer)
+        }
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -344,14 +360,8 @@ class Hooks:
         return hook
 
 
-def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the embeddings by name, those inside a gated layer as that layer."""
-    gated = {id(m.elementary): m for m in model.modules() if isinstance(m, GatedLayer)}
-    return {
-        name.removesuffix(".elementary"): gated.get(id(module), module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-    }
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module.elementary if isinstance(module, GatedLayer) else module, nn.Embedding)
 
 
 def _chosen(named: Mapping[str, Any], item: Regularizer) -> list[Any]:

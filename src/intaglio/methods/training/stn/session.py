@@ -153,6 +153,15 @@ class SelfTuning(RegularizedSession):
         scales = zip(self.names, self.hyper.sigma_H.detach().tolist(), strict=True)
         return Loss(loss.total, {**loss.parts, **{f"stn scale of {name}": value for name, value in scales}})
 
+    def report(self) -> dict[str, Any]:
+        """Return a table of the hyperparameters: start, end and the scale of the last perturbations."""
+        starts = [f"{item.first:.4g}" for item in self.method.regularizers]
+        ends = [f"{value:.4g}" for value in self.current().values()]
+        scales = [f"{value:.3g}" for value in self.hyper.sigma_H.tolist()]
+        rows = [list(row) for row in zip(self.names, starts, ends, scales, strict=True)]
+        headings = ["hyperparameter", "start", "end", "scale"]
+        return {"tables": [{"title": "Hyperparameters tuned by stn", "headings": headings, "rows": rows}]}
+
     def state_dict(self) -> dict[str, Any]:
         """Return hyperparameters, scales, the moments of their optimizer and the number of hyper steps."""
         tensors = {"h": self.hyper.h_H, "s": self.hyper.s_H}
