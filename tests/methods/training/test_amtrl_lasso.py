@@ -47,7 +47,7 @@ ALIVE = {
     "strategy": "l2",
     "penalty": 0.9,
     "penalty_rule": "absolute",
-    "rounds": 2,
+    "rounds": alive(2, explore=3, samples=48),
     "most_tasks": 1,
     "ridge": 0.5,
     "iterations": 1,
@@ -491,7 +491,7 @@ def test_texts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"samples": 17}, "samples is 17; exploring 3 sources takes 18"),
         ({"samples": 1000}, "exploring 3 sources takes 18, and they have 60"),
         ({"tasks": {**TASKS, "more": str(tmp_path / "none.jsonl")}}, "cannot read the labelled texts"),
-        ({"rank": 7}, "rank is 7; 6 heads or inputs"),
+        ({"rank": 7}, "rank is 7; 3 heads or inputs"),
     ):
         with pytest.raises(IntaglioError, match=message):
             AMTRLLasso(**{**FIELDS, **fields}).fit(tiny())

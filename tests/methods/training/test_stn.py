@@ -38,6 +38,8 @@ from intaglio.methods.training.stn.regularizers import (
 from intaglio.methods.training.stn.session import Replay, SelfTuning
 from intaglio.trainer import ModifierSession, TrainingRun, train
 from intaglio.trainer.classification import Classification
+from intaglio.trainer.dataset import hold_out
+from intaglio.trainer.hf_trainer import HeldOutBatches
 from intaglio.trainer.history import columns
 from intaglio.trainer.protocols import Batch, Loss
 from tests.alive import alive
@@ -544,6 +546,18 @@ def test_rows_held_out_are_tuned_on_and_never_trained_on() -> None:
     assert not trained & tuned
 
 
+def test_held_out_batches_pass_through_all_rows_in_new_orders() -> None:
+    batches = HeldOutBatches(IMAGES[:7], Classification(), 3, 3, torch.device("cpu"))
+    passes = [[_names(batches(number)) for number in range(start, start + 3)] for start in (0, 3)]
+    assert [[len(names) for names in some] for some in passes] == [[3, 3, 1]] * 2
+    assert set().union(*passes[0]) == set().union(*passes[1]) == _names({"pixel_values": PIXELS[:7]})
+    assert passes[0] != passes[1]
+    assert torch.equal(batches(4)["labels"], batches(4)["labels"])
+    splits = [hold_out(IMAGES, 0.25, seed) for seed in (0, 1)]
+    assert splits[0] != splits[1]
+    assert sorted([*splits[0][0], *splits[0][1]]) == list(range(12))
+
+
 def _names(batch: Mapping[str, Any]) -> set[float]:
     return set(batch["pixel_values"][:, 0, 0, 0].tolist())
 
@@ -794,6 +808,11 @@ def test_other_refusals() -> None:
     session.change_batch(images, {"id": torch.arange(2)})
     with pytest.raises(IntaglioError, match="input_scale needs images"):
         images(torch.randn(2, 3))
+    with pytest.raises(IntaglioError, match="needs data in memory; give a list"):
+        classify(net(), (row for row in IMAGES), modifiers=[STN()])
+    bare = TrainingRun(Checkpoint(net()), 1, None, 0, lambda batch: Loss(torch.zeros(())))
+    with pytest.raises(IntaglioError, match=r"needs held-out batches to tune on; in a stock Trainer use STN\.callback"):
+        STN().attach(bare)
     with pytest.raises(IntaglioError, match="held_out is empty"):
         STN().callback(net())
     with pytest.raises(IntaglioError, match=r"hyper_warmup is 0\.05, a share; give steps"):

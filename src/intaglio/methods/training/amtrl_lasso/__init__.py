@@ -66,8 +66,9 @@ class AMTRLLasso(ActiveSettings, Method, slug="amtrl_lasso"):
 
     Source tasks and target are files of texts with a class each. The features of a text are principal components of the
     frozen encoder's embedding and a constant; phi is a linear map of them with orthonormal columns, or a perceptron.
-    Every class of a file is a head, one against the rest, with labels 1 and -1; the heads of a file share its samples,
-    and its relevance is the root of the sum of their squared coefficients. Only texts that are drawn are embedded. The
+    Every class of a file is a head, one against the rest, with labels 1 and -1 (of a source with two classes the first
+    alone, as the other is its opposite); the heads of a file share its samples, and its relevance is the root of the
+    sum of their squared coefficients. Only texts that are drawn are embedded. The
     result classifies texts by the target's classes (`intaglio classify`), and the report draws the samples of each
     source. In a recipe:
     `fit: {amtrl_lasso: {tasks: {news: news.jsonl, mail: mail.jsonl}, target: target.jsonl, samples: 2000}}`.
@@ -108,7 +109,7 @@ class AMTRLLasso(ActiveSettings, Method, slug="amtrl_lasso"):
 
     kinds = ("classifier",)
     summary = "chooses how many labelled samples to draw from each source task, by a sparse estimate of relevance"
-    citation = "Wang, Chen, Jamieson, Du, Improved Active Multi-Task Representation Learning via Lasso, ICML 2023"
+    citation = "Wang et al., Improved Active Multi-Task Representation Learning via Lasso, ICML 2023"
     url = "https://arxiv.org/abs/2306.02556"
     fitted: ClassVar[bool] = True
 

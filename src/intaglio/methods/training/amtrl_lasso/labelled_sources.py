@@ -61,7 +61,9 @@ class Pool:
         """Return the first samples."""
         assert self.inputs is not None  # set before the algorithm draws
         labels = [self.texts.labels[n] for n in self.order[:count]]
-        return Samples(self.inputs(self.embedded(count)), signs(labels, self.texts.classes))
+        classes = self.texts.classes
+        heads = classes[:1] if len(classes) == 2 else classes  # the second would be the negative of the first
+        return Samples(self.inputs(self.embedded(count)), signs(labels, heads))
 
 
 def read_classes(path: str) -> LabelledTexts:
