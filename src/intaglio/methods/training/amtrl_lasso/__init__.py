@@ -43,7 +43,6 @@ from intaglio.methods.training.amtrl_lasso.allocation import (
 )
 from intaglio.methods.training.amtrl_lasso.labelled_sources import Inputs, Pool, drawing_order, read_classes, signs
 from intaglio.methods.training.amtrl_lasso.representation import LinearMap, Samples, Whitened, perceptron
-from intaglio.modeling.anatomy import anatomy
 
 __all__ = [
     "AMTRLLasso", "ActiveSettings", "Samples", "Solution", "allocate", "basis_pursuit", "excess_risk", "lasso",
@@ -182,9 +181,8 @@ class AMTRLLasso(ActiveSettings, Method, slug="amtrl_lasso"):
     def _embed(
         self, checkpoint: Checkpoint, texts: Sequence[str], batch_size: int = 32, progress: Progress = no_progress
     ) -> np.ndarray:
-        pooling = self.pooling or ("last" if anatomy(checkpoint.model).causal else "mean")
         embedded = embed_texts(
-            checkpoint, texts, pooling, max_length=self.length, batch_size=batch_size, progress=progress,
+            checkpoint, texts, self.pooling, max_length=self.length, batch_size=batch_size, progress=progress,
             label="amtrl_lasso: embedding",
         )  # fmt: skip
         return embedded.double().numpy()
