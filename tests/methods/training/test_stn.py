@@ -664,7 +664,7 @@ def test_an_lstm_trains_under_all_its_regularizers() -> None:
         Regularizer(kind="temporal", at=["rnn"]),
     ]
     rows = [{"ids": torch.randint(9, (7,), generator=torch.Generator().manual_seed(n))} for n in range(12)]
-    method = STN(regularizers=items, hyper_warmup=0, train_steps=1, tune_scales=False)
+    method = STN.lstm(regularizers=items, hyper_warmup=0, train_steps=1)
     result = train(Checkpoint(model), rows, objective=NextWord(), modifiers=[method], steps=4, batch_size=3,
                    log_every=1, learning_rate=0.05)  # fmt: skip
     assert type(model.rnn) is nn.LSTM

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import nn
 
 from intaglio.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Workloa
 from intaglio.methods.training.stn.hyperparameters import Hyperparameters, Transform
 from intaglio.methods.training.stn.layers import GatedLayer, GatedLSTM
 from intaglio.methods.training.stn.regularizers import KINDS, Regularizer, names_of
-from intaglio.methods.training.stn.session import Replay, SelfTuning, STNCallback
+from intaglio.methods.training.stn.session import Replay, SelfTuning, STNCallback, TuningSettings
 from intaglio.trainer.protocols import Batch, Loss, ModifierSession, TrainingRun
 
 __all__ = ["STN", "GatedLSTM", "GatedLayer", "Hyperparameters", "Regularizer", "Transform", "found_schedule"]
@@ -33,7 +33,7 @@ PART = "part/stn "
 STEP = "step"
 
 
-class STN(Method, slug="stn"):
+class STN(TuningSettings, Method, slug="stn"):
     """Tune regularization by gradients from held-out data while a network trains: a training modifier for any model.
 
         w(h) = e0 W_e + (U h) W_h row by row,    r_j = transform_j(h_j)
@@ -103,21 +103,6 @@ class STN(Method, slug="stn"):
     requires: ClassVar[frozenset[Capability]] = frozenset({"linear_weights"})
     invalidates: ClassVar[frozenset[Capability]] = frozenset({"zeros"})
 
-    regularizers: list[Regularizer] = Field(default_factory=lambda: [Regularizer(kind="dropout")], min_length=1)
-    targets: list[Annotated[str, Field(min_length=1)]] | None = None
-    ignore: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
-    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    train_steps: Annotated[int, Field(ge=1)] = 2
-    valid_steps: Annotated[int, Field(ge=1)] = 1
-    hyper_warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0.05
-    hyper_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    scale_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    scale: Annotated[float, Field(gt=0)] = 0.5
-    tune_scales: bool = True
-    entropy_weight: Annotated[float, Field(ge=0)] = 1e-3
-    gate_std: Annotated[float, Field(ge=0)] = 0.01
-    schedule: Annotated[str, Field(min_length=1)] | dict[str, list[float]] | None = None
-
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         names = names_of(self.regularizers)
@@ -135,6 +120,15 @@ class STN(Method, slug="stn"):
             except IntaglioError as error:
                 raise ValueError(str(error)) from None
         return self
+
+    @classmethod
+    def lstm(cls, **overrides: Any) -> Self:
+        """Return the settings of the authors' LSTM: sigma of 1, not tuned, and a rate of 0.01.
+
+        Args:
+            overrides: fields that the caller sets.
+        """
+        return cls(**{"scale": 1.0, "tune_scales": False, "hyper_learning_rate": 0.01, **overrides})
 
     @property
     def held_out_share(self) -> float:

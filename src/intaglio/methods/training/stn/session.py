@@ -7,28 +7,47 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from intaglio.errors import IntaglioError
 from intaglio.methods.training.stn.hyperparameters import Hyperparameters
 from intaglio.methods.training.stn.layers import HypernetInput, gateable, install, remove
-from intaglio.methods.training.stn.regularizers import KINDS, Hooks, names_of
+from intaglio.methods.training.stn.regularizers import KINDS, Hooks, Regularizer, names_of
 from intaglio.trainer.preserve_state import preserve_modes
 from intaglio.trainer.protocols import Batch, Loss, ModifierSession, TrainingRun
 from intaglio.trainer.rng import generator
 
-if TYPE_CHECKING:
-    from intaglio.methods.training.stn import STN
+
+class TuningSettings(BaseModel):
+    """Settings of self-tuning; see `STN` for their meaning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    regularizers: list[Regularizer] = Field(default_factory=lambda: [Regularizer(kind="dropout")], min_length=1)
+    targets: list[Annotated[str, Field(min_length=1)]] | None = None
+    ignore: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    validation: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    train_steps: Annotated[int, Field(ge=1)] = 2
+    valid_steps: Annotated[int, Field(ge=1)] = 1
+    hyper_warmup: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, lt=1)] = 0.05
+    hyper_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    scale_learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    scale: Annotated[float, Field(gt=0)] = 0.5
+    tune_scales: bool = True
+    entropy_weight: Annotated[float, Field(ge=0)] = 1e-3
+    gate_std: Annotated[float, Field(ge=0)] = 0.01
+    schedule: Annotated[str, Field(min_length=1)] | dict[str, list[float]] | None = None
 
 
 class RegularizedSession(ModifierSession):
     """Base of both sessions: layers and hooks are put into the model, and taken out by `detach`."""
 
-    def __init__(self, method: STN, run: TrainingRun, gates: bool) -> None:
+    def __init__(self, method: TuningSettings, run: TrainingRun, gates: bool) -> None:
         self.method, self.run, self.step = method, run, 0
         self.names = names_of(method.regularizers)
         self.device = next(run.model.parameters()).device
@@ -86,7 +105,7 @@ class RegularizedSession(ModifierSession):
 class SelfTuning(RegularizedSession):
     """Training of weights and, alternating with it, of the hyperparameters on held-out batches."""
 
-    def __init__(self, method: STN, run: TrainingRun) -> None:
+    def __init__(self, method: TuningSettings, run: TrainingRun) -> None:
         super().__init__(method, run, gates=True)
         self.hyper_steps = 0
         warmup = method.hyper_warmup
@@ -190,7 +209,7 @@ def _rows(values: Iterable[Any]) -> int:
 class Replay(RegularizedSession):
     """Training of a plain network under the values of a schedule."""
 
-    def __init__(self, method: STN, run: TrainingRun, schedule: Mapping[str, Sequence[float]]) -> None:
+    def __init__(self, method: TuningSettings, run: TrainingRun, schedule: Mapping[str, Sequence[float]]) -> None:
         super().__init__(method, run, gates=False)
         self.steps = list(schedule["step"])
         self.rows = torch.tensor([schedule[name] for name in self.names], device=self.device).T
