@@ -4,7 +4,7 @@
     python benchmarks/training/tuning.py --seeds 1 --steps 300
 
 A perceptron on scikit-learn's digits, 200 training and 300 validation images: three dropouts and weight decay. STN
-trains once, its second weights and hyper steps counted; the searches train eight times, with as many multiply-adds
+trains once, its second weights and hyper steps counted; the searches train several times, with as many multiply-adds
 together. The test loss is that at the least validation loss. Writes `tuning.json` and `tuning.md` beside the results of
 `run.py`.
 """

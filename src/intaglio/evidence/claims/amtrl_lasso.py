@@ -14,8 +14,16 @@ CLAIM = Claim(
     delta=0.05,
     design=AllocateSamples(),
     arms={
-        "L2": Arm("least-norm relevance, samples by its square (2022)", {"strategy": "l2"}),
-        "L1": Arm("Lasso's relevance, samples by its absolute value", {"strategy": "l1"}),
+        "L2": Arm(
+            "least-norm relevance, samples by its square (2022)",
+            {"strategy": "l2"},
+            tune={"explore": (10, 15, 25, 35, 50, 70)},
+        ),
+        "L1": Arm(
+            "Lasso's relevance, samples by its absolute value",
+            {"strategy": "l1"},
+            tune={"explore": (25, 50), "penalty": (0.05, 0.2, 0.5)},
+        ),
         "known L1": Arm("basis pursuit on the true heads", {"strategy": "l1", "known": True}),
         "validated": Arm("L1, its penalty chosen on target samples", {"strategy": "l1", "penalty_rule": "validation"}),
         "known L2": Arm("least norm on the true heads", {"strategy": "l2", "known": True}),
@@ -28,7 +36,6 @@ CLAIM = Claim(
     reported=("known L2", "uniform"),
     unit_names=("problem",),
     looks=(10, 20, 40),
-    tune={"explore": (15, 25, 40)},
     tune_units=3,
     metrics=(DENSE_ERROR,),
     equal=("tokens",),

@@ -6,6 +6,8 @@ from intaglio.evidence.designs.classify import TEST_LOSS
 from intaglio.evidence.designs.tune_regularizers import VALIDATION_LOSS, TuneRegularizers
 from intaglio.evidence.engine.claim import Arm, Claim
 
+RATES = (3e-4, 1e-3, 3e-3)
+
 CLAIM = Claim(
     slug="stn",
     version=1,
@@ -15,11 +17,19 @@ CLAIM = Claim(
     delta=0.02,
     design=TuneRegularizers(),
     arms={
-        "random search": Arm("eight trainings under random hyperparameters", {"tuner": "random"}),
-        "STN": Arm("one training, the hyperparameters tuned on held-out images", {"tuner": "stn"}),
+        "random search": Arm(
+            "trainings under random hyperparameters",
+            {"tuner": "random"},
+            tune={"learning_rate": RATES, "trials": (4, 8)},
+        ),
+        "STN": Arm(
+            "one training, the hyperparameters tuned on held-out images",
+            {"tuner": "stn"},
+            tune={"learning_rate": RATES, "hyper_learning_rate": (3e-3, 1e-2)},
+        ),
         "far start": Arm("STN with dropouts that begin at 0.6", {"tuner": "stn", "start": 0.6}),
         "replay": Arm("a plain network under the schedule that STN found", {"tuner": "replay"}),
-        "TPE": Arm("eight trainings chosen by Optuna's TPE", {"tuner": "tpe"}),
+        "TPE": Arm("trainings chosen by Optuna's TPE", {"tuner": "tpe"}),
         "default": Arm("dropout 0.05 and next to no weight decay", {"tuner": "fixed"}),
     },
     baseline="random search",
@@ -27,7 +37,7 @@ CLAIM = Claim(
     ablations=("far start", "replay"),
     reported=("TPE", "default"),
     looks=(5, 10, 20),
-    tune={"learning_rate": (3e-4, 1e-3, 3e-3)},
+    closed=("trials",),
     tune_units=2,
     metrics=(VALIDATION_LOSS,),
     equal=("flops",),

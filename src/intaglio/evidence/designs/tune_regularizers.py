@@ -1,8 +1,8 @@
 """Design that tunes the regularization of an image classifier within a budget of operations: `TuneRegularizers`.
 
 Settings of an arm: `tuner`, one of `stn` (default), `replay` (a plain network under STN's schedule), `random`, `tpe`
-(searches by whole trainings) and `fixed` (the start values); `start`, of the dropouts; `learning_rate`; everything else
-is a field of STN.
+(searches by whole trainings) and `fixed` (the start values); `start`, of the dropouts; `trials` of a search;
+`learning_rate`; everything else is a field of STN.
 
 An STN step costs two plain ones, and every second is followed by a hyper step of four thirds of one, in which no
 gradients of weights are needed: 8 against 3 operations a weight and example. So the searches have 8/3 of the steps.
@@ -49,7 +49,7 @@ class TuneRegularizers:
 
     bed: Digits = field(default_factory=lambda: Digits(training_images=500))
     width: int = 256
-    steps: int = 1200
+    steps: int = 720
     trials: int = 8
     batch_size: int = 50
     validation: float = 0.6
@@ -60,7 +60,7 @@ class TuneRegularizers:
         """Tune under an arm on a unit and test."""
         own, seed = Configured(arm, settings), key.seed
         images, measured = self.bed.training(seed), self.bed.images(key.split, key.base)
-        tuner, start = own.pop("tuner", "stn"), own.pop("start", 0.05)
+        tuner, start, trials = own.pop("tuner", "stn"), own.pop("start", 0.05), own.pop("trials", self.trials)
         run = _Trainings(self, images, measured, seed, own.pop("learning_rate", self.learning_rate), start)
         tuned = STN(regularizers=run.regularizers, validation=self.validation)
         tuned = own.fill(tuned) if tuner in ("stn", "replay") else tuned
@@ -77,9 +77,9 @@ class TuneRegularizers:
             elif tuner == "fixed":
                 run.train(run.fixed({name: [item.first] for name, item in run.named.items()}), self.steps)
             else:
-                steps = STN_COST * self.steps // (PLAIN_COST * self.trials)
-                search(lambda values: run.trial(values, steps), RANGES, self.trials, tuner, seed)
-                operations = PLAIN_COST * steps * self.trials
+                steps = STN_COST * self.steps // (PLAIN_COST * trials)
+                search(lambda values: run.trial(values, steps), RANGES, trials, tuner, seed)
+                operations = PLAIN_COST * steps * trials
         validation, test = min(run.results)
         net = mlp(self.bed.side, self.width)
         flops = pass_flops(net) / 3 * operations * self.batch_size
@@ -90,7 +90,7 @@ class TuneRegularizers:
 
     def toy(self, **changes: Any) -> TuneRegularizers:
         """Return the design with a small network and few steps."""
-        sizes = {"width": 16, "steps": 24, "trials": 2, "batch_size": 16, "evaluate_every": 8}
+        sizes = {"width": 16, "steps": 12, "trials": 2, "batch_size": 16, "evaluate_every": 6}
         return dataclasses.replace(self, bed=self.bed.toy(), **{**sizes, **changes})
 
 

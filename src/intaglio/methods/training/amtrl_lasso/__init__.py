@@ -372,5 +372,6 @@ class _Fit:
             LinearMap(width, rank) if method.hidden is None else Whitened(perceptron(width, method.hidden, rank), rank)
         )
         phi.load_state_dict({n.removeprefix("phi."): v for n, v in tensors.items() if n.startswith("phi.")})
-        arrays = [tensors[name].numpy() for name in cls.ARRAYS]
-        return cls(inputs, phi, tuple(about["classes"]), *arrays, about["texts"], about["samples"], about["seed"])
+        arrays: dict[str, Any] = {name: tensors[name].numpy() for name in cls.ARRAYS}
+        classes, counts = tuple(about["classes"]), about["samples"]
+        return cls(inputs, phi, classes, count=about["texts"], counts=counts, seed=about["seed"], **arrays)

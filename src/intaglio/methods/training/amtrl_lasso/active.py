@@ -34,9 +34,11 @@ HELD_OUT = 0.2
 
 
 class Source(Protocol):
-    """A source task whose samples are drawn as they are needed; `available` is their number, None: any."""
+    """A source task whose samples are drawn as they are needed."""
 
-    available: int | None
+    @property
+    def available(self) -> int | None:
+        """Number of its samples; None: any."""
 
     def draw(self, count: int) -> Samples:
         """Return the first `count` samples, in an order that stays the same."""

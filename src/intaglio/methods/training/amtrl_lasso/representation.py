@@ -126,7 +126,7 @@ def neural_representation(
             parts = zip(heads, network(x).split(sizes), targets, strict=True)
             loss = sum((head(z) - y).square().sum() for head, z, y in parts) / len(x)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[union-attr]
+            loss.backward()
             optimizer.step()
         network.eval()
         for parameter in network.parameters():

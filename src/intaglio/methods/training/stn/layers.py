@@ -243,11 +243,11 @@ class GatedLSTM(nn.Module):
         return self._stock[0]
 
 
-def _linear(weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Linear:
+def _linear(weight: Any, bias: Any) -> nn.Linear:
     """Return a linear layer with these very parameters."""
     with torch.device("meta"):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    linear.weight, linear.bias = weight, bias  # type: ignore[assignment]
+    linear.weight, linear.bias = weight, bias
     return linear
 
 
