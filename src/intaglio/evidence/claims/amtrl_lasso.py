@@ -22,7 +22,7 @@ CLAIM = Claim(
         "L1": Arm(
             "Lasso's relevance, samples by its absolute value",
             {"strategy": "l1"},
-            tune={"explore": (25, 50), "penalty": (0.05, 0.2, 0.5)},
+            tune={"explore": (25, 50, 70), "penalty": (0.05, 0.2)},
         ),
         "known L1": Arm("basis pursuit on the true heads", {"strategy": "l1", "known": True}),
         "validated": Arm("L1, its penalty chosen on target samples", {"strategy": "l1", "penalty_rule": "validation"}),
