@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from intaglio.data.texts import load_texts
 from intaglio.methods.base import Workload, accepted_fields
 from intaglio.methods.registry import get_method
@@ -37,6 +39,8 @@ def pins(slug: str) -> dict[str, dict[str, Any]]:
     for name in accepted_fields(get_method(slug)):
         if not fields[name].is_required():
             default = fields[name].get_default(call_default_factory=True)
+            if isinstance(default, list):
+                default = [item.model_dump() if isinstance(item, BaseModel) else item for item in default]
             others = {preset: values[name] for preset, values in made.items() if values[name] != default}
             rows[name] = {"default": default} | (others if name not in required else {})
     return rows

@@ -52,7 +52,7 @@ def embeddings(checkpoint: Checkpoint, data: Segments, how: Pooling = "mean", ba
 def embed_texts(
     checkpoint: Checkpoint,
     texts: Sequence[str],
-    how: Pooling = "mean",
+    how: Pooling | None = "mean",
     *,
     max_length: int = 256,
     batch_size: int = 32,
@@ -64,7 +64,7 @@ def embed_texts(
     Args:
         checkpoint: the model with its tokenizer.
         texts: the texts; texts of similar length share a batch.
-        how: pooling of the last hidden states. Default "mean".
+        how: pooling of the last hidden states; None: `last` for causal models, else `mean`. Default "mean".
         max_length: tokens of a text that are read, at most the model's context. Default 256.
         batch_size: texts of a batch. Default 32.
         progress: called after each batch with `label`.
@@ -76,6 +76,7 @@ def embed_texts(
     if tokenizer is None:
         raise IntaglioError(f"the encoder {checkpoint.source!r} has no tokenizer, so it reads no text")
     parts, most = anatomy(checkpoint.model.eval()), min(max_length, checkpoint.context)
+    how = how or ("last" if parts.causal else "mean")
     ids: list[list[int]] = tokenizer(list(texts), truncation=True, max_length=most, verbose=False)["input_ids"]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -104,19 +104,25 @@ def plan_replacements(model: nn.Module, names: Iterable[str]) -> dict[str, list[
             outside = next(name for name, _ in parts if name not in chosen)
             raise IntaglioError(f"{inside[0]} and {outside} are one module of this model; name both or neither")
     plan = {module: parts for module, parts in plan.items() if parts[0][0] in chosen}
-    _refuse_tied(model, [parts[0][1] for parts in plan.values()])
+    refuse_tied(model, [parts[0][1].module for parts in plan.values()])
     return plan
 
 
-def _refuse_tied(model: nn.Module, linears: Sequence[Linear]) -> None:
+def refuse_tied(model: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Refuse modules that share a parameter with another module.
+
+    Raises:
+        IntaglioError: names the two.
+    """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
-    for linear in linears:
-        tied = owners[id(linear.module.weight)]
-        if len(tied) > 1:
-            raise IntaglioError(f"{tied[0]} and {tied[1]} share one weight, so they cannot be replaced")
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            tied = owners[id(parameter)]
+            if len(tied) > 1:
+                raise IntaglioError(f"{tied[0]} and {tied[1]} share one weight, so they cannot be replaced")
 
 
 def replace_linears(model: nn.Module, names: Iterable[str], make: Callable[[str, Linear], L]) -> dict[str, L]:

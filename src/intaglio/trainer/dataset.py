@@ -22,7 +22,7 @@ from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus, load_texts
 from intaglio.errors import IntaglioError
 from intaglio.trainer.protocols import Example, Objective, Prepares
-from intaglio.trainer.rng import KeyedRNG
+from intaglio.trainer.rng import KeyedRNG, generator
 
 SAMPLE = 256
 """Rows of a stream that determine its digest and mean length."""
@@ -39,6 +39,19 @@ class Rows:
     read: Callable[[], Iterator[Example]]
     digest: str
     mean: float
+
+    def hold_out(self, share: float, rng: KeyedRNG) -> tuple[Rows, list[Example]]:
+        """Return the rows without a random share of them, and that share.
+
+        Raises:
+            IntaglioError: the rows are a stream, or one of the two parts is empty.
+        """
+        if self.table is None:
+            raise IntaglioError("a share of the rows is to be held out, which needs data in memory; give a list")
+        chosen, held_out = hold_out(self.table, share, rng.seed)
+        rest = [self.table[n] for n in chosen]
+        mean = sum(map(row_tokens, rest)) / len(rest)
+        return Rows(rest, lambda: iter(rest), self.digest, mean), [self.table[n] for n in held_out]
 
     def slots(self, total: int, step_rows: int, rng: KeyedRNG) -> Dataset[Example]:
         """Return the data set of a whole run, `total` rows in training order."""
@@ -89,6 +102,19 @@ class _StreamSlots(IterableDataset[Example]):
                     f"the data ended after {slot} rows, {self.total} are needed; give more, train shorter, or give data"
                     " that can be read again from its start"
                 )
+
+
+def hold_out(rows: Sequence[Any], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return the indices of rows to train on and of a random share of them to hold out, both in order.
+
+    Raises:
+        IntaglioError: one of the two is empty.
+    """
+    count = round(share * len(rows))
+    if not 0 < count < len(rows):
+        raise IntaglioError(f"a share of {share} of {len(rows)} rows leaves {count} held out; give more data")
+    order = torch.randperm(len(rows), generator=generator(seed, "held out rows")).tolist()
+    return sorted(order[count:]), sorted(order[:count])
 
 
 def read_rows(checkpoint: Checkpoint, data: Any, objective: Objective, rng: KeyedRNG) -> Rows:

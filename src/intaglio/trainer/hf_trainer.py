@@ -29,7 +29,7 @@ from intaglio.trainer.fsdp import full_tensor, shard_like
 from intaglio.trainer.modified_loss import modified_loss
 from intaglio.trainer.progress_report import ProgressReport
 from intaglio.trainer.protocols import Batch, Example, Loss, ModifierSession, Objective, TrainingRun
-from intaglio.trainer.rng import KeyedRNG
+from intaglio.trainer.rng import EVALUATION, KeyedRNG, generator
 from intaglio.trainer.settings import Settings
 
 WEIGHTS = "model.safetensors"
@@ -108,6 +108,31 @@ class Collator:
         weight = float(batch.pop("weight", len(examples)))
         ids = torch.tensor([example["id"] for example in examples])
         return {"tokens": tokens, "weight": weight, "batch": batch, "ids": ids}
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch with its tensors on a device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+@dataclass(frozen=True)
+class HeldOutBatches:
+    """Batches of rows that are held out from training, each pass in an order of its own."""
+
+    rows: Sequence[Example]
+    objective: Objective
+    seed: int
+    size: int
+    device: torch.device
+
+    def __call__(self, number: int) -> Batch:
+        """Return a batch by its number, from 0."""
+        passed, place = divmod(number, -(-len(self.rows) // self.size))
+        order = torch.randperm(len(self.rows), generator=generator(self.seed, "held out", passed)).tolist()
+        chosen = order[place * self.size : (place + 1) * self.size]
+        examples = [{**self.rows[n], "id": n, "epoch": EVALUATION, "step": 0} for n in chosen]
+        made: Batch = Collator(self.objective, KeyedRNG(self.seed, training=False))(examples)["batch"]
+        return moved(made, self.device)
 
 
 @dataclass

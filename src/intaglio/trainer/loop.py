@@ -24,7 +24,15 @@ from intaglio.trainer.causal_lm import CausalLM
 from intaglio.trainer.data_selection import Original, SelectedExamples, choose
 from intaglio.trainer.dataset import Rows, read_rows
 from intaglio.trainer.fsdp import unshard
-from intaglio.trainer.hf_trainer import Collator, Evaluate, IntaglioTrainer, TrainingCallback, TrainingModule
+from intaglio.trainer.hf_trainer import (
+    Collator,
+    Evaluate,
+    HeldOutBatches,
+    IntaglioTrainer,
+    TrainingCallback,
+    TrainingModule,
+    moved,
+)
 from intaglio.trainer.history import LogEntry, columns, history
 from intaglio.trainer.lora import adapted, last_blocks
 from intaglio.trainer.modified_loss import session_reports
@@ -157,6 +165,8 @@ def train(
     choice = choose(checkpoint, data, select, original, options.seed, path if resume else None, digest, progress)
     known = _vocabulary(checkpoint)
     rows = read_rows(checkpoint, data if choice is None else choice.examples, objective, rng)
+    share = max((getattr(modifier, "held_out_share", 0.0) for modifier in modifiers), default=0.0)
+    rows, held_out = rows.hold_out(share, rng) if share else (rows, [])
     network = checkpoint.model  # only now: an objective may have given it another head
     arguments = {
         "objective": run_state.describe(objective),
@@ -178,6 +188,8 @@ def train(
         options.weight_decay,
         objective,
     )
+    if held_out:
+        run.held_out = HeldOutBatches(held_out, objective, options.seed, options.batch_size, checkpoint.device)
     with ExitStack() as stack:
         for context in (preserve_modes(network), preserve_grads(network), preserve_rng()):
             stack.enter_context(context)
@@ -453,10 +465,7 @@ def _held_out_loss(checkpoint: Checkpoint, rows: list[Any], objective: Objective
     examples = [{**row, "id": n, "epoch": EVALUATION, "step": 0} for n, row in enumerate(rows)]
     for start in range(0, len(examples), settings.batch_size):
         made = collate(examples[start : start + settings.batch_size])
-        batch = {
-            name: value.to(checkpoint.device) if isinstance(value, torch.Tensor) else value
-            for name, value in made["batch"].items()
-        }
+        batch = moved(made["batch"], checkpoint.device)
         total += float(objective.loss(checkpoint.model, batch).total) * made["weight"]
         weights += made["weight"]
     return total / weights if weights else 0.0

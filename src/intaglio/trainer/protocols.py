@@ -60,6 +60,8 @@ class TrainingRun:
         examples: the rows as the objective prepared them. Default: none, as for a stream.
         weight_decay: of the run's matrices, for `param_groups`. Default 0.
         objective: what is predicted. Default None.
+        held_out: `held_out(n)`, batch n of the rows that were held out for a modifier with a `held_out_share`, in a new
+            order in each pass, for `loss`; the same in every process. Default None: no modifier has one.
         optimizer: None until every modifier is attached. `before_step` may change its groups.
     """
 
@@ -72,6 +74,7 @@ class TrainingRun:
     examples: Sequence[Example] = ()
     weight_decay: float = 0.0
     objective: Objective | None = None
+    held_out: Callable[[int], Batch] | None = None
     optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -212,7 +215,8 @@ class TrainingModifier(Protocol):
     """A technique that changes how a model trains: schedules, regularizers, masks and quantizers.
 
     The modifier itself is immutable configuration; all state lives in the session. A class with
-    `trains_weights = True` is refused beside adapters or frozen weights before a model loads.
+    `trains_weights = True` is refused beside adapters or frozen weights before a model loads. Its `held_out_share`, if
+    it has one above 0, is the share of the rows that are not trained on but given to it as `TrainingRun.held_out`.
     """
 
     def attach(self, run: TrainingRun) -> ModifierSession:

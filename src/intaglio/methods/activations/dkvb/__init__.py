@@ -37,7 +37,6 @@ from intaglio.methods.activations.dkvb.bottleneck import (
 )
 from intaglio.methods.activations.dkvb.training import train_values
 from intaglio.methods.base import Cost, Method, Progress, Workload, no_progress
-from intaglio.modeling.anatomy import anatomy
 from intaglio.trainer.rng import generator
 
 OVERRIDABLE = frozenset(
@@ -286,9 +285,8 @@ class DKVB(Method, slug="dkvb"):
         self, checkpoint: Checkpoint, texts: Sequence[str], batch_size: int = 32, progress: Progress = no_progress
     ) -> Tensor:
         """Return the pooled embeddings [N, D] of texts."""
-        pooling = self.pooling or ("last" if anatomy(checkpoint.model).causal else "mean")
         return embed_texts(
-            checkpoint, texts, pooling, max_length=self.length, batch_size=batch_size, progress=progress,
+            checkpoint, texts, self.pooling, max_length=self.length, batch_size=batch_size, progress=progress,
             label="dkvb: embedding",
         )  # fmt: skip
 
