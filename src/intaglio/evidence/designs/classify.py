@@ -60,13 +60,21 @@ class Classify:
                 recipe = {**self._recipe(-(-budget.steps // count), seed), **own.pop_all(RECIPE)}
                 modifiers = [own.fill(modifier) for modifier in own.pop("modifiers", ())]
                 own.check()
-                passes = count * _train(net, images, modifiers, recipe)
-        loss, accuracy = evaluate(net, measured)
+                passes = count * train_classifier(net, images, recipe, modifiers)
         parameters = sum(int(p.count_nonzero()) for p in net.parameters())
-        flops = float(passes * self.batch_size * pass_flops(net))
+        flops = float(passes * self.batch_size * self.pass_flops(net))
         cost = Cost(passes * self.batch_size, flops, parameters, spent.seconds, spent.bytes)
         parity = {"training": images.digest, "images": measured.digest}
-        return Result({ACCURACY.name: accuracy, TEST_LOSS.name: loss}, cost, parity)
+        return Result(self.measure(net, measured), cost, parity)
+
+    def measure(self, net: nn.Module, images: Images) -> dict[str, float]:
+        """Return the metrics of a trained network."""
+        loss, accuracy = evaluate(net, images)
+        return {ACCURACY.name: accuracy, TEST_LOSS.name: loss}
+
+    def pass_flops(self, net: nn.Module) -> int:
+        """Return the operations of a forward and backward pass of one image."""
+        return pass_flops(net)
 
     def _start(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -90,11 +98,12 @@ class Classify:
 def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
     """Return the weights that all arms of a unit start from."""
     net = dataclasses.replace(design, dense_steps=0)._start(seed)
-    _train(net, design.bed.training(seed), [], design._recipe(design.dense_steps, seed))
+    train_classifier(net, design.bed.training(seed), design._recipe(design.dense_steps, seed))
     return net.state_dict()
 
 
-def _train(net: nn.Module, images: Images, modifiers: Sequence[Any], recipe: Mapping[str, Any]) -> int:
+def train_classifier(net: nn.Module, images: Images, recipe: Mapping[str, Any], modifiers: Sequence[Any] = ()) -> int:
+    """Train a network on images by the library's loop; return its steps."""
     pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
     rows = [{"pixels": pixels, "label": int(label)} for pixels, label in pairs]
     return train(Checkpoint(net), rows, objective=ImageClassification(), modifiers=modifiers, **recipe).steps
