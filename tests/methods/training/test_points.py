@@ -94,7 +94,11 @@ def test_the_two_lowest_of_ten_stay_and_all_of_them_by_a_budget_of_one() -> None
         assert list(chosen) == sorted(expected)
     assert chosen.metadata["examples"] == chosen.metadata["chosen"] == 10
     assert chosen.metadata["bars"]["items"]["least"] == min(scores)
-    assert chosen.metadata["mean_perplexity_of_chosen"] == pytest.approx(sum(scores) / 10)
+    assert [row["perplexity"] for row in chosen.metadata["clusters"]] == sorted(scores)[:3] + sorted(scores)[-3:]
+    few = POINTS().select(examples, ckpt, None, 0.2, KeyedRNG(0)).metadata
+    assert [row["chosen"] for row in few["clusters"]] == ["yes", "yes", "no", "no", "no", "no"]
+    assert few["clusters"][0]["example"] == TEXTS[ranked[0]][:57] + "..."
+    assert few["bars"]["items"]["median of the chosen"] == pytest.approx((scores[ranked[0]] + scores[ranked[1]]) / 2)
 
 
 @given(st.lists(st.floats(1, 1e6), min_size=1, max_size=20), st.floats(0.01, 1))

@@ -27,9 +27,9 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 from pydantic import Field
 
 from intaglio.checkpoint import Checkpoint, load
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, shorten
 from intaglio.methods.base import Capability, Method, Progress, no_progress
-from intaglio.methods.training.paser.samples import read_samples
+from intaglio.methods.training.paser.samples import Sample, read_samples
 from intaglio.methods.training.points.perplexity import caption_perplexity, lowest, perplexities
 from intaglio.methods.training.points.vision import DualEncoder, pixel_shuffle
 from intaglio.trainer.dataset import as_example
@@ -39,6 +39,8 @@ from intaglio.trainer.rng import KeyedRNG
 __all__ = ["POINTS", "DualEncoder", "caption_perplexity", "individual_select", "perplexities", "pixel_shuffle"]
 
 T = TypeVar("T")
+SHOWN = 3
+"""Examples in the report at each end of the order."""
 
 
 class POINTS(Method, slug="points"):
@@ -102,23 +104,34 @@ class POINTS(Method, slug="points"):
     ) -> Selection:
         """Return the indices of the examples that are kept, in ascending order, and a summary."""
         scorer = model if self.scorer is None else load(self.scorer, device=model.device)
-        scores = self.scores(dataset, scorer, progress=progress)
-        if not scores:
+        samples = self._samples(dataset, scorer)
+        if not samples:
             raise IntaglioError("points chooses among examples, and there are none; give training data")
+        scores = perplexities(samples, scorer, batch_size=self.batch_size, progress=progress)
         kept = sorted(lowest(scores, budget, self.keep == "highest"))
-        finite = sorted(score for score in scores if score < float("inf"))
         facts = {"examples": len(scores), "chosen": len(kept), "keep": self.keep}
-        if not finite:
+        order = [n for n in lowest(scores, 1.0) if scores[n] < float("inf")]
+        if not order:
             return Selection(kept, facts)
-        marks = {"least": finite[0], "median": statistics.median(finite), "greatest": finite[-1]}
-        facts |= {"mean_perplexity_of_chosen": statistics.fmean(min(scores[n], finite[-1]) for n in kept)}
+        of_all, of_kept = ([scores[n] for n in order if n in among] for among in (set(order), set(kept)))
+        marks = {"least": of_all[0], "median": statistics.median(of_all), "greatest": of_all[-1]}
+        marks |= {"median of the chosen": statistics.median(of_kept)} if of_kept else {}
+        ends = dict.fromkeys([*order[:SHOWN], *order[-SHOWN:]])
+        table = [
+            {"example": shorten(samples[n].words), "perplexity": scores[n], "chosen": "yes" if n in kept else "no"}
+            for n in ends
+        ]
         bars = {"title": "Perplexities of the training examples", "axis": "perplexity", "items": marks}
-        return Selection(kept, {**facts, "bars": bars})
+        return Selection(kept, {**facts, "clusters": table, "bars": bars})
 
     def scores(
         self, examples: Sequence[Example], scorer: Checkpoint, *, progress: Progress = no_progress
     ) -> list[float]:
         """Return the perplexity of each example, infinite where nothing is scored."""
+        return perplexities(self._samples(examples, scorer), scorer, batch_size=self.batch_size, progress=progress)
+
+    def _samples(self, examples: Sequence[Example], scorer: Checkpoint) -> list[Sample]:
+        """Tokenise examples for the scorer."""
         rows = []
         for number, example in enumerate(examples):
             if self.scorer is not None and isinstance(example, dict) and "input_ids" in example:
@@ -126,8 +139,7 @@ class POINTS(Method, slug="points"):
                     raise IntaglioError(f"example {number} has only token ids; the scorer {self.scorer} needs its text")
                 example = {name: value for name, value in example.items() if name != "input_ids"}
             rows.append(as_example(scorer, number, example, keep_text=True))
-        samples = read_samples(rows, scorer, self.length, chat=self.chat)
-        return perplexities(samples, scorer, batch_size=self.batch_size, progress=progress)
+        return read_samples(rows, scorer, self.length, chat=self.chat)
 
 
 def individual_select(
@@ -137,8 +149,8 @@ def individual_select(
 
     Args:
         candidates: data sets d_1..d_k, in the order in which they are tried.
-        score: trains on a list of data sets and returns a validation score, higher being better. It is called k + 1
-            times.
+        score: trains on a list of data sets and returns a validation score, higher being better. It is called once
+            for each candidate, and once for the base if there is any.
         base: data sets that are always used. Default: none.
 
     Returns:
