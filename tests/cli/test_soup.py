@@ -23,8 +23,8 @@ from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
 from intaglio.measures.language_modeling import quality
 from intaglio.recipe.soup import Sizes, soup
-from intaglio.recipe.steps import Train
 from intaglio.trainer.contrastive import Contrastive
+from intaglio.trainer.recipe_step import Train
 from intaglio.trainer.retrieval_evaluation import retrieval_evaluator
 from tests.families import tiny_model, tiny_tokenizer
 from tests.test_bad_input import cli_refusal

@@ -101,13 +101,15 @@ def plan_tiles(
         stretched = (width, height)
     ratio = width / height
     ratios = [r for r in grids if ratio == 1 or (r <= ratio if ratio < 1 else r >= ratio)]
-    columns, rows = grid = _nearest(grids, ratios, width, height, tile_size)
+    grid = _nearest(grids, ratios, width, height, tile_size)
     if width < height:
-        size = (columns * tile_size, int(height / width * (columns * tile_size)))
+        size = (grid[0] * tile_size, int(height / width * (grid[0] * tile_size)))
     else:
-        size = (int(width / height * (rows * tile_size)), rows * tile_size)
+        size = (int(width / height * (grid[1] * tile_size)), grid[1] * tile_size)
     steps = tuple((side - tile_size) // max(1, count - 1) for side, count in zip(size, grid, strict=True))
-    return TilePlan(grid, size, _corners(columns, rows, steps), stretched)
+    # Of an almost square image rounding can leave no room for a second tile; the code then takes one.
+    columns, rows = (count if step else 1 for count, step in zip(grid, steps, strict=True))
+    return TilePlan((columns, rows), size, _corners(columns, rows, steps), stretched)
 
 
 def _corners(columns: int, rows: int, steps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
