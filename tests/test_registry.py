@@ -41,6 +41,7 @@ def test_the_table_is_current() -> None:
 def test_objectives_declare_what_they_are_trained_on() -> None:
     assert list_objectives("interactions") == ["bert4rec", "sasrec"]
     assert list_objectives("labels") == ["token_classification"]
+    assert list_objectives("classes") == ["classification"]
     assert {"codegen2", "meap"} <= set(list_objectives("texts"))
 
 

@@ -25,7 +25,7 @@ from intaglio.methods.registry import METHODS, PUBLISHED, get_method, list_fitte
 
 
 class Checkpoint:
-    """A model with its tokenizer and its record, the object that every method is applied to.
+    """A model with its tokenizer or image processor and its record, the object that every method is applied to.
 
     Args:
         model: a Hugging Face model, on its device, in its dtype.
@@ -35,6 +35,7 @@ class Checkpoint:
         attachments: fitted results by slug; None: none.
         directory: where weights and attachments were read from, if from a directory.
         companions: further files to save, by path; see `read_companions`.
+        image_processor: of a model of images, instead of a tokenizer; None: none.
     """
 
     def __init__(
@@ -46,9 +47,11 @@ class Checkpoint:
         attachments: dict[str, Attachment] | None = None,
         directory: Path | None = None,
         companions: dict[str, bytes] | None = None,
+        image_processor: Any = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.image_processor = image_processor
         self.source = source
         self.record = record or Record(source=source)
         self.attachments = attachments or {}
@@ -256,8 +259,9 @@ class Checkpoint:
             except SafetensorError as error:
                 # safetensors hides the errno in its own exception; the writer turns OSError into a sentence.
                 raise OSError(0, str(error)) from error
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(directory)
+            for processor in (self.tokenizer, self.image_processor):
+                if processor is not None:
+                    processor.save_pretrained(directory)
         for place, content in self.companions.items():
             (directory / place).parent.mkdir(exist_ok=True)
             (directory / place).write_bytes(content)

@@ -1,4 +1,4 @@
-"""`new`: small models of stock architectures with random weights, and tokenizers of bytes or trained on texts."""
+"""Small models of stock architectures with random weights, and tokenizers of bytes or trained on texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.texts import Corpus, load_texts
@@ -86,6 +86,91 @@ FAMILIES = {
 }
 
 
+def _stages(width: int, depth: int) -> dict[str, Any]:
+    return {"hidden_sizes": [width << stage for stage in range(depth)], "depths": [2] * depth}
+
+
+def _resnet(width: int, depth: int, heads: int | None, side: int) -> dict[str, Any]:
+    return {**_stages(width, depth), "embedding_size": width, "layer_type": "basic"}
+
+
+def _convnext(width: int, depth: int, heads: int | None, side: int) -> dict[str, Any]:
+    return {
+        **_stages(width, depth), "num_stages": depth, "image_size": side, "patch_size": max(1, side // 8)
+    }  # fmt: skip
+
+
+def _vit(width: int, depth: int, heads: int | None, side: int) -> dict[str, Any]:
+    heads = _heads(width) if heads is None else heads
+    if width % heads:
+        raise IntaglioError(f"width is {width}, which is not a multiple of heads, {heads}")
+    return {
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth,
+        "num_attention_heads": heads, "image_size": side, "patch_size": max(1, side // 8),
+    }  # fmt: skip
+
+
+IMAGE_FAMILIES = {"convnext": _convnext, "resnet": _resnet, "vit": _vit}
+"""Models of images: the fields of each config for `(width, depth, heads, side)`."""
+
+
+def new_image_model(
+    family: str,
+    *,
+    width: int,
+    depth: int,
+    heads: int | None = None,
+    image_size: int = 32,
+    num_channels: int = 3,
+    seed: int = 0,
+    **overrides: Any,
+) -> Checkpoint:
+    """Create a model of images with random weights and without a head; the objective `classification` adds one.
+
+    Args:
+        family: `resnet`, `convnext` or `vit`.
+        width: channels of the first stage, each later stage having twice as many; of ViT, of the hidden state.
+        depth: stages of two residual layers each; of ViT, layers.
+        heads: (ViT) attention heads. Default: as `new`.
+        image_size: pixels of a side, to which the image processor scales every image. Default 32.
+        num_channels: 1 (grey) or 3 (colours). Default 3.
+        seed: of the weights. Default 0.
+        **overrides: fields of the config, such as `patch_size` (default: an eighth of the side) or `depths`.
+
+    Returns:
+        The model in evaluation mode with its image processor.
+
+    Raises:
+        IntaglioError: an unknown family or field, or sizes that do not fit each other.
+    """
+    if family not in IMAGE_FAMILIES:
+        raise IntaglioError(f"there is no family {family!r} of images; {did_you_mean(str(family), IMAGE_FAMILIES)}")
+    sizes = {"width": width, "depth": depth, "image_size": image_size, "num_channels": num_channels}
+    for name, value in (sizes | ({} if heads is None else {"heads": heads})).items():
+        _check_size(name, value)
+    if num_channels not in (1, 3):
+        raise IntaglioError(f"num_channels is {num_channels}; images have 1 (grey) or 3 (colours)")
+    if heads is not None and family != "vit":
+        raise IntaglioError(f"heads is {heads}; {family} has no attention")
+    try:
+        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil  # needs Pillow
+    except (ImportError, NameError):
+        raise IntaglioError("models of images need the package Pillow: pip install 'intaglio[images]'") from None
+    fields = IMAGE_FAMILIES[family](width, depth, heads, image_size)
+    model = _model(family, AutoModel, fields | {"num_channels": num_channels}, overrides, seed)
+    processor = ViTImageProcessorPil(
+        size={"height": image_size, "width": image_size},
+        image_mean=[0.5] * num_channels,
+        image_std=[0.5] * num_channels,
+    )
+    return Checkpoint(model, source=f"new {family}", image_processor=processor)
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise IntaglioError(f"{name} is {shorten(repr(value))}; it must be a whole number of at least 1")
+
+
 def new(
     family: str,
     *,
@@ -128,8 +213,8 @@ def new(
         raise IntaglioError(f"there is no family {family!r}; {did_you_mean(str(family), FAMILIES)}")
     sizes = {"width": width, "depth": depth, "vocab": vocab, "heads": heads, "kv_heads": kv_heads, "context": context}
     for name, value in sizes.items():
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise IntaglioError(f"{name} is {shorten(repr(value))}; it must be a whole number of at least 1")
+        if value is not None:
+            _check_size(name, value)
     heads = _heads(width) if heads is None else heads
     if width % heads or width // heads % 2:
         raise IntaglioError(f"width is {width}, which is not an even multiple of heads, {heads}")
@@ -154,7 +239,8 @@ def new(
     }
     if spec.encoder:
         fields |= {"cls_token_id": tokens.cls_token_id, "sep_token_id": tokens.sep_token_id}
-    model = _model(spec, fields, overrides, seed)
+    auto = AutoModelForMaskedLM if spec.encoder else AutoModelForCausalLM
+    model = _model(spec.model_type, auto, fields, overrides, seed)
     return Checkpoint(model, tokens, source=f"new {family}")
 
 
@@ -167,21 +253,20 @@ def _heads(width: int) -> int:
     return min(divisors, key=lambda heads: (abs(width // heads - target), heads))
 
 
-def _model(spec: Family, fields: dict[str, Any], overrides: dict[str, Any], seed: int) -> Any:
-    plain = AutoConfig.for_model(spec.model_type)
+def _model(model_type: str, auto: Any, fields: dict[str, Any], overrides: dict[str, Any], seed: int) -> Any:
+    plain = AutoConfig.for_model(model_type)
     unknown = [name for name in overrides if not hasattr(plain, name)]
     if unknown:
         known = [name for name in plain.to_dict() if not name.startswith("_")]
-        raise IntaglioError(f"{spec.model_type} has no field {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
-    auto = AutoModelForMaskedLM if spec.encoder else AutoModelForCausalLM
+        raise IntaglioError(f"{model_type} has no field {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
     try:
-        config = AutoConfig.for_model(spec.model_type, **{**fields, **overrides})
+        config = AutoConfig.for_model(model_type, **{**fields, **overrides})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return auto.from_config(config).eval()
     except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise IntaglioError(f"a {spec.model_type} of these sizes cannot be created: {reason}") from error
+        raise IntaglioError(f"a {model_type} of these sizes cannot be created: {reason}") from error
 
 
 def _rows(tokenizer: Any, vocab: int | None) -> int:

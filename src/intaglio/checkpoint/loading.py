@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
     MODEL_MAPPING,
 )
-from transformers.utils import cached_file
+from transformers.utils import IMAGE_PROCESSOR_NAME, cached_file
 
 from intaglio.checkpoint.attachments import read_attachments
 from intaglio.checkpoint.checkpoint import Checkpoint
@@ -34,6 +34,7 @@ from intaglio.checkpoint.resolve import (
 from intaglio.errors import IntaglioError, did_you_mean, first_line
 from intaglio.methods.base import RestoresRuntime
 from intaglio.methods.registry import get_method
+from intaglio.modeling.classifier import is_image_model, names_classifier, whole_input_class
 from intaglio.modeling.token_classifier import classifier_class, is_classifier
 
 DTYPES: dict[str, torch.dtype] = {
@@ -54,7 +55,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = None,
 ) -> Checkpoint:
-    """Load a checkpoint: weights (safetensors only), tokenizer and record.
+    """Load a checkpoint: weights (safetensors only), tokenizer or image processor, and record.
 
     Args:
         x: a bundled name (`smollm2`, `minilm`, `splade-tiny`), a directory, or a hub id (`user/name`, pinned:
@@ -64,7 +65,8 @@ def load(
         device: a device name. Default: the CPU.
 
     Returns:
-        The model in evaluation mode, with its tokenizer (None if it has none), record and attachments.
+        The model in evaluation mode, with its tokenizer or image processor (None if it has none), record and
+        attachments.
 
     Raises:
         IntaglioError: something is missing, damaged, unsupported or refused (pickles, remote code).
@@ -108,12 +110,13 @@ def load(
         origin = model.name_or_path = f"{source}@{revision}"
     checkpoint = Checkpoint(
         model,
-        load_tokenizer(source, revision),
+        None if is_image_model(config) else load_tokenizer(source, revision),
         origin,
         record,
         read_attachments(local) if local else None,
         local,
         read_extra_files(source, revision),
+        load_image_processor(source, revision) if is_image_model(config) else None,
     )
     checkpoint.record.source = checkpoint.record.source or origin
     _check_tensors(checkpoint, name)
@@ -179,9 +182,12 @@ def model_class(config: Any, name: str) -> type[Any]:
     """Return the transformers class for a config, with the head that the checkpoint names."""
     if is_classifier(config):
         return classifier_class(config)
+    if names_classifier(config):
+        return whole_input_class(config)
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING):
-        # The last mapping includes image and audio models.
-        if type(config) not in mapping or (mapping is MODEL_MAPPING and not hasattr(config, "vocab_size")):
+        # The last mapping includes audio models.
+        other = not hasattr(config, "vocab_size") and not is_image_model(config)
+        if type(config) not in mapping or (mapping is MODEL_MAPPING and other):
             continue
         cls = mapping[type(config)]
         cls = cls[0] if isinstance(cls, tuple) else cls
@@ -191,7 +197,7 @@ def model_class(config: Any, name: str) -> type[Any]:
             return cls
     raise IntaglioError(
         f"the model {name!r} has the type {config.model_type!r}, which the auto classes of transformers do not load as "
-        "a text model"
+        "a model of texts or images"
     )
 
 
@@ -208,6 +214,20 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
             raise
         except Exception as error:  # as in `load_config`
             raise IntaglioError(f"the tokenizer of {source!r} cannot be loaded: {first_line(error)}") from error
+
+
+def load_image_processor(source: str, revision: str | None = None) -> Any:
+    """Return the image processor of a checkpoint, or None; it is Pillow's, so that results do not depend on others."""
+    source, revision = split_revision(source, revision)
+    if Path(source).is_dir() and not (Path(source) / IMAGE_PROCESSOR_NAME).is_file():
+        return None
+    with silence_transformers():
+        try:
+            return AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False, backend="pil")
+        except MemoryError:
+            raise
+        except Exception as error:  # as in `load_config`
+            raise IntaglioError(f"the image processor of {source!r} cannot be loaded: {first_line(error)}") from error
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | Literal["auto"]:

@@ -209,10 +209,11 @@ def carve(
     if json:
         print_json(document)
         return
-    out.print(report.carve_table(document))
-    print_out(report.summary(document))
-    for note in document["notes"]:
-        print_out(note)
+    tables, sentences = report.overview(document)
+    for table in tables:
+        out.print(table)
+    for sentence in sentences:
+        print_out(sentence)
     print_out(f"checkpoint: {output}\nreport: {output / 'report.html'}")
 
 

@@ -84,13 +84,11 @@ def train(
     if json:
         print_json(document)
         return
-    if "rankings" in document:
-        for table in report.recommender_tables(document):
-            out.print(table)
-        print_out(report.recommender_summary(document))
-    else:
-        out.print(report.carve_table(document))
-        print_out(report.summary(document))
+    tables, sentences = report.overview(document)
+    for table in tables:
+        out.print(table)
+    for sentence in sentences:
+        print_out(sentence)
     print_out(f"checkpoint: {output}\nreport: {output / 'report.html'}")
 
 

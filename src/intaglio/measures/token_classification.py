@@ -10,12 +10,17 @@ Labels = Sequence[Sequence[str | None]]
 
 
 def macro_f1(gold: Labels, predicted: Labels) -> float:
-    """Return the mean over labels of F1 = 2 TP / (2 TP + FP + FN), over the labels that occur in `gold`."""
+    """Return the mean of `f1_scores`."""
+    values = f1_scores(gold, predicted).values()
+    return sum(values) / len(values) if values else 0.0
+
+
+def f1_scores(gold: Labels, predicted: Labels) -> dict[str, float]:
+    """Return F1 = 2 TP / (2 TP + FP + FN) of each label that occurs in `gold`, sorted by label."""
     pairs = _pairs(gold, predicted)
     right = Counter(a for a, b in pairs if a == b)
     gold_counts, predicted_count = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
-    scores = [2 * right[label] / (count + predicted_count[label]) for label, count in sorted(gold_counts.items())]
-    return sum(scores) / len(scores) if scores else 0.0
+    return {label: 2 * right[label] / (count + predicted_count[label]) for label, count in sorted(gold_counts.items())}
 
 
 def accuracy(gold: Labels, predicted: Labels) -> float:

@@ -42,8 +42,9 @@ matrices), `matrix_products` (the projections, plain or replaced, multiply by a 
 generates), `cache` (a stock key-value cache), `tokenizer` (token ids keep their original meaning), `zeros` (the zeros
 of an earlier pruning step are kept)."""
 
-TrainingData = Literal["texts", "labels", "interactions", "pairs"]
-"""Training data of an objective: texts or ids, labelled words, logs of users and items, or pairs of texts."""
+TrainingData = Literal["texts", "labels", "interactions", "pairs", "classes"]
+"""Training data of an objective: texts or ids, labelled words, logs of users and items, pairs of texts, or labelled
+texts and images."""
 
 Progress = Callable[[int, int, str], None]
 """Called as `progress(done, total, label)` after each unit of long work."""

@@ -1,7 +1,9 @@
 """The only module that knows model families: blocks, linears (fused ones as views), norms, embedding, head, windows.
 
 Nothing here names a model class. Blocks are the only `ModuleList` whose items are all `GradientCheckpointingLayer`,
-which every family of transformers 5 has; a model where that is not unique is refused.
+which every family of transformers 5 has; a model where that is not unique is refused. Convolutional models of images
+(ResNet, ConvNeXt) have stages instead, whose residual layers are the blocks; methods that need linear projections or
+attention refuse them.
 
 Dimension letters: B batch, L sequence, D width, O output features, I input features, F hidden features of an MLP.
 """
@@ -151,8 +153,28 @@ def block_list(model: nn.Module) -> nn.ModuleList:
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the transformer blocks, in order."""
-    return list(block_list(model))
+    """Return the transformer blocks, or the residual layers of all stages, in order."""
+    staged = _stage_layers(model)
+    return list(block_list(model)) if staged is None else staged
+
+
+def _stage_depths(config: Any) -> list[int] | None:
+    """Return the number of residual layers of each stage; None for models without stages."""
+    depths = getattr(config, "depths", None)
+    return None if depths is None else list(depths)
+
+
+def _stage_layers(model: nn.Module) -> list[nn.Module] | None:
+    """Return the residual layers of a model with stages, whose numbers its config has; None for others."""
+    depths = _stage_depths(getattr(model, "config", None))
+    if depths is None:
+        return None
+    for name, stages in model.named_modules():
+        if name.rpartition(".")[2] == "stages" and isinstance(stages, nn.ModuleList):
+            layers = [list(getattr(stage, "layers", ())) for stage in stages]
+            if [len(items) for items in layers] == depths:
+                return [layer for items in layers for layer in items]
+    return None
 
 
 def attention(block: nn.Module) -> nn.Module:
@@ -409,8 +431,8 @@ class Anatomy:
         model: the whole model.
         base: the model without its head.
         config: the text config.
-        blocks: the transformer blocks.
-        embedding: the token embedding.
+        blocks: the transformer blocks, or the residual layers of all stages.
+        embedding: the token embedding; of images, that of patches or the stem.
         head: the output projection onto the vocabulary, or None.
         tied: whether head and embedding share a tensor.
         causal: whether it is a decoder.
@@ -474,6 +496,8 @@ class Anatomy:
 
 def _window(block: nn.Module, config: Any, index: int) -> int | None:
     kinds = getattr(config, "layer_types", None)
+    if _stage_depths(config) is not None:  # ResNet's `layer_types` are not those of its layers
+        return None
     if kinds is not None and kinds[index] == "full_attention":
         return None
     window = getattr(_self_attention(block), "sliding_window", None)
@@ -507,7 +531,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     decoder = getattr(base, "decoder", None)
     if isinstance(decoder, PreTrainedModel):  # OPT's and Bart's heads call it themselves, past the base
         base = decoder
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding = _embedding(model, base)
     if embedding is None:
         raise IntaglioError(f"the model family {config.model_type!r} is not supported: it has no token embedding")
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
@@ -522,6 +546,15 @@ def anatomy(model: nn.Module) -> Anatomy:
         causal=_causal(block_modules, config),
         windows=tuple(_window(block, config, index) for index, block in enumerate(block_modules)),
     )
+
+
+def _embedding(model: Any, base: nn.Module) -> nn.Module | None:
+    """Return the token or patch embedding; of a model with stages, the stem."""
+    try:
+        embedding: nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:  # raised for ResNet and ConvNeXt
+        embedding = next(base.children(), None)
+    return embedding
 
 
 def _causal(block_modules: Sequence[nn.Module], config: Any) -> bool:

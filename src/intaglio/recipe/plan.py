@@ -17,6 +17,7 @@ from intaglio.measures.language_modeling import ELEMENTS
 from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
 from intaglio.methods.base import Carving, Cost, Fittable, RemovesBlocks, Workload
 from intaglio.modeling.anatomy import Anatomy, anatomy
+from intaglio.recipe.classifier import classes_step
 from intaglio.recipe.compatibility import check_history
 from intaglio.recipe.data import read_texts
 from intaglio.recipe.recommender import interactions_step
@@ -59,8 +60,9 @@ def plan(
     """
     spec = RunSpec.from_args(recipe, model, device, dtype, seed)
     recipe, name = spec.recipe, spec.source_name
-    if interactions_step(recipe) is not None:
-        raise IntaglioError("a recipe on interactions has no dry run; its progress shows the time")
+    for what, step in (("interactions", interactions_step(recipe)), ("classes", classes_step(recipe))):
+        if step is not None:
+            raise IntaglioError(f"a recipe on {what} has no dry run; its progress shows the time")
     check_history(spec)
     weightless = meta_model(spec)
     own = getattr(weightless.config, "dtype", None) or torch.float32

@@ -2,40 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import yaml
 
 from intaglio import atomic_io, report
-from intaglio.checkpoint import Checkpoint, load, stat_fingerprint
+from intaglio.checkpoint import Checkpoint, load
 from intaglio.checkpoint.resolve import ITEMS
 from intaglio.data.interactions import load_interactions
 from intaglio.data.item_sequences import ItemSequences, Question
-from intaglio.environment import torch_threads, versions
+from intaglio.environment import versions
 from intaglio.measures.ranking import RankingProtocol, ranking_metrics
 from intaglio.methods.base import Progress
 from intaglio.methods.objectives.next_item import NextItemModel, Popularity, item_names, new_recommender, ranks
-from intaglio.recipe.resume import (
-    TRAINING,
-    check_output,
-    finished_report,
-    publish,
-    save_step,
-    scratch_directory,
-    start_or_resume,
-    write_state,
-)
 from intaglio.recipe.schema import Recipe
-from intaglio.recipe.source import RunSpec
+from intaglio.recipe.single_step import SingleStep, run_single_step
+from intaglio.recipe.source import IMAGE_FIELDS, RunSpec
 from intaglio.trainer.recipe_step import Train
 
 PROTOCOLS: tuple[RankingProtocol, ...] = ("full", "popular", "uniform")
+NO_SIZES = {"tokenizer", "vocab", *IMAGE_FIELDS}
+"""Fields of `new` that do not belong to a recommender."""
 SAMPLES, SHOWN = 3, 5
 """Users in the report, and items of each list."""
 EVALUATED = 500
@@ -57,59 +46,39 @@ def train_recommender(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool
     Raises:
         IntaglioError: the log is malformed, has too few interactions, or items that the model does not know.
     """
-    begun, recipe = time.time(), spec.recipe
-    step = interactions_step(recipe)
-    assert step is not None  # the caller has checked
+    recipe, step = spec.recipe, cast(Train, interactions_step(spec.recipe))
     log = load_interactions(str(step.interactions))
-    stamp = "" if spec.from_scratch else stat_fingerprint(spec.source_name)
-    digest = recipe.digest(json.dumps([*spec.identity(), stamp, log.digest, versions()]))
-    if resume and (finished := finished_report(out, digest)) is not None:
-        return finished
-    check_output(out, overwrite)
-    with scratch_directory(out) as scratch:
-        done, threads = start_or_resume(scratch, out, digest, 1, resume, overwrite)
-        with torch_threads(threads):
-            prepare = partial(_sequences, step, log)
-            if recipe.new is not None and spec.from_scratch:
-                items = prepare(None)
-                sizes = recipe.new.model_dump(exclude={"tokenizer", "vocab"}, exclude_none=True)
-                checkpoint = new_recommender(items, **sizes, seed=recipe.seed % 2**32)
-                checkpoint.model.to(spec.device, spec.dtype if isinstance(spec.dtype, torch.dtype) else None)
-            else:
-                checkpoint = load(spec.source_name, device=spec.device, dtype=spec.dtype)
-                items = prepare(item_names(checkpoint))
-            titles = _titles(items)
-            if titles:
-                checkpoint.companions[ITEMS] = atomic_io.to_json(titles).encode()
-            if done:
-                checkpoint = load(scratch / "step-1", device=spec.device, dtype=spec.dtype)
-            else:
-                write_state(scratch, 0, digest)
-                rows = [{"input_ids": list(ids)} for ids in items.training(step.held_out).values()]
-                evaluate = partial(
-                    _validate, questions=items.validation()[:EVALUATED], error=step.early_stopping_patience is not None
-                )
-                step.apply(
-                    checkpoint,
-                    seed=recipe.seed,
-                    directory=scratch / f"{TRAINING}-0",
-                    resume=resume,
-                    progress=progress,
-                    data=(rows, evaluate if step.held_out > 1 else None),
-                )
-                checkpoint.model.eval()
-                save_step(checkpoint, scratch, 1, digest)
-            document = recommender_document(
-                checkpoint, items, spec.source_name, str(step.interactions), next(iter(step.objective or {}))
-            )
-            document |= {
-                "recipe": yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True),
-                "digest": digest,
-                "seconds": time.time() - begun,
-            }
-        publish(out, scratch / "step-1", document, overwrite, report.recommender_page)
-        shutil.rmtree(scratch, ignore_errors=True)
-    return document
+    prepared: list[ItemSequences] = []
+
+    def start() -> Checkpoint:
+        if recipe.new is not None and spec.from_scratch:
+            items = _sequences(step, log, None)
+            sizes = recipe.new.model_dump(exclude=NO_SIZES, exclude_none=True)
+            checkpoint = new_recommender(items, **sizes, seed=recipe.seed % 2**32)
+            checkpoint.model.to(spec.device, spec.dtype if isinstance(spec.dtype, torch.dtype) else None)
+        else:
+            checkpoint = load(spec.source_name, device=spec.device, dtype=spec.dtype)
+            items = _sequences(step, log, item_names(checkpoint))
+        if titles := _titles(items):
+            checkpoint.companions[ITEMS] = atomic_io.to_json(titles).encode()
+        prepared.append(items)
+        return checkpoint
+
+    def train(checkpoint: Checkpoint, directory: Path) -> None:
+        (items,) = prepared
+        rows = [{"input_ids": list(ids)} for ids in items.training(step.held_out).values()]
+        evaluate = partial(
+            _validate, questions=items.validation()[:EVALUATED], error=step.early_stopping_patience is not None
+        )
+        data = (rows, evaluate if step.held_out > 1 else None)
+        step.apply(checkpoint, seed=recipe.seed, directory=directory, resume=resume, progress=progress, data=data)
+
+    def document(checkpoint: Checkpoint) -> dict[str, Any]:
+        objective = next(iter(step.objective or {}))
+        return recommender_document(checkpoint, prepared[0], spec.source_name, str(step.interactions), objective)
+
+    parts = SingleStep(log.digest, start, train, document, report.recommender_page)
+    return run_single_step(spec, out, parts, resume=resume, overwrite=overwrite)
 
 
 def _sequences(step: Train, log: Any, names: tuple[str, ...] | None) -> ItemSequences:

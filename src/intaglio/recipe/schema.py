@@ -16,6 +16,9 @@ from intaglio.methods.base import Kind, Method, accepted_fields, check_order, un
 from intaglio.methods.registry import METHODS, get_method, list_fitted, list_methods
 from intaglio.recipe.yaml import Document, Position, read_yaml
 
+IMAGE_FAMILIES = ("convnext", "resnet", "vit")
+"""New models of images."""
+
 
 class Calibration(BaseModel):
     """The calibration data of a recipe's steps.
@@ -62,7 +65,8 @@ class New(BaseModel):
     """A small model from scratch, as `intaglio.new` makes it from the recipe's seed.
 
     Args:
-        family: `llama`, `qwen3`, `mistral`, `gemma3`, `gpt2`, `bert` or `modernbert`. Default `llama`.
+        family: `llama`, `qwen3`, `mistral`, `gemma3`, `gpt2`, `bert` or `modernbert`, of images `resnet`, `convnext` or
+            `vit`. Default `llama`.
         width: hidden size.
         depth: number of layers.
         heads: attention heads. Default: by width.
@@ -72,6 +76,8 @@ class New(BaseModel):
             interactions that a `train` step names). Default `bytes`.
         vocab: size of a trained vocabulary. Default 4,096.
         dropout: of a recommender (`tokenizer: items`). Default 0.2.
+        image_size: of a model of images, pixels of a side. Default 32.
+        num_channels: of a model of images, 1 (grey) or 3. Default 3.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -85,6 +91,13 @@ class New(BaseModel):
     tokenizer: Literal["bytes", "texts", "items"] = "bytes"
     vocab: Annotated[int, Field(ge=260, le=1_000_000)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    image_size: Annotated[int, Field(ge=4, le=4096)] | None = None
+    num_channels: Literal[1, 3] | None = None
+
+    @property
+    def of_images(self) -> bool:
+        """Whether it is a model of images."""
+        return self.family in IMAGE_FAMILIES
 
     @model_validator(mode="after")
     def _vocabulary(self) -> Self:
@@ -92,6 +105,11 @@ class New(BaseModel):
             raise ValueError("vocab is the size of a trained vocabulary; add tokenizer: texts")
         if self.dropout is not None and self.tokenizer != "items":
             raise ValueError("dropout belongs to recommenders; add tokenizer: items")
+        if not self.of_images and (self.image_size, self.num_channels) != (None, None):
+            families = ", ".join(IMAGE_FAMILIES)
+            raise ValueError(f"image_size and num_channels belong to models of images ({families}), not {self.family}")
+        if self.of_images and (self.kv_heads, self.context, self.tokenizer) != (None, 512, "bytes"):
+            raise ValueError(f"kv_heads, context and tokenizer do not apply to {self.family}, a model of images")
         return self
 
 
@@ -246,11 +264,17 @@ def _check_fits_last(steps: Sequence[Step]) -> None:
 def _check_items(steps: Sequence[Step], header: RecipeHeader) -> None:
     """Refuse interactions beside other steps or texts, and a new model whose tokens do not suit its data."""
     new = header.new
-    logs = [step for step in steps if getattr(step, "interactions", None) is not None]
-    if logs and len(steps) > 1:
-        raise IntaglioError("a recipe on interactions has one step, train; put other steps into a recipe of their own")
-    if logs and (header.calibration, header.measure) != (Calibration(), Measure()):
-        raise IntaglioError("calibration and measure do not apply to interactions, whose held-out items are ranked")
+    logs, classes = (
+        [step for step in steps if getattr(step, name, None) is not None] for name in ("interactions", "classes")
+    )
+    for what, given in (("interactions", logs), ("classes", classes)):
+        if given and len(steps) > 1:
+            raise IntaglioError(f"a recipe on {what} has one step, train; put other steps into a recipe of their own")
+        if given and (header.calibration, header.measure) != (Calibration(), Measure()):
+            scored = "items are ranked" if given is logs else "examples are scored"
+            raise IntaglioError(f"calibration and measure do not apply to {what}, whose held-out {scored}")
+    if new is not None and new.of_images and not classes:
+        raise IntaglioError(f"new is {new.family}, a model of images, which needs a train step with classes")
     if new is not None and (new.tokenizer == "items") != bool(logs):
         raise IntaglioError(
             "new has tokenizer: items, which needs a train step with interactions"

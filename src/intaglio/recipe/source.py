@@ -8,10 +8,13 @@ from typing import Any, Literal, Self
 import torch
 
 from intaglio.checkpoint import Checkpoint, load, load_config, model_class, parse_device, parse_dtype
-from intaglio.checkpoint.from_scratch import TRAINED, new
+from intaglio.checkpoint.from_scratch import TRAINED, new, new_image_model
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
 from intaglio.recipe.schema import Recipe
+
+IMAGE_FIELDS = ("image_size", "num_channels")
+"""Fields of `new` that belong to models of images."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,14 @@ def load_source(spec: RunSpec, texts: Corpus) -> Checkpoint:
     """Load the source, or make a new model; `texts` train its tokenizer where the recipe has `tokenizer: texts`."""
     if spec.recipe.new is None or not spec.from_scratch:
         return load(spec.source_name, device=spec.device, dtype=spec.dtype)
-    fields = spec.recipe.new.model_dump(exclude={"dropout"})
-    if spec.recipe.new.tokenizer == "texts":
-        fields["tokenizer"] = texts
-    checkpoint = new(**fields, seed=spec.recipe.seed % 2**32)
+    fields, seed = spec.recipe.new.model_dump(exclude={"dropout", *IMAGE_FIELDS}), spec.recipe.seed % 2**32
+    if spec.recipe.new.of_images:
+        sizes = spec.recipe.new.model_dump(include={"family", "width", "depth", "heads", *IMAGE_FIELDS})
+        checkpoint = new_image_model(**{name: value for name, value in sizes.items() if value is not None}, seed=seed)
+    else:
+        if spec.recipe.new.tokenizer == "texts":
+            fields["tokenizer"] = texts
+        checkpoint = new(**fields, seed=seed)
     checkpoint.model.to(spec.device, spec.dtype if isinstance(spec.dtype, torch.dtype) else None)
     return checkpoint
 
@@ -90,7 +97,7 @@ def meta_model(spec: RunSpec) -> Any:
         if spec.recipe.new is None or not spec.from_scratch:
             _, config = load_config(spec.source_name)
             return model_class(config, spec.source_name)(config)
-        fields = spec.recipe.new.model_dump(exclude={"dropout"}) | {"tokenizer": "bytes"}
+        fields = spec.recipe.new.model_dump(exclude={"dropout", *IMAGE_FIELDS}) | {"tokenizer": "bytes"}
         if spec.recipe.new.tokenizer == "texts":
             fields["vocab"] = spec.recipe.new.vocab or TRAINED
         return new(**fields).model

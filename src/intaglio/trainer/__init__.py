@@ -10,7 +10,7 @@
 - `loop`: `train` and its result.
 - `settings`: the settings of a run, validated.
 - `protocols`: objectives, training modifiers, selectors.
-- `causal_lm`, `instruction_tuning`, `token_classification`, `image_classification`: objectives.
+- `causal_lm`, `instruction_tuning`, `token_classification`, `classification`: objectives.
 - `encoder_training`, `contrastive`, `cls_and_terms`: text encoders on pairs; `mining`, `retrieval_evaluation`: their
   hard negatives and held-out retrieval; `term_explanation`, `sentence_transformer`: what is done with the result.
 - `masked_lm`: masked language modelling of whole words.

@@ -26,6 +26,7 @@ from intaglio.methods.base import Progress
 from intaglio.trainer import resume as run_state
 from intaglio.trainer.dataset import row_tokens
 from intaglio.trainer.fsdp import full_tensor, shard_like
+from intaglio.trainer.modified_loss import modified_loss
 from intaglio.trainer.progress_report import ProgressReport
 from intaglio.trainer.protocols import Batch, Example, Loss, ModifierSession, Objective, TrainingRun
 from intaglio.trainer.rng import KeyedRNG
@@ -58,13 +59,9 @@ class TrainingModule(nn.Module):
 
     def forward(self, batch: Batch, ids: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor | float]]:
         """Return the total loss and its parts; without ids, those of the objective alone."""
-        loss = self.objective.loss(self.model, batch)
-        total, parts = loss.total, dict(loss.parts)
-        for session in () if ids is None else self.sessions:
-            extra = session.extra_loss(self.model, {**batch, "id": ids}, loss.outputs)
-            if extra is not None:
-                total, parts = total + extra.total, {**parts, **extra.parts}
-        return total, {name: value.detach() if isinstance(value, Tensor) else value for name, value in parts.items()}
+        loss = modified_loss(self.objective, self.model, batch, ids, () if ids is None else self.sessions)
+        parts = {name: value.detach() if isinstance(value, Tensor) else value for name, value in loss.parts.items()}
+        return loss.total, parts
 
     def train(self, mode: bool = True) -> TrainingModule:
         """Set the mode, at no cost where it is set already: Trainer calls this before each batch."""
@@ -152,9 +149,9 @@ class IntaglioTrainer(Trainer):
         self._started_step = -1
         module.run.loss = self._objective_loss
 
-    def _objective_loss(self, batch: Batch) -> Loss:
+    def _objective_loss(self, batch: Batch, model: nn.Module | None = None) -> Loss:
         with self.compute_loss_context_manager():
-            return self.module.objective.loss(self.module.model, batch)
+            return self.module.objective.loss(self.module.model if model is None else model, batch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler | None:
         # The data set of a run is already in order; a stream has no length and takes no sampler.

@@ -7,12 +7,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
@@ -27,6 +27,7 @@ from intaglio.trainer.fsdp import unshard
 from intaglio.trainer.hf_trainer import Collator, Evaluate, IntaglioTrainer, TrainingCallback, TrainingModule
 from intaglio.trainer.history import LogEntry, columns, history
 from intaglio.trainer.lora import adapted, last_blocks
+from intaglio.trainer.modified_loss import session_reports
 from intaglio.trainer.preserve_state import preserve_grads, preserve_modes, preserve_rng, without_dropout
 from intaglio.trainer.progress_report import ProgressReport
 from intaglio.trainer.protocols import Loss, ModifierSession, Objective, Selector, TrainingModifier, TrainingRun
@@ -44,12 +45,14 @@ class TrainResult:
         steps: optimizer steps.
         tokens: tokens trained on, without padding.
         seconds: wall time, time before a resume included.
+        reports: results of the modifiers, by slug.
     """
 
     history: tuple[LogEntry, ...]
     steps: int
     tokens: int
     seconds: float
+    reports: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def train(
@@ -164,7 +167,16 @@ def train(
     steps = _steps(options, rows)
     identity = {"format": 1, "model": digest, "data": rows.digest, "arguments": arguments | {"steps": steps}}
     length = None if rows.table is None else len(rows.table)
-    run = TrainingRun(checkpoint, steps, length, options.seed, _too_early, options.gradient_accumulation_steps)
+    run = TrainingRun(
+        checkpoint,
+        steps,
+        length,
+        options.seed,
+        _too_early,
+        options.gradient_accumulation_steps,
+        rows.table or (),
+        options.weight_decay,
+    )
     with ExitStack() as stack:
         for context in (preserve_modes(network), preserve_grads(network), preserve_rng()):
             stack.enter_context(context)
@@ -209,10 +221,15 @@ def train(
         trainer.add_callback(TrainingCallback(trainer, progress, evaluator, evaluate_every, page))
         trainer.run(resumed)
         unshard(module)  # before modifiers and adapters bake
+        reports = session_reports(modifiers or default, module.sessions)
+        attached = [session.attachment() for session in module.sessions]
         lines = history(trainer.state.log_history)
-        result = TrainResult(lines, trainer.state.global_step, trainer.total_tokens(), trainer.totals.seconds)
+        result = TrainResult(lines, trainer.state.global_step, trainer.total_tokens(), trainer.totals.seconds, reports)
     if note and checkpoint is model:
         _record(checkpoint, objective, arguments, options.seed, rows, result, choice)
+        for modifier, tensors in zip(modifiers or default, attached, strict=True):
+            if tensors:
+                _attach_tensors(checkpoint, modifier, tensors)
     return result
 
 
@@ -235,15 +252,22 @@ def _record(
             "steps": result.steps,
             "tokens": result.tokens,
             "curve": columns(result.history),
+            **({"modifiers": run_state.plain(result.reports)} if result.reports else {}),
             **({} if choice is None else choice.record()),
         },
     )
     if choice is not None:
         checkpoint.record.steps[-1].timings = dict(choice.metadata.get("seconds") or {})
-    owned, slug = objective.modules().state_dict(), getattr(objective, "slug", None)
-    if slug is not None and (owned or "encoder" in getattr(objective, "kinds", ())):  # an encoder's fields are needed
-        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in owned.items()}
-        checkpoint.attach(slug, tensors, run_state.describe(objective)[slug])
+    owned = objective.modules().state_dict()
+    # An encoder's fields are needed, even if it owns nothing.
+    if hasattr(objective, "slug") and (owned or "encoder" in getattr(objective, "kinds", ())):
+        _attach_tensors(checkpoint, objective, owned)
+
+
+def _attach_tensors(checkpoint: Checkpoint, part: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Attach tensors to the checkpoint under the slug of an objective or modifier."""
+    own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    checkpoint.attach(part.slug, own, run_state.describe(part)[part.slug])
 
 
 def _vocabulary(checkpoint: Checkpoint) -> set[int]:

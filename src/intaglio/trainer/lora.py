@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.modeling.anatomy import blocks as blocks_of
-from intaglio.modeling.token_classifier import classification_head
+from intaglio.modeling.classifier import head_modules
 from intaglio.trainer.rng import generator
 from intaglio.trainer.sparsity_mask import linear_modules, pruned_mask
 
@@ -94,15 +94,14 @@ def adapted(
 ) -> Iterator[None]:
     """Put adapters into a model, and merge them when the context ends; after an error remove them unmerged.
 
-    Everything else is frozen inside, but for the head of a token classifier and the rows of `new_tokens`. `lora` None:
+    Everything else is frozen inside, but for the head of a classifier and the rows of `new_tokens`. `lora` None:
     do nothing. `blocks`: adapt so many of the last blocks alone.
     """
     if lora is None:
         yield
         return
     layers = _inject(model, lora, seed, blocks)
-    head = classification_head(model)
-    if head is not None:  # it is new
+    for head in head_modules(model):  # they are new
         head.requires_grad_(True)
     masks = {name: pruned_mask(layer.base_layer.weight) if keep_mask else None for name, layer in layers.items()}
     for name, layer in layers.items():

@@ -7,6 +7,7 @@ with any model that its loss fits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -54,8 +55,10 @@ class TrainingRun:
         rows: rows of the data, with ids 0 to rows - 1; None for a stream.
         seed: seed of the run.
         loss: `loss(batch)`, the objective's loss of a batch with its gradient, in the run's precision and without the
-            modifiers' terms: for modifiers that take steps of their own.
+            modifiers' terms: for modifiers that take steps of their own. `loss(batch, model)`: that of another model.
         gradient_accumulation_steps: batches of an optimizer step, whose gradients are averaged. Default 1.
+        examples: the rows as the objective prepared them. Default: none, as for a stream.
+        weight_decay: of the run's matrices, for `param_groups`. Default 0.
         optimizer: None until every modifier is attached. `before_step` may change its groups.
     """
 
@@ -63,8 +66,10 @@ class TrainingRun:
     steps: int
     rows: int | None
     seed: int
-    loss: Callable[[Batch], Loss]
+    loss: Callable[..., Loss]
     gradient_accumulation_steps: int = 1
+    examples: Sequence[Example] = ()
+    weight_decay: float = 0.0
     optimizer: torch.optim.Optimizer | None = None
 
     @property
@@ -119,6 +124,22 @@ class Prepares(Protocol):
 class ModifierSession:
     """A modifier at work on one run. Every hook does nothing by default: override those that are needed.
 
+    A training batch passes the hooks in this order, each hook through all sessions:
+
+    1. `before_step`, before the first batch of an optimizer step;
+    2. `change_batch`, which returns the batch to train on: other inputs, other `labels`, or `targets`. Objectives that
+       classify read `targets`, float32 [B, K] (a distribution over the classes for each row), in place of `labels`; so
+       mixing inputs is `{**batch, "pixel_values": mixed, "targets": mixed_targets}`;
+    3. `forward_context`, inside which the objective runs the model on that batch, and nothing else does. Mixing hidden
+       states or embeddings hooks the modules there, and agrees with `change_batch` on pairs and rates by attributes of
+       the session;
+    4. `extra_loss`, which sees the changed batch and the model's outputs (`Classified` of objectives that classify:
+       logits, features), and may run the model again outside the context;
+    5. `after_step`, after the optimizer.
+
+    Draw everything random from `trainer.rng.generator(run.seed, name, step, *ids)`, which a resumed run repeats. An
+    evaluation passes none of the hooks.
+
     In a distributed run each process has its own session, and all must reach the same state: what a session learns
     from a batch must come from the batches of all processes.
     """
@@ -129,12 +150,30 @@ class ModifierSession:
     def after_step(self, step: int) -> None:
         """Follow up optimizer step `step` (from 1)."""
 
+    def change_batch(self, model: nn.Module, batch: Batch) -> Batch:
+        """Return the batch to train on.
+
+        Args:
+            model: the model.
+            batch: the objective's, changed by earlier sessions, with `id`, int64 [B]: the ids of its rows. Leave it as
+                it is, and return another dict.
+        """
+        return batch
+
+    def forward_context(self, model: nn.Module, batch: Batch) -> AbstractContextManager[Any]:
+        """Return a context for the objective's forward pass on a batch of `change_batch`.
+
+        Gradient checkpointing runs parts of the model again after the context has ended: refuse it in `attach` where
+        that matters.
+        """
+        return nullcontext()
+
     def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss | None:
         """Return a term to add to the objective's loss of a training batch, or None.
 
         Args:
             model: the model.
-            batch: the objective's batch, with `id`, int64 [B]: the ids of its rows.
+            batch: that of `change_batch`, with `id`, int64 [B]: the ids of its rows.
             outputs: `outputs` of the objective's `Loss`.
         """
         return None
@@ -149,6 +188,18 @@ class ModifierSession:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the result of `state_dict`, after `attach`."""
+
+    def report(self) -> dict[str, Any]:
+        """Return plain data for the record once training has ended.
+
+        A report of classifiers draws `tables` (`title`, `headings`, `rows` of text) and `thumbnails` (`title`, `items`:
+        PNG in base64 and a caption each).
+        """
+        return {}
+
+    def attachment(self) -> dict[str, Tensor]:
+        """Return tensors to attach to the checkpoint under the modifier's slug once training has ended."""
+        return {}
 
     def detach(self) -> None:
         """Bake the result into plain tensors and leave a stock model, or note in the record what loading needs."""

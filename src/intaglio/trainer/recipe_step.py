@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
@@ -11,6 +12,12 @@ from pydantic import AliasChoices, Field, ValidationError, field_validator, mode
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.facts import Fact, load_facts
 from intaglio.data.item_sequences import HELD_OUT, LEAST
+from intaglio.data.labelled_examples import (
+    LabelledExamples,
+    check_classes,
+    check_validation,
+    load_labelled_examples,
+)
 from intaglio.data.streaming import TextStream
 from intaglio.data.text_pairs import TextPair, as_pair, load_text_pairs
 from intaglio.data.texts import Corpus, load_texts
@@ -70,8 +77,13 @@ class Train(Settings, Method, slug="train"):
             that state it in this order; or `invented`. The model is asked in both directions while training.
         pairs: instead of texts, a file of queries with relevant texts, one JSON object a line (`query`, `positive` and
             perhaps `negatives`), for an encoder; or `docstrings`. With `evaluate`, whole held-out pairs are searched.
+        classes: instead of texts, labelled texts (a `.jsonl` file of `text` and `label`, or a bundled name) or labelled
+            images (a folder of class folders, an `.npz` file), or a data set of the hub, for the objective
+            `classification`, the default for them.
+        skip_broken: whether broken image files of classes and validation are left out, and named in the report.
+            Default: no, they are refused.
         negatives: mines hard negatives of the pairs before training; see `Mining`. Default: the pairs' own.
-        validation: another such file as labels, on which the labels are scored while training.
+        validation: another such file as labels or classes, on which the labels are scored while training.
         length: tokens of a row, for next-token prediction. Default: the model's context, at most 1,024.
         chat: whether the prompts of pairs are put into the tokenizer's chat template, if it has one; for instructions
             without an objective, which has its own. Default true.
@@ -92,6 +104,8 @@ class Train(Settings, Method, slug="train"):
     labels: Annotated[str, Field(min_length=1)] | None = None
     facts: Annotated[str, Field(min_length=1)] | None = None
     pairs: Annotated[str, Field(min_length=1)] | None = None
+    classes: Annotated[str, Field(min_length=1)] | None = None
+    skip_broken: bool = False
     negatives: Mining | None = None
     validation: Annotated[str, Field(min_length=1)] | None = None
     interactions: Annotated[str, Field(min_length=1)] | None = None
@@ -121,13 +135,24 @@ class Train(Settings, Method, slug="train"):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        sources = ("texts", "instructions", "labels", "facts", "interactions", "pairs")
+        sources = ("texts", "instructions", "labels", "facts", "interactions", "pairs", "classes")
         given = [name for name in sources if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given; give one source of training data")
         slug = next(iter(self.objective or {}), "")
-        trains_on = get_method(slug).trains_on if slug else "texts"
+        trains_on = get_method(slug).trains_on if slug else "texts" if self.classes is None else "classes"
+        classifies = trains_on == "classes"
         labels, recommends, encodes = (trains_on == kind for kind in ("labels", "interactions", "pairs"))
+        if classifies != (self.classes is not None):
+            raise ValueError(
+                f"{slug} needs classes, labelled texts or images"
+                if classifies
+                else f"classes need the objective {' or '.join(list_objectives('classes'))}, or none"
+            )
+        if self.skip_broken and not classifies:
+            raise ValueError("skip_broken belongs to classes; name labelled images")
+        if classifies and self.validation is not None and self.evaluate:
+            raise ValueError("validation and evaluate are given; give one of them")
         if labels and self.labels is None:
             raise ValueError(f"{slug} needs labels, a file of labelled words")
         if self.labels is not None and not labels and slug:
@@ -155,7 +180,8 @@ class Train(Settings, Method, slug="train"):
             raise ValueError("least and held_out belong to interactions; name a log of users, items and times")
         if recommends and (self.evaluate or self.select is not None):
             raise ValueError("evaluate and select do not apply to interactions, whose last items are held out")
-        if (self.validation is not None or self.evaluate) and labels != (self.validation is not None):
+        scoring = self.validation is not None or self.evaluate
+        if scoring and not classifies and labels != (self.validation is not None):
             raise ValueError(
                 f"{slug} is scored on a file of labels: name one as validation"
                 if labels
@@ -206,7 +232,7 @@ class Train(Settings, Method, slug="train"):
     @property
     def requires(self) -> frozenset[Capability]:  # type: ignore[override]
         """Requirements of the parts; next-token prediction needs a decoder, and adapters plain matrices."""
-        own: set[Capability] = {"causal"} if self.objective is None else set()
+        own: set[Capability] = {"causal"} if self.objective is None and self.classes is None else set()
         own |= set() if self.lora is None else {"linear_weights"}
         return frozenset(own).union(*(part.requires for part in self.parts))
 
@@ -358,14 +384,39 @@ class Train(Settings, Method, slug="train"):
 
     def _objective_method(self) -> Objective:
         from intaglio.trainer.causal_lm import CausalLM
+        from intaglio.trainer.classification import Classification
         from intaglio.trainer.instruction_tuning import InstructionTuning
 
         if self.objective is not None:
             return cast(Objective, _make(self.objective))
+        if self.classes is not None:
+            return Classification(length=self.length)
         return InstructionTuning(self.length, chat=self.chat) if self.instructions else CausalLM(self.length)
+
+    def labelled(self) -> tuple[LabelledExamples, LabelledExamples | None, int]:
+        """Return the training examples of `classes`, the validation examples, if any, and how many are in both.
+
+        Raises:
+            IntaglioError: they have one class, or the validation split is the training split.
+        """
+        whole = load_labelled_examples(self.classes, skip_broken=self.skip_broken)
+        check_classes(whole)
+        if self.evaluate:
+            kept, held_out = train_eval_split(whole.rows, self.evaluate)
+            return replace(whole, rows=tuple(kept)), replace(whole, rows=tuple(held_out)), 0
+        if self.validation is None:
+            return whole, None, 0
+        validation = load_labelled_examples(self.validation, skip_broken=self.skip_broken)
+        return whole, validation, check_validation(whole, validation)
 
     def _data(self, calibration: Corpus | None, sealed: frozenset[str], facts: list[Fact] | None) -> tuple[Any, Any]:
         """Return the training data and the evaluation data or function, if any."""
+        if self.classes is not None:
+            from intaglio.trainer.classification import make_evaluator as classes_evaluator
+
+            training, validation, _ = self.labelled()
+            scored = None if validation is None else classes_evaluator(validation.rows, batch_size=self.batch_size)
+            return list(training.rows), scored
         if self.validation is not None:
             from intaglio.trainer.token_classification import make_evaluator
 

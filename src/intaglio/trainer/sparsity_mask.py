@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from intaglio.modeling.classifier import head_modules
 from intaglio.modeling.replacement import REPLACED
-from intaglio.modeling.token_classifier import classification_head
 from intaglio.trainer.fsdp import shard_like
 from intaglio.trainer.protocols import ModifierSession, TrainingRun
 
@@ -18,15 +18,16 @@ LEAST = 0.05
 
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers of a model by name, without its output or labelling head.
+    """Return the linear layers of a model by name, without its output or classification head.
 
     Those inside a module that a method has put in are left out too: a factor may begin as zeros.
     """
     output: Any = getattr(model, "get_output_embeddings", None)
-    heads = (None if output is None else output(), classification_head(model))
     inside = {id(part) for m in model.modules() if isinstance(m, REPLACED) for part in m.modules()}
+    inside |= {id(part) for head in head_modules(model) for part in head.modules()}
     linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and id(m) not in inside}
-    return {name: module for name, module in linears.items() if not any(module is head for head in heads)}
+    head = None if output is None else output()
+    return {name: module for name, module in linears.items() if module is not head}
 
 
 def pruned_mask(weight: Tensor) -> Tensor | None:

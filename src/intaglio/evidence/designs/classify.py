@@ -29,7 +29,7 @@ from intaglio.evidence.testbeds.digits import Digits
 from intaglio.evidence.testbeds.splits import generator
 from intaglio.measures.memory import peak_memory
 from intaglio.trainer import train
-from intaglio.trainer.image_classification import ImageClassification
+from intaglio.trainer.classification import Classification
 
 ACCURACY = Metric("accuracy", "points", "higher", continuous=False)
 TEST_LOSS = Metric("negative log-likelihood", "nats")
@@ -105,8 +105,8 @@ def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
 def train_classifier(net: nn.Module, images: Images, recipe: Mapping[str, Any], modifiers: Sequence[Any] = ()) -> int:
     """Train a network on images by the library's loop; return its steps."""
     pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
-    rows = [{"pixels": pixels, "label": int(label)} for pixels, label in pairs]
-    return train(Checkpoint(net), rows, objective=ImageClassification(), modifiers=modifiers, **recipe).steps
+    rows = [{"pixel_values": pixels, "label": int(label)} for pixels, label in pairs]
+    return train(Checkpoint(net), rows, objective=Classification(), modifiers=modifiers, **recipe).steps
 
 
 def batches(images: Images, size: int, key: str) -> Iterable[tuple[Tensor, Tensor]]:

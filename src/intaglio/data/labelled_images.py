@@ -1,0 +1,178 @@
+"""Images with a class each: a folder of class folders, an .npz file, or examples.
+
+Dimension letters: N images, H and W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from intaglio.errors import IntaglioError, first_line, shorten
+
+NEEDED = "image (a file, an array of 8-bit numbers or a PIL image) and label"
+MODES = {1: "L", 3: "RGB"}
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """Images and the class of each, in order.
+
+    Args:
+        images: a file, a PIL image, or uint8 [H, W] or [H, W, C] each.
+        labels: their classes.
+        index: the name of each image, all different.
+        name: their origin, for messages.
+        skipped: broken files that were left out.
+    """
+
+    images: tuple[Any, ...]
+    labels: tuple[str, ...]
+    index: tuple[str, ...]
+    name: str
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        """Return the number of images N."""
+        return len(self.images)
+
+
+def load_labelled_images(source: Any, *, skip_broken: bool = False) -> LabelledImages:
+    """Return images with their classes; each is decoded once, so that broken ones are known.
+
+    Args:
+        source: a folder whose folders are the classes, an `.npz` file with `images` (uint8 [N, H, W] or [N, H, W, C])
+            and `labels` [N], or examples `{image, label}`, perhaps with `index`.
+        skip_broken: whether files that cannot be decoded are left out. Default False: they are refused.
+
+    Raises:
+        IntaglioError: nothing is there, an image is broken, or an example is malformed (it is named).
+    """
+    name = os.fspath(source) if isinstance(source, (str, os.PathLike)) else "list of images"
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source).expanduser()
+        rows = _folder(path) if path.is_dir() else _arrays(path)
+    else:
+        rows = list(source)
+    images, labels, index, broken = [], [], [], []
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping) or row.get("image") is None or not isinstance(row.get("label"), (str, int)):
+            raise IntaglioError(f"example {number} of {name} is {shorten(repr(row))}; it needs {NEEDED}")
+        where = str(row.get("index", number))
+        try:
+            read_image(row["image"], where)
+        except IntaglioError:
+            if not skip_broken:
+                raise
+            broken.append(where)
+            continue
+        images.append(row["image"])
+        labels.append(str(row["label"]))
+        index.append(where)
+    if not images:
+        raise IntaglioError(f"{name} holds no image that can be read; folders of images by class are needed")
+    return LabelledImages(tuple(images), tuple(labels), tuple(index), name, tuple(broken))
+
+
+def _folder(folder: Path) -> list[dict[str, Any]]:
+    suffixes = set(_pillow().registered_extensions())
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    rows = [
+        {"image": path, "label": place.name, "index": path.relative_to(folder).as_posix()}
+        for place in classes
+        for path in sorted(place.rglob("*"))
+        if path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
+    ]
+    if not rows:
+        raise IntaglioError(f"{folder} holds no images; a folder for each class, with its images, is needed")
+    return rows
+
+
+def _arrays(path: Path) -> list[dict[str, Any]]:
+    if path.suffix != ".npz":
+        raise IntaglioError(f"{path} is no folder of images and no .npz file with images and labels")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, BadZipFile, KeyError) as error:
+        raise IntaglioError(f"cannot read the images {path}: {first_line(error)}") from None
+    images, labels = (arrays.get(name, np.empty(0)) for name in ("images", "labels"))
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != (len(images),):
+        raise IntaglioError(
+            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; images, uint8 [N, H, W] or [N, H, W, C], and "
+            "labels [N] are needed"
+        )
+    names = arrays["index"].tolist() if "index" in arrays else range(len(images))
+    return [
+        {"image": image, "label": label, "index": name}
+        for image, label, name in zip(images, labels.tolist(), names, strict=True)
+    ]
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError:
+        raise IntaglioError("images need the package Pillow: pip install 'intaglio[images]'") from None
+    Image.init()
+    return Image
+
+
+def read_image(image: Any, where: str, channels: int = 3) -> np.ndarray:
+    """Return an image as uint8 [H, W, C], grey (1 channel) or in colours (3).
+
+    Args:
+        image: a file, a PIL image, or uint8 [H, W] or [H, W, C].
+        where: its name, for messages.
+        channels: 1 or 3. Default 3.
+
+    Raises:
+        IntaglioError: the image is broken, or no image.
+    """
+    pillow = _pillow()
+    if channels not in MODES:
+        raise IntaglioError(f"the model takes images of {channels} channels; images have 1 or 3")
+    try:
+        if isinstance(image, (str, os.PathLike)):
+            with pillow.open(image) as file:
+                picture = file.convert(MODES[channels])
+        elif isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            picture = pillow.fromarray(image.squeeze(-1) if image.shape[2:] == (1,) else image)
+            picture = picture.convert(MODES[channels])
+        elif hasattr(image, "convert"):
+            picture = image.convert(MODES[channels])
+        else:
+            raise IntaglioError(f"the image {where} is {type(image).__name__}; {NEEDED} are needed")
+    except IntaglioError:
+        raise
+    except (OSError, SyntaxError, ValueError, TypeError, EOFError, pillow.DecompressionBombError) as error:
+        reason = first_line(error)
+        raise IntaglioError(
+            f"the image {where} is broken ({reason}); mend it, or leave broken images out by skip_broken"
+        ) from None
+    pixels_HWC = np.asarray(picture)
+    return pixels_HWC[..., None] if pixels_HWC.ndim == 2 else pixels_HWC
+
+
+def image_hash(image: Any, where: str) -> str:
+    """Return the SHA-256 of an image's pixels in colours."""
+    pixels = read_image(image, where)
+    return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+
+def thumbnail(image: Any, where: str, side: int = 48) -> str:
+    """Return a small PNG of an image, its longer side at most `side` pixels, in base64."""
+    picture = _pillow().fromarray(read_image(image, where))
+    picture.thumbnail((side, side))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode("ascii")

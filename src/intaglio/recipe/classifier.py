@@ -1,0 +1,128 @@
+"""Recipes on labelled texts or images: train a classifier, score it on its validation split, write the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from intaglio import report
+from intaglio.checkpoint import Checkpoint
+from intaglio.data.labelled_examples import LabelledExamples
+from intaglio.data.labelled_images import thumbnail
+from intaglio.data.texts import Corpus
+from intaglio.environment import versions
+from intaglio.errors import IntaglioError
+from intaglio.measures.token_classification import f1_scores
+from intaglio.methods.base import Progress
+from intaglio.modeling.classifier import is_image_model
+from intaglio.modeling.token_classifier import label_names
+from intaglio.recipe.schema import Recipe
+from intaglio.recipe.single_step import SingleStep, run_single_step
+from intaglio.recipe.source import RunSpec, load_source
+from intaglio.trainer.classification import make_evaluator, predict
+from intaglio.trainer.recipe_step import Train
+
+MISTAKES = 12
+"""Most confident mistakes in the report."""
+
+
+def classes_step(recipe: Recipe) -> Train | None:
+    """Return the training step of a recipe on labelled texts or images; None for other recipes."""
+    step = recipe.steps[0]
+    return cast(Train, step) if getattr(step, "classes", None) is not None else None
+
+
+def train_classifier(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
+    """Run a recipe on labelled texts or images; see `run.carve`, which calls it.
+
+    Returns:
+        The content of `report.json`: `{title, model, data, scores, classes, curve, modifiers, mistakes, ...}`.
+
+    Raises:
+        IntaglioError: the data are malformed or do not suit the model, or the validation split is the training split.
+    """
+    step = cast(Train, classes_step(spec.recipe))
+    training, validation, shared = step.labelled()
+    evaluate = None if validation is None else make_evaluator(validation.rows, batch_size=step.batch_size)
+
+    def start() -> Checkpoint:
+        texts = tuple(row["text"] for row in training.rows) if training.kind == "text" else ()
+        checkpoint = load_source(spec, Corpus(training.name, texts))
+        takes = "image" if is_image_model(checkpoint.config) else "text"
+        if takes != training.kind:
+            raise IntaglioError(f"{spec.source_name} takes {takes}s; {training.name} holds {training.kind}s")
+        return checkpoint
+
+    def train(checkpoint: Checkpoint, directory: Path) -> None:
+        data = (list(training.rows), evaluate)
+        seed = spec.recipe.seed
+        step.apply(checkpoint, seed=seed, directory=directory, resume=resume, progress=progress, data=data)
+
+    def document(checkpoint: Checkpoint) -> dict[str, Any]:
+        return classifier_document(checkpoint, spec.source_name, training, validation, shared)
+
+    digest = training.digest + ("" if validation is None else validation.digest)
+    parts = SingleStep(digest, start, train, document, report.classifier_page)
+    return run_single_step(spec, out, parts, resume=resume, overwrite=overwrite)
+
+
+def classifier_document(
+    checkpoint: Checkpoint,
+    model: str,
+    training: LabelledExamples,
+    validation: LabelledExamples | None,
+    shared: int = 0,
+) -> dict[str, Any]:
+    """Return the report of a trained classifier.
+
+    Args:
+        checkpoint: after training.
+        model: name of the source.
+        training: its data.
+        validation: the data to score it on; None: it is not scored.
+        shared: validation examples that are training examples too.
+    """
+    record, classes = checkpoint.record.steps[-1], label_names(checkpoint.model)
+    skipped = [*training.skipped, *(() if validation is None else validation.skipped)]
+    document: dict[str, Any] = {
+        "format": report.FORMAT,
+        "title": f"classifier trained on {training.name}",
+        "model": model,
+        "data": {
+            "source": training.name, "kind": training.kind, "training": len(training),
+            "validation": 0 if validation is None else len(validation), "in_both": shared, "skipped": skipped,
+        },
+        "classes": list(classes),
+        "scores": {},
+        "by_class": [],
+        "mistakes": [],
+        "curve": record.chosen["curve"],
+        "modifiers": record.chosen.get("modifiers", {}),
+        "parameters": record.parameters,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "device": str(checkpoint.device),
+        "dtype": str(next(checkpoint.model.parameters()).dtype).removeprefix("torch."),
+    }  # fmt: skip
+    if validation is None:
+        return document
+    probs_NK = predict(checkpoint, validation.rows)
+    gold, chosen = [row["label"] for row in validation.rows], [classes[index] for index in probs_NK.argmax(1).tolist()]
+    f1 = f1_scores([gold], [chosen])
+    wrong = [number for number, (a, b) in enumerate(zip(gold, chosen, strict=True)) if a != b]
+    wrong.sort(key=lambda number: -float(probs_NK[number].max()))
+    right = 1 - len(wrong) / len(gold)
+    document["scores"] = {"accuracy": right, "macro_f1": sum(f1.values()) / len(f1)}
+    document["by_class"] = [[name, gold.count(name), chosen.count(name), f1.get(name)] for name in classes]
+    document["mistakes"] = [
+        _shown(validation.rows[number], chosen[number], float(probs_NK[number].max())) for number in wrong[:MISTAKES]
+    ]
+    return document
+
+
+def _shown(row: dict[str, Any], predicted: str, probability: float) -> dict[str, Any]:
+    """Return a mistake with its text or thumbnail."""
+    about = {"index": row["index"], "label": row["label"], "predicted": predicted, "probability": probability}
+    return about | ({"png": thumbnail(row["image"], row["index"])} if "image" in row else {"text": row["text"]})
