@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,14 +16,18 @@ from torch import nn
 from typer.testing import CliRunner
 
 from intaglio.checkpoint import Checkpoint, load
+from intaglio.checkpoint.from_scratch import new_image_model
 from intaglio.checkpoint.soup import Trial, average, maximum, uniform, weight_cosine
 from intaglio.cli.app import app
+from intaglio.data.labelled_examples import load_labelled_examples
 from intaglio.data.segments import segments
 from intaglio.data.text_pairs import load_text_pairs
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
 from intaglio.measures.language_modeling import quality
 from intaglio.recipe.soup import Sizes, soup
+from intaglio.trainer import train
+from intaglio.trainer.classification import Classification, make_evaluator
 from intaglio.trainer.contrastive import Contrastive
 from intaglio.trainer.recipe_step import Train
 from intaglio.trainer.retrieval_evaluation import retrieval_evaluator
@@ -147,6 +152,30 @@ def test_soups_of_encoders_are_chosen_by_retrieval(tmp_path: Path) -> None:
         value = retrieval_evaluator(made.encoder(), load_text_pairs(tmp_path / "pairs.jsonl"))(made)[metric]
         assert document["score"] == pytest.approx(value, rel=1e-5)
         assert document["higher_is_better"] is True
+
+
+def test_soups_of_image_classifiers_are_chosen_by_accuracy(tmp_path: Path) -> None:
+    draws = np.random.default_rng(0)
+    for name in ("train", "validation"):
+        images = draws.integers(0, 60, (24, 8, 8), dtype=np.uint8)
+        images[::2, :4] += 150
+        images[1::2, 4:] += 150
+        np.savez(tmp_path / f"{name}.npz", images=images, labels=np.array(["up", "down"] * 12))
+    rows = load_labelled_examples(tmp_path / "train.npz").rows
+    base = new_image_model("resnet", width=8, depth=1, image_size=8, num_channels=1)
+    train(base, rows, objective=Classification(), steps=2, batch_size=4)
+    for seed, name in enumerate("ab"):
+        ckpt = copy.deepcopy(base)
+        train(ckpt, rows, objective=Classification(), steps=6, batch_size=4, seed=seed, learning_rate=3e-3)
+        ckpt.save(tmp_path / name)
+    models, data = [str(tmp_path / name) for name in "ab"], str(tmp_path / "validation.npz")
+    for metric in ("accuracy", "macro_f1"):
+        document = soup(models, tmp_path / "out", metric=metric, validation=data, overwrite=True)
+        value = make_evaluator(load_labelled_examples(data).rows)(load(tmp_path / "out"))[metric]
+        assert document["score"] == pytest.approx(value)
+        assert document["score"] >= max(row["validation"] for row in document["models"])
+    with pytest.raises(IntaglioError, match="24 of the 24 examples of"):
+        soup(models, tmp_path / "out", metric="accuracy", validation=data, test=data, overwrite=True)
 
 
 def test_the_size_of_the_text_is_as_given(place: Path) -> None:

@@ -23,7 +23,9 @@ def soup(
     ] = "greedy",
     metric: Annotated[
         str | None,
-        typer.Option(help="perplexity, bits_per_byte (texts), nDCG@10, MRR@10 (pairs) or macro_f1 (labelled words)."),
+        typer.Option(
+            help="perplexity, bits_per_byte (texts), nDCG@10, MRR@10 (pairs), accuracy or macro_f1 (classifiers)."
+        ),
     ] = None,
     validation: Annotated[
         str | None, typer.Option(metavar="DATA", help="Data of the metric, on which models are chosen.")

@@ -17,6 +17,7 @@ from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint, load, load_config, load_record
 from intaglio.checkpoint.resolve import resolve, split_revision
 from intaglio.checkpoint.soup import Score, Soup, Source, average, greedy, maximum, uniform, weight_cosine
+from intaglio.data.labelled_examples import load_labelled_examples
 from intaglio.data.segments import segments
 from intaglio.data.text_pairs import load_text_pairs
 from intaglio.data.texts import document_hash, load_texts
@@ -24,6 +25,8 @@ from intaglio.data.token_classification import read_labelled
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.measures.language_modeling import quality
 from intaglio.methods.base import Progress, no_progress
+from intaglio.modeling.classifier import is_whole_input_classifier
+from intaglio.trainer.classification import make_evaluator as classes_evaluator
 from intaglio.trainer.encoder_training import EncoderObjective
 from intaglio.trainer.retrieval_evaluation import retrieval_evaluator
 from intaglio.trainer.token_classification import make_evaluator
@@ -84,6 +87,10 @@ def _pairs(name: str, metric: str, checkpoint: Checkpoint, sizes: Sizes) -> Spli
 
 
 def _labels(name: str, metric: str, checkpoint: Checkpoint, sizes: Sizes) -> Split:
+    if is_whole_input_classifier(checkpoint.model):
+        whole = load_labelled_examples(name)
+        score = classes_evaluator(whole.rows)
+        return Split(name, lambda checkpoint: score(checkpoint)[metric], frozenset(whole.hashes))
     examples = read_labelled(name)
     evaluate = make_evaluator(examples)
     hashes = frozenset(document_hash(repr(sorted(example.items()))) for example in examples)
@@ -103,9 +110,10 @@ METRICS: dict[str, SoupMetric] = {
     "bits_per_byte": SoupMetric(_texts, higher_is_better=False),
     "nDCG@10": SoupMetric(_pairs),
     "MRR@10": SoupMetric(_pairs),
+    "accuracy": SoupMetric(_labels),
     "macro_f1": SoupMetric(_labels),
 }
-"""Texts for the perplexities of language models, pairs for text encoders, labelled words for token classifiers."""
+"""Data: texts for language models, pairs for text encoders, labelled texts, images or words for classifiers."""
 
 
 def soup(
@@ -131,7 +139,7 @@ def soup(
         mode: `greedy` (default) adds models, best first, while the validation metric does not fall; `maximum` takes the
             mean of the best `top`; `uniform` that of all.
         metric: a key of `METRICS`; needed for greedy and maximum.
-        validation: data of the metric, on which models are chosen: texts, a file of pairs, or of labelled words.
+        validation: data of the metric, on which models are chosen: texts, a file of pairs, or labelled examples.
         test: other data of the same kind, on which the soup and every model are measured for the report. Default: none.
         training: data that the models were trained on, of the same kind; refused if the others share an example.
             Default: what the models' records name.

@@ -351,7 +351,8 @@ class Train(Settings, Method, slug="train"):
 
     def _source(self) -> dict[str, str]:
         """Return the name of the training data for the record; none where they are the recipe's calibration texts."""
-        given = (self.texts, self.instructions, self.labels, self.interactions, self.facts, self.pairs)
+        sources = (self.texts, self.instructions, self.labels, self.interactions, self.facts, self.pairs)
+        given = (*sources, self.classes)
         name = next((name for name in given if name is not None), None)
         return {} if name is None else {"source": name}
 

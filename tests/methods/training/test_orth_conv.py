@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,16 +18,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
+from typer.testing import CliRunner
 
 from intaglio import report
 from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.from_scratch import new_image_model
 from intaglio.cli import inspect as inspect_views
+from intaglio.cli.app import app
 from intaglio.errors import IntaglioError
 from intaglio.measures.conv_spectrum import layer_spectra, spread
 from intaglio.methods.training.orth_conv import OrthConv
-from intaglio.modeling.convolutions import Kernel, gram_distance
+from intaglio.modeling.convolutions import Kernel, convolutions, gram_distance
 from intaglio.trainer import train
-from intaglio.trainer.image_classification import ImageClassification
+from intaglio.trainer.classification import Classification
 from tests.families import tiny_checkpoint_dir
 from tests.trainer.helpers import checkpoint
 
@@ -82,7 +86,7 @@ def net(seed: int = 0) -> nn.Sequential:
         return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(96, 10))
 
 
-ROWS = [{"pixels": torch.rand(1, 8, 8, generator=generator(n)), "label": n % 10} for n in range(12)]
+ROWS = [{"pixel_values": torch.rand(1, 8, 8, generator=generator(n)), "label": n % 10} for n in range(12)]
 
 
 def trained(model: nn.Module, method: OrthConv | None, **more: Any) -> Any:
@@ -95,7 +99,7 @@ def trained(model: nn.Module, method: OrthConv | None, **more: Any) -> Any:
     }
     arguments |= {"learning_rate": 0.05, "warmup": 0, "max_grad_norm": 0, "log_every": 1, **more}
     modifiers = [] if method is None else [method]
-    return train(Checkpoint(model), ROWS, objective=ImageClassification(), modifiers=modifiers, **arguments)
+    return train(Checkpoint(model), ROWS, objective=Classification(), modifiers=modifiers, **arguments)
 
 
 def observe(method: OrthConv) -> Any:
@@ -269,7 +273,7 @@ def test_existence() -> None:
 def test_a_step_of_descent_by_hand_adds_lambda_times_the_sum_over_layers() -> None:
     model, other = net(), net()
     result = trained(model, OrthConv(regularization_weight=0.3), steps=1, batch_size=12)
-    pixels, labels = torch.stack([row["pixels"] for row in ROWS]), torch.tensor([row["label"] for row in ROWS])
+    pixels, labels = torch.stack([row["pixel_values"] for row in ROWS]), torch.tensor([row["label"] for row in ROWS])
     penalty = torch.stack([Kernel.from_module(other[n]).orthogonality_loss() for n in (0, 2)]).sum()
     loss = F.cross_entropy(other(pixels), labels) + 0.3 * penalty
     loss.backward()
@@ -313,7 +317,7 @@ def test_the_norm_itself_has_no_gradient_at_zero() -> None:
     layer.weight = nn.Parameter(dirac(3).float())
     value = OrthConv(squared=False).layer_penalty(layer)
     value.backward()
-    assert float(value) == 0
+    assert float(value.detach()) == 0
     assert layer.weight.grad is not None
     assert float(layer.weight.grad.abs().max()) == 0
 
@@ -390,7 +394,7 @@ def test_the_five_lines_of_a_stock_trainer(tmp_path: Path) -> None:
         tmp_path, max_steps=1, per_device_train_batch_size=12, learning_rate=0.05, lr_scheduler_type="constant",
         optim="sgd", max_grad_norm=0.0, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
-    rows = [{"pixels": row["pixels"], "labels": row["label"]} for row in ROWS]
+    rows = [{"pixels": row["pixel_values"], "labels": row["label"]} for row in ROWS]
     names["Regularized"](model, arguments, train_dataset=rows).train()
     trained(ours, regularizer, steps=1, batch_size=12)
     for a, b in zip(model.net.parameters(), ours.parameters(), strict=True):
@@ -437,6 +441,26 @@ def test_the_size_must_fit() -> None:
     nn.init.constant_(broken.weight, float("nan"))
     with pytest.raises(IntaglioError, match="the weight of 0 holds values that are not finite"):
         layer_spectra(nn.Sequential(broken), 8)
+
+
+def test_a_stock_resnet_is_trained_saved_and_inspected(tmp_path: Path) -> None:
+    ckpt = new_image_model("resnet", width=8, depth=2, image_size=8, num_channels=1)
+    rows = [{"image": np.full((8, 8), 20 * n, dtype=np.uint8), "label": str(n % 2)} for n in range(8)]
+    before = OrthConv().penalty(ckpt.model)
+    modifiers = [OrthConv(regularization_weight=1.0)]
+    train(ckpt, rows, objective=Classification(), modifiers=modifiers, steps=12, batch_size=4, learning_rate=1e-2)
+    assert float(OrthConv().penalty(ckpt.model)) < 0.5 * float(before)
+    ckpt.save(tmp_path / "out")
+    said = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--spectrum", "--size", "8", "--json"])
+    layers = {layer["name"]: layer for layer in json.loads(said.stdout)["layers"]}
+    kernels = dict(convolutions(ckpt.model))
+    assert layers.keys() >= kernels.keys()
+    assert not layers["resnet.embedder.embedder.convolution"]["exact"]
+    losses = {name: float(Kernel.from_module(kernels[name]).orthogonality_loss()) for name in kernels}
+    assert {name: layers[name]["loss"] for name in kernels} == pytest.approx(losses, rel=1e-3, abs=1e-5)
+    shown = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--spectrum", "-o", str(tmp_path / "page.html")])
+    assert f"page: {tmp_path / 'page.html'}" in shown.stdout
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_inspect_writes_a_page_and_a_table(tmp_path: Path) -> None:
