@@ -45,5 +45,9 @@ CLAIM = Claim(
     minutes=25,
     use_when="a convolutional network must neither amplify nor shrink its input, at any image size",
     otherwise="plain training",
-    golden={},
+    toy={"width": 8, "measured_size": 8},
+    golden={
+        "kernel": {TEST_LOSS.name: 2.25532, SPREAD.name: 1.24609},
+        "orth_conv": {TEST_LOSS.name: 2.26166, SPREAD.name: 0.943625},
+    },
 )

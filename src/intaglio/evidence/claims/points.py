@@ -34,5 +34,5 @@ CLAIM = Claim(
     minutes=15,
     use_when="several tuned versions of one model exist, each on data of its own, and cannot be trained again together",
     otherwise="train once on all the data",
-    golden={},
+    golden={"best": {TEST_LOSS.name: 2.31407}, "greedy": {TEST_LOSS.name: 2.31545}},
 )
