@@ -78,7 +78,8 @@ class OrthConv(Method, slug="orth_conv"):
     Raises:
         IntaglioError: (when a run begins) no layer is left to regularise.
 
-    Source: Achour et al., Existence, Stability and Scalability of Orthogonal Convolutional Neural Networks, JMLR 2022.
+    Source: Achour et al., Existence, Stability and Scalability of Orthogonal Convolutional Neural Networks, JMLR
+    23(347), 2022.
     """
 
     kinds = ("modifier",)
