@@ -310,6 +310,27 @@ def test_averaging_the_weights_of_a_linear_model_averages_its_predictions() -> N
     torch.testing.assert_close(merged(inputs), expected, rtol=0, atol=1e-12)
 
 
+def test_statistics_of_batch_normalisation_are_averaged_and_its_counter_is_kept() -> None:
+    """Integer buffers survive averaging."""
+    models = [nn.BatchNorm1d(2) for _ in range(2)]
+    for steps, model in enumerate(models, start=1):
+        for _ in range(steps):
+            model(torch.randn(5, 2) + steps)
+    mixed = average([model.state_dict() for model in models])
+    assert mixed["num_batches_tracked"].item() == 2
+    torch.testing.assert_close(mixed["running_mean"], (models[0].running_mean + models[1].running_mean) / 2)  # type: ignore[operator]
+
+
+def test_a_metric_that_is_not_finite_is_shown_as_such(place: Path) -> None:
+    weights = load_file(place / "b" / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, place / "b" / "model.safetensors", metadata={"format": "pt"})
+    data = ("--metric", "perplexity", "--validation", place / "validation.jsonl")
+    document = json.loads(command(place, *data, "--json").stdout)
+    assert document["models"][1] == {"model": str(place / "b"), "validation": None, "test": None, "in_soup": False}
+    assert "not finite" in command(place, *data).stdout
+
+
 def test_the_cosine_of_weights_sees_matrices_alone() -> None:
     one = {"w": torch.tensor([[3.0, 4.0]]), "norm": torch.ones(9)}
     assert weight_cosine(one, {"w": torch.tensor([[4.0, 3.0]]), "norm": -torch.ones(9)}) == pytest.approx(24 / 25)

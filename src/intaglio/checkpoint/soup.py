@@ -26,6 +26,8 @@ from intaglio.errors import IntaglioError
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
 Tensors = nn.Module | Mapping[str, Tensor]
 _Storage = tuple[Any, ...]
+COUNTER = "num_batches_tracked"
+"""Buffer of batch normalisation that counts steps; models of different length differ in it, and the largest is kept."""
 
 
 class _InMemory:
@@ -151,6 +153,8 @@ def _check_names(readers: Sequence[_Reader], aliases: Mapping[str, str]) -> list
 def _mean(name: str, readers: Sequence[_Reader], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
     """Return the weighted mean of a tensor as a running mean, which reproduces equal inputs bit for bit."""
     first = readers[0].read(name)
+    if name.rpartition(".")[2] == COUNTER:
+        return torch.stack([reader.read(name).to(first.device) for reader in readers]).amax(0)
     if not (first.is_floating_point() or first.is_complex()):
         for reader in readers[1:]:
             if not torch.equal(reader.read(name).to(first.device), first):

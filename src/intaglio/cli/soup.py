@@ -82,7 +82,11 @@ def _table(document: dict[str, Any]) -> Table:
     caption = "" if "test" in shown else "Values of the choice flatter it; give --test DATA for others."
     table = Table("model", "in the soup", *shown, title=title, caption=caption, box=SIMPLE_HEAD)
     for row in document["models"]:
-        values = [f"{row[split]:.4f}" for split in shown]
+        values = [_shown(row[split]) for split in shown]
         table.add_row(Text(printable(row["model"])), "yes" if row["in_soup"] else "no", *values)
-    table.add_row("soup", "", *(f"{document[total]:.4f}" for total in shown.values()), style="bold")
+    table.add_row("soup", "", *(_shown(document[total]) for total in shown.values()), style="bold")
     return table
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

@@ -82,12 +82,17 @@ def layer_spectra(model: nn.Module, size: int, progress: Progress = no_progress)
         raise IntaglioError(f"{type(model).__name__} has neither convolutions nor linear layers")
     spectra = []
     for number, (name, module) in enumerate(layers, start=1):
-        if not bool(torch.isfinite(module.weight).all()):
-            raise IntaglioError(f"the weight of {name} holds values that are not finite")
-        convolution = isinstance(module, CONVOLUTIONS)
-        spectra.append(_convolution(name, module, size) if convolution else _linear(name, module))
+        spectra.append(layer_spectrum(name, module, size))
         progress(number, len(layers), "singular values")
     return spectra
+
+
+@torch.no_grad()
+def layer_spectrum(name: str, module: Any, size: int) -> LayerSpectrum:
+    """Return the spectrum of a convolution or linear layer; see `layer_spectra`."""
+    if not bool(torch.isfinite(module.weight).all()):
+        raise IntaglioError(f"the weight of {name} holds values that are not finite")
+    return _convolution(name, module, size) if isinstance(module, CONVOLUTIONS) else _linear(name, module)
 
 
 def _convolution(name: str, module: nn.Module, size: int) -> LayerSpectrum:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -151,7 +152,7 @@ def soup(
 
     Returns:
         Plain data: mode, metric, splits, `models` with their `validation` and `test` values and whether each is in the
-        soup, `trials` in order, `score`, `test`, and `notes`.
+        soup, `trials` in order, `score` and `test_score` of the soup, and `notes`; None where nothing was measured.
 
     Raises:
         IntaglioError: a name, metric or mode is unknown, shapes differ, or splits overlap.
@@ -177,23 +178,27 @@ def soup(
         return score
 
     result = _soup(sources, mode, top, higher, None if validated is None else measured(validated))
-    on_test = [None] * (len(names) + 1)
+    on_test: list[float | None] = [None] * (len(names) + 1)
     if tested is not None:
-        states = [average([source]) for source in sources]
-        on_test = [measured(tested)(state) for state in [*states, result.state]]  # type: ignore[misc]
+        on_test = [_number(measured(tested)(average([source]))) for source in sources]
+        on_test.append(_number(measured(tested)(result.state)))
     _fill(checkpoint, result.state)
     _record(checkpoint, {"models": names, "mode": mode, "metric": metric, "top": top}, result, validation, test)
     checkpoint.save(output, overwrite)
-    alone = {trial.members[0]: trial.score for trial in result.log if len(trial.members) == 1}
+    alone = {trial.members[0]: _number(trial.score) for trial in result.log if len(trial.members) == 1}
     rows = [
         {"model": name, "validation": alone.get(n), "test": on_test[n], "in_soup": n in result.chosen}
         for n, name in enumerate(names)
     ]
-    trials = [{"models": list(t.members), "score": t.score, "kept": t.kept} for t in result.log]
+    trials = [{"models": list(t.members), "score": _number(t.score), "kept": t.kept} for t in result.log]
     measures = {"validation": validation, "test": test, "higher_is_better": higher}
-    totals = {"score": result.score if validated is not None else None, "test_score": on_test[-1]}
+    totals = {"score": _number(result.score), "test_score": on_test[-1]}
     return {"mode": mode, "metric": metric, **measures, "models": rows, "trials": trials, **totals,
             "checkpoint": os.fspath(output), "notes": notes}  # fmt: skip
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _check(

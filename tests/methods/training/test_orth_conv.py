@@ -451,6 +451,13 @@ def test_a_stock_resnet_is_trained_saved_and_inspected(tmp_path: Path) -> None:
     modifiers = [OrthConv(regularization_weight=1.0)]
     train(ckpt, rows, objective=Classification(), modifiers=modifiers, steps=12, batch_size=4, learning_rate=1e-2)
     assert float(OrthConv().penalty(ckpt.model)) < 0.5 * float(before)
+    (table,) = ckpt.record.steps[-1].chosen["modifiers"]["orth_conv"]["tables"]
+    first = layer_spectra(ckpt.model, 8)[0]
+    assert table["rows"][0] == [
+        first.name,
+        *(f"{v:.3f}" for v in (first.loss, first.minimum, first.median, first.maximum)),
+    ]
+    assert len(table["rows"]) == len(OrthConv().layers(ckpt.model))
     ckpt.save(tmp_path / "out")
     said = CliRunner().invoke(app, ["inspect", str(tmp_path / "out"), "--spectrum", "--size", "8", "--json"])
     layers = {layer["name"]: layer for layer in json.loads(said.stdout)["layers"]}

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 from intaglio.errors import IntaglioError
+from intaglio.measures.conv_spectrum import layer_spectrum
 from intaglio.methods.base import Method, ModelAspect
 from intaglio.modeling.convolutions import CONVOLUTIONS, Kernel, convolutions, gram_distance
 from intaglio.modeling.targets import check_patterns, select_layers
@@ -38,6 +39,8 @@ from intaglio.trainer.protocols import Batch, Loss, ModifierSession, TrainingRun
 from intaglio.trainer.sparsity_mask import linear_modules
 
 Form = Literal["convolution", "kernel", "spectral_norm"]
+LARGEST, SIDE = 1 << 16, 8
+"""Weights of the largest layer whose singular values a report has, and the side of its input."""
 
 
 class OrthConv(Method, slug="orth_conv"):
@@ -46,7 +49,8 @@ class OrthConv(Method, slug="orth_conv"):
         L = task loss + lambda sum_l L_orth(K_l)
 
     In a recipe: `train: {modifiers: [{orth_conv: {regularization_weight: 0.1}}], ...}`; the loss has the part `orth`,
-    the sum without lambda. In a stock `Trainer`, with one batch an optimizer step:
+    the sum without lambda, and the report has the singular values of small layers. In a stock `Trainer`, with one batch
+    an optimizer step:
 
         class Regularized(Trainer):
             def compute_loss(self, model, inputs, return_outputs=False, **more):
@@ -152,14 +156,30 @@ class OrthConv(Method, slug="orth_conv"):
         """Return the session of a run."""
         layers = self.layers(run.model)
         if self.form == "spectral_norm":
-            return _SpectralNorm([module for _, module in layers], run.seed)
-        return _Penalty(self)
+            return _SpectralNorm(layers, run.seed)
+        return _Penalty(layers, self)
 
 
-class _Penalty(ModifierSession):
+class _Spectra(ModifierSession):
+    """Reports the singular values of the layers, those of large layers left out."""
+
+    def __init__(self, layers: list[tuple[str, nn.Module]]) -> None:
+        self.layers = layers
+
+    def report(self) -> dict[str, Any]:
+        small = [(name, module) for name, module in self.layers if module.weight.numel() <= LARGEST]  # type: ignore[union-attr, operator]
+        spectra = [layer_spectrum(name, module, SIDE) for name, module in small]
+        rows = [[s.name, *(f"{value:.3f}" for value in (s.loss, s.minimum, s.median, s.maximum))] for s in spectra]
+        headings = ["layer", "L_orth", "least", "median", "largest"]
+        title = f"Singular values after training, for inputs of side {SIDE}"
+        return {"tables": [{"title": title, "headings": headings, "rows": rows}]} if rows else {}
+
+
+class _Penalty(_Spectra):
     """Adds the penalty to the loss of every batch."""
 
-    def __init__(self, method: OrthConv) -> None:
+    def __init__(self, layers: list[tuple[str, nn.Module]], method: OrthConv) -> None:
+        super().__init__(layers)
         self.method = method
 
     def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss:
@@ -167,18 +187,18 @@ class _Penalty(ModifierSession):
         return Loss(self.method.regularization_weight * penalty, {"orth": penalty})
 
 
-class _SpectralNorm(ModifierSession):
+class _SpectralNorm(_Spectra):
     """Divides the reshaped kernels by their largest singular values, and bakes the quotients at the end."""
 
-    def __init__(self, modules: list[nn.Module], seed: int) -> None:
-        self.modules = modules
+    def __init__(self, layers: list[tuple[str, nn.Module]], seed: int) -> None:
+        super().__init__(layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # of the power iteration's vectors
-            for module in modules:
+            for _, module in layers:
                 parametrizations.spectral_norm(module)
 
     def detach(self) -> None:
-        for module in self.modules:
+        for _, module in self.layers:
             module.eval()  # no further power iteration
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
