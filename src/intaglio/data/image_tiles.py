@@ -106,13 +106,13 @@ def plan_tiles(
         size = (grid[0] * tile_size, int(height / width * (grid[0] * tile_size)))
     else:
         size = (int(width / height * (grid[1] * tile_size)), grid[1] * tile_size)
-    steps = tuple((side - tile_size) // max(1, count - 1) for side, count in zip(size, grid, strict=True))
+    across, down = ((side - tile_size) // max(1, count - 1) for side, count in zip(size, grid, strict=True))
     # Of an almost square image rounding can leave no room for a second tile; the code then takes one.
-    columns, rows = (count if step else 1 for count, step in zip(grid, steps, strict=True))
-    return TilePlan((columns, rows), size, _corners(columns, rows, steps), stretched)
+    columns, rows = (grid[0] if across else 1, grid[1] if down else 1)
+    return TilePlan((columns, rows), size, _corners(columns, rows, (across, down)), stretched)
 
 
-def _corners(columns: int, rows: int, steps: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+def _corners(columns: int, rows: int, steps: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     return tuple((column * steps[0], row * steps[1]) for row in range(rows) for column in range(columns))
 
 

@@ -100,7 +100,7 @@ def _convolution(name: str, module: nn.Module, size: int) -> LayerSpectrum:
     own = Kernel(kernel.groups_GMCk.double(), kernel.stride)
     fitting, loss = kernel.fitting_size(size), max(0.0, float(own.orthogonality_loss()))
     values, error = own.singular_values(fitting), math.sqrt(own.spectral_bound() * loss)
-    shape = tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
+    shape = tuple(module.weight.shape)  # type: ignore[arg-type]
     about = (kernel.exact, kernel.can_be_orthogonal)
     return LayerSpectrum(name, "convolution", shape, kernel.stride, fitting, loss, *_summary(values, error), *about)
 

@@ -108,9 +108,9 @@ class Kernel:
             padding: see `autocorrelation`.
         """
         shifts_GMMk = self.autocorrelation(padding)
-        centre = tuple(size // 2 for size in shifts_GMMk.shape[3:])
         identity = torch.eye(self.rows, dtype=shifts_GMMk.dtype, device=shifts_GMMk.device)
-        central_GMM = shifts_GMMk[(..., *centre)]
+        middle = shifts_GMMk.flatten(3)  # of an odd number of shifts in each dimension
+        central_GMM = middle[..., middle.shape[-1] // 2]
         # ||A - I0||^2 = ||A||^2 - ||centre||^2 + ||centre - I||^2, without writing into A.
         around = shifts_GMMk.square().sum() - central_GMM.square().sum()
         excess = len(self.groups_GMCk) * max(0, self.rows - self.columns)

@@ -57,7 +57,7 @@ class ClassifyConvolutions(Classify):
     def measure(self, net: nn.Module, images: Images) -> dict[str, float]:
         """Return accuracy, loss, accuracy under attack and the spread of the singular values."""
         values = super().measure(net, images)
-        convolutions = nn.ModuleList([module for module in net if isinstance(module, nn.Conv2d)])  # type: ignore[union-attr]
+        convolutions = nn.ModuleList([module for module in net.children() if isinstance(module, nn.Conv2d)])
         values[SPREAD.name] = spread(layer_spectra(convolutions, self.measured_size))
         for budget, metric in zip(BUDGETS, ROBUST, strict=True):
             logits = net(attacked(net, images, budget))
@@ -68,7 +68,7 @@ class ClassifyConvolutions(Classify):
         """Return the operations of a forward and backward pass of one image."""
         operations = 0
         shape = torch.zeros(1, 1, self.bed.side, self.bed.side)
-        for module in net:  # type: ignore[union-attr]
+        for module in net.children():
             shape = module(shape)
             if isinstance(module, nn.Conv2d):
                 operations += 6 * module.weight.numel() * shape[0, 0].numel()

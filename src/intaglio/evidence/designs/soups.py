@@ -76,7 +76,7 @@ class Soups:
     def toy(self, **changes: int) -> Soups:
         """Return the design with a small network and few steps."""
         sizes = {"width": 16, "base_steps": 30, "steps": 15}
-        return dataclasses.replace(self, bed=self.bed.toy(), **{**sizes, **changes})  # type: ignore[arg-type]
+        return dataclasses.replace(self, bed=self.bed.toy(), **{**sizes, **changes})
 
 
 @lru_cache(maxsize=2)

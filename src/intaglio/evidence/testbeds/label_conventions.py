@@ -74,8 +74,10 @@ class Conventions(Sized):
 
 def joined(parts: Sequence[Images]) -> Images:
     """Return the images of several sets as one."""
-    tensors = (torch.cat([getattr(part, name) for part in parts]) for name in ("pixels_NCHW", "labels_N", "true_N"))
-    return Images(*tensors, tuple(name for part in parts for name in part.names))
+    pixels_NCHW, labels_N, true_N = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("pixels_NCHW", "labels_N", "true_N")
+    )
+    return Images(pixels_NCHW, labels_N, true_N, tuple(name for part in parts for name in part.names))
 
 
 def _everywhere(images: Images) -> Images:

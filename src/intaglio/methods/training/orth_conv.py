@@ -40,7 +40,7 @@ from intaglio.trainer.sparsity_mask import linear_modules
 
 Form = Literal["convolution", "kernel", "spectral_norm"]
 LARGEST, SIDE = 1 << 16, 8
-"""Weights of the largest layer whose singular values a report has, and the side of its input."""
+"""Parameters of the largest layer whose singular values a report has, and the side of its input."""
 
 
 class OrthConv(Method, slug="orth_conv"):
@@ -167,8 +167,9 @@ class _Spectra(ModifierSession):
         self.layers = layers
 
     def report(self) -> dict[str, Any]:
-        small = [(name, module) for name, module in self.layers if module.weight.numel() <= LARGEST]  # type: ignore[union-attr, operator]
-        spectra = [layer_spectrum(name, module, SIDE) for name, module in small]
+        spectra = [
+            layer_spectrum(n, m, SIDE) for n, m in self.layers if sum(p.numel() for p in m.parameters()) <= LARGEST
+        ]
         rows = [[s.name, *(f"{value:.3f}" for value in (s.loss, s.minimum, s.median, s.maximum))] for s in spectra]
         headings = ["layer", "L_orth", "least", "median", "largest"]
         title = f"Singular values after training, for inputs of side {SIDE}"

@@ -71,7 +71,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         if not 0 <= fusion_weight <= 1:
             raise IntaglioError(f"fusion_weight is {fusion_weight}; a number from 0 to 1 is accepted")
-        width, other = (int(encoder.config.hidden_size) for encoder in (general, ocr))  # type: ignore[union-attr]
+        width, other = (int(encoder.config.hidden_size) for encoder in (general, ocr))  # type: ignore[union-attr, arg-type]
         if width != other:
             raise IntaglioError(f"the encoders' hidden sizes are {width} and {other}; equal ones are accepted")
         self.general, self.ocr = general, ocr
