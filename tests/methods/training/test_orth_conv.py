@@ -347,7 +347,8 @@ def test_spectral_norm_divides_and_bakes() -> None:
     assert model.state_dict().keys() == names
     for n in (0, 2):
         assert type(model[n]) is nn.Conv2d
-        assert float(torch.linalg.matrix_norm(model[n].weight.flatten(1), 2)) == pytest.approx(1, abs=0.05)
+        norm = torch.linalg.matrix_norm(model[n].weight.detach().flatten(1), 2)
+        assert float(norm) == pytest.approx(1, abs=0.05)
 
 
 @pytest.mark.parametrize(
