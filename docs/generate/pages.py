@@ -83,7 +83,12 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "Indexes of documents; see [searching your own documents](../search.md).",
         ("intaglio.search.index", "intaglio.search.documents", "intaglio.search.encoders", "intaglio.search.evaluate"),
     ),
-    "api/soup.md": ("Parameter averaging", "Checkpoint soups and moving averages.", ("intaglio.checkpoint.soup",)),
+    "api/soup.md": (
+        "Parameter averaging",
+        "Checkpoint soups and moving averages.",
+        ("intaglio.checkpoint.soup", "intaglio.recipe.soup"),
+    ),
+    "api/images.md": ("Image tiles", "Tiles of images that keep aspect ratios.", ("intaglio.data.image_tiles",)),
     "api/evidence.md": (
         "Evidence",
         "Registered claims and their records; see [how claims are judged](../evidence.md).",

@@ -1,8 +1,9 @@
-"""Parameter averaging: uniform, weighted and greedy model soups, and an exponential moving average.
+"""Parameter averaging: uniform, weighted, maximum and greedy model soups, and an exponential moving average.
 
 A soup is the mean of the parameters of models that were fine-tuned from one checkpoint (Wortsman et al. 2022, "Model
 soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time"). Sources
 are state dicts in memory, `.safetensors` files or checkpoint directories; those on disk are read one tensor at a time.
+The candidates of POINTS (Liu et al. 2024) differ in the data set that was added to a common base set.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from intaglio.errors import IntaglioError
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
 Tensors = nn.Module | Mapping[str, Tensor]
 _Storage = tuple[Any, ...]
+COUNTER = "num_batches_tracked"
+"""Buffer of batch normalisation that counts steps; models of different length differ in it, and the largest is kept."""
 
 
 class _InMemory:
@@ -150,6 +153,8 @@ def _check_names(readers: Sequence[_Reader], aliases: Mapping[str, str]) -> list
 def _mean(name: str, readers: Sequence[_Reader], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
     """Return the weighted mean of a tensor as a running mean, which reproduces equal inputs bit for bit."""
     first = readers[0].read(name)
+    if name.rpartition(".")[2] == COUNTER:
+        return torch.stack([reader.read(name).to(first.device) for reader in readers]).amax(0)
     if not (first.is_floating_point() or first.is_complex()):
         for reader in readers[1:]:
             if not torch.equal(reader.read(name).to(first.device), first):
@@ -202,7 +207,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Soup:
-    """Result of `greedy`: parameters, indices of the candidates (best first), score, and every scored soup in order."""
+    """Result of `greedy`, `maximum` or `uniform`.
+
+    Args:
+        state: parameters.
+        chosen: indices of the candidates, best first where they were scored.
+        score: of the soup.
+        log: every scored model in order: each candidate alone, then the soups.
+    """
 
     state: dict[str, Tensor]
     chosen: tuple[int, ...]
@@ -210,9 +222,19 @@ class Soup:
     log: tuple[Trial, ...]
 
 
-def greedy(
-    candidates: Sequence[Source], score: Callable[[dict[str, Tensor]], float], higher_is_better: bool = True
-) -> Soup:
+Score = Callable[[dict[str, Tensor]], float]
+
+
+def _ranked(candidates: Sequence[Source], score: Score, sign: float) -> tuple[list[float], list[int]]:
+    """Return the candidates' own scores, and their indices, best first, without those whose score is NaN."""
+    alone = [float(score(average([candidate]))) for candidate in candidates]
+    order = sorted((i for i in range(len(alone)) if not math.isnan(alone[i])), key=lambda i: -sign * alone[i])
+    if not order:
+        raise IntaglioError(f"none of the {len(alone)} candidates of the soup has a numeric score")
+    return alone, order
+
+
+def greedy(candidates: Sequence[Source], score: Score, higher_is_better: bool = True) -> Soup:
     """Return the greedy soup (Wortsman et al. 2022, recipe 1): add candidates one at a time while the score holds.
 
     The candidates are ranked by their own score. Starting with the best, each is added to the mean if the score does
@@ -220,10 +242,7 @@ def greedy(
     data. A candidate whose score is NaN is left out.
     """
     sign = 1.0 if higher_is_better else -1.0
-    alone = [float(score(average([candidate]))) for candidate in candidates]
-    order = sorted((i for i in range(len(alone)) if not math.isnan(alone[i])), key=lambda i: -sign * alone[i])
-    if not order:
-        raise IntaglioError(f"none of the {len(alone)} candidates of the soup has a numeric score")
+    alone, order = _ranked(candidates, score, sign)
     log = [Trial((i,), alone[i], i == order[0]) for i in range(len(alone))]
     chosen: tuple[int, ...] = (order[0],)
     best = alone[order[0]]
@@ -237,6 +256,55 @@ def greedy(
         if kept:
             chosen, best, state = members, result, mixed
     return Soup(state, chosen, best, tuple(log))
+
+
+def maximum(candidates: Sequence[Source], score: Score, top: int, higher_is_better: bool = True) -> Soup:
+    """Return the mean of the `top` candidates with the best scores of their own; all that have one if they are fewer.
+
+    Raises:
+        IntaglioError: `top` is below 1, or no candidate has a numeric score.
+    """
+    if top < 1:
+        raise IntaglioError(f"top is {top}; a number of models from 1 on is accepted")
+    alone, order = _ranked(candidates, score, 1.0 if higher_is_better else -1.0)
+    chosen = tuple(order[:top])
+    return _mixed(candidates, chosen, score, [Trial((i,), alone[i], i in chosen) for i in range(len(alone))])
+
+
+def uniform(candidates: Sequence[Source], score: Score) -> Soup:
+    """Return the mean of all candidates, with its score and theirs."""
+    alone = [float(score(average([candidate]))) for candidate in candidates]
+    members = tuple(range(len(candidates)))
+    return _mixed(candidates, members, score, [Trial((i,), alone[i], True) for i in members])
+
+
+def _mixed(candidates: Sequence[Source], chosen: tuple[int, ...], score: Score, log: list[Trial]) -> Soup:
+    state = average([candidates[i] for i in chosen])
+    result = float(score(state))
+    return Soup(state, chosen, result, (*log, Trial(chosen, result, True)))
+
+
+@torch.no_grad()
+def weight_cosine(first: Source, second: Source) -> float | None:
+    """Return the cosine between the matrices and kernels of two models, all of them as one vector.
+
+    Models that were fine-tuned from one checkpoint have a cosine near 1, models of different initialisations one near
+    0, and their mean is useless. None where there is no matrix, or one of the vectors is zero.
+
+    Raises:
+        IntaglioError: names or shapes differ.
+    """
+    with ExitStack() as stack:
+        readers = [_open(source, index, stack) for index, source in enumerate((first, second))]
+        aliases = _aliases(readers)
+        names = [name for name in _check_names(readers, aliases) if name not in aliases]
+        dot, norms = 0.0, [0.0, 0.0]
+        for name in names:
+            a, b = (reader.read(name).flatten().double() for reader in readers)
+            if len(readers[0].shapes[name]) > 1:
+                dot += float(a @ b)
+                norms = [norms[0] + float(a @ a), norms[1] + float(b @ b)]
+    return dot / math.sqrt(norms[0] * norms[1]) if all(norms) else None
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from intaglio.cli.demos import demo
 from intaglio.cli.generate_command import generate
 from intaglio.cli.inspect_command import inspect
 from intaglio.cli.search import evaluate, index_app, search
+from intaglio.cli.soup import soup
 from intaglio.cli.train import recommend, train
 
 app = typer.Typer(
@@ -421,6 +422,7 @@ app.command()(evaluate)
 app.command()(train)
 app.command()(recommend)
 app.command()(classify)
+app.command()(soup)
 app.command()(demo)
 
 

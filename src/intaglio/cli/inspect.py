@@ -18,10 +18,12 @@ from intaglio.dictionaries.features import describe_features
 from intaglio.dictionaries.sources import find_dictionary
 from intaglio.errors import IntaglioError
 from intaglio.masks.visualize import Group, as_json, drawing, groups, svg
+from intaglio.measures.conv_spectrum import layer_spectra
 from intaglio.methods.activations.moe_x import expert_statistics
 from intaglio.methods.attention.sparse_frontier import SparseFrontier, pictures
 from intaglio.methods.base import Progress, no_progress
 from intaglio.methods.probes.markov_lm import MarkovLM
+from intaglio.report.spectrum import HEADINGS
 from intaglio.trainer.term_explanation import explain, terms_of
 
 SHOWN = 20
@@ -242,3 +244,36 @@ def diagnostics_tables(document: dict[str, Any]) -> list[Table]:
             table.add_row(*row)
         tables.append(table)
     return tables
+
+
+def spectrum(
+    model: str, size: int, page: Path | None, device: str | None, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Return the singular values of all convolutions and linear layers, and write a page of them.
+
+    Args:
+        model: a bundled name, a directory or a hub id.
+        size: side of each convolution's input.
+        page: HTML file to write, or None.
+        device: where to load the model.
+        progress: called after each layer.
+
+    Raises:
+        IntaglioError: the model cannot be loaded or has no such layer, or the file name does not end in `.html`.
+    """
+    if page is not None and page.suffix.lower() != ".html":
+        raise IntaglioError(f"the page {page} must be an .html file")
+    layers = layer_spectra(load(model, device=device).model, size, progress)
+    document = {"model": model, "size": size, "layers": [layer.document() for layer in layers]}
+    if page is not None:
+        atomic_io.write_text(page, report.spectrum_page(document))
+    return document
+
+
+def spectrum_table(document: dict[str, Any]) -> Table:
+    """Return the spectra as a table."""
+    title = f"Singular values of {document['model']}"
+    table = Table(*HEADINGS, title=title, caption=report.spectrum_summary(document), box=SIMPLE_HEAD)
+    for row in report.spectrum_rows(document):
+        table.add_row(*map(Text, row))
+    return table

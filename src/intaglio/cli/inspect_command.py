@@ -28,6 +28,7 @@ VIEWS = {
     "--terms": "the words of a text",
     "--diagnostics": "the geometry and information of next-token steps",
     "--sparse-attention": "the study of long contexts",
+    "--spectrum": "the singular values of convolutions and linear layers",
 }
 
 
@@ -54,6 +55,10 @@ def inspect(
         bool,
         typer.Option("--sparse-attention", help="Measure which sparse attention survives which long-context task."),
     ] = False,
+    spectrum: Annotated[
+        bool, typer.Option("--spectrum", help="Show the singular values of convolutions (by FFT) and linear layers.")
+    ] = False,
+    size: Annotated[int, typer.Option(min=1, help="(spectrum) Side of each convolution's input.")] = 16,
     length: Annotated[int, typer.Option(min=1, help="(masks) Number of tokens.")] = 32,
     prompt: Annotated[
         str | None, typer.Option(help="(masks) Show what sparse attention keeps for this text, or @FILE.")
@@ -109,18 +114,26 @@ def inspect(
         typer.Option(
             "--output",
             "-o",
-            help="(masks) SVG file to draw to; (features, diagnostics) the HTML page; (sparse-attention) the directory"
-            " to make. [default: features.html; nothing for the others]",
+            help="(masks) SVG file to draw to; (features, diagnostics, spectrum) the HTML page; (sparse-attention) the"
+            " directory to make. [default: features.html; nothing for the others]",
         ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Inspect a model: its masks, experts, features, words, next-token steps, or what sparse attention costs it."""
+    """Inspect a model: masks, experts, features, words, next-token steps, spectra, costs of sparse attention."""
     from intaglio.errors import IntaglioError
 
-    present = (masks, experts is not None, features, terms is not None, diagnostics is not None, sparse_attention)
+    present = (
+        masks,
+        experts is not None,
+        features,
+        terms is not None,
+        diagnostics is not None,
+        sparse_attention,
+        spectrum,
+    )
     given = [name for name, is_given in zip(VIEWS, present, strict=True) if is_given]
     if len(given) != 1:
         shown = ", ".join(f"{name} {what}" for name, what in VIEWS.items())
@@ -137,6 +150,8 @@ def inspect(
         sizes = design(lengths, methods, sparsities, samples, question, paper, seed)
         options = {"only": tasks, "documents": documents, "paper": paper, "device": device, "dtype": dtype}
         _study([model, *(also or ())], sizes, output, json, **options)
+    elif spectrum:
+        _spectrum(model, size, output, device, json)
     elif features:
         _features(model, dictionary, texts, tokens, output or Path("features.html"), device, json)
     elif terms is not None:
@@ -165,6 +180,19 @@ def _study(models: Sequence[str], sizes: Any, output: Path | None, json: bool, *
         print_out(line)
     if output is not None:
         print_out(f"study: {output}")
+
+
+def _spectrum(model: str, size: int, page: Path | None, device: str | None, json: bool) -> None:
+    from intaglio.cli import inspect
+
+    with progress_bar() as progress:
+        document = inspect.spectrum(model, size, page, device, progress)
+    if json:
+        print_json(document)
+        return
+    out.print(inspect.spectrum_table(document))
+    if page is not None:
+        print_out(f"page: {page}")
 
 
 def _features(

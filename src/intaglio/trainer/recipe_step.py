@@ -347,9 +347,17 @@ class Train(Settings, Method, slug="train"):
             progress=progress,
             **settings,
         )
+        checkpoint.record.steps[-1].chosen["data"] |= self._source()
         if show is not None and before is not None:
             record_samples(checkpoint, before, show(checkpoint))
         return checkpoint
+
+    def _source(self) -> dict[str, str]:
+        """Return the name of the training data for the record; none where they are the recipe's calibration texts."""
+        sources = (self.texts, self.instructions, self.labels, self.interactions, self.facts, self.pairs)
+        given = (*sources, self.classes)
+        name = next((name for name in given if name is not None), None)
+        return {} if name is None else {"source": name}
 
     def _show(self, objective: Objective, held_out: Any, facts: list[Fact] | None) -> Show | None:
         """Return the function that draws samples before and after training, if there is anything to show."""

@@ -79,13 +79,17 @@ class Classify:
                 recipe |= {"modifiers": [own.fill(modifier) for modifier in own.pop("modifiers", ())]}
                 recipe |= {"objective": own.fill(objective)}
                 own.check()
-                passes = count * _train(net, labelled, recipe, validation)
-        loss, accuracy = evaluate(net, measured)
-        values = {ACCURACY.name: accuracy, TEST_LOSS.name: loss, **(memorised(net, images) if self.bed.noise else {})}
+                passes = count * train_classifier(net, labelled, recipe, validation)
+        values = {**self.measure(net, measured), **(memorised(net, images) if self.bed.noise else {})}
         parameters = sum(int(p.count_nonzero()) for p in net.parameters())
         flops = float(passes * self.batch_size * pass_flops(net, self.bed.shape))
         cost = Cost(passes * self.batch_size, flops, parameters, spent.seconds, spent.bytes)
         return Result(values, cost, parity)
+
+    def measure(self, net: nn.Module, images: Images) -> dict[str, float]:
+        """Return the metrics of a trained network."""
+        loss, accuracy = evaluate(net, images)
+        return {ACCURACY.name: accuracy, TEST_LOSS.name: loss}
 
     def _start(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -109,12 +113,18 @@ class Classify:
 def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
     """Return the weights that all arms of a unit start from."""
     net = dataclasses.replace(design, dense_steps=0)._start(seed)
-    _train(net, design.bed.training(seed), {**design._recipe(design.dense_steps, seed), "objective": Classification()})
+    train_classifier(net, design.bed.training(seed), design._recipe(design.dense_steps, seed))
     return net.state_dict()
 
 
-def _train(net: nn.Module, images: Images, recipe: Mapping[str, Any], validation: Images | None = None) -> int:
-    """Train a network; with validation images, end with the weights of its best epoch on them. Return the steps."""
+def train_classifier(
+    net: nn.Module, images: Images, recipe: Mapping[str, Any], validation: Images | None = None
+) -> int:
+    """Train a network by the library's loop, by default on cross-entropy, and return the steps.
+
+    With validation images, it ends with the weights of its best epoch on them.
+    """
+    recipe = {"objective": Classification(), **recipe}
     pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
     rows = [{"pixel_values": pixels, "label": int(label)} for pixels, label in pairs]
     best: dict[str, Any] = {"accuracy": -1.0}

@@ -81,8 +81,8 @@ class TuneRegularizers:
                 search(lambda values: run.trial(values, steps), RANGES, trials, tuner, seed)
                 operations = PLAIN_COST * steps * trials
         validation, test = min(run.results)
-        net = mlp(self.bed.side, self.width)
-        flops = pass_flops(net) / 3 * operations * self.batch_size
+        net = mlp(self.bed.shape, self.width)
+        flops = pass_flops(net, self.bed.shape) / 3 * operations * self.batch_size
         weights = sum(p.numel() for p in net.parameters())
         cost = Cost(operations * self.batch_size, flops, weights, spent.seconds, spent.bytes)
         parity = {"training": images.digest, "images": measured.digest}
@@ -125,7 +125,7 @@ class _Trainings:
         """Train a new network, add its results, and return the history."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            net = mlp(self.design.bed.side, self.design.width)
+            net = mlp(self.design.bed.shape, self.design.width)
 
         def measure(checkpoint: Checkpoint) -> Mapping[str, float]:
             losses = [evaluate(checkpoint.model, images)[0] for images in (self.validation, self.measured)]

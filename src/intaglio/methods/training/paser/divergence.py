@@ -43,6 +43,14 @@ def jsd(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
     return -0.5 * (first_TV + second_TV).sum(-1)
 
 
+def padded_batch(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Return `input_ids` [B, L] of samples, padded on the right, and `attention_mask` where there is padding."""
+    ids = [torch.tensor([*sample.prompt, *sample.answer]) for sample in samples]
+    ids_BL = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
+    return {"input_ids": ids_BL} | ({} if bool(mask_BL.all()) else {"attention_mask": mask_BL.long()})
+
+
 def positions(sample: Sample, scope: Scope) -> range:
     """Return the positions of a sample at which predictions are compared."""
     prompt, redistribute = len(sample.prompt), len(sample.prompt) + len(sample.answer)
@@ -109,12 +117,7 @@ def _batch_divergences(
     samples: Sequence[Sample], sides: Sequence[tuple[Any, HeadOnly]], rows: int, scope: Scope
 ) -> list[Tensor]:
     """Return the divergences of each sample of a batch, float64 [positions]."""
-    ids = [torch.tensor([*sample.prompt, *sample.answer]) for sample in samples]
-    ids_BL = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
-    batch = {"input_ids": ids_BL, "attention_mask": mask_BL.long()}
-    if bool(mask_BL.all()):
-        del batch["attention_mask"]
+    batch = padded_batch(samples)
     wanted = [positions(sample, scope) for sample in samples]
     counts = [len(places) for places in wanted]
     at = torch.tensor([(row, place) for row, places in enumerate(wanted) for place in places]).long().reshape(-1, 2)
