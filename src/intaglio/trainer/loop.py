@@ -23,6 +23,7 @@ from intaglio.trainer import resume as run_state
 from intaglio.trainer.causal_lm import CausalLM
 from intaglio.trainer.data_selection import Original, SelectedExamples, choose
 from intaglio.trainer.dataset import Rows, read_rows
+from intaglio.trainer.encoder_training import EncoderObjective
 from intaglio.trainer.fsdp import unshard
 from intaglio.trainer.hf_trainer import Collator, Evaluate, IntaglioTrainer, TrainingCallback, TrainingModule
 from intaglio.trainer.history import LogEntry, columns, history
@@ -243,7 +244,8 @@ def _record(
     owned, slug = objective.modules().state_dict(), getattr(objective, "slug", None)
     if slug is not None and (owned or "encoder" in getattr(objective, "kinds", ())):  # an encoder's fields are needed
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in owned.items()}
-        checkpoint.attach(slug, tensors, run_state.describe(objective)[slug])
+        about = objective.attachment_data() if isinstance(objective, EncoderObjective) else {}
+        checkpoint.attach(slug, tensors, run_state.describe(objective)[slug], about)
 
 
 def _vocabulary(checkpoint: Checkpoint) -> set[int]:
