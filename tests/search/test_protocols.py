@@ -11,6 +11,7 @@ import numpy as np
 from intaglio.search import Index
 from intaglio.search.protocols import Aggregator, Expander, FirstStage, Reranker
 from intaglio.search.results import Hit
+from tests.search.fakes import BagOfWords
 
 DOCUMENTS = {
     "long": "The fox runs. Nothing here. The fox and the fox sleep.",
@@ -45,12 +46,12 @@ def test_the_index_is_a_first_stage_and_the_stages_compose(tmp_path: Path) -> No
     reranker, aggregator, expander = Counts(), MaxP(), Synonyms()
     stages: list[tuple[object, type]] = [(reranker, Reranker), (aggregator, Aggregator), (expander, Expander)]
     assert all(isinstance(stage, protocol) for stage, protocol in stages)
-    with Index.create(tmp_path / "index") as index:
+    with Index.create(tmp_path / "index", kind="dense", encoder=BagOfWords()) as index:
         index.add({"id": name, "text": text} for name, text in DOCUMENTS.items())
         stage: FirstStage = index
         assert isinstance(stage, FirstStage)
         query = expander.expand("vixen")
         (candidates,) = stage.search_many([query], 10)
         scores = {hit.id: aggregator.aggregate(reranker.score(query, hit.text.split(". "))) for hit in candidates}
-    assert scores == {"long": 2.0, "short": 1.0}
+    assert scores == {"long": 2.0, "short": 1.0, "other": 0.0}
     assert not isinstance(reranker, FirstStage | Expander)

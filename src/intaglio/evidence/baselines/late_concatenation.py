@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from intaglio.checkpoint import Checkpoint
 from intaglio.methods.retrieval.causal2vec import Causal2Vec
 
 
@@ -31,8 +32,9 @@ class LateConcatenation(Causal2Vec):
         """True: the light encoder reads every text."""
         return True
 
-    def _pooled_size(self, hidden_size: int) -> int:
-        return hidden_size + self._light.width
+    def dimensions(self, checkpoint: Checkpoint) -> int:
+        """Return D + K."""
+        return super().dimensions(checkpoint) + self._light.width
 
     def embed(self, model: nn.Module, inputs: Mapping[str, Tensor], side: str) -> Tensor:
         """Return both vectors, float32 [N, D + K]."""

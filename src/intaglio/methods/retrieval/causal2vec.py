@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from transformers import CONFIG_MAPPING, AutoModel
 
 from intaglio.checkpoint import Checkpoint, load
@@ -35,7 +36,7 @@ from intaglio.measures.embeddings import pool
 from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.modeling.partial_pass import base_hidden
 from intaglio.trainer.contrastive import DenseEncoder
-from intaglio.trainer.encoder_training import Read, plain_tokens, special_tokens
+from intaglio.trainer.encoder_training import SIDES, Read, plain_tokens, special_tokens
 from intaglio.trainer.protocols import Batch, Loss
 from intaglio.trainer.rng import generator
 
@@ -120,7 +121,7 @@ class Projector(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, activation: Literal["gelu", "relu"], seed: int) -> None:
         super().__init__()
-        self.into, self.out = nn.Linear(inputs, outputs), nn.Linear(outputs, outputs)
+        self.into, self.out = skip_init(nn.Linear, inputs, outputs), skip_init(nn.Linear, outputs, outputs)
         self.activation = F.gelu if activation == "gelu" else F.relu
         draws = generator(seed, "causal2vec", "projector")
         with torch.no_grad():
@@ -183,7 +184,7 @@ class Causal2Vec(DenseEncoder, slug="causal2vec"):
     output_size: Annotated[int, Field(ge=1)] | None = None
 
     _data: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _frame: tuple[list[int], list[int]] = PrivateAttr(default=([], []))
+    _around: dict[str, tuple[list[int], list[int], list[int]]] = PrivateAttr(default_factory=dict)
     _embedding_norm: float = PrivateAttr(1.0)
     _norm: Tensor | None = PrivateAttr(None)
 
@@ -244,9 +245,10 @@ class Causal2Vec(DenseEncoder, slug="causal2vec"):
 
     def build(self, checkpoint: Checkpoint, seed: int) -> nn.ModuleDict:
         """Return light encoder, projector and output layer."""
-        self._frame = _frame(checkpoint.tokenizer)
-        for name in ("query", "document"):
-            taken = sum(map(len, self._around(name)))
+        begin, end = _begin_and_end(checkpoint.tokenizer)
+        for name in SIDES:
+            self._around[name] = (begin, plain_tokens(checkpoint.tokenizer, self._prompt(name)), end)
+            taken = sum(map(len, self._around[name]))
             if taken >= self.length(name):
                 raise IntaglioError(
                     f"{name}_length is {self.length(name)}, and prompt and special tokens take {taken}; a length that"
@@ -254,7 +256,8 @@ class Causal2Vec(DenseEncoder, slug="causal2vec"):
                 )
         owned = nn.ModuleDict(self._context_modules(seed) if self.reads_light else {})
         if self.output_size is not None:
-            output = nn.Linear(self._pooled_size(int(checkpoint.config.hidden_size)), self.output_size, bias=False)
+            pooled = self._pooled_size(int(checkpoint.config.hidden_size))
+            output = skip_init(nn.Linear, pooled, self.output_size, bias=False)
             nn.init.orthogonal_(output.weight, generator=generator(seed, "causal2vec", "output"))
             owned["output"] = output
         return owned
@@ -306,19 +309,14 @@ class Causal2Vec(DenseEncoder, slug="causal2vec"):
             return INSTRUCTION.format(task=self.instruction)
         return super()._prompt(name)
 
-    def _around(self, name: str) -> tuple[list[int], list[int], list[int]]:
-        """Return begin tokens, prompt and end tokens of a side."""
-        begin, end = self._frame
-        return begin, plain_tokens(self._checkpoint.tokenizer, self._prompt(name)), end
-
     def _slot(self, name: str) -> int:
         """Return the place of the Contextual token among a side's tokens."""
-        begin, prompt, _ = self._around(name)
+        begin, prompt, _ = self._around[name]
         return {"first": 0, "after_bos": len(begin)}.get(self.ctx_position, len(begin) + len(prompt))
 
     def read(self, text: str, name: str) -> Read:
         """Return the tokens as the decoder reads them, a place for c among them, and those of the light encoder."""
-        begin, prompt, end = self._around(name)
+        begin, prompt, end = self._around[name]
         body, seen = _cut(self._checkpoint.tokenizer, text, self.length(name) - len(begin) - len(prompt) - len(end))
         if not body:
             raise IntaglioError(f"the {name} {text[:40]!r} has no tokens; both sides of a pair need text")
@@ -336,7 +334,7 @@ class Causal2Vec(DenseEncoder, slug="causal2vec"):
 
     def count_tokens(self, text: str, name: str) -> int:
         """Return the tokens of a text of a side with those around it, before it is cut."""
-        return sum(map(len, self._around(name))) + len(plain_tokens(self._checkpoint.tokenizer, text))
+        return sum(map(len, self._around[name])) + len(plain_tokens(self._checkpoint.tokenizer, text))
 
     def summaries(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return z, float32 [N, K]."""
@@ -392,7 +390,7 @@ class Causal2Vec(DenseEncoder, slug="causal2vec"):
         return Loss(result.total, {**result.parts, **norm}, result.outputs)
 
 
-def _frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _begin_and_end(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the tokens before and after a text; the end token is added where the tokenizer has none."""
     begin, end = special_tokens(tokenizer)
     if not end and tokenizer.eos_token_id is None:
