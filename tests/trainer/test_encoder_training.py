@@ -233,7 +233,7 @@ def test_the_sides_have_their_own_lengths_and_prompts() -> None:
     method = Contrastive(query_length=3, document_length=6, query_prompt="q: ", document_prompt="d: ").setup(ckpt)
     for name, length, prompt in (("query", 3, "q: "), ("document", 6, "d: ")):
         expected = ckpt.tokenizer(prompt + TEXTS[0])["input_ids"][:length]
-        assert method.read(TEXTS[0], name) == (expected, 0, length)
+        assert method.read(TEXTS[0], name)[:3] == (expected, 0, length)
 
 
 def test_a_killed_run_on_pairs_resumes_to_the_byte(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ class LightEncoder(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.trained = model.float(), tokenizer, trained
         if getattr(model, "pooler", None) is not None:
-            model.pooler = None  # never read
+            model.pooler = None  # type: ignore[assignment]  # never read
         self.requires_grad_(trained)
         self.width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
         context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
@@ -131,7 +131,7 @@ class Projector(nn.Module):
 
     def forward(self, z_NK: Tensor) -> Tensor:
         """Return c, float32 [N, D]."""
-        return self.out(self.activation(self.into(z_NK)))  # type: ignore[no-any-return]
+        return self.out(self.activation(self.into(z_NK)))
 
 
 class Causal2Vec(DenseEncoder, slug="causal2vec"):
@@ -338,7 +338,7 @@ class Causal2Vec(DenseEncoder, slug="causal2vec"):
 
     def summaries(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return z, float32 [N, K]."""
-        return self._light(inputs["light_input_ids"], inputs["light_attention_mask"])  # type: ignore[no-any-return]
+        return self._light(inputs["light_input_ids"], inputs["light_attention_mask"])
 
     def context(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return c, float32 [N, D]."""
