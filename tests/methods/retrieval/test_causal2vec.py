@@ -235,6 +235,7 @@ def test_a_zero_token_is_safe(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
+@torch.no_grad()
 def test_the_token_begins_at_the_norm_of_embeddings(family: str) -> None:
     """Match the mean embedding norm at init (scale W2) and log it; Gemma scales its embeddings."""
     own, ckpt = ready(family)
