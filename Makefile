@@ -115,7 +115,7 @@ bench-recovery: assets  ## recovery of a pruned model by data selection, per tra
 bench-blockffn: install  ## expert layers against the dense product and the bandwidth bound
 	$(BIN)/python benchmarks/blockffn/run.py
 
-bench-retrieval: assets  ## encoders against sentence-transformers: equal losses, training speed, quality
+bench-retrieval: assets  ## encoders against sentence-transformers: equal losses, training speed, quality, throughput
 	$(BIN)/python benchmarks/retrieval/run.py
 
 bench-recommend: assets  ## BERT4Rec on MovieLens-100K against RecTools

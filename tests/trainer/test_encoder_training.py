@@ -115,7 +115,7 @@ def test_positives_come_first_and_negatives_have_owners() -> None:
     assert batch["owner"].tolist() == [0, 1, 2, 3, 0, 0, 1, 1, 2, 2, 3, 3]
     documents = side(batch, "document")["input_ids"]
     for n, text in enumerate([PAIRS[0]["positive"], PAIRS[1]["positive"]]):
-        ids, _, stop = method.read(text, "document")
+        ids, _, stop, _ = method.read(text, "document")
         assert documents[n, :stop].tolist() == ids
 
 
@@ -194,7 +194,7 @@ def test_echo_shows_the_whole_text_to_every_pooled_token() -> None:
     ckpt = checkpoint()
     for variant in ("plain", "echo"):
         method = Contrastive(variant=variant).setup(ckpt)  # type: ignore[arg-type]
-        (one, start, stop), (two, *_) = (method.read(text, "document") for text in ("the lazy A", "the lazy B"))
+        (one, start, stop, _), (two, *_) = (method.read(text, "document") for text in ("the lazy A", "the lazy B"))
         assert len(one) == len(two)
         changed = [n for n, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
         ids = torch.tensor([one, two])
@@ -207,7 +207,7 @@ def test_echo_shows_the_whole_text_to_every_pooled_token() -> None:
 def test_echo_cuts_a_text_before_it_is_doubled() -> None:
     """Truncation must be applied to x before doubling, or the second copy is cut; template tokens not pooled."""
     method = Contrastive(variant="echo", document_length=5, document_prompt="find: ").setup(checkpoint())
-    ids, start, stop = method.read(TEXTS[0], "document")
+    ids, start, stop, _ = method.read(TEXTS[0], "document")
     assert stop - start == 5
     text = tiny_tokenizer("llama").decode(ids)
     assert text.startswith("find: Document:")
@@ -232,7 +232,7 @@ def test_the_sides_have_their_own_lengths_and_prompts() -> None:
     method = Contrastive(query_length=3, document_length=6, query_prompt="q: ", document_prompt="d: ").setup(ckpt)
     for name, length, prompt in (("query", 3, "q: "), ("document", 6, "d: ")):
         expected = ckpt.tokenizer(prompt + TEXTS[0])["input_ids"][:length]
-        assert method.read(TEXTS[0], name) == (expected, 0, length)
+        assert method.read(TEXTS[0], name)[:3] == (expected, 0, length)
 
 
 def test_a_killed_run_on_pairs_resumes_to_the_byte(tmp_path: Path) -> None:

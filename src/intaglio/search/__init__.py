@@ -16,6 +16,7 @@
 - `encoders`: text encoders and their fingerprints; `hard_negatives`: negatives for training them
 - `milvus`: the same commands on a Milvus server
 - `fusion`: reciprocal rank fusion; `filters`: metadata conditions
+- `protocols`: first stage, reranker, aggregator and expander, the stages of a ranking
 """
 
 from __future__ import annotations

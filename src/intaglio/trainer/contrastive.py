@@ -1,4 +1,4 @@
-"""Contrastive training of dense text encoders; the objective `Contrastive`.
+"""Contrastive training of dense text encoders: the base `DenseEncoder` and the objective `Contrastive`.
 
     v = pool(h_1 .. h_L) / |pool(h_1 .. h_L)|        L = sum_m weight_m loss(v[:m] / |v[:m]|)
 
@@ -29,28 +29,16 @@ POOLING_MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 """Names in the files of sentence-transformers."""
 
 
-class Contrastive(EncoderObjective, slug="contrastive"):
-    """Contrastive training of a dense text encoder, on pairs or triplets.
-
-    In a recipe: `train: {objective: {contrastive: {}}, pairs: pairs.jsonl, evaluate: 0.1, steps: 500}`. The result
-    loads in sentence-transformers, unless it reads texts twice.
-
-    Sources: van den Oord et al., 2018 (InfoNCE); Gao et al., 2021, arXiv 2101.06983 (gradient caching); Hofstätter et
-    al., 2020, arXiv 2010.02666 (margin MSE); Kusupati et al., NeurIPS 2022 (Matryoshka).
+class DenseEncoder(EncoderObjective):
+    """Base of dense encoders: vectors of unit length, scores in both directions, Matryoshka sizes.
 
     Args:
-        pooling: `mean`, `cls` or `last`, over the pooled tokens. Default: `last` for a causal decoder that reads a text
-            as it is, else `mean`.
         normalize: whether vectors have unit length. Default True.
         symmetric: whether info_nce also ranks the queries of each positive. Default False.
         matryoshka: sizes m of prefixes that are trained as vectors of their own. Default: the whole vector alone.
         matryoshka_weights: weight of each size in the loss. Default: 1 each.
     """
 
-    kinds = ("objective", "encoder")
-    summary = "trains a dense text encoder on pairs, against the other documents of the batch"
-
-    pooling: Pooling | None = None
     normalize: bool = True
     symmetric: bool = False
     matryoshka: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
@@ -65,12 +53,53 @@ class Contrastive(EncoderObjective, slug="contrastive"):
             raise ValueError("symmetric belongs to info_nce; leave it out with margin_mse")
         return self
 
+    def vector_size(self, hidden_size: int) -> int:
+        """Return the dimensions of a vector; by default those of a hidden state."""
+        return hidden_size
+
+    def dimensions(self, checkpoint: Checkpoint) -> int:
+        """Return `vector_size` for a checkpoint."""
+        return self.vector_size(int(checkpoint.config.hidden_size))
+
     def check_parts(self, parts: Anatomy) -> None:
-        """Refuse sizes beyond the hidden size."""
-        width = int(parts.config.hidden_size)
+        """Refuse sizes beyond that of a vector."""
+        width = self.vector_size(int(parts.config.hidden_size))
         beyond = [size for size in self.matryoshka or () if size > width]
         if beyond:
             raise IntaglioError(f"matryoshka has the size {beyond[0]}; the model's vectors have {width} dimensions")
+
+    def _unit(self, vectors_ND: Tensor) -> Tensor:
+        return F.normalize(vectors_ND, dim=-1) if self.normalize else vectors_ND
+
+    def compare(self, query_BD: Tensor, document_ND: Tensor, batch: Batch) -> Loss:
+        """Return the loss, summed over the Matryoshka sizes."""
+        sizes = self.matryoshka or [query_BD.shape[1]]
+        total, parts = query_BD.new_zeros(()), {}
+        for size, weight in zip(sizes, self.matryoshka_weights or [1.0] * len(sizes), strict=True):
+            scores_BN = self._unit(query_BD[:, :size]) @ self._unit(document_ND[:, :size]).T
+            total = total + weight * self.ranking_loss(scores_BN, batch, symmetric=self.symmetric)
+            parts[f"accuracy_{size}" if self.matryoshka else "accuracy"] = accuracy(scores_BN)
+        return Loss(total, parts)
+
+
+class Contrastive(DenseEncoder, slug="contrastive"):
+    """Contrastive training of a dense text encoder, on pairs or triplets.
+
+    In a recipe: `train: {objective: {contrastive: {}}, pairs: pairs.jsonl, evaluate: 0.1, steps: 500}`. The result
+    loads in sentence-transformers, unless it reads texts twice.
+
+    Sources: van den Oord et al., 2018 (InfoNCE); Gao et al., 2021, arXiv 2101.06983 (gradient caching); Hofstätter et
+    al., 2020, arXiv 2010.02666 (margin MSE); Kusupati et al., NeurIPS 2022 (Matryoshka).
+
+    Args:
+        pooling: `mean`, `cls` or `last`, over the pooled tokens. Default: `last` for a causal decoder that reads a text
+            as it is, else `mean`.
+    """
+
+    kinds = ("objective", "encoder")
+    summary = "trains a dense text encoder on pairs, against the other documents of the batch"
+
+    pooling: Pooling | None = None
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
         """Tokenise the pairs; the checkpoint becomes a sentence-transformers model."""
@@ -108,16 +137,3 @@ class Contrastive(EncoderObjective, slug="contrastive"):
         """Return the pooled hidden states, float32 [N, D]."""
         hidden_NLD = base_hidden(self._parts, {name: inputs[name] for name in ("input_ids", "attention_mask")})
         return self._unit(pool(hidden_NLD, inputs["pool_mask"], self._how))
-
-    def _unit(self, vectors_ND: Tensor) -> Tensor:
-        return F.normalize(vectors_ND, dim=-1) if self.normalize else vectors_ND
-
-    def compare(self, query_BD: Tensor, document_ND: Tensor, batch: Batch) -> Loss:
-        """Return the loss, summed over the Matryoshka sizes."""
-        sizes = self.matryoshka or [query_BD.shape[1]]
-        total, parts = query_BD.new_zeros(()), {}
-        for size, weight in zip(sizes, self.matryoshka_weights or [1.0] * len(sizes), strict=True):
-            scores_BN = self._unit(query_BD[:, :size]) @ self._unit(document_ND[:, :size]).T
-            total = total + weight * self.ranking_loss(scores_BN, batch, symmetric=self.symmetric)
-            parts[f"accuracy_{size}" if self.matryoshka else "accuracy"] = accuracy(scores_BN)
-        return Loss(total, parts)

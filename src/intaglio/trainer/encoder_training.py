@@ -13,7 +13,7 @@ Dimension letters: B queries, N documents, L tokens of a text, D dimensions of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -40,8 +40,17 @@ ECHO = {"query": "Query: {text}\nQuery again: {text}", "document": "Document: {t
 LENGTHS = {"query": 64, "document": 256}
 """Most tokens of each side's texts by default."""
 
-Read = tuple[list[int], int, int]
-"""Token ids of a text as the model reads them, and the first and the end of those that are pooled."""
+
+class Read(NamedTuple):
+    """Token ids of a text as the model reads them, and the first and the end of those that are pooled.
+
+    `further` has the token ids that other modules read, by name.
+    """
+
+    ids: list[int]
+    start: int
+    stop: int
+    further: tuple[tuple[str, list[int]], ...] = ()
 
 
 def info_nce(scores_BN: Tensor, excluded_BN: Tensor, *, symmetric: bool = False) -> Tensor:
@@ -78,17 +87,23 @@ def side(batch: Mapping[str, Any], name: str) -> dict[str, Tensor]:
 
 
 def text_batch(texts: Sequence[Read]) -> dict[str, Tensor]:
-    """Return texts padded on the right: `input_ids`, `attention_mask` (int64) and `pool_mask` (bool), each [N, L]."""
-    ids_NL = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _, _ in texts], batch_first=True)
-    place_L = torch.arange(ids_NL.shape[1])
-    length_N1, start_N1, stop_N1 = (
-        torch.tensor(values)[:, None] for values in zip(*((len(ids), a, b) for ids, a, b in texts), strict=True)
-    )
-    return {
-        "input_ids": ids_NL,
-        "attention_mask": (place_L < length_N1).to(torch.int64),
-        "pool_mask": (place_L >= start_N1) & (place_L < stop_N1),
-    }
+    """Return texts padded on the right: `input_ids`, `attention_mask` (int64) and `pool_mask` (bool), each [N, L].
+
+    Further ids become `NAME_input_ids` and `NAME_attention_mask`.
+    """
+    batch = _padded([text.ids for text in texts])
+    place_L = torch.arange(batch["input_ids"].shape[1])
+    start_N1, stop_N1 = (torch.tensor(values)[:, None] for values in zip(*(text[1:3] for text in texts), strict=True))
+    batch["pool_mask"] = (place_L >= start_N1) & (place_L < stop_N1)
+    for number, (name, _) in enumerate(texts[0].further):
+        batch |= {f"{name}_{key}": ids for key, ids in _padded([text.further[number][1] for text in texts]).items()}
+    return batch
+
+
+def _padded(rows: Sequence[list[int]]) -> dict[str, Tensor]:
+    ids_NL = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
+    length_N1 = torch.tensor([len(ids) for ids in rows])[:, None]
+    return {"input_ids": ids_NL, "attention_mask": (torch.arange(ids_NL.shape[1]) < length_N1).to(torch.int64)}
 
 
 class EncoderObjective(Method):
@@ -161,6 +176,18 @@ class EncoderObjective(Method):
         """Return the method's own modules for a checkpoint, untrained; by default none."""
         return nn.ModuleDict()
 
+    @property
+    def lr_ratios(self) -> dict[str, float]:
+        """Learning rates of own modules by name, over that of the run; by default none differs."""
+        return {}
+
+    def attachment_data(self) -> dict[str, Any]:
+        """Return what `build` needs beside the fields after loading, as JSON values; by default nothing."""
+        return {}
+
+    def restore_data(self, data: Mapping[str, Any]) -> None:
+        """Take over the result of `attachment_data`, before `build`."""
+
     def check_parts(self, parts: Anatomy) -> None:
         """Refuse a model that cannot be trained so; by default none."""
 
@@ -182,15 +209,19 @@ class EncoderObjective(Method):
     def _checked_length(self, checkpoint: Checkpoint, name: str) -> int:
         """Return the most tokens of a side's texts; refuse more than the context holds."""
         given = self.query_length if name == "query" else self.document_length
-        room = checkpoint.context
-        if self.variant == "echo":
-            room = (room - sum(map(len, self._echo(checkpoint.tokenizer, name)))) // 2
+        room = self.room(checkpoint, name)
         if room < (given or 1):
             raise IntaglioError(
                 f"{name}_length is {given or 1}, and the model's context of {checkpoint.context} tokens holds {room} in"
                 f" the variant {self.variant}"
             )
         return given or min(LENGTHS[name], room)
+
+    def room(self, checkpoint: Checkpoint, name: str) -> int:
+        """Return the most tokens of a side's texts that the context holds."""
+        if self.variant == "echo":
+            return (checkpoint.context - sum(map(len, self._echo(checkpoint.tokenizer, name)))) // 2
+        return checkpoint.context
 
     def length(self, name: str) -> int:
         """Return the most tokens of a side's texts for the checkpoint at hand."""
@@ -208,26 +239,27 @@ class EncoderObjective(Method):
             start, stop = 0, len(ids)
         else:
             before, again, after = self._echo(tokenizer, name)
-            copy = _plain(tokenizer, f" {text}")[:length]
+            copy = plain_tokens(tokenizer, f" {text}")[:length]
             ids = [*before, *copy, *again, *copy, *after]
             start = len(before) + len(copy) + len(again)
             stop = start + len(copy)
         if start == stop:
             raise IntaglioError(f"the {name} {text[:40]!r} has no tokens; both sides of a pair need text")
-        return ids, start, stop
+        return Read(ids, start, stop)
 
     def count_tokens(self, text: str, name: str) -> int:
         """Return the tokens of a text of a side, before it is cut."""
         prompt, tokenizer = self._prompt(name), self._checkpoint.tokenizer
         if self.variant == "echo":
-            return len(_plain(tokenizer, f" {text}"))
+            return len(plain_tokens(tokenizer, f" {text}"))
         return len(tokenizer(prompt + text, verbose=False)["input_ids"])
 
     def _echo(self, tokenizer: Any, name: str) -> tuple[list[int], list[int], list[int]]:
         """Return the tokens before, between and after the two copies of a text."""
         begin, end = special_tokens(tokenizer)
         before, again, after = (part.removesuffix(" ") for part in (self._prompt(name) + ECHO[name]).split("{text}"))
-        return [*begin, *_plain(tokenizer, before)], _plain(tokenizer, again), [*_plain(tokenizer, after), *end]
+        first, second, third = (plain_tokens(tokenizer, part) for part in (before, again, after))
+        return [*begin, *first], second, [*third, *end]
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
         """Tokenise the pairs; equal texts get equal numbers, by which relevant documents of a batch are known.
@@ -326,7 +358,7 @@ class EncoderObjective(Method):
         """
         self.setup(checkpoint)
         read = [self.read(text, side) for text in texts]
-        order = sorted(range(len(read)), key=lambda number: len(read[number][0]))
+        order = sorted(range(len(read)), key=lambda number: len(read[number].ids))
         rows: list[Any] = [None] * len(read)
         with preserve_modes(checkpoint.model), preserve_modes(self._owned):
             checkpoint.model.eval()
@@ -363,10 +395,17 @@ class EncoderObjective(Method):
         """
         given = {**attachment.parameters, **fields}
         try:
-            method = cls(**given).setup(checkpoint)
+            method = cls(**given)
         except ValidationError as error:
             raise IntaglioError(validation_sentence(error, cls, given)) from None
-        own = method._owned.state_dict()
+        method.restore_data(attachment.about)
+        own = method.setup(checkpoint)._owned.state_dict()
+        if own.keys() != attachment.tensors.keys():
+            name = min(own.keys() ^ attachment.tensors.keys())
+            raise IntaglioError(
+                f"{cls.slug} was trained {'without' if name in own else 'with'} {name}; leave out fields that differ"
+                " from those of the training"
+            )
         for name, value in attachment.tensors.items():
             if own[name].shape != value.shape:
                 raise IntaglioError(
@@ -387,8 +426,15 @@ def chunks_of(inputs: Mapping[str, Tensor], size: int | None) -> Iterator[dict[s
     rows = len(inputs["input_ids"])
     for start in range(0, rows, size or rows):
         chunk = {name: value[start : start + (size or rows)] for name, value in inputs.items()}
-        longest = int(chunk["attention_mask"].sum(1).max())
-        yield {name: value[:, :longest] for name, value in chunk.items()}
+        longest = {
+            name.removesuffix("attention_mask"): int(mask_NL.sum(1).max())
+            for name, mask_NL in chunk.items()
+            if name.endswith("attention_mask")
+        }
+        yield {
+            name: value[:, : longest[max((prefix for prefix in longest if name.startswith(prefix)), key=len)]]
+            for name, value in chunk.items()
+        }
 
 
 def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -397,12 +443,13 @@ def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     return result
 
 
-def _plain(tokenizer: Any, text: str) -> list[int]:
+def plain_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text without special tokens."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Return the special tokens that a tokenizer puts before and after a text."""
-    inner, whole = _plain(tokenizer, "a"), list(tokenizer("a", verbose=False)["input_ids"])
+    inner, whole = plain_tokens(tokenizer, "a"), list(tokenizer("a", verbose=False)["input_ids"])
     begin = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
     return whole[:begin], whole[begin + len(inner) :]

@@ -186,14 +186,22 @@ class IntaglioTrainer(Trainer):
         """Make AdamW or SGD: matrices decay, vectors (norms, biases) do not; modifiers may have groups of their own."""
         if self.optimizer is None:
             own = {id(p) for group in self.module.groups for p in group["params"]}
-            trained = [p for p in (model or self.model).parameters() if p.requires_grad and id(p) not in own]
-            groups = [
-                *self.module.groups,
-                {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.settings.weight_decay},
-                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-            ]
-            groups = [group for group in groups if group["params"]]
             rate = self.settings.learning_rate
+            # Rates of the objective's own modules.
+            rates = {
+                id(parameter): rate * ratio
+                for name, ratio in getattr(self.module.objective, "lr_ratios", {}).items()
+                for parameter in self.module.owned[name].parameters()
+            }
+            trained = [p for p in (model or self.model).parameters() if p.requires_grad and id(p) not in own]
+            groups = list(self.module.groups)
+            for lr in dict.fromkeys([rate, *rates.values()]):
+                part = [p for p in trained if rates.get(id(p), rate) == lr]
+                groups += [
+                    {"params": [p for p in part if p.ndim > 1], "lr": lr, "weight_decay": self.settings.weight_decay},
+                    {"params": [p for p in part if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+                ]
+            groups = [group for group in groups if group["params"]]
             if self.settings.optimizer == "sgd":
                 self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=self.settings.momentum, fused=True)
             else:

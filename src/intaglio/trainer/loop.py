@@ -23,6 +23,7 @@ from intaglio.trainer import resume as run_state
 from intaglio.trainer.causal_lm import CausalLM
 from intaglio.trainer.data_selection import Original, SelectedExamples, choose
 from intaglio.trainer.dataset import Rows, read_rows
+from intaglio.trainer.encoder_training import EncoderObjective
 from intaglio.trainer.fsdp import unshard
 from intaglio.trainer.hf_trainer import (
     Collator,
@@ -274,13 +275,16 @@ def _record(
     owned = objective.modules().state_dict()
     # An encoder's fields are needed, even if it owns nothing.
     if hasattr(objective, "slug") and (owned or "encoder" in getattr(objective, "kinds", ())):
-        _attach_tensors(checkpoint, objective, owned)
+        about = objective.attachment_data() if isinstance(objective, EncoderObjective) else {}
+        _attach_tensors(checkpoint, objective, owned, about)
 
 
-def _attach_tensors(checkpoint: Checkpoint, part: Any, tensors: Mapping[str, Tensor]) -> None:
+def _attach_tensors(
+    checkpoint: Checkpoint, part: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
+) -> None:
     """Attach tensors to the checkpoint under the slug of an objective or modifier."""
     own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    checkpoint.attach(part.slug, own, run_state.describe(part)[part.slug])
+    checkpoint.attach(part.slug, own, run_state.describe(part)[part.slug], dict(about or {}))
 
 
 def _vocabulary(checkpoint: Checkpoint) -> set[int]:

@@ -38,9 +38,8 @@ class EncoderModule(nn.Module):
 
     def forward(self, features: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Add the vectors as `sentence_embedding`."""
-        side = features["side"]
-        inputs = {name: features[name] for name in ("input_ids", "attention_mask", "pool_mask")}
-        vectors_ND: Tensor = self._encoder.searched(self.model, inputs, side)
+        inputs = {name: value for name, value in features.items() if isinstance(value, Tensor)}
+        vectors_ND: Tensor = self._encoder.searched(self.model, inputs, features["side"])
         return {**features, "sentence_embedding": vectors_ND}
 
     def get_embedding_dimension(self) -> int:

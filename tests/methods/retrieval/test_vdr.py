@@ -148,7 +148,7 @@ def test_a_dimension_is_the_layer_norm_against_a_words_embedding() -> None:
     method = VDR().setup(ckpt)
     with torch.no_grad():
         method._owned["query_norm"].weight.mul_(2.0)
-    ids, _, _ = method.read(TEXTS[0], "query")
+    ids, *_ = method.read(TEXTS[0], "query")
     hidden = ckpt.model.bert(torch.tensor([ids])).last_hidden_state[0]
     normal = torch.nn.functional.layer_norm(hidden, (32,)) * 2
     logits = normal @ ckpt.model.get_input_embeddings().weight.T

@@ -25,6 +25,7 @@ def trained(
     learning_rate: float = 1e-3,
     batch_size: int = 16,
     start: Callable[[Any, str, int], Any] | None = None,
+    light_encoder: str | None = None,
     **fields: Any,
 ) -> Search:
     """Train an encoder on the unit's pairs from a pretrained model, and return its search.
@@ -37,9 +38,13 @@ def trained(
         learning_rate: the highest. Default 1e-3.
         batch_size: pairs of a step. Default 16.
         start: gives the model `(bed, model, seed)`. Default: the test bed's pretrained model.
+        light_encoder: model of the test bed that is the objective's `light_encoder`. Default: none.
         fields: tuned fields of the method.
     """
     bed, seed = context.bed, context.key.seed
+    scratch = tempfile.TemporaryDirectory()
+    if light_encoder is not None:
+        fields["light_encoder"] = str(bed.load(light_encoder).save(f"{scratch.name}/{light_encoder}"))
     method = type(objective)(**{**objective.model_dump(), **fields})
     checkpoint = bed.load(model) if start is None else start(bed, model, seed)
     pairs = [TextPair(pair.query, pair.document).row() for pair in bed.training(seed)]
@@ -48,7 +53,8 @@ def trained(
         "learning_rate": learning_rate,
         "batch_size": batch_size,
     }
-    train(checkpoint, pairs, objective=method, warmup=0.1, seed=seed % 2**32, **arguments)
+    with scratch:
+        train(checkpoint, pairs, objective=method, warmup=0.1, seed=seed % 2**32, **arguments)
 
     def search(queries: Mapping[str, str], documents: Mapping[str, str]) -> Scores:
         query_QD = method.encode(checkpoint, list(queries.values()), "query")
