@@ -97,6 +97,8 @@ def train(
         tokens: the same in tokens of the rows, rounded to whole steps.
         epochs: the same in passes over data in memory, rounded up to whole steps.
         batch_size: rows of a batch, over all processes. Default 8.
+        homogeneous_ratio: share of a batch whose rows have the same `task`, a name in each example; the rest is
+            exchanged between batches. Rows that fill no batch are left out of an epoch. Default: tasks do not matter.
         gradient_accumulation_steps: batches of an optimizer step. Default 1.
         learning_rate: the highest. Default 3e-4.
         schedule: `cosine` (default), `linear` (both to zero) or `constant`, after the warm-up.
@@ -199,7 +201,9 @@ def train(
             options,
             path,
             args=trainer_arguments,
-            train_dataset=rows.slots(steps * options.step_rows, options.step_rows, rng),
+            train_dataset=rows.slots(
+                steps * options.step_rows, options.step_rows, rng, options.batch_size, options.homogeneous_ratio
+            ),
             data_collator=Collator(objective, rng),
         )
         page = None
