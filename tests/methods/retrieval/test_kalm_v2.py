@@ -458,9 +458,9 @@ def test_a_gathered_batch_is_that_of_one_process(monkeypatch: pytest.MonkeyPatch
     fake.vectors = [vectors[~place] for vectors, place in zip((queries, documents), here, strict=True)]
     alone = method.model_copy(update={"gather_negatives": False})
     own_loss = alone.compare(*own, second).total
-    assert float(method.compare(*own, second).total) != pytest.approx(float(own_loss))
+    assert method.compare(*own, second).total.item() != pytest.approx(own_loss.item())
     with torch.no_grad():  # while evaluating each process has all rows
-        assert float(method.compare(*own, second).total) == float(own_loss)
+        assert method.compare(*own, second).total.item() == own_loss.item()
 
 
 SCRIPT = """

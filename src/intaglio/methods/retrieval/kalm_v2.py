@@ -1,4 +1,4 @@
-"""KaLMV2 (Zhao et al. 2025): bidirectional mean-pooled embeddings of a decoder, with weighted and mixed negatives.
+"""KaLMV2 (Zhao et al. 2026): bidirectional mean-pooled embeddings of a decoder, with weighted and mixed negatives.
 
     p_i = exp(s(q_i, p_i) / T) / Z_i        w_i = (1 - p_i)^gamma        L = mean_i -w_i log p_i
     pair-wise:  h = unit(lambda n_a + (1 - lambda) n_b),  lambda ~ Beta(2, 2)
