@@ -72,15 +72,14 @@ def as_pair(value: Any, what: str) -> TextPair:
     if not isinstance(given, (list, tuple)):
         raise IntaglioError(f"{what}: its {name} is {shorten(repr(given))}; a text or a list of texts is accepted")
     negatives = tuple(_text(text, f"{what}: one of its {name}") for text in given)
-    labels = (None if value.get(key) is None else _text(value[key], f"{what}: its {key}") for key in LABELS)
+    task, instruction = (None if value.get(key) is None else _text(value[key], f"{what}: its {key}") for key in LABELS)
     symmetric = value.get("symmetric", False)
-    if not isinstance(symmetric, bool) or (symmetric and value.get("instruction") is None):
+    if not isinstance(symmetric, bool) or (symmetric and instruction is None):
         raise IntaglioError(
             f"{what}: its symmetric is {shorten(repr(symmetric))}; true is accepted with an instruction, or false"
         )
-    return TextPair(
-        parts[0], parts[1], negatives, _scores(value.get("scores"), len(negatives), what), *labels, symmetric
-    )
+    scores = _scores(value.get("scores"), len(negatives), what)
+    return TextPair(parts[0], parts[1], negatives, scores, task, instruction, symmetric)
 
 
 def _text(value: Any, what: str) -> str:
