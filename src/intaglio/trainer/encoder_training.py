@@ -151,6 +151,7 @@ class EncoderObjective(Method):
     trains_on: ClassVar[TrainingData] = "pairs"
     sparse: ClassVar[bool] = False
     """Whether dimensions are ids of the vocabulary."""
+    leaves_parameters: ClassVar[bool] = True
 
     variant: Literal["plain", "echo", "bidirectional"] = "plain"
     loss_type: Literal["info_nce", "margin_mse", "distillation"] = "info_nce"

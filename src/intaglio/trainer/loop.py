@@ -171,7 +171,14 @@ def train(
         for context in (preserve_modes(network), preserve_grads(network), preserve_rng()):
             stack.enter_context(context)
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="intaglio-train-"))
-        trainer_arguments = _arguments(checkpoint, options, steps, path or Path(scratch), saved=path is not None)
+        trainer_arguments = _arguments(
+            checkpoint,
+            options,
+            steps,
+            path or Path(scratch),
+            saved=path is not None,
+            unused=getattr(objective, "leaves_parameters", False),
+        )
         resumed = None if path is None else _claim(path, identity, resume)
         if path is not None and choice is not None and trainer_arguments.should_save:
             choice.save(path)
@@ -366,7 +373,7 @@ def _claim(directory: Path, identity: dict[str, Any], resume: bool) -> Path | No
 
 
 def _arguments(
-    checkpoint: Checkpoint, settings: Settings, steps: int, directory: Path, *, saved: bool
+    checkpoint: Checkpoint, settings: Settings, steps: int, directory: Path, *, saved: bool, unused: bool
 ) -> TrainingArguments:
     cosine = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": settings.min_lr_ratio}}
     plain = {"linear": "linear", "constant": "constant_with_warmup"}
@@ -375,7 +382,7 @@ def _arguments(
         output_dir=str(directory),
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and _processes() > 1 else None,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=unused,
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size // _processes(),
         gradient_accumulation_steps=settings.gradient_accumulation_steps,

@@ -44,9 +44,8 @@ SMALLEST_MISS = 1e-6
 
 def focal_weight(log_prob_B: Tensor, gamma: float, *, detach: bool = True) -> Tensor:
     """Return (1 - p)^gamma of log-probabilities, float32 [B]."""
-    if detach:
-        return (-torch.expm1(log_prob_B.detach())) ** gamma
-    return (-torch.expm1(log_prob_B)).clamp(min=SMALLEST_MISS) ** gamma
+    miss_B = -torch.expm1(log_prob_B.detach() if detach else log_prob_B)
+    return miss_B.clamp(min=0.0 if detach else SMALLEST_MISS) ** gamma
 
 
 def pair_mixed(first_SD: Tensor, second_SD: Tensor, share_S: Tensor) -> Tensor:
