@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from intaglio.data.text_pairs import TextPair, as_pair, load_text_pairs
+from intaglio.data.labelled_texts import LabelledTexts
+from intaglio.data.text_pairs import TextPair, as_pair, class_pairs, load_text_pairs
 from intaglio.errors import IntaglioError
 
 
@@ -20,6 +21,12 @@ from intaglio.errors import IntaglioError
         ({"query": "q", "positive": "p", "negatives": ["n", "m"], "id": 3}, TextPair("q", "p", ("n", "m"))),
         ({"query": "q", "positive": "p", "negatives": None}, TextPair("q", "p")),
         ({"query": "q", "positive": "p", "negatives": ["n"], "scores": [2, 1.5]}, TextPair("q", "p", ("n",), (2, 1.5))),
+        (
+            {"query": "q", "positive": "p", "task": "t", "instruction": "i", "symmetric": True},
+            TextPair("q", "p", task="t", instruction="i", symmetric=True),
+        ),
+        ({"query": "q", "positive": "p", "task": "t", "symmetric": False}, TextPair("q", "p", task="t")),
+        ({"query": "q", "positive": "p", "task": None, "instruction": "i"}, TextPair("q", "p", instruction="i")),
     ],
 )
 def test_accepted_forms(given: dict[str, Any], pair: TextPair) -> None:
@@ -40,6 +47,10 @@ def test_accepted_forms(given: dict[str, Any], pair: TextPair) -> None:
         ({"query": "q", "positive": "p", "negatives": 4}, "a text or a list"),
         ({"query": "q", "positive": "p", "negatives": ["n"], "scores": [1]}, "2 numbers"),
         ({"query": "q", "positive": "p", "scores": [True]}, "1 numbers"),
+        ({"query": "q", "positive": "p", "task": 3}, "its task is 3; only a string is accepted"),
+        ({"query": "q", "positive": "p", "instruction": " "}, "its instruction is empty"),
+        ({"query": "q", "positive": "p", "instruction": "i", "symmetric": 1}, "its symmetric is 1"),
+        ({"query": "q", "positive": "p", "symmetric": True}, "true is accepted with an instruction"),
     ],
 )
 def test_a_malformed_pair_is_named(given: Any, says: str, tmp_path: Path) -> None:
@@ -49,6 +60,26 @@ def test_a_malformed_pair_is_named(given: Any, says: str, tmp_path: Path) -> Non
         load_text_pairs(file)
     assert str(caught.value).startswith(f"line 2 of {file}")
     assert "\n" not in str(caught.value)
+
+
+def test_classes_become_pairs(tmp_path: Path) -> None:
+    """Class label data become query/positive-example/negative-example triples (positives = text of same class)."""
+    labelled = LabelledTexts(tuple("abcdefg"), ("x", "x", "x", "y", "y", "z", "y"))
+    label = dict(zip(labelled.texts, labelled.labels, strict=True))
+    pairs = class_pairs(labelled, negatives=3)
+    assert sorted(pair.query for pair in pairs) == list("abcdeg")  # f is alone
+    for pair in pairs:
+        assert label[pair.positive] == label[pair.query] != label[pair.negatives[0]]
+        assert pair.positive != pair.query
+        assert len(set(pair.negatives)) == 3
+        assert label[pair.query] not in {label[text] for text in pair.negatives}
+    assert pairs == class_pairs(labelled, negatives=3) != class_pairs(labelled, negatives=3, seed=1)
+    assert [len(pair.negatives) for pair in class_pairs(labelled)] == [4, 4, 4, 4, 4, 4]
+    file = tmp_path / "classes.jsonl"
+    file.write_text("".join(json.dumps({"text": text, "label": label[text]}) + "\n" for text in "abcdefg"))
+    assert load_text_pairs(file) == class_pairs(labelled)
+    with pytest.raises(IntaglioError, match="two classes are needed, and two texts in one of them"):
+        class_pairs(LabelledTexts(("a", "b"), ("x", "x")))
 
 
 def test_a_file_is_read_in_order(tmp_path: Path) -> None:

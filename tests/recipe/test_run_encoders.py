@@ -142,3 +142,20 @@ def test_a_malformed_pair_ends_the_run_before_anything_is_written(
     with pytest.raises(IntaglioError, match="its positive is empty"):
         carve(recipe(corpus, file, {"contrastive": {}}), tmp_path / "out", model=str(model))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_decoder_becomes_a_bidirectional_encoder(corpus: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Batches of one task, sampled negatives, instructions, and the export as stock modules."""
+    file, model = tmp_path / "pairs.jsonl", tiny_checkpoint_dir("llama", tmp_path / "model", layers=1)
+    rows: list[dict[str, Any]] = [{"query": f"fox number {n}", "positive": text} for n, text in enumerate(TEXTS)]
+    labels = {"task": "foxes", "instruction": "Find the fox", "symmetric": True}
+    more = {"negatives": {"count": 2, "sample": True, "ranks": [2, 9]}, "homogeneous_ratio": 1.0, "evaluate": 0.0}
+    file.write_text("".join(json.dumps({**row, **labels}) + "\n" for row in rows), encoding="utf-8")
+    carve(recipe(corpus, file, {"kalm_v2": {"temperature": 0.1}}, **more), tmp_path / "out", model=str(model))
+    made = run("export", tmp_path / "out", "-o", tmp_path / "stock", "--format", "sentence-transformers")
+    assert made.exit_code == 0, made.output
+    assert json.loads((tmp_path / "stock/config.json").read_text())["is_causal"] is False
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with pytest.raises(IntaglioError, match="groups examples by their task, and example 0 has none"):
+        carve(recipe(corpus, file, {"kalm_v2": {}}, **more), tmp_path / "none", model=str(model))
+    assert not (tmp_path / "none").exists()

@@ -55,6 +55,28 @@ def test_inconsistent_pairs_are_dropped() -> None:
         mine_hard_negatives([TextPair("zebra", "a tree"), TextPair("lion", "a dog")], Mining(consistency=1))
 
 
+def test_sampled_negatives_are_of_the_window() -> None:
+    """Seven hard negatives sampled from ranks 50-100: any of the window, not its first."""
+    texts = [f"the fox number {n}" for n in range(20)]
+    pairs = [TextPair(f"fox {n}", text, task="t", instruction="i", symmetric=True) for n, text in enumerate(texts)]
+    window = mine_hard_negatives(pairs, Mining(ranks=(3, 12), count=10))
+    drawn = [mine_hard_negatives(pairs, Mining(ranks=(3, 12), count=4, sample=True)) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    places = []
+    for whole, pair in zip(window, drawn[0], strict=True):
+        places.append([whole.negatives.index(text) for text in pair.negatives])
+        assert len(set(places[-1])) == 4
+        assert (pair.task, pair.instruction, pair.symmetric) == ("t", "i", True)
+    assert {place for own in places for place in own} == set(range(10))
+    assert len({tuple(own) for own in places}) > 10
+    assert all(own == sorted(own) for own in places)
+
+
+def test_the_query_itself_is_no_negative() -> None:
+    pairs = [TextPair("a red fox", "the fox"), TextPair("the fox", "a red fox"), TextPair("a dog", "the dog")]
+    assert [pair.negatives for pair in mine_hard_negatives(pairs)[:2]] == [(), ()]
+
+
 def test_scored_pairs_are_refused() -> None:
     with pytest.raises(IntaglioError, match="a teacher's scores"):
         mine_hard_negatives([TextPair("q", "p", ("n",), (1.0, 0.0))])

@@ -13,8 +13,9 @@ from intaglio.data.segments import Segments
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
 from intaglio.trainer import CausalLM, KeyedRNG
-from intaglio.trainer.dataset import Rows, read_rows
-from tests.trainer.helpers import TEXTS, checkpoint, run
+from intaglio.trainer.contrastive import Contrastive
+from intaglio.trainer.dataset import Rows, homogeneous_order, read_rows
+from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 
 WHOLE = CausalLM(length=16, pack=False)
 TABLE = [[n, n + 1, n + 2] for n in range(3, 23)]
@@ -40,6 +41,84 @@ def test_an_epoch_has_every_example_once_in_an_order_of_its_own() -> None:
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     assert found == order(rows_of(TABLE), 60)
     assert found != order(rows_of(TABLE), 60, seed=1)
+
+
+TASKS = ["a"] * 9 + ["b"] * 6 + ["c"] * 3
+
+
+@pytest.mark.parametrize(("ratio", "exchanged"), [(1.0, 0), (0.75, 1), (0.0, 4)])
+def test_homogeneous_batches(ratio: float, exchanged: int) -> None:
+    """Each batch comes from one task, except a fraction (1 - homogeneous_ratio) of slots swapped with other tasks."""
+    order = homogeneous_order(TASKS, 4, ratio, torch.Generator().manual_seed(3))
+    assert len(order) == len(set(order.tolist())) == 16  # 18 rows fill four batches
+    batches = [[TASKS[row] for row in batch] for batch in order.view(-1, 4).tolist()]
+    pure = [len(set(batch[: 4 - exchanged])) <= 1 for batch in batches]
+    assert sum(pure) >= 3
+    assert sum(len(set(batch)) == 1 for batch in batches) < 4
+    again = homogeneous_order(TASKS, 4, 1.0, torch.Generator().manual_seed(3)).view(-1, 4)
+    assert torch.equal(order.view(-1, 4)[:, : 4 - exchanged], again[:, : 4 - exchanged])
+    if exchanged:
+        assert not torch.equal(order, again.flatten())
+
+
+def test_homogeneous_order_takes_every_row_of_a_task_in_turn() -> None:
+    orders = [homogeneous_order(["a"] * 8, 4, 1.0, torch.Generator().manual_seed(seed)) for seed in range(2)]
+    assert all(sorted(order.tolist()) == list(range(8)) for order in orders)
+    assert not torch.equal(*orders)
+    first = {homogeneous_order(TASKS, 4, 1.0, torch.Generator().manual_seed(seed))[0].item() // 9 for seed in range(9)}
+    assert first == {0, 1}  # batches are shuffled, and the tasks of the first differ
+
+
+def test_epochs_of_homogeneous_batches_begin_with_a_whole_batch() -> None:
+    table = [{"input_ids": [3 + n, 4], "task": task} for n, task in enumerate(TASKS)]
+    rows = Rows(table, lambda: iter(table), "", 2.0)
+    slots: Any = rows.slots(48, 4, KeyedRNG(0), 4, 1.0)
+    found = [slots[n] for n in range(48)]
+    assert [row["epoch"] for row in found] == [0] * 16 + [1] * 16 + [2] * 16
+    assert [row["step"] for row in found] == [n // 4 for n in range(48)]
+    ids = [[row["id"] for row in found[start : start + 16]] for start in (0, 16, 32)]
+    assert ids[0] != ids[1] != ids[2]
+    assert all(found[n]["task"] == TASKS[found[n]["id"]] for n in range(48))
+    other: Any = rows.slots(48, 4, KeyedRNG(1), 4, 1.0)
+    assert [other[n]["id"] for n in range(16)] != ids[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (PAIRS[:6], "groups examples by their task, and example 0 has none"),
+        ([{**pair, "task": "a"} for pair in PAIRS[:1]], "needs a full batch, and 1 examples fill none of 2"),
+        (iter([{**pair, "task": "a"} for pair in PAIRS]), "must be in memory; give a list"),
+    ],
+)
+def test_homogeneous_batches_need_tasks_in_memory(data: Any, says: str) -> None:
+    with pytest.raises(IntaglioError, match=says):
+        run(checkpoint(layers=1), data, objective=Contrastive(), homogeneous_ratio=1.0)
+    with pytest.raises(IntaglioError, match=r"homogeneous_ratio: 1\.5 is not accepted"):
+        run(checkpoint(layers=1), PAIRS, objective=Contrastive(), homogeneous_ratio=1.5)
+
+
+def test_training_batches_have_one_task() -> None:
+    seen: list[set[str]] = []
+
+    class Watched(Contrastive):
+        def collate(self, examples: Any, rng: Any) -> Any:
+            seen.append({example["task"] for example in examples})
+            return super().collate(examples, rng)
+
+    pairs = [{**pair, "task": "ab"[n % 2]} for n, pair in enumerate(PAIRS[:8])]
+    run(
+        checkpoint(layers=1),
+        pairs,
+        objective=Watched(),
+        homogeneous_ratio=1.0,
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        steps=2,
+    )
+    assert len(seen) == 4
+    assert [len(tasks) for tasks in seen] == [1] * 4
+    assert set.union(*seen) == {"a", "b"}
 
 
 class Disk:

@@ -21,7 +21,7 @@ from intaglio.search.encoders import load_encoder
 from intaglio.trainer import KeyedRNG
 from intaglio.trainer.cls_and_terms import ClsAndTerms
 from intaglio.trainer.contrastive import Contrastive
-from intaglio.trainer.encoder_training import info_nce, margin_mse, side
+from intaglio.trainer.encoder_training import distillation, info_nce, margin_mse, side
 from intaglio.trainer.masked_lm import MaskedLM
 from intaglio.trainer.mining import Mining
 from intaglio.trainer.retrieval_evaluation import RetrievalTask, ranking_quality, retrieval_evaluator, retrieval_samples
@@ -147,6 +147,48 @@ def test_margin_mse_learns_the_teachers_margins() -> None:
     ckpt = checkpoint(layers=1)
     result = run(ckpt, pairs, objective=Contrastive(loss_type="margin_mse"), steps=30, learning_rate=3e-3)
     assert result.history[-1].loss < 0.3 * result.history[0].loss
+
+
+def test_distillation_compares_a_querys_own_documents() -> None:
+    """KL( softmax(teacher scores/tau_t) || softmax(student scores/tau) ) over the positive + negatives."""
+    scores = torch.tensor([[1.0, 9.0, 0.0, 9.0, 2.0], [9.0, 3.0, 9.0, 1.0, 9.0]])
+    owner, teacher = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([2.0, 1.0, 1.0, 0.5, 0.0])
+    expected = 0.0
+    for row, own in enumerate(([0, 2, 4], [1, 3])):
+        p, q = teacher[own].softmax(0), scores[row, own].softmax(0)
+        expected += float((p * (p / q).log()).sum()) / 2
+    assert float(distillation(scores, owner, teacher)) == pytest.approx(expected, rel=1e-5)
+    scores.requires_grad_()
+    distillation(scores, owner, teacher).backward()
+    assert scores.grad is not None
+    assert (scores.grad != 0).long().tolist() == [[1, 0, 1, 0, 1], [0, 1, 0, 1, 0]]
+
+
+def test_distillation_divides_by_both_temperatures() -> None:
+    pairs = [{**pair, "scores": [0.9, 0.4, 0.6]} for pair in PAIRS[:2]]
+    ckpt, scores = checkpoint(layers=1), torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    for own, teacher_temperature in ((0.25, 0.25), (None, 0.5)):
+        method = Contrastive(loss_type="distillation", temperature=0.5, teacher_temperature=own)
+        batch = batch_of(method, ckpt, pairs)
+        expected = distillation(scores / 0.5, batch["owner"], batch["teacher"] / teacher_temperature)
+        assert torch.equal(method.ranking_loss(scores, batch), expected)
+    with pytest.raises(IntaglioError, match="no negatives with scores; distillation needs both"):
+        batch_of(method, ckpt)
+
+
+def test_matryoshka_sizes_are_drawn_for_each_batch() -> None:
+    """Optionally sample n dims per step; while evaluating all of them count."""
+    ckpt, method = checkpoint(layers=1), Contrastive(matryoshka=[32, 16, 8], matryoshka_per_step=2)
+    drawn = {tuple(batch_of(method, ckpt, id=n)["sizes"]) for n in range(12)}
+    assert drawn == {(0, 1), (0, 2), (1, 2)}
+    batch = batch_of(method, ckpt)
+    every = Contrastive(matryoshka=[32, 16, 8], matryoshka_weights=[float(n in batch["sizes"]) for n in range(3)])
+    assert float(method.loss(ckpt.model, batch).total) == pytest.approx(
+        float(every.loss(ckpt.model, batch_of(every, ckpt)).total)
+    )
+    assert "sizes" not in batch_of(method, ckpt, draws=KeyedRNG(0, training=False))
+    with pytest.raises(ValueError, match="matryoshka_per_step is 4, and matryoshka has 3 sizes"):
+        Contrastive(matryoshka=[32, 16, 8], matryoshka_per_step=4)
 
 
 def test_matryoshka_of_the_whole_vector_is_the_base_loss() -> None:
@@ -339,7 +381,8 @@ def test_mining_settings() -> None:
 
 
 BASE_DEFAULTS = {
-    "variant": "plain", "loss_type": "info_nce", "num_negatives": None, "chunk_size": None, "query_length": None,
+    "variant": "plain", "loss_type": "info_nce", "teacher_temperature": None,
+    "num_negatives": None, "chunk_size": None, "query_length": None,
     "document_length": None, "query_prompt": "", "document_prompt": "",
 }  # fmt: skip
 
@@ -348,10 +391,11 @@ BASE_DEFAULTS = {
     ("made", "defaults"),
     [
         (Contrastive(), {**BASE_DEFAULTS, "temperature": 0.05, "pooling": None, "normalize": True, "symmetric": False,
-                         "matryoshka": None, "matryoshka_weights": None}),
+                         "matryoshka": None, "matryoshka_weights": None, "matryoshka_per_step": None}),
         (ClsAndTerms(), {**BASE_DEFAULTS, "temperature": 1.0, "cls_size": 384, "terms": 384, "activation": "none"}),
         (MaskedLM(), {"mask_ratio": 0.15, "length": None}),
-        (Mining(), {"encoder": "bm25", "ranks": (1, 30), "count": 8, "margin": None, "consistency": None}),
+        (Mining(), {"encoder": "bm25", "ranks": (1, 30), "count": 8, "sample": False, "margin": None,
+                    "consistency": None}),
     ],
 )  # fmt: skip
 def test_defaults(made: Any, defaults: dict[str, Any]) -> None:
@@ -364,6 +408,8 @@ def test_defaults(made: Any, defaults: dict[str, Any]) -> None:
         {"variant": "echo"},
         {"variant": "bidirectional"},
         {"loss_type": "margin_mse"},
+        {"loss_type": "distillation"},
+        {"loss_type": "distillation", "teacher_temperature": 2.0},
         {"temperature": 0.5},
         {"num_negatives": 1},
         {"query_length": 3},
@@ -375,12 +421,13 @@ def test_defaults(made: Any, defaults: dict[str, Any]) -> None:
         {"symmetric": True},
         {"matryoshka": [8]},
         {"matryoshka": [32, 8], "matryoshka_weights": [1.0, 0.1]},
+        {"matryoshka": [32, 8], "matryoshka_per_step": 1},
     ],
     ids=str,
 )
 def test_every_field_changes_the_vectors(fields: dict[str, Any]) -> None:
     pairs = [{**pair, "scores": [0.9, 0.4, 0.6]} for pair in PAIRS]
-    base = {"matryoshka": [32, 8]} if len(fields) == 2 else {}
+    base = dict(list(fields.items())[:-1])
     vectors = []
     for own in (base, fields):
         ckpt, method = checkpoint(layers=1), Contrastive(**own)

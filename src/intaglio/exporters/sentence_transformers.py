@@ -19,7 +19,7 @@ from intaglio.atomic_io import to_json
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.retrieval.mistral_splade import MistralSplade
-from intaglio.trainer.contrastive import SENTENCE_TRANSFORMERS, Contrastive
+from intaglio.trainer.contrastive import SENTENCE_TRANSFORMERS, PooledObjective
 
 FORMAT = "sentence-transformers"
 POOLING = "1_SpladePooling"
@@ -38,7 +38,7 @@ def write(checkpoint: Checkpoint, directory: Path) -> None:
             "stock modules of sentence-transformers read a text once, and variant echo reads it twice; in Python,"
             " intaglio.load(MODEL).as_sentence_transformer() gives the encoder"
         )
-    if isinstance(method, Contrastive):
+    if isinstance(method, PooledObjective):
         stock = checkpoint  # its files are there since the training
     elif isinstance(method, MistralSplade):
         stock = _splade(method, checkpoint)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from intaglio.data.text_pairs import TextPair
@@ -24,7 +26,8 @@ def mine_hard_negatives(
 ) -> list[TextPair]:
     """Return pairs with hard negatives from an index of all their texts, before their own negatives.
 
-    Texts that are relevant to an equal query are never negatives. A pair with fewer candidates gets fewer.
+    The query itself and texts that are relevant to an equal query are never negatives. A pair with fewer candidates
+    gets fewer.
 
     Args:
         pairs: the training pairs; without a teacher's scores, which the new negatives would lack.
@@ -52,11 +55,11 @@ def mine_hard_negatives(
             index.add({"id": number[text], "text": text} for text in texts)
             for done, pair in enumerate(pairs, start=1):
                 known = relevant[pair.query]
-                depth = max(mining.ranks[1] + len(known), mining.consistency or 0)
+                depth = max(mining.ranks[1] + len(known) + len(pair.negatives) + 1, mining.consistency or 0)
                 hits = [(texts[int(hit.id)], hit.score) for hit in index.search(pair.query, min(depth, len(texts)))]
                 negatives = _negatives(pair, hits, known, mining)
                 if negatives is not None:
-                    mined.append(TextPair(pair.query, pair.positive, (*negatives, *pair.negatives)))
+                    mined.append(replace(pair, negatives=(*negatives, *pair.negatives)))
                 progress(done, len(pairs), "hard negatives")
     if not mined:
         raise IntaglioError(
@@ -72,9 +75,13 @@ def _negatives(
     own = next((score for text, score in hits if text == pair.positive), None)
     if mining.consistency is not None and pair.positive not in {text for text, _ in hits[: mining.consistency]}:
         return None
-    candidates = [(text, score) for text, score in hits if text not in relevant and text not in pair.negatives]
+    known = {*relevant, *pair.negatives, pair.query}
+    candidates = [(text, score) for text, score in hits if text not in known]
     first, last = mining.ranks
     window = candidates[first - 1 : last]
     if mining.margin is not None and own is not None:
         window = [(text, score) for text, score in window if score <= mining.margin * own]
+    if mining.sample and len(window) > mining.count:
+        drawn = random.Random(f"{pair.query}\0{pair.positive}").sample(range(len(window)), mining.count)
+        window = [window[place] for place in sorted(drawn)]
     return [text for text, _ in window[: mining.count]]

@@ -1,4 +1,4 @@
-"""Contrastive training of dense text encoders: the base `DenseEncoder` and the objective `Contrastive`.
+"""Contrastive training of dense text encoders: bases, and the objective `Contrastive`.
 
     v = pool(h_1 .. h_L) / |pool(h_1 .. h_L)|        L = sum_m weight_m loss(v[:m] / |v[:m]|)
 
@@ -7,9 +7,10 @@ Dimension letters: B queries, N documents, D dimensions of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Self
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -29,28 +30,26 @@ POOLING_MODES = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
 """Names in the files of sentence-transformers."""
 
 
-class DenseEncoder(EncoderObjective):
-    """Base of dense encoders: vectors of unit length, scores in both directions, Matryoshka sizes.
+class DenseObjective(EncoderObjective):
+    """Base of dense encoders with Matryoshka sizes; a subclass may replace `contrast`.
 
     Args:
-        normalize: whether vectors have unit length. Default True.
-        symmetric: whether info_nce also ranks the queries of each positive. Default False.
         matryoshka: sizes m of prefixes that are trained as vectors of their own. Default: the whole vector alone.
         matryoshka_weights: weight of each size in the loss. Default: 1 each.
+        matryoshka_per_step: sizes of a batch, drawn anew for each. Default: all.
     """
 
-    normalize: bool = True
-    symmetric: bool = False
     matryoshka: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)] | None = None
     matryoshka_weights: list[Annotated[float, Field(ge=0)]] | None = None
+    matryoshka_per_step: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        sizes, weights = self.matryoshka, self.matryoshka_weights
-        if weights is not None and len(weights) != len(sizes or ()):
-            raise ValueError(f"matryoshka_weights has {len(weights)} numbers for {len(sizes or ())} sizes")
-        if self.symmetric and self.loss_type == "margin_mse":
-            raise ValueError("symmetric belongs to info_nce; leave it out with margin_mse")
+    def _sizes_fit(self) -> Self:
+        sizes, weights, drawn = self.matryoshka or [], self.matryoshka_weights, self.matryoshka_per_step
+        if weights is not None and len(weights) != len(sizes):
+            raise ValueError(f"matryoshka_weights has {len(weights)} numbers for {len(sizes)} sizes")
+        if drawn is not None and drawn > len(sizes):
+            raise ValueError(f"matryoshka_per_step is {drawn}, and matryoshka has {len(sizes)} sizes")
         return self
 
     def vector_size(self, hidden_size: int) -> int:
@@ -68,36 +67,76 @@ class DenseEncoder(EncoderObjective):
         if beyond:
             raise IntaglioError(f"matryoshka has the size {beyond[0]}; the model's vectors have {width} dimensions")
 
+    @property
+    def _unit_length(self) -> bool:
+        return True
+
     def _unit(self, vectors_ND: Tensor) -> Tensor:
-        return F.normalize(vectors_ND, dim=-1) if self.normalize else vectors_ND
+        return F.normalize(vectors_ND, dim=-1) if self._unit_length else vectors_ND
+
+    def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
+        """Add `sizes`, the places of the Matryoshka sizes that are drawn for a training batch."""
+        batch = super().collate(examples, rng)
+        if self.matryoshka_per_step is not None and rng.training:
+            order = torch.randperm(len(self.matryoshka or ()), generator=rng(examples[0], "sizes"))
+            batch["sizes"] = sorted(order[: self.matryoshka_per_step].tolist())
+        return batch
 
     def compare(self, query_BD: Tensor, document_ND: Tensor, batch: Batch) -> Loss:
         """Return the loss, summed over the Matryoshka sizes."""
         sizes = self.matryoshka or [query_BD.shape[1]]
+        weights = self.matryoshka_weights or [1.0] * len(sizes)
         total, parts = query_BD.new_zeros(()), {}
-        for size, weight in zip(sizes, self.matryoshka_weights or [1.0] * len(sizes), strict=True):
-            scores_BN = self._unit(query_BD[:, :size]) @ self._unit(document_ND[:, :size]).T
-            total = total + weight * self.ranking_loss(scores_BN, batch, symmetric=self.symmetric)
-            parts[f"accuracy_{size}" if self.matryoshka else "accuracy"] = accuracy(scores_BN)
+        for place in batch.get("sizes", range(len(sizes))):
+            size = sizes[place]
+            loss, scores_BN = self.contrast(self._unit(query_BD[:, :size]), self._unit(document_ND[:, :size]), batch)
+            total = total + weights[place] * loss
+            if "sizes" not in batch:  # else parts would differ from step to step
+                parts[f"accuracy_{size}" if self.matryoshka else "accuracy"] = accuracy(scores_BN)
         return Loss(total, parts)
 
+    def contrast(self, query_BD: Tensor, document_ND: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss of vectors of one size, and their scores [B, N]."""
+        scores_BN = query_BD @ document_ND.T
+        return self.ranking_loss(scores_BN, batch), scores_BN
 
-class Contrastive(DenseEncoder, slug="contrastive"):
-    """Contrastive training of a dense text encoder, on pairs or triplets.
 
-    In a recipe: `train: {objective: {contrastive: {}}, pairs: pairs.jsonl, evaluate: 0.1, steps: 500}`. The result
-    loads in sentence-transformers, unless it reads texts twice.
+class SymmetricObjective(DenseObjective):
+    """Base of dense encoders that may rank in both directions.
 
-    Sources: van den Oord et al., 2018 (InfoNCE); Gao et al., 2021, arXiv 2101.06983 (gradient caching); Hofstätter et
-    al., 2020, arXiv 2010.02666 (margin MSE); Kusupati et al., NeurIPS 2022 (Matryoshka).
+    Args:
+        normalize: whether vectors have unit length. Default True.
+        symmetric: whether info_nce also ranks the queries of each positive. Default False.
+    """
+
+    normalize: bool = True
+    symmetric: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.symmetric and self.loss_type != "info_nce":
+            raise ValueError(f"symmetric belongs to info_nce; leave it out with {self.loss_type}")
+        return self
+
+    @property
+    def _unit_length(self) -> bool:
+        return self.normalize
+
+    def contrast(self, query_BD: Tensor, document_ND: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the loss of vectors of one size, of the queries too if it is symmetric."""
+        scores_BN = query_BD @ document_ND.T
+        return self.ranking_loss(scores_BN, batch, symmetric=self.symmetric), scores_BN
+
+
+class PooledObjective(DenseObjective):
+    """Base of encoders whose vectors are pooled hidden states.
+
+    The result loads in sentence-transformers, unless it reads texts twice.
 
     Args:
         pooling: `mean`, `cls` or `last`, over the pooled tokens. Default: `last` for a causal decoder that reads a text
             as it is, else `mean`.
     """
-
-    kinds = ("objective", "encoder")
-    summary = "trains a dense text encoder on pairs, against the other documents of the batch"
 
     pooling: Pooling | None = None
 
@@ -115,7 +154,7 @@ class Contrastive(DenseEncoder, slug="contrastive"):
 
     def _companions(self, checkpoint: Checkpoint) -> dict[str, bytes]:
         """Return the files by which sentence-transformers loads the encoder."""
-        kinds = ["Transformer", "Pooling", *(["Normalize"] if self.normalize else [])]
+        kinds = ["Transformer", "Pooling", *(["Normalize"] if self._unit_length else [])]
         paths = ["" if kind == "Transformer" else f"{number}_{kind}" for number, kind in enumerate(kinds)]
         modules = [
             {"idx": number, "name": str(number), "path": path, "type": f"{SENTENCE_TRANSFORMERS}.{kind}"}
@@ -123,8 +162,8 @@ class Contrastive(DenseEncoder, slug="contrastive"):
         ]
         pooling: dict[str, Any] = {"word_embedding_dimension": self.dimensions(checkpoint)}
         pooling |= {f"pooling_mode_{mode}": how == self._how for how, mode in POOLING_MODES.items()}
-        prompts = {"query": self.query_prompt, "document": self.document_prompt}
-        settings = {"prompts": prompts, "similarity_fn_name": "cosine" if self.normalize else "dot"}
+        prompts = {name: self._prompt(name) for name in SIDES}
+        settings = {"prompts": prompts, "similarity_fn_name": "cosine" if self._unit_length else "dot"}
         files = {
             "modules.json": modules,
             "sentence_bert_config.json": {"max_seq_length": max(map(self.length, SIDES))},
@@ -137,3 +176,16 @@ class Contrastive(DenseEncoder, slug="contrastive"):
         """Return the pooled hidden states, float32 [N, D]."""
         hidden_NLD = base_hidden(self._parts, {name: inputs[name] for name in ("input_ids", "attention_mask")})
         return self._unit(pool(hidden_NLD, inputs["pool_mask"], self._how))
+
+
+class Contrastive(PooledObjective, SymmetricObjective, slug="contrastive"):
+    """Contrastive training of a dense text encoder, on pairs or triplets.
+
+    In a recipe: `train: {objective: {contrastive: {}}, pairs: pairs.jsonl, evaluate: 0.1, steps: 500}`.
+
+    Sources: van den Oord et al., 2018 (InfoNCE); Gao et al., 2021, arXiv 2101.06983 (gradient caching); Hofstätter et
+    al., 2020, arXiv 2010.02666 (margin MSE); Kusupati et al., NeurIPS 2022 (Matryoshka).
+    """
+
+    kinds = ("objective", "encoder")
+    summary = "trains a dense text encoder on pairs, against the other documents of the batch"

@@ -1,7 +1,7 @@
 """Training dataset: from a user's data to rows, in memory in an order keyed by the seed, or read from a stream.
 
 A *row* is an example ready to be collated: a dict, with `input_ids` if it consists of tokens. A row without counts as
-one token. Dimension letters: T tokens of a row.
+one token. Dimension letters: T tokens of a row, R rows, K batches, P exchanged rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,11 +53,78 @@ class Rows:
         mean = sum(map(row_tokens, rest)) / len(rest)
         return Rows(rest, lambda: iter(rest), self.digest, mean), [self.table[n] for n in held_out]
 
-    def slots(self, total: int, step_rows: int, rng: KeyedRNG) -> Dataset[Example]:
+    def slots(
+        self,
+        total: int,
+        step_rows: int,
+        rng: KeyedRNG,
+        batch_rows: int = 1,
+        homogeneous_ratio: float | None = None,
+    ) -> Dataset[Example]:
         """Return the data set of a whole run, `total` rows in training order."""
-        if self.table is not None:
-            return _TableSlots(self.table, total, step_rows, rng)
-        return _StreamSlots(self.read, total, step_rows)
+        if self.table is None:
+            if homogeneous_ratio is not None:
+                raise IntaglioError("homogeneous_ratio groups examples by task, which must be in memory; give a list")
+            return _StreamSlots(self.read, total, step_rows)
+        if homogeneous_ratio is None:
+            count = len(self.table)
+            return _TableSlots(self.table, total, step_rows, lambda epoch: rng.permutation(count, epoch))
+        tasks = self._tasks(batch_rows)
+        return _TableSlots(
+            self.table,
+            total,
+            step_rows,
+            lambda epoch: homogeneous_order(
+                tasks, batch_rows, homogeneous_ratio, generator(rng.seed, "homogeneous", epoch)
+            ),
+        )
+
+    def _tasks(self, batch_rows: int) -> list[str]:
+        """Return the task of each row of the table."""
+        rows = self.table or []
+        without = next((number for number, row in enumerate(rows) if "task" not in row), None)
+        if without is not None:
+            raise IntaglioError(f"homogeneous_ratio groups examples by their task, and example {without} has none")
+        if len(rows) < batch_rows:
+            raise IntaglioError(
+                f"homogeneous_ratio needs a full batch, and {len(rows)} examples fill none of {batch_rows}"
+            )
+        return [str(row["task"]) for row in rows]
+
+
+def homogeneous_order(tasks: Sequence[str], batch_rows: int, ratio: float, draws: torch.Generator) -> Tensor:
+    """Return an order of rows in which most batches have rows of one task.
+
+    Each task is shuffled and cut into batches; what is left over of the tasks is joined in a random order and cut too,
+    and rows that fill no batch are left out. Then `1 - ratio` of each batch is pooled, shuffled and dealt out again.
+    The authors of KaLM-Embedding (Zhao et al., 2025, arXiv 2506.20923) round that part down and draw it anew in each
+    process.
+
+    Args:
+        tasks: of the rows.
+        batch_rows: rows of a batch; at most as many as there are.
+        ratio: share of a batch that stays in its task.
+        draws: source of the shuffles.
+    """
+    rows_of: dict[str, list[int]] = {}
+    for row, task in enumerate(tasks):
+        rows_of.setdefault(task, []).append(row)
+
+    def shuffled(values: Tensor) -> Tensor:
+        return values[torch.randperm(len(values), generator=draws)]
+
+    def batches(rows_R: Tensor) -> Tensor:
+        return rows_R[: len(rows_R) // batch_rows * batch_rows].view(-1, batch_rows)
+
+    own = [shuffled(torch.tensor(rows)) for rows in rows_of.values()]
+    rests = [rows_R[len(rows_R) // batch_rows * batch_rows :] for rows_R in own]
+    rest_R = torch.cat([rests[int(place)] for place in torch.randperm(len(rests), generator=draws)])
+    batches_KR = shuffled(torch.cat([*map(batches, own), batches(rest_R)]))
+    exchanged = round(batch_rows * (1 - ratio))
+    if exchanged:
+        pool_P = shuffled(batches_KR[:, -exchanged:].flatten())
+        batches_KR[:, -exchanged:] = pool_P.view(-1, exchanged)
+    return batches_KR.flatten()
 
 
 @dataclass
@@ -65,17 +132,20 @@ class _TableSlots(Dataset[Example]):
     table: list[Example]
     total: int
     step_rows: int
-    rng: KeyedRNG
-    _order: tuple[int, Tensor] = field(default_factory=lambda: (-1, torch.empty(0)), repr=False)
+    order: Callable[[int], Tensor]
+    """Return the rows of an epoch; as many in each."""
+
+    def __post_init__(self) -> None:
+        self._epoch, self._rows = 0, self.order(0)
 
     def __len__(self) -> int:
         return self.total
 
     def __getitem__(self, slot: int) -> Example:
-        epoch, position = divmod(slot, len(self.table))
-        if self._order[0] != epoch:
-            self._order = (epoch, self.rng.permutation(len(self.table), epoch))
-        index = int(self._order[1][position])
+        epoch, position = divmod(slot, len(self._rows))
+        if self._epoch != epoch:
+            self._epoch, self._rows = epoch, self.order(epoch)
+        index = int(self._rows[position])
         place = {"id": index, "epoch": epoch, "step": slot // self.step_rows, "steps": self.total // self.step_rows}
         return {**self.table[index], **place}
 

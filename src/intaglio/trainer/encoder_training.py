@@ -2,12 +2,13 @@
 
     info_nce      -log exp(s(q_i, p_i) / T) / sum_j exp(s(q_i, d_j) / T)            s(q, d) = <v_q, v_d>
     margin_mse    mean over i, j of ((s(q_i, p_i) - s(q_i, n_ij)) - (t_i - t_ij))^2
+    distillation  mean over i of KL(softmax(t_i / T_t) || softmax(s(q_i, d) / T)), d: the texts of pair i
 
 The d_j are the positives and negatives of the whole batch; those known to be relevant to q_i are left out. Chunks are
 recomputed for the gradient, so memory depends on the chunk and not on the batch: the gradient caching of Gao et al.
 (2021, arXiv 2101.06983) by autograd itself.
 
-Dimension letters: B queries, N documents, L tokens of a text, D dimensions of a vector.
+Dimension letters: B queries, N documents, L tokens of a text, D dimensions of a vector, R relevant texts of a query.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.attachments import Attachment
 from intaglio.checkpoint.resolve import ITEMS
-from intaglio.data.text_pairs import as_pair
+from intaglio.data.text_pairs import TextPair, as_pair
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Capability, Method, ModelAspect, TrainingData, validation_sentence
 from intaglio.modeling.anatomy import Anatomy, anatomy
@@ -53,18 +54,27 @@ class Read(NamedTuple):
     further: tuple[tuple[str, list[int]], ...] = ()
 
 
-def info_nce(scores_BN: Tensor, excluded_BN: Tensor, *, symmetric: bool = False) -> Tensor:
+def info_nce(
+    scores_BN: Tensor,
+    excluded_BN: Tensor,
+    *,
+    symmetric: bool = False,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Tensor:
     """Return the contrastive cross-entropy of scores; document i belongs to query i.
 
     Args:
         scores_BN: scores, divided by the temperature; N >= B.
         excluded_BN: True where a document is left out of a query's softmax; never on the diagonal.
         symmetric: whether to average with the cross-entropy of the first B documents over the queries. Default False.
+        reduction: `mean`, or `none` for the losses [B] of the queries. Default `mean`.
     """
     scores_BN = scores_BN.float().masked_fill(excluded_BN, -torch.inf)
     target_B = torch.arange(len(scores_BN), device=scores_BN.device)
-    rows = F.cross_entropy(scores_BN, target_B)
-    return (rows + F.cross_entropy(scores_BN[:, : len(target_B)].T, target_B)) / 2 if symmetric else rows
+    rows = F.cross_entropy(scores_BN, target_B, reduction=reduction)
+    if not symmetric:
+        return rows
+    return (rows + F.cross_entropy(scores_BN[:, : len(target_B)].T, target_B, reduction=reduction)) / 2
 
 
 def margin_mse(scores_BN: Tensor, owner_N: Tensor, teacher_N: Tensor) -> Tensor:
@@ -79,6 +89,29 @@ def margin_mse(scores_BN: Tensor, owner_N: Tensor, teacher_N: Tensor) -> Tensor:
     own_K = scores_BN[owner_K, torch.arange(len(scores_BN), scores_BN.shape[1], device=owner_K.device)]
     student_K = scores_BN.diagonal()[owner_K] - own_K
     return F.mse_loss(student_K, teacher_N[owner_K] - teacher_N[len(scores_BN) :])
+
+
+def distillation(scores_BN: Tensor, owner_N: Tensor, teacher_N: Tensor) -> Tensor:
+    """Return the mean divergence of the scores' softmax over a query's own documents from the teacher's.
+
+    Args:
+        scores_BN: scores, divided by their temperature; the positive of query i is document i.
+        owner_N: the query that a document belongs to.
+        teacher_N: the teacher's score of each document for its query, divided by its temperature.
+    """
+    own_BN = owner_N == torch.arange(len(scores_BN), device=owner_N.device)[:, None]
+    student_BN, teacher_BN = (
+        values.float().expand_as(own_BN).masked_fill(~own_BN, -torch.inf).log_softmax(1)
+        for values in (scores_BN, teacher_N)
+    )
+    total = F.kl_div(student_BN[own_BN], teacher_BN[own_BN], reduction="sum", log_target=True)
+    return total / len(scores_BN)
+
+
+def excluded_documents(relevant_BR: Tensor, number_N: Tensor) -> Tensor:
+    """Return True where a document is relevant to a query whose positive is another, bool [B, N]."""
+    excluded_BN = torch.stack([torch.isin(number_N, relevant_R) for relevant_R in relevant_BR])
+    return excluded_BN.fill_diagonal_(False)
 
 
 def side(batch: Mapping[str, Any], name: str) -> dict[str, Tensor]:
@@ -115,8 +148,10 @@ class EncoderObjective(Method):
     Args:
         variant: `plain` reads a text as it is, `echo` reads it twice and pools the second copy alone, `bidirectional`
             lets a decoder see later tokens, by `is_causal=False` in its config. Default `plain`.
-        loss_type: `info_nce` or `margin_mse`, which needs negatives and a teacher's scores. Default `info_nce`.
-        temperature: T of info_nce.
+        loss_type: `info_nce`, or `margin_mse` or `distillation`, which need negatives and a teacher's scores. Default
+            `info_nce`.
+        temperature: T of info_nce and distillation.
+        teacher_temperature: T_t of distillation. Default: T, for a teacher whose scores are cosines too.
         num_negatives: negatives of a pair in a batch, drawn anew each epoch. Default: all.
         chunk_size: most texts of a forward pass; activations of other texts are recomputed. Default: a whole side.
         query_length: most tokens of a query, which is cut before it is doubled. Default: 64, or what the context holds.
@@ -131,10 +166,12 @@ class EncoderObjective(Method):
     trains_on: ClassVar[TrainingData] = "pairs"
     sparse: ClassVar[bool] = False
     """Whether dimensions are ids of the vocabulary."""
+    leaves_parameters: ClassVar[bool] = True
 
     variant: Literal["plain", "echo", "bidirectional"] = "plain"
-    loss_type: Literal["info_nce", "margin_mse"] = "info_nce"
+    loss_type: Literal["info_nce", "margin_mse", "distillation"] = "info_nce"
     temperature: Annotated[float, Field(gt=0)] = 0.05
+    teacher_temperature: Annotated[float, Field(gt=0)] | None = None
     num_negatives: Annotated[int, Field(ge=1)] | None = None
     chunk_size: Annotated[int, Field(ge=1)] | None = None
     query_length: Annotated[int, Field(ge=1)] | None = None
@@ -170,6 +207,9 @@ class EncoderObjective(Method):
         """Return the loss of `loss_type` from scores that are not yet divided by the temperature."""
         if self.loss_type == "margin_mse":
             return margin_mse(scores_BN, batch["owner"], batch["teacher"])
+        if self.loss_type == "distillation":
+            teacher_N = batch["teacher"] / (self.teacher_temperature or self.temperature)
+            return distillation(scores_BN / self.temperature, batch["owner"], teacher_N)
         return info_nce(scores_BN / self.temperature, batch["excluded"], symmetric=symmetric)
 
     def build(self, checkpoint: Checkpoint, seed: int) -> nn.ModuleDict:
@@ -227,13 +267,14 @@ class EncoderObjective(Method):
         """Return the most tokens of a side's texts for the checkpoint at hand."""
         return self._lengths[name]
 
-    def _prompt(self, name: str) -> str:
+    def _prompt(self, name: str, pair: TextPair | None = None) -> str:
+        """Return the text before a text of a side, of a training pair if one is given."""
         return self.query_prompt if name == "query" else self.document_prompt
 
-    def read(self, text: str, name: str) -> Read:
-        """Return the tokens of a text of a side as the model reads them."""
+    def read(self, text: str, name: str, pair: TextPair | None = None) -> Read:
+        """Return the tokens of a text of a side, of a training pair if one is given, as the model reads them."""
         tokenizer, length = self._checkpoint.tokenizer, self._lengths[name]
-        prompt = self._prompt(name)
+        prompt = self._prompt(name, pair)
         if self.variant != "echo":
             ids = list(tokenizer(prompt + text, truncation=True, max_length=length, verbose=False)["input_ids"])
             start, stop = 0, len(ids)
@@ -278,18 +319,19 @@ class EncoderObjective(Method):
             relevant.setdefault(pair.query, set()).add(numbers[pair.positive])
         rows = []
         for number, pair in enumerate(pairs):
-            if self.loss_type == "margin_mse" and (pair.scores is None or not pair.negatives):
+            if self.loss_type != "info_nce" and (pair.scores is None or not pair.negatives):
                 raise IntaglioError(
-                    f"example {number} of the pairs has no negatives with scores; margin_mse needs both"
+                    f"example {number} of the pairs has no negatives with scores; {self.loss_type} needs both"
                 )
             texts = (pair.positive, *pair.negatives)
             rows.append(
                 {
-                    "query": self.read(pair.query, "query"),
-                    "documents": [self.read(text, "document") for text in texts],
+                    "query": self.read(pair.query, "query", pair),
+                    "documents": [self.read(text, "document", pair) for text in texts],
                     "numbers": [numbers[text] for text in texts],
                     "relevant": sorted(relevant[pair.query]),
                     "scores": list(pair.scores or ()),
+                    **({} if pair.task is None else {"task": pair.task}),
                 }
             )
         return rows
@@ -301,7 +343,9 @@ class EncoderObjective(Method):
     def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
         """Return both sides of a batch (see `side`), the positives before the negatives.
 
-        Also `excluded`, bool [B, N]; `owner`, int64 [N]; `teacher`, float32 [N], for margin_mse; `step` and `steps`.
+        Also `owner` and `number` (of the text), int64 [N]; `relevant`, numbers of the texts that are relevant to a
+        query, int64 [B, R] filled up with -1; `excluded`, bool [B, N]; `teacher`, float32 [N], where the loss needs
+        it; `step` and `steps`.
 
         Raises:
             IntaglioError: a training batch for info_nce has one pair and no negative.
@@ -314,15 +358,16 @@ class EncoderObjective(Method):
                 "a batch of one pair has nothing to contrast; raise batch_size to 2 or more, or give negatives"
             )
         number_N = torch.tensor([examples[row]["numbers"][index] for row, index in zip(owner, place, strict=True)])
-        excluded_BN = torch.stack([torch.isin(number_N, torch.tensor(row["relevant"])) for row in examples])
-        excluded_BN.fill_diagonal_(False)
+        relevant = [torch.tensor(row["relevant"]) for row in examples]
+        relevant_BR = nn.utils.rnn.pad_sequence(relevant, batch_first=True, padding_value=-1)
         texts = {
             "query": [row["query"] for row in examples],
             "document": [examples[row]["documents"][index] for row, index in zip(owner, place, strict=True)],
         }
         batch: Batch = {f"{name}_{key}": value for name in SIDES for key, value in text_batch(texts[name]).items()}
-        batch |= {"excluded": excluded_BN, "owner": torch.tensor(owner), "weight": len(examples)}
-        if self.loss_type == "margin_mse":
+        batch |= {"owner": torch.tensor(owner), "number": number_N, "relevant": relevant_BR, "weight": len(examples)}
+        batch["excluded"] = excluded_documents(relevant_BR, number_N)
+        if self.loss_type != "info_nce":
             batch["teacher"] = torch.tensor([examples[r]["scores"][i] for r, i in zip(owner, place, strict=True)])
         first = examples[0]
         return {**batch, "step": int(first.get("step", 0)), "steps": int(first.get("steps", 0))}
@@ -338,7 +383,9 @@ class EncoderObjective(Method):
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of a batch of pairs."""
         query_BD, document_ND = (self.vectors(model, side(batch, name), name) for name in SIDES)
-        return self.compare(query_BD, document_ND, batch)
+        # In half precision scores over a small temperature would be off by a good part of a nat.
+        with torch.autocast(query_BD.device.type, enabled=False):
+            return self.compare(query_BD, document_ND, batch)
 
     def vectors(self, model: nn.Module, inputs: Mapping[str, Tensor], name: str) -> Tensor:
         """Return the vectors [N, D] of a side, in chunks whose activations are recomputed for the gradient."""

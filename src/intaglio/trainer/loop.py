@@ -109,6 +109,8 @@ def train(
         tokens: the same in tokens of the rows, rounded to whole steps.
         epochs: the same in passes over data in memory, rounded up to whole steps.
         batch_size: rows of a batch, over all processes. Default 8.
+        homogeneous_ratio: share of a batch whose rows have the same `task`, a name in each example; the rest is
+            exchanged between batches. Rows that fill no batch are left out of an epoch. Default: tasks do not matter.
         gradient_accumulation_steps: batches of an optimizer step. Default 1.
         learning_rate: the highest. Default 3e-4.
         schedule: `cosine` (default), `linear` (both to zero) or `constant`, after the warm-up.
@@ -195,7 +197,14 @@ def train(
         for context in (preserve_modes(network), preserve_grads(network), preserve_rng()):
             stack.enter_context(context)
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="intaglio-train-"))
-        trainer_arguments = _arguments(checkpoint, options, steps, path or Path(scratch), saved=path is not None)
+        trainer_arguments = _arguments(
+            checkpoint,
+            options,
+            steps,
+            path or Path(scratch),
+            saved=path is not None,
+            unused=getattr(objective, "leaves_parameters", False),
+        )
         resumed = None if path is None else _claim(path, identity, resume)
         if path is not None and choice is not None and trainer_arguments.should_save:
             choice.save(path)
@@ -225,7 +234,9 @@ def train(
             options,
             path,
             args=trainer_arguments,
-            train_dataset=rows.slots(steps * options.step_rows, options.step_rows, rng),
+            train_dataset=rows.slots(
+                steps * options.step_rows, options.step_rows, rng, options.batch_size, options.homogeneous_ratio
+            ),
             data_collator=Collator(objective, rng),
         )
         page = None
@@ -403,7 +414,7 @@ def _claim(directory: Path, identity: dict[str, Any], resume: bool) -> Path | No
 
 
 def _arguments(
-    checkpoint: Checkpoint, settings: Settings, steps: int, directory: Path, *, saved: bool
+    checkpoint: Checkpoint, settings: Settings, steps: int, directory: Path, *, saved: bool, unused: bool
 ) -> TrainingArguments:
     cosine = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": settings.min_lr_ratio}}
     plain = {"linear": "linear", "constant": "constant_with_warmup"}
@@ -412,7 +423,7 @@ def _arguments(
         output_dir=str(directory),
         use_cpu=device == "cpu",
         ddp_backend="gloo" if device == "cpu" and _processes() > 1 else None,
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=unused,
         max_steps=steps,
         per_device_train_batch_size=settings.batch_size // _processes(),
         gradient_accumulation_steps=settings.gradient_accumulation_steps,

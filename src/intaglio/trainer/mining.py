@@ -18,7 +18,8 @@ class Mining(BaseModel):
     Args:
         encoder: `bm25` (default), `self` (the model before training), or a bundled name or directory of an encoder.
         ranks: first and last rank, from 1, among the texts that are not relevant. Default (1, 30).
-        count: most negatives of a pair: the first of the window. Default 8.
+        count: most negatives of a pair: the first of the window, or drawn from it. Default 8.
+        sample: whether they are drawn at random from the window, keyed by the pair. Default False.
         margin: largest score of a negative as a share of the positive's, so that relevant texts that nobody labelled
             are left out (Moreira et al., 2024, arXiv 2407.15831). Default: any.
         consistency: a pair is dropped unless its positive is among the first so many results. Default: none is.
@@ -29,6 +30,7 @@ class Mining(BaseModel):
     encoder: Annotated[str, Field(min_length=1)] = "bm25"
     ranks: Annotated[tuple[Rank, Rank], Field(strict=False)] = (1, 30)
     count: Annotated[int, Field(ge=1)] = 8
+    sample: bool = False
     margin: Annotated[float, Field(gt=0)] | None = None
     consistency: Annotated[int, Field(ge=1)] | None = None
 

@@ -87,7 +87,8 @@ class TrainingRun:
 class Objective(Protocol):
     """Prediction target: data collation and loss.
 
-    A class with `disables_dropout = True` trains without the dropout of the model and of adapters.
+    A class with `disables_dropout = True` trains without the dropout of the model and of adapters. With
+    `leaves_parameters = True` some parameters of the model may have no gradient, such as the head of an encoder.
     """
 
     def modules(self) -> nn.ModuleDict:

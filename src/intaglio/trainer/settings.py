@@ -29,6 +29,7 @@ class Settings(BaseModel):
     tokens: Positive | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_size: Positive = 8
+    homogeneous_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     gradient_accumulation_steps: Annotated[Positive, _alias("gradient_accumulation_steps", "accumulate")] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

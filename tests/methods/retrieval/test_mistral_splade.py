@@ -43,6 +43,7 @@ ALIVE = {
     "variant": "plain",
     "loss_type": "test_margin_mse_is_the_bases",
     "temperature": 2.0,
+    "teacher_temperature": alive(2.0, loss_type="distillation"),
     "num_negatives": 1,
     "chunk_size": "test_conformance_of_chunks",
     "query_length": 3,

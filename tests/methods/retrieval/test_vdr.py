@@ -34,6 +34,7 @@ ALIVE = {
     "variant": alive("echo"),
     "loss_type": "test_margin_mse_compares_views",
     "temperature": 2.0,
+    "teacher_temperature": alive(2.0, loss_type="distillation"),
     "num_negatives": 1,
     "chunk_size": "test_chunks_are_made",
     "query_length": 3,

@@ -7,12 +7,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from intaglio.checkpoint.soup import average
 from intaglio.data.text_pairs import TextPair
 from intaglio.evidence.designs.retrieve import DOCUMENT_TERMS, QUERY_TERMS, RetrieveContext, Scores
-from intaglio.search import Index, load_encoder
+from intaglio.search import Index, load_encoder, mine_hard_negatives
 from intaglio.trainer import train
 from intaglio.trainer.encoder_training import EncoderObjective
+from intaglio.trainer.mining import Mining
 
+MEMBER_SEEDS = 2**30
+"""Distance of the seeds of a soup's members, beyond those of a claim's units."""
 Search = Callable[[Mapping[str, str], Mapping[str, str]], Scores]
 
 
@@ -26,6 +30,8 @@ def trained(
     batch_size: int = 16,
     start: Callable[[Any, str, int], Any] | None = None,
     light_encoder: str | None = None,
+    negatives: Mining | None = None,
+    members: int = 1,
     **fields: Any,
 ) -> Search:
     """Train an encoder on the unit's pairs from a pretrained model, and return its search.
@@ -39,22 +45,34 @@ def trained(
         batch_size: pairs of a step. Default 16.
         start: gives the model `(bed, model, seed)`. Default: the test bed's pretrained model.
         light_encoder: model of the test bed that is the objective's `light_encoder`. Default: none.
+        negatives: mines hard negatives of the pairs. Default: those of the batch alone.
+        members: trainings with seeds of their own whose weights are averaged. Default 1.
         fields: tuned fields of the method.
     """
     bed, seed = context.bed, context.key.seed
-    scratch = tempfile.TemporaryDirectory()
-    if light_encoder is not None:
-        fields["light_encoder"] = str(bed.load(light_encoder).save(f"{scratch.name}/{light_encoder}"))
-    method = type(objective)(**{**objective.model_dump(), **fields})
-    checkpoint = bed.load(model) if start is None else start(bed, model, seed)
-    pairs = [TextPair(pair.query, pair.document).row() for pair in bed.training(seed)]
+    pairs = [TextPair(pair.query, pair.document) for pair in bed.training(seed)]
+    if negatives is not None:
+        pairs = mine_hard_negatives(pairs, negatives)
+    rows = [pair.row() for pair in pairs]
     arguments: dict[str, Any] = {
         "steps": steps or bed.tuning_steps,
         "learning_rate": learning_rate,
         "batch_size": batch_size,
     }
-    with scratch:
-        train(checkpoint, pairs, objective=method, warmup=0.1, seed=seed % 2**32, **arguments)
+    states = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if light_encoder is not None:
+            fields["light_encoder"] = str(bed.load(light_encoder).save(f"{scratch}/{light_encoder}"))
+        for member in range(members):
+            method = type(objective)(**{**objective.model_dump(), **fields})
+            checkpoint = bed.load(model) if start is None else start(bed, model, seed)
+            own_seed = (seed + member * MEMBER_SEEDS) % 2**32
+            train(checkpoint, rows, objective=method, warmup=0.1, seed=own_seed, **arguments)
+            states.append(checkpoint.model.state_dict())
+    if members > 1:
+        if len(method.modules()):
+            raise ValueError(f"{method.slug} has modules of its own, which are not averaged")
+        checkpoint.model.load_state_dict(average(states))
 
     def search(queries: Mapping[str, str], documents: Mapping[str, str]) -> Scores:
         query_QD = method.encode(checkpoint, list(queries.values()), "query")

@@ -63,7 +63,9 @@ class Soups:
         net.load_state_dict(state)
         loss, accuracy = evaluate(net, measured)
         images = SETS * self.steps * self.batch_size
-        cost = Cost(images, float(images * pass_flops(net, self.bed.digits.shape)), sum(p.numel() for p in net.parameters()))
+        cost = Cost(
+            images, float(images * pass_flops(net, self.bed.digits.shape)), sum(p.numel() for p in net.parameters())
+        )
         values = {ACCURACY.name: accuracy, TEST_LOSS.name: loss, ON_CHOICE.name: on_choice}
         return Result(values, cost, {"base": self.bed.base(seed).digest, "images": measured.digest})
 

@@ -35,7 +35,7 @@ from intaglio.errors import IntaglioError
 from intaglio.measures.embeddings import pool
 from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.modeling.partial_pass import base_hidden
-from intaglio.trainer.contrastive import DenseEncoder
+from intaglio.trainer.contrastive import SymmetricObjective
 from intaglio.trainer.encoder_training import SIDES, Read, plain_tokens, special_tokens
 from intaglio.trainer.protocols import Batch, Loss
 from intaglio.trainer.rng import generator
@@ -134,7 +134,7 @@ class Projector(nn.Module):
         return self.out(self.activation(self.into(z_NK)))
 
 
-class Causal2Vec(DenseEncoder, slug="causal2vec"):
+class Causal2Vec(SymmetricObjective, slug="causal2vec"):
     """Text encoder from an unmodified decoder that reads a Contextual token of a light encoder before each text.
 
     In a recipe: `train: {objective: {causal2vec: {}}, pairs: pairs.jsonl, lora: {r: 16}, steps: 500}`, then `intaglio
