@@ -30,6 +30,22 @@ class Segment:
     ann_file: Path
 
     @property
+    def space(self) -> int:
+        """The number of the encoder of its vectors, 0 before any upgrade."""
+        return int(self.arrays["space"][0]) if "space" in self.arrays else 0
+
+    def prefix(self, width: int) -> NDArray[np.float32]:
+        """Return the first dimensions of the vectors with unit norm, float32 [N, width]."""
+        if width not in self._prefixes:
+            vectors_NW = self.arrays["dense.vectors"][:, :width]
+            norms_N1 = np.linalg.norm(vectors_NW, axis=1, keepdims=True)
+            self._prefixes = {width: (vectors_NW / np.maximum(norms_N1, 1e-12)).astype(np.float32)}
+        return self._prefixes[width]
+
+    def __post_init__(self) -> None:
+        self._prefixes: dict[int, NDArray[np.float32]] = {}
+
+    @property
     def live(self) -> NDArray[np.bool_]:
         """The mask of the live rows, bool [N]."""
         return np.ones(self.row.rows, np.bool_) if self.alive is None else self.alive != 0
@@ -58,12 +74,21 @@ class Snapshot:
         segments: in order of chunks.
         damaged: a sentence for each corrupt segment.
         bm25: the weighting, if the index has BM25.
+        space: number of the current encoder. Default 0.
+        mixable: whether the first dimensions of its vectors can be compared with those of all others. Default True.
     """
 
     def __init__(
-        self, generation: int, segments: list[Segment], damaged: dict[SegmentRow, str], bm25: BM25 | None
+        self,
+        generation: int,
+        segments: list[Segment],
+        damaged: dict[SegmentRow, str],
+        bm25: BM25 | None,
+        space: int = 0,
+        mixable: bool = True,
     ) -> None:
         self.generation, self.segments, self.damaged, self._bm25 = generation, segments, damaged, bm25
+        self.space, self.mixable = space, mixable
         self.sizes = [segment.row.rows for segment in segments]
         self.bases = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.alive = [segment.alive for segment in segments]
@@ -76,6 +101,7 @@ class Snapshot:
         Raises:
             FileNotFoundError: a segment is missing, unless that is tolerated.
         """
+        store.read_settings()
         known = {segment.row: segment.arrays for segment in previous.segments} if previous else {}
         dead, segments, damaged = store.dead(), [], {}
         for row in store.segments():
@@ -93,7 +119,13 @@ class Snapshot:
             gone = dead[np.searchsorted(dead, row.first) : np.searchsorted(dead, row.last, side="right")]
             alive = (~member(arrays["chunks"], gone)).astype(np.uint8) if len(gone) else None
             segments.append(Segment(row, arrays, alive, store.ann_file(row.number)))
-        return cls(store.generation(), segments, damaged, bm25)
+        space, mixable = store.settings.get("space", 0), store.settings.get("mixable", True)
+        return cls(store.generation(), segments, damaged, bm25, space, mixable)
+
+    @property
+    def older(self) -> list[Segment]:
+        """The segments whose vectors are of an earlier encoder."""
+        return [segment for segment in self.segments if segment.space != self.space]
 
     @cached_property
     def lexical_bm25(self) -> LexicalSearch:

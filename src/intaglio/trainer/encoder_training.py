@@ -269,7 +269,8 @@ class EncoderObjective(Method):
     def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
         """Return both sides of a batch (see `side`), the positives before the negatives.
 
-        Also `excluded`, bool [B, N]; `owner`, int64 [N]; `teacher`, float32 [N], for margin_mse; `step` and `steps`.
+        Also `excluded`, bool [B, N]; `owner` and `place`, a document's pair and its place among that pair's documents,
+        int64 [N]; `teacher`, float32 [N], for margin_mse; `step` and `steps`.
 
         Raises:
             IntaglioError: a training batch for info_nce has one pair and no negative.
@@ -289,7 +290,8 @@ class EncoderObjective(Method):
             "document": [examples[row]["documents"][index] for row, index in zip(owner, place, strict=True)],
         }
         batch: Batch = {f"{name}_{key}": value for name in SIDES for key, value in text_batch(texts[name]).items()}
-        batch |= {"excluded": excluded_BN, "owner": torch.tensor(owner), "weight": len(examples)}
+        batch |= {"excluded": excluded_BN, "owner": torch.tensor(owner), "place": torch.tensor(place)}
+        batch["weight"] = len(examples)
         if self.loss_type == "margin_mse":
             batch["teacher"] = torch.tensor([examples[r]["scores"][i] for r, i in zip(owner, place, strict=True)])
         first = examples[0]
