@@ -19,24 +19,8 @@ from intaglio.search.encoders import CompatibleEncoder, describe_setting
 from intaglio.search.evaluate import Judged
 from tests.search.fakes import BagOfWords
 
-WORDS = [
-    "mask",
-    "weight",
-    "bread",
-    "flour",
-    "key",
-    "query",
-    "token",
-    "layer",
-    "salt",
-    "water",
-    "head",
-    "sun",
-    "fox",
-    "dog",
-    "tree",
-    "stone",
-]
+WORDS = ["mask", "weight", "bread", "flour", "key", "query", "token", "layer"]
+WORDS += ["salt", "water", "head", "sun", "fox", "dog", "tree", "stone"]
 DOCUMENTS = [
     {"id": f"d{n}", "text": f"{WORDS[n % 16]} {WORDS[(3 * n + 1) % 16]} {WORDS[(7 * n + n // 16) % 16]} n{n}"}
     for n in range(60)

@@ -307,7 +307,7 @@ def test_an_encoder_is_compatible_with_another_one(tmp_path: Path) -> None:
         index.add({"id": str(n), "text": text} for n, text in enumerate(TEXTS[:6]))
         assert index.upgrade(tmp_path / "new")["to"]["fingerprint"] == new.fingerprint
         assert len(index.search("the dog", k=9)) == 6
-    with pytest.raises(IntaglioError, match="the old encoder gives vectors of .* dimensions, not 5; set old_dims"):
+    with pytest.raises(IntaglioError, match=r"the old encoder gives vectors of .* dimensions, not 5; set old_dims"):
         run(checkpoint(layers=1), PAIRS, objective=BT2(old=str(tmp_path / "old"), old_dims=5), steps=1)
 
 
