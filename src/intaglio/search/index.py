@@ -374,7 +374,7 @@ class Index:
             plan = Plan(method or "bt2", judged, tuple(queries), sample, steps, dict(fields or {}), seed)
             target = work.begin(old, given, plan, progress)
             self._given, self._loaded, self._loaded_before = target, target, old
-        elif given is None and settings.get("upgrade", {}).get("state") != "encoding":
+        elif "upgrade" not in settings:
             raise IntaglioError(f"no upgrade of {self.path} is under way; name the new encoder with --encoder")
         counts = work.encode(self._encoder, rate, progress) if reencode else work.counts()
         recorded = self._store.settings["upgrade"]

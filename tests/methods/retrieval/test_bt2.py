@@ -101,7 +101,7 @@ def test_the_basis_stays_orthonormal_while_it_trains() -> None:
     """P^T P = I and Q^T Q = I to 1e-5 after any number of optimiser steps, and the identity holds."""
     pairs = cached()
     start = BT2(extra_dims=3).fit_head(pairs, steps=1, learning_rate=0.0)
-    head = BT2(extra_dims=3).fit_head(pairs, steps=300, learning_rate=0.02)
+    head = BT2(extra_dims=3).fit_head(pairs, steps=60, learning_rate=0.05)
     assert isinstance(head, BasisTransformation)
     assert isinstance(start, BasisTransformation)
     for layer, before in ((head.P, start.P), (head.Q, start.Q)):
@@ -215,24 +215,39 @@ def test_the_arms_have_their_own_terms() -> None:
         assert head(unit(3, 8)).vectors.shape == (3, 14 if arm == "naive" else 11)
 
 
+def scores_of(head: Any, pairs: CachedPairs) -> Tensor:
+    """The scores of the old documents for new queries."""
+    with torch.no_grad():
+        return head.old_block(head(pairs.query_PH).vectors) @ pairs.document_old_PM.T
+
+
 def quality(head: Any, pairs: CachedPairs) -> float:
-    """The share of queries whose old document is first among the old ones."""
-    block = head.old_block(head(pairs.query_PH).vectors)
-    return float(((block @ pairs.document_old_PM.T).argmax(1) == torch.arange(len(block))).float().mean())
+    """The share of queries whose first old document is theirs."""
+    return float((scores_of(head, pairs).argmax(1) == torch.arange(len(pairs.query_PH))).float().mean())
 
 
 @pytest.mark.parametrize("arm", ARMS)
-@pytest.mark.parametrize("labels", [False, True])
-def test_a_trained_head_is_searched_among_old_vectors(arm: Any, labels: bool) -> None:
-    pairs = cached(labels)
-    method = BT2(arm=arm, extra_dims=3)
-    with torch.no_grad():
-        trained = method.fit_head(pairs, steps=200, learning_rate=0.02)
-        assert quality(trained, pairs) > (0.2 if labels and arm.startswith("bct") else 0.7)
-        assert quality(method.fit_head(pairs, steps=1, learning_rate=0.0), pairs) < 0.5 or arm == "procrustes"
-        other = method.fit_head(pairs, steps=3, seed=1)
-        again = method.fit_head(pairs, steps=3, seed=1)
+def test_a_trained_head_is_searched_among_old_vectors(arm: Any) -> None:
+    pairs, method = cached(), BT2(arm=arm, extra_dims=3)
+    assert quality(method.fit_head(pairs, steps=40, learning_rate=0.03), pairs) > 0.25
+    assert quality(method.fit_head(pairs, steps=1, learning_rate=0.0), pairs) < 0.15 or arm == "procrustes"
+    other = method.fit_head(pairs, steps=3, seed=1)
+    again = method.fit_head(pairs, steps=3, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_classes_of_the_old_vectors_are_kept() -> None:
+    """With classes the influence is cross-entropy on bhat A^T, and the task on W phi."""
+    pairs, losses = cached(labels=True), []
+    assert pairs.labels_P is not None
+    classifier = pseudo_classifier(pairs.query_old_PM, pairs.labels_P, 5)
+    for steps, rate, weight in ((1, 0.0, 10.0), (40, 0.03, 10.0), (40, 0.03, 0.0)):
+        method = BT2(extra_dims=3, influence_weight=weight, alignment_weight=0, independent_weight=0)
+        head = method.fit_head(pairs, steps=steps, learning_rate=rate)
+        with torch.no_grad():
+            logits = head.old_block(head(pairs.query_PH).vectors) @ classifier.T
+        losses.append(float(F.cross_entropy(logits, pairs.labels_P)))
+    assert losses[1] < min(losses[0], losses[2]) - 0.02
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -272,17 +287,17 @@ def test_equal_documents_are_no_negatives() -> None:
 def test_a_series_of_three_is_compatible_with_the_first() -> None:
     """Each new model is made compatible with the previous final vector and thereby with all earlier ones."""
     first = cached(rows=60)
-    second_head = BT2(extra_dims=3).fit_head(first, steps=200, learning_rate=0.02)
+    second_head = BT2(extra_dims=3).fit_head(first, steps=40, learning_rate=0.03)
     with torch.no_grad():
         query, document = second_head(first.query_PH).vectors, second_head(first.document_PH).vectors
     newest = cached(old=6, new=12, rows=60)
     third = CachedPairs(newest.query_PH, newest.document_PH, query, document, torch.arange(60))
-    head = BT2(extra_dims=2).fit_head(third, steps=300, learning_rate=0.02)
+    head = BT2(extra_dims=2).fit_head(third, steps=50, learning_rate=0.03)
     vectors = head(newest.query_PH).vectors
     assert vectors.shape[1] == 14
     assert head.old_dimensions == 11
     scores = F.normalize(vectors[:, :6], dim=-1) @ first.document_old_PM.T
-    assert (scores.argmax(1) == torch.arange(60)).float().mean() > 0.5
+    assert (scores.argmax(1) == torch.arange(60)).float().mean() > 0.3
 
 
 def saved(path: Path, width: int = 64, seed: int = 3) -> Path:
@@ -294,7 +309,7 @@ def saved(path: Path, width: int = 64, seed: int = 3) -> Path:
 def test_an_encoder_is_compatible_with_another_one(tmp_path: Path) -> None:
     """The old encoder is named: its vectors are those that `Index` stores, and its digest is kept."""
     old = load_encoder(saved(tmp_path / "old"))
-    method = BT2(old=str(tmp_path / "old"), old_dims=old.dimensions, extra_dims=4, variant="bidirectional")
+    method = BT2(old=str(tmp_path / "old"), old_dims=64, new_dims=64, variant="bidirectional")
     ckpt = checkpoint(layers=1)
     run(ckpt, PAIRS, objective=method, steps=2)
     rows = list(method.prepare(ckpt, [dict(pair) for pair in PAIRS[:3]], _draws()))
@@ -308,7 +323,7 @@ def test_an_encoder_is_compatible_with_another_one(tmp_path: Path) -> None:
         assert index.upgrade(tmp_path / "new")["to"]["fingerprint"] == new.fingerprint
         assert len(index.search("the dog", k=9)) == 6
     with pytest.raises(IntaglioError, match=r"the old encoder gives vectors of .* dimensions, not 5; set old_dims"):
-        run(checkpoint(layers=1), PAIRS, objective=BT2(old=str(tmp_path / "old"), old_dims=5), steps=1)
+        run(checkpoint(layers=1), PAIRS, objective=BT2(old=str(tmp_path / "old"), old_dims=5, extra_dims=0), steps=1)
 
 
 def _draws() -> Any:
@@ -329,7 +344,7 @@ def test_the_old_encoder_is_the_checkpoint_before_training() -> None:
 
 
 def test_the_independent_encoder_is_imitated(tmp_path: Path) -> None:
-    saved(tmp_path / "independent")
+    saved(tmp_path / "independent", 32)
     losses = []
     for weight in (0.0, 5.0):
         method = BT2(independent=str(tmp_path / "independent"), extra_dims=4, independent_weight=weight)

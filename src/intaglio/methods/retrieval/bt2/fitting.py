@@ -18,7 +18,7 @@ from intaglio.checkpoint.attachments import decode_metadata, encode_metadata
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress
 from intaglio.methods.retrieval.bt2.functional import procrustes, pseudo_classifier
-from intaglio.methods.retrieval.bt2.heads import CompatibleHead, Rotation, Sizes, new_head
+from intaglio.methods.retrieval.bt2.heads import CompatibleHead, HeadOutput, Rotation, Sizes, new_head
 from intaglio.trainer.encoder_training import info_nce
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class CachedPairs:
     labels_P: Tensor | None = None
 
 
+@torch.enable_grad()
 def fit(
     method: BT2, pairs: CachedPairs, steps: int, learning_rate: float, batch_size: int, seed: int, progress: Progress
 ) -> CompatibleHead:
@@ -98,7 +99,8 @@ def _loss(
 ) -> Tensor:
     """Return L of a batch of pairs."""
     inputs = [side[chosen] for side in (pairs.query_PH, pairs.document_PH)]
-    query, document = head(inputs[0]), head(inputs[1])
+    both = head(torch.cat(inputs))  # at once, as the rotations are computed for each call
+    query, document = (HeadOutput(*parts) for parts in zip(both.vectors.chunk(2), both.task.chunk(2), strict=True))
     old = tuple(F.normalize(side[chosen], dim=-1) for side in (pairs.query_old_PM, pairs.document_old_PM))
     number_B = pairs.document_P[chosen]
     excluded_BB = (number_B[:, None] == number_B).fill_diagonal_(False)
