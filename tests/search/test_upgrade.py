@@ -173,9 +173,8 @@ def test_a_chain_of_three_encoders_is_searched_by_the_last(tmp_path: Path) -> No
         assert (encoder.dimensions, result["to"]["dimensions"], result["from"]["dimensions"]) == (44, 44, 36)
         (query,) = np.asarray(encoder.encode_queries(["stone dog"]))
         with index._view() as snapshot:
-            expected = np.concatenate([s.prefix(24) for s in snapshot.segments]) @ (
-                query[:24] / np.linalg.norm(query[:24])
-            )
+            vectors = np.concatenate([segment.arrays["dense.vectors"][:, :24] for segment in snapshot.segments])
+        expected = vectors @ query[:24] / np.linalg.norm(vectors, axis=1) / np.linalg.norm(query[:24])
         scores = sorted((hit.score for hit in index.search("stone dog", k=60)), reverse=True)
         assert scores == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-5)
         assert index.upgrade()["left"] == 0
@@ -276,6 +275,7 @@ def test_a_bad_upgrade_is_refused_in_a_sentence(index: Index, options: dict[str,
     with pytest.raises(IntaglioError, match=sentence) as caught:
         upgrade(index, **options)
     assert "\n" not in str(caught.value)
+    assert index.info()["upgrade"] is None
     assert found(index) == {document["id"] for document in DOCUMENTS}
 
 

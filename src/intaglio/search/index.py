@@ -358,6 +358,8 @@ class Index:
             IntaglioError: the index has no dense vectors, the encoder is of another kind or is the index's own, or an
                 upgrade by `reembed` is not finished.
         """
+        if rate is not None and not rate > 0:
+            raise IntaglioError(f"rate is {rate}; a number of chunks a second above 0 is accepted")
         if encoder is not None and not isinstance(encoder, (str, os.PathLike)):
             given: TextEncoder | None = encoder
         else:

@@ -184,7 +184,8 @@ def search_dense(
     if snapshot.mixable:
         width = min(queries_BD.shape[1], *(own.shape[1] for own in vectors))
         queries_BW = queries_BD[:, :width] / np.linalg.norm(queries_BD[:, :width], axis=1, keepdims=True).clip(1e-12)
-        return dense.search([segment.prefix(width) for segment in segments], masks, queries_BW, k)
+        norms = [segment.prefix_norms(width) for segment in segments]
+        return dense.search([own[:, :width] for own in vectors], masks, queries_BW, k, norms)
     own_width = queries_BD.shape[1] - older[0].arrays["dense.vectors"].shape[1]
     rankings: list[list[list[int]]] = []
     for queries, current in ((queries_BD[:, :own_width], True), (queries_BD[:, own_width:], False)):

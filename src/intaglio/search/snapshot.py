@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,28 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Segment:
-    """An open segment with the mask of its live rows, uint8 [N] (None: all)."""
+    """An open segment with the mask of its live rows, uint8 [N] (None: all), and norms of prefixes by their width."""
 
     row: SegmentRow
     arrays: dict[str, NDArray[Any]]
     alive: NDArray[np.uint8] | None
     ann_file: Path
+    norms: dict[int, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def space(self) -> int:
         """The number of the encoder of its vectors, 0 before any upgrade."""
         return int(self.arrays["space"][0]) if "space" in self.arrays else 0
 
-    def prefix(self, width: int) -> NDArray[np.float32]:
-        """Return the first dimensions of the vectors with unit norm, float32 [N, width]."""
-        if width not in self._prefixes:
-            vectors_NW = self.arrays["dense.vectors"][:, :width]
-            norms_N1 = np.linalg.norm(vectors_NW, axis=1, keepdims=True)
-            self._prefixes = {width: (vectors_NW / np.maximum(norms_N1, 1e-12)).astype(np.float32)}
-        return self._prefixes[width]
-
-    def __post_init__(self) -> None:
-        self._prefixes: dict[int, NDArray[np.float32]] = {}
+    def prefix_norms(self, width: int) -> NDArray[np.float32]:
+        """Return the norms of the first dimensions of the vectors, float32 [N]."""
+        if width not in self.norms:
+            self.norms[width] = np.linalg.norm(self.arrays["dense.vectors"][:, :width], axis=1).clip(1e-12)
+        return self.norms[width]
 
     @property
     def live(self) -> NDArray[np.bool_]:
@@ -102,11 +98,11 @@ class Snapshot:
             FileNotFoundError: a segment is missing, unless that is tolerated.
         """
         store.read_settings()
-        known = {segment.row: segment.arrays for segment in previous.segments} if previous else {}
+        known = {segment.row: segment for segment in previous.segments} if previous else {}
         dead, segments, damaged = store.dead(), [], {}
         for row in store.segments():
             try:
-                arrays = known.get(row) or store.read_segment(row)
+                arrays = known[row].arrays if row in known else store.read_segment(row)
             except (CorruptSegmentError, FileNotFoundError) as error:
                 missing = isinstance(error, FileNotFoundError)
                 if missing and not tolerate_missing:
@@ -118,7 +114,8 @@ class Snapshot:
                 continue
             gone = dead[np.searchsorted(dead, row.first) : np.searchsorted(dead, row.last, side="right")]
             alive = (~member(arrays["chunks"], gone)).astype(np.uint8) if len(gone) else None
-            segments.append(Segment(row, arrays, alive, store.ann_file(row.number)))
+            norms = known[row].norms if row in known else {}
+            segments.append(Segment(row, arrays, alive, store.ann_file(row.number), norms))
         space, mixable = store.settings.get("space", 0), store.settings.get("mixable", True)
         return cls(store.generation(), segments, damaged, bm25, space, mixable)
 

@@ -104,14 +104,13 @@ class Upgrade:
         self._check(old, new, plan)
         with self.lock, sentences(self.store.path), self.view() as snapshot:
             sample = self._sample(snapshot, old, plan)
-            space = snapshot.space + 1
+            space, recorded = snapshot.space + 1, self.store.settings["encoder"]
         vectors = _Vectors(sample, old, new, progress)
         target: TextEncoder = new
         fields: dict[str, Any] = {}
         if plan.method != REEMBED and not (plan.method == "bt2" and _extends(new, old)):
             target, fields = self._trained(new, plan, vectors, progress)
         report = vectors.report(target if plan.method != REEMBED else None)
-        recorded = self.store.settings["encoder"]
         begun = {"method": plan.method, "fields": fields, "state": "encoding", "base": new.fingerprint}
         with self.lock, self.store.writing(waits=True):
             with self.view():
@@ -245,8 +244,6 @@ class Upgrade:
         self, encoder: Callable[[], TextEncoder | None], rate: float | None, progress: Progress | None
     ) -> dict[str, int]:
         """Encode all chunks with older vectors again, at most `rate` a second; return the counts."""
-        if rate is not None and not rate > 0:
-            raise IntaglioError(f"rate is {rate}; a number of chunks a second above 0 is accepted")
         done = 0
         while True:
             with self.lock, sentences(self.store.path), self.view() as snapshot:
