@@ -36,7 +36,7 @@ def test_an_arm_is_measured_in_every_direction(design: Any) -> None:
         both, cross, own = (result.values[metric.name] for metric in (BOTH, NEW_OLD, NEW_NEW))
         assert fmean(both.values()) == pytest.approx((fmean(cross.values()) + fmean(own.values())) / 2)
     widths = {name: result.values[DIMENSIONS.name] for name, result in results.items()}
-    assert widths == {"bct": 48, "bt2": 48, "re-embedded": 16}
+    assert widths == {"bct": 32, "bt2": 32, "re-embedded": 16}
 
 
 def test_a_setting_that_reaches_nothing_is_refused(design: Any) -> None:

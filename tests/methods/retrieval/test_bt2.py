@@ -77,6 +77,7 @@ def cached(labels: bool = False, old: int = 6, new: int = 8, rows: int = 40) -> 
 @given(st.integers(0, 999), st.integers(0, 5), st.floats(0.5, 8), st.integers(4, 9))
 def test_new_similarity_is_that_of_both_parts(seed: int, extra: int, scale: float, old: int) -> None:
     """Exact: <new(x), new(y)> = C^2 <phi(x), phi(y)> + <e(x), e(y)> for all x, y; hence ||new||^2 = C^2 + 1."""
+    extra = min(extra, old)  # as `BT2.sizes` has it
     sizes = Sizes(8, min(old, 8 + extra), 8, extra, scale)
     head, inputs = head_of(seed, sizes), unit(7, 8, seed)
     with torch.no_grad():
@@ -110,6 +111,24 @@ def test_the_basis_stays_orthonormal_while_it_trains() -> None:
     with torch.no_grad():
         vectors, (phi, e) = head(pairs.query_PH).vectors, head.parts(pairs.query_PH)
     assert (vectors @ vectors.T - (4 * phi @ phi.T + e @ e.T)).abs().max() < 1e-5
+
+
+def test_no_more_dimensions_are_added_than_the_old_vectors_have() -> None:
+    assert BT2(extra_dims=9).sizes(8, 6).extra == 6
+    for arm in ("bt2", "bct"):
+        head = BT2(arm=arm, extra_dims=9).fit_head(cached(), steps=1)  # type: ignore[arg-type]
+        assert head(unit(2, 8)).vectors.shape == (2, head.dimensions) == (2, 14)
+
+
+@pytest.mark.parametrize("arm", ["bct", "bct_distill"])
+def test_one_vector_starts_with_the_ranking_of_its_inputs(arm: Any) -> None:
+    """All of its dimensions are in use from the start, also those that the inputs do not have."""
+    head, inputs = new_head(arm, SIZES), unit(5, 8)
+    vectors = head(inputs).vectors
+    assert torch.allclose(vectors @ vectors.T, inputs @ inputs.T, atol=1e-5)
+    assert vectors[:, 8:].abs().max() > 1e-3
+    if arm == "bct_distill":
+        assert torch.allclose(head.to_independent(vectors), inputs, atol=1e-5)  # type: ignore[operator]
 
 
 def test_q_preserves_the_norm_of_the_old_block() -> None:
@@ -175,7 +194,7 @@ def test_without_weights_the_basis_has_no_gradient() -> None:
     assert head.new_features.weight.grad.any()
 
 
-@pytest.mark.parametrize(("old", "extra", "reaches"), [(6, 3, True), (4, 5, False)])
+@pytest.mark.parametrize(("old", "extra", "reaches"), [(6, 3, True), (4, 4, False)])
 def test_compatibility_reaches_phi_where_it_has_to(old: int, extra: int, reaches: bool) -> None:
     """Gradient of the compatibility terms reaches phi through P (C phi)[:m-r]; with m <= r it does not."""
     head = head_of(0, Sizes(8, old, 8, extra, 2.0))

@@ -64,7 +64,7 @@ class BT2(EncoderObjective, slug="bt2"):
             leaves its loss out.
         old_dims: m, dimensions of the old vectors. Default: the hidden size, or the width of cached vectors.
         new_dims: n, dimensions of phi. Default: the hidden size, or the width of cached vectors.
-        extra_dims: r, dimensions of old information that are added. Default 32.
+        extra_dims: r, dimensions of old information that are added, at most m. Default 32.
         scale: C, the weight of new information. Default 2.
         independent_weight: l1. Default 1.
         influence_weight: l2, BCT's alpha. Default 10.
@@ -110,7 +110,8 @@ class BT2(EncoderObjective, slug="bt2"):
 
     def sizes(self, inputs: int, old: int | None = None) -> Sizes:
         """Return the sizes of a head for inputs [N, inputs] and old vectors [N, old]."""
-        return Sizes(inputs, self.old_dims or old or inputs, self.new_dims or inputs, self.extra_dims, self.scale)
+        m = self.old_dims or old or inputs
+        return Sizes(inputs, m, self.new_dims or inputs, min(self.extra_dims, m), self.scale)
 
     def build(self, checkpoint: Checkpoint, seed: int) -> nn.ModuleDict:
         """Return the head, and the digest of the old encoder's weights, which training fills in."""

@@ -68,9 +68,12 @@ class CompatibleHead(nn.Module):
 
 
 def _linear(inputs: int, outputs: int, bias: bool = True) -> nn.Linear:
-    """Return a layer that starts as the identity, as far as its shape allows."""
+    """Return a layer that starts as the identity, or between other widths with orthonormal columns or rows."""
     layer = nn.Linear(inputs, outputs, bias=bias)
-    nn.init.eye_(layer.weight)
+    if inputs == outputs:
+        nn.init.eye_(layer.weight)
+    else:
+        nn.init.orthogonal_(layer.weight)
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
@@ -121,7 +124,9 @@ class OneVector(CompatibleHead):
     def __init__(self, sizes: Sizes, distilled: bool) -> None:
         super().__init__(sizes, sizes.new + sizes.extra)
         self.features = _linear(sizes.inputs, self.dimensions)
-        self.to_independent = _linear(self.dimensions, sizes.new, bias=False) if distilled else None
+        self.to_independent = nn.Linear(self.dimensions, sizes.new, bias=False) if distilled else None
+        if self.to_independent is not None and sizes.new == sizes.inputs:
+            self.to_independent.weight.data.copy_(self.features.weight.T)  # its inverse, as columns are orthonormal
 
     def forward(self, inputs_NH: Tensor) -> HeadOutput:
         """Return the vector, on which the task is trained as well."""
