@@ -9,6 +9,8 @@
   short run, with terms and milliseconds a query; without a verdict
 - throughput: texts a second of SmolLM2 with a Contextual token (causal2vec) against last-token pooling and echo, at
   equal tokens of text in a batch; at most 1.15 times the time of last-token pooling, at least 1.6 times echo's speed
+- upgrade: MiniLM's queries among the vectors of a small encoder trained on sympy alone, by BT2 and by Procrustes; nDCG
+  of new/old and of new/new, for several weights of BT2's alignment; without a verdict
 
 Needs sentence-transformers (`pip install 'intaglio[encoders]'`). Writes `out/results.json` and `out/results.md`.
 """
@@ -31,6 +33,8 @@ import torch
 from intaglio import atomic_io
 from intaglio.checkpoint import load
 from intaglio.data.text_pairs import TextPair, load_text_pairs
+from intaglio.evidence.testbeds.encoder_versions import EncoderVersions
+from intaglio.methods.retrieval.bt2 import BT2, CachedPairs
 from intaglio.methods.retrieval.mistral_splade import MistralSplade
 from intaglio.methods.retrieval.mistral_splade.functional import flops, quadratic_ramp, splade_weights
 from intaglio.search import load_encoder
@@ -43,7 +47,10 @@ from intaglio.trainer.retrieval_evaluation import RetrievalTask, ranking_quality
 HERE = Path(__file__).resolve().parent
 EQUAL, LEAST_FASTER = 1e-6, 1.0
 """Targets: largest relative difference of a value, and pairs a second over the peer's."""
-PARTS = ("parity", "speed", "quality", "throughput")
+PARTS = ("parity", "speed", "quality", "throughput", "upgrade")
+SEED = 0
+WEIGHTS = (1.0, 5.0, 25.0)
+"""Of BT2's alignment."""
 QUERIES, DOCUMENTS = 200, 600
 CHARACTERS = 384
 """Of the texts of the timed trainings, more than a row holds."""
@@ -135,6 +142,38 @@ def quality(steps: int) -> dict[str, dict[str, float]]:
     return rows
 
 
+def upgrade() -> dict[str, dict[str, float]]:
+    """Return nDCG@10 of new/old and new/new of each way to upgrade an index, with its seconds."""
+    bed = EncoderVersions()
+    data, pairs = bed.retrieval("pilot"), CachedPairs(*bed.cached_pairs(SEED))
+    names, queries = list(data.documents), list(data.queries.values())
+    relevant = [[names.index(name) for name in data.relevant[query]] for query in data.queries]
+    new_QH, new_NH = bed.new_vectors(queries), bed.new_vectors(list(data.documents.values()))
+    old_QM, old_NM = (
+        bed.old_vectors(SEED, queries, "query"),
+        bed.old_vectors(SEED, list(data.documents.values()), "document"),
+    )
+
+    def ndcg(queries: torch.Tensor, documents: torch.Tensor) -> float:
+        return ranking_quality(queries @ documents.T, relevant)["nDCG@10"]
+
+    rows = {
+        "old encoder": {"old/old": ndcg(old_QM, old_NM)},
+        "encode again": {"new/new": ndcg(new_QH, new_NH)},
+    }
+    methods = {"Procrustes": BT2(arm="procrustes")}
+    methods |= {f"BT2, alignment {weight:g}": BT2(alignment_weight=weight) for weight in WEIGHTS}
+    for name, method in methods.items():
+        start = time.perf_counter()
+        head = method.fit_head(pairs)
+        seconds = time.perf_counter() - start
+        with torch.no_grad():
+            query_QD, document_ND = head(new_QH).vectors, head(new_NH).vectors
+        quality = {"new/old": ndcg(head.old_block(query_QD), old_NM), "new/new": ndcg(query_QD, document_ND)}
+        rows[name] = {**quality, "seconds": seconds}
+    return rows
+
+
 def _measured(task: RetrievalTask, queries: Callable[[Any], Any], documents: Callable[[Any], Any]) -> dict[str, float]:
     """Return the row of an encoder; time is that of encoding a query alone and scoring all documents."""
     document_ND = _dense(documents(task.documents))
@@ -200,8 +239,14 @@ def page(results: Mapping[str, Any]) -> str:
         lines += [f"| docstrings of the standard library | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
         for name, row in results["quality"].items():
             lines.append(f"| {name} | " + " | ".join(f"{row[key]:.3g}" if key in row else "" for key in names) + " |")
+        lines.append("")
     if "throughput" in results:
         lines += ["", *throughput.table(results["throughput"])]
+    if "upgrade" in results:
+        names = ("old/old", "new/old", "new/new", "seconds")
+        lines += [f"| docstrings, nDCG@10 of query/document | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+        for name, row in results["upgrade"].items():
+            lines.append(f"| {name} | " + " | ".join(f"{row[key]:.3f}" if key in row else "" for key in names) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -226,6 +271,8 @@ def main() -> None:
         results["quality"] = quality(given.training)
     if "throughput" in given.only:
         results["throughput"] = throughput.throughput(given.lengths, given.batch_tokens, given.runs)
+    if "upgrade" in given.only:
+        results["upgrade"] = upgrade()
     atomic_io.write_json(given.out / "results.json", results)
     (given.out / "results.md").write_text(page(results), encoding="utf-8")
     print(page(results))

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -173,10 +174,11 @@ def write_bytes(target: str | os.PathLike[str], content: bytes) -> None:
 
 
 @contextmanager
-def locked(path: Path, busy: str | None = None) -> Iterator[IO[bytes]]:
+def locked(path: Path, busy: str | None = None, timeout: float = 0.0) -> Iterator[IO[bytes]]:
     """Open a file for reading and appending, created if missing, under an exclusive lock of this process.
 
-    The lock is released when the process ends, however it ends.
+    The lock is released when the process ends, however it ends. With `busy`, that sentence is raised if another process
+    has held it for `timeout` seconds; without, it is awaited.
     """
     created = not path.parent.exists()
     try:
@@ -188,10 +190,15 @@ def locked(path: Path, busy: str | None = None) -> Iterator[IO[bytes]]:
                 path.parent.rmdir()
         raise IntaglioError(f"cannot write {path}: {error.strerror or error}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-        except OSError:
-            raise IntaglioError(busy or f"cannot lock {path}") from None
+        end = time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+                break
+            except OSError:
+                if time.monotonic() >= end:
+                    raise IntaglioError(busy or f"cannot lock {path}") from None
+                time.sleep(0.02)
         yield file
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +46,8 @@ class IndexGroup(CommandGroup):
 
 index_app = typer.Typer(
     cls=IndexGroup,
-    help="Build or update a search index: `index DOCS -o INDEX`, then `index add`, `delete`, `info`, `compact`.",
+    help="Build or update a search index: `index DOCS -o INDEX`, then `index add`, `delete`, `info`, `compact`,"
+    " `upgrade`.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -295,6 +298,90 @@ def compact(
     )
     if ann:
         print_out(f"{index}: {result['approximate']} of {result['segments']} segments have an approximate index")
+
+
+@index_app.command("upgrade")
+@handle_errors
+def upgrade(
+    index: Where,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="The new encoder: minilm or a checkpoint directory. [default: that of the upgrade under way]"
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="bt2, bct, bct_distill, naive, procrustes or reembed. [default: bt2]"),
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Queries with their documents' ids: .jsonl or .csv with query and document.")
+    ] = None,
+    queries: Annotated[Path | None, typer.Option(help="A query log with one query a line, instead of --pairs.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Maximum number of chunks to encode a second.")] = None,
+    sample: Annotated[int, typer.Option(min=2, help="Chunks for the training and the report.")] = 2000,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the training.")] = 500,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of bt2 as key=value; can be repeated."),
+    ] = None,
+    background: Annotated[
+        bool, typer.Option("--background", help="Encode documents in a process of its own, after training and report.")
+    ] = False,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Change the encoder of an index that stays searchable; if it was stopped, the same command resumes it."""
+    import yaml
+
+    from intaglio.cli.settings import read_settings
+    from intaglio.search import Index
+    from intaglio.search.evaluate import read_pairs
+    from intaglio.search.upgrade import report_table
+
+    if pairs is not None and queries is not None:
+        raise IntaglioError("upgrade takes --pairs FILE or --queries LOG, and at most one of both")
+    judged = None if pairs is None else read_pairs(pairs)
+    log = [] if queries is None else _queries(queries)
+    fields = {key: yaml.safe_load(value) for key, value in read_settings(set_ or []).items()}
+    with Index.open(index, device=device) as opened, progress_bar() as progress:
+        result = opened.upgrade(
+            encoder, method=method, judged=judged, queries=log, rate=rate, sample=sample, steps=steps, fields=fields,
+            reencode=not background, progress=progress,
+        )  # fmt: skip
+    if background and result["left"]:
+        result["process"] = _resume_in_background(index, rate, device)
+    if json:
+        print_json({"index": str(index), **result})
+        return
+    if result["report"]:
+        out.print(report_table(result["report"]))
+    print_out(
+        f"{index}: {result['encoded']:,} chunks encoded in {result['seconds']:.1f} s, {result['left']:,} left"
+        + (f"; process {result['process']} goes on" if "process" in result else "")
+    )
+
+
+def _queries(path: Path) -> list[str]:
+    """Return the distinct lines of a query log."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise IntaglioError(f"cannot read the queries {path}: {getattr(error, 'strerror', None) or error}") from None
+    distinct = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not distinct:
+        raise IntaglioError(f"the query log {path} is empty; one query a line is accepted")
+    return distinct
+
+
+def _resume_in_background(index: Path, rate: float | None, device: str | None) -> int:
+    """Start a process that encodes what is left, and return its id; its output is in `upgrade.log` of the index."""
+    command = [sys.executable, "-m", "intaglio", "index", "upgrade", str(index.absolute())]
+    command += [] if rate is None else ["--rate", str(rate)]
+    command += [] if device is None else ["--device", device]
+    with (index / "upgrade.log").open("ab") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    return process.pid
 
 
 @handle_errors

@@ -5,8 +5,9 @@ Dimension letters: B batch, L sequence, D width, N texts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import json
+from collections.abc import Mapping, Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +35,23 @@ def pool(hidden_BLD: Tensor, mask_BL: Tensor | None, how: Pooling = "mean") -> T
     index_BL = torch.where(mask_BL, position_L, excluded)
     index_B = (index_BL.amin(1) if how == "cls" else index_BL.amax(1)).clamp(0, mask_BL.shape[1] - 1)
     return hidden_BLD[torch.arange(len(index_B), device=index_B.device), index_B]
+
+
+def recorded_pooling(companions: Mapping[str, bytes], name: str) -> Pooling | None:
+    """Return the pooling of a checkpoint's sentence-transformers files; None without them.
+
+    Raises:
+        IntaglioError: it is another than the three supported.
+    """
+    for module in json.loads(companions.get("modules.json", b"[]")):
+        if str(module.get("type", "")).endswith(".Pooling"):
+            config = json.loads(companions.get(f"{module['path']}/config.json", b"{}"))
+            known = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
+            used = [how for key, how in known.items() if config.get(f"pooling_mode_{key}")]
+            if len(used) != 1:
+                raise IntaglioError(f"the pooling of {name!r} is not supported; choose pooling: mean, cls, last")
+            return cast(Pooling, used[0])
+    return None
 
 
 @torch.no_grad()

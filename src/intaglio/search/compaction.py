@@ -46,7 +46,8 @@ class Compaction:
         for segment in segments:
             last = groups[-1] if groups else []
             size = sum(other.row.bytes for other in last) + segment.row.bytes
-            if not last or size > MERGE_BYTES or snapshot.apart(last[-1], segment):
+            other_space = bool(last) and last[-1].space != segment.space
+            if not last or size > MERGE_BYTES or other_space or snapshot.apart(last[-1], segment):
                 groups.append([])
             groups[-1].append(segment)
         for number, group in enumerate(groups):
@@ -71,15 +72,18 @@ class Compaction:
         with self.view() as snapshot:
             dead = {row: self.store.db.execute(count, (row.first, row.last)).fetchone()[0] for row in snapshot.damaged}
         if empty := [row for row, rows in dead.items() if rows >= row.rows]:
-            self._replace(empty, None)
+            self.replace(empty, [])
 
     def merge_tiers(self) -> None:
-        """Merge runs of adjacent segments of the same order of size."""
+        """Merge runs of adjacent segments of the same order of size; those of an earlier encoder are left alone."""
         while True:
             with self.view() as snapshot:
                 segments = list(snapshot.segments)
             run: list[Segment] = []
             for segment in segments:
+                if segment.space != snapshot.space:
+                    run = []
+                    continue
                 fits = run and _tier(run[-1]) == _tier(segment) and not snapshot.apart(run[-1], segment)
                 run = [*run, segment] if fits else [segment]
                 if len(run) == MERGE_FACTOR:
@@ -90,7 +94,23 @@ class Compaction:
 
     def merge(self, group: Sequence[Segment]) -> None:
         """Replace adjacent segments by one without their deleted rows."""
-        alive = [segment.live for segment in group]
+        arrays = self.arrays(group, [segment.live for segment in group])
+        new = [self.store.write_segment(arrays)] if len(arrays["chunks"]) else []
+        self.replace([segment.row for segment in group], new)
+
+    def split(self, segment: Segment, rows: int) -> None:
+        """Replace a segment by some of at most so many rows, without its deleted ones."""
+        live = np.flatnonzero(segment.live)
+        new = []
+        for low in range(0, len(live), rows):
+            mask = np.zeros(segment.row.rows, np.bool_)
+            mask[live[low : low + rows]] = True
+            new.append(self.store.write_segment(self.arrays([segment], [mask])))
+        self.replace([segment.row], new)
+
+    @staticmethod
+    def arrays(group: Sequence[Segment], alive: Sequence[NDArray[np.bool_]]) -> dict[str, NDArray[Any]]:
+        """Return the arrays of a segment of the rows of some, all of one encoder."""
         arrays: dict[str, NDArray[Any]] = {
             name: np.concatenate([s.arrays[name][live] for s, live in zip(group, alive, strict=True)])
             for name in ("chunks", "dense.vectors")
@@ -99,16 +119,18 @@ class Compaction:
         for name in ("bm25", "sparse"):
             if f"{name}.keys" in group[0].arrays:
                 arrays |= Postings.merge([getattr(segment, name) for segment in group], alive).arrays(name)
-        new = self.store.write_segment(arrays) if len(arrays["chunks"]) else None
-        self._replace([segment.row for segment in group], new)
+        if "space" in group[0].arrays:
+            arrays["space"] = group[0].arrays["space"]
+        return arrays
 
-    def _replace(self, rows: Sequence[SegmentRow], new: SegmentRow | None) -> None:
+    def replace(self, rows: Sequence[SegmentRow], new: Sequence[SegmentRow]) -> None:
+        """Replace registered segments by written ones, in one commit."""
         with self.store.transaction() as db:
             for row in rows:
                 db.execute("DELETE FROM segments WHERE number = ?", (row.number,))
                 db.execute("DELETE FROM dead WHERE chunk BETWEEN ? AND ?", (row.first, row.last))
-            if new is not None:
-                self.store.register(new)
+            for row in new:
+                self.store.register(row)
         for row in rows:
             self.store.file(row.number).unlink(missing_ok=True)
             self.store.ann_file(row.number).unlink(missing_ok=True)

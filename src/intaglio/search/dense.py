@@ -22,6 +22,7 @@ def search(
     masks: Sequence[NDArray[np.uint8] | None],
     queries_BD: NDArray[np.float32],
     k: int,
+    norms: Sequence[NDArray[np.float32]] | None = None,
 ) -> list[tuple[NDArray[np.float32], NDArray[np.int64]]]:
     """Return, for each query, the scores and positions (rows counted over all segments) of the best rows.
 
@@ -30,15 +31,18 @@ def search(
         masks: rows to consider, uint8 [N]; None for all.
         queries_BD: the queries.
         k: most rows for each query.
+        norms: by which the products are divided, float32 [N] each. Default: none.
     """
     lists: list[list[tuple[NDArray[np.float32], NDArray[np.int64]]]] = [[] for _ in queries_BD]
     base = 0
-    for vectors_ND, mask in zip(segments, masks, strict=True):
+    for number, (vectors_ND, mask) in enumerate(zip(segments, masks, strict=True)):
         step = max(BLOCK_SCORES // max(len(queries_BD), 1), 1)
         for low in range(0, len(vectors_ND), step):
             block_ND = vectors_ND[low : low + step]
             # A matrix-vector product reads each row once, without the packing of a matrix product.
             scores_BN = (block_ND @ queries_BD[0])[None] if len(queries_BD) == 1 else queries_BD @ block_ND.T
+            if norms is not None:
+                scores_BN /= norms[number][low : low + step]
             if mask is not None:
                 scores_BN[:, mask[low : low + step] == 0] = -np.inf
             for own, scores_N in zip(lists, scores_BN, strict=True):

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -174,6 +175,13 @@ class CheckpointEncoder:
             self._fingerprint = hashlib.sha256(content.encode()).hexdigest()
         return self._fingerprint
 
+    @property
+    def weights(self) -> str:
+        """The fingerprint of the weights alone."""
+        from intaglio.checkpoint.fingerprint import fingerprint
+
+        return fingerprint(self._checkpoint.model)
+
     def count_tokens(self, texts: Sequence[str], query: bool = False) -> list[int]:
         """Return the tokens of each text, with special tokens and the prompt."""
         prompt = self.query_prompt if query else self.document_prompt
@@ -270,6 +278,12 @@ class ObjectiveEncoder(CheckpointEncoder):
         own = fingerprint(owned) if owned.state_dict() else ""
         return {"method": {self._objective.slug: self._objective.model_dump(mode="json")}, "modules": own}
 
+    @property
+    def extends(self) -> tuple[str, int] | None:
+        """The `weights` and dimensions of the encoder among whose vectors it can be searched; None for most."""
+        extends: tuple[str, int] | None = getattr(self._objective, "extends", None)
+        return extends
+
     def count_tokens(self, texts: Sequence[str], query: bool = False) -> list[int]:
         """Return the tokens of each text; queries are cut, as in training."""
         counts = [self._objective.count_tokens(text, "query" if query else "document") for text in texts]
@@ -293,22 +307,81 @@ class ObjectiveEncoder(CheckpointEncoder):
         return SparseVectors.from_rows([row for part in parts for row in part])
 
 
+class CompatibleEncoder:
+    """An encoder with a head, such that its first dimensions are compared with vectors of an older encoder.
+
+    Args:
+        base: the encoder below the head.
+        head: maps its vectors [N, H] to vectors [N, D]; see `intaglio.methods.retrieval.bt2`.
+        settings_of_head: {"method", "arm", "file", "digest"}, which the index records.
+    """
+
+    kind: Literal["dense", "sparse"] = "dense"
+
+    def __init__(self, base: TextEncoder, head: Any, settings_of_head: Mapping[str, str]) -> None:
+        self.base, self._head, self._about = base, head, dict(settings_of_head)
+        self.name, self.max_tokens, self.dimensions = base.name, base.max_tokens, int(head.dimensions)
+        self.fingerprint = hashlib.sha256(f"{base.fingerprint} {self._about['digest']}".encode()).hexdigest()
+
+    @classmethod
+    def restore(cls, base: TextEncoder, folder: Path, about: Mapping[str, str]) -> CompatibleEncoder:
+        """Return the encoder of a head that is kept in an index.
+
+        Raises:
+            IntaglioError: the file of the head is missing or damaged, or belongs to another encoder.
+        """
+        from intaglio.methods.registry import get_method
+
+        method: Any = get_method(about["method"])
+        head = method.load_head(folder / about["file"])
+        if head.sizes.inputs != base.dimensions:
+            raise IntaglioError(
+                f"the index {folder} was upgraded to an encoder of {head.sizes.inputs} dimensions, and {base.name} has"
+                f" {base.dimensions}; vectors of two spaces are never mixed: give the encoder of the upgrade"
+            )
+        return cls(base, head, about)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of the base, and the head."""
+        return {**self.base.settings, "head": self._about}
+
+    def count_tokens(self, texts: Sequence[str], query: bool = False) -> list[int]:
+        """Return the tokens of each text."""
+        return self.base.count_tokens(texts, query)
+
+    def encode_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Encode queries."""
+        return self.map(self.base.encode_queries(texts))
+
+    def encode_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Encode documents."""
+        return self.map(self.base.encode_documents(texts))
+
+    def map(self, vectors_NH: Any) -> NDArray[np.float32]:
+        """Return the vectors of the head for vectors of the base."""
+        import torch
+
+        with torch.inference_mode():
+            result: NDArray[np.float32] = self._head(
+                torch.from_numpy(np.asarray(vectors_NH, np.float32))
+            ).vectors.numpy()
+        return result
+
+    def term(self, term: int) -> str:
+        """Dense vectors have no terms."""
+        raise NotImplementedError
+
+
 def _own_pooling(checkpoint: Any, name: str) -> Pooling:
     """Return the pooling of the sentence-transformers files, or the default for the model's class."""
+    from intaglio.measures.embeddings import recorded_pooling
+
     modules = json.loads(checkpoint.companions.get("modules.json", b"[]"))
-    for module in modules:
-        if str(module.get("type", "")).endswith("SpladePooling"):
-            return "splade"
-        if str(module.get("type", "")).endswith("Pooling"):
-            config = json.loads(checkpoint.companions.get(f"{module['path']}/config.json", b"{}"))
-            known = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "last"}
-            used = [how for key, how in known.items() if config.get(f"pooling_mode_{key}")]
-            if len(used) != 1:
-                raise IntaglioError(f"the pooling of {name!r} is not supported; choose pooling: {', '.join(POOLINGS)}")
-            return used[0]  # type: ignore[return-value]
-    if name == "splade-tiny":
+    if name == "splade-tiny" or any(str(module.get("type", "")).endswith("SpladePooling") for module in modules):
         return "splade"
-    return "last" if type(checkpoint.model).__name__.endswith("ForCausalLM") else "mean"
+    last = type(checkpoint.model).__name__.endswith("ForCausalLM")
+    return recorded_pooling(checkpoint.companions, name) or ("last" if last else "mean")
 
 
 def load_encoder(
@@ -383,6 +456,8 @@ def check_space(
         if "method" in recorded:
             options["fields"] = next(iter(recorded["method"].values()))
         encoder = resolve_encoder(encoder or recorded["name"], {**options, "device": device})
+    if "head" in recorded and not isinstance(encoder, CompatibleEncoder):
+        encoder = CompatibleEncoder.restore(encoder, Path(path), recorded["head"])
     if encoder.fingerprint != recorded["fingerprint"]:
         known, given = describe_setting(recorded), describe_setting(describe_encoder(encoder))
         raise IntaglioError(
@@ -415,6 +490,7 @@ def describe_setting(value: Any) -> str:
 __all__ = [
     "DEFAULT_ENCODER",
     "CheckpointEncoder",
+    "CompatibleEncoder",
     "ObjectiveEncoder",
     "SparseVectors",
     "TextEncoder",

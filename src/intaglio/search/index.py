@@ -9,18 +9,14 @@ import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from intaglio.errors import IntaglioError
 from intaglio.search import ann
 from intaglio.search import filters as conditions
 from intaglio.search.compaction import Compaction
 from intaglio.search.documents import Document, read_documents
-from intaglio.search.encoders import (
-    TextEncoder,
-    check_space,
-    describe_setting,
-)
+from intaglio.search.encoders import TextEncoder, check_space, describe_setting, resolve_encoder
 from intaglio.search.index_settings import new_settings, space
 from intaglio.search.inspection import describe
 from intaglio.search.lexical import BM25, Analyzer
@@ -30,6 +26,10 @@ from intaglio.search.retrieval import Retrieval
 from intaglio.search.segment_writer import SegmentWriter
 from intaglio.search.snapshot import Snapshots
 from intaglio.search.storage import DATABASE, Store, sentences
+from intaglio.search.upgrade import Plan, Upgrade
+
+if TYPE_CHECKING:
+    from intaglio.search.evaluate import Judged
 
 BATCH_CHUNKS, BATCH_CHARACTERS = 4096, 32 << 20
 """Chunks (with an encoder) and characters of a commit of `add`."""
@@ -135,12 +135,13 @@ class Index:
         self._encoder_name: str | None = None
         self._device = device
         self._given, self._loaded = encoder, None if check_encoder else encoder
+        self._loaded_before: TextEncoder | None = None
         self._analyzer_loaded: Analyzer | None = None
         bm25 = BM25(self._bm25["k1"], self._bm25["b"]) if self._bm25 else None
         self._snapshots = Snapshots(self._store, bm25)
         self._view = self._snapshots.view
         self._lock = threading.RLock()
-        self._retrieval = Retrieval(self._store.db, self._analyzer, self._encoder)
+        self._retrieval = Retrieval(self._store.db, self._analyzer, self._encoder, self._encoder_before)
         self._compaction = Compaction(self._store, self._view)
         if encoder is not None:
             self._encoder()
@@ -176,10 +177,12 @@ class Index:
         encoder = self._encoder()
         most = min(BATCH_CHARACTERS, BATCH_CHUNKS * (self._chunk or 2000)) if encoder else BATCH_CHARACTERS
         analyzer = self._analyzer() if self._bm25 else None
-        writer = SegmentWriter(self._store, analyzer, encoder, self._chunk, self._compaction.merge_tiers)
+        merge = self._compaction.merge_tiers
         with self._lock, self._store.writing():
             with self._view() as snapshot:
                 damaged = [(row.first, row.last) for row in snapshot.damaged]
+            # Again, as an upgrade may have begun since.
+            writer = SegmentWriter(self._store, analyzer, self._encoder(), self._chunk, merge, snapshot.space)
             source = read_documents(documents, text_field=text_field, id_field=id_field, skipped=report.skipped)
             count = writer.write(source, most, damaged, report, progress)
             if not count and not report.skipped:
@@ -252,22 +255,24 @@ class Index:
         names = self._retrievers(mode)
         if approximate and names == ["bm25"]:
             raise IntaglioError(f"approximate search is of dense or sparse vectors; {self.path} is searched by bm25")
-        with self._lock, sentences(self.path):
-            encoded = {name: self._retrieval.encode(name, queries) for name in names}
-            with self._view() as snapshot:
-                allowed = self._retrieval.allowed(snapshot, filters) if filters else None
-                depth = k if len(names) == 1 else max(FUSION_DEPTH, 4 * k)
-                ranked = {
-                    name: self._retrieval.rank(snapshot, name, encoded[name], depth, allowed, approximate)
-                    for name in names
-                }
-                return [
-                    self._retrieval.hits(
-                        snapshot, query, k, {name: ranked[name][i] for name in names},
-                        {name: encoded[name][i] for name in names}, explain,
-                    )
-                    for i, query in enumerate(queries)
-                ]  # fmt: skip
+        with self._lock, sentences(self.path), self._view() as snapshot:
+            if approximate and snapshot.older:
+                raise IntaglioError(
+                    f"the index {self.path} is being upgraded; approximate search is possible when that is done"
+                )
+            encoded = {name: self._retrieval.encode(name, queries, snapshot) for name in names}
+            allowed = self._retrieval.allowed(snapshot, filters) if filters else None
+            depth = k if len(names) == 1 else max(FUSION_DEPTH, 4 * k)
+            ranked = {
+                name: self._retrieval.rank(snapshot, name, encoded[name], depth, allowed, approximate) for name in names
+            }
+            return [
+                self._retrieval.hits(
+                    snapshot, query, k, {name: ranked[name][i] for name in names},
+                    {name: encoded[name][i] for name in names}, explain,
+                )
+                for i, query in enumerate(queries)
+            ]  # fmt: skip
 
     def _retrievers(self, mode: Kind | None) -> list[str]:
         """Return the retrievers to search: bm25, dense, sparse."""
@@ -298,9 +303,88 @@ class Index:
             if self._given is not None or self._encoder_name is not None:
                 raise IntaglioError(f"the index {self.path} is a bm25 index; it has no encoder")
             return None
-        if self._loaded is None:
+        if self._loaded is None or self._loaded.fingerprint != recorded["fingerprint"]:
             self._loaded = check_space(self.path, recorded, self._given or self._encoder_name, self._device)
         return self._loaded
+
+    def _encoder_before(self) -> TextEncoder:
+        """Return the encoder of the vectors that an upgrade replaces."""
+        recorded = self._store.settings["upgrade"]["from"]
+        if self._loaded_before is None or self._loaded_before.fingerprint != recorded["fingerprint"]:
+            self._loaded_before = check_space(self.path, recorded, None, self._device)
+        return self._loaded_before
+
+    def upgrade(
+        self,
+        encoder: str | os.PathLike[str] | TextEncoder | None = None,
+        *,
+        method: str | None = None,
+        judged: Judged | None = None,
+        queries: Sequence[str] = (),
+        rate: float | None = None,
+        sample: int = 2000,
+        steps: int = 500,
+        fields: Mapping[str, Any] | None = None,
+        reencode: bool = True,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Upgrade a dense or hybrid index to another encoder, while it stays searchable.
+
+        A head on the new encoder is trained such that its first dimensions can be compared with the vectors that are
+        there, so new queries search old documents at once. Documents are then encoded again, a few at a time; what is
+        done is kept if this is stopped, and the same call goes on. Others may search, add and delete meanwhile.
+
+        Args:
+            encoder: the new encoder; if it was trained by `bt2` from the index's own encoder, it is taken as it is.
+                Default: that of an upgrade under way.
+            method: `bt2`, `bct`, `bct_distill`, `naive`, `procrustes` (a rotation, without training) or `reembed` (the
+                new encoder as it is; until all is encoded, old and new documents are ranked apart). Default: that of an
+                upgrade under way, else `bt2`.
+            judged: queries with the ids of their documents; half of the queries is trained on, half is reported.
+            queries: without `judged`: those of a log, paired with the chunks that the old encoder ranks first.
+            rate: most chunks to encode a second. Default: as many as possible.
+            sample: chunks of the training and of the report. Default 2000.
+            steps: optimizer steps. Default 500.
+            fields: of `BT2`, such as `scale` and `extra_dims`.
+            reencode: whether to encode documents, or only to begin. Default True.
+            seed: of the sample and of the training. Default 0.
+            progress: called with (done, total, what).
+
+        Returns:
+            {"method", "from", "to", "report", "encoded" (chunks), "left" (chunks), "seconds"}.
+
+        Raises:
+            IntaglioError: the index has no dense vectors, the encoder is of another kind or is the index's own, or an
+                upgrade by `reembed` is not finished.
+        """
+        if rate is not None and not rate > 0:
+            raise IntaglioError(f"rate is {rate}; a number of chunks a second above 0 is accepted")
+        if encoder is not None and not isinstance(encoder, (str, os.PathLike)):
+            given: TextEncoder | None = encoder
+        else:
+            given = None if encoder is None else resolve_encoder(encoder, {"device": self._device})
+        work = Upgrade(self._store, self._view, self._compaction, self._lock)
+        started = time.perf_counter()
+        with self._lock, self._view():
+            old = self._encoder()
+            settings = self._store.settings
+        if old is None:
+            raise IntaglioError(f"the index {self.path} is a {self.kind} index; only dense vectors are upgraded")
+        if work.begins(given, method):
+            assert given is not None
+            plan = Plan(method or "bt2", judged, tuple(queries), sample, steps, dict(fields or {}), seed)
+            target = work.begin(old, given, plan, progress)
+            self._given, self._loaded, self._loaded_before = target, target, old
+        elif "upgrade" not in settings:
+            raise IntaglioError(f"no upgrade of {self.path} is under way; name the new encoder with --encoder")
+        counts = work.encode(self._encoder, rate, progress) if reencode else work.counts()
+        recorded = self._store.settings["upgrade"]
+        return {
+            **{name: recorded[name] for name in ("method", "from", "to", "report")},
+            **counts,
+            "seconds": time.perf_counter() - started,
+        }
 
     def compact(self, progress: Progress | None = None, *, approximate: bool = False) -> dict[str, Any]:
         """Merge segments and drop deleted rows.
@@ -343,7 +427,8 @@ class Index:
 
         Returns:
             {"path", "version", "kind", "documents", "chunks", "deleted", "segments", "approximate", "bytes": {"text",
-            "database", "segments", "total"}, "encoder": {"name", "kind", "dimensions", "pooling", "fingerprint", ...}
+            "database", "segments", "total"}, "vectors": {encoder: {"segments", "chunks"}}, "upgrade": {...} or None,
+            "encoder": {"name", "kind", "dimensions", "pooling", "fingerprint", ...}
             or None, "bm25": {"language", "k1", "b"} or None, "chunk", "damaged": [...]}; `approximate` is the number
             of segments with an approximate index, `bytes["text"]` the raw text's UTF-8 size.
         """

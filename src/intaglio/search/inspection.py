@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from intaglio.search.encoders import describe_setting
 from intaglio.search.snapshot import Snapshot
 from intaglio.search.storage import DATABASE, CorruptSegmentError, Store
 
@@ -33,11 +35,26 @@ def describe(store: Store, snapshot: Snapshot, verify: bool) -> dict[str, Any]:
         "segments": len(rows),
         "approximate": len(approximate),
         "bytes": {"text": text, "database": database, "segments": held, "total": database + held},
+        "vectors": _vectors(settings, snapshot),
+        "upgrade": settings.get("upgrade"),
         "encoder": settings["encoder"],
         "bm25": settings["bm25"],
         "chunk": settings["chunk"],
         "damaged": damaged,
     }
+
+
+def _vectors(settings: Mapping[str, Any], snapshot: Snapshot) -> dict[str, dict[str, int]]:
+    """Return the number of segments and of their live chunks by encoder."""
+    current = {str(snapshot.space): settings["encoder"]} if settings["encoder"] else {}
+    known = {**settings.get("spaces", {}), **current}
+    counts: dict[str, dict[str, int]] = {}
+    for segment in snapshot.segments:
+        if known:
+            own = counts.setdefault(describe_setting(known[str(segment.space)]), {"segments": 0, "chunks": 0})
+            own["segments"] += 1
+            own["chunks"] += int(segment.live.sum())
+    return counts
 
 
 __all__ = ["describe"]

@@ -31,14 +31,19 @@ class Retrieval:
         db: the index's database.
         analyzer: returns the tokenizer of BM25.
         encoder: returns the encoder; loaded at the first use.
+        encoder_before: returns that of the vectors which `index upgrade` replaces.
     """
 
     db: sqlite3.Connection
     analyzer: Callable[[], Analyzer]
     encoder: Callable[[], TextEncoder | None]
+    encoder_before: Callable[[], TextEncoder]
 
-    def encode(self, name: str, queries: Sequence[str]) -> Any:
-        """Return the term weights by key of each query, or the vectors [B, D]."""
+    def encode(self, name: str, queries: Sequence[str], snapshot: Snapshot) -> Any:
+        """Return the term weights by key of each query, or the vectors [B, D].
+
+        Where segments of two encoders cannot be compared, vectors of the encoder before follow in each row.
+        """
         if name == "bm25":
             keys = [[term_key(term) for term in self.analyzer().terms(query)] for query in queries]
             return [{key: float(own.count(key)) for key in dict.fromkeys(own)} for own in keys]
@@ -46,7 +51,12 @@ class Retrieval:
         assert encoder is not None
         check_context(encoder, queries)
         vectors = encoder.encode_queries(queries)
-        return list(vectors.rows()) if isinstance(vectors, SparseVectors) else np.asarray(vectors, np.float32)
+        if isinstance(vectors, SparseVectors):
+            return list(vectors.rows())
+        if snapshot.older and not snapshot.mixable:
+            before: Any = self.encoder_before().encode_queries(queries)
+            vectors = np.concatenate([vectors, before], axis=1)
+        return np.asarray(vectors, np.float32)
 
     def rank(
         self,
@@ -64,8 +74,7 @@ class Retrieval:
                 segments = [segment.approximate for segment in snapshot.segments]
                 return ann.search(segments, allowed or snapshot.alive, batch, k)
             if name == "dense":
-                vectors = [segment.arrays["dense.vectors"] for segment in snapshot.segments]
-                return dense.search(vectors, allowed or snapshot.alive, batch, k)
+                return search_dense(snapshot, batch, k, allowed or snapshot.alive)
             return [snapshot.lexical(name).search(terms, k, allowed) for terms in batch]
 
         result, rows = [], max(int(snapshot.bases[-1]), 1)
@@ -160,4 +169,40 @@ class Retrieval:
         return snapshot.masks[key]
 
 
-__all__ = ["Retrieval"]
+def search_dense(
+    snapshot: Snapshot, queries_BD: NDArray[np.float32], k: int, masks: Sequence[NDArray[np.uint8] | None]
+) -> list[tuple[Any, Any]]:
+    """Return the scores and positions of the best rows, while segments may be of several encoders.
+
+    Compatible encoders are compared by the cosine of the dimensions that all have. Others are ranked apart, and the
+    rankings interleaved by reciprocal rank.
+    """
+    segments, older = snapshot.segments, snapshot.older
+    vectors = [segment.arrays["dense.vectors"] for segment in segments]
+    if not older:
+        return dense.search(vectors, masks, queries_BD, k)
+    if snapshot.mixable:
+        width = min(queries_BD.shape[1], *(own.shape[1] for own in vectors))
+        queries_BW = queries_BD[:, :width] / np.linalg.norm(queries_BD[:, :width], axis=1, keepdims=True).clip(1e-12)
+        norms = [segment.prefix_norms(width) for segment in segments]
+        return dense.search([own[:, :width] for own in vectors], masks, queries_BW, k, norms)
+    own_width = queries_BD.shape[1] - older[0].arrays["dense.vectors"].shape[1]
+    rankings: list[list[list[int]]] = []
+    for queries, current in ((queries_BD[:, :own_width], True), (queries_BD[:, own_width:], False)):
+        chosen = [i for i, segment in enumerate(segments) if (segment.space == snapshot.space) == current]
+        places = np.concatenate(
+            [np.empty(0, np.int64), *(snapshot.bases[i] + np.arange(snapshot.sizes[i]) for i in chosen)]
+        )
+        queries = np.ascontiguousarray(queries)
+        got = dense.search([vectors[i] for i in chosen], [masks[i] for i in chosen], queries, k)
+        rankings.append([places[positions].tolist() for _, positions in got])
+    merged = []
+    for new, old in zip(*rankings, strict=True):
+        ranked = fusion.reciprocal_rank({"new": new, "old": old}, k)
+        merged.append(
+            (np.array([score for _, score in ranked], np.float32), np.array([p for p, _ in ranked], np.int64))
+        )
+    return merged
+
+
+__all__ = ["Retrieval", "search_dense"]

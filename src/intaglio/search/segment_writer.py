@@ -34,6 +34,7 @@ class SegmentWriter:
         encoder: None without vectors.
         chunk: most characters of a chunk; 0 keeps documents whole.
         committed: called after each commit.
+        space: number of the encoder, 0 before any upgrade. Default 0.
     """
 
     store: Store
@@ -41,6 +42,7 @@ class SegmentWriter:
     encoder: TextEncoder | None
     chunk: int
     committed: Callable[[], None]
+    space: int = 0
 
     def write(
         self,
@@ -108,7 +110,7 @@ class SegmentWriter:
         if self.analyzer:
             arrays |= Postings.from_texts(texts, self.analyzer).arrays("bm25")
         if encoder is not None:
-            arrays |= _encode(encoder, texts, progress)
+            arrays |= encode_chunks(encoder, texts, progress) | space_arrays(self.space)
         row = store.write_segment(arrays)
         numbers = itertools.count(first)
         with store.transaction() as db:
@@ -133,7 +135,12 @@ class SegmentWriter:
         self.committed()
 
 
-def _encode(encoder: TextEncoder, texts: Sequence[str], progress: Progress | None) -> dict[str, NDArray[Any]]:
+def space_arrays(space: int) -> dict[str, NDArray[Any]]:
+    """Return the array that names the encoder of a segment; none before any upgrade."""
+    return {"space": np.array([space], np.int64)} if space else {}
+
+
+def encode_chunks(encoder: TextEncoder, texts: Sequence[str], progress: Progress | None) -> dict[str, NDArray[Any]]:
     """Return the arrays of a segment with the vectors of some chunks."""
     parts: list[Any] = []
     for low in range(0, len(texts), ENCODE_CHUNKS):
@@ -155,4 +162,4 @@ def _encode(encoder: TextEncoder, texts: Sequence[str], progress: Progress | Non
     return Postings.from_vectors(ptr, np.concatenate([part.terms for part in parts]), weights).arrays("sparse")
 
 
-__all__ = ["SegmentWriter"]
+__all__ = ["SegmentWriter", "encode_chunks", "space_arrays"]

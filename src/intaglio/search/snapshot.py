@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,12 +22,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Segment:
-    """An open segment with the mask of its live rows, uint8 [N] (None: all)."""
+    """An open segment with the mask of its live rows, uint8 [N] (None: all), and norms of prefixes by their width."""
 
     row: SegmentRow
     arrays: dict[str, NDArray[Any]]
     alive: NDArray[np.uint8] | None
     ann_file: Path
+    norms: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def space(self) -> int:
+        """The number of the encoder of its vectors, 0 before any upgrade."""
+        return int(self.arrays["space"][0]) if "space" in self.arrays else 0
+
+    def prefix_norms(self, width: int) -> NDArray[np.float32]:
+        """Return the norms of the first dimensions of the vectors, float32 [N]."""
+        if width not in self.norms:
+            self.norms[width] = np.linalg.norm(self.arrays["dense.vectors"][:, :width], axis=1).clip(1e-12)
+        return self.norms[width]
 
     @property
     def live(self) -> NDArray[np.bool_]:
@@ -58,12 +70,21 @@ class Snapshot:
         segments: in order of chunks.
         damaged: a sentence for each corrupt segment.
         bm25: the weighting, if the index has BM25.
+        space: number of the current encoder. Default 0.
+        mixable: whether the first dimensions of its vectors can be compared with those of all others. Default True.
     """
 
     def __init__(
-        self, generation: int, segments: list[Segment], damaged: dict[SegmentRow, str], bm25: BM25 | None
+        self,
+        generation: int,
+        segments: list[Segment],
+        damaged: dict[SegmentRow, str],
+        bm25: BM25 | None,
+        space: int = 0,
+        mixable: bool = True,
     ) -> None:
         self.generation, self.segments, self.damaged, self._bm25 = generation, segments, damaged, bm25
+        self.space, self.mixable = space, mixable
         self.sizes = [segment.row.rows for segment in segments]
         self.bases = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
         self.alive = [segment.alive for segment in segments]
@@ -76,11 +97,12 @@ class Snapshot:
         Raises:
             FileNotFoundError: a segment is missing, unless that is tolerated.
         """
-        known = {segment.row: segment.arrays for segment in previous.segments} if previous else {}
+        store.read_settings()
+        known = {segment.row: segment for segment in previous.segments} if previous else {}
         dead, segments, damaged = store.dead(), [], {}
         for row in store.segments():
             try:
-                arrays = known.get(row) or store.read_segment(row)
+                arrays = known[row].arrays if row in known else store.read_segment(row)
             except (CorruptSegmentError, FileNotFoundError) as error:
                 missing = isinstance(error, FileNotFoundError)
                 if missing and not tolerate_missing:
@@ -92,8 +114,15 @@ class Snapshot:
                 continue
             gone = dead[np.searchsorted(dead, row.first) : np.searchsorted(dead, row.last, side="right")]
             alive = (~member(arrays["chunks"], gone)).astype(np.uint8) if len(gone) else None
-            segments.append(Segment(row, arrays, alive, store.ann_file(row.number)))
-        return cls(store.generation(), segments, damaged, bm25)
+            norms = known[row].norms if row in known else {}
+            segments.append(Segment(row, arrays, alive, store.ann_file(row.number), norms))
+        space, mixable = store.settings.get("space", 0), store.settings.get("mixable", True)
+        return cls(store.generation(), segments, damaged, bm25, space, mixable)
+
+    @property
+    def older(self) -> list[Segment]:
+        """The segments whose vectors are of an earlier encoder."""
+        return [segment for segment in self.segments if segment.space != self.space]
 
     @cached_property
     def lexical_bm25(self) -> LexicalSearch:

@@ -3,6 +3,7 @@
     index.db              settings, documents, chunks, deleted chunks, the list of segments
     segments/N.safetensors  vectors and posting lists of a run of chunks
     segments/N.ann        approximate index of these vectors, optional
+    encoders/N.safetensors  head of a compatible encoder that `index upgrade` trained
     lock                  held by the writer
 
 The commit point is a SQLite transaction: a segment is written and flushed first, then registered together with its
@@ -21,7 +22,7 @@ import os
 import sqlite3
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,11 @@ from intaglio.errors import IntaglioError, first_line, shorten
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-VERSION = 1
-"""Format of the directory."""
-DATABASE, SEGMENTS, LOCK = "index.db", "segments", "lock"
+VERSION, UPGRADED = 1, 2
+"""Format of the directory, and that of an index whose segments may be of several encoders."""
+DATABASE, SEGMENTS, ENCODERS, LOCK = "index.db", "segments", "encoders", "lock"
+UPGRADE_SECONDS = 30.0
+"""Longest time that a writer waits while an index is being upgraded."""
 _SCHEMA = """
 CREATE TABLE settings (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE documents (
@@ -111,16 +114,16 @@ class Store:
             self.db = sqlite3.connect(path / DATABASE, isolation_level=None, check_same_thread=False, timeout=30)
             try:
                 self.db.execute("PRAGMA synchronous = FULL")
-                self.settings: dict[str, Any] = {
-                    key: json.loads(value) for key, value in self.db.execute("SELECT key, value FROM settings")
-                }
+                self.settings: dict[str, Any] = {}
+                self.read_settings()
             except sqlite3.DatabaseError:
                 self.db.close()
                 raise
-        if (version := self.settings.get("version")) != VERSION:
+        if (version := self.settings.get("version")) not in (VERSION, UPGRADED):
             self.db.close()
             raise IntaglioError(
-                f"the index {path} has format {version}, this version of intaglio reads {VERSION}; build it again"
+                f"the index {path} has format {version}, this version of intaglio reads {VERSION} and {UPGRADED}; build"
+                " it again"
             )
 
     @staticmethod
@@ -138,19 +141,33 @@ class Store:
                 )
                 db.commit()
 
+    def read_settings(self) -> None:
+        """Read the settings, which another process may have changed."""
+        rows = self.db.execute("SELECT key, value FROM settings")
+        self.settings = {key: json.loads(value) for key, value in rows}
+
+    def write_settings(self, values: Mapping[str, Any]) -> None:
+        """Change settings, inside a transaction."""
+        rows = [(key, json.dumps(value)) for key, value in values.items()]
+        self.db.executemany("INSERT OR REPLACE INTO settings VALUES (?, ?)", rows)
+
     def close(self) -> None:
         """Close the database."""
         self.db.close()
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, waits: bool = False) -> Iterator[None]:
         """Hold the writer's lock; files that a killed writer left are removed first.
+
+        Writers give way to the short commits of an upgrade; with `waits`, any other writer is awaited.
 
         Raises:
             IntaglioError: another process holds it.
         """
         busy = f"the index {self.path} is being written by another process; try again when it is done"
-        with atomic_io.locked(self.path / LOCK, busy), sentences(self.path):
+        upgrading = self.settings.get("upgrade", {}).get("state") == "encoding"
+        timeout = UPGRADE_SECONDS if upgrading else 0.0
+        with atomic_io.locked(self.path / LOCK, None if waits else busy, timeout), sentences(self.path):
             rows = self.segments()
             known = {file(row.number) for row in rows for file in (self.file, self.ann_file)}
             for file in (self.path / SEGMENTS).iterdir():

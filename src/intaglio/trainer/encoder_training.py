@@ -343,9 +343,9 @@ class EncoderObjective(Method):
     def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
         """Return both sides of a batch (see `side`), the positives before the negatives.
 
-        Also `owner` and `number` (of the text), int64 [N]; `relevant`, numbers of the texts that are relevant to a
-        query, int64 [B, R] filled up with -1; `excluded`, bool [B, N]; `teacher`, float32 [N], where the loss needs
-        it; `step` and `steps`.
+        Also `owner` and `number` (of the text), int64 [N]; `place` of a document among those of its pair, int64 [N];
+        `relevant`, numbers of the texts that are relevant to a query, int64 [B, R] filled up with -1; `excluded`, bool
+        [B, N]; `teacher`, float32 [N], where the loss needs it; `step` and `steps`.
 
         Raises:
             IntaglioError: a training batch for info_nce has one pair and no negative.
@@ -365,7 +365,8 @@ class EncoderObjective(Method):
             "document": [examples[row]["documents"][index] for row, index in zip(owner, place, strict=True)],
         }
         batch: Batch = {f"{name}_{key}": value for name in SIDES for key, value in text_batch(texts[name]).items()}
-        batch |= {"owner": torch.tensor(owner), "number": number_N, "relevant": relevant_BR, "weight": len(examples)}
+        batch |= {"owner": torch.tensor(owner), "place": torch.tensor(place), "number": number_N}
+        batch |= {"relevant": relevant_BR, "weight": len(examples)}
         batch["excluded"] = excluded_documents(relevant_BR, number_N)
         if self.loss_type != "info_nce":
             batch["teacher"] = torch.tensor([examples[r]["scores"][i] for r, i in zip(owner, place, strict=True)])
