@@ -383,7 +383,7 @@ def test_a_frozen_decoder_learns_to_repeat_the_chunks() -> None:
         ckpt.attachments.clear()
         Refrag(**{**fields, "steps": steps}).fit(ckpt, TEXTS[:2])
         losses.append(ckpt.record.steps[-1].chosen["loss"]["reconstruction"])
-    assert losses[1] < 0.7 * losses[0]
+    assert losses[1] < losses[0] - 0.6
 
 
 def test_a_file_of_questions_trains_the_task(tmp_path: Path) -> None:

@@ -175,6 +175,9 @@ def make_compressor(
         rows = checkpoint.vocabulary
         state_width = width or int(checkpoint.config.hidden_size)
         vocab = max(rows + 1, BYTES + len(SPECIAL))  # `new` counts the tokens of a tokenizer that is not used here
-        base = new("bert", width=state_width, depth=depth, vocab=vocab, context=chunk_size + 1, seed=seed % 2**32)
+        base = new(
+            "bert", width=state_width, depth=depth, vocab=vocab, context=chunk_size + 1, seed=seed % 2**32,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
         plain: Any = base.model.base_model
         return Compressor(plain, state_width, embedding, **options), ChunkReader(checkpoint, class_id=rows)

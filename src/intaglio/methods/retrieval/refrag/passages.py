@@ -99,6 +99,8 @@ def compress_passages(
     tail: str,
 ) -> list[Passage]:
     """Return passages with their chunk states and embeddings."""
+    if not passages:
+        return []
     embedding, device = checkpoint.model.get_input_embeddings(), checkpoint.device  # type: ignore[operator]
     own = [compressible_chunks([ids_S], chunk_size, tail) for ids_S in passages]
     chunks, counts = [chunk for part in own for chunk in part], [len(part) for part in own]
@@ -111,12 +113,15 @@ def compress_passages(
 
 @torch.no_grad()
 def chunk_losses(checkpoint: Checkpoint, ids_S: Tensor, bos: Tensor, chunk_size: int, count: int) -> Tensor:
-    """Return the decoder's mean loss on each of a passage's first `count` chunks, given the tokens before, [L]."""
-    start = bos if len(bos) else ids_S[:1]
-    row_1T = torch.cat([start, ids_S])[None].to(checkpoint.device)
+    """Return the decoder's mean loss on each of a passage's first `count` chunks, given the tokens before, [L].
+
+    Without a BOS the first token is not predicted and counts 0.
+    """
+    row_1T = torch.cat([bos, ids_S])[None].to(checkpoint.device)
     checkpoint.check_ids(row_1T)
     logits_SV = checkpoint.model(input_ids=row_1T[:, :-1], use_cache=False).logits[0].float()
     losses_S = F.cross_entropy(logits_SV, row_1T[0, 1:], reduction="none").cpu()
+    losses_S = F.pad(losses_S, (len(ids_S) - len(losses_S), 0))
     return torch.stack([chunk.mean() for chunk in losses_S.split(chunk_size)])[:count]
 
 

@@ -80,6 +80,7 @@ def train_policy(
         progress: called after each step.
     """
     model, device = checkpoint.model, checkpoint.device
+    compressor.eval()  # without dropout: its states are those of the cache
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     trained = [*compressor.policy.parameters(), *compressor.score.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
