@@ -64,6 +64,8 @@ from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG
 
 Stage = Literal["reconstruction", "continual", "task", "policy"]
+STAGES: tuple[Stage, ...] = ("reconstruction", "continual", "policy")
+"""Default stages of a fit."""
 LEARNING_RATES: dict[str, float] = {"reconstruction": 2e-4, "continual": 5e-5, "task": 2e-5, "policy": 1e-4}
 """Peak learning rates of the stages; that of the policy is ours."""
 WARMUP = 0.04
@@ -146,9 +148,7 @@ class Refrag(Method, slug="refrag"):
     projection: Literal["mlp", "identity"] = "mlp"
     match_scale: bool = False
     order: Order = "question_first"
-    stages: Annotated[list[Stage], Field(min_length=1)] = Field(
-        default_factory=lambda: ["reconstruction", "continual", "policy"]
-    )
+    stages: Annotated[list[Stage], Field(min_length=1)] = Field(default_factory=lambda: list(STAGES))
     questions: Annotated[str, Field(min_length=1)] | None = None
     length: Positive | None = None
     target_length: Positive | None = None
@@ -165,6 +165,7 @@ class Refrag(Method, slug="refrag"):
     _compressor: Any = PrivateAttr(None)
     _reader: Any = PrivateAttr(None)
     _bos: Any = PrivateAttr(None)
+    _context: int = PrivateAttr(0)
     _held: bool = PrivateAttr(False)
     """Whether `prepare` goes on with the compressor as it is, between the stages of a fit."""
     _asked: bool = PrivateAttr(False)
@@ -189,7 +190,7 @@ class Refrag(Method, slug="refrag"):
     @property
     def compressor(self) -> Compressor | None:
         """The compressor, after `prepare`, `restore` or `untrained`."""
-        return self._compressor  # type: ignore[no-any-return]
+        return self._compressor
 
     def rate(self, share: float | None = None) -> float:
         """Return tokens of context per position, k / (1 - p + k p)."""
@@ -238,7 +239,7 @@ class Refrag(Method, slug="refrag"):
 
     def _begin(self, checkpoint: Checkpoint, seed: int) -> None:
         self._compressor, self._reader = self.make(checkpoint, seed)
-        self._bos = bos_ids(checkpoint)
+        self._bos, self._context = bos_ids(checkpoint), checkpoint.context
 
     def _rows(self, checkpoint: Checkpoint, examples: Iterable[Example], stage: Stage) -> Iterable[Example]:
         if stage in ("task", "policy") and self.questions is not None:
@@ -256,7 +257,7 @@ class Refrag(Method, slug="refrag"):
         size = self.chunk_size
         length = self.length or size * max(1, min(LENGTH, checkpoint.context // 2) // size)
         target = length if stage == "reconstruction" else self.target_length or length
-        positions = 1 + length // size + target
+        positions = 1 + length // size + target + (round(self.expand * length) if stage == "policy" else 0)
         if positions > checkpoint.context:
             raise IntaglioError(
                 f"length {length} and target_length {target} take {positions} positions; the model's context is "
@@ -298,6 +299,10 @@ class Refrag(Method, slug="refrag"):
             prompt_T, slot_T = layout(pieces)
             slots.append(torch.cat([torch.where(slot_T < 0, slot_T, slot_T + len(chunks)), row["answer"][:-1] * 0 - 1]))
             ids.append(torch.cat([prompt_T, row["answer"][:-1]]))
+            if len(ids[-1]) > self._context:
+                raise IntaglioError(
+                    f"a row of questions takes {len(ids[-1])} positions; the model's context is {self._context}"
+                )
             targets.append(torch.cat([torch.full((len(prompt_T) - 1,), IGNORED), row["labels"]]))
             chunks += compressible_chunks(passages, self.chunk_size, self.tail)
         chunk_ids, chunk_mask = self._reader(chunks)
@@ -434,7 +439,8 @@ class Refrag(Method, slug="refrag"):
         return method._ready(checkpoint, 0)
 
     def untrained(self, checkpoint: Checkpoint, seed: int = 0) -> Self:
-        """Return the method with a compressor of random weights: good for latency alone, its answers are noise."""
+        """Return the method with random weights, for an unfitted checkpoint: it measures speed, its answers are noise.
+        """
         return self.model_copy()._ready(checkpoint, seed)
 
     def _ready(self, checkpoint: Checkpoint, seed: int) -> Self:

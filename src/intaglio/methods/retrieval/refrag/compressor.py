@@ -133,11 +133,11 @@ class Compressor(nn.Module):
         projected_ND = self.projection(states_NE)
         if self.scale is not None:
             projected_ND = F.rms_norm(projected_ND, projected_ND.shape[-1:], eps=1e-8) * self.scale
-        return projected_ND.to(embedding.weight.dtype) * embedding_scale(embedding)  # type: ignore[arg-type]
+        return projected_ND.to(embedding.weight.dtype) * embedding_scale(embedding)
 
     def scores(self, states_LE: Tensor) -> Tensor:
         """Return the policy's score [L] of each chunk of a context."""
-        return self.score(self.policy(states_LE[None]))[0, :, 0]  # type: ignore[no-any-return]
+        return self.score(self.policy(states_LE[None]))[0, :, 0]
 
 
 def embedding_scale(embedding: nn.Module) -> Tensor | float:
