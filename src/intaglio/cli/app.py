@@ -9,6 +9,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from intaglio.cli.ask import ask
 from intaglio.cli.classify import classify
 from intaglio.cli.console import (
     CommandGroup,
@@ -418,6 +419,7 @@ def prove(
 
 app.add_typer(index_app, name="index")
 app.command()(search)
+app.command()(ask)
 app.command()(evaluate)
 app.command()(train)
 app.command()(recommend)

@@ -27,7 +27,7 @@ from intaglio.speculative.factory import decoder_names, drafter_names, make_deco
 from intaglio.speculative.protocols import Step
 
 
-class _Streamer(TextStreamer):
+class WritingStreamer(TextStreamer):
     """Passes each finished piece of text to a function."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
@@ -35,6 +35,7 @@ class _Streamer(TextStreamer):
         self._write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write a piece; see `TextStreamer`."""
         self._write(text)
 
 
@@ -258,7 +259,7 @@ def generate(
     options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | given if sampled else {
         "temperature": None, "top_k": None, "top_p": None
     }  # fmt: skip
-    streamer = None if write is None or paint is not None else _Streamer(checkpoint.tokenizer, write)
+    streamer = None if write is None or paint is not None else WritingStreamer(checkpoint.tokenizer, write)
     loop: Any = None
     if decoder in STOCK:
         options["streamer"] = streamer

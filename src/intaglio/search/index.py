@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from intaglio.search.index_settings import new_settings, space
 from intaglio.search.inspection import describe
 from intaglio.search.lexical import BM25, Analyzer
 from intaglio.search.milvus import MilvusIndex
+from intaglio.search.passage_cache import PassageCache
 from intaglio.search.results import AddReport, Filters, Hit, Kind, Progress, check_queries
 from intaglio.search.retrieval import Retrieval
 from intaglio.search.segment_writer import SegmentWriter
@@ -440,6 +441,22 @@ class Index:
         with self._lock, sentences(self.path):
             row = self._store.db.execute("SELECT title, metadata, text FROM documents WHERE id = ?", (id,)).fetchone()
         return None if row is None else Document(id, zlib.decompress(row[2]).decode(), row[0], json.loads(row[1]))
+
+    def passage_cache(self, space: str) -> PassageCache:
+        """Return the arrays kept beside the index's passages for a space; see `PassageCache`."""
+        return PassageCache(self._store, space)
+
+    def passages(self) -> Iterator[Hit]:
+        """Yield every passage as a hit of rank and score 0, in the order of addition."""
+        sql = (
+            "SELECT id, title, metadata, text, start, stop FROM chunks JOIN documents ON document = number"
+            " ORDER BY chunk"
+        )
+        with self._lock, sentences(self.path):
+            rows = self._store.db.execute(sql).fetchall()
+        for id_, title, metadata, content, start, stop in rows:
+            text = zlib.decompress(content).decode()[start:stop]
+            yield Hit(id_, 0.0, 0, title, text, start, json.loads(metadata))
 
     def __contains__(self, id: str) -> bool:
         """Return whether a document is in the index."""
