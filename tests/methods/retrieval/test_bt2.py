@@ -20,7 +20,6 @@ from intaglio.methods.retrieval.bt2.heads import ARMS, BasisTransformation, Size
 from intaglio.search import Index
 from intaglio.search.encoders import load_encoder
 from intaglio.trainer.encoder_training import info_nce
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 from tests.trainer.test_encoder_training import batch_of
 

@@ -23,7 +23,6 @@ from intaglio.trainer.encoder_training import side, text_batch
 from intaglio.trainer.protocols import ModifierSession, TrainingRun
 from tests.alive import alive
 from tests.families import DECODERS, tiny_checkpoint_dir
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run, same, weights
 from tests.trainer.test_encoder_training import batch_of
 

@@ -36,7 +36,6 @@ from intaglio.trainer.contrastive import Contrastive
 from intaglio.trainer.encoder_training import SIDES, info_nce
 from intaglio.trainer.rng import generator
 from tests.alive import alive
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, far, run, same, weights
 from tests.trainer.test_encoder_training import DRAWS, batch_of
 

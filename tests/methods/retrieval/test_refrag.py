@@ -32,7 +32,6 @@ from intaglio.recipe.schema import Recipe
 from intaglio.trainer import KeyedRNG, train
 from intaglio.trainer.dataset import as_example
 from tests.alive import alive
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import TEXTS, checkpoint, same, weights
 
 SMALL: dict[str, Any] = {"chunk_size": 4, "encoder_width": 16, "encoder_depth": 1, "length": 16, "target_length": 8,

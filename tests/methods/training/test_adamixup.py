@@ -24,7 +24,6 @@ from intaglio.trainer.mixing import draw_shares
 from intaglio.trainer.protocols import TrainingRun
 from intaglio.trainer.rng import generator
 from tests.trainer.classes import IMAGES, image_network, trained, trained_in_stock_trainer
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import LABELLED, checkpoint
 
 SMALL = {"hidden_size": 8}

@@ -27,7 +27,6 @@ from intaglio.trainer.mixing import Mix, mixed_targets, soft_cross_entropy
 from intaglio.trainer.protocols import TrainingRun
 from tests.alive import alive
 from tests.trainer.classes import IMAGES, image_folder, image_network, trained, trained_in_stock_trainer
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import LABELLED, checkpoint, run
 
 EXAMPLES = ({}, {"mix": "manifold", "layers": [0, 1]}, {"folds": 3, "rescale": "none", "per_example": True})

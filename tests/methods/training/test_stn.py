@@ -44,7 +44,6 @@ from intaglio.trainer.history import columns
 from intaglio.trainer.protocols import Batch, Loss
 from tests.alive import alive
 from tests.families import tiny_model
-from tests.trainer.conftest import _garbage_put_aside  # noqa: F401
 from tests.trainer.helpers import checkpoint, run, same, weights
 
 BASE = {"hyper_warmup": 0, "train_steps": 1, "regularizers": [{"kind": "dropout", "start": 0.2}]}
