@@ -53,6 +53,7 @@ ALIVE = {
     "symmetric": True,
     "matryoshka": [8],
     "matryoshka_weights": alive([0.5], matryoshka=[8]),
+    "matryoshka_per_step": alive(1, matryoshka=[8, 4]),
     "light_encoder": OTHER,
     "pooling": "ctx",
     "ctx_position": alive("after_instruction", query_prompt="q: "),

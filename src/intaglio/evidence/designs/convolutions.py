@@ -49,7 +49,7 @@ class ClassifyConvolutions(Classify):
     def _start(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return network(self.bed.side, self.width)
+            return network(self.bed.shape[-1], self.width)
 
     def _recipe(self, steps: int, seed: int) -> dict[str, Any]:
         return {**super()._recipe(steps, seed), "optimizer": "adamw", "weight_decay": 0.0}

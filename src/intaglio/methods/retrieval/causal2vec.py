@@ -31,6 +31,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.checkpoint.loading import load_tokenizer
+from intaglio.data.text_pairs import TextPair
 from intaglio.errors import IntaglioError
 from intaglio.measures.embeddings import pool
 from intaglio.modeling.anatomy import Anatomy, anatomy
@@ -304,17 +305,17 @@ class Causal2Vec(SymmetricObjective, slug="causal2vec"):
         light: LightEncoder = self._owned["light_encoder"]  # type: ignore[assignment]
         return light
 
-    def _prompt(self, name: str) -> str:
+    def _prompt(self, name: str, pair: TextPair | None = None) -> str:
         if name == "query" and self.instruction is not None:
             return INSTRUCTION.format(task=self.instruction)
-        return super()._prompt(name)
+        return super()._prompt(name, pair)
 
     def _slot(self, name: str) -> int:
         """Return the place of the Contextual token among a side's tokens."""
         begin, prompt, _ = self._around[name]
         return {"first": 0, "after_bos": len(begin)}.get(self.ctx_position, len(begin) + len(prompt))
 
-    def read(self, text: str, name: str) -> Read:
+    def read(self, text: str, name: str, pair: TextPair | None = None) -> Read:
         """Return the tokens as the decoder reads them, a place for c among them, and those of the light encoder."""
         begin, prompt, end = self._around[name]
         body, seen = _cut(self._checkpoint.tokenizer, text, self.length(name) - len(begin) - len(prompt) - len(end))

@@ -263,8 +263,8 @@ def _policy(method: AdaMixUp, model: nn.Module, example: Mapping[str, Any]) -> n
     if pixels is not None and pixels.ndim == 3:
         body, width = [*_convolutions(pixels.shape[0]), nn.AdaptiveAvgPool2d(4), nn.Flatten()], 16 * CHANNELS
     else:
-        embedding: Any = None if pixels is not None else input_embeddings(model)
-        body, width = [nn.Flatten()], pixels.numel() if embedding is None else embedding.weight.shape[1]
+        body = [nn.Flatten()]
+        width = int(input_embeddings(model).weight.shape[1] if pixels is None else pixels.numel())  # type: ignore[index]
     return nn.Sequential(
         *body,
         *(nn.Linear(width, method.hidden_size), nn.ReLU(), nn.Dropout(method.dropout)),

@@ -239,7 +239,7 @@ class GatedLSTM(nn.Module):
     def bake(self, h_H: Tensor) -> nn.Module:
         """Write the effective weights into the stock LSTM, and return it."""
         for layer in (*self.input_layers, *self.hidden_layers):
-            layer.bake(h_H)  # type: ignore[operator]
+            layer.bake(h_H)
         return self._stock[0]
 
 
