@@ -439,7 +439,7 @@ class Refrag(Method, slug="refrag"):
         return method._ready(checkpoint, 0)
 
     def untrained(self, checkpoint: Checkpoint, seed: int = 0) -> Self:
-        """Return the method with random weights, for an unfitted checkpoint: for measurements of speed."""
+        """Return the method with random weights, for an unfitted checkpoint: good for measuring speed alone."""
         return self.model_copy()._ready(checkpoint, seed)
 
     def _ready(self, checkpoint: Checkpoint, seed: int) -> Self:
