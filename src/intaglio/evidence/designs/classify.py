@@ -72,7 +72,7 @@ class Classify:
                 recipe |= {"modifiers": [own.fill(modifier) for modifier in own.pop("modifiers", ())]}
                 recipe |= {"objective": own.fill(objective)}
                 own.check()
-                passes = count * _train(net, labelled, recipe, validation)
+                passes = count * fit_images(net, labelled, recipe, validation)
         loss, accuracy = evaluate(net, measured)
         values = {ACCURACY.name: accuracy, TEST_LOSS.name: loss, **(memorised(net, images) if self.bed.noise else {})}
         parameters = sum(int(p.count_nonzero()) for p in net.parameters())
@@ -102,11 +102,13 @@ class Classify:
 def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
     """Return the weights that all arms of a unit start from."""
     net = dataclasses.replace(design, dense_steps=0)._start(seed)
-    _train(net, design.bed.training(seed), {**design._recipe(design.dense_steps, seed), "objective": Classification()})
+    fit_images(
+        net, design.bed.training(seed), {**design._recipe(design.dense_steps, seed), "objective": Classification()}
+    )
     return net.state_dict()
 
 
-def _train(net: nn.Module, images: Images, recipe: Mapping[str, Any], validation: Images | None = None) -> int:
+def fit_images(net: nn.Module, images: Images, recipe: Mapping[str, Any], validation: Images | None = None) -> int:
     """Train a network; with validation images, end with the weights of its best epoch on them. Return the steps."""
     pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
     rows = [{"pixel_values": pixels, "label": int(label)} for pixels, label in pairs]
