@@ -5,9 +5,8 @@
     python benchmarks/training/labels.py --cost           # the cost of a step alone
 
 Both search the same digits with 40 % wrong labels. cleanlab needs out-of-sample probabilities: five trainings on four
-fifths each, by cross-entropy, at the same learning rate, to the last epoch or to the best by held-out labels (wrong ones
-included). ELR is one training. Steps are timed in alternation. Writes
-`labels.json`.
+fifths each, by cross-entropy, at the same learning rate, to the last epoch or to the best by held-out labels (wrong
+ones included). ELR is one training. Steps are timed in alternation. Writes `labels.json`, or `cost.json`.
 """
 
 from __future__ import annotations
