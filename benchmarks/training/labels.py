@@ -5,8 +5,8 @@
     python benchmarks/training/labels.py --cost           # the cost of a step alone
 
 Both search the same digits with 40 % wrong labels. cleanlab needs out-of-sample probabilities: five trainings on four
-fifths each, by cross-entropy, at the same learning rate. ELR is one training. Steps are timed in alternation. Writes
-`labels.json`.
+fifths each, by cross-entropy, at the same learning rate, to the last epoch or to the best by held-out labels (wrong
+ones included). ELR is one training. Steps are timed in alternation. Writes `labels.json`, or `cost.json`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new_image_model
 from intaglio.data.images import Images
-from intaglio.evidence.designs.classify import mlp
+from intaglio.evidence.designs.classify import fit_images, mlp
 from intaglio.evidence.testbeds.digits import Digits
 from intaglio.methods.training.elr import ELR
 from intaglio.trainer import train
@@ -48,27 +48,35 @@ MOST_COST = 1.03
 """Target: time of a step over plain training."""
 
 
-def fitted(images: Images, seed: int, modifiers: Sequence[Any] = (), steps: int = STEPS) -> Checkpoint:
-    """Return a perceptron trained on images."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        checkpoint = Checkpoint(mlp(8, WIDTH))
+def targets(images: Images, seed: int) -> Tensor:
+    """Return ELR's table [N, K] after a training of a perceptron."""
+    checkpoint = Checkpoint(_network(seed))
     pairs = zip(images.pixels_NCHW, images.labels_N, strict=True)
     rows = [{"pixel_values": pixels, "label": int(label)} for pixels, label in pairs]
-    train(checkpoint, rows, objective=Classification(), modifiers=modifiers, steps=steps, seed=seed, **SETTINGS)
-    checkpoint.model.eval()
-    return checkpoint
+    train(checkpoint, rows, objective=Classification(), modifiers=[ELR()], steps=STEPS, seed=seed, **SETTINGS)
+    return checkpoint.attachments["elr"].tensors["targets"]
 
 
-def out_of_sample(images: Images, seed: int) -> Tensor:
-    """Return the probabilities [N, K] of each image by a network that was not trained on it."""
+def _network(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return mlp(8, WIDTH)
+
+
+def out_of_sample(images: Images, seed: int, stopped: bool) -> Tensor:
+    """Return the probabilities [N, K] of each image by a network that was not trained on it.
+
+    With `stopped`, a network ends with its best epoch on the held-out images by their labels, wrong ones included.
+    """
     fold_N = torch.arange(len(images)) % FOLDS
     probs_NK = torch.zeros(len(images), 10)
+    recipe = {"objective": Classification(), "steps": STEPS, "seed": seed, **SETTINGS}
     for fold in range(FOLDS):
-        network = fitted(images.take((fold_N != fold).nonzero().flatten()), seed).model
-        held_out = fold_N == fold
+        kept, held_out = (images.take((fold_N == fold).eq(wanted).nonzero().flatten()) for wanted in (False, True))
+        network = _network(seed)
+        fit_images(network, kept, recipe, held_out if stopped else None)
         with torch.no_grad():
-            probs_NK[held_out] = network(images.pixels_NCHW[held_out]).softmax(1)
+            probs_NK[fold_N == fold] = network.eval()(held_out.pixels_NCHW).softmax(1)
     return probs_NK
 
 
@@ -82,15 +90,17 @@ def search(seed: int, python: Path) -> dict[str, float]:
     """Return the F1 of each search on one draw of wrong labels."""
     images = Digits(noise=NOISE).training(seed)
     wrong = (images.labels_N != images.true_N).nonzero().flatten().tolist()
-    targets_NK = fitted(images, seed, [ELR()]).attachments["elr"].tensors["targets"]
-    results = {"elr": f1((targets_NK.argmax(1) != images.labels_N).nonzero().flatten().tolist(), wrong)}
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "probs.npz"
-        np.savez(file, labels=images.labels_N.numpy(), probs=out_of_sample(images, seed).double().numpy())
-        for name in FILTERS:
-            command = [str(python), str(HERE / "worker_peer.py"), str(file), name]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            results[f"cleanlab, {name}"] = f1(json.loads(done.stdout.splitlines()[-1]), wrong)
+    results = {"elr": f1((targets(images, seed).argmax(1) != images.labels_N).nonzero().flatten().tolist(), wrong)}
+    for stopped in (True, False):
+        probs_NK = out_of_sample(images, seed, stopped).double().numpy()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "probs.npz"
+            np.savez(file, labels=images.labels_N.numpy(), probs=probs_NK)
+            for name in FILTERS:
+                command = [str(python), str(HERE / "worker_peer.py"), str(file), name]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                way = f"cleanlab, {name}, {'best epoch' if stopped else 'last epoch'}"
+                results[way] = f1(json.loads(done.stdout.splitlines()[-1]), wrong)
     return results
 
 

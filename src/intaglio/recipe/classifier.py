@@ -34,7 +34,7 @@ def classes_step(recipe: Recipe) -> Train | None:
     return cast(Train, step) if getattr(step, "classes", None) is not None else None
 
 
-def train_classifier(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
+def fit_images(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
     """Run a recipe on labelled texts or images; see `run.carve`, which calls it.
 
     Returns:

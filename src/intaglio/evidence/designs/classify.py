@@ -79,7 +79,7 @@ class Classify:
                 recipe |= {"modifiers": [own.fill(modifier) for modifier in own.pop("modifiers", ())]}
                 recipe |= {"objective": own.fill(objective)}
                 own.check()
-                passes = count * train_classifier(net, labelled, recipe, validation)
+                passes = count * fit_images(net, labelled, recipe, validation)
         values = {**self.measure(net, measured), **(memorised(net, images) if self.bed.noise else {})}
         parameters = sum(int(p.count_nonzero()) for p in net.parameters())
         flops = float(passes * self.batch_size * pass_flops(net, self.bed.shape))
@@ -113,11 +113,11 @@ class Classify:
 def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
     """Return the weights that all arms of a unit start from."""
     net = dataclasses.replace(design, dense_steps=0)._start(seed)
-    train_classifier(net, design.bed.training(seed), design._recipe(design.dense_steps, seed))
+    fit_images(net, design.bed.training(seed), design._recipe(design.dense_steps, seed))
     return net.state_dict()
 
 
-def train_classifier(
+def fit_images(
     net: nn.Module, images: Images, recipe: Mapping[str, Any], validation: Images | None = None
 ) -> int:
     """Train a network by the library's loop, by default on cross-entropy, and return the steps.

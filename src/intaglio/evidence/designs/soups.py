@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from intaglio.checkpoint.soup import average, greedy, maximum, uniform
 from intaglio.data.images import Images
 from intaglio.evidence.designs.base import Configured, Settings
-from intaglio.evidence.designs.classify import ACCURACY, TEST_LOSS, evaluate, mlp, pass_flops, train_classifier
+from intaglio.evidence.designs.classify import ACCURACY, TEST_LOSS, evaluate, mlp, pass_flops, fit_images
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.label_conventions import SETS, Conventions, joined
 
@@ -93,14 +93,14 @@ def _candidates(design: Soups, seed: int, rate: float) -> list[State]:
 def _base(design: Soups, seed: int) -> State:
     """Return the weights that every candidate starts from."""
     net = design.start(seed)
-    train_classifier(net, design.bed.base(seed), _recipe(design, seed, design.base_steps, 0.1))
+    fit_images(net, design.bed.base(seed), _recipe(design, seed, design.base_steps, 0.1))
     return net.state_dict()
 
 
 def _tuned(design: Soups, seed: int, images: Images, rate: float, steps: int) -> State:
     net = design.start(seed)
     net.load_state_dict(_base(design, seed))
-    train_classifier(net, images, _recipe(design, seed, steps, rate))
+    fit_images(net, images, _recipe(design, seed, steps, rate))
     return net.state_dict()
 
 
