@@ -22,6 +22,8 @@ def test_salient_blocks_of_the_partner_are_pasted() -> None:
     pixels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     batch = {"pixel_values": pixels, "labels": torch.tensor([0, 1] * 3), "id": torch.arange(6)}
     changed, mix = made.change_batch(net, batch), made.mix
+    with made.forward_context(net, changed):
+        assert torch.isfinite(goal.loss(net, changed).total)
     assert mix is not None
     assert mix.pasted_BHW is not None
     area = mix.pasted_BHW.float().mean((1, 2))

@@ -39,7 +39,7 @@ class SaliencySession(MixingSession):
 
     def change_batch(self, model: nn.Module, batch: Batch) -> Batch:
         """Return the mixed batch."""
-        self.mix = None
+        self.mix, self.unmixed = None, batch
         drawn = self.method.draw(len(batch["labels"]), self.rng(batch))
         if drawn is None:
             return batch

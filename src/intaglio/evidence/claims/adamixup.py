@@ -35,7 +35,8 @@ CLAIM = Claim(
             learned(),
             tune={"learning_rate": (0.03, 0.1, 0.3), "intrusion_weight": (0.25, 0.5, 1.0, 2.0)},
         ),
-        "without discriminator": Arm("the policy without the intrusion loss", learned(intrusion_weight=0.0)),
+        # In the arm's settings, which override the weight that is tuned for the method.
+        "without discriminator": Arm("the policy without the intrusion loss", learned() | {"intrusion_weight": 0.0}),
         "3 folds": Arm("mixes of three points", learned(folds=3)),
         "mixup and clean": Arm(
             "mixup with alpha 1 and as many unmixed points, as AdaMixUp has them",
@@ -55,6 +56,6 @@ CLAIM = Claim(
     minutes=30,
     use_when="mixed examples of a class can look like another class",
     otherwise="mixup with an alpha chosen on validation data",
-    toy={"width": 16, "batch_size": 10},
+    toy={"width": 16, "steps": 150, "batch_size": 10},
     golden={},
 )

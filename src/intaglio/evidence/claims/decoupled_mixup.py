@@ -51,6 +51,6 @@ CLAIM = Claim(
     minutes=45,
     use_when="a classifier has few labels and is trained with mixup, CutMix or ManifoldMix",
     otherwise="the same mixing without the terms",
-    toy={"width": 4, "batch_size": 20},
+    toy={"width": 8, "steps": 100, "batch_size": 20},
     golden={},
 )
