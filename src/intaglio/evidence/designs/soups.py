@@ -33,7 +33,7 @@ class Soups:
     bed: Conventions = field(default_factory=Conventions)
     width: int = 64
     base_steps: int = 300
-    steps: int = 150
+    steps: int = 100
     batch_size: int = 32
     learning_rate: float = 0.05
 

@@ -22,13 +22,13 @@ from intaglio.evidence.testbeds.digits import Digits
 from intaglio.evidence.testbeds.splits import Part, Sized
 
 TRANSFORMATIONS: tuple[Callable[[Tensor], Tensor], ...] = (
-    lambda pixels_NCHW: F.pad(pixels_NCHW, (2, -2, 0, 0)),
-    lambda pixels_NCHW: F.pad(pixels_NCHW, (0, 0, 2, -2)),
+    lambda pixels_NCHW: F.pad(pixels_NCHW, (1, -1, 0, 0)),
+    lambda pixels_NCHW: F.pad(pixels_NCHW, (-1, 1, 0, 0)),
+    lambda pixels_NCHW: F.pad(pixels_NCHW, (0, 0, 1, -1)),
+    lambda pixels_NCHW: F.pad(pixels_NCHW, (0, 0, -1, 1)),
     lambda pixels_NCHW: F.avg_pool2d(pixels_NCHW, 3, 1, 1),
-    lambda pixels_NCHW: 1 - pixels_NCHW,
-    lambda pixels_NCHW: pixels_NCHW.transpose(2, 3),
 )
-"""To the right, down, blurred, inverted, transposed; one for each data set d_i."""
+"""By one pixel to the right, left, down and up, and blurred; one for each data set d_i."""
 SETS = len(TRANSFORMATIONS)
 
 
