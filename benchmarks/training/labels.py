@@ -60,7 +60,7 @@ def targets(images: Images, seed: int) -> Tensor:
 def _network(seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return mlp(8, WIDTH)
+        return mlp((1, 8, 8), WIDTH)
 
 
 def out_of_sample(images: Images, seed: int, stopped: bool) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from intaglio.checkpoint.soup import average, greedy, maximum, uniform
 from intaglio.data.images import Images
 from intaglio.evidence.designs.base import Configured, Settings
-from intaglio.evidence.designs.classify import ACCURACY, TEST_LOSS, evaluate, mlp, pass_flops, fit_images
+from intaglio.evidence.designs.classify import ACCURACY, TEST_LOSS, evaluate, fit_images, mlp, pass_flops
 from intaglio.evidence.engine.claim import Arm, Cost, Metric, Result, RunKey
 from intaglio.evidence.testbeds.label_conventions import SETS, Conventions, joined
 
