@@ -77,8 +77,8 @@ def spectrum_page(document: Document) -> str:
     caption = "Singular values at equal steps of rank; the dashed line is 1, where a layer keeps lengths."
     section = {
         "title": "Layers",
-        "summary": "L_orth is 0 where every singular value is 1. Convolutions are read as if padding were circular; where"
-        " it is not, borders differ.",
+        "summary": "L_orth is 0 where every singular value is 1. Convolutions are read as if padding were circular;"
+        " where it is not, borders differ.",
         "pictures": [(spectrum_picture(document), caption)],
         "tables": [{"title": "Values", "headings": HEADINGS, "rows": spectrum_rows(document)}],
     }
