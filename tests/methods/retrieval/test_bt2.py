@@ -20,6 +20,7 @@ from intaglio.methods.retrieval.bt2.heads import ARMS, BasisTransformation, Size
 from intaglio.search import Index
 from intaglio.search.encoders import load_encoder
 from intaglio.trainer.encoder_training import info_nce
+from tests.alive import alive
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 from tests.trainer.test_encoder_training import batch_of
 
@@ -45,6 +46,7 @@ ALIVE = {
     "influence_weight": 1.0,
     "alignment_weight": 1.0,
     "influence_temperature": 0.5,
+    "teacher_temperature": alive(2.0, loss_type="distillation"),
     "pooling": "mean",
 }
 SIZES = Sizes(inputs=8, old=6, new=8, extra=3, scale=2.0)
