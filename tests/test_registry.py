@@ -90,7 +90,7 @@ def test_in_an_area_a_slug_is_the_name_of_its_file(area: str) -> None:
 
 
 def test_queries_and_an_unknown_slug() -> None:
-    assert list_methods("selector") == ["paser", "random"]
+    assert list_methods("selector") == ["paser", "points", "random"]
     assert set(list_fitted()) == {slug for slug in METHODS if get_method(slug).fitted}
     with pytest.raises(IntaglioError, match=r"there is no method named 'wada'; did you mean wanda\?"):
         get_method("wada")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from intaglio.evidence.designs.classify import ACCURACY, TEST_LOSS
+from intaglio.evidence.designs.classify import ACCURACY, TEST_LOSS, pass_flops
 from intaglio.evidence.designs.convolutions import (
     BUDGETS,
     ROBUST,
@@ -49,4 +49,4 @@ def test_arms_start_equal_and_the_regulariser_narrows_the_spectrum() -> None:
     assert plain.parity == method.parity
     net = network(8, 8)
     operations = 64 * 9 * 4 + 64 * 9 * 4 * 8 + 16 * 9 * 8 * 8 + 8 * 16 * 10
-    assert DESIGN.pass_flops(net) == 6 * operations
+    assert pass_flops(net, (1, 8, 8)) == 6 * operations
