@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+from pydantic_core import to_jsonable_python
 
 from intaglio.methods.base import Method
 
@@ -131,7 +132,8 @@ def _field_description(schema: Mapping[str, Any]) -> str:
 
 def to_yaml(value: Any) -> str:
     """Return the value of a field as a recipe has it."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+    plain = to_jsonable_python(value, exclude_none=True)
+    text = yaml.safe_dump(plain, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
     return "none" if value is None else text
 
 

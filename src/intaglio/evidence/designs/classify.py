@@ -117,9 +117,7 @@ def _dense(design: Classify, seed: int) -> Mapping[str, Tensor]:
     return net.state_dict()
 
 
-def fit_images(
-    net: nn.Module, images: Images, recipe: Mapping[str, Any], validation: Images | None = None
-) -> int:
+def fit_images(net: nn.Module, images: Images, recipe: Mapping[str, Any], validation: Images | None = None) -> int:
     """Train a network by the library's loop, by default on cross-entropy, and return the steps.
 
     With validation images, it ends with the weights of its best epoch on them.
