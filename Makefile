@@ -41,7 +41,7 @@ test: lint  ## lint and the fast tests
 	@$(BIN)/python docs/stale.py
 
 test-slow: assets  ## tests that need the bundled models or more time
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow --durations=10
+	$(TEST) -m slow --durations=10
 
 mutants: install  ## change one thing at a time in the methods and see whether their tests notice (an hour)
 	$(BIN)/python tools/mutants.py
