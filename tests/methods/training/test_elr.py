@@ -535,6 +535,20 @@ def test_bad_input() -> None:
             lambda: trained(ELR(), Checkpoint(nn.Conv2d(1, 3, (2, 3)))),
             "Conv2d has no linear layer",
         ),
+        (
+            lambda: train(
+                Checkpoint(net()), rows(), objective=Classification(loss_type="binary_cross_entropy"),
+                modifiers=[ELR()], **{**SETTINGS, "steps": 1},
+            ),
+            "loss_type is binary_cross_entropy; elr needs cross_entropy",
+        ),
+        (
+            lambda: train(
+                Checkpoint(net()), rows(), objective=Classification(unlabelled="?"), modifiers=[ELR()],
+                **{**SETTINGS, "steps": 1},
+            ),
+            "elr takes no unlabelled examples; leave unlabelled out",
+        ),
     ]:  # fmt: skip
         with pytest.raises(IntaglioError, match=message):
             method()

@@ -86,8 +86,9 @@ class ELR(Method, slug="elr"):
         second_network: drawn anew with its `head` alone (default, for pretrained models), or with `all` weights.
 
     Raises:
-        IntaglioError: (when training begins) the examples are a stream, there is no linear layer, or two networks are
-            trained under LoRA; (while training) the objective does not classify, or FSDP shards two networks.
+        IntaglioError: (when training begins) the examples are a stream or may be unlabelled, the loss is binary
+            cross-entropy, there is no linear layer, or two networks are trained under LoRA; (while training) the
+            objective does not classify, or FSDP shards two networks.
 
     Source: Liu et al., Early-Learning Regularization Prevents Memorization of Noisy Labels, NeurIPS 2020.
     """
@@ -127,6 +128,10 @@ class ELR(Method, slug="elr"):
             raise IntaglioError("elr keeps a target for each example; give examples in memory, not a stream")
         if logits_layer(run.model) is None:
             raise IntaglioError(f"elr needs a classifier; {type(run.model).__name__} has no linear layer")
+        if getattr(run.objective, "loss_type", "") == "binary_cross_entropy":
+            raise IntaglioError("loss_type is binary_cross_entropy; elr needs cross_entropy")
+        if getattr(run.objective, "unlabelled", None) is not None:
+            raise IntaglioError("elr takes no unlabelled examples; leave unlabelled out of the objective")
         if self.networks == 1:
             return _Session(self, run)
         if hasattr(run.model, "peft_config"):
@@ -170,6 +175,12 @@ class Targets:
         return self.table[ids_B]
 
 
+def _check(outputs: Any) -> None:
+    """Refuse objectives that do not classify."""
+    if not isinstance(outputs, Classified):
+        raise IntaglioError("elr needs an objective that classifies whole texts or images: classification")
+
+
 class _Session(ModifierSession):
     """ELR with one network."""
 
@@ -192,8 +203,7 @@ class _Session(ModifierSession):
         return self.step - self.method.warmup_steps
 
     def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss | None:
-        if not isinstance(outputs, Classified):
-            raise IntaglioError("elr needs an objective that classifies whole texts or images: classification")
+        _check(outputs)
         probs_BK = clamped_softmax(outputs.logits)
         targets_BK = self.tables[0].update(batch["id"], probs_BK)
         return None if self.warm else self._term(targets_BK, probs_BK)
@@ -279,8 +289,7 @@ class _PlusSession(_Session):
         return nullcontext() if self.warm else mixed_forward(model, self.plain, self.mixture)
 
     def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss | None:
-        if not isinstance(outputs, Classified):
-            raise IntaglioError("elr needs an objective that classifies whole texts or images: classification")
+        _check(outputs)
         if self.warm:
             other = self.run.loss(self.plain, self.second)
             for targets, classified in zip(self.tables, (outputs, other.outputs), strict=True):
