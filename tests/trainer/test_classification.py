@@ -455,6 +455,7 @@ def test_recipes_with_bad_data_are_refused(training: dict[str, Any], message: st
     places = {"images": folder(tmp_path / "images"), "single": tmp_path / "single", "texts": tmp_path / "a.jsonl"}
     places["other"] = folder(tmp_path / "other", 4)
     (places["other"] / "up").rename(places["other"] / "u")
+    Image.fromarray(255 - squares()[1]["image"]).save(places["other"] / "u" / "1.png")
     places |= {"broken": folder(tmp_path / "broken"), "repeated": tmp_path / "b.jsonl"}
     (places["broken"] / "up" / "bad.png").write_bytes(b"nothing")
     places["repeated"].write_text("\n".join(json.dumps({**row, "index": "x"}) for row in TEXTS[:2]))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -552,6 +553,8 @@ def test_bad_input() -> None:
     ]:  # fmt: skip
         with pytest.raises(IntaglioError, match=message):
             method()
+    with pytest.raises(ValidationError, match="beta is 1, at which the table stays empty"):
+        ELR.plus(beta=1.0, refine_targets=True)
     step = {"texts": "wikipedia", "steps": 1, "modifiers": [{"elr": {}}]}
     with pytest.raises(IntaglioError, match="elr is for classifiers; it needs classes"):
         Recipe.from_dict({"model": "m", "steps": [{"train": step}]})

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
@@ -82,7 +82,7 @@ class ELR(Method, slug="elr"):
         ema_schedule: `ramp` (default), in which the decay rises as r does; or `average`, min(1 - 1/(s + 1), decay).
         ema_ramp_steps: S of that ramp. Default: half of the steps; 40,000 in the paper.
         refine_targets: whether y' is multiplied by q and scaled to the sum 1 before the cross-entropy, as for
-            CIFAR-100. Default False.
+            CIFAR-100; needs beta below 1. Default False.
         second_network: drawn anew with its `head` alone (default, for pretrained models), or with `all` weights.
 
     Raises:
@@ -111,6 +111,12 @@ class ELR(Method, slug="elr"):
     ema_ramp_steps: Annotated[int, Field(ge=0)] | None = None
     refine_targets: bool = False
     second_network: Literal["head", "all"] = "head"
+
+    @model_validator(mode="after")
+    def _table_moves(self) -> Self:
+        if self.refine_targets and self.beta == 1:
+            raise ValueError("beta is 1, at which the table stays empty; refine_targets needs a smaller one")
+        return self
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
