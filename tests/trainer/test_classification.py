@@ -261,6 +261,22 @@ def test_dropout_labels_and_length() -> None:
     )
 
 
+def test_seed_of_the_head_length_of_predictions_and_examples_without_a_class() -> None:
+    heads = []
+    for seed in (0, 0, 1):
+        ckpt = checkpoint("bert", layers=1)
+        training_rows(Classification(), ckpt, TEXTS, KeyedRNG(seed))
+        heads.append(ckpt.model.classifier.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    probs = [predict(ckpt, TEXTS[:3], length=length) for length in (4, None)]
+    assert not torch.allclose(*probs, atol=1e-4)
+    goal, data = Classification(unlabelled="?"), [TEXTS[0], {**TEXTS[1], "label": "?"}]
+    assert [row["label"] for row in training_rows(goal, ckpt, data, KeyedRNG(0))] == [1, -1]
+    with pytest.raises(IntaglioError, match="example 1 has the label '\\?'"):
+        training_rows(goal, ckpt, data, KeyedRNG(0, training=False))
+
+
 def test_features_are_the_inputs_of_the_last_layer() -> None:
     ckpt = image_model("vit")
     rows = training_rows(Classification(), ckpt, squares(), KeyedRNG(0))

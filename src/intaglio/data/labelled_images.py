@@ -58,7 +58,7 @@ def load_labelled_images(source: Any, *, skip_broken: bool = False) -> LabelledI
 
     Args:
         source: a folder whose folders are the classes, an `.npz` file with `images` (uint8 [N, H, W] or [N, H, W, C])
-            and `labels` [N], or examples `{image, label}`, perhaps with `index`.
+            and `labels` [N], or examples `{image, label}`; either perhaps with `index`, the images' names.
         skip_broken: whether files that cannot be decoded are left out. Default False: they are refused.
 
     Raises:
