@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,7 +147,17 @@ def test_images_of_a_folder_and_of_an_array(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", images=np.zeros((2, 8)), labels=[0, 1])
     (tmp_path / "c.npz").write_bytes(b"no archive")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "d.npz").write_bytes(b"")
+    with (tmp_path / "e.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    pixels = np.zeros((2, 8, 8), np.uint8)
+    np.savez(tmp_path / "f.npz", images=pixels, labels=[0, 1], index=["a", "b", "c"])
+    np.savez(tmp_path / "g.npz", images=pixels, labels=[0, 1], index=["a", "b"])
+    assert load_labelled_images(tmp_path / "g.npz").index == ("a", "b")
     for source, message in [
+        ("d.npz", "cannot read the images"),
+        ("e.npz", "cannot read the images"),
+        ("f.npz", r"the index of .* has the shape \(3,\); a name for each image is needed"),
         ("b.npz", "images, uint8"),
         ("c.npz", "cannot read the images"),
         ("empty", "holds no images"),
@@ -160,10 +171,18 @@ def test_broken_images_are_named_and_skipped_only_on_request(tmp_path: Path) -> 
     images = folder(tmp_path / "images")
     (images / "up" / "bad.png").write_bytes(b"\x89PNG nothing")
     (images / "up" / "notes.txt").write_text("not an image")
+    (images / "up" / "notes.pdf").write_text("of a kind that is only written")
     with pytest.raises(IntaglioError, match=r"the image up/bad\.png is broken"):
         load_labelled_examples(images)
     whole = load_labelled_examples(images, skip_broken=True)
     assert (len(whole), whole.skipped) == (12, ("up/bad.png",))
+    picture = io.BytesIO()
+    Image.fromarray(squares()[0]["image"]).convert("RGB").save(picture, "DDS")
+    broken = bytearray(picture.getvalue())
+    broken[80:88], broken[128:132] = b"\x04\0\0\0DX10", b"\xff\xff\xff\xff"  # a format that nobody knows
+    (images / "up" / "bad.png").write_bytes(broken)
+    with pytest.raises(IntaglioError, match=r"the image up/bad\.png is broken"):
+        load_labelled_examples(images)
 
 
 def test_an_index_that_repeats_is_refused(tmp_path: Path) -> None:
@@ -240,6 +259,22 @@ def test_dropout_labels_and_length() -> None:
         max(len(row["input_ids"]) for row in training_rows(Classification(), checkpoint("bert"), TEXTS, KeyedRNG(0)))
         > 4
     )
+
+
+def test_seed_of_the_head_length_of_predictions_and_examples_without_a_class() -> None:
+    heads = []
+    for seed in (0, 0, 1):
+        ckpt = checkpoint("bert", layers=1)
+        training_rows(Classification(), ckpt, TEXTS, KeyedRNG(seed))
+        heads.append(ckpt.model.classifier.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    probs = [predict(ckpt, TEXTS[:3], length=length) for length in (4, None)]
+    assert not torch.allclose(*probs, atol=1e-4)
+    goal, data = Classification(unlabelled="?"), [TEXTS[0], {**TEXTS[1], "label": "?"}]
+    assert [row["label"] for row in training_rows(goal, ckpt, data, KeyedRNG(0))] == [1, -1]
+    with pytest.raises(IntaglioError, match="example 1 has the label '\\?'"):
+        training_rows(goal, ckpt, data, KeyedRNG(0, training=False))
 
 
 def test_features_are_the_inputs_of_the_last_layer() -> None:
@@ -417,7 +452,12 @@ def test_a_recipe_trains_an_image_classifier(tmp_path: Path) -> None:
     ("training", "message"),
     [
         ({"validation": "{images}"}, "every example of the validation .* is a training example too"),
+        ({"validation": "{other}"}, "the validation .* has the label 'u'; did you mean up"),
         ({"validation": "x", "evaluate": 0.1}, "validation and evaluate are given"),
+        (
+            {"objective": {"classification": {"labels": ["up", "down", "up"]}}},
+            "each named once",
+        ),
         ({"objective": {"meap": {}}}, "classes need the objective classification, or none"),
         ({"classes": "{single}"}, "has the label 'up'; at least two classes are needed"),
         ({"classes": "{texts}"}, "new resnet takes images"),
@@ -429,6 +469,9 @@ def test_a_recipe_trains_an_image_classifier(tmp_path: Path) -> None:
 )
 def test_recipes_with_bad_data_are_refused(training: dict[str, Any], message: str, tmp_path: Path) -> None:
     places = {"images": folder(tmp_path / "images"), "single": tmp_path / "single", "texts": tmp_path / "a.jsonl"}
+    places["other"] = folder(tmp_path / "other", 4)
+    (places["other"] / "up").rename(places["other"] / "u")
+    Image.fromarray(255 - squares()[1]["image"]).save(places["other"] / "u" / "1.png")
     places |= {"broken": folder(tmp_path / "broken"), "repeated": tmp_path / "b.jsonl"}
     (places["broken"] / "up" / "bad.png").write_bytes(b"nothing")
     places["repeated"].write_text("\n".join(json.dumps({**row, "index": "x"}) for row in TEXTS[:2]))
@@ -439,6 +482,31 @@ def test_recipes_with_bad_data_are_refused(training: dict[str, Any], message: st
     with pytest.raises(IntaglioError, match=message):
         carve(recipe(**{"classes": places["images"], **given}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_split_goes_by_contents_and_leaves_an_example_of_each_class(tmp_path: Path) -> None:
+    splits = []
+    for name in ("images", "moved"):
+        images = folder(tmp_path / name)
+        for other in ("rare", "other"):
+            (images / other).mkdir()
+            Image.fromarray(squares(14)[12 + (other == "rare")]["image"]).save(images / other / "a.png")
+        (images / "up" / "copy.png").write_bytes((images / "up" / "1.png").read_bytes())
+        step: Any = Recipe.from_dict({"model": "m", "steps": [{"train": {"classes": str(images), "evaluate": 0.8,
+                                                                         "steps": 1}}]}).steps[0]  # fmt: skip
+        training, held_out, shared = step.labelled()
+        assert {"rare", "other"} <= set(training.classes)
+        assert set(held_out.classes) <= set(training.classes)
+        assert sorted(row["index"] for part in (training, held_out) for row in part.rows) == sorted(
+            row["index"] for row in load_labelled_examples(images).rows
+        )
+        assert shared == len(set(training.hashes) & set(held_out.hashes))
+        splits.append([row["index"] for row in held_out.rows])
+    assert splits[0] == splits[1]
+    alone = [{"text": word, "label": word} for word in ("a", "b", "c")]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, alone)))
+    with pytest.raises(IntaglioError, match=r"no class of .* has an example to hold out beside another"):
+        carve(recipe(tmp_path / "a.jsonl", evaluate=0.4), tmp_path / "out")
 
 
 def test_other_fields_of_recipes_are_refused() -> None:

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 
 from intaglio.errors import IntaglioError
+from intaglio.trainer.classification import classifier_outputs
 from intaglio.trainer.mixing import (
     Mix,
     Mixing,
@@ -168,6 +170,33 @@ def test_texts_are_mixed_at_their_embeddings_and_see_both() -> None:
     with mixed_forward(model, {"input_ids": ids, "attention_mask": mask}, made):
         mixed = model(input_ids=ids, attention_mask=seen).logits
     torch.testing.assert_close(mixed, model(inputs_embeds=embedded, attention_mask=seen).logits)
+
+
+@pytest.mark.parametrize("pad", [0, 7])
+def test_decoders_read_a_mixed_text_at_its_last_token(pad: int) -> None:
+    ids = torch.randint(8, 150, (2, 6), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+    made = Mix(torch.tensor([[0, 1], [1, 0]]), torch.tensor([[0.6, 0.4], [1.0, 0.0]]))
+    body: Any = tiny_model("llama", layers=1)
+    config = type(body.config)(**{**body.config.to_dict(), "pad_token_id": pad, "num_labels": 3})
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    with mixed_forward(model, inputs, made):
+        logits, features = classifier_outputs(model, mixed_inputs(inputs, made))
+    embedded = made.average(model.get_input_embeddings()(ids) * mask[..., None])
+    hidden = model.model(inputs_embeds=embedded, attention_mask=made.visible(mask)).last_hidden_state[:, 4]
+    assert features is not None
+    torch.testing.assert_close(features, hidden)
+    torch.testing.assert_close(logits, model.score(hidden))
+
+
+def test_padding_takes_the_tokens_of_the_first_partner_that_has_one() -> None:
+    ids = torch.tensor([[1, 2, 0, 0], [3, 4, 5, 0], [6, 7, 8, 9]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]])
+    rows = torch.tensor([[0, 1, 2], [0, 2, 1], [1, 0, 2]])
+    shares = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.2, 0.3], [0.5, 0.5, 0.0]])
+    filled = Mix(rows, shares).tokens(ids, mask)
+    assert filled.tolist() == [[1, 2, 5, 9], [1, 2, 8, 9], [3, 4, 5, 0]]
 
 
 def test_rows_that_stay_are_equal_bit_for_bit() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from intaglio.data.labelled_images import LabelledImages, load_labelled_images
 from intaglio.data.labelled_texts import LabelledTexts, load_labelled_texts
 from intaglio.data.texts import hub_rows
-from intaglio.errors import IntaglioError
+from intaglio.errors import IntaglioError, did_you_mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +118,15 @@ def check_classes(examples: LabelledExamples) -> None:
         raise IntaglioError(
             f"every example of {examples.name} has the label {examples.classes[0]!r}; at least two classes are needed"
         )
+
+
+def check_labels(validation: LabelledExamples, classes: Sequence[str]) -> None:
+    """Refuse validation examples of classes that are not trained on."""
+    for label in validation.classes:
+        if label not in classes:
+            raise IntaglioError(
+                f"the validation {validation.name} has the label {label!r}; {did_you_mean(label, classes)}"
+            )
 
 
 def check_validation(training: LabelledExamples, validation: LabelledExamples) -> int:

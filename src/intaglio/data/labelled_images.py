@@ -9,6 +9,8 @@ import base64
 import hashlib
 import io
 import os
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,9 @@ from intaglio.errors import IntaglioError, first_line, shorten
 
 NEEDED = "image (a file, an array of 8-bit numbers or a PIL image) and label"
 MODES = {1: "L", 3: "RGB"}
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, NotImplementedError, OverflowError,
+          MemoryError, struct.error, zlib.error)  # fmt: skip
+"""Errors of Pillow for files that it cannot decode."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +58,7 @@ def load_labelled_images(source: Any, *, skip_broken: bool = False) -> LabelledI
 
     Args:
         source: a folder whose folders are the classes, an `.npz` file with `images` (uint8 [N, H, W] or [N, H, W, C])
-            and `labels` [N], or examples `{image, label}`, perhaps with `index`.
+            and `labels` [N], or examples `{image, label}`; either perhaps with `index`, the images' names.
         skip_broken: whether files that cannot be decoded are left out. Default False: they are refused.
 
     Raises:
@@ -91,7 +96,8 @@ def load_labelled_images(source: Any, *, skip_broken: bool = False) -> LabelledI
 
 
 def _folder(folder: Path) -> list[dict[str, Any]]:
-    suffixes = set(_pillow().registered_extensions())
+    pillow = _pillow()
+    suffixes = {suffix for suffix, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     rows = [
         {"image": path, "label": place.name, "index": path.relative_to(folder).as_posix()}
@@ -110,7 +116,7 @@ def _arrays(path: Path) -> list[dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, BadZipFile, KeyError) as error:
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile, KeyError, zlib.error) as error:
         raise IntaglioError(f"cannot read the images {path}: {first_line(error)}") from None
     images, labels = (arrays.get(name, np.empty(0)) for name in ("images", "labels"))
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or labels.shape != (len(images),):
@@ -118,11 +124,11 @@ def _arrays(path: Path) -> list[dict[str, Any]]:
             f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; images, uint8 [N, H, W] or [N, H, W, C], and "
             "labels [N] are needed"
         )
-    names = arrays["index"].tolist() if "index" in arrays else range(len(images))
-    return [
-        {"image": image, "label": label, "index": name}
-        for image, label, name in zip(images, labels.tolist(), names, strict=True)
-    ]
+    names = arrays.get("index", np.arange(len(images)))
+    if names.shape != labels.shape:
+        raise IntaglioError(f"the index of {path} has the shape {names.shape}; a name for each image is needed")
+    columns = zip(images, labels.tolist(), names.tolist(), strict=True)
+    return [{"image": image, "label": label, "index": name} for image, label, name in columns]
 
 
 def _pillow() -> Any:
@@ -161,7 +167,7 @@ def read_image(image: Any, where: str, channels: int = 3) -> np.ndarray:
             raise IntaglioError(f"the image {where} is {type(image).__name__}; {NEEDED} are needed")
     except IntaglioError:
         raise
-    except (OSError, SyntaxError, ValueError, TypeError, EOFError, pillow.DecompressionBombError) as error:
+    except (*BROKEN, pillow.DecompressionBombError) as error:
         reason = first_line(error)
         raise IntaglioError(
             f"the image {where} is broken ({reason}); mend it, or leave broken images out by skip_broken"

@@ -9,19 +9,19 @@ import torch
 
 from intaglio import report
 from intaglio.checkpoint import Checkpoint
-from intaglio.data.labelled_examples import LabelledExamples
+from intaglio.data.labelled_examples import LabelledExamples, check_labels
 from intaglio.data.labelled_images import thumbnail
 from intaglio.data.texts import Corpus
 from intaglio.environment import versions
 from intaglio.errors import IntaglioError
 from intaglio.measures.token_classification import f1_scores
 from intaglio.methods.base import Progress
-from intaglio.modeling.classifier import is_image_model
+from intaglio.modeling.classifier import is_image_model, is_whole_input_classifier
 from intaglio.modeling.token_classifier import label_names
 from intaglio.recipe.schema import Recipe
 from intaglio.recipe.single_step import SingleStep, run_single_step
 from intaglio.recipe.source import RunSpec, load_source
-from intaglio.trainer.classification import make_evaluator, predict
+from intaglio.trainer.classification import Classification, make_evaluator, predict
 from intaglio.trainer.recipe_step import Train
 
 MISTAKES = 12
@@ -53,6 +53,10 @@ def fit_images(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool, progr
         takes = "image" if is_image_model(checkpoint.config) else "text"
         if takes != training.kind:
             raise IntaglioError(f"{spec.source_name} takes {takes}s; {training.name} holds {training.kind}s")
+        if validation is not None:
+            goal = cast(Classification, step.objective_method())
+            known = label_names(checkpoint.model) if is_whole_input_classifier(checkpoint.model) else training.classes
+            check_labels(validation, [name for name in goal.labels or known if name != goal.unlabelled])
         return checkpoint
 
     def train(checkpoint: Checkpoint, directory: Path) -> None:

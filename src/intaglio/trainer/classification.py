@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
@@ -88,6 +88,13 @@ class Classification(Method, slug="classification"):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     length: Annotated[int, Field(ge=2)] | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _different(cls, labels: list[str] | None) -> list[str] | None:
+        if labels is not None and not 2 <= len(labels) == len(set(labels)):
+            raise ValueError(f"labels are {', '.join(labels)}; at least two classes are needed, each named once")
+        return labels
 
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
         """Make the model a classifier, unless it is one, and turn examples into rows of tensors.

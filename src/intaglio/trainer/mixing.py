@@ -96,6 +96,15 @@ class Mix:
         counted_BKL = mask_BL[self.rows_BK.to(mask_BL.device)] * (self.shares_BK > 0).to(mask_BL)[..., None]
         return counted_BKL.amax(1)
 
+    def tokens(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Return the ids of each row, its padding filled with tokens of its partners, so that decoders find its end."""
+        own_B = self.rows_BK[:, 0].to(ids_BL.device)
+        filled_BL, seen_BL = ids_BL[own_B], mask_BL[own_B].bool()
+        for rows_B, shares_B in zip(self.rows_BK.T.to(ids_BL.device), self.shares_BK.T, strict=True):
+            new_BL = mask_BL[rows_B].bool() & (shares_B > 0).to(ids_BL.device)[:, None] & ~seen_BL
+            filled_BL, seen_BL = torch.where(new_BL, ids_BL[rows_B], filled_BL), seen_BL | new_BL
+        return filled_BL
+
 
 def mixed_targets(mix: Mix, labels_B: Tensor, classes: int) -> Tensor:
     """Return soft targets y~, float [B, C]."""
@@ -247,6 +256,7 @@ def mixed_inputs(inputs: Mapping[str, Any], mix: Mix, layer: int = 0) -> dict[st
     """
     changed = dict(inputs)
     if "attention_mask" in inputs:
+        changed["input_ids"] = mix.tokens(inputs["input_ids"], inputs["attention_mask"])
         changed["attention_mask"] = mix.visible(inputs["attention_mask"])
     if layer == 0 and PIXELS in inputs:
         changed[PIXELS] = mix.combine(inputs[PIXELS])
@@ -257,7 +267,7 @@ def mixed_inputs(inputs: Mapping[str, Any], mix: Mix, layer: int = 0) -> dict[st
 def mixed_forward(model: nn.Module, inputs: Mapping[str, Any], mix: Mix, layer: int = 0) -> Iterator[None]:
     """Average the rows at a layer in this context; nothing to do for images at layer 0. Arguments as `mixed_inputs`.
 
-    Embeddings of padding count as zeros.
+    Embeddings of padding count as zeros; above them, a row's padding holds tokens of its partners.
 
     Raises:
         IntaglioError: the model has no such layer, or recomputes it for the gradient.

@@ -323,7 +323,7 @@ class Train(Settings, Method, slug="train"):
         if "tensorboard" in self.report_to:  # not in the directory, which is removed after the step
             settings["log_directory"] = self.log_directory or "runs"
         facts = None if self.facts is None else load_facts(self.facts)
-        objective = self._objective_method()
+        objective = self.objective_method()
         held_out: Any = None
         if self.pairs is not None:
             encoder = cast(EncoderObjective, objective)
@@ -386,7 +386,8 @@ class Train(Settings, Method, slug="train"):
             kept = [pair.row() for pair in mine(objective, checkpoint)(pairs, self.negatives)]
         return kept, [as_pair(row, "a pair") for row in held_out] or None
 
-    def _objective_method(self) -> Objective:
+    def objective_method(self) -> Objective:
+        """Return the objective, by default that of the data."""
         from intaglio.trainer.causal_lm import CausalLM
         from intaglio.trainer.classification import Classification
         from intaglio.trainer.instruction_tuning import InstructionTuning
@@ -400,7 +401,7 @@ class Train(Settings, Method, slug="train"):
     def labelled(self) -> tuple[LabelledExamples, LabelledExamples | None, int]:
         """Return the training examples of `classes`, the validation examples, if any, and how many are in both.
 
-        Of a split, only examples with a class are held out.
+        Of a split, only examples with a class are held out, and those whose class has no other example are not.
 
         Raises:
             IntaglioError: they have one class, or the validation split is the training split.
@@ -409,10 +410,7 @@ class Train(Settings, Method, slug="train"):
         check_classes(whole)
         if self.evaluate:
             nothing = (self.objective or {}).get("classification", {}).get("unlabelled")
-            known = [row for row in whole.rows if row["label"] != nothing]
-            kept, held_out = train_eval_split(known, self.evaluate)
-            kept = [*kept, *(row for row in whole.rows if row["label"] == nothing)]
-            return replace(whole, rows=tuple(kept)), replace(whole, rows=tuple(held_out)), 0
+            return _split_labelled(whole, self.evaluate, nothing)
         if self.validation is None:
             return whole, None, 0
         validation = load_labelled_examples(self.validation, skip_broken=self.skip_broken)
@@ -456,6 +454,23 @@ def recall_samples(recall: Recall) -> Samples:
     half = len(every) // 2
     scores = {f"{direction} questions answered": share for direction, share in recall.shares.items()}
     return Samples([*every[:SHOWN], *every[half : half + SHOWN]], scores)
+
+
+def _split_labelled(
+    whole: LabelledExamples, share: float, unlabelled: str | None
+) -> tuple[LabelledExamples, LabelledExamples, int]:
+    """Return training and held-out examples, by contents and not by place, and how many are in both by content."""
+    known = [row for row in whole.rows if row["label"] != unlabelled]
+    _, chosen = train_eval_split([{name: row[name] for name in ("hash", "index", "label")} for row in known], share)
+    names = {key["index"] for key in chosen}
+    trained = {row["label"] for row in known if row["index"] not in names}
+    held_out = tuple(row for row in known if row["index"] in names and row["label"] in trained)
+    if not held_out:
+        raise IntaglioError(f"evaluate is {share}; no class of {whole.name} has an example to hold out beside another")
+    names = {row["index"] for row in held_out}
+    kept = tuple(row for row in whole.rows if row["index"] not in names)
+    hashes = {row["hash"] for row in kept}
+    return replace(whole, rows=kept), replace(whole, rows=held_out), sum(row["hash"] in hashes for row in held_out)
 
 
 def _make(named: Mapping[str, Any]) -> Method:

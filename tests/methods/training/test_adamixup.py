@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,33 @@ def test_the_policy_sees_gated_examples() -> None:
     assert float(gated.abs().max()) <= 2
     assert 0.55 < float(gated.std()) < 0.69  # .88 / sqrt(2), of a normal cut at two deviations
     assert not torch.equal(gated, made._gated(ones, rows, generator(1)))
+    three = made._gated(torch.ones(3, 1, 60, 60), torch.tensor([[0, 1, 2]]), generator(0))
+    assert 0.46 < float(three.std()) < 0.56  # .88 / sqrt(3)
+
+
+def test_seed_and_decay_of_the_run_reach_the_networks() -> None:
+    made, _, _ = session(AdaMixUp(**SMALL))
+    again, other = (AdaMixUp(**SMALL).attach(dataclasses.replace(made.run, seed=n, weight_decay=0.25)) for n in (0, 1))
+    first, same, drawn = (each.discriminator[0].weight for each in (made, again, other))
+    assert torch.equal(first, same)
+    assert not torch.equal(first, drawn)
+    assert [group["weight_decay"] for group in again.param_groups()] == [0.25]
+
+
+def test_the_policy_reads_the_mean_of_the_seen_embeddings() -> None:
+    ckpt, goal, rng = checkpoint("bert", layers=1), Classification(), KeyedRNG(0)
+    data = [{"text": " ".join(["the fox"] * (n + 1)), "label": "ab"[n % 2]} for n in range(4)]
+    rows = training_rows(goal, ckpt, data, rng)
+    run = TrainingRun(ckpt, 1, 4, 0, lambda b: goal.loss(ckpt.model, b), examples=rows, objective=goal)
+    made: Any = AdaMixUp(**SMALL).attach(run)
+    views: list[torch.Tensor] = []
+    made._gated = lambda x, rows_PK, rng: x[rows_PK].mean(1)
+    made.policy = lambda view: (views.append(view), torch.zeros(2, 3))[1]
+    batch, partners = goal.collate(rows, rng), torch.tensor([[0, 2], [1, 3]])
+    made._regions(ckpt.model, batch, partners, generator(0))
+    embedded = ckpt.model.get_input_embeddings()(batch["input_ids"]) * batch["attention_mask"][..., None]
+    longest = batch["attention_mask"].sum(1)[partners].max(1, keepdim=True).values
+    torch.testing.assert_close(views[0], embedded[partners].mean(1).sum(1) / longest)
 
 
 @pytest.mark.parametrize("shape", [(3, 9, 5), (7,)])

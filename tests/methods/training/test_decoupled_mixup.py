@@ -315,6 +315,9 @@ def test_a_mix_needs_its_own_confidence() -> None:
     """The threshold is min(confidence, max(mix_confidence, 1 - lam)), with 1 - lam the unlabelled share."""
     low: dict[str, Any] = {"confidence": 0.99, "mix_confidence": 0.01, "larger_share": "labelled", "alpha": 0.001}
     assert parts_of(DecoupledMixup(**low))[0]["mixed with unlabelled"] > 0  # the unlabelled share is nearly 0
+    assert parts_of(DecoupledMixup(**low))[0]["unlabelled"] == 0  # which `confidence` decides
+    most = {**low, "confidence": 0.01, "larger_share": "unlabelled"}
+    assert parts_of(DecoupledMixup(**most))[0]["mixed with unlabelled"] > 0
     high = {**low, "mix_confidence": 0.98}
     assert parts_of(DecoupledMixup(**high))[0]["mixed with unlabelled"] == 0
     assert parts_of(DecoupledMixup(**{**low, "larger_share": "unlabelled"}))[0]["mixed with unlabelled"] == 0
@@ -341,6 +344,12 @@ def test_only_the_labelled_class_has_a_term() -> None:
     assert values["both"] - values["none"] == pytest.approx(
         values["labelled"] + values["unlabelled"] - 2 * values["none"], rel=1e-4
     )
+    whole = {  # the labelled row has nearly the whole share, in proportion to which its class has a term
+        kept: parts_of(DecoupledMixup(decoupled=kept, eta=2.0, alpha=0.001, **SURE))[0]["mixed with unlabelled"]
+        for kept in ("labelled", "unlabelled", "none")
+    }
+    assert whole["labelled"] > whole["none"] + 0.5
+    assert whole["unlabelled"] == pytest.approx(whole["none"], abs=0.1)
     terms = DecoupledMixup(eta=1.0, rescale="none").terms_loss(Z, *pair(0.3), torch.tensor([True, False]))
     torch.testing.assert_close(terms[0], decoupled_terms(Z, PAIR[None])[0, 0])
 
@@ -354,8 +363,22 @@ def test_a_batch_without_labels_still_trains() -> None:
 
 
 def test_hidden_states_of_labelled_and_unlabelled_rows_are_mixed() -> None:
-    parts, _, _ = parts_of(DecoupledMixup(mix="manifold", layers=[2], **SURE))
-    assert parts["mixed with unlabelled"] > 0
+    parts, inputs = (parts_of(DecoupledMixup(mix="manifold", layers=[n], **SURE))[0] for n in (2, 0))
+    assert 0 < parts["mixed with unlabelled"] != inputs["mixed with unlabelled"] > 0
+
+
+def test_every_unlabelled_row_is_predicted_in_evaluation_mode_and_mixed() -> None:
+    made, net, batch = session(DecoupledMixup(**SURE))
+    modes: list[bool] = []
+    partners: list[int] = []
+    draw = made._draw_pairs
+    made._draw_pairs = lambda pairs, count: (partners.extend(pairs["id"][count:].tolist()), draw(pairs, count))[1]
+    net.register_forward_pre_hook(lambda module, args: modes.append(module.training))
+    whole_loss(made, net.train(), unlabelled(batch, 5))
+    assert sorted(partners[:3]) == [5, 6, 7]
+    assert partners[3:] == partners[:2]
+    assert modes.count(False) == 1
+    assert net.training
 
 
 @pytest.mark.parametrize(

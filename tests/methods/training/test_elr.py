@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -213,6 +215,34 @@ def test_warm_up_fills_the_table_without_the_term() -> None:
     assert "elr" not in result.history[-1].parts
     assert int((ckpt.attachments["elr"].tensors["targets"].sum(1) > 0).sum()) == 8
     assert "elr" in trained(ELR(warmup_steps=2), steps=3)[1].history[-1].parts
+
+
+def test_warm_up_of_two_networks_is_plain_training_of_both() -> None:
+    data = rows()
+    made = session(ELR.plus(warmup_steps=1), net(), data)
+    batch, first, second = batch_of(data, [1, 5, 6, 8]), net(), copy.deepcopy(made.second)
+    made.before_step(1, batch)
+    assert made.change_batch(made.run.model, batch) is batch
+    loss = made.extra_loss(made.run.model, batch, Classification().loss(made.run.model, batch).outputs)
+    x, labels = batch["pixel_values"], batch["labels"]
+    torch.testing.assert_close(loss.total, F.cross_entropy(second(x), labels))
+    for targets, network in zip(made.tables, (first, second), strict=True):
+        torch.testing.assert_close(targets.table[[1, 5, 6, 8]], 0.3 * network(x).softmax(1).detach())
+    with torch.no_grad():
+        made.second.last.bias.add_(1.0)
+    made.after_step(1)
+    assert torch.equal(made.averages[1].last.bias, second.last.bias)
+
+
+def test_the_seed_draws_the_second_network_and_the_mixtures() -> None:
+    data = rows()
+    made = session(ELR.plus(), net(), data)
+    other: Any = ELR.plus().attach(dataclasses.replace(made.run, seed=1))
+    assert not torch.equal(made.second.last.weight, other.second.last.weight)
+    batch = batch_of(data, [4, 9, 2, 11])
+    for each in (made, other):
+        each.before_step(1, batch)
+    assert not torch.equal(*(each.change_batch(made.run.model, batch)["targets"] for each in (made, other)))
 
 
 def test_the_ramp() -> None:
@@ -535,9 +565,25 @@ def test_bad_input() -> None:
             lambda: trained(ELR(), Checkpoint(nn.Conv2d(1, 3, (2, 3)))),
             "Conv2d has no linear layer",
         ),
+        (
+            lambda: train(
+                Checkpoint(net()), rows(), objective=Classification(loss_type="binary_cross_entropy"),
+                modifiers=[ELR()], **{**SETTINGS, "steps": 1},
+            ),
+            "loss_type is binary_cross_entropy; elr needs cross_entropy",
+        ),
+        (
+            lambda: train(
+                Checkpoint(net()), rows(), objective=Classification(unlabelled="?"), modifiers=[ELR()],
+                **{**SETTINGS, "steps": 1},
+            ),
+            "elr takes no unlabelled examples; leave unlabelled out",
+        ),
     ]:  # fmt: skip
         with pytest.raises(IntaglioError, match=message):
             method()
+    with pytest.raises(ValidationError, match="beta is 1, at which the table stays empty"):
+        ELR.plus(beta=1.0, refine_targets=True)
     step = {"texts": "wikipedia", "steps": 1, "modifiers": [{"elr": {}}]}
     with pytest.raises(IntaglioError, match="elr is for classifiers; it needs classes"):
         Recipe.from_dict({"model": "m", "steps": [{"train": step}]})

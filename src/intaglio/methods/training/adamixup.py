@@ -197,10 +197,9 @@ class AdaMixUpSession(MixingSession):
         with torch.no_grad():  # the policy has weights of its own
             hidden_BLD = input_embeddings(model)(batch["input_ids"]) * batch["attention_mask"][..., None]
         gated = self._gated(hidden_BLD, rows_PK, rng)
-        seen_PL = batch["attention_mask"][rows_PK].amax(1)
-        pair = {"input_ids": batch["input_ids"][rows_PK[:, 0]], "attention_mask": seen_PL}
+        pair = mixed_inputs(batch, Mix(rows_PK, torch.ones_like(rows_PK)))
         if self.method.policy == "small":
-            return self._softmax(gated.sum(1) / seen_PL.sum(1, keepdim=True))
+            return self._softmax(gated.sum(1) / pair["attention_mask"].sum(1, keepdim=True))
         handle = input_embeddings(self.policy).register_forward_hook(lambda module, args, output: gated)
         try:
             return self._softmax(pair)

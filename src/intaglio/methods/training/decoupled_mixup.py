@@ -9,8 +9,8 @@ have one class is plain cross-entropy. Under binary cross-entropy the classes ar
 r(lam) y_a + r(1 - lam) y_b.
 
 The paper's terms have no factor r; the authors' code has r(lam) = lam by default, used here (`paper()` has r = 1).
-Unlike the code, a share of exactly one half keeps its terms, because classes are passed explicitly, and every row may
-have shares of its own.
+Unlike the code, which reads classes off the targets and so may swap the factors of two classes, each class has its own
+factor; a share of exactly one half keeps its terms, and every row may have shares of its own.
 
 Source: Liu et al., Harnessing Hard Mixed Samples with Decoupled Regularizer, NeurIPS 2023, arXiv 2203.10761; code
 Westlake-AI/openmixup.
@@ -106,7 +106,7 @@ class DecoupledMixup(Mixing, slug="decoupled_mixup"):
     cross-entropy of unlabelled rows. Labels of unlabelled rows are the model's predictions in evaluation mode, where
     they are confident. The third part rises with step n of N by (1 - cos(pi n / N)) / 2.
 
-    In a stock Trainer, with `rows = trainingtake_rows(objective, checkpoint, examples, rng)`:
+    In a stock Trainer, with `rows = training_rows(objective, checkpoint, examples, rng)`:
 
         module = ObjectiveModule(checkpoint, objective, [DecoupledMixup()], rows, steps=100)
         collate = EpochCollator(objective, rng, ids=True)

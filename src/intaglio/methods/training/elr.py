@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
@@ -82,12 +82,13 @@ class ELR(Method, slug="elr"):
         ema_schedule: `ramp` (default), in which the decay rises as r does; or `average`, min(1 - 1/(s + 1), decay).
         ema_ramp_steps: S of that ramp. Default: half of the steps; 40,000 in the paper.
         refine_targets: whether y' is multiplied by q and scaled to the sum 1 before the cross-entropy, as for
-            CIFAR-100. Default False.
+            CIFAR-100; needs beta below 1. Default False.
         second_network: drawn anew with its `head` alone (default, for pretrained models), or with `all` weights.
 
     Raises:
-        IntaglioError: (when training begins) the examples are a stream, there is no linear layer, or two networks are
-            trained under LoRA; (while training) the objective does not classify, or FSDP shards two networks.
+        IntaglioError: (when training begins) the examples are a stream or may be unlabelled, the loss is binary
+            cross-entropy, there is no linear layer, or two networks are trained under LoRA; (while training) the
+            objective does not classify, or FSDP shards two networks.
 
     Source: Liu et al., Early-Learning Regularization Prevents Memorization of Noisy Labels, NeurIPS 2020.
     """
@@ -111,6 +112,12 @@ class ELR(Method, slug="elr"):
     refine_targets: bool = False
     second_network: Literal["head", "all"] = "head"
 
+    @model_validator(mode="after")
+    def _table_moves(self) -> Self:
+        if self.refine_targets and self.beta == 1:
+            raise ValueError("beta is 1, at which the table stays empty; refine_targets needs a smaller one")
+        return self
+
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
         """Return the method with the paper's length of the averages' ramp."""
@@ -127,6 +134,10 @@ class ELR(Method, slug="elr"):
             raise IntaglioError("elr keeps a target for each example; give examples in memory, not a stream")
         if logits_layer(run.model) is None:
             raise IntaglioError(f"elr needs a classifier; {type(run.model).__name__} has no linear layer")
+        if getattr(run.objective, "loss_type", "") == "binary_cross_entropy":
+            raise IntaglioError("loss_type is binary_cross_entropy; elr needs cross_entropy")
+        if getattr(run.objective, "unlabelled", None) is not None:
+            raise IntaglioError("elr takes no unlabelled examples; leave unlabelled out of the objective")
         if self.networks == 1:
             return _Session(self, run)
         if hasattr(run.model, "peft_config"):
@@ -170,6 +181,12 @@ class Targets:
         return self.table[ids_B]
 
 
+def _check(outputs: Any) -> None:
+    """Refuse objectives that do not classify."""
+    if not isinstance(outputs, Classified):
+        raise IntaglioError("elr needs an objective that classifies whole texts or images: classification")
+
+
 class _Session(ModifierSession):
     """ELR with one network."""
 
@@ -192,8 +209,7 @@ class _Session(ModifierSession):
         return self.step - self.method.warmup_steps
 
     def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss | None:
-        if not isinstance(outputs, Classified):
-            raise IntaglioError("elr needs an objective that classifies whole texts or images: classification")
+        _check(outputs)
         probs_BK = clamped_softmax(outputs.logits)
         targets_BK = self.tables[0].update(batch["id"], probs_BK)
         return None if self.warm else self._term(targets_BK, probs_BK)
@@ -279,8 +295,7 @@ class _PlusSession(_Session):
         return nullcontext() if self.warm else mixed_forward(model, self.plain, self.mixture)
 
     def extra_loss(self, model: nn.Module, batch: Batch, outputs: Any) -> Loss | None:
-        if not isinstance(outputs, Classified):
-            raise IntaglioError("elr needs an objective that classifies whole texts or images: classification")
+        _check(outputs)
         if self.warm:
             other = self.run.loss(self.plain, self.second)
             for targets, classified in zip(self.tables, (outputs, other.outputs), strict=True):
