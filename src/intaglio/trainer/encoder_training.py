@@ -306,10 +306,13 @@ class EncoderObjective(Method):
         """Tokenise the pairs; equal texts get equal numbers, by which relevant documents of a batch are known.
 
         Files by which sentence-transformers loaded the checkpoint before describe another encoder, and are dropped.
+        sentence-transformers needs a padding token, so a tokenizer without takes its end token.
         """
         self.setup(checkpoint, rng.seed)
         if rng.training:
             checkpoint.companions = {name: file for name, file in checkpoint.companions.items() if name == ITEMS}
+            if checkpoint.tokenizer.pad_token is None:
+                checkpoint.tokenizer.pad_token = checkpoint.tokenizer.eos_token
         pairs = [as_pair(example, f"example {number} of the pairs") for number, example in enumerate(examples)]
         numbers: dict[str, int] = {}
         relevant: dict[str, set[int]] = {}
