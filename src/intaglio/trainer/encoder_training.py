@@ -398,7 +398,14 @@ class EncoderObjective(Method):
         return torch.cat([recomputed(self.embed, model, chunk, name) for chunk in chunks_of(inputs, self.chunk_size)])
 
     @torch.no_grad()
-    def encode(self, checkpoint: Checkpoint, texts: Sequence[str], side: str, batch_size: int = 32) -> Tensor:
+    def encode(
+        self,
+        checkpoint: Checkpoint,
+        texts: Sequence[str],
+        side: str,
+        batch_size: int = 32,
+        pairs: Sequence[TextPair] | None = None,
+    ) -> Tensor:
         """Return the vectors of texts as they are searched, float32 [N, D] on the CPU.
 
         Args:
@@ -406,9 +413,11 @@ class EncoderObjective(Method):
             texts: at least one.
             side: `query` or `document`.
             batch_size: texts of a batch. Default 32.
+            pairs: the pair of each text, for methods that read its `instruction`. Default: none.
         """
         self.setup(checkpoint)
-        read = [self.read(text, side) for text in texts]
+        pair_of: Sequence[TextPair | None] = pairs or [None] * len(texts)
+        read = [self.read(text, side, pair) for text, pair in zip(texts, pair_of, strict=True)]
         order = sorted(range(len(read)), key=lambda number: len(read[number].ids))
         rows: list[Any] = [None] * len(read)
         with preserve_modes(checkpoint.model), preserve_modes(self._owned):

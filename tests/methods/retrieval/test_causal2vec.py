@@ -293,7 +293,7 @@ def test_a_cut_text_keeps_its_end_token_and_the_encoder_sees_no_more() -> None:
 @torch.no_grad()
 def test_a_light_roberta_reads_its_whole_context(tmp_path: Path) -> None:
     """Two tokenizers: truncate consistently. Positions of RoBERTa begin after its padding id."""
-    sizes = {"vocab_size": 160, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"vocab_size": 160, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = RobertaConfig(**sizes, intermediate_size=32, max_position_embeddings=20, pad_token_id=1)
     RobertaForMaskedLM(config).save_pretrained(tmp_path)
     tiny_tokenizer("bert").save_pretrained(tmp_path)

@@ -34,6 +34,7 @@ from intaglio.modeling import bidirectional
 from intaglio.trainer.batch_gathering import gathered
 from intaglio.trainer.contrastive import Contrastive
 from intaglio.trainer.encoder_training import SIDES, info_nce
+from intaglio.trainer.retrieval_evaluation import retrieval_evaluator
 from intaglio.trainer.rng import generator
 from tests.alive import alive
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, far, run, same, weights
@@ -243,6 +244,24 @@ def test_gradients_of_mixed_negatives() -> None:
         assert [scores.requires_grad for scores, _ in columns] == [not detached] * 2
 
 
+def test_the_weight_has_a_gradient_on_request() -> None:
+    """Detach w_i by default; provide `detach_weight` flag: standard focal loss does not detach."""
+    losses, gradients = [], []
+    for detached in (True, False):
+        method, query, document, made = batch(2, 2, detach_weight=detached)
+        value, _ = method.contrast(query, document.requires_grad_(), made)
+        losses.append(value.item())
+        gradients.append(torch.autograd.grad(value, document)[0])
+    assert losses[0] == losses[1]
+    assert not torch.allclose(gradients[0], gradients[1], atol=1e-3)
+
+
+def test_list_mixing_has_a_temperature_of_its_own() -> None:
+    """tau' = tau; with tau = 0.01 this is nearly the single hardest negative, so expose tau'."""
+    values = [loss(*batch(2, 3, list_temperature=temperature)) for temperature in (None, 0.5, 5.0)]
+    assert values[0] == values[1] != pytest.approx(values[2], abs=1e-5)
+
+
 def test_the_weight_has_the_denominator_of_the_loss() -> None:
     """Focal weight must use the same Z_i as the loss (including synthetic and cross-device negatives)."""
     method, query, document, made = batch(3, 3, focal_gamma=1.0, expanded_negatives=True)
@@ -371,6 +390,28 @@ def test_instructions_come_before_the_query_and_symmetric_texts() -> None:
     )
     for name in ("query_input_ids", "document_input_ids"):
         assert first[name].tolist() != second[name].tolist()
+
+
+def test_held_out_pairs_are_searched_with_their_own_instructions() -> None:
+    """Query side "Instruct: {task} \\n Query: {text}"; symmetric tasks put the instruction on both sides."""
+    ckpt, read = checkpoint(layers=1), []
+
+    class Noted(KaLMV2):
+        def _prompt(self, name: str, pair: TextPair | None = None) -> str:
+            read.append((name, super()._prompt(name, pair)))
+            return super()._prompt(name, pair)
+
+    pairs = [
+        TextPair("a", TEXTS[0], (TEXTS[1],), instruction="match", symmetric=True),
+        TextPair("b", TEXTS[2], (TEXTS[0],), instruction="find"),
+        TextPair("a", TEXTS[2]),
+    ]
+    method = Noted().setup(ckpt)
+    read.clear()
+    retrieval_evaluator(method, pairs)(ckpt)
+    match, find = (INSTRUCTION.format(name) for name in ("match", "find"))
+    documents = [("document", match), ("document", match), ("document", "")]
+    assert read == [("query", match), ("query", find), *documents]
 
 
 def test_pairs_are_drawn_anew_each_epoch() -> None:
