@@ -22,6 +22,7 @@ from intaglio.environment import versions
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.methods.base import Fittable
 from intaglio.methods.registry import METHODS, PUBLISHED, get_method, list_fitted
+from intaglio.modeling.anatomy import context_length
 
 
 class Checkpoint:
@@ -76,7 +77,7 @@ class Checkpoint:
     @property
     def context(self) -> int:
         """The longest input in tokens."""
-        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+        return context_length(self.model)
 
     @property
     def vocabulary(self) -> int:

@@ -158,6 +158,15 @@ def blocks(model: nn.Module) -> list[nn.Module]:
     return list(block_list(model)) if staged is None else staged
 
 
+def context_length(model: nn.Module) -> int:
+    """Return the longest input in tokens; RoBERTa's positions begin after its padding id, so its table holds fewer."""
+    config: Any = model.config
+    positions = int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+    tables: list[Any] = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    first = (table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None)
+    return positions - next(first, 0)
+
+
 def _stage_depths(config: Any) -> list[int] | None:
     """Return the number of residual layers of each stage; None for models without stages."""
     depths = getattr(config, "depths", None)

@@ -48,7 +48,7 @@ def make_bidirectional(parts: Anatomy) -> None:
         if not _sees_later_tokens(parts):
             raise IntaglioError(
                 f"the model family {parts.config.model_type!r} ignores is_causal=False, so it cannot be made"
-                " bidirectional; variant: plain or echo is accepted"
+                " bidirectional; variant: plain is accepted"
             )
     for config in _configs(parts):
         config.is_causal = False

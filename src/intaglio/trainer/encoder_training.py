@@ -306,10 +306,13 @@ class EncoderObjective(Method):
         """Tokenise the pairs; equal texts get equal numbers, by which relevant documents of a batch are known.
 
         Files by which sentence-transformers loaded the checkpoint before describe another encoder, and are dropped.
+        sentence-transformers needs a padding token, so a tokenizer without takes its end token.
         """
         self.setup(checkpoint, rng.seed)
         if rng.training:
             checkpoint.companions = {name: file for name, file in checkpoint.companions.items() if name == ITEMS}
+            if checkpoint.tokenizer.pad_token is None:
+                checkpoint.tokenizer.pad_token = checkpoint.tokenizer.eos_token
         pairs = [as_pair(example, f"example {number} of the pairs") for number, example in enumerate(examples)]
         numbers: dict[str, int] = {}
         relevant: dict[str, set[int]] = {}
@@ -395,7 +398,14 @@ class EncoderObjective(Method):
         return torch.cat([recomputed(self.embed, model, chunk, name) for chunk in chunks_of(inputs, self.chunk_size)])
 
     @torch.no_grad()
-    def encode(self, checkpoint: Checkpoint, texts: Sequence[str], side: str, batch_size: int = 32) -> Tensor:
+    def encode(
+        self,
+        checkpoint: Checkpoint,
+        texts: Sequence[str],
+        side: str,
+        batch_size: int = 32,
+        pairs: Sequence[TextPair] | None = None,
+    ) -> Tensor:
         """Return the vectors of texts as they are searched, float32 [N, D] on the CPU.
 
         Args:
@@ -403,9 +413,11 @@ class EncoderObjective(Method):
             texts: at least one.
             side: `query` or `document`.
             batch_size: texts of a batch. Default 32.
+            pairs: the pair of each text, for methods that read its `instruction`. Default: none.
         """
         self.setup(checkpoint)
-        read = [self.read(text, side) for text in texts]
+        pair_of: Sequence[TextPair | None] = pairs or [None] * len(texts)
+        read = [self.read(text, side, pair) for text, pair in zip(texts, pair_of, strict=True)]
         order = sorted(range(len(read)), key=lambda number: len(read[number].ids))
         rows: list[Any] = [None] * len(read)
         with preserve_modes(checkpoint.model), preserve_modes(self._owned):

@@ -37,14 +37,31 @@ class RetrievalTask:
     pairs: Sequence[TextPair]
 
     @cached_property
-    def queries(self) -> list[str]:
-        """The distinct queries."""
-        return list(dict.fromkeys(pair.query for pair in self.pairs))
+    def query_pairs(self) -> dict[str, TextPair]:
+        """The distinct queries, each with its first pair."""
+        pairs: dict[str, TextPair] = {}
+        for pair in self.pairs:
+            pairs.setdefault(pair.query, pair)
+        return pairs
 
     @cached_property
+    def document_pairs(self) -> dict[str, TextPair]:
+        """The distinct documents, each with its first pair."""
+        pairs: dict[str, TextPair] = {}
+        for pair in self.pairs:
+            for text in (pair.positive, *pair.negatives):
+                pairs.setdefault(text, pair)
+        return pairs
+
+    @property
+    def queries(self) -> list[str]:
+        """The distinct queries."""
+        return list(self.query_pairs)
+
+    @property
     def documents(self) -> list[str]:
         """The distinct documents."""
-        return list(dict.fromkeys(text for pair in self.pairs for text in (pair.positive, *pair.negatives)))
+        return list(self.document_pairs)
 
     @cached_property
     def relevant(self) -> list[list[int]]:
@@ -57,13 +74,13 @@ class RetrievalTask:
 
 
 @torch.no_grad()
-def search(
-    objective: EncoderObjective, checkpoint: Checkpoint, queries: Sequence[str], documents: Sequence[str]
-) -> Tensor:
+def search(objective: EncoderObjective, checkpoint: Checkpoint, task: RetrievalTask) -> Tensor:
     """Return the scores of all documents for all queries, float32 [Q, N]."""
-    query_QD = objective.encode(checkpoint, queries, "query")
-    parts = [documents[start : start + PART] for start in range(0, len(documents), PART)]
-    return torch.cat([query_QD @ objective.encode(checkpoint, part, "document").T for part in parts], dim=1)
+    query_QD = objective.encode(checkpoint, task.queries, "query", pairs=list(task.query_pairs.values()))
+    texts, pairs = task.documents, list(task.document_pairs.values())
+    parts = [slice(start, start + PART) for start in range(0, len(texts), PART)]
+    scores = [query_QD @ objective.encode(checkpoint, texts[p], "document", pairs=pairs[p]).T for p in parts]
+    return torch.cat(scores, dim=1)
 
 
 def ranking_quality(scores_QN: Tensor, relevant: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -95,7 +112,7 @@ def retrieval_evaluator(
     task = RetrievalTask(pairs)
 
     def evaluate(checkpoint: Checkpoint) -> dict[str, float]:
-        quality = ranking_quality(search(objective, checkpoint, task.queries, task.documents), task.relevant)
+        quality = ranking_quality(search(objective, checkpoint, task), task.relevant)
         return {**quality, "error": 1 - quality[f"nDCG@{DEPTH}"]}
 
     return evaluate
@@ -104,7 +121,7 @@ def retrieval_evaluator(
 def retrieval_samples(objective: EncoderObjective, checkpoint: Checkpoint, pairs: Sequence[TextPair]) -> Samples:
     """Return the first queries of held-out pairs with their best documents, and the metrics in percent."""
     task = RetrievalTask(pairs)
-    scores_QN = search(objective, checkpoint, task.queries, task.documents)
+    scores_QN = search(objective, checkpoint, task)
     first = scores_QN.argmax(1).tolist()
     shown = [
         Sample(query, shorten(task.documents[own[0]]), shorten(task.documents[best]))

@@ -34,10 +34,11 @@ from intaglio.modeling import bidirectional
 from intaglio.trainer.batch_gathering import gathered
 from intaglio.trainer.contrastive import Contrastive
 from intaglio.trainer.encoder_training import SIDES, info_nce
+from intaglio.trainer.retrieval_evaluation import retrieval_evaluator
 from intaglio.trainer.rng import generator
 from tests.alive import alive
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, far, run, same, weights
-from tests.trainer.test_encoder_training import DRAWS, batch_of
+from tests.trainer.test_encoder_training import BASE_DEFAULTS, DRAWS, batch_of
 
 EXAMPLES = ({"temperature": 0.1}, {"temperature": 0.1, "matryoshka": [32, 8], "expanded_negatives": True})
 ALIVE = {
@@ -243,6 +244,24 @@ def test_gradients_of_mixed_negatives() -> None:
         assert [scores.requires_grad for scores, _ in columns] == [not detached] * 2
 
 
+def test_the_weight_has_a_gradient_on_request() -> None:
+    """Detach w_i by default; provide `detach_weight` flag: standard focal loss does not detach."""
+    losses, gradients = [], []
+    for detached in (True, False):
+        method, query, document, made = batch(2, 2, detach_weight=detached)
+        value, _ = method.contrast(query, document.requires_grad_(), made)
+        losses.append(value.item())
+        gradients.append(torch.autograd.grad(value, document)[0])
+    assert losses[0] == losses[1]
+    assert not torch.allclose(gradients[0], gradients[1], atol=1e-3)
+
+
+def test_list_mixing_has_a_temperature_of_its_own() -> None:
+    """tau' = tau; with tau = 0.01 this is nearly the single hardest negative, so expose tau'."""
+    values = [loss(*batch(2, 3, list_temperature=temperature)) for temperature in (None, 0.5, 5.0)]
+    assert values[0] == values[1] != pytest.approx(values[2], abs=1e-5)
+
+
 def test_the_weight_has_the_denominator_of_the_loss() -> None:
     """Focal weight must use the same Z_i as the loss (including synthetic and cross-device negatives)."""
     method, query, document, made = batch(3, 3, focal_gamma=1.0, expanded_negatives=True)
@@ -267,6 +286,7 @@ def test_expanded_negatives_leave_out_what_is_relevant() -> None:
 
 def trained(tmp_path: Path, **fields: Any) -> tuple[Checkpoint, KaLMV2]:
     ckpt, method = checkpoint(layers=1), KaLMV2(**{"temperature": 0.1, **fields})
+    ckpt.tokenizer.pad_token = None
     run(ckpt, PAIRS, objective=method, steps=2)
     ckpt.model.eval()
     ckpt.save(tmp_path / "out")
@@ -301,6 +321,7 @@ def test_expanded_queries_are_those_of_sentence_transformers() -> None:
 
 
 def test_stock_modules_of_sentence_transformers_give_equal_vectors(tmp_path: Path) -> None:
+    """Stock loading of a decoder whose tokenizer, as most, came without a padding token."""
     ckpt, method = trained(tmp_path, instruction="find {it}", instruct_documents=False, query_prompt="q ")
     stock = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert stock[0].auto_model.config.is_causal is False
@@ -315,7 +336,7 @@ def test_a_decoder_that_stays_causal_is_refused_at_load(tmp_path: Path, monkeypa
     trained(tmp_path)
     load(tmp_path / "out").encoder()
     monkeypatch.setattr(bidirectional, "_sees_later_tokens", lambda parts: False)
-    with pytest.raises(IntaglioError, match="ignores is_causal=False, so it cannot be made bidirectional") as caught:
+    with pytest.raises(IntaglioError, match=r"cannot be made bidirectional; variant: plain is accepted$") as caught:
         load(tmp_path / "out").encoder()
     assert "\n" not in str(caught.value)
 
@@ -371,12 +392,34 @@ def test_instructions_come_before_the_query_and_symmetric_texts() -> None:
         assert first[name].tolist() != second[name].tolist()
 
 
+def test_held_out_pairs_are_searched_with_their_own_instructions() -> None:
+    """Query side "Instruct: {task} \\n Query: {text}"; symmetric tasks put the instruction on both sides."""
+    ckpt, read = checkpoint(layers=1), []
+
+    class Noted(KaLMV2):
+        def _prompt(self, name: str, pair: TextPair | None = None) -> str:
+            read.append((name, super()._prompt(name, pair)))
+            return super()._prompt(name, pair)
+
+    pairs = [
+        TextPair("a", TEXTS[0], (TEXTS[1],), instruction="match", symmetric=True),
+        TextPair("b", TEXTS[2], (TEXTS[0],), instruction="find"),
+        TextPair("a", TEXTS[2]),
+    ]
+    method = Noted().setup(ckpt)
+    read.clear()
+    retrieval_evaluator(method, pairs)(ckpt)
+    match, find = (INSTRUCTION.format(name) for name in ("match", "find"))
+    documents = [("document", match), ("document", match), ("document", "")]
+    assert read == [("query", match), ("query", find), *documents]
+
+
 def test_pairs_are_drawn_anew_each_epoch() -> None:
     method, ckpt = KaLMV2(), checkpoint(layers=1)
     first, again, other = (batch_of(method, ckpt, epoch=epoch) for epoch in (0, 0, 1))
     assert torch.equal(first["pair_share"], again["pair_share"])
     assert not torch.equal(first["pair_share"], other["pair_share"])
-    assert len(first["pair_share"]) == 8
+    assert len(first["pair_share"].unique()) == 8
     assert not len(batch_of(KaLMV2(loss_type="distillation"), ckpt, [{**PAIRS[0], "scores": [1, 0, 0]}])["pair_first"])
 
 
@@ -403,6 +446,15 @@ def test_scores_are_float32_under_autocast() -> None:
     expected = method.loss(ckpt.model, made).total
     with torch.autocast("cpu", torch.bfloat16):
         assert float(method.loss(ckpt.model, made).total) == float(expected)
+
+
+def test_defaults() -> None:
+    assert KaLMV2().model_dump() == {
+        **BASE_DEFAULTS, "variant": "bidirectional", "pooling": "mean", "temperature": 0.01, "matryoshka": None,
+        "matryoshka_weights": None, "matryoshka_per_step": None, "focal_gamma": 0.5, "detach_weight": True,
+        "pair_mixes": None, "list_mix": True, "list_temperature": None, "share_mixed": False, "detach_mixed": False,
+        "expanded_negatives": False, "gather_negatives": True, "instruction": "", "instruct_documents": False,
+    }  # fmt: skip
 
 
 def test_the_authors_settings() -> None:
@@ -436,6 +488,8 @@ def test_a_gathered_batch_is_that_of_one_process(monkeypatch: pytest.MonkeyPatch
         for n, row in enumerate(method.prepare(ckpt, [dict(pair) for pair in pairs], DRAWS))
     ]
     whole, first, second = (method.collate(part, DRAWS) for part in (rows, rows[:3], rows[3:]))
+    for made in (whole, first, second):
+        made["teacher"] = made["number"] / 7
     queries, documents = units(6, 3, 32), units(len(whole["owner"]), 4, 32)
     here = (torch.tensor([False] * 3 + [True] * 3), whole["owner"] >= 3)
     own = [vectors[place].clone().requires_grad_() for vectors, place in zip((queries, documents), here, strict=True)]
@@ -448,7 +502,7 @@ def test_a_gathered_batch_is_that_of_one_process(monkeypatch: pytest.MonkeyPatch
     query, document, made = gathered(*own, second)
     assert torch.equal(query, queries)
     assert torch.equal(document, documents)
-    for name in ("owner", "number", "excluded", "relevant", "pair_first", "pair_second", "pair_share"):
+    for name in ("owner", "number", "excluded", "relevant", "pair_first", "pair_second", "pair_share", "teacher"):
         assert torch.equal(made[name], whole[name]), name
     assert made["sizes"] == first["sizes"]
     (query.sum() + document.sum()).backward()

@@ -34,7 +34,7 @@ from intaglio.checkpoint.loading import load_tokenizer
 from intaglio.data.text_pairs import TextPair
 from intaglio.errors import IntaglioError
 from intaglio.measures.embeddings import pool
-from intaglio.modeling.anatomy import Anatomy, anatomy
+from intaglio.modeling.anatomy import Anatomy, anatomy, context_length
 from intaglio.modeling.partial_pass import base_hidden
 from intaglio.trainer.contrastive import SymmetricObjective
 from intaglio.trainer.encoder_training import SIDES, Read, plain_tokens, special_tokens
@@ -65,8 +65,7 @@ class LightEncoder(nn.Module):
             model.pooler = None  # type: ignore[assignment]  # never read
         self.requires_grad_(trained)
         self.width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
-        context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
-        self.max_length = min(context, tokenizer.model_max_length)
+        self.max_length = min(context_length(model), tokenizer.model_max_length)
 
     @classmethod
     def from_name(cls, name: str, trained: bool) -> Self:

@@ -9,7 +9,9 @@ and the hard negatives of the whole batch, and the mixed negatives h of the quer
 
 The authors' code has the loss without w and h, expanded negatives, Matryoshka sizes, batches of one task, and the
 mining of negatives. Sources leave open whether gradients flow through w and h, the number of h, T', and gamma: those
-are options here. The template of instructions is the code's, with more spaces than the paper's.
+are options here. The template of instructions is the code's, with more spaces than the paper's. Unlike the code, texts
+that are known to be relevant to a query are left out of its denominator, the window of ranks counts the other texts
+alone, and the consistency filter keeps exactly `consistency` ranks (the code: one more).
 
 Source: Zhao et al., KaLM-Embedding-V2: Superior Training Techniques and Data Inspire A Versatile Embedding Model, ICLR
 2026, arXiv 2506.20923; code: HITsz-TMG/KaLM-Embedding. Mixing in embedding space: Kalantidis et al., 2020, arXiv
@@ -78,8 +80,8 @@ class KaLMV2(PooledObjective, slug="kalm_v2"):
     In a recipe: `train: {objective: {kalm_v2: {}}, pairs: pairs.jsonl, negatives: {encoder: self, ranks: [50, 100],
     count: 7, sample: true, consistency: 50}, homogeneous_ratio: 1.0, steps: 500}`, with `task`, `instruction` and
     `symmetric` in the pairs where tasks differ. The result loads in sentence-transformers and in `intaglio index DOCS
-    -o INDEX --encoder OUT`. For a soup, train a few and average them by `intaglio.checkpoint.soup`. A second stage with
-    `loss_type: distillation` fits a larger teacher's scores.
+    -o INDEX --encoder OUT`. `intaglio soup OUT1 OUT2 -o OUT --mode uniform` averages trainings from one checkpoint. A
+    second stage with `loss_type: distillation` fits a larger teacher's scores.
 
     Source: Zhao et al., KaLM-Embedding-V2, ICLR 2026, arXiv 2506.20923; see the module for what it leaves open. The
     authors train Qwen2-0.5B at 1e-5 with a warm-up of a tenth, one epoch, batches of 48 a GPU, bfloat16.
