@@ -186,19 +186,43 @@ def test_no_expansion_keeps_the_querys_own_terms() -> None:
     assert torch.equal(query[list(own)], document[list(own)])
 
 
+@pytest.mark.parametrize("variant", ["plain", "echo"])
+def test_no_expansion_keeps_merged_forms_of_the_text_alone(variant: Any) -> None:
+    """Own tokens count by the form that stands for them; words of the echo's template are not the text's."""
+    ckpt = checkpoint()
+    fields = {"variant": variant, "merge_forms": "case"}
+    whole = MistralSplade(**fields).encode(ckpt, [TEXTS[0]], "query")[0]
+    method = MistralSplade(query_expansion=False, **fields).setup(ckpt)
+    ids, start, stop, _ = method.read(TEXTS[0], "query")
+    standing = method._splade.standing_V[torch.tensor(ids[start:stop])]
+    assert not torch.equal(standing, torch.tensor(ids[start:stop]))
+    expected = torch.zeros_like(whole)
+    expected[standing] = whole[standing]
+    assert torch.allclose(method.encode(ckpt, [TEXTS[0]], "query")[0], expected)
+
+
+def test_each_side_has_its_own_number_of_terms() -> None:
+    ckpt, method = checkpoint(), MistralSplade(query_terms=2, document_terms=5)
+    counts = [(method.encode(ckpt, TEXTS[:2], name) != 0).sum(1).tolist() for name in ("query", "document")]
+    assert counts == [[2, 2], [5, 5]]
+
+
 def test_without_regularisers_it_is_plain_info_nce() -> None:
-    """lam = 0: equals plain InfoNCE on sparse scores; the penalty is added, with its ramp, and logged."""
+    """lam = 0: equals plain InfoNCE on sparse scores; each side has its own penalty, with its ramp."""
     ckpt, values = checkpoint(), {}
-    for weight in (0.0, 0.5):
-        method = MistralSplade(query_weight=weight, document_weight=2 * weight, temperature=3.0)
+    for weight, temperature in ((0.0, 1.0), (0.0, 3.0), (0.5, 3.0)):
+        given: dict[str, Any] = {"query_weight": weight, "document_weight": 2 * weight, "query_regularizer": "l1"}
+        method = MistralSplade(**given, **({} if temperature == 1 else {"temperature": temperature}))
         batch = batch_of(method, ckpt, step=2, steps=12)
-        values[weight] = method.loss(ckpt.model, batch)
+        values[weight, temperature] = method.loss(ckpt.model, batch)
     vectors = {name: method.vectors(ckpt.model, side(batch, name), name) for name in ("query", "document")}
     scores = vectors["query"] @ vectors["document"].T
-    assert torch.allclose(values[0.0].total, method.ranking_loss(scores, batch))
-    penalty = 0.25 * (0.5 * flops(vectors["query"]) + 1.0 * flops(vectors["document"]))
-    assert torch.allclose(values[0.5].total - values[0.0].total, penalty, rtol=1e-3)
-    parts = values[0.5].parts
+    for temperature in (1.0, 3.0):
+        expected = torch.nn.functional.cross_entropy(scores / temperature, torch.arange(len(scores)))
+        assert torch.allclose(values[0.0, temperature].total, expected, rtol=1e-5)
+    penalty = 0.25 * (0.5 * l1(vectors["query"]) + 1.0 * flops(vectors["document"]))
+    assert torch.allclose(values[0.5, 3.0].total - values[0.0, 3.0].total, penalty, rtol=1e-3)
+    parts = values[0.5, 3.0].parts
     assert float(parts["query_terms"]) == pytest.approx(float((vectors["query"] != 0).sum(1).float().mean()))
     assert float(parts["document_least_terms"]) == int((vectors["document"] != 0).sum(1).min())
 
@@ -207,7 +231,7 @@ def test_adaptation_trains_the_next_token_under_the_causal_mask() -> None:
     """A short adaptation phase: causal LM head + sparsity regularisation before contrastive training."""
     ckpt = checkpoint()
     method = MistralSplade(variant="bidirectional", adaptation=0.5, query_weight=0.0, document_weight=0.0)
-    batch = batch_of(method, ckpt, PAIRS[:2], step=4, steps=9)
+    batch = batch_of(method, ckpt, PAIRS[:2], step=4, steps=10)
     assert "next_token" in method.loss(ckpt.model, batch).parts
     assert "accuracy" in method.loss(ckpt.model, {**batch, "step": 5}).parts
     stock, total, count = checkpoint(), 0.0, 0
@@ -218,6 +242,10 @@ def test_adaptation_trains_the_next_token_under_the_causal_mask() -> None:
             count += ids.shape[1] - 1
     assert method.loss(ckpt.model, batch).total.item() == pytest.approx(total / count, rel=1e-4)
     assert ckpt.model.config.is_causal is False
+    penalised = MistralSplade(variant="bidirectional", adaptation=0.5, query_weight=0.0, document_weight=1.0)
+    loss = penalised.setup(ckpt).loss(ckpt.model, batch)
+    penalty = float(loss.total - loss.parts["next_token"])
+    assert penalty == pytest.approx(float(loss.parts["document_penalty"]), rel=1e-3)
 
 
 def test_adaptation_of_doubled_texts_predicts_the_first_copy() -> None:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
@@ -62,6 +62,8 @@ class VDR(EncoderObjective, slug="vdr"):
         lexical: whether the sparse view always keeps the text's own tokens. Default True.
         pooled_positions: the mean of so many largest positions is pooled; 1 is their maximum. Default 1.
         normalize: whether vectors and bags have unit length. Default False.
+        bag_losses: whether texts are contrasted as bags of tokens at all; False leaves the sparse views alone, as an
+            ablation. Default True.
         contrastive_mask: whether words that occur in no text of the batch are dealt to its texts as negatives of the
             others. Default False.
         shared: whether queries and documents share the weights. Default True: one checkpoint is one encoder; the
@@ -86,6 +88,7 @@ class VDR(EncoderObjective, slug="vdr"):
     lexical: bool = True
     pooled_positions: Annotated[int, Field(ge=1)] = 1
     normalize: bool = False
+    bag_losses: bool = True
     contrastive_mask: bool = False
     shared: bool = True
     whole_words: bool = False
@@ -94,6 +97,12 @@ class VDR(EncoderObjective, slug="vdr"):
     official_pad_pooling: bool = False
 
     _sides: dict[str, Anatomy] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.contrastive_mask and not self.bag_losses:
+            raise ValueError("contrastive_mask deals words to bags; leave it out, or bag_losses at true")
+        return self
 
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
@@ -172,9 +181,10 @@ class VDR(EncoderObjective, slug="vdr"):
         if self.contrastive_mask:
             bag_BV, document_NV = contrastive_mask(bag_BV, document_NV, self._terms_V)
             bag_NV, query_BV = contrastive_mask(bag_NV, query_BV, self._terms_V)
-        contrasts.append(self._contrast(bag_BV, document_NV, batch))
-        if self.semi_parametric:
-            contrasts.append(self._contrast(query_BV, bag_NV, batch))
+        if self.bag_losses:
+            contrasts.append(self._contrast(bag_BV, document_NV, batch))
+            if self.semi_parametric:
+                contrasts.append(self._contrast(query_BV, bag_NV, batch))
         parts = {"accuracy": accuracy(sparse_BV @ document_NV.T), "lexical_accuracy": accuracy(bag_BV @ document_NV.T)}
         return Loss(torch.stack(contrasts).mean(), parts)
 
