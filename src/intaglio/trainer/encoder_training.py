@@ -469,6 +469,16 @@ def accuracy(scores_BN: Tensor) -> Tensor:
     return (scores_BN.argmax(1) == torch.arange(len(scores_BN), device=scores_BN.device)).float().mean()
 
 
+def check_embedding_width(parts: Anatomy, what: str) -> None:
+    """Refuse input embeddings of another width than the hidden states; `what` compares the two."""
+    width, embedding = int(parts.config.hidden_size), parts.embedding.get_parameter("weight")
+    if embedding.shape[1] != width:
+        raise IntaglioError(
+            f"{what} scores hidden states of {width} numbers against embeddings of {embedding.shape[1]}; a model whose"
+            " widths agree is needed"
+        )
+
+
 def chunks_of(inputs: Mapping[str, Tensor], size: int | None) -> Iterator[dict[str, Tensor]]:
     """Yield the inputs of `size` texts at a time (None: all), without columns that are padding in all of them."""
     rows = len(inputs["input_ids"])

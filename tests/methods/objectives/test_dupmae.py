@@ -286,6 +286,17 @@ def test_the_decoder_has_weights_of_its_own_from_the_seed() -> None:
     assert not one.into.bias.any()
 
 
+def test_an_evaluation_keeps_the_decoder_and_a_new_run_draws_its_own() -> None:
+    ckpt = checkpoint("bert", layers=1)
+    method, _ = prepared(ckpt)
+    decoder = method.modules()["decoder"]
+    examples = [{"input_ids": ckpt.tokenizer(TEXTS[0])["input_ids"], "id": 0}]
+    list(method.prepare(ckpt, examples, KeyedRNG(0, training=False)))
+    assert method.modules()["decoder"] is decoder
+    list(method.prepare(ckpt, examples, KeyedRNG(1)))
+    assert not torch.equal(method.modules()["decoder"].state_dict()["query.weight"], decoder.query.weight)
+
+
 def test_pretraining_goes_on_with_its_decoder() -> None:
     ckpt = checkpoint("bert", layers=1)
     run(ckpt, TEXTS, objective=DupMAE(length=24), steps=2)

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SparseEncoder
+from transformers import AutoConfig, AutoModelForMaskedLM
 
+from intaglio.checkpoint import Checkpoint
 from intaglio.data.vocabulary_terms import token_texts, usable_terms
 from intaglio.errors import DivergedError, IntaglioError
 from intaglio.exporters import export
@@ -25,6 +27,7 @@ from intaglio.methods.retrieval.mistral_splade.functional import (
     splade_weights,
     surface_forms,
 )
+from intaglio.methods.retrieval.vdr import VDR
 from intaglio.trainer import KeyedRNG
 from intaglio.trainer.encoder_training import side
 from tests.alive import alive
@@ -275,6 +278,15 @@ def test_a_decoder_without_a_head_is_refused() -> None:
     MistralSplade(head="embeddings").setup(ckpt)
     with pytest.raises(IntaglioError, match="is no decoder with a head"):
         MistralSplade(adaptation=0.1).setup(checkpoint("bert"))
+
+
+@pytest.mark.parametrize("method", [MistralSplade(head="embeddings", variant="plain"), VDR()])
+def test_embeddings_of_another_width_are_refused(method: Any) -> None:
+    config = AutoConfig.for_model("electra", **ALL["bert"].sizes(1), embedding_size=16)
+    ckpt = Checkpoint(AutoModelForMaskedLM.from_config(config), tiny_tokenizer("bert"), "tiny")
+    with pytest.raises(IntaglioError, match="hidden states of 32 numbers against embeddings of 16"):
+        method.setup(ckpt)
+    MistralSplade(variant="plain").setup(ckpt)
 
 
 def test_margin_mse_is_the_bases() -> None:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.vocabulary_terms import token_texts, usable_terms, word_beginnings
-from intaglio.errors import IntaglioError
 from intaglio.methods.retrieval.vdr.functional import (
     bag_of_tokens,
     contrastive_mask,
@@ -36,7 +35,7 @@ from intaglio.methods.retrieval.vdr.functional import (
 )
 from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.modeling.partial_pass import base_hidden
-from intaglio.trainer.encoder_training import SIDES, EncoderObjective, accuracy, side
+from intaglio.trainer.encoder_training import SIDES, EncoderObjective, accuracy, check_embedding_width, side
 from intaglio.trainer.protocols import Batch, Loss
 
 View = Literal["sparse", "dense", "tokens"]
@@ -111,12 +110,7 @@ class VDR(EncoderObjective, slug="vdr"):
 
     def check_parts(self, parts: Anatomy) -> None:
         """Refuse embeddings of another width than the hidden states."""
-        width = int(parts.config.hidden_size)
-        embedding: Any = parts.embedding
-        own = int(embedding.weight.shape[1])
-        if own != width:
-            raise IntaglioError(f"vdr scores hidden states of {width} numbers against embeddings of {own}; a model"
-                                " whose widths agree is needed")  # fmt: skip
+        check_embedding_width(parts, self.slug)
 
     def build(self, checkpoint: Checkpoint, seed: int) -> nn.ModuleDict:
         """Return the layer norms, the usable dimensions, and the documents' encoder if it is separate."""
