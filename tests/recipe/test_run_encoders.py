@@ -15,7 +15,7 @@ from intaglio.cli.app import app
 from intaglio.errors import IntaglioError
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
-from tests.families import tiny_checkpoint_dir
+from tests.families import tiny_checkpoint_dir, tiny_model, tiny_tokenizer
 from tests.recipe.test_run import Killed, corpus, make_recipe  # noqa: F401
 from tests.recipe.test_run_train import kill_training
 from tests.trainer.helpers import TEXTS
@@ -142,6 +142,31 @@ def test_a_malformed_pair_ends_the_run_before_anything_is_written(
     with pytest.raises(IntaglioError, match="its positive is empty"):
         carve(recipe(corpus, file, {"contrastive": {}}), tmp_path / "out", model=str(model))
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_of_encoders_is_one_sentence_at_the_command_line(
+    corpus: Path,  # noqa: F811
+    pairs: Path,
+    tmp_path: Path,
+) -> None:
+    """A decoder without a head, one pair, vectors that are all zero: exit code 2 and nothing half-written."""
+    whole, headless = tiny_checkpoint_dir("llama", tmp_path / "whole", layers=1), tmp_path / "headless"
+    tiny_model("llama", layers=1).model.save_pretrained(headless)
+    tiny_tokenizer("llama").save_pretrained(headless)
+    alone = tmp_path / "alone.jsonl"
+    alone.write_text(pairs.read_text().splitlines()[0])
+    cases: list[tuple[Path, Path, dict[str, Any], str]] = [
+        (headless, pairs, {}, "mistral_splade needs a language-model head, and LlamaModel has none"),
+        (whole, alone, {}, "so there is nothing to contrast"),
+        (whole, pairs, {"threshold": 1e6}, "sparsity collapsed at step 1: every query vector is zero"),
+    ]
+    for model, file, fields, says in cases:
+        document = recipe(corpus, file, {"mistral_splade": fields}, evaluate=0.0).dump()
+        (tmp_path / "recipe.yaml").write_text(json.dumps(document))  # JSON is YAML
+        done = run("carve", model, "--recipe", tmp_path / "recipe.yaml", "-o", tmp_path / "out")
+        assert done.exit_code == 2
+        assert says in " ".join(done.output.split())
+        assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_a_decoder_becomes_a_bidirectional_encoder(corpus: Path, tmp_path: Path) -> None:  # noqa: F811

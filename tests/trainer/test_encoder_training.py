@@ -130,11 +130,20 @@ def test_negatives_are_drawn_anew_each_epoch() -> None:
 
 
 def test_a_batch_of_one_pair_is_refused_while_training() -> None:
-    pairs = [{"query": "q", "positive": "p"}]
+    pairs = [{"query": "q", "positive": "p"}, {"query": "r", "positive": "s"}]
     with pytest.raises(IntaglioError, match="a batch of one pair has nothing to contrast"):
-        batch_of(Contrastive(), checkpoint(), pairs)
-    batch_of(Contrastive(), checkpoint(), pairs, KeyedRNG(0, training=False))
+        run(checkpoint(layers=1), pairs, objective=Contrastive(), batch_size=1)
+    batch_of(Contrastive(), checkpoint(), pairs[:1], KeyedRNG(0, training=False))
     batch_of(Contrastive(), checkpoint(), PAIRS[:1])  # its negatives suffice
+
+
+@pytest.mark.parametrize("pairs", [[("q", "p")], [("q", "p"), ("q", "r")], [("q", "p"), ("r", "p")]])
+def test_pairs_without_a_text_to_contrast_are_refused(pairs: list[tuple[str, str]]) -> None:
+    """A batch is filled up with the same pair, which is no negative of itself: the loss would be 0 at every step."""
+    rows = [{"query": query, "positive": positive} for query, positive in pairs]
+    with pytest.raises(IntaglioError, match="nothing to contrast; give more pairs, or negatives") as caught:
+        run(checkpoint(layers=1), rows, objective=Contrastive(), batch_size=4)
+    assert "\n" not in str(caught.value)
 
 
 def test_margin_mse_needs_scores() -> None:
@@ -210,12 +219,19 @@ def test_matryoshka_of_the_whole_vector_is_the_base_loss() -> None:
             {"variant": "echo", "document_length": 70},
             "document_length is 70, and the model's context of 128 tokens holds",
         ),
+        (
+            {"query_length": 3, "query_prompt": "q: "},
+            "query_length is 3, and prompt and special tokens take 3; a length",
+        ),
+        ({"document_length": 3, "document_prompt": "the text is: "}, "document_length is 3, and prompt and special"),
     ],
 )
 def test_fields_that_do_not_fit_the_model_are_refused(fields: Any, says: str) -> None:
     with pytest.raises(IntaglioError, match=says) as caught:
         batch_of(Contrastive(**fields), checkpoint())
     assert "\n" not in str(caught.value)
+    with pytest.raises(IntaglioError, match="document_length is 2, and prompt and special tokens take 2"):
+        Contrastive(document_length=2).setup(checkpoint("bert", layers=1))
 
 
 @pytest.mark.parametrize("family", [*DECODERS])
@@ -271,8 +287,8 @@ def test_a_vector_does_not_depend_on_its_batch(family: str, variant: Any) -> Non
 
 def test_the_sides_have_their_own_lengths_and_prompts() -> None:
     ckpt = checkpoint()
-    method = Contrastive(query_length=3, document_length=6, query_prompt="q: ", document_prompt="d: ").setup(ckpt)
-    for name, length, prompt in (("query", 3, "q: "), ("document", 6, "d: ")):
+    method = Contrastive(query_length=4, document_length=6, query_prompt="q: ", document_prompt="d: ").setup(ckpt)
+    for name, length, prompt in (("query", 4, "q: "), ("document", 6, "d: ")):
         expected = ckpt.tokenizer(prompt + TEXTS[0])["input_ids"][:length]
         assert method.read(TEXTS[0], name)[:3] == (expected, 0, length)
 

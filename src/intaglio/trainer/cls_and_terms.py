@@ -78,7 +78,7 @@ class ClsAndTerms(EncoderObjective, slug="cls_and_terms"):
     def embed(self, model: nn.Module, inputs: Mapping[str, Tensor], side: str) -> Tensor:
         """Return `[c, u]`, float32 [N, C + V], of a passage with its largest entries alone."""
         hidden_NLD = base_hidden(self._parts, {name: inputs[name] for name in ("input_ids", "attention_mask")})
-        mask_NL = inputs["attention_mask"].bool()
+        mask_NL = inputs["pool_mask"]
         logits_SV = self._head(hidden_NLD[:, 1:][mask_NL[:, 1:]][None])[0].float()
         words_NV = torch.stack([part.max(0).values for part in logits_SV.split(mask_NL[:, 1:].sum(1).tolist())])
         if self.activation != "none":

@@ -247,7 +247,7 @@ class EncoderObjective(Method):
         return self
 
     def _checked_length(self, checkpoint: Checkpoint, name: str) -> int:
-        """Return the most tokens of a side's texts; refuse more than the context holds."""
+        """Return the most tokens of a side's texts; refuse more than the context holds, and too few for any text."""
         given = self.query_length if name == "query" else self.document_length
         room = self.room(checkpoint, name)
         if room < (given or 1):
@@ -255,7 +255,14 @@ class EncoderObjective(Method):
                 f"{name}_length is {given or 1}, and the model's context of {checkpoint.context} tokens holds {room} in"
                 f" the variant {self.variant}"
             )
-        return given or min(LENGTHS[name], room)
+        length = given or min(LENGTHS[name], room)
+        taken = 0 if self.variant == "echo" else len(checkpoint.tokenizer(self._prompt(name))["input_ids"])
+        if taken >= length:
+            raise IntaglioError(
+                f"{name}_length is {length}, and prompt and special tokens take {taken}; a length that holds the text"
+                " too is needed"
+            )
+        return length
 
     def room(self, checkpoint: Checkpoint, name: str) -> int:
         """Return the most tokens of a side's texts that the context holds."""
@@ -320,6 +327,12 @@ class EncoderObjective(Method):
             for text in (pair.positive, *pair.negatives):
                 numbers.setdefault(text, len(numbers))
             relevant.setdefault(pair.query, set()).add(numbers[pair.positive])
+        contrasted = any(len(own) < len(numbers) for own in relevant.values())
+        if pairs and not contrasted and rng.training and self.loss_type == "info_nce":
+            raise IntaglioError(
+                "every text of the pairs is relevant to every query, so there is nothing to contrast; give more pairs,"
+                " or negatives"
+            )
         rows = []
         for number, pair in enumerate(pairs):
             if self.loss_type != "info_nce" and (pair.scores is None or not pair.negatives):
@@ -479,6 +492,16 @@ class EncoderObjective(Method):
 def accuracy(scores_BN: Tensor) -> Tensor:
     """Return the share of queries whose own document has the highest score."""
     return (scores_BN.argmax(1) == torch.arange(len(scores_BN), device=scores_BN.device)).float().mean()
+
+
+def check_embedding_width(parts: Anatomy, what: str) -> None:
+    """Refuse input embeddings of another width than the hidden states; `what` compares the two."""
+    width, embedding = int(parts.config.hidden_size), parts.embedding.get_parameter("weight")
+    if embedding.shape[1] != width:
+        raise IntaglioError(
+            f"{what} scores hidden states of {width} numbers against embeddings of {embedding.shape[1]}; a model whose"
+            " widths agree is needed"
+        )
 
 
 def chunks_of(inputs: Mapping[str, Tensor], size: int | None) -> Iterator[dict[str, Tensor]]:

@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForMaskedLM
 
+from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.objectives.dupmae import DupMAE, bag_loss, bag_weights
 from intaglio.methods.objectives.dupmae.decoder import EnhancedDecoder, row_masks
@@ -17,6 +19,8 @@ from intaglio.trainer.causal_lm import IGNORED
 from intaglio.trainer.cls_and_terms import ClsAndTerms
 from intaglio.trainer.masked_lm import MaskedLM, whole_word_mask
 from intaglio.trainer.rng import generator
+from tests.families import FAMILIES as ALL
+from tests.families import tiny_tokenizer
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 from tests.trainer.test_encoder_training import batch_of
 
@@ -154,6 +158,60 @@ def test_a_row_of_the_decoder_does_not_see_its_own_token() -> None:
 
 
 @pytest.mark.parametrize("retromae", [False, True])
+def test_the_decoder_is_a_bert_layer_over_two_streams(retromae: bool) -> None:
+    """Feed identical ids, masks and weights to both decoders and compare; the residual is on the query stream.
+
+    H1 = LayerNorm(h + pos_i + type_0), in v1 h + pos_i; H2 = [h, Emb(ids)[1:]].
+    """
+    ckpt = checkpoint("bert", layers=1)
+    method, batch = prepared(ckpt, retromae=retromae)
+    bert, own, length = ckpt.model.bert, method.modules()["decoder"], batch["ids"].shape[1]
+    layer = type(bert.encoder.layer[0])(ckpt.config)
+    stock = layer.attention
+    pairs = [(stock.self.query, own.query), (stock.self.key, own.key), (stock.self.value, own.value)]
+    pairs += [(stock.output.dense, own.output), (stock.output.LayerNorm, own.attention_norm)]
+    pairs += [(layer.intermediate.dense, own.into), (layer.output.dense, own.out)]
+    pairs += [(layer.output.LayerNorm, own.output_norm)]
+    draws = generator(5)
+    with torch.no_grad():
+        for theirs, ours in pairs:
+            for a, b in zip(theirs.parameters(), ours.parameters(), strict=True):
+                b.add_(0.3 * torch.randn(b.shape, generator=draws))
+                a.copy_(b)
+    h = torch.randn(3, 32, generator=draws)[:, None]
+    embeddings = bert.embeddings
+    place = embeddings.position_embeddings.weight[:length]
+    query = h + place
+    if not retromae:
+        query = embeddings.LayerNorm(query + embeddings.token_type_embeddings.weight[0])
+    words = torch.cat([h, embeddings(input_ids=batch["ids"])[:, 1:]], dim=1)
+    q, k, v = (
+        linear(states).unflatten(-1, (4, 8)).transpose(1, 2)
+        for linear, states in ((stock.self.query, query), (stock.self.key, words), (stock.self.value, words))
+    )
+    mask = batch["visible"][:, None]
+    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    layer.eval()
+    hidden = stock.output(mixed, query)
+    expected = layer.output(layer.intermediate(hidden), hidden)
+    real = batch["attention_mask"].bool()
+    assert torch.allclose(method.decoded(h[:, 0], batch)[real], expected[real], atol=1e-5)
+
+
+def test_retromae_on_a_roberta_counts_positions_as_the_model_does() -> None:
+    """RoBERTa's first token is at position padding_idx + 1: queries and keys of the decoder agree on it."""
+    config = AutoConfig.for_model("roberta", **ALL["bert"].sizes(1))
+    ckpt = Checkpoint(AutoModelForMaskedLM.from_config(config), tiny_tokenizer("bert"), "tiny")
+    method, batch = prepared(ckpt, retromae=True)
+    seen: list[Any] = []
+    method.modules()["decoder"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    method.decoded(torch.zeros(3, 32), batch)
+    length = batch["ids"].shape[1]
+    expected = ckpt.model.roberta.embeddings.position_embeddings.weight[1 : length + 1]
+    assert torch.equal(seen[0], expected.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("retromae", [False, True])
 def test_with_every_word_hidden_a_row_knows_the_sentence_and_its_place(retromae: bool) -> None:
     """With p_dec = 1.0, two texts with equal h and equal length give equal decoder outputs."""
     ckpt = checkpoint("bert", layers=1)
@@ -200,6 +258,7 @@ def test_targets_of_the_two_decodings() -> None:
     assert torch.equal(batch["target"][known], batch["ids"][known])
     assert (known & ~special).equal(known)
     assert not batch["visible"].transpose(1, 2)[~real].any()
+    assert batch["weight"] == 3
     untouched = ~known
     assert torch.equal(batch["input_ids"][untouched], batch["ids"][untouched])
 
@@ -227,6 +286,17 @@ def test_the_decoder_has_weights_of_its_own_from_the_seed() -> None:
     assert not one.into.bias.any()
 
 
+def test_an_evaluation_keeps_the_decoder_and_a_new_run_draws_its_own() -> None:
+    ckpt = checkpoint("bert", layers=1)
+    method, _ = prepared(ckpt)
+    decoder = method.modules()["decoder"]
+    examples = [{"input_ids": ckpt.tokenizer(TEXTS[0])["input_ids"], "id": 0}]
+    list(method.prepare(ckpt, examples, KeyedRNG(0, training=False)))
+    assert method.modules()["decoder"] is decoder
+    list(method.prepare(ckpt, examples, KeyedRNG(1)))
+    assert not torch.equal(method.modules()["decoder"].state_dict()["query.weight"], decoder.query.weight)
+
+
 def test_pretraining_goes_on_with_its_decoder() -> None:
     ckpt = checkpoint("bert", layers=1)
     run(ckpt, TEXTS, objective=DupMAE(length=24), steps=2)
@@ -236,7 +306,7 @@ def test_pretraining_goes_on_with_its_decoder() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "says"), [("llama", "is a causal decoder"), ("modernbert", "embeddings know positions")]
+    ("family", "says"), [("llama", "is a causal decoder"), ("modernbert", "embeddings of positions and of token types")]
 )
 def test_other_models_are_refused(family: str, says: str) -> None:
     ckpt = checkpoint(family, layers=1)
@@ -245,6 +315,18 @@ def test_other_models_are_refused(family: str, says: str) -> None:
     with pytest.raises(IntaglioError, match=says) as caught:
         prepared(ckpt)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("electra", {"embedding_size": 16}), ("distilbert", {"dim": 32, "n_heads": 4, "n_layers": 1, "hidden_dim": 48})],
+)
+def test_narrower_or_other_embeddings_are_refused(kind: str, sizes: dict[str, int]) -> None:
+    """ELECTRA projects its embeddings to its hidden states, and DistilBERT has no token types."""
+    config = AutoConfig.for_model(kind, **{**ALL["bert"].sizes(1), **sizes})
+    ckpt = Checkpoint(AutoModelForMaskedLM.from_config(config), tiny_tokenizer("bert"), "tiny")
+    with pytest.raises(IntaglioError, match="as wide as its hidden states"):
+        prepared(ckpt)
 
 
 def test_joined_scores() -> None:
@@ -269,6 +351,14 @@ def test_joined_activations(activation: Any) -> None:
     ids, *_ = method.setup(ckpt).read("a dog sleeps", "document")
     logits = ckpt.model(torch.tensor([ids])).logits[0, 1:].amax(0)
     expected = {"none": logits, "relu": logits.relu(), "log1p_relu": logits.relu().log1p()}[activation]
+    assert torch.allclose(method.encode(ckpt, ["a dog sleeps"], "document")[0, 8:], expected, atol=1e-4)
+
+
+def test_joined_words_of_a_doubled_text_are_those_of_the_second_copy() -> None:
+    ckpt = checkpoint("bert", layers=1)
+    method = ClsAndTerms(terms=None, cls_size=8, variant="echo")
+    ids, start, stop, _ = method.setup(ckpt).read("a dog sleeps", "document")
+    expected = ckpt.model(torch.tensor([ids])).logits[0, start:stop].amax(0)
     assert torch.allclose(method.encode(ckpt, ["a dog sleeps"], "document")[0, 8:], expected, atol=1e-4)
 
 

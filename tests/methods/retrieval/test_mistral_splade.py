@@ -11,7 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sentence_transformers import SparseEncoder
+from transformers import AutoConfig, AutoModelForMaskedLM
 
+from intaglio.checkpoint import Checkpoint
 from intaglio.data.vocabulary_terms import token_texts, usable_terms
 from intaglio.errors import DivergedError, IntaglioError
 from intaglio.exporters import export
@@ -25,6 +27,7 @@ from intaglio.methods.retrieval.mistral_splade.functional import (
     splade_weights,
     surface_forms,
 )
+from intaglio.methods.retrieval.vdr import VDR
 from intaglio.trainer import KeyedRNG
 from intaglio.trainer.encoder_training import side
 from tests.alive import alive
@@ -186,19 +189,43 @@ def test_no_expansion_keeps_the_querys_own_terms() -> None:
     assert torch.equal(query[list(own)], document[list(own)])
 
 
+@pytest.mark.parametrize("variant", ["plain", "echo"])
+def test_no_expansion_keeps_merged_forms_of_the_text_alone(variant: Any) -> None:
+    """Own tokens count by the form that stands for them; words of the echo's template are not the text's."""
+    ckpt = checkpoint()
+    fields = {"variant": variant, "merge_forms": "case"}
+    whole = MistralSplade(**fields).encode(ckpt, [TEXTS[0]], "query")[0]
+    method = MistralSplade(query_expansion=False, **fields).setup(ckpt)
+    ids, start, stop, _ = method.read(TEXTS[0], "query")
+    standing = method._splade.standing_V[torch.tensor(ids[start:stop])]
+    assert not torch.equal(standing, torch.tensor(ids[start:stop]))
+    expected = torch.zeros_like(whole)
+    expected[standing] = whole[standing]
+    assert torch.allclose(method.encode(ckpt, [TEXTS[0]], "query")[0], expected)
+
+
+def test_each_side_has_its_own_number_of_terms() -> None:
+    ckpt, method = checkpoint(), MistralSplade(query_terms=2, document_terms=5)
+    counts = [(method.encode(ckpt, TEXTS[:2], name) != 0).sum(1).tolist() for name in ("query", "document")]
+    assert counts == [[2, 2], [5, 5]]
+
+
 def test_without_regularisers_it_is_plain_info_nce() -> None:
-    """lam = 0: equals plain InfoNCE on sparse scores; the penalty is added, with its ramp, and logged."""
+    """lam = 0: equals plain InfoNCE on sparse scores; each side has its own penalty, with its ramp."""
     ckpt, values = checkpoint(), {}
-    for weight in (0.0, 0.5):
-        method = MistralSplade(query_weight=weight, document_weight=2 * weight, temperature=3.0)
+    for weight, temperature in ((0.0, 1.0), (0.0, 3.0), (0.5, 3.0)):
+        given: dict[str, Any] = {"query_weight": weight, "document_weight": 2 * weight, "query_regularizer": "l1"}
+        method = MistralSplade(**given, **({} if temperature == 1 else {"temperature": temperature}))
         batch = batch_of(method, ckpt, step=2, steps=12)
-        values[weight] = method.loss(ckpt.model, batch)
+        values[weight, temperature] = method.loss(ckpt.model, batch)
     vectors = {name: method.vectors(ckpt.model, side(batch, name), name) for name in ("query", "document")}
     scores = vectors["query"] @ vectors["document"].T
-    assert torch.allclose(values[0.0].total, method.ranking_loss(scores, batch))
-    penalty = 0.25 * (0.5 * flops(vectors["query"]) + 1.0 * flops(vectors["document"]))
-    assert torch.allclose(values[0.5].total - values[0.0].total, penalty, rtol=1e-3)
-    parts = values[0.5].parts
+    for temperature in (1.0, 3.0):
+        expected = torch.nn.functional.cross_entropy(scores / temperature, torch.arange(len(scores)))
+        assert torch.allclose(values[0.0, temperature].total, expected, rtol=1e-5)
+    penalty = 0.25 * (0.5 * l1(vectors["query"]) + 1.0 * flops(vectors["document"]))
+    assert torch.allclose(values[0.5, 3.0].total - values[0.0, 3.0].total, penalty, rtol=1e-3)
+    parts = values[0.5, 3.0].parts
     assert float(parts["query_terms"]) == pytest.approx(float((vectors["query"] != 0).sum(1).float().mean()))
     assert float(parts["document_least_terms"]) == int((vectors["document"] != 0).sum(1).min())
 
@@ -207,7 +234,7 @@ def test_adaptation_trains_the_next_token_under_the_causal_mask() -> None:
     """A short adaptation phase: causal LM head + sparsity regularisation before contrastive training."""
     ckpt = checkpoint()
     method = MistralSplade(variant="bidirectional", adaptation=0.5, query_weight=0.0, document_weight=0.0)
-    batch = batch_of(method, ckpt, PAIRS[:2], step=4, steps=9)
+    batch = batch_of(method, ckpt, PAIRS[:2], step=4, steps=10)
     assert "next_token" in method.loss(ckpt.model, batch).parts
     assert "accuracy" in method.loss(ckpt.model, {**batch, "step": 5}).parts
     stock, total, count = checkpoint(), 0.0, 0
@@ -218,6 +245,10 @@ def test_adaptation_trains_the_next_token_under_the_causal_mask() -> None:
             count += ids.shape[1] - 1
     assert method.loss(ckpt.model, batch).total.item() == pytest.approx(total / count, rel=1e-4)
     assert ckpt.model.config.is_causal is False
+    penalised = MistralSplade(variant="bidirectional", adaptation=0.5, query_weight=0.0, document_weight=1.0)
+    loss = penalised.setup(ckpt).loss(ckpt.model, batch)
+    penalty = float(loss.total - loss.parts["next_token"])
+    assert penalty == pytest.approx(float(loss.parts["document_penalty"]), rel=1e-3)
 
 
 def test_adaptation_of_doubled_texts_predicts_the_first_copy() -> None:
@@ -247,6 +278,15 @@ def test_a_decoder_without_a_head_is_refused() -> None:
     MistralSplade(head="embeddings").setup(ckpt)
     with pytest.raises(IntaglioError, match="is no decoder with a head"):
         MistralSplade(adaptation=0.1).setup(checkpoint("bert"))
+
+
+@pytest.mark.parametrize("method", [MistralSplade(head="embeddings", variant="plain"), VDR()])
+def test_embeddings_of_another_width_are_refused(method: Any) -> None:
+    config = AutoConfig.for_model("electra", **ALL["bert"].sizes(1), embedding_size=16)
+    ckpt = Checkpoint(AutoModelForMaskedLM.from_config(config), tiny_tokenizer("bert"), "tiny")
+    with pytest.raises(IntaglioError, match="hidden states of 32 numbers against embeddings of 16"):
+        method.setup(ckpt)
+    MistralSplade(variant="plain").setup(ckpt)
 
 
 def test_margin_mse_is_the_bases() -> None:

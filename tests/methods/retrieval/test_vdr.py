@@ -46,6 +46,7 @@ ALIVE = {
     "lexical": alive(False, terms=2),
     "pooled_positions": 2,
     "normalize": True,
+    "bag_losses": False,
     "contrastive_mask": True,
     "shared": False,
     "whole_words": True,
@@ -124,6 +125,20 @@ def test_the_loss_is_the_mean_of_the_contrasts() -> None:
         wanted = [(q_s, p), (bow_q, p), *([(q, p_s), (q, bow_p)] if semi else [])]
         expected = torch.stack([contrast(a, b, 2.0) for a, b in wanted]).mean()
         assert torch.allclose(method.loss(ckpt.model, batch).total, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("semi", [True, False])
+def test_without_the_bags_the_sparse_views_remain(semi: bool) -> None:
+    """Ablation without bow losses: C(q_s, p), with documents' sparse views if semi."""
+    ckpt = checkpoint("bert", layers=1)
+    method = VDR(terms=5, semi_parametric=semi, bag_losses=False)
+    batch = batch_of(method, ckpt)
+    (q, p), (bow_q, bow_p) = views(method, ckpt, batch)
+    wanted = [(method.sparse_view(q, bow_q), p), *([(q, method.sparse_view(p, bow_p))] if semi else [])]
+    expected = torch.stack([contrast(a, b) for a, b in wanted]).mean()
+    assert torch.allclose(method.loss(ckpt.model, batch).total, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="contrastive_mask deals words to bags"):
+        VDR(bag_losses=False, contrastive_mask=True)
 
 
 def test_all_terms_make_the_sparse_view_dense() -> None:
@@ -251,6 +266,22 @@ def test_separate_weights_are_trained_and_kept_apart() -> None:
     assert any(not torch.equal(own[name], ckpt.model.state_dict()[f"bert.{name}"]) for name in moved)
     (query,), (document,) = (ckpt.encoder().encode(ckpt, ["a dog"], name) for name in SIDES)
     assert not torch.equal(query, document)
+
+
+def test_separate_documents_have_a_norm_and_words_of_their_own() -> None:
+    """Separate weights for query and passage: each side's hidden states, layer norm and word embeddings."""
+    ckpt = checkpoint("bert", layers=1)
+    method = VDR(shared=False, query_view="dense", document_view="dense").setup(ckpt)
+    owned, draws = method.modules(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in ("document", "document_norm", "query_norm"):
+            for weight in owned[name].parameters():
+                weight.add_(0.1 * torch.randn(weight.shape, generator=draws))
+    for name, base in (("query", ckpt.model.bert), ("document", owned["document"])):
+        ids, *_ = method.read(TEXTS[0], name)
+        normal = owned[f"{name}_norm"](base(torch.tensor([ids])).last_hidden_state[0])
+        expected = activation(normal @ base.embeddings.word_embeddings.weight.T).amax(0) * method._terms_V
+        assert torch.allclose(method.encode(ckpt, [TEXTS[0]], name)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_whole_words_leave_out_pieces() -> None:

@@ -6,7 +6,8 @@
     L_dec   every token from h, its position and about half of the words, by one new layer; see `decoder`
     L_bow   -sum_t w_t log softmax(max_{i >= 1} head(h_i))_t        w_t = 1/n for each token t that occurs
 
-RetroMAE (v1) has no L_bow, and queries of the decoder that are h plus the position, not normalised. After the
+RetroMAE (v1) has no L_bow, and queries of the decoder that are h plus the position, not normalised. Unlike in the
+authors' code, unknown tokens are never masked, predicted or counted, as they restore nothing of the text. After the
 pretraining the decoder is of no use; it is kept as an attachment, so that pretraining can go on.
 
 Source: Liu et al., RetroMAE-2: Duplex Masked Auto-Encoder For Pre-Training Retrieval-Oriented Language Models, ACL
@@ -103,10 +104,11 @@ class DupMAE(MaskedLM, slug="dupmae"):
         """Cut the texts to rows; take up the decoder of an earlier pretraining, or draw a new one."""
         rows = super().prepare(checkpoint, examples, rng)
         embeddings = getattr(self._parts.base, "embeddings", None)
-        if not hasattr(embeddings, "position_embeddings") or not hasattr(embeddings, "token_type_embeddings"):
+        tables = [getattr(embeddings, name, None) for name in ("position_embeddings", "token_type_embeddings")]
+        if any(getattr(table, "embedding_dim", None) != checkpoint.config.hidden_size for table in tables):
             raise IntaglioError(
-                "dupmae needs an encoder whose embeddings know positions, such as BERT;"
-                f" {type(checkpoint.model).__name__} adds them elsewhere"
+                "dupmae needs an encoder with embeddings of positions and of token types that are as wide as its hidden"
+                f" states, such as BERT or RoBERTa; {type(checkpoint.model).__name__} has others"
             )
         decoder = EnhancedDecoder(checkpoint.config, rng.seed).to(checkpoint.device)
         attachment = checkpoint.attachments.get(self.slug)
@@ -157,8 +159,9 @@ class DupMAE(MaskedLM, slug="dupmae"):
         embeddings: Any = self._parts.base.embeddings
         repeated_BLD = sentence_BD[:, None].expand(-1, batch["ids"].shape[1], -1)
         if self.retromae:
-            place_L = torch.arange(batch["ids"].shape[1], device=sentence_BD.device)
-            query_BLD = repeated_BLD + embeddings.position_embeddings(place_L)
+            positions = embeddings.position_embeddings
+            first = 0 if positions.padding_idx is None else positions.padding_idx + 1  # RoBERTa counts from there
+            query_BLD = repeated_BLD + positions.weight[first : first + repeated_BLD.shape[1]]
         else:
             query_BLD = embeddings(inputs_embeds=repeated_BLD)
         context_BLD = torch.cat([sentence_BD[:, None], embeddings(input_ids=batch["ids"])[:, 1:]], dim=1)

@@ -41,7 +41,15 @@ from intaglio.modeling.anatomy import Anatomy
 from intaglio.modeling.bidirectional import temporary_causality
 from intaglio.modeling.partial_pass import HeadOnly, base_hidden
 from intaglio.trainer.causal_lm import IGNORED
-from intaglio.trainer.encoder_training import SIDES, EncoderObjective, accuracy, chunks_of, recomputed, side
+from intaglio.trainer.encoder_training import (
+    SIDES,
+    EncoderObjective,
+    accuracy,
+    check_embedding_width,
+    chunks_of,
+    recomputed,
+    side,
+)
 from intaglio.trainer.protocols import Batch, Loss
 
 
@@ -131,10 +139,12 @@ class MistralSplade(EncoderObjective, slug="mistral_splade"):
         return cls(**{"query_length": 256, **overrides})
 
     def check_parts(self, parts: Anatomy) -> None:
-        """Refuse a model without a language-model head, and to adapt one that predicts no next token."""
+        """Refuse a model without the head that is asked for, and to adapt one that predicts no next token."""
         name = type(parts.model).__name__
         if parts.head is None and self.head == "own":
             raise IntaglioError(f"mistral_splade needs a language-model head, and {name} has none; load its full model")
+        if self.head == "embeddings":
+            check_embedding_width(parts, "head: embeddings")
         if self.adaptation and not (parts.causal and parts.head is not None):
             raise IntaglioError(f"adaptation trains next-token prediction, and {name} is no decoder with a head")
 

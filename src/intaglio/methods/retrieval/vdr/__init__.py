@@ -22,12 +22,11 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.vocabulary_terms import token_texts, usable_terms, word_beginnings
-from intaglio.errors import IntaglioError
 from intaglio.methods.retrieval.vdr.functional import (
     bag_of_tokens,
     contrastive_mask,
@@ -36,7 +35,7 @@ from intaglio.methods.retrieval.vdr.functional import (
 )
 from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.modeling.partial_pass import base_hidden
-from intaglio.trainer.encoder_training import SIDES, EncoderObjective, accuracy, side
+from intaglio.trainer.encoder_training import SIDES, EncoderObjective, accuracy, check_embedding_width, side
 from intaglio.trainer.protocols import Batch, Loss
 
 View = Literal["sparse", "dense", "tokens"]
@@ -62,6 +61,8 @@ class VDR(EncoderObjective, slug="vdr"):
         lexical: whether the sparse view always keeps the text's own tokens. Default True.
         pooled_positions: the mean of so many largest positions is pooled; 1 is their maximum. Default 1.
         normalize: whether vectors and bags have unit length. Default False.
+        bag_losses: whether texts are contrasted as bags of tokens at all; False leaves the sparse views alone, as an
+            ablation. Default True.
         contrastive_mask: whether words that occur in no text of the batch are dealt to its texts as negatives of the
             others. Default False.
         shared: whether queries and documents share the weights. Default True: one checkpoint is one encoder; the
@@ -86,6 +87,7 @@ class VDR(EncoderObjective, slug="vdr"):
     lexical: bool = True
     pooled_positions: Annotated[int, Field(ge=1)] = 1
     normalize: bool = False
+    bag_losses: bool = True
     contrastive_mask: bool = False
     shared: bool = True
     whole_words: bool = False
@@ -95,6 +97,12 @@ class VDR(EncoderObjective, slug="vdr"):
 
     _sides: dict[str, Anatomy] = PrivateAttr(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.contrastive_mask and not self.bag_losses:
+            raise ValueError("contrastive_mask deals words to bags; leave it out, or bag_losses at true")
+        return self
+
     @classmethod
     def paper(cls, **overrides: Any) -> Self:
         """Return the authors' settings: separate weights, queries of 128 tokens, one negative a query."""
@@ -102,12 +110,7 @@ class VDR(EncoderObjective, slug="vdr"):
 
     def check_parts(self, parts: Anatomy) -> None:
         """Refuse embeddings of another width than the hidden states."""
-        width = int(parts.config.hidden_size)
-        embedding: Any = parts.embedding
-        own = int(embedding.weight.shape[1])
-        if own != width:
-            raise IntaglioError(f"vdr scores hidden states of {width} numbers against embeddings of {own}; a model"
-                                " whose widths agree is needed")  # fmt: skip
+        check_embedding_width(parts, self.slug)
 
     def build(self, checkpoint: Checkpoint, seed: int) -> nn.ModuleDict:
         """Return the layer norms, the usable dimensions, and the documents' encoder if it is separate."""
@@ -172,9 +175,10 @@ class VDR(EncoderObjective, slug="vdr"):
         if self.contrastive_mask:
             bag_BV, document_NV = contrastive_mask(bag_BV, document_NV, self._terms_V)
             bag_NV, query_BV = contrastive_mask(bag_NV, query_BV, self._terms_V)
-        contrasts.append(self._contrast(bag_BV, document_NV, batch))
-        if self.semi_parametric:
-            contrasts.append(self._contrast(query_BV, bag_NV, batch))
+        if self.bag_losses:
+            contrasts.append(self._contrast(bag_BV, document_NV, batch))
+            if self.semi_parametric:
+                contrasts.append(self._contrast(query_BV, bag_NV, batch))
         parts = {"accuracy": accuracy(sparse_BV @ document_NV.T), "lexical_accuracy": accuracy(bag_BV @ document_NV.T)}
         return Loss(torch.stack(contrasts).mean(), parts)
 
