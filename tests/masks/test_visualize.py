@@ -124,7 +124,8 @@ def test_inspect_writes_a_picture_and_prints_a_table_or_json(tiny_dir: TinyDir, 
             [],
             "error: an option is missing: --masks shows the attention masks, --experts the use of moe_x's experts, "
             "--features the features of a dictionary, --terms the words of a text, --diagnostics the geometry and "
-            "information of next-token steps, --sparse-attention the study of long contexts",
+            "information of next-token steps, --sparse-attention the study of long contexts, --spectrum the singular "
+            "values of convolutions and linear layers",
         ),
         (["--masks", "-o", "m.png"], "error: the picture m.png must be an .svg file"),
         (["--masks", "--length", "999"], "error: length is 999; 1 to 128 tokens are accepted for this model"),

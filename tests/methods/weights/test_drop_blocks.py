@@ -368,7 +368,6 @@ def test_with_pruning_training_and_fitting_in_one_recipe(corpus: Path, tmp_path:
     assert len(blocks(back.model)) == 2
     assert document["after"]["bytes"] == back.bytes < document["before"]["bytes"]
     assert set(document["after"]["zero_fraction"].values()) == {0.5}
-    assert document["after"]["decode_tokens_per_s"] > 0
     assert told["left"] == document["after"]["parameters"] < told["parameters"] == document["before"]["parameters"]
     assert "fewer bytes" in report.summary(document)
     page = report.carve_page(document)
