@@ -82,7 +82,10 @@ class Checkpoint:
     @property
     def vocabulary(self) -> int:
         """Rows of the token embedding; a tokenizer may know fewer tokens."""
-        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+        if weight is None:
+            raise IntaglioError(f"a model of type {self.config.model_type!r} has no token embedding: it reads no text")
+        return int(weight.shape[0])
 
     @property
     def bytes(self) -> int:

@@ -56,7 +56,6 @@ ALIVE = {
     "matryoshka": [8],
     "matryoshka_weights": alive([0.5], matryoshka=[8]),
     "matryoshka_per_step": alive(1, matryoshka=[8, 4]),
-    "teacher_temperature": alive(2.0, loss_type="distillation"),
     "light_encoder": OTHER,
     "pooling": "ctx",
     "ctx_position": alive("after_instruction", query_prompt="q: "),
