@@ -325,24 +325,37 @@ def test_one_greedy_edit_is_the_best_of_all() -> None:
     edited, _ = greedy_edit(source, target, own, own.decoder_MD, 1)
     change = own.encode(target) - own.encode(source)
     for row in range(len(source)):
-        options = [source[row] + change[row, j] * own.decoder_MD[j] for j in range(10) if change[row, j] != 0]
+        options = [source[row] + change[row, j] * own.decoder_MD[j] for j in range(10)]
         best = min(options, key=lambda option: float((target[row] - option).norm()))
         torch.testing.assert_close(edited[row], best, atol=1e-5, rtol=1e-4)
 
 
-def test_each_round_uses_another_feature_and_all_of_them_give_the_whole_change() -> None:
-    """k = all features with exact reconstruction reproduces the ground-truth patch; rounds are forced."""
-    own, (source, target) = standard(), pairs()
-    change = own.decode(own.encode(target)) - own.decode(own.encode(source))
-    edited, removed = greedy_edit(source, target, own, own.decoder_MD, 10)
-    torch.testing.assert_close(edited - source, change, atol=1e-4, rtol=1e-4)
-    more, _ = greedy_edit(source, target, own, own.decoder_MD, 99)
-    assert torch.equal(more, edited)
-    torch.testing.assert_close(removed, torch.ones(20), atol=1e-4, rtol=1e-4)
-    exact = SparseDictionary("standard", {**own.tensors, "W_enc": torch.cat([torch.eye(6), -torch.eye(6)], 1),
-                             "W_dec": torch.cat([torch.eye(6), -torch.eye(6)]), "b_enc": torch.zeros(12)})  # fmt: skip
-    whole, _ = greedy_edit(source, target, exact, exact.decoder_MD, 12)
+def test_all_features_of_an_exact_reconstruction_give_the_whole_change() -> None:
+    """k = all features with exact reconstruction reproduces the ground-truth patch."""
+    source, target = pairs()
+    rows = torch.cat([torch.eye(6), -torch.eye(6)])
+    tensors = {"W_enc": rows.T.contiguous(), "W_dec": rows, "b_dec": torch.zeros(6), "b_enc": torch.zeros(12)}
+    exact = SparseDictionary("standard", tensors)
+    whole, removed = greedy_edit(source, target, exact, exact.decoder_MD, 12)
     torch.testing.assert_close(whole, target, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(removed, torch.ones(20), atol=1e-4, rtol=1e-4)
+    more, _ = greedy_edit(source, target, exact, exact.decoder_MD, 99)
+    assert torch.equal(more, whole)
+
+
+def test_a_round_in_which_every_change_would_do_harm_leaves_the_edit_as_it_is() -> None:
+    """As in the authors' code, features without a change take part in each round, so the distance does not rise."""
+    own, (source, target) = standard(), pairs()
+    change = own.encode(target) - own.encode(source)
+    assert bool((change == 0).any(1).all())
+    edits = [greedy_edit(source, target, own, own.decoder_MD, k)[0] for k in range(11)]
+    distances = torch.stack([(target - edited).norm(dim=1) for edited in edits])
+    assert torch.equal(edits[0], source)
+    assert bool((distances.diff(dim=0) <= 1e-5).all())
+    whole = source + change @ own.decoder_MD
+    assert bool(((target - whole).norm(dim=1) > distances[10] + 0.1).any())
+    dense = SparseDictionary("standard", {**own.tensors, "W_enc": 0 * own.tensors["W_enc"], "b_enc": torch.ones(10)})
+    assert torch.equal(greedy_edit(source, target, dense, dense.decoder_MD, 3)[0], source)
 
 
 def test_the_weights_of_features_sum_to_one() -> None:
@@ -489,6 +502,21 @@ def test_an_attached_dictionary_is_tested_at_its_site(tmp_path: Any) -> None:
     document = method.measure(ckpt, symbolic())
     assert list(document["dictionaries"]) == ["supervised, mean", "supervised, mse", str(tmp_path / "sae")]
     assert document["nodes"] == ["layers.1 at end"]
+
+
+def test_an_attached_dictionary_without_a_site_is_tested_at_the_first_node(tmp_path: Any) -> None:
+    standard(width=32).save(tmp_path / "sae")
+    nodes = [NodeSpec(layer=0), NodeSpec(layer=1, position="s2")]
+    fields = {"nodes": nodes, "random": False, "dictionaries": [], "components": 0}
+    method = SAEEval(**BASE | fields | {"attached": str(tmp_path / "sae")})
+    document = method.measure(solved(), symbolic())
+    assert document["nodes"] == ["layers.0 at end", "layers.1 at s2"]
+    SparseDictionary("standard", standard(width=32).tensors, site=Site(0)).save(tmp_path / "sited")
+    sited = SAEEval(**BASE | fields | {"attached": str(tmp_path / "sited")}).measure(solved(), symbolic())
+    assert document["dictionaries"][str(tmp_path / "sae")] == sited["dictionaries"][str(tmp_path / "sited")]
+    standard(width=6).save(tmp_path / "narrow")
+    with pytest.raises(IntaglioError, match=r"narrow reads 6 features and does not name its site; layers.0 has 32"):
+        SAEEval(**BASE | fields | {"attached": str(tmp_path / "narrow")}).measure(solved(), symbolic())
 
 
 def test_what_cannot_be_measured_is_one_sentence() -> None:
