@@ -319,6 +319,18 @@ def test_dead_keys_become_heads_of_the_batch_and_kmeans_starts_at_the_means() ->
     open_projection.init_keys([draws(3, 4)])
 
 
+@pytest.mark.parametrize(("factor", "replaced"), [(0.19, False), (0.21, True)])
+def test_a_key_is_dead_below_a_share_of_uniform_use(factor: float, replaced: bool) -> None:
+    """thr = threshold_factor * batch_size * H * W / K."""
+    made = DiscreteKeyValueBottleneck(1, 1, 2, 1, 2, splitter="chunk", decay=0.0, threshold_factor=factor)
+    made.keys.copy_(torch.tensor([[[0.0], [9.0]]]))
+    z = torch.cat([torch.linspace(-1, 1, 18)[:, None], torch.tensor([[9.0], [10.0]])])
+    made.init_keys([z])
+    assert made.cluster_size.tolist() == [[18.0, 2.0]]
+    assert float(made.keys[0, 0]) == pytest.approx(0, abs=1e-4)
+    assert (float(made.keys[0, 1]) == pytest.approx(9.5, abs=1e-3)) is not replaced
+
+
 def test_decoders_read_the_codebooks_and_real_tokens_alone() -> None:
     values, mask = draws(2, 3, 2, 4, 5), torch.tensor([[True, True, False, False], [True] * 4])
     logits = VotingHead()(values, mask)

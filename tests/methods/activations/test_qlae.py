@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.activations.qlae import QLAE, Autoencoder, qlae_loss
+from intaglio.methods.activations.qlae import QLAE, Autoencoder, qlae_loss, training
 from intaglio.methods.activations.qlae.latents import (
     Continuous,
     ScalarQuantizer,
@@ -307,6 +307,30 @@ def test_the_critic_recovers_the_generators_latents() -> None:
     frozen = QLAE.gan(network="dense", steps=1, num_latents=2).fit(IMAGES)
     fresh = QLAE.gan(network="dense", steps=1, num_latents=2).make((1, 8, 8))
     assert all(torch.equal(a, b) for a, b in zip(frozen.decoder.parameters(), fresh.decoder.parameters(), strict=True))
+
+
+def test_the_adversarial_losses_have_their_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """generator: -value + 200 latent + 0.01 quant + 0.01 commit; critic: Wasserstein + penalty + the same."""
+    monkeypatch.setattr(training, "quantization_loss", lambda latents: 2 + 0 * latents.hat.sum())
+    monkeypatch.setattr(training, "commitment_loss", lambda latents: 3 + 0 * latents.hat.sum())
+    monkeypatch.setattr(training, "gradient_penalty", lambda value, real, fake, mix: 5 + 0 * value(real).sum())
+    monkeypatch.setattr(DecayedAdam, "step", lambda self, loss: totals.append(float(loss.detach())))
+    weights = {"latent_weight": 0.0, "gradient_weight": 0.0, "quantization_weight": 0.0, "commitment_weight": 0.0}
+    found = {}
+    for name in ("none", "quantization_weight", "commitment_weight", "gradient_weight"):
+        totals: list[float] = []
+        changed = {} if name == "none" else {name: 10.0}
+        method = QLAE.gan(
+            network="dense", width=6, num_latents=2, steps=1, generator_period=1, **{**weights, **changed}
+        )
+        model = method.fit(IMAGES)
+        found[name] = torch.tensor(totals)
+    extra = {name: (own - found["none"]).tolist() for name, own in found.items()}
+    assert extra["quantization_weight"] == pytest.approx([20, 20], abs=1e-3)
+    assert extra["commitment_weight"] == pytest.approx([30, 30], abs=1e-3)
+    assert extra["gradient_weight"] == pytest.approx([50, 0], abs=1e-3)
+    # Without the other terms the critic's loss is value(fake) - value(real), the generator's -value(fake).
+    assert found["none"][0] == pytest.approx(-model.losses["wasserstein"], abs=1e-5)
 
 
 # --- Files and refusals -----------------------------------------------------------------------------------------------

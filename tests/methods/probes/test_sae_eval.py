@@ -470,6 +470,48 @@ def test_agreement_is_with_the_most_likely_token_of_the_ground_truth() -> None:
     assert len(other) == len(own.prompts)
 
 
+def test_a_supervised_edit_swaps_the_old_value_for_the_new_one_in_every_node() -> None:
+    own = bench((Node(Site(0)), Node(Site(1))))
+    sizes = {"io": 30, "s": 30, "pos": 2}
+    codes = {
+        node: {
+            name: 5 * torch.randn(size, 32, generator=torch.Generator().manual_seed(size))
+            for name, size in sizes.items()
+        }
+        for node in own.means
+    }
+    fitted = {node: SupervisedDictionary(mean, codes[node]) for node, mean in own.means.items()}
+    results = own.supervised(fitted)
+    for attribute, (other, _, _) in own.counterfactuals.items():
+        before, after = own.prompts.attributes[attribute], other.attributes[attribute]
+        swaps = {node: codes[node][attribute][after] - codes[node][attribute][before] for node in own.means}
+        edited = {node: x_ND + swaps[node] for node, x_ND in own.activations.items()}
+        assert results["edit"][attribute] == own.agreement(attribute, edited)
+    back = {node: x_ND - swaps[node] for node, x_ND in own.activations.items()}
+    assert results["edit"]["pos"] != own.agreement("pos", back)
+    assert sum(results["removed"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_shuffled_labels_are_the_control_of_interpretability() -> None:
+    """Unions of values inflate F1 by chance: compare with label-shuffled control."""
+    own = bench()
+    (node,) = own.activations
+    pos = torch.nn.functional.one_hot(own.prompts.attributes["pos"], 2).float()
+
+    class Order(Identity):
+        def encode(self, x: Tensor) -> Tensor:
+            return pos
+
+        def decode(self, codes: Tensor) -> Tensor:
+            return codes @ torch.ones(2, 32)
+
+    results = own.learned({node: Learned(Order(), torch.ones(2, 32))}, [1])
+    assert results["interpretable"] == 1
+    assert results["interpretable_shuffled"] == 0
+    assert results["meanings"]["pos"] == 2
+    assert results["weight_of_interpretable"] == pytest.approx(1, abs=1e-4)
+
+
 def test_principal_components_are_signed_halves() -> None:
     x_ND = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 7.0))
     own = principal_components(x_ND, 2)
@@ -490,6 +532,8 @@ def test_a_measurement_has_every_arm_and_both_baselines() -> None:
     assert document["nodes"] == ["layers.1 at end"]
     assert set(document["unedited"]) == {"io", "s", "pos"}
     learned = document["dictionaries"]["topk_sae"]
+    assert document["dictionaries"]["topk_sae, frozen decoder"] != learned
+    assert document["dictionaries"]["principal components"]["l0"] == 3
     assert {"guided", "interpretable", "interpretable_shuffled", "weight_of_interpretable"} <= learned.keys()
     assert list(learned["edit"]["io"]) == [1, 2, 4]
 
