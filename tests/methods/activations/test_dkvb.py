@@ -285,6 +285,14 @@ def test_evaluation_falls_back_to_the_nearest_trained_key() -> None:
     assert made.lookup(heads)[0].flatten().tolist() == [2, 2]
 
 
+def test_training_fetches_the_nearest_pair_even_if_it_is_new() -> None:
+    made = bottleneck(dim=1, codebooks=1, pairs=3, dim_keys=1, splitter="chunk")
+    made.keys.copy_(torch.tensor([0.0, 5.0, 9.0])[None, :, None])
+    made.use_counts[0, 0] = 1
+    assert made.eval()(torch.tensor([[8.0]])).indices.item() == 0
+    assert made.train()(torch.tensor([[8.0]])).indices.item() == 2
+
+
 def test_training_counts_its_fetches_and_evaluation_does_not() -> None:
     made, z = bottleneck(), draws(7, 6)
     made.train()(z)
@@ -384,6 +392,14 @@ def test_later_classes_are_learned_without_forgetting(place: int | None) -> None
     assert probs.shape == (80, 4)
     assert torch.allclose(probs.sum(1), torch.ones(80))
     assert METHOD._bottleneck is None
+
+
+def test_keys_are_fitted_to_the_embeddings_given_for_them() -> None:
+    z, labels = blobs()
+    own, other = (METHOD.fit_embeddings(z[:40], labels[:40], keys_ND=keys)._bottleneck.keys for keys in (None, z[40:]))
+    assert torch.equal(own, METHOD.start(z[:40], ["c0", "c1"])._bottleneck.keys)
+    assert torch.equal(other, METHOD.start(z[40:], ["c0", "c1"])._bottleneck.keys)
+    assert not torch.equal(own, other)
 
 
 def test_classifying_fetches_pairs_that_training_fetched() -> None:

@@ -352,9 +352,14 @@ def test_a_saved_model_comes_back(fields: dict[str, Any], tmp_path: Path) -> Non
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("no")
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "c")
+    tiny = QLAE(**EXAMPLES[0])
+    tiny.save(tiny.make((1, 8, 8)), tmp_path / "d")
+    with safe_open(tmp_path / "d", framework="pt") as file:
+        save_file({"a": torch.zeros(1)}, tmp_path / "e", file.metadata())
     small = QLAE(num_latents=2, steps=1)
     for call, says in (
         (lambda: small.fit(IMAGES[0]), r"the images are torch.float32 \[1, 8, 8\]"),
@@ -367,6 +372,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
         (lambda: QLAE.load(tmp_path / "none"), "cannot read the model"),
         (lambda: QLAE.load(tmp_path / "b"), "cannot read the model"),
         (lambda: QLAE.load(tmp_path / "c"), "is not a model that QLAE.save has written"),
+        (lambda: QLAE.load(tmp_path / "e"), "the model .* is damaged: its tensors and hyperparameters do not"),
     ):
         with pytest.raises(IntaglioError, match=says) as caught:
             call()

@@ -358,6 +358,13 @@ def test_a_round_in_which_every_change_would_do_harm_leaves_the_edit_as_it_is() 
     assert torch.equal(greedy_edit(source, target, dense, dense.decoder_MD, 3)[0], source)
 
 
+def test_an_edit_changes_a_feature_once_even_if_more_of_it_would_help() -> None:
+    tensors = {"W_enc": 0.25 * torch.eye(6), "W_dec": torch.eye(6), "b_dec": torch.zeros(6), "b_enc": torch.zeros(6)}
+    weak, target = SparseDictionary("standard", tensors), torch.tensor([[4.0, 0, 0, 0, 0, 0]])
+    for k in (1, 2, 3):
+        assert torch.equal(greedy_edit(torch.zeros(1, 6), target, weak, weak.decoder_MD, k)[0], target / 4)
+
+
 def test_the_weights_of_features_sum_to_one() -> None:
     own, (source, _) = standard(), pairs()
     codes = own.encode(source)
@@ -470,25 +477,21 @@ def test_agreement_is_with_the_most_likely_token_of_the_ground_truth() -> None:
     assert len(other) == len(own.prompts)
 
 
-def test_a_supervised_edit_swaps_the_old_value_for_the_new_one_in_every_node() -> None:
-    own = bench((Node(Site(0)), Node(Site(1))))
-    sizes = {"io": 30, "s": 30, "pos": 2}
-    codes = {
-        node: {
-            name: 5 * torch.randn(size, 32, generator=torch.Generator().manual_seed(size))
-            for name, size in sizes.items()
-        }
-        for node in own.means
+def test_a_supervised_edit_swaps_the_old_value_for_the_new_one_in_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, sizes = bench((Node(Site(0)), Node(Site(1)))), {"io": 30, "s": 30, "pos": 2}
+    draws, edits = torch.Generator().manual_seed(0), {}
+    fitted = {
+        node: SupervisedDictionary(mean, {name: torch.randn(size, 32, generator=draws) for name, size in sizes.items()})
+        for node, mean in own.means.items()
     }
-    fitted = {node: SupervisedDictionary(mean, codes[node]) for node, mean in own.means.items()}
+    monkeypatch.setattr(Bench, "agreement", lambda self, name, edited: edits.update({name: edited}) or len(edits))
     results = own.supervised(fitted)
-    for attribute, (other, _, _) in own.counterfactuals.items():
-        before, after = own.prompts.attributes[attribute], other.attributes[attribute]
-        swaps = {node: codes[node][attribute][after] - codes[node][attribute][before] for node in own.means}
-        edited = {node: x_ND + swaps[node] for node, x_ND in own.activations.items()}
-        assert results["edit"][attribute] == own.agreement(attribute, edited)
-    back = {node: x_ND - swaps[node] for node, x_ND in own.activations.items()}
-    assert results["edit"]["pos"] != own.agreement("pos", back)
+    assert results["edit"] == {"io": 1, "s": 2, "pos": 3}
+    for name, (other, _, _) in own.counterfactuals.items():
+        before, after = own.prompts.attributes[name], other.attributes[name]
+        for node, x_ND in own.activations.items():
+            code = fitted[node].codes[name]
+            torch.testing.assert_close(edits[name][node], x_ND - code[before] + code[after])
     assert sum(results["removed"].values()) == pytest.approx(1, abs=1e-4)
 
 
@@ -567,6 +570,11 @@ def test_what_cannot_be_measured_is_one_sentence() -> None:
     bert = Checkpoint(tiny_model("bert", layers=1), tiny_tokenizer("bert"))
     with pytest.raises(IntaglioError, match="needs the next token"):
         SAEEval().measure(bert)
+    with pytest.raises(IntaglioError, match="the checkpoint has no tokenizer"):
+        SAEEval().measure(Checkpoint(model().model))
+    few = Checkpoint(tiny_model("llama", layers=1, vocab_size=20))
+    with pytest.raises(IntaglioError, match="token id 40 is outside the model's vocabulary of 20"):
+        SAEEval(task="symbols").measure(few)
     with pytest.raises(IntaglioError, match="layer is 9; the model has the layers 0 to 1"):
         SAEEval(nodes=[NodeSpec(layer=9)]).measure(model(), TASK)
     with pytest.raises(IntaglioError, match=r"dictionaries.topk_sae.*width is 2 and k is 3"):

@@ -95,8 +95,8 @@ class SAEEval(Method, slug="sae_eval"):
         test: test prompts. Default 500.
 
     Raises:
-        IntaglioError: (in `measure`) a model that predicts no next token or fails the task, a node that it does not
-            have, or fields of a dictionary that are wrong.
+        IntaglioError: (in `measure`) a model that predicts no next token, lacks the task's tokens or fails the task, a
+            node that it does not have, or fields of a dictionary that are wrong.
 
     Source: Makelov, Lange and Nanda, Towards Principled Evaluations of Sparse Autoencoders for Interpretability and
     Control, ICLR 2025, arXiv 2405.08366, sections 2 to 6; code amakelov/sae.
@@ -160,6 +160,8 @@ class SAEEval(Method, slug="sae_eval"):
         for node in nodes:
             check_site(parts, node.site)
         learners = self._learners()
+        if data is None and self.task == "english" and checkpoint.tokenizer is None:
+            raise IntaglioError("the checkpoint has no tokenizer, so the task in English cannot be written for it")
         task = data or (english(checkpoint.tokenizer) if self.task == "english" else symbolic())
         was_training = checkpoint.model.training
         checkpoint.model.eval()
@@ -167,6 +169,7 @@ class SAEEval(Method, slug="sae_eval"):
             attached = None if self.attached is None else find_dictionary(checkpoint, self.attached)
             read = nodes if attached is None else (*nodes, _node_of(checkpoint, *attached, nodes[0]))
             training = task.prompts(self.train, seed, "train")
+            checkpoint.check_ids(training.ids_NT)
             outcome, activations = run(parts, training, read=tuple(dict.fromkeys(read)))
             if outcome.difference <= 0:
                 raise IntaglioError(
