@@ -83,7 +83,7 @@ def _set_implementation(base: Any, name: str) -> None:
         ) from error
     if base.config._attn_implementation != name:
         raise IntaglioError(
-            f"{type(base).__name__} does not call transformers' attention interface, so no visibility rule can be set"
+            f"{type(base).__name__} does not call transformers' attention interface, so its attention cannot be changed"
         )
 
 

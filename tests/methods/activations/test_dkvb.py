@@ -285,6 +285,14 @@ def test_evaluation_falls_back_to_the_nearest_trained_key() -> None:
     assert made.lookup(heads)[0].flatten().tolist() == [2, 2]
 
 
+def test_training_fetches_the_nearest_pair_even_if_it_is_new() -> None:
+    made = bottleneck(dim=1, codebooks=1, pairs=3, dim_keys=1, splitter="chunk")
+    made.keys.copy_(torch.tensor([0.0, 5.0, 9.0])[None, :, None])
+    made.use_counts[0, 0] = 1
+    assert made.eval()(torch.tensor([[8.0]])).indices.item() == 0
+    assert made.train()(torch.tensor([[8.0]])).indices.item() == 2
+
+
 def test_training_counts_its_fetches_and_evaluation_does_not() -> None:
     made, z = bottleneck(), draws(7, 6)
     made.train()(z)
@@ -317,6 +325,18 @@ def test_dead_keys_become_heads_of_the_batch_and_kmeans_starts_at_the_means() ->
         open_projection.init_keys([draws(3, 4)])
     open_projection.freeze_splitter()
     open_projection.init_keys([draws(3, 4)])
+
+
+@pytest.mark.parametrize(("factor", "replaced"), [(0.19, False), (0.21, True)])
+def test_a_key_is_dead_below_a_share_of_uniform_use(factor: float, replaced: bool) -> None:
+    """thr = threshold_factor * batch_size * H * W / K."""
+    made = DiscreteKeyValueBottleneck(1, 1, 2, 1, 2, splitter="chunk", decay=0.0, threshold_factor=factor)
+    made.keys.copy_(torch.tensor([[[0.0], [9.0]]]))
+    z = torch.cat([torch.linspace(-1, 1, 18)[:, None], torch.tensor([[9.0], [10.0]])])
+    made.init_keys([z])
+    assert made.cluster_size.tolist() == [[18.0, 2.0]]
+    assert float(made.keys[0, 0]) == pytest.approx(0, abs=1e-4)
+    assert (float(made.keys[0, 1]) == pytest.approx(9.5, abs=1e-3)) is not replaced
 
 
 def test_decoders_read_the_codebooks_and_real_tokens_alone() -> None:
@@ -372,6 +392,14 @@ def test_later_classes_are_learned_without_forgetting(place: int | None) -> None
     assert probs.shape == (80, 4)
     assert torch.allclose(probs.sum(1), torch.ones(80))
     assert METHOD._bottleneck is None
+
+
+def test_keys_are_fitted_to_the_embeddings_given_for_them() -> None:
+    z, labels = blobs()
+    own, other = (METHOD.fit_embeddings(z[:40], labels[:40], keys_ND=keys)._bottleneck.keys for keys in (None, z[40:]))
+    assert torch.equal(own, METHOD.start(z[:40], ["c0", "c1"])._bottleneck.keys)
+    assert torch.equal(other, METHOD.start(z[40:], ["c0", "c1"])._bottleneck.keys)
+    assert not torch.equal(own, other)
 
 
 def test_classifying_fetches_pairs_that_training_fetched() -> None:

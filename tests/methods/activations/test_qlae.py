@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.activations.qlae import QLAE, Autoencoder, qlae_loss
+from intaglio.methods.activations.qlae import QLAE, Autoencoder, qlae_loss, training
 from intaglio.methods.activations.qlae.latents import (
     Continuous,
     ScalarQuantizer,
@@ -309,6 +309,30 @@ def test_the_critic_recovers_the_generators_latents() -> None:
     assert all(torch.equal(a, b) for a, b in zip(frozen.decoder.parameters(), fresh.decoder.parameters(), strict=True))
 
 
+def test_the_adversarial_losses_have_their_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """generator: -value + 200 latent + 0.01 quant + 0.01 commit; critic: Wasserstein + penalty + the same."""
+    monkeypatch.setattr(training, "quantization_loss", lambda latents: 2 + 0 * latents.hat.sum())
+    monkeypatch.setattr(training, "commitment_loss", lambda latents: 3 + 0 * latents.hat.sum())
+    monkeypatch.setattr(training, "gradient_penalty", lambda value, real, fake, mix: 5 + 0 * value(real).sum())
+    monkeypatch.setattr(DecayedAdam, "step", lambda self, loss: totals.append(float(loss.detach())))
+    weights = {"latent_weight": 0.0, "gradient_weight": 0.0, "quantization_weight": 0.0, "commitment_weight": 0.0}
+    found = {}
+    for name in ("none", "quantization_weight", "commitment_weight", "gradient_weight"):
+        totals: list[float] = []
+        changed = {} if name == "none" else {name: 10.0}
+        method = QLAE.gan(
+            network="dense", width=6, num_latents=2, steps=1, generator_period=1, **{**weights, **changed}
+        )
+        model = method.fit(IMAGES)
+        found[name] = torch.tensor(totals)
+    extra = {name: (own - found["none"]).tolist() for name, own in found.items()}
+    assert extra["quantization_weight"] == pytest.approx([20, 20], abs=1e-3)
+    assert extra["commitment_weight"] == pytest.approx([30, 30], abs=1e-3)
+    assert extra["gradient_weight"] == pytest.approx([50, 0], abs=1e-3)
+    # Without the other terms the critic's loss is value(fake) - value(real), the generator's -value(fake).
+    assert found["none"][0] == pytest.approx(-model.losses["wasserstein"], abs=1e-5)
+
+
 # --- Files and refusals -----------------------------------------------------------------------------------------------
 
 
@@ -328,9 +352,14 @@ def test_a_saved_model_comes_back(fields: dict[str, Any], tmp_path: Path) -> Non
 
 def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("no")
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, tmp_path / "c")
+    tiny = QLAE(**EXAMPLES[0])
+    tiny.save(tiny.make((1, 8, 8)), tmp_path / "d")
+    with safe_open(tmp_path / "d", framework="pt") as file:
+        save_file({"a": torch.zeros(1)}, tmp_path / "e", file.metadata())
     small = QLAE(num_latents=2, steps=1)
     for call, says in (
         (lambda: small.fit(IMAGES[0]), r"the images are torch.float32 \[1, 8, 8\]"),
@@ -343,6 +372,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path) -> None:
         (lambda: QLAE.load(tmp_path / "none"), "cannot read the model"),
         (lambda: QLAE.load(tmp_path / "b"), "cannot read the model"),
         (lambda: QLAE.load(tmp_path / "c"), "is not a model that QLAE.save has written"),
+        (lambda: QLAE.load(tmp_path / "e"), "the model .* is damaged: its tensors and hyperparameters do not"),
     ):
         with pytest.raises(IntaglioError, match=says) as caught:
             call()

@@ -351,6 +351,12 @@ def test_defaults_are_those_of_the_study() -> None:
     assert cached["sink_window"]["sinks"] == 4
 
 
+def test_the_papers_choice_is_quest_unless_a_part_is_given() -> None:
+    assert SparseFrontier.paper() == SparseFrontier(cache="quest")
+    assert SparseFrontier.paper(layers=[1]) == SparseFrontier(cache="quest", layers=[1])
+    assert SparseFrontier.paper(prefill="oracle").cache is None
+
+
 def test_names_of_the_command_line_and_their_budgets() -> None:
     assert named("quest", 64).cache.model_dump()["budget"] == 64  # type: ignore[union-attr]
     assert named("vertical_slash", 99).prefill.model_dump()["columns"] == 99  # type: ignore[union-attr]
@@ -424,6 +430,8 @@ def test_other_caches_and_masks_are_refused(fields: dict[str, Any]) -> None:
     refused(model, r"an attention_mask \(1, 1, 40, 40\) cannot be combined with", method, attention_mask=mask)
     longer = torch.randint(8, 150, (1, MAX_POSITIONS + 1))
     refused(model, "129 tokens are more than the 128 positions", method, input_ids=longer)
+    with method.attached(model), torch.no_grad():
+        assert model(longer[:, :MAX_POSITIONS]).logits.shape[1] == MAX_POSITIONS
     refused(model, "packed position_ids", method, position_ids=torch.arange(20).repeat(2)[None], use_cache=False)
     refused(model, "row 0 of the batch has no tokens", method, attention_mask=torch.zeros_like(IDS))
 

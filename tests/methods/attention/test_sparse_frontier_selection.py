@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from intaglio.methods.attention.sparse_frontier.cache import AdaSnapKV, Quest, SequenceCache, SnapKV
+from intaglio.methods.attention.sparse_frontier.cache import AdaSnapKV, Quest, RandomPolicy, SequenceCache, SnapKV
 from intaglio.methods.attention.sparse_frontier.prefill import (
     BlockSparse,
     FlexPrefill,
@@ -265,6 +265,24 @@ def test_random_differs_by_head_and_layer_and_not_by_input() -> None:
     # Seven columns and two recent keys, which columns may repeat.
     assert set(first[:, 29].sum(-1).tolist()) <= {7, 8, 9}
     assert pairs(Random(budget=12, sinks=1, recent=2, block_size=1), 30)[:, 29].sum() > first[:, 29].sum()
+
+
+def test_the_random_policy_draws_anew_for_each_layer_head_and_token() -> None:
+    policy = RandomPolicy(budget=6)
+    query, key, value = states(40)
+    first, other = (
+        policy.select(query[:, -1], SequenceCache(policy, query, key, value, 0.3, layer)) for layer in (0, 1)
+    )
+    assert first is not None
+    assert other is not None
+    assert first.shape == (GROUPS, 6)
+    assert first[:, -1].tolist() == [39, 39]
+    assert all(len(set(row.tolist())) == 6 for row in first)
+    assert not torch.equal(first, other)
+    assert not torch.equal(first[0], first[1])
+    shorter = policy.select(query[:, -2], SequenceCache(policy, query[:, :39], key[:, :39], value[:, :39], 0.3, 0))
+    assert shorter is not None
+    assert not torch.equal(first[:, :-1], shorter[:, :-1])
 
 
 def cached(policy: Any, length: int, seed: int = 0) -> SequenceCache:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,12 +19,14 @@ from intaglio.cli.app import app
 from intaglio.cli.inspect_sparse import pictures
 from intaglio.errors import IntaglioError
 from intaglio.measures.long_context import NeedleInAHaystack, StoryFiltering
-from intaglio.methods.attention.sparse_frontier import SparseFrontier, installed, study
+from intaglio.measures.sparsity_tradeoff import decode_flops, paired_bootstrap, prefill_flops
+from intaglio.methods.attention.sparse_frontier import Meter, SparseFrontier, installed, study
 from intaglio.methods.attention.sparse_frontier.pictures import as_json, kept
 from intaglio.methods.attention.sparse_frontier.study import (
     ADAPTED,
     METHODS,
     PREFILL,
+    Answer,
     StudySizes,
     answer,
     at_sparsity,
@@ -86,6 +90,95 @@ def test_sizes_scale_with_the_length() -> None:
     for name, sparsity, match in (("quests", 0.5, "did you mean quest"), ("quest", 1.0, "above 0 and below 1")):
         with pytest.raises(IntaglioError, match=match):
             at_sparsity(name, 100, sparsity)
+
+
+def test_each_setting_scales_with_the_length() -> None:
+    """All forced and window sizes at a quarter of the reference length, and the budgets of a sparsity of 0.9."""
+    forced, compression = {"sinks": 1, "recent": 16}, {"sinks": 1, "recent": 32, "num_queries": 64, "kernel_size": 5}
+    expected: dict[str, dict[str, Any]] = {
+        "vertical_slash": {**forced, "columns": 105, "offsets": 105, "block_size": 16, "num_queries": 64},
+        "block_sparse": {"block_size": 4, "blocks": 26},
+        "flex_prefill": {
+            **forced,
+            "coverage": pytest.approx(0.1),
+            "min_budget": 16,
+            "block_size": 16,
+            "num_queries": 128,
+        },
+        "quest": {"budget": 204, "page_size": 4, "share_pages": True},
+        "snapkv": {"budget": 205, **compression},
+        "ada_snapkv": {"budget": 205, **compression, "min_ratio": 0.2},
+        "sink_window": {"budget": 205, "sinks": 1},
+        "random": {"budget": 205, "seed": 0},
+        "oracle": {"budget": 205},
+    }
+    assert set(expected) == set(METHODS)
+    for name, fields in expected.items():
+        method = at_sparsity(name, 2048, 0.9)
+        part, other = (method.prefill, method.cache) if name in PREFILL else (method.cache, method.prefill)
+        assert part is not None
+        assert other is None
+        assert part.model_dump() == {"name": name, **fields}
+
+
+class Words:
+    """A task of shuffled words, of equally many tokens, whose score is what the answer says."""
+
+    name = "words"
+
+    def sample(self, rng: Random, room: int, count: Any) -> Any:
+        words = ["dog", "fox", "sun"] * 60
+        rng.shuffle(words)
+        context = f"the {' '.join(words)} runs"
+        return SimpleNamespace(
+            parts=lambda condition, explain: (context, f" {condition} {'why ' * explain}"), score=float
+        )
+
+
+@pytest.mark.parametrize("condition", ["after", "before and after"])
+def test_a_cell_counts_answers_operations_and_measured_sparsity(
+    condition: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Count the estimation cost; report real sparsity, not the knob."""
+    model = tiny_model("llama", layers=2, max_position_embeddings=POSITIONS, head_dim=16)
+    tiny, calls = Checkpoint(model, tiny_tokenizer("llama"), "tiny"), []
+
+    def answers(checkpoint: Any, first: Any, second: Any, method: Any, condition: Any, new: int) -> Answer:
+        calls.append((first, second, method, condition, new))
+        meter = Meter(8, 10, 1, 4) if method is not None else Meter()
+        return Answer("0.25" if method is not None else "1", meter, first.shape[1] + second.shape[1], 3)
+
+    monkeypatch.setattr(study, "answer", answers)
+    monkeypatch.setattr(study, "calibrated", lambda checkpoint, ids, name, sparsity: sparsity)
+    methods = ("quest", "snapkv", "oracle", "block_sparse", "vertical_slash")
+    sizes = StudySizes((700,), methods, (0.8,), (condition,), samples=2, explain=True, seed=3)
+    points = run(tiny, [Words()], sizes)
+    first, second = calls[0][:2]
+    assert {call[3:] for call in calls} == {(condition, 4 * study.ANSWER)}
+    assert torch.equal(second, encoded(tiny, Words().sample(Random(0), 0, None), condition, True)[1])
+    assert not torch.equal(first, calls[1][0])
+    prompt = first.shape[1] + (0 if condition == "after" else second.shape[1])
+    decoded = 3 + (second.shape[1] if condition == "after" else 0)
+    matrices = sum(linear.weight.numel() for linear in model.modules() if isinstance(linear, torch.nn.Linear))
+    matrices -= model.lm_head.weight.numel()
+    window = at_sparsity("snapkv", prompt, 0.8).cache.num_queries  # type: ignore[union-attr]
+    # Page minima and maxima for each token; all keys; half of all pairs of block means; the windows of last queries.
+    estimates = ((0, 0), (0, 2 * prompt / 4), (window, 0), (0, prompt), (prompt // (2 * 4**2), 0), (window, 0))
+    for point, (queries, keys) in zip(points, estimates, strict=True):
+        dense, in_prompt = point.method == "dense", point.method in PREFILL
+        assert point.scores == ((1.0, 1.0) if dense else (0.25, 0.25))
+        assert point.sparsity == pytest.approx(0 if dense else 0.2 if in_prompt else 0.75)
+        assert point.phase == ("prefill" if in_prompt else "decode")
+        flops = prefill_flops(matrices, 2, HEADS * 16, prompt, 0 if dense else 0.2, queries)
+        flops += decoded * decode_flops(matrices, 2, HEADS * 16, prompt, 0 if dense else 0.75, keys)
+        assert point.flops == pytest.approx(flops)
+        if not dense:
+            assert point.difference == paired_bootstrap((1.0, 1.0), (0.25, 0.25), 3)
+    calls.clear()
+    run(tiny, [Words()], replace(sizes, seed=4, explain=False))
+    assert not torch.equal(calls[0][0], first)
+    assert calls[0][4] == study.ANSWER
+    assert calls[0][1].shape[1] < second.shape[1]
 
 
 def test_the_question_is_outside_the_prompt_where_it_comes_after() -> None:

@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.cli.app import app
+from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
+from intaglio.methods.probes import markov_lm
 from intaglio.methods.probes.markov_lm import MarkovLM, as_kernels, draft_acceptance, linear_head
 from intaglio.methods.probes.markov_lm.finite import (
     categorical_entropy,
@@ -374,7 +376,7 @@ def test_the_steps_of_a_model_by_hand() -> None:
     again = method.measure(ckpt, TEXTS)
     assert found == again == method.measure(ckpt, ["a short text", *TEXTS])
     assert found != method.measure(ckpt, TEXTS, seed=1)
-    text = method._read(ckpt, __import__("intaglio").load_texts(TEXTS), 4, lambda *_: None)
+    text = method._read(ckpt, load_texts(TEXTS), 4, lambda *_: None)
     ids = text.ids_NL[text.part_N == 2]
     with torch.no_grad():
         logits = ckpt.model(ids).logits
@@ -385,6 +387,30 @@ def test_the_steps_of_a_model_by_hand() -> None:
     assert found["steps"]["entropy_gap"] == pytest.approx(found["steps"]["entropy"] - found["steps"]["loss"])
     assert found["fisher"]["leading_shares"][-1][1] == pytest.approx(1)
     assert len(found["fisher"]["largest"]) == 3 == len(found["alignment"]["dirichlet"])
+
+
+def test_what_is_fitted_reads_training_texts_and_tokens_come_after_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """H_t predicts W_t; surplus concerns W_{t+1} onward. Whitening and n-grams do not see the measured contexts."""
+    ckpt, method, seen = model(), MarkovLM(**SIZES, extra_tokens=2), {}
+
+    def spied(module: Any, name: str) -> None:
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: seen.update({name: (a, k)}) or own(*a, **k))
+
+    spied(markov_lm.geometry, "whiten")
+    spied(markov_lm, "ngram_distributions")
+    spied(markov_lm, "surplus_terms")
+    method.measure(ckpt, TEXTS)
+    text = method._read(ckpt, load_texts(TEXTS), 4, lambda *_: None)
+    known = text.hidden_NLD[text.part_N == 0].flatten(0, 1)
+    assert torch.allclose(seen["whiten"][0][1], known.double().mean(0))
+    assert torch.equal(seen["ngram_distributions"][0][0], text.ids_NL[text.part_N == 0].flatten())
+    positions = seen["surplus_terms"][0][0]
+    windows, last = len(text.ids_NL), SIZES["length"] - 3
+    assert torch.equal(positions.hidden_ND, text.hidden_NLD[:, :last].flatten(0, 1))
+    for j in range(3):
+        assert torch.equal(positions.tokens_NJ[:, j].view(windows, last), text.ids_NL[:, 1 + j : 1 + j + last])
+    assert torch.equal(positions.part_N.view(windows, last)[:, 0], text.part_N)
 
 
 def test_the_reference_may_be_a_model(tmp_path: Path) -> None:
@@ -400,7 +426,6 @@ def test_the_reference_may_be_a_model(tmp_path: Path) -> None:
 
 def test_bundled_heads_are_named_with_their_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
     from intaglio.checkpoint.bundled import bundled_heads
-    from intaglio.methods.probes import markov_lm
 
     assert draft_acceptance(model()) == []
     (head,) = bundled_heads("chimera")

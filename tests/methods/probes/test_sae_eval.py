@@ -325,24 +325,44 @@ def test_one_greedy_edit_is_the_best_of_all() -> None:
     edited, _ = greedy_edit(source, target, own, own.decoder_MD, 1)
     change = own.encode(target) - own.encode(source)
     for row in range(len(source)):
-        options = [source[row] + change[row, j] * own.decoder_MD[j] for j in range(10) if change[row, j] != 0]
+        options = [source[row] + change[row, j] * own.decoder_MD[j] for j in range(10)]
         best = min(options, key=lambda option: float((target[row] - option).norm()))
         torch.testing.assert_close(edited[row], best, atol=1e-5, rtol=1e-4)
 
 
-def test_each_round_uses_another_feature_and_all_of_them_give_the_whole_change() -> None:
-    """k = all features with exact reconstruction reproduces the ground-truth patch; rounds are forced."""
-    own, (source, target) = standard(), pairs()
-    change = own.decode(own.encode(target)) - own.decode(own.encode(source))
-    edited, removed = greedy_edit(source, target, own, own.decoder_MD, 10)
-    torch.testing.assert_close(edited - source, change, atol=1e-4, rtol=1e-4)
-    more, _ = greedy_edit(source, target, own, own.decoder_MD, 99)
-    assert torch.equal(more, edited)
-    torch.testing.assert_close(removed, torch.ones(20), atol=1e-4, rtol=1e-4)
-    exact = SparseDictionary("standard", {**own.tensors, "W_enc": torch.cat([torch.eye(6), -torch.eye(6)], 1),
-                             "W_dec": torch.cat([torch.eye(6), -torch.eye(6)]), "b_enc": torch.zeros(12)})  # fmt: skip
-    whole, _ = greedy_edit(source, target, exact, exact.decoder_MD, 12)
+def test_all_features_of_an_exact_reconstruction_give_the_whole_change() -> None:
+    """k = all features with exact reconstruction reproduces the ground-truth patch."""
+    source, target = pairs()
+    rows = torch.cat([torch.eye(6), -torch.eye(6)])
+    tensors = {"W_enc": rows.T.contiguous(), "W_dec": rows, "b_dec": torch.zeros(6), "b_enc": torch.zeros(12)}
+    exact = SparseDictionary("standard", tensors)
+    whole, removed = greedy_edit(source, target, exact, exact.decoder_MD, 12)
     torch.testing.assert_close(whole, target, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(removed, torch.ones(20), atol=1e-4, rtol=1e-4)
+    more, _ = greedy_edit(source, target, exact, exact.decoder_MD, 99)
+    assert torch.equal(more, whole)
+
+
+def test_a_round_in_which_every_change_would_do_harm_leaves_the_edit_as_it_is() -> None:
+    """As in the authors' code, features without a change take part in each round, so the distance does not rise."""
+    own, (source, target) = standard(), pairs()
+    change = own.encode(target) - own.encode(source)
+    assert bool((change == 0).any(1).all())
+    edits = [greedy_edit(source, target, own, own.decoder_MD, k)[0] for k in range(11)]
+    distances = torch.stack([(target - edited).norm(dim=1) for edited in edits])
+    assert torch.equal(edits[0], source)
+    assert bool((distances.diff(dim=0) <= 1e-5).all())
+    whole = source + change @ own.decoder_MD
+    assert bool(((target - whole).norm(dim=1) > distances[10] + 0.1).any())
+    dense = SparseDictionary("standard", {**own.tensors, "W_enc": 0 * own.tensors["W_enc"], "b_enc": torch.ones(10)})
+    assert torch.equal(greedy_edit(source, target, dense, dense.decoder_MD, 3)[0], source)
+
+
+def test_an_edit_changes_a_feature_once_even_if_more_of_it_would_help() -> None:
+    tensors = {"W_enc": 0.25 * torch.eye(6), "W_dec": torch.eye(6), "b_dec": torch.zeros(6), "b_enc": torch.zeros(6)}
+    weak, target = SparseDictionary("standard", tensors), torch.tensor([[4.0, 0, 0, 0, 0, 0]])
+    for k in (1, 2, 3):
+        assert torch.equal(greedy_edit(torch.zeros(1, 6), target, weak, weak.decoder_MD, k)[0], target / 4)
 
 
 def test_the_weights_of_features_sum_to_one() -> None:
@@ -457,6 +477,44 @@ def test_agreement_is_with_the_most_likely_token_of_the_ground_truth() -> None:
     assert len(other) == len(own.prompts)
 
 
+def test_a_supervised_edit_swaps_the_old_value_for_the_new_one_in_every_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, sizes = bench((Node(Site(0)), Node(Site(1)))), {"io": 30, "s": 30, "pos": 2}
+    draws, edits = torch.Generator().manual_seed(0), {}
+    fitted = {
+        node: SupervisedDictionary(mean, {name: torch.randn(size, 32, generator=draws) for name, size in sizes.items()})
+        for node, mean in own.means.items()
+    }
+    monkeypatch.setattr(Bench, "agreement", lambda self, name, edited: edits.update({name: edited}) or len(edits))
+    results = own.supervised(fitted)
+    assert results["edit"] == {"io": 1, "s": 2, "pos": 3}
+    for name, (other, _, _) in own.counterfactuals.items():
+        before, after = own.prompts.attributes[name], other.attributes[name]
+        for node, x_ND in own.activations.items():
+            code = fitted[node].codes[name]
+            torch.testing.assert_close(edits[name][node], x_ND - code[before] + code[after])
+    assert sum(results["removed"].values()) == pytest.approx(1, abs=1e-4)
+
+
+def test_shuffled_labels_are_the_control_of_interpretability() -> None:
+    """Compare with label-shuffled control (without unions, which reach a high F1 by chance on so few prompts)."""
+    own = bench()
+    (node,) = own.activations
+    pos = torch.nn.functional.one_hot(own.prompts.attributes["pos"], 2).float()
+
+    class Order(Identity):
+        def encode(self, x: Tensor) -> Tensor:
+            return pos
+
+        def decode(self, codes: Tensor) -> Tensor:
+            return codes @ torch.ones(2, 32)
+
+    results = own.learned({node: Learned(Order(), torch.ones(2, 32))}, [1], unions=1)
+    assert results["interpretable"] == 1
+    assert results["interpretable_shuffled"] == 0
+    assert results["meanings"]["pos"] == 2
+    assert results["weight_of_interpretable"] == pytest.approx(1, abs=1e-4)
+
+
 def test_principal_components_are_signed_halves() -> None:
     x_ND = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.arange(1.0, 7.0))
     own = principal_components(x_ND, 2)
@@ -477,6 +535,8 @@ def test_a_measurement_has_every_arm_and_both_baselines() -> None:
     assert document["nodes"] == ["layers.1 at end"]
     assert set(document["unedited"]) == {"io", "s", "pos"}
     learned = document["dictionaries"]["topk_sae"]
+    assert document["dictionaries"]["topk_sae, frozen decoder"] != learned
+    assert document["dictionaries"]["principal components"]["l0"] == 3
     assert {"guided", "interpretable", "interpretable_shuffled", "weight_of_interpretable"} <= learned.keys()
     assert list(learned["edit"]["io"]) == [1, 2, 4]
 
@@ -491,10 +551,30 @@ def test_an_attached_dictionary_is_tested_at_its_site(tmp_path: Any) -> None:
     assert document["nodes"] == ["layers.1 at end"]
 
 
+def test_an_attached_dictionary_without_a_site_is_tested_at_the_first_node(tmp_path: Any) -> None:
+    standard(width=32).save(tmp_path / "sae")
+    nodes = [NodeSpec(layer=0), NodeSpec(layer=1, position="s2")]
+    fields = {"nodes": nodes, "random": False, "dictionaries": [], "components": 0}
+    method = SAEEval(**BASE | fields | {"attached": str(tmp_path / "sae")})
+    document = method.measure(solved(), symbolic())
+    assert document["nodes"] == ["layers.0 at end", "layers.1 at s2"]
+    SparseDictionary("standard", standard(width=32).tensors, site=Site(0)).save(tmp_path / "sited")
+    sited = SAEEval(**BASE | fields | {"attached": str(tmp_path / "sited")}).measure(solved(), symbolic())
+    assert document["dictionaries"][str(tmp_path / "sae")] == sited["dictionaries"][str(tmp_path / "sited")]
+    standard(width=6).save(tmp_path / "narrow")
+    with pytest.raises(IntaglioError, match=r"narrow reads 6 features and does not name its site; layers.0 has 32"):
+        SAEEval(**BASE | fields | {"attached": str(tmp_path / "narrow")}).measure(solved(), symbolic())
+
+
 def test_what_cannot_be_measured_is_one_sentence() -> None:
     bert = Checkpoint(tiny_model("bert", layers=1), tiny_tokenizer("bert"))
     with pytest.raises(IntaglioError, match="needs the next token"):
         SAEEval().measure(bert)
+    with pytest.raises(IntaglioError, match="the checkpoint has no tokenizer"):
+        SAEEval().measure(Checkpoint(model().model))
+    few = Checkpoint(tiny_model("llama", layers=1, vocab_size=20))
+    with pytest.raises(IntaglioError, match="token id 40 is outside the model's vocabulary of 20"):
+        SAEEval(task="symbols").measure(few)
     with pytest.raises(IntaglioError, match="layer is 9; the model has the layers 0 to 1"):
         SAEEval(nodes=[NodeSpec(layer=9)]).measure(model(), TASK)
     with pytest.raises(IntaglioError, match=r"dictionaries.topk_sae.*width is 2 and k is 3"):

@@ -218,10 +218,15 @@ class QLAE(Method, slug="qlae"):
             raise IntaglioError(f"cannot read the model {os.fspath(path)}: {shorten(str(error))}") from None
         if about.get("format") != cls.FORMAT:
             raise IntaglioError(f"{os.fspath(path)} is not a model that QLAE.save has written")
-        method = cls(**about["parameters"])
-        channels, height, width = about["shape"]
-        model = method.make((channels, height, width))
-        model.load_state_dict(tensors)
+        try:
+            method = cls(**about["parameters"])
+            channels, height, width = about["shape"]
+            model = method.make((channels, height, width))
+            model.load_state_dict(tensors)
+        except (KeyError, ValueError, RuntimeError):
+            raise IntaglioError(
+                f"the model {os.fspath(path)} is damaged: its tensors and hyperparameters do not belong together"
+            ) from None
         return method, model.eval()
 
 

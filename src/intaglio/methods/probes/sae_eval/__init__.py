@@ -30,7 +30,7 @@ from intaglio.methods.probes.sae_eval.patching import Node, run
 from intaglio.methods.probes.sae_eval.supervised import CODE_KINDS, CodeKind, SupervisedDictionary
 from intaglio.methods.probes.sae_eval.tasks import IOITask, english, symbolic
 from intaglio.modeling.anatomy import anatomy
-from intaglio.modeling.sites import Site, SitePart, check_site
+from intaglio.modeling.sites import Site, SitePart, check_site, site_width
 
 __all__ = ["Bench", "Node", "NodeSpec", "SAEEval", "english", "symbolic"]
 
@@ -84,8 +84,8 @@ class SAEEval(Method, slug="sae_eval"):
             the end.
         dictionaries: dictionaries trained on each node's activations, such as `[{topk_sae: {width: 256, k: 3}}]`.
             Default: TopK with three active latents.
-        attached: name of an attached dictionary, or a directory, tested at its own site and the first node's position.
-            Default: none.
+        attached: name of an attached dictionary, or a directory, tested at its own site (that of the first node where
+            it names none) and the first node's position. Default: none.
         supervised: `mean`, `mse` or both. Default both.
         components: (baseline) principal components, as many as a dictionary has active latents. Default 3; 0: none.
         random: (baseline) whether the first dictionary is also trained with its random decoder frozen. Default true.
@@ -95,8 +95,8 @@ class SAEEval(Method, slug="sae_eval"):
         test: test prompts. Default 500.
 
     Raises:
-        IntaglioError: (in `measure`) a model that predicts no next token or fails the task, a node that it does not
-            have, or fields of a dictionary that are wrong.
+        IntaglioError: (in `measure`) a model that predicts no next token, lacks the task's tokens or fails the task, a
+            node that it does not have, or fields of a dictionary that are wrong.
 
     Source: Makelov, Lange and Nanda, Towards Principled Evaluations of Sparse Autoencoders for Interpretability and
     Control, ICLR 2025, arXiv 2405.08366, sections 2 to 6; code amakelov/sae.
@@ -160,21 +160,23 @@ class SAEEval(Method, slug="sae_eval"):
         for node in nodes:
             check_site(parts, node.site)
         learners = self._learners()
+        if data is None and self.task == "english" and checkpoint.tokenizer is None:
+            raise IntaglioError("the checkpoint has no tokenizer, so the task in English cannot be written for it")
         task = data or (english(checkpoint.tokenizer) if self.task == "english" else symbolic())
         was_training = checkpoint.model.training
         checkpoint.model.eval()
         try:
             attached = None if self.attached is None else find_dictionary(checkpoint, self.attached)
-            if attached is not None and attached[1].site is not None:
-                nodes = (*nodes, Node(attached[1].site, nodes[0].position))
+            read = nodes if attached is None else (*nodes, _node_of(checkpoint, *attached, nodes[0]))
             training = task.prompts(self.train, seed, "train")
-            outcome, activations = run(parts, training, read=tuple(dict.fromkeys(nodes)))
+            checkpoint.check_ids(training.ids_NT)
+            outcome, activations = run(parts, training, read=tuple(dict.fromkeys(read)))
             if outcome.difference <= 0:
                 raise IntaglioError(
                     f"the model fails the task: its mean logit difference is {outcome.difference:.2f}, "
                     f"{outcome.accuracy:.0%} of the prompts are right"
                 )
-            own = {node: activations[node] for node in (nodes[:-1] if attached is not None else nodes)}
+            own = {node: activations[node] for node in nodes}
             bench = Bench.from_prompts(parts, task, task.prompts(self.test, seed, "test"), own, seed)
             results: dict[str, Any] = {}
             sizes = {"io": len(task.names), "s": len(task.names), "pos": 2}
@@ -195,7 +197,7 @@ class SAEEval(Method, slug="sae_eval"):
                     {node: Learned(one, one.decoder_MD) for node, one in axes.items()}, self.ks, self.unions, seed
                 )
             if attached is not None:
-                node, given = nodes[-1], attached[1]
+                node, given = read[-1], attached[1]
                 alone = Bench.from_prompts(parts, task, bench.prompts, {node: activations[node]}, seed)
                 learned = {node: Learned(given, given.decoder_MD)}
                 results[attached[0]] = alone.learned(learned, self.ks, self.unions, seed)
@@ -231,6 +233,19 @@ class SAEEval(Method, slug="sae_eval"):
                 **{**method.model_dump(exclude_unset=True), "frozen_decoder": True}
             )
         return learners
+
+
+def _node_of(checkpoint: Checkpoint, name: str, dictionary: SparseDictionary, first: Node) -> Node:
+    """Return the node of an attached dictionary: at its site, or at the first node's where its site is not known."""
+    if dictionary.site is not None:
+        return Node(dictionary.site, first.position)
+    width = site_width(anatomy(checkpoint.model), first.site)
+    if width != dictionary.inputs:
+        raise IntaglioError(
+            f"the dictionary {name} reads {dictionary.inputs} features and does not name its site; {first.site.name} "
+            f"has {width}: name its site in nodes"
+        )
+    return first
 
 
 def _trained(method: SparseAutoencoder, x_ND: torch.Tensor, seed: int) -> Learned:

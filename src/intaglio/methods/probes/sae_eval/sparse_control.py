@@ -23,8 +23,8 @@ def greedy_edit(
     """Return edited activations [N, D], and the share of the source's reconstruction that was removed [N].
 
     Each of k rounds adds the change δ_j = (f_j(t) - f_j(s)) u_j of the feature that brings the sum of changes nearest
-    to a_t - a_s; a feature is used once. As in the authors' code a round always picks a feature that differs, also
-    where the distance rises.
+    to a_t - a_s; a feature is used once. As in the authors' code a feature without a change may be picked, which leaves
+    the sum as it is, so the distance rises only in a first round in which every feature changes.
 
     Args:
         source_ND: activations of the prompts.
@@ -35,7 +35,6 @@ def greedy_edit(
     """
     codes_s, codes_t = dictionary.encode(source_ND), dictionary.encode(target_ND)
     change_NM = codes_t - codes_s
-    open_NM = change_NM != 0
     norms_M = decoder_MD.square().sum(1)
     rows = torch.arange(len(source_ND), device=source_ND.device)
     weights_NM = feature_weights(codes_s, decoder_MD)
@@ -44,11 +43,11 @@ def greedy_edit(
         left_ND = target_ND - edited_ND
         # ||left - δ||² - ||left||²
         gain_NM = change_NM.square() * norms_M - 2 * change_NM * (left_ND @ decoder_MD.T)
-        best_N = gain_NM.masked_fill(~open_NM, torch.inf).argmin(1)
-        picked_N = open_NM[rows, best_N]
-        edited_ND += (change_NM[rows, best_N] * picked_N)[:, None] * decoder_MD[best_N]
-        removed_N += weights_NM[rows, best_N] * picked_N
-        open_NM[rows, best_N] = False
+        best_N = gain_NM.argmin(1)
+        picked_N = change_NM[rows, best_N]
+        edited_ND += picked_N[:, None] * decoder_MD[best_N]
+        removed_N += weights_NM[rows, best_N] * (picked_N != 0)
+        change_NM[rows, best_N] = 0
     return edited_ND, removed_N
 
 
