@@ -271,12 +271,14 @@ def test_classes_of_the_old_vectors_are_kept() -> None:
 
 
 def test_class_means_keep_the_length_of_the_old_vectors() -> None:
-    pairs, method = cached(labels=True), BT2(extra_dims=3, alignment_weight=0, independent_weight=0)
-    heads = []
-    for length in (1, 3):
+    """Their scores are divided by the temperature of the influence: three times the length is a third of it."""
+    pairs, heads = cached(labels=True), []
+    for length, temperature in ((1, 1.0), (3, 1.0), (1, 1 / 3)):
         own = dataclasses.replace(pairs, query_old_PM=length * pairs.query_old_PM)
+        method = BT2(extra_dims=3, alignment_weight=0, independent_weight=0, influence_temperature=temperature)
         heads.append(method.fit_head(own, steps=3, learning_rate=0.1)(pairs.query_PH).vectors)
     assert (heads[0] - heads[1]).abs().max() > 0.01
+    assert torch.allclose(heads[1], heads[2], atol=1e-3)
 
 
 @pytest.mark.parametrize("arm", ARMS)
