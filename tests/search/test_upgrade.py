@@ -209,6 +209,26 @@ def test_adds_and_searches_run_beside_the_upgrade(tmp_path: Path) -> None:
         assert found(index) == wanted
 
 
+def test_vectors_are_dropped_if_another_upgrade_begins_while_they_are_made(index: Index) -> None:
+    """Vectors of one encoder are never written as those of the next."""
+    upgrade(index, reencode=False)
+    encoder: Any = index._encoder()
+
+    def late(texts: Any) -> Any:
+        del encoder.encode_documents
+        with Index.open(index.path, encoder=NEW) as other:
+            upgrade(other, NEWER, reencode=False)
+        return encoder.encode_documents(texts)
+
+    encoder.encode_documents = late
+    with pytest.raises(IntaglioError, match="vectors of two spaces are never mixed"):
+        index.upgrade()
+    index._given = NEWER
+    assert set(spaces(index)) == {0}
+    assert index.upgrade()["encoded"] == 60
+    assert set(spaces(index)) == {2}
+
+
 def test_the_rate_is_kept(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sleeps make up for what encoding was faster than the rate."""
     slept: list[float] = []
@@ -262,6 +282,7 @@ def test_procrustes_keeps_the_ranking_of_the_new_encoder(index: Index) -> None:
         ({"encoder": BagOfWords("sparse", "words")}, "the new encoder words is sparse; .* holds dense vectors"),
         ({"encoder": OLD}, "holds vectors of old already; name another encoder"),
         ({"rate": 0.0}, "rate is 0.0; a number of chunks a second above 0"),
+        ({"rate": float("inf")}, "rate is inf; a number of chunks a second above 0"),
         ({"fields": {"extra_dim": 3}}, "extra_dim: there is no such field here"),
         ({"encoder": BagOfWords(name="small", dimensions=8)}, "at least the 24 of the old vectors are needed"),
         ({"judged": Judged({"1": "mask"}, {"1": {"nowhere": 1}})}, "no document that the pairs name is in"),

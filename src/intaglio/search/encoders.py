@@ -177,10 +177,16 @@ class CheckpointEncoder:
 
     @property
     def weights(self) -> str:
-        """The fingerprint of the weights alone."""
+        """The digest of the weights alone."""
         from intaglio.checkpoint.fingerprint import fingerprint
 
         return fingerprint(self._checkpoint.model)
+
+    @property
+    def reads_as_recorded(self) -> bool:
+        """Whether texts are pooled as the checkpoint's files say and have no prompts; so a teacher reads them."""
+        prompts = self.query_prompt + self.document_prompt
+        return not prompts and self.pooling == _own_pooling(self._checkpoint, self.name)
 
     def count_tokens(self, texts: Sequence[str], query: bool = False) -> list[int]:
         """Return the tokens of each text, with special tokens and the prompt."""
@@ -277,6 +283,19 @@ class ObjectiveEncoder(CheckpointEncoder):
         owned = self._objective.modules()
         own = fingerprint(owned) if owned.state_dict() else ""
         return {"method": {self._objective.slug: self._objective.model_dump(mode="json")}, "modules": own}
+
+    @property
+    def weights(self) -> str:
+        """The digest of the weights and of the method's own modules."""
+        digest: str = self._objective.digest(self._checkpoint.model)
+        return digest
+
+    @property
+    def reads_as_recorded(self) -> bool:
+        """Whether no field of the method differs from those that it was trained with."""
+        trained = self._checkpoint.attachments[self._objective.slug].parameters
+        same: bool = self._objective.model_dump() == type(self._objective)(**trained).model_dump()
+        return same
 
     @property
     def extends(self) -> tuple[str, int] | None:

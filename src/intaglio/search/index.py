@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -359,7 +360,7 @@ class Index:
             IntaglioError: the index has no dense vectors, the encoder is of another kind or is the index's own, or an
                 upgrade by `reembed` is not finished.
         """
-        if rate is not None and not rate > 0:
+        if rate is not None and not 0 < rate < math.inf:
             raise IntaglioError(f"rate is {rate}; a number of chunks a second above 0 is accepted")
         if encoder is not None and not isinstance(encoder, (str, os.PathLike)):
             given: TextEncoder | None = encoder

@@ -249,7 +249,7 @@ class Upgrade:
             with self.lock, sentences(self.store.path), self.view() as snapshot:
                 older = snapshot.older
                 left = sum(int(segment.live.sum()) for segment in older)
-                own = encoder()
+                own, space = encoder(), snapshot.space
                 chunks = older[0].arrays["chunks"][older[0].live].tolist() if older else []
                 texts = [_text(self.store.db, chunk)[0] for chunk in chunks] if len(chunks) <= PIECE else []
             if progress:
@@ -260,7 +260,7 @@ class Upgrade:
                 self._split(older[0])
                 continue
             assert own is not None
-            done += self._replace(older[0], chunks, self._encoded(own, texts, rate))
+            done += self._replace(older[0], chunks, self._encoded(own, texts, rate), space)
         self._finish()
         return {"encoded": done, "left": 0}
 
@@ -284,13 +284,16 @@ class Upgrade:
                 time.sleep(max(0.0, len(part) / rate - (time.monotonic() - started)))
         return np.concatenate(parts)
 
-    def _replace(self, segment: Segment, chunks: Sequence[int], vectors_ND: NDArray[np.float32]) -> int:
-        """Replace a segment's vectors; return the number of its chunks, 0 if another writer has replaced it."""
+    def _replace(self, segment: Segment, chunks: Sequence[int], vectors_ND: NDArray[np.float32], space: int) -> int:
+        """Replace a segment's vectors by those of an encoder; return the number of its chunks.
+
+        Nothing is replaced, and 0 returned, if another writer has replaced it or another upgrade has begun meanwhile.
+        """
         with self.lock, self.store.writing(waits=True):
             with self.view() as snapshot:
                 now = next((own for own in snapshot.older if own.row == segment.row), None)
-                space = snapshot.space
-            if now is None:
+                begun = snapshot.space != space
+            if now is None or begun:
                 return 0
             kept = np.isin(chunks, now.arrays["chunks"][now.live])
             arrays = self.compaction.arrays([now], [now.live])
@@ -411,9 +414,13 @@ def _queries(encoder: TextEncoder, texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def _extends(new: TextEncoder, old: TextEncoder) -> bool:
-    """Return whether an encoder was trained to be searched among the vectors of another."""
+    """Return whether an encoder was trained to be searched among the vectors of another, as that reads texts now."""
     extends = getattr(new, "extends", None)
-    return extends is not None and extends == (getattr(old, "weights", None), old.dimensions)
+    return (
+        extends is not None
+        and getattr(old, "reads_as_recorded", True)
+        and extends == (getattr(old, "weights", None), old.dimensions)
+    )
 
 
 def _digest(text: str) -> int:

@@ -13,6 +13,7 @@ Dimension letters: B queries, N documents, L tokens of a text, D dimensions of a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -24,6 +25,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.attachments import Attachment
+from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.checkpoint.resolve import ITEMS
 from intaglio.data.text_pairs import TextPair, as_pair
 from intaglio.errors import IntaglioError
@@ -355,6 +357,13 @@ class EncoderObjective(Method):
     def modules(self) -> nn.ModuleDict:
         """Return the method's own modules."""
         return nn.ModuleDict() if self._owned is None else self._owned
+
+    def digest(self, model: nn.Module) -> str:
+        """Return 64 hexadecimal digits that identify the weights of a model and of the method's own modules."""
+        weights, owned = fingerprint(model), self.modules()
+        if not owned.state_dict():
+            return weights
+        return hashlib.sha256(f"{weights} {fingerprint(owned)}".encode()).hexdigest()
 
     def collate(self, examples: Sequence[Example], rng: KeyedRNG) -> Batch:
         """Return both sides of a batch (see `side`), the positives before the negatives.

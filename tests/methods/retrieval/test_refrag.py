@@ -428,6 +428,7 @@ def test_cached_tensors_come_back_unless_they_are_of_another_text() -> None:
     assert method.from_cache(ckpt, TEXTS[0], {}) is None
     other = ready(tail="tokens")[1]
     assert method.space(ckpt) != other.space(ckpt)
+    assert method.space(ckpt) != ready(pooling="mean")[1].space(ckpt)
     assert method.space(ckpt) != method.untrained(ckpt, seed=1).space(ckpt)
 
 
@@ -453,7 +454,7 @@ def test_what_is_refused_in_one_sentence(tmp_path: Path) -> None:
         (ckpt, {**text, "encoder": "embedding", "projection": "identity"}, TEXTS, "no weights"),
         (ckpt, {"projection": "identity"}, TEXTS, "width is 16 and the decoder's is 32"),
         (ckpt, {**text, "encoder": str(tmp_path / "decoder")}, TEXTS, "an encoder is needed"),
-        (ckpt, {"stages": ["task"]}, [{**QUESTIONS[0], "answer": "it jumps " * 60}], "a row of questions takes"),
+        (ckpt, {"stages": ["task"]}, [{**QUESTIONS[0], "answer": "it jumps " * 60}], "a training row takes"),
         (bare, {**text, "encoder": str(tmp_path / "encoder")}, [words(30)], "a tokenizer of its own"),
         (checkpoint("bert", layers=1), {}, TEXTS, "needs a causal decoder"),
     ]

@@ -30,7 +30,6 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint, load
-from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.data.text_pairs import as_pair
 from intaglio.errors import IntaglioError
 from intaglio.measures.embeddings import Pooling, pool, recorded_pooling
@@ -132,7 +131,7 @@ class BT2(EncoderObjective, slug="bt2"):
 
     @property
     def extends(self) -> tuple[str, int]:
-        """The fingerprint of the old encoder's weights, and its dimensions: what the first coordinates can query."""
+        """The digest of the old encoder's weights, and its dimensions: what the first coordinates can query."""
         weights: Any = self._owned["old"].weights
         return bytes(weights.tolist()).hex(), self.head.old_dimensions
 
@@ -148,8 +147,6 @@ class BT2(EncoderObjective, slug="bt2"):
             if self.independent is not None:
                 self._teachers["independent"] = _teacher(self.independent, checkpoint)
         rows = list(super().prepare(checkpoint, examples, rng))
-        weights: Any = self._owned["old"].weights
-        weights.copy_(torch.tensor(list(bytes.fromhex(fingerprint(self._teachers["old"][0].model)))))
         pairs = [as_pair(example, f"example {number} of the pairs") for number, example in enumerate(examples)]
         texts = {
             "query": list(dict.fromkeys(pair.query for pair in pairs)),
@@ -166,6 +163,9 @@ class BT2(EncoderObjective, slug="bt2"):
             for row, pair in zip(rows, pairs, strict=True):
                 row[f"{name}_query"] = known["query"][pair.query]
                 row[f"{name}_documents"] = torch.stack([known["document"][t] for t in (pair.positive, *pair.negatives)])
+        old, method = self._teachers["old"]
+        weights: Any = self._owned["old"].weights
+        weights.copy_(torch.tensor(list(bytes.fromhex(method.digest(old.model)))))
         return rows
 
     def _check_width(self, name: str, width: int) -> None:

@@ -30,7 +30,10 @@ WARMUP = 0.05
 
 @dataclass(frozen=True)
 class CachedPairs:
-    """Queries and documents by both encoders, float32; vectors of the old encoder have unit norm.
+    """Queries and documents by both encoders, float32.
+
+    Old vectors are normalised, but for the class means, which keep their length as in the authors' code: in a series
+    of updates it is that of BT2's vectors.
 
     Args:
         query_PH: inputs of the head, vectors of the new encoder; a document may be its own query.
@@ -75,7 +78,7 @@ def fit(
         ]
         head.matrix_HD.copy_(procrustes(texts[0], F.normalize(texts[1], dim=-1)))
         return head.eval()
-    old_KM = None if labels_P is None else pseudo_classifier(F.normalize(pairs.query_old_PM, dim=-1), labels_P, classes)
+    old_KM = None if labels_P is None else pseudo_classifier(pairs.query_old_PM, labels_P, classes)
     parameters = [*head.parameters(), *(classifier.parameters() if classifier else ())]
     optimizer = torch.optim.Adam(parameters, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))

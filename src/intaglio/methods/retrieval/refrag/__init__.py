@@ -301,7 +301,7 @@ class Refrag(Method, slug="refrag"):
             ids.append(torch.cat([prompt_T, row["answer"][:-1]]))
             if len(ids[-1]) > self._context:
                 raise IntaglioError(
-                    f"a row of questions takes {len(ids[-1])} positions; the model's context is {self._context}"
+                    f"a training row takes {len(ids[-1])} positions; the model's context is {self._context}"
                 )
             targets.append(torch.cat([torch.full((len(prompt_T) - 1,), IGNORED), row["labels"]]))
             chunks += compressible_chunks(passages, self.chunk_size, self.tail)
@@ -509,8 +509,9 @@ class Refrag(Method, slug="refrag"):
         return Passage(ids_S, **tensors)
 
     def space(self, checkpoint: Checkpoint) -> str:
-        """Return what identifies cached passages: decoder, compressor, chunk size and tail."""
-        parts = (fingerprint(checkpoint.model), fingerprint(self._compressor), str(self.chunk_size), self.tail)
+        """Return what identifies cached passages: decoder, compressor with its pooling, chunk size and tail."""
+        weights = (fingerprint(checkpoint.model), fingerprint(self._compressor))
+        parts = (*weights, self.pooling, str(self.chunk_size), self.tail)
         return ":".join(parts)
 
     def prompt(
