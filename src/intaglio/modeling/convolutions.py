@@ -105,15 +105,16 @@ class Kernel:
         matrix of the convolution.
 
         Args:
-            padding: see `autocorrelation`.
+            padding: see `autocorrelation`. Where it is given, nothing is subtracted, as in Wang et al.'s code: shifts
+                may be missing, and the difference could be negative.
         """
         shifts_GMMk = self.autocorrelation(padding)
         identity = torch.eye(self.rows, dtype=shifts_GMMk.dtype, device=shifts_GMMk.device)
-        middle = shifts_GMMk.flatten(3)  # of an odd number of shifts in each dimension
-        central_GMM = middle[..., middle.shape[-1] // 2]
+        # Shift 0, unless a padding that the stride does not divide leaves it out: then the place of Wang et al.'s code.
+        central_GMM = shifts_GMMk[(..., *(count // 2 for count in shifts_GMMk.shape[3:]))]
         # ||A - I0||^2 = ||A||^2 - ||centre||^2 + ||centre - I||^2, without writing into A.
         around = shifts_GMMk.square().sum() - central_GMM.square().sum()
-        excess = len(self.groups_GMCk) * max(0, self.rows - self.columns)
+        excess = 0 if padding is not None else len(self.groups_GMCk) * max(0, self.rows - self.columns)
         return around + (central_GMM - identity).square().sum() - excess
 
     def spectral_bound(self) -> float:

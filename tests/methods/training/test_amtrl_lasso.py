@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
@@ -106,6 +107,25 @@ def test_the_lasso_tends_to_basis_pursuit_and_ends_at_zero() -> None:
     most = largest_penalty(W_KT, w_K)
     assert not lasso(W_KT, w_K, most).any()
     assert lasso(W_KT, w_K, 0.99 * most).any()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(0, 1000), st.sampled_from([0.5, 0.05, 0.005]))
+@example(66, 0.005)
+def test_the_lasso_is_optimal_for_heads_that_repeat(seed: int, share: float) -> None:
+    """Non-unique nu^1 with duplicate tasks: the objective is the least nonetheless, by its duality gap."""
+    draws = np.random.default_rng(seed)
+    W_KT = draws.normal(size=(int(draws.integers(1, 6)), 30))
+    W_KT[:, 1], W_KT[:, 2], W_KT[:, 3] = W_KT[:, 0], -W_KT[:, 0], 0
+    w_K = W_KT[:, -1] if seed % 2 else draws.normal(size=len(W_KT))
+    penalty = share * largest_penalty(W_KT, w_K)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nu_T = lasso(W_KT, w_K, penalty)
+    left_K = w_K - W_KT @ nu_T
+    objective = 0.5 * np.square(left_K).sum() + penalty * np.abs(nu_T).sum()
+    dual_K = left_K * min(1.0, penalty / np.abs(W_KT.T @ left_K).max())
+    assert objective - 0.5 * (np.square(w_K).sum() - np.square(w_K - dual_K).sum()) < 1e-6 * objective
 
 
 def test_orthonormal_heads_give_the_soft_threshold() -> None:

@@ -334,6 +334,16 @@ def test_wangs_padding_leaves_shifts_out() -> None:
     assert OrthConv.wang(padding=2).padding == 2
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_wangs_identity_stands_where_their_code_puts_it(stride: int) -> None:
+    """The code's target is zero but for an identity at floor(shifts / 2) of both dimensions."""
+    layer = nn.Conv2d(3, 5, 3, stride=stride)
+    shifts = F.conv2d(layer.weight, layer.weight, stride=stride, padding=1)
+    target = torch.zeros_like(shifts)
+    target[:, :, shifts.shape[-1] // 2, shifts.shape[-1] // 2] = torch.eye(5)
+    torch.testing.assert_close(OrthConv.wang().layer_penalty(layer), (shifts - target).norm())
+
+
 def test_layers_are_left_out_by_name_and_linear_layers_join() -> None:
     assert [name for name, _ in OrthConv().layers(net())] == ["0", "2"]
     assert [name for name, _ in OrthConv(ignore=["0"]).layers(net())] == ["2"]

@@ -292,6 +292,43 @@ def test_a_red_pixel_turned_by_a_third_is_green(monkeypatch: pytest.MonkeyPatch)
     assert torch.allclose(hue(red, torch.tensor([1 / 3])).flatten(), torch.tensor([0.0, 1.0, 0.0]), atol=1e-5)
 
 
+def test_ranges_and_starts_are_those_of_the_card() -> None:
+    """Dropout (0, 0.9), hue (0, 0.5), others (0, 1), input scaling (0, 0.3); cutout length 0 to 24, holes 0 to 4."""
+    ranges = {name: (kind.transform.low, kind.transform.high, kind.start) for name, kind in KINDS.items()}
+    dropouts = ("dropout", "locked_dropout", "embedding_dropout", "drop_connect")
+    jitters = ("brightness", "contrast", "saturation")
+    assert ranges == {
+        **dict.fromkeys(dropouts, (0.0, 0.9, 0.05)),
+        **dict.fromkeys(jitters, (0.0, 1.0, 0.05)),
+        **dict.fromkeys(("activation", "temporal"), (0.0, None, 0.05)),
+        "weight_decay": (None, None, -9.0),
+        "hue": (0.0, 0.5, 0.05),
+        "input_scale": (0.0, 0.3, 0.05),
+        "cutout_length": (0.0, 25.0, 4.0),
+        "cutout_holes": (0.0, 5.0, 1.0),
+    }
+    assert [name for name, kind in KINDS.items() if kind.transform.discrete] == ["cutout_length", "cutout_holes"]
+    shared = {"embedding_dropout", "drop_connect", "weight_decay", "activation", "temporal"}
+    assert {name for name, kind in KINDS.items() if kind.shared} == shared
+
+
+@pytest.mark.parametrize(
+    ("tuned", "start", "least", "most"), [("cutout_holes", 1.0, 16, 64), ("cutout_length", 3.0, 1, 9)]
+)
+def test_one_of_length_and_number_is_tuned_and_the_other_stays(tuned: str, start: float, least: int, most: int) -> None:
+    """A tuned number has squares of side 8, a tuned side a single square."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 1, 1))
+    session = attach(STN(regularizers=[Regularizer(kind=tuned, start=start)], scale=1e-3), model)  # type: ignore[arg-type]
+    seen: list[Tensor] = []
+    model[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    session.change_batch(model, {"id": torch.arange(50)})
+    model(torch.ones(50, 1, 20, 20))
+    dropped = (seen[0] == 0).sum((1, 2, 3))
+    assert int(dropped.max()) == most
+    assert int(dropped.min()) >= least
+
+
 def test_cutout_drills_so_many_squares_of_that_side() -> None:
     torch.manual_seed(0)
     x = torch.ones(200, 1, 20, 20)
@@ -392,7 +429,10 @@ def test_words_of_an_embedding_are_dropped_in_all_places() -> None:
     session.before_step(1, {})
     session.change_batch(model, {"id": torch.arange(3)})
     ids = torch.arange(9).expand(3, 9)
-    dropped = (model(ids) == 0).all(-1)
+    out = model(ids)
+    dropped = (out == 0).all(-1)
+    session.after_step(1)
+    torch.testing.assert_close(out[~dropped], 2 * model(ids)[~dropped], rtol=0.01, atol=1e-3)  # kept words, 1 / (1 - p)
     assert torch.equal(dropped, dropped[:1].expand(3, 9))
     assert 0 < int(dropped[0].sum()) < 9
 
@@ -413,6 +453,8 @@ def test_one_mask_of_weights_holds_for_all_time_steps() -> None:
     assert len(own) == 6
     assert all(mask is own[0] for mask in own)
     assert layer.weight.shape == own[0].shape
+    kept_value = 1 / (1 - float(session.state.values_BH[0, 0]))
+    assert sorted({round(float(value), 4) for value in own[0].flatten()}) == [0.0, round(kept_value, 4)]
     session.change_batch(model, {"id": torch.arange(2)})
     model(torch.randn(2, 6, 3))
     assert masks[-1] is not own[0]
@@ -484,6 +526,23 @@ def test_the_scales_get_the_gradient_of_loss_and_entropy() -> None:
     still = attach(STN(gate_std=0.0, entropy_weight=1.0, tune_scales=False), nn.Sequential(nn.Linear(16, 3)))
     still.hyper_step()
     assert float(still.hyper.sigma_H) == pytest.approx(0.5)
+
+
+def test_hyper_steps_have_rates_and_perturbations_of_their_own() -> None:
+    fields = {"hyper_learning_rate": 0.01, "scale_learning_rate": 0.1, "gate_std": 0.5}
+    session, inputs = attach(STN(**fields), nn.Sequential(nn.Linear(16, 3))), []
+    plain = session.run.loss
+    session.run.loss = lambda batch: inputs.append(session.state.h_BH.detach()) or plain(batch)
+    before = tensors(session)
+    session.hyper_step()
+    after = tensors(session)
+    # Adam's first step has the length of the rate.
+    assert float((after["h"] - before["h"]).abs()) == pytest.approx(0.01, rel=1e-3)
+    assert float((after["s"] - before["s"]).abs()) == pytest.approx(0.1, rel=1e-3)
+    session.hyper_step()
+    noise = [(inputs[0] - before["h"]) / F.softplus(before["s"]), (inputs[1] - after["h"]) / F.softplus(after["s"])]
+    assert not torch.allclose(noise[0], noise[1], atol=1e-3)
+    assert len(set(inputs[0].flatten().tolist())) == 5  # one for each example
 
 
 @pytest.mark.parametrize(
@@ -693,12 +752,52 @@ def test_it_tunes_in_a_stock_trainer_in_five_lines(tmp_path: Path) -> None:
     log = [line for line in trainer.state.log_history if "loss" in line]
     assert log[0]["loss"] > float(penalised) + 1  # the squared weights are in the loss
     assert tuner.session.hyper_steps == 3
+    assert tuner.session.step == 4
     assert log[0]["stn dropout"] != log[-1]["stn dropout"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
     assert [type(a) for a in again.modules()] == [type(b) for b in tiny_model("llama", layers=1).modules()]
     assert torch.equal(again.eval()(ids).logits, model.eval()(ids).logits)
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
+
+
+def test_a_callback_has_a_seed_and_perturbs_every_micro_batch_anew() -> None:
+    batch = {"input_ids": torch.arange(9, 19)[None], "labels": torch.arange(9, 19)[None]}
+    gates = []
+    for seed in (0, 0, 1):
+        model = tiny_model("llama", layers=1)
+        tuner = STN(hyper_warmup=0).callback(model, [batch], seed=seed)
+        gates.append(next(iter(tuner.session.layers.values())).gate_weight.detach())
+    assert torch.equal(gates[0], gates[1])
+    assert not torch.equal(gates[0], gates[2])
+    tuner.session.before_step(1, {})
+    inputs = []
+    for _ in range(2):
+        model.train()(**batch)
+        inputs.append(tuner.session.state.h_BH)
+    assert not torch.equal(inputs[0], inputs[1])
+
+
+def test_settings_of_the_lstm_are_those_of_the_authors() -> None:
+    """LSTM: hyper lr 0.01, sigma0 1.0, scales not tuned."""
+    method = STN.lstm(validation=0.3)
+    changed = {"scale": 1.0, "tune_scales": False, "hyper_learning_rate": 0.01, "validation": 0.3}
+    assert method == STN(**changed)  # type: ignore[arg-type]
+
+
+def test_a_session_goes_on_from_its_state() -> None:
+    def session() -> Any:
+        torch.manual_seed(0)
+        return attach(STN(gate_std=0.5, hyper_learning_rate=0.1), nn.Sequential(nn.Linear(16, 3)))
+
+    first, second = session(), session()
+    for _ in range(3):
+        first.hyper_step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for one in (first, second):
+        one.hyper_step()
+    assert same(tensors(first), tensors(second))
+    assert second.hyper_steps == 4
 
 
 def ridge_problem() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

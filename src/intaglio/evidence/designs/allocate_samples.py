@@ -44,8 +44,8 @@ class AllocateSamples(BedDesign):
                 samples, true_D = self.bed.target(seed, number)
                 nu = self._known(seed, method, heads_KC[:, number]) if known else None
                 solution = method.solve(sources, samples, seed=seed, nu=nu)
-                found_D = solution.predict(np.eye(self.bed.inputs))[:, 0]
-                errors.append(float(np.square(found_D - true_D).sum()))
+                estimate_D = solution.predict(np.eye(self.bed.inputs))[:, 0]
+                errors.append(float(np.square(estimate_D - true_D).sum()))
                 drawn += int(solution.counts_RS[-1].sum())
                 shared.append(true_D.round(9).tolist())
         values = {TARGET_ERROR.name: float(np.mean(errors[:-1])), DENSE_ERROR.name: errors[-1]}

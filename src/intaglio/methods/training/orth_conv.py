@@ -75,7 +75,7 @@ class OrthConv(Method, slug="orth_conv"):
         linear: whether linear layers are regularised too, by ||W^T W - I||_F^2 of the smaller Gram matrix, or divided
             by their largest singular value; heads are not. Default False.
         padding: zero padding of the autocorrelation. Default: floor((k - 1) / S) S of each dimension; Wang et al.'s is
-            1.
+            1, which for a stride of 2 leaves out the shift 0, so that their identity stands at another shift.
         skip_first: whether the first convolution is left out. Default False.
         ignore: layers that are left out, by name or shell pattern. Default: none.
 

@@ -15,6 +15,8 @@ from intaglio.errors import IntaglioError
 Strategy = Literal["l1", "l2", "uniform"]
 """Rule of the allocation: the Lasso, the least-norm solution of 2022, or equal shares."""
 CostShape = Literal["linear", "saltus", "hyperbolic"]
+PENALTIES = 30
+"""Penalties of the path at whose end a Lasso is solved."""
 
 
 def least_norm(W_KT: np.ndarray, w_K: np.ndarray) -> np.ndarray:
@@ -42,12 +44,13 @@ def lasso(W_KT: np.ndarray, w_K: np.ndarray, penalty: float) -> np.ndarray:
     """Return `argmin_nu 0.5 ||W nu - w||_2^2 + penalty ||nu||_1`, [T]; zeros from `max |W^T w|` on."""
     if penalty >= largest_penalty(W_KT, w_K):
         return np.zeros(W_KT.shape[1])
-    from sklearn.linear_model import LassoLars
+    from sklearn.linear_model import lasso_path
 
-    # Exact where there are more sources than equations; scikit-learn divides the squared error by their number.
-    solver = LassoLars(alpha=penalty / len(w_K), fit_intercept=False)
-    solution: np.ndarray = solver.fit(W_KT, w_K).coef_
-    return solution
+    # Least-angle steps fail where heads repeat, so coordinates descend, along a path of falling penalties.
+    # scikit-learn divides the squared error by the number of equations.
+    penalties = np.geomspace(largest_penalty(W_KT, w_K), penalty, PENALTIES)
+    path = lasso_path(W_KT, w_K, alphas=penalties / len(w_K), tol=1e-11, max_iter=100_000)[1]
+    return np.asarray(path[:, -1])
 
 
 def largest_penalty(W_KT: np.ndarray, w_K: np.ndarray) -> float:

@@ -59,8 +59,9 @@ class STN(TuningSettings, Method, slug="stn"):
     `held_out_batches` are dicts of tensors with labels, as the model takes them. Batches have their examples first.
 
     Departures from the authors' code: `cutout_length` and `cutout_holes` reach the top of their ranges, discrete
-    hyperparameters start in the middle of an interval, and perturbations that a batch shares are keyed by the step
-    instead of taken from its first row.
+    hyperparameters start in the middle of an interval, perturbations that a batch shares are keyed by the step instead
+    of taken from its first row, dropouts of inputs and of LSTMs end at 0.9 instead of 1, embeddings and LSTMs have e0
+    as other layers do, and hyper steps leave out the activation penalties that the LSTM code keeps.
 
     Args:
         regularizers: hyperparameters to tune; see `Regularizer`. Default: dropout on the inputs of all gated layers.
