@@ -284,17 +284,17 @@ class SamplesConstrained(Protocol):
 
 @runtime_checkable
 class Classifier(Protocol):
-    """A fitted method that classifies texts; `Checkpoint.fitted` returns it ready to use."""
+    """A fitted method that classifies texts or images; `Checkpoint.fitted` returns it ready to use."""
 
     def classify(
-        self, checkpoint: AnyCheckpoint, texts: Sequence[str], *, batch_size: int = 32, progress: Progress = no_progress
+        self, checkpoint: AnyCheckpoint, texts: Sequence[Any], *, batch_size: int = 32, progress: Progress = no_progress
     ) -> list[dict[str, float]]:
-        """Return the probability of every class for each text."""
+        """Return the probability of every class for each text or image."""
 
     def learn(
         self, checkpoint: AnyCheckpoint, examples: Any, *, seed: int = 0, progress: Progress = no_progress
     ) -> AnyCheckpoint:
-        """Learn further labelled texts, also of new classes, and replace the attachment."""
+        """Learn further labelled texts or images, also of new classes, and replace the attachment."""
 
 
 class StepContract(Protocol):
