@@ -110,7 +110,8 @@ def attach_classifier(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool
     def document(checkpoint: Checkpoint) -> dict[str, Any]:
         chosen = checkpoint.record.steps[-1].chosen
         right = f"Of the images it was fitted to, {chosen['accuracy']:.1%} are classified correctly."
-        about = {"classes": chosen["classes"], "curve": {}, "modifiers": {method.slug: {"summary": right}}}
+        about: dict[str, Any] = {"classes": chosen["classes"], "curve": {}}
+        about["modifiers"] = {method.slug: {"summary": right}}
         return classifier_document(checkpoint, name, training, None, **about)
 
     parts = SingleStep(training.digest, start, fit, document, report.classifier_page)
