@@ -414,7 +414,8 @@ def _efficientnet(source: Path, target: Path) -> dict[str, Any]:
     # Both name their tensors in the order of the layers.
     state |= dict(zip((name for name in model.state_dict() if name not in state), weights.values(), strict=True))
     model.load_state_dict(state)
-    model.save_pretrained(target)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        model.save_pretrained(target)
     processor = {
         "image_processor_type": "ViTImageProcessor", "size": {"height": 224, "width": 224}, "resample": 3,
         "image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3,
