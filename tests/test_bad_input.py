@@ -309,8 +309,8 @@ def test_an_unsupported_family(family: str, recipe: Write, tmp_path: Path, corpu
         ("/none/at/all", "the model '/none/at/all' does not exist: no such directory"),
         (
             "smolm",
-            "the model 'smolm' is no directory and no bundled name (smollm2, minilm, splade-tiny); a hub id is"
-            " user/name",
+            "the model 'smolm' is no directory and no bundled name (smollm2, minilm, splade-tiny, efficientnet-lite0);"
+            " a hub id is user/name",
         ),
         ("user/none", "the model 'user/none' is no directory here and cannot be had from the hub"),
         ("user/none@v1", "the model 'user/none@v1' is no directory here and cannot be had from the hub"),

@@ -542,4 +542,4 @@ def test_a_recipe_trains_a_text_classifier(tmp_path: Path) -> None:
     assert [row["class"] for row in rows] == [label_names(back.model)[index] for index in chosen]
     refused = CliRunner().invoke(app, ["classify", str(tmp_path / "out"), "--learn", str(file)])
     assert refused.exit_code == 2
-    assert "cannot learn further texts by itself" in refused.stderr
+    assert "cannot learn more by itself" in refused.stderr

@@ -58,8 +58,8 @@ def load(
     """Load a checkpoint: weights (safetensors only), tokenizer or image processor, and record.
 
     Args:
-        x: a bundled name (`smollm2`, `minilm`, `splade-tiny`), a directory, or a hub id (`user/name`, pinned:
-            `user/name@revision`).
+        x: a bundled name (`smollm2`, `minilm`, `splade-tiny`, `efficientnet-lite0`), a directory, or a hub id
+            (`user/name`, pinned: `user/name@revision`).
         revision: branch, tag or commit of a hub id, instead of `@`. Default: the main branch.
         dtype: of the weights, a name or a torch dtype. Default: the checkpoint's own.
         device: a device name. Default: the CPU.

@@ -19,7 +19,7 @@ from intaglio.data import assets
 from intaglio.environment import silence_loggers
 from intaglio.errors import IntaglioError, first_line, shorten
 
-BUNDLED = ("smollm2", "minilm", "splade-tiny")
+BUNDLED = ("smollm2", "minilm", "splade-tiny", "efficientnet-lite0")
 ITEMS = "items.json"
 """Titles of a recommender's items, by name."""
 

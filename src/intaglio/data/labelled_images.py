@@ -11,7 +11,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,16 +95,41 @@ def load_labelled_images(source: Any, *, skip_broken: bool = False) -> LabelledI
     return LabelledImages(tuple(images), tuple(labels), tuple(index), tuple(hashes), name, tuple(broken))
 
 
-def _folder(folder: Path) -> list[dict[str, Any]]:
+def load_images(source: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return images to classify, `{image, index}` each, and `label` where their classes are known.
+
+    Args:
+        source: an image file, a folder of images, or labelled images as `load_labelled_images` takes them.
+
+    Raises:
+        IntaglioError: there is no image.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        flat = _images_in(path, path.iterdir())
+        return flat or _folder(path)
+    if path.suffix.lower() in _suffixes():
+        return _images_in(path.parent, [path])
+    return _arrays(path)
+
+
+def _suffixes() -> set[str]:
     pillow = _pillow()
-    suffixes = {suffix for suffix, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    rows = [
-        {"image": path, "label": place.name, "index": path.relative_to(folder).as_posix()}
-        for place in classes
-        for path in sorted(place.rglob("*"))
+    return {suffix for suffix, kind in pillow.registered_extensions().items() if kind in pillow.OPEN}
+
+
+def _images_in(folder: Path, paths: Iterable[Path]) -> list[dict[str, Any]]:
+    suffixes = _suffixes()
+    return [
+        {"image": path, "index": path.relative_to(folder).as_posix()}
+        for path in sorted(paths)
         if path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith(".")
     ]
+
+
+def _folder(folder: Path) -> list[dict[str, Any]]:
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    rows = [{**row, "label": place.name} for place in classes for row in _images_in(folder, place.rglob("*"))]
     if not rows:
         raise IntaglioError(f"{folder} holds no images; a folder for each class, with its images, is needed")
     return rows

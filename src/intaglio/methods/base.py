@@ -79,6 +79,7 @@ class Method(BaseModel):
         keeps_fits: whether attachments that were fitted before it stay valid.
         edits_experts: whether it edits the matrices of stacked experts; otherwise a model with such is refused.
         trains_on: data that an objective is trained on, or a modifier needs. Default `texts`.
+        sets_targets: whether a modifier mixes the examples of a batch, or keeps targets of single ones. Default False.
     """
 
     # strict: neither "0.5" nor true is taken for a number, nor 1 for true.
@@ -99,6 +100,7 @@ class Method(BaseModel):
     keeps_fits: ClassVar[bool] = False
     edits_experts: ClassVar[bool] = False
     trains_on: ClassVar[TrainingData] = "texts"
+    sets_targets: ClassVar[bool] = False
 
     def __init_subclass__(cls, slug: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -282,17 +284,17 @@ class SamplesConstrained(Protocol):
 
 @runtime_checkable
 class Classifier(Protocol):
-    """A fitted method that classifies texts; `Checkpoint.fitted` returns it ready to use."""
+    """A fitted method that classifies texts or images; `Checkpoint.fitted` returns it ready to use."""
 
     def classify(
-        self, checkpoint: AnyCheckpoint, texts: Sequence[str], *, batch_size: int = 32, progress: Progress = no_progress
+        self, checkpoint: AnyCheckpoint, texts: Sequence[Any], *, batch_size: int = 32, progress: Progress = no_progress
     ) -> list[dict[str, float]]:
-        """Return the probability of every class for each text."""
+        """Return the probability of every class for each text or image."""
 
     def learn(
         self, checkpoint: AnyCheckpoint, examples: Any, *, seed: int = 0, progress: Progress = no_progress
     ) -> AnyCheckpoint:
-        """Learn further labelled texts, also of new classes, and replace the attachment."""
+        """Learn further labelled texts or images, also of new classes, and replace the attachment."""
 
 
 class StepContract(Protocol):

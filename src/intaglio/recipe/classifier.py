@@ -1,4 +1,4 @@
-"""Recipes on labelled texts or images: train a classifier, score it on its validation split, write the result."""
+"""Recipes on labelled texts or images: train a classifier and score it on held-out examples, or fit one to images."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, cast
 import torch
 
 from intaglio import report
-from intaglio.checkpoint import Checkpoint
-from intaglio.data.labelled_examples import LabelledExamples, check_labels
+from intaglio.checkpoint import Checkpoint, load_config
+from intaglio.data.labelled_examples import LabelledExamples, check_labels, load_labelled_examples
 from intaglio.data.labelled_images import thumbnail
 from intaglio.data.texts import Corpus
 from intaglio.environment import versions
 from intaglio.errors import IntaglioError
 from intaglio.measures.token_classification import f1_scores
-from intaglio.methods.base import Progress
+from intaglio.methods.base import Fittable, Progress
 from intaglio.modeling.classifier import is_image_model, is_whole_input_classifier
 from intaglio.modeling.token_classifier import label_names
-from intaglio.recipe.schema import Recipe
+from intaglio.recipe.schema import Calibration, Fit, Measure, Recipe
 from intaglio.recipe.single_step import SingleStep, run_single_step
 from intaglio.recipe.source import RunSpec, load_source
 from intaglio.trainer.classification import Classification, make_evaluator, predict
@@ -78,14 +78,59 @@ def fit_images(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool, progr
     return run_single_step(spec, out, parts, resume=resume, overwrite=overwrite)
 
 
+def fits_images(spec: RunSpec) -> bool:
+    """Return whether a recipe attaches a classifier to a model of images."""
+    step = spec.recipe.steps[0]
+    classifier = isinstance(step, Fit) and "classifier" in step.method.kinds
+    return classifier and not spec.from_scratch and is_image_model(load_config(spec.source_name)[1])
+
+
+def attach_classifier(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
+    """Fit a classifier to labelled images of a frozen model; see `run.carve`, which calls it.
+
+    Returns:
+        The content of `report.json`, as for a trained classifier that is not scored.
+
+    Raises:
+        IntaglioError: the recipe has further steps or texts, or the data are malformed or do not suit the model.
+    """
+    recipe, name = spec.recipe, spec.source_name
+    method: Any = cast(Fit, recipe.steps[0]).method
+    if len(recipe.steps) > 1:
+        raise IntaglioError(f"a recipe on {name}, a model of images, has one step; put other steps into another recipe")
+    if (recipe.calibration, recipe.measure) != (Calibration(), Measure()) or method.key_texts == "recipe":
+        raise IntaglioError(f"{name} is a model of images; calibration, measure and key_texts: recipe are for texts")
+    if method.labels is None:
+        raise IntaglioError(f"labels is missing; {method.slug} needs a folder with a folder of images for each class")
+    training = load_labelled_examples(method.labels)
+
+    def start() -> Checkpoint:
+        return load_source(spec, Corpus(training.name, ()))
+
+    def fit(checkpoint: Checkpoint, directory: Path) -> None:
+        options: dict[str, Any] = {"seed": recipe.seed, "batch_size": recipe.calibration.batch_size}
+        cast(Fittable, method).fit(checkpoint, None, progress=progress, **options)
+
+    def document(checkpoint: Checkpoint) -> dict[str, Any]:
+        chosen = checkpoint.record.steps[-1].chosen
+        right = f"Of the images it was fitted to, {chosen['accuracy']:.1%} are classified correctly."
+        about: dict[str, Any] = {"classes": chosen["classes"], "curve": {}}
+        about["modifiers"] = {method.slug: {"summary": right}}
+        return classifier_document(checkpoint, name, training, None, **about)
+
+    parts = SingleStep(training.digest, start, fit, document, report.classifier_page)
+    return run_single_step(spec, out, parts, resume=resume, overwrite=overwrite)
+
+
 def classifier_document(
     checkpoint: Checkpoint,
     model: str,
     training: LabelledExamples,
     validation: LabelledExamples | None,
     shared: int = 0,
+    **about: Any,
 ) -> dict[str, Any]:
-    """Return the report of a trained classifier.
+    """Return the report of a trained or attached classifier.
 
     Args:
         checkpoint: after training.
@@ -93,8 +138,10 @@ def classifier_document(
         training: its data.
         validation: the data to score it on; None: it is not scored.
         shared: validation examples that are training examples too.
+        about: `classes`, `curve` and `modifiers`. Default: those of the model and its training.
     """
-    record, classes = checkpoint.record.steps[-1], label_names(checkpoint.model)
+    record = checkpoint.record.steps[-1]
+    classes = about.get("classes") or label_names(checkpoint.model)
     skipped = [*training.skipped, *(() if validation is None else validation.skipped)]
     document: dict[str, Any] = {
         "format": report.FORMAT,
@@ -108,8 +155,8 @@ def classifier_document(
         "scores": {},
         "by_class": [],
         "mistakes": [],
-        "curve": record.chosen["curve"],
-        "modifiers": record.chosen.get("modifiers", {}),
+        "curve": about.get("curve", record.chosen.get("curve")),
+        "modifiers": about.get("modifiers", record.chosen.get("modifiers", {})),
         "parameters": record.parameters,
         "versions": versions(),
         "threads": torch.get_num_threads(),

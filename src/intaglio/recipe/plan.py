@@ -17,7 +17,7 @@ from intaglio.measures.language_modeling import ELEMENTS
 from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
 from intaglio.methods.base import Carving, Cost, Fittable, RemovesBlocks, Workload
 from intaglio.modeling.anatomy import Anatomy, anatomy
-from intaglio.recipe.classifier import classes_step
+from intaglio.recipe.classifier import classes_step, fits_images
 from intaglio.recipe.compatibility import check_history
 from intaglio.recipe.data import read_texts
 from intaglio.recipe.recommender import interactions_step
@@ -60,8 +60,13 @@ def plan(
     """
     spec = RunSpec.from_args(recipe, model, device, dtype, seed)
     recipe, name = spec.recipe, spec.source_name
-    for what, alone in (("interactions", interactions_step(recipe)), ("classes", classes_step(recipe))):
-        if alone is not None:
+    kinds = {
+        "interactions": interactions_step(recipe) is not None,
+        "classes": classes_step(recipe) is not None,
+        "images": fits_images(spec),
+    }
+    for what, alone in kinds.items():
+        if alone:
             raise IntaglioError(f"a recipe on {what} has no dry run; its progress shows the time")
     check_history(spec)
     weightless = meta_model(spec)

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.labelled_images import read_image
 from intaglio.errors import IntaglioError, did_you_mean
+from intaglio.measures.embeddings import Pooling, pool
 from intaglio.measures.token_classification import accuracy, macro_f1
-from intaglio.methods.base import Capability, Method, ModelAspect, TrainingData
+from intaglio.methods.base import Capability, Method, ModelAspect, Progress, TrainingData, no_progress
 from intaglio.modeling.classifier import is_image_model, is_whole_input_classifier, logits_layer, make_classifier
 from intaglio.modeling.token_classifier import label_names
 from intaglio.trainer.causal_lm import row_length
@@ -243,6 +244,55 @@ def predict(
     first = label_names(checkpoint.model)[0]
     rows = _read(checkpoint, [{**example, "label": first} for example in examples], length)
     return torch.cat([probs for probs, _ in _batches(checkpoint, rows, batch_size)])
+
+
+@torch.no_grad()
+def embed_images(
+    checkpoint: Checkpoint,
+    examples: Sequence[Mapping[str, Any]],
+    how: Pooling | None = None,
+    *,
+    batch_size: int = 32,
+    progress: Progress = no_progress,
+    label: str = "embedding",
+) -> Tensor:
+    """Embed images; float32 [N, D] on the CPU, not normalised.
+
+    Args:
+        checkpoint: a model of images with its image processor, or a classifier of `pixel_values`.
+        examples: `{image}` each, perhaps with `index`, the image's name in messages.
+        how: pooling of the last hidden states over the positions. Default: the inputs of a classifier's last linear
+            layer; of a model without a head, the mean.
+        batch_size: images of a batch. Default 32.
+        progress: called after each batch with `label`.
+
+    Raises:
+        IntaglioError: an image is broken, or the checkpoint has no image processor.
+    """
+    model, weight = checkpoint.model.eval(), next(checkpoint.model.parameters())
+    from_head = how is None and is_whole_input_classifier(model)
+    vectors = []
+    for start in range(0, len(examples), batch_size):
+        numbered = enumerate(examples[start : start + batch_size], start)
+        pixels_BCHW = torch.stack([_pixels(checkpoint, example, number)[PIXELS] for number, example in numbered])
+        pixels_BCHW = pixels_BCHW.to(weight.device, weight.dtype)
+        features_BD = classifier_outputs(model, {PIXELS: pixels_BCHW})[1] if from_head else None
+        if features_BD is None:
+            hidden = model.base_model(pixels_BCHW).last_hidden_state
+            features_BD = pool(hidden.flatten(2).mT if hidden.dim() == 4 else hidden, None, how or "mean")
+        vectors.append(features_BD.float().cpu())
+        progress(min(start + batch_size, len(examples)), len(examples), label)
+    return torch.cat(vectors)
+
+
+def embedding_width(checkpoint: Checkpoint) -> int:
+    """Return the width D of a model's embeddings of texts or images."""
+    config = checkpoint.config
+    layer = logits_layer(checkpoint.model) if is_whole_input_classifier(checkpoint.model) else None
+    if is_image_model(config) and layer is not None:
+        return layer.in_features
+    stages = getattr(config, "hidden_sizes", None)
+    return int(stages[-1] if stages else getattr(config, "hidden_size", None) or config.hidden_dim)
 
 
 def _read(checkpoint: Checkpoint, examples: Sequence[Any], length: int | None) -> list[Example]:

@@ -36,7 +36,7 @@ from intaglio.trainer.hf_trainer import (
 )
 from intaglio.trainer.history import LogEntry, columns, history
 from intaglio.trainer.lora import adapted, last_blocks
-from intaglio.trainer.modified_loss import session_reports
+from intaglio.trainer.modified_loss import check_modifiers, session_reports
 from intaglio.trainer.preserve_state import preserve_grads, preserve_modes, preserve_rng, without_dropout
 from intaglio.trainer.progress_report import ProgressReport
 from intaglio.trainer.protocols import Loss, ModifierSession, Objective, Selector, TrainingModifier, TrainingRun
@@ -354,6 +354,7 @@ def _check(
     for modifier in modifiers:
         if not isinstance(modifier, TrainingModifier):
             raise IntaglioError(f"modifiers holds {type(modifier).__name__}; a training modifier has attach")
+    check_modifiers(modifiers)
     if not isinstance(objective, Objective):
         raise IntaglioError(f"objective is {type(objective).__name__}; it needs modules, collate and loss")
     half = [n for n, p in checkpoint.model.named_parameters() if p.requires_grad and p.dtype.itemsize < 4]

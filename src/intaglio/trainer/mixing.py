@@ -184,6 +184,7 @@ class Mixing(Method):
     """
 
     trains_on: ClassVar[TrainingData] = "classes"
+    sets_targets: ClassVar[bool] = True
 
     mix: MixKind = "mixup"
     alpha: Annotated[float, Field(gt=0)] = 1.0

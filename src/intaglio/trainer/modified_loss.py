@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from intaglio.errors import IntaglioError
 from intaglio.trainer.protocols import Batch, Loss, ModifierSession, Objective
 
 
@@ -28,6 +29,16 @@ def modified_loss(
         if extra is not None:
             total, parts = total + extra.total, {**parts, **extra.parts}
     return Loss(total, parts, loss.outputs)
+
+
+def check_modifiers(modifiers: Sequence[Any]) -> None:
+    """Refuse modifiers that mix examples beside others that do, or that keep targets of single examples."""
+    setting = [modifier.slug for modifier in modifiers if getattr(modifier, "sets_targets", False)]
+    if len(setting) > 1:
+        raise IntaglioError(
+            f"{setting[0]} and {setting[1]} both set the targets of a batch, and neither takes the other's; leave one"
+            " of them out"
+        )
 
 
 def session_reports(modifiers: Sequence[Any], sessions: Sequence[ModifierSession]) -> dict[str, dict[str, Any]]:

@@ -42,6 +42,7 @@ from intaglio.modeling.anatomy import Anatomy
 from intaglio.trainer.encoder_training import EncoderObjective
 from intaglio.trainer.instruction_data import load_pairs, train_eval_split
 from intaglio.trainer.mining import Mine, Mining
+from intaglio.trainer.modified_loss import check_modifiers
 from intaglio.trainer.protocols import HasTrainingCost, Objective
 from intaglio.trainer.retrieval_evaluation import retrieval_evaluator, retrieval_samples
 from intaglio.trainer.samples import DrawsSamples, Sample, Samples, Show, record_samples
@@ -204,6 +205,10 @@ class Train(Settings, Method, slug="train"):
         editing = [modifier.slug for modifier in map(_make, self.modifiers) if "weights" in modifier.changes]
         if len(editing) > 1:
             raise ValueError(f"{editing[0]} and {editing[1]} both change the weights; give each its own train step")
+        try:
+            check_modifiers(list(map(_make, self.modifiers)))
+        except IntaglioError as error:
+            raise ValueError(str(error)) from None
         scored = self.evaluate or self.validation is not None or (recommends and self.held_out == HELD_OUT)
         if self.early_stopping_patience is not None and not scored:
             raise ValueError("early_stopping_patience needs evaluate, a share of the data such as 0.05, or validation")

@@ -16,7 +16,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.trainer.causal_lm import IGNORED
 from intaglio.trainer.dataset import read_rows
-from intaglio.trainer.modified_loss import modified_loss, session_reports
+from intaglio.trainer.modified_loss import check_modifiers, modified_loss, session_reports
 from intaglio.trainer.protocols import Batch, Example, Loss, Objective, TrainingModifier, TrainingRun
 from intaglio.trainer.rng import KeyedRNG
 
@@ -80,6 +80,7 @@ class ObjectiveModule(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_modifiers(modifiers)
         checkpoint = model if isinstance(model, Checkpoint) else Checkpoint(model)
         self.model, self.owned, self._objective = checkpoint.model, objective.modules(), objective
         run = TrainingRun(

@@ -552,7 +552,7 @@ def test_the_command_classifies_learns_and_measures(model: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["MODEL"], "TEXTS are missing"),
+        (["MODEL"], "INPUTS are missing"),
         (["MODEL", LABELS, "-o", "x"], "--output and --overwrite belong to --learn"),
         (["MODEL", "none.txt"], "cannot read the text none.txt"),
         (["MODEL", "none.jsonl"], "cannot read the texts none.jsonl"),

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import Method, ModelAspect, TrainingData
+from intaglio.methods.base import Method, TrainingData
 from intaglio.modeling.classifier import logits_layer
 from intaglio.modeling.replacement import module_names, replace_modules
 from intaglio.trainer.classification import PIXELS, classifier_outputs
@@ -103,8 +103,8 @@ class AdaMixUp(Method, slug="adamixup"):
     citation = "Guo et al., MixUp as Locally Linear Out-Of-Manifold Regularization, AAAI 2019"
     url = "https://arxiv.org/abs/1809.02499"
 
-    changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
     trains_on: ClassVar[TrainingData] = "classes"
+    sets_targets: ClassVar[bool] = True
 
     folds: Annotated[int, Field(ge=2, le=3)] = 2
     intrusion_weight: Annotated[float, Field(ge=0)] = 1.0

@@ -21,14 +21,13 @@ Dimension letters: B rows, U unlabelled rows, K mixed examples, C classes.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intaglio.methods.base import ModelAspect
 from intaglio.trainer.classification import PIXELS
 from intaglio.trainer.mixing import (
     Mix,
@@ -147,8 +146,6 @@ class DecoupledMixup(Mixing, slug="decoupled_mixup"):
     summary = "mixes training examples, and lets the model be sure of both mixed classes at once"
     citation = "Liu et al., Harnessing Hard Mixed Samples with Decoupled Regularizer, NeurIPS 2023"
     url = "https://arxiv.org/abs/2203.10761"
-
-    changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
 
     eta: Annotated[float, Field(ge=0)] = 0.1
     terms: Literal["both", "more", "less"] = "both"

@@ -99,6 +99,7 @@ class ELR(Method, slug="elr"):
     url = "https://arxiv.org/abs/2007.00151"
 
     trains_on: ClassVar[TrainingData] = "classes"
+    sets_targets: ClassVar[bool] = True
 
     beta: Annotated[float, Field(ge=0, le=1)] = 0.7
     regularization_weight: Annotated[float, Field(ge=0)] = 3.0

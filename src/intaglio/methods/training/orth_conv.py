@@ -80,7 +80,7 @@ class OrthConv(Method, slug="orth_conv"):
         ignore: layers that are left out, by name or shell pattern. Default: none.
 
     Raises:
-        IntaglioError: (when a run begins) no layer is left to regularise.
+        IntaglioError: (when a run begins) no layer is left to regularise, or none of them is trained.
 
     Source: Achour et al., Existence, Stability and Scalability of Orthogonal Convolutional Neural Networks, JMLR
     23(347), 2022.
@@ -94,7 +94,6 @@ class OrthConv(Method, slug="orth_conv"):
     )
     url = "https://arxiv.org/abs/2108.05623"
 
-    changes: ClassVar[frozenset[ModelAspect]] = frozenset({"weights"})
     trains_weights: ClassVar[bool] = True
 
     regularization_weight: Annotated[float, Field(ge=0)] = 0.1
@@ -117,6 +116,11 @@ class OrthConv(Method, slug="orth_conv"):
     def wang(cls, **overrides: Any) -> Self:
         """Return the settings of Wang et al.'s code: unsquared, padding 1, without the first convolution."""
         return cls(**{"squared": False, "padding": 1, "skip_first": True, **overrides})
+
+    @property
+    def changes(self) -> frozenset[ModelAspect]:  # type: ignore[override]
+        """The weights for the form that divides them; a penalty leaves them to the optimizer."""
+        return frozenset({"weights"} if self.form == "spectral_norm" else ())
 
     def layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Return the layers that are regularised, convolutions first.
@@ -155,6 +159,8 @@ class OrthConv(Method, slug="orth_conv"):
     def attach(self, run: TrainingRun) -> ModifierSession:
         """Return the session of a run."""
         layers = self.layers(run.model)
+        if not any(parameter.requires_grad for _, module in layers for parameter in module.parameters()):
+            raise IntaglioError("orth_conv regularises weights that are not trained; leave lora and freeze out")
         if self.form == "spectral_norm":
             return _SpectralNorm(layers, run.seed)
         return _Penalty(layers, self)

@@ -1,9 +1,12 @@
-"""DKVB (Träuble et al., ICML 2023): a classifier of discrete key-value pairs on a frozen text encoder.
+"""DKVB (Träuble et al., ICML 2023): a classifier of discrete key-value pairs on a frozen encoder of texts or images.
 
     intaglio.DKVB().fit(ckpt, [{"text": ..., "label": ...}, ...])      # or a recipe with fit: {dkvb: {labels: FILE}}
     dkvb = ckpt.fitted("dkvb")
     dkvb.classify(ckpt, texts)
     dkvb.learn(ckpt, more)                                             # further texts, also of new classes
+
+With an image classifier as `ckpt`, `{"image": ...}` takes the place of `{"text": ...}`, and a folder with a folder of
+images for each class that of the file.
 
 - `bottleneck.py`: `DiscreteKeyValueBottleneck`, its splitters and decoders
 - `training.py`: training of the values, and of a decoder with weights
@@ -23,7 +26,9 @@ from torch import Tensor, nn
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.attachments import Attachment
 from intaglio.checkpoint.fingerprint import fingerprint
-from intaglio.data.labelled_texts import LabelledTexts, load_labelled_texts
+from intaglio.data.labelled_examples import LabelledExamples, load_labelled_examples
+from intaglio.data.labelled_images import LabelledImages
+from intaglio.data.labelled_texts import LabelledTexts
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
 from intaglio.measures.embeddings import Pooling, embed_texts
@@ -37,6 +42,8 @@ from intaglio.methods.activations.dkvb.bottleneck import (
 )
 from intaglio.methods.activations.dkvb.training import train_values
 from intaglio.methods.base import Cost, Method, Progress, Workload, no_progress
+from intaglio.modeling.classifier import is_image_model
+from intaglio.trainer.classification import embed_images, embedding_width
 from intaglio.trainer.rng import generator
 
 OVERRIDABLE = frozenset(
@@ -48,16 +55,17 @@ OVERRIDABLE = frozenset(
 class DKVB(Method, slug="dkvb"):
     """Discrete key-value bottleneck: frozen encoder, frozen discrete keys, sparsely updated values.
 
-        z = pool(encoder(text)),  h_c = z P_c,  j*_c = argmin_j |h_c - key_cj|²,  logits = 1/C sum_c value_{c, j*_c}
+        z = pool(encoder(input)),  h_c = z P_c,  j*_c = argmin_j |h_c - key_cj|²,  logits = 1/C sum_c value_{c, j*_c}
 
     Keys are fitted to unlabelled embeddings and frozen; then the values are trained by plain SGD. A batch changes the
-    fetched values alone, so later classes leave texts with other pairs as they were: classes can be learned one after
+    fetched values alone, so later classes leave inputs with other pairs as they were: classes can be learned one after
     another without rehearsal, task boundaries or ids. Momentum, Adam and weight decay would move older values too.
 
     Args:
-        labels: file of labelled texts, or `newsgroups`; see `load_labelled_texts`. Default: those given to `fit`.
+        labels: file of labelled texts, or `newsgroups`, or a folder or `.npz` file of labelled images; see
+            `load_labelled_examples`. Default: those given to `fit`.
         pooling: of the encoder's last hidden states: `mean`, `cls` or `last`. Default: `last` for causal models, else
-            `mean`.
+            `mean`; of an image classifier the inputs of its head.
         length: tokens of a text that are read. Default 256.
         num_codebooks: codebooks C. Default 64.
         num_pairs: key-value pairs K of a codebook. Default 512.
@@ -66,7 +74,7 @@ class DKVB(Method, slug="dkvb"):
             linear map with its initial weights, as the official `prepare` freezes it.
         key_init: `random` (default) or `kmeans` of the first batch.
         key_texts: texts to fit the keys to: `labelled` (default; their labels are not used), or `recipe`, the recipe's
-            calibration texts (other data than the classes, as in the paper).
+            calibration texts (other data than the classes, as in the paper), or the images given to `fit`.
         init_epochs: passes over these texts. Default 10.
         ema_decay: g of the keys' moving averages. Default 0.95.
         ema_eps: smoothing of their counts. Default 1e-5.
@@ -89,8 +97,8 @@ class DKVB(Method, slug="dkvb"):
         max_grad_norm: joint norm that gradients are clipped to; 0: none. Default 1.
 
     Raises:
-        IntaglioError: (in `fit`, `learn`, `classify`) no labelled texts, fewer than two classes, more classes than
-            `max_classes`, or an encoder of another width.
+        IntaglioError: (in `fit`, `learn`, `classify`) no labelled texts or images, fewer than two classes, more
+            classes than `max_classes`, images for a model of texts or the reverse, or an encoder of another width.
 
     Source: Träuble et al., Discrete Key-Value Bottleneck, ICML 2023, sections 2 and 3, and its code.
     """
@@ -206,7 +214,7 @@ class DKVB(Method, slug="dkvb"):
             IntaglioError: fewer than two classes (or `max_classes`), or more than `max_classes`.
         """
         if len(classes) < 2 and self.max_classes is None:
-            raise IntaglioError(f"the labelled texts have {len(classes)} class; at least two are needed")
+            raise IntaglioError(f"the examples have {len(classes)} class; at least two are needed")
         ready = self.model_copy()
         ready._bottleneck, ready._decoder = self.make(keys_ND.shape[1], len(classes), seed)
         ready._bottleneck.to(keys_ND.device)
@@ -235,7 +243,7 @@ class DKVB(Method, slug="dkvb"):
             place = int(self._decoder.layers[-1].out_features)
         if place is not None and len(classes) > place:
             raise IntaglioError(
-                f"the labelled texts make {len(classes)} classes with those known; there is place for {place}, which "
+                f"the examples make {len(classes)} classes with those known; there is place for {place}, which "
                 "max_classes sets when dkvb is fitted"
             )
         if self.head == "voting" and len(classes) > self._bottleneck.values.shape[1]:
@@ -282,13 +290,22 @@ class DKVB(Method, slug="dkvb"):
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def embed(
-        self, checkpoint: Checkpoint, texts: Sequence[str], batch_size: int = 32, progress: Progress = no_progress
+        self, checkpoint: Checkpoint, inputs: Sequence[Any], batch_size: int = 32, progress: Progress = no_progress
     ) -> Tensor:
-        """Return the pooled embeddings [N, D] of texts."""
-        return embed_texts(
-            checkpoint, texts, self.pooling, max_length=self.length, batch_size=batch_size, progress=progress,
-            label="dkvb: embedding",
-        )  # fmt: skip
+        """Return the pooled embeddings [N, D] of texts, or of images (files, arrays or PIL images)."""
+        options: dict[str, Any] = {"batch_size": batch_size, "progress": progress, "label": "dkvb: embedding"}
+        if is_image_model(checkpoint.config):
+            examples = [item if isinstance(item, Mapping) else {"image": item} for item in inputs]
+            return embed_images(checkpoint, examples, self.pooling, **options)
+        return embed_texts(checkpoint, inputs, self.pooling, max_length=self.length, **options)
+
+    def _embed(self, checkpoint: Checkpoint, examples: LabelledExamples, batch_size: int, progress: Progress) -> Tensor:
+        """Return the embeddings of labelled examples; refuse those of another kind than the model takes."""
+        takes = "image" if is_image_model(checkpoint.config) else "text"
+        if examples.kind != takes:
+            raise IntaglioError(f"{checkpoint.source} takes {takes}s; {examples.name} holds {examples.kind}s")
+        inputs = [row if takes == "image" else row["text"] for row in examples.rows]
+        return self.embed(checkpoint, inputs, batch_size, progress)
 
     def fit(
         self,
@@ -301,14 +318,14 @@ class DKVB(Method, slug="dkvb"):
         resume: bool = False,
         progress: Progress = no_progress,
     ) -> Checkpoint:
-        """Fit keys and values to labelled texts of the frozen encoder, and attach them.
+        """Fit keys and values to labelled texts or images of the frozen encoder, and attach them.
 
         Args:
-            checkpoint: any text encoder or decoder with its tokenizer.
-            texts: labelled texts (objects with `text` and `label`) where `labels` is not set; otherwise texts for
-                `key_texts: recipe`.
+            checkpoint: any text encoder or decoder with its tokenizer, or an image classifier with its processor.
+            texts: labelled examples (objects with `text` or `image`, and `label`) where `labels` is not set; otherwise
+                texts or images for `key_texts: recipe`.
             seed: of all random numbers.
-            batch_size: texts that are embedded at a time.
+            batch_size: examples that are embedded at a time.
             directory: ignored; kept for API compatibility.
             resume: ignored; kept for API compatibility.
             progress: called after each batch and epoch.
@@ -318,64 +335,70 @@ class DKVB(Method, slug="dkvb"):
         """
         examples = self._labelled(texts)
         if len(examples.classes) < 2:
-            raise IntaglioError(f"the labelled texts {examples.name!r} have one class; at least two are needed")
+            kind, name = examples.kind, examples.name
+            raise IntaglioError(f"the labelled {kind}s {name!r} have one class; at least two are needed")
         keys_ND = None
         if self.key_texts == "recipe":
             if self.labels is None or texts is None:
                 raise IntaglioError("key_texts is recipe; give labels: FILE, and the texts that the keys are fitted to")
-            keys_ND = self.embed(checkpoint, load_texts(texts).documents, batch_size, progress)
-        z_ND = self.embed(checkpoint, examples.texts, batch_size, progress)
-        ready = self.fit_embeddings(z_ND, examples.labels, keys_ND=keys_ND, seed=seed, progress=progress)
-        chosen = {"texts": len(examples), "classes": list(ready.classes), "accuracy": ready._accuracy(z_ND, examples)}
+            if is_image_model(checkpoint.config):
+                keys_ND = self._embed(checkpoint, load_labelled_examples(texts), batch_size, progress)
+            else:
+                keys_ND = self.embed(checkpoint, load_texts(texts).documents, batch_size, progress)
+        z_ND = self._embed(checkpoint, examples, batch_size, progress)
+        labels = [row["label"] for row in examples.rows]
+        ready = self.fit_embeddings(z_ND, labels, keys_ND=keys_ND, seed=seed, progress=progress)
+        right = ready._accuracy(z_ND, labels)
+        chosen = {f"{examples.kind}s": len(examples), "classes": list(ready.classes), "accuracy": right}
         return ready._attach(checkpoint, seed, chosen)
 
     def learn(
         self, checkpoint: Checkpoint, examples: Any, *, seed: int = 0, progress: Progress = no_progress
     ) -> Checkpoint:
-        """Learn further labelled texts, also of new classes, and replace the attachment.
+        """Learn further labelled texts or images, also of new classes, and replace the attachment.
 
         Args:
             checkpoint: the encoder that the method was fitted to.
-            examples: a file or objects; see `load_labelled_texts`.
-            seed: of the order of the texts. Default 0.
+            examples: a file, a folder or objects; see `load_labelled_examples`.
+            seed: of the order of the examples. Default 0.
             progress: called after each batch and epoch.
 
         Raises:
             IntaglioError: see the class.
         """
         self._require_fit()
-        read = load_labelled_texts(examples)
-        z_ND = self.embed(checkpoint, read.texts, progress=progress)
-        known = self.classes
-        self.learn_embeddings(z_ND, read.labels, seed=seed, progress=progress)
+        read = load_labelled_examples(examples)
+        z_ND = self._embed(checkpoint, read, 32, progress)
+        known, labels = self.classes, [row["label"] for row in read.rows]
+        self.learn_embeddings(z_ND, labels, seed=seed, progress=progress)
         added = [name for name in self.classes if name not in known]
-        chosen = {"texts": len(read), "new_classes": added, "accuracy": self._accuracy(z_ND, read)}
+        chosen = {f"{read.kind}s": len(read), "new_classes": added, "accuracy": self._accuracy(z_ND, labels)}
         return self._attach(checkpoint, seed, chosen)
 
     def classify(
-        self, checkpoint: Checkpoint, texts: Sequence[str], *, batch_size: int = 32, progress: Progress = no_progress
+        self, checkpoint: Checkpoint, texts: Sequence[Any], *, batch_size: int = 32, progress: Progress = no_progress
     ) -> list[dict[str, float]]:
-        """Return the probability of every class for each text; see `Classifier`."""
+        """Return the probability of every class for each text or image; see `Classifier`."""
         self._require_fit()
         if not texts:
             return []
         probs_NL = self.probs(self.embed(checkpoint, texts, batch_size, progress))
         return [dict(zip(self.classes, row, strict=True)) for row in probs_NL.tolist()]
 
-    def _labelled(self, texts: Any) -> LabelledTexts:
+    def _labelled(self, texts: Any) -> LabelledExamples:
         if self.labels is not None:
-            return load_labelled_texts(self.labels)
-        if isinstance(texts, LabelledTexts) or (
+            return load_labelled_examples(self.labels)
+        if isinstance(texts, (LabelledTexts, LabelledImages)) or (
             isinstance(texts, Sequence) and texts and all(isinstance(item, Mapping) for item in texts)
         ):
-            return load_labelled_texts(texts)
-        raise IntaglioError("labels is missing; dkvb is fitted to labelled texts, so give labels: FILE")
+            return load_labelled_examples(texts)
+        raise IntaglioError("labels is missing; dkvb is fitted to labelled texts or images, so give labels: FILE")
 
-    def _accuracy(self, z_ND: Tensor, examples: LabelledTexts) -> float:
-        """Return the accuracy on the texts just learned."""
+    def _accuracy(self, z_ND: Tensor, labels: Sequence[str]) -> float:
+        """Return the accuracy on the examples just learned."""
         chosen = self.probs(z_ND).argmax(-1).tolist()
-        hits = sum(self.classes[index] == label for index, label in zip(chosen, examples.labels, strict=True))
-        return hits / len(examples)
+        hits = sum(self.classes[index] == label for index, label in zip(chosen, labels, strict=True))
+        return hits / len(labels)
 
     def _attach(self, checkpoint: Checkpoint, seed: int, chosen: dict[str, Any]) -> Checkpoint:
         networks = {"bottleneck": self._bottleneck, "decoder": self._decoder}
@@ -406,7 +429,7 @@ class DKVB(Method, slug="dkvb"):
             raise IntaglioError(f"{fixed[0]} cannot change after the fit; fit dkvb again")
         method = cls(**attachment.parameters | fields)
         classes, tensors = tuple(attachment.about.get("classes", ())), attachment.tensors
-        width = int(checkpoint.config.hidden_size)
+        width = embedding_width(checkpoint)
         bottleneck, decoder = method.make(width, max(2, len(classes)))
         parts = {f"bottleneck.{n}": v for n, v in bottleneck.state_dict().items()}
         parts |= {f"decoder.{n}": v for n, v in decoder.state_dict().items()}
@@ -424,7 +447,7 @@ class DKVB(Method, slug="dkvb"):
 
     def estimate_fit(self, workload: Workload, texts: Any) -> Cost:
         """Estimate embedding the texts, fitting the keys and training the values."""
-        count = len(load_labelled_texts(self.labels)) if self.labels else len(load_texts(texts))
+        count = len(load_labelled_examples(self.labels)) if self.labels else len(load_texts(texts))
         keys = count if self.key_texts == "labelled" else len(load_texts(texts))
         embedded = count if keys is count else count + keys
         pairs = self.num_codebooks * self.num_pairs
