@@ -111,7 +111,7 @@ class Kernel:
         shifts_GMMk = self.autocorrelation(padding)
         identity = torch.eye(self.rows, dtype=shifts_GMMk.dtype, device=shifts_GMMk.device)
         # Shift 0, unless a padding that the stride does not divide leaves it out: then the place of Wang et al.'s code.
-        central_GMM = shifts_GMMk[(..., *(count // 2 for count in shifts_GMMk.shape[3:]))]
+        central_GMM = shifts_GMMk[(slice(None),) * 3 + tuple(count // 2 for count in shifts_GMMk.shape[3:])]
         # ||A - I0||^2 = ||A||^2 - ||centre||^2 + ||centre - I||^2, without writing into A.
         around = shifts_GMMk.square().sum() - central_GMM.square().sum()
         excess = 0 if padding is not None else len(self.groups_GMCk) * max(0, self.rows - self.columns)

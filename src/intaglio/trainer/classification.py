@@ -274,11 +274,11 @@ def embed_images(
     vectors = []
     for start in range(0, len(examples), batch_size):
         numbered = enumerate(examples[start : start + batch_size], start)
-        pixels_BCHW = torch.stack([_pixels(checkpoint, example, number)[PIXELS] for number, example in numbered])
+        pixels_BCHW = torch.stack([_pixels(checkpoint, dict(example), number)[PIXELS] for number, example in numbered])
         pixels_BCHW = pixels_BCHW.to(weight.device, weight.dtype)
         features_BD = classifier_outputs(model, {PIXELS: pixels_BCHW})[1] if from_head else None
         if features_BD is None:
-            hidden = model.base_model(pixels_BCHW).last_hidden_state
+            hidden = model.base_model(pixels_BCHW).last_hidden_state  # type: ignore[operator]
             features_BD = pool(hidden.flatten(2).mT if hidden.dim() == 4 else hidden, None, how or "mean")
         vectors.append(features_BD.float().cpu())
         progress(min(start + batch_size, len(examples)), len(examples), label)
