@@ -18,6 +18,8 @@ from torch import Tensor
 from intaglio.errors import IntaglioError
 from intaglio.kernels import _utils, gather
 
+pytestmark = pytest.mark.xdist_group("numba")  # compiled once
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 WAYS = ["torch", *(["numba"] if find_spec("numba") else []), *(["triton"] if INTERPRETED else [])]
 
@@ -198,7 +200,7 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_shared_call_gives_what_a_call_for_each_gives(threads: None, dtype: torch.dtype, count: int) -> None:
     torch.set_num_threads(count)

@@ -19,6 +19,8 @@ from intaglio.errors import IntaglioError
 from intaglio.kernels import sparse_experts
 from tests.tuners import GivenTimes
 
+pytestmark = pytest.mark.xdist_group("numba")  # compiled once
+
 
 def case(T: int, D: int, E: int, H: int, seed: int = 0, share: float = 0.3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     draws = torch.Generator().manual_seed(seed)

@@ -232,7 +232,7 @@ def test_vectors_are_dropped_if_another_upgrade_begins_while_they_are_made(index
 def test_the_rate_is_kept(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sleeps make up for what encoding was faster than the rate."""
     slept: list[float] = []
-    monkeypatch.setattr(upgrade_module.time, "sleep", slept.append)
+    monkeypatch.setattr(upgrade_module, "sleep", slept.append)
     upgrade(index, rate=10.0)
     assert sum(slept) == pytest.approx(6.0, rel=0.1)
     assert max(slept) <= 1.0

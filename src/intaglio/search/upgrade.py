@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -277,11 +277,11 @@ class Upgrade:
         parts = [np.empty((0, encoder.dimensions), np.float32)]
         size = ENCODE_CHUNKS if rate is None else max(1, min(ENCODE_CHUNKS, int(rate)))
         for low in range(0, len(texts), size):
-            started = time.monotonic()
+            started = monotonic()
             part = texts[low : low + size]
             parts.append(encode_chunks(encoder, part, None)["dense.vectors"])
             if rate is not None:
-                time.sleep(max(0.0, len(part) / rate - (time.monotonic() - started)))
+                sleep(max(0.0, len(part) / rate - (monotonic() - started)))
         return np.concatenate(parts)
 
     def _replace(self, segment: Segment, chunks: Sequence[int], vectors_ND: NDArray[np.float32], space: int) -> int:

@@ -35,6 +35,7 @@ for value in results():
 """
 
 
+@pytest.mark.slow
 def test_the_numbers_do_not_depend_on_the_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [f"u{user}\ti{user * place % 13}\t3\t{place}" for user in range(40) for place in range(9)]
     (tmp_path / "a.inter").write_text("user_id:token\titem_id:token\trating:float\ttimestamp:float\n" + "\n".join(rows))
