@@ -270,10 +270,19 @@ def spectrum(
     return document
 
 
+SHOWN = [
+    place for place, heading in enumerate(HEADINGS) if heading not in ("weight", "stride", "at every size", "note")
+]
+"""Columns in a terminal; the page has all."""
+
+
 def spectrum_table(document: dict[str, Any]) -> Table:
     """Return the spectra as a table."""
     title = f"Singular values of {document['model']}"
-    table = Table(*HEADINGS, title=title, caption=report.spectrum_summary(document), box=SIMPLE_HEAD)
+    table = Table(title=title, caption=report.spectrum_summary(document), box=SIMPLE_HEAD)
+    for heading in (HEADINGS[place] for place in SHOWN):
+        table.add_column(heading, no_wrap=True)
     for row in report.spectrum_rows(document):
-        table.add_row(*map(Text, row))
+        name = report.short_name(row[0], 36)
+        table.add_row(*map(Text, [name, *(row[place] for place in SHOWN[1:])]))
     return table

@@ -17,7 +17,7 @@ from intaglio.report.recommender import (
     recommender_tables,
 )
 from intaglio.report.schema import BAKED, FORMAT, LIVE, TIE, ZEROS
-from intaglio.report.spectrum import spectrum_page, spectrum_rows, spectrum_summary
+from intaglio.report.spectrum import short_name, spectrum_page, spectrum_rows, spectrum_summary
 from intaglio.report.summary import summary
 from intaglio.report.tables import carve_table, compare_table, demo_chart, demo_table
 
@@ -51,6 +51,7 @@ __all__ = [
     "recommender_summary",
     "recommender_tables",
     "rows",
+    "short_name",
     "spectrum_page",
     "spectrum_rows",
     "spectrum_summary",

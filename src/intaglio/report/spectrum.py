@@ -29,6 +29,11 @@ def spectrum_rows(document: Document) -> list[list[str]]:
     ]
 
 
+def short_name(name: str, most: int) -> str:
+    """Return the last characters of a layer's name, at most `most`."""
+    return name if len(name) <= most else "…" + name[1 - most :]
+
+
 def _note(layer: Document) -> str:
     notes = [] if layer["exact"] else ["not circular"]
     return ", ".join([*notes, *([] if layer["possible"] else ["cannot be orthogonal"])])
@@ -60,8 +65,7 @@ def spectrum_picture(document: Document) -> str:
     write(root, "singular value", left, bottom + 38)
     for number, layer in enumerate(layers):
         y = top + ROW * number
-        name = layer["name"] if len(layer["name"]) <= 34 else "…" + layer["name"][-33:]
-        write(root, name, left - 8, y + 16, "code", "end")
+        write(root, short_name(layer["name"], 34), left - 8, y + 16, "code", "end")
         line = add(root, "g")
         add(line, "title", f"{layer['name']}: {layer['minimum']:.3f} to {layer['maximum']:.3f}")
         for value in layer["curve"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import math
 import textwrap
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -25,6 +27,7 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.from_scratch import new_image_model
 from intaglio.cli import inspect as inspect_views
 from intaglio.cli.app import app
+from intaglio.cli.inspect import spectrum_table
 from intaglio.errors import IntaglioError
 from intaglio.measures.conv_spectrum import layer_spectra, spread
 from intaglio.methods.training.orth_conv import OrthConv
@@ -492,7 +495,18 @@ def test_inspect_writes_a_page_and_a_table(tmp_path: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert all(name[-33:] in text for name in names)
     assert text.count("<svg") == 1
-    assert inspect_views.spectrum_table(document).row_count == 8
+    assert spectrum_table(document).row_count == 8
     assert report.spectrum_summary(document) in text.replace("&#39;", "'")
     with pytest.raises(IntaglioError, match=r"the page .*\.svg must be an \.html file"):
         inspect_views.spectrum(str(model), 8, tmp_path / "x.svg", None)
+
+
+def test_the_table_of_a_terminal_shows_the_ends_of_names_and_whole_numbers() -> None:
+    names = [f"efficientnet.encoder.blocks.{n}.depthwise_conv.depthwise_conv" for n in (0, 15)]
+    layer = {"shape": [1152, 192, 1, 1], "stride": [1, 1], "loss": 5.53e5, "minimum": 0.1, "median": 1.2,
+             "maximum": 17.2, "band": [0, 20], "exact": False, "possible": True, "spread": 17.1}  # fmt: skip
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(spectrum_table({"model": "m", "size": 16, "layers": [{**layer, "name": name} for name in names]}))
+    text = console.export_text()
+    assert text.count("17.200") == 2 + 1
+    assert all(f"{name[-30:]} " in text for name in names)
