@@ -270,7 +270,7 @@ def spectrum(
     return document
 
 
-SHOWN = [
+TERMINAL_COLUMNS = [
     place for place, heading in enumerate(HEADINGS) if heading not in ("weight", "stride", "at every size", "note")
 ]
 """Columns in a terminal; the page has all."""
@@ -280,9 +280,9 @@ def spectrum_table(document: dict[str, Any]) -> Table:
     """Return the spectra as a table."""
     title = f"Singular values of {document['model']}"
     table = Table(title=title, caption=report.spectrum_summary(document), box=SIMPLE_HEAD)
-    for heading in (HEADINGS[place] for place in SHOWN):
+    for heading in (HEADINGS[place] for place in TERMINAL_COLUMNS):
         table.add_column(heading, no_wrap=True)
     for row in report.spectrum_rows(document):
         name = report.short_name(row[0], 36)
-        table.add_row(*map(Text, [name, *(row[place] for place in SHOWN[1:])]))
+        table.add_row(*map(Text, [name, *(row[place] for place in TERMINAL_COLUMNS[1:])]))
     return table
