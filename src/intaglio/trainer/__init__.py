@@ -17,7 +17,7 @@
 - `dataset`, `instruction_data`: from a user's data to rows, in memory or as a stream; instruction pairs.
 - `rng`: randomness keyed by (seed, epoch, example id).
 - `lora`, `sparsity_mask`: adapters through PEFT; zeros of pruned layers stay zeros.
-- `data_selection`: data selection and its random baseline.
+- `data_selection`, `tokenised_samples`: data selection and its random baseline; samples as selectors score them.
 - `hf_trainer`: `transformers.Trainer` with the loss of an objective and exact resume.
 - `stock_trainer`, `samples`: rows and collators for a stock `Trainer`; outputs before and after for the report.
 - `modified_loss`, `mixing`, `gathering`: a loss with modifiers; pairs of mixed rows; rows of all processes.

@@ -30,11 +30,11 @@ from intaglio.methods.training.paser.clusters import affinity, cluster, coordina
 from intaglio.methods.training.paser.concepts import merge_synonyms
 from intaglio.methods.training.paser.divergence import degradation, positions
 from intaglio.methods.training.paser.embeddings import TFIDF, embed
-from intaglio.methods.training.paser.samples import read_samples
 from intaglio.methods.training.paser.select import select_samples
 from intaglio.trainer import CausalLM, KeyedRNG, Selection, Selector
 from intaglio.trainer.dataset import all_examples
 from intaglio.trainer.recipe_step import Train
+from intaglio.trainer.tokenised_samples import read_samples
 from tests.alive import alive
 from tests.families import tiny_checkpoint_dir
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights

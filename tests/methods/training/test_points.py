@@ -18,11 +18,11 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer, TrainingArg
 import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.methods.training.paser.samples import read_samples
 from intaglio.methods.training.points import POINTS, DualEncoder, caption_perplexity, individual_select, pixel_shuffle
 from intaglio.methods.training.points.perplexity import lowest, perplexities
 from intaglio.trainer import CausalLM, EpochCollator, KeyedRNG, train, training_rows
 from intaglio.trainer.dataset import all_examples, as_example
+from intaglio.trainer.tokenised_samples import read_samples
 from tests.alive import alive
 from tests.families import tiny_checkpoint_dir
 from tests.trainer.helpers import TEXTS, checkpoint

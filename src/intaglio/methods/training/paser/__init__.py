@@ -39,11 +39,11 @@ from intaglio.methods.training.paser.divergence import Reduce, Scope, degradatio
 from intaglio.methods.training.paser.embeddings import embed
 from intaglio.methods.training.paser.preprocess import check_installed, extract_concepts, first_duplicates, timed
 from intaglio.methods.training.paser.result import Choice, Pool, summarise
-from intaglio.methods.training.paser.samples import Sample, read_samples
 from intaglio.methods.training.paser.select import Order, select_samples
 from intaglio.trainer.dataset import all_examples
 from intaglio.trainer.protocols import Example, Selection
 from intaglio.trainer.rng import KeyedRNG, generator
+from intaglio.trainer.tokenised_samples import Sample, read_samples
 
 __all__ = [
     "PASER",

@@ -17,16 +17,13 @@ from torch import Tensor
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress, no_progress
-from intaglio.methods.training.paser.samples import Sample
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.partial_pass import HeadOnly, final_hidden
 from intaglio.trainer.preserve_state import preserve_modes
+from intaglio.trainer.tokenised_samples import ELEMENTS, Sample, Scope, padded_batch, positions
 
-Scope = Literal["answer", "prompt", "both"]
 Reduce = Literal["mean", "sum"]
 
-ELEMENTS = 1 << 22
-"""Limit of elements in a float32 table of predictions compared at a time."""
 MAX_GAP = 80.0
 """A difference of log-probabilities that is effectively infinite."""
 
@@ -41,24 +38,6 @@ def jsd(log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
     first_TV = log_p_TV.exp() * torch.expm1(gap_TV).div_(2).log1p_()
     second_TV = log_q_TV.exp() * torch.expm1(-gap_TV).div_(2).log1p_()
     return -0.5 * (first_TV + second_TV).sum(-1)
-
-
-def padded_batch(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    """Return `input_ids` [B, L] of samples, padded on the right, and `attention_mask` where there is padding."""
-    ids = [torch.tensor([*sample.prompt, *sample.answer]) for sample in samples]
-    ids_BL = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
-    mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
-    return {"input_ids": ids_BL} | ({} if bool(mask_BL.all()) else {"attention_mask": mask_BL.long()})
-
-
-def positions(sample: Sample, scope: Scope) -> range:
-    """Return the positions of a sample at which predictions are compared."""
-    prompt, redistribute = len(sample.prompt), len(sample.prompt) + len(sample.answer)
-    if not prompt:
-        return range(0, redistribute - 1)
-    if scope == "prompt":
-        return range(0, prompt)
-    return range(prompt - 1 if scope == "answer" else 0, redistribute - 1)
 
 
 def shared_vocabulary(model: Checkpoint, original: Checkpoint) -> int:

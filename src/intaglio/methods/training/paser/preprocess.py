@@ -11,7 +11,7 @@ from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress
 from intaglio.methods.training.paser.concepts import key_phrases, merge_synonyms
 from intaglio.methods.training.paser.embeddings import embed
-from intaglio.methods.training.paser.samples import Sample
+from intaglio.trainer.tokenised_samples import Sample
 
 
 def check_installed() -> None:

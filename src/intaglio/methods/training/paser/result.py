@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from intaglio.methods.training.paser.samples import Sample
 from intaglio.methods.training.paser.select import SelectionRun
+from intaglio.trainer.tokenised_samples import Sample
 
 NAME_WORDS = 3
 """Words that a cluster is called by."""

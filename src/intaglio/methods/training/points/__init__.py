@@ -29,12 +29,12 @@ from pydantic import Field
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.errors import IntaglioError, shorten
 from intaglio.methods.base import Capability, Method, Progress, no_progress
-from intaglio.methods.training.paser.samples import Sample, read_samples
 from intaglio.methods.training.points.perplexity import caption_perplexity, lowest, perplexities
 from intaglio.methods.training.points.vision import DualEncoder, pixel_shuffle
 from intaglio.trainer.dataset import as_example
 from intaglio.trainer.protocols import Example, Selection
 from intaglio.trainer.rng import KeyedRNG
+from intaglio.trainer.tokenised_samples import Sample, read_samples
 
 __all__ = ["POINTS", "DualEncoder", "caption_perplexity", "individual_select", "perplexities", "pixel_shuffle"]
 

@@ -15,12 +15,11 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
 from intaglio.methods.base import Progress, no_progress
-from intaglio.methods.training.paser.divergence import ELEMENTS, padded_batch, positions
-from intaglio.methods.training.paser.samples import Sample
 from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.modeling.partial_pass import HeadOnly, final_hidden
 from intaglio.trainer.causal_lm import IGNORED
 from intaglio.trainer.preserve_state import preserve_modes
+from intaglio.trainer.tokenised_samples import ELEMENTS, Sample, padded_batch, positions
 
 
 def caption_perplexity(logits_BLV: Tensor, labels_BL: Tensor) -> Tensor:

@@ -1,9 +1,16 @@
-"""Tokenised samples, truncated as in training."""
+"""Tokenised samples, truncated as in training, which selectors score: their batches and scored positions.
+
+Dimension letters: B samples, L tokens of a row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
@@ -11,6 +18,11 @@ from intaglio.trainer.causal_lm import row_length
 from intaglio.trainer.dataset import as_ids
 from intaglio.trainer.instruction_data import NAMES, prompt_and_answer, tokenize_pair
 from intaglio.trainer.protocols import Example
+
+Scope = Literal["answer", "prompt", "both"]
+
+ELEMENTS = 1 << 22
+"""Limit of elements in a float32 table of predictions at a time."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +70,21 @@ def _read(checkpoint: Checkpoint, example: Example, number: int, max_length: int
     if text is None:
         text = checkpoint.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
     return Sample((), tuple(ids[:max_length].tolist()), len(ids), text, text)
+
+
+def padded_batch(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """Return `input_ids` [B, L] of samples, padded on the right, and `attention_mask` where there is padding."""
+    ids = [torch.tensor([*sample.prompt, *sample.answer]) for sample in samples]
+    ids_BL = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+    mask_BL = torch.arange(ids_BL.shape[1]) < torch.tensor([len(row) for row in ids])[:, None]
+    return {"input_ids": ids_BL} | ({} if bool(mask_BL.all()) else {"attention_mask": mask_BL.long()})
+
+
+def positions(sample: Sample, scope: Scope) -> range:
+    """Return the positions of a sample at which predictions are scored."""
+    prompt, end = len(sample.prompt), len(sample.prompt) + len(sample.answer)
+    if not prompt:
+        return range(0, end - 1)
+    if scope == "prompt":
+        return range(0, prompt)
+    return range(prompt - 1 if scope == "answer" else 0, end - 1)
