@@ -34,7 +34,7 @@ def classes_step(recipe: Recipe) -> Train | None:
     return cast(Train, step) if getattr(step, "classes", None) is not None else None
 
 
-def fit_images(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
+def train_classifier(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool, progress: Progress) -> dict[str, Any]:
     """Run a recipe on labelled texts or images; see `run.carve`, which calls it.
 
     Returns:
@@ -78,7 +78,7 @@ def fit_images(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool, progr
     return run_single_step(spec, out, parts, resume=resume, overwrite=overwrite)
 
 
-def fits_images(spec: RunSpec) -> bool:
+def attaches_image_classifier(spec: RunSpec) -> bool:
     """Return whether a recipe attaches a classifier to a model of images."""
     step = spec.recipe.steps[0]
     classifier = isinstance(step, Fit) and "classifier" in step.method.kinds

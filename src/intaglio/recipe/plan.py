@@ -17,7 +17,7 @@ from intaglio.measures.language_modeling import ELEMENTS
 from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
 from intaglio.methods.base import Carving, Cost, Fittable, RemovesBlocks, Workload
 from intaglio.modeling.anatomy import Anatomy, anatomy
-from intaglio.recipe.classifier import classes_step, fits_images
+from intaglio.recipe.classifier import attaches_image_classifier, classes_step
 from intaglio.recipe.compatibility import check_history
 from intaglio.recipe.data import read_texts
 from intaglio.recipe.recommender import interactions_step
@@ -63,7 +63,7 @@ def plan(
     kinds = {
         "interactions": interactions_step(recipe) is not None,
         "classes": classes_step(recipe) is not None,
-        "images": fits_images(spec),
+        "images": attaches_image_classifier(spec),
     }
     for what, alone in kinds.items():
         if alone:

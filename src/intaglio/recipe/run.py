@@ -19,7 +19,7 @@ from intaglio.data.texts import load_texts
 from intaglio.environment import torch_threads, versions
 from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import anatomy
-from intaglio.recipe.classifier import attach_classifier, classes_step, fit_images, fits_images
+from intaglio.recipe.classifier import attach_classifier, attaches_image_classifier, classes_step, train_classifier
 from intaglio.recipe.compatibility import check_history
 from intaglio.recipe.data import held_out_segments, make_evaluator, prepare_data, read_texts
 from intaglio.recipe.recommender import interactions_step, train_recommender
@@ -87,8 +87,8 @@ def carve(
     if interactions_step(recipe) is not None:
         return train_recommender(spec, out, resume=resume, overwrite=overwrite, progress=progress)
     if classes_step(recipe) is not None:
-        return fit_images(spec, out, resume=resume, overwrite=overwrite, progress=progress)
-    if fits_images(spec):
+        return train_classifier(spec, out, resume=resume, overwrite=overwrite, progress=progress)
+    if attaches_image_classifier(spec):
         return attach_classifier(spec, out, resume=resume, overwrite=overwrite, progress=progress)
     check_history(spec)
     texts = read_texts(recipe)
