@@ -27,7 +27,8 @@ from intaglio.errors import IntaglioError, printable, shorten
 if TYPE_CHECKING:
     from intaglio.checkpoint import Checkpoint
     from intaglio.methods.retrieval.refrag import MixedPrompt, Passage, Refrag
-    from intaglio.search import Hit, Index
+    from intaglio.search import Hit
+    from intaglio.search.passage_cache import PassageCache
 
 BATCH = 32
 """Passages that `index compress` encodes and commits at a time."""
@@ -69,7 +70,9 @@ def ask(
         checkpoint = load(model, device=device)
         method = None if compress is None else _fitted(checkpoint, model, compress, expand, expander)
         began = time.perf_counter()
-        passages, cached = (None, 0) if method is None else _compressed(opened, method, checkpoint, hits)
+        passages, cached = None, 0
+        if method is not None:
+            passages, cached = _compressed(opened.passage_cache(method.space(checkpoint)), method, checkpoint, hits)
         encoding = time.perf_counter() - began
     plan = _Prompts(checkpoint, words, hits, method, passages, max_new_tokens)
     write = None if json else _write
@@ -119,10 +122,10 @@ def compress_index(index: Where, model: Model, device: Device = None, json: Json
     with Index.open(index) as opened, progress_bar() as progress:
         checkpoint = load(model, device=device)
         method: Refrag = checkpoint.fitted("refrag")
-        hits = list(opened.passages())
+        hits, cache = list(opened.passages()), opened.passage_cache(method.space(checkpoint))
         cached = 0
         for low in range(0, len(hits), BATCH):
-            cached += _compressed(opened, method, checkpoint, hits[low : low + BATCH])[1]
+            cached += _compressed(cache, method, checkpoint, hits[low : low + BATCH])[1]
             progress(min(low + BATCH, len(hits)), len(hits), "compressing")
     if json:
         print_json({"index": str(index), "passages": len(hits), "compressed": len(hits) - cached})
@@ -149,16 +152,17 @@ def _fitted(checkpoint: Checkpoint, model: str, compress: int, expand: float | N
     return method
 
 
-def _compressed(index: Index, method: Refrag, checkpoint: Checkpoint, hits: Sequence[Hit]) -> tuple[list[Passage], int]:
+def _compressed(
+    cache: PassageCache, method: Refrag, checkpoint: Checkpoint, hits: Sequence[Hit]
+) -> tuple[list[Passage], int]:
     """Return the compressed passages of hits, and how many were cached; the others are cached now."""
     import torch
 
     blank = next((hit for hit in hits if not hit.text.strip()), None)
     if blank is not None:
         raise IntaglioError(
-            f"the index {index.path} has no text of the passage {blank.id!r}, so it cannot be compressed"
+            f"the index {cache.path} has no text of the passage {blank.id!r}, so it cannot be compressed"
         )
-    cache = index.passage_cache(method.space(checkpoint))
     known: list[Passage | None] = []
     for hit in hits:
         arrays = cache.read(hit)

@@ -1,12 +1,13 @@
 """Tensors kept beside an index's passages, such as their compressed form for one decoder.
 
 They are rows of a table in the index's database, so that a commit has all of them or none. A passage that is updated
-gets another number; rows of numbers that are gone are dropped by the next write.
+gets another number; rows of numbers that are gone are dropped by the first write of each cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from intaglio.errors import IntaglioError
@@ -29,6 +30,12 @@ class PassageCache:
 
     def __init__(self, store: Store, space: str) -> None:
         self._store, self._space = store, space
+        self._pruned = False
+
+    @property
+    def path(self) -> Path:
+        """The index's directory."""
+        return self._store.path
 
     def _chunk(self, hit: Hit) -> int:
         row = self._store.db.execute(
@@ -66,9 +73,11 @@ class PassageCache:
                 f"CREATE TABLE IF NOT EXISTS {_TABLE} (space TEXT NOT NULL, chunk INTEGER NOT NULL,"
                 " tensors BLOB NOT NULL, PRIMARY KEY (space, chunk)) WITHOUT ROWID"
             )
-            db.execute(f"DELETE FROM {_TABLE} WHERE chunk NOT IN (SELECT chunk FROM chunks)")
+            if not self._pruned:
+                db.execute(f"DELETE FROM {_TABLE} WHERE chunk NOT IN (SELECT chunk FROM chunks)")
             values = [(self._space, self._chunk(hit), save(dict(arrays))) for hit, arrays in rows]
             db.executemany(f"INSERT OR REPLACE INTO {_TABLE} VALUES (?, ?, ?)", values)
+        self._pruned = True
 
 
 __all__ = ["PassageCache"]
