@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from intaglio.errors import IntaglioError
-from intaglio.modeling.token_classifier import classification_head, label_names
+from intaglio.modeling.token_classifier import classification_head, label_fields, label_names
 
 SUFFIXES = ("ForSequenceClassification", "ForImageClassification")
 
@@ -91,8 +91,7 @@ def make_classifier(checkpoint: Any, labels: Sequence[str], *, seed: int = 0, dr
     cls = whole_input_class(config)
     config.update(
         {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
+            **label_fields(labels),
             "architectures": [cls.__name__],
             "problem_type": "single_label_classification",
             **({} if dropout is None else {"classifier_dropout": dropout}),

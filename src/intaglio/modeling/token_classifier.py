@@ -64,6 +64,11 @@ def label_names(model: Any) -> tuple[str, ...]:
     return tuple(model.config.id2label[index] for index in range(model.config.num_labels))
 
 
+def label_fields(labels: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of a configuration that name the labels."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+
+
 class _Checkpoint(Protocol):
     """The part of a `Checkpoint` that is edited here; its own module imports this one."""
 
@@ -100,8 +105,7 @@ def to_classifier(
     cls = classifier_class(config)
     config.update(
         {
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
+            **label_fields(labels),
             "classifier_dropout": dropout,
             "architectures": [cls.__name__],
             PLACE: place,
