@@ -358,7 +358,7 @@ def upgrade(
         out.print(report_table(result["report"]))
     print_out(
         f"{index}: {result['encoded']:,} chunks encoded in {result['seconds']:.1f} s, {result['left']:,} left"
-        + (f"; process {result['process']} goes on" if "process" in result else "")
+        + (f"; process {result['process']} encodes them" if "process" in result else "")
     )
 
 

@@ -335,7 +335,7 @@ class Index:
 
         A head on the new encoder is trained such that its first dimensions can be compared with the vectors that are
         there, so new queries search old documents at once. Documents are then encoded again, a few at a time; what is
-        done is kept if this is stopped, and the same call goes on. Others may search, add and delete meanwhile.
+        done is kept if this is stopped, and the same call resumes. Others may search, add and delete meanwhile.
 
         Args:
             encoder: the new encoder; if it was trained by `bt2` from the index's own encoder, it is taken as it is.

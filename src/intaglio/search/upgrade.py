@@ -2,7 +2,7 @@
 
 An upgrade begins with one commit, which makes the new encoder the index's own; segments keep the vectors that they
 have, and name their encoder. Each piece of documents that is encoded again replaces its segment in a commit of its own,
-so a stopped upgrade goes on at the first segment with older vectors.
+so a stopped upgrade resumes at the first segment with older vectors.
 
 Dimension letters: Q queries, N sampled chunks, D dimensions of a vector.
 """
@@ -93,7 +93,7 @@ class Upgrade:
     lock: threading.RLock
 
     def begins(self, new: TextEncoder | None, method: str | None) -> bool:
-        """Return whether an upgrade begins, rather than that one goes on."""
+        """Return whether an upgrade begins; otherwise the one under way resumes."""
         known = self.store.settings.get("upgrade")
         if new is None or known is None:
             return new is not None
