@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -24,6 +24,14 @@ from intaglio.errors import IntaglioError
 FOLDER = "attachments"
 KEY = "intaglio"
 """Metadata key for one JSON object: with several keys their order would be random."""
+
+
+Restored = TypeVar("Restored")
+
+
+def to_store(tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Return copies of tensors on the CPU, as files hold them, their names with a prefix."""
+    return {f"{prefix}{name}": value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,17 @@ class Attachment:
     step: int
     about: dict[str, Any] = field(default_factory=dict)
     base: str = ""
+
+    def restored(self, cls: type[Restored], fields: Mapping[str, Any], changeable: Collection[str]) -> Restored:
+        """Return the method with the hyperparameters of the fit, overridden by `fields`.
+
+        Raises:
+            IntaglioError: a field is not `changeable`.
+        """
+        fixed = sorted(name for name in fields if name not in changeable)
+        if fixed:
+            raise IntaglioError(f"{fixed[0]} cannot change after the fit; fit {self.slug} again")
+        return cls(**{**self.parameters, **fields})
 
     def of(self, base: str) -> Attachment:
         """Return it with the weights' digest set, unless it has one."""

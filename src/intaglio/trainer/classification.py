@@ -32,9 +32,9 @@ from intaglio.trainer.causal_lm import row_length
 from intaglio.trainer.dataset import read_rows
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG
+from intaglio.trainer.shown_examples import PIXELS
 from intaglio.trainer.token_classification import padded
 
-PIXELS = "pixel_values"
 UNLABELLED = -1
 """Number of the label of examples without a class."""
 INPUTS = (PIXELS, "input_ids", "attention_mask")

@@ -149,8 +149,7 @@ class PooledObjective(DenseObjective):
 
     @property
     def _how(self) -> Pooling:
-        last = self._parts.causal and self.variant == "plain"
-        return self.pooling or ("last" if last else "mean")
+        return self.pooling or self.default_pooling
 
     def _companions(self, checkpoint: Checkpoint) -> dict[str, bytes]:
         """Return the files by which sentence-transformers loads the encoder."""

@@ -186,6 +186,11 @@ class EncoderObjective(Method):
     _lengths: dict[str, int] = PrivateAttr(default_factory=dict)
     _owned: nn.ModuleDict = PrivateAttr(None)  # type: ignore[assignment]
 
+    @property
+    def default_pooling(self) -> Literal["last", "mean"]:
+        """`last` for a causal decoder that reads a text as it is, else `mean`."""
+        return "last" if self._parts.causal and self.variant == "plain" else "mean"
+
     def embed(self, model: nn.Module, inputs: Mapping[str, Tensor], side: str) -> Tensor:
         """Return the vectors [N, D] of texts, for training.
 

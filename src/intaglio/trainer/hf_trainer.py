@@ -135,6 +135,15 @@ class HeldOutBatches:
         return moved(made, self.device)
 
 
+def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer that decays matrices, and no vectors (norms, biases); none is empty."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
 @dataclass
 class RunningTotals:
     """Running totals since the last log line (`count` micro-batches, `values`) and since the run began or resumed."""
@@ -197,11 +206,7 @@ class IntaglioTrainer(Trainer):
             groups = list(self.module.groups)
             for lr in dict.fromkeys([rate, *rates.values()]):
                 part = [p for p in trained if rates.get(id(p), rate) == lr]
-                groups += [
-                    {"params": [p for p in part if p.ndim > 1], "lr": lr, "weight_decay": self.settings.weight_decay},
-                    {"params": [p for p in part if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
-                ]
-            groups = [group for group in groups if group["params"]]
+                groups += [{**group, "lr": lr} for group in decay_groups(part, self.settings.weight_decay)]
             if self.settings.optimizer == "sgd":
                 self.optimizer = torch.optim.SGD(groups, lr=rate, momentum=self.settings.momentum, fused=True)
             else:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.attachments import to_store
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.methods.base import Progress, no_progress
 from intaglio.trainer import resume as run_state
@@ -294,8 +295,7 @@ def _attach_tensors(
     checkpoint: Checkpoint, part: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None
 ) -> None:
     """Attach tensors to the checkpoint under the slug of an objective or modifier."""
-    own = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    checkpoint.attach(part.slug, own, run_state.describe(part)[part.slug], dict(about or {}))
+    checkpoint.attach(part.slug, to_store(tensors), run_state.describe(part)[part.slug], dict(about or {}))
 
 
 def _vocabulary(checkpoint: Checkpoint) -> set[int]:

@@ -30,10 +30,9 @@ from intaglio.errors import IntaglioError, shorten
 from intaglio.methods.base import Method, TrainingData
 from intaglio.modeling.anatomy import blocks
 from intaglio.modeling.classifier import logits_layer
-from intaglio.trainer.classification import PIXELS
 from intaglio.trainer.protocols import Batch, ModifierSession, TrainingRun
 from intaglio.trainer.rng import generator
-from intaglio.trainer.shown_examples import pixels_png, shown_example
+from intaglio.trainer.shown_examples import PIXELS, pixels_png, shown_example
 
 MixKind = Literal["mixup", "cutmix", "manifold"]
 SHOWN = 8

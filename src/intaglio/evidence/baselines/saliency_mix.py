@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intaglio.trainer.classification import PIXELS
 from intaglio.trainer.mixing import Mix, Mixing, MixingSession, mixed_inputs
 from intaglio.trainer.protocols import Batch, TrainingRun
+from intaglio.trainer.shown_examples import PIXELS
 
 
 class SaliencyMix(Mixing, slug="saliency_mix"):

@@ -32,7 +32,7 @@ from intaglio.errors import IntaglioError
 from intaglio.methods.base import Method, TrainingData
 from intaglio.modeling.classifier import logits_layer
 from intaglio.modeling.replacement import module_names, replace_modules
-from intaglio.trainer.classification import PIXELS, classifier_outputs
+from intaglio.trainer.classification import classifier_outputs
 from intaglio.trainer.fsdp import is_sharded
 from intaglio.trainer.mixing import (
     Mix,
@@ -45,6 +45,7 @@ from intaglio.trainer.mixing import (
 )
 from intaglio.trainer.protocols import Batch, Loss, TrainingRun
 from intaglio.trainer.rng import generator
+from intaglio.trainer.shown_examples import PIXELS
 
 CHANNELS, POLICY_UNITS = 32, 100
 """Channels of the small policy network, and units before its softmax."""

@@ -28,7 +28,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from intaglio.trainer.classification import PIXELS
 from intaglio.trainer.mixing import (
     Mix,
     Mixing,
@@ -44,6 +43,7 @@ from intaglio.trainer.mixing import (
 )
 from intaglio.trainer.preserve_state import preserve_modes
 from intaglio.trainer.protocols import Batch, Loss, TrainingRun
+from intaglio.trainer.shown_examples import PIXELS
 
 Rescale = Literal["none", "power", "exponential"]
 Group = Literal["labelled", "unlabelled", "both", "none"]

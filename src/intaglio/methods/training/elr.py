@@ -42,6 +42,7 @@ from intaglio.trainer import classification
 from intaglio.trainer.classification import Classified, class_targets, classifier_outputs
 from intaglio.trainer.fsdp import is_sharded
 from intaglio.trainer.gathering import gather_rows
+from intaglio.trainer.hf_trainer import decay_groups
 from intaglio.trainer.label_report import label_report, suspicious_labels
 from intaglio.trainer.mixing import Mix, draw_rows, draw_shares, mixed_forward, mixed_inputs
 from intaglio.trainer.protocols import Batch, Loss, ModifierSession, TrainingRun
@@ -83,7 +84,7 @@ class ELR(Method, slug="elr"):
         ema_ramp_steps: S of that ramp. Default: half of the steps; 40,000 in the paper.
         refine_targets: whether y' is multiplied by q and scaled to the sum 1 before the cross-entropy, as for
             CIFAR-100; needs beta below 1. Default False.
-        second_network: drawn anew with its `head` alone (default, for pretrained models), or with `all` weights.
+        second_network: random weights of the second network: its `head` (default, for pretrained models) or `all`.
 
     Raises:
         IntaglioError: (when training begins) the examples are a stream or may be unlabelled, the loss is binary
@@ -201,7 +202,7 @@ class _Session(ModifierSession):
 
     @property
     def warm(self) -> bool:
-        """Whether the step is one of the warm-up."""
+        """True in a warm-up step."""
         return self.step <= self.method.warmup_steps
 
     @property
@@ -255,11 +256,7 @@ class _PlusSession(_Session):
 
     def param_groups(self) -> list[dict[str, Any]]:
         trained = [parameter for parameter in self.second.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.run.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        return decay_groups(trained, self.run.weight_decay)
 
     def before_step(self, step: int, batch: Batch) -> None:
         super().before_step(step, batch)
@@ -346,7 +343,7 @@ class _PlusSession(_Session):
 
 
 def second_network(model: Any, seed: int, drawn: Literal["head", "all"]) -> nn.Module:
-    """Return a copy of a network with its head or all of its weights drawn anew."""
+    """Return a copy of a network whose head, or all of whose weights, are random."""
     result: Any = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(seed, "elr", "second network").initial_seed() % 2**63))

@@ -24,7 +24,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.checkpoint.attachments import Attachment
+from intaglio.checkpoint.attachments import Attachment, to_store
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.data.labelled_examples import LabelledExamples, load_labelled_examples
 from intaglio.data.labelled_images import LabelledImages
@@ -402,11 +402,7 @@ class DKVB(Method, slug="dkvb"):
 
     def _attach(self, checkpoint: Checkpoint, seed: int, chosen: dict[str, Any]) -> Checkpoint:
         networks = {"bottleneck": self._bottleneck, "decoder": self._decoder}
-        tensors = {
-            f"{part}.{name}": value.detach().cpu().clone().contiguous()
-            for part, network in networks.items()
-            for name, value in network.state_dict().items()
-        }
+        tensors = to_store(nn.ModuleDict(networks).state_dict())
         checkpoint.record_step(self.slug, self.model_dump(), seed=seed, chosen=chosen, verb="fit")
         about = {"classes": list(self._classes), "model": fingerprint(checkpoint.model)}
         checkpoint.attach(self.slug, tensors, self.model_dump(), about)
@@ -424,10 +420,7 @@ class DKVB(Method, slug="dkvb"):
         Raises:
             IntaglioError: a field that cannot change after the fit, or an attachment of another model.
         """
-        fixed = sorted(name for name in fields if name not in OVERRIDABLE)
-        if fixed:
-            raise IntaglioError(f"{fixed[0]} cannot change after the fit; fit dkvb again")
-        method = cls(**attachment.parameters | fields)
+        method = attachment.restored(cls, fields, OVERRIDABLE)
         classes, tensors = tuple(attachment.about.get("classes", ())), attachment.tensors
         width = embedding_width(checkpoint)
         bottleneck, decoder = method.make(width, max(2, len(classes)))

@@ -28,7 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.checkpoint.attachments import Attachment
+from intaglio.checkpoint.attachments import Attachment, to_store
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
@@ -357,10 +357,7 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
             learning_rate=self.learning_rate,
             seed=seed % (1 << 32),
         )
-        tensors = {
-            f"network.{name}": value.detach().cpu().clone().contiguous()
-            for name, value in self._network.state_dict().items()
-        }
+        tensors = to_store(self._network.state_dict(), "network.")
         loss = [row.loss for row in trained.history if row.loss is not None]
         chosen = {"steps": trained.steps, "tokens": trained.tokens, "loss": loss[-1] if loss else None}
         checkpoint.record_step(self.slug, self.model_dump(), seed=seed, chosen=chosen, verb="fit")

@@ -197,10 +197,7 @@ class BT2(EncoderObjective, slug="bt2"):
 
     def _forward(self, inputs: Mapping[str, Tensor]) -> HeadOutput:
         hidden_NLH = base_hidden(self._parts, {name: inputs[name] for name in ("input_ids", "attention_mask")})
-        last = self._parts.causal and self.variant == "plain"
-        output: HeadOutput = self.head(
-            pool(hidden_NLH, inputs["pool_mask"], self.pooling or ("last" if last else "mean"))
-        )
+        output: HeadOutput = self.head(pool(hidden_NLH, inputs["pool_mask"], self.pooling or self.default_pooling))
         return output
 
     def compare(self, query_BD: Tensor, document_ND: Tensor, batch: Batch) -> Loss:

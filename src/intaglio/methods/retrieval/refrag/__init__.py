@@ -21,7 +21,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
-from intaglio.checkpoint.attachments import Attachment
+from intaglio.checkpoint.attachments import Attachment, to_store
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Progress, Workload, no_progress
@@ -167,9 +167,9 @@ class Refrag(Method, slug="refrag"):
     _bos: Any = PrivateAttr(None)
     _context: int = PrivateAttr(0)
     _held: bool = PrivateAttr(False)
-    """Whether `prepare` goes on with the compressor as it is, between the stages of a fit."""
+    """True between the stages of a fit: `prepare` keeps the compressor."""
     _asked: bool = PrivateAttr(False)
-    """Whether a fit was given questions with passages, not texts."""
+    """True where a fit got questions with passages instead of texts."""
     _sizes: tuple[int, int] = PrivateAttr((0, 0))
     """Tokens of a context and of its targets."""
 
@@ -374,10 +374,7 @@ class Refrag(Method, slug="refrag"):
             place = None if directory is None else directory / f"{number}-{stage}"
             losses[stage] = own._run(checkpoint, data, stage, seed, place, resume, progress)
         held._compressor.eval().requires_grad_(False)
-        tensors = {
-            f"compressor.{name}": value.detach().cpu().clone().contiguous()
-            for name, value in held._compressor.state_dict().items()
-        }
+        tensors = to_store(held._compressor.state_dict(), "compressor.")
         chosen = {"steps": self.steps, "loss": {stage: loss for stage, loss in losses.items() if loss is not None}}
         checkpoint.record_step(self.slug, self.model_dump(), seed=seed, chosen=chosen, verb="fit")
         checkpoint.attach(self.slug, tensors, self.model_dump(), {"model": fingerprint(checkpoint.model)})
@@ -432,10 +429,7 @@ class Refrag(Method, slug="refrag"):
         Raises:
             IntaglioError: a field that cannot change after the fit, or an attachment of another model.
         """
-        fixed = sorted(name for name in fields if name not in OVERRIDABLE)
-        if fixed:
-            raise IntaglioError(f"{fixed[0]} cannot change after the fit; fit refrag again")
-        method = cls(**attachment.parameters | fields)
+        method = attachment.restored(cls, fields, OVERRIDABLE)
         return method._ready(checkpoint, 0)
 
     def untrained(self, checkpoint: Checkpoint, seed: int = 0) -> Self:

@@ -313,10 +313,7 @@ class AMTRLLasso(ActiveSettings, Method, slug="amtrl_lasso"):
         Raises:
             IntaglioError: a field that cannot change after the fit, or an attachment of another model.
         """
-        fixed = sorted(name for name in fields if name not in ("tasks", "target", "length"))
-        if fixed:
-            raise IntaglioError(f"{fixed[0]} cannot change after the fit; fit amtrl_lasso again")
-        method = cls(**attachment.parameters | fields)
+        method = attachment.restored(cls, fields, ("tasks", "target", "length"))
         method._fit = _Fit.from_attachment(method, attachment)
         width, own = int(checkpoint.config.hidden_size), len(method._fit.inputs.mean_D)
         if own != width:
