@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
+from generate.cards import by_area
 from generate.evidence import load_evidence, short
 from generate.text import cell
 
 from intaglio import atomic_io
-from intaglio.methods.registry import PUBLISHED
+from intaglio.methods.registry import AREAS
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 START, END = "<!-- catalogue: written by `make readme` -->", "<!-- end of catalogue -->"
 
 
 def catalogue_table() -> str:
-    """Return the catalogue as a Markdown table, with the verdicts of the committed records."""
-    rows = ["| method | area | what it does | source | verdict |", "| --- | --- | --- | --- | --- |"]
-    rows += [
-        f"| `{e.slug}` | {e.area} | {cell(e.summary)} | [{cell(e.citation)}]({e.url}) "
-        f"| {cell(short(load_evidence(e.slug)))} |"
-        for e in PUBLISHED.values()
-    ]
-    return "\n".join(rows)
+    """Return the methods of each area as a Markdown table, with the verdicts of the committed records."""
+    parts = []
+    for area, entries in by_area().items():
+        rows = ["| method | what it does | verdict |", "| --- | --- | --- |"]
+        for entry in entries:
+            name = f"`{entry.slug}`, [{source(entry.citation)}]({entry.url})"
+            rows.append(f"| {name} | {cell(entry.summary)} | {cell(short(load_evidence(entry.slug)))} |")
+        parts.append(f"**{area.capitalize()}**: {AREAS[area]}\n\n" + "\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def source(citation: str) -> str:
+    """Return the authors and the year of a citation."""
+    authors, _, rest = citation.partition(",")
+    return f"{authors} {re.findall(r'(?:19|20)[0-9]{2}(?![0-9.])', rest)[-1]}"
 
 
 def renewed(text: str) -> str:
