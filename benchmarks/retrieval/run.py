@@ -43,8 +43,8 @@ from intaglio.methods.retrieval.mistral_splade.functional import flops, quadrati
 from intaglio.search import load_encoder
 from intaglio.search.encoders import SparseVectors
 from intaglio.trainer import train
-from intaglio.trainer.encoder_training import info_nce, margin_mse
 from intaglio.trainer.lora import Lora
+from intaglio.trainer.ranking_losses import info_nce, margin_mse
 from intaglio.trainer.retrieval_evaluation import RetrievalTask, ranking_quality
 
 HERE = Path(__file__).resolve().parent

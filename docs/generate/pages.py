@@ -81,7 +81,13 @@ API: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "api/search.md": (
         "Search",
         "Indexes of documents; see [searching your own documents](../search.md).",
-        ("intaglio.search.index", "intaglio.search.documents", "intaglio.search.encoders", "intaglio.search.evaluate"),
+        (
+            "intaglio.search.index",
+            "intaglio.search.documents",
+            "intaglio.search.encoders",
+            "intaglio.search.evaluate",
+            "intaglio.search.judgements",
+        ),
     ),
     "api/soup.md": (
         "Parameter averaging",

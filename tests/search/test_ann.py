@@ -12,7 +12,8 @@ import pytest
 
 from intaglio.errors import IntaglioError
 from intaglio.search import Index, ann
-from intaglio.search.evaluate import Judged, evaluate, table
+from intaglio.search.evaluate import evaluate, table
+from intaglio.search.judgements import Judged
 from intaglio.search.lexical import Postings
 from tests.search.fakes import BagOfWords
 

@@ -16,7 +16,7 @@ from intaglio.errors import IntaglioError
 from intaglio.search import Index
 from intaglio.search import upgrade as upgrade_module
 from intaglio.search.encoders import CompatibleEncoder, describe_setting
-from intaglio.search.evaluate import Judged
+from intaglio.search.judgements import Judged
 from tests.search.fakes import BagOfWords
 
 WORDS = ["mask", "weight", "bread", "flour", "key", "query", "token", "layer"]

@@ -19,6 +19,7 @@ from intaglio.data.python_source import source_files
 from intaglio.methods.base import Progress, no_progress
 from intaglio.search import Document, Index
 from intaglio.search import evaluate as evaluation
+from intaglio.search.judgements import Judged
 
 INDEXES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("bm25", {"kind": "bm25"}),
@@ -84,7 +85,7 @@ def demo(
         found = documents_of(distinct_pairs())
         found = random.Random(seed).sample(found, min(MAX_DOCUMENTS, len(found)))
         asked = found[:MAX_QUERIES]
-        judged = evaluation.Judged(
+        judged = Judged(
             {document.id: query for query, document in asked}, {document.id: {document.id: 1} for _, document in asked}
         )
         results, seconds_to_index = [], {}

@@ -336,7 +336,7 @@ def upgrade(
 
     from intaglio.cli.settings import read_settings
     from intaglio.search import Index
-    from intaglio.search.evaluate import read_pairs
+    from intaglio.search.judgements import read_pairs
     from intaglio.search.upgrade import report_table
 
     if pairs is not None and queries is not None:
@@ -492,7 +492,8 @@ def evaluate(
     """Measure retrieval on judged queries: nDCG, MRR, recall, latency and bytes, for one or more indexes."""
     from intaglio import atomic_io
     from intaglio.search.evaluate import evaluate as run
-    from intaglio.search.evaluate import read_pairs, read_qrels, report_page, table
+    from intaglio.search.evaluate import report_page, table
+    from intaglio.search.judgements import read_pairs, read_qrels
 
     if (pairs is None) == (qrels is None) or (qrels is None) != (queries is None):
         raise IntaglioError("evaluate takes --pairs FILE, or --qrels FILE with --queries FILE")

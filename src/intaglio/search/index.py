@@ -31,7 +31,7 @@ from intaglio.search.storage import DATABASE, Store, sentences
 from intaglio.search.upgrade import Plan, Upgrade
 
 if TYPE_CHECKING:
-    from intaglio.search.evaluate import Judged
+    from intaglio.search.judgements import Judged
 
 BATCH_CHUNKS, BATCH_CHARACTERS = 4096, 32 << 20
 """Chunks (with an encoder) and characters of a commit of `add`."""

@@ -34,7 +34,7 @@ from intaglio.search.storage import ENCODERS, UPGRADED, Store, sentences
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from intaglio.search.evaluate import Judged
+    from intaglio.search.judgements import Judged
 
 REEMBED = "reembed"
 METHODS = ("bt2", "bct", "bct_distill", "naive", "procrustes", REEMBED)

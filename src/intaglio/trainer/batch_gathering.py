@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
 
-from intaglio.trainer.encoder_training import excluded_documents
 from intaglio.trainer.protocols import Batch
+from intaglio.trainer.ranking_losses import excluded_documents
 
 PER_DOCUMENT = ("owner", "number", "teacher")
 PLACES = ("pair_first", "pair_second")

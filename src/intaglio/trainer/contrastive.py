@@ -21,8 +21,9 @@ from intaglio.errors import IntaglioError
 from intaglio.measures.embeddings import Pooling, pool
 from intaglio.modeling.anatomy import Anatomy
 from intaglio.modeling.partial_pass import base_hidden
-from intaglio.trainer.encoder_training import SIDES, EncoderObjective, accuracy
+from intaglio.trainer.encoder_training import SIDES, EncoderObjective
 from intaglio.trainer.protocols import Batch, Example, Loss
+from intaglio.trainer.ranking_losses import accuracy
 from intaglio.trainer.rng import KeyedRNG
 
 SENTENCE_TRANSFORMERS = "sentence_transformers.models"

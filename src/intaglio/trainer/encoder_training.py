@@ -1,12 +1,7 @@
-"""Training of text encoders on pairs: the base `EncoderObjective`, its losses and its reading of texts.
+"""Training of text encoders on pairs: the base `EncoderObjective`; see `ranking_losses` for its losses.
 
-    info_nce      -log exp(s(q_i, p_i) / T) / sum_j exp(s(q_i, d_j) / T)            s(q, d) = <v_q, v_d>
-    margin_mse    mean over i, j of ((s(q_i, p_i) - s(q_i, n_ij)) - (t_i - t_ij))^2
-    distillation  mean over i of KL(softmax(t_i / T_t) || softmax(s(q_i, d) / T)), d: the texts of pair i
-
-The d_j are the positives and negatives of the whole batch; those known to be relevant to q_i are left out. Chunks are
-recomputed for the gradient, so memory depends on the chunk and not on the batch: the gradient caching of Gao et al.
-(2021, arXiv 2101.06983) by autograd itself.
+Chunks are recomputed for the gradient, so memory depends on the chunk and not on the batch: the gradient caching of
+Gao et al. (2021, arXiv 2101.06983) by autograd itself.
 
 Dimension letters: B queries, N documents, L tokens of a text, D dimensions of a vector, R relevant texts of a query.
 """
@@ -14,11 +9,10 @@ Dimension letters: B queries, N documents, L tokens of a text, D dimensions of a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PrivateAttr, ValidationError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
@@ -34,7 +28,10 @@ from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.modeling.bidirectional import make_bidirectional
 from intaglio.trainer.preserve_state import preserve_modes
 from intaglio.trainer.protocols import Batch, Example, Loss
+from intaglio.trainer.ranking_losses import accuracy, distillation, excluded_documents, info_nce, margin_mse
 from intaglio.trainer.rng import KeyedRNG
+from intaglio.trainer.sentence_transformer import wrap
+from intaglio.trainer.text_batches import Read, chunks_of, plain_tokens, side, special_tokens, text_batch
 
 SIDES = ("query", "document")
 ECHO = {"query": "Query: {text}\nQuery again: {text}", "document": "Document: {text}\nDocument again: {text}"}
@@ -42,103 +39,6 @@ ECHO = {"query": "Query: {text}\nQuery again: {text}", "document": "Document: {t
 
 LENGTHS = {"query": 64, "document": 256}
 """Most tokens of each side's texts by default."""
-
-
-class Read(NamedTuple):
-    """Token ids of a text as the model reads them, and the first and the end of those that are pooled.
-
-    `further` has the token ids that other modules read, by name.
-    """
-
-    ids: list[int]
-    start: int
-    stop: int
-    further: tuple[tuple[str, list[int]], ...] = ()
-
-
-def info_nce(
-    scores_BN: Tensor,
-    excluded_BN: Tensor,
-    *,
-    symmetric: bool = False,
-    reduction: Literal["mean", "none"] = "mean",
-) -> Tensor:
-    """Return the contrastive cross-entropy of scores; document i belongs to query i.
-
-    Args:
-        scores_BN: scores, divided by the temperature; N >= B.
-        excluded_BN: True where a document is left out of a query's softmax; never on the diagonal.
-        symmetric: whether to average with the cross-entropy of the first B documents over the queries. Default False.
-        reduction: `mean`, or `none` for the losses [B] of the queries. Default `mean`.
-    """
-    scores_BN = scores_BN.float().masked_fill(excluded_BN, -torch.inf)
-    target_B = torch.arange(len(scores_BN), device=scores_BN.device)
-    rows = F.cross_entropy(scores_BN, target_B, reduction=reduction)
-    if not symmetric:
-        return rows
-    return (rows + F.cross_entropy(scores_BN[:, : len(target_B)].T, target_B, reduction=reduction)) / 2
-
-
-def margin_mse(scores_BN: Tensor, owner_N: Tensor, teacher_N: Tensor) -> Tensor:
-    """Return the mean squared error of margins (Hofstätter et al., 2020, arXiv 2010.02666).
-
-    Args:
-        scores_BN: scores; the positive of query i is document i.
-        owner_N: the query that a document belongs to.
-        teacher_N: the teacher's score of each document for its query.
-    """
-    owner_K = owner_N[len(scores_BN) :]
-    own_K = scores_BN[owner_K, torch.arange(len(scores_BN), scores_BN.shape[1], device=owner_K.device)]
-    student_K = scores_BN.diagonal()[owner_K] - own_K
-    return F.mse_loss(student_K, teacher_N[owner_K] - teacher_N[len(scores_BN) :])
-
-
-def distillation(scores_BN: Tensor, owner_N: Tensor, teacher_N: Tensor) -> Tensor:
-    """Return the mean divergence of the scores' softmax over a query's own documents from the teacher's.
-
-    Args:
-        scores_BN: scores, divided by their temperature; the positive of query i is document i.
-        owner_N: the query that a document belongs to.
-        teacher_N: the teacher's score of each document for its query, divided by its temperature.
-    """
-    own_BN = owner_N == torch.arange(len(scores_BN), device=owner_N.device)[:, None]
-    student_BN, teacher_BN = (
-        values.float().expand_as(own_BN).masked_fill(~own_BN, -torch.inf).log_softmax(1)
-        for values in (scores_BN, teacher_N)
-    )
-    total = F.kl_div(student_BN[own_BN], teacher_BN[own_BN], reduction="sum", log_target=True)
-    return total / len(scores_BN)
-
-
-def excluded_documents(relevant_BR: Tensor, number_N: Tensor) -> Tensor:
-    """Return True where a document is relevant to a query whose positive is another, bool [B, N]."""
-    excluded_BN = torch.stack([torch.isin(number_N, relevant_R) for relevant_R in relevant_BR])
-    return excluded_BN.fill_diagonal_(False)
-
-
-def side(batch: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Return the inputs of one side of a batch: `input_ids`, `attention_mask` and `pool_mask`, each [N, L]."""
-    return {key.removeprefix(f"{name}_"): value for key, value in batch.items() if key.startswith(f"{name}_")}
-
-
-def text_batch(texts: Sequence[Read]) -> dict[str, Tensor]:
-    """Return texts padded on the right: `input_ids`, `attention_mask` (int64) and `pool_mask` (bool), each [N, L].
-
-    Further ids become `NAME_input_ids` and `NAME_attention_mask`.
-    """
-    batch = _padded([text.ids for text in texts])
-    place_L = torch.arange(batch["input_ids"].shape[1])
-    start_N1, stop_N1 = (torch.tensor(values)[:, None] for values in zip(*(text[1:3] for text in texts), strict=True))
-    batch["pool_mask"] = (place_L >= start_N1) & (place_L < stop_N1)
-    for number, (name, _) in enumerate(texts[0].further):
-        batch |= {f"{name}_{key}": ids for key, ids in _padded([text.further[number][1] for text in texts]).items()}
-    return batch
-
-
-def _padded(rows: Sequence[list[int]]) -> dict[str, Tensor]:
-    ids_NL = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True)
-    length_N1 = torch.tensor([len(ids) for ids in rows])[:, None]
-    return {"input_ids": ids_NL, "attention_mask": (torch.arange(ids_NL.shape[1]) < length_N1).to(torch.int64)}
 
 
 class EncoderObjective(Method):
@@ -469,8 +369,6 @@ class EncoderObjective(Method):
         Raises:
             IntaglioError: sentence-transformers is not installed.
         """
-        from intaglio.trainer.sentence_transformer import wrap
-
         return wrap(self, self._checkpoint)
 
     @classmethod
@@ -503,11 +401,6 @@ class EncoderObjective(Method):
         return method
 
 
-def accuracy(scores_BN: Tensor) -> Tensor:
-    """Return the share of queries whose own document has the highest score."""
-    return (scores_BN.argmax(1) == torch.arange(len(scores_BN), device=scores_BN.device)).float().mean()
-
-
 def check_embedding_width(parts: Anatomy, what: str) -> None:
     """Refuse input embeddings of another width than the hidden states; `what` compares the two."""
     width, embedding = int(parts.config.hidden_size), parts.embedding.get_parameter("weight")
@@ -518,35 +411,7 @@ def check_embedding_width(parts: Anatomy, what: str) -> None:
         )
 
 
-def chunks_of(inputs: Mapping[str, Tensor], size: int | None) -> Iterator[dict[str, Tensor]]:
-    """Yield the inputs of `size` texts at a time (None: all), without columns that are padding in all of them."""
-    rows = len(inputs["input_ids"])
-    for start in range(0, rows, size or rows):
-        chunk = {name: value[start : start + (size or rows)] for name, value in inputs.items()}
-        longest = {
-            name.removesuffix("attention_mask"): int(mask_NL.sum(1).max())
-            for name, mask_NL in chunk.items()
-            if name.endswith("attention_mask")
-        }
-        yield {
-            name: value[:, : longest[max((prefix for prefix in longest if name.startswith(prefix)), key=len)]]
-            for name, value in chunk.items()
-        }
-
-
 def recomputed(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Return the result of a function whose activations are recomputed for the gradient."""
     result: Tensor = checkpointed(function, *arguments, use_reentrant=False)
     return result
-
-
-def plain_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a text without special tokens."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
-
-
-def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the special tokens that a tokenizer puts before and after a text."""
-    inner, whole = plain_tokens(tokenizer, "a"), list(tokenizer("a", verbose=False)["input_ids"])
-    begin = next(i for i in range(len(whole)) if whole[i : i + len(inner)] == inner)
-    return whole[:begin], whole[begin + len(inner) :]

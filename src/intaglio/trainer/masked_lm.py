@@ -24,9 +24,9 @@ from intaglio.methods.base import Method, ModelAspect
 from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.modeling.partial_pass import HeadOnly, base_hidden
 from intaglio.trainer.causal_lm import IGNORED, documents, row_length
-from intaglio.trainer.encoder_training import special_tokens
 from intaglio.trainer.protocols import Batch, Example, Loss
 from intaglio.trainer.rng import KeyedRNG
+from intaglio.trainer.text_batches import special_tokens
 from intaglio.trainer.token_classification import padded
 
 MASKED, RANDOM = 0.8, 0.1

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.trainer.encoder_training import EncoderObjective, text_batch
+from intaglio.trainer.text_batches import text_batch
+
+if TYPE_CHECKING:
+    from intaglio.trainer.encoder_training import EncoderObjective
 
 
 class EncoderModule(nn.Module):

@@ -21,7 +21,7 @@ from intaglio.methods.retrieval.bt2.functional import cosine_loss, procrustes, p
 from intaglio.methods.retrieval.bt2.heads import ARMS, BasisTransformation, Sizes, new_head
 from intaglio.search import Index
 from intaglio.search.encoders import load_encoder
-from intaglio.trainer.encoder_training import info_nce
+from intaglio.trainer.ranking_losses import info_nce
 from tests.alive import alive
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 from tests.trainer.test_encoder_training import batch_of

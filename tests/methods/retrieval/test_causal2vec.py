@@ -20,8 +20,8 @@ from intaglio.evidence.baselines.late_concatenation import LateConcatenation
 from intaglio.methods.retrieval.causal2vec import SLOT, Causal2Vec
 from intaglio.trainer import train
 from intaglio.trainer.contrastive import Contrastive
-from intaglio.trainer.encoder_training import side, text_batch
 from intaglio.trainer.protocols import ModifierSession, TrainingRun
+from intaglio.trainer.text_batches import side, text_batch
 from tests.alive import alive
 from tests.families import DECODERS, tiny_checkpoint_dir, tiny_tokenizer
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run, same, weights

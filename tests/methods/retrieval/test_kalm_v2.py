@@ -33,7 +33,8 @@ from intaglio.methods.retrieval.kalm_v2 import (
 from intaglio.modeling import bidirectional
 from intaglio.trainer.batch_gathering import gathered
 from intaglio.trainer.contrastive import Contrastive
-from intaglio.trainer.encoder_training import SIDES, info_nce
+from intaglio.trainer.encoder_training import SIDES
+from intaglio.trainer.ranking_losses import info_nce
 from intaglio.trainer.retrieval_evaluation import retrieval_evaluator
 from intaglio.trainer.rng import generator
 from tests.alive import alive

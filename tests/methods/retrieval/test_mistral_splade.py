@@ -29,7 +29,7 @@ from intaglio.methods.retrieval.mistral_splade.functional import (
 )
 from intaglio.methods.retrieval.vdr import VDR
 from intaglio.trainer import KeyedRNG
-from intaglio.trainer.encoder_training import side
+from intaglio.trainer.text_batches import side
 from tests.alive import alive
 from tests.families import FAMILIES as ALL
 from tests.families import tiny_tokenizer

@@ -20,8 +20,9 @@ from intaglio.methods.retrieval.vdr.functional import (
     sparse_mask,
 )
 from intaglio.trainer.contrastive import Contrastive
-from intaglio.trainer.encoder_training import SIDES, side
+from intaglio.trainer.encoder_training import SIDES
 from intaglio.trainer.term_explanation import explain, terms_of
+from intaglio.trainer.text_batches import side
 from tests.alive import alive
 from tests.families import FAMILIES as ALL
 from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run

@@ -37,9 +37,10 @@ from intaglio.measures.embeddings import pool
 from intaglio.modeling.anatomy import Anatomy, anatomy, context_length
 from intaglio.modeling.partial_pass import base_hidden
 from intaglio.trainer.contrastive import SymmetricObjective
-from intaglio.trainer.encoder_training import SIDES, Read, plain_tokens, special_tokens
+from intaglio.trainer.encoder_training import SIDES
 from intaglio.trainer.protocols import Batch, Loss
 from intaglio.trainer.rng import generator
+from intaglio.trainer.text_batches import Read, plain_tokens, special_tokens
 
 INSTRUCTION = "Instruct: {task}\nQuery: "
 """Text before a query with an instruction."""

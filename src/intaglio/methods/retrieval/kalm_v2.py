@@ -34,8 +34,8 @@ from intaglio.data.text_pairs import TextPair
 from intaglio.measures.embeddings import Pooling
 from intaglio.trainer.batch_gathering import gathered
 from intaglio.trainer.contrastive import PooledObjective
-from intaglio.trainer.encoder_training import info_nce
 from intaglio.trainer.protocols import Batch, Example, Loss
+from intaglio.trainer.ranking_losses import info_nce
 from intaglio.trainer.rng import KeyedRNG
 
 INSTRUCTION = "Instruct: {} \n Query: "

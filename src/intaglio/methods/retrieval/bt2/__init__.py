@@ -40,8 +40,9 @@ from intaglio.methods.retrieval.bt2.functional import cosine_loss
 from intaglio.methods.retrieval.bt2.heads import Arm, CompatibleHead, HeadOutput, Sizes, new_head
 from intaglio.modeling.partial_pass import base_hidden
 from intaglio.trainer.contrastive import Contrastive
-from intaglio.trainer.encoder_training import SIDES, EncoderObjective, accuracy, info_nce
+from intaglio.trainer.encoder_training import SIDES, EncoderObjective
 from intaglio.trainer.protocols import Batch, Example, Loss
+from intaglio.trainer.ranking_losses import accuracy, info_nce
 from intaglio.trainer.rng import KeyedRNG
 
 

@@ -19,7 +19,7 @@ from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress
 from intaglio.methods.retrieval.bt2.functional import procrustes, pseudo_classifier
 from intaglio.methods.retrieval.bt2.heads import CompatibleHead, HeadOutput, Rotation, Sizes, new_head
-from intaglio.trainer.encoder_training import info_nce
+from intaglio.trainer.ranking_losses import info_nce
 
 if TYPE_CHECKING:
     from intaglio.methods.retrieval.bt2 import BT2

@@ -41,16 +41,10 @@ from intaglio.modeling.anatomy import Anatomy
 from intaglio.modeling.bidirectional import temporary_causality
 from intaglio.modeling.partial_pass import HeadOnly, base_hidden
 from intaglio.trainer.causal_lm import IGNORED
-from intaglio.trainer.encoder_training import (
-    SIDES,
-    EncoderObjective,
-    accuracy,
-    check_embedding_width,
-    chunks_of,
-    recomputed,
-    side,
-)
+from intaglio.trainer.encoder_training import SIDES, EncoderObjective, check_embedding_width, recomputed
 from intaglio.trainer.protocols import Batch, Loss
+from intaglio.trainer.ranking_losses import accuracy
+from intaglio.trainer.text_batches import chunks_of, side
 
 
 class SpladeHead(nn.Module):

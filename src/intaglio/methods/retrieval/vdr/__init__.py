@@ -35,8 +35,10 @@ from intaglio.methods.retrieval.vdr.functional import (
 )
 from intaglio.modeling.anatomy import Anatomy, anatomy
 from intaglio.modeling.partial_pass import base_hidden
-from intaglio.trainer.encoder_training import SIDES, EncoderObjective, accuracy, check_embedding_width, side
+from intaglio.trainer.encoder_training import SIDES, EncoderObjective, check_embedding_width
 from intaglio.trainer.protocols import Batch, Loss
+from intaglio.trainer.ranking_losses import accuracy
+from intaglio.trainer.text_batches import side
 
 View = Literal["sparse", "dense", "tokens"]
 
