@@ -68,8 +68,9 @@ def rows(ours: dict[str, Any], peer: dict[str, Any]) -> list[str]:
             add(constraint, f"ours, {name}", row)
         for name, row in peer[constraint].items():
             add(constraint, f"genlm-control, {name}", row)
-    add("JSON Schema", "ours (llguidance mask)", ours["grammar"])
-    add("JSON Schema", "xgrammar mask", peer["grammar"])
+    add("JSON Schema", "ours, by llguidance", ours["grammar"]["ours"])
+    add("JSON Schema", "llguidance's mask", ours["grammar"]["llguidance"])
+    add("JSON Schema", "xgrammar's mask", peer["grammar"])
     return lines
 
 
@@ -79,12 +80,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="draws in each context")
     parser.add_argument("--rounds", type=int, default=3, help="alternated processes of each side")
     parser.add_argument("--masked", type=int, default=3, help="tokens that are masked by the predicate")
+    parser.add_argument("--prepared", action="store_true", help="use the stored logits of an earlier run")
     parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with the peers")
     parser.add_argument("--peer-venv", type=Path, default=HERE / ".venv-peer", help="created if missing")
     parser.add_argument("--out", type=Path, default=HERE / "out")
     given = parser.parse_args()
     peer = peer_python(HERE, given.peer_python, given.peer_venv.absolute())
-    work(sys.executable, "prepare.py", given.out, "--tokens", given.tokens)
+    if not given.prepared:
+        work(sys.executable, "prepare.py", given.out, "--tokens", given.tokens)
     results: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for _ in range(given.rounds):
         work(sys.executable, "worker_ours.py", given.out, "--repeats", given.repeats, "--masked", given.masked)

@@ -24,6 +24,7 @@ from intaglio.errors import IntaglioError
 from intaglio.report import svg
 from intaglio.report.formatting import RARE
 from intaglio.report.schema import EVEN, shares_of, value_of
+from intaglio.report.training_curves import curves
 
 PROJECTIONS = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
 DIGEST = "sha256:9f2c1e7a4b0d8835"
@@ -835,3 +836,11 @@ def test_units_that_rest_are_told_where_there_are_any() -> None:
     lines = [one_line(line) for line in printed(report.carve_table(carve(after=side(token_sparsity=0.8)))).splitlines()]
     assert "At rest - not measured 80.0 % -" in lines
     assert not any("At rest together" in line for line in lines)
+
+
+def test_training_curves_have_whole_steps_and_no_negative_share() -> None:
+    picture = ET.fromstring(curves({"step": [1, 2], "loss": [6.0, 5.9], "evaluation/forward": [0.0, 0.0]}))
+    labels = [text.text for text in picture.iter("text")]
+    assert "-0.5" not in labels
+    assert "1.5" not in labels
+    assert {"1", "2", "0.5"} <= set(labels)

@@ -50,7 +50,7 @@ def curves(columns: Columns) -> str:
         _panel(root, title, lines, (left, WIDTH - right), HEIGHT * number, (first, last))
     bottom = HEIGHT * len(panels) - 24
     span = WIDTH - right - left
-    for tick in _inside(first, last) if last > first else [first]:
+    for tick in filter(float.is_integer, _inside(first, last) if last > first else [first]):
         write(root, f"{tick:,g}", left + span * (tick - first) / max(last - first, 1e-9), bottom + 16, anchor="middle")
     write(root, "optimizer step", left, bottom + 36)
     return text_of(root)
@@ -98,7 +98,7 @@ def _panel(
     values = [y for _, points in lines for _, y in points]
     low, high = min(values), max(values)
     margin = (high - low) * 0.06 or abs(high) * 0.06 or 1.0
-    low, high = low - margin, high + margin
+    low, high = low - margin if low < 0 else max(0.0, low - margin), high + margin
     ceiling, floor = top + 30, top + HEIGHT - 24
 
     def x(step: float) -> float:

@@ -35,6 +35,7 @@ from intaglio.trainer.rng import generator
 from intaglio.trainer.stock_trainer import EpochCollator, training_rows
 from tests.alive import alive, refused
 from tests.families import EOS, VOCAB, tiny_model, tiny_tokenizer
+from tests.plain_llama import llama
 from tests.trainer.helpers import TEXTS, checkpoint, run, same, weights
 
 EXAMPLES = ({"length": 48, "corruption_ratio": 0.8}, {"length": 48, "attention": "prefix", "pack": False})
@@ -219,6 +220,28 @@ def test_prefix_attention_reads_the_text_both_ways_and_predicts_what_follows() -
     assert not torch.equal(seen[0][0, 0], seen[1][0, 0])
     assert torch.equal(seen[0][1], seen[1][1])
     assert ckpt.model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+@torch.no_grad()
+def test_the_loss_is_that_of_a_plain_model_on_the_layout(attention: str) -> None:
+    """Corrupted: pre <mask_1> suf <eot> <sep> <mask_1> s_1 <eom>; allowed[i,j] = (j <= i) or (j < prefix_len)."""
+    method, rows, ckpt = prepared(attention=attention)
+    model, tokens, losses = ckpt.model, method._tokens, []
+    batch = method.collate(rows[:3], DRAWS)
+    for layout in layouts(method, rows[:3]):
+        ids = layout.tolist()
+        prefix = ids.index(tokens.separator) + 1
+        at = torch.arange(len(ids))
+        seen = at[None] <= at[:, None]
+        if attention == "prefix":
+            seen = seen | (at[None] < prefix)
+        log_probs = (
+            llama(model, model.model.embed_tokens.weight[layout][None], seen=seen)[0][0] @ model.lm_head.weight.T
+        )
+        nll = -log_probs.log_softmax(-1)[at[:-1], layout[1:]]
+        losses.append(nll[prefix - 1 :] if attention == "prefix" else nll)
+    assert float(method.loss(model, batch).total) == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
 
 
 def test_prefix_attention_is_refused_with_gradient_checkpointing() -> None:

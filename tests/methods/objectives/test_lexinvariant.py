@@ -24,7 +24,8 @@ from intaglio.modeling.hashed_rows import gaussian_rows, random_types
 from intaglio.trainer import EpochCollator, KeyedRNG, ObjectiveModule, train, training_rows
 from intaglio.trainer.causal_lm import causal_batch, next_token_loss
 from tests.causal_lms import tiny_lm
-from tests.families import DECODERS, tiny_tokenizer
+from tests.families import DECODERS, PAD, tiny_tokenizer
+from tests.plain_llama import llama
 from tests.trainer.helpers import TEXTS, checkpoint, run
 
 EXAMPLES = ({"length": 24}, {"length": 24, "random_ratio": 0.2})
@@ -248,6 +249,28 @@ def test_a_row_depends_on_nothing_but_its_key(seed: int, token: int, width: int)
     among = gaussian_rows(torch.tensor([[3], [seed]]), torch.tensor([7, token]), 40)
     assert torch.equal(alone, among[1, 1, :width])
     assert alone.isfinite().all()
+
+
+@pytest.mark.parametrize("ratio", [1.0, 0.3])
+@torch.no_grad()
+def test_the_loss_is_that_of_a_plain_model_with_the_drawn_tables(ratio: float) -> None:
+    """x_t = E_b[w_t], logits_t = s E_b LN(h_t); a type has its random row with probability p, else its learned one."""
+    ckpt = checkpoint("llama", layers=2)
+    method = prepared(ckpt, random_ratio=ratio)
+    batch = method.collate([row(torch.arange(20, 32)), row(torch.arange(40, 52).flip(0), 1)], DRAWS)
+    model, types, losses = ckpt.model.train(), torch.arange(ckpt.vocabulary), []
+    for seed, ids in zip(batch["seeds"], batch["input_ids"], strict=True):
+        noise, learned = gaussian_rows(seed, types, 32), [model.model.embed_tokens.weight, model.lm_head.weight]
+        if ratio == 1:
+            read, written = noise, 0.1 * noise
+        else:
+            random = random_types(seed, types, ratio)[:, None]
+            read, written = (torch.where(random, noise * table.std(), table) for table in learned)
+        logits = llama(model, read[ids][None])[0][0] @ written.T
+        if ratio == 1:
+            logits[:, PAD] = -math.inf
+        losses.append(-logits.log_softmax(-1)[range(11), ids[1:]])
+    assert float(method.loss(model, batch).total) == pytest.approx(float(torch.cat(losses).mean()), abs=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [1.0, 0.5])
