@@ -55,7 +55,7 @@ def worked(python: Path, side: str, what: str, *options: str) -> Any:
         environment.pop("PYTHONPATH", None)
     script = HERE / f"worker_{'ours' if side == 'ours' else 'peer'}.py"
     done = subprocess.run(
-        [str(python), str(script), what, *options], check=True, capture_output=True, text=True, env=environment
+        [str(python), str(script), what, *options], check=True, stdout=subprocess.PIPE, text=True, env=environment
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
