@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import cache
 from typing import Any
 
@@ -528,7 +529,10 @@ def test_principal_components_are_signed_halves() -> None:
 
 
 def test_a_measurement_has_every_arm_and_both_baselines() -> None:
-    document = SAEEval(**BASE).measure(solved(), symbolic())
+    labels: list[str] = []
+    document = SAEEval(**BASE).measure(solved(), symbolic(), progress=lambda done, total, label: labels.append(label))
+    assert re.fullmatch(r"\d+% of the training prompts are right", labels[0])  # before any dictionary is trained
+    assert labels[1:] == ["topk_sae", "topk_sae, frozen decoder"]
     assert list(document["dictionaries"]) == [
         "supervised, mean", "supervised, mse", "topk_sae", "topk_sae, frozen decoder", "principal components",
     ]  # fmt: skip

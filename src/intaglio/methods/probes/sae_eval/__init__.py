@@ -143,7 +143,7 @@ class SAEEval(Method, slug="sae_eval"):
             checkpoint: a model that predicts the next token.
             data: a task of one's own. Default: that of the field `task`.
             seed: of prompts and trainings. Default 0.
-            progress: called after each dictionary.
+            progress: called with the model's accuracy on the task, and after each dictionary.
 
         Returns:
             `{task: {difference, accuracy, ablated}, nodes, unedited: {attribute: agreement}, dictionaries: {name:
@@ -177,6 +177,7 @@ class SAEEval(Method, slug="sae_eval"):
                     f"{outcome.accuracy:.0%} of the prompts are right"
                 )
             own = {node: activations[node] for node in nodes}
+            progress(0, len(learners), f"{outcome.accuracy:.0%} of the training prompts are right")
             bench = Bench.from_prompts(parts, task, task.prompts(self.test, seed, "test"), own, seed)
             results: dict[str, Any] = {}
             sizes = {"io": len(task.names), "s": len(task.names), "pos": 2}
@@ -186,11 +187,10 @@ class SAEEval(Method, slug="sae_eval"):
                     for node, x_ND in own.items()
                 }
                 results[f"supervised, {kind}"] = bench.supervised(fitted)
-            total = len(learners)
             for index, (name, method) in enumerate(learners.items()):
                 trained = {node: _trained(method, x_ND, seed) for node, x_ND in own.items()}
                 results[name] = bench.learned(trained, self.ks, self.unions, seed)
-                progress(index + 1, total, name)
+                progress(index + 1, len(learners), name)
             if self.components:
                 axes = {node: principal_components(x_ND, self.components) for node, x_ND in own.items()}
                 results["principal components"] = bench.learned(
