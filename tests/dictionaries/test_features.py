@@ -202,7 +202,7 @@ def test_the_page_lists_features_and_runs_no_text_in_a_browser(tmp_path: Path) -
     assert re.findall(r'data-id="(\d+)"', body) == ["12", "7", "31"]
     assert "3 of 3 features" in body
     assert "<h2>Feature 12</h2>" in body
-    assert re.search(r'<mark[^>]*style="--level: ?84%;?"[^>]*> sun</mark>', body)
+    assert re.search(r' <mark[^>]*style="--level: ?84%;?"[^>]*>sun</mark>', body)
     assert "steer: {feature: 12, scale: 1}" in body
     assert "<title>owned</title>" not in dom
     assert not re.search(r"<img\b", dom)

@@ -19,7 +19,7 @@ from intaglio.cli.app import app
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
 from intaglio.methods.probes import markov_lm
-from intaglio.methods.probes.markov_lm import MarkovLM, as_kernels, draft_acceptance, linear_head
+from intaglio.methods.probes.markov_lm import MarkovLM, as_kernels, draft_acceptance, linear_head, surplus
 from intaglio.methods.probes.markov_lm.finite import (
     categorical_entropy,
     compose,
@@ -345,6 +345,15 @@ def test_probes_estimate_the_exact_surplus(informed: bool, low: float, high: flo
     assert low < term.surplus < high
     assert term.without_hidden == pytest.approx(math.log(2), abs=0.03)
     assert term.outcomes == 3
+
+
+def test_a_table_counts_training_pairs_alone() -> None:
+    """Each row is smoothed by the unigram distribution of the training outcomes."""
+    before, outcome = torch.tensor([0, 0, 1, 0, 1]), torch.tensor([0, 1, 1, 0, 0])
+    validation, held_out = surplus._table(before, outcome, 2, torch.tensor([0, 0, 0, 1, 2]))
+    unigram, prior = 1.5 / 4, surplus.TABLE_PRIOR
+    assert validation.tolist() == pytest.approx([(1 + prior * unigram) / (2 + prior)])
+    assert held_out.tolist() == pytest.approx([prior * unigram / (1 + prior)])
 
 
 # --- Models -----------------------------------------------------------------------------------------------------------

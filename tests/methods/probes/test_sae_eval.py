@@ -106,6 +106,7 @@ def test_prompts_hold_the_names_in_the_order_of_their_position() -> None:
     assert torch.equal(prompts.answers_N2, torch.stack([io, s], 1) + 3)
     assert not (io == s).any()
     assert set(pos.tolist()) == {0, 1}
+    assert set(prompts.ids_NT[:, 0].tolist()) == {1}
     assert torch.equal(TASK.prompts(50, 3).ids_NT, prompts.ids_NT)
     assert not torch.equal(TASK.prompts(50, 4).ids_NT, prompts.ids_NT)
 
@@ -429,6 +430,8 @@ def test_unions_join_values_in_decreasing_order_of_their_f1() -> None:
     for most, expected in ((1, 12 / 17), (2, 22 / 23), (4, 22 / 23)):
         assert float(union_scores(active, holds, most)[0]) == pytest.approx(expected)
     assert float(union_scores(active, holds, 2)[1]) == -torch.inf
+    twelve = torch.nn.functional.one_hot(torch.arange(12).repeat(2)).bool()
+    assert float(union_scores(torch.ones(24, 1, dtype=torch.bool), twelve)[0]) == pytest.approx(40 / 44)  # of ten
 
 
 def test_meanings_name_the_best_kind() -> None:
