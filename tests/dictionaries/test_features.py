@@ -141,6 +141,9 @@ def test_what_cannot_be_shown_is_refused() -> None:
     nowhere = SparseDictionary("topk", dictionary().tensors, k=4)
     with pytest.raises(IntaglioError, match="own does not name the activation"):
         describe_features(Checkpoint(ckpt.model, tiny_tokenizer("llama")), "own", nowhere, IDS)
+    anatomy(ckpt.model).embedding.weight.data[IDS[2, 3]] = torch.inf
+    with pytest.raises(IntaglioError, match=r"layers.1 hold NaN or infinite values in batch [01]"):
+        describe_features(Checkpoint(ckpt.model, tiny_tokenizer("llama")), "own", dictionary(), IDS, batch_size=2)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

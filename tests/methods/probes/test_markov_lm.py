@@ -49,6 +49,7 @@ from intaglio.methods.probes.markov_lm.geometry import (
 )
 from intaglio.methods.probes.markov_lm.reference import ngram_distributions
 from intaglio.methods.probes.markov_lm.surplus import Positions, surplus_terms
+from intaglio.modeling.anatomy import anatomy
 from tests.alive import alive
 from tests.families import DECODERS, ENCODERS, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
 
@@ -445,7 +446,8 @@ def test_bundled_heads_are_named_with_their_acceptance(monkeypatch: pytest.Monke
 
 def test_bad_input_is_one_sentence() -> None:
     causal = model()
-    untied = model(vocab_size=170)
+    untied, broken = model(vocab_size=170), model()
+    anatomy(broken.model).final_norm.weight.data[0] = torch.nan
     capped = Checkpoint(tiny_model("gemma3", layers=1, final_logit_softcapping=1.0), tiny_tokenizer("gemma3"), "tiny")
     for method, ckpt, texts, says in (
         (MarkovLM(**SIZES), model(ENCODERS[0]), TEXTS, "predicts no next tokens"),
@@ -454,6 +456,7 @@ def test_bad_input_is_one_sentence() -> None:
         (MarkovLM(length=500), causal, TEXTS, "length is 500; the model's context is 128"),
         (MarkovLM(**SIZES, renyi_order=1.0), causal, TEXTS, "renyi_order is 1"),
         (MarkovLM(**SIZES | {"length": 8}, extra_tokens=4), untied, TEXTS, ""),
+        (MarkovLM(**SIZES), broken, TEXTS, "the hidden states hold NaN or infinite values in batch 0"),
         (MarkovLM(**SIZES), capped, TEXTS, "are not linear in its hidden state"),
     ):
         if not says:

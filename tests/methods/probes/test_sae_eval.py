@@ -588,6 +588,10 @@ def test_what_cannot_be_measured_is_one_sentence() -> None:
         SAEEval(dictionaries=[{"topk_sae": {"width": 2, "k": 3}}]).measure(model(), TASK)
     with pytest.raises(ValidationError, match="dictionaries names 'wanda', not one dictionary"):
         SAEEval(dictionaries=[{"wanda": {}}])
+    broken = model()
+    anatomy(broken.model).final_norm.weight.data[0] = torch.nan
+    with pytest.raises(IntaglioError, match="the model fails the task: its mean logit difference is nan"):
+        SAEEval(**BASE).measure(broken, symbolic())
     with pytest.raises(IntaglioError, match="the model fails the task: its mean logit difference is -"):
         SAEEval(**BASE | {"train": 60}).measure(solved(-1), symbolic())
 

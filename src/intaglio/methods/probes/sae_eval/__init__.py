@@ -171,7 +171,7 @@ class SAEEval(Method, slug="sae_eval"):
             training = task.prompts(self.train, seed, "train")
             checkpoint.check_ids(training.ids_NT)
             outcome, activations = run(parts, training, read=tuple(dict.fromkeys(read)))
-            if outcome.difference <= 0:
+            if not outcome.difference > 0:  # NaN fails too
                 raise IntaglioError(
                     f"the model fails the task: its mean logit difference is {outcome.difference:.2f}, "
                     f"{outcome.accuracy:.0%} of the prompts are right"
