@@ -16,6 +16,7 @@ import torch
 from intaglio import atomic_io, load, load_texts
 from intaglio.dictionaries.sparse_autoencoder import SparseAutoencoder
 from intaglio.environment import processor, versions
+from intaglio.modeling.anatomy import blocks
 from intaglio.recipe.schema import Recipe, fitted_methods
 
 HERE = Path(__file__).resolve().parent
@@ -50,7 +51,7 @@ def main() -> None:
     arguments.state.mkdir(parents=True, exist_ok=True)
     resume = any(arguments.state.iterdir())
     method.fit(checkpoint, load_texts(recipe.calibration.texts), directory=arguments.state, resume=resume)
-    jobs = method.jobs(len(checkpoint.model.model.layers), 0)
+    jobs = method.jobs(len(blocks(checkpoint.model)), 0)
     rows = []
     for name, job in jobs.items():
         about = method.dictionaries[name].about

@@ -13,4 +13,5 @@ MEASURED = ROOT / "docs" / "methods" / "measured"
 def read(slug: str) -> dict[str, Any] | None:
     """Return a method's table (title, text, columns, rows, command, processor, versions), or None."""
     path = MEASURED / f"{slug}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    table: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return table

@@ -338,7 +338,7 @@ def test_the_adversarial_losses_have_their_own_weights(monkeypatch: pytest.Monke
 
 def test_the_generator_raises_the_critics_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """generator loss = -value + ...: a value higher by four everywhere lowers it by four, and not the critic's."""
-    own, totals = Critic.forward, []
+    own, totals = Critic.forward, list[float]()
     monkeypatch.setattr(DecayedAdam, "step", lambda self, loss: totals.append(float(loss.detach())))
     for more in (0, 4):
         monkeypatch.setattr(Critic, "forward", lambda self, x, more=more: (own(self, x)[0], own(self, x)[1] + more))
@@ -346,11 +346,11 @@ def test_the_generator_raises_the_critics_value(monkeypatch: pytest.MonkeyPatch)
     assert [totals[2] - totals[0], totals[3] - totals[1]] == pytest.approx([0, -4], abs=1e-3)
 
 
-@pytest.mark.parametrize("training_kind", ["autoencoder", "gan"])
-def test_progress_is_reported_at_intervals_and_at_the_end(monkeypatch: pytest.MonkeyPatch, training_kind: str) -> None:
+@pytest.mark.parametrize("kind", ["autoencoder", "gan"])
+def test_progress_is_reported_at_intervals_and_at_the_end(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
     monkeypatch.setattr(training, "REPORT_EVERY", 2)
     steps: list[int] = []
-    method = QLAE(network="dense", width=6, num_latents=2, steps=5, batch_size=4, training=training_kind)
+    method = QLAE(network="dense", width=6, num_latents=2, steps=5, batch_size=4, training=kind)
     method.fit(IMAGES, progress=lambda done, total, label: steps.append(done))
     assert steps == [2, 4, 5]
 
