@@ -1,6 +1,6 @@
 """GBA and TopK dictionaries of SmolLM2's middle layer, two seeds of each in one pass: the table on GBA's page.
 
-    python benchmarks/features/real.py                     # about 25 minutes of one core; an interrupted run continues
+    python benchmarks/features/real.py                     # an interrupted run continues
 
 Trains the dictionaries of `recipes/gba-sae.yaml` and writes their measures on held-out text to
 `docs/methods/measured/gba_sae.json`. No verdict: there is one model and one layer.
