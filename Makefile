@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test guard bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-search bench-recommend bench-retrieval bench-blockffn bench-r-sparse bench-r-sparse-decode bench-control bench-features bench-long-context clean
+.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test guard bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-search bench-recommend bench-retrieval bench-blockffn bench-r-sparse bench-r-sparse-decode bench-control bench-features bench-latents bench-long-context clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -105,6 +105,9 @@ bench-transplant: assets  ## tokenizer transplants against mergekit, in its own 
 
 bench-features: assets  ## sparse autoencoders against sae_lens, in its own environment
 	$(BIN)/python benchmarks/features/run.py
+
+bench-latents: install  ## latents and key-value bottlenecks against lucidrains' libraries, in their own environment
+	$(BIN)/python benchmarks/latents/run.py
 
 bench-search: install  ## search against scipy, bm25s, numpy, Seismic and milvus-lite
 	$(BIN)/python benchmarks/search/run.py

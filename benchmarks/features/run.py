@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from intaglio import atomic_io, load, load_texts
@@ -30,6 +31,7 @@ from intaglio.modeling.sites import Site
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from machine import machine, title  # noqa: E402
 from peer import peer_python  # noqa: E402
 
 SIDES = ("ours", "peer")
@@ -55,7 +57,7 @@ def worked(python: Path, side: str, what: str, *options: str) -> Any:
         environment.pop("PYTHONPATH", None)
     script = HERE / f"worker_{'ours' if side == 'ours' else 'peer'}.py"
     done = subprocess.run(
-        [str(python), str(script), what, *options], check=True, capture_output=True, text=True, env=environment
+        [str(python), str(script), what, *options], check=True, stdout=subprocess.PIPE, text=True, env=environment
     )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -86,9 +88,19 @@ def main() -> None:
     shares = worked(Path(sys.executable), "ours", "saved", *common[:2], "--out", str(folder))
     read = worked(peer, "peer", "read", "--out", str(folder))
     wrong = [name for name, row in read.items() if row["codes"] > TOLERANCE * row["highest"]]
-    results = {"sides": sides, "runs": rows, "round_trip": read, "active": shares, "settings": vars(arguments)}
+    torch.set_num_threads(arguments.threads)
+    results = {
+        "machine": machine(), "sides": sides, "runs": rows, "round_trip": read, "active": shares,
+        "settings": vars(arguments),
+    }  # fmt: skip
     atomic_io.write_json(arguments.out / "results.json", json.loads(json.dumps(results, default=str)))
-    lines = ["| | tokens/s | CPU µs a token | variance unexplained | peak MB |", "| --- | --- | --- | --- | --- |"]
+    ratio = {name: sides["ours"][name] / sides["peer"][name] for name in ("tokens_per_s", "peak_bytes")}
+    lines = [
+        title(),
+        f"tokens/s {ratio['tokens_per_s']:.2f} times the peer's, peak memory {ratio['peak_bytes']:.2f} times",
+        "",
+    ]
+    lines += ["| | tokens/s | CPU µs a token | variance unexplained | peak MB |", "| --- | --- | --- | --- | --- |"]
     for side, row in sides.items():
         lines.append(
             f"| {side} | {row['tokens_per_s']:,.0f} | {row['cpu_us_per_token']:.0f} | {row['fvu']:.3f} |"

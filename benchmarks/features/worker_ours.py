@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +17,8 @@ from intaglio.measures.dictionaries import reconstruction
 from intaglio.methods.activations.gba_sae import GBASAE
 
 SIZES = {"width": 256, "tokens": 30_000, "batch_tokens": 256}
+NEVER = 10_000_000
+"""Activations after which a latent is dead: the peer's 1,000 steps do not pass here either."""
 DICTIONARIES = {
     "l1": L1SAE(**SIZES),
     "topk": TopKSAE(k=16, **SIZES),
@@ -35,7 +37,7 @@ def trained(arguments: argparse.Namespace) -> dict[str, float]:
     batches = training.split(arguments.batch)[: arguments.steps]
     method = TopKSAE(
         width=arguments.width, k=arguments.k, batch_tokens=arguments.batch, tokens=len(training),
-        learning_rate=arguments.rate, warmup=0, decay=0.0,
+        learning_rate=arguments.rate, warmup=0, decay=0.0, dead_after=NEVER,
     )  # fmt: skip
     run = TrainingRun(method, training[:4096], 0, len(batches))
     run.update(batches[0])
@@ -43,12 +45,12 @@ def trained(arguments: argparse.Namespace) -> dict[str, float]:
     for batch in batches[1:]:
         run.update(batch)
     seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    peak = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    (peak,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # ru_maxrss includes the parent's
     measured = reconstruction(run.dictionary(), held_out)
     tokens = sum(map(len, batches[1:]))
     return {
         "tokens_per_s": tokens / seconds, "cpu_us_per_token": 1e6 * cpu / tokens, "fvu": measured.fvu,
-        "l0": measured.l0, "peak_bytes": peak,
+        "l0": measured.l0, "peak_bytes": 1024 * int(peak),
     }  # fmt: skip
 
 

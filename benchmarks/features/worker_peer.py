@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import torch
 from sae_lens import SAE
@@ -39,14 +39,14 @@ def trained(arguments: argparse.Namespace) -> dict[str, float]:
         trainer.step(batch)
         trainer.n_training_steps += 1
     seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    peak = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    (peak,) = re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # ru_maxrss includes the parent's
     with torch.no_grad():
         decoded = torch.cat([sae(part) for part in held_out.split(1024)])
     fvu = (held_out - decoded).square().sum() / (held_out - held_out.mean(0)).square().sum()
     tokens = sum(map(len, batches[1:]))
     return {
         "tokens_per_s": tokens / seconds, "cpu_us_per_token": 1e6 * cpu / tokens, "fvu": float(fvu),
-        "l0": float(arguments.k), "peak_bytes": peak,
+        "l0": float(arguments.k), "peak_bytes": 1024 * int(peak),
     }  # fmt: skip
 
 

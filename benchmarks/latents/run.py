@@ -4,7 +4,8 @@
     python benchmarks/latents/run.py --official PATH/infomec.py        # also the metric, a file of the paper's code
 
 Peers: LatentQuantize of vector-quantize-pytorch, and discrete-key-value-bottleneck-pytorch. Both sides read one file of
-weights and inputs. Writes `out/results.json`, and prints what differs.
+weights and inputs. Writes `out/results.json`, prints what differs, and exits with 1 if indices differ, codes or values
+differ by more than 1e-5, or the metric by more than 1e-6.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from intaglio.methods.activations.qlae.latents import ScalarQuantizer, quantizat
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+from machine import machine, title  # noqa: E402
 from peer import peer_python  # noqa: E402
 
 REPEATS = 5
+PREFIX = "difference of "
 
 
 def inputs(rows: int = 128) -> dict[str, torch.Tensor]:
@@ -73,12 +76,12 @@ def ours(given: dict[str, torch.Tensor]) -> dict[str, Any]:
             VotingHead()(layer(given["z"]).values)
         seconds = (time.perf_counter() - start) / REPEATS
         means = VotingHead()(fetched.values)
-    found = {"codes": latents.hat.detach(), "codebook_gradient": latent.values.grad, "means": means,
-             "indices": fetched.indices[:, :, 0, 0], "seconds": torch.tensor(seconds)}  # fmt: skip
+    results = {"codes": latents.hat.detach(), "codebook_gradient": latent.values.grad, "means": means,
+               "indices": fetched.indices[:, :, 0, 0], "seconds": torch.tensor(seconds)}  # fmt: skip
     scores = infomec(given["sources"].numpy(), given["latents"].numpy(), discrete=True)
-    found |= {name: torch.tensor(getattr(scores, name)) for name in ("infom", "infoe", "infoc")}
-    found["nmi"] = torch.from_numpy(scores.nmi)
-    return found
+    results |= {name: torch.tensor(getattr(scores, name)) for name in ("infom", "infoe", "infoc")}
+    results["nmi"] = torch.from_numpy(scores.nmi)
+    return results
 
 
 def main() -> None:
@@ -97,18 +100,22 @@ def main() -> None:
     subprocess.run([peer_python(HERE, given.peer_python), str(HERE / "worker_peer.py"), *words, *official], check=True)
     own, peer = ours(data), load_file(given.output / "peer.safetensors")
     result: dict[str, Any] = {
+        "machine": machine(),
         "equal_indices": bool(torch.equal(own["indices"], peer["indices"].long())),
         "seconds": [float(own["seconds"]), float(peer["seconds"])],
         "peer_codebook_gradient": float(peer["codebook_gradient"].abs().max()),
         "own_codebook_gradient": float(own["codebook_gradient"].abs().max()),
     }
     for name in (name for name in own if name in peer and name not in ("seconds", "indices", "codebook_gradient")):
-        result[f"difference of {name}"] = float((own[name].double() - peer[name].double()).abs().max())
+        result[PREFIX + name] = float((own[name].double() - peer[name].double()).abs().max())
     atomic_io.write_json(given.output / "results.json", result)
+    print(title())
     for name, value in result.items():
-        print(f"{name}: {value}")
-    worst = max(value for name, value in result.items() if name in ("difference of codes", "difference of means"))
-    sys.exit(0 if result["equal_indices"] and worst < 1e-5 else 1)
+        if name != "machine":
+            print(f"{name}: {value}")
+    differences = {name.removeprefix(PREFIX): value for name, value in result.items() if name.startswith(PREFIX)}
+    equal = all(value <= (1e-5 if name in ("codes", "means") else 1e-6) for name, value in differences.items())
+    sys.exit(0 if result["equal_indices"] and equal else 1)
 
 
 if __name__ == "__main__":

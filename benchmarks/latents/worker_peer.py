@@ -70,10 +70,10 @@ def main() -> None:
     torch.set_num_threads(1)
     inputs, outputs, *official = map(Path, sys.argv[1:])
     given = load_file(inputs)
-    found = {**latent_quantize(given), **bottleneck(given)}
+    results = {**latent_quantize(given), **bottleneck(given)}
     if official:
-        found |= official_infomec(official[0], given)
-    save_file({name: value.contiguous() for name, value in found.items()}, outputs)
+        results |= official_infomec(official[0], given)
+    save_file({name: value.contiguous() for name, value in results.items()}, outputs)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from generate import evidence as shown
-from generate import facts, notes
+from generate import facts, measured, notes
 from generate.evidence import Evidence
 from generate.text import cell, environment
 from intaglio.evidence.engine import tables
@@ -45,6 +45,7 @@ def card(slug: str, evidence: Evidence, note: dict[str, str]) -> str:
         "paper": paper,
         "note": note,
         "advice": notes.SECTIONS[:2],
+        "measured": measured.read(slug),
         "evidence": evidence,
         "record": evidence.record,
     }

@@ -141,6 +141,9 @@ def test_what_cannot_be_shown_is_refused() -> None:
     nowhere = SparseDictionary("topk", dictionary().tensors, k=4)
     with pytest.raises(IntaglioError, match="own does not name the activation"):
         describe_features(Checkpoint(ckpt.model, tiny_tokenizer("llama")), "own", nowhere, IDS)
+    anatomy(ckpt.model).embedding.weight.data[IDS[2, 3]] = torch.inf
+    with pytest.raises(IntaglioError, match=r"layers.1 hold NaN or infinite values in batch [01]"):
+        describe_features(Checkpoint(ckpt.model, tiny_tokenizer("llama")), "own", dictionary(), IDS, batch_size=2)
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -202,7 +205,7 @@ def test_the_page_lists_features_and_runs_no_text_in_a_browser(tmp_path: Path) -
     assert re.findall(r'data-id="(\d+)"', body) == ["12", "7", "31"]
     assert "3 of 3 features" in body
     assert "<h2>Feature 12</h2>" in body
-    assert re.search(r'<mark[^>]*style="--level: ?84%;?"[^>]*> sun</mark>', body)
+    assert re.search(r' <mark[^>]*style="--level: ?84%;?"[^>]*>sun</mark>', body)
     assert "steer: {feature: 12, scale: 1}" in body
     assert "<title>owned</title>" not in dom
     assert not re.search(r"<img\b", dom)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from generate import cards, notes
+from generate import cards, measured, notes
 from generate import evidence as shown
 from generate.evidence import Evidence
 
@@ -54,6 +55,18 @@ def test_the_advice_stands_right_below_the_verdict(record: Record) -> None:
     box = card(record).partition('<div class="verdict')[2].partition("<dl>")[0]
     assert record.advice.startswith("Use it when")
     assert box.index("Holds") < box.index(record.advice)
+
+
+def test_a_measured_table_stands_above_the_evidence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = {"title": "A model", "text": "No verdict.", "columns": ["dictionary", "L0"], "rows": [["<x>", "12.5"]],
+             "command": "python run.py", "processor": "a CPU", "versions": {"torch": "9.9"}}  # fmt: skip
+    (tmp_path / "wanda.json").write_text(json.dumps(table))
+    assert "## Measured" not in card(None)
+    monkeypatch.setattr(measured, "MEASURED", tmp_path)
+    page = card(None)
+    assert page.index("## Measured") < page.index("## Evidence")
+    assert '<td>&lt;x&gt;</td><td class="number">12.5</td>' in page
+    assert "`python run.py` on a CPU; torch 9.9." in page
 
 
 def test_numbers_follow_the_record(record: Record) -> None:

@@ -141,7 +141,8 @@ def describe_features(
         `LEVELS` parts of the highest), `raised` and `lowered` (token indices); these point into `vocabulary`.
 
     Raises:
-        IntaglioError: there is no tokenizer or no text, or the dictionary's site is unknown.
+        IntaglioError: there is no tokenizer or no text, the dictionary's site is unknown, or activations are not
+            finite; names the batch.
     """
     if checkpoint.tokenizer is None:
         raise IntaglioError(f"{checkpoint.source or 'the checkpoint'} has no tokenizer, so its tokens cannot be shown")
@@ -151,7 +152,10 @@ def describe_features(
     data: Segments = token_segments(checkpoint, texts, tokens, length, skip, seed)
     top, batches = TopContexts(dictionary.width, contexts), math.ceil(data.n / batch_size)
     for number, batch in enumerate(data.batches(batch_size)):
-        codes_BLM = dictionary.encode(read_sites(parts, (site,), batch)[site])
+        x_BLD = read_sites(parts, (site,), batch)[site]
+        if not torch.isfinite(x_BLD).all():
+            raise IntaglioError(f"the activations of {site.name} hold NaN or infinite values in batch {number}")
+        codes_BLM = dictionary.encode(x_BLD)
         valid_BL = torch.ones(codes_BLM.shape[:2], dtype=torch.bool, device=codes_BLM.device)
         if "attention_mask" in batch:
             valid_BL &= batch["attention_mask"].to(valid_BL.device).bool()

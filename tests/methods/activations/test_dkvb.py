@@ -141,6 +141,7 @@ def test_keys_splitter_and_encoder_stay_as_they_are() -> None:
     assert made.splitter.projection.grad is None
     state = {name: value.clone() for name, value in made.state_dict().items() if name != "use_counts"}
     trained(made, z.detach(), torch.zeros(8, dtype=torch.long))
+    assert set(state) == {"keys", "values", "splitter.projection"}  # sums of the moving average are not stored
     moved = [name for name, value in made.state_dict().items() if name in state and not torch.equal(value, state[name])]
     assert moved == ["values"]
     assert torch.equal(made.train()(z).indices, first.indices)
@@ -320,6 +321,8 @@ def test_dead_keys_become_heads_of_the_batch_and_kmeans_starts_at_the_means() ->
     made.init_keys([z], epochs=3)
     assert all(float((key - z).abs().min()) < 0.3 for key in made.keys.flatten())
     assert float(torch.cdist(z, made.keys[0]).amin(1).max()) < 0.4
+    made._kmeans(torch.tensor([5.0, 9.0]).repeat(6)[None, :, None])  # eight keys, two distinct heads
+    assert set(made.keys.flatten().tolist()) == {5.0, 9.0}  # empty clusters keep their mean
     open_projection = DiscreteKeyValueBottleneck(4, 1, 2, 1, 2, splitter="learned_projection")
     with pytest.raises(IntaglioError, match="the learned projection is not frozen"):
         open_projection.init_keys([draws(3, 4)])
@@ -487,6 +490,7 @@ def test_any_encoder_is_fitted_saved_and_taught(family: str, tmp_path: Path) -> 
     assert taught.classify(again, TEXTS) == ready.classify(back, TEXTS)
     assert [step.verb for step in again.record.steps] == ["fit", "fit"]
     assert again.record.steps[-1].chosen["new_classes"] == ["story"]
+    assert again.record.steps[-1].seed == 0
     assert all(torch.equal(before[name], value) for name, value in again.model.state_dict().items())
     assert ready.classify(back, []) == []
 

@@ -225,6 +225,15 @@ def test_frequencies_and_peaks_are_those_of_all_batches_since_the_last_adaptatio
     torch.testing.assert_close(run.state["peak"], pre_NM.amax(0).clamp_min(0), atol=1e-5, rtol=1e-5)
 
 
+def test_a_latent_whose_pre_activation_is_zero_does_not_fire() -> None:
+    method, zeros = GBASAE(width=6, groups=1, tokens=8), torch.zeros(4, 5)
+    run = run_of(method, zeros)
+    method.loss(run, zeros)
+    assert run.state["positive"].tolist() == [0] * 6
+    assert run.state["silent"].tolist() == [4] * 6
+    assert method.rate == 1e-3
+
+
 def test_the_controller_reaches_the_target_and_revives_dead_latents() -> None:
     """With frozen W and Gaussian inputs, adaptation drives p_m to <= p_k within one step; dead neurons rise."""
     method = GBASAE(width=12, groups=1, highest_frequency=0.1, lowest_frequency=0.1, adapt_every=1, learning_rate=1e-12)

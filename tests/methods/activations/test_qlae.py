@@ -22,7 +22,7 @@ from intaglio.methods.activations.qlae.latents import (
     commitment_loss,
     quantization_loss,
 )
-from intaglio.methods.activations.qlae.networks import Decoder, Encoder
+from intaglio.methods.activations.qlae.networks import Critic, Decoder, Encoder
 from intaglio.methods.activations.qlae.training import (
     DecayedAdam,
     batches,
@@ -203,7 +203,10 @@ def test_vectors_are_shared_by_the_latents() -> None:
     assert latent.sample(4, torch.Generator()).shape == (4, 6)
     continuous = Continuous(2)(X)
     assert continuous.hat is X is continuous.codes
-    assert Continuous(2).sample(3, torch.Generator()).shape == (3, 2)
+    one, again = (torch.Generator().manual_seed(4) for _ in range(2))
+    assert torch.equal(Continuous(2).sample(3, one), torch.randn(3, 2, generator=again))
+    wide = VectorQuantizer(1, 500, 12, torch.Generator().manual_seed(0))
+    assert 0.49 < wide.values.abs().max().item() <= 0.5  # +-sqrt(3 / size)
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -331,6 +334,25 @@ def test_the_adversarial_losses_have_their_own_weights(monkeypatch: pytest.Monke
     assert extra["gradient_weight"] == pytest.approx([50, 0], abs=1e-3)
     # Without the other terms the critic's loss is value(fake) - value(real), the generator's -value(fake).
     assert found["none"][0] == pytest.approx(-model.losses["wasserstein"], abs=1e-5)
+
+
+def test_the_generator_raises_the_critics_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    """generator loss = -value + ...: a value higher by four everywhere lowers it by four, and not the critic's."""
+    own, totals = Critic.forward, list[float]()
+    monkeypatch.setattr(DecayedAdam, "step", lambda self, loss: totals.append(float(loss.detach())))
+    for more in (0, 4):
+        monkeypatch.setattr(Critic, "forward", lambda self, x, more=more: (own(self, x)[0], own(self, x)[1] + more))
+        QLAE.gan(network="dense", width=6, num_latents=2, steps=1, generator_period=1).fit(IMAGES)
+    assert [totals[2] - totals[0], totals[3] - totals[1]] == pytest.approx([0, -4], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "gan"])
+def test_progress_is_reported_at_intervals_and_at_the_end(monkeypatch: pytest.MonkeyPatch, kind: Any) -> None:
+    monkeypatch.setattr(training, "REPORT_EVERY", 2)
+    steps: list[int] = []
+    method = QLAE(network="dense", width=6, num_latents=2, steps=5, batch_size=4, training=kind)
+    method.fit(IMAGES, progress=lambda done, total, label: steps.append(done))
+    assert steps == [2, 4, 5]
 
 
 # --- Files and refusals -----------------------------------------------------------------------------------------------

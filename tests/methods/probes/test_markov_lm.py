@@ -19,7 +19,7 @@ from intaglio.cli.app import app
 from intaglio.data.texts import load_texts
 from intaglio.errors import IntaglioError
 from intaglio.methods.probes import markov_lm
-from intaglio.methods.probes.markov_lm import MarkovLM, as_kernels, draft_acceptance, linear_head
+from intaglio.methods.probes.markov_lm import MarkovLM, as_kernels, draft_acceptance, linear_head, surplus
 from intaglio.methods.probes.markov_lm.finite import (
     categorical_entropy,
     compose,
@@ -49,6 +49,7 @@ from intaglio.methods.probes.markov_lm.geometry import (
 )
 from intaglio.methods.probes.markov_lm.reference import ngram_distributions
 from intaglio.methods.probes.markov_lm.surplus import Positions, surplus_terms
+from intaglio.modeling.anatomy import anatomy
 from tests.alive import alive
 from tests.families import DECODERS, ENCODERS, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
 
@@ -347,6 +348,15 @@ def test_probes_estimate_the_exact_surplus(informed: bool, low: float, high: flo
     assert term.outcomes == 3
 
 
+def test_a_table_counts_training_pairs_alone() -> None:
+    """Each row is smoothed by the unigram distribution of the training outcomes."""
+    before, outcome = torch.tensor([0, 0, 1, 0, 1]), torch.tensor([0, 1, 1, 0, 0])
+    validation, held_out = surplus._table(before, outcome, 2, torch.tensor([0, 0, 0, 1, 2]))
+    unigram, prior = 1.5 / 4, surplus.TABLE_PRIOR
+    assert validation.tolist() == pytest.approx([(1 + prior * unigram) / (2 + prior)])
+    assert held_out.tolist() == pytest.approx([prior * unigram / (1 + prior)])
+
+
 # --- Models -----------------------------------------------------------------------------------------------------------
 
 
@@ -436,7 +446,8 @@ def test_bundled_heads_are_named_with_their_acceptance(monkeypatch: pytest.Monke
 
 def test_bad_input_is_one_sentence() -> None:
     causal = model()
-    untied = model(vocab_size=170)
+    untied, broken = model(vocab_size=170), model()
+    anatomy(broken.model).final_norm.weight.data[0] = torch.nan
     capped = Checkpoint(tiny_model("gemma3", layers=1, final_logit_softcapping=1.0), tiny_tokenizer("gemma3"), "tiny")
     for method, ckpt, texts, says in (
         (MarkovLM(**SIZES), model(ENCODERS[0]), TEXTS, "predicts no next tokens"),
@@ -445,6 +456,7 @@ def test_bad_input_is_one_sentence() -> None:
         (MarkovLM(length=500), causal, TEXTS, "length is 500; the model's context is 128"),
         (MarkovLM(**SIZES, renyi_order=1.0), causal, TEXTS, "renyi_order is 1"),
         (MarkovLM(**SIZES | {"length": 8}, extra_tokens=4), untied, TEXTS, ""),
+        (MarkovLM(**SIZES), broken, TEXTS, "the hidden states hold NaN or infinite values in batch 0"),
         (MarkovLM(**SIZES), capped, TEXTS, "are not linear in its hidden state"),
     ):
         if not says:

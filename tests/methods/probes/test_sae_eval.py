@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from functools import cache
 from typing import Any
 
@@ -105,6 +106,7 @@ def test_prompts_hold_the_names_in_the_order_of_their_position() -> None:
     assert torch.equal(prompts.answers_N2, torch.stack([io, s], 1) + 3)
     assert not (io == s).any()
     assert set(pos.tolist()) == {0, 1}
+    assert set(prompts.ids_NT[:, 0].tolist()) == {1}
     assert torch.equal(TASK.prompts(50, 3).ids_NT, prompts.ids_NT)
     assert not torch.equal(TASK.prompts(50, 4).ids_NT, prompts.ids_NT)
 
@@ -428,6 +430,8 @@ def test_unions_join_values_in_decreasing_order_of_their_f1() -> None:
     for most, expected in ((1, 12 / 17), (2, 22 / 23), (4, 22 / 23)):
         assert float(union_scores(active, holds, most)[0]) == pytest.approx(expected)
     assert float(union_scores(active, holds, 2)[1]) == -torch.inf
+    twelve = torch.nn.functional.one_hot(torch.arange(12).repeat(2)).bool()
+    assert float(union_scores(torch.ones(24, 1, dtype=torch.bool), twelve)[0]) == pytest.approx(40 / 44)  # of ten
 
 
 def test_meanings_name_the_best_kind() -> None:
@@ -528,7 +532,10 @@ def test_principal_components_are_signed_halves() -> None:
 
 
 def test_a_measurement_has_every_arm_and_both_baselines() -> None:
-    document = SAEEval(**BASE).measure(solved(), symbolic())
+    labels: list[str] = []
+    document = SAEEval(**BASE).measure(solved(), symbolic(), progress=lambda done, total, label: labels.append(label))
+    assert re.fullmatch(r"\d+% of the training prompts are right", labels[0])  # before any dictionary is trained
+    assert labels[1:] == ["topk_sae", "topk_sae, frozen decoder"]
     assert list(document["dictionaries"]) == [
         "supervised, mean", "supervised, mse", "topk_sae", "topk_sae, frozen decoder", "principal components",
     ]  # fmt: skip
@@ -581,6 +588,10 @@ def test_what_cannot_be_measured_is_one_sentence() -> None:
         SAEEval(dictionaries=[{"topk_sae": {"width": 2, "k": 3}}]).measure(model(), TASK)
     with pytest.raises(ValidationError, match="dictionaries names 'wanda', not one dictionary"):
         SAEEval(dictionaries=[{"wanda": {}}])
+    broken = model()
+    anatomy(broken.model).final_norm.weight.data[0] = torch.nan
+    with pytest.raises(IntaglioError, match="the model fails the task: its mean logit difference is nan"):
+        SAEEval(**BASE).measure(broken, symbolic())
     with pytest.raises(IntaglioError, match="the model fails the task: its mean logit difference is -"):
         SAEEval(**BASE | {"train": 60}).measure(solved(-1), symbolic())
 

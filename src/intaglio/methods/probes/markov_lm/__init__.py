@@ -212,6 +212,8 @@ class MarkovLM(Method, slug="markov_lm"):
         kernels = as_kernels(checkpoint)
         for start in range(0, len(ids_NL), batch_size):
             hidden.append(kernels.encode(ids_NL[start : start + batch_size]).float().cpu())
+            if not torch.isfinite(hidden[-1]).all():
+                raise IntaglioError(f"the hidden states hold NaN or infinite values in batch {start // batch_size}")
             progress(min(start + batch_size, len(ids_NL)), len(ids_NL), "markov_lm: reading")
         return _Text(torch.cat(hidden), ids_NL, part_N)
 

@@ -143,7 +143,7 @@ class SAEEval(Method, slug="sae_eval"):
             checkpoint: a model that predicts the next token.
             data: a task of one's own. Default: that of the field `task`.
             seed: of prompts and trainings. Default 0.
-            progress: called after each dictionary.
+            progress: called with the model's accuracy on the task, and after each dictionary.
 
         Returns:
             `{task: {difference, accuracy, ablated}, nodes, unedited: {attribute: agreement}, dictionaries: {name:
@@ -171,12 +171,13 @@ class SAEEval(Method, slug="sae_eval"):
             training = task.prompts(self.train, seed, "train")
             checkpoint.check_ids(training.ids_NT)
             outcome, activations = run(parts, training, read=tuple(dict.fromkeys(read)))
-            if outcome.difference <= 0:
+            if not outcome.difference > 0:  # NaN fails too
                 raise IntaglioError(
                     f"the model fails the task: its mean logit difference is {outcome.difference:.2f}, "
                     f"{outcome.accuracy:.0%} of the prompts are right"
                 )
             own = {node: activations[node] for node in nodes}
+            progress(0, len(learners), f"{outcome.accuracy:.0%} of the training prompts are right")
             bench = Bench.from_prompts(parts, task, task.prompts(self.test, seed, "test"), own, seed)
             results: dict[str, Any] = {}
             sizes = {"io": len(task.names), "s": len(task.names), "pos": 2}
@@ -186,11 +187,10 @@ class SAEEval(Method, slug="sae_eval"):
                     for node, x_ND in own.items()
                 }
                 results[f"supervised, {kind}"] = bench.supervised(fitted)
-            total = len(learners)
             for index, (name, method) in enumerate(learners.items()):
                 trained = {node: _trained(method, x_ND, seed) for node, x_ND in own.items()}
                 results[name] = bench.learned(trained, self.ks, self.unions, seed)
-                progress(index + 1, total, name)
+                progress(index + 1, len(learners), name)
             if self.components:
                 axes = {node: principal_components(x_ND, self.components) for node, x_ND in own.items()}
                 results["principal components"] = bench.learned(
