@@ -56,7 +56,6 @@ PARTS = ("parity", "speed", "quality", "throughput", "upgrade", "latency")
 SEED = 0
 WEIGHTS = (1.0, 5.0, 25.0)
 """Of BT2's alignment."""
-QUERIES, DOCUMENTS = 200, 600
 CHARACTERS = 384
 """Of the texts of the timed trainings, more than a row holds."""
 
@@ -121,15 +120,15 @@ def speed(runs: int, steps: int, out: Path) -> dict[str, dict[str, float]]:
     return results
 
 
-def quality(steps: int) -> dict[str, dict[str, float]]:
-    """Return nDCG@10, MRR@10, terms and milliseconds a query of each retriever."""
+def quality(steps: int, documents: int, queries: int, out: Path) -> dict[str, dict[str, float]]:
+    """Return nDCG@10, MRR@10, terms and milliseconds a query of each retriever; a stopped training resumes."""
     every = load_text_pairs("docstrings")
-    held_out, pairs = every[:DOCUMENTS], every[DOCUMENTS:]
+    held_out, pairs = every[:documents], every[documents:]
     task = RetrievalTask(held_out)
-    rows = {"BM25": _bm25(task)}
+    rows = {"BM25": _bm25(task, queries)}
     for name in ("minilm", "splade-tiny"):
         encoder = load_encoder(name)
-        rows[name] = _measured(task, encoder.encode_queries, encoder.encode_documents)
+        rows[name] = _measured(task, queries, encoder.encode_queries, encoder.encode_documents)
     checkpoint = load("smollm2")
     method = MistralSplade(
         logit_scale="width", query_length=32, document_length=64, query_weight=1e-2, document_weight=1e-2,
@@ -137,10 +136,11 @@ def quality(steps: int) -> dict[str, dict[str, float]]:
     )  # fmt: skip
     rows_of_training = [TextPair(pair.query, pair.positive).row() for pair in pairs]
     train(checkpoint, rows_of_training, objective=method, steps=steps, batch_size=8, learning_rate=2e-4, warmup=0.1,
-          lora=Lora(r=16, alpha=8, dropout=0.1))  # fmt: skip
+          lora=Lora(r=16, alpha=8, dropout=0.1), directory=out / "smollm2-splade")  # fmt: skip
     checkpoint.model.eval()
     rows[f"SmolLM2 as SPLADE, {steps} steps"] = _measured(
         task,
+        queries,
         lambda texts: method.encode(checkpoint, texts, "query"),
         lambda texts: method.encode(checkpoint, texts, "document"),
     )
@@ -179,10 +179,12 @@ def upgrade() -> dict[str, dict[str, float]]:
     return rows
 
 
-def _measured(task: RetrievalTask, queries: Callable[[Any], Any], documents: Callable[[Any], Any]) -> dict[str, float]:
+def _measured(
+    task: RetrievalTask, count: int, queries: Callable[[Any], Any], documents: Callable[[Any], Any]
+) -> dict[str, float]:
     """Return the row of an encoder; time is that of encoding a query alone and scoring all documents."""
     document_ND = _dense(documents(task.documents))
-    chosen = task.queries[:QUERIES]
+    chosen = task.queries[:count]
     scores, seconds, terms = [], [], []
     for text in chosen:
         start = time.perf_counter()
@@ -191,7 +193,7 @@ def _measured(task: RetrievalTask, queries: Callable[[Any], Any], documents: Cal
         seconds.append(time.perf_counter() - start)
         terms.append(int((query_D != 0).sum()))
     return {
-        **ranking_quality(torch.stack(scores), task.relevant[:QUERIES]),
+        **ranking_quality(torch.stack(scores), task.relevant[:count]),
         "query_terms": sum(terms) / len(terms),
         "document_terms": float((document_ND != 0).sum(1).float().mean()),
         "milliseconds": 1000 * median(seconds),
@@ -211,21 +213,21 @@ def _dense(vectors: Any, width: int = 0) -> torch.Tensor:
     return matrix
 
 
-def _bm25(task: RetrievalTask) -> dict[str, float]:
+def _bm25(task: RetrievalTask, count: int) -> dict[str, float]:
     import tempfile
 
     from intaglio.search import Index
 
     with tempfile.TemporaryDirectory() as folder, Index.create(Path(folder) / "index", chunk=0) as index:
         index.add({"id": str(number), "text": text} for number, text in enumerate(task.documents))
-        scores_QN, seconds = torch.zeros(QUERIES, len(task.documents)), []
-        for row, text in enumerate(task.queries[:QUERIES]):
+        scores_QN, seconds = torch.zeros(count, len(task.documents)), []
+        for row, text in enumerate(task.queries[:count]):
             start = time.perf_counter()
             hits = index.search(text, len(task.documents))
             seconds.append(time.perf_counter() - start)
             for hit in hits:
                 scores_QN[row, int(hit.id)] = hit.score
-    return {**ranking_quality(scores_QN, task.relevant[:QUERIES]), "milliseconds": 1000 * median(seconds)}
+    return {**ranking_quality(scores_QN, task.relevant[:count]), "milliseconds": 1000 * median(seconds)}
 
 
 def latency(contexts: list[int], runs: int) -> list[dict[str, float]]:
@@ -277,6 +279,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="of a timed training")
     parser.add_argument("--training", type=int, default=40, help="steps of SmolLM2")
+    parser.add_argument("--documents", type=int, default=600, help="of the table of quality")
+    parser.add_argument("--queries", type=int, default=200, help="of the table of quality")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 256], help="tokens of a timed text")
     parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens of text in a timed batch")
     parser.add_argument("--context", type=int, nargs="+", default=[512, 1024, 2048], help="tokens, of latency")
@@ -289,7 +293,7 @@ def main() -> None:
     if "speed" in given.only:
         results["speed"] = speed(given.runs, given.steps, given.out)
     if "quality" in given.only:
-        results["quality"] = quality(given.training)
+        results["quality"] = quality(given.training, given.documents, given.queries, given.out)
     if "throughput" in given.only:
         results["throughput"] = throughput.throughput(given.lengths, given.batch_tokens, given.runs)
     if "upgrade" in given.only:
