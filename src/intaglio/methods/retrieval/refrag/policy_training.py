@@ -140,7 +140,8 @@ def train_policy(
             optimizer.step()
         curve.append(sum(item[-1] for item in sampled) / len(sampled) if sampled else 0.0)
         if directory is not None and ((step + 1) % max(1, steps // 10) == 0 or step + 1 == steps):
-            _save(directory, step + 1, {"weights": trained, "optimizer": optimizer.state_dict()["state"], "curve": curve})
+            moments = optimizer.state_dict()["state"]
+            _save(directory, step + 1, {"weights": trained, "optimizer": moments, "curve": curve})
         progress(step + 1, steps, "refrag: policy")
     optimizer.zero_grad()
     return curve
