@@ -14,6 +14,8 @@
   of new/old and of new/new, for several weights of BT2's alignment; without a verdict
 - latency: SmolLM2's time to first token with compressed passages, embeddings cached and not, against the plain prompt;
   the compressor is untrained, so this is of speed only. At 2,048 tokens with the cache at least 8 times
+- answers: a small decoder with a compressor, trained here, answers questions by `intaglio ask`, from passages as tokens
+  and as one embedding per four tokens; see `answers.py`; without a verdict
 
 Needs sentence-transformers (`pip install 'intaglio[encoders]'`). Writes `out/results.json` and `out/results.md`.
 """
@@ -30,6 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import answers
 import throughput
 import torch
 
@@ -52,7 +55,7 @@ EQUAL, LEAST_FASTER = 1e-6, 1.0
 """Targets: largest relative difference of a value, and pairs a second over the peer's."""
 LEAST_SOONER = {2048: 8.0}
 """Least ratio of the times to the first token, plain prompt over cached embeddings, by tokens of context."""
-PARTS = ("parity", "speed", "quality", "throughput", "upgrade", "latency")
+PARTS = ("parity", "speed", "quality", "throughput", "upgrade", "latency", "answers")
 SEED = 0
 WEIGHTS = (1.0, 5.0, 25.0)
 """Of BT2's alignment."""
@@ -269,6 +272,8 @@ def page(results: Mapping[str, Any]) -> str:
         lines.append("| --- |" + " --- |" * len(names))
         for row in results["latency"]:
             lines.append(f"| {row['context']:,} | " + " | ".join(f"{row[name]:.3g}" for name in names) + " |")
+    if "answers" in results:
+        lines += answers.table(results["answers"])
     return "\n".join(lines) + "\n"
 
 
@@ -300,6 +305,8 @@ def main() -> None:
         results["upgrade"] = upgrade()
     if "latency" in given.only:
         results["latency"] = latency(given.context, given.runs)
+    if "answers" in given.only:
+        results["answers"] = answers.answers(given.out / "answers")
     atomic_io.write_json(given.out / "results.json", results)
     (given.out / "results.md").write_text(page(results), encoding="utf-8")
     print(page(results))
