@@ -14,6 +14,8 @@
   of new/old and of new/new, for several weights of BT2's alignment; without a verdict
 - latency: SmolLM2's time to first token with compressed passages, embeddings cached and not, against the plain prompt;
   the compressor is untrained, so this is of speed only. At 2,048 tokens with the cache at least 8 times
+- answers: a small decoder with a compressor, trained here, answers questions by `intaglio ask`, from passages as tokens
+  and as one embedding per four tokens; see `answers.py`; without a verdict
 
 Needs sentence-transformers (`pip install 'intaglio[encoders]'`). Writes `out/results.json` and `out/results.md`.
 """
@@ -30,6 +32,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import answers
 import throughput
 import torch
 
@@ -52,11 +55,12 @@ EQUAL, LEAST_FASTER = 1e-6, 1.0
 """Targets: largest relative difference of a value, and pairs a second over the peer's."""
 LEAST_SOONER = {2048: 8.0}
 """Least ratio of the times to the first token, plain prompt over cached embeddings, by tokens of context."""
-PARTS = ("parity", "speed", "quality", "throughput", "upgrade", "latency")
+PARTS = ("parity", "speed", "quality", "throughput", "upgrade", "latency", "answers")
 SEED = 0
 WEIGHTS = (1.0, 5.0, 25.0)
 """Of BT2's alignment."""
-QUERIES, DOCUMENTS = 200, 600
+OLD_ENCODER: dict[str, int] = {"width": 64, "depth": 2, "steps": 150, "tuning_steps": 150, "head_pairs": 600}
+"""Sizes of the encoder whose index is upgraded, and of its training."""
 CHARACTERS = 384
 """Of the texts of the timed trainings, more than a row holds."""
 
@@ -121,15 +125,15 @@ def speed(runs: int, steps: int, out: Path) -> dict[str, dict[str, float]]:
     return results
 
 
-def quality(steps: int) -> dict[str, dict[str, float]]:
-    """Return nDCG@10, MRR@10, terms and milliseconds a query of each retriever."""
+def quality(steps: int, documents: int, queries: int, out: Path) -> dict[str, dict[str, float]]:
+    """Return nDCG@10, MRR@10, terms and milliseconds a query of each retriever; a stopped training resumes."""
     every = load_text_pairs("docstrings")
-    held_out, pairs = every[:DOCUMENTS], every[DOCUMENTS:]
+    held_out, pairs = every[:documents], every[documents:]
     task = RetrievalTask(held_out)
-    rows = {"BM25": _bm25(task)}
+    rows = {"BM25": _bm25(task, queries)}
     for name in ("minilm", "splade-tiny"):
         encoder = load_encoder(name)
-        rows[name] = _measured(task, encoder.encode_queries, encoder.encode_documents)
+        rows[name] = _measured(task, queries, encoder.encode_queries, encoder.encode_documents)
     checkpoint = load("smollm2")
     method = MistralSplade(
         logit_scale="width", query_length=32, document_length=64, query_weight=1e-2, document_weight=1e-2,
@@ -137,10 +141,11 @@ def quality(steps: int) -> dict[str, dict[str, float]]:
     )  # fmt: skip
     rows_of_training = [TextPair(pair.query, pair.positive).row() for pair in pairs]
     train(checkpoint, rows_of_training, objective=method, steps=steps, batch_size=8, learning_rate=2e-4, warmup=0.1,
-          lora=Lora(r=16, alpha=8, dropout=0.1))  # fmt: skip
+          lora=Lora(r=16, alpha=8, dropout=0.1), directory=out / "smollm2-splade")  # fmt: skip
     checkpoint.model.eval()
     rows[f"SmolLM2 as SPLADE, {steps} steps"] = _measured(
         task,
+        queries,
         lambda texts: method.encode(checkpoint, texts, "query"),
         lambda texts: method.encode(checkpoint, texts, "document"),
     )
@@ -149,7 +154,7 @@ def quality(steps: int) -> dict[str, dict[str, float]]:
 
 def upgrade() -> dict[str, dict[str, float]]:
     """Return nDCG@10 of new/old and new/new of each way to upgrade an index, with its seconds."""
-    bed = EncoderVersions()
+    bed = EncoderVersions(**OLD_ENCODER)
     data, pairs = bed.retrieval("pilot"), CachedPairs(*bed.cached_pairs(SEED))
     names, queries = list(data.documents), list(data.queries.values())
     relevant = [[names.index(name) for name in data.relevant[query]] for query in data.queries]
@@ -179,10 +184,12 @@ def upgrade() -> dict[str, dict[str, float]]:
     return rows
 
 
-def _measured(task: RetrievalTask, queries: Callable[[Any], Any], documents: Callable[[Any], Any]) -> dict[str, float]:
+def _measured(
+    task: RetrievalTask, count: int, queries: Callable[[Any], Any], documents: Callable[[Any], Any]
+) -> dict[str, float]:
     """Return the row of an encoder; time is that of encoding a query alone and scoring all documents."""
     document_ND = _dense(documents(task.documents))
-    chosen = task.queries[:QUERIES]
+    chosen = task.queries[:count]
     scores, seconds, terms = [], [], []
     for text in chosen:
         start = time.perf_counter()
@@ -191,7 +198,7 @@ def _measured(task: RetrievalTask, queries: Callable[[Any], Any], documents: Cal
         seconds.append(time.perf_counter() - start)
         terms.append(int((query_D != 0).sum()))
     return {
-        **ranking_quality(torch.stack(scores), task.relevant[:QUERIES]),
+        **ranking_quality(torch.stack(scores), task.relevant[:count]),
         "query_terms": sum(terms) / len(terms),
         "document_terms": float((document_ND != 0).sum(1).float().mean()),
         "milliseconds": 1000 * median(seconds),
@@ -211,21 +218,21 @@ def _dense(vectors: Any, width: int = 0) -> torch.Tensor:
     return matrix
 
 
-def _bm25(task: RetrievalTask) -> dict[str, float]:
+def _bm25(task: RetrievalTask, count: int) -> dict[str, float]:
     import tempfile
 
     from intaglio.search import Index
 
     with tempfile.TemporaryDirectory() as folder, Index.create(Path(folder) / "index", chunk=0) as index:
         index.add({"id": str(number), "text": text} for number, text in enumerate(task.documents))
-        scores_QN, seconds = torch.zeros(QUERIES, len(task.documents)), []
-        for row, text in enumerate(task.queries[:QUERIES]):
+        scores_QN, seconds = torch.zeros(count, len(task.documents)), []
+        for row, text in enumerate(task.queries[:count]):
             start = time.perf_counter()
             hits = index.search(text, len(task.documents))
             seconds.append(time.perf_counter() - start)
             for hit in hits:
                 scores_QN[row, int(hit.id)] = hit.score
-    return {**ranking_quality(scores_QN, task.relevant[:QUERIES]), "milliseconds": 1000 * median(seconds)}
+    return {**ranking_quality(scores_QN, task.relevant[:count]), "milliseconds": 1000 * median(seconds)}
 
 
 def latency(contexts: list[int], runs: int) -> list[dict[str, float]]:
@@ -267,6 +274,8 @@ def page(results: Mapping[str, Any]) -> str:
         lines.append("| --- |" + " --- |" * len(names))
         for row in results["latency"]:
             lines.append(f"| {row['context']:,} | " + " | ".join(f"{row[name]:.3g}" for name in names) + " |")
+    if "answers" in results:
+        lines += answers.table(results["answers"])
     return "\n".join(lines) + "\n"
 
 
@@ -277,6 +286,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12, help="of a timed training")
     parser.add_argument("--training", type=int, default=40, help="steps of SmolLM2")
+    parser.add_argument("--documents", type=int, default=600, help="of the table of quality")
+    parser.add_argument("--queries", type=int, default=200, help="of the table of quality")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 128, 256], help="tokens of a timed text")
     parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens of text in a timed batch")
     parser.add_argument("--context", type=int, nargs="+", default=[512, 1024, 2048], help="tokens, of latency")
@@ -289,13 +300,15 @@ def main() -> None:
     if "speed" in given.only:
         results["speed"] = speed(given.runs, given.steps, given.out)
     if "quality" in given.only:
-        results["quality"] = quality(given.training)
+        results["quality"] = quality(given.training, given.documents, given.queries, given.out)
     if "throughput" in given.only:
         results["throughput"] = throughput.throughput(given.lengths, given.batch_tokens, given.runs)
     if "upgrade" in given.only:
         results["upgrade"] = upgrade()
     if "latency" in given.only:
         results["latency"] = latency(given.context, given.runs)
+    if "answers" in given.only:
+        results["answers"] = answers.answers(given.out / "answers")
     atomic_io.write_json(given.out / "results.json", results)
     (given.out / "results.md").write_text(page(results), encoding="utf-8")
     print(page(results))

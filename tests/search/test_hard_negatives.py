@@ -6,6 +6,7 @@ import pytest
 
 from intaglio.data.text_pairs import TextPair
 from intaglio.errors import IntaglioError
+from intaglio.methods.retrieval.kalm_v2 import KaLMV2
 from intaglio.search.encoders import ObjectiveEncoder
 from intaglio.search.hard_negatives import mine_hard_negatives
 from intaglio.trainer.contrastive import Contrastive
@@ -87,3 +88,19 @@ def test_the_model_itself_mines_as_it_encodes() -> None:
     method = Contrastive(query_length=2).setup(ckpt)
     found = mine_hard_negatives(PAIRS, Mining(count=1), encoder=ObjectiveEncoder(method, ckpt, "self"))
     assert [len(pair.negatives) for pair in found] == [1, 1, 2, 1, 1]
+
+
+def test_the_pairs_own_instructions_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    ckpt = checkpoint()
+    method = KaLMV2(query_length=24, document_length=24).setup(ckpt)
+    prompts: set[tuple[str, str]] = set()
+    own = KaLMV2._prompt
+
+    def seen(self: KaLMV2, name: str, pair: TextPair | None = None) -> str:
+        prompts.add((name, "" if pair is None else f"{pair.instruction}"))
+        return own(self, name, pair)
+
+    monkeypatch.setattr(KaLMV2, "_prompt", seen)
+    pairs = [TextPair("red fox", "a fox", instruction="find animals"), TextPair("red", "a dog", instruction="find a")]
+    mine_hard_negatives(pairs, Mining(count=1), encoder=ObjectiveEncoder(method, ckpt, "self"))
+    assert {("query", "find animals"), ("query", "find a")} <= prompts

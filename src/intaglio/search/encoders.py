@@ -20,6 +20,8 @@ from intaglio.errors import IntaglioError, shorten
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from intaglio.data.text_pairs import TextPair
+
 Pooling = Literal["mean", "cls", "last", "splade"]
 DEFAULT_ENCODER = {"dense": "minilm", "hybrid": "minilm", "sparse": "splade-tiny"}
 """Encoder by kind of index."""
@@ -266,14 +268,26 @@ class ObjectiveEncoder(CheckpointEncoder):
         checkpoint: the model with its tokenizer.
         name: as the user wrote it.
         batch_size: most texts of a batch. Default 32.
+        pairs: training pairs; their texts are read with the instruction of their first pair. Default: none.
     """
 
-    def __init__(self, objective: Any, checkpoint: Any, name: str, batch_size: int = 32) -> None:
+    def __init__(
+        self, objective: Any, checkpoint: Any, name: str, batch_size: int = 32, pairs: Sequence[TextPair] = ()
+    ) -> None:
         self.name, self.batch_size, self.pooling = name, batch_size, objective.slug
         self.kind = "sparse" if objective.sparse else "dense"
         self.max_tokens = objective.length("document")
         self.dimensions = objective.dimensions(checkpoint)
         self._objective, self._checkpoint, self._fingerprint = objective, checkpoint, ""
+        self._pairs: dict[str, dict[str, TextPair]] = {"query": {}, "document": {}}
+        for pair in pairs:
+            self._pairs["query"].setdefault(pair.query, pair)
+            for text in (pair.positive, *pair.negatives):
+                self._pairs["document"].setdefault(text, pair)
+
+    def of_pairs(self, pairs: Sequence[TextPair]) -> ObjectiveEncoder:
+        """Return the encoder that reads the texts of training pairs as they are trained on."""
+        return ObjectiveEncoder(self._objective, self._checkpoint, self.name, self.batch_size, pairs)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -317,9 +331,11 @@ class ObjectiveEncoder(CheckpointEncoder):
         return self._vectors(texts, "document")
 
     def _vectors(self, texts: Sequence[str], side: str) -> NDArray[np.float32] | SparseVectors:
+        batches = [texts[start : start + self.batch_size] for start in range(0, len(texts), self.batch_size)]
+        own = self._pairs[side]
         parts = [
-            self._objective.encode(self._checkpoint, texts[start : start + self.batch_size], side).numpy()
-            for start in range(0, len(texts), self.batch_size)
+            self._objective.encode(self._checkpoint, batch, side, pairs=[own.get(text) for text in batch]).numpy()
+            for batch in batches
         ]
         if self.kind == "dense":
             return np.concatenate(parts) if parts else np.empty((0, self.dimensions), np.float32)

@@ -12,7 +12,7 @@ from pathlib import Path
 from intaglio.data.text_pairs import TextPair
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress, no_progress
-from intaglio.search.encoders import TextEncoder, resolve_encoder
+from intaglio.search.encoders import ObjectiveEncoder, TextEncoder, resolve_encoder
 from intaglio.search.index import Index
 from intaglio.trainer.mining import Mining
 
@@ -27,7 +27,7 @@ def mine_hard_negatives(
     """Return pairs with hard negatives from an index of all their texts, before their own negatives.
 
     The query itself and texts that are relevant to an equal query are never negatives. A pair with fewer candidates
-    gets fewer.
+    gets fewer. An encoder that was trained with instructions reads the pairs' own.
 
     Args:
         pairs: the training pairs; without a teacher's scores, which the new negatives would lack.
@@ -47,6 +47,8 @@ def mine_hard_negatives(
         relevant.setdefault(pair.query, set()).add(pair.positive)
     if encoder is None and mining.encoder != "bm25":
         encoder = resolve_encoder(os.fspath(mining.encoder), {})
+    if isinstance(encoder, ObjectiveEncoder):
+        encoder = encoder.of_pairs(pairs)
     number = {text: str(index) for index, text in enumerate(texts)}
     mined = []
     with tempfile.TemporaryDirectory(prefix="intaglio-negatives-") as scratch:

@@ -331,7 +331,7 @@ class EncoderObjective(Method):
         texts: Sequence[str],
         side: str,
         batch_size: int = 32,
-        pairs: Sequence[TextPair] | None = None,
+        pairs: Sequence[TextPair | None] | None = None,
     ) -> Tensor:
         """Return the vectors of texts as they are searched, float32 [N, D] on the CPU.
 

@@ -296,6 +296,26 @@ def test_the_policy_learns_what_the_reward_prefers(monkeypatch: pytest.MonkeyPat
     assert choose_expanded([passage], 0.25, "policy", compressor=method.compressor) == (2,)
 
 
+def test_a_stopped_policy_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    fields = {**SMALL, **POLICY, "steps": 4}
+    whole, stopped = checkpoint(layers=1), checkpoint(layers=1)
+    seen: list[int] = []
+
+    def stop(step: int, *_: Any) -> None:
+        seen.append(step)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    Refrag(**fields).fit(whole, TEXTS[:4])
+    with pytest.raises(KeyboardInterrupt):
+        Refrag(**fields).fit(stopped, TEXTS[:4], directory=tmp_path, progress=stop)
+    Refrag(**fields).fit(stopped, TEXTS[:4], directory=tmp_path, resume=True, progress=stop)
+    assert seen == [1, 2, 3, 4]
+    assert same(whole.attachments["refrag"].tensors, stopped.attachments["refrag"].tensors)
+    with pytest.raises(IntaglioError, match="a run with another updates"):
+        Refrag(**fields | {"updates": 1}).fit(checkpoint(layers=1), TEXTS[:4], directory=tmp_path, resume=True)
+
+
 def test_the_expanders() -> None:
     _, method = ready()
     states = torch.eye(4)

@@ -350,7 +350,7 @@ class Refrag(Method, slug="refrag"):
                 not set. An attached compressor is trained further.
             seed: of the compressor and of all draws.
             batch_size: ignored; the field of that name is used.
-            directory: for the states of stages that can be resumed (all but the policy). Default: none.
+            directory: for the states of stages, from which a stopped fit resumes. Default: none.
             resume: whether to continue from them. Default False.
             progress: called after each optimizer step.
 
@@ -407,13 +407,14 @@ class Refrag(Method, slug="refrag"):
             )  # fmt: skip
             loss = [row.loss for row in trained.history if row.loss is not None]
             return loss[-1] if loss else None
-        rows = read_rows(checkpoint, data, self, KeyedRNG(seed)).table
-        if rows is None:
+        rows = read_rows(checkpoint, data, self, KeyedRNG(seed))
+        if rows.table is None:
             raise IntaglioError("the policy is trained on texts in memory; a stream is not accepted")
-        whole = [self._split(row, stage, KeyedRNG(seed, training=False)) for row in rows]
+        whole = [self._split(row, stage, KeyedRNG(seed, training=False)) for row in rows.table]
         curve = train_policy(
             checkpoint, self._compressor, whole, self.batch, share=self.expand, groups=self.group_size,
-            clip=self.clip, updates=self.updates, seed=seed, progress=progress, **sizes,
+            clip=self.clip, updates=self.updates, seed=seed, data=rows.digest, directory=directory, resume=resume,
+            progress=progress, **sizes,
         )  # fmt: skip
         return -curve[-1]
 

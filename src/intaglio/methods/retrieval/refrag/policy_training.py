@@ -5,12 +5,14 @@ Dimension letters: G sampled sets, P picks of a set, L chunks of a context, T po
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.methods.base import Progress
@@ -23,11 +25,14 @@ from intaglio.methods.retrieval.refrag.functional import (
     sample_picks,
 )
 from intaglio.methods.retrieval.refrag.passages import mixed_embeddings
+from intaglio.trainer import resume as run_state
 from intaglio.trainer.causal_lm import IGNORED
 from intaglio.trainer.protocols import Batch, Example
 from intaglio.trainer.rng import KeyedRNG, generator
 
 MAX_GRAD_NORM = 1.0
+TENSORS = "policy.safetensors"
+"""Weights and moments in a saved state."""
 
 Collate = Callable[[Sequence[Example], Sequence[Sequence[int]]], Batch]
 """Makes a batch of rows, each with the chunks that stay tokens."""
@@ -57,6 +62,9 @@ def train_policy(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    data: str,
+    directory: Path | None,
+    resume: bool,
     progress: Progress,
 ) -> list[float]:
     """Train policy and score in place, and return the mean reward of each step.
@@ -77,15 +85,29 @@ def train_policy(
         batch_size: contexts of a step.
         learning_rate: of AdamW.
         seed: of the order of the rows and of the sets.
+        data: digest of the rows.
+        directory: for the state after each tenth of the steps; None: nothing is saved.
+        resume: whether to continue from the state in `directory`.
         progress: called after each step.
+
+    Raises:
+        IntaglioError: `directory` holds another run.
     """
     model, device = checkpoint.model, checkpoint.device
     compressor.eval()  # without dropout: its states are those of the cache
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     trained = [*compressor.policy.parameters(), *compressor.score.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.0)
-    order, curve = KeyedRNG(seed), []
-    for step in range(steps):
+    order, begin, curve = KeyedRNG(seed), 0, []
+    if directory is not None:
+        arguments = {"share": share, "groups": groups, "clip": clip, "updates": updates, "steps": steps,
+                     "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}  # fmt: skip
+        digest = run_state.model_digest(nn.ModuleList([model, compressor]))
+        identity = {"format": 1, "model": digest, "data": data, "arguments": arguments}
+        begin = run_state.start(directory, identity, resume=resume)
+        if begin:
+            curve = _restore(run_state.checkpoint_path(directory, begin), trained, optimizer)
+    for step in range(begin, steps):
         sampled = []
         for place in range(step * batch_size, (step + 1) * batch_size):
             epoch, position = divmod(place, len(rows))
@@ -117,8 +139,32 @@ def train_policy(
             torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
             optimizer.step()
         curve.append(sum(item[-1] for item in sampled) / len(sampled) if sampled else 0.0)
+        if directory is not None and ((step + 1) % max(1, steps // 10) == 0 or step + 1 == steps):
+            moments = optimizer.state_dict()["state"]
+            _save(directory, step + 1, {"weights": trained, "optimizer": moments, "curve": curve})
         progress(step + 1, steps, "refrag: policy")
     optimizer.zero_grad()
+    return curve
+
+
+def _save(directory: Path, step: int, state: Mapping[str, Any]) -> None:
+    tensors: dict[str, Tensor] = {}
+    plain = run_state.split(state, tensors)
+    path = run_state.checkpoint_path(directory, step)
+    path.mkdir(exist_ok=True)
+    save_file(tensors, path / TENSORS)
+    run_state.finish(directory, step, plain)
+
+
+@torch.no_grad()
+def _restore(path: Path, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
+    """Restore weights and moments, and return the curve so far."""
+    state = run_state.join(run_state.read_state(path), load_file(path / TENSORS))
+    for parameter, value in zip(trained, state["weights"], strict=True):
+        parameter.copy_(value)
+    moments = {int(number): value for number, value in state["optimizer"].items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    curve: list[float] = state["curve"]
     return curve
 
 
