@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test guard bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-search bench-recommend bench-retrieval bench-blockffn bench-r-sparse bench-r-sparse-decode bench-control bench-features bench-latents bench-long-context clean
+.PHONY: help install assets demo lint format test test-slow mutants pins catalogue new-method readme docs docs-serve wheel wheel-test guard bench-pruning bench-decoding bench-training bench-attention bench-nm bench-ternary bench-bip bench-lost bench-bitnet bench-transplant bench-recovery bench-search bench-recommend bench-retrieval bench-blockffn bench-r-sparse bench-r-sparse-decode bench-control bench-features bench-latents bench-long-context bench-combiner clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -136,6 +136,9 @@ bench-control: assets  ## constrained sampling against masking, genlm-control an
 bench-long-context: assets  ## sparse attention against dense SDPA with SmolLM2 at 2k to 7.5k tokens
 	$(BIN)/python benchmarks/long_context/run.py
 	$(BIN)/python benchmarks/long_context/run.py --prefill --rounds 1
+
+bench-combiner: install  ## time and memory of Combiner's attention by length, against SDPA
+	$(BIN)/python benchmarks/long_context/combiner.py
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

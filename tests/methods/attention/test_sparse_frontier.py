@@ -514,7 +514,21 @@ def test_a_prompt_that_was_read_once_serves_every_policy(name: str) -> None:
     assert close(torch.cat(logits, 1), expected)
 
 
-def test_a_prompt_is_recorded_of_one_row_without_windows() -> None:
-    for model, ids in ((tiny_model("gemma3"), IDS), (tiny_model("llama"), IDS.repeat(2, 1))):
-        with pytest.raises(IntaglioError, match="of one row, in a model without sliding windows"):
-            read_prompt(model, ids)
+def test_layers_with_a_window_keep_their_stock_layers_after_a_recorded_prompt() -> None:
+    """Policies apply to the other layers; the prompt is longer than the window."""
+    model = tiny_model("gemma3")
+    method = SparseFrontier(cache={"name": "quest", **SPARSE_POLICY["quest"]})
+    with method.attached(model):
+        expected = passes(model, IDS)[:, PROMPT:]
+    states = read_prompt(model, IDS[:, :PROMPT])
+    assert states.windowed
+    for _ in range(2):  # a cache of its own each time
+        with method.attached(model), torch.no_grad():
+            cache = states.cache(method.cache)  # type: ignore[arg-type]
+            logits = [model(IDS[:, i : i + 1], **{CACHE: cache}).logits for i in range(PROMPT, 40)]
+        assert close(torch.cat(logits, 1), expected)
+
+
+def test_a_prompt_is_recorded_of_one_row() -> None:
+    with pytest.raises(IntaglioError, match="of one row, in a model with layers without a sliding window"):
+        read_prompt(tiny_model("llama"), IDS.repeat(2, 1))

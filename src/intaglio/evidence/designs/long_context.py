@@ -54,7 +54,7 @@ class Retrieval(BedDesign):
         document, states = _read(self.bed, key.split, key.seed)
         model = self.bed.load().model
         policy: Any = DENSE if name is None else at_sparsity(name, states.length, sparsity).cache
-        layers = range(len(anatomy(model).blocks))
+        layers = [index for index, window in enumerate(anatomy(model).windows) if window is None]
         right: dict[str, float | None] = {}
         scores: dict[str, float | None] = {}
         with torch.no_grad(), peak_memory(next(model.parameters()).device) as spent:

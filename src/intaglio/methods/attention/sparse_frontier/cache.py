@@ -128,7 +128,7 @@ class SequenceCache:
 
     def attend(self, query_HQD: Tensor, key_GQD: Tensor, value_GQD: Tensor, meter: Meter | None = None) -> Tensor:
         """Add new tokens and return their attention [H, Q, D]; each token reads what the policy selects for it."""
-        if self.policy.selects:
+        if self.policy.selects and query_HQD.shape[1] > 1:
             tokens = zip(query_HQD.split(1, 1), key_GQD.split(1, 1), value_GQD.split(1, 1), strict=True)
             outputs = [self._attend(*token, meter) for token in tokens]
             return torch.cat(outputs, 1)
@@ -271,7 +271,8 @@ class Quest(Policy):
         query_GgD = query_HD.unflatten(0, (len(low_GUD), -1))
         if self.share_pages:  # the maximum is linear in the positive and in the negative part of q
             positive, negative = query_GgD.clamp(min=0).sum(1), query_GgD.clamp(max=0).sum(1)
-            return ((high_GUD @ positive[..., None]) + (low_GUD @ negative[..., None]))[..., 0]
+            # Rows times matrices: on a CPU a batch of matrices times columns takes several times as long.
+            return ((positive[:, None] @ high_GUD.mT) + (negative[:, None] @ low_GUD.mT))[:, 0]
         scores_GgU = query_GgD.clamp(min=0) @ high_GUD.mT + query_GgD.clamp(max=0) @ low_GUD.mT
         return scores_GgU.flatten(0, 1)
 

@@ -5,17 +5,20 @@ Dimension letters: H query heads, G key-value heads, N tokens of the prompt, W l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from intaglio.errors import IntaglioError
 from intaglio.methods.attention.sparse_frontier.cache import Policy, SequenceCache, SparseLayer
 from intaglio.methods.attention.sparse_frontier.installation import install, uninstall
+from intaglio.methods.attention.sparse_frontier.prefill import SinkWindow
 from intaglio.modeling.anatomy import CACHE, anatomy
 
 QUERIES = 256
@@ -36,9 +39,16 @@ class _Recording(Policy):
 
 @dataclass(frozen=True, eq=False)
 class PromptStates:
-    """Last queries [H, W, D], keys and values [G, N, D] and the factor of the scores of each layer."""
+    """What a prompt left in each layer.
+
+    Args:
+        layers: last queries [H, W, D], keys and values [G, N, D] and the factor of the scores, of the layers without a
+            sliding window in order.
+        windowed: stock cache layers of those with one, by index. Default: none.
+    """
 
     layers: tuple[tuple[Tensor, Tensor, Tensor, float], ...]
+    windowed: Mapping[int, CacheLayerMixin] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -46,9 +56,13 @@ class PromptStates:
         return self.layers[0][1].shape[1]
 
     def cache(self, policy: Policy) -> DynamicCache:
-        """Return the cache of a policy after the prompt."""
-        cache = DynamicCache()
-        for index, (query, key, value, scale) in enumerate(self.layers):
+        """Return the cache of a policy after the prompt; layers with a sliding window keep their stock layers."""
+        cache, recorded = DynamicCache(), iter(self.layers)
+        for index in range(len(self.layers) + len(self.windowed)):
+            if index in self.windowed:
+                cache.layers.append(deepcopy(self.windowed[index]))
+                continue
+            query, key, value, scale = next(recorded)
             layer = SparseLayer(policy, index)
             layer.update(key[None], value[None])
             layer.sequences.append(SequenceCache(policy, query, key, value, scale, index))
@@ -61,21 +75,26 @@ def read_prompt(model: Any, ids: Tensor) -> PromptStates:
     """Read a prompt [1, N] with dense attention.
 
     Raises:
-        IntaglioError: a model with sliding windows, or more than one row.
+        IntaglioError: more than one row, or a model whose layers all have sliding windows.
     """
     parts, recording = anatomy(model), _Recording()
-    if any(window is not None for window in parts.windows) or len(ids) != 1:
-        raise IntaglioError("states are recorded of one row, in a model without sliding windows")
-    installation = install(model, None, recording, [], range(len(parts.blocks)))
+    windows = {index: window for index, window in enumerate(parts.windows) if window is not None}
+    full = [index for index in range(len(parts.blocks)) if index not in windows]
+    if len(ids) != 1 or not full:
+        raise IntaglioError("states are recorded of one row, in a model with layers without a sliding window")
+    # All of a window's keys, tile by tile: stock attention masks all pairs of a long prompt.
+    window = SinkWindow(budget=max(windows.values()), sinks=0) if windows else None
+    installation = install(model, window, recording, list(windows), full)
     try:
         cache = installation.new_cache(parts.config)
         parts.base(ids, **{CACHE: cache}, use_cache=True)
     finally:
         uninstall(model)
     states = []
-    for layer, query in zip(cache.layers, recording._queries, strict=True):
+    for index, query in zip(full, recording._queries, strict=True):
+        layer = cache.layers[index]
         assert isinstance(layer, SparseLayer)
         (sequence,) = layer.sequences
         (buffer,) = sequence.buffers
         states.append((query, buffer.keys[:, : buffer.length], buffer.values[:, : buffer.length], sequence.scale))
-    return PromptStates(tuple(states))
+    return PromptStates(tuple(states), {index: cache.layers[index] for index in windows})

@@ -79,7 +79,7 @@ def tiled_attention(
         for first, last in _chunks(length, size):
             index_TK, seen_TBK = gather_indices(indices, head, first, last, length, window)
             if meter is not None:
-                meter.prefill_computed += int(seen_TBK.view(-1, seen_TBK.shape[-1])[: length - first * size].sum())
+                meter.prefill_computed += _pairs(index_TK, first * size, size, length, window)
             index_TK = index_TK.clamp(max=length - 1)
             # A head of one in the second dimension, for the fused kernel.
             attended = torch.nn.functional.scaled_dot_product_attention(
@@ -114,10 +114,19 @@ def gather_indices(
     index_TK = torch.full((last - first, int(counts_T.max())), length, device=tile.device)
     index_TK[tile, place] = key
     # Rows after the last token see what that token sees.
-    query_TB1 = torch.arange(first * size, last * size, device=tile.device).clamp(max=length - 1).view(-1, size, 1)
-    distance_TBK = query_TB1 - index_TK[:, None]
+    query_T = torch.arange(first * size, last * size, dtype=torch.int32, device=tile.device).clamp(max=length - 1)
+    distance_TBK = query_T.view(-1, size, 1) - index_TK[:, None].int()
     visible_TBK = distance_TBK >= 0
     return index_TK, visible_TBK if window is None else visible_TBK & (distance_TBK < window)
+
+
+def _pairs(index_TK: Tensor, start: int, size: int, length: int, window: int | None) -> int:
+    """Return how many pairs the tiles from the query `start` on compute with their keys; key N is none."""
+    first_T1 = start + size * torch.arange(len(index_TK), device=index_TK.device)[:, None]
+    last_TK = (first_T1 + size - 1).clamp(max=length - 1).expand_as(index_TK)
+    if window is not None:
+        last_TK = torch.minimum(last_TK, index_TK + window - 1)
+    return int((last_TK - torch.maximum(first_T1, index_TK) + 1).clamp(min=0).sum())
 
 
 def kept_pairs(indices: Indices, heads: int, length: int, window: int | None) -> Tensor:
