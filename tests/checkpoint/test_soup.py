@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from intaglio.checkpoint import soup
-from intaglio.checkpoint.soup import Soup, average, ema_update, greedy
+from intaglio.checkpoint.soup import Soup, average, ema_update, greedy, maximum
 from intaglio.errors import IntaglioError
 from tests.families import tiny_model
 
@@ -140,7 +141,7 @@ def test_a_tie_in_one_source_only_is_none() -> None:
     result = average([{"x": shared, "y": shared}, {"x": torch.zeros(3), "y": torch.full((3,), 2.0)}])
     assert result["x"].tolist() == [0.5] * 3
     assert result["y"].tolist() == [1.5] * 3
-    with pytest.raises(IntaglioError, match="the tensor y of source 1 is missing in source 0"):
+    with pytest.raises(IntaglioError, match="the tensor y of model 2 of 2 is missing in model 1 of 2"):
         average([{"x": shared}, {"x": torch.zeros(3), "y": torch.ones(3)}])
 
 
@@ -159,9 +160,9 @@ def test_refusals(tmp_path: Path) -> None:
         ([one, one], [1.0, -1.0], "weights is .* finite numbers from 0, not all 0"),
         ([one, one], [0.0, 0.0], "finite numbers from 0, not all 0"),
         ([one, one], [math.nan, 1.0], "finite numbers from 0"),
-        ([one, {**one, "c": torch.ones(1)}], None, "the tensor c of source 1 is missing in source 0"),
-        ([one, {"a": one["a"]}], None, "the tensor b of source 0 is missing in source 1"),
-        ([one, {**one, "a": torch.ones(3, 5)}], None, r"tensor a has the shape \(3, 4\) in source 0 and \(3, 5\)"),
+        ([one, {**one, "c": torch.ones(1)}], None, "the tensor c of model 2 of 2 is missing in model 1 of 2"),
+        ([one, {"a": one["a"]}], None, "the tensor b of model 1 of 2 is missing in model 2 of 2"),
+        ([one, {**one, "a": torch.ones(3, 5)}], None, r"tensor a has the shape \(3, 4\) in model 1 of 2 and \(3, 5\)"),
         ([one, {**one, "steps": torch.tensor([1, 2, 4])}], None, "tensor steps holds int64 values that differ"),
         ([tmp_path / "empty"], None, "a directory with one"),
         ([tmp_path / "absent"], None, "is neither a safetensors file"),
@@ -221,6 +222,16 @@ def test_greedy_on_files_and_with_nan(tmp_path: Path) -> None:
         greedy(paths[:1], near(0.0))
     with pytest.raises(IntaglioError, match="none of the 0 candidates"):
         greedy([], near(0.0))
+
+
+def test_refusals_name_a_candidate_by_its_own_position() -> None:
+    """The ranking and the choice leave candidates out, and the position of the others stays."""
+    candidates: list[Any] = [{"x": torch.ones(1)}, {"x": torch.ones(2)}, {"x": torch.zeros(3)}]
+    sizes = {1: 0.0, 2: 1.0, 3: 2.0}
+    words = r"has the shape \(3,\) in model 3 of 3 and \(2,\) in model 2 of 3"
+    for make in (partial(maximum, top=2), greedy):
+        with pytest.raises(IntaglioError, match=words):
+            make(candidates, lambda parameters: sizes[len(parameters["x"])])
 
 
 def test_ema_on_modules_with_ties() -> None:

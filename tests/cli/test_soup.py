@@ -212,9 +212,8 @@ def test_arguments_that_do_not_fit(place: Path) -> None:
 def test_unlike_shapes_are_named(place: Path) -> None:
     save(tiny_model("llama_tied", layers=2), place / "deep", "llama_tied")
     weights = load_file(place / "b" / "model.safetensors")
-    assert "is missing in" in cli_refusal(
-        place, "soup", place / "a", place / "deep", "-o", place / "out", "--mode", "uniform"
-    )
+    said = cli_refusal(place, "soup", place / "a", place / "deep", "-o", place / "out", "--mode", "uniform")
+    assert f"of {place / 'deep'} is missing in {place / 'a'}" in said
     config = json.loads((place / "b" / "config.json").read_text())
     config["intermediate_size"] += 4
     (place / "b" / "config.json").write_text(json.dumps(config))

@@ -13,7 +13,14 @@ import pytest
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    BeitConfig,
+    BeitModel,
+    Trainer,
+    TrainingArguments,
+)
 from typer.testing import CliRunner
 
 from intaglio.checkpoint import Checkpoint, load
@@ -24,6 +31,7 @@ from intaglio.data.labelled_images import load_labelled_images, read_image
 from intaglio.errors import IntaglioError
 from intaglio.modeling.anatomy import anatomy
 from intaglio.modeling.token_classifier import label_names
+from intaglio.recipe.plan import plan as dry_run
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
 from intaglio.trainer import (
@@ -38,6 +46,7 @@ from intaglio.trainer import (
     training_rows,
 )
 from intaglio.trainer.classification import Classification, Classified, classifier_outputs, make_evaluator, predict
+from intaglio.trainer.recipe_step import Train
 from tests.trainer.helpers import checkpoint, same, weights
 from tests.trainer.test_resume import Killed, killer
 
@@ -248,6 +257,20 @@ def test_losses_by_hand() -> None:
         assert torch.equal(loss.outputs.targets, one_hot if targets is None else mixed)
 
 
+def test_a_model_of_images_may_have_a_vocabulary_of_visual_tokens(tmp_path: Path) -> None:
+    config = BeitConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=8,
+                        patch_size=4, num_channels=1)  # fmt: skip
+    BeitModel(config).save_pretrained(tmp_path / "beit")
+    image_model().image_processor.save_pretrained(tmp_path / "beit")
+    plan = Recipe.from_dict({"steps": [{"fit": {"dkvb": {"labels": str(folder(tmp_path / "images"))}}}]})
+    with pytest.raises(IntaglioError, match="a recipe on images has no dry run"):
+        dry_run(plan, model=str(tmp_path / "beit"))
+    ckpt = load(tmp_path / "beit")
+    train(ckpt, squares(), objective=Classification(), **SETTINGS)
+    ckpt.save(tmp_path / "out")
+    assert type(load(tmp_path / "out").model).__name__ == "BeitForImageClassification"
+
+
 def test_dropout_labels_and_length() -> None:
     ckpt = checkpoint("bert")
     rows = training_rows(Classification(dropout=0.25, length=4, labels=["sun", "fox", "dog"]), ckpt, TEXTS, KeyedRNG(0))
@@ -446,6 +469,25 @@ def test_a_recipe_trains_an_image_classifier(tmp_path: Path) -> None:
     assert "img-src data:" in page  # the page's policy allows nothing by itself
     assert load(tmp_path / "out").image_processor is not None
     assert carve(plan, tmp_path / "out", resume=True) == document
+
+
+def test_validation_texts_are_cut_as_the_training_texts_are(tmp_path: Path) -> None:
+    for name, rows in {"training": TEXTS[:6], "validation": TEXTS[6:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    step = {"classes": str(tmp_path / "training.jsonl"), "validation": str(tmp_path / "validation.jsonl"),
+            "objective": {"classification": {"length": 4}}, "steps": 1, "batch_size": 4}  # fmt: skip
+    new = {"family": "llama", "width": 16, "depth": 1}
+    document = carve(Recipe.from_dict({"new": new, "steps": [{"train": step}]}), tmp_path / "out")
+    ckpt = load(tmp_path / "out")
+    cut, whole = (make_evaluator(TEXTS[6:], length=length)(ckpt)["loss"] for length in (4, None))
+    assert cut != pytest.approx(whole, abs=1e-4)
+    assert document["curve"]["evaluation/loss"][-1] == pytest.approx(cut, abs=1e-6)
+    scored = Train.model_validate(step)._data(None, frozenset(), None)[1]
+    assert scored(ckpt)["loss"] == pytest.approx(cut, abs=1e-6)
+    probs = predict(ckpt, TEXTS[6:], length=4).amax(1)
+    shown = [item["probability"] for item in document["mistakes"]]
+    assert shown
+    assert all(min(abs(float(p) - value) for p in probs) < 1e-6 for value in shown)
 
 
 @pytest.mark.parametrize(

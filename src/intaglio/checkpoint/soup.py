@@ -25,6 +25,16 @@ from intaglio.errors import IntaglioError
 
 Source = Mapping[str, Tensor] | str | os.PathLike[str]
 Tensors = nn.Module | Mapping[str, Tensor]
+
+
+class NamedState(dict[str, Tensor]):
+    """State dict with the name of its model for messages."""
+
+    def __init__(self, state: Mapping[str, Tensor], name: str) -> None:
+        super().__init__(state)
+        self.name = name
+
+
 _Storage = tuple[Any, ...]
 COUNTER = "num_batches_tracked"
 """Buffer of batch normalisation that counts steps; models of different length differ in it, and the largest is kept."""
@@ -95,10 +105,23 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _open(source: Source, index: int, stack: ExitStack) -> _Reader:
-    if isinstance(source, Mapping):
-        return _InMemory(source, f"source {index}")
-    return _OnDisk(_files(Path(source)), str(source), stack)
+def _named(sources: Sequence[Source]) -> list[Source]:
+    """Name the state dicts without a name by their position, so that a part of the sources keeps the names."""
+    return [
+        NamedState(source, f"model {n} of {len(sources)}")
+        if isinstance(source, Mapping) and not isinstance(source, NamedState)
+        else source
+        for n, source in enumerate(sources, 1)
+    ]
+
+
+def _open(sources: Sequence[Source], stack: ExitStack) -> list[_Reader]:
+    return [
+        _InMemory(source, source.name)
+        if isinstance(source, NamedState)
+        else _OnDisk(_files(Path(source)), str(source), stack)  # type: ignore[arg-type]
+        for source in _named(sources)
+    ]
 
 
 def _check_weights(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -189,7 +212,7 @@ def average(
     """
     shares = _check_weights(weights, len(sources))
     with ExitStack() as stack:
-        readers = [_open(source, index, stack) for index, source in enumerate(sources)]
+        readers = _open(sources, stack)
         aliases = _aliases(readers)
         names = _check_names(readers, aliases)
         result = {name: _mean(name, readers, shares, dtype) for name in names if name not in aliases}
@@ -241,7 +264,7 @@ def greedy(candidates: Sequence[Source], score: Score, higher_is_better: bool = 
     not fall. So the soup is never worse than the best candidate on the score used for the choice; report it on other
     data. A candidate whose score is NaN is left out.
     """
-    sign = 1.0 if higher_is_better else -1.0
+    sign, candidates = 1.0 if higher_is_better else -1.0, _named(candidates)
     alone, order = _ranked(candidates, score, sign)
     log = [Trial((i,), alone[i], i == order[0]) for i in range(len(alone))]
     chosen: tuple[int, ...] = (order[0],)
@@ -266,6 +289,7 @@ def maximum(candidates: Sequence[Source], score: Score, top: int, higher_is_bett
     """
     if top < 1:
         raise IntaglioError(f"top is {top}; a number of models from 1 on is accepted")
+    candidates = _named(candidates)
     alone, order = _ranked(candidates, score, 1.0 if higher_is_better else -1.0)
     chosen = tuple(order[:top])
     return _mixed(candidates, chosen, score, [Trial((i,), alone[i], i in chosen) for i in range(len(alone))])
@@ -295,7 +319,7 @@ def weight_cosine(first: Source, second: Source) -> float | None:
         IntaglioError: names or shapes differ.
     """
     with ExitStack() as stack:
-        readers = [_open(source, index, stack) for index, source in enumerate((first, second))]
+        readers = _open((first, second), stack)
         aliases = _aliases(readers)
         names = [name for name in _check_names(readers, aliases) if name not in aliases]
         dot, norms = 0.0, [0.0, 0.0]

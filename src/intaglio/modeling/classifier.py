@@ -22,8 +22,9 @@ SUFFIXES = ("ForSequenceClassification", "ForImageClassification")
 
 
 def is_image_model(config: Any) -> bool:
-    """Return whether a configuration is that of a model of images."""
-    return not hasattr(config, "vocab_size") and hasattr(config, "num_channels")
+    """Return whether a configuration is that of a model of images; BEiT's `vocab_size` is that of visual tokens."""
+    texts = hasattr(config, "vocab_size") and type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    return not texts and hasattr(config, "num_channels")
 
 
 def whole_input_class(config: Any) -> type[Any]:

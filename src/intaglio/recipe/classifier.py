@@ -45,7 +45,9 @@ def train_classifier(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool,
     """
     step = cast(Train, classes_step(spec.recipe))
     training, validation, shared = step.labelled()
-    evaluate = None if validation is None else make_evaluator(validation.rows, batch_size=step.batch_size)
+    length = cast(Classification, step.objective_method()).length
+    sizes: dict[str, Any] = {"batch_size": step.batch_size, "length": length}
+    evaluate = None if validation is None else make_evaluator(validation.rows, **sizes)
 
     def start() -> Checkpoint:
         texts = tuple(row["text"] for row in training.rows) if training.kind == "text" else ()
@@ -71,7 +73,7 @@ def train_classifier(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool,
         )
 
     def document(checkpoint: Checkpoint) -> dict[str, Any]:
-        return classifier_document(checkpoint, spec.source_name, training, validation, shared)
+        return classifier_document(checkpoint, spec.source_name, training, validation, shared, length)
 
     digest = training.digest + ("" if validation is None else validation.digest)
     parts = SingleStep(digest, start, train, document, report.classifier_page)
@@ -128,6 +130,7 @@ def classifier_document(
     training: LabelledExamples,
     validation: LabelledExamples | None,
     shared: int = 0,
+    length: int | None = None,
     **about: Any,
 ) -> dict[str, Any]:
     """Return the report of a trained or attached classifier.
@@ -138,6 +141,7 @@ def classifier_document(
         training: its data.
         validation: the data to score it on; None: it is not scored.
         shared: validation examples that are training examples too.
+        length: maximum tokens of a text, as in training. Default: the model's context.
         about: `classes`, `curve` and `modifiers`. Default: those of the model and its training.
     """
     record = checkpoint.record.steps[-1]
@@ -165,7 +169,7 @@ def classifier_document(
     }  # fmt: skip
     if validation is None:
         return document
-    probs_NK = predict(checkpoint, validation.rows)
+    probs_NK = predict(checkpoint, validation.rows, length=length)
     gold, chosen = [row["label"] for row in validation.rows], [classes[index] for index in probs_NK.argmax(1).tolist()]
     f1 = f1_scores([gold], [chosen])
     wrong = [number for number, (a, b) in enumerate(zip(gold, chosen, strict=True)) if a != b]

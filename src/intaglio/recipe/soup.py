@@ -17,7 +17,7 @@ from torch import Tensor
 from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint, load, load_config, load_record
 from intaglio.checkpoint.resolve import resolve, split_revision
-from intaglio.checkpoint.soup import Score, Soup, Source, average, greedy, maximum, uniform, weight_cosine
+from intaglio.checkpoint.soup import NamedState, Score, Soup, Source, average, greedy, maximum, uniform, weight_cosine
 from intaglio.data.labelled_examples import load_labelled_examples
 from intaglio.data.segments import segments
 from intaglio.data.text_pairs import load_text_pairs
@@ -244,7 +244,7 @@ def _sources(names: Sequence[str], first: Checkpoint, device: str | None) -> tup
         if local and _tensor_names(place) <= known:
             sources.append(place)
         else:
-            sources.append(load(name, device=device).model.state_dict())
+            sources.append(NamedState(load(name, device=device).model.state_dict(), name))
     notes = []
     for name, other in zip(names[1:], sources[1:], strict=True):
         cosine = weight_cosine(sources[0], other)
