@@ -104,13 +104,15 @@ def measure(shape: str, shares: list[float], threads: int, seconds: float) -> di
     }  # fmt: skip
 
 
-def decode(tokens: int, rounds: int, documents: int, samples: int) -> list[dict[str, Any]]:
-    """Return every arm's perplexity and its speed, measured in alternation."""
+def decode(arms: str, tokens: int, rounds: int, documents: int, samples: int) -> list[dict[str, Any]]:
+    """Return perplexity and speed of the dense model and of the arms that begin so, measured in alternation."""
     bed = SmolLM2Wikipedia(samples=samples, documents_pilot=documents)
     base, calibration, texts = bed.load(), bed.calibration(0).segments, bed.documents("pilot").segments
     models: dict[str, Checkpoint] = {}
     results: dict[str, dict[str, Any]] = {}
     for name, arm in ARMS.items():
+        if arm is not None and not name.startswith(arms):
+            continue
         checkpoint = Checkpoint(copy.deepcopy(base.model), base.tokenizer, base.source)
         if arm is not None:
             cast(Carving, arm).apply(checkpoint, calibration, batch_size=8)
@@ -194,6 +196,7 @@ def main() -> None:
     parser.add_argument("--threads", default="1,2", help="comma-separated; decoding takes the last")
     parser.add_argument("--seconds", type=float, default=8.0, help="measuring time of each shape")
     parser.add_argument("--decode", action="store_true", help="SmolLM2 end to end, instead of products")
+    parser.add_argument("--arms", default="", help="beginning of the names of the arms that decode; default: all")
     parser.add_argument("--tokens", type=int, default=64, help="of a generation")
     parser.add_argument("--rounds", type=int, default=5, help="rounds per arm")
     parser.add_argument("--documents", type=int, default=11, help="evaluated for perplexity")
@@ -206,7 +209,7 @@ def main() -> None:
     threads = [int(count) for count in given.threads.split(",")]
     if given.decode:
         torch.set_num_threads(threads[-1])
-        decoded = decode(given.tokens, given.rounds, given.documents, given.samples)
+        decoded = decode(given.arms, given.tokens, given.rounds, given.documents, given.samples)
         print(json.dumps(decoded), flush=True)
     else:
         for count in threads:

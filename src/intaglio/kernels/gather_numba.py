@@ -6,14 +6,16 @@ touched; the next eight are prefetched (`row_dot_llvm`). Then the rows of `up` a
 activations a column is read where any of them selects it, and adds zero for the others.
 
 Outputs are split over torch's number of threads where a product is large enough. Each output is summed in a fixed
-order, so results do not depend on the threads. Projections of the same input (`SharedInput`) are computed in one call:
-every thread selects inputs for itself and computes its share of each projection's outputs, so threads start once.
+order, so results do not depend on the threads. Without a low rank, projections of the same input (`SharedInput`) are
+computed in one call in torch's own threads (`openmp`): each selects inputs for itself and computes its share of every
+projection's outputs, so threads start once.
 
 Dimension letters: B rows of activations, I inputs, O outputs, R rank; C selected inputs.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -21,12 +23,13 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import cfunc, njit, prange, types
 from torch import Tensor
 
 from intaglio.kernels import row_dot_llvm
 from intaglio.kernels.llvm_emitter import LINE as _LINE
-from intaglio.kernels.numba_pointers import as_float, compiled, may_share, pointer
+from intaglio.kernels.numba_pointers import as_float, compiled, may_share, pointer, take
+from intaglio.kernels.openmp import launch, most_threads
 
 _WORTH = 1 << 20
 """Weights per further thread (about 15 microseconds of work)."""
@@ -34,6 +37,9 @@ _CHUNK = 1024
 """Outputs processed at a time where several rows read the same columns: they stay in the L1 cache."""
 _TOGETHER = 8
 """Columns added at a time."""
+_CALL, _PROJECTION = struct.Struct("9q"), struct.Struct("4qd")
+"""Arguments of a call without a low rank, and of each of its projections, which follow."""
+_CALL_SIZE, _PROJECTION_SIZE = _CALL.size, _PROJECTION.size
 
 _dots = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 
@@ -54,9 +60,12 @@ def linear(
     """
     (B, inputs), outputs = x_BI.shape, weight_IO.shape[1]
     rank = 0 if down_RI is None else len(down_RI)
+    most = 1 + B * inputs * outputs // _WORTH if threads is None else threads
+    if not rank and isinstance(threshold_B, float):
+        part = _projection(weight_IO, threshold_B, scale_I, bias_O)
+        return _shared(x_BI, weight_IO.dtype, outputs, part, min(most_threads(), most)).view(B, outputs)
     y_BO = torch.empty(B, outputs)
     one, many = (threshold_B, 0) if isinstance(threshold_B, float) else (0.0, threshold_B.data_ptr())
-    most = 1 + B * inputs * outputs // _WORTH if threads is None else threads
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, most)
     room = torch.empty(4 * (inputs + B * (2 * inputs + rank)) + (threads + 2) * _LINE, dtype=torch.uint8)
     arguments = (
@@ -84,30 +93,34 @@ class SharedInput:
         self._parts = parts  # addresses are valid as long as the tensors live
         self.inputs, self.dtype = parts[0][0].shape[0], parts[0][0].dtype
         self.widths = [weight_IO.shape[1] for weight_IO, *_ in parts]
-        rows = [
-            [weight_IO.data_ptr(), weight_IO.shape[1], *(0 if part is None else part.data_ptr() for part in rest)]
-            for weight_IO, _, *rest in parts
-        ]
-        self._table = torch.tensor(rows)
-        self._limits = torch.tensor([limit for _, limit, *_ in parts], dtype=torch.float64)
-        self._addresses = self._table.data_ptr(), self._limits.data_ptr(), len(parts)
+        self._packed = b"".join(_projection(*part) for part in parts)
 
     def worth(self, rows: int) -> int:
         """Return the number of threads that the size is worth."""
-        return min(numba.config.NUMBA_NUM_THREADS, 1 + rows * self.inputs * sum(self.widths) // _WORTH)
+        return min(most_threads(), 1 + rows * self.inputs * sum(self.widths) // _WORTH)
 
     def __call__(self, x_BI: Tensor, threads: int) -> list[Tensor]:
         """Return each projection's outputs, float32 [B, O]; x is float32 and contiguous."""
-        B = len(x_BI)
-        y = torch.empty(B * sum(self.widths))
-        own = (4 * (self.inputs + 2 * B * self.inputs) + 4 * _LINE) // _LINE * _LINE
-        room = torch.empty(threads * own + _LINE, dtype=torch.uint8)
-        arguments = (x_BI.data_ptr(), B, self.inputs, *self._addresses, y.data_ptr(), room.data_ptr(), own)
-        if threads > 1 and may_share():
-            _shared_together(self.dtype)(*arguments, threads)
-        else:
-            _shared(self.dtype)(*arguments, 0, 1)
+        B, threads = len(x_BI), min(most_threads(), threads)
+        y = _shared(x_BI, self.dtype, sum(self.widths), self._packed, threads)
         return [part.view(B, -1) for part in y.split([B * width for width in self.widths])]
+
+
+def _projection(weight_IO: Tensor, threshold: float, scale_I: Tensor | None, bias_O: Tensor | None) -> bytes:
+    scale, bias = (0 if part is None else part.data_ptr() for part in (scale_I, bias_O))
+    return _PROJECTION.pack(weight_IO.data_ptr(), weight_IO.shape[1], scale, bias, threshold)
+
+
+def _shared(x_BI: Tensor, dtype: torch.dtype, outputs: int, projections: bytes, threads: int) -> Tensor:
+    """Return the outputs of all projections, one after the other."""
+    B, inputs = x_BI.shape
+    y = torch.empty(B * outputs)
+    own = (4 * (inputs + 2 * B * inputs) + 4 * _LINE) // _LINE * _LINE
+    room = torch.empty(threads * own + _LINE, dtype=torch.uint8)
+    count = len(projections) // _PROJECTION.size
+    call = _CALL.pack(x_BI.data_ptr(), B, inputs, count, y.data_ptr(), room.data_ptr(), own, threads, 0)
+    launch(_entry(dtype).address, bytearray(call + projections), threads)
+    return y
 
 
 # Compiled from here on. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
@@ -290,38 +303,32 @@ def _together(dtype: torch.dtype) -> Any:
 
 
 @lru_cache
-def _shared(dtype: torch.dtype) -> Any:
-    """Compute a thread's share of the projections of one input."""
+def _entry(dtype: torch.dtype) -> Any:
+    """Compute shares of the projections of one input until none is left; called by every thread."""
     _, add = _functions(dtype)
 
     @compiled
-    def shared(x, B, inputs, table, limits, projections, y, room, own, share, threads):
-        row_P4, limit_P = pointer(table, np.int64), pointer(limits, np.float64)
-        places, values, rest, _, numbers = _parts(B, inputs, 0, room + share * own)
-        for p in range(projections):
-            outputs = row_P4[4 * p + 1]
-            chosen = _choose(x, B, inputs, limit_P[p], 0, row_P4[4 * p + 2], places, values, rest)
+    def compute(arguments, share):
+        call = pointer(arguments, np.int64)
+        x, B, inputs, y, shares = call[0], call[1], call[2], call[4], call[7]
+        places, values, rest, _, numbers = _parts(B, inputs, 0, call[5] + share * call[6])
+        for p in range(call[3]):
+            at = arguments + _CALL_SIZE + _PROJECTION_SIZE * p
+            part, limit = pointer(at, np.int64), pointer(at + 32, np.float64)[0]
+            weight, outputs = part[0], part[1]
+            chosen = _choose(x, B, inputs, limit, 0, part[2], places, values, rest)
             # Sixteen outputs are a cache line, which two threads should not share.
-            part = ((outputs + threads - 1) // threads + 15) // 16 * 16
-            first, end = min(outputs, share * part), min(outputs, (share + 1) * part)
-            _begin(y, B, outputs, row_P4[4 * p + 3], first, end)
-            add(row_P4[4 * p], outputs, places, values, chosen, B, y, first, end, numbers)
+            each = ((outputs + shares - 1) // shares + 15) // 16 * 16
+            first, end = min(outputs, share * each), min(outputs, (share + 1) * each)
+            _begin(y, B, outputs, part[3], first, end)
+            add(weight, outputs, places, values, chosen, B, y, first, end, numbers)
             y += 4 * B * outputs
 
-    return shared
+    @cfunc(types.void(types.int64))
+    def entry(arguments):
+        shares, share = pointer(arguments, np.int64)[7], take(arguments + 64)
+        while share < shares:
+            compute(arguments, share)
+            share = take(arguments + 64)
 
-
-@lru_cache
-def _shared_together(dtype: torch.dtype) -> Any:
-    """Compute the projections of one input in several threads, started once."""
-    shared = _shared(dtype)
-
-    @njit(nogil=True, error_model="numpy", parallel=True)
-    def together(x, B, inputs, table, limits, projections, y, room, own, threads):
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        for share in prange(threads):
-            shared(x, B, inputs, table, limits, projections, y, room, own, share, threads)
-        numba.set_num_threads(before)
-
-    return together
+    return entry

@@ -29,6 +29,17 @@ def as_float(_context, bits):
     return types.float32(types.int32), lambda _c, builder, _s, values: builder.bitcast(values[0], ir.FloatType())
 
 
+@intrinsic
+def take(_context, address):
+    """Return the counter at an address and add one to it, as a single step for all threads."""
+
+    def emit(_context, builder, _signature, values):
+        counter = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), emit
+
+
 @lru_cache(maxsize=1)
 def may_share() -> bool:
     """Return whether threads are safe: numba's workqueue layer ends the process if two launches overlap."""

@@ -4,9 +4,9 @@ On a CPU the usual matrix product is made for many rows. Two others are measured
 (`environment.tuning`), and serve the numbers of rows for which they are faster:
 
 - *prepacked*: the usual product repacks the weight in each call, which a single row does not need and many rows pay
-  back; from two to some hundred rows, those of a drafted tree, it is most of the time. oneDNN accepts weights in its own
-  layout. A linear layer gets such a copy at its first call in a run. The two operators are those that torch's inductor
-  calls for frozen weights. Copies are kept for the next run, as long as the module lives.
+  back; from two to some hundred rows, those of a drafted tree, it is most of the time. oneDNN accepts weights in a
+  layout of its own. A linear layer gets such a copy at its first call in a run. The two operators are those that
+  torch's inductor calls for frozen weights. Copies are kept for the next run, as long as the module lives.
 - *direct*: our own product from the weight as it lies (`kernels.dense_llvmlite`), with one thread or all.
 
 They are used only during the passes of the loop; the weights themselves are unchanged. Without the operators, or
@@ -228,7 +228,9 @@ def _tuned_steps(module: Any, tuner: tuning.Tuner) -> Steps:
             if name == PREPACKED:
                 calls[name] = partial(lambda x, rows: _product(x, next(weights.laid_out), None, rows), x_BI, rows)
             else:
-                calls[name] = partial(lambda *own: _direct(own[0], next(weights.stock), None, *own[1:]), x_BI, rows, name)
+                calls[name] = partial(
+                    lambda *own: _direct(own[0], next(weights.stock), None, *own[1:]), x_BI, rows, name
+                )
         key = f"{weights.key} rows {rows} threads {torch.get_num_threads()}"
         steps.append(tuner.choose(key, calls, reserve=_RESERVE))
     return tuple(steps)
@@ -252,7 +254,7 @@ def prepacked(model: nn.Module, wanted: bool | None, tokens: int) -> Prepacked |
 
     Args:
         model: the model.
-        wanted: True: prepacked products wherever possible. False: stock ones. None: those measured to be the fastest, if
+        wanted: True: prepacked products wherever possible. False: stock ones. None: those measured to be fastest, if
             the run may emit at least 32 tokens and the copies take at most half of the free memory.
         tokens: most new tokens of the run.
     """
