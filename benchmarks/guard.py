@@ -121,8 +121,6 @@ def expert_pairs() -> Iterator[tuple[str, Pair]]:
 def decoding_pairs(new: int) -> Iterator[tuple[str, Pair]]:
     """Yield generation with every drafter and with R-Sparse, on all prompts, against stock greedy `generate`."""
     checkpoint = intaglio.load("smollm2")
-    sparse = Checkpoint(copy.deepcopy(checkpoint.model), checkpoint.tokenizer, checkpoint.source)
-    RSparse(sparsity=0.5).apply(sparse, "wikipedia")
     decoders: dict[str, Callable[[], Any]] = {
         "no drafts": lambda: Speculative(Undrafted()),
         "prompt_lookup": lambda: Speculative(PromptLookup()),
@@ -133,6 +131,8 @@ def decoding_pairs(new: int) -> Iterator[tuple[str, Pair]]:
     stock = _generating(checkpoint, new)
     for name, make in decoders.items():
         yield f"generate, {name}", (stock, _generating(checkpoint, new, custom_generate=make()))
+    sparse = Checkpoint(copy.deepcopy(checkpoint.model), checkpoint.tokenizer, checkpoint.source)
+    RSparse(sparsity=0.5).apply(sparse, "wikipedia")
     yield "generate, R-Sparse 50 %", (stock, _generating(sparse, new))
 
 

@@ -5,10 +5,10 @@ that outputs are read and written once per eight columns; columns are contiguous
 touched; the next eight are prefetched (`row_dot_llvm`). Then the rows of `up` are added alike. With several rows of
 activations a column is read where any of them selects it, and adds zero for the others.
 
-Outputs are split over torch's number of threads where a product is large enough. Each output is summed in a fixed
-order, so results do not depend on the threads. Without a low rank, projections of the same input (`SharedInput`) are
-computed in one call in torch's own threads (`openmp`): each selects inputs for itself and computes its share of every
-projection's outputs, so threads start once.
+Outputs are split over torch's own threads (`openmp`) where a product is large enough. Each output is summed in a fixed
+order, so results do not depend on the threads. Projections of the same input (`SharedInput`) are computed in one call:
+each thread selects inputs for itself and computes its share of every projection's outputs, so threads start once. A low
+rank takes a launch of its own before.
 
 Dimension letters: B rows of activations, I inputs, O outputs, R rank; C selected inputs.
 """
@@ -20,15 +20,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import cfunc, njit, prange, types
+from numba import njit
 from torch import Tensor
 
 from intaglio.kernels import row_dot_llvm
 from intaglio.kernels.llvm_emitter import LINE as _LINE
-from intaglio.kernels.numba_pointers import as_float, compiled, may_share, pointer, take
+from intaglio.kernels.numba_pointers import as_float, compiled, pointer, shared
 from intaglio.kernels.openmp import launch, most_threads
 
 _WORTH = 1 << 20
@@ -37,8 +36,12 @@ _CHUNK = 1024
 """Outputs processed at a time where several rows read the same columns: they stay in the L1 cache."""
 _TOGETHER = 8
 """Columns added at a time."""
-_CALL, _PROJECTION = struct.Struct("9q"), struct.Struct("4qd")
-"""Arguments of a call without a low rank, and of each of its projections, which follow."""
+_CALL = struct.Struct("9q")
+"""Addresses and sizes of a call: x, B, I, projections, y, room, bytes of a share's room, shares, shares taken."""
+_PROJECTION = struct.Struct("9qd")
+"""Of each projection, after those: weight, O, scale, bias, thresholds of rows, down, up, low [R, B], R; threshold."""
+_SHARES, _TAKEN, _LIMIT = 7, 8, 9
+"""Places of fields of eight bytes."""
 _CALL_SIZE, _PROJECTION_SIZE = _CALL.size, _PROJECTION.size
 
 _dots = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
@@ -59,26 +62,13 @@ def linear(
     Without a number of threads it follows from the size.
     """
     (B, inputs), outputs = x_BI.shape, weight_IO.shape[1]
-    rank = 0 if down_RI is None else len(down_RI)
     most = 1 + B * inputs * outputs // _WORTH if threads is None else threads
-    if not rank and isinstance(threshold_B, float):
-        part = _projection(weight_IO, threshold_B, scale_I, bias_O)
-        return _shared(x_BI, weight_IO.dtype, outputs, part, min(most_threads(), most)).view(B, outputs)
-    y_BO = torch.empty(B, outputs)
-    one, many = (threshold_B, 0) if isinstance(threshold_B, float) else (0.0, threshold_B.data_ptr())
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, most)
-    room = torch.empty(4 * (inputs + B * (2 * inputs + rank)) + (threads + 2) * _LINE, dtype=torch.uint8)
-    arguments = (
-        x_BI.data_ptr(), B, inputs, weight_IO.data_ptr(), outputs, one, many,
-        0 if scale_I is None else scale_I.data_ptr(), 0 if down_RI is None else down_RI.data_ptr(),
-        0 if up_RO is None else up_RO.data_ptr(), rank, 0 if bias_O is None else bias_O.data_ptr(),
-        y_BO.data_ptr(), room.data_ptr(),
-    )  # fmt: skip
-    if threads > 1 and may_share():
-        _together(weight_IO.dtype)(*arguments, threads)
-    else:
-        _alone(weight_IO.dtype)(*arguments)
-    return y_BO
+    threads = min(most_threads(), most)
+    low_RB = None if down_RI is None else torch.empty(len(down_RI), B)
+    part = _projection(weight_IO, threshold_B, scale_I, bias_O, down_RI, up_RO, low_RB)
+    if low_RB is not None:
+        _launch(_low, x_BI, weight_IO.dtype, 0, part, threads)
+    return _launch(_entry, x_BI, weight_IO.dtype, outputs, part, threads).view(B, outputs)
 
 
 class SharedInput:
@@ -102,16 +92,28 @@ class SharedInput:
     def __call__(self, x_BI: Tensor, threads: int) -> list[Tensor]:
         """Return each projection's outputs, float32 [B, O]; x is float32 and contiguous."""
         B, threads = len(x_BI), min(most_threads(), threads)
-        y = _shared(x_BI, self.dtype, sum(self.widths), self._packed, threads)
+        y = _launch(_entry, x_BI, self.dtype, sum(self.widths), self._packed, threads)
         return [part.view(B, -1) for part in y.split([B * width for width in self.widths])]
 
 
-def _projection(weight_IO: Tensor, threshold: float, scale_I: Tensor | None, bias_O: Tensor | None) -> bytes:
-    scale, bias = (0 if part is None else part.data_ptr() for part in (scale_I, bias_O))
-    return _PROJECTION.pack(weight_IO.data_ptr(), weight_IO.shape[1], scale, bias, threshold)
+def _projection(
+    weight_IO: Tensor,
+    threshold_B: Tensor | float,
+    scale_I: Tensor | None,
+    bias_O: Tensor | None,
+    down_RI: Tensor | None = None,
+    up_RO: Tensor | None = None,
+    low_RB: Tensor | None = None,
+) -> bytes:
+    one, many = (threshold_B, None) if isinstance(threshold_B, float) else (0.0, threshold_B)
+    scale, bias, thresholds, down, up, low = (
+        0 if part is None else part.data_ptr() for part in (scale_I, bias_O, many, down_RI, up_RO, low_RB)
+    )
+    rank, outputs = 0 if down_RI is None else len(down_RI), weight_IO.shape[1]
+    return _PROJECTION.pack(weight_IO.data_ptr(), outputs, scale, bias, thresholds, down, up, low, rank, one)
 
 
-def _shared(x_BI: Tensor, dtype: torch.dtype, outputs: int, projections: bytes, threads: int) -> Tensor:
+def _launch(entry: Any, x_BI: Tensor, dtype: torch.dtype, outputs: int, projections: bytes, threads: int) -> Tensor:
     """Return the outputs of all projections, one after the other."""
     B, inputs = x_BI.shape
     y = torch.empty(B * outputs)
@@ -119,7 +121,7 @@ def _shared(x_BI: Tensor, dtype: torch.dtype, outputs: int, projections: bytes, 
     room = torch.empty(threads * own + _LINE, dtype=torch.uint8)
     count = len(projections) // _PROJECTION.size
     call = _CALL.pack(x_BI.data_ptr(), B, inputs, count, y.data_ptr(), room.data_ptr(), own, threads, 0)
-    launch(_entry(dtype).address, bytearray(call + projections), threads)
+    launch(entry(dtype).address, bytearray(call + projections), threads)
     return y
 
 
@@ -152,13 +154,12 @@ def _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest):
 
 
 @compiled
-def _parts(B, inputs, rank, room):
-    """Return the offsets of indices, values, rests, low-rank activations [R, B] and per-thread buffers."""
+def _parts(B, inputs, room):
+    """Return the offsets of indices, values, rests, and factors."""
     places = (room + _LINE - 1) // _LINE * _LINE
     values = places + 4 * inputs
     rest = values + 4 * B * inputs
-    low = rest + 4 * B * inputs
-    return places, values, rest, low, (low + 4 * B * rank + _LINE - 1) // _LINE * _LINE
+    return places, values, rest, (rest + 4 * B * inputs + _LINE - 1) // _LINE * _LINE
 
 
 @lru_cache
@@ -256,79 +257,46 @@ def _begin(y, B, outputs, bias, first, end):
 
 
 @lru_cache
-def _alone(dtype: torch.dtype) -> Any:
-    """Compute the product in one thread."""
-    dots, add = _functions(dtype)
-
-    @compiled
-    def alone(x, B, inputs, weight, outputs, threshold, thresholds, scale, down, up, rank, bias, y, room):
-        places, values, rest, low, own = _parts(B, inputs, rank, room)
-        chosen = _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest)
-        dots(down, inputs, rest, B, low, 0, rank)
-        _begin(y, B, outputs, bias, 0, outputs)
-        add(weight, outputs, places, values, chosen, B, y, 0, outputs, own)
-        add(up, outputs, np.int64(0), low, rank, B, y, 0, outputs, own)
-
-    return alone
-
-
-@lru_cache
-def _together(dtype: torch.dtype) -> Any:
-    """Compute the product in several threads."""
-    dots, add = _functions(dtype)
-
-    @njit(nogil=True, error_model="numpy", parallel=True)
-    def together(x, B, inputs, weight, outputs, threshold, thresholds, scale, down, up, rank, bias, y, room, threads):
-        places, values, rest, low, own = _parts(B, inputs, rank, room)
-        chosen = _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest)
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        if rank * inputs >= _WORTH:
-            some = (rank + threads - 1) // threads
-            for share in prange(threads):
-                dots(down, inputs, rest, B, low, min(rank, share * some), min(rank, (share + 1) * some))
-        else:
-            dots(down, inputs, rest, B, low, 0, rank)
-        # Sixteen outputs are a cache line, which two threads should not share.
-        part = ((outputs + threads - 1) // threads + 15) // 16 * 16
-        for share in prange(threads):
-            first, end = min(outputs, share * part), min(outputs, (share + 1) * part)
-            _begin(y, B, outputs, bias, first, end)
-            numbers = own + _LINE * share
-            add(weight, outputs, places, values, chosen, B, y, first, end, numbers)
-            add(up, outputs, np.int64(0), low, rank, B, y, first, end, numbers)
-        numba.set_num_threads(before)
-
-    return together
-
-
-@lru_cache
 def _entry(dtype: torch.dtype) -> Any:
-    """Compute shares of the projections of one input until none is left; called by every thread."""
+    """Compute outputs."""
     _, add = _functions(dtype)
 
     @compiled
     def compute(arguments, share):
         call = pointer(arguments, np.int64)
-        x, B, inputs, y, shares = call[0], call[1], call[2], call[4], call[7]
-        places, values, rest, _, numbers = _parts(B, inputs, 0, call[5] + share * call[6])
+        x, B, inputs, y, shares = call[0], call[1], call[2], call[4], call[_SHARES]
+        places, values, rest, numbers = _parts(B, inputs, call[5] + share * call[6])
         for p in range(call[3]):
             at = arguments + _CALL_SIZE + _PROJECTION_SIZE * p
-            part, limit = pointer(at, np.int64), pointer(at + 32, np.float64)[0]
-            weight, outputs = part[0], part[1]
-            chosen = _choose(x, B, inputs, limit, 0, part[2], places, values, rest)
+            part, limit = pointer(at, np.int64), pointer(at, np.float64)[_LIMIT]
+            weight, outputs, up, low, rank = part[0], part[1], part[6], part[7], part[8]
+            chosen = _choose(x, B, inputs, limit, part[4], part[2], places, values, rest)
             # Sixteen outputs are a cache line, which two threads should not share.
             each = ((outputs + shares - 1) // shares + 15) // 16 * 16
             first, end = min(outputs, share * each), min(outputs, (share + 1) * each)
             _begin(y, B, outputs, part[3], first, end)
             add(weight, outputs, places, values, chosen, B, y, first, end, numbers)
+            if rank:
+                add(up, outputs, np.int64(0), low, rank, B, y, first, end, numbers)
             y += 4 * B * outputs
 
-    @cfunc(types.void(types.int64))
-    def entry(arguments):
-        shares, share = pointer(arguments, np.int64)[7], take(arguments + 64)
-        while share < shares:
-            compute(arguments, share)
-            share = take(arguments + 64)
+    return shared(compute, _SHARES, _TAKEN)
 
-    return entry
+
+@lru_cache
+def _low(dtype: torch.dtype) -> Any:
+    """Compute the low-rank activations of one projection."""
+    dots, _ = _functions(dtype)
+
+    @compiled
+    def compute(arguments, share):
+        call = pointer(arguments, np.int64)
+        x, B, inputs, shares = call[0], call[1], call[2], call[_SHARES]
+        places, values, rest, _ = _parts(B, inputs, call[5] + share * call[6])
+        at = arguments + _CALL_SIZE
+        part, limit = pointer(at, np.int64), pointer(at, np.float64)[_LIMIT]
+        _choose(x, B, inputs, limit, part[4], part[2], places, values, rest)
+        some = (part[8] + shares - 1) // shares
+        dots(part[5], inputs, rest, B, part[7], min(part[8], share * some), min(part[8], (share + 1) * some))
+
+    return shared(compute, _SHARES, _TAKEN)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import numba
+import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 compiled = njit(nogil=True, error_model="numpy")
@@ -40,8 +38,20 @@ def take(_context, address):
     return types.int64(types.int64), emit
 
 
-@lru_cache(maxsize=1)
-def may_share() -> bool:
-    """Return whether threads are safe: numba's workqueue layer ends the process if two launches overlap."""
-    numba.get_num_threads()  # makes numba choose
-    return numba.threading_layer() != "workqueue"
+def shared(compute, shares, taken):
+    """Return a C function for `openmp.launch`, which calls `compute(arguments, share)` until no share is left.
+
+    Args:
+        compute: compiled; computes a share, counted from 0.
+        shares: place in the arguments, in eights of bytes, of the number of shares.
+        taken: place of the counter.
+    """
+
+    @cfunc(types.void(types.int64))
+    def entry(arguments):
+        share = take(arguments + 8 * taken)
+        while share < pointer(arguments, np.int64)[shares]:
+            compute(arguments, share)
+            share = take(arguments + 8 * taken)
+
+    return entry
