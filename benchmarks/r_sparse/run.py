@@ -44,6 +44,7 @@ from intaglio.methods.base import Carving
 from intaglio.methods.weights.wanda import Wanda
 from intaglio.speculative import Speculative
 from intaglio.speculative.drafters import Undrafted
+from intaglio.speculative.prepacked_linear import MIN_NEW_TOKENS
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -131,11 +132,16 @@ def decode(arms: str, tokens: int, rounds: int, documents: int, samples: int) ->
         }
         models[name] = checkpoint
     ids = base.tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    ways: dict[str, dict[str, Any]] = {
+        "seconds": {},
+        "loop_seconds": {"custom_generate": Speculative(Undrafted())},
+    }
     for turn in range(rounds + 1):
         for name, checkpoint in models.items():
-            for key, options in (("seconds", {}), ("loop_seconds", {"custom_generate": Speculative(Undrafted())})):
-                begun = _generated(checkpoint, ids, 1, **options)
-                seconds = _generated(checkpoint, ids, tokens + 1, **options) - begun
+            for key, options in ways.items():
+                # Both long enough for the loop to choose its products, so that their prompts take the same time.
+                begun = _generated(checkpoint, ids, MIN_NEW_TOKENS, **options)
+                seconds = _generated(checkpoint, ids, MIN_NEW_TOKENS + tokens, **options) - begun
                 if turn:
                     results[name][key].append(seconds)
     check_quiet(results["dense"]["seconds"], "dense decoding")

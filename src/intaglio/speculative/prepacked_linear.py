@@ -120,7 +120,7 @@ def _products(module: Any) -> tuple[str, ...]:
 
 
 def _onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _direct_products() -> tuple[str, ...]:
