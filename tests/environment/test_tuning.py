@@ -101,6 +101,17 @@ def test_a_damaged_table_is_one_warning_and_measured_anew(clock: Clock, tmp_path
     assert Tuner(path, clock=clock).choose("a", {"stock": clock.taking(9), "other": clock.taking(9)}) == "other"
 
 
+def test_times_of_a_busy_machine_are_used_but_not_kept(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tuning, "_seconds", clock)  # it passes while this thread does not run
+    own = Tuner(tmp_path / "table.json")
+    assert own.choose("a", {"stock": clock.taking(0.2), "other": clock.taking(0.1)}) == "other"
+    own.save()
+    assert own.busy
+    assert not (tmp_path / "table.json").exists()
+
+
 def test_a_cache_that_cannot_be_written_is_one_warning(clock: Clock, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     own = Tuner(tmp_path / "file" / "table.json", clock=clock)

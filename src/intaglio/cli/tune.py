@@ -28,9 +28,10 @@ def tune(checkpoint: Checkpoint, rows: Sequence[int] = (1,), tuner: tuning.Tuner
         tuner: where times are kept. Default: the user's cache.
 
     Returns:
-        `machine, times, model, threads, choices, passes, heads, complete`: `times` are seconds by key and candidate,
-        `choices` the chosen candidate of each key, `passes` the costs for each number of rows, `heads` the expected
-        speed of the trained heads at hand, and `complete` tells whether all was measured within the time limit.
+        `machine, times, model, threads, choices, passes, heads, complete, busy`: `times` are seconds by key and
+        candidate, `choices` the chosen candidate of each key, `passes` the costs for each number of rows, `heads` the
+        expected speed of the trained heads at hand, `complete` whether all was measured within the time limit, and
+        `busy` whether times are not kept because other processes held up the measuring.
 
     Raises:
         IntaglioError: the model is no decoder.
@@ -58,6 +59,7 @@ def tune(checkpoint: Checkpoint, rows: Sequence[int] = (1,), tuner: tuning.Tuner
         ],
         "heads": heads,
         "complete": not tuner.skipped,
+        "busy": tuner.busy,
     }
 
 
@@ -106,4 +108,8 @@ def notes(document: dict[str, Any]) -> list[str]:
     ]
     if not document["complete"]:
         lines.append(f"not all was measured within {tuning.LIMIT:g} s; run it again for the rest")
+    if document["busy"]:
+        lines.append(
+            "other processes held up the measuring, so some times are not kept; run it again when they have ended"
+        )
     return lines

@@ -5,7 +5,8 @@
 
 The first candidate is the stock one. Another is chosen only if it was measured to be faster by `MARGIN`; what has not
 been measured, or no longer fits in `LIMIT` seconds of a process, stays stock. Times are the least of alternated calls,
-which other processes affect least. They are kept in `tuning/NAME.json` of the cache directory, a file for each
+which other processes affect least; where these held up the measuring itself, they are used in this process only. Others
+are kept in `tuning/NAME.json` of the cache directory, a file for each
 processor, version of torch and set of vector instructions, under keys that name shape, dtype, rows and torch threads.
 
 `INTAGLIO_TUNING` selects the mode: `on` (default); `off`, the built-in choices (every kernel that works, pass costs of
@@ -37,6 +38,10 @@ SHARE = 0.03
 """Seconds of measuring for a choice, unless `ROUNDS` take longer."""
 ROUNDS, MAX_ROUNDS = 3, 40
 """Fewest and most calls of a candidate."""
+BUSY = 0.2
+"""Share of a measurement that the thread did not run, from which on the machine was too busy to keep the times."""
+_SHORTEST = 0.005
+"""Seconds of a measurement for which that share means something."""
 MARGIN = 0.03
 """A candidate is chosen if it takes at least this share less time than the stock one."""
 
@@ -82,6 +87,7 @@ class Tuner:
         left: seconds of measuring that are left.
         used: the times of every choice that was looked up, by key.
         skipped: whether a choice stayed stock because no time was left.
+        busy: whether times are not kept because other processes held up the measuring.
         chosen: choices by a key of the caller's, for calls too short to format one.
     """
 
@@ -94,7 +100,7 @@ class Tuner:
     ) -> None:
         self.left = limit
         self.used: dict[str, Times] = {}
-        self.skipped = False
+        self.skipped = self.busy = False
         self.chosen: dict[Any, str] = {}
         self._path, self._measured, self._clock = path, measured, clock or _seconds
         self._times = {} if path is None else _read(path, strict=not measured)
@@ -121,7 +127,13 @@ class Tuner:
                 return {}
             for call in candidates.values() if compiles else ():
                 call()
-            known = self._times[key] = self._new[key] = self._measure(candidates)
+            left, own = self.left, time.thread_time()
+            known = self._times[key] = self._measure(candidates)
+            spent, own = left - self.left, time.thread_time() - own
+            if self._clock is _seconds and spent > _SHORTEST and own < (1 - BUSY) * spent:
+                self.busy = True
+            else:
+                self._new[key] = known
         self.used[key] = known
         return known
 

@@ -5,28 +5,30 @@ that outputs are read and written once per eight columns; columns are contiguous
 touched; the next eight are prefetched (`row_dot_llvm`). Then the rows of `up` are added alike. With several rows of
 activations a column is read where any of them selects it, and adds zero for the others.
 
-Outputs are split over torch's number of threads where a product is large enough. Each output is summed in a fixed
+Outputs are split over torch's own threads (`openmp`) where a product is large enough. Each output is summed in a fixed
 order, so results do not depend on the threads. Projections of the same input (`SharedInput`) are computed in one call:
-every thread selects inputs for itself and computes its share of each projection's outputs, so threads start once.
+each thread selects inputs for itself and computes its share of every projection's outputs, so threads start once. A low
+rank takes a launch of its own before.
 
 Dimension letters: B rows of activations, I inputs, O outputs, R rank; C selected inputs.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from torch import Tensor
 
 from intaglio.kernels import row_dot_llvm
 from intaglio.kernels.llvm_emitter import LINE as _LINE
-from intaglio.kernels.numba_pointers import as_float, compiled, may_share, pointer
+from intaglio.kernels.numba_pointers import as_float, compiled, pointer, shared
+from intaglio.kernels.openmp import launch, most_threads
 
 _WORTH = 1 << 20
 """Weights per further thread (about 15 microseconds of work)."""
@@ -34,6 +36,13 @@ _CHUNK = 1024
 """Outputs processed at a time where several rows read the same columns: they stay in the L1 cache."""
 _TOGETHER = 8
 """Columns added at a time."""
+_CALL = struct.Struct("9q")
+"""Addresses and sizes of a call: x, B, I, projections, y, room, bytes of a share's room, shares, shares taken."""
+_PROJECTION = struct.Struct("9qd")
+"""Of each projection, after those: weight, O, scale, bias, thresholds of rows, down, up, low [R, B], R; threshold."""
+_SHARES, _TAKEN, _LIMIT = 7, 8, 9
+"""Places of fields of eight bytes."""
+_CALL_SIZE, _PROJECTION_SIZE = _CALL.size, _PROJECTION.size
 
 _dots = njit(nogil=True, error_model="numpy", fastmath={"reassoc", "contract"})
 
@@ -53,23 +62,13 @@ def linear(
     Without a number of threads it follows from the size.
     """
     (B, inputs), outputs = x_BI.shape, weight_IO.shape[1]
-    rank = 0 if down_RI is None else len(down_RI)
-    y_BO = torch.empty(B, outputs)
-    one, many = (threshold_B, 0) if isinstance(threshold_B, float) else (0.0, threshold_B.data_ptr())
     most = 1 + B * inputs * outputs // _WORTH if threads is None else threads
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, most)
-    room = torch.empty(4 * (inputs + B * (2 * inputs + rank)) + (threads + 2) * _LINE, dtype=torch.uint8)
-    arguments = (
-        x_BI.data_ptr(), B, inputs, weight_IO.data_ptr(), outputs, one, many,
-        0 if scale_I is None else scale_I.data_ptr(), 0 if down_RI is None else down_RI.data_ptr(),
-        0 if up_RO is None else up_RO.data_ptr(), rank, 0 if bias_O is None else bias_O.data_ptr(),
-        y_BO.data_ptr(), room.data_ptr(),
-    )  # fmt: skip
-    if threads > 1 and may_share():
-        _together(weight_IO.dtype)(*arguments, threads)
-    else:
-        _alone(weight_IO.dtype)(*arguments)
-    return y_BO
+    threads = min(most_threads(), most)
+    low_RB = None if down_RI is None else torch.empty(len(down_RI), B)
+    part = _projection(weight_IO, threshold_B, scale_I, bias_O, down_RI, up_RO, low_RB)
+    if low_RB is not None:
+        _launch(_low, x_BI, weight_IO.dtype, 0, part, threads)
+    return _launch(_entry, x_BI, weight_IO.dtype, outputs, part, threads).view(B, outputs)
 
 
 class SharedInput:
@@ -84,30 +83,46 @@ class SharedInput:
         self._parts = parts  # addresses are valid as long as the tensors live
         self.inputs, self.dtype = parts[0][0].shape[0], parts[0][0].dtype
         self.widths = [weight_IO.shape[1] for weight_IO, *_ in parts]
-        rows = [
-            [weight_IO.data_ptr(), weight_IO.shape[1], *(0 if part is None else part.data_ptr() for part in rest)]
-            for weight_IO, _, *rest in parts
-        ]
-        self._table = torch.tensor(rows)
-        self._limits = torch.tensor([limit for _, limit, *_ in parts], dtype=torch.float64)
-        self._addresses = self._table.data_ptr(), self._limits.data_ptr(), len(parts)
+        self._packed = b"".join(_projection(*part) for part in parts)
 
     def worth(self, rows: int) -> int:
         """Return the number of threads that the size is worth."""
-        return min(numba.config.NUMBA_NUM_THREADS, 1 + rows * self.inputs * sum(self.widths) // _WORTH)
+        return min(most_threads(), 1 + rows * self.inputs * sum(self.widths) // _WORTH)
 
     def __call__(self, x_BI: Tensor, threads: int) -> list[Tensor]:
         """Return each projection's outputs, float32 [B, O]; x is float32 and contiguous."""
-        B = len(x_BI)
-        y = torch.empty(B * sum(self.widths))
-        own = (4 * (self.inputs + 2 * B * self.inputs) + 4 * _LINE) // _LINE * _LINE
-        room = torch.empty(threads * own + _LINE, dtype=torch.uint8)
-        arguments = (x_BI.data_ptr(), B, self.inputs, *self._addresses, y.data_ptr(), room.data_ptr(), own)
-        if threads > 1 and may_share():
-            _shared_together(self.dtype)(*arguments, threads)
-        else:
-            _shared(self.dtype)(*arguments, 0, 1)
+        B, threads = len(x_BI), min(most_threads(), threads)
+        y = _launch(_entry, x_BI, self.dtype, sum(self.widths), self._packed, threads)
         return [part.view(B, -1) for part in y.split([B * width for width in self.widths])]
+
+
+def _projection(
+    weight_IO: Tensor,
+    threshold_B: Tensor | float,
+    scale_I: Tensor | None,
+    bias_O: Tensor | None,
+    down_RI: Tensor | None = None,
+    up_RO: Tensor | None = None,
+    low_RB: Tensor | None = None,
+) -> bytes:
+    one, many = (threshold_B, None) if isinstance(threshold_B, float) else (0.0, threshold_B)
+    scale, bias, thresholds, down, up, low = (
+        0 if part is None else part.data_ptr() for part in (scale_I, bias_O, many, down_RI, up_RO, low_RB)
+    )
+    rank, outputs = 0 if down_RI is None else len(down_RI), weight_IO.shape[1]
+    return _PROJECTION.pack(weight_IO.data_ptr(), outputs, scale, bias, thresholds, down, up, low, rank, one)
+
+
+def _launch(entry: Any, x_BI: Tensor, dtype: torch.dtype, outputs: int, projections: bytes, threads: int) -> Tensor:
+    """Return the outputs of all projections, one after the other."""
+    B, inputs = x_BI.shape
+    y = torch.empty(B * outputs)
+    own = (4 * (inputs + 2 * B * inputs) + 4 * _LINE) // _LINE * _LINE
+    room = torch.empty(threads * own + _LINE, dtype=torch.uint8)
+    count = len(projections) // _PROJECTION.size
+    call = _CALL.pack(x_BI.data_ptr(), B, inputs, count, y.data_ptr(), room.data_ptr(), own, threads, 0)
+    launch(entry(dtype).address, bytearray(call + projections), threads)
+    return y
 
 
 # Compiled from here on. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
@@ -139,13 +154,12 @@ def _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest):
 
 
 @compiled
-def _parts(B, inputs, rank, room):
-    """Return the offsets of indices, values, rests, low-rank activations [R, B] and per-thread buffers."""
+def _parts(B, inputs, room):
+    """Return the offsets of indices, values, rests, and factors."""
     places = (room + _LINE - 1) // _LINE * _LINE
     values = places + 4 * inputs
     rest = values + 4 * B * inputs
-    low = rest + 4 * B * inputs
-    return places, values, rest, low, (low + 4 * B * rank + _LINE - 1) // _LINE * _LINE
+    return places, values, rest, (rest + 4 * B * inputs + _LINE - 1) // _LINE * _LINE
 
 
 @lru_cache
@@ -243,85 +257,46 @@ def _begin(y, B, outputs, bias, first, end):
 
 
 @lru_cache
-def _alone(dtype: torch.dtype) -> Any:
-    """Compute the product in one thread."""
-    dots, add = _functions(dtype)
-
-    @compiled
-    def alone(x, B, inputs, weight, outputs, threshold, thresholds, scale, down, up, rank, bias, y, room):
-        places, values, rest, low, own = _parts(B, inputs, rank, room)
-        chosen = _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest)
-        dots(down, inputs, rest, B, low, 0, rank)
-        _begin(y, B, outputs, bias, 0, outputs)
-        add(weight, outputs, places, values, chosen, B, y, 0, outputs, own)
-        add(up, outputs, np.int64(0), low, rank, B, y, 0, outputs, own)
-
-    return alone
-
-
-@lru_cache
-def _together(dtype: torch.dtype) -> Any:
-    """Compute the product in several threads."""
-    dots, add = _functions(dtype)
-
-    @njit(nogil=True, error_model="numpy", parallel=True)
-    def together(x, B, inputs, weight, outputs, threshold, thresholds, scale, down, up, rank, bias, y, room, threads):
-        places, values, rest, low, own = _parts(B, inputs, rank, room)
-        chosen = _choose(x, B, inputs, threshold, thresholds, scale, places, values, rest)
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        if rank * inputs >= _WORTH:
-            some = (rank + threads - 1) // threads
-            for share in prange(threads):
-                dots(down, inputs, rest, B, low, min(rank, share * some), min(rank, (share + 1) * some))
-        else:
-            dots(down, inputs, rest, B, low, 0, rank)
-        # Sixteen outputs are a cache line, which two threads should not share.
-        part = ((outputs + threads - 1) // threads + 15) // 16 * 16
-        for share in prange(threads):
-            first, end = min(outputs, share * part), min(outputs, (share + 1) * part)
-            _begin(y, B, outputs, bias, first, end)
-            numbers = own + _LINE * share
-            add(weight, outputs, places, values, chosen, B, y, first, end, numbers)
-            add(up, outputs, np.int64(0), low, rank, B, y, first, end, numbers)
-        numba.set_num_threads(before)
-
-    return together
-
-
-@lru_cache
-def _shared(dtype: torch.dtype) -> Any:
-    """Compute a thread's share of the projections of one input."""
+def _entry(dtype: torch.dtype) -> Any:
+    """Compute outputs."""
     _, add = _functions(dtype)
 
     @compiled
-    def shared(x, B, inputs, table, limits, projections, y, room, own, share, threads):
-        row_P4, limit_P = pointer(table, np.int64), pointer(limits, np.float64)
-        places, values, rest, _, numbers = _parts(B, inputs, 0, room + share * own)
-        for p in range(projections):
-            outputs = row_P4[4 * p + 1]
-            chosen = _choose(x, B, inputs, limit_P[p], 0, row_P4[4 * p + 2], places, values, rest)
+    def compute(arguments, share):
+        call = pointer(arguments, np.int64)
+        x, B, inputs, y, shares = call[0], call[1], call[2], call[4], call[_SHARES]
+        places, values, rest, numbers = _parts(B, inputs, call[5] + share * call[6])
+        for p in range(call[3]):
+            at = arguments + _CALL_SIZE + _PROJECTION_SIZE * p
+            part, limit = pointer(at, np.int64), pointer(at, np.float64)[_LIMIT]
+            weight, outputs, up, low, rank = part[0], part[1], part[6], part[7], part[8]
+            chosen = _choose(x, B, inputs, limit, part[4], part[2], places, values, rest)
             # Sixteen outputs are a cache line, which two threads should not share.
-            part = ((outputs + threads - 1) // threads + 15) // 16 * 16
-            first, end = min(outputs, share * part), min(outputs, (share + 1) * part)
-            _begin(y, B, outputs, row_P4[4 * p + 3], first, end)
-            add(row_P4[4 * p], outputs, places, values, chosen, B, y, first, end, numbers)
+            each = ((outputs + shares - 1) // shares + 15) // 16 * 16
+            first, end = min(outputs, share * each), min(outputs, (share + 1) * each)
+            _begin(y, B, outputs, part[3], first, end)
+            add(weight, outputs, places, values, chosen, B, y, first, end, numbers)
+            if rank:
+                add(up, outputs, np.int64(0), low, rank, B, y, first, end, numbers)
             y += 4 * B * outputs
 
-    return shared
+    return shared(compute, _SHARES, _TAKEN)
 
 
 @lru_cache
-def _shared_together(dtype: torch.dtype) -> Any:
-    """Compute the projections of one input in several threads, started once."""
-    shared = _shared(dtype)
+def _low(dtype: torch.dtype) -> Any:
+    """Compute the low-rank activations of one projection."""
+    dots, _ = _functions(dtype)
 
-    @njit(nogil=True, error_model="numpy", parallel=True)
-    def together(x, B, inputs, table, limits, projections, y, room, own, threads):
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        for share in prange(threads):
-            shared(x, B, inputs, table, limits, projections, y, room, own, share, threads)
-        numba.set_num_threads(before)
+    @compiled
+    def compute(arguments, share):
+        call = pointer(arguments, np.int64)
+        x, B, inputs, shares = call[0], call[1], call[2], call[_SHARES]
+        places, values, rest, _ = _parts(B, inputs, call[5] + share * call[6])
+        at = arguments + _CALL_SIZE
+        part, limit = pointer(at, np.int64), pointer(at, np.float64)[_LIMIT]
+        _choose(x, B, inputs, limit, part[4], part[2], places, values, rest)
+        some = (part[8] + shares - 1) // shares
+        dots(part[5], inputs, rest, B, part[7], min(part[8], share * some), min(part[8], (share + 1) * some))
 
-    return together
+    return shared(compute, _SHARES, _TAKEN)

@@ -1,12 +1,11 @@
-"""LLVM vector code inside numba's: the shared base of the emitters."""
+"""LLVM vector code, inside numba's or alone: the shared base of the emitters. Importing it does not import numba."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from llvmlite import ir
-from numba import config
-from numba.core.codegen import get_host_cpu_features
+from llvmlite import binding, ir
 
 LINE = 64
 """Bytes of a cache line."""
@@ -15,9 +14,11 @@ Value = Any
 
 
 def features() -> frozenset[str]:
-    """Return the features of this processor, as numba will compile for it."""
-    describe_tensor = get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    return frozenset(feature[1:] for feature in describe_tensor.split(",") if feature.startswith("+"))
+    """Return the features of this processor that numba compiles for."""
+    names = os.environ.get("NUMBA_CPU_FEATURES") or binding.get_host_cpu_features().flatten()
+    usable = frozenset(name[1:] for name in names.split(",") if name.startswith("+"))
+    without_avx = os.environ.get("NUMBA_ENABLE_AVX") == "0"
+    return frozenset(name for name in usable if not (without_avx and name.startswith("avx")))
 
 
 class Emitter:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
-import numba
+import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import cfunc, njit, types
 from numba.extending import intrinsic
 
 compiled = njit(nogil=True, error_model="numpy")
@@ -29,8 +27,31 @@ def as_float(_context, bits):
     return types.float32(types.int32), lambda _c, builder, _s, values: builder.bitcast(values[0], ir.FloatType())
 
 
-@lru_cache(maxsize=1)
-def may_share() -> bool:
-    """Return whether threads are safe: numba's workqueue layer ends the process if two launches overlap."""
-    numba.get_num_threads()  # makes numba choose
-    return numba.threading_layer() != "workqueue"
+@intrinsic
+def take(_context, address):
+    """Return the counter at an address and add one to it, as a single step for all threads."""
+
+    def emit(_context, builder, _signature, values):
+        counter = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.int64), emit
+
+
+def shared(compute, shares, taken):
+    """Return a C function for `openmp.launch`, which calls `compute(arguments, share)` until no share is left.
+
+    Args:
+        compute: compiled; computes a share, counted from 0.
+        shares: place in the arguments, in eights of bytes, of the number of shares.
+        taken: place of the counter.
+    """
+
+    @cfunc(types.void(types.int64))
+    def entry(arguments):
+        share = take(arguments + 8 * taken)
+        while share < pointer(arguments, np.int64)[shares]:
+            compute(arguments, share)
+            share = take(arguments + 8 * taken)
+
+    return entry

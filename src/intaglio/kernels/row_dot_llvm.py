@@ -23,8 +23,6 @@ from functools import lru_cache
 from typing import Any
 
 from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from intaglio.kernels.llvm_emitter import LINE, Emitter, Value, features
 
@@ -99,7 +97,7 @@ def _number(value: int, of: ir.IntType = _I64) -> ir.Constant:
     return ir.Constant(of, value)
 
 
-def _loop(
+def loop(
     b: ir.IRBuilder, start: Value, end: Value, step: int, carried: Sequence[Value], body: Callable[..., Sequence[Value]]
 ) -> list[Value]:
     """Emit `for i in range(start, end, step): carried = body(i, carried)` and return the final `carried`."""
@@ -132,37 +130,47 @@ def dots(rows: int, vectors: int, half: bool) -> Callable[..., None]:
     """
 
     def emit(b: ir.IRBuilder, I: Value, sums: Value, *arguments: Value) -> None:  # noqa: E741
-        emit, size = _Emitter(b, half), 2 if half else 4
-        row_R, x_N = arguments[:rows], arguments[rows:]
-        total_NR = [[ir.Constant(_F32, 0.0)] * rows for _ in range(vectors)]
-        for start, end, step, count in _steps(b, I, size):
-
-            def body(i: Value, sum_: Sequence[Value], step: int = step, count: int = count) -> list[Value]:
-                found = list(sum_)
-                if count > 1:
-                    for row in row_R:
-                        emit.fetch(b.add(row, b.add(b.mul(i, _number(size)), _number(AHEAD))))
-                for part in range(0, step, count):
-                    at = b.add(i, _number(part))
-                    w_R = [emit.weights(b.add(row, b.mul(at, _number(size))), count) for row in row_R]
-                    for n, x in enumerate(x_N):
-                        value = emit.load(b.add(x, b.mul(at, _number(4))), count)
-                        for r, weight in enumerate(w_R):
-                            found[n * rows + r] = emit.multiply_add(weight, value, found[n * rows + r])
-                return found
-
-            zero = ir.Constant(ir.VectorType(_F32, count), [0.0] * count)
-            parts = _loop(b, start, end, step, [zero] * (rows * vectors), body)
-            total_NR = [
-                [b.fadd(total, emit.sum(parts[n * rows + r])) for r, total in enumerate(total_R)]
-                for n, total_R in enumerate(total_NR)
-            ]
-        for n, total_R in enumerate(total_NR):
-            for r, total in enumerate(total_R):
-                target = b.add(sums, _number(4 * (n * rows + r)))
-                b.store(total, b.inttoptr(target, _F32.as_pointer()), align=4)
+        total_NR = emit_dots(b, half, I, arguments[:rows], arguments[rows:])
+        for place, total in enumerate(total for total_R in total_NR for total in total_R):
+            b.store(total, b.inttoptr(b.add(sums, _number(4 * place)), _F32.as_pointer()), align=4)
 
     return _function(emit)
+
+
+def emit_dots(
+    b: ir.IRBuilder,
+    half: bool,
+    I: Value,  # noqa: E741
+    row_R: Sequence[Value],
+    x_N: Sequence[Value],
+    fetch: bool = True,
+) -> list[list[Value]]:
+    """Emit the inner products [N][R] of rows with vectors; `fetch`: whether rows are prefetched."""
+    emit, size, rows = _Emitter(b, half), 2 if half else 4, len(row_R)
+    total_NR = [[ir.Constant(_F32, 0.0)] * rows for _ in x_N]
+    for start, end, step, count in _steps(b, I, size):
+
+        def body(i: Value, sum_: Sequence[Value], step: int = step, count: int = count) -> list[Value]:
+            sums = list(sum_)
+            if count > 1 and fetch:
+                for row in row_R:
+                    emit.fetch(b.add(row, b.add(b.mul(i, _number(size)), _number(AHEAD))))
+            for part in range(0, step, count):
+                at = b.add(i, _number(part))
+                w_R = [emit.weights(b.add(row, b.mul(at, _number(size))), count) for row in row_R]
+                for n, x in enumerate(x_N):
+                    value = emit.load(b.add(x, b.mul(at, _number(4))), count)
+                    for r, weight in enumerate(w_R):
+                        sums[n * rows + r] = emit.multiply_add(weight, value, sums[n * rows + r])
+            return sums
+
+        zero = ir.Constant(ir.VectorType(_F32, count), [0.0] * count)
+        parts = loop(b, start, end, step, [zero] * (rows * len(x_N)), body)
+        total_NR = [
+            [b.fadd(total, emit.sum(parts[n * rows + r])) for r, total in enumerate(total_R)]
+            for n, total_R in enumerate(total_NR)
+        ]
+    return total_NR
 
 
 @lru_cache
@@ -204,7 +212,7 @@ def adds(rows: int, vectors: int, half: bool, onward: bool = False) -> Callable[
                         b.store(value, emit.place(target, count), align=4)
                 return []
 
-            _loop(b, start, end, step, [], body)
+            loop(b, start, end, step, [], body)
 
         (start, full, step, count), rest = _steps(b, I, size)
         own_R = [b.add(row, _number(AHEAD)) for row in row_R]
@@ -230,6 +238,8 @@ def _steps(b: ir.IRBuilder, I: Value, size: int) -> list[tuple[Value, Value, int
 
 def _function(emit: Callable[..., None]) -> Callable[..., None]:
     """Wrap an emitter as numba calls it, with a tuple of numbers."""
+    from numba import types
+    from numba.extending import intrinsic
 
     @intrinsic
     def function(_context, arguments):  # type: ignore[no-untyped-def]
@@ -242,4 +252,4 @@ def _function(emit: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-__all__ = ["AHEAD", "adds", "dots", "lanes", "most_vectors"]
+__all__ = ["AHEAD", "adds", "dots", "emit_dots", "lanes", "loop", "most_vectors"]

@@ -4,7 +4,7 @@ Work is split into chunks of rows of one expert of the union. A chunk collects t
 inner features of its rows, then adds them, times the rows of the second matrix, to those tokens; so each row of either
 matrix is read once, whatever the number of tokens, and inactive tokens cost nothing. The rows of a chunk are four runs
 that are read side by side (`row_dot_llvm`), and up to four tokens share a read of a row. Threads take chunks in turn,
-with sums of their own, added up at the end.
+with sums of their own, added up at the end; they are torch's own (`openmp`).
 
 bfloat16 is widened when read; sums are float32. The first call compiles, some seconds for each dtype.
 
@@ -14,18 +14,18 @@ Dimension letters: T tokens, D width, E experts, H rows of an expert, F = E H, U
 from __future__ import annotations
 
 import math
+import struct
 from functools import lru_cache
 from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor
 
 from intaglio.kernels import row_dot_llvm
 from intaglio.kernels.llvm_emitter import LINE as _LINE
-from intaglio.kernels.numba_pointers import compiled, may_share, pointer
+from intaglio.kernels.numba_pointers import compiled, pointer, shared
+from intaglio.kernels.openmp import launch, most_threads
 
 _ROWS = 4
 """Rows multiplied at a time."""
@@ -33,6 +33,8 @@ _PIECE = 64
 """Rows of a chunk: enough to amortise the search for tokens, few enough to balance two threads."""
 _WORTH = 1 << 19
 """Weight elements per further thread (about 50 microseconds of work)."""
+_SHARES, _TAKEN = 11, 12
+"""Places of the number of shares, and of the shares taken, in the arguments."""
 
 
 def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Tensor:
@@ -41,25 +43,20 @@ def apply(x_TD: Tensor, up_FD: Tensor, down_FD: Tensor, score_TE: Tensor) -> Ten
     x_TD, score_TE = x_TD.detach().float().contiguous(), score_TE.detach().float().contiguous()
     up_FD, down_FD = up_FD.detach().contiguous(), down_FD.detach().contiguous()
     half = dtype == torch.bfloat16
-    # The number of useful threads depends on the union, which compiled code determines.
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, 1 + 2 * F * D // _WORTH)
-    threads = threads if threads > 1 and may_share() else 1
+    threads = min(most_threads(), 1 + 2 * F * D // _WORTH)
     y_STD = torch.zeros(threads, T, D)
     # Buffer of the compiled code: arrays of its own would be freed once only their addresses are left.
-    room = torch.empty(8 * E + _LINE + threads * _own(T), dtype=torch.uint8)
-    arguments = (
-        x_TD.data_ptr(), up_FD.data_ptr(), down_FD.data_ptr(), score_TE.data_ptr(), T, D, F, E, y_STD.data_ptr(),
-        room.data_ptr(),
+    own = _own(T) + 8 * E
+    room = torch.empty(_LINE + threads * own, dtype=torch.uint8)
+    arguments = struct.pack(
+        "13q", x_TD.data_ptr(), up_FD.data_ptr(), down_FD.data_ptr(), score_TE.data_ptr(), T, D, F, E, y_STD.data_ptr(),
+        room.data_ptr(), own, threads, 0,
     )  # fmt: skip
-    if threads > 1:
-        _together(half)(*arguments, threads)
-    else:
-        _alone(half)(*arguments)
+    launch(_entry(half).address, bytearray(arguments), threads)
     return (y_STD[0] if threads == 1 else y_STD.sum(0)).to(dtype)
 
 
-@compiled
-def _own(T):
+def _own(T: int) -> int:
     """Return a thread's buffer in bytes: the tokens of an expert, and the inner features of a chunk for each."""
     return (8 * T + 4 * _PIECE * T + _LINE - 1) // _LINE * _LINE
 
@@ -153,36 +150,21 @@ def _functions(half: bool) -> Any:
 
 
 @lru_cache
-def _alone(half: bool) -> Any:
-    """Compute the product in one thread."""
+def _entry(half: bool) -> Any:
+    """Compute shares of the chunks, each into its own sums."""
     some = _functions(half)
 
     @compiled
-    def alone(x, up, down, score, T, D, F, E, y, room):
-        H, count = F // E, _union(score, T, E, room)
-        own = (room + 8 * E + _LINE - 1) // _LINE * _LINE
-        some(x, up, down, score, T, D, H, E, room, 0, count * ((H + _PIECE - 1) // _PIECE), y, own)
-
-    return alone
-
-
-@lru_cache
-def _together(half: bool) -> Any:
-    """Compute the product in several threads, each into its own sums."""
-    some = _functions(half)
-
-    @njit(nogil=True, error_model="numpy", parallel=True)
-    def together(x, up, down, score, T, D, F, E, y, room, threads):
-        H, count = F // E, _union(score, T, E, room)
-        own = (room + 8 * E + _LINE - 1) // _LINE * _LINE
+    def compute(arguments, share):
+        call = pointer(arguments, np.int64)
+        x, up, down, score, T, D, F, E = call[0], call[1], call[2], call[3], call[4], call[5], call[6], call[7]
+        union = (call[9] + share * call[10] + 7) // 8 * 8
+        H, count = F // E, _union(score, T, E, union)
         pieces = count * ((H + _PIECE - 1) // _PIECE)
-        threads = max(1, min(threads, 1 + 2 * count * H * D // _WORTH))
-        before = numba.get_num_threads()
-        numba.set_num_threads(threads)
-        for share in prange(threads):
-            low, high = share * pieces // threads, (share + 1) * pieces // threads
-            target = own + share * _own(T)
-            some(x, up, down, score, T, D, H, E, room, low, high, y + 4 * T * D * share, target)
-        numba.set_num_threads(before)
+        # The number of useful threads depends on the union.
+        shares = max(1, min(call[_SHARES], 1 + 2 * count * H * D // _WORTH))
+        if share < shares:
+            low, high = share * pieces // shares, (share + 1) * pieces // shares
+            some(x, up, down, score, T, D, H, E, union, low, high, call[8] + 4 * T * D * share, union + 8 * E)
 
-    return together
+    return shared(compute, _SHARES, _TAKEN)

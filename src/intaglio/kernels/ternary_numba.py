@@ -1,11 +1,12 @@
 """CPU kernel of `ternary`; the inner loop is in `ternary_simd`.
 
 A call quantizes the activations, multiplies, and rescales in one compiled function. Rows of the weight are split over
-torch's number of threads where a product is large enough; results do not depend on it. Without quantization the
-activations become 31-bit fixed point, whose four digits in base 256 (each from -128 to 127) are four rows of integers.
+torch's own threads (`openmp`) where a product is large enough, each of which quantizes for itself; results do not
+depend on it. Without quantization the activations become 31-bit fixed point, whose four digits in base 256 (each from
+-128 to 127) are four rows of integers.
 
 Tensors are passed as addresses (`numba_pointers`): a product of SmolLM2's size takes about ten µs. The first call
-compiles (about two seconds; as long again the first with several threads), and nothing is cached on disk.
+compiles (about two seconds), and nothing is cached on disk.
 
 Dimension letters: B rows of activations, I inputs, O outputs, J bytes of a packed row; D rows of integers (B, or 4B
 digits).
@@ -14,15 +15,17 @@ digits).
 from __future__ import annotations
 
 import math
+import struct
+from functools import lru_cache
+from typing import Any
 
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
 from numba.extending import intrinsic
 from torch import Tensor
 
-from intaglio.kernels.numba_pointers import as_float, compiled, may_share, pointer
+from intaglio.kernels.numba_pointers import as_float, compiled, pointer, shared
+from intaglio.kernels.openmp import launch, most_threads
 from intaglio.kernels.ternary_simd import ROWS, instructions, tile
 
 _GIVEN, _QUANTIZED, _FLOATING = 0, 1, 2
@@ -33,6 +36,9 @@ _CACHE = 1 << 19
 _WORTH = 1 << 21
 """Integer products per further thread (about 15 microseconds of work)."""
 _LINE = 64
+_ARGUMENTS = struct.Struct("18qd")
+_SHARES, _TAKEN, _EPS = 16, 17, 18
+"""Places of the number of shares, of the shares taken, and of the least magnitude."""
 _INFINITE = np.int32(0x7F800000)
 """Bits of infinity in float32; those of NaN are greater."""
 
@@ -83,18 +89,18 @@ def _call(
     bias_O = None if bias_O is None else bias_O.contiguous()
     (B, width), (outputs, J) = x_BI.shape, packed_OJ.shape
     D = _DIGITS * B if kind == _FLOATING else B
-    room = torch.empty(D * (4 * J + 4 * (outputs + ROWS) + 12) + 2 * _LINE, dtype=torch.uint8)
-    arguments = (
+    most = 1 + D * outputs * J * 4 // _WORTH if threads is None else threads
+    threads = min(most_threads(), most)
+    # Sixteen outputs are a cache line, which two threads should not share.
+    each = -(-outputs // threads) + 15 & -16
+    own = D * (4 * J + 4 * (each + ROWS) + 12) + 2 * _LINE
+    room = torch.empty(threads * own, dtype=torch.uint8)
+    arguments = _ARGUMENTS.pack(
         kind, x_BI.data_ptr(), B, width, packed_OJ.data_ptr(), outputs, J, y_BO.data_ptr(),
         0 if scale_S is None else scale_S.data_ptr(), 1 if scale_S is None else scale_S.numel(),
-        0 if bias_O is None else bias_O.data_ptr(), *limits, eps, room.data_ptr(),
+        0 if bias_O is None else bias_O.data_ptr(), *limits, room.data_ptr(), own, threads, 0, eps,
     )  # fmt: skip
-    most = 1 + D * outputs * J * 4 // _WORTH if threads is None else threads
-    threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS, most)
-    if threads > 1 and may_share():
-        _together(*arguments, threads)
-    else:
-        _alone(*arguments)
+    launch(_entry().address, bytearray(arguments), threads)
 
 
 # Compiled from here on. Addresses are integers, and pointers are indexed: arrays take far longer to compile.
@@ -262,25 +268,22 @@ def _parts(D, J, outputs, room):
 
 
 @compiled
-def _alone(kind, x, B, width, packed, outputs, J, y, scale, scales, bias, low, high, peak, eps, room):
+def _compute(arguments, share):
+    """Compute a share of the outputs; sums are kept for these alone."""
+    call = pointer(arguments, np.int64)
+    kind, B, J, outputs, shares = call[0], call[2], call[6], call[5], call[_SHARES]
     D = B * _DIGITS if kind == _FLOATING else B
-    digits, sums, own, totals, stride = _parts(D, J, outputs, room)
-    _prepare(kind, x, B, width, 4 * J, low, high, peak, eps, digits, totals, own)
-    _multiply(digits, D, packed, J, sums, stride, 0, outputs)
-    _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, own, 0, outputs)
+    each = ((outputs + shares - 1) // shares + 15) // 16 * 16
+    first, end = share * each, min(outputs, (share + 1) * each)
+    if first < end:
+        digits, sums, own, totals, stride = _parts(D, J, each, call[14] + share * call[15])
+        sums -= 4 * first
+        eps = pointer(arguments, np.float64)[_EPS]
+        _prepare(kind, call[1], B, call[3], 4 * J, call[11], call[12], call[13], eps, digits, totals, own)
+        _multiply(digits, D, call[4], J, sums, stride, first, end)
+        _finish(kind, B, outputs, call[7], call[8], call[9], call[10], sums, stride, totals, own, first, end)
 
 
-@njit(nogil=True, error_model="numpy", parallel=True)
-def _together(kind, x, B, width, packed, outputs, J, y, scale, scales, bias, low, high, peak, eps, room, threads):
-    D = B * _DIGITS if kind == _FLOATING else B
-    digits, sums, own, totals, stride = _parts(D, J, outputs, room)
-    _prepare(kind, x, B, width, 4 * J, low, high, peak, eps, digits, totals, own)
-    before = numba.get_num_threads()
-    numba.set_num_threads(threads)
-    # Sixteen outputs are a cache line, which two threads should not share.
-    part = ((outputs + threads - 1) // threads + 15) // 16 * 16
-    for share in prange(threads):
-        first, end = share * part, min(outputs, (share + 1) * part)
-        _multiply(digits, D, packed, J, sums, stride, first, end)
-        _finish(kind, B, outputs, y, scale, scales, bias, sums, stride, totals, own, first, end)
-    numba.set_num_threads(before)
+@lru_cache(maxsize=1)
+def _entry() -> Any:
+    return shared(_compute, _SHARES, _TAKEN)

@@ -51,10 +51,11 @@ class Speculative:
             of `generate` with the same name never reaches a custom decoder: pass it here.
         on_step: called with each row's `Step` after every pass, the prefill first.
         generator: source of the draws. Default None: torch's global generator, as in stock `generate`.
-        prepack: whether passes on a CPU use copies of the linear weights laid out for a few tokens at a time (as much
-            memory again as the weights take; kept for the next call). True: wherever possible. False: never, as stock
-            `generate`. Default None: from 32 new tokens on, if there is memory for them, and for the weights and
-            numbers of tokens for which the first use on a machine measured them to be faster.
+        prepack: the products of the linear layers in passes on a CPU. True: from copies of the weights laid out for a
+            few tokens at a time, wherever possible (as much memory again as the weights take; kept for the next call).
+            False: stock ones. Default None: from 32 new tokens on those that the first use on a machine measured to be
+            the fastest for the layer and the number of tokens: stock, from a copy if there is memory for it, or our own
+            from the weights as they lie.
 
     Attributes:
         statistics: of the last run.

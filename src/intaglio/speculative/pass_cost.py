@@ -83,7 +83,7 @@ def pass_costs(model: Any, rows: int, prepacked: Prepacked | None) -> PassCosts:
     tuner = tuning.tuner()
     if tuner is None or model.device.type != "cpu":
         return PassCosts(rows=rows)
-    key = f"pass {_name(model)} rows {rows}{' prepacked' if prepacked else ''} threads {torch.get_num_threads()}"
+    key = f"pass {_name(model)} rows {rows}{' chosen products' if prepacked else ''} threads {torch.get_num_threads()}"
     passes = _Passes(model, rows, prepacked)
     times = tuner.times(key, {str(size): passes.call(size) for size in SIZES})
     tuner.save()

@@ -1,15 +1,17 @@
-"""Linear layers with prepacked weights, so that a pass over a few tokens costs little more than over a single token.
+"""Linear layers by the fastest product for a few tokens, so that a pass over them costs little more than over one.
 
-On a CPU the usual matrix product repacks the weight in each call, which a single row does not need and many rows pay
-back; from two to some hundred rows, those of a drafted tree, it is most of the time. oneDNN accepts weights in its own
-layout. A linear layer gets such a copy at its first call in a run, and uses it only during the passes of the loop; the
-weights themselves are unchanged. On one core of an AMD EPYC in float32, the product of 4 tokens with SmolLM2's 49,152 x
-576 head takes 6 ms instead of 18 to 21, and that of 16 tokens 11 instead of 25. Other processors gain less or nothing,
-so each shape is measured (`environment.tuning`), and the copy serves only the numbers of rows for which it is faster.
+On a CPU the usual matrix product is made for many rows. Two others are measured against it for each shape
+(`environment.tuning`), and serve the numbers of rows for which they are faster:
 
-The two operators are those that torch's inductor calls for frozen weights; without them models run unchanged. Copies
-are kept for the next run, as long as the module lives. Sums run in another order, so the last bits differ, as they do
-between a pass over one token and over several.
+- *prepacked*: the usual product repacks the weight in each call, which a single row does not need and many rows pay
+  back; from two to some hundred rows, those of a drafted tree, it is most of the time. oneDNN accepts weights in a
+  layout of its own. A linear layer gets such a copy at its first call in a run. The two operators are those that
+  torch's inductor calls for frozen weights. Copies are kept for the next run, as long as the module lives.
+- *direct*: our own product from the weight as it lies (`kernels.dense_llvmlite`), with one thread or all.
+
+They are used only during the passes of the loop; the weights themselves are unchanged. Without the operators, or
+without llvmlite, that candidate is left out. Sums run in another order, so the last bits differ, as they do between a
+pass over one token and over several.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from intaglio.environment import tuning
+from intaglio.kernels._utils import works
 
 MAX_ROWS = 256
 """Most rows of a product that uses the copy; for more, the usual product is as fast."""
@@ -46,9 +49,11 @@ _MAX_COPIES = 64
 _RESERVE = 0.8
 """Seconds of measuring that are left for whole passes."""
 
-Steps = tuple[bool, ...]
-"""Whether the copy is used, for each of `_ROW_STEPS`."""
-_ALWAYS: Steps = (True,) * len(_ROW_STEPS)
+STOCK, PREPACKED, DIRECT = "stock", "prepacked", "direct"
+"""Products; the name of the last is followed by its number of threads."""
+Steps = tuple[str, ...]
+"""The product for each of `_ROW_STEPS`."""
+_ALWAYS: Steps = (PREPACKED,) * len(_ROW_STEPS)
 
 
 @dataclass
@@ -69,20 +74,20 @@ _COPIES: WeakKeyDictionary[nn.Module, _Copy] = WeakKeyDictionary()
 
 
 class Prepacked:
-    """Context in which the linear layers of a model use their copies, without gradients.
+    """Context in which the linear layers of a model use the products chosen for them, without gradients.
 
     Only layers on a CPU in float32 or bfloat16 do. A thread that leaves the context while another is in it ends it for
     both: the other's pass then continues with the weights themselves.
 
     Args:
         model: the model.
-        steps: choices for each usable layer; layers without any stay stock. Default: the copy always.
+        steps: choices for each usable layer; layers without any stay stock. Default: the prepacked product always.
     """
 
     def __init__(self, model: nn.Module, steps: dict[nn.Module, Steps] | None = None) -> None:
         if steps is None:
-            steps = dict.fromkeys(filter(_is_usable, model.modules()), _ALWAYS)
-        self._forwards = [(module, partial(_forward, module, own)) for module, own in steps.items() if any(own)]
+            steps = dict.fromkeys((module for module in model.modules() if PREPACKED in _products(module)), _ALWAYS)
+        self._forwards = [(m, partial(_forward, m, own)) for m, own in steps.items() if set(own) != {STOCK}]
         for module, _ in self._forwards:
             copy = _COPIES.get(module)
             if copy is not None and not torch.equal(copy.probe_O, _probe(module)):
@@ -98,18 +103,31 @@ class Prepacked:
             module.__dict__.pop("forward", None)
 
 
-def _is_usable(module: Any) -> bool:
+def _products(module: Any) -> tuple[str, ...]:
+    """Return the products that can serve a layer, the stock one aside."""
     if type(module) not in (nn.Linear, Conv1D):
-        return False
+        return ()
     # A module with a forward of its own was changed by other code, which wins.
-    own = module.__dict__.get("forward")
-    weight = module.weight
+    own, weight = module.__dict__.get("forward"), module.weight
+    if own is not None and not (isinstance(own, partial) and own.func is _forward):
+        return ()
+    if (weight.device.type, weight.layout) != ("cpu", torch.strided) or weight.dtype not in _DTYPES:
+        return ()
     return (
-        (own is None or (isinstance(own, partial) and own.func is _forward))
-        and (weight.device.type, weight.layout) == ("cpu", torch.strided)
-        and weight.dtype in _DTYPES
-        and _works(weight.dtype)
+        *((PREPACKED,) if _onednn() and _works(weight.dtype) else ()),
+        *(_direct_products() if type(module) is nn.Linear and weight.is_contiguous() else ()),
     )
+
+
+def _onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+def _direct_products() -> tuple[str, ...]:
+    """Return the direct product with one thread and with all; nothing without llvmlite."""
+    if not works("llvmlite", "dense", "few tokens are multiplied by torch alone"):
+        return ()
+    return tuple(f"{DIRECT} {threads}" for threads in sorted({1, torch.get_num_threads()}))
 
 
 def _rows(module: Any) -> Tensor:
@@ -126,24 +144,36 @@ def _probe(module: Any) -> Tensor:
 
 
 def _forward(module: Any, steps: Steps, x: Tensor) -> Tensor:
-    """Compute the module's forward, with its copy if that is faster and exact."""
+    """Compute the module's forward, by the product chosen for so many rows if that is exact."""
     rows = x.numel() // x.shape[-1]
     # As a module's attributes parameters are slow to find, which a product of one token notices.
-    weight = module._parameters["weight"]
-    if not _uses_copy(steps, rows) or torch.is_grad_enabled() or x.dtype != weight.dtype:
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    product = _product_for(steps, rows)
+    if product == STOCK or torch.is_grad_enabled() or x.dtype != weight.dtype:
         if type(module) is nn.Linear:
-            return nn.functional.linear(x, weight, module._parameters["bias"])
+            return nn.functional.linear(x, weight, bias)
         stock: Tensor = type(module).forward(module, x)
         return stock
+    if product != PREPACKED:
+        return _direct(x, weight, bias, rows, product)
     copy = _COPIES.get(module)
     if copy is None:
         copy = _COPIES[module] = _Copy(_lay_out(_rows(module).contiguous()), _probe(module))
-    return _product(x, copy.weight_IO, module.bias, rows)
+    return _product(x, copy.weight_IO, bias, rows)
 
 
 @lru_cache(maxsize=4096)
-def _uses_copy(steps: Steps, rows: int) -> bool:
-    return rows <= MAX_ROWS and steps[min(bisect_left(_ROW_STEPS, rows), len(_ROW_STEPS) - 1)]
+def _product_for(steps: Steps, rows: int) -> str:
+    product = steps[min(bisect_left(_ROW_STEPS, rows), len(_ROW_STEPS) - 1)]
+    return product if rows <= (MAX_ROWS if product == PREPACKED else _ROW_STEPS[-1]) else STOCK
+
+
+def _direct(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, rows: int, product: str) -> Tensor:
+    """Multiply with a weight as it lies."""
+    from intaglio.kernels import dense_llvmlite  # llvmlite is optional
+
+    y_NO = dense_llvmlite.linear(x.reshape(rows, -1), weight_OI, bias_O, int(product.rpartition(" ")[2]))
+    return y_NO.view(*x.shape[:-1], -1)
 
 
 def _lay_out(weight_OI: Tensor) -> Tensor:
@@ -190,15 +220,19 @@ class _Weights:
 @torch.inference_mode()
 def _tuned_steps(module: Any, tuner: tuning.Tuner) -> Steps:
     """Return the choices for a layer's shape, dtype and the threads, measured if they are not known."""
-    weights, steps = _Weights(module), []
+    weights, products, steps = _Weights(module), _products(module), []
     for rows in _ROW_STEPS:
         x_BI = torch.full((rows, weights.inputs), 0.5, dtype=weights.dtype)
-        calls = {
-            "stock": partial(lambda x: nn.functional.linear(x, next(weights.stock)), x_BI),
-            "prepacked": partial(lambda x, rows: _product(x, next(weights.laid_out), None, rows), x_BI, rows),
-        }
+        calls = {STOCK: partial(lambda x: nn.functional.linear(x, next(weights.stock)), x_BI)}
+        for name in products:
+            if name == PREPACKED:
+                calls[name] = partial(lambda x, rows: _product(x, next(weights.laid_out), None, rows), x_BI, rows)
+            else:
+                calls[name] = partial(
+                    lambda *own: _direct(own[0], next(weights.stock), None, *own[1:]), x_BI, rows, name
+                )
         key = f"{weights.key} rows {rows} threads {torch.get_num_threads()}"
-        steps.append(tuner.choose(key, calls, reserve=_RESERVE) == "prepacked")
+        steps.append(tuner.choose(key, calls, reserve=_RESERVE))
     return tuple(steps)
 
 
@@ -220,33 +254,30 @@ def prepacked(model: nn.Module, wanted: bool | None, tokens: int) -> Prepacked |
 
     Args:
         model: the model.
-        wanted: True: wherever possible. False: never. None: where it was measured to be faster, if the run may emit at
-            least 32 tokens and the copies take at most half of the free memory.
+        wanted: True: prepacked products wherever possible. False: stock ones. None: those measured to be fastest, if
+            the run may emit at least 32 tokens and the copies take at most half of the free memory.
         tokens: most new tokens of the run.
     """
-    if wanted is False or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+    if wanted is False:
         return None
-    usable = [module for module in model.modules() if _is_usable(module)]
-    if not usable:
-        return None
+    usable = {module: products for module in model.modules() if (products := _products(module))}
     if wanted:
-        return Prepacked(model)
-    if tokens < MIN_NEW_TOKENS:
+        return Prepacked(model) if any(PREPACKED in products for products in usable.values()) else None
+    if not usable or tokens < MIN_NEW_TOKENS:
         return None
     steps = choices(usable)
-    used = [module for module in usable if any(steps[module])]
-    missing = sum(_rows(module).nbytes for module in used if module not in _COPIES)
-    if not used or missing > psutil.virtual_memory().available // 2:
+    missing = sum(_rows(m).nbytes for m, own in steps.items() if PREPACKED in own and m not in _COPIES)
+    if all(set(own) == {STOCK} for own in steps.values()) or missing > psutil.virtual_memory().available // 2:
         return None
     return Prepacked(model, steps)
 
 
 def choices(modules: Iterable[nn.Module]) -> dict[nn.Module, Steps]:
-    """Return for each usable layer with how many rows its copy is used."""
+    """Return the products of each layer that has a choice; without a tuner the prepacked one wherever it works."""
     tuner = tuning.tuner()
-    usable = [module for module in modules if _is_usable(module)]
+    usable = {module: products for module in modules if (products := _products(module))}
     if tuner is None:
-        return dict.fromkeys(usable, _ALWAYS)
+        return {module: _ALWAYS for module, products in usable.items() if PREPACKED in products}
     by_shape: dict[Any, Steps] = {}
     steps: dict[nn.Module, Steps] = {}
     # The widest weights first: where there is no time for all, they matter most.
