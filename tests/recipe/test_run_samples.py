@@ -62,6 +62,8 @@ def test_lines_are_filled_before_and_after(tmp_path: Path) -> None:
     assert row["expected"].endswith("of twelve")
     assert "▭" in row["prompt"]
     assert list(step["samples"]["scores"]) == ["lines filled exactly"]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert page.count('<td colspan="4">') == len(step["samples"]["rows"])  # a prompt of several lines
 
 
 def test_facts_do_not_go_with_a_share_held_out() -> None:
