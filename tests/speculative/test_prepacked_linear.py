@@ -142,6 +142,21 @@ def test_a_torch_without_the_operators_is_run_as_ever(operator: Any, monkeypatch
         prepacked_linear._works.cache_clear()
 
 
+def test_a_processor_that_cannot_compile_the_direct_product_is_served_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = pytest.importorskip("intaglio.kernels.dense_llvmlite")
+
+    def fails(*given: Any) -> None:
+        raise RuntimeError("no target machine")
+
+    assert any(name.startswith("direct") for name in prepacked_linear._products(nn.Linear(4, 4)))
+    monkeypatch.setattr(dense, "linear", fails)
+    prepacked_linear._direct_works.cache_clear()
+    try:
+        assert not any(name.startswith("direct") for name in prepacked_linear._products(nn.Linear(4, 4)))
+    finally:
+        prepacked_linear._direct_works.cache_clear()
+
+
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_whole_model_says_the_same(family: str) -> None:
     model: Any = tiny_model(family)

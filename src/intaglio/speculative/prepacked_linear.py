@@ -124,10 +124,22 @@ def _onednn() -> bool:
 
 
 def _direct_products() -> tuple[str, ...]:
-    """Return the direct product with one thread and with all; nothing without llvmlite."""
+    """Return the direct product with one thread and with all; nothing where it does not work."""
+    return tuple(f"{DIRECT} {n}" for n in sorted({1, torch.get_num_threads()})) if _direct_works() else ()
+
+
+@lru_cache(maxsize=1)
+def _direct_works() -> bool:
+    """Return whether the direct product can be compiled, and is right, on this processor."""
     if not works("llvmlite", "dense", "few tokens are multiplied by torch alone"):
-        return ()
-    return tuple(f"{DIRECT} {threads}" for threads in sorted({1, torch.get_num_threads()}))
+        return False
+    draws = torch.Generator().manual_seed(0)
+    x_BI, weight_OI = (torch.rand(rows, 40, generator=draws) for rows in (3, 70))
+    try:
+        result_BO = _direct(x_BI, weight_OI, None, 3, f"{DIRECT} 1")
+    except (OSError, RuntimeError):
+        return False
+    return torch.allclose(result_BO, x_BI @ weight_OI.T, atol=1e-4)
 
 
 def _rows(module: Any) -> Tensor:
