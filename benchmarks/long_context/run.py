@@ -74,7 +74,7 @@ def prompt_states(model: Any, ids: Any, out: Path) -> PromptStates:
         read = read_prompt(model, ids)
         kept = {"ids": ids}
         for index, layer in enumerate(read.layers):
-            kept |= {f"{name}.{index}": torch.as_tensor(x).clone() for name, x in zip(names, layer, strict=True)}
+            kept |= {f"{name}.{index}": torch.as_tensor(x).contiguous() for name, x in zip(names, layer, strict=True)}
         atomic_io.write_bytes(path, save(kept))
     layers = (tuple(kept[f"{name}.{index}"] for name in names) for index in range((len(kept) - 1) // len(names)))
     return PromptStates(tuple((query, key, value, float(scale)) for query, key, value, scale in layers))
