@@ -11,20 +11,16 @@ Dimension letters: B batch, D width, M latents, E active entries.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 DENSE = 0.06
 """Share of active entries from which dense products are faster."""
-ENTRIES = 1 << 13
-"""Active entries of which a product of rows is computed at a time."""
-
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state", category=UserWarning)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +63,10 @@ class ActiveEntries:
     def _by_latent(self) -> Tensor:
         return torch.argsort(self.latents_E, stable=True)
 
+    @cached_property
+    def _starts(self) -> Tensor:
+        return _starts(self.rows_E, self.shape[0])
+
     def gather(self, full_BM: Tensor) -> Tensor:
         """Return the entries [E] of a matrix."""
         return full_BM[self.rows_E, self.latents_E]
@@ -85,31 +85,35 @@ class ActiveEntries:
         """Return Z x [B, D]."""
         if self.dense:
             return self.to_dense(values_E) @ x_MD
-        return _csr(self.rows_E, self.latents_E, values_E, self.shape) @ x_MD
+        return _sums(self.latents_E, self._starts, values_E, x_MD)
 
     def transposed_times(self, values_E: Tensor, x_BD: Tensor) -> Tensor:
         """Return Zᵀ x [M, D]."""
         if self.dense:
             return self.to_dense(values_E).T @ x_BD
-        order = self._by_latent
-        shape = (self.shape[1], self.shape[0])
-        return _csr(self.latents_E[order], self.rows_E[order], values_E[order], shape) @ x_BD
+        order, starts = self._by_latent, _starts(self.latents_E, self.shape[1])
+        return _sums(self.rows_E[order], starts, values_E[order], x_BD)
 
     def row_products(self, x_BD: Tensor, y_MD: Tensor) -> Tensor:
         """Return x_b · y_m for every entry (b, m) [E]."""
         if self.dense:
             return self.gather(x_BD @ y_MD.T)
-        parts = [
-            torch.einsum("ed,ed->e", x_BD[rows], y_MD[latents])
-            for rows, latents in zip(self.rows_E.split(ENTRIES), self.latents_E.split(ENTRIES), strict=True)
-        ]
-        return torch.cat(parts) if parts else x_BD.new_zeros(0)
+        # The gradient of a weighted sum of rows with respect to its weights: no row is copied.
+        products_E: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x_BD.contiguous(), y_MD.contiguous(), self.latents_E, self._starts, self.rows_E, 0
+        )
+        return products_E
 
 
-def _csr(rows_E: Tensor, columns_E: Tensor, values_E: Tensor, shape: tuple[int, int]) -> Tensor:
-    starts = rows_E.new_zeros(shape[0] + 1, dtype=torch.int32)
-    starts[1:] = torch.bincount(rows_E, minlength=shape[0]).cumsum(0)
-    return torch.sparse_csr_tensor(starts, columns_E.to(torch.int32), values_E, shape, check_invariants=False)
+def _starts(rows_E: Tensor, count: int) -> Tensor:
+    """Return the first entry of each row [count]."""
+    sizes = torch.bincount(rows_E, minlength=count)
+    return sizes.cumsum(0) - sizes
+
+
+def _sums(columns_E: Tensor, starts: Tensor, values_E: Tensor, x: Tensor) -> Tensor:
+    """Return the weighted sum of the rows of x for each run of entries."""
+    return F.embedding_bag(columns_E, x.contiguous(), starts, mode="sum", per_sample_weights=values_E)
 
 
 class _PreActivations(torch.autograd.Function):
