@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
@@ -19,7 +23,7 @@ from intaglio.methods.weights.bip import BiP
 from intaglio.recipe.schema import Recipe
 from intaglio.trainer import KeyedRNG, ObjectiveModule, train, training_rows
 from intaglio.trainer.classification import Classification
-from tests.trainer.helpers import LABELLED, checkpoint, same, weights
+from tests.trainer.helpers import LABELLED, checkpoint, far, same, weights
 from tests.trainer.test_classification import SETTINGS, image_model, squares
 from tests.trainer.test_resume import Killed, killer
 from tests.trainer.toys import ToySelector
@@ -65,6 +69,52 @@ def test_two_modifiers_and_a_selector_share_a_step_and_resume_bit_for_bit(case: 
     assert resumed.history == unbroken.history
     assert resumed.reports == unbroken.reports
     assert same(weights(again), weights(whole))
+
+
+SCRIPT = """
+import os, sys
+from safetensors.torch import save_file
+from tests.trainer.helpers import weights
+from tests.trainer.test_composition_classifiers import trained
+from tests.trainer.test_resume import Killed, killer
+
+case, out, directory, stop = sys.argv[1:]
+try:
+    ckpt = trained(case, directory=directory, **({"progress": killer(3)} if stop == "stop" else {}))
+except Killed:
+    sys.exit(0)
+if os.environ["RANK"] == "0":
+    tables = {name: value for part in ckpt.attachments.values() for name, value in part.tensors.items()}
+    save_file({**weights(ckpt), **tables}, out)
+"""
+
+
+def trained(case: str, **more: Any) -> Checkpoint:
+    """Train a case on a model without batch statistics, which differ between processes."""
+    ckpt, examples = (image_model("vit"), squares()) if case == "images" else data(case)
+    arguments = {**SETTINGS, **CASES[case], "objective": Classification(), "save_every": 1, **more}
+    train(ckpt, examples, **arguments)
+    return ckpt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["images"])
+def test_two_processes_stopped_and_resumed_are_one(case: str, tmp_path: Path) -> None:
+    """ELR's table is that of all rows; mixed cases are left out, as partners are rows of one process."""
+    out, script = tmp_path / "out.safetensors", tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script), case]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    for stop in ("stop", "go on"):
+        arguments = [str(out), str(tmp_path / "run"), stop]
+        subprocess.run([*command, *arguments], check=True, env=environment, capture_output=True)
+        assert out.exists() == (stop == "go on")
+    alone = trained(case)
+    saved = load_file(out)
+    for part in alone.attachments.values():
+        for name, value in part.tensors.items():
+            assert far({name: saved.pop(name)}, {name: value}) < 1e-5
+    assert far(saved, weights(alone)) < 1e-4  # AdamW at a rate of 1e-2 widens rounding
 
 
 @pytest.mark.parametrize("case", ["images", "mixed texts"])

@@ -195,7 +195,7 @@ def read_image(image: Any, where: str, channels: int = 3) -> np.ndarray:
     except (*BROKEN, pillow.DecompressionBombError) as error:
         reason = first_line(error)
         raise IntaglioError(
-            f"the image {where} is broken ({reason}); mend it, or leave broken images out by skip_broken"
+            f"the image {where} is broken ({reason}); mend or remove it (training leaves it out by skip_broken)"
         ) from None
     pixels_HWC = np.asarray(picture)
     return pixels_HWC[..., None] if pixels_HWC.ndim == 2 else pixels_HWC

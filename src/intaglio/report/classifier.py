@@ -48,7 +48,7 @@ def classifier_summary(document: Document) -> str:
     if data["in_both"]:
         text += f"; {data['in_both']:,} of these are training examples too"
     if data["skipped"]:
-        text += f"; {len(data['skipped']):,} broken files were left out: {shorten(', '.join(data['skipped']), LONGEST)}"
+        text += f"; left out as broken ({len(data['skipped']):,}): {shorten(', '.join(data['skipped']), LONGEST)}"
     return clean_text(f"{text}.")
 
 

@@ -427,7 +427,8 @@ class Train(Settings, Method, slug="train"):
             from intaglio.trainer.classification import make_evaluator as classes_evaluator
 
             training, validation, _ = self.labelled()
-            sizes = {"batch_size": self.batch_size, "length": getattr(self.objective_method(), "length", None)}
+            length = getattr(self.objective_method(), "length", None)
+            sizes: dict[str, Any] = {"batch_size": self.batch_size, "length": length}
             scored = None if validation is None else classes_evaluator(validation.rows, **sizes)
             return list(training.rows), scored
         if self.validation is not None:

@@ -18,8 +18,16 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer, TrainingArg
 import intaglio
 from intaglio.checkpoint import Checkpoint
 from intaglio.errors import IntaglioError
-from intaglio.methods.training.points import POINTS, DualEncoder, caption_perplexity, individual_select, pixel_shuffle
+from intaglio.methods.training.points import (
+    POINTS,
+    DualEncoder,
+    caption_perplexity,
+    individual_select,
+    perplexity,
+    pixel_shuffle,
+)
 from intaglio.methods.training.points.perplexity import lowest, perplexities
+from intaglio.modeling.partial_pass import HeadOnly
 from intaglio.trainer import CausalLM, EpochCollator, KeyedRNG, train, training_rows
 from intaglio.trainer.dataset import all_examples, as_example
 from intaglio.trainer.tokenised_samples import read_samples
@@ -191,6 +199,8 @@ def test_another_model_scores(tmp_path: Path) -> None:
     scores = scored(POINTS(), TEXTS[:6], intaglio.load(str(other)))
     assert list(chosen) == sorted(lowest(scores, 0.5))
     assert scored(method, examples, intaglio.load(str(other))) == pytest.approx(scores)
+    misleading = [{"text": text, "input_ids": [9, 10], "id": n} for n, text in enumerate(TEXTS[:6])]
+    assert scored(method, misleading, intaglio.load(str(other))) == pytest.approx(scores)
     with pytest.raises(IntaglioError, match=r"example 0 has only token ids; the scorer .* needs its text"):
         method.select([{"input_ids": [9, 10], "id": 0}], ckpt, None, 0.5, KeyedRNG(0))
 
@@ -212,6 +222,27 @@ def test_batches_are_of_the_size_that_is_given() -> None:
     hook.remove()
     assert sizes == [4, 4, 2]
     assert calls == [(4, 10), (8, 10), (10, 10)]
+
+
+def test_a_choice_has_batches_of_like_lengths_and_a_part_of_the_logits_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ckpt, shapes, rows = checkpoint(layers=1), [], []
+    texts = [text[: 20 + 7 * n % 10 * 3] for n, text in enumerate(TEXTS[:10])]
+    expected = scored(POINTS(), texts, ckpt)
+    ckpt.model.get_input_embeddings().register_forward_pre_hook(  # type: ignore[operator]
+        lambda module, args: shapes.append(tuple(args[0].shape))
+    )
+    compute = HeadOnly.logits
+    monkeypatch.setattr(perplexity, "ELEMENTS", 5 * ckpt.vocabulary)
+    monkeypatch.setattr(HeadOnly, "logits", lambda head, x: rows.append(x.shape[1]) or compute(head, x))
+    chosen = POINTS(batch_size=3).select(texts, ckpt, None, 0.2, KeyedRNG(0))
+    assert [count for count, _ in shapes] == [3, 3, 3, 1]
+    assert [width for _, width in shapes] == sorted(width for _, width in shapes)
+    assert len({width for _, width in shapes}) > 1
+    assert max(rows) == 5
+    assert list(chosen) == sorted(lowest(expected, 0.2))
+    assert chosen.metadata["clusters"][0]["example"] == texts[expected.index(min(expected))]
 
 
 def test_texts_of_one_token_come_last_and_modes_are_kept() -> None:
