@@ -362,9 +362,16 @@ def test_a_chat_uses_the_template(tiny_dir: TinyDir, llama: Checkpoint) -> None:
     assert chat["prompt_tokens"] == len(ids) > plain["prompt_tokens"]
 
 
-def test_a_prompt_from_stdin(tiny_dir: TinyDir) -> None:
+def test_a_prompt_from_stdin_or_a_file(tiny_dir: TinyDir, tmp_path: Path) -> None:
     words = ("generate", tiny_dir("llama"), "--max-new-tokens", "4")
-    assert run(*words, "-", stdin=PROMPT).stdout == run(*words, PROMPT).stdout
+    plain = run(*words, PROMPT).stdout
+    assert run(*words, "-", stdin=PROMPT).stdout == plain
+    path = tmp_path / "prompt.txt"
+    path.write_text(PROMPT, encoding="utf-8")
+    assert run(*words, f"@{path}").stdout == plain
+    missing = CliRunner().invoke(app, [*map(str, words), "@none.txt"])
+    assert missing.exit_code == 2
+    assert "cannot read the text none.txt" in missing.stderr
 
 
 def test_the_device_and_the_dtype_are_passed_on(tiny_dir: TinyDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,14 +18,13 @@ from intaglio.cli.console import (
     print_err,
     print_json,
     read_argument,
-    read_stdin,
 )
 
 
 @handle_errors
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="Text to continue; - reads it from stdin.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue, or @FILE; - reads it from stdin.")] = None,
     prefix: Annotated[
         str | None, typer.Option(help="Text before a hole to fill, or @FILE; instead of a prompt.")
     ] = None,
@@ -115,7 +114,7 @@ def generate(
     if (prompt is not None) == hole or (hole and chat):
         raise IntaglioError("give a prompt to continue, or --prefix and --suffix around a hole, without --chat")
     around = (read_argument(prefix or ""), read_argument(suffix or ""))
-    text = around if hole else read_stdin() if prompt == "-" else prompt or ""
+    text = around if hole else read_argument(prompt or "")
     checkpoint = load(model, device=device, dtype=dtype)
 
     streamed = False
