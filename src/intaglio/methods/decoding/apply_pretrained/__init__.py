@@ -463,8 +463,8 @@ class ApplyPretrained(Method, slug="apply_pretrained"):
         stepwise = self.technique in ("hso", "recurrence")
         if generation_config.do_sample and not stepwise:
             raise IntaglioError(
-                f"sampling is requested of {self.technique}, which is deterministic; leave temperature, top_k and top_p "
-                "out, or set do_sample=False"
+                f"sampling is requested of {self.technique}, which is deterministic; leave temperature, top_k and top_p"
+                " out, or set do_sample=False"
             )
         with streaming(self.streamer, input_ids):
             if stepwise:
