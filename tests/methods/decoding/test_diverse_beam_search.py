@@ -266,7 +266,9 @@ def test_similarities_agree_with_loops(rows: list[list[int]], n: int) -> None:
         cosine = sum(
             float(torch.cosine_similarity(total(candidate[-n:]), total(row[-n:]), dim=0)) for row in (*first, *second)
         )
-        assert float(embedding(before, groups, 6, n, table)[0, 0, token]) == pytest.approx(cosine, abs=1e-4)
+        assert float(embedding(before, groups, 6, n, table, table.square().sum(-1))[0, 0, token]) == pytest.approx(
+            cosine, abs=1e-4
+        )
 
 
 def test_ended_beams_weigh_nothing() -> None:
@@ -274,7 +276,7 @@ def test_ended_beams_weigh_nothing() -> None:
     before = torch.tensor([[[1]]])
     table = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     for value in (hamming(before, none, 4), cumulative(before, none, 4, 1.0), ngram(before, none, 4, 2),
-                  embedding(before, none, 4, 1, table)):  # fmt: skip
+                  embedding(before, none, 4, 1, table, table.square().sum(-1))):  # fmt: skip
         assert not value.any()
 
 

@@ -82,13 +82,15 @@ def ngram(ids_NBT: Tensor, earlier: Sequence[Chosen], vocabulary: int, size: int
     return count_NBV
 
 
-def embedding(ids_NBT: Tensor, earlier: Sequence[Chosen], vocabulary: int, size: int, table_VD: Tensor) -> Tensor:
+def embedding(
+    ids_NBT: Tensor, earlier: Sequence[Chosen], vocabulary: int, size: int, table_VD: Tensor, squares_V: Tensor
+) -> Tensor:
     """Return the sum over earlier beams of the cosine between n-grams [N, B, V].
 
     An n-gram is the sum of its tokens' embeddings; compared are the one that an extension completes and the last one of
-    each earlier beam.
+    each earlier beam. `squares_V` are the squared norms of the embeddings.
     """
-    table_VD = table_VD[:vocabulary]
+    table_VD, squares_V = table_VD[:vocabulary], squares_V[:vocabulary]
     length = ids_NBT.shape[2]
     before_NBD = table_VD[ids_NBT[:, :, max(0, length + 1 - size) :]].sum(2)
     ids_NJT = torch.cat([chosen.ids_NKT for chosen in earlier], 1)[:, :, -size:]
@@ -96,7 +98,7 @@ def embedding(ids_NBT: Tensor, earlier: Sequence[Chosen], vocabulary: int, size:
     active_NJ = torch.cat([chosen.active_NK for chosen in earlier], 1)
     sum_ND = (target_NJD * active_NJ[:, :, None]).sum(1)  # the cosines add up, so their targets may first
     dots_NBV = (before_NBD @ sum_ND[:, :, None]) + (sum_ND @ table_VD.T)[:, None]
-    squares_NBV = before_NBD.square().sum(-1, keepdim=True) + table_VD.square().sum(-1)
+    squares_NBV = before_NBD.square().sum(-1, keepdim=True) + squares_V
     if size > 1:
         squares_NBV = squares_NBV + 2 * before_NBD @ table_VD.T
     return dots_NBV / squares_NBV.clamp(min=1e-12).sqrt()
@@ -282,7 +284,8 @@ class DiverseBeamSearch(Method, slug="diverse_beam_search"):
             return lambda ids, earlier, vocabulary: ngram(ids, earlier, vocabulary, size)
         if self.dissimilarity == "embedding":
             table_VD = model.get_input_embeddings().weight.detach().float()
-            return lambda ids, earlier, vocabulary: embedding(ids, earlier, vocabulary, size, table_VD)
+            squares_V = table_VD.square().sum(-1)
+            return lambda ids, earlier, vocabulary: embedding(ids, earlier, vocabulary, size, table_VD, squares_V)
         return hamming
 
     def _arranged(self, output: Any, search: GroupedSearch, config: Any, plan: _Plan, whole: bool) -> Any:
