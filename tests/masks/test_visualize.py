@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.cli.app import app
-from intaglio.masks import Bidirectional, ExplicitMask, set_visibility, visible
+from intaglio.masks import Bidirectional, Causal, ExplicitMask, set_visibility, visible
 from intaglio.masks.method import Visibility
-from intaglio.masks.visualize import Group, drawing, groups, svg
+from intaglio.masks.visualize import MOST_CELLS, Group, drawing, groups, svg
 from tests.conftest import TinyDir
 from tests.families import FAMILIES, HEADS, WINDOW, tiny_model, tiny_tokenizer
 
@@ -58,13 +59,13 @@ def test_groups_say_where_and_what() -> None:
     assert [group.share for group in found] == pytest.approx([1.0, 0.55, 0.27])
 
 
-def drawn(picture: str) -> list[tuple[float, float, float, float]]:
-    """x, y, width and opacity of every cell run."""
-    cells = re.findall(
-        r'<rect x="([\d.]+)" y="([\d.]+)" height="[\d.]+" width="([\d.]+)" fill="[^"]+" fill-opacity="([\d.]+)"',
-        picture,
-    )
-    return [(float(x), float(y), float(width), float(opacity)) for x, y, width, opacity in cells]
+def drawn(picture: str) -> list[tuple[int, int, int, float]]:
+    """Column, row, width and opacity of every run of cells."""
+    return [
+        (*map(int, run), float(opacity))
+        for opacity, path in re.findall(r'<path fill-opacity="([\d.]+)" d="([^"]+)"/>', picture)
+        for run in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", path)
+    ]
 
 
 def test_the_picture_shows_each_group_once_and_as_dark_as_heads_agree() -> None:
@@ -82,6 +83,17 @@ def test_the_picture_shows_each_group_once_and_as_dark_as_heads_agree() -> None:
     assert picture.count("<title>layer ") == 4
     assert "prefers-color-scheme: dark" in picture
     assert svg("m", found) == svg("m", found)
+
+
+def test_a_long_mask_is_drawn_in_as_many_cells_as_can_be_seen() -> None:
+    seen_QK = torch.ones(4 * MOST_CELLS, 4 * MOST_CELLS).tril().triu(-1).bool()
+    picture = svg("m", [Group((0,), Causal(), None, seen_QK[None])])
+    ET.fromstring(picture)
+    cells = drawn(picture)
+    assert {row for _, row, *_ in cells} == set(range(MOST_CELLS))
+    # A cell on the diagonal covers 4 x 4 pairs, of which 4 + 3 are seen.
+    assert (0, 0, 1, 0.44) in cells
+    assert len(picture) < 20_000
 
 
 def test_the_drawing_for_terminals() -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from typing import Any
 
 import torch
 from rich.text import Text
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
 
 from intaglio.masks.registry import describe
 from intaglio.masks.rules import Rule
@@ -25,6 +27,8 @@ LENGTH = 32
 """Tokens shown by default; a longer window needs more."""
 WIDTH, SIDE, GAP, ACROSS = 900, 190, 34, 4
 STRIP = 26
+MOST_CELLS = 96
+"""Rows and columns of a panel; of longer masks a cell is the share of the pairs in it."""
 _SHADES = ("var(--a)", "var(--b)", "var(--c)", "var(--d)", "var(--e)", "var(--f)")
 _STYLE = """
 .masks { --ink: #1d1a17; --muted: #6a635b; --rule: #e0dad0; --paper: #fdfcfa; --bare: #f1ece4;
@@ -190,30 +194,37 @@ def _truncate(text: str, most: int) -> str:
 
 def _panel(x: float, y: float, group: Group, colour: str) -> list[str]:
     seen_QK = group.seen_HQK.float().mean(0)
-    rows, length = seen_QK.shape
-    cell, tall = SIDE / length, SIDE / rows
+    square = seen_QK.shape[0] == seen_QK.shape[1]
+    if max(seen_QK.shape) > MOST_CELLS:
+        rows, columns = (min(side, MOST_CELLS) for side in seen_QK.shape)
+        seen_QK = adaptive_avg_pool2d(seen_QK[None], (rows, columns))[0]
+    rows, columns = seen_QK.shape
     label = f"layer{'s' if len(group.layers) > 1 else ''} {group.where}"
     parts = [
         _text(x, y - 24, _truncate(label, 26)),
         f"<g><title>{escape(group.name)}</title>{_text(x, y - 8, _truncate(group.name, 32), 'small')}</g>",
         f'<rect x="{x}" y="{y}" width="{SIDE}" height="{SIDE}" class="bare"/>',
-        '<g shape-rendering="crispEdges">',
+        f'<g shape-rendering="crispEdges" fill="{colour}" '
+        f'transform="translate({x} {y}) scale({SIDE / columns:.5g} {SIDE / rows:.5g})">',
     ]
-    # A rectangle for each run of equal cells in a row keeps pictures of long rows small.
-    for query, row in enumerate(seen_QK.tolist()):
-        start = 0
-        for key in range(1, length + 1):
-            if key == length or row[key] != row[start]:
-                if row[start]:
-                    parts.append(
-                        f'<rect x="{x + start * cell:.2f}" y="{y + query * tall:.2f}" height="{tall:.2f}" '
-                        f'width="{(key - start) * cell:.2f}" fill="{colour}" fill-opacity="{row[start]:.2f}"/>'
-                    )
-                start = key
+    parts += [f'<path fill-opacity="{level:.2f}" d="{runs}"/>' for level, runs in _runs(seen_QK)]
     parts.append("</g>")
-    if rows == length:
+    if square:
         parts.append(f'<line x1="{x}" y1="{y}" x2="{x + SIDE}" y2="{y + SIDE}" class="diagonal"/>')
     parts.append(f'<rect x="{x}" y="{y}" width="{SIDE}" height="{SIDE}" class="frame"/>')
     if not group.label:
         parts.append(_text(x, y + SIDE + 15, f"{group.share:.0%} of all pairs", "small"))
     return parts
+
+
+def _runs(seen_QK: Tensor) -> list[tuple[float, str]]:
+    """Return a path of unit cells for each share above 0, in steps of a hundredth: the runs of equal cells of a row."""
+    paths: dict[float, list[str]] = {}
+    for query, row in enumerate((100 * seen_QK).round().tolist()):
+        key = 0
+        for share, cells in groupby(row):
+            width = len(list(cells))
+            if share:
+                paths.setdefault(share / 100, []).append(f"M{key} {query}h{width}v1h-{width}z")
+            key += width
+    return [(share, "".join(runs)) for share, runs in sorted(paths.items())]

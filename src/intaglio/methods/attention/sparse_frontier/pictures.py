@@ -20,8 +20,6 @@ from intaglio.methods.attention.sparse_frontier.prefill import Indices
 from intaglio.methods.attention.sparse_frontier.tiled_attention import kept_pairs
 from intaglio.modeling.anatomy import CACHE, anatomy
 
-CELLS = 96
-"""Cells of a panel's side; longer prompts are averaged."""
 LONGEST = 4096
 """Tokens of a prompt whose pairs are drawn."""
 
@@ -50,12 +48,7 @@ class Kept:
     def group(self) -> Group:
         """Return the panel of the layer: queries down where pairs were chosen, else heads down."""
         shares = self.seen.float().mean(0) if self.seen.dim() == 3 else self.seen.float()
-        size = -(-shares.shape[-1] // CELLS)
-        kernel = (size, size) if self.seen.dim() == 3 else (1, size)
-        pooled = torch.nn.functional.avg_pool2d(
-            shares[None], kernel, ceil_mode=True, count_include_pad=False
-        )  # partly filled cells at the end average what they hold
-        return Group((self.layer,), None, None, pooled, f"{self.name}, {self.share:.0%} kept")
+        return Group((self.layer,), None, None, shares[None], f"{self.name}, {self.share:.0%} kept")
 
 
 @torch.no_grad()
