@@ -59,8 +59,6 @@ PARTS = ("parity", "speed", "quality", "throughput", "upgrade", "latency", "answ
 SEED = 0
 WEIGHTS = (1.0, 5.0, 25.0)
 """Of BT2's alignment."""
-OLD_ENCODER: dict[str, int] = {"width": 64, "depth": 2, "steps": 150, "tuning_steps": 150, "head_pairs": 600}
-"""Sizes of the encoder whose index is upgraded, and of its training."""
 CHARACTERS = 384
 """Of the texts of the timed trainings, more than a row holds."""
 
@@ -154,7 +152,7 @@ def quality(steps: int, documents: int, queries: int, out: Path) -> dict[str, di
 
 def upgrade() -> dict[str, dict[str, float]]:
     """Return nDCG@10 of new/old and new/new of each way to upgrade an index, with its seconds."""
-    bed = EncoderVersions(**OLD_ENCODER)
+    bed = EncoderVersions()
     data, pairs = bed.retrieval("pilot"), CachedPairs(*bed.cached_pairs(SEED))
     names, queries = list(data.documents), list(data.queries.values())
     relevant = [[names.index(name) for name in data.relevant[query]] for query in data.queries]
