@@ -15,7 +15,7 @@ import torch
 
 from intaglio import atomic_io, load, load_texts
 from intaglio.dictionaries.sparse_autoencoder import SparseAutoencoder
-from intaglio.environment import processor, versions
+from intaglio.environment import processor, releases
 from intaglio.modeling.anatomy import blocks
 from intaglio.recipe.schema import Recipe, fitted_methods
 
@@ -67,7 +67,7 @@ def main() -> None:
         "rows": rows,
         "command": "python benchmarks/features/real.py",
         "processor": processor(),
-        "versions": versions(),
+        "versions": releases(),
     }
     atomic_io.write_json(arguments.output, document)
     for row in [document["columns"], *rows]:

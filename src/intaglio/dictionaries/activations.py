@@ -117,10 +117,7 @@ class ActivationStream:
         for number, batch in enumerate(chunk.batches(self.batch_size)):
             for site, x_BLD in read_sites(self.parts, self.sites, batch).items():
                 x_ND = kept_tokens(x_BLD, batch, self.skip).float()
-                if not torch.isfinite(x_ND).all():
-                    raise IntaglioError(
-                        f"the activations of {site.name} hold NaN or infinite values in batch {number} of chunk {index}"
-                    )
+                check_finite(x_ND, site, f"batch {number} of chunk {index}")
                 activations[site].append(x_ND)
             progress(index * batches + number + 1, len(self) * batches, "reading activations")
         count = sum(len(part) for part in activations[self.sites[0]])
@@ -133,6 +130,12 @@ class ActivationStream:
         orders = [np.random.default_rng([self.seed, 0, number]).permutation(count) for number in passes]
         offset = passes.start * count
         return torch.from_numpy(np.concatenate(orders)[low - offset : high - offset])
+
+
+def check_finite(x: Tensor, site: Site, where: str) -> None:
+    """Refuse activations with NaN or infinite values; `where` names the batch."""
+    if not torch.isfinite(x).all():
+        raise IntaglioError(f"the activations of {site.name} hold NaN or infinite values in {where}")
 
 
 def kept_tokens(x_BLD: Tensor, batch: dict[str, Tensor], skip: int) -> Tensor:

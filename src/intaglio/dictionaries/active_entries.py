@@ -64,8 +64,12 @@ class ActiveEntries:
         return torch.argsort(self.latents_E, stable=True)
 
     @cached_property
-    def _starts(self) -> Tensor:
+    def _row_starts(self) -> Tensor:
         return _starts(self.rows_E, self.shape[0])
+
+    @cached_property
+    def _latent_starts(self) -> Tensor:
+        return _starts(self.latents_E, self.shape[1])
 
     def gather(self, full_BM: Tensor) -> Tensor:
         """Return the entries [E] of a matrix."""
@@ -85,14 +89,14 @@ class ActiveEntries:
         """Return Z x [B, D]."""
         if self.dense:
             return self.to_dense(values_E) @ x_MD
-        return _sums(self.latents_E, self._starts, values_E, x_MD)
+        return _sums(self.latents_E, self._row_starts, values_E, x_MD)
 
     def transposed_times(self, values_E: Tensor, x_BD: Tensor) -> Tensor:
         """Return Zᵀ x [M, D]."""
         if self.dense:
             return self.to_dense(values_E).T @ x_BD
-        order, starts = self._by_latent, _starts(self.latents_E, self.shape[1])
-        return _sums(self.rows_E[order], starts, values_E[order], x_BD)
+        order = self._by_latent
+        return _sums(self.rows_E[order], self._latent_starts, values_E[order], x_BD)
 
     def row_products(self, x_BD: Tensor, y_MD: Tensor) -> Tensor:
         """Return x_b · y_m for every entry (b, m) [E]."""
@@ -100,7 +104,7 @@ class ActiveEntries:
             return self.gather(x_BD @ y_MD.T)
         # The gradient of a weighted sum of rows with respect to its weights: no row is copied.
         products_E: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            x_BD.contiguous(), y_MD.contiguous(), self.latents_E, self._starts, self.rows_E, 0
+            x_BD.contiguous(), y_MD.contiguous(), self.latents_E, self._row_starts, self.rows_E, 0
         )
         return products_E
 

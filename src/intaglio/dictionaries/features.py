@@ -13,7 +13,7 @@ from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.data.segments import Segments
-from intaglio.dictionaries.activations import token_segments
+from intaglio.dictionaries.activations import check_finite, token_segments
 from intaglio.dictionaries.dictionary import SparseDictionary
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress, no_progress
@@ -153,8 +153,7 @@ def describe_features(
     top, batches = TopContexts(dictionary.width, contexts), math.ceil(data.n / batch_size)
     for number, batch in enumerate(data.batches(batch_size)):
         x_BLD = read_sites(parts, (site,), batch)[site]
-        if not torch.isfinite(x_BLD).all():
-            raise IntaglioError(f"the activations of {site.name} hold NaN or infinite values in batch {number}")
+        check_finite(x_BLD, site, f"batch {number}")
         codes_BLM = dictionary.encode(x_BLD)
         valid_BL = torch.ones(codes_BLM.shape[:2], dtype=torch.bool, device=codes_BLM.device)
         if "attention_mask" in batch:

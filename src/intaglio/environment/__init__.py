@@ -29,6 +29,11 @@ def versions(extra: Sequence[str] = ()) -> dict[str, str]:
     return result
 
 
+def releases(extra: Sequence[str] = ()) -> dict[str, str]:
+    """Return `versions` without local parts, such as torch's +cpu."""
+    return {name: number.partition("+")[0] for name, number in versions(extra).items()}
+
+
 def cache_dir() -> Path:
     """Return the cache directory: $INTAGLIO_HOME, $XDG_CACHE_HOME/intaglio or ~/.cache/intaglio."""
     if home := os.environ.get("INTAGLIO_HOME"):

@@ -6,8 +6,8 @@
 The first candidate is the stock one. Another is chosen only if it was measured to be faster by `MARGIN`; what has not
 been measured, or no longer fits in `LIMIT` seconds of a process, stays stock. Times are the least of alternated calls,
 which other processes affect least; where these held up the measuring itself, they are used in this process only. Others
-are kept in `tuning/NAME.json` of the cache directory, a file for each
-processor, version of torch and set of vector instructions, under keys that name shape, dtype, rows and torch threads.
+are kept in `tuning/NAME.json` of the cache directory, a file for each processor, version of torch and set of vector
+instructions, under keys that name shape, dtype, rows and torch threads.
 
 `INTAGLIO_TUNING` selects the mode: `on` (default); `off`, the built-in choices (every kernel that works, pass costs of
 `speculative.pass_cost`), which do not depend on the machine; or the path of a table that `intaglio tune --json` has

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from intaglio.kernels.llvm_emitter import Value
 from intaglio.kernels.openmp import launch, most_threads
-from intaglio.kernels.row_dot_llvm import emit_dots, loop, most_vectors
+from intaglio.kernels.row_dot_llvm import constant, emit_dots, loop, most_vectors
 
 MOST_ROWS = 16
 """Most rows of activations: more are better computed in blocks."""
@@ -71,18 +71,14 @@ def _compiled(half: bool) -> tuple[int, Any]:
     return engine.get_function_address("product"), engine
 
 
-def _number(value: int) -> ir.Constant:
-    return ir.Constant(_I64, value)
-
-
 def _emit(b: ir.IRBuilder, arguments: Value, half: bool) -> None:
     """Emit the function: take a share of the outputs until none is left, and compute it."""
-    at = {name: b.inttoptr(b.add(arguments, _number(8 * n)), _I64.as_pointer()) for n, name in enumerate(_FIELDS)}
+    at = {name: b.inttoptr(b.add(arguments, constant(8 * n)), _I64.as_pointer()) for n, name in enumerate(_FIELDS)}
     value = {name: b.load(place) for name, place in at.items() if name != "taken"}
     again, inside, end = (b.append_basic_block() for _ in range(3))
     b.branch(again)
     b.position_at_end(again)
-    first = b.mul(b.atomic_rmw("add", at["taken"], _number(1), "monotonic"), value["share"])
+    first = b.mul(b.atomic_rmw("add", at["taken"], constant(1), "monotonic"), value["share"])
     b.cbranch(b.icmp_signed("<", first, value["outputs"]), inside, end)
     b.position_at_end(inside)
     left = b.sub(value["outputs"], first)
@@ -94,28 +90,28 @@ def _emit(b: ir.IRBuilder, arguments: Value, half: bool) -> None:
 
 def _emit_share(b: ir.IRBuilder, value: dict[str, Value], half: bool, first: Value, count: Value) -> None:
     """Emit the products for `count` outputs from `first` on; where four runs overlap, outputs are computed twice."""
-    row = b.mul(value["inputs"], _number(2 if half else 4))
-    run = b.lshr(b.add(count, _number(_ROWS - 1)), _number(2))
+    row = b.mul(value["inputs"], constant(2 if half else 4))
+    run = b.lshr(b.add(count, constant(_ROWS - 1)), constant(2))
     latest = b.sub(count, run)
-    starts = [b.mul(run, _number(r)) for r in range(_ROWS)]
+    starts = [b.mul(run, constant(r)) for r in range(_ROWS)]
     starts = [b.add(first, b.select(b.icmp_signed("<", start, latest), start, latest)) for start in starts]
-    vector, line = b.mul(value["inputs"], _number(4)), b.mul(value["outputs"], _number(4))
+    vector, line = b.mul(value["inputs"], constant(4)), b.mul(value["outputs"], constant(4))
     widths = [width for width in (4, 2, 1) if width <= most_vectors()]
 
     def group(g: Value, _: Any) -> list[Value]:
         output_R = [b.add(start, g) for start in starts]
         row_R = [b.add(value["weight"], b.mul(row, output)) for output in output_R]
-        done: Value = _number(0)
+        done: Value = constant(0)
         for width in widths:
-            end = b.and_(value["rows"], _number(-width))
+            end = b.and_(value["rows"], constant(-width))
 
             def some(n: Value, _: Any, width: int = width) -> list[Value]:
-                x_N = [b.add(value["x"], b.mul(vector, b.add(n, _number(k)))) for k in range(width)]
+                x_N = [b.add(value["x"], b.mul(vector, b.add(n, constant(k)))) for k in range(width)]
                 total_NR = emit_dots(b, half, value["inputs"], row_R, x_N)
                 for k, total_R in enumerate(total_NR):
-                    target = b.add(value["y"], b.mul(line, b.add(n, _number(k))))
+                    target = b.add(value["y"], b.mul(line, b.add(n, constant(k))))
                     for output, total in zip(output_R, total_R, strict=True):
-                        place = b.add(target, b.mul(output, _number(4)))
+                        place = b.add(target, b.mul(output, constant(4)))
                         b.store(total, b.inttoptr(place, _F32.as_pointer()), align=4)
                 return []
 
@@ -123,7 +119,7 @@ def _emit_share(b: ir.IRBuilder, value: dict[str, Value], half: bool, first: Val
             done = end
         return []
 
-    loop(b, _number(0), run, 1, [], group)
+    loop(b, constant(0), run, 1, [], group)
 
 
 __all__ = ["DTYPES", "MOST_ROWS", "linear"]

@@ -75,7 +75,7 @@ class _Emitter(Emitter):
     def spread(self, number: Value, count: int) -> Value:
         """Broadcast a number to a vector."""
         nothing = ir.Constant(ir.VectorType(_F32, count), ir.Undefined)
-        one = self.builder.insert_element(nothing, number, _number(0, _I32))
+        one = self.builder.insert_element(nothing, number, constant(0, _I32))
         return self.builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(_I32, count), [0] * count))
 
     def sum(self, vector: Value) -> Value:
@@ -90,10 +90,11 @@ class _Emitter(Emitter):
                 for start in (0, count)
             )
             vector = self.builder.fadd(low, high)
-        return self.builder.extract_element(vector, _number(0, _I32))
+        return self.builder.extract_element(vector, constant(0, _I32))
 
 
-def _number(value: int, of: ir.IntType = _I64) -> ir.Constant:
+def constant(value: int, of: ir.IntType = _I64) -> ir.Constant:
+    """Return a constant, of 64 bits by default."""
     return ir.Constant(of, value)
 
 
@@ -113,7 +114,7 @@ def loop(
     for phi, first, after in zip(phis, carried, results, strict=True):
         phi.add_incoming(first, before)
         phi.add_incoming(after, b.block)
-    i.add_incoming(b.add(i, _number(step)), b.block)
+    i.add_incoming(b.add(i, constant(step)), b.block)
     b.branch(head)
     b.position_at_end(after_block)
     return list(phis)
@@ -132,7 +133,7 @@ def dots(rows: int, vectors: int, half: bool) -> Callable[..., None]:
     def emit(b: ir.IRBuilder, I: Value, sums: Value, *arguments: Value) -> None:  # noqa: E741
         total_NR = emit_dots(b, half, I, arguments[:rows], arguments[rows:])
         for place, total in enumerate(total for total_R in total_NR for total in total_R):
-            b.store(total, b.inttoptr(b.add(sums, _number(4 * place)), _F32.as_pointer()), align=4)
+            b.store(total, b.inttoptr(b.add(sums, constant(4 * place)), _F32.as_pointer()), align=4)
 
     return _function(emit)
 
@@ -143,23 +144,22 @@ def emit_dots(
     I: Value,  # noqa: E741
     row_R: Sequence[Value],
     x_N: Sequence[Value],
-    fetch: bool = True,
 ) -> list[list[Value]]:
-    """Emit the inner products [N][R] of rows with vectors; `fetch`: whether rows are prefetched."""
+    """Emit the inner products [N][R] of rows with vectors; rows are prefetched."""
     emit, size, rows = _Emitter(b, half), 2 if half else 4, len(row_R)
     total_NR = [[ir.Constant(_F32, 0.0)] * rows for _ in x_N]
     for start, end, step, count in _steps(b, I, size):
 
         def body(i: Value, sum_: Sequence[Value], step: int = step, count: int = count) -> list[Value]:
             sums = list(sum_)
-            if count > 1 and fetch:
+            if count > 1:
                 for row in row_R:
-                    emit.fetch(b.add(row, b.add(b.mul(i, _number(size)), _number(AHEAD))))
+                    emit.fetch(b.add(row, b.add(b.mul(i, constant(size)), constant(AHEAD))))
             for part in range(0, step, count):
-                at = b.add(i, _number(part))
-                w_R = [emit.weights(b.add(row, b.mul(at, _number(size))), count) for row in row_R]
+                at = b.add(i, constant(part))
+                w_R = [emit.weights(b.add(row, b.mul(at, constant(size))), count) for row in row_R]
                 for n, x in enumerate(x_N):
-                    value = emit.load(b.add(x, b.mul(at, _number(4))), count)
+                    value = emit.load(b.add(x, b.mul(at, constant(4))), count)
                     for r, weight in enumerate(w_R):
                         sums[n * rows + r] = emit.multiply_add(weight, value, sums[n * rows + r])
             return sums
@@ -189,7 +189,7 @@ def adds(rows: int, vectors: int, half: bool, onward: bool = False) -> Callable[
         row_R, next_R, y_N = arguments[:rows], arguments[rows : 2 * rows] if onward else None, arguments[-vectors:]
         number_NR = [
             [
-                b.load(b.inttoptr(b.add(numbers, _number(4 * (n * rows + r))), _F32.as_pointer()), align=4)
+                b.load(b.inttoptr(b.add(numbers, constant(4 * (n * rows + r))), _F32.as_pointer()), align=4)
                 for r in range(rows)
             ]
             for n in range(vectors)
@@ -200,12 +200,12 @@ def adds(rows: int, vectors: int, half: bool, onward: bool = False) -> Callable[
 
             def body(i: Value, _: Any) -> list[Value]:
                 for address in prefetch_R:
-                    emit.fetch(b.add(address, b.mul(i, _number(size))))
+                    emit.fetch(b.add(address, b.mul(i, constant(size))))
                 for part in range(0, step, count):
-                    at = b.add(i, _number(part))
-                    w_R = [emit.weights(b.add(row, b.mul(at, _number(size))), count) for row in row_R]
+                    at = b.add(i, constant(part))
+                    w_R = [emit.weights(b.add(row, b.mul(at, constant(size))), count) for row in row_R]
                     for y, factor_R in zip(y_N, factor_NR, strict=True):
-                        target = b.add(y, b.mul(at, _number(4)))
+                        target = b.add(y, b.mul(at, constant(4)))
                         value = emit.load(target, count)
                         for weight, factor in zip(w_R, factor_R, strict=True):
                             value = emit.multiply_add(weight, factor, value)
@@ -215,15 +215,15 @@ def adds(rows: int, vectors: int, half: bool, onward: bool = False) -> Callable[
             loop(b, start, end, step, [], body)
 
         (start, full, step, count), rest = _steps(b, I, size)
-        own_R = [b.add(row, _number(AHEAD)) for row in row_R]
+        own_R = [b.add(row, constant(AHEAD)) for row in row_R]
         if next_R is None:
             over(start, full, step, count, own_R)
         else:
             # The last steps of a row prefetch the first lines of the next.
-            turn = b.sub(full, _number(AHEAD // size))
+            turn = b.sub(full, constant(AHEAD // size))
             turn = b.select(b.icmp_signed(">", turn, start), turn, start)
             over(start, turn, step, count, own_R)
-            over(turn, full, step, count, [b.sub(row, b.mul(turn, _number(size))) for row in next_R])
+            over(turn, full, step, count, [b.sub(row, b.mul(turn, constant(size))) for row in next_R])
         over(*rest, [])
 
     return _function(emit)
@@ -232,8 +232,8 @@ def adds(rows: int, vectors: int, half: bool, onward: bool = False) -> Callable[
 def _steps(b: ir.IRBuilder, I: Value, size: int) -> list[tuple[Value, Value, int, int]]:  # noqa: E741
     """Return `(start, end, numbers per step, per vector)` of the two loops over a row."""
     line = LINE // size
-    full = b.and_(I, _number(-line))
-    return [(_number(0), full, line, min(line, lanes())), (full, I, 1, 1)]
+    full = b.and_(I, constant(-line))
+    return [(constant(0), full, line, min(line, lanes())), (full, I, 1, 1)]
 
 
 def _function(emit: Callable[..., None]) -> Callable[..., None]:
@@ -252,4 +252,4 @@ def _function(emit: Callable[..., None]) -> Callable[..., None]:
     return function
 
 
-__all__ = ["AHEAD", "adds", "dots", "emit_dots", "lanes", "loop", "most_vectors"]
+__all__ = ["AHEAD", "adds", "constant", "dots", "emit_dots", "lanes", "loop", "most_vectors"]

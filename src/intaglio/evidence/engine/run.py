@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from intaglio import atomic_io
-from intaglio.environment import torch_threads, tuning, versions
+from intaglio.environment import releases, torch_threads, tuning
 from intaglio.errors import DivergedError
 from intaglio.evidence.engine import plot
 from intaglio.evidence.engine import record as records
@@ -388,7 +388,7 @@ class Session:
             cost={name: round(minutes, 2) for name, minutes in self.spent().items()},
             seed_base=self.base,
             commit=commit_of_code(),
-            versions={name: version.partition("+")[0] for name, version in versions(PACKAGES).items()},
+            versions=releases(PACKAGES),
             machine=" and ".join(sorted({entry.machine for arm in ran for entry in entries[arm]})),
             command=command,
             made=time.strftime("%Y-%m-%d", time.gmtime()),

@@ -39,7 +39,7 @@ class _Recording(Policy):
 
 @dataclass(frozen=True, eq=False)
 class PromptStates:
-    """What a prompt left in each layer.
+    """States of each layer after a prompt.
 
     Args:
         layers: last queries [H, W, D], keys and values [G, N, D] and the factor of the scores, of the layers without a
