@@ -100,6 +100,7 @@ def test_topk_keeps_so_many_of_every_token() -> None:
     checkpoint = carved(fields={"threshold": "topk", "alpha": 0.75})
     x = drawn(40, 32)
     assert layers(checkpoint)["model.layers.0.mlp.up_proj"].kept(x).sum(1).tolist() == [12] * 40
+    assert checkpoint.record.steps[-1].chosen["kept"] == pytest.approx(0.375)  # 12 of 32 inputs, 18 of 48
 
 
 @torch.no_grad()

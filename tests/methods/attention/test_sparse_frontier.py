@@ -529,6 +529,19 @@ def test_layers_with_a_window_keep_their_stock_layers_after_a_recorded_prompt() 
         assert close(torch.cat(logits, 1), expected)
 
 
+def test_a_long_window_is_read_whole_when_a_prompt_is_recorded() -> None:
+    """The window is longer than the default budget of the baseline that reads it tile by tile."""
+    model = tiny_model("gemma3", sliding_window=1200, max_position_embeddings=2048)
+    ids = torch.randint(8, 150, (1, 1150), generator=torch.Generator().manual_seed(2))
+    method = SparseFrontier(cache={"name": "quest", "budget": 1200})
+    with torch.no_grad():
+        expected = model(ids).logits[:, -1:]
+        states = read_prompt(model, ids[:, :-1])
+        with method.attached(model):
+            logits = model(ids[:, -1:], **{CACHE: states.cache(method.cache)}).logits  # type: ignore[arg-type]
+    assert close(logits, expected)
+
+
 def test_a_prompt_is_recorded_of_one_row() -> None:
     with pytest.raises(IntaglioError, match="of one row, in a model with layers without a sliding window"):
         read_prompt(tiny_model("llama"), IDS.repeat(2, 1))

@@ -176,6 +176,11 @@ def test_with_one_accepted_token_the_recursive_weight_is_its_probability(weights
         assert (token, weight) == (only, pytest.approx(probs[only]))
 
 
+def test_the_recursive_estimator_ends_where_what_is_left_is_rounding() -> None:
+    draws = Enumerated((1 - 1e-6, 1e-6), [0, 1])
+    assert recursive(draws, lambda token: token == 1)[1] == 0
+
+
 @pytest.mark.parametrize("estimator", [two_loop, recursive, geometric])
 def test_accepting_all_gives_weight_one_and_nothing_gives_zero(estimator: Any) -> None:
     """C accepts everything: est.1/2/3 return w=1 and a plain LM sample. C accepts nothing: weight 0."""

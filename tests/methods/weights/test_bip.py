@@ -19,8 +19,9 @@ from intaglio.errors import IntaglioError
 from intaglio.methods.weights.bip import BiP, MaskedModel, upper_gradient
 from intaglio.methods.weights.bip.masked_model import Masked, score_gradients, score_rate
 from intaglio.methods.weights.bip.masks import magnitude_masks, unit_scores
-from intaglio.methods.weights.bip.prunable_units import find_layers, find_units
+from intaglio.methods.weights.bip.prunable_units import _heads, find_layers, find_units
 from intaglio.methods.weights.topk import keep_largest
+from intaglio.modeling.anatomy import anatomy
 from intaglio.trainer import Example, KeyedRNG, Loss
 from intaglio.trainer.sparsity_mask import linear_modules
 from tests.alive import alive
@@ -656,6 +657,16 @@ def test_a_recipe_refuses_what_would_keep_the_weights() -> None:
         step = {"train": {"steps": 1, "modifiers": [{"bip": {"sparsity": 0.5}}], **more}}
         with pytest.raises(IntaglioError, match=f"bip trains the weights themselves, and {word}"):
             Recipe.from_dict({"steps": [step]})
+
+
+def test_heads_need_queries_keys_values_and_one_output() -> None:
+    parts = anatomy(tiny_model("llama", layers=1))
+    attention = [linear for linear in parts.linears(0) if linear.part == "attention"]
+    assert _heads(attention, parts.config) is not None
+    assert all(_heads(attention[:n] + attention[n + 1 :], parts.config) is None for n in range(4))
+    assert _heads([*attention, attention[-1]], parts.config) is None
+    parts.config.num_attention_heads = 3
+    assert _heads(attention, parts.config) is None
 
 
 def test_grouped_heads_leave_keys_and_values() -> None:
