@@ -213,6 +213,19 @@ def test_locality_is_a_cross_entropy_towards_each_other() -> None:
     torch.testing.assert_close(losses.locality(raw.bfloat16(), places), losses.locality(raw.bfloat16().float(), places))
 
 
+@pytest.mark.parametrize(
+    ("router", "by_token", "by_chunk"), [("relu", 2 / 4, 1 / 4), ("topk", 2 / 4, 1 / 4), ("none", 0, 0)]
+)
+def test_inactive_experts_are_counted_for_tokens_and_chunks(router: str, by_token: float, by_chunk: float) -> None:
+    """Four tokens in two chunks; of two experts, the second is never taken in the first chunk."""
+    raw = torch.tensor([[[1.0, -1.0]], [[2.0, -1.0]], [[3.0, -2.0]], [[-1.0, 1.0]]])
+    config = BlockFFNConfig(2, 2, router=router, k=1 if router == "topk" else None)
+    counted = losses.inactive_fraction(raw, whole(1, 4, 2), config)
+    assert [float(share) for share in counted] == [by_token, by_chunk]
+    padding = {name: torch.zeros(1, 4, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    assert not any(losses.inactive_fraction(raw, ChunkIndex.from_batch(padding, 2), config))
+
+
 def by_document(p: Tensor, lengths: list[int], length: int) -> float:
     """The chunk loss as the authors' code has it: each document filled up to whole chunks with p = 0."""
     found = []

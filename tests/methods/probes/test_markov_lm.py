@@ -50,6 +50,7 @@ from intaglio.methods.probes.markov_lm.geometry import (
 from intaglio.methods.probes.markov_lm.reference import ngram_distributions
 from intaglio.methods.probes.markov_lm.surplus import Positions, surplus_terms
 from intaglio.modeling.anatomy import anatomy
+from intaglio.trainer.rng import generator
 from tests.alive import alive
 from tests.families import DECODERS, ENCODERS, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
 
@@ -346,6 +347,16 @@ def test_probes_estimate_the_exact_surplus(informed: bool, low: float, high: flo
     assert low < term.surplus < high
     assert term.without_hidden == pytest.approx(math.log(2), abs=0.03)
     assert term.outcomes == 3
+
+
+def test_probes_stop_two_epochs_after_their_best_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation has the opposite outcomes, so that every epoch makes it worse."""
+    epochs: list[int] = []
+    monkeypatch.setattr(surplus, "generator", lambda *args: epochs.append(args[-1]) or generator(*args))
+    part, x = torch.arange(120) % 3, torch.arange(120)[:, None] % 2 * 2.0 - 1
+    outcome = torch.where(part == 0, x[:, 0] > 0, x[:, 0] < 0).long()
+    surplus._fit(x, outcome, 2, part, 8, 9, 1e-2, 0)
+    assert epochs == [0, 1, 2]
 
 
 def test_a_table_counts_training_pairs_alone() -> None:

@@ -244,7 +244,7 @@ def conditional_beam_search(
         best = scores_NK.flatten().sort(descending=True, stable=True)
         active = []
         for rank, (score, place) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
-            if score == -math.inf or rank >= 2 * beams or len(active) == beams:
+            if score == -math.inf or len(active) == beams:
                 break
             row, column = divmod(place, scores_NK.shape[1])
             token, log_prob = int(tokens_NK[row, column]), float(log_probs_NK[row, column])
