@@ -361,6 +361,26 @@ def test_epochs_are_corrupted_anew_and_batches_do_not_matter() -> None:
     assert torch.equal(layouts(method, rows[3:4])[0], first[3])
 
 
+def test_which_documents_are_corrupted_is_drawn_from_their_own_seed() -> None:
+    method, rows, _ = prepared(corruption_ratio=0.5)
+    many = [{**rows[0], "id": n} for n in range(40)]
+    first = layouts(method, many)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        assert all(map(torch.equal, first, layouts(method, many)))
+
+
+def test_samples_count_the_lines_that_were_filled_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    from intaglio.methods.objectives import codegen2
+
+    written = iter(["x = 1\n", "other"])
+    monkeypatch.setattr(codegen2, "middle_line", lambda text: None if text == "none" else ("a\n", "x = 1", "\nb"))
+    monkeypatch.setattr(codegen2, "line_in_hole", lambda *_: next(written))
+    samples = CodeGen2().samples(checkpoint(), ["first", "none", "second"])
+    assert samples.scores == {"lines filled exactly": 50.0}
+    assert [sample.text for sample in samples.shown] == ["x = 1\n", "other"]
+
+
 def test_short_documents_and_those_with_sentinels_stay_causal() -> None:
     method, _, ckpt = prepared(length=12)
     long = training_rows(method, ckpt, [{"input_ids": torch.arange(20, 60)}], DRAWS)

@@ -259,6 +259,7 @@ def test_each_kernel_by_its_formula() -> None:
     probs, head = distributions(5, 4), normal(4, 3)
     coefficient = probs.sqrt() @ probs.sqrt().T
     assert torch.allclose(predictive_kernel(probs, "hellinger", 0.7), (-1.4 * (1 - coefficient)).exp())
+    assert torch.allclose(predictive_kernel(probs, "hellinger"), (-2 * (1 - coefficient)).exp())
     assert torch.allclose(predictive_kernel(probs, "linear"), probs @ probs.T)
     mixture = 0.5 * (probs[0] + probs[1])
     js = 0.5 * (divergence(probs[0], mixture) + divergence(probs[1], mixture))

@@ -30,6 +30,7 @@ from intaglio.methods.training.paser.clusters import affinity, cluster, coordina
 from intaglio.methods.training.paser.concepts import merge_synonyms
 from intaglio.methods.training.paser.divergence import degradation, positions
 from intaglio.methods.training.paser.embeddings import TFIDF, embed
+from intaglio.methods.training.paser.result import _cluster_names
 from intaglio.methods.training.paser.select import select_samples
 from intaglio.trainer import CausalLM, KeyedRNG, Selection, Selector
 from intaglio.trainer.dataset import all_examples
@@ -122,6 +123,15 @@ def pool(scores: Sequence[float], tokens: Sequence[int], labels: Sequence[int] |
 
 def logs(*rows: Sequence[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).log()
+
+
+def test_clusters_are_named_by_words_that_are_not_in_all_of_them() -> None:
+    texts = ["kindly sort the numbers", "kindly sort the words", "kindly translate a poem", "kindly translate a novel"]
+    samples = [Sample((1,), (2,), 1, text, text) for text in texts]
+    names = [name.split() for name in _cluster_names(samples, [0, 0, 1, 1])]
+    assert [words[0] for words in names] == ["sort", "translate"]
+    assert not any("kindly" in words for words in names)
+    assert "kindly" in _cluster_names(samples, [0, 0, 0, 0])[0]
 
 
 def test_a_known_divergence() -> None:

@@ -622,6 +622,13 @@ def test_john_hewitt_has_the_rows_mean_and_covariance() -> None:
     assert torch.allclose(torch.cov(drawn.T), torch.cov(rows.T), atol=0.3)
 
 
+def test_john_hewitt_divides_by_the_number_of_rows() -> None:
+    """Rows of one column at -1 and 1 have the variance 1."""
+    drawn = normal(torch.tensor([[-1.0], [1.0]], dtype=F64), 9, torch.Generator().manual_seed(2))
+    expected = torch.randn((9, 1), generator=torch.Generator().manual_seed(2), dtype=F64)
+    assert torch.allclose(drawn.abs(), expected.abs())
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_neighbours(metric: Any) -> None:
     generator = torch.Generator().manual_seed(0)
