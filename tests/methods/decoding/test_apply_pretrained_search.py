@@ -172,6 +172,10 @@ def test_bounds_prune_and_a_budget_ends_the_proof() -> None:
     bounded = exact_mode(model, [END], MOST, bounds=beam)
     assert bounded.modes[None].log_prob == pytest.approx(free.modes[None].log_prob, abs=1e-6)
     assert bounded.nodes <= free.nodes < 127
+    mode = free.modes[None]
+    reached = [model.log_prob(text) - float(model.rows[text][END]) for text in model.texts]
+    again = exact_mode(model, [END], MOST, bounds=[mode])
+    assert again.nodes == sum(log_prob > mode.log_prob for log_prob in reached)
     short = exact_mode(model, [END], MOST, bounds=beam, node_budget=bounded.nodes - 1)
     assert not short.proven
     assert short.nodes == bounded.nodes - 1
