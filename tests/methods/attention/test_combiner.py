@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -557,6 +558,7 @@ def test_two_steps_replace_different_layers(tmp_path: Any) -> None:
 @pytest.mark.parametrize(("context", "segment"), [(128, 16), (256, 16), (2048, 64), (16384, 128)])
 def test_the_default_segment_balances_its_costs(context: int, segment: int) -> None:
     assert Combiner().segment_of(tiny_model("llama", layers=1, max_position_embeddings=context).config) == segment
+    assert Combiner().segment_of(SimpleNamespace()) == 128  # without a number of positions: the paper's
     assert Combiner.paper().segment == 128
     assert Combiner.paper(variant="logn").segment is None
 

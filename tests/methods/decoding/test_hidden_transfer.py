@@ -15,6 +15,7 @@ from intaglio.methods.decoding.hidden_transfer import HiddenTransfer
 from intaglio.methods.decoding.hidden_transfer.heads import (
     TransferHeads,
     default_layers,
+    pseudo_positions,
     pseudo_visible,
     record_states,
 )
@@ -349,3 +350,9 @@ def test_the_head_is_the_models_own() -> None:
         again = HeadOnly(parts, frozen=False).logits(output.hidden_states[-1])[0]
     torch.testing.assert_close(again, output.logits[0], rtol=0, atol=1e-12)
     assert found.shape == (len(PROMPT), VOCAB)
+
+
+def test_pseudo_states_stay_within_the_models_context() -> None:
+    cached = CachedModel(tiny_model("gpt2", n_positions=32))
+    positions = pseudo_positions(torch.tensor([[29, 31]]), 3, cached)
+    assert positions.tolist() == [[30, 31, 31, 31, 31, 31]]
