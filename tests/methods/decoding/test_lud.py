@@ -430,6 +430,7 @@ def test_agreement_is_what_the_unaided_model_says() -> None:
     assert counts.speed_up == counts.tokens_per_pass > 2
     assert json.loads(json.dumps(counts.as_dict()))["agreement"] == counts.agreement
     assert {"threshold", "agreement", "speed_up"} <= set(counts.as_dict())
+    assert UnitStatistics(tokens=10, accepted=6, checked=5, agreed=3).agreement == pytest.approx(7 / 9)
 
 
 @pytest.mark.parametrize("verify", [False, True])

@@ -61,6 +61,7 @@ def test_groups_keep_exactly_n_of_m_stably(rows: int, groups: int, of: int, data
     score_RI = torch.tensor(values, dtype=torch.float32).view(rows, groups * of)
     mask = lowest_of_groups(score_RI, keep, of)
     expected = by_stable_sort(score_RI.view(-1, of), of - keep).view(rows, groups * of)
+    assert mask.dtype == torch.bool
     assert torch.equal(mask, expected)
 
 
