@@ -225,6 +225,15 @@ def test_degenerate_segments_give_the_stock_logits_in_every_family(family: str) 
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@torch.no_grad()
+def test_scores_are_divided_by_the_root_of_the_width_unless_the_model_says_otherwise() -> None:
+    model = combined()
+    expected = model(IDS).logits
+    for block in model.model.layers:
+        block.self_attn.scaling = None
+    assert torch.allclose(model(IDS).logits, expected, atol=1e-6)
+
+
 def test_equal_scores_give_the_cards_rows() -> None:
     """q = k = 0, L = 4, m = 2: the rows of fixed, logn and mixture."""
     common = [[1, 0, 0, 0], [0.5, 0.5, 0, 0]]

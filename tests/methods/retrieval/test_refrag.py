@@ -230,6 +230,16 @@ def test_the_curriculum_moves_from_short_to_long() -> None:
     assert {draw_length(6, 0.5, draws) for _ in range(99)} == {1, 2, 4, 6}
 
 
+def test_a_training_row_may_fill_the_context() -> None:
+    ckpt, method = checkpoint(layers=1), Refrag(**{**SMALL, "stages": ["task"]})
+    (row, *_) = rows(ckpt, method, QUESTIONS)
+    method._context = method.batch([row], [()])["input_ids"].shape[1]
+    method.batch([row], [()])
+    method._context -= 1
+    with pytest.raises(IntaglioError, match="a training row takes"):
+        method.batch([row], [()])
+
+
 @given(st.lists(st.floats(-4, 4), min_size=2, max_size=6), st.integers(0, 99), st.data())
 def test_the_policy_never_picks_a_chunk_twice(scores: list[float], seed: int, data: Any) -> None:
     """Policy: never picks a chunk twice."""

@@ -251,6 +251,7 @@ def test_shared_rows_are_copied_bit_for_bit_and_new_ones_lie_in_a_span_of_k(tied
     done = transplanted(own, other, k=3, dtype="float64")
     after = matrices(done)
     assert (after[0] is after[1]) or tied is False or torch.equal(*after)
+    assert ("head" in done.record.steps[-1].chosen) is not tied
     ids, base_ids = list(joined.ids), list(joined.ids.values())
     fresh = sorted(set(joined.donor.tokens) - set(ids))
     assert fresh
