@@ -362,7 +362,7 @@ def steps(model: Any, ids: Tensor, mask: Tensor, sizes: Sequence[int]) -> Tensor
 @settings(max_examples=6)
 @pytest.mark.parametrize("variant", CAUSAL)
 def test_appending_equals_the_parallel_form(variant: str, data: st.DataObject) -> None:
-    """Prompts of any length, padded on the left, then tokens one by one or several at a time: equal to 1e-5."""
+    """Rows padded on the left, read in pieces of any sizes, of which the first may be all padding: equal to 1e-5."""
     pool = data.draw(st.sampled_from(("max", "mean", "sum"))) if variant != "row_major" else "max"
     extra = {} if variant == "logn" else {"segment": data.draw(st.integers(1, 5))}
     model = combined(variant, pool=pool, size_bias=data.draw(st.booleans()), **extra)
@@ -371,7 +371,7 @@ def test_appending_equals_the_parallel_form(variant: str, data: st.DataObject) -
     sizes = [first]
     while sum(sizes) < total:
         sizes.append(data.draw(st.integers(1, min(3, total - sum(sizes)))))
-    pads = [0, *(data.draw(st.integers(0, first - 1)) for _ in range(2))]
+    pads = [0, *(data.draw(st.integers(0, total - 1)) for _ in range(2))]
     mask = torch.arange(total) >= torch.tensor(pads)[:, None]
     got = steps(model, IDS[:, :total], mask.long(), sizes)
     for row, pad in enumerate(pads):

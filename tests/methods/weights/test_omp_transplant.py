@@ -455,6 +455,7 @@ def test_under_trained_tokens_are_left_out_or_zero() -> None:
     rows[199] = torch.ones(8)
     rows[5] = 1.01
     assert undertrained(rows, None, [], range(199)) == {5, 199}
+    assert undertrained(torch.ones(10, 3), None, [9], range(10)) == {9}  # none is nearer than the others
 
 
 @pytest.mark.parametrize("scheme", ["letters", "metaspace"])
