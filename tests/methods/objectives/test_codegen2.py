@@ -373,12 +373,12 @@ def test_which_documents_are_corrupted_is_drawn_from_their_own_seed() -> None:
 def test_samples_count_the_lines_that_were_filled_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     from intaglio.methods.objectives import codegen2
 
-    written = iter(["x = 1\n", "other"])
+    written = iter(["x = 1\n", "other", "x = 1"])
     monkeypatch.setattr(codegen2, "middle_line", lambda text: None if text == "none" else ("a\n", "x = 1", "\nb"))
     monkeypatch.setattr(codegen2, "line_in_hole", lambda *_: next(written))
-    samples = CodeGen2().samples(checkpoint(), ["first", "none", "second"])
-    assert samples.scores == {"lines filled exactly": 50.0}
-    assert [sample.text for sample in samples.shown] == ["x = 1\n", "other"]
+    samples = CodeGen2().samples(checkpoint(), ["first", "none", "second", "third"])
+    assert samples.scores == {"lines filled exactly": pytest.approx(200 / 3)}
+    assert [sample.text for sample in samples.shown] == ["x = 1\n", "other", "x = 1"]
 
 
 def test_short_documents_and_those_with_sentinels_stay_causal() -> None:
