@@ -137,6 +137,15 @@ class Tuner:
         self.used[key] = known
         return known
 
+    def known(self, key: str) -> Times:
+        """Return the seconds of each candidate of a choice, the stock one first; empty if they are not known."""
+        return self._times.get(key, {})
+
+    def keep(self, key: str, times: Times) -> None:
+        """Add times that a caller has measured; a fixed table stays as it is."""
+        if self._measured:
+            self._times[key] = self._new[key] = self.used[key] = times
+
     def _measure(self, candidates: Calls) -> Times:
         start = self._clock()
         for call in candidates.values():
