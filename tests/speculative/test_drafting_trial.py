@@ -97,4 +97,3 @@ def test_trained_heads_go_by_the_time_of_their_own_passes(slug: str, rows: int) 
         assert torch.equal(model.generate(ids, max_new_tokens=24, custom_generate=decoder, **GREEDY), expected)
     assert decoder.statistics.nodes == 0
     assert decoder.statistics.note.startswith("nothing was drafted: on this processor")
-

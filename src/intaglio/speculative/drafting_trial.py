@@ -42,9 +42,7 @@ def pass_ratio(key: str) -> float | None:
 class _Trial:
     """A session whose drafts end where they are measured to lose; arguments as `on_trial`."""
 
-    def __init__(
-        self, session: Session, run: DecodingRun, key: str, remedy: str, clock: Callable[[], float]
-    ) -> None:
+    def __init__(self, session: Session, run: DecodingRun, key: str, remedy: str, clock: Callable[[], float]) -> None:
         self._session, self._run, self._key, self._remedy, self._clock = session, run, key, remedy, clock
         self._plain: deque[float] = deque(maxlen=PASSES)
         self._drafted: deque[tuple[float, float]] = deque(maxlen=PASSES)  # seconds, tokens

@@ -83,7 +83,8 @@ def pass_costs(model: Any, rows: int, prepacked: Prepacked | None) -> PassCosts:
     tuner = tuning.tuner()
     if tuner is None or model.device.type != "cpu":
         return PassCosts(rows=rows)
-    key = f"pass {shapes_name(model)} rows {rows}{' chosen products' if prepacked else ''} threads {torch.get_num_threads()}"
+    products = " chosen products" if prepacked else ""
+    key = f"pass {shapes_name(model)} rows {rows}{products} threads {torch.get_num_threads()}"
     passes = _Passes(model, rows, prepacked)
     times = tuner.times(key, {str(size): passes.call(size) for size in SIZES})
     tuner.save()

@@ -287,7 +287,7 @@ def prepacked(model: nn.Module, wanted: bool | None, tokens: int) -> Prepacked |
 
 
 class _FewTokens:
-    """Hooks of a model: its passes over few tokens, without gradients, are within `Prepacked`, once that is measured."""
+    """Hooks of a model, whose passes over few tokens without gradients are in a `Prepacked` context, if that wins."""
 
     def __init__(self) -> None:
         self._context: Prepacked | None = None
