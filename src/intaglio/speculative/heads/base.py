@@ -57,8 +57,8 @@ class TrainedHeads(SpeculativeDecoder):
     token_cost: Annotated[float, Field(ge=0, le=100)] | None = None
     """Cost that each drafted token adds to a pass for each row that shares it, in passes over one token; with the cost
     of the method's own drafting it decides how large a tree is if neither `nodes` nor `tree` does. Default: as measured
-    on the processor at hand (0.035 where nothing is measured); there nothing is drafted where the best tree is
-    expected to lose, and drafting ends where it is measured to (`speculative.drafting_trial`); about 0.002 on a GPU, where rows cost nearly nothing."""
+    on the processor at hand (0.035 where nothing is measured); there nothing is drafted where the best tree is expected
+    to lose, and drafting ends where it is measured to. About 0.002 on a GPU, where rows cost nearly nothing."""
     drawn: bool = True
     """Under sampling, whether candidates are drawn from the heads and verified by recursive rejection (default), or are
     the most likely ones, of which the target's own draw may hit one."""
