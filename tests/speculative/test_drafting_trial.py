@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from intaglio.cli.tune import _heads
 from intaglio.environment import tuning
 from intaglio.environment.tuning import Tuner
 from intaglio.methods.registry import get_method
@@ -97,3 +99,20 @@ def test_trained_heads_go_by_the_time_of_their_own_passes(slug: str, rows: int) 
         assert torch.equal(model.generate(ids, max_new_tokens=24, custom_generate=decoder, **GREEDY), expected)
     assert decoder.statistics.nodes == 0
     assert decoder.statistics.note.startswith("nothing was drafted: on this processor")
+
+
+@pytest.mark.parametrize("slug", ["chimera", "hidden_transfer"])
+def test_tune_measures_passes_with_drafts_ahead(slug: str) -> None:
+    decoder: Any
+    model, decoder = target("llama"), get_method(slug)(untrained=True)
+    checkpoint: Any = SimpleNamespace(model=model, decoder=lambda name: decoder)
+    with tuning.using(tuner := GivenTimes(passes=dict.fromkeys(SIZES, 1.0))):
+        found = _heads(slug, checkpoint, FREE)
+        (key,) = (key for key in tuner.used if key.startswith(f"drafting {slug} LlamaForCausalLM"))
+        ratio = pass_ratio(key)
+        assert ratio is not None
+        assert found["speed"] == pytest.approx(decoder.static_tree(1, FREE).expected(decoder.acceptance) / ratio)
+        passes = decoder.statistics.passes
+        assert passes >= 1 + PLAIN + PASSES
+        assert _heads(slug, checkpoint, FREE) == found
+    assert decoder.statistics.passes == passes  # no second run
