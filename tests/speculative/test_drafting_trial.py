@@ -13,31 +13,31 @@ from intaglio.environment import tuning
 from intaglio.environment.tuning import Tuner
 from intaglio.methods.registry import get_method
 from intaglio.speculative import DecodingRun, Session, Speculative, TokenTree, chain, root_only
-from intaglio.speculative.drafting_trial import EVERY, PASSES, PLAIN, on_trial, pass_ratio
+from intaglio.speculative.drafting_trial import PASSES, PLAIN, on_trial, pass_ratio
 from intaglio.speculative.pass_cost import SIZES, PassCosts
 from tests.speculative.toys import Made, prompt, target
 from tests.tuners import GivenTimes
 
 GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 FREE = PassCosts(tuple((size, 1.0) for size in SIZES))
-NEW = 2 * (EVERY + PASSES)
+NEW = 3 * PASSES
 
 
 class Drafts(Made):
     """Drafts the right next token at a cost, on trial; a pass without drafts takes a second."""
 
-    def __init__(self, text: list[int], seconds: float) -> None:
+    def __init__(self, text: list[int], seconds: float, ran: float = 1.0) -> None:
         super().__init__(lambda row, ids, new, room: self._make_tree(ids, room))
-        self.text, self.seconds, self.now = text, seconds, 0.0
+        self.text, self.seconds, self.ran, self.now = text, seconds, ran, 0.0
         self.trees: list[int] = []
 
     def _make_tree(self, ids: list[int], room: int) -> TokenTree:
         self.now += self.seconds
         return chain(ids[-1], [self.text[len(ids)]]) if room else root_only(ids[-1])
 
-    def clock(self) -> float:
+    def clock(self) -> tuple[float, float]:
         self.now += 1.0
-        return self.now
+        return self.now, self.ran * self.now
 
     def start(self, run: DecodingRun) -> Session:
         session = on_trial(super().start(run), run, "drafting x", "n=1 drafts all the same", self.clock)
@@ -64,14 +64,26 @@ def test_drafts_end_where_a_pass_takes_longer_than_its_tokens_are_worth(seconds:
     assert tuner.used["drafting x"] == pytest.approx({"no drafts": 1.0, "drafts": 1 + seconds})
     trees = decoder.drafter.trees  # type: ignore[attr-defined]
     assert trees[: PLAIN + PASSES] == [1] * PLAIN + [2] * PASSES
-    note = decoder.statistics.note
-    if pays:
-        assert note == ""
-        assert trees[PLAIN + PASSES : PLAIN + EVERY + 2] == [2] * (EVERY - PASSES) + [1, 2]
-    else:
-        assert set(trees[PLAIN + PASSES :]) == {1}
-        assert note.startswith(f"drafting ended after {PASSES} passes, which were measured at 0.91 times the speed of")
-        assert note.endswith("(n=1 drafts all the same)")
+    assert set(trees[PLAIN + PASSES : -1]) == {2 if pays else 1}
+    note = f"drafting ended after {PLAIN + PASSES} passes, of which the last {PASSES} ran at 0.91 times the speed of "
+    assert decoder.statistics.note == ("" if pays else f"{note}passes without drafts (n=1 drafts all the same)")
+
+
+def test_known_times_are_not_measured_again_and_those_of_a_busy_machine_not_kept() -> None:
+    model, ids = target("llama"), prompt(6)
+    expected = model.generate(ids, max_new_tokens=NEW, **GREEDY)
+    for known, kept in ((3.0, 3.0), (None, None)):
+        decoder = Speculative(Drafts(expected[0].tolist(), 0.1, ran=0.5))
+        with tuning.using(tuner := Tuner()):
+            if known:
+                tuner.keep("drafting x", {"no drafts": 1.0, "drafts": known})
+            assert torch.equal(model.generate(ids, max_new_tokens=NEW, custom_generate=decoder, **GREEDY), expected)
+            assert pass_ratio("drafting x") == kept
+            assert tuner.busy == (not known)
+        trees = decoder.drafter.trees  # type: ignore[attr-defined]
+        assert trees[:PLAIN] == [2 if known else 1] * PLAIN
+        assert (trees[PASSES + PLAIN] == 1) == bool(known)
+        assert bool(decoder.statistics.note) == bool(known)
 
 
 def test_a_fixed_table_keeps_what_it_has(tmp_path: Any) -> None:
@@ -102,7 +114,8 @@ def test_trained_heads_go_by_the_time_of_their_own_passes(slug: str, rows: int) 
 
 
 @pytest.mark.parametrize("slug", ["chimera", "hidden_transfer"])
-def test_tune_measures_passes_with_drafts_ahead(slug: str) -> None:
+def test_tune_measures_passes_with_drafts_ahead(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "BUSY", 1.0)  # times are kept on a busy machine as well
     decoder: Any
     model, decoder = target("llama"), get_method(slug)(untrained=True)
     checkpoint: Any = SimpleNamespace(model=model, decoder=lambda name: decoder)

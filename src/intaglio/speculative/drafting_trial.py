@@ -3,13 +3,13 @@
     session = on_trial(session, run, key, "nodes=N drafts all the same")
 
 What heads add to a pass (their layers and rows, and the Python around them) differs between processors, and how much of
-it is accepted between texts; neither follows from the cost of the target's passes. So a run begins with a few passes
-without drafts, repeats one now and then, and drafts as long as
+it is accepted between texts; neither follows from the cost of the target's passes. So the first run on a machine begins
+with a few passes without drafts, and every run drafts as long as, over its last `PASSES` passes with drafts,
 
-    mean tokens of a row and pass with drafts >= median seconds with drafts / median seconds without
+    mean tokens of a row and pass >= median seconds of a pass with drafts / median seconds of one without
 
-for the last `PASSES` of both kinds. Seconds are from one `observe` to the next: a pass, its drafting and the loop. The
-tuner's table keeps them, so that the next run knows them before it drafts.
+Seconds are from one `observe` to the next: a pass, its drafting and the loop. The tuner's table keeps them, unless
+other processes held up the passes, so that later runs know them before they draft.
 """
 
 from __future__ import annotations
@@ -27,9 +27,12 @@ from intaglio.speculative.tree import TokenTree, root_only
 
 PLAIN, PASSES = 3, 16
 """Passes without drafts at the beginning, and with drafts, before the two are compared."""
-EVERY = 32
-"""Passes with drafts after which one without is measured again."""
 _STOCK, _DRAFTED = "no drafts", "drafts"
+Clock = Callable[[], tuple[float, float]]
+
+
+def _clock() -> tuple[float, float]:
+    return time.perf_counter(), time.thread_time()
 
 
 def pass_ratio(key: str) -> float | None:
@@ -42,20 +45,19 @@ def pass_ratio(key: str) -> float | None:
 class _Trial:
     """A session whose drafts end where they are measured to lose; arguments as `on_trial`."""
 
-    def __init__(self, session: Session, run: DecodingRun, key: str, remedy: str, clock: Callable[[], float]) -> None:
+    def __init__(self, session: Session, run: DecodingRun, key: str, remedy: str, clock: Clock = _clock) -> None:
         self._session, self._run, self._key, self._remedy, self._clock = session, run, key, remedy, clock
-        self._plain: deque[float] = deque(maxlen=PASSES)
-        self._drafted: deque[tuple[float, float]] = deque(maxlen=PASSES)  # seconds, tokens
+        self._ratio = pass_ratio(key)
+        self._seconds: dict[str, list[float]] = {_STOCK: [], _DRAFTED: []}
+        self._tokens: deque[float] = deque(maxlen=PASSES)
         self._last: dict[int, int] = {}
-        self._began = 0.0
-        self._due = PLAIN  # passes without drafts to make
-        self._since = 0  # passes with drafts
-        self._ended = False
-        self._drafting = False
+        self._first = self._before = (0.0, 0.0)
+        self._passes = 0
+        self._ended = self._drafting = False
 
     def propose(self, rows: Sequence[int], room: Sequence[int]) -> Sequence[TokenTree]:
-        """Return drafts, or roots alone where a pass without drafts is due."""
-        self._drafting = not self._ended and not self._due
+        """Return drafts, or roots alone in passes without."""
+        self._drafting = not self._ended and (self._ratio is not None or self._passes >= PLAIN)
         if self._drafting:
             return self._session.propose(rows, room)
         return [root_only(self._last[row]) for row in rows]
@@ -66,40 +68,39 @@ class _Trial:
         self._last |= {step.row: step.tokens[-1] for step in steps}
         if not self._ended:
             self._session.observe(steps)
-            if steps[0].tree is not None:
-                self._count(now - self._began, steps)
-        self._began = now
+            if steps[0].tree is None:
+                self._first = now
+            else:
+                self._count(now, steps)
+        self._before = now
 
-    def _count(self, seconds: float, steps: Sequence[Step]) -> None:
-        whole = len(steps) == len(self._run.prompts)  # a pass over fewer rows takes less
+    def _count(self, now: tuple[float, float], steps: Sequence[Step]) -> None:
+        self._passes += 1
+        if len(steps) == len(self._run.prompts):  # a pass over fewer rows takes less
+            self._seconds[_DRAFTED if self._drafting else _STOCK].append(now[0] - self._before[0])
         if not self._drafting:
-            self._due -= 1
-            if whole:
-                self._plain.append(seconds)
             return
-        self._since += 1
-        if self._since % EVERY == 0:
-            self._due = 1
-        if not whole:
-            return
-        self._drafted.append((seconds, mean(len(step.tokens) for step in steps)))
-        if len(self._drafted) == PASSES and len(self._plain) >= PLAIN:
-            self._judge()
-
-    def _judge(self) -> None:
-        """Keep the times in the tuner's table, and end the drafts if they lose."""
-        times = {_STOCK: median(self._plain), _DRAFTED: median(seconds for seconds, _ in self._drafted)}
-        tuner = tuning.tuner()
-        if tuner is not None and not tuner.known(self._key):
-            tuner.keep(self._key, times)
-            tuner.save()
-        speed = mean(tokens for _, tokens in self._drafted) * times[_STOCK] / times[_DRAFTED]
-        if speed < 1:
+        self._tokens.append(mean(len(step.tokens) for step in steps))
+        if self._ratio is None and min(map(len, self._seconds.values())) >= PLAIN and len(self._tokens) == PASSES:
+            self._ratio = self._measured(now)
+        if self._ratio is not None and len(self._tokens) == PASSES and (speed := mean(self._tokens) / self._ratio) < 1:
             self._ended = True
             self._run.statistics.note = (
-                f"drafting ended after {self._since} passes, which were measured at {speed:.2f} times the speed of "
-                f"passes without drafts ({self._remedy})"
+                f"drafting ended after {self._passes} passes, of which the last {PASSES} ran at {speed:.2f} times the "
+                f"speed of passes without drafts ({self._remedy})"
             )
+
+    def _measured(self, now: tuple[float, float]) -> float:
+        """Return the ratio of the medians, and keep these in the tuner's table."""
+        times = {name: median(seconds) for name, seconds in self._seconds.items()}
+        wall, own = (after - before for after, before in zip(now, self._first, strict=True))
+        tuner = tuning.tuner()
+        if tuner is not None and own < (1 - tuning.BUSY) * wall:
+            tuner.busy = True
+        elif tuner is not None:
+            tuner.keep(self._key, times)
+            tuner.save()
+        return times[_DRAFTED] / times[_STOCK]
 
 
 class _ForwardTrial(_Trial):
@@ -113,9 +114,7 @@ class _ForwardTrial(_Trial):
         return call.cached.forward(call.inputs)
 
 
-def on_trial(
-    session: Session, run: DecodingRun, key: str, remedy: str, clock: Callable[[], float] = time.perf_counter
-) -> Session:
+def on_trial(session: Session, run: DecodingRun, key: str, remedy: str, clock: Clock = _clock) -> Session:
     """Return a session whose drafts end where they are measured to lose.
 
     Args:
@@ -123,10 +122,10 @@ def on_trial(
         run: the run.
         key: names drafts, model, rows and threads in the tuner's table.
         remedy: says in the note how to draft all the same.
-        clock: seconds, increasing. Default: wall time.
+        clock: seconds, increasing, and those of them in which the thread ran. Default: as measured.
     """
     kind = _ForwardTrial if isinstance(session, ForwardSession) else _Trial
     return kind(session, run, key, remedy, clock)
 
 
-__all__ = ["EVERY", "PASSES", "PLAIN", "on_trial", "pass_ratio"]
+__all__ = ["PASSES", "PLAIN", "on_trial", "pass_ratio"]
