@@ -167,9 +167,11 @@ class Tuner:
         if self._path is None or not self._new:
             return
         try:
-            atomic_io.write_json(self._path, {"machine": machine(), "times": _read(self._path) | self._new})
+            written = _read(self._path, quiet=True)  # a damaged table has been reported when it was first read
+            atomic_io.write_json(self._path, {"machine": machine(), "times": written | self._new})
         except IntaglioError as error:
             warnings.warn(f"measured again in the next process: {error}", stacklevel=2)
+            self._path = None  # so that it is reported once
         self._new = {}
 
     def document(self) -> dict[str, Any]:
@@ -183,8 +185,8 @@ def _seconds() -> float:
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def _read(path: Path, strict: bool = False) -> dict[str, Times]:
-    """Return the table of a file: empty for no file, for another machine's, and, with a warning, for a damaged one.
+def _read(path: Path, strict: bool = False, quiet: bool = False) -> dict[str, Times]:
+    """Return the table of a file: empty for no file, for another machine's, and for a damaged one, with a warning.
 
     Raises:
         IntaglioError: (strict) the file cannot be read or is damaged.
@@ -205,7 +207,8 @@ def _read(path: Path, strict: bool = False) -> dict[str, Times]:
                 f"{VARIABLE} is {str(path)!r}, which is no tuning table; on, off or a file that `intaglio tune --json` "
                 "wrote are accepted"
             ) from error
-        warnings.warn(f"the tuning table {path} is damaged, so its choices are measured again", stacklevel=2)
+        if not quiet:
+            warnings.warn(f"the tuning table {path} is damaged, so its choices are measured again", stacklevel=2)
         return {}
     return times if strict or document.get("machine") == machine() else {}
 
