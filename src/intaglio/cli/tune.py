@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.bundled import bundled_heads
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.environment import tuning
 from intaglio.methods.registry import PUBLISHED, get_method
+from intaglio.speculative.drafting_trial import PASSES, PLAIN, pass_ratio
 from intaglio.speculative.heads.base import TrainedHeads
 from intaglio.speculative.pass_cost import PassCosts, pass_costs
 from intaglio.speculative.prepacked_linear import MIN_NEW_TOKENS, prepacked
@@ -41,7 +44,7 @@ def tune(checkpoint: Checkpoint, rows: Sequence[int] = (1,), tuner: tuning.Tuner
         copies = prepacked(checkpoint.model, None, MIN_NEW_TOKENS)
         costs = [pass_costs(checkpoint.model, count, copies) for count in rows]
         heads = [_heads(slug, checkpoint, costs[0]) for slug in _slugs(checkpoint) if costs[0].measured]
-    products = {key: times for key, times in tuner.used.items() if not key.startswith("pass ")}
+    products = {key: times for key, times in tuner.used.items() if not key.startswith(("pass ", "drafting "))}
     return {
         **tuner.document(),
         "model": checkpoint.source,
@@ -76,10 +79,35 @@ def _slugs(checkpoint: Checkpoint) -> list[str]:
 
 
 def _heads(slug: str, checkpoint: Checkpoint, costs: PassCosts) -> dict[str, Any]:
-    """Return the best tree of trained heads for these costs and its expected speed over the loop without drafts."""
+    """Return the best tree of trained heads for these costs and its expected speed over the loop without drafts.
+
+    Where it is expected to win by the costs of passes, the passes with drafts are measured, too.
+    """
     decoder: Any = checkpoint.decoder(slug)
     tree = decoder.static_tree(costs.rows, costs)
-    return {"slug": slug, "nodes": len(tree), "speed": decoder.expected_speed(tree, costs.rows, costs)}
+    key = decoder.drafting_key(checkpoint.model, tree, costs.rows)
+    if decoder.expected_speed(tree, costs.rows, costs, key) > 1 and pass_ratio(key) is None:
+        most = PLAIN + 1 + PASSES * (1 + tree.depth)
+        ids = torch.ones((costs.rows, 1), dtype=torch.long)
+        options = {"max_new_tokens": most, "min_new_tokens": most, "do_sample": False, "pad_token_id": 0}
+        measured = StoppingCriteriaList([_Measured(key)])
+        generate: Any = checkpoint.model.generate
+        generate(
+            ids, attention_mask=torch.ones_like(ids), custom_generate=decoder, stopping_criteria=measured, **options
+        )
+    speed = decoder.expected_speed(tree, costs.rows, costs, key)
+    return {"slug": slug, "nodes": len(tree), "speed": speed}
+
+
+class _Measured(StoppingCriteria):
+    """Ends a run when the seconds of its passes are known."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Return whether each row ends."""
+        return torch.full((len(input_ids),), pass_ratio(self._key) is not None)
 
 
 def tables(document: dict[str, Any]) -> list[Table]:

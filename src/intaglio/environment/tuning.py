@@ -137,6 +137,15 @@ class Tuner:
         self.used[key] = known
         return known
 
+    def known(self, key: str) -> Times:
+        """Return the seconds of each candidate of a choice, the stock one first; empty if they are not known."""
+        return self._times.get(key, {})
+
+    def keep(self, key: str, times: Times) -> None:
+        """Add times that a caller has measured; a fixed table stays as it is."""
+        if self._measured:
+            self._times[key] = self._new[key] = self.used[key] = times
+
     def _measure(self, candidates: Calls) -> Times:
         start = self._clock()
         for call in candidates.values():
@@ -158,9 +167,11 @@ class Tuner:
         if self._path is None or not self._new:
             return
         try:
-            atomic_io.write_json(self._path, {"machine": machine(), "times": _read(self._path) | self._new})
+            written = _read(self._path, quiet=True)  # a damaged table has been reported when it was first read
+            atomic_io.write_json(self._path, {"machine": machine(), "times": written | self._new})
         except IntaglioError as error:
             warnings.warn(f"measured again in the next process: {error}", stacklevel=2)
+            self._path = None  # so that it is reported once
         self._new = {}
 
     def document(self) -> dict[str, Any]:
@@ -174,8 +185,8 @@ def _seconds() -> float:
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def _read(path: Path, strict: bool = False) -> dict[str, Times]:
-    """Return the table of a file: empty for no file, for another machine's, and, with a warning, for a damaged one.
+def _read(path: Path, strict: bool = False, quiet: bool = False) -> dict[str, Times]:
+    """Return the table of a file: empty for no file, for another machine's, and for a damaged one, with a warning.
 
     Raises:
         IntaglioError: (strict) the file cannot be read or is damaged.
@@ -196,7 +207,8 @@ def _read(path: Path, strict: bool = False) -> dict[str, Times]:
                 f"{VARIABLE} is {str(path)!r}, which is no tuning table; on, off or a file that `intaglio tune --json` "
                 "wrote are accepted"
             ) from error
-        warnings.warn(f"the tuning table {path} is damaged, so its choices are measured again", stacklevel=2)
+        if not quiet:
+            warnings.warn(f"the tuning table {path} is damaged, so its choices are measured again", stacklevel=2)
         return {}
     return times if strict or document.get("machine") == machine() else {}
 

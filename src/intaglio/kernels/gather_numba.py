@@ -67,8 +67,8 @@ def linear(
     low_RB = None if down_RI is None else torch.empty(len(down_RI), B)
     part = _projection(weight_IO, threshold_B, scale_I, bias_O, down_RI, up_RO, low_RB)
     if low_RB is not None:
-        _launch(_low, x_BI, weight_IO.dtype, 0, part, threads)
-    return _launch(_entry, x_BI, weight_IO.dtype, outputs, part, threads).view(B, outputs)
+        _launch(_low, x_BI, B, weight_IO.dtype, 0, part, threads)
+    return _launch(_entry, x_BI, B, weight_IO.dtype, outputs, part, threads).view(B, outputs)
 
 
 class SharedInput:
@@ -89,11 +89,13 @@ class SharedInput:
         """Return the number of threads that the size is worth."""
         return min(most_threads(), 1 + rows * self.inputs * sum(self.widths) // _WORTH)
 
-    def __call__(self, x_BI: Tensor, threads: int) -> list[Tensor]:
-        """Return each projection's outputs, float32 [B, O]; x is float32 and contiguous."""
-        B, threads = len(x_BI), min(most_threads(), threads)
-        y = _launch(_entry, x_BI, self.dtype, sum(self.widths), self._packed, threads)
-        return [part.view(B, -1) for part in y.split([B * width for width in self.widths])]
+    def __call__(self, x: Tensor, threads: int) -> list[Tensor]:
+        """Return each projection's outputs, float32 [..., O]; x [..., I] is float32 and contiguous."""
+        *before, inputs = x.shape
+        B = x.numel() // inputs
+        y = _launch(_entry, x, B, self.dtype, sum(self.widths), self._packed, min(most_threads(), threads))
+        parts = y.split([B * width for width in self.widths]) if len(self.widths) > 1 else (y,)
+        return [part.view(*before, width) for part, width in zip(parts, self.widths, strict=True)]
 
 
 def _projection(
@@ -113,14 +115,16 @@ def _projection(
     return _PROJECTION.pack(weight_IO.data_ptr(), outputs, scale, bias, thresholds, down, up, low, rank, one)
 
 
-def _launch(entry: Any, x_BI: Tensor, dtype: torch.dtype, outputs: int, projections: bytes, threads: int) -> Tensor:
+def _launch(
+    entry: Any, x: Tensor, B: int, dtype: torch.dtype, outputs: int, projections: bytes, threads: int
+) -> Tensor:
     """Return the outputs of all projections, one after the other."""
-    B, inputs = x_BI.shape
+    inputs = x.shape[-1]
     y = torch.empty(B * outputs)
     own = (4 * (inputs + 2 * B * inputs) + 4 * _LINE) // _LINE * _LINE
     room = torch.empty(threads * own + _LINE, dtype=torch.uint8)
     count = len(projections) // _PROJECTION.size
-    call = _CALL.pack(x_BI.data_ptr(), B, inputs, count, y.data_ptr(), room.data_ptr(), own, threads, 0)
+    call = _CALL.pack(x.data_ptr(), B, inputs, count, y.data_ptr(), room.data_ptr(), own, threads, 0)
     launch(entry(dtype).address, bytearray(call + projections), threads)
     return y
 

@@ -83,14 +83,15 @@ def pass_costs(model: Any, rows: int, prepacked: Prepacked | None) -> PassCosts:
     tuner = tuning.tuner()
     if tuner is None or model.device.type != "cpu":
         return PassCosts(rows=rows)
-    key = f"pass {_name(model)} rows {rows}{' chosen products' if prepacked else ''} threads {torch.get_num_threads()}"
+    products = " chosen products" if prepacked else ""
+    key = f"pass {shapes_name(model)} rows {rows}{products} threads {torch.get_num_threads()}"
     passes = _Passes(model, rows, prepacked)
     times = tuner.times(key, {str(size): passes.call(size) for size in SIZES})
     tuner.save()
     return PassCosts(tuple((size, times[str(size)]) for size in SIZES) if times else (), rows)
 
 
-def _name(model: Any) -> str:
+def shapes_name(model: Any) -> str:
     """Return a name for the shapes of a model: `LlamaForCausalLM 30x576 float32 1a2b3c4d`."""
     shapes = Counter((type(module).__name__, *(tuple(p.shape) for p in module.parameters(recurse=False)))
                      for module in model.modules())  # fmt: skip
@@ -161,4 +162,4 @@ def prune_by_cost(probs: Sequence[float], cost: Callable[[int], float], trust: f
     return [0, *sorted(order[:count])]
 
 
-__all__ = ["FIXED", "DraftPruner", "PassCosts", "pass_costs", "prune_by_cost"]
+__all__ = ["FIXED", "DraftPruner", "PassCosts", "pass_costs", "prune_by_cost", "shapes_name"]

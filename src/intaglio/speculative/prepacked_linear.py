@@ -9,8 +9,9 @@ On a CPU the usual matrix product is made for many rows. Two others are measured
   torch's inductor calls for frozen weights. Copies are kept for the next run, as long as the module lives.
 - *direct*: our own product from the weight as it lies (`kernels.dense_llvmlite`), with one thread or all.
 
-They are used only during the passes of the loop; the weights themselves are unchanged. Without the operators, or
-without llvmlite, that candidate is left out. Sums run in another order, so the last bits differ, as they do between a
+They are used only during the passes of the loop, and in all passes over few tokens of a model with
+`use_in_passes`; the weights themselves are unchanged. Without the operators, or without llvmlite, that candidate is
+left out. Sums run in another order, so the last bits differ, as they do between a
 pass over one token and over several.
 """
 
@@ -46,6 +47,7 @@ _ROW_STEPS = (1, 4, 8, 16)
 _BYTES = 32 << 20
 """Weights are measured in copies of so many bytes together, which no cache holds; of larger ones only some outputs."""
 _MAX_COPIES = 64
+_INPUTS = ("input_ids", "inputs_embeds")
 _RESERVE = 0.8
 """Seconds of measuring that are left for whole passes."""
 
@@ -282,6 +284,43 @@ def prepacked(model: nn.Module, wanted: bool | None, tokens: int) -> Prepacked |
     if all(set(own) == {STOCK} for own in steps.values()) or missing > psutil.virtual_memory().available // 2:
         return None
     return Prepacked(model, steps)
+
+
+class _FewTokens:
+    """Hooks of a model, whose passes over few tokens without gradients are in a `Prepacked` context, if that wins."""
+
+    def __init__(self) -> None:
+        self._context: Prepacked | None = None
+        self._head: Any = None
+        self._inside = False
+
+    def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Enter the context, whose products are chosen in the first such pass."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or tuning.tuner() is None:
+            return
+        inputs = next((x for x in (*args[:1], *map(kwargs.get, _INPUTS)) if isinstance(x, Tensor)), None)
+        if inputs is None or inputs.shape[:2].numel() > _ROW_STEPS[-1]:
+            return
+        head = model.get_output_embeddings()
+        if self._head is not head:
+            self._head, self._context = head, prepacked(model, None, MIN_NEW_TOKENS)
+        if self._context is not None:
+            self._context.__enter__()
+            self._inside = True
+
+    def after(self, *_: Any) -> None:
+        """Leave the context."""
+        if self._inside:
+            self._inside = False
+            self._context.__exit__()  # type: ignore[union-attr]
+
+
+def use_in_passes(model: nn.Module) -> None:
+    """Let a model's linear layers use the products measured to be fastest in all of its passes over few tokens."""
+    if not any(isinstance(getattr(hook, "__self__", None), _FewTokens) for hook in model._forward_pre_hooks.values()):
+        hooks = _FewTokens()
+        model.register_forward_pre_hook(hooks.before, with_kwargs=True)
+        model.register_forward_hook(hooks.after, always_call=True)
 
 
 def choices(modules: Iterable[nn.Module]) -> dict[nn.Module, Steps]:

@@ -198,15 +198,17 @@ def test_the_score_minimises_the_bound_on_the_error(seed: int, count: int) -> No
     assert bound == pytest.approx(float(parts.flatten().sort().values[: 8 - count].sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "rule", [InputRule(1.5), InputRule(0.7, scaled=False), InputRule(None, channels=5), InputRule(None)]
 )
 @torch.no_grad()
-def test_few_tokens_give_what_many_give(rule: InputRule, dtype: torch.dtype, transposed: bool) -> None:
+def test_few_tokens_give_what_many_give(rule: InputRule, dtype: torch.dtype, transposed: bool, rank: int) -> None:
     weight, bias = drawn(7, 12).to(dtype), drawn(7, seed=1).to(dtype)
-    layer = SparseLinear.from_weight(weight, bias, rule, low_rank_pair(weight, 2), transposed)
+    pair = low_rank_pair(weight, rank) if rank else None
+    layer = SparseLinear.from_weight(weight, bias, rule, pair, transposed)
     x = drawn(2, 9, 12, seed=2).to(dtype)
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
     whole = layer(x)
@@ -293,7 +295,7 @@ def test_drafts_are_verified_by_the_model_that_decodes(fields: dict[str, Any]) -
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("alpha", "calls"), [(0.9, [1] * 7), (1.0, [(1, 3), 1, (1, 2), 1])])
+@pytest.mark.parametrize(("alpha", "calls"), [(0.9, [1] * 7), (1.0, [(1, 3), (1, 1), (1, 2), (1, 1)])])
 def test_generating_uses_the_kernel_and_not_for_prompts(
     alpha: float, calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,7 +311,7 @@ def test_generating_uses_the_kernel_and_not_for_prompts(
             worth = staticmethod(call.worth)
 
             def __call__(self, x: Any, threads: int) -> Any:
-                rows.append((len(x), len(parts)))
+                rows.append((x.shape[:-1].numel(), len(parts)))
                 return call(x, threads)
 
         return Noted()
@@ -333,9 +335,28 @@ def test_the_measured_choice_is_used_and_gives_the_same_text(winner: str) -> Non
     sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
     threads = {layer._prepare().threads[1] for layer in sparse}
     assert threads == {1 if winner == "gathered 1" else 0}
-    shared = {layer.shared._threads[1] for layer in sparse if layer.shared is not None}
+    shared = {layer.shared._threads[1] for layer in sparse if len(layer.shared._layers) > 1}
     assert shared == {1 if winner == "shared 1" else 0}
-    assert all("kept" in key and " rows " in key for key in given.used)
+    assert all(" rows " in key and ("kept" in key or key.startswith("linear ")) for key in given.used)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(find_spec("numba") is None, reason="numba is not installed")
+def test_the_dense_head_uses_the_product_measured_to_be_fastest_in_passes_over_few_tokens() -> None:
+    how = {"do_sample": False, "max_new_tokens": 6}
+    model: Any = carved(fields={"alpha": 1.0}).model
+    expected, head, seen = model.generate(PROMPT, **how), model.get_output_embeddings(), []
+    head.register_forward_hook(lambda module, args, output: seen.append("forward" in vars(module)))
+    with tuning.using(given := GivenTimes("direct 1")):
+        assert torch.equal(copy.deepcopy(model).generate(PROMPT, **how), expected)
+        assert torch.equal(model.generate(PROMPT, **how), expected)
+        assert "linear 32x160 float32 rows 1 threads 1" in given.used
+        assert seen[-6:] == [True] * 6
+        model(IDS)  # many tokens
+        assert seen[-1:] == [False]
+    assert torch.equal(model.generate(PROMPT, **how), expected)  # off
+    assert seen[-6:] == [False] * 6
+    assert "forward" not in vars(head)
 
 
 @torch.no_grad()
@@ -366,8 +387,9 @@ def test_a_copy_of_a_model_shares_calls_of_its_own() -> None:
         parameter.zero_()
     del model
     assert torch.equal(other(PROMPT[:, :1]).logits, expected)
-    shared = {id(module.shared) for module in other.modules() if isinstance(module, SparseLinear) and module.shared}
-    assert len(shared) == 4
+    sparse = [module for module in other.modules() if isinstance(module, SparseLinear)]
+    assert len({id(layer.shared) for layer in sparse}) == 8
+    assert all(layer in layer.shared._layers for layer in sparse)
 
 
 def test_mutated_splits_stay_on_the_grid_and_reach_its_ends() -> None:

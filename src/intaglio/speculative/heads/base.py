@@ -20,12 +20,13 @@ from intaglio.speculative._utils import vocabulary_size
 from intaglio.speculative.decoder_mixin import SpeculativeDecoder
 from intaglio.speculative.drafters.dynamic_tree import draft_probs_fn
 from intaglio.speculative.drafters.undrafted import Undrafted
+from intaglio.speculative.drafting_trial import on_trial, pass_ratio
 from intaglio.speculative.heads.candidates import CandidateSampler
 from intaglio.speculative.heads.chunked_loss import ROWS
 from intaglio.speculative.heads.lm_head import MAX_DRAFT_VOCABULARY, build_draft_vocabulary
 from intaglio.speculative.heads.objective import LENGTH, measure_acceptance, train_heads
 from intaglio.speculative.heads.self_generated_data import extract_prompts, generate_corpus, prompt_sources
-from intaglio.speculative.pass_cost import FIXED, PassCosts
+from intaglio.speculative.pass_cost import FIXED, PassCosts, shapes_name
 from intaglio.speculative.protocols import DecodingRun, Session
 from intaglio.speculative.static_tree import StaticTree, best_tree, best_tree_for_cost, default_acceptance
 from intaglio.speculative.target_model import CachedModel
@@ -33,6 +34,7 @@ from intaglio.trainer.protocols import Example
 
 HELD_OUT = 20
 """One text in so many is held out from training."""
+_REMEDY = "nodes=N drafts all the same"
 
 
 class TrainedHeads(SpeculativeDecoder):
@@ -55,8 +57,8 @@ class TrainedHeads(SpeculativeDecoder):
     token_cost: Annotated[float, Field(ge=0, le=100)] | None = None
     """Cost that each drafted token adds to a pass for each row that shares it, in passes over one token; with the cost
     of the method's own drafting it decides how large a tree is if neither `nodes` nor `tree` does. Default: as measured
-    on the processor at hand (0.035 where nothing is measured), and nothing is drafted where the best tree is expected
-    to lose; about 0.002 on a GPU, where rows cost nearly nothing."""
+    on the processor at hand (0.035 where nothing is measured); there nothing is drafted where the best tree is expected
+    to lose, and drafting ends where it is measured to. About 0.002 on a GPU, where rows cost nearly nothing."""
     drawn: bool = True
     """Under sampling, whether candidates are drawn from the heads and verified by recursive rejection (default), or are
     the most likely ones, of which the target's own draw may hit one."""
@@ -170,9 +172,13 @@ class TrainedHeads(SpeculativeDecoder):
             return costs.cost(1 + tokens, rows)
         return 1.0 + self.token_cost * self.rows_per_node() * rows * nodes
 
-    def expected_speed(self, tree: StaticTree, rows: int, costs: PassCosts) -> float:
-        """Return the expected tokens for the time of a pass over one token: above 1, drafting this tree pays."""
-        return tree.expected(self.acceptance) / (self._cost(len(tree), rows, costs) + self.level_cost * tree.depth)
+    def expected_speed(self, tree: StaticTree, rows: int, costs: PassCosts, key: str = "") -> float:
+        """Return the expected tokens for the time of a pass over one token: above 1, drafting this tree pays.
+
+        Passes with this tree take as long as a run has measured under `key`, or else as `costs` and `level_cost` say.
+        """
+        cost = pass_ratio(key) or self._cost(len(tree), rows, costs) + self.level_cost * tree.depth
+        return tree.expected(self.acceptance) / cost
 
     def start(self, run: DecodingRun) -> Session:
         """Start a run; see `Drafter.start`.
@@ -185,14 +191,21 @@ class TrainedHeads(SpeculativeDecoder):
         sampler = CandidateSampler(to_probs, run.sampling and self.drawn, run.generator, heads.words)
         rows, costs = len(run.prompts), FIXED if self.token_cost is not None else run.costs()
         tree = self.static_tree(rows, costs)
-        speed = self.expected_speed(tree, rows, costs)
-        if costs.measured and self.tree is None and self.nodes is None and speed <= 1:
+        if not costs.measured or self.tree is not None or self.nodes is not None:
+            return self.begin(heads, run, sampler, tree)
+        speed = self.expected_speed(tree, rows, costs, key := self.drafting_key(run.model, tree, rows))
+        if speed <= 1:
             run.statistics.note = (
                 f"nothing was drafted: on this processor the best tree of {self.slug} is expected to run at "
-                f"{speed:.2f} times the speed without drafts (nodes=N drafts all the same)"
+                f"{speed:.2f} times the speed without drafts ({_REMEDY})"
             )
             return Undrafted().start(run)
-        return self.begin(heads, run, sampler, tree)
+        return on_trial(self.begin(heads, run, sampler, tree), run, key, _REMEDY)
+
+    def drafting_key(self, model: Any, tree: StaticTree, rows: int) -> str:
+        """Return the key of the seconds of passes with this tree in the tuner's table."""
+        size = f"{len(tree)} drafted in {tree.depth} levels rows {rows} threads {torch.get_num_threads()}"
+        return f"drafting {self.slug} {shapes_name(model)} {size}"
 
     def _heads_for(self, model: nn.Module) -> Any:
         slug, own = self.slug, fingerprint(model)

@@ -42,6 +42,7 @@ from intaglio.methods.activations.r_sparse.search import Search
 from intaglio.methods.base import Capability, Cost, Method, Progress, Workload, no_progress
 from intaglio.modeling.anatomy import Anatomy, Linear, anatomy
 from intaglio.modeling.targets import replace_linears
+from intaglio.speculative.prepacked_linear import use_in_passes
 
 SAMPLES = 16
 LENGTH = 256
@@ -71,7 +72,7 @@ class RSparse(ReplacesLinears, Method, slug="r_sparse"):
     scores of all calibration tokens and inputs of the projection, in the dense model, so the number of columns varies
     with the token. Nothing is trained. The factors are added to the weights, so memory goes up; and a copy of each
     weight, column by column, is made when the first token is decoded (`intaglio.kernels.gather`), which is what makes
-    it faster. Embeddings and the head stay dense.
+    it faster. Embeddings and the head stay dense; the head's product is the one measured to be fastest for few tokens.
 
     The checkpoint becomes a live one, which `intaglio.load` reads. Weights under thresholds are not trained further.
     Its baselines have the same interface: `RSparse.teal()`, thresholds on |x| alone, and `RSparse.cats()`, thresholds
@@ -340,3 +341,4 @@ def _finish(model: nn.Module, mode: Mode, fraction: float) -> None:
         if isinstance(module, SparseLinear):
             module.requires_grad_(False)
     share_inputs(model)
+    use_in_passes(model)

@@ -6,7 +6,6 @@ Dimension letters: B any leading dimensions, L sequence, N rows, I inputs, O out
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,7 +92,7 @@ LayerOption = tuple[InputRule, Pair | None]
 """Selection of a projection's inputs, and the factors for the others."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Prepared:
     """Values that follow from a weight, computed once."""
 
@@ -153,7 +152,7 @@ class SparseLinear(ReplacedLinear):
         self.rule = rule
         self.prefill: DensePrefill | None = None
         self.tally: InputCounter | None = None
-        self.shared: SharedInput | None = None
+        self.shared = SharedInput([self])
         self._prepared: _Prepared | None = None
 
     @classmethod
@@ -199,7 +198,9 @@ class SparseLinear(ReplacedLinear):
 
     def _prepare(self) -> _Prepared:
         """Return what follows from the weight, computed anew where the weight has changed."""
-        weight, prepared = self.weight, self._prepared
+        # As a module's attributes parameters are slow to find, which a product of one token notices.
+        weight, prepared = self._parameters["weight"], self._prepared
+        assert weight is not None
         key = (weight.data_ptr(), weight._version)
         if prepared is None or prepared.key != key:
             with torch.no_grad():
@@ -226,7 +227,7 @@ class SparseLinear(ReplacedLinear):
             prepared = self._prepare()
             weight_IO = self._columns(prepared)
             if weight_IO is not None and x_BI.dtype == weight_IO.dtype:
-                if self.shared is not None and (y_BO := self.shared.take(self, prepared, x_BI)) is not None:
+                if (y_BO := self.shared.take(self, prepared, x_BI)) is not None:
                     return y_BO
                 threads = self._threads(prepared, x_BI, weight_IO)
                 if threads != 0:
@@ -320,11 +321,11 @@ class SparseLinear(ReplacedLinear):
 
 
 class SharedInput:
-    """Sparse layers of a block that read the same input, such as q, k and v, computed in one kernel call.
+    """Sparse layers of a block that read the same input, such as q, k and v, computed in one kernel call; or one layer.
 
     The first layer that is called computes the outputs of all, and the others take theirs if they are called with the
-    very same tensor. Used for layers without a low rank and with a threshold, in float32, where it was measured to be
-    faster than a call for each (`environment.tuning`).
+    very same tensor. Used for layers without a low rank and with a threshold, several where it was measured to be
+    faster than a call for each (`environment.tuning`); its arguments are prepared once.
 
     Args:
         layers: in the order of the calls.
@@ -363,6 +364,8 @@ class SharedInput:
         if not self._threads[rows]:
             return None
         first, *others = self._outputs(call, x_BI, self._threads[rows])
+        if not others:
+            return first
         keys = [(own, one.rule) for own, one in zip(self._prepared[1:], self._layers[1:], strict=True)]
         self._waiting = x_BI, {one: (*key, y_BO) for one, key, y_BO in zip(self._layers[1:], keys, others, strict=True)}
         return first
@@ -370,7 +373,7 @@ class SharedInput:
     def _call(self) -> gather.SharedInput | None:
         """Return the call for weights and rules as they are; None where a layer does not fit."""
         prepared, rules = [layer._prepare() for layer in self._layers], [layer.rule for layer in self._layers]
-        if _same(self._prepared, prepared) and _same(self._rules, rules):
+        if self._prepared == prepared and self._rules == rules:
             return self._built
         weights = [layer._columns(own) for layer, own in zip(self._layers, prepared, strict=True)]
         self._weights = [weight_IO for weight_IO in weights if weight_IO is not None]
@@ -391,14 +394,17 @@ class SharedInput:
         )
 
     def _outputs(self, call: gather.SharedInput, x_BI: Tensor, threads: int) -> list[Tensor]:
-        x_NI = x_BI.reshape(-1, x_BI.shape[-1]).float().contiguous()
-        return [y_NO.to(x_BI.dtype).view(*x_BI.shape[:-1], -1) for y_NO in call(x_NI, threads)]
+        if x_BI.dtype == torch.float32:
+            return call(x_BI.contiguous(), threads)
+        return [y_BO.to(x_BI.dtype) for y_BO in call(x_BI.float().contiguous(), threads)]
 
     def _chosen_threads(self, call: gather.SharedInput, x_BI: Tensor, rows: int) -> int:
         """Return the threads of the shared call for so many rows, measured at the first use; 0: a call for each."""
         tuner, threads = tuning.tuner(), torch.get_num_threads()
         if tuner is None:
             return min(threads, call.worth(rows))
+        if len(self._layers) == 1:
+            return self._layers[0]._threads(self._prepared[0], x_BI, self._weights[0]) or 0
         prepared, columns = self._prepared, [copies(weight_IO) for weight_IO in self._weights]
         each: list[Callable[[], Tensor]] = []
         for layer, own, weight_IO, turn in zip(self._layers, prepared, self._weights, columns, strict=True):
@@ -425,10 +431,6 @@ class SharedInput:
         chosen = tuner.choose(key, calls, compiles=True)
         tuner.save()
         return int(chosen.partition(" ")[2] or 0)
-
-
-def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def share_inputs(model: nn.Module) -> None:

@@ -57,11 +57,10 @@ class HiddenTransferSession:
         self._drafts = {}
         for index, step in enumerate(steps):
             self._last[step.row] = step.tokens[-1]
-            if step.tree is None or step.done:
+            if step.tree is None or step.done or self._pseudo is None:  # the last: a pass that was not its own
                 continue
             node = step.path[-1]
             if node in self._owners[index]:
-                assert self._pseudo is not None
                 self._drafts[step.row] = self._pseudo[index, :, self._owners[index].index(node)]
         self._pseudo = None
 
