@@ -32,8 +32,9 @@ from intaglio.methods.attention.sparse_frontier.study import (
     at_sparsity,
     calibrated,
     encoded,
-    panels,
+    operation_panels,
     run,
+    sparsity_panels,
     summary,
 )
 from tests.families import HEADS, KV_HEADS, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
@@ -222,9 +223,12 @@ def test_a_study_of_two_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["method"] for row in data["tolerated"]} == {"quest", "block_sparse"}
     assert len(data["equal_flops"]) == 4
     assert json.loads(json.dumps(data)) == json.loads(json.dumps(data))
-    drawn = panels(points)
+    drawn = sparsity_panels(points)
     assert len(drawn) == 4
-    assert set(drawn[0].lines) == {"quest", "block_sparse"}
+    assert [(line.method, len(line.points)) for line in drawn[0].series] == [("quest", 2), ("block_sparse", 2)]
+    for panel in operation_panels(points, data["equal_flops"]):
+        assert {line.method for line in panel.series} == {"dense", "quest", "block_sparse"}
+        assert set(panel.best) <= {point for line in panel.series for point in line.points}
     for picture in pictures(points, data).values():
         ET.fromstring(picture)
 
@@ -348,7 +352,12 @@ def test_inspect_draws_and_studies(tiny_dir: Path, tmp_path: Path, monkeypatch: 
     result = invoke("inspect", tiny_dir, "--sparse-attention", *sizes, "--samples", 2, "--also", tiny_dir, "-o", out)
     assert result.exit_code == 0, result.output
     assert "Tolerated sparsity" in result.stdout
-    assert sorted(file.name for file in out.iterdir()) == ["accuracy.svg", "equal_flops.svg", "study.json"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "accuracy.svg",
+        "equal_flops.svg",
+        "study.html",
+        "study.json",
+    ]
     data = json.loads((out / "study.json").read_text())
     assert len(data["cells"]) == 2 * 2 * 3
     again = invoke("inspect", tiny_dir, "--sparse-attention", "-o", out)
