@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.cli import inspect_sparse
 from intaglio.cli.app import app
 from intaglio.cli.inspect_sparse import pictures
 from intaglio.errors import IntaglioError
@@ -337,6 +338,24 @@ def test_bad_input_is_refused_in_a_sentence(arguments: list[str], message: str, 
     result = invoke(arguments[0], tiny_dir, *arguments[1:])
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.stderr.split())
+
+
+def test_options_of_the_study_reach_it(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def record(models: Any, sizes: Any, *, progress: Any, **options: Any) -> Any:
+        calls.append((models, sizes, options))
+        return [], {"tolerated": [], "scaling_laws": []}
+
+    monkeypatch.setattr(inspect_sparse, "study", record)
+    sizes = ("--lengths", "300,400", "--methods", "snapkv", "--sparsities", "0.7", "--samples", 3, "--seed", 5)
+    others = ("--tasks", "vt", "--question", "after", "--paper", "--documents", "d.jsonl", "--also", "other")
+    places = ("--dtype", "bfloat16", "--device", "cpu", "-o", "made")
+    result = invoke("inspect", tiny_dir, "--sparse-attention", *sizes, *others, *places)
+    assert result.exit_code == 0, result.output
+    options = {"only": "vt", "documents": "d.jsonl", "paper": True, "device": "cpu", "dtype": "bfloat16"}
+    chosen = StudySizes((300, 400), ("snapkv",), (0.7,), ("after",), samples=3, explain=True, seed=5)
+    assert calls == [([str(tiny_dir), "other"], chosen, options | {"output": Path("made")})]
 
 
 def test_inspect_draws_and_studies(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
