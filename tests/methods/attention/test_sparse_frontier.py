@@ -26,6 +26,7 @@ from intaglio.methods.attention.sparse_frontier.cache import Quest, SequenceCach
 from intaglio.methods.attention.sparse_frontier.prefill import SinkWindow
 from intaglio.methods.attention.sparse_frontier.prompt_states import read_prompt
 from intaglio.methods.attention.sparse_frontier.tiled_attention import kept_pairs
+from intaglio.methods.base import validation_sentence
 from intaglio.methods.decoding.aded import ADED
 from intaglio.modeling.anatomy import CACHE, anatomy
 from tests.families import DECODERS, HEADS, KV_HEADS, MAX_POSITIONS, PAD, tiny_model, tiny_tokenizer
@@ -410,6 +411,23 @@ def test_names_of_the_command_line_and_their_budgets() -> None:
 def test_budgets_below_the_forced_tokens_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         SparseFrontier(**fields)
+
+
+@pytest.mark.parametrize(
+    ("cache", "sentence"),
+    [
+        (
+            {"name": "quest", "heads": 3},
+            "cache.heads: there is no such field here; accepted: budget, name, page_size, share_pages",
+        ),
+        ({"name": "quets"}, "cache: there is no 'quets'; did you mean quest?"),
+        ({"budget": 16}, "cache: the field 'name' is missing"),
+    ],
+)
+def test_wrong_fields_and_names_are_compared_with_those_of_the_policies(cache: Any, sentence: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SparseFrontier(cache=cache)
+    assert validation_sentence(caught.value, SparseFrontier, {"cache": cache}) == sentence
 
 
 def test_the_least_accepted_budgets() -> None:

@@ -19,7 +19,7 @@ from intaglio.cli import inspect_sparse
 from intaglio.cli.app import app
 from intaglio.cli.inspect_sparse import pictures
 from intaglio.errors import IntaglioError
-from intaglio.measures.long_context import NeedleInAHaystack, StoryFiltering
+from intaglio.measures.long_context import CommonWords, NeedleInAHaystack, StoryFiltering
 from intaglio.measures.sparsity_tradeoff import decode_flops, paired_bootstrap, prefill_flops
 from intaglio.methods.attention.sparse_frontier import Meter, SparseFrontier, installed, study
 from intaglio.methods.attention.sparse_frontier.pictures import as_json, kept
@@ -246,6 +246,13 @@ def test_studies_that_cannot_run_are_refused() -> None:
         run(checkpoint(), [NIAH], StudySizes((1000,)))
     with pytest.raises(IntaglioError, match="too short"):
         run(checkpoint(), [NIAH], StudySizes((60,), ("quest",)))
+    done: list[Any] = []  # nothing is answered before the last task is known to fit
+    sizes = StudySizes((300,), ("quest",), samples=2)
+    with pytest.raises(IntaglioError, match="300 tokens is too short for the words of cwe"):
+        run(checkpoint(), [NIAH, CommonWords()], sizes, progress=lambda *call: done.append(call))
+    with pytest.raises(IntaglioError, match="layer 0 has a sliding window of 8 tokens"):
+        run(checkpoint("mistral_window"), [NIAH], sizes, progress=lambda *call: done.append(call))
+    assert not done
 
 
 @pytest.mark.parametrize("part", ["prefill", "cache"])

@@ -239,7 +239,8 @@ def run(
         progress: called after each cell.
 
     Raises:
-        IntaglioError: a length beyond the model's context, or a task that does not fit a length.
+        IntaglioError: a length beyond the model's context, a task that does not fit a length, or a method that does not
+            fit the model.
     """
     new = ANSWER * (4 if design.explain else 1)
     if max(design.lengths) + new > checkpoint.context:
@@ -247,13 +248,15 @@ def run(
             f"a length of {max(design.lengths)} with {new} new tokens is beyond the model's context of "
             f"{checkpoint.context}; give shorter lengths"
         )
+    for chosen in design.methods:
+        at_sparsity(chosen, min(design.lengths), design.sparsities[0]).plan(anatomy(checkpoint.model))
     cells = [(t, c, n) for t in tasks for c in design.conditions for n in design.lengths]
+    drawn = [[_sample(checkpoint, *cell, design, i) for i in range(design.samples)] for cell in cells]
     arms = [(None, 0.0), *((m, s) for m in design.methods for s in design.sparsities)]
     points: list[StudyCell] = []
     nominal: dict[tuple[str, float, int, Condition], float] = {}
     done = 0
-    for task, condition, length in cells:
-        samples = [_sample(checkpoint, task, condition, length, design, i) for i in range(design.samples)]
+    for (task, condition, length), samples in zip(cells, drawn, strict=True):
         dense: StudyCell | None = None
         for method, sparsity in arms:
             key = (method or "", sparsity, length, condition)
