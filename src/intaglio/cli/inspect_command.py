@@ -174,10 +174,12 @@ def _study(models: Sequence[str], sizes: Any, output: Path | None, json: bool, *
     if json:
         print_json(study)
         return
-    out.print(inspect_sparse.cells_table(points))
-    out.print(inspect_sparse.tolerated_table(study))
+    for table in inspect_sparse.tables(points, study):
+        out.print(table)
     for line in inspect_sparse.law_lines(study):
         print_out(line)
+    if output is not None:
+        print_out(f"page: {output / 'study.html'}")
     if output is not None:
         print_out(f"study: {output}")
 

@@ -15,10 +15,18 @@ from intaglio.cli.generate import check_prompt
 from intaglio.errors import IntaglioError, did_you_mean
 from intaglio.measures.long_context import CONDITIONS, read_documents, tasks
 from intaglio.measures.sparsity_tradeoff import StudyCell
-from intaglio.methods.attention.sparse_frontier.study import METHODS, SPARSITIES, StudySizes, panels, run, summary
+from intaglio.methods.attention.sparse_frontier.study import (
+    METHODS,
+    SPARSITIES,
+    StudySizes,
+    operation_panels,
+    run,
+    sparsity_panels,
+    summary,
+)
 from intaglio.methods.base import Progress, no_progress
-from intaglio.report.sparsity_curves import STYLE, sparsity_curves
-from intaglio.report.svg import Point, scatter
+from intaglio.report.html import trained_page
+from intaglio.report.sparsity_curves import operation_dots, sparsity_curves
 
 
 def numbers(text: str, what: str, least: float, most: float) -> tuple[float, ...]:
@@ -89,7 +97,7 @@ def study(
         only: names of tasks, separated by commas; None for all.
         documents: JSON lines with questions on documents, or None.
         paper: whether the generated tasks have the paper's sizes instead of those for small models.
-        output: directory to write `study.json` and the pictures to, or None.
+        output: directory to write `study.json`, `study.html` and the pictures to, or None.
         device: where to load the models.
         dtype: of the weights.
         progress: called after each cell.
@@ -111,29 +119,18 @@ def study(
     if output is not None:
         with atomic_io.directory(output) as temporary:
             (temporary / "study.json").write_text(atomic_io.to_json(data), encoding="utf-8")
-            for file, picture in pictures(points, data).items():
-                (temporary / file).write_text(picture, encoding="utf-8")
+            drawn = pictures(points, data)
+            for file, text in {**drawn, "study.html": page(points, data, drawn)}.items():
+                (temporary / file).write_text(text, encoding="utf-8")
     return points, data
 
 
 def pictures(points: Sequence[StudyCell], data: dict[str, Any]) -> dict[str, str]:
     """Return the pictures of a study by file name."""
-    dots = [
-        Point(
-            f"{row['task']} ({row['condition']}): {best['model']} {best['method']} {best['sparsity']:.0%}",
-            bin_["flops"],
-            best["accuracy"],
-        )
-        for row in data["equal_flops"]
-        for bin_ in row["bins"]
-        for best in [bin_["best"]]
-    ]
-    best = scatter(
-        "Most accurate of equal operations", "The best point of each bin.", dots, x_axis="operations", y_axis="accuracy"
-    )
+    operations = operation_panels(points, data["equal_flops"])
     return {
-        "accuracy.svg": _standalone(sparsity_curves("Accuracy under sparse attention", panels(points))),
-        "equal_flops.svg": _standalone(best.replace("</desc>", f"</desc><style>{STYLE}</style>", 1)),
+        "accuracy.svg": _standalone(sparsity_curves("Accuracy under sparse attention", sparsity_panels(points))),
+        "equal_flops.svg": _standalone(operation_dots("Accuracy at equal operations", operations)),
     }
 
 
@@ -141,32 +138,57 @@ def _standalone(picture: str) -> str:
     return picture.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
 
 
-def cells_table(points: Sequence[StudyCell]) -> Table:
-    """Return the cells as a table: accuracy, measured sparsity and the interval of the difference from dense."""
-    caption = "Sparsity as measured. Difference from dense attention on the same samples, 95 % bootstrap interval."
-    columns = ("model", "task", "question", "tokens", "method", "sparsity", "accuracy", "difference")
-    table = Table(*columns, title="Accuracy under sparse attention", caption=caption, box=SIMPLE_HEAD)
+CELL_HEADINGS = ("model", "task", "question", "tokens", "method", "sparsity", "accuracy", "difference")
+CELLS = "Sparsity as measured. Difference from dense attention on the same samples, 95 % bootstrap interval."
+TOLERATED = "Largest measured sparsity without a significant loss against dense attention, lower ones included."
+
+
+def cell_rows(points: Sequence[StudyCell]) -> list[list[str]]:
+    """Return a row of text for each cell, in the order of `CELL_HEADINGS`."""
+    rows = []
     for p in points:
         gap = "" if p.difference is None else "{mean:+.2f} [{low:+.2f}, {high:+.2f}]".format(**vars(p.difference))
-        cells = (p.model, p.task, p.condition, f"{p.length:,}", p.method, f"{p.sparsity:.1%}", f"{p.accuracy:.2f}", gap)
-        table.add_row(*cells)
-    return table
+        numbers = (f"{p.length:,}", p.method, f"{p.sparsity:.1%}", f"{p.accuracy:.2f}", gap)
+        rows.append([p.model, p.task, p.condition, *numbers])
+    return rows
 
 
-def tolerated_table(data: dict[str, Any]) -> Table:
-    """Return the highest tolerated sparsity, a task a row and a method a column."""
+def tolerated_rows(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the highest tolerated sparsity: a task a row and a method a column."""
     methods = list(dict.fromkeys(row["method"] for row in data["tolerated"]))
-    caption = "Largest measured sparsity without a significant loss against dense attention, lower ones included."
-    table = Table(
-        "model", "task", "question", "tokens", *methods, title="Tolerated sparsity", caption=caption, box=SIMPLE_HEAD
-    )
     rows: dict[tuple[str, ...], dict[str, float]] = {}
     for row in data["tolerated"]:
         key: tuple[str, ...] = (row["model"], row["task"], row["condition"], f"{int(row['length']):,}")
         rows.setdefault(key, {})[row["method"]] = row["sparsity"]
-    for words, values in rows.items():
-        table.add_row(*words, *(f"{values[m]:.0%}" if m in values else "" for m in methods))
-    return table
+    cells = [[*key, *(f"{values[m]:.0%}" if m in values else "" for m in methods)] for key, values in rows.items()]
+    return [*CELL_HEADINGS[:4], *methods], cells
+
+
+def tables(points: Sequence[StudyCell], data: dict[str, Any]) -> list[Table]:
+    """Return the cells and the tolerated sparsities as tables of the terminal."""
+    headings, rows = tolerated_rows(data)
+    cells = Table(*CELL_HEADINGS, title="Accuracy under sparse attention", caption=CELLS, box=SIMPLE_HEAD)
+    tolerated = Table(*headings, title="Tolerated sparsity", caption=TOLERATED, box=SIMPLE_HEAD)
+    for table, lines in ((cells, cell_rows(points)), (tolerated, rows)):
+        for line in lines:
+            table.add_row(*line)
+    return [cells, tolerated]
+
+
+def page(points: Sequence[StudyCell], data: dict[str, Any], drawn: dict[str, str]) -> str:
+    """Return the study as a self-contained HTML page."""
+    headings, rows = tolerated_rows(data)
+    captions = ("The dashed line is dense attention.", "Prompt, answer, and estimates of what to keep are counted.")
+    tolerated = {"title": "By task and method", "headings": headings, "rows": rows}
+    cells = {"title": "By method and sparsity", "headings": CELL_HEADINGS, "rows": cell_rows(points)}
+    sections: list[dict[str, Any]] = [
+        {"title": "Tolerated sparsity", "summary": TOLERATED, "tables": [tolerated]},
+        {"title": "Accuracy", "summary": CELLS, "tables": [cells]},
+    ]
+    sections[1]["pictures"] = list(zip(drawn.values(), captions, strict=True))
+    models = ", ".join(dict.fromkeys(p.model for p in points))
+    laws = " ".join(f"{line}." for line in law_lines(data)) or "Too few points for a scaling law."
+    return trained_page(f"Sparse attention of {models}", laws, sections, "study of long contexts")
 
 
 def law_lines(data: dict[str, Any]) -> list[str]:

@@ -76,7 +76,8 @@ def _guard(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
 
 def _set_implementation(base: Any, name: str) -> None:
     try:
-        base.set_attn_implementation(name)
+        if base._can_set_attn_implementation():  # else transformers logs a warning and changes nothing
+            base.set_attn_implementation(name)
     except ValueError as error:
         raise IntaglioError(
             f"the attention of {type(base).__name__} cannot be set to {name}: {first_line(error)}"

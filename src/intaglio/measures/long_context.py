@@ -256,7 +256,9 @@ class CommonWords:
         number = count("\n1000. ")
         room = tokens - sum(number + count(f" {w}") for w in listed)
         if room < 0:
-            raise IntaglioError(f"a context of {tokens} tokens is too short for the words; {tokens - room} are needed")
+            raise IntaglioError(
+                f"a context of {tokens} tokens is too short for the words of {self.name}; {tokens - room} are needed"
+            )
         while (room := room - self.rare * (number + count(f" {(other := word())}"))) >= 0 and len(used) < 3_000:
             listed += [other] * self.rare
         rng.shuffle(listed)

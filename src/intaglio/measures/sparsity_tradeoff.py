@@ -167,6 +167,7 @@ def equal_flops(points: Sequence[StudyCell], bins_per_decade: int = 4) -> list[d
                     "method": best.method,
                     "sparsity": best.sparsity,
                     "accuracy": best.accuracy,
+                    "flops": best.flops,
                 },
             }
         )

@@ -390,7 +390,13 @@ def validation_sentence(
     # Of a union's branches the user meant that whose error is deepest.
     location, first = max(of_field, key=lambda item: len(item[0]))
     if first["type"] == "extra_forbidden":
-        message = unknown_field(str(first["loc"][-1]), _owner(cls, location))
+        message = unknown_field(str(first["loc"][-1]), _owner(cls, first["loc"]))
+    elif first["type"] == "union_tag_invalid":
+        context = first["ctx"]
+        tags = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
+        message = f"there is no {context['tag']!r}; {did_you_mean(context['tag'], tags)}"
+    elif first["type"] == "union_tag_not_found":
+        message = f"the field {first['ctx']['discriminator']} is missing"
     elif first["type"] in ("missing", "value_error"):
         message = _message(first)
     else:
@@ -411,16 +417,27 @@ def _location(value: Any, problem: Any) -> tuple[Any, ...]:
     return (*location, problem["loc"][-1]) if missing else tuple(location)
 
 
-def _owner(cls: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
-    """Return the model, nested in `cls`, to which the last part of a location belongs."""
-    for part in location[:-1]:
-        if str(part) not in cls.model_fields:
+def _owner(cls: type[BaseModel], place: tuple[Any, ...]) -> type[BaseModel]:
+    """Return the model, nested in `cls`, to which the last part of a problem's place belongs."""
+    options: list[type[BaseModel]] = []
+    for part in place[:-1]:
+        # A union's branch is named by its class, or by the field that tells the branches apart.
+        named = [o for o in options if part in (o.__name__, *(field.default for field in o.model_fields.values()))]
+        if named:
+            cls = named[0]
+        elif part in cls.model_fields:
+            options = _models(cls.model_fields[part].annotation)
+            cls = options[-1] if options else cls
+        else:
             break
-        annotation = cls.model_fields[str(part)].annotation
-        for option in (annotation, *get_args(annotation)):  # an optional field is a union with None
-            if isinstance(option, type) and issubclass(option, BaseModel):
-                cls = option
     return cls
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """Return the models in an annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for option in get_args(annotation) for model in _models(option)]
 
 
 def _message(problem: Any) -> str:

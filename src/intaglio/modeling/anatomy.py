@@ -194,6 +194,12 @@ def attention(block: nn.Module) -> nn.Module:
     return module
 
 
+def has_plain_scores(parts: Anatomy, layer: int) -> bool:
+    """Return whether the attention of a layer neither caps its scores nor has learned sinks."""
+    capped = getattr(parts.config, "attn_logit_softcapping", None)
+    return not capped and not hasattr(attention(parts.blocks[layer]), "sinks")
+
+
 def _self_attention(block: nn.Module) -> nn.Module | None:
     candidates = [
         module

@@ -11,6 +11,7 @@ from intaglio.errors import IntaglioError
 from intaglio.evidence.claims.sparse_frontier import CLAIM
 from intaglio.evidence.designs.long_context import BYTES, RETRIEVAL, SCORE, SPARSITY
 from intaglio.evidence.engine.claim import Arm, RunKey
+from intaglio.evidence.testbeds import long_needles
 from intaglio.evidence.testbeds.long_needles import LongNeedles
 from intaglio.methods.attention.sparse_frontier import installed
 
@@ -33,6 +34,15 @@ def test_documents_hold_each_fact_once_and_questions_lack_the_answer() -> None:
     assert torch.equal(BED.document("pilot", 3).ids, document.ids)
     assert not torch.equal(BED.document("pilot", 4).ids, document.ids)
     assert not torch.equal(BED.document("evaluation", 3).ids, document.ids)
+
+
+def test_windows_become_a_single_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = BED.load().tokenizer("=", add_special_tokens=False)["input_ids"][0]  # in the code, and in no fact
+    assert BED.document("pilot", 3).ids[0].tolist().count(start) > 1
+    monkeypatch.setattr(long_needles, "special_affixes", lambda tokenizer: ([start], []))
+    ids = BED.document("pilot", 3).ids[0].tolist()
+    assert ids[0] == start
+    assert start not in ids[1:]
 
 
 def test_filler_that_is_too_short_is_refused() -> None:

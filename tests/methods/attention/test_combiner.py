@@ -542,7 +542,9 @@ def test_training_reaches_all_weights_and_the_result_loads(tmp_path: Any) -> Non
 
 def test_the_seed_draws_the_learned_part() -> None:
     method = Combiner(variant="row_major", segment=4)
-    drawn = [method.apply(Checkpoint(tiny_model("llama")), seed=seed).model.state_dict() for seed in (1, 1, 2)]
+    checkpoints = [method.apply(Checkpoint(tiny_model("llama")), seed=seed) for seed in (1, 1, 2)]
+    assert [checkpoint.record.steps[0].seed for checkpoint in checkpoints] == [1, 1, 2]
+    drawn = [checkpoint.model.state_dict() for checkpoint in checkpoints]
     name = "model.layers.1.self_attn.intaglio_attention.summary_in.weight"
     assert torch.equal(drawn[0][name], drawn[1][name])
     assert not torch.equal(drawn[0][name], drawn[2][name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import logging
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +15,20 @@ import pytest
 import torch
 from pydantic import ValidationError
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.errors import IntaglioError
 from intaglio.masks import Causal, set_visibility
 from intaglio.methods.attention.sparse_frontier import SparseFrontier, cache_bytes, installed, named, uninstall
-from intaglio.methods.attention.sparse_frontier.cache import SequenceCache, SnapKV, SparseLayer
+from intaglio.methods.attention.sparse_frontier.cache import Quest, SequenceCache, SnapKV, SparseLayer
+from intaglio.methods.attention.sparse_frontier.prefill import SinkWindow
 from intaglio.methods.attention.sparse_frontier.prompt_states import read_prompt
 from intaglio.methods.attention.sparse_frontier.tiled_attention import kept_pairs
+from intaglio.methods.base import validation_sentence
 from intaglio.methods.decoding.aded import ADED
-from intaglio.modeling.anatomy import CACHE
+from intaglio.modeling.anatomy import CACHE, anatomy
 from tests.families import DECODERS, HEADS, KV_HEADS, MAX_POSITIONS, PAD, tiny_model, tiny_tokenizer
 
 SINK_WINDOW = {"name": "sink_window", "budget": 6, "sinks": 2, "block_size": 1}
@@ -166,6 +170,21 @@ def test_a_pattern_is_softmax_over_the_kept_keys(name: str, family: str) -> None
     assert int(seen.sum()) == counted
     mask: Any = seen[None] if family != "gemma3" else dict.fromkeys(("full_attention", "sliding_attention"), seen[None])
     assert close(logits, model(IDS, attention_mask=mask).logits)
+
+
+def test_patterns_and_policies_receive_scale_window_and_number_of_each_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    indices, keep = SinkWindow.indices, Quest.keep
+    monkeypatch.setattr(SinkWindow, "indices", lambda *a: calls.append(a[3:]) or indices(*a))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Quest, "keep", lambda *a: calls.append(a[3:]) or keep(*a))  # type: ignore[func-returns-value]
+    model, scale = tiny_model("gemma3", query_pre_attn_scalar=32), 32**-0.5
+    expected = passes(model, IDS)
+    method = SparseFrontier(prefill={"name": "sink_window", "budget": FULL}, cache="quest")
+    with recorded(method, model) as selected:
+        assert close(passes(model, IDS), expected)
+    windows = [(scale, 8, layer) for layer in range(3)]
+    assert calls == [*windows, (scale, None, 3), (scale,)]
+    assert selected[3, 0].layer == 3
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
@@ -394,6 +413,23 @@ def test_budgets_below_the_forced_tokens_are_refused(fields: dict[str, Any]) -> 
         SparseFrontier(**fields)
 
 
+@pytest.mark.parametrize(
+    ("cache", "sentence"),
+    [
+        (
+            {"name": "quest", "heads": 3},
+            "cache.heads: there is no such field here; accepted: budget, name, page_size, share_pages",
+        ),
+        ({"name": "quets"}, "cache: there is no 'quets'; did you mean quest?"),
+        ({"budget": 16}, "cache: the field 'name' is missing"),
+    ],
+)
+def test_wrong_fields_and_names_are_compared_with_those_of_the_policies(cache: Any, sentence: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SparseFrontier(cache=cache)
+    assert validation_sentence(caught.value, SparseFrontier, {"cache": cache}) == sentence
+
+
 def test_the_least_accepted_budgets() -> None:
     SparseFrontier(prefill={"name": "vertical_slash", "columns": 4, "offsets": 64})
     SparseFrontier(prefill={"name": "flex_prefill", "min_budget": 64})
@@ -470,6 +506,24 @@ def test_encoders_rules_and_another_implementation_are_refused() -> None:
         model(IDS)
     uninstall(model)
     assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
+
+
+def test_capped_scores_are_refused_before_any_work() -> None:
+    parts = anatomy(tiny_model("gemma3", attn_logit_softcapping=20.0))
+    with pytest.raises(IntaglioError, match="layer 0 of gemma3_text caps its scores or has learned sinks"):
+        SparseFrontier(cache="quest").check_model(parts)
+
+
+def test_a_family_without_the_attention_interface_is_refused_in_a_single_sentence(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = AutoConfig.for_model("bloom", vocab_size=160, hidden_size=32, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.clear()
+    with pytest.raises(IntaglioError, match="BloomModel does not call transformers' attention interface"):
+        SparseFrontier(cache="quest").install(model)
+    assert not caplog.records
 
 
 def test_a_saved_checkpoint_decodes_the_same_and_a_second_step_replaces_the_first(tmp_path: Path) -> None:

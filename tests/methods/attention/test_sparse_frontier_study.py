@@ -15,10 +15,11 @@ import torch
 from typer.testing import CliRunner
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.cli import inspect_sparse
 from intaglio.cli.app import app
 from intaglio.cli.inspect_sparse import pictures
 from intaglio.errors import IntaglioError
-from intaglio.measures.long_context import NeedleInAHaystack, StoryFiltering
+from intaglio.measures.long_context import CommonWords, NeedleInAHaystack, StoryFiltering
 from intaglio.measures.sparsity_tradeoff import decode_flops, paired_bootstrap, prefill_flops
 from intaglio.methods.attention.sparse_frontier import Meter, SparseFrontier, installed, study
 from intaglio.methods.attention.sparse_frontier.pictures import as_json, kept
@@ -32,8 +33,9 @@ from intaglio.methods.attention.sparse_frontier.study import (
     at_sparsity,
     calibrated,
     encoded,
-    panels,
+    operation_panels,
     run,
+    sparsity_panels,
     summary,
 )
 from tests.families import HEADS, KV_HEADS, tiny_checkpoint_dir, tiny_model, tiny_tokenizer
@@ -222,9 +224,12 @@ def test_a_study_of_two_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["method"] for row in data["tolerated"]} == {"quest", "block_sparse"}
     assert len(data["equal_flops"]) == 4
     assert json.loads(json.dumps(data)) == json.loads(json.dumps(data))
-    drawn = panels(points)
+    drawn = sparsity_panels(points)
     assert len(drawn) == 4
-    assert set(drawn[0].lines) == {"quest", "block_sparse"}
+    assert [(line.method, len(line.points)) for line in drawn[0].series] == [("quest", 2), ("block_sparse", 2)]
+    for panel in operation_panels(points, data["equal_flops"]):
+        assert {line.method for line in panel.series} == {"dense", "quest", "block_sparse"}
+        assert set(panel.best) <= {point for line in panel.series for point in line.points}
     for picture in pictures(points, data).values():
         ET.fromstring(picture)
 
@@ -241,6 +246,13 @@ def test_studies_that_cannot_run_are_refused() -> None:
         run(checkpoint(), [NIAH], StudySizes((1000,)))
     with pytest.raises(IntaglioError, match="too short"):
         run(checkpoint(), [NIAH], StudySizes((60,), ("quest",)))
+    done: list[Any] = []  # nothing is answered before the last task is known to fit
+    sizes = StudySizes((300,), ("quest",), samples=2)
+    with pytest.raises(IntaglioError, match="300 tokens is too short for the words of cwe"):
+        run(checkpoint(), [NIAH, CommonWords()], sizes, progress=lambda *call: done.append(call))
+    with pytest.raises(IntaglioError, match="layer 0 has a sliding window of 8 tokens"):
+        run(checkpoint("mistral_window"), [NIAH], sizes, progress=lambda *call: done.append(call))
+    assert not done
 
 
 @pytest.mark.parametrize("part", ["prefill", "cache"])
@@ -335,6 +347,24 @@ def test_bad_input_is_refused_in_a_sentence(arguments: list[str], message: str, 
     assert message in " ".join(result.stderr.split())
 
 
+def test_options_of_the_study_reach_it(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def record(models: Any, sizes: Any, *, progress: Any, **options: Any) -> Any:
+        calls.append((models, sizes, options))
+        return [], {"tolerated": [], "scaling_laws": []}
+
+    monkeypatch.setattr(inspect_sparse, "study", record)
+    sizes = ("--lengths", "300,400", "--methods", "snapkv", "--sparsities", "0.7", "--samples", 3, "--seed", 5)
+    others = ("--tasks", "vt", "--question", "after", "--paper", "--documents", "d.jsonl", "--also", "other")
+    places = ("--dtype", "bfloat16", "--device", "cpu", "-o", "made")
+    result = invoke("inspect", tiny_dir, "--sparse-attention", *sizes, *others, *places)
+    assert result.exit_code == 0, result.output
+    options = {"only": "vt", "documents": "d.jsonl", "paper": True, "device": "cpu", "dtype": "bfloat16"}
+    chosen = StudySizes((300, 400), ("snapkv",), (0.7,), ("after",), samples=3, explain=True, seed=5)
+    assert calls == [([str(tiny_dir), "other"], chosen, options | {"output": Path("made")})]
+
+
 def test_inspect_draws_and_studies(tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "ANSWER", 3)
     picture = tmp_path / "kept.svg"
@@ -348,7 +378,12 @@ def test_inspect_draws_and_studies(tiny_dir: Path, tmp_path: Path, monkeypatch: 
     result = invoke("inspect", tiny_dir, "--sparse-attention", *sizes, "--samples", 2, "--also", tiny_dir, "-o", out)
     assert result.exit_code == 0, result.output
     assert "Tolerated sparsity" in result.stdout
-    assert sorted(file.name for file in out.iterdir()) == ["accuracy.svg", "equal_flops.svg", "study.json"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "accuracy.svg",
+        "equal_flops.svg",
+        "study.html",
+        "study.json",
+    ]
     data = json.loads((out / "study.json").read_text())
     assert len(data["cells"]) == 2 * 2 * 3
     again = invoke("inspect", tiny_dir, "--sparse-attention", "-o", out)

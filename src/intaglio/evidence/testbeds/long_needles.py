@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.data.segments import special_affixes
 from intaglio.errors import IntaglioError
 from intaglio.evidence.testbeds.smollm2 import SmolLM2Wikipedia
 from intaglio.evidence.testbeds.splits import Part, generator
@@ -70,7 +71,10 @@ class LongNeedles:
         stems = [f"\nThe locker of {name}" for name in names]
         facts = [ids(f"{stem} {code}.\n") for stem, code in zip(stems, codes, strict=True)]
         length = int(draws.integers(self.shortest, self.longest + 1)) - sum(map(len, facts))
-        filler = self.source.documents(part, seed).segments.ids_NT.flatten().tolist()
+        # Tokens that start or end a text would cut the document into as many texts as windows.
+        prefix, suffix = special_affixes(tokenizer)
+        windows = self.source.documents(part, seed).segments.ids_NT.flatten().tolist()
+        filler = [*prefix, *(token for token in windows if token not in (*prefix, *suffix))]
         if len(filler) < length or length < 1:
             raise IntaglioError(
                 f"the windows hold {len(filler)} tokens, and a document takes {length} besides its facts"

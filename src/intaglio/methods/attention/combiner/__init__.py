@@ -34,7 +34,7 @@ from intaglio.methods.attention.combiner.functional import Pool
 from intaglio.methods.attention.combiner.grid import RowSummary
 from intaglio.methods.attention.combiner.layers import Activation, CombinerAttention, LayerConfig, Variant
 from intaglio.methods.base import Capability, Cost, Method, ModelAspect, Progress, Workload, no_progress
-from intaglio.modeling.anatomy import Anatomy, anatomy, attention
+from intaglio.modeling.anatomy import Anatomy, anatomy, attention, has_plain_scores
 
 __all__ = ["Combiner", "CombinerAttention"]
 
@@ -164,8 +164,7 @@ class Combiner(Method, slug="combiner"):
             if layer in rules or layer in replaced:
                 what = "a visibility rule" if layer in rules else "an attention function of another step"
                 raise IntaglioError(f"layer {layer} has {what}, which combiner would replace")
-            module = attention(parts.blocks[layer])
-            if getattr(parts.config, "attn_logit_softcapping", None) or hasattr(module, "sinks"):
+            if not has_plain_scores(parts, layer):
                 raise IntaglioError(f"layer {layer} caps its scores or has learned sinks, which combiner does not have")
 
     def estimate(self, workload: Workload) -> Cost:

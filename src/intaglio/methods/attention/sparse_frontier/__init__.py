@@ -58,7 +58,7 @@ from intaglio.methods.base import (
     no_progress,
     validation_sentence,
 )
-from intaglio.modeling.anatomy import Anatomy, anatomy
+from intaglio.modeling.anatomy import Anatomy, anatomy, has_plain_scores
 
 __all__ = [
     "AdaSnapKV",
@@ -151,9 +151,9 @@ class SparseFrontier(Method, slug="sparse_frontier"):
         layers: `all` (default), a number, numbers, or a slice such as `"2:"`.
 
     Raises:
-        IntaglioError: a budget below the forced tokens, an encoder, a policy for a layer with a sliding window, a
-            model whose queries and keys cannot be reached, and in use a cache of another kind, a 4-D mask or a context
-            beyond the model's positions.
+        IntaglioError: a budget below the forced tokens, an encoder, a policy for a layer with a sliding window, capped
+            scores or learned sinks, a model whose queries and keys cannot be reached, and in use a cache of another
+            kind, a 4-D mask or a context beyond the model's positions.
 
     Source: Nawrot et al., The Sparse Frontier, 2025, arXiv 2504.17768, appendix on the methods; code
     PiotrNawrot/sparse-frontier.
@@ -208,6 +208,10 @@ class SparseFrontier(Method, slug="sparse_frontier"):
             if types[index] not in ("full_attention", "sliding_attention"):
                 raise IntaglioError(
                     f"layer {index} of {kind} is {types[index]!r}; sparse attention needs softmax attention"
+                )
+            if not has_plain_scores(parts, index):
+                raise IntaglioError(
+                    f"layer {index} of {kind} caps its scores or has learned sinks; sparse attention supports neither"
                 )
         cached = [index for index in chosen if parts.windows[index] is None] if self.cache is not None else []
         named_layers = self.layers != "all"

@@ -9,7 +9,7 @@ prompt: caches are compressed before the question is known, and its tokens are d
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from random import Random as PythonRandom
@@ -44,7 +44,7 @@ from intaglio.methods.attention.sparse_frontier.prefill import BlockSparse, Flex
 from intaglio.methods.attention.sparse_frontier.tiled_attention import Meter
 from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import CACHE, anatomy
-from intaglio.report.sparsity_curves import Panel
+from intaglio.report.sparsity_curves import Panel, Series
 
 PREFILL = ("vertical_slash", "block_sparse", "flex_prefill")
 DECODE = ("quest", "snapkv", "ada_snapkv", "sink_window", "random", "oracle")
@@ -239,7 +239,8 @@ def run(
         progress: called after each cell.
 
     Raises:
-        IntaglioError: a length beyond the model's context, or a task that does not fit a length.
+        IntaglioError: a length beyond the model's context, a task that does not fit a length, or a method that does not
+            fit the model.
     """
     new = ANSWER * (4 if design.explain else 1)
     if max(design.lengths) + new > checkpoint.context:
@@ -247,13 +248,15 @@ def run(
             f"a length of {max(design.lengths)} with {new} new tokens is beyond the model's context of "
             f"{checkpoint.context}; give shorter lengths"
         )
+    for chosen in design.methods:
+        at_sparsity(chosen, min(design.lengths), design.sparsities[0]).plan(anatomy(checkpoint.model))
     cells = [(t, c, n) for t in tasks for c in design.conditions for n in design.lengths]
+    drawn = [[_sample(checkpoint, *cell, design, i) for i in range(design.samples)] for cell in cells]
     arms = [(None, 0.0), *((m, s) for m in design.methods for s in design.sparsities)]
     points: list[StudyCell] = []
     nominal: dict[tuple[str, float, int, Condition], float] = {}
     done = 0
-    for task, condition, length in cells:
-        samples = [_sample(checkpoint, task, condition, length, design, i) for i in range(design.samples)]
+    for (task, condition, length), samples in zip(cells, drawn, strict=True):
         dense: StudyCell | None = None
         for method, sparsity in arms:
             key = (method or "", sparsity, length, condition)
@@ -349,24 +352,38 @@ def _estimates(method: SparseFrontier | None, prompt: int) -> tuple[int, float]:
     return queries, float(prompt) if isinstance(method.cache, OraclePolicy) else 0.0
 
 
-def panels(points: Sequence[StudyCell]) -> list[Panel]:
-    """Return a panel for each model, task, condition and length."""
-    result = []
+def sparsity_panels(points: Sequence[StudyCell]) -> list[Panel]:
+    """Return a panel of accuracy by sparsity for each model, task, condition and length."""
+
+    def cell(p: StudyCell) -> tuple[Any, ...]:
+        return (p.model, p.task, p.condition, p.length)
+
+    panels = []
     for dense in points:
         if dense.method == "dense":
-            lines: dict[str, list[tuple[float, float]]] = {}
-            for p in points:
-                same = (p.model, p.task, p.condition, p.length) == (
-                    dense.model,
-                    dense.task,
-                    dense.condition,
-                    dense.length,
-                )
-                if same and p.method != "dense":
-                    lines.setdefault(p.method, []).append((p.sparsity, p.accuracy))
-            title = f"{dense.model}: {dense.task}, {dense.length:,} tokens, question {dense.condition}"
-            result.append(Panel(title, dense.accuracy, lines))
-    return result
+            members = [p for p in points if cell(p) == cell(dense) and p.method != "dense"]
+            subtitle = f"{dense.length:,} tokens, question {dense.condition} the context"
+            series = _series(members, lambda p: p.sparsity)
+            panels.append(Panel(f"{dense.task}, {dense.model}", subtitle, series, dense.accuracy))
+    return panels
+
+
+def operation_panels(points: Sequence[StudyCell], groups: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Return a panel of accuracy by operations for each task and condition; the best of each bin are encircled."""
+    panels = []
+    for group in groups:
+        members = [p for p in points if (p.task, p.condition) == (group["task"], group["condition"])]
+        best = tuple((row["best"]["flops"], row["best"]["accuracy"]) for row in group["bins"])
+        subtitle = f"question {group['condition']} the context; circles: best of equal operations"
+        panels.append(Panel(group["task"], subtitle, _series(members, lambda p: p.flops), best=best))
+    return panels
+
+
+def _series(points: Sequence[StudyCell], x: Callable[[StudyCell], float]) -> tuple[Series, ...]:
+    lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for p in points:
+        lines.setdefault((p.method, p.model), []).append((x(p), p.accuracy))
+    return tuple(Series(method, model, tuple(line)) for (method, model), line in lines.items())
 
 
 def summary(points: Sequence[StudyCell]) -> dict[str, Any]:
