@@ -99,6 +99,7 @@ def environment() -> Environment:
         "words": _json,
         "about_zeros": about_zeros,
         "duration": duration,
+        "text_columns": _text_columns,
         "percent": lambda share: f"{100 * share:.0f} %",
         "transposed": lambda columns: zip_longest(*columns, fillvalue="–"),
     }
@@ -106,6 +107,12 @@ def environment() -> Environment:
     loaded.globals |= {"ZEROS": ZEROS, "LIVE": LIVE, "BAKED": BAKED}
     loaded.globals |= {"SPEED_NOISE": SPEED_NOISE, "MEMORY_NOISE": MEMORY_NOISE}
     return loaded
+
+
+def _text_columns(table: Mapping[str, Any]) -> list[str]:
+    """Return the class of each column of a table: `text`, aligned left, where a cell begins with a letter."""
+    columns = [[row[index] for row in table["rows"]] for index in range(len(table["headings"]))]
+    return ["text" if any(cell[:1].isalpha() and cell != "nan" for cell in column) else "" for column in columns]
 
 
 def _render(name: str, document: Document, **values: Any) -> str:
