@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import intaglio
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.errors import IntaglioError
+from intaglio.methods.base import Workload
 from intaglio.methods.training.adamixup import AdaMixUp, region_shares
 from intaglio.trainer import KeyedRNG, training_rows
 from intaglio.trainer.classification import Classification
@@ -320,3 +321,11 @@ def test_texts_of_a_pair_are_mixed_at_their_embeddings() -> None:
 
 def test_it_is_public() -> None:
     assert intaglio.AdaMixUp is AdaMixUp
+
+
+def test_the_estimate_counts_mixed_rows_and_a_copied_policy() -> None:
+    work = Workload((), 100, 150, 8, 0, 0, 4)
+    small, copied = (AdaMixUp(policy=kind).training_cost(work, 10, 100, 4.0) for kind in ("small", "copy"))
+    assert (small.flops, small.extra_bytes) == (20, 0)
+    assert (copied.flops, copied.extra_bytes) == (40, 2400)
+    assert AdaMixUp(policy="copy", region=[0.2, 0.6, 0.2]).training_cost(work, 10, 100, 4.0) == small
