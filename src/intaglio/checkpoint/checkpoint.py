@@ -89,7 +89,10 @@ class Checkpoint:
 
     @property
     def _embedding_rows(self) -> int | None:
-        weight = getattr(self.model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+        try:
+            weight = getattr(self.model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):  # models of images; plain modules
+            return None
         return None if weight is None else int(weight.shape[0])
 
     @property
