@@ -140,7 +140,7 @@ def counted_pass(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, 
     counter = FlopCounterMode(display=False)
     try:
         with counter, torch.device("meta"):
-            model(**batch)
+            model.eval()(**batch)
     finally:
         for handle in handles:
             handle.remove()

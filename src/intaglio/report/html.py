@@ -281,7 +281,7 @@ def _bars(bars: Any) -> Markup:
     items = []
     for name, value in values.items():
         number, strong = finite(value), name in marked
-        text = "not finite" if number is None else plain_number(number)
+        text = "not finite" if number is None else f"{value:,}" if isinstance(value, int) else plain_number(number)
         items.append(svg.Bar(str(name), number, f"{text}, {mark}" if strong else text, strong=strong))
     words = "; ".join(f"{bar.label}: {bar.text}" for bar in items) + "."
     title, axis = str(bars.get("title", "Measured")), str(bars.get("axis", ""))
