@@ -94,7 +94,7 @@ def _classifier(spec: RunSpec, step: Train) -> CountedWork:
         lengths = [min(most, 2 + len(row["text"]) // characters) for row in training.rows]
         length = max(2, round(float(np.mean(lengths))))
         batch = _tokens(model, length)
-    flops, kept = counted_pass(model, batch)
+    flops, kept = counted_pass(model.base_model, batch)  # without a head over the vocabulary
     cost, steps = _training(step, model, len(training), length, flops, kept)
     held_out = 0 if validation is None else len(validation)
     return CountedWork(model, cost, held_out * (1 + _evaluations(step, steps)) * flops)
