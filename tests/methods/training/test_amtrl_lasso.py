@@ -442,6 +442,18 @@ def test_only_drawn_texts_are_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(seen) == sorted([*targets, *drawn])
 
 
+def test_the_seed_of_a_fit_is_that_of_the_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, plain = [], AMTRLLasso.solve
+
+    def solve(self: Any, *args: Any, **fields: Any) -> Any:
+        seeds.append(fields.get("seed"))
+        return plain(self, *args, **fields)
+
+    monkeypatch.setattr(AMTRLLasso, "solve", solve)
+    AMTRLLasso(**FIELDS).fit(tiny(), seed=3)
+    assert seeds == [3]
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_checkpoint_is_saved_and_classifies_as_before(index: int, tmp_path: Path) -> None:
     ckpt = AMTRLLasso(**EXAMPLES[index]).fit(tiny(), seed=1)
