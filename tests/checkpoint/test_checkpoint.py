@@ -186,6 +186,18 @@ def test_an_attachment_of_other_weights_is_refused(tiny_dir: TinyDir, tmp_path: 
             load(tmp_path / f"b-{dtype}").decoder("aded")
 
 
+def test_an_attachment_of_another_vocabulary_is_refused_for_that(tiny_dir: TinyDir, tmp_path: Path) -> None:
+    attached(tiny_dir, tmp_path / "a")
+    changed = load(tmp_path / "a")
+    rows = changed.vocabulary
+    changed.model.resize_token_embeddings(rows + 3, mean_resizing=False)
+    changed.save(tmp_path / "b")
+    with pytest.raises(
+        IntaglioError, match=f"a vocabulary of {rows} tokens, and the weights beside it have {rows + 3}"
+    ):
+        load(tmp_path / "b").decoder("aded")
+
+
 def test_an_attachment_that_a_carving_left_behind_is_refused(tiny_dir: TinyDir, tmp_path: Path) -> None:
     checkpoint = attached(tiny_dir, tmp_path / "a")
     checkpoint.record_step("magnitude", {})

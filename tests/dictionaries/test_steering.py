@@ -182,7 +182,18 @@ def test_a_recipe_fits_steers_and_writes_a_runtime_checkpoint(tiny_dir: TinyDir,
     data = {"texts": str(texts), "samples": 4, "length": 16}
     fit = {"topk_sae": {"layer": 1, "width": 4, "k": 3, "tokens": 200, "length": 16, "batch_tokens": 20}}
     recipe = {"model": str(tiny_dir("llama")), "calibration": data, "measure": {**data, "speed": False}}
-    carve(Recipe.from_dict({**recipe, "steps": [{"fit": fit}, {"steer": {"feature": 2}}]}), tmp_path / "out")
+
+    def steer(out: Path, **fields: Any) -> None:
+        carve(Recipe.from_dict({**recipe, "steps": [{"fit": fit}, {"steer": fields}]}), out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TopKSAE, "fit", lambda *args, **fields: pytest.fail("fitted before the check"))
+        with pytest.raises(IntaglioError, match=r"feature is 4; topk_sae.layers.1 has the features 0 to 3"):
+            steer(tmp_path / "out", feature=4)
+        with pytest.raises(IntaglioError, match=r"has no dictionary 'gba_sae.layers.1'"):
+            steer(tmp_path / "out", feature=0, dictionary="gba_sae.layers.1")
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.txt"]
+    steer(tmp_path / "out", feature=2)
     back = load(tmp_path / "out")
     assert [(step.slug, step.verb) for step in back.record.steps] == [("topk_sae", "fit"), ("steer", "carve")]
     assert back.kind == "runtime"

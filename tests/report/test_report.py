@@ -844,3 +844,19 @@ def test_training_curves_have_whole_steps_and_no_negative_share() -> None:
     assert "-0.5" not in labels
     assert "1.5" not in labels
     assert {"1", "2", "0.5"} <= set(labels)
+
+
+def test_the_last_step_of_a_curve_is_written_whole() -> None:
+    picture = ET.fromstring(curves({"step": [1, 3000], "loss": [6.0, 5.9]}))
+    (last,) = [text for text in picture.iter("text") if text.text == "3,000"]
+    assert float(last.get("x")) + svg.SMALL_CHARACTER * len("3,000") / 2 <= svg.WIDTH
+
+
+def test_columns_of_text_are_aligned_left() -> None:
+    """Texts, labels and names read from the left; numbers, also those with a unit or missing, stay right."""
+    rows = [["a", "12", "tech (99%)", "–", "> quoted"], ["b", "7", "2020 (1%)", "1,024", "a text"]]
+    table = {"title": "T", "headings": ["Class", "Index", "Predicted", "Count", "Text"], "rows": rows}
+    section = {"title": "S", "summary": "", "tables": [table, {**table, "rows": []}]}
+    page = report.html.trained_page("t", "s", [section])
+    assert '<th scope="col">Index</th><th scope="col" class="text">Predicted</th><th scope="col">Count</th>' in page
+    assert '<td>12</td><td class="text">tech (99%)</td><td>–</td><td class="text">&gt; quoted</td>' in page

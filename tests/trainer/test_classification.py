@@ -263,8 +263,7 @@ def test_a_model_of_images_may_have_a_vocabulary_of_visual_tokens(tmp_path: Path
     BeitModel(config).save_pretrained(tmp_path / "beit")
     image_model().image_processor.save_pretrained(tmp_path / "beit")
     plan = Recipe.from_dict({"steps": [{"fit": {"dkvb": {"labels": str(folder(tmp_path / "images"))}}}]})
-    with pytest.raises(IntaglioError, match="a recipe on images has no dry run"):
-        dry_run(plan, model=str(tmp_path / "beit"))
+    assert dry_run(plan, model=str(tmp_path / "beit"))["seconds"] > 0
     ckpt = load(tmp_path / "beit")
     train(ckpt, squares(), objective=Classification(), **SETTINGS)
     ckpt.save(tmp_path / "out")

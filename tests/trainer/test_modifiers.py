@@ -365,9 +365,9 @@ import os, sys, torch
 torch.set_num_threads(1)
 from safetensors.torch import save_file
 from tests.trainer.helpers import checkpoint, run, weights
-from tests.trainer.test_loop import Owning
+from tests.trainer.test_modifiers import two_process_run
 from tests.trainer.test_resume import Killed, killer
-arguments = dict(objective=Owning(), batch_size=4, gradient_accumulation_steps=2, steps=6, save_every=2)
+arguments = two_process_run(sys.argv[4]) | {"save_every": 2}
 if sys.argv[2] == "killed":
     try:
         run(checkpoint(), directory=sys.argv[3], progress=killer(3), **arguments)
@@ -382,23 +382,35 @@ if os.environ["RANK"] == "0":
 """
 
 
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
+ADAPTERS = {"lora": {"r": 2}, "weight_decay": 0.1}
 
+
+def two_process_run(case: str) -> dict[str, Any]:
+    """Arguments of a run that two processes share."""
     from tests.trainer.test_loop import Owning
+
+    sizes: dict[str, Any] = {"objective": Owning(), "batch_size": 4, "gradient_accumulation_steps": 2, "steps": 6}
+    return sizes | (ADAPTERS if case == "adapters" else {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["whole", "adapters"])
+def test_two_processes_are_one(case: str, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
 
     out, script = tmp_path / "out.safetensors", tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", str(script)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    arguments = [str(out), "killed", str(tmp_path / "run")]
+    arguments = [str(out), "killed", str(tmp_path / "run"), case]
     subprocess.run([*command, *arguments], check=True, env=environment, capture_output=True)
     arguments[1] = "resumed"
     done = subprocess.run([*command, *arguments], check=True, env=environment, capture_output=True, text=True)
     alone = checkpoint()
-    one = run(alone, objective=Owning(), batch_size=4, gradient_accumulation_steps=2, steps=6)
+    before = weights(alone)
+    one = run(alone, **two_process_run(case))
     assert far(load_file(out), weights(alone)) < 1e-5
+    assert far(before, weights(alone)) > 1e-4
     tokens, *losses = done.stdout.split()
     assert int(tokens) == one.tokens
     assert [float(loss) for loss in losses] == pytest.approx([line.loss for line in one.history], abs=1e-5)

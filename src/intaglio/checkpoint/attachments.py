@@ -45,6 +45,7 @@ class Attachment:
         step: index of the fit in the checkpoint's record.
         about: further data of the method.
         base: digest of the weight files it belongs to (`weights_digest`); empty until they are saved.
+        vocabulary: rows of the token embedding in the fit; 0: none, or unknown.
     """
 
     slug: str
@@ -53,6 +54,7 @@ class Attachment:
     step: int
     about: dict[str, Any] = field(default_factory=dict)
     base: str = ""
+    vocabulary: int = 0
 
     def restored(self, cls: type[Restored], fields: Mapping[str, Any], changeable: Collection[str]) -> Restored:
         """Return the method with the hyperparameters of the fit, overridden by `fields`.
@@ -79,6 +81,7 @@ class Attachment:
         from safetensors.torch import save_file
 
         own = {"slug": self.slug, "base": self.base, "step": self.step, "parameters": self.parameters}
+        own |= {"vocabulary": self.vocabulary} if self.vocabulary else {}
         metadata = encode_metadata({**self.about, "attachment": own})
         parts = [self.tensors] if most is None else _parts(self.tensors, most)
         if len(parts) == 1:
@@ -164,7 +167,8 @@ def _read(path: Path, slug: str) -> Attachment:
             about = decode_metadata(file.metadata())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         own = about.pop("attachment")
-        attachment = Attachment(own["slug"], tensors, own["parameters"], int(own["step"]), about, own["base"])
+        known = (own["parameters"], int(own["step"]), about, own["base"], int(own.get("vocabulary", 0)))
+        attachment = Attachment(own["slug"], tensors, *known)
     except (SafetensorError, OSError) as error:
         raise IntaglioError(f"{path} is damaged or truncated: {error}") from error
     except (KeyError, TypeError, ValueError):

@@ -82,10 +82,18 @@ class Checkpoint:
     @property
     def vocabulary(self) -> int:
         """Rows of the token embedding; a tokenizer may know fewer tokens."""
-        weight = getattr(self.model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-        if weight is None:
+        rows = self._embedding_rows
+        if rows is None:
             raise IntaglioError(f"a model of type {self.config.model_type!r} has no token embedding: it reads no text")
-        return int(weight.shape[0])
+        return rows
+
+    @property
+    def _embedding_rows(self) -> int | None:
+        try:
+            weight = getattr(self.model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):  # models of images; plain modules
+            return None
+        return None if weight is None else int(weight.shape[0])
 
     @property
     def bytes(self) -> int:
@@ -121,7 +129,8 @@ class Checkpoint:
         self, slug: str, tensors: dict[str, Tensor], parameters: dict[str, Any], about: dict[str, Any] | None = None
     ) -> None:
         """Attach a fitted result; called right after `note`."""
-        self.attachments[slug] = Attachment(slug, tensors, parameters, len(self.record.steps) - 1, about or {})
+        step, rows = len(self.record.steps) - 1, self._embedding_rows
+        self.attachments[slug] = Attachment(slug, tensors, parameters, step, about or {}, vocabulary=rows or 0)
 
     def decoder(self, slug: str, **fields: Any) -> Any:
         """Return a decoder with its fitted parts, ready for `generate(custom_generate=...)`.
@@ -209,10 +218,11 @@ class Checkpoint:
                 f"the attachment {attachment.slug} was fitted before {later[0]} changed the weights; fit it again"
             )
         if self._directory is not None and attachment.base not in ("", weights_digest(self._directory)):
-            raise IntaglioError(
-                f"the attachment {attachment.slug} of {self._directory} belongs to other weights than those beside it; "
-                "fit it again"
-            )
+            known, rows = attachment.vocabulary, self._embedding_rows
+            why = f"a vocabulary of {known:,} tokens, and the weights beside it have {rows:,}"
+            if not known or known == rows:
+                why = "other weights than those beside it"
+            raise IntaglioError(f"the attachment {attachment.slug} of {self._directory} belongs to {why}; fit it again")
 
     def check_ids(self, ids: Tensor) -> None:
         """Refuse token ids without an embedding, and rows longer than the context."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
 from intaglio.dictionaries.dictionary import SparseDictionary
-from intaglio.dictionaries.sources import find_dictionary
+from intaglio.dictionaries.sources import check_feature, check_index, find_dictionary
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Cost, Method, ModelAspect, Progress, Workload, no_progress
 from intaglio.modeling.anatomy import anatomy
@@ -63,6 +63,10 @@ class Steer(Method, slug=SLUG):
     def check(self, linears: Sequence[tuple[str, int, int]]) -> None:
         """Accept any projections."""
 
+    def check_fits(self, checkpoint: Checkpoint, fits: Sequence[Method]) -> None:
+        """Refuse a dictionary or a feature that is not there after the fits."""
+        check_feature(checkpoint, self.dictionary, self.feature, fits)
+
     def estimate(self, workload: Workload) -> Cost:
         """Return no cost."""
         return Cost(extra_bytes=4 * workload.hidden)
@@ -89,8 +93,7 @@ class Steer(Method, slug=SLUG):
             IntaglioError: see the class.
         """
         name, dictionary = find_dictionary(checkpoint, self.dictionary)
-        if self.feature >= dictionary.width:
-            raise IntaglioError(f"feature is {self.feature}; {name} has the features 0 to {dictionary.width - 1}")
+        check_index(name, self.feature, dictionary.width)
         if dictionary.site is None:
             raise IntaglioError(f"{name} does not name the activation that it was trained on, so it cannot steer")
         highest = dictionary.about.get("max_activation")

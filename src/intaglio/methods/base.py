@@ -195,6 +195,14 @@ class ChecksModel(Protocol):
 
 
 @runtime_checkable
+class ChecksFits(Protocol):
+    """A carving that uses what earlier steps fit, and can refuse before they do."""
+
+    def check_fits(self, checkpoint: Any, fits: Sequence[Method]) -> None:
+        """Refuse a checkpoint that will not have what the carving uses after the fits."""
+
+
+@runtime_checkable
 class RemovesBlocks(Protocol):
     """A carving that removes blocks, so that later steps are checked against the remaining ones."""
 

@@ -52,9 +52,7 @@ def train_classifier(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool,
     def start() -> Checkpoint:
         texts = tuple(row["text"] for row in training.rows) if training.kind == "text" else ()
         checkpoint = load_source(spec, Corpus(training.name, texts))
-        takes = "image" if is_image_model(checkpoint.config) else "text"
-        if takes != training.kind:
-            raise IntaglioError(f"{spec.source_name} takes {takes}s; {training.name} holds {training.kind}s")
+        check_kind(spec, training, checkpoint.config)
         if validation is not None:
             goal = cast(Classification, step.objective_method())
             known = label_names(checkpoint.model) if is_whole_input_classifier(checkpoint.model) else training.classes
@@ -78,6 +76,13 @@ def train_classifier(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool,
     digest = training.digest + ("" if validation is None else validation.digest)
     parts = SingleStep(digest, start, train, document, report.classifier_page)
     return run_single_step(spec, out, parts, resume=resume, overwrite=overwrite)
+
+
+def check_kind(spec: RunSpec, training: LabelledExamples, config: Any) -> None:
+    """Refuse texts for a model of images, and images for one of texts."""
+    takes = "image" if is_image_model(config) else "text"
+    if takes != training.kind:
+        raise IntaglioError(f"{spec.source_name} takes {takes}s; {training.name} holds {training.kind}s")
 
 
 def attaches_image_classifier(spec: RunSpec) -> bool:

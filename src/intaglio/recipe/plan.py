@@ -1,4 +1,4 @@
-"""Dry run: what a carve would do, with its time and memory estimated from the configuration alone."""
+"""Dry run: what a carve would do, with its time and memory estimated from the configuration, without weights."""
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ import torch
 
 from intaglio.checkpoint import load_config, load_tokenizer
 from intaglio.data.texts import Corpus
-from intaglio.errors import IntaglioError
 from intaglio.measures.language_modeling import ELEMENTS
 from intaglio.measures.speed import DECODE, PREFILL, REPEATS, WARM
 from intaglio.methods.base import Carving, Cost, Fittable, RemovesBlocks, Workload
 from intaglio.modeling.anatomy import Anatomy, anatomy
-from intaglio.recipe.classifier import attaches_image_classifier, classes_step
 from intaglio.recipe.compatibility import check_history
+from intaglio.recipe.counted_work import CountedWork, count_work
 from intaglio.recipe.data import read_texts
-from intaglio.recipe.recommender import interactions_step
 from intaglio.recipe.report_document import non_default_fields
 from intaglio.recipe.schema import Fit, Measure, Recipe, Step, method_of
 from intaglio.recipe.source import RunSpec, meta_model
@@ -40,7 +38,7 @@ def plan(
     dtype: str | None = None,
     seed: int | None = None,
 ) -> dict[str, Any]:
-    """Estimate a carve from the model's configuration alone; no weights are read.
+    """Estimate a carve from the model's configuration; no weights are read.
 
     Args:
         recipe: what would be done.
@@ -60,18 +58,12 @@ def plan(
     """
     spec = RunSpec.from_args(recipe, model, device, dtype, seed)
     recipe, name = spec.recipe, spec.source_name
-    kinds = {
-        "interactions": interactions_step(recipe) is not None,
-        "classes": classes_step(recipe) is not None,
-        "images": attaches_image_classifier(spec),
-    }
-    for what, alone in kinds.items():
-        if alone:
-            raise IntaglioError(f"a recipe on {what} has no dry run; its progress shows the time")
+    counted = count_work(spec)
+    if counted is not None:
+        return _counted_plan(spec, counted)
     check_history(spec)
     weightless = meta_model(spec)
-    own = getattr(weightless.config, "dtype", None) or torch.float32
-    kind = spec.dtype if isinstance(spec.dtype, torch.dtype) else own
+    kind = _dtype(spec, weightless)
     parts = anatomy(weightless)
     replaced = replaces_tokenizer(*recipe.steps) and not spec.from_scratch
     check_fit(recipe.steps, parts, name, _tokenizer(name) if replaced else None)
@@ -93,30 +85,58 @@ def plan(
     measure_seconds, held, measuring = _measuring(recipe.measure, workload, parts, rates)
     steps: list[dict[str, Any]] = []
     for step in recipe.steps:
-        cost, method = _estimate(step, workload, texts), method_of(step)
-        steps.append(
-            {
-                "slug": step.slug,
-                "verb": "train" if is_training(step) else "fit" if isinstance(step, Fit) else "carve",
-                "parameters": method.model_dump(),
-                "given": non_default_fields(method),
-                "seconds": cost.flops / rates.flops + cost.sorted_elements / rates.elements,
-                "memory_bytes": held + cost.extra_bytes,
-            }
-        )
+        steps.append(_planned_step(step, _estimate(step, workload, texts), rates, held))
         if isinstance(step, RemovesBlocks):
             parts = step.anatomy_after(parts)
             workload = _shortened(workload, parts)
+    whole = {"parameters": parameters, "bytes": parameters * element, "tokens": workload.tokens}
+    return _planned(name, whole, workload.parameters, steps, (measure_seconds, measuring), rates)
+
+
+def _counted_plan(spec: RunSpec, work: CountedWork) -> dict[str, Any]:
+    """Return the plan of a recipe of one step on data of its own."""
+    kind, parameters = _dtype(spec, work.model), sum(p.numel() for p in work.model.parameters())
+    rates = machine_rates(spec.device, kind)
+    held = parameters * torch.empty(0, dtype=kind).element_size()
+    steps = [_planned_step(spec.recipe.steps[0], work.step, rates, held)]
+    whole = {"parameters": parameters, "bytes": held, "tokens": 0}
+    return _planned(spec.source_name, whole, parameters, steps, (work.measure_flops / rates.flops, held), rates)
+
+
+def _dtype(spec: RunSpec, model: Any) -> torch.dtype:
+    own: torch.dtype = getattr(model.config, "dtype", None) or torch.float32
+    return spec.dtype if isinstance(spec.dtype, torch.dtype) else own
+
+
+def _planned_step(step: Step, cost: Cost, rates: Rates, held: int) -> dict[str, Any]:
+    method = method_of(step)
+    return {
+        "slug": step.slug,
+        "verb": "train" if is_training(step) else "fit" if isinstance(step, Fit) else "carve",
+        "parameters": method.model_dump(),
+        "given": non_default_fields(method),
+        "seconds": cost.flops / rates.flops + cost.sorted_elements / rates.elements,
+        "memory_bytes": held + cost.extra_bytes,
+    }
+
+
+def _planned(
+    name: str,
+    whole: dict[str, int],
+    left: int,
+    steps: list[dict[str, Any]],
+    measuring: tuple[float, int],
+    rates: Rates,
+) -> dict[str, Any]:
+    measure_seconds, measure_bytes = measuring
     return {
         "model": name,
-        "parameters": parameters,
-        "bytes": parameters * element,
-        "tokens": workload.tokens,
+        **whole,
         "steps": steps,
-        "left": workload.parameters,
+        "left": left,
         "measure_seconds": measure_seconds,
         "seconds": measure_seconds + sum(step["seconds"] for step in steps),
-        "memory_bytes": max([measuring, *(step["memory_bytes"] for step in steps)]),
+        "memory_bytes": max([measure_bytes, *(step["memory_bytes"] for step in steps)]),
         "libraries_bytes": psutil.Process().memory_info().rss,
         "gflops": rates.flops / 1e9,
     }

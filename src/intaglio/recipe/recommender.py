@@ -52,13 +52,13 @@ def train_recommender(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool
 
     def start() -> Checkpoint:
         if recipe.new is not None and spec.from_scratch:
-            items = _sequences(step, log, None)
+            items = item_sequences(step, log, None)
             sizes = recipe.new.model_dump(exclude=NO_SIZES, exclude_none=True)
             checkpoint = new_recommender(items, **sizes, seed=recipe.seed % 2**32)
             checkpoint.model.to(spec.device, spec.dtype if isinstance(spec.dtype, torch.dtype) else None)
         else:
             checkpoint = load(spec.source_name, device=spec.device, dtype=spec.dtype)
-            items = _sequences(step, log, item_names(checkpoint))
+            items = item_sequences(step, log, item_names(checkpoint))
         if titles := _titles(items):
             checkpoint.companions[ITEMS] = atomic_io.to_json(titles).encode()
         prepared.append(items)
@@ -81,7 +81,8 @@ def train_recommender(spec: RunSpec, out: Path, *, resume: bool, overwrite: bool
     return run_single_step(spec, out, parts, resume=resume, overwrite=overwrite)
 
 
-def _sequences(step: Train, log: Any, names: tuple[str, ...] | None) -> ItemSequences:
+def item_sequences(step: Train, log: Any, names: tuple[str, ...] | None) -> ItemSequences:
+    """Return the sequences of a log, of the items of a known recommender if `names` are given."""
     what = f"the log {step.interactions!r}"
     if names is None:
         return ItemSequences.from_interactions(log, step.least, what)

@@ -11,7 +11,7 @@ from intaglio.checkpoint import Checkpoint, load, load_config, model_class, pars
 from intaglio.checkpoint.from_scratch import TRAINED, new, new_image_model
 from intaglio.data.texts import Corpus
 from intaglio.errors import IntaglioError
-from intaglio.recipe.schema import Recipe
+from intaglio.recipe.schema import New, Recipe
 
 IMAGE_FIELDS = ("image_size", "num_channels")
 """Fields of `new` that belong to models of images."""
@@ -81,8 +81,7 @@ def load_source(spec: RunSpec, texts: Corpus) -> Checkpoint:
         return load(spec.source_name, device=spec.device, dtype=spec.dtype)
     fields, seed = spec.recipe.new.model_dump(exclude={"dropout", *IMAGE_FIELDS}), spec.recipe.seed % 2**32
     if spec.recipe.new.of_images:
-        sizes = spec.recipe.new.model_dump(include={"family", "width", "depth", "heads", *IMAGE_FIELDS})
-        checkpoint = new_image_model(**{name: value for name, value in sizes.items() if value is not None}, seed=seed)
+        checkpoint = new_image_model(**_image_sizes(spec.recipe.new), seed=seed)
     else:
         if spec.recipe.new.tokenizer == "texts":
             fields["tokenizer"] = texts
@@ -91,12 +90,18 @@ def load_source(spec: RunSpec, texts: Corpus) -> Checkpoint:
     return checkpoint
 
 
+def _image_sizes(fields: New) -> dict[str, Any]:
+    return fields.model_dump(include={"family", "width", "depth", "heads", *IMAGE_FIELDS}, exclude_none=True)
+
+
 def meta_model(spec: RunSpec) -> Any:
     """Return the source's model on the meta device, without weights."""
     with torch.device("meta"):
         if spec.recipe.new is None or not spec.from_scratch:
             _, config = load_config(spec.source_name)
             return model_class(config, spec.source_name)(config)
+        if spec.recipe.new.of_images:
+            return new_image_model(**_image_sizes(spec.recipe.new)).model
         fields = spec.recipe.new.model_dump(exclude={"dropout", *IMAGE_FIELDS}) | {"tokenizer": "bytes"}
         if spec.recipe.new.tokenizer == "texts":
             fields["vocab"] = spec.recipe.new.vocab or TRAINED

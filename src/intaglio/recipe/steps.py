@@ -10,10 +10,19 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.text_pairs import TextPair
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
-from intaglio.methods.base import Carving, ChecksModel, Fittable, Progress, RemovesBlocks, ReplacesTokenizer, Resumable
+from intaglio.methods.base import (
+    Carving,
+    ChecksFits,
+    ChecksModel,
+    Fittable,
+    Progress,
+    RemovesBlocks,
+    ReplacesTokenizer,
+    Resumable,
+)
 from intaglio.modeling.anatomy import Anatomy
 from intaglio.recipe.data import Data
-from intaglio.recipe.schema import Fit, Recipe, Step, method_of
+from intaglio.recipe.schema import Fit, Recipe, Step, fitted_methods, method_of
 from intaglio.search.encoders import ObjectiveEncoder
 from intaglio.search.hard_negatives import mine_hard_negatives
 from intaglio.trainer.encoder_training import EncoderObjective
@@ -53,6 +62,15 @@ def check_fit(steps: tuple[Step, ...], parts: Anatomy, name: str, tokenizer: Any
         if isinstance(step, ReplacesTokenizer) and tokenizer is not None:
             step.check_tokenizer(tokenizer, name)
             tokenizer = None  # the one that a second such step replaces does not exist yet
+
+
+def check_uses(steps: tuple[Step, ...], checkpoint: Checkpoint) -> None:
+    """Refuse, before any work, steps that use a fit which neither the checkpoint nor an earlier step has."""
+    for index, step in enumerate(steps):
+        if isinstance(step, RemovesBlocks):
+            return  # the blocks that a later fit reads are not known yet
+        if isinstance(step, ChecksFits):
+            step.check_fits(checkpoint, fitted_methods(steps[:index]))
 
 
 def replaces_tokenizer(*steps: Step) -> bool:

@@ -99,6 +99,7 @@ def environment() -> Environment:
         "words": _json,
         "about_zeros": about_zeros,
         "duration": duration,
+        "text_columns": _text_columns,
         "percent": lambda share: f"{100 * share:.0f} %",
         "transposed": lambda columns: zip_longest(*columns, fillvalue="–"),
     }
@@ -106,6 +107,12 @@ def environment() -> Environment:
     loaded.globals |= {"ZEROS": ZEROS, "LIVE": LIVE, "BAKED": BAKED}
     loaded.globals |= {"SPEED_NOISE": SPEED_NOISE, "MEMORY_NOISE": MEMORY_NOISE}
     return loaded
+
+
+def _text_columns(table: Mapping[str, Any]) -> list[str]:
+    """Return the class of each column of a table: `text`, aligned left, where a cell begins with a letter."""
+    columns = [[row[index] for row in table["rows"]] for index in range(len(table["headings"]))]
+    return ["text" if any(cell[:1].isalpha() and cell != "nan" for cell in column) else "" for column in columns]
 
 
 def _render(name: str, document: Document, **values: Any) -> str:
@@ -274,7 +281,7 @@ def _bars(bars: Any) -> Markup:
     items = []
     for name, value in values.items():
         number, strong = finite(value), name in marked
-        text = "not finite" if number is None else plain_number(number)
+        text = "not finite" if number is None else f"{value:,}" if isinstance(value, int) else plain_number(number)
         items.append(svg.Bar(str(name), number, f"{text}, {mark}" if strong else text, strong=strong))
     words = "; ".join(f"{bar.label}: {bar.text}" for bar in items) + "."
     title, axis = str(bars.get("title", "Measured")), str(bars.get("axis", ""))

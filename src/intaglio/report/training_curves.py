@@ -44,8 +44,8 @@ def curves(columns: Columns) -> str:
     steps = [float(step or 0) for step in columns["step"]]
     words = "; ".join(f"{name}: {_told(points)}" for _, lines in panels for name, points in lines)
     root = canvas("Training curves", f"{words}.", HEIGHT * len(panels) + 22)
-    left, right = 16 + 9 * SMALL_CHARACTER, 12.0
     first, last = min(steps), max(steps)
+    left, right = 16 + 9 * SMALL_CHARACTER, max(12.0, SMALL_CHARACTER * len(f"{last:,g}") / 2)
     for number, (title, lines) in enumerate(panels):
         _panel(root, title, lines, (left, WIDTH - right), HEIGHT * number, (first, last))
     bottom = HEIGHT * len(panels) - 24

@@ -53,6 +53,8 @@ SHOWN = 4
 
 ROW = 512
 """Tokens of a row in estimates."""
+CHARACTERS = 4
+"""Characters of a token in estimates."""
 
 
 class Train(Settings, Method, slug="train"):
@@ -271,25 +273,35 @@ class Train(Settings, Method, slug="train"):
         """Return the estimated cost of the step.
 
         A parameter and token costs 6 operations, 4 under LoRA or where the model is frozen (no gradient of weights), 2
-        more with gradient checkpointing. Memory: the optimizer's two moments and the gradient of the trained weights,
-        and the activations of a batch. Modifiers and selectors with a `training_cost` add it.
+        more with gradient checkpointing. Under `trainable_blocks` the blocks below cost a forward pass alone, and none
+        where their outputs are kept. Memory: the optimizer's two moments and the gradient of the trained weights, and
+        the activations of a batch. Modifiers and selectors with a `training_cost` add it.
 
-        Neither data nor the tokenizer are read: a row counts as 512 tokens by default, an epoch as the calibration.
+        A row counts as 512 tokens by default. An epoch is the objective's own samples or the facts; of other data,
+        which are not read, it counts as the calibration.
         """
         named = next(iter(self.objective.values())) if self.objective else {}
         length = self.length or named.get("length") or ROW
         tokens: float = self.tokens or (self.steps or 0) * self.step_rows * length
         if self.epochs is not None:
             fields = next(iter(self.select.values())) if self.select else {}
-            per_epoch = fields["count"] * length if fields.get("count") else workload.tokens * fields.get("budget", 1.0)
+            rows = fields.get("count") or named.get("samples")
+            per_epoch = rows * length if rows else workload.tokens * fields.get("budget", 1.0)
+            if self.facts is not None:
+                texts = [text for fact in load_facts(self.facts) for text in fact.texts]
+                per_epoch = sum(min(length, 2 + len(text) // CHARACTERS) for text in texts)
             tokens = self.epochs * per_epoch
-        trained = workload.parameters
+        still = max(0.0, 1 - (self.trainable_blocks or workload.blocks) / workload.blocks)  # share of the blocks
+        upper = 1 - still * workload.block_parameters / workload.parameters
+        trained = workload.parameters * upper
         if self.lora or self.freeze:
-            trained = sum(self.lora.r * (a + b) for a, b in workload.linears) if self.lora else 0
-        operations = (4 if self.lora or self.freeze else 6) + 2 * self.gradient_checkpointing
+            trained = (1 - still) * sum(self.lora.r * (a + b) for a, b in workload.linears) if self.lora else 0.0
+        operations = ((2 if self.lora or self.freeze else 4) + 2 * self.gradient_checkpointing) * upper
+        operations += 2 * (upper if named.get("cache_hidden") else 1.0)
         batch = self.batch_size * length
         # Each linear keeps its input for its gradient; without it only the blocks' inputs stay.
-        per_token = sum(columns for _, columns in workload.linears) / (8 if self.gradient_checkpointing else 1)
+        per_token = (1 - still) * sum(columns for _, columns in workload.linears)
+        per_token /= 8 if self.gradient_checkpointing else 1
         # Logits, their copy and their gradient.
         head = 3 * 4 * (workload.parameters - workload.block_parameters) / workload.hidden
         steps = tokens / (batch * self.gradient_accumulation_steps)

@@ -142,8 +142,9 @@ def test_a_recipe_fits_and_the_command_classifies_and_learns(model: Path, tmp_pa
     assert set(taught["images"][0]["probs"]) == {"black", "white", "grey"}
     assert taught["accuracy"] >= 0.6
     assert f"accuracy: {taught['accuracy']:.1%} of 12 images with a label" in run(out, images).stdout
-    with pytest.raises(IntaglioError, match="a recipe on images has no dry run"):
-        plan(recipe)
+    (step,) = plan(recipe)["steps"]
+    assert (step["slug"], step["verb"]) == ("dkvb", "fit")
+    assert step["seconds"] > 0
 
 
 def test_a_trained_image_classifier_classifies_too(model: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 import intaglio
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.errors import IntaglioError
+from intaglio.methods.base import Workload
 from intaglio.methods.training.adamixup import AdaMixUp, region_shares
 from intaglio.trainer import KeyedRNG, training_rows
 from intaglio.trainer.classification import Classification
@@ -259,6 +260,22 @@ def test_a_batch_of_one_row_is_left_alone() -> None:
     assert extra is None
 
 
+def test_each_pair_has_a_share_of_its_own_from_the_seed() -> None:
+    """u is drawn for each pair, and the policy's view depends on the batch alone, not on the global generator."""
+    shares = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        made, net, batch = session(AdaMixUp(dropout=0.0, region=[0.2, 0.6, 0.2]))
+        made.before_step(1, batch)
+        made.change_batch(net, batch)
+        shares.append(made.mix.shares_BK[:4, 0])
+        rows_PK, rng = torch.tensor([[0, 1], [2, 3]]), torch.Generator().manual_seed(5)
+        shares.append(made._gated(batch["pixel_values"], rows_PK, rng))
+    assert len(set(shares[0].tolist())) == 4
+    assert torch.equal(shares[0], shares[2])
+    assert torch.equal(shares[1], shares[3])
+
+
 def test_of_an_odd_batch_the_larger_half_is_only_seen() -> None:
     made, net, batch = session(AdaMixUp(), rows=5)
     changed, _, _ = losses(made, net, batch)
@@ -320,3 +337,11 @@ def test_texts_of_a_pair_are_mixed_at_their_embeddings() -> None:
 
 def test_it_is_public() -> None:
     assert intaglio.AdaMixUp is AdaMixUp
+
+
+def test_the_estimate_counts_mixed_rows_and_a_copied_policy() -> None:
+    work = Workload((), 100, 150, 8, 0, 0, 4)
+    small, copied = (AdaMixUp(policy=kind).training_cost(work, 10, 100, 4.0) for kind in ("small", "copy"))
+    assert (small.flops, small.extra_bytes) == (20, 0)
+    assert (copied.flops, copied.extra_bytes) == (40, 2400)
+    assert AdaMixUp(policy="copy", region=[0.2, 0.6, 0.2]).training_cost(work, 10, 100, 4.0) == small

@@ -442,6 +442,18 @@ def test_only_drawn_texts_are_embedded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(seen) == sorted([*targets, *drawn])
 
 
+def test_the_seed_of_a_fit_is_that_of_the_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds, plain = [], AMTRLLasso.solve
+
+    def solve(self: Any, *args: Any, **fields: Any) -> Any:
+        seeds.append(fields.get("seed"))
+        return plain(self, *args, **fields)
+
+    monkeypatch.setattr(AMTRLLasso, "solve", solve)
+    AMTRLLasso(**FIELDS).fit(tiny(), seed=3)
+    assert seeds == [3]
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_checkpoint_is_saved_and_classifies_as_before(index: int, tmp_path: Path) -> None:
     ckpt = AMTRLLasso(**EXAMPLES[index]).fit(tiny(), seed=1)
@@ -501,6 +513,27 @@ def test_the_order_of_drawing_is_keyed_by_seed_and_task() -> None:
     assert orders[0] == drawing_order(0, "a", texts)
     assert len({tuple(order) for order in orders}) == 3
     assert all(sorted(order) == list(range(len(texts))) for order in orders)
+
+
+def test_the_rank_is_what_the_tasks_allow_up_to_eight(tmp_path: Path) -> None:
+    """K = 8 features, fewer where three tasks of two classes have three heads between them."""
+    fields = {name: value for name, value in FIELDS.items() if name != "rank"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ckpt = AMTRLLasso(**fields).fit(tiny(), seed=1)
+    again = load(ckpt.save(tmp_path / "out"))
+    assert len(again.fitted("amtrl_lasso")._fit.gram_KK) == 3
+    texts = ["the dog", "seven red birds"]
+    whole = ckpt.fitted("amtrl_lasso").classify(ckpt, texts)
+    assert again.fitted("amtrl_lasso").classify(again, texts) == whole
+    assert AMTRLLasso(**fields, rank=3).fit(tiny(), seed=1).fitted("amtrl_lasso").classify(ckpt, texts) == whole
+    _, _, sources, target = problem()
+    drawn = [source.draw(30) for source in sources]
+    assert ActiveSettings(samples=100).represent(drawn)[1][0].shape[0] == 6
+    many = [Samples(s.x, np.hstack([s.y_NH] * 2)) for s in drawn]
+    assert ActiveSettings(samples=100).represent(many)[1][0].shape[0] == 8
+    with pytest.raises(IntaglioError, match="rank is missing; a network needs it"):
+        ActiveSettings(samples=200).solve(sources, target, network=lambda: nn.Linear(12, 2))
 
 
 def test_texts_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from transformers import Trainer, TrainingArguments
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.checkpoint.from_scratch import new_image_model
 from intaglio.errors import IntaglioError
+from intaglio.methods.base import Cost, Workload
 from intaglio.methods.training.elr import (
     CLAMP,
     ELR,
@@ -593,3 +594,24 @@ def test_presets() -> None:
     assert (ELR().beta, ELR().regularization_weight, ELR().networks) == (0.7, 3.0, 1)
     assert ELR.plus(beta=0.9) == ELR(networks=2, beta=0.9)
     assert ELR.paper().ema_ramp_steps == 40_000
+
+
+def test_a_session_without_examples_reports_nothing() -> None:
+    """Rows without their data, as in a stock trainer of another kind, fill the table and name no labels."""
+    goal = Classification()
+    run = TrainingRun(Checkpoint(net()), 8, 6, 0, lambda batch, other=None: goal.loss(other or net(), batch))
+    made: Any = ELR().attach(run)
+    assert made.report() == {}
+    made.before_step(1, {})
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    made.extra_loss(net(), {"id": torch.tensor([0, 1, 2, 3])}, Classified(logits, None, torch.zeros_like(logits)))
+    assert made.attachment()["targets"].numel() == 18
+    assert made.report() == {}
+
+
+def test_the_estimate_counts_the_second_network_and_the_averages() -> None:
+    work = Workload((), 100, 150, 8, 0, 0, 4)
+    assert ELR().training_cost(work, 10, 100, 3.0) == Cost()
+    cost = ELR.plus().training_cost(work, 10, 100, 3.0)
+    assert cost.flops == pytest.approx(50)
+    assert cost.extra_bytes == 3000

@@ -140,7 +140,7 @@ def new_recommender(
     sizes: dict[str, Any] = {"width": width, "depth": depth, "heads": heads, "context": context, "seed": seed}
     checkpoint = new(family, **sizes, tokenizer=item_tokenizer(items.names[1:]), **{**fields, **overrides})
     checkpoint.source = f"new {family} recommender"
-    if family == "bert":
+    if family == "bert" and checkpoint.model.device.type != "meta":
         _truncate(checkpoint.model, generator(seed, "recommender"))
     return checkpoint
 

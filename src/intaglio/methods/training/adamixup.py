@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import Method, TrainingData
+from intaglio.methods.base import Cost, Method, TrainingData, Workload
 from intaglio.modeling.classifier import logits_layer
 from intaglio.modeling.replacement import module_names, replace_modules
 from intaglio.trainer.classification import classifier_outputs
@@ -119,6 +119,11 @@ class AdaMixUp(Method, slug="adamixup"):
         if self.region is not None and (len(self.region) != self.folds + 1 or abs(sum(self.region) - 1) > 1e-6):
             raise ValueError(f"region is {self.region}; {self.folds + 1} numbers with the sum 1 are accepted")
         return self
+
+    def training_cost(self, workload: Workload, steps: float, batch_tokens: int, pass_flops: float) -> Cost:
+        """Return the cost of the mixed rows, half a batch more, and of a policy as large as the classifier."""
+        copied = self.policy == "copy" and self.region is None
+        return Cost(flops=steps * pass_flops * (1.0 if copied else 0.5), extra_bytes=16 * workload.parameters * copied)
 
     def attach(self, run: TrainingRun) -> AdaMixUpSession:
         """Create policy and discriminator."""

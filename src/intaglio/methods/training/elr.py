@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from intaglio.checkpoint import Checkpoint
 from intaglio.checkpoint.soup import ema_update
 from intaglio.errors import IntaglioError
-from intaglio.methods.base import Method, TrainingData
+from intaglio.methods.base import Cost, Method, TrainingData, Workload
 from intaglio.modeling.classifier import head_modules, logits_layer
 from intaglio.trainer import classification
 from intaglio.trainer.classification import Classified, class_targets, classifier_outputs
@@ -129,6 +129,12 @@ class ELR(Method, slug="elr"):
     def plus(cls, **overrides: Any) -> Self:
         """Return ELR+: two networks."""
         return cls(**{"networks": 2, **overrides})
+
+    def training_cost(self, workload: Workload, steps: float, batch_tokens: int, pass_flops: float) -> Cost:
+        """Return the cost of ELR+: a second network, and a pass without gradient of the average of each."""
+        if self.networks == 1:
+            return Cost()
+        return Cost(flops=steps * pass_flops * (1 + 2 / 3), extra_bytes=20 * workload.parameters)
 
     def attach(self, run: TrainingRun) -> ModifierSession:
         """Begin with empty tables, and with two networks draw the second."""

@@ -31,7 +31,7 @@ from intaglio.data.labelled_texts import LabelledTexts, load_labelled_texts
 from intaglio.errors import IntaglioError
 from intaglio.measures.embeddings import Pooling, embed_texts
 from intaglio.methods.base import Cost, Method, Progress, Workload, no_progress
-from intaglio.methods.training.amtrl_lasso.active import ActiveSettings, Solution, features
+from intaglio.methods.training.amtrl_lasso.active import RANK, ActiveSettings, Solution, features
 from intaglio.methods.training.amtrl_lasso.allocation import (
     CostShape,
     allocate,
@@ -77,7 +77,7 @@ class AMTRLLasso(ActiveSettings, Method, slug="amtrl_lasso"):
     Args:
         samples: N, samples of all sources together, those of the exploration included.
         explore: n_min, samples of each source in the exploration (all of a smaller source). Default 25.
-        rank: K, features of the representation. Default 8.
+        rank: K, features of the representation. Default: 8, or as many as the sources' heads or the inputs allow.
         strategy: `l1` (default), `l2` or `uniform`.
         penalty: lambda, as a share of the least penalty under which nu is zero. Default 0.05.
         penalty_rule: what `penalty` is: a share (`fraction`, default), lambda itself (`absolute`), or the factor of
@@ -323,8 +323,9 @@ class AMTRLLasso(ActiveSettings, Method, slug="amtrl_lasso"):
     def estimate_fit(self, workload: Workload, texts: Any) -> Cost:
         """Estimate embedding the target and the drawn samples, and the fits."""
         embedded = self.samples + len(read_classes(self.target))
-        fits = (self.rounds + 1) * (self.hidden or self.rank) * (self.components + 1)
-        passes = 6.0 * self.steps * embedded if self.hidden else 2.0 * self.iterations * self.rank * self.components**2
+        rank = self.rank or RANK
+        fits = (self.rounds + 1) * (self.hidden or rank) * (self.components + 1)
+        passes = 6.0 * self.steps * embedded if self.hidden else 2.0 * self.iterations * rank * self.components**2
         return Cost(
             flops=2.0 * workload.block_parameters * embedded * self.length + fits * passes,
             extra_bytes=8 * embedded * (workload.hidden + self.components),
@@ -364,7 +365,7 @@ class _Fit:
         """Return the classifier of an attachment."""
         tensors, about = attachment.tensors, attachment.about
         inputs = Inputs(*[tensors[name].numpy() for name in ("mean_D", "projection_DP")])
-        width, rank = inputs.projection_DP.shape[1] + 1, method.rank
+        width, rank = inputs.projection_DP.shape[1] + 1, len(tensors["gram_KK"])
         phi = (
             LinearMap(width, rank) if method.hidden is None else Whitened(perceptron(width, method.hidden, rank), rank)
         )

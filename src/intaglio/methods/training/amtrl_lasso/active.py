@@ -31,6 +31,8 @@ SHARES = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)
 """Penalties that `validation` tries, as shares of the least one under which the Lasso is zero."""
 HELD_OUT = 0.2
 """Share of the target's samples that `validation` scores on."""
+RANK = 8
+"""Default features of the representation; fewer heads or inputs allow fewer."""
 
 
 class Source(Protocol):
@@ -89,7 +91,7 @@ class ActiveSettings(BaseModel):
 
     samples: Annotated[int, Field(ge=1)]
     explore: Annotated[int, Field(ge=2)] = 25
-    rank: Annotated[int, Field(ge=1)] = 8
+    rank: Annotated[int, Field(ge=1)] | None = None
     strategy: Strategy = "l1"
     penalty: Annotated[float, Field(gt=0)] = 0.05
     penalty_rule: Literal["fraction", "absolute", "theory", "validation"] = "fraction"
@@ -118,13 +120,13 @@ class ActiveSettings(BaseModel):
             target: samples of the target, all of which are used.
             seed: of a network's initial values and of the target's validation split. Default 0.
             network: makes the untrained representation, such as a convolutional network of the inputs, with `rank`
-                outputs. Default: a linear map, or a perceptron of `hidden` units.
+                outputs, which is given then. Default: a linear map, or a perceptron of `hidden` units.
             nu: known coefficients [T, C], which replace the estimate; for experiments. Default: none.
             progress: called after each fit.
 
         Raises:
-            IntaglioError: `samples` is below S times `explore` or above what the sources have, or `rank` is above the
-                number of heads or inputs.
+            IntaglioError: `samples` is below S times `explore` or above what the sources have, `rank` is above the
+                number of heads or inputs, or missing beside a network.
         """
         most = [self.samples if source.available is None else source.available for source in sources]
         low = [min(self.explore, limit) for limit in most]
@@ -165,15 +167,18 @@ class ActiveSettings(BaseModel):
         """Return the representation of samples, and the heads [K, H] of each source."""
         columns = sum(s.y_NH.shape[1] for s in drawn)
         most = columns if drawn[0].x.ndim > 2 else min(columns, drawn[0].x.shape[1])
-        if self.rank > most:
-            raise IntaglioError(f"rank is {self.rank}; {most} heads or inputs of the tasks allow at most that many")
+        if self.rank is None and network is not None:
+            raise IntaglioError("rank is missing; a network needs it, the number of its outputs")
+        rank = min(RANK, most) if self.rank is None else self.rank
+        if rank > most:
+            raise IntaglioError(f"rank is {rank}; {most} heads or inputs of the tasks allow at most that many")
         phi: nn.Module
         if network is None and self.hidden is None:
-            phi = LinearMap(drawn[0].x.shape[1], self.rank)
-            B_DK = linear_representation(drawn, self.rank, iterations=self.iterations, strength=self.ridge)
+            phi = LinearMap(drawn[0].x.shape[1], rank)
+            B_DK = linear_representation(drawn, rank, iterations=self.iterations, strength=self.ridge)
             phi.B_DK.copy_(torch.from_numpy(B_DK))
         else:
-            inputs, hidden, rank = drawn[0].x.shape[1], self.hidden or 1, self.rank
+            inputs, hidden = drawn[0].x.shape[1], self.hidden or 1
             make = network or (lambda: perceptron(inputs, hidden, rank))
             phi = neural_representation(
                 drawn, rank, make, steps=self.steps, learning_rate=self.learning_rate, strength=self.ridge, seed=seed
@@ -203,7 +208,7 @@ class ActiveSettings(BaseModel):
         elif self.penalty_rule == "theory":
             left = [(features(phi, s.x) @ W - s.y_NH).ravel() for s, W in zip(drawn, heads, strict=True)]
             sigma = float(np.sqrt(np.square(np.concatenate(left)).mean()))
-            penalty *= sigma * math.sqrt((self.rank + math.log(W_KT.shape[1])) / self.explore)
+            penalty *= sigma * math.sqrt((len(W_KT) + math.log(W_KT.shape[1])) / self.explore)
         return np.stack([lasso(W_KT, w_K, penalty) for w_K in w_KC.T], axis=1), penalty
 
     def _validated(self, W_KT: np.ndarray, Z_NK: np.ndarray, Y_NC: np.ndarray, seed: int) -> tuple[np.ndarray, float]:

@@ -5,6 +5,7 @@ Dimension letters: K representation, T source tasks (heads), S sources, C target
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Literal
 
@@ -44,12 +45,16 @@ def lasso(W_KT: np.ndarray, w_K: np.ndarray, penalty: float) -> np.ndarray:
     """Return `argmin_nu 0.5 ||W nu - w||_2^2 + penalty ||nu||_1`, [T]; zeros from `max |W^T w|` on."""
     if penalty >= largest_penalty(W_KT, w_K):
         return np.zeros(W_KT.shape[1])
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import lasso_path
 
     # Least-angle steps fail where heads repeat, so coordinates descend, along a path of falling penalties.
     # scikit-learn divides the squared error by the number of equations.
     penalties = np.geomspace(largest_penalty(W_KT, w_K), penalty, PENALTIES)
-    path = lasso_path(W_KT, w_K, alphas=penalties / len(w_K), tol=1e-11, max_iter=100_000)[1]
+    with warnings.catch_warnings():
+        # Heads that are nearly combinations of each other end above this tolerance, far below what moves a sample.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        path = lasso_path(W_KT, w_K, alphas=penalties / len(w_K), tol=1e-11, max_iter=100_000)[1]
     return np.asarray(path[:, -1])
 
 
