@@ -134,6 +134,12 @@ def test_one_vector_starts_with_the_ranking_of_its_inputs(arm: Any) -> None:
         assert torch.allclose(head.to_independent(vectors), inputs, atol=1e-5)  # type: ignore[operator]
 
 
+def test_separate_blocks_are_the_old_vector_and_the_scaled_new_one() -> None:
+    output = new_head("naive", dataclasses.replace(SIZES, scale=3.0))(unit(5, 8))
+    assert torch.allclose(output.vectors[:, 6:], 3 * output.task)
+    assert torch.allclose(output.vectors[:, :6].norm(dim=1), torch.ones(5))
+
+
 def test_q_preserves_the_norm_of_the_old_block() -> None:
     """Q applied to u[:m] preserves its norm; ||old'|| <= sqrt(1 + C^2), not constant where m < n + r."""
     head, inputs = head_of(), unit(20, 8)
