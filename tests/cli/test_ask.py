@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from intaglio.cli import ask
 from intaglio.methods.retrieval.refrag import Refrag
-from intaglio.search import Index
+from intaglio.search import Hit, Index
 from tests.cli.test_search import outcome, refused, run
 from tests.trainer.helpers import TEXTS, checkpoint
 
@@ -90,6 +92,27 @@ def test_an_index_is_compressed_ahead(made: Path, tmp_path: Path) -> None:
         method = Refrag(**FIELDS)
         assert method.slug == "refrag"
         assert {hit.id for hit in hits} == {"doc0", "doc1"}
+
+
+def test_an_index_is_compressed_in_batches(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, seen = 0, []
+    passages = Index.passages
+
+    def counted(index: Index) -> Iterator[Hit]:
+        nonlocal read
+        for hit in passages(index):
+            read += 1
+            yield hit
+
+    def compressed(cache: Any, method: Any, checkpoint: Any, hits: list[Hit]) -> tuple[list[Any], int]:
+        seen.append((read, [hit.id for hit in hits]))
+        return [], 0
+
+    monkeypatch.setattr(Index, "passages", counted)
+    monkeypatch.setattr(ask, "_compressed", compressed)
+    monkeypatch.setattr(ask, "BATCH", 3)
+    assert "4 passages compressed" in run("index", "compress", made / "index", made / "fitted").stdout
+    assert seen == [(3, ["doc0", "doc1", "doc2"]), (4, ["doc3"])]
 
 
 def test_passages_that_do_not_fit_are_left_out(made: Path) -> None:

@@ -229,6 +229,20 @@ def test_unlike_shapes_are_named(place: Path) -> None:
     assert str(place / "b") in said
 
 
+def test_unlike_tokenizers_are_named(place: Path) -> None:
+    tokenizer = json.loads((place / "b" / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    (one, id_one), (other, id_other) = list(vocab.items())[-2:]
+    vocab |= {one: id_other, other: id_one}
+    (place / "b" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    said = refusal(place, "--mode", "uniform")
+    shown = f"2 ids stand for other tokens, first {id_one} for {other!r} and {one!r}"
+    assert f"{place / 'b'} and {place / 'a'} have different tokenizers ({shown}); a soup needs equal ones" in said
+    for file in (place / "b").glob("tokenizer*"):
+        file.unlink()
+    command(place, "--mode", "uniform")
+
+
 def test_splits_must_differ(place: Path) -> None:
     data: tuple[Any, ...] = ("--metric", "perplexity", "--validation", place / "validation.jsonl")
     said = refusal(place, *data, "--test", place / "validation.jsonl")

@@ -175,6 +175,20 @@ def test_chunks_beyond_the_encoders_context_are_cut_again(tmp_path: Path) -> Non
     assert sum(encoder.count_tokens(encoder.encoded)) == 500
 
 
+def test_passages_are_read_one_document_at_a_time(tmp_path: Path) -> None:
+    with Index.create(tmp_path / "index", chunk=200) as index:
+        text = " ".join(f"word{n}" for n in range(100))
+        index.add({"id": id, "text": text, "title": id.upper()} for id in "abc")
+        passages = index.passages()
+        first = next(passages)
+        assert (first.id, first.title, first.start, first.text) == ("a", "A", 0, text[: len(first.text)])
+        index.delete(["b"])
+        rest = list(passages)
+        assert {hit.id for hit in rest} == {"a", "c"}
+        assert [hit.start for hit in rest if hit.id == "c"] == [0, *(hit.start for hit in rest if hit.id == "a")]
+        assert all(hit.text == text[hit.start :][: len(hit.text)] for hit in rest)
+
+
 def test_a_query_beyond_the_encoders_context_is_refused(tmp_path: Path) -> None:
     with make(tmp_path / "index", "dense") as index:
         index.add(documents())

@@ -216,6 +216,12 @@ def load_tokenizer(source: str, revision: str | None = None) -> Any:
             raise IntaglioError(f"the tokenizer of {source!r} cannot be loaded: {first_line(error)}") from error
 
 
+def unlike_tokens(first: Any, second: Any) -> dict[int, tuple[str, str]]:
+    """Return the ids that stand for different tokens in two tokenizers, ascending, with both tokens."""
+    ours, theirs = ({id: token for token, id in side.get_vocab().items()} for side in (first, second))
+    return {id: (ours[id], theirs[id]) for id in sorted(ours.keys() & theirs.keys()) if ours[id] != theirs[id]}
+
+
 def load_image_processor(source: str, revision: str | None = None) -> Any:
     """Return the image processor of a checkpoint, or None; it is Pillow's, so that results do not depend on others."""
     source, revision = split_revision(source, revision)

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -122,15 +123,16 @@ def compress_index(index: Where, model: Model, device: Device = None, json: Json
     with Index.open(index) as opened, progress_bar() as progress:
         checkpoint = load(model, device=device)
         method: Refrag = checkpoint.fitted("refrag")
-        hits, cache = list(opened.passages()), opened.passage_cache(method.space(checkpoint))
-        cached = 0
-        for low in range(0, len(hits), BATCH):
-            cached += _compressed(cache, method, checkpoint, hits[low : low + BATCH])[1]
-            progress(min(low + BATCH, len(hits)), len(hits), "compressing")
+        count, cache = opened.info()["chunks"], opened.passage_cache(method.space(checkpoint))
+        hits, done, cached = opened.passages(), 0, 0
+        while batch := list(islice(hits, BATCH)):
+            cached += _compressed(cache, method, checkpoint, batch)[1]
+            done += len(batch)
+            progress(done, max(done, count), "compressing")
     if json:
-        print_json({"index": str(index), "passages": len(hits), "compressed": len(hits) - cached})
+        print_json({"index": str(index), "passages": done, "compressed": done - cached})
         return
-    print_out(f"{index}: {len(hits) - cached:,} passages compressed, {cached:,} were in the cache")
+    print_out(f"{index}: {done - cached:,} passages compressed, {cached:,} were in the cache")
 
 
 def _fitted(checkpoint: Checkpoint, model: str, compress: int, expand: float | None, expander: str | None) -> Refrag:

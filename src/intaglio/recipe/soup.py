@@ -16,6 +16,7 @@ from torch import Tensor
 
 from intaglio import atomic_io
 from intaglio.checkpoint import Checkpoint, load, load_config, load_record
+from intaglio.checkpoint.loading import load_tokenizer, unlike_tokens
 from intaglio.checkpoint.resolve import resolve, split_revision
 from intaglio.checkpoint.soup import NamedState, Score, Soup, Source, average, greedy, maximum, uniform, weight_cosine
 from intaglio.data.labelled_examples import load_labelled_examples
@@ -234,6 +235,8 @@ def _sources(names: Sequence[str], first: Checkpoint, device: str | None) -> tup
         labels = getattr(load_config(name)[1], "id2label", None)
         if labels != getattr(first.model.config, "id2label", None):
             raise IntaglioError(f"{name} and {names[0]} have different labels; a soup needs equal ones in one order")
+        if first.tokenizer is not None:
+            _check_tokenizers(name, load_tokenizer(resolve(name)[0]), names[0], first.tokenizer)
     fitted = next((slug for slug, part in first.attachments.items() if part.tensors), None)
     if fitted is not None:
         raise IntaglioError(f"{names[0]} has the attachment {fitted} with weights of its own; average models without")
@@ -255,6 +258,16 @@ def _sources(names: Sequence[str], first: Checkpoint, device: str | None) -> tup
             )
             warnings.warn(notes[-1], stacklevel=3)
     return sources, notes
+
+
+def _check_tokenizers(name: str, own: Any, first_name: str, first: Any) -> None:
+    """Refuse tokenizers in which an id stands for different tokens; one may have more tokens, or be missing."""
+    unlike = {} if own is None else unlike_tokens(first, own)
+    for id, (wanted, token) in unlike.items():
+        raise IntaglioError(
+            f"{name} and {first_name} have different tokenizers ({len(unlike):,} ids stand for other tokens, first {id}"
+            f" for {token!r} and {wanted!r}); a soup needs equal ones"
+        )
 
 
 def _tensor_names(place: str) -> set[str]:

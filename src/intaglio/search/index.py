@@ -448,16 +448,21 @@ class Index:
         return PassageCache(self._store, space)
 
     def passages(self) -> Iterator[Hit]:
-        """Yield every passage as a hit of rank and score 0, in the order of addition."""
-        sql = (
-            "SELECT id, title, metadata, text, start, stop FROM chunks JOIN documents ON document = number"
-            " ORDER BY chunk"
-        )
-        with self._lock, sentences(self.path):
-            rows = self._store.db.execute(sql).fetchall()
-        for id_, title, metadata, content, start, stop in rows:
-            text = zlib.decompress(content).decode()[start:stop]
-            yield Hit(id_, 0.0, 0, title, text, start, json.loads(metadata))
+        """Yield every passage as a hit of rank and score 0, in the order of addition; one document is in memory."""
+        number = -1
+        while True:
+            with self._lock, sentences(self.path):
+                db = self._store.db
+                sql = "SELECT number, id, title, metadata, text FROM documents WHERE number > ? ORDER BY number LIMIT 1"
+                row = db.execute(sql, (number,)).fetchone()
+                if row is None:
+                    return
+                number, id_, title, metadata, content = row
+                sql = "SELECT start, stop FROM chunks WHERE document = ? ORDER BY chunk"
+                spans = db.execute(sql, (number,)).fetchall()
+            text = zlib.decompress(content).decode()
+            for start, stop in spans:
+                yield Hit(id_, 0.0, 0, title, text[start:stop], start, json.loads(metadata))
 
     def __contains__(self, id: str) -> bool:
         """Return whether a document is in the index."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from intaglio.checkpoint.fingerprint import fingerprint
 from intaglio.errors import IntaglioError
 from intaglio.methods.retrieval.bt2 import BT2, CachedPairs
+from intaglio.methods.retrieval.bt2.fitting import _rate
 from intaglio.methods.retrieval.bt2.functional import cosine_loss, procrustes, pseudo_classifier
 from intaglio.methods.retrieval.bt2.heads import ARMS, BasisTransformation, Sizes, new_head
 from intaglio.search import Index
@@ -132,6 +134,12 @@ def test_one_vector_starts_with_the_ranking_of_its_inputs(arm: Any) -> None:
     assert vectors[:, 8:].abs().max() > 1e-3
     if arm == "bct_distill":
         assert torch.allclose(head.to_independent(vectors), inputs, atol=1e-5)  # type: ignore[operator]
+
+
+def test_separate_blocks_are_the_old_vector_and_the_scaled_new_one() -> None:
+    output = new_head("naive", dataclasses.replace(SIZES, scale=3.0))(unit(5, 8))
+    assert torch.allclose(output.vectors[:, 6:], 3 * output.task)
+    assert torch.allclose(output.vectors[:, :6].norm(dim=1), torch.ones(5))
 
 
 def test_q_preserves_the_norm_of_the_old_block() -> None:
@@ -304,6 +312,13 @@ def test_procrustes_rotates(new: int, old: int) -> None:
     assert torch.allclose(rotated @ rotated.T, inputs @ inputs.T, atol=1e-5)
     wanted = torch.linalg.qr(torch.randn(new, new, generator=torch.Generator().manual_seed(0)))[0]
     assert torch.allclose(procrustes(inputs, inputs @ wanted), wanted, atol=1e-4)
+
+
+def test_the_rate_rises_for_a_twentieth_of_the_steps_and_falls_as_a_cosine() -> None:
+    rates = [_rate(step, 100) for step in range(100)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    expected = [(1 + math.cos(math.pi * step / 95)) / 2 for step in range(95)]
+    assert rates[5:] == pytest.approx(expected, abs=1e-6)
 
 
 def test_equal_documents_are_no_negatives() -> None:

@@ -17,7 +17,7 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.errors import IntaglioError
 from intaglio.evidence.baselines.late_concatenation import LateConcatenation
-from intaglio.methods.retrieval.causal2vec import SLOT, Causal2Vec
+from intaglio.methods.retrieval.causal2vec import GROUP_TOKENS, SLOT, Causal2Vec
 from intaglio.trainer import train
 from intaglio.trainer.contrastive import Contrastive
 from intaglio.trainer.protocols import ModifierSession, TrainingRun
@@ -262,6 +262,21 @@ def test_the_context_token_is_the_projected_mean_of_the_encoder() -> None:
         z = light.model.base_model(ids).last_hidden_state[0].mean(0)
         c = projector.out(act(projector.into(z)))
         assert torch.allclose(own.context(inputs_of(own, TEXTS[:1]))[0], c, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_light_encoder_reads_texts_of_like_length_together() -> None:
+    own, _ = ready()
+    light = own._light.eval()
+    inputs = inputs_of(own, [TEXTS[0] if n % 3 == 0 else "the fox" for n in range(30)])
+    ids, mask = inputs["light_input_ids"], inputs["light_attention_mask"]
+    shapes: list[torch.Size] = []
+    light.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    grouped = light(ids, mask)
+    assert sum(shape.numel() for shape in shapes) < int(mask.sum()) + GROUP_TOKENS < ids.numel()
+    assert torch.allclose(grouped, light._mean(ids, mask), atol=1e-6)
 
 
 def test_the_decoder_reads_one_position_more_than_the_text() -> None:

@@ -50,6 +50,8 @@ CLAIM = Claim(
     minutes=30,
     use_when="an index is too large to encode again at once, and new queries must search it meanwhile",
     otherwise="encoding every document again",
+    reason="Not piloted beyond the benchmark of retrieval, one seed on pilot documents: the old encoder reaches nDCG@10"
+    " .23 since it is trained from scratch (.02 before), a head takes 25 seconds, and Procrustes is ahead of BT2.",
     toy={},
-    golden={"bct": {LOSS.name: 1.37564}, "bt2": {LOSS.name: 1.37242}},
+    golden={"bct": {LOSS.name: 1.35622}, "bt2": {LOSS.name: 1.39392}},
 )

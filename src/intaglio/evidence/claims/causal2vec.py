@@ -64,6 +64,9 @@ CLAIM = Claim(
     minutes=60,
     use_when="vectors are to come from a decoder whose weights or causal mask must stay as they are",
     otherwise="the encoder alone",
+    reason="Piloted for the baseline: 37 seconds a training, MRR@10 .11 of 200 documents. The light encoder has the"
+    " test bed's rate for encoders since a pretraining at the decoder's rate had learned the frequencies of words"
+    " alone.",
     toy={},
-    golden={"last token": {RANKING_LOSS.name: 1.38969}, "causal2vec": {RANKING_LOSS.name: 1.37594}},
+    golden={"last token": {RANKING_LOSS.name: 1.38969}, "causal2vec": {RANKING_LOSS.name: 1.38358}},
 )

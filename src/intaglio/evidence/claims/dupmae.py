@@ -35,7 +35,7 @@ class Pretrained:
         """Return the model."""
         checkpoint: Checkpoint = bed.new(model, seed=seed % 2**31)
         steps = max(2, self.steps * bed.steps // 800)
-        recipe = pretraining_recipe(steps, bed.batch, bed.learning_rate, seed)
+        recipe = pretraining_recipe(steps, bed.batch, bed.encoder_learning_rate, seed)
         train(checkpoint, list(bed.texts()), objective=self.objective, **recipe)
         return checkpoint
 
@@ -77,6 +77,9 @@ CLAIM = Claim(
     minutes=60,
     use_when="an encoder is pretrained or adapted on texts before it is fine-tuned for retrieval",
     otherwise="masked language modelling",
+    reason="Not piloted to its end. Masked language modelling at the decoder's rate stayed at the frequencies of words"
+    " for 800 steps (6.5 nats), and contrast after it gave every text one vector, so the encoders have a rate of their"
+    " own. The first 160 steps at that rate are no lower: the steps may be too few for either side.",
     toy={"width": 64},
-    golden={"MLM": {RANKING_LOSS.name: 1.38438}, "DupMAE": {RANKING_LOSS.name: 1.36134}},
+    golden={"MLM": {RANKING_LOSS.name: 1.39197}, "DupMAE": {RANKING_LOSS.name: 1.38725}},
 )

@@ -31,6 +31,8 @@ class DocstringModels(Docstrings):
     steps: int = 800
     batch: int = 16
     learning_rate: float = 3e-3
+    encoder_learning_rate: float = 5e-4
+    """Of the BERT, whose norms follow its blocks: at the decoder's rate it learns the frequencies of words alone."""
     tuning_steps: int = 200
     """Optimizer steps of an encoder's training on pairs."""
     MINIATURE: ClassVar = {**Docstrings.MINIATURE, "width": 16, "depth": 1, "vocabulary": 300, "length": 32,
@@ -49,8 +51,10 @@ class DocstringModels(Docstrings):
         """Return a copy of the pretrained model, which may be changed."""
         length = self.length
         objective: Any = CausalLM(length=length) if kind == "llama" else MaskedLM(mask_ratio=0.3, length=length)
-        choices = {"kind": kind, "data": self.digest, "settings": self.settings(*_DECIDES)}
-        recipe = pretraining_recipe(self.steps, self.batch, self.learning_rate, 0)
+        rate = self.learning_rate if kind == "llama" else self.encoder_learning_rate
+        settings = {**self.settings(*_DECIDES), "learning_rate": rate}
+        choices = {"kind": kind, "data": self.digest, "settings": settings}
+        recipe = pretraining_recipe(self.steps, self.batch, rate, 0)
         return copied(
             trained_model(
                 f"docstring-{kind}",

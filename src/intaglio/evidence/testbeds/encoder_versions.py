@@ -1,6 +1,8 @@
 """Two encoders of the docstrings: a small old one, trained on one package, and a new one with all that it knows.
 
-The old encoder is a contrastively trained BERT, one for each seed; the new one is MiniLM, whose vectors are cached.
+The old encoder is a BERT trained by contrast, one for each seed; the new one is MiniLM, whose vectors are cached. The
+BERT is not pretrained: after masked language modelling that had learned the frequencies of words alone, contrast gave
+every text the same vector.
 """
 
 from __future__ import annotations
@@ -50,13 +52,14 @@ class EncoderVersions(DocstringModels):
         """Return the old encoder of a seed, whose `encoder()` reads texts."""
         pairs = [pair for pair in self.pairs("train") if pair.package in self.old_packages]
         choices = {"data": self.digest, "settings": self.settings("old_packages", "width", "depth", "vocabulary"),
-                   "pretraining": self.steps, "seed": seed}  # fmt: skip
-        recipe: dict[str, Any] = {"steps": self.tuning_steps, "batch_size": 16, "learning_rate": 1e-3, "warmup": 0.1,
-                                  "seed": seed % 2**31, "objective": Contrastive(pooling="mean", **SIZES)}  # fmt: skip
+                   "seed": seed}  # fmt: skip
+        recipe: dict[str, Any] = {"steps": 2 * self.tuning_steps, "batch_size": 16, "learning_rate": 3e-4,
+                                  "warmup": 0.1, "seed": seed % 2**31,
+                                  "objective": Contrastive(pooling="mean", **SIZES)}  # fmt: skip
         return trained_model(
             "docstring-old",
             choices,
-            lambda: self.load("bert"),
+            lambda: self.new("bert", seed),
             lambda: [TextPair(pair.query, pair.document).row() for pair in pairs],
             recipe,
         )

@@ -40,12 +40,14 @@ from intaglio.trainer.contrastive import SymmetricObjective
 from intaglio.trainer.encoder_training import SIDES
 from intaglio.trainer.protocols import Batch, Loss
 from intaglio.trainer.rng import generator
-from intaglio.trainer.text_batches import Read, plain_tokens, special_tokens
+from intaglio.trainer.text_batches import Read, chunks_of, plain_tokens, special_tokens
 
 INSTRUCTION = "Instruct: {task}\nQuery: "
 """Text before a query with an instruction."""
 SLOT = 0
 """Token id that stands for the Contextual token; its embedding is never read."""
+GROUP_TOKENS = 256
+"""Tokens that a light encoder reads at a time on a CPU."""
 PROBES, PROBE_TOKENS, MOST_ROWS = 64, 8, 4096
 """Random texts, their tokens, and embeddings of the decoder from which the first norm of c is set."""
 
@@ -112,7 +114,18 @@ class LightEncoder(nn.Module):
         return super().train(mode and self.trained)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return z, float32 [N, K]."""
+        """Return z, float32 [N, K], of texts padded on the right.
+
+        On a CPU, texts of like length are read together outside of training: padding would cost as much as text.
+        """
+        if self.training or input_ids.device.type != "cpu":
+            return self._mean(input_ids, attention_mask)
+        order_N = attention_mask.sum(1).argsort()
+        ordered = {"input_ids": input_ids[order_N], "attention_mask": attention_mask[order_N]}
+        groups = chunks_of(ordered, max(1, GROUP_TOKENS // input_ids.shape[1]))
+        return torch.cat([self._mean(**group) for group in groups])[order_N.argsort()]
+
+    def _mean(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         hidden_NLK = self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return pool(hidden_NLK, attention_mask.bool())
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from intaglio.checkpoint import Checkpoint
+from intaglio.checkpoint.loading import unlike_tokens
 from intaglio.errors import IntaglioError
 from intaglio.methods.base import Progress, no_progress
 from intaglio.modeling.anatomy import anatomy
@@ -44,11 +45,8 @@ def shared_vocabulary(model: Checkpoint, original: Checkpoint) -> int:
     """Return the number of ids, from 0 on, that mean the same to both: a vocabulary may have grown since."""
     rows = min(model.vocabulary, original.vocabulary)
     if model.tokenizer is not None and original.tokenizer is not None:
-        ours, theirs = (
-            {id: token for token, id in side.tokenizer.get_vocab().items() if id < rows} for side in (model, original)
-        )
-        different = sum(ours[id] != theirs[id] for id in ours.keys() & theirs.keys())
-        if different or not ours.keys() & theirs.keys():
+        different = sum(id < rows for id in unlike_tokens(model.tokenizer, original.tokenizer))
+        if different:
             raise IntaglioError(
                 f"paser compares the model with {original.source}, whose tokenizer differs ({different} ids stand "
                 "for other tokens); an original with the same tokenizer is needed"
