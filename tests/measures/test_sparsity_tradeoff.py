@@ -83,6 +83,14 @@ def test_tolerated_sparsity_ends_at_the_first_loss() -> None:
     }
 
 
+def test_nothing_is_tolerated_where_dense_attention_has_no_right_answer() -> None:
+    cell = point(difference=Interval(0.0, 0.0, 0.0), sparsity=0.9)
+    key = (cell.model, cell.task, cell.condition, str(cell.length), cell.method)
+    for scores, expected in (((0.0, 0.0), None), ((0.0, 1.0), 0.9)):
+        dense = point(difference=None, method="dense", scores=scores)
+        assert tolerated_sparsity([dense, cell]) == {key: expected}
+
+
 def test_bins_of_equal_operations() -> None:
     points = [
         point(model="small", flops=1.0e6, scores=(0.0,)),

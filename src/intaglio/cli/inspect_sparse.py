@@ -140,7 +140,10 @@ def _standalone(picture: str) -> str:
 
 CELL_HEADINGS = ("model", "task", "question", "tokens", "method", "sparsity", "accuracy", "difference")
 CELLS = "Sparsity as measured. Difference from dense attention on the same samples, 95 % bootstrap interval."
-TOLERATED = "Largest measured sparsity without a significant loss against dense attention, lower ones included."
+TOLERATED = (
+    "Largest measured sparsity without a significant loss against dense attention, lower ones included; '-' where"
+    " dense attention has no right answer."
+)
 
 
 def cell_rows(points: Sequence[StudyCell]) -> list[list[str]]:
@@ -156,11 +159,11 @@ def cell_rows(points: Sequence[StudyCell]) -> list[list[str]]:
 def tolerated_rows(data: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows of the highest tolerated sparsity: a task a row and a method a column."""
     methods = list(dict.fromkeys(row["method"] for row in data["tolerated"]))
-    rows: dict[tuple[str, ...], dict[str, float]] = {}
+    rows: dict[tuple[str, ...], dict[str, str]] = {}
     for row in data["tolerated"]:
         key: tuple[str, ...] = (row["model"], row["task"], row["condition"], f"{int(row['length']):,}")
-        rows.setdefault(key, {})[row["method"]] = row["sparsity"]
-    cells = [[*key, *(f"{values[m]:.0%}" if m in values else "" for m in methods)] for key, values in rows.items()]
+        rows.setdefault(key, {})[row["method"]] = "-" if row["sparsity"] is None else f"{row['sparsity']:.0%}"
+    cells = [[*key, *(values.get(m, "") for m in methods)] for key, values in rows.items()]
     return [*CELL_HEADINGS[:4], *methods], cells
 
 
@@ -170,6 +173,8 @@ def tables(points: Sequence[StudyCell], data: dict[str, Any]) -> list[Table]:
     cells = Table(*CELL_HEADINGS, title="Accuracy under sparse attention", caption=CELLS, box=SIMPLE_HEAD)
     tolerated = Table(*headings, title="Tolerated sparsity", caption=TOLERATED, box=SIMPLE_HEAD)
     for table, lines in ((cells, cell_rows(points)), (tolerated, rows)):
+        for column in table.columns:
+            column.overflow, column.no_wrap = "fold", column.header == "method"
         for line in lines:
             table.add_row(*line)
     return [cells, tolerated]

@@ -122,18 +122,22 @@ def decode_flops(
     return 2.0 * parameters + layers * width * (4 * (1 - sparsity) * length + 2 * estimated_keys)
 
 
-def tolerated_sparsity(points: Iterable[StudyCell]) -> dict[tuple[str, ...], float]:
+def tolerated_sparsity(points: Iterable[StudyCell]) -> dict[tuple[str, ...], float | None]:
     """Return the largest measured sparsity of each cell up to which no accuracy is lost beyond chance.
 
     A cell is `(model, task, condition, length, method)`. Sparsities are passed from the lowest on, and the first one
-    with a significant loss ends the walk, so that a lucky high one does not count.
+    with a significant loss ends the walk, so that a lucky high one does not count. None where dense attention has no
+    right answer, so that nothing can be lost.
     """
     cells: dict[tuple[str, ...], list[StudyCell]] = {}
+    hopeless: set[tuple[str, ...]] = set()
     for point in points:
+        task: tuple[str, ...] = (point.model, point.task, point.condition, str(point.length))
         if point.difference is not None:
-            key: tuple[str, ...] = (point.model, point.task, point.condition, str(point.length), point.method)
-            cells.setdefault(key, []).append(point)
-    result: dict[tuple[str, ...], float] = {}
+            cells.setdefault((*task, point.method), []).append(point)
+        elif point.accuracy == 0:
+            hopeless.add(task)
+    result: dict[tuple[str, ...], float | None] = {}
     for cell, members in cells.items():
         best = 0.0
         for point in sorted(members, key=lambda p: p.sparsity):
@@ -141,7 +145,7 @@ def tolerated_sparsity(points: Iterable[StudyCell]) -> dict[tuple[str, ...], flo
             if point.difference.worse:
                 break
             best = max(best, point.sparsity)
-        result[cell] = best
+        result[cell] = None if cell[:-1] in hopeless else best
     return result
 
 
