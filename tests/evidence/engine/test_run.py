@@ -388,6 +388,22 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_a_journal_that_goes_on_does_not_make_the_code_uncommitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, journal = tmp_path / "evidence" / "__init__.py", tmp_path / "evidence" / "journals" / "wanda-v1.jsonl"
+    journal.parent.mkdir(parents=True)
+    for path in (code, journal):
+        path.write_text("\n")
+    commit_all(tmp_path)
+    monkeypatch.setattr(records, "EVIDENCE", code.parent)
+    commit = registration.commit_of_code()
+    journal.write_text("more\n")
+    assert registration.commit_of_code() == commit
+    code.write_text("x = 1\n")
+    assert registration.commit_of_code() == f"{commit}+"
+
+
 def test_a_committed_claim_is_recorded_once_and_its_journal_goes(checkout: Path) -> None:
     record = prove("wanda", claim=toy_claim(), record=True)
     assert records.committed("wanda") == record

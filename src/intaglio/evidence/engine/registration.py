@@ -78,9 +78,9 @@ def git(*words: str, at: Path) -> str | None:
 
 
 def commit_of_code() -> str:
-    """Return the commit of this checkout, with `+` for uncommitted changes in src; "" outside a checkout."""
+    """Return the commit of this checkout, with `+` if its Python files have uncommitted changes; "" outside a checkout."""
     home = records.EVIDENCE
     if git("ls-files", "--error-unmatch", "__init__.py", at=home) is None:
         return ""
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", str(home.parent), at=home)
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", f"{home.parent}/*.py", at=home)
     return (git("rev-parse", "HEAD", at=home) or "") + ("+" if changed else "")
