@@ -218,7 +218,11 @@ def table(results: dict[str, Any]) -> str:
         heading = [unit, *(f"{length:,}" for length in lengths), *(("exponent", "promised") if fits else ())]
         lines += ["| " + " | ".join(heading) + " |", "| --- " * len(heading) + "|"]
         for name, row in results[kind].items():
-            cells = [name, *(f"{float(f'{factor * value:.3g}'):,g}" for value in row), *["-"] * (len(lengths) - len(row))]
+            cells = [
+                name,
+                *(f"{float(f'{factor * value:.3g}'):,g}" for value in row),
+                *["-"] * (len(lengths) - len(row)),
+            ]
             cells += [f"{fits[name]:.2f}" if name in fits else "-", PROMISED.get(name, "2")] if fits else []
             if kind == "bytes" and name == "sdpa":
                 cells[-1] = "1"

@@ -78,7 +78,7 @@ def git(*words: str, at: Path) -> str | None:
 
 
 def commit_of_code() -> str:
-    """Return the commit of this checkout, with `+` if its Python files have uncommitted changes; "" outside a checkout."""
+    """Return the commit of this checkout, with `+` if its Python files are changed; "" outside a checkout."""
     home = records.EVIDENCE
     if git("ls-files", "--error-unmatch", "__init__.py", at=home) is None:
         return ""
