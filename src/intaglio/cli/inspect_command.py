@@ -180,7 +180,6 @@ def _study(models: Sequence[str], sizes: Any, output: Path | None, json: bool, *
         print_out(line)
     if output is not None:
         print_out(f"page: {output / 'study.html'}")
-    if output is not None:
         print_out(f"study: {output}")
 
 

@@ -263,7 +263,8 @@ def _sources(names: Sequence[str], first: Checkpoint, device: str | None) -> tup
 def _check_tokenizers(name: str, own: Any, first_name: str, first: Any) -> None:
     """Refuse tokenizers in which an id stands for different tokens; one may have more tokens, or be missing."""
     unlike = {} if own is None else unlike_tokens(first, own)
-    for id, (wanted, token) in unlike.items():
+    if unlike:
+        id, (wanted, token) = next(iter(unlike.items()))
         raise IntaglioError(
             f"{name} and {first_name} have different tokenizers ({len(unlike):,} ids stand for other tokens, first {id}"
             f" for {token!r} and {wanted!r}); a soup needs equal ones"

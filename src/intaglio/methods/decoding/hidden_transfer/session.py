@@ -57,7 +57,7 @@ class HiddenTransferSession:
         self._drafts = {}
         for index, step in enumerate(steps):
             self._last[step.row] = step.tokens[-1]
-            if step.tree is None or step.done or self._pseudo is None:  # the last: a pass that was not its own
+            if step.tree is None or step.done or self._pseudo is None:  # the last after a pass without drafts
                 continue
             node = step.path[-1]
             if node in self._owners[index]:

@@ -46,7 +46,8 @@ def shared_vocabulary(model: Checkpoint, original: Checkpoint) -> int:
     rows = min(model.vocabulary, original.vocabulary)
     if model.tokenizer is not None and original.tokenizer is not None:
         different = sum(id < rows for id in unlike_tokens(model.tokenizer, original.tokenizer))
-        if different:
+        ours, theirs = ({*side.tokenizer.get_vocab().values()} for side in (model, original))
+        if different or not any(id < rows for id in ours & theirs):
             raise IntaglioError(
                 f"paser compares the model with {original.source}, whose tokenizer differs ({different} ids stand "
                 "for other tokens); an original with the same tokenizer is needed"
