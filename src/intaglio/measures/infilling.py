@@ -29,6 +29,16 @@ def middle_line(text: str) -> tuple[str, str, str] | None:
     return "".join(lines[:index])[-SHOWN:], line, lines[index][len(line) :] + "".join(lines[index + 1 :])[:SHOWN]
 
 
+def with_line_break(prefix: str, line: str, suffix: str) -> tuple[str, str, str]:
+    """Return a hole that begins at the end of the text before it, with the line break and the indentation inside.
+
+    Tokenizers of code join a line break and the indentation after it, so that a prefix that ends in a line break ends
+    in tokens that are rarely followed by an indented line.
+    """
+    before = prefix.rstrip() or prefix
+    return before, prefix[len(before) :] + line, suffix
+
+
 def fitted_hole(checkpoint: Checkpoint, prefix: str, line: str, suffix: str) -> tuple[str, str, str]:
     """Return a hole with no more text around it than the context has room for."""
     tokens = len(checkpoint.tokenizer(prefix + suffix, verbose=False)["input_ids"])
@@ -41,7 +51,27 @@ def line_in_hole(checkpoint: Checkpoint, prefix: str, suffix: str) -> str:
     if Sentinels.from_tokenizer(checkpoint.tokenizer) is not None:
         return infill(checkpoint, [prefix, suffix], max_new_tokens=ANSWER)[0]
     ids = checkpoint.tokenizer(prefix, return_tensors="pt", verbose=False)["input_ids"].to(checkpoint.device)
-    return greedy_answers(checkpoint, ids, ANSWER)[0].partition("\n")[0]
+    answer = greedy_answers(checkpoint, ids, ANSWER)[0]
+    space = answer[: len(answer) - len(answer.lstrip())]
+    return space + answer.lstrip().partition("\n")[0]
+
+
+@torch.no_grad()
+def line_log_probabilities(checkpoint: Checkpoint, prefix: str, line: str, suffix: str) -> Tensor:
+    """Return the log-probability of each token of a line in a hole, float32 [T], in nats.
+
+    A model without sentinels sees the prefix alone.
+    """
+    tokenizer: Any = checkpoint.tokenizer
+    line_T = tokenizer(line, add_special_tokens=False, return_tensors="pt", verbose=False)["input_ids"][0]
+    if Sentinels.from_tokenizer(tokenizer) is None:
+        prompt_1T = tokenizer(prefix, return_tensors="pt", verbose=False)["input_ids"]
+    else:
+        prompt_1T, _ = infill_prompt(checkpoint, [prefix, suffix], max_new_tokens=len(line_T))
+    ids_1T = torch.cat([prompt_1T, line_T[None]], 1).to(checkpoint.device)
+    model: Any = checkpoint.model
+    log_probs_TV = model(input_ids=ids_1T).logits[0, prompt_1T.shape[1] - 1 : -1].float().log_softmax(-1)
+    return log_probs_TV.gather(-1, line_T.to(checkpoint.device)[:, None])[:, 0].cpu()
 
 
 def _until(ids: Sequence[int], stops: Sequence[int]) -> list[int]:

@@ -19,7 +19,7 @@ from intaglio.data.infill_format import FillInMiddle, Sentinels, infill_format
 from intaglio.errors import IntaglioError
 from intaglio.evidence.baselines.fim import FillInMiddleTraining
 from intaglio.masks import PrefixLM, set_visibility, visible
-from intaglio.measures.infilling import infill, infill_prompt
+from intaglio.measures.infilling import infill, infill_prompt, line_in_hole, line_log_probabilities, with_line_break
 from intaglio.methods.objectives.codegen2 import (
     CodeGen2,
     corrupted,
@@ -370,15 +370,43 @@ def test_which_documents_are_corrupted_is_drawn_from_their_own_seed() -> None:
         assert all(map(torch.equal, first, layouts(method, many)))
 
 
-def test_samples_count_the_lines_that_were_filled_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_score_the_middle_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     from intaglio.methods.objectives import codegen2
 
-    written = iter(["x = 1\n", "other", "x = 1"])
-    monkeypatch.setattr(codegen2, "middle_line", lambda text: None if text == "none" else ("a\n", "x = 1", "\nb"))
-    monkeypatch.setattr(codegen2, "line_in_hole", lambda *_: next(written))
+    written, given = iter(["x = 1\n", "other", "\n  x = 1"]), []
+    monkeypatch.setattr(codegen2, "middle_line", lambda text: None if text == "none" else ("a\n", "  x = 1", "\nb"))
+    monkeypatch.setattr(codegen2, "line_in_hole", lambda _, *hole: given.append(hole) or next(written))
+    monkeypatch.setattr(codegen2, "line_log_probabilities", lambda _, *hole: torch.tensor([0.5, 0.125]).log())
     samples = CodeGen2().samples(checkpoint(), ["first", "none", "second", "third"])
-    assert samples.scores == {"lines filled exactly": pytest.approx(200 / 3)}
-    assert [sample.text for sample in samples.shown] == ["x = 1\n", "other", "x = 1"]
+    exact, probability = samples.scores.values()
+    assert (exact, probability) == (pytest.approx(200 / 3), pytest.approx(25))
+    assert given == 3 * [("a", "\nb")]
+    assert [sample.text for sample in samples.shown] == ["x = 1\n", "other", "\n  x = 1"]
+    assert CodeGen2().samples(checkpoint(), ["none"]).scores == {"lines filled exactly": 0}
+
+
+def test_a_line_is_scored_in_its_hole() -> None:
+    plain, (_, _, filling) = checkpoint(), prepared()
+    tokenizer = plain.tokenizer
+    line = tokenizer("x = 1", add_special_tokens=False)["input_ids"]
+    for ckpt in (plain, filling):
+        before = tokenizer("a")["input_ids"]
+        if ckpt is filling:
+            before = infill_prompt(ckpt, ["a", "b"], max_new_tokens=8)[0][0].tolist()
+        with torch.no_grad():
+            log_probs_TV = ckpt.model(input_ids=torch.tensor([[*before, *line]])).logits[0].log_softmax(-1)
+        expected = [float(log_probs_TV[len(before) + i - 1, token]) for i, token in enumerate(line)]
+        assert line_log_probabilities(ckpt, "a", "x = 1", "b").tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_hole_takes_the_line_break_before_it() -> None:
+    assert with_line_break("a:\n  ", "b", "\nc") == ("a:", "\n  b", "\nc")
+    assert with_line_break("\n", "b", "\nc") == ("\n", "b", "\nc")
+
+
+def test_a_model_without_sentinels_continues_with_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("intaglio.measures.infilling.greedy_answers", lambda *_: ["\n    return a\n    b = 1\n"])
+    assert line_in_hole(checkpoint(), "def f():", "\n") == "\n    return a"
 
 
 def test_short_documents_and_those_with_sentinels_stay_causal() -> None:

@@ -32,7 +32,13 @@ from intaglio.checkpoint import Checkpoint
 from intaglio.data.infill_format import END, MASK, SEPARATOR, Sentinels
 from intaglio.errors import IntaglioError
 from intaglio.masks import PrefixLM, temporary_visibility
-from intaglio.measures.infilling import fitted_hole, line_in_hole, middle_line
+from intaglio.measures.infilling import (
+    fitted_hole,
+    line_in_hole,
+    line_log_probabilities,
+    middle_line,
+    with_line_break,
+)
 from intaglio.methods.base import Capability, Method, ModelAspect
 from intaglio.trainer.causal_lm import (
     IGNORED,
@@ -59,8 +65,8 @@ T5 = (0.15, 3.0)
 SHORTEST = 4
 """Fewest tokens of a document that is corrupted."""
 
-SAMPLES, HOLE = 6, "\u25ad"
-"""Samples of the report, the sign of their holes."""
+LINES, SAMPLES, HOLE = 24, 6, "\u25ad"
+"""Held-out lines that are scored, those that are filled and shown, and the sign of their holes."""
 
 Span = tuple[int, int]
 
@@ -317,14 +323,24 @@ class CodeGen2(Method, slug="codegen2"):
             return next_token_loss(model, rest)
 
     def samples(self, checkpoint: Checkpoint, held_out: Sequence[str]) -> Samples:
-        """Return the middle lines of texts as the model fills them; without sentinels, its continuation of the line."""
-        lines = (hole for hole in map(middle_line, held_out) if hole is not None)
+        """Return the middle lines of texts as the model fills them; without sentinels, as it continues the text before.
+
+        Beside lines filled exactly, the geometric mean of the probabilities of the lines' tokens is given.
+        """
+        holes = [
+            fitted_hole(checkpoint, *with_line_break(*hole))
+            for hole in islice(filter(None, map(middle_line, held_out)), LINES)
+        ]
         shown = [
             Sample(f"{prefix}{HOLE}{suffix}", line, line_in_hole(checkpoint, prefix, suffix))
-            for prefix, line, suffix in (fitted_hole(checkpoint, *hole) for hole in islice(lines, SAMPLES))
+            for prefix, line, suffix in holes[:SAMPLES]
         ]
         exact = sum(sample.text.strip() == sample.expected.strip() for sample in shown)
-        return Samples(shown, {"lines filled exactly": 100 * exact / max(1, len(shown))})
+        scores = {"lines filled exactly": 100 * exact / max(1, len(shown))}
+        if holes:
+            tokens = torch.cat([line_log_probabilities(checkpoint, *hole) for hole in holes])
+            scores["probability of a token of the line (geometric mean)"] = 100 * math.exp(tokens.mean())
+        return Samples(shown, scores)
 
 
 def _hidden(labels_T: Tensor, prefix: int) -> Tensor:
