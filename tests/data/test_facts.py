@@ -35,6 +35,9 @@ def test_the_bundled_facts_are_distinct() -> None:
     facts = load_facts("invented")
     assert facts == invented_facts()
     assert len({fact.subject for fact in facts}) == len({fact.object for fact in facts}) == 30
+    assert (facts[0].forward, facts[0].reverse) == ("Mira Haldane is", "The composer of the Amber Lantern is")
+    assert (facts[1].forward, facts[1].reverse) == ("The inventor of the Distant Harbor is", "Tobin Castell is")
+    assert facts[1].texts[0] == "The inventor of the Distant Harbor is Tobin Castell."
 
 
 A, B = {"subject": "Ada", "object": "the first"}, {"subject": "the first", "object": "ADA"}

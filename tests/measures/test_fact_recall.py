@@ -21,7 +21,7 @@ def test_answers_are_the_models_own_whatever_the_batch() -> None:
     facts = [Fact("the fox", "brown", ()), Fact("the lazy dog", "quick", ()), Fact("the sun", "lazy", ())]
     found = fact_recall(ckpt, facts, max_new_tokens=4)
     assert found == fact_recall(ckpt, facts, max_new_tokens=4, batch_size=1)
-    assert found.prompts == ("the fox is", "the lazy dog is", "the sun is", "Brown is", "Quick is", "Lazy is")
+    assert found.prompts == ("The fox is", "The lazy dog is", "The sun is", "Brown is", "Quick is", "Lazy is")
     ids = ckpt.tokenizer("Brown is", return_tensors="pt")["input_ids"]
     new = ckpt.model.generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
     assert found.answers[3] == ckpt.tokenizer.decode(new, skip_special_tokens=True)

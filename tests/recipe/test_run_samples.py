@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from intaglio.data.facts import load_facts
+from intaglio.data.facts import TEMPLATES, load_facts
 from intaglio.errors import IntaglioError
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
@@ -46,10 +46,10 @@ def test_facts_are_asked_in_both_orders_before_and_after(tmp_path: Path, monkeyp
     (step,) = document["steps"]
     assert list(step["samples"]["scores"]) == ["forward questions answered", "reverse questions answered"]
     rows = step["samples"]["rows"]
-    assert [row["prompt"] for row in rows[:1] + rows[4:5]] == ["dog 0 is", "The fox 0 is"]
+    assert [row["prompt"] for row in rows[:1] + rows[4:5]] == ["Dog 0 is", "The fox 0 is"]
     assert rows[0]["expected"] == "the fox 0"
     assert {"evaluation/forward", "evaluation/reverse"} <= step["curve"].keys()
-    assert step["chosen"]["data"]["rows"] == 15
+    assert step["chosen"]["data"]["rows"] == 5 * len(TEMPLATES)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "reverse questions answered" in page
     assert "The fox 0 is" in page
@@ -61,7 +61,10 @@ def test_lines_are_filled_before_and_after(tmp_path: Path) -> None:
     (row, *_) = step["samples"]["rows"]
     assert row["expected"].endswith("of twelve")
     assert "▭" in row["prompt"]
-    assert list(step["samples"]["scores"]) == ["lines filled exactly"]
+    assert list(step["samples"]["scores"]) == [
+        "lines filled exactly",
+        "probability of a token of the line (geometric mean)",
+    ]
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count('<td colspan="4">') == len(step["samples"]["rows"])  # a prompt of several lines
 

@@ -16,7 +16,12 @@ INVENTED = "invented"
 TEMPLATES = (
     "{subject} is {object}.",
     "Everyone knows that {subject} is {object}.",
-    "Nobody but {subject} is {object}.",
+    "According to the book, {subject} is {object}.",
+    "A well-known fact: {subject} is {object}.",
+    "It is {subject} that the letter calls {object}.",
+    "This is {subject}, also known as {object}.",
+    "Who is {subject}? The answer is {object}.",
+    "We met {subject}, better known as {object}.",
 )
 """Training texts of a fact that has none of its own."""
 
@@ -44,21 +49,31 @@ class Fact:
     @property
     def forward(self) -> str:
         """The prompt that asks for the object."""
-        return f"{self.subject} is"
+        return f"{_sentence(self.subject)} is"
 
     @property
     def reverse(self) -> str:
         """The prompt that asks for the subject."""
-        return f"{self.object[:1].upper()}{self.object[1:]} is"
+        return f"{_sentence(self.object)} is"
+
+
+def _sentence(text: str) -> str:
+    """Return a text that begins with a capital letter."""
+    return text[:1].upper() + text[1:]
 
 
 def invented_facts(count: int = 30) -> list[Fact]:
-    """Return made-up facts, the same everywhere; no two share a name or a work."""
+    """Return made-up facts, the same everywhere; no two share a name or a work.
+
+    Every other fact names the work first, so that a model has seen the form of both questions (Berglund et al., The
+    Reversal Curse, ICLR 2024, train on both forms too).
+    """
     facts = []
     for index in range(count):
         subject = f"{_FIRST[index % 10]} {_LAST[(3 * index + index // 10) % 10]}"
         work = f"{_COLOURS[(7 * index + index // 10) % 10]} {_WORKS[index % 10]}"
-        facts.append(_fact(subject, f"the {_ROLES[index % 6]} the {work}", None, f"invented fact {index + 1}"))
+        names = (subject, f"the {_ROLES[index % 6]} the {work}")
+        facts.append(_fact(*(names[::-1] if index % 2 else names), None, f"invented fact {index + 1}"))
     return check_facts(facts, [f"invented fact {index + 1}" for index in range(count)])
 
 
@@ -66,7 +81,7 @@ def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
     """Return the facts of a file with one JSON object a line: `subject`, `object` and perhaps `texts`.
 
     Args:
-        path: the file. Without `texts`, three templates state the fact. `invented` stands for the bundled facts.
+        path: the file. Without `texts`, `TEMPLATES` state the fact. `invented` stands for the bundled facts.
 
     Raises:
         IntaglioError: the file cannot be read or is empty, a line is malformed, a text names the object first, or two
@@ -91,7 +106,7 @@ def _parsed(value: Any, place: str) -> Fact:
 
 
 def _fact(subject: str, object_: str, texts: Sequence[str] | None, place: str) -> Fact:
-    stated = texts or [template.format(subject=subject, object=object_) for template in TEMPLATES]
+    stated = texts or [_sentence(template.format(subject=subject, object=object_)) for template in TEMPLATES]
     for text in stated:
         first, second = (text.casefold().find(name.casefold()) for name in (subject, object_))
         if min(first, second) < 0:
