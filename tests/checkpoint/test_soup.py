@@ -192,6 +192,7 @@ def test_greedy_takes_what_helps() -> None:
     loss = greedy(candidates, lambda parameters: abs(parameters["x"].item()), higher_is_better=False)
     assert (loss.chosen, loss.score) == ((1, 0), 0.25)
     assert [trial.score for trial in loss.log] == [-trial.score for trial in result.log]
+    assert greedy(candidates, lambda parameters: 1.0).chosen == (0, 1, 2)  # an equal score is no fall
 
 
 values = st.lists(st.floats(-100, 100, width=32), min_size=1, max_size=6)

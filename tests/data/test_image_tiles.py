@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn.functional import interpolate
 
 from intaglio.data.image_tiles import plan_tiles, tile_image
 from intaglio.errors import IntaglioError
@@ -105,9 +106,14 @@ def gradient(width: int, height: int) -> torch.Tensor:
     return torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.zeros(height, width)])
 
 
+def resized(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return interpolate(image[None], size=(height, width), mode="bilinear", antialias=True)[0]
+
+
 def test_tiles_come_row_by_row_and_the_thumbnail_last() -> None:
     """Thumbnail position (last); every tile S x S; tensors are [H, W]."""
-    tiles = tile_image(gradient(100, 60), 32, 8)
+    image = gradient(100, 60)
+    tiles = tile_image(image, 32, 8)
     assert tiles is not None
     assert [tuple(tile.shape) for tile in tiles] == [(3, 32, 32)] * 9
     lefts, tops = ([float(tile[channel].mean()) for tile in tiles[:8]] for channel in (0, 1))
@@ -115,7 +121,12 @@ def test_tiles_come_row_by_row_and_the_thumbnail_last() -> None:
     assert all(abs(a - b) < 1e-3 for a, b in zip(lefts[:4], lefts[4:], strict=True))
     assert max(tops[:4]) < min(tops[4:])
     assert float(tiles[-1][0, 0, -1] - tiles[-1][0, 0, 0]) > 0.9
-    assert len(tile_image(gradient(100, 60), 32, 8, thumbnail=False) or []) == 8
+    assert len(tile_image(image, 32, 8, thumbnail=False) or []) == 8
+    assert len(tile_image(image, 32, 2, thumbnail=False) or []) == 2
+    other = tile_image(image, 32, 8, "dhr")
+    assert other is not None
+    for thumbnail, whole in ((tiles[-1], resized(image, 64, 106)), (other[-1], image)):
+        assert torch.equal(thumbnail, resized(whole, 32, 32))
 
 
 def test_pillow_images_and_tensors_give_nearly_the_same_tiles() -> None:

@@ -17,7 +17,7 @@ from transformers import RobertaConfig, RobertaForMaskedLM
 from intaglio.checkpoint import Checkpoint, load
 from intaglio.errors import IntaglioError
 from intaglio.evidence.baselines.late_concatenation import LateConcatenation
-from intaglio.methods.retrieval.causal2vec import GROUP_TOKENS, SLOT, Causal2Vec
+from intaglio.methods.retrieval.causal2vec import GROUP_TOKENS, SLOT, Causal2Vec, LightEncoder
 from intaglio.trainer import train
 from intaglio.trainer.contrastive import Contrastive
 from intaglio.trainer.protocols import ModifierSession, TrainingRun
@@ -144,6 +144,7 @@ def test_without_the_token_it_is_last_token_pooling() -> None:
     plain = Contrastive(pooling="last").setup(ckpt)
     assert torch.allclose(vectors, plain.encode(ckpt, [f"{text}</s>" for text in FEW], "document"), atol=1e-6)
     assert not own.modules()
+    assert own.lr_ratios == {}
     other, _ = ready()
     inputs = inputs_of(other, FEW[:1])
     mask = inputs["attention_mask"].clone()
@@ -303,6 +304,26 @@ def test_a_cut_text_keeps_its_end_token_and_the_encoder_sees_no_more() -> None:
     whole, _ = ready(document_length=6, encoder_reads="whole")
     assert whole.read(TEXTS[0], "document").further == (("light", light.ids(TEXTS[0])),)  # type: ignore[operator]
     assert own.count_tokens(TEXTS[0], "document") == len(ckpt.tokenizer(TEXTS[0])["input_ids"]) + 1
+
+
+def test_the_light_encoder_reads_no_more_than_its_tokenizer_allows() -> None:
+    light = load(LIGHT)
+    light.tokenizer.model_max_length = 7
+    assert len(LightEncoder(light.model.base_model, light.tokenizer, True).ids(TEXTS[0])) == 7
+
+
+@torch.no_grad()
+def test_a_half_precision_decoder_reads_the_float32_token() -> None:
+    ckpt = checkpoint(layers=1)
+    ckpt.model.bfloat16()
+    assert method().encode(ckpt, FEW, "document").isfinite().all()
+
+
+def test_own_modules_are_drawn_from_the_seed() -> None:
+    ckpt = checkpoint(layers=1)
+    one, other = (method(output_size=8).setup(ckpt, seed).modules() for seed in (0, 1))
+    for name in ("projector.into", "output"):
+        assert not torch.equal(one.get_parameter(f"{name}.weight"), other.get_parameter(f"{name}.weight"))
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from intaglio.checkpoint import load
 from intaglio.errors import IntaglioError
-from intaglio.methods.retrieval.refrag import Passage, Refrag, generate_answer
+from intaglio.methods.retrieval import refrag
+from intaglio.methods.retrieval.refrag import Passage, Refrag, generate_answer, policy_training
 from intaglio.methods.retrieval.refrag.functional import (
     advantages,
     clipped_loss,
@@ -26,7 +28,7 @@ from intaglio.methods.retrieval.refrag.functional import (
     pick_log_probs,
     sample_picks,
 )
-from intaglio.methods.retrieval.refrag.passages import choose_expanded, mixed_prompt
+from intaglio.methods.retrieval.refrag.passages import choose_expanded, chunk_losses, mixed_prompt
 from intaglio.methods.retrieval.refrag.training_rows import question_parts
 from intaglio.recipe.schema import Recipe
 from intaglio.trainer import KeyedRNG, train
@@ -230,6 +232,42 @@ def test_the_curriculum_moves_from_short_to_long() -> None:
     assert {draw_length(6, 0.5, draws) for _ in range(99)} == {1, 2, 4, 6}
 
 
+def test_rows_follow_the_curriculum_of_their_step() -> None:
+    ckpt, method = checkpoint(layers=1), Refrag(**SMALL)
+    made = rows(ckpt, method)[:30]
+    early, late = (
+        int((method.collate([{**row, "step": step, "steps": 100} for row in made], KeyedRNG(0))["slots"] >= 0).sum())
+        for step in (0, 99)
+    )
+    assert early < 0.75 * late
+
+
+def test_a_text_needs_a_chunk_and_for_the_next_tokens_one_more() -> None:
+    ckpt = checkpoint(layers=1)
+    texts = [{"input_ids": words(count)} for count in (3, 4, 5)]
+    for stage, kept in (("reconstruction", [4, 5]), ("continual", [5])):
+        made = Refrag(**{**SMALL, "stages": [stage]}).prepare(ckpt, texts, KeyedRNG(0))
+        assert [len(row["document"]) for row in made] == kept
+
+
+def test_the_stages_have_the_papers_learning_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW, lr 2e-4 (A), 5e-5 (B), 2e-5 (D), 4% warm-up."""
+    rates: dict[str, Any] = {}
+
+    def trained(*args: Any, objective: Refrag, learning_rate: float, warmup: float, **more: Any) -> Any:
+        rates[objective.stages[0]] = (learning_rate, warmup)
+        return SimpleNamespace(history=[])
+
+    monkeypatch.setattr(refrag, "train", trained)
+    monkeypatch.setattr(
+        refrag, "train_policy", lambda *a, learning_rate, **k: rates.update(policy=learning_rate) or [0.0]
+    )
+    stages = ["reconstruction", "continual", "task", "policy"]
+    Refrag(**{**SMALL, "learning_rate": None, "stages": stages}).fit(checkpoint(layers=1), QUESTIONS)
+    rest = {"continual": (5e-5, 0.04), "task": (2e-5, 0.04), "policy": 1e-4}
+    assert rates == {"reconstruction": (2e-4, 0.04), **rest}
+
+
 def test_a_training_row_may_fill_the_context() -> None:
     ckpt, method = checkpoint(layers=1), Refrag(**{**SMALL, "stages": ["task"]})
     (row, *_) = rows(ckpt, method, QUESTIONS)
@@ -275,6 +313,7 @@ def test_picks_are_drawn_with_their_probability() -> None:
 def test_advantages_of_a_group_sum_to_zero(rewards: list[float]) -> None:
     """Advantages of a group sum to 0; equal rewards give zero gradient."""
     assert float(advantages(torch.tensor(rewards, dtype=torch.float64)).sum()) == pytest.approx(0, abs=1e-6)
+    assert advantages(torch.tensor([1.0, 5.0])).tolist() == [-1.0, 1.0]  # (r - mean) / std
     scores = torch.zeros(4, requires_grad=True)
     log_probs = pick_log_probs(scores, torch.tensor([[0, 1], [2, 3]]))
     clipped_loss(log_probs, log_probs.detach(), advantages(torch.full((2,), rewards[0])), 0.2).backward()
@@ -289,8 +328,6 @@ def test_the_ratio_is_clipped() -> None:
 
 
 def test_the_policy_learns_what_the_reward_prefers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from intaglio.methods.retrieval.refrag import policy_training
-
     def third(model: Any, batch: Any, embeddings: Any) -> Tensor:  # of four chunks, the third stayed tokens
         kept = [[2 not in (slot - 4 * g for slot in row) for g in [n]] for n, row in enumerate(batch["slots"].tolist())]
         return torch.tensor([float(row[0]) for row in kept])
@@ -304,6 +341,30 @@ def test_the_policy_learns_what_the_reward_prefers(monkeypatch: pytest.MonkeyPat
     (row, *_) = rows(ckpt, Refrag(**SMALL), texts)
     (passage,) = method.compress(ckpt, [row["document"][:16]])
     assert choose_expanded([passage], 0.25, "policy", compressor=method.compressor) == (2,)
+
+
+def test_the_policy_picks_its_share_for_each_set_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[int]] = []
+
+    def counted(model: Any, batch: Any, embeddings: Any) -> Tensor:
+        seen.append((batch["slots"] >= 0).sum(1).tolist())
+        return torch.zeros(len(batch["slots"]))
+
+    monkeypatch.setattr(policy_training, "rewards", counted)
+    Refrag(**{**SMALL, **POLICY, "group_size": 3, "steps": 1, "batch_size": 1}).fit(checkpoint(layers=1), TEXTS[:1])
+    assert seen == [[2, 2, 2]]  # half of the four chunks stay tokens
+
+
+def test_the_reward_is_the_mean_log_likelihood_of_the_targets() -> None:
+    """RL reward must be per-token mean: r = - log-perplexity of the tokens that follow."""
+    ckpt, method = checkpoint(layers=1), Refrag(**SMALL)
+    batch = method.collate(rows(ckpt, method)[:1], KeyedRNG(0))
+    own: Any = method.compressor
+    embedding = ckpt.model.get_input_embeddings()  # type: ignore[operator]
+    with torch.no_grad():
+        table = own.project(own.states(batch["chunk_ids"], batch["chunk_mask"], embedding), embedding)
+        reward = policy_training.rewards(ckpt.model, batch, table)
+        assert float(reward) == pytest.approx(-float(method.loss(ckpt.model, batch).total), rel=1e-5)
 
 
 def test_a_stopped_policy_resumes_to_the_same_bytes(tmp_path: Path) -> None:
@@ -353,6 +414,11 @@ def test_the_perplexity_of_a_chunk_is_given_the_passage_before_it() -> None:
     bare = Passage(passage.ids, passage.states, passage.embeddings)
     with pytest.raises(IntaglioError, match="compress with losses=True"):
         method.prompt(ckpt, "why", [bare])
+    with torch.no_grad():
+        nll = -ckpt.model(words(10)[None, :-1]).logits[0].log_softmax(-1).gather(1, words(10)[1:, None])[:, 0]
+    without = chunk_losses(ckpt, words(10), words(0), 4, 3)  # no BOS: the first token counts 0
+    expected = torch.stack([nll[:3].sum() / 4, nll[3:7].mean(), nll[7:].mean()])
+    assert torch.allclose(without, expected, atol=1e-5)
 
 
 def test_the_question_chooses_by_cosine() -> None:
@@ -361,6 +427,10 @@ def test_the_question_chooses_by_cosine() -> None:
     for number in range(3):
         chunk = words(12)[4 * number : 4 * number + 4]
         assert method.prompt(ckpt, (words(0), chunk), passages).expanded == (number,)
+    two = method.model_copy(update={"expand": 0.67})
+    for pair in itertools.combinations(range(3), 2):  # a longer question's state is the mean of its chunks'
+        asked = torch.cat([words(12)[4 * n : 4 * n + 4] for n in pair])
+        assert two.prompt(ckpt, (words(0), asked), passages).expanded == pair
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -373,6 +443,15 @@ def test_chunk_embeddings_begin_at_the_scale_of_token_embeddings(family: str, ma
         tokens = ckpt.model.get_input_embeddings()(torch.arange(8, 150))
     ratio = float(passage.embeddings.square().mean().sqrt() / tokens.square().mean().sqrt())
     assert 0.9 < ratio < 1.1 if match_scale else 0.4 < ratio < 2.5
+
+
+def test_an_answer_has_the_tokens_that_are_asked_for() -> None:
+    ckpt, method = ready()
+    passages = method.compress(ckpt, [TEXTS[0]])
+    ids = generate_answer(ckpt, method.prompt(ckpt, "why", passages), 3)
+    assert len(ids) <= 3
+    expected = ckpt.tokenizer.decode(ids, skip_special_tokens=True)
+    assert method.answer(ckpt, "why", passages, max_new_tokens=3) == expected
 
 
 def test_order_of_question_and_passages() -> None:
@@ -400,8 +479,7 @@ def test_training_step_by_step_goes_on_from_the_last_compressor() -> None:
     Refrag(**{**SMALL, **POLICY}).fit(ckpt, TEXTS)
     third = ckpt.attachments["refrag"].tensors
     changed = {key.split(".")[1] for key in third if not torch.equal(third[key], second[key])}
-    assert changed <= {"policy", "score"}
-    assert changed
+    assert changed == {"policy", "score"}
 
 
 def test_a_frozen_decoder_learns_to_repeat_the_chunks() -> None:
@@ -419,19 +497,25 @@ def test_a_file_of_questions_trains_the_task(tmp_path: Path) -> None:
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     made = []
-    for fields, data in (({"questions": str(path)}, None), ({}, QUESTIONS)):
+    fields = {**SMALL, "stages": ["task", "policy"], "order": "context_first"}
+    for source, data in (({"questions": str(path)}, None), ({}, QUESTIONS)):
         ckpt = checkpoint(layers=1)
-        Refrag(**{**SMALL, "stages": ["task", "policy"], **fields}).fit(ckpt, data)
+        Refrag(**fields, **source).fit(ckpt, data)
         made.append(ckpt.attachments["refrag"].tensors)
     assert same(*made)
-    method = Refrag(**{**SMALL, "stages": ["task"]})
+    method = Refrag(**{**fields, "stages": ["task"]})
     (row, *_) = rows(ckpt, method, QUESTIONS)
+    assert "Question: what does number 0 do" in ckpt.tokenizer.decode(row["after"])
     batch = method.collate([row], KeyedRNG(0))
     end = ckpt.tokenizer.eos_token_id
     labels = batch["target"][0][batch["target"][0] != -100].tolist()
     assert labels == [*ckpt.tokenizer(" it jumps", add_special_tokens=False)["input_ids"], end]
-    chunks = sum(-(-len(ids) // 4) for ids in row["context"].split(row["passages"].tolist()))
-    assert int((batch["slots"] >= 0).sum()) == chunks == len(batch["chunk_ids"])
+    lengths_ = row["passages"].tolist()
+    assert any(length % 4 for length in lengths_)
+    for tail, chunks in (("encode", sum(-(-n // 4) for n in lengths_)), ("tokens", sum(n // 4 for n in lengths_))):
+        method = Refrag(**{**fields, "stages": ["task"], "tail": tail})
+        batch = method.collate(rows(ckpt, method, QUESTIONS)[:1], KeyedRNG(0))
+        assert int((batch["slots"] >= 0).sum()) == chunks == len(batch["chunk_ids"])
 
 
 def test_a_pretrained_encoder_reads_text(tmp_path: Path) -> None:
@@ -460,6 +544,8 @@ def test_cached_tensors_come_back_unless_they_are_of_another_text() -> None:
     assert method.space(ckpt) != other.space(ckpt)
     assert method.space(ckpt) != ready(pooling="mean")[1].space(ckpt)
     assert method.space(ckpt) != method.untrained(ckpt, seed=1).space(ckpt)
+    mean = {"encoder": "embedding", "encoder_width": None}  # no weights of the encoder depend on the chunk size
+    assert len({ready(chunk_size=size, **mean)[1].space(ckpt) for size in (4, 8)}) == 2
 
 
 def test_what_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from intaglio.methods.training.orth_conv import OrthConv
 from intaglio.modeling.convolutions import Kernel, convolutions, gram_distance
 from intaglio.trainer import train
 from intaglio.trainer.classification import Classification
+from intaglio.trainer.protocols import Loss, TrainingRun
 from tests.families import tiny_checkpoint_dir
 from tests.trainer.helpers import checkpoint
 
@@ -362,6 +363,24 @@ def test_spectral_norm_divides_and_bakes() -> None:
         assert type(model[n]) is nn.Conv2d
         norm = torch.linalg.matrix_norm(model[n].weight.detach().flatten(1), 2)
         assert float(norm) == pytest.approx(1, abs=0.05)
+
+
+def test_the_division_is_drawn_from_the_seed_and_baked_as_it_was_evaluated() -> None:
+    x, outputs, state = ROWS[0]["pixel_values"][None], [], torch.get_rng_state()
+    for seed in (0, 0, 1):
+        model = net()
+        session = OrthConv(form="spectral_norm").attach(TrainingRun(Checkpoint(model), 1, None, seed, Loss))
+        assert torch.equal(torch.get_rng_state(), state)
+        for n in (0, 2):
+            model[n].parametrizations.weight.original.data.mul_(torch.arange(9).reshape(3, 3))
+        outputs.append(model.eval()(x))
+        model.train()
+        torch.randn(1)
+        state = torch.get_rng_state()
+        session.detach()
+        assert torch.equal(model.eval()(x), outputs[-1])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
 
 
 @pytest.mark.parametrize(

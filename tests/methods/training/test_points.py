@@ -12,7 +12,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 from torch import nn
+from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, Trainer, TrainingArguments
 
 import intaglio
@@ -32,7 +34,7 @@ from intaglio.trainer import CausalLM, EpochCollator, KeyedRNG, train, training_
 from intaglio.trainer.dataset import all_examples, as_example
 from intaglio.trainer.tokenised_samples import read_samples
 from tests.alive import alive
-from tests.families import tiny_checkpoint_dir
+from tests.families import tiny_checkpoint_dir, tiny_tokenizer
 from tests.trainer.helpers import TEXTS, checkpoint
 
 EXAMPLES = ({"budget": 0.2}, {"budget": 0.2, "keep": "highest"})
@@ -100,6 +102,7 @@ def test_the_two_lowest_of_ten_stay_and_all_of_them_by_a_budget_of_one() -> None
     for fields, budget, expected in (({}, 0.2, ranked[:2]), ({"keep": "highest"}, 0.2, ranked[-2:]), ({}, 1.0, ranked)):
         chosen = POINTS(**fields).select(examples, ckpt, None, budget, KeyedRNG(0))
         assert list(chosen) == sorted(expected)
+        assert chosen.metadata["keep"] == fields.get("keep", "lowest")
     assert chosen.metadata["examples"] == chosen.metadata["chosen"] == 10
     assert chosen.metadata["bars"]["items"]["least"] == min(scores)
     assert [row["perplexity"] for row in chosen.metadata["clusters"]] == sorted(scores)[:3] + sorted(scores)[-3:]
@@ -165,7 +168,8 @@ def test_the_dual_encoder_fuses_patches_of_the_penultimate_layer() -> None:
         assert torch.equal(DualEncoder(a, b, 12, fusion_weight=1.0, layer=-1).features(pixels), last)
         tokens = both(pixels)
         assert tokens.shape == (2, 4, 12)
-        assert torch.equal(tokens, both.projector(pixel_shuffle(both.features(pixels))))
+        into, _, out = both.projector
+        assert torch.equal(tokens, out(F.gelu(into(pixel_shuffle(both.features(pixels))))))
         assert DualEncoder(a, b, 12, factor=4)(pixels).shape == (2, 1, 12)
     with pytest.raises(IntaglioError, match=r"fusion_weight is 1.5; a number from 0 to 1"):
         DualEncoder(a, b, 12, fusion_weight=1.5)
@@ -191,6 +195,11 @@ def test_individual_select_keeps_what_raises_the_score() -> None:
 
 def test_another_model_scores(tmp_path: Path) -> None:
     other = tiny_checkpoint_dir("llama", tmp_path / "scorer", layers=1, seed=5)
+    tokenizer = tiny_tokenizer("llama")  # unlike the model's, it puts <s> before every text
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save_pretrained(other)
     ckpt = checkpoint(layers=1)
     examples = all_examples(ckpt, TEXTS[:6])
     assert examples is not None
@@ -198,6 +207,7 @@ def test_another_model_scores(tmp_path: Path) -> None:
     chosen = method.select(examples, ckpt, None, 0.5, KeyedRNG(0))
     scores = scored(POINTS(), TEXTS[:6], intaglio.load(str(other)))
     assert list(chosen) == sorted(lowest(scores, 0.5))
+    assert chosen.metadata["bars"]["items"]["least"] == pytest.approx(min(scores))
     assert scored(method, examples, intaglio.load(str(other))) == pytest.approx(scores)
     misleading = [{"text": text, "input_ids": [9, 10], "id": n} for n, text in enumerate(TEXTS[:6])]
     assert scored(method, misleading, intaglio.load(str(other))) == pytest.approx(scores)
@@ -249,7 +259,12 @@ def test_texts_of_one_token_come_last_and_modes_are_kept() -> None:
     ckpt = checkpoint(layers=1)
     ckpt.model.train()
     rows = [{"input_ids": [9], "id": 0}, {"input_ids": [9, 10, 11], "id": 1}]
+    modes: list[bool] = []
+    ckpt.model.get_input_embeddings().register_forward_hook(  # type: ignore[operator]
+        lambda module, args, out: modes.append(module.training)
+    )
     scores = scored(POINTS(), rows, ckpt)
+    assert modes == [False]  # dropout is off
     assert scores[0] == math.inf
     assert scores[1] < math.inf
     assert ckpt.model.training

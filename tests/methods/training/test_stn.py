@@ -174,6 +174,17 @@ def test_a_gated_lstm_is_the_stock_one_without_gates(layers: int, batch_first: b
         assert torch.allclose(c, c_stock, atol=1e-6)
 
 
+def test_a_gated_lstm_has_the_dropout_of_the_stock_one_between_its_layers() -> None:
+    lstm = nn.LSTM(3, 4, num_layers=2, dropout=1.0)
+    draws = torch.Generator().manual_seed(0)
+    wrapped = GatedLSTM(lstm, lambda layer: GatedLayer(layer, 2, HypernetInput(torch.zeros(1, 2)), 0.0, draws))
+    x, outputs = torch.randn(6, 5, 3), []
+    for mode in (True, False):
+        outputs.append(wrapped.train(mode)(x)[0])
+        assert torch.allclose(outputs[-1], lstm.train(mode)(x)[0], atol=1e-6)
+    assert not torch.allclose(*outputs, atol=1e-3)
+
+
 def test_the_gates_of_an_lstm_are_those_of_the_example_and_are_baked() -> None:
     torch.manual_seed(0)
     lstm, state = nn.LSTM(3, 4, batch_first=True), HypernetInput(torch.zeros(1, 2))
@@ -252,6 +263,8 @@ def test_locked_dropout_drops_the_same_units_at_all_times() -> None:
     out = locked_dropout(torch.ones(3, 7, 50), torch.tensor([0.5, 0.5, 0.5]))
     assert torch.equal(out, out[:, :1].expand(3, 7, 50))
     assert not torch.equal(out[0], out[1])
+    flat = locked_dropout(torch.ones(3, 50), torch.tensor([0.5, 0.5, 0.5]))  # the second dimension is of units here
+    assert all(len(row.unique()) == 2 for row in flat)
 
 
 def colours(count: int = 4) -> Tensor:
@@ -286,10 +299,15 @@ def test_jitters_keep_what_they_should() -> None:
     assert torch.allclose(contrast(flat, r), flat, atol=1e-5)
 
 
-def test_a_red_pixel_turned_by_a_third_is_green(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full((1,), 1.0))
-    red = torch.tensor([1.0, 0.0, 0.0]).reshape(1, 3, 1, 1)
-    assert torch.allclose(hue(red, torch.tensor([1 / 3])).flatten(), torch.tensor([0.0, 1.0, 0.0]), atol=1e-5)
+@pytest.mark.parametrize(("drawn", "pixel", "factor"), [(1.0, [0.0, 1.0, 0.0], 4 / 3), (0.0, [0.0, 0.0, 1.0], 2 / 3)])
+def test_a_red_pixel_turned_by_a_third_is_green_or_blue(
+    monkeypatch: pytest.MonkeyPatch, drawn: float, pixel: list[float], factor: float
+) -> None:
+    """Hue shifts and factors reach r to both sides."""
+    monkeypatch.setattr(torch, "rand", lambda *a, **k: torch.full((1,), drawn))
+    red, third = torch.tensor([1.0, 0.0, 0.0]).reshape(1, 3, 1, 1), torch.tensor([1 / 3])
+    assert torch.allclose(hue(red, third).flatten(), torch.tensor(pixel), atol=1e-5)
+    assert torch.allclose(brightness(red / 2, third), factor * red / 2)
 
 
 def test_ranges_and_starts_are_those_of_the_card() -> None:
@@ -420,6 +438,17 @@ def test_penalties_are_the_squares_that_the_card_names() -> None:
     steps = (out[:, 1:] - out[:, :-1]).square().mean()
     total = decay + 1.5 * out.square().mean() + 1.5 * steps
     assert float(session.extra_loss(model, {}, None).total) == pytest.approx(float(total), rel=1e-4)
+
+
+def test_the_weight_that_decays_is_the_mean_of_the_examples_weights() -> None:
+    model = nn.Sequential(nn.Linear(3, 4))
+    items = [Regularizer(kind="weight_decay", start=0.0), Regularizer(kind="dropout")]
+    session = attach(STN(regularizers=items, gate_std=0.5), model)
+    session.change_batch(model, {"id": torch.arange(4)})
+    layer: Any = model[0]
+    mean = torch.stack([layer.effective(h_H)[0] for h_H in session.state.h_BH]).mean(0)
+    expected = session.state.values_BH[0, 0].exp() / 2 * mean.square().sum()
+    assert float(session.extra_loss(model, {}, None).total) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_words_of_an_embedding_are_dropped_in_all_places() -> None:
@@ -660,7 +689,9 @@ def test_a_schedule_is_read_from_a_checkpoint_and_replayed_on_a_plain_network(tm
 
 def test_a_replay_takes_the_line_of_its_step_and_trains_plain_weights() -> None:
     model = net()
-    session = attach(STN(schedule={"step": [2, 4], "dropout": [0.3, 0.6]}), model)
+    method = STN(schedule={"step": [2, 4], "dropout": [0.3, 0.6]})
+    assert (method.held_out_share, STN(validation=0.3).held_out_share) == (0, 0.3)  # a replay trains on all rows
+    session = attach(method, model)
     assert isinstance(session, Replay)
     assert sorted(dict(model.named_parameters())) == [f"{n}.elementary.{p}" for n in (1, 3) for p in ("bias", "weight")]
     values = []
@@ -776,6 +807,13 @@ def test_a_callback_has_a_seed_and_perturbs_every_micro_batch_anew() -> None:
         model.train()(**batch)
         inputs.append(tuner.session.state.h_BH)
     assert not torch.equal(inputs[0], inputs[1])
+
+
+def test_a_callback_takes_the_batches_in_turn_after_a_share_of_the_steps() -> None:
+    batches = [{"x": torch.tensor(n)} for n in range(2)]
+    session: Any = STN(hyper_warmup=0.5).callback(net(), batches, steps=4).session
+    assert session.warmup == 2
+    assert [int(session.run.held_out(n)["x"]) for n in range(3)] == [0, 1, 0]
 
 
 def test_settings_of_the_lstm_are_those_of_the_authors() -> None:

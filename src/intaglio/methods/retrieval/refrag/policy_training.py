@@ -70,7 +70,7 @@ def train_policy(
     """Train policy and score in place, and return the mean reward of each step.
 
     A context's sets are sampled by the policy before the step. Each of the step's updates minimises the clipped loss
-    against the probabilities at sampling, summed over contexts of a batch. There is no critic and no KL term.
+    against the probabilities at sampling, averaged over the contexts of a batch. There is no critic and no KL term.
 
     Args:
         checkpoint: the decoder.
