@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -65,10 +64,12 @@ T5 = (0.15, 3.0)
 SHORTEST = 4
 """Fewest tokens of a document that is corrupted."""
 
-LINES, SAMPLES, HOLE = 24, 6, "\u25ad"
-"""Held-out lines that are scored, those that are filled and shown, and the sign of their holes."""
+LINES, SAMPLES, PART, HOLE = 24, 6, 40, "\u25ad"
+"""Held-out lines that are scored and those that are filled and shown, lines of a part of a text that has one of them,
+and the sign of their holes."""
 
 Span = tuple[int, int]
+T = TypeVar("T")
 
 
 def corrupted(ids_T: Tensor, spans: Sequence[Span], sentinels: Sentinels) -> Tensor:
@@ -323,17 +324,15 @@ class CodeGen2(Method, slug="codegen2"):
             return next_token_loss(model, rest)
 
     def samples(self, checkpoint: Checkpoint, held_out: Sequence[str]) -> Samples:
-        """Return the middle lines of texts as the model fills them; without sentinels, as it continues the text before.
+        """Return lines of texts as the model fills them; without sentinels, as it continues the text before.
 
         Beside lines filled exactly, the geometric mean of the probabilities of the lines' tokens is given.
         """
-        holes = [
-            fitted_hole(checkpoint, *with_line_break(*hole))
-            for hole in islice(filter(None, map(middle_line, held_out)), LINES)
-        ]
+        found = [hole for text in held_out for part in parts_of(text) if (hole := middle_line(part)) is not None]
+        holes = [fitted_hole(checkpoint, *with_line_break(*hole)) for hole in spread(found, LINES)]
         shown = [
             Sample(f"{prefix}{HOLE}{suffix}", line, line_in_hole(checkpoint, prefix, suffix))
-            for prefix, line, suffix in holes[:SAMPLES]
+            for prefix, line, suffix in spread(holes, SAMPLES)
         ]
         exact = sum(sample.text.strip() == sample.expected.strip() for sample in shown)
         scores = {"lines filled exactly": 100 * exact / max(1, len(shown))}
@@ -341,6 +340,17 @@ class CodeGen2(Method, slug="codegen2"):
             tokens = torch.cat([line_log_probabilities(checkpoint, *hole) for hole in holes])
             scores["probability of a token of the line (geometric mean)"] = 100 * math.exp(tokens.mean())
         return Samples(shown, scores)
+
+
+def parts_of(text: str) -> list[str]:
+    """Split a text into parts of `PART` lines."""
+    lines = text.splitlines(keepends=True)
+    return ["".join(lines[start : start + PART]) for start in range(0, len(lines), PART)]
+
+
+def spread(items: Sequence[T], most: int) -> Sequence[T]:
+    """Return at most so many items, evenly spaced."""
+    return [items[index * len(items) // most] for index in range(most)] if len(items) > most else items
 
 
 def _hidden(labels_T: Tensor, prefix: int) -> Tensor:
