@@ -24,10 +24,12 @@ from intaglio.cli.console import progress_bar
 from intaglio.cli.generate import DraftPainter, count_passes, generate
 from intaglio.environment import tuning
 from intaglio.evidence.engine.record import all_committed
+from intaglio.exporters import FORMATS
 from intaglio.methods.decoding.aded import ADED, Table
 from intaglio.methods.decoding.lud import LUD
 from intaglio.methods.registry import PUBLISHED, get_method
 from intaglio.recipe.schema import Recipe, json_schema
+from intaglio.speculative.factory import decoder_names
 from intaglio.speculative.protocols import Step
 from intaglio.trainer import train
 from tests.conftest import TinyDir
@@ -140,6 +142,7 @@ def test_version_and_help() -> None:
     assert run("--version").stdout == version("intaglio") + "\n"
     shown = run("--help").stdout
     assert all(verb in shown for verb in VERBS)
+    assert "..." not in (shown + run("index", "--help").stdout).replace("[ARGS]...", "")  # no line is cut
     assert CliRunner().invoke(app, []).exit_code == 2  # nothing was asked for: the help, and no success
     assert CliRunner().invoke(app, ["crave"]).exit_code == 2
 
@@ -149,6 +152,12 @@ def test_every_verb_helps_and_has_json(verb: str) -> None:
     shown = run(verb, "--help").stdout
     assert "--json" in shown
     assert CliRunner().invoke(app, [verb, "--no-such-option"]).exit_code == 2
+
+
+def test_help_names_every_format_and_decoder() -> None:
+    for verb, names in (("export", FORMATS), ("generate", decoder_names())):
+        shown = "".join(run(verb, "--help").stdout.split())
+        assert [name for name in names if name not in shown] == []
 
 
 # --- carve and compare -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from intaglio.checkpoint import Checkpoint, load
 from intaglio.data.text_pairs import TextPair
 from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
+from intaglio.methods.base import Workload
 from intaglio.modeling.anatomy import anatomy
 from intaglio.search.encoders import load_encoder
 from intaglio.trainer import KeyedRNG
@@ -24,6 +25,7 @@ from intaglio.trainer.contrastive import Contrastive
 from intaglio.trainer.masked_lm import MaskedLM
 from intaglio.trainer.mining import Mining
 from intaglio.trainer.ranking_losses import distillation
+from intaglio.trainer.recipe_step import Train
 from intaglio.trainer.retrieval_evaluation import RetrievalTask, ranking_quality, retrieval_evaluator, retrieval_samples
 from intaglio.trainer.text_batches import side
 from tests.families import DECODERS, tiny_model, tiny_tokenizer
@@ -430,3 +432,15 @@ def test_the_default_pooling_follows_the_model() -> None:
         ("bert", "plain", "mean"),
     ):
         assert Contrastive(variant=variant).setup(checkpoint(family))._how == how  # type: ignore[arg-type]
+
+
+def test_the_estimate_counts_the_texts_of_a_pair_and_a_dense_encoders_blocks() -> None:
+    work = Workload(((8, 8),), 100, 150, 8, 1000, 100, 4)
+    step = {"pairs": "docstrings", "steps": 10, "batch_size": 4, "negatives": {"count": 2}}
+    sizes = {"query_length": 5, "document_length": 7}
+    dense = Train(**step, objective={"contrastive": sizes}).estimate(work)
+    assert dense.flops == 6 * 100 * 10 * 4 * (5 + 3 * 7)
+    one = Train(**step, objective={"contrastive": {**sizes, "num_negatives": 1}}).estimate(work)
+    assert one.flops == 6 * 100 * 10 * 4 * (5 + 2 * 7)
+    sparse = Train(**step, objective={"mistral_splade": {**sizes, "variant": "echo"}}).estimate(work)
+    assert sparse.flops == 6 * 150 * 10 * 4 * 2 * (5 + 3 * 7)

@@ -188,7 +188,7 @@ def carve(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Run a recipe on a checkpoint, measure before and after, and write the result with a report."""
+    """Run a recipe and measure the model before and after. Writes a checkpoint with a report."""
     from intaglio.errors import IntaglioError
     from intaglio.recipe.schema import Recipe
 
@@ -277,7 +277,7 @@ def compare(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Compare two checkpoints by the same measurements; with --continuations their texts side by side."""
+    """Compare two checkpoints by the same measurements. With --continuations, show their texts side by side."""
     from intaglio import atomic_io, report
     from intaglio.recipe.run import compare as run
     from intaglio.recipe.schema import Measure
@@ -302,11 +302,11 @@ app.command()(generate)
 @handle_errors
 def tune(
     model: Model,
-    rows: Annotated[str, typer.Option(help="Prompts that share a pass, comma-separated.")] = "1",
+    rows: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Measure the fast paths of a model on this machine, and keep the fastest of each for later runs."""
+    """Measure which kernels are fastest for a model here. Later runs use the result."""
     from intaglio.checkpoint import load
     from intaglio.cli.tune import notes, tables
     from intaglio.cli.tune import tune as run
@@ -336,13 +336,16 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The directory to make.")] = None,
     format: Annotated[
         str,
-        typer.Option(help="safetensors (plain weights), compressed-tensors (few bits) or bitnet (ternary)."),
+        typer.Option(
+            help="safetensors (plain weights), compressed-tensors (few bits), bitnet (ternary) or "
+            "sentence-transformers (text encoders)."
+        ),
     ] = "safetensors",
     dtype: Dtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint for stock transformers, or say why the format cannot hold it."""
+    """Write a checkpoint in a format of stock libraries. What a format cannot represent is refused."""
     from intaglio.checkpoint import load
     from intaglio.errors import IntaglioError
     from intaglio.exporters import export as run
@@ -362,9 +365,9 @@ def prove(
     slugs: Annotated[list[str] | None, typer.Argument(help="A method's slug; several with --spot.")] = None,
     seed_base: Annotated[int, typer.Option(help="All seeds follow from it; another base gives other data.")] = 0,
     units: Annotated[
-        int | None, typer.Option(help="Units to compare in one look. [default: the claim's looks]")
+        int | None, typer.Option(help="Number of units (repetitions), judged once. [default: the claim's schedule]")
     ] = None,
-    tier: Annotated[str | None, typer.Option(help="cpu or gpu. [default: the claim's]")] = None,
+    tier: Annotated[str | None, typer.Option(help="Size of the experiment: cpu or gpu. [default: the claim's]")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Where results go.")] = Path("intaglio-prove"),
     workers: Annotated[int, typer.Option(help="Processes that share the work; the result is the same.")] = 1,
     record: Annotated[bool, typer.Option("--record", help="Write the committed record (source checkout).")] = False,
@@ -372,10 +375,10 @@ def prove(
         bool, typer.Option("--pending", help="Record all registered claims without a record, cheapest first.")
     ] = False,
     minutes: Annotated[float, typer.Option(min=0, help="(--pending) Wall time after which no unit is begun.")] = 60,
-    spot: Annotated[bool, typer.Option("--spot", help="Rerun the cheapest unit of each method's record.")] = False,
+    spot: Annotated[bool, typer.Option("--spot", help="Rerun the cheapest unit of each record, and compare.")] = False,
     json: Json = False,
 ) -> None:
-    """Test a method's published claim: method against baseline, and a verdict. A stopped run resumes."""
+    """Test a method's published claim against a baseline. A stopped run resumes."""
     from intaglio.errors import IntaglioError
     from intaglio.evidence.engine import tables
     from intaglio.evidence.engine.pending import prove_pending

@@ -43,21 +43,21 @@ def ask(
     k: Annotated[int, typer.Option("-k", min=1, help="Passages that are retrieved.")] = 4,
     compress: Annotated[
         int | None,
-        typer.Option(min=1, help="Read passages as one embedding per so many tokens; needs a model fitted by refrag."),
+        typer.Option(min=1, help="Tokens read as one embedding; needs a model trained by refrag with as many."),
     ] = None,
     expand: Annotated[
         float | None, typer.Option(min=0, max=1, help="(--compress) Share of the chunks that stay tokens.")
     ] = None,
     expander: Annotated[
         str | None,
-        typer.Option(help="(--compress) policy, cosine, high_perplexity, low_perplexity or random: chooses them."),
+        typer.Option(help="(--compress) Their choice: policy, cosine, high_perplexity, low_perplexity or random."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 128,
     encoder: Encoder = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Answer a question from an index's passages, streaming, with its sources and the time to its first token."""
+    """Answer a question from an index's passages. Prints the sources and the time to the first token."""
     if compress is None and (expand is not None or expander is not None):
         raise IntaglioError("--expand and --expander belong to --compress; give it the tokens of a chunk, such as 16")
     words = read_argument(question) if question == "-" else question
@@ -116,7 +116,7 @@ def ask(
 @index_app.command("compress")
 @handle_errors
 def compress_index(index: Where, model: Model, device: Device = None, json: Json = False) -> None:
-    """Compress every passage for a model fitted by refrag, so that `ask --compress` finds it in the cache."""
+    """Compress every passage for `ask --compress`. The model must have been trained by refrag."""
     from intaglio.checkpoint import load
     from intaglio.search import Index
 

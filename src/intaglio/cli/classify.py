@@ -48,14 +48,14 @@ def classify(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="(--learn) The directory to make. [default: MODEL's own attachment]"),
+        typer.Option("--output", "-o", help="(--learn) The directory to make. [default: MODEL itself]"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="(--learn) Seed of the order of the examples.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="(--learn) Replace the output.")] = False,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Classify texts or images with a trained or attached classifier, and teach an attached one more (--learn)."""
+    """Classify texts or images with a trained or attached classifier. Teach an attached one more with --learn."""
     if texts is None and learn is None:
         raise IntaglioError("INPUTS are missing; give texts or images to classify, or labelled ones with --learn FILE")
     if learn is None and (output is not None or overwrite):

@@ -18,10 +18,10 @@ def demo(
         Path | None, typer.Option("--output", "-o", help="Directory of the results. [default: intaglio-demo]")
     ] = None,
     device: Device = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all randomness.")] = 0,
     json: Json = False,
 ) -> None:
-    """Prune a real 135M-parameter model, search docstrings, generate, train small models, or read features."""
+    """Show what Intaglio does on small real models."""
     from intaglio.errors import IntaglioError, did_you_mean
 
     topics = {

@@ -32,17 +32,17 @@ def generate(
     decoder: Annotated[
         str | None,
         typer.Option(
-            help="greedy, sample, a speculative decoder (aded, dyspec, lud, prompt_lookup, ngram, draft_model, "
-            "...), or another decoding method: awrs, diverse_beam_search.",
+            help="greedy, sample, a decoder that drafts (aded, chimera, draft_model, dyspec, hidden_transfer, lud, "
+            "ngram, prompt_lookup), or another method (apply_pretrained, awrs, diverse_beam_search).",
             show_default="greedy; with --samples awrs",
         ),
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="(methods) A setting as key=value, such as corpus=FILE; can be repeated."),
+        typer.Option("--set", help="(methods) A field as key=value, such as corpus=FILE; can be repeated."),
     ] = None,
     show_drafts: Annotated[
-        bool, typer.Option("--show-drafts", help="(speculative) Colour the accepted draft tokens.")
+        bool, typer.Option("--show-drafts", help="(drafts) Colour the accepted draft tokens.")
     ] = False,
     attention: Annotated[
         str | None,
@@ -78,7 +78,7 @@ def generate(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="(constraint) Draw weighted outputs with so many particles of awrs."),
+        typer.Option(min=1, help="(constraint) Number of weighted samples to draw with awrs."),
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="(sampling) Seed of the random draws.")] = 0,
@@ -86,7 +86,7 @@ def generate(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Generate from a prompt, or between a prefix and a suffix, streaming, and report the cost."""
+    """Generate text and report the cost. Continues a prompt, or fills the hole between --prefix and --suffix."""
     from intaglio.checkpoint import load
     from intaglio.cli.constraints import read_constraint
     from intaglio.cli.generate import (

@@ -53,7 +53,7 @@ def inspect(
     ] = None,
     sparse_attention: Annotated[
         bool,
-        typer.Option("--sparse-attention", help="Measure which sparse attention survives which long-context task."),
+        typer.Option("--sparse-attention", help="Measure the accuracy of sparse attention on long-context tasks."),
     ] = False,
     spectrum: Annotated[
         bool, typer.Option("--spectrum", help="Show the singular values of convolutions (by FFT) and linear layers.")
@@ -84,7 +84,7 @@ def inspect(
     ] = None,
     also: Annotated[
         list[str] | None,
-        typer.Option(help="(sparse-attention) A further model for equal operations; can be repeated."),
+        typer.Option(help="(sparse-attention) Another model to compare at equal operations; can be repeated."),
     ] = None,
     lengths: Annotated[str, typer.Option(help="(sparse-attention) Tokens of the prompts, comma-separated.")] = "1024",
     tasks: Annotated[
@@ -100,7 +100,7 @@ def inspect(
     question: Annotated[
         str | None, typer.Option(help="(sparse-attention) 'before and after' or 'after' the context. [default: both]")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="(sparse-attention) Samples of a cell.")] = 20,
+    samples: Annotated[int, typer.Option(min=2, help="(sparse-attention) Samples for each combination.")] = 20,
     documents: Annotated[
         str | None,
         typer.Option(help="(sparse-attention) JSON lines with context, question, answer and perhaps choices."),
@@ -122,7 +122,7 @@ def inspect(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Inspect a model: masks, experts, features, words, next-token steps, spectra, costs of sparse attention."""
+    """Inspect a model's masks, experts, features or predictions. Give one of the first seven options."""
     from intaglio.errors import IntaglioError
 
     present = (

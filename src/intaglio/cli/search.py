@@ -46,8 +46,7 @@ class IndexGroup(CommandGroup):
 
 index_app = typer.Typer(
     cls=IndexGroup,
-    help="Build or update a search index: `index DOCS -o INDEX`, then `index add`, `delete`, `info`, `compact`,"
-    " `upgrade`.",
+    help="Build or update a search index. `index DOCS -o INDEX` builds one (`create` may be left out).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -74,7 +73,7 @@ Docs = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="Device of the encoder: cpu, cuda, cuda:N, mps. [default: cpu]")]
 Encoder = Annotated[
-    str | None, typer.Option(help="The index's encoder in another place. [default: as recorded in the index]")
+    str | None, typer.Option(help="New directory of the index's encoder. [default: as recorded in the index]")
 ]
 TextField = Annotated[str, typer.Option(help="(JSONL, CSV, datasets) Field of the text.")]
 IdField = Annotated[str, typer.Option(help="(JSONL, CSV, datasets) Field of the id.")]
@@ -112,7 +111,7 @@ def create(
     store: StoreUrl = None,
     json: Json = False,
 ) -> None:
-    """Build an index of documents; if it was stopped, the same command resumes it."""
+    """Build an index of documents. If it was stopped, the same command resumes it."""
     from intaglio.cli.settings import read_settings
     from intaglio.search import Index
     from intaglio.search.encoders import resolve_encoder
@@ -284,7 +283,7 @@ def compact(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Merge segments and drop deleted rows; with --ann, build approximate indexes."""
+    """Merge segments and drop deleted rows. With --ann, build approximate indexes."""
     from intaglio.search import Index
 
     with Index.open(index) as opened, progress_bar() as progress:
@@ -331,7 +330,7 @@ def upgrade(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Change the encoder of an index that stays searchable; if it was stopped, the same command resumes it."""
+    """Change the encoder of an index. It stays searchable; if stopped, the same command resumes the upgrade."""
     import yaml
 
     from intaglio.cli.settings import read_settings
@@ -402,7 +401,7 @@ def search(
     ann: Approximate = False,
     json: Json = False,
 ) -> None:
-    """Search an index, on the command line or with --serve on a local page."""
+    """Search an index, or serve a search page (--serve)."""
     place, query = _place(index, query, store)
     if serve and store:
         raise IntaglioError("--serve serves an index in a directory; --store has no page")
@@ -489,7 +488,7 @@ def evaluate(
     ann: Approximate = False,
     json: Json = False,
 ) -> None:
-    """Measure retrieval on judged queries: nDCG, MRR, recall, latency and bytes, for one or more indexes."""
+    """Measure retrieval on judged queries. Shows nDCG, MRR, recall, latency and bytes of one or more indexes."""
     from intaglio import atomic_io
     from intaglio.search.evaluate import evaluate as run
     from intaglio.search.evaluate import report_page, table

@@ -44,7 +44,7 @@ def soup(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     json: Json = False,
 ) -> None:
-    """Average models that were fine-tuned from one checkpoint, chosen by a metric on validation data."""
+    """Average models that were fine-tuned from one checkpoint. They are chosen by a metric on validation data."""
     if output is None:
         raise IntaglioError("an output directory is missing: name one with -o DIR")
     from intaglio.recipe.soup import Sizes

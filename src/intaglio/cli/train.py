@@ -55,7 +55,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output or an interrupted run.")] = False,
     json: Json = False,
 ) -> None:
-    """Train by a recipe, or a recommender on a log of interactions; writes a checkpoint with a report."""
+    """Train by a recipe, or a recommender on interactions. Writes a checkpoint with a report."""
     if (recipe is None) == (interactions is None):
         given = "--recipe and --interactions are given" if recipe else "training data is missing"
         raise IntaglioError(f"{given}; give one of --recipe FILE and --interactions LOG")

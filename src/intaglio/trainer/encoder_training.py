@@ -86,6 +86,12 @@ class EncoderObjective(Method):
     _lengths: dict[str, int] = PrivateAttr(default_factory=dict)
     _owned: nn.ModuleDict = PrivateAttr(None)  # type: ignore[assignment]
 
+    def pair_tokens(self, mined: int) -> int:
+        """Return the tokens of a pair at full length, with `mined` negatives where the number is not given."""
+        query, document = self.query_length or LENGTHS["query"], self.document_length or LENGTHS["document"]
+        tokens = query + (1 + (self.num_negatives or mined)) * document
+        return 2 * tokens if self.variant == "echo" else tokens
+
     @property
     def default_pooling(self) -> Literal["last", "mean"]:
         """`last` for a causal decoder that reads a text as it is, else `mean`."""

@@ -277,11 +277,15 @@ class Train(Settings, Method, slug="train"):
         where their outputs are kept. Memory: the optimizer's two moments and the gradient of the trained weights, and
         the activations of a batch. Modifiers and selectors with a `training_cost` add it.
 
-        A row counts as 512 tokens by default. An epoch is the objective's own samples or the facts; of other data,
-        which are not read, it counts as the calibration.
+        A row counts as 512 tokens by default, a pair as its texts at full length; a dense encoder's embeddings cost
+        nothing. An epoch is the objective's own samples or the facts; of other data, which are not read, it counts as
+        the calibration.
         """
         named = next(iter(self.objective.values())) if self.objective else {}
-        length = self.length or named.get("length") or ROW
+        length, used = self.length or named.get("length") or ROW, workload.parameters
+        if self.pairs is not None and isinstance(encoder := self.parts[0], EncoderObjective):
+            length = encoder.pair_tokens(self.negatives.count if self.negatives else 0)
+            used = workload.parameters if encoder.sparse else workload.block_parameters
         tokens: float = self.tokens or (self.steps or 0) * self.step_rows * length
         if self.epochs is not None:
             fields = next(iter(self.select.values())) if self.select else {}
@@ -303,13 +307,13 @@ class Train(Settings, Method, slug="train"):
         per_token = (1 - still) * sum(columns for _, columns in workload.linears)
         per_token /= 8 if self.gradient_checkpointing else 1
         # Logits, their copy and their gradient.
-        head = 3 * 4 * (workload.parameters - workload.block_parameters) / workload.hidden
+        head = 3 * 4 * (used - workload.block_parameters) / workload.hidden
         steps = tokens / (batch * self.gradient_accumulation_steps)
         dearer = [part for part in self.parts if isinstance(part, HasTrainingCost)]
-        own = [part.training_cost(workload, steps, batch, operations * workload.parameters * batch) for part in dearer]
+        own = [part.training_cost(workload, steps, batch, operations * used * batch) for part in dearer]
         memory = int(12 * trained + batch * (2 * workload.element_size * per_token + head))
         return Cost(
-            flops=operations * workload.parameters * tokens + sum(cost.flops for cost in own),
+            flops=operations * used * tokens + sum(cost.flops for cost in own),
             sorted_elements=sum(cost.sorted_elements for cost in own),
             extra_bytes=memory + sum(cost.extra_bytes for cost in own),
         )
