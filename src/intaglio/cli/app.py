@@ -133,7 +133,7 @@ def show(
         )
         return
     out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.area}: {entry.summary}\n{entry.citation}\n{entry.url}\n")
-    out.print(description(method))
+    out.print(description(method), crop=False)
     for one in heads:
         out.print(f"\n[bold]Shipped[/bold]: {one.sentence()}", highlight=False)
     if record is None:
