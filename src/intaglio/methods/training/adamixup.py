@@ -64,11 +64,13 @@ class AdaMixUp(Method, slug="adamixup"):
         (a_1, delta, a_2, ..., a_K) = softmax(pi(x_1, ..., x_K)),     s = a + delta u,    u uniform on the simplex
         L = L_cls + w L_intr,    L_intr = -mean log psi(real or mixed)
 
-    Policy pi, classifier and discriminator psi minimise L together; none is adversarial. Of a batch, the first half is
-    mixed with partners and also kept as it is, the second half is only seen by psi, as further real examples. The
-    classifier's loss is the mean over mixed and kept rows, psi's over all: a mixed point that looks real may lie on the
-    data of another class, so pi learns to avoid it. Of two folds, s_1 = a_1 + delta u lies in [a_1, 1 - a_2], u uniform
-    in [0, 1]. The paper's parameters for three folds are not in its code; the same rule on the simplex is used here.
+    s_k is the share of example k in a mix, drawn from the region that the policy pi chooses; the discriminator psi
+    tells real from mixed points. Policy, classifier and discriminator minimise L together; none is adversarial. Of a
+    batch, the first half is mixed with partners and also kept as it is, the second half is only seen by psi, as further
+    real examples. The classifier's loss is the mean over mixed and kept rows, psi's over all: a mixed point that looks
+    real may lie on the data of another class, so pi learns to avoid it. Of two folds, s_1 = a_1 + delta u lies in [a_1,
+    1 - a_2], u uniform in [0, 1]. The paper's parameters for three folds are not in its code; the same rule on the
+    simplex is used here.
 
     In a recipe: `train: {classes: images/, modifiers: [{adamixup: {}}], epochs: 20}`. Policy and discriminator are
     dropped at the end. The log has the means of a_1 (`least share`), delta (`width`) and the smallest share (`smallest

@@ -54,7 +54,7 @@ class DupMAE(MaskedLM, slug="dupmae"):
         L = L_enc + L_dec + w L_bow        h: the state of [CLS] of the masked text
 
         L_enc   masked words of the encoder's own text
-        L_dec   every token from h, its position and about half of the words, by one new layer; see `decoder`
+        L_dec   every token from h, its position and about half of the words, by one new layer
         L_bow   -sum_t w_t log softmax(max_{i >= 1} head(h_i))_t        w_t = 1/n for each token t that occurs
 
     In a recipe: `train: {objective: {dupmae: {length: 128}}, texts: docs/, steps: 1000}`, on a masked language model or

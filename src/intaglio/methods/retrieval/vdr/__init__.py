@@ -43,8 +43,9 @@ class VDR(EncoderObjective, slug="vdr"):
         SVDR: L = (C(q_s, p) + C(q, p_s) + C(bow_q, p) + C(q, bow_p)) / 4
         VDR:  L = (C(q_s, p) + C(bow_q, p)) / 2
 
-    C is the cross-entropy of the scores over documents plus that over the queries of the positives. As in the authors'
-    code the two are added; the paper halves them. Unlike there, padding is never pooled.
+    q and p are the dense vectors v of a query and its passage, q_s and p_s their sparse views v_s, bow_q and bow_p
+    their bags of tokens. C is the cross-entropy of the scores over documents plus that over the queries of the
+    positives. As in the authors' code the two are added; the paper halves them. Unlike there, padding is never pooled.
 
     In a recipe: `train: {objective: {vdr: {}}, pairs: pairs.jsonl, negatives: {}, steps: 500}`, then `intaglio index
     DOCS -o INDEX --encoder OUT`; with `--set document_view=tokens` documents are searched as sets of tokens, without a
