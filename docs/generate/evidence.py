@@ -105,13 +105,14 @@ class Row:
     name: str
     what: str
     role: str
+    settings: str
     cells: tuple[str, ...]
 
 
 def arm_columns(record: Record) -> tuple[str, ...]:
     """Return the column titles of the table of arms."""
     others = next(iter(record.arms.values())).metrics
-    return ("units", record.metric.name, *(["diverged"] if _diverged(record) else []), "settings", *others,
+    return ("units", record.metric.name, *(["diverged"] if _diverged(record) else []), *others,
             "tokens", "GFLOPs", "non-zero, M", "s", "peak, MB")  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def _diverged(record: Record) -> bool:
 
 
 def arm_rows(record: Record) -> list[Row]:
-    """Return every arm with its means, tuned settings and mean costs."""
+    """Return every arm with its tuned settings, means and mean costs."""
     rows = []
     for name, arm in record.arms.items():
         cost = arm.cost
@@ -128,7 +129,6 @@ def arm_rows(record: Record) -> list[Row]:
             f"{arm.units}",
             _number(arm.mean),
             *([f"{arm.diverged:.0%}"] if _diverged(record) else []),
-            ", ".join(f"{key}={value}" for key, value in arm.settings.items()),
             *(_number(value) for value in arm.metrics.values()),
             f"{cost.tokens:,}",
             f"{cost.flops / 1e9:,.0f}",
@@ -136,7 +136,7 @@ def arm_rows(record: Record) -> list[Row]:
             f"{cost.seconds:,.1f}",
             f"{cost.peak_bytes / 1e6:,.0f}",
         )
-        rows.append(Row(name, arm.what, arm.role, cells))
+        rows.append(Row(name, arm.what, arm.role, tables.settings(arm), cells))
     return rows
 
 

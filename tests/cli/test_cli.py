@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from intaglio.evidence.engine.record import all_committed
 from intaglio.exporters import FORMATS
 from intaglio.methods.decoding.aded import ADED, Table
 from intaglio.methods.decoding.lud import LUD
+from intaglio.methods.describe import describe
 from intaglio.methods.registry import PUBLISHED, get_method
 from intaglio.recipe.schema import Recipe, json_schema
 from intaglio.speculative.factory import decoder_names
@@ -115,6 +117,9 @@ def test_show(slug: str) -> None:
     assert PUBLISHED[slug].name in shown
     assert all(name in shown for name in get_method(slug).model_fields)
     assert "Source:" in shown
+    for block in describe(inspect.getdoc(get_method(slug)) or "").prose.split("\n\n"):
+        if all(line.startswith("    ") for line in block.split("\n")):  # neither wrapped nor cut
+            assert all(line in shown for line in block.split("\n"))
 
 
 def test_schema() -> None:

@@ -14,6 +14,7 @@ from generate import evidence as shown
 from generate.evidence import Evidence
 
 from intaglio.evidence.engine import record as records
+from intaglio.evidence.engine import tables
 from intaglio.evidence.engine.claim import Metric
 from intaglio.evidence.engine.record import Record
 from intaglio.evidence.engine.tables import signed
@@ -42,6 +43,7 @@ def test_a_page_has_the_numbers_of_its_record(record: Record) -> None:
     for name, arm in record.arms.items():
         assert f"{arm.mean:.4f}" in text
         assert arm.what in text
+        assert not arm.settings or f"({tables.settings(arm)})" in text
         assert f"<code>{name}</code>" in page
     for name, number in record.versions.items():
         assert f"{name} {number}" in text
@@ -121,16 +123,17 @@ def test_a_probe_that_stopped_has_a_page(record: Record) -> None:
         record, verdict="untestable here", why="too little headroom", effect=None, interval=None, looks=(),
         advice="It could not be tested here: take plain training, or measure it on your data.",
     )  # fmt: skip
-    page = plain(card(stopped))
-    assert "Untestable here" in page
-    assert "Too little headroom." in page
+    page = card(stopped)
+    assert "Untestable here" in plain(page)
+    assert "Too little headroom." in plain(page)
+    assert "<svg" not in page
 
 
 def test_a_registered_claim_without_a_run() -> None:
     page = card(None)
     assert "Registered, not yet run" in page
-    assert "its run has not been made yet" in page
-    assert "by half a nat" in page
+    assert "its run has not been made" in page
+    assert "To be tested: The toy" in page
     assert "<svg" not in page
 
 

@@ -84,8 +84,8 @@ def test_the_keys_of_a_recipe() -> None:
     ]
     assert names == ["steps", *RecipeHeader.model_fields, *inner]
     assert (
-        "| `calibration.samples` | whole number, at least 1, at most 1e+06 | `128` | number of segments. Default 128. |"
-        in rows
+        "| `calibration.samples` | whole number, at least 1, at most 1,000,000 | `128` |"
+        " number of segments. Default 128. |" in rows
     )
 
 

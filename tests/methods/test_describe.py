@@ -78,6 +78,7 @@ def test_a_method_without_constants_of_its_paper_has_no_such_column() -> None:
     ("schema", "words"),
     [
         ({"type": "integer", "minimum": 1}, "whole number, at least 1"),
+        ({"type": "integer", "minimum": 1000, "exclusiveMaximum": 2**63}, "whole number, at least 1,000, below 2^63"),
         ({"anyOf": [{"type": "boolean"}, {"type": "null"}]}, "true or false, or none"),
         ({"const": "x"}, "`x`"),
         ({"enum": ["x"]}, "`x`"),

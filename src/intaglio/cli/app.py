@@ -87,10 +87,12 @@ def list_methods(
             ]
         )
         return
-    table = Table("method", "area", "what it does, and its source", "evidence", box=SIMPLE_HEAD)
+    table = Table("method, area", "what it does, and its source", "evidence", box=SIMPLE_HEAD, pad_edge=False)
+    table.columns[0].no_wrap = True
     for entry in entries:
         evidence = tables.cell(records[entry.slug]) if entry.slug in records else tables.without(entry.slug)
-        table.add_row(entry.slug, entry.area, f"{entry.summary}\n[dim]{entry.citation}[/dim]", evidence)
+        what = f"{entry.summary}\n[dim]{entry.citation}[/dim]"
+        table.add_row(f"{entry.slug}\n[dim]{entry.area}[/dim]", what, evidence)
     out.print(table)
 
 
@@ -105,7 +107,8 @@ def show(
     from intaglio.checkpoint.bundled import bundled_heads
     from intaglio.cli.show import description
     from intaglio.evidence.engine import tables
-    from intaglio.evidence.engine.record import committed
+    from intaglio.evidence.engine.record import committed, is_registered, is_stale
+    from intaglio.evidence.engine.registration import load_claim
     from intaglio.methods.registry import METHODS, get_method
 
     method, heads = get_method(slug), bundled_heads(slug)
@@ -130,15 +133,22 @@ def show(
         )
         return
     out.print(f"[bold]{entry.name}[/bold] ({slug}), in {entry.area}: {entry.summary}\n{entry.citation}\n{entry.url}\n")
-    out.print(description(method))
+    out.print(description(method), crop=False)
     for one in heads:
         out.print(f"\n[bold]Shipped[/bold]: {one.sentence()}", highlight=False)
     if record is None:
         if entry.citation:
-            out.print(f"\n[bold]Evidence[/bold]: {tables.without(slug)}", highlight=False)
+            run = f"; `intaglio prove {slug}` runs it" if is_registered(slug) else ""
+            out.print(f"\n[bold]Evidence[/bold]: {tables.without(slug)}{run}.", highlight=False)
         return
     out.print("\n[bold]Evidence[/bold]")
     out.print(tables.report(record), highlight=False)
+    if is_registered(slug) and is_stale(record, claim := load_claim(slug)):
+        out.print(
+            f"This record is of version {record.version} of the claim; version {claim.version} is registered and not"
+            " yet run.",
+            highlight=False,
+        )
 
 
 @app.command()

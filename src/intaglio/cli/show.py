@@ -36,7 +36,7 @@ def description(method: type[Method]) -> RenderableType:
 def _blocks(block: str) -> Iterator[RenderableType]:
     """Yield a paragraph, the items of a list, or an indented block unchanged."""
     if all(line.startswith("    ") for line in block.split("\n")):
-        yield Text(block)
+        yield Text(block, no_wrap=True, overflow="ignore")
         return
     # The item of a list begins a new line; other lines were broken for an editor and are joined.
     for piece in re.split(r"\n(?= *(?:\d+\.|-) )", block):

@@ -31,7 +31,12 @@ Kind = Literal[
     "classifier",
     "autoencoder",
 ]
-"""A protocol that a method implements."""
+"""A protocol that a method implements: `carving` (edits a checkpoint as a step of a recipe), `objective` (the loss of a
+`train` step), `modifier` (acts on the weights, gradients or examples of a `train` step), `selector` (chooses its
+training examples), `decoder` (generates), `drafter` (proposes tokens for speculative decoding), `visibility` (sets
+which positions attend to which), `encoder` (vectors of texts), `dictionary` (sparse features of activations), `probe`
+(measures a model), `study` (compares settings), `classifier` (learns classes on a frozen encoder), `autoencoder`
+(latents of images)."""
 
 ModelAspect = Literal["weights", "width", "depth", "vocabulary", "attention", "cache", "activations"]
 """A part of a checkpoint that a method edits."""

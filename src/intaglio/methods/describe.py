@@ -167,5 +167,10 @@ def describe_type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> 
         return "mapping"
     if kind not in _TYPES:
         return "anything"
-    bounds = [f"{word} {schema[key]:g}" for key, word in _BOUNDS.items() if key in schema]
+    bounds = [f"{word} {_bound(schema[key])}" for key, word in _BOUNDS.items() if key in schema]
     return ", ".join([_TYPES[kind], *bounds])
+
+
+def _bound(value: float) -> str:
+    """Return a bound without an exponent where it is a whole number: `1,000,000`, and 2^63 by its name."""
+    return "2^63" if value == 2**63 else f"{value:,.0f}" if value == int(value) else f"{value:g}"

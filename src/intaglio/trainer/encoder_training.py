@@ -52,7 +52,7 @@ class EncoderObjective(Method):
             lets a decoder see later tokens, by `is_causal=False` in its config. Default `plain`.
         loss_type: `info_nce`, or `margin_mse` or `distillation`, which need negatives and a teacher's scores. Default
             `info_nce`.
-        temperature: T of info_nce and distillation.
+        temperature: T of info_nce and distillation. Default 0.05.
         teacher_temperature: T_t of distillation. Default: T, for a teacher whose scores are cosines too.
         num_negatives: negatives of a pair in a batch, drawn anew each epoch. Default: all.
         chunk_size: most texts of a forward pass; activations of other texts are recomputed. Default: a whole side.

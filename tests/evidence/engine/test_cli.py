@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,14 @@ def test_a_damaged_or_foreign_record_is_one_sentence(committed: Path, content: s
     (committed / "magnitude.json").write_text(text)
     refused(invoke("show", "magnitude"), part)
     refused(invoke("list", "--json"), part)
+
+
+def test_show_marks_a_record_of_an_earlier_version(committed: Path) -> None:
+    earlier = replace(records.read_record(committed / "wanda.json"), slug="dsnot", version=1)
+    records.write_record(earlier, committed / "dsnot.json")
+    text = " ".join(invoke("show", "dsnot").stdout.split())
+    assert "The claim was: The method" in text
+    assert "This record is of version 1 of the claim; version" in text
 
 
 def test_spot_prints_a_sentence_for_each_record(committed: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -336,6 +336,15 @@ def test_tables_and_picture_show_effect_interval_baseline_delta_and_ceiling(fini
     assert "prefers-color-scheme" not in effects(record, alone=False)
 
 
+@pytest.mark.parametrize("slug", records.all_committed())
+def test_the_tables_of_a_record_are_readable_at_80_columns(slug: str) -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(report(records.all_committed()[slug]))
+    text = console.export_text()
+    assert "…" not in text
+    assert max(map(len, text.split("\n"))) <= 80
+
+
 # Journals
 
 

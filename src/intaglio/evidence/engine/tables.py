@@ -1,4 +1,4 @@
-"""Records in the terminal: a cell, a sentence, and a table of arms with their costs."""
+"""Records in the terminal: a cell, a sentence, and tables of the arms and their costs."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from intaglio.evidence.engine.record import Record, is_registered
+from intaglio.evidence.engine.record import ArmSummary, Record, is_registered
 
 
 def without(slug: str) -> str:
-    """Return the evidence of a method without a record."""
-    return f"registered, not yet run; `intaglio prove {slug}` runs it." if is_registered(slug) else "no evidence yet."
+    """Return the evidence of a method without a record, for a table cell."""
+    return "registered, not yet run" if is_registered(slug) else "no evidence yet"
 
 
 def signed(value: float) -> str:
@@ -34,7 +34,7 @@ def cell(record: Record) -> str:
 
 def sentence(record: Record) -> str:
     """Return the verdict with its numbers and the advice, in words."""
-    return f"{record.slug}: {record.reading}. {record.says} {outcome(record)} {record.advice}"
+    return f"{record.slug}: {record.reading}. The claim was: {record.says} {outcome(record)} {record.advice}"
 
 
 def outcome(record: Record) -> str:
@@ -51,38 +51,60 @@ def outcome(record: Record) -> str:
 
 
 def report(record: Record) -> Group:
-    """Return all of a record: a line for each arm, the table, the sentence."""
-    legend = "\n".join(f"{name} ({arm.role}): {arm.what}" for name, arm in record.arms.items())
-    return Group(Text(legend), arms(record), Text(sentence(record)))
+    """Return all of a record: a line for each arm, the tables, the sentence."""
+    legend = "\n".join(
+        f"{name} ({arm.role}): {arm.what}{f' ({settings(arm)})' if arm.settings else ''}"
+        for name, arm in record.arms.items()
+    )
+    return Group(Text(legend), arms(record), costs(record), Text(f"{record.parity}\n\n{sentence(record)}"))
+
+
+def settings(arm: ArmSummary) -> str:
+    """Return the tuned settings of an arm."""
+    return ", ".join(f"{key}={value}" for key, value in arm.settings.items())
 
 
 def arms(record: Record) -> Table:
-    """Return a table of all arms: means of the metrics, tuned settings, and the mean cost of a unit."""
+    """Return a table of all arms with the means of the metrics."""
     others = list(next(iter(record.arms.values())).metrics)
     diverged = any(arm.diverged for arm in record.arms.values())
-    tuned = any(arm.settings for arm in record.arms.values())
-    optional = [name for name, shown in (("diverged", diverged), ("settings", tuned)) if shown]
-    costs = ["tokens", "GFLOPs", "nonzero, M", "s", "peak, MB"]
     title = f"{record.metric.name}, {record.metric.unit}"
-    table = Table(
-        "arm", "units", "mean", *others, *optional, *costs, title=title, caption=record.parity, box=SIMPLE_HEAD
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
-    table.columns[0].no_wrap = True
+    table = _table(title, "mean", *others, *(["diverged"] if diverged else []))
+    for name, arm in record.arms.items():
+        table.add_row(
+            name,
+            *("" if mean is None else f"{mean:.4g}" for mean in (arm.mean, *(arm.metrics[other] for other in others))),
+            *([f"{arm.diverged:.0%}"] if diverged else []),
+            style=_style(arm),
+        )
+    return table
+
+
+def costs(record: Record) -> Table:
+    """Return a table of the mean cost of a unit of every arm."""
+    table = _table("mean cost of a unit", "units", "tokens", "GFLOPs", "non-zero, M", "seconds", "peak, MB")
     for name, arm in record.arms.items():
         cost = arm.cost
         table.add_row(
             name,
             str(arm.units),
-            *("" if mean is None else f"{mean:.4g}" for mean in (arm.mean, *(arm.metrics[other] for other in others))),
-            *([f"{arm.diverged:.0%}"] if diverged else []),
-            *([", ".join(f"{key}={value}" for key, value in arm.settings.items())] if tuned else []),
             f"{cost.tokens:,}",
             f"{cost.flops / 1e9:,.0f}",
             f"{cost.parameters / 1e6:,.1f}",
             f"{cost.seconds:,.1f}",
             f"{cost.peak_bytes / 1e6:,.0f}",
-            style="bold" if arm.role in ("baseline", "method") else "",
+            style=_style(arm),
         )
     return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table.add_column("arm", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", min_width=6, overflow="fold")
+    return table
+
+
+def _style(arm: ArmSummary) -> str:
+    return "bold" if arm.role in ("baseline", "method") else ""

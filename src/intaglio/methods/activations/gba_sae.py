@@ -92,14 +92,14 @@ class GBASAE(SparseAutoencoder, slug="gba_sae"):
     printed algorithm has its min and max swapped; the form above is the one that its text describes.
 
     Args:
-        groups: K. Default 10.
+        groups: K, groups of latents, each with a target frequency. Default 10.
         highest_frequency: target of the first group. Default 0.5.
         lowest_frequency: target of the last group; a single group does not use it. Default 0.001.
-        step_down: γ₋. Default 0.01.
-        step_up: γ₊. Default 0.01.
+        step_down: γ₋, downward step of a bias as a share of the peak. Default 0.01.
+        step_up: γ₊, upward step as a share of the group's mean peak. Default 0.01.
         adapt_every: optimizer steps between adaptations; a chance of 0.001 needs 10,000 activations to be seen. Default
             50.
-        min_frequency: ε. Default 1e-6.
+        min_frequency: ε, frequency below which a bias is raised. Default 1e-6.
         start_scale: a_m at the start. Near 0 each row learns from the input rather than from what other rows leave of
             it, as in the paper's theory; from 1 on, rows share features out among them. Default 0.1.
         activation: `jumprelu` (default) or `relu`.
@@ -118,7 +118,7 @@ class GBASAE(SparseAutoencoder, slug="gba_sae"):
     """
 
     kinds = ("dictionary",)
-    summary = "trains a sparse dictionary whose biases follow target firing frequencies, without a penalty"
+    summary = "trains a sparse dictionary whose biases follow target firing frequencies, without a sparsity penalty"
     citation = (
         "Chen et al., Taming Polysemanticity in LLMs: Theory-Grounded Feature Recovery via Sparse Autoencoders, "
         "ICLR 2026"

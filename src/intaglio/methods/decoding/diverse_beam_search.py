@@ -1,12 +1,5 @@
 """DiverseBeamSearch (Vijayakumar et al., AAAI 2018): beams in groups, each penalised for repeating earlier groups.
 
-    Y_g[t] = argmax over B' distinct extensions of  sum_b score(y_b[t]) - penalty * sum_{h<g} similarity(y_b[t], Y_h[t])
-
-At each step the groups choose in order; a group sees what the groups before it chose at the same step, so the first is
-plain beam search of its width. The search itself is stock: each group is a batch item of transformers' beam search,
-which keeps its finished hypotheses and its stopping rule, and only the scores from which continuations are chosen
-change. All beams go through the model in one pass a step.
-
 Source: Vijayakumar et al., Diverse Beam Search: Decoding Diverse Solutions from Neural Sequence Models, AAAI 2018,
 arXiv 1610.02424; code ashwinkalyan/dbs.
 
@@ -124,6 +117,14 @@ class Hypothesis:
 
 class DiverseBeamSearch(Method, slug="diverse_beam_search"):
     """Beam search in groups that choose different tokens, as a `custom_generate` callable of stock `generate`.
+
+        Y_g[t] = argmax over B' distinct extensions of
+                 sum_b score(y_b[t]) - penalty * sum_{h<g} similarity(y_b[t], Y_h[t])
+
+    At each step the groups choose in order; a group sees what the groups before it chose at the same step, so the first
+    is plain beam search of its width. The search itself is stock: each group is a batch item of transformers' beam
+    search, which keeps its finished hypotheses and its stopping rule, and only the scores from which continuations are
+    chosen change. All beams go through the model in one pass a step.
 
         outputs = model.generate(**inputs, max_new_tokens=64, num_return_sequences=6, num_beams=6, num_beam_groups=3,
                                  custom_generate=intaglio.DiverseBeamSearch(diversity_penalty=0.5))

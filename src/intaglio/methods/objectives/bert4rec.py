@@ -1,11 +1,5 @@
 """BERT4Rec: recommend the next item with a bidirectional encoder trained to fill in masked items (Sun et al., 2019).
 
-    L = -(1 / (|M| + 1e-5)) sum_{t in M} log softmax(logits_t)[x_t]        logits = W(m(x)): full softmax over items
-
-`m` puts [MASK] on the positions M of a window of n items. With probability 1/11 only the last item is masked, as in
-inference; otherwise m = min(max_predictions, max(1, round(n rho))) positions drawn uniformly. The next item is ranked
-by the logits at a [MASK] after the last L - 1 items of a history.
-
 Source: Sun et al., BERT4Rec: Sequential Recommendation with Bidirectional Encoder Representations from Transformer,
 CIKM 2019, arXiv 1904.06690; official code.
 
@@ -55,6 +49,12 @@ def mask_count(items: int, ratio: float, most: int | None = None) -> int:
 
 class BERT4Rec(Method, slug="bert4rec"):
     """Masked-item (Cloze) training of a bidirectional encoder for next-item recommendation.
+
+        L = -(1 / (|M| + 1e-5)) sum_{t in M} log softmax(logits_t)[x_t]        logits = W(m(x)): full softmax over items
+
+    `m` puts [MASK] on the positions M of a window of n items. With probability 1/11 only the last item is masked, as in
+    inference; otherwise m = min(max_predictions, max(1, round(n rho))) positions drawn uniformly. The next item is
+    ranked by the logits at a [MASK] after the last L - 1 items of a history.
 
     On the command line: `intaglio train --interactions log.csv -o model`, then
     `intaglio recommend model --history A,B`. From Python:

@@ -2,19 +2,6 @@
 
 It counters the reversal curse: a model trained on "A is B" does not know that B is A.
 
-A fair coin for each batch chooses one of two losses:
-
-    next token    -mean_t log p(x_{t+1} | x_1 .. x_t), the stock model
-    denoising     -mean_{i in K} log p(x_i | x_j for all j not in K), read from the output at i - 1
-
-K holds each token but the first and special ones with probability 0.15. A token in K is replaced by the mask token and
-is no key in any layer; every other token is a key for all. Scores keep the rotations that the model knows: a key n on
-the right of a query m is rotated as if it stood n - m tokens to the left,
-
-    s(m, n) = q^T R(n - m) k for n <= m,    q^T R(m - n) k for n > m
-
-by negating all positions in the scores above the diagonal. After training the model is the stock causal one.
-
 Where the paper and the official code differ (the mask token is their padding token, masked tokens are never keys), this
 file follows the code; it draws a token where the code's mean over an empty K is not a number, and pads on the right.
 
@@ -177,6 +164,19 @@ def check_reflection(model: Any) -> None:
 
 class BICO(Method, slug="bico"):
     """Bidirectional denoising mixed into fine-tuning, so that a model trained on "A is B" also answers "B is".
+
+    A fair coin for each batch chooses one of two losses:
+
+        next token    -mean_t log p(x_{t+1} | x_1 .. x_t), the stock model
+        denoising     -mean_{i in K} log p(x_i | x_j for all j not in K), read from the output at i - 1
+
+    K holds each token but the first and special ones with probability 0.15. A token in K is replaced by the mask token
+    and is no key in any layer; every other token is a key for all. Scores keep the rotations that the model knows: a
+    key n on the right of a query m is rotated as if it stood n - m tokens to the left,
+
+        s(m, n) = q^T R(n - m) k for n <= m,    q^T R(m - n) k for n > m
+
+    by negating all positions in the scores above the diagonal. After training the model is the stock causal one.
 
     In a recipe: `train: {objective: {bico: {}}, facts: facts.jsonl, epochs: 20, lora: {r: 32}}`, or `texts` instead of
     facts. From Python: `intaglio.train(checkpoint, texts, objective=intaglio.BICO(), epochs=20)`. In a stock

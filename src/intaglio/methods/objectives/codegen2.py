@@ -1,13 +1,5 @@
 """CodeGen2: causal language modelling mixed with span corruption inside a file (Nijkamp et al., 2023).
 
-    causal      x <eot>
-    corrupted   x_0 <mask_1> x_1 <mask_2> x_2 <eot> <sep> <mask_1> s_1 <eom> <mask_2> s_2 <eom>
-
-Each document is corrupted with probability p, anew in each epoch: n disjoint spans s_k, with at least one token
-between two of them, move to the end, and a sentinel stands for each. Both layouts are trained by next-token
-prediction, so the model continues texts and fills holes. The prompt of a hole ends with `<sep> <mask_1>`, its answer
-with `<eom>`.
-
 The authors published checkpoints and a sampler, not the data pipeline: token names, layout and prompt are theirs; p,
 the distributions of spans and the loss on the context are choices of this file, within what the paper says.
 
@@ -141,6 +133,14 @@ def poisson_spans(tokens: int, count: int, rng: torch.Generator) -> list[Span]:
 class CodeGen2(Method, slug="codegen2"):
     """Mixture of causal language modelling and span corruption, for a model that also fills holes.
 
+        causal      x <eot>
+        corrupted   x_0 <mask_1> x_1 <mask_2> x_2 <eot> <sep> <mask_1> s_1 <eom> <mask_2> s_2 <eom>
+
+    Each document is corrupted with probability p, anew in each epoch: n disjoint spans s_k, with at least one token
+    between two of them, move to the end, and a sentinel stands for each. Both layouts are trained by next-token
+    prediction, so the model continues texts and fills holes. The prompt of a hole ends with `<sep> <mask_1>`, its
+    answer with `<eom>`.
+
     In a recipe: `train: {objective: {codegen2: {}}, texts: src/, steps: 500}`. Then
     `intaglio generate OUT --prefix "def area(w, h):" --suffix "return a"`, or from Python `infill(checkpoint, [prefix,
     suffix])` of `intaglio.measures.infilling`. In a stock `transformers.Trainer`:
@@ -151,7 +151,8 @@ class CodeGen2(Method, slug="codegen2"):
         arguments = transformers.TrainingArguments("out", max_steps=100, remove_unused_columns=False)
         transformers.Trainer(checkpoint.model, arguments, collate, rows).train()
 
-    Source: Nijkamp et al., CodeGen2, 2023, arXiv 2305.02309, section 3; see the module for what is left open there.
+    Source: Nijkamp et al., CodeGen2, 2023, arXiv 2305.02309, section 3. Choices that it leaves open are listed in
+    `intaglio.methods.objectives.codegen2`.
 
     Args:
         corruption_ratio: probability p that a document is corrupted. Default 0.5.

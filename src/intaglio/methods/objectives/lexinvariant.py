@@ -1,13 +1,5 @@
 """Lexinvariant language models: token embeddings drawn anew for every sequence (Huang et al., 2023).
 
-    E_b[v] ~ N(0, I_D) for every sequence b and token v,    x_t = E_b[w_t],    logits_t = s E_b LN(h_t)
-
-A token has one vector inside a sequence and another in the next, so the model cannot know tokens and infers them from
-context: averaged over E, p(w_1..w_n) = p(pi(w_1)..pi(w_n)) for every permutation pi of the vocabulary. The readout is
-tied to the same table; s is learned, and no parameter has a row for each token. With `random_ratio` p below 1 (the
-semi-lexinvariant regulariser), each token type of a sequence has a Gaussian row with probability p, else its learned
-row, in input and readout.
-
 A row is a hash of (seed of the sequence, token, dimension), so any row can be computed on any device without its table.
 
 Source: Huang, Zelikman, Chen, Wu, Valiant, Liang, Lexinvariant Language Models, NeurIPS 2023, arXiv 2305.16349. No
@@ -159,6 +151,14 @@ class LogitScale(nn.Module):
 
 class Lexinvariant(Method, slug="lexinvariant"):
     """Next-token prediction with Gaussian token embeddings drawn anew for every sequence in every epoch.
+
+        E_b[v] ~ N(0, I_D) for every sequence b and token v,    x_t = E_b[w_t],    logits_t = s E_b LN(h_t)
+
+    A token has one vector inside a sequence and another in the next, so the model cannot know tokens and infers them
+    from context: averaged over E, p(w_1..w_n) = p(pi(w_1)..pi(w_n)) for every permutation pi of the vocabulary. The
+    readout is tied to the same table; s is learned, and no parameter has a row for each token. With `random_ratio` p
+    below 1 (the semi-lexinvariant regulariser), each token type of a sequence has a Gaussian row with probability p,
+    else its learned row, in input and readout.
 
     In a recipe: `train: {objective: {lexinvariant: {}}, steps: 2000}`; `{lexinvariant: {random_ratio: 0.2}}` is the
     semi-lexinvariant regulariser. Afterwards, in Python:

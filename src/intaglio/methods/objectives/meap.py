@@ -1,12 +1,5 @@
 """MEAP: mask a few input tokens, then predict every next token as usual (Zhuang et al., ICML 2025).
 
-    L(theta) = -(1/T) sum_t log p_theta(x_{t+1} | m(x)_1 .. m(x)_t)
-
-`m` puts [MASK] on M = max(1, floor(T P)) positions of the T inputs, drawn in each epoch, never the last. Nothing
-else changes: attention stays causal, every target stays, and nothing is masked at inference. For fine-tuning, each
-answer of more than 50 tokens appears twice: clean, and as a copy in which a tenth of its tokens is masked and only
-those are predicted.
-
 Source: Zhuang et al., Mask-Enhanced Autoregressive Prediction: Pay Less Attention to Learn More, ICML 2025,
 arXiv 2502.07490.
 
@@ -96,6 +89,13 @@ def mask_inputs(
 
 class MEAP(Method, slug="meap"):
     """Mask-enhanced autoregressive prediction, for pretraining and for supervised fine-tuning.
+
+        L(theta) = -(1/T) sum_t log p_theta(x_{t+1} | m(x)_1 .. m(x)_t)
+
+    `m` puts [MASK] on M = max(1, floor(T P)) positions of the T inputs, drawn in each epoch, never the last. Nothing
+    else changes: attention stays causal, every target stays, and nothing is masked at inference. For fine-tuning, each
+    answer of more than 50 tokens appears twice: clean, and as a copy in which a tenth of its tokens is masked and only
+    those are predicted.
 
     In a recipe: `train: {objective: {meap: {}}, steps: 500}` or, on instruction pairs,
     `train: {objective: {meap: {mode: finetuning}}, instructions: pairs.jsonl, steps: 500}`. From Python:

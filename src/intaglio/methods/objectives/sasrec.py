@@ -1,11 +1,5 @@
 """SASRec: predict each next item with a causal decoder (Kang and McAuley, ICDM 2018), the baseline of BERT4Rec.
 
-    bce:      L = -mean_t [ log s(h_t . e_{x_{t+1}}) + sum_j log(1 - s(h_t . e_{n_tj})) ]      s: logistic function
-    softmax:  L = -mean_t log softmax(E h_t)[x_{t+1}]
-
-`h_t` is the decoder's final state at item t, `e_v` the output row of item v, tied to its input row; n_tj are negatives
-drawn uniformly from the items that the user's sequence does not have.
-
 Source: Kang and McAuley, Self-Attentive Sequential Recommendation, ICDM 2018, arXiv 1808.09781. The full softmax is
 that of Klenitskiy and Vasilev, arXiv 2309.07602, who report it above BERT4Rec.
 
@@ -33,6 +27,12 @@ from intaglio.trainer.rng import KeyedRNG
 
 class SASRec(Method, slug="sasrec"):
     """Next-item training of a causal decoder, by binary cross-entropy with sampled negatives or a full softmax.
+
+        bce:      L = -mean_t [ log s(h_t . e_{x_{t+1}}) + sum_j log(1 - s(h_t . e_{n_tj})) ]      s: logistic function
+        softmax:  L = -mean_t log softmax(E h_t)[x_{t+1}]
+
+    `h_t` is the decoder's final state at item t, `e_v` the output row of item v, tied to its input row; n_tj are
+    negatives drawn uniformly from the items that the user's sequence does not have.
 
     On the command line: `intaglio train --interactions log.csv --objective sasrec -o model`. From Python as `BERT4Rec`,
     with `new_recommender(items, "gpt2")`.

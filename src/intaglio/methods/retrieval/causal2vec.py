@@ -1,12 +1,5 @@
 """Causal2Vec (Lin et al. 2025): a Contextual token from a light encoder in front of an unmodified decoder.
 
-    z   = mean(B(x))                        c = W2 a(W1 z + b1) + b2            B: the light encoder, g: the projector
-    H   = F([c; bos; instruction; x_1 .. x_n; eos])                             F: the decoder, causal as it was
-    v   = [H_c; H_eos] / |[H_c; H_eos]|
-
-Every token can attend to c, a summary of the whole text, so the decoder keeps its causal mask; n + 1 positions are read
-instead of the 2n of an echoed text.
-
 No official code was at hand. Sources leave a, the place of c beside the begin token, and the encoder's view of the
 instruction open, so these are options here.
 
@@ -151,13 +144,22 @@ class Projector(nn.Module):
 class Causal2Vec(SymmetricObjective, slug="causal2vec"):
     """Text encoder from an unmodified decoder that reads a Contextual token of a light encoder before each text.
 
+        z   = mean(B(x))                                       B: the light encoder
+        c   = W2 a(W1 z + b1) + b2                             the projector; c is the Contextual token
+        H   = F([c; bos; instruction; x_1 .. x_n; eos])        F: the decoder, causal as it was
+        v   = [H_c; H_eos] / |[H_c; H_eos]|
+
+    Every token can attend to c, a summary of the whole text, so the decoder keeps its causal mask; n + 1 positions are
+    read instead of the 2n of an echoed text.
+
     In a recipe: `train: {objective: {causal2vec: {}}, pairs: pairs.jsonl, lora: {r: 16}, steps: 500}`, then `intaglio
     index DOCS -o INDEX --encoder OUT`, or `intaglio.load(OUT).as_sentence_transformer()`. OUT contains the light
     encoder. Plain last-token pooling is `ctx_position="none"` with `pooling="eos"`; echoed texts and the bidirectional
     mask with mean pooling are variants of `contrastive`.
 
-    Source: Lin et al., Causal2Vec, 2025, arXiv 2507.23386; see the module for what it leaves open. The authors train
-    LoRA adapters of Mistral-7B with E5-base-v2 on public retrieval data, with hard negatives, up to 512 tokens.
+    Source: Lin et al., Causal2Vec, 2025, arXiv 2507.23386. It leaves a, the place of c and the text that B reads open.
+    The authors train LoRA adapters of Mistral-7B with E5-base-v2 on public retrieval data, with hard negatives, up to
+    512 tokens.
 
     Args:
         light_encoder: B, a bundled name, a directory or a hub id of a text encoder. Default `minilm`.

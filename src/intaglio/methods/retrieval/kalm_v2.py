@@ -1,12 +1,5 @@
 """KaLMV2 (Zhao et al. 2026): bidirectional mean-pooled embeddings of a decoder, with weighted and mixed negatives.
 
-    p_i = exp(s(q_i, p_i) / T) / Z_i        w_i = (1 - p_i)^gamma        L = mean_i -w_i log p_i
-    pair-wise:  h = unit(lambda n_a + (1 - lambda) n_b),  lambda ~ Beta(2, 2)
-    list-wise:  h = unit(sum_k alpha_k n_k),  alpha = softmax(s(q_i, n_k) / T')
-
-s is the cosine of mean-pooled states that see the whole text. Z_i sums over the query's positive, the other positives
-and the hard negatives of the whole batch, and the mixed negatives h of the query's own n_1 .. n_M.
-
 The authors' code has the loss without w and h, expanded negatives, Matryoshka sizes, batches of one task, and the
 mining of negatives. Sources leave open whether gradients flow through w and h, the number of h, T', and gamma: those
 are options here. The template of instructions is the code's, with more spaces than the paper's. Unlike the code, texts
@@ -77,14 +70,22 @@ def mixable(owner_N: Tensor, excluded_BN: Tensor) -> Tensor:
 class KaLMV2(PooledObjective, slug="kalm_v2"):
     """Dense encoder from a decoder without its causal mask, trained with weighted queries and mixed negatives.
 
+        p_i = exp(s(q_i, p_i) / T) / Z_i        w_i = (1 - p_i)^gamma        L = mean_i -w_i log p_i
+        pair-wise:  h = unit(lambda n_a + (1 - lambda) n_b),  lambda ~ Beta(2, 2)
+        list-wise:  h = unit(sum_k alpha_k n_k),  alpha = softmax(s(q_i, n_k) / T')
+
+    s is the cosine of mean-pooled states that see the whole text. Z_i sums over the query's positive, the other
+    positives and the hard negatives of the whole batch, and the mixed negatives h of the query's own n_1 .. n_M.
+
     In a recipe: `train: {objective: {kalm_v2: {}}, pairs: pairs.jsonl, negatives: {encoder: self, ranks: [50, 100],
     count: 7, sample: true, consistency: 50}, homogeneous_ratio: 1.0, steps: 500}`, with `task`, `instruction` and
     `symmetric` in the pairs where tasks differ. The result loads in sentence-transformers and in `intaglio index DOCS
     -o INDEX --encoder OUT`. `intaglio soup OUT1 OUT2 -o OUT --mode uniform` averages trainings from one checkpoint. A
     second stage with `loss_type: distillation` fits a larger teacher's scores.
 
-    Source: Zhao et al., KaLM-Embedding-V2, ICLR 2026, arXiv 2506.20923; see the module for what it leaves open. The
-    authors train Qwen2-0.5B at 1e-5 with a warm-up of a tenth, one epoch, batches of 48 a GPU, bfloat16.
+    Source: Zhao et al., KaLM-Embedding-V2, ICLR 2026, arXiv 2506.20923; choices that it leaves open are listed in
+    `intaglio.methods.retrieval.kalm_v2`. The authors train Qwen2-0.5B at 1e-5 with a warm-up of a tenth, one epoch,
+    batches of 48 a GPU, bfloat16.
 
     Args:
         variant: `bidirectional`, or `plain` with the causal mask. Default `bidirectional`.

@@ -1,14 +1,5 @@
 """AdaMixUp (Guo et al., AAAI 2019): mixup with shares from a region that a network chooses for each pair of examples.
 
-    (a_1, delta, a_2, ..., a_K) = softmax(pi(x_1, ..., x_K)),     s = a + delta u,    u uniform on the simplex
-    L = L_cls + w L_intr,    L_intr = -mean log psi(real or mixed)
-
-Policy pi, classifier and discriminator psi minimise L together; none is adversarial. Of a batch, the first half is
-mixed with partners and also kept as it is, the second half is only seen by psi, as further real examples. The
-classifier's loss is the mean over mixed and kept rows, psi's over all: a mixed point that looks real may lie on the
-data of another class, so pi learns to avoid it. Of two folds, s_1 = a_1 + delta u lies in [a_1, 1 - a_2], u uniform
-in [0, 1]. The paper's parameters for three folds are not in its code; the same rule on the simplex is used here.
-
 The authors' code passes each kept row through the network twice, for classifier and psi; here all rows share a pass.
 
 Source: Guo, Mao and Zhang, MixUp as Locally Linear Out-Of-Manifold Regularization, AAAI 2019, arXiv 1809.02499; code
@@ -70,6 +61,17 @@ def region_shares(region_PR: Tensor, uniform_PK: Tensor) -> Tensor:
 class AdaMixUp(Method, slug="adamixup"):
     """Mixup with a learned region of shares, for classifiers of images and of texts, which mix at their embeddings.
 
+        (a_1, delta, a_2, ..., a_K) = softmax(pi(x_1, ..., x_K)),     s = a + delta u,    u uniform on the simplex
+        L = L_cls + w L_intr,    L_intr = -mean log psi(real or mixed)
+
+    s_k is the share of example k in a mix, drawn from the region that the policy pi chooses; the discriminator psi
+    tells real from mixed points. Policy, classifier and discriminator minimise L together; none is adversarial. Of a
+    batch, the first half is mixed with partners and also kept as it is, the second half is only seen by psi, as further
+    real examples. The classifier's loss is the mean over mixed and kept rows, psi's over all: a mixed point that looks
+    real may lie on the data of another class, so pi learns to avoid it. Of two folds, s_1 = a_1 + delta u lies in [a_1,
+    1 - a_2], u uniform in [0, 1]. The paper's parameters for three folds are not in its code; the same rule on the
+    simplex is used here.
+
     In a recipe: `train: {classes: images/, modifiers: [{adamixup: {}}], epochs: 20}`. Policy and discriminator are
     dropped at the end. The log has the means of a_1 (`least share`), delta (`width`) and the smallest share (`smallest
     share`): near 0, the policy has stopped mixing. A discriminator that always answers "real" has an intrusion loss of
@@ -92,7 +94,7 @@ class AdaMixUp(Method, slug="adamixup"):
             (a copy of the classifier with weights of its own, which begin as the classifier's). Default `small`.
         region: (a_1, delta, a_2, ...), K + 1 numbers with the sum 1, instead of a policy. Default: learned.
         hidden_size: units of the small policy's hidden layer. Default 512.
-        dropout: after that layer, 0 to below 1. Default 0.5.
+        dropout: dropout rate after that layer, 0 to below 1. Default 0.5.
 
     Raises:
         IntaglioError: (in training) the objective is not classification by plain cross-entropy, the data is a stream,

@@ -1,13 +1,5 @@
 """DecoupledMixup (Liu et al., NeurIPS 2023): mixup loss with a term for each mixed class against all but its partners.
 
-    phi_ab = exp(z_a) / sum_{c != b} exp(z_c)                    softmax without the partner's class
-    L = -[lam log p_a + (1 - lam) log p_b] - eta r(lam) log phi_ab - eta r(1 - lam) log phi_ba
-
-Softmax couples the mixed classes: raising p_a lowers p_b. The added terms do not, so both classes may be confident,
-while the first part keeps their ratio. Of K mixed classes, each term leaves out the K - 1 others. A row whose examples
-have one class is plain cross-entropy. Under binary cross-entropy the classes are not coupled, and the targets become
-r(lam) y_a + r(1 - lam) y_b.
-
 The paper's terms have no factor r; the authors' code has r(lam) = lam by default, used here (`paper()` has r = 1).
 Unlike the code, which reads classes off the targets and so may swap the factors of two classes, each class has its own
 factor; a share of exactly one half keeps its terms, and every row may have shares of its own.
@@ -95,6 +87,14 @@ def rescaled(shares: Tensor, how: Rescale, threshold: float, exponent: float) ->
 
 class DecoupledMixup(Mixing, slug="decoupled_mixup"):
     """Mixup, CutMix or ManifoldMix with the decoupled loss, for classifiers of images and of texts.
+
+        phi_ab = exp(z_a) / sum_{c != b} exp(z_c)                    softmax without the partner's class
+        L = -[lam log p_a + (1 - lam) log p_b] - eta r(lam) log phi_ab - eta r(1 - lam) log phi_ba
+
+    Softmax couples the mixed classes: raising p_a lowers p_b. The added terms do not, so both classes may be confident,
+    while the first part keeps their ratio. Of K mixed classes, each term leaves out the K - 1 others. A row whose
+    examples have one class is plain cross-entropy. Under binary cross-entropy the classes are not coupled, and the
+    targets become r(lam) y_a + r(1 - lam) y_b.
 
     In a recipe: `train: {classes: images/, modifiers: [{decoupled_mixup: {mix: cutmix}}], epochs: 20}`. Partners are
     rows of one batch, in a distributed run of one process. Under the objective `classification: {loss_type:

@@ -1,15 +1,5 @@
 """ELR (Liu et al., NeurIPS 2020): predictions are pulled to their running averages, so that wrong labels stay out.
 
-    p_i = softmax(z_i), clamped to [1e-4, 1 - 1e-4]
-    t_i <- beta t_i + (1 - beta) p_i / sum p_i                    (no gradient; before the loss)
-    L = mean CE(z_i, y_i) + lambda mean log(1 - <t_i, p_i>)
-
-With two networks (ELR+), each has a weight average (EMA), a table of targets of its own and mixup:
-
-    t_i <- beta t_i + (1 - beta) softmax(EMA of the other network on x_i)
-    x' = l x + (1 - l) x[pairs],   y' and q likewise, from one-hot labels and t;   l ~ Beta(alpha, alpha), l >= 1/2
-    L = mean CE(f(x'), y') + r(s) lambda mean log(1 - <q, p'>)     r(s) = exp(-5 (1 - s / S)^2) up to step S, then 1
-
 Differences from the released code, in which the two networks are trained in turn, an epoch each: here both take each
 step, on the same rows with mixtures of their own; the averages begin as copies of their networks (there: as networks
 drawn apart, which the first step all but replaces). The released schedule of the average counts from s + 1.
@@ -56,10 +46,19 @@ NETWORK = "network."
 class ELR(Method, slug="elr"):
     """Early-learning regularisation: a training modifier for classifiers of texts and images with wrong labels.
 
-        train: {classes: FOLDER, validation: OTHER, epochs: 30, modifiers: [elr: {}]}
+        p_i = softmax(z_i), clamped to [1e-4, 1 - 1e-4]
+        t_i <- beta t_i + (1 - beta) p_i / sum p_i                    (no gradient; before the loss)
+        L = mean CE(z_i, y_i) + lambda mean log(1 - <t_i, p_i>)
 
-    The attachment `elr` holds the table `targets`, float32 [N, K]; the report names the labels that it contradicts,
-    argmax t_i != y_i, with argmax t_i as the proposal. A table costs N K 4 bytes. In a stock `Trainer`:
+    With two networks (ELR+), each has a weight average (EMA), a table of targets of its own and mixup:
+
+        t_i <- beta t_i + (1 - beta) softmax(EMA of the other network on x_i)
+        x' = l x + (1 - l) x[pairs],   y' and q likewise, from one-hot labels and t;   l ~ Beta(alpha, alpha), l >= 1/2
+        L = mean CE(f(x'), y') + r(s) lambda mean log(1 - <q, p'>)     r(s) = exp(-5 (1 - s / S)^2) up to step S, then 1
+
+    In a recipe: `train: {classes: FOLDER, validation: OTHER, epochs: 30, modifiers: [elr: {}]}`. The attachment `elr`
+    holds the table `targets`, float32 [N, K]; the report names the labels that it contradicts, argmax t_i != y_i, with
+    argmax t_i as the proposal. A table costs N K 4 bytes. In a stock `Trainer`:
 
         rows = training_rows(Classification(), checkpoint, examples, KeyedRNG(0))
         module = ObjectiveModule(checkpoint, Classification(), [ELR()], rows)

@@ -1,12 +1,5 @@
 """Hyperfitting (Carlsson et al., ICLR 2025): fit a tiny training set to near-zero loss, then decode greedily.
 
-    L = -(1/T) sum_t log p(x_{t+1} | x_1..x_t)    over 2,000 sequences of exactly 256 tokens, 20 epochs, rate 1e-6
-
-Nothing regularises: no weight decay, dropout, warm-up, decay or clipping. The validation loss rises far above the
-start, predictions become certain, and greedy text repeats itself less. Training the last blocks alone by LoRA keeps
-most of the effect (a later study, arXiv 2605.22579). The authors' script has 30 epochs, a rate of 5e-6 and AdamW's
-default weight decay; the paper's values are used here.
-
 Source: Carlsson et al., The Hyperfitting Phenomenon: Sharpening and Stabilizing LLMs for Open-Ended Text Generation,
 ICLR 2025, arXiv 2412.04318; code FreddeFrallan/Hyperfitting.
 
@@ -39,6 +32,13 @@ LATE_BLOCKS = 5
 
 class Hyperfitting(Method, slug="hyperfitting"):
     """Next-token prediction of a few sequences of one length, without dropout, for training to near-zero loss.
+
+        L = -(1/T) sum_t log p(x_{t+1} | x_1..x_t)    over 2,000 sequences of exactly 256 tokens, 20 epochs, rate 1e-6
+
+    Nothing regularises: no weight decay, dropout, warm-up, decay or clipping. The validation loss rises far above the
+    start, predictions become certain, and greedy text repeats itself less. Training the last blocks alone by LoRA keeps
+    most of the effect (a later study, arXiv 2605.22579). The authors' script has 30 epochs, a rate of 5e-6 and AdamW's
+    default weight decay; the paper's values are used here.
 
     In a recipe: `train: {objective: {hyperfitting: {}}, epochs: 20, batch_size: 8, learning_rate: 1.0e-6, schedule:
     constant, warmup: 0, max_grad_norm: 0}`. From Python: `intaglio.train(checkpoint, texts,

@@ -1,13 +1,5 @@
 """OrthConv (Achour et al. 2022): a regulariser of kernels that makes whole convolutions orthogonal.
 
-    L = task loss + lambda sum_l L_orth(K_l)
-    L_orth(K) = ||A - I0||_F^2 - max(0, M - C S^2),    A = conv(K, K), stride S, zero padding floor((k - 1) / S) S
-
-A is the autocorrelation of a kernel of M filters with C channels, I0 an identity at its centre. For circular padding
-and an N x N output, N^2 L_orth is the squared distance of the convolution's matrix from orthogonality, so a small
-L_orth keeps all singular values near 1 at any image size. The Gram matrix of the reshaped kernel, ||W W^T - I||, does
-not.
-
 - `modeling.convolutions`: kernels, autocorrelation, L_orth, singular values by FFT.
 - `measures.conv_spectrum`, `intaglio inspect MODEL --spectrum`: the audit of a model.
 
@@ -47,6 +39,12 @@ class OrthConv(Method, slug="orth_conv"):
     """Training modifier that keeps the singular values of convolutions near 1.
 
         L = task loss + lambda sum_l L_orth(K_l)
+        L_orth(K) = ||A - I0||_F^2 - max(0, M - C S^2),    A = conv(K, K), stride S, zero padding floor((k - 1) / S) S
+
+    A is the autocorrelation of a kernel of M filters with C channels, I0 an identity at its centre. For circular
+    padding and an N x N output, N^2 L_orth is the squared distance of the convolution's matrix from orthogonality, so a
+    small L_orth keeps all singular values near 1 at any image size. The Gram matrix of the reshaped kernel, ||W W^T -
+    I||, does not.
 
     In a recipe: `train: {modifiers: [{orth_conv: {regularization_weight: 0.1}}], ...}`; the loss has the part `orth`,
     the sum without lambda, and the report has the singular values of small layers. In a stock `Trainer`, with one batch
@@ -87,7 +85,7 @@ class OrthConv(Method, slug="orth_conv"):
     """
 
     kinds = ("modifier",)
-    summary = "regularises kernels so that convolutions keep lengths, at any image size"
+    summary = "regularises kernels so that convolutions neither amplify nor shrink their inputs, at any image size"
     citation = (
         "Achour et al., Existence, Stability and Scalability of Orthogonal Convolutional Neural Networks, JMLR 23(347),"
         " 2022"

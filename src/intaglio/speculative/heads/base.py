@@ -93,7 +93,7 @@ class TrainedHeads(SpeculativeDecoder):
     accumulate: Annotated[int, Field(ge=1, le=4096)] = 1
     """Batches of an optimizer step. Default 1."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate, cosine to 0."""
+    """Peak learning rate, cosine to 0. Default 1e-3."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Share of the steps in which the rate rises. Default 0.01."""
     precision: Literal["float32", "bfloat16"] = "float32"

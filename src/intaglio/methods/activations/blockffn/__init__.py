@@ -75,24 +75,24 @@ class BlockFFN(ReplacesMLPs, Method, slug="blockffn"):
 
     The weights of the MLPs are lost: this is for models that are trained from scratch (`new`), or trained on for long.
     Nothing turns a trained MLP into such experts without training, so it is no step by itself. After the training the
-    checkpoint is a live one (`intaglio.load` reads it); a later training step with the same modifier trains the layers
-    that are there. Decoding, and the verify passes of drafting, read the weights of the experts that some token of the
-    pass takes. Attention's projections stay plain.
+    checkpoint needs `intaglio.load`; a later training step with the same modifier trains the layers that are there.
+    Decoding, and the verify passes of drafting, read the weights of the experts that some token of the pass takes.
+    Attention's projections stay plain.
 
     Its baselines have the same experts and another router: `topk` (a softmax, the K largest divided by their sum, an
     auxiliary loss for balance), `remoe` (ReLU alone, with a penalty that a controller holds at K experts a token),
     `relu` with `norm: none`, and `none`: every score is 1, a plain MLP of width E h.
 
     Args:
-        experts: E. Default: 48, or as many as are there.
+        experts: E, number of experts of a layer. Default: 48, or as many as are there.
         expert_width: h, inner features of an expert. Default: such that a layer has about as many numbers as the MLP
             that it replaces, which gives the paper's sizes.
         width: instead of `expert_width`, E h, the inner features of all experts together, a multiple of E.
         router: `relu` (default), `topk`, `remoe` or `none`.
         norm: of the router `relu`: `rms` (default), `sum` or `none`.
-        k: K, experts of a token, for `topk` and `remoe`.
+        k: K, experts of a token, required by `topk` and `remoe`.
         locality: weight of the first loss. Default 2e-3 for `relu`, the paper's for most of its models.
-        steep: steepness of the sigmoid in it. Default 100.
+        steep: steepness of the sigmoid in that loss. Default 100.
         chunk_weight: initial weight of the second loss. Default 5e-2 for `relu`.
         chunk: L, tokens of a chunk. Default: a sixteenth of the model's context, from 8 to 64.
         adapt: whether the second weight follows its loss. Default true.

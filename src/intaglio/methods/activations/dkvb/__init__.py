@@ -87,8 +87,8 @@ class DKVB(Method, slug="dkvb"):
         mlp_width: hidden width of `mlp`. Default 128.
         value_std: standard deviation of the initial values; 0 (default): zeros.
         restrict_to_used: whether classifying only fetches pairs that training fetched. Default true.
-        max_classes: classes that there is place for from the start, known or to come. Default: those of the labels;
-            voting grows when `learn` brings more.
+        max_classes: classes allocated from the start, known or to come. Default: those of the labels; voting grows when
+            `learn` brings more.
         epochs: passes over the labelled texts, in `fit` and in `learn`. Default 20.
         batch_size: texts of a step. Default 64.
         learning_rate: of the values, whose gradients are divided by C: it grows with `num_codebooks`. Default 100.

@@ -68,11 +68,11 @@ class MoEX(ReplacesMLPs, Method, slug="moe_x"):
     loads (1: all alike), the units that fire for a token and how many were expected to, and the share of units that
     fired for no token of the batch.
 
-    The checkpoint becomes a live one (`intaglio.load` reads it). `expert_statistics` returns statistics of the experts.
+    The checkpoint needs `intaglio.load`. `expert_statistics` returns statistics of the experts.
 
-    Source: Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025 (arXiv 2503.07639); see the
-    package for what it leaves open. Balance loss: Fedus et al., Switch Transformers, JMLR 2022. Units drawn anew:
-    Nakamura et al., Drop-Upcycling, ICLR 2025.
+    Source: Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025 (arXiv 2503.07639); choices that
+    it leaves open are listed in `intaglio.methods.activations.moe_x`. Balance loss: Fedus et al., Switch Transformers,
+    JMLR 2022. Units drawn anew: Nakamura et al., Drop-Upcycling, ICLR 2025.
 
     Args:
         experts: E. Default 8. null: those that the model has, in a training step.

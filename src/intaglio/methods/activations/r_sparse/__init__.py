@@ -56,7 +56,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class RSparse(ReplacesLinears, Method, slug="r_sparse"):
-    """Multiplies each token with the columns of a projection that matter to it, and gives the rest a low rank.
+    """Multiplies each token with the columns of a projection that matter to it, and approximates the rest at low rank.
 
     Of a projection W [O, I] = U S Vᵀ, with s_i = ||W[:, i]||₂ and a threshold τ from calibration text:
 
@@ -74,17 +74,16 @@ class RSparse(ReplacesLinears, Method, slug="r_sparse"):
     weight, column by column, is made when the first token is decoded (`intaglio.kernels.gather`), which is what makes
     it faster. Embeddings and the head stay dense; the head's product is the one measured to be fastest for few tokens.
 
-    The checkpoint becomes a live one, which `intaglio.load` reads. Weights under thresholds are not trained further.
-    Its baselines have the same interface: `RSparse.teal()`, thresholds on |x| alone, and `RSparse.cats()`, thresholds
-    on the gates of the feed-forwards.
+    The checkpoint needs `intaglio.load`. Weights under thresholds are not trained further. Its baselines have the same
+    interface: `RSparse.teal()`, thresholds on |x| alone, and `RSparse.cats()`, thresholds on the gates of the
+    feed-forwards.
 
     Args:
         sparsity: s, the share of the projections' weights that a token does not read, 0 <= s < 1. Default 0.5.
         alpha: α, one number, or by name or shell pattern (`{"layers.0.*.q_proj": 0.2}`; the first match counts, others
             have the default). `error`: for each projection the α of 0.2, 0.5, 0.7, 0.8, 0.9, 0.95 and 1 with the least
-            mean relative output error on the calibration tokens. Default 1: columns alone, which the authors' searched
-            splits are near to but for the first queries and keys; a low rank is worth its bytes where a weight is
-            nearly of low rank.
+            mean relative output error on the calibration tokens. Default 1: columns alone, near the authors' searched
+            splits except for the first queries and keys; a low-rank part pays where a weight is nearly of low rank.
         search: evolutionary search for an α for each projection, with the loss on calibration segments as the fitness:
             `{population, generations, segments, mutation, step}`. Default: no search.
         how: `r_sparse` (default), `teal` or `cats`.

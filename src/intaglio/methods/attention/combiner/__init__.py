@@ -68,8 +68,8 @@ class Combiner(Method, slug="combiner"):
     segment and the spans; `logn` and `mixture` keep all keys and values as well, `row_major` a summary for every token.
     Tokens appended to a cache have no gradients. The checkpoint needs `intaglio.load`.
 
-    Source: Ren et al., Combiner: Full Attention Transformer with Sparse Computation Cost, NeurIPS 2021; see the module
-    for differences between paper and code.
+    Source: Ren et al., Combiner: Full Attention Transformer with Sparse Computation Cost, NeurIPS 2021; differences
+    between paper and code are listed in `intaglio.methods.attention.combiner`.
 
     Args:
         variant: `fixed` (default), `logn`, `row_major`, `mixture` or `bidirectional_mixture`, see above.

@@ -134,8 +134,8 @@ class SparseFrontier(Method, slug="sparse_frontier"):
 
     Layers with a sliding window keep their own cache, which is bounded already; a pattern applies within the window.
     Each row of a batch is treated alone and without its padding. Only a plain `DynamicCache` is accepted, which the
-    policy fills; a static cache, and speculative decoding, which takes tokens back, are refused. The checkpoint becomes
-    a live one, which `intaglio.load` reads.
+    policy fills; a static cache, and speculative decoding, which takes tokens back, are refused. The checkpoint needs
+    `intaglio.load`.
 
     In a recipe: `sparse_frontier: {prefill: vertical_slash, cache: {name: quest, budget: 2048}}`. From Python:
 

@@ -47,7 +47,7 @@ _LEARNT = 100_000
 
 
 class ADED(SpeculativeDecoder, slug="aded"):
-    """Draft from a table M[(a, b)][c] of how likely c follows a, b; let the target verify; let the table learn.
+    """Draft from a table M[(a, b)][c] of how likely c follows a, b; the target verifies, and updates the table.
 
     Every step, with s the tokens so far, the last one x* not yet read by the target:
 
@@ -83,8 +83,8 @@ class ADED(SpeculativeDecoder, slug="aded"):
             certain. Default 1; paper 0.
         top: successors of a row taken from the corpus, without renormalising; learnt rows may have more. Default 12.
         adaptive: whether the table learns. Default true.
-        prompt: boosts that every tri-gram of the whole prompt gets before the first step. Default 3; paper 0: only
-            the window at the end of the prompt is learnt.
+        prompt: number of boosts for every tri-gram of the prompt before the first step. Default 3; paper 0: only the
+            window at the end of the prompt is learnt.
         window: tokens whose tri-grams are boosted at a step. Default 16.
         boost: added to the weight of a tri-gram. Default 0.2; paper 0.04.
         cap: the largest weight by boosts. Default 3.
@@ -93,25 +93,25 @@ class ADED(SpeculativeDecoder, slug="aded"):
             first by the product of the probabilities). Default `mcts`.
         reward: `path` as above, or `official`: the released code looks up the token that the key already ends in, so
             nearly every reward is 1. Default `path`.
-        iterations: of the search. Default 64; paper 150.
-        length: most keys of a path, the root's included; so drafts have at most as many tokens. Default 8;
-            paper 4.
+        iterations: iterations of the search. Default 64; paper 150.
+        length: longest path in keys, root included, and so the longest draft in tokens. Default 8; paper 4.
         c1: weight of the priors. Default 32.
         c2: visits after which that weight begins to grow. Default 8.
         candidates: nodes taken from the search. Default 24.
         trim: `visits`: the candidates are merged in the order of their visits until there are `nodes`; `distinct`:
             candidates with many distinct tokens are dropped until these sum to `choices`, then the shortest are merged
             first, as in the paper. Default `visits`.
-        choices: the sum for `distinct`. Default 64.
+        choices: that sum under `trim: distinct`. Default 64.
         nodes: most drafted tokens of a tree. Default 15; paper 64.
         draft_cost: cost that any draft adds to a pass, in passes over one token. Default 0; without
             `prepack` about 0.35.
-        token_cost: cost that each drafted token adds to it, once for each row that shares the pass. The part of the
-            tree with the most tokens expected by the table for the cost of its pass is verified, possibly none. The
-            expectation is scaled by how much of it came true in the last steps. Default: as measured for passes of
-            1 to 16 tokens (`speculative.pass_cost`), 0.035 where nothing is measured; paper 0: the whole tree.
-        seed: of the search's draws, for each row apart. Default 0.
-        tokenizer: the target's, for a corpus of texts. Default: the one beside the target's weights.
+        token_cost: cost that each drafted token adds to a pass, in passes over one token, once for each row that shares
+            the pass. The part of the tree with the most tokens expected by the table for the cost of its pass is
+            verified, possibly none. The expectation is scaled by how much of it came true in the last steps. Default:
+            as measured for passes of 1 to 16 tokens (`speculative.pass_cost`), 0.035 where nothing is measured; paper
+            0: the whole tree.
+        seed: seed of the search's draws, which differ by row. Default 0.
+        tokenizer: tokenizer of the target, for a corpus of texts. Default: the one beside the target's weights.
 
     Raises:
         IntaglioError: (at the first use) a corpus of another tokenizer or vocabulary, texts without a tokenizer, and

@@ -96,7 +96,7 @@ class AWRS(Method, slug="awrs"):
     It always draws; `do_sample=True` adds temperature, top-k and top-p to the target.
 
     Args:
-        constraint: of the new tokens' text (`intaglio.constraints`).
+        constraint: constraint on the new tokens' text, from `intaglio.constraints`; required by `generate`.
         particles: number N for each row. Default 5.
         ess_threshold: share of N, 0 to 1; 0 never resamples. Default 0.5.
         resampling: `multinomial` or `systematic`. Default `multinomial`.

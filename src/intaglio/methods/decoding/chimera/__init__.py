@@ -43,7 +43,7 @@ class Chimera(TrainedHeads, slug="chimera"):
     a full C_m would have 57 million entries for 49,152 tokens and a width of 576.
 
     Args:
-        heads: M. Deeper nodes use the last one. Default 4.
+        heads: M, heads for successive depths of the tree; deeper nodes use the last one. Default 4.
         rank: of the change that heads share; 0: none. Default: full matrices if they have no more than 2^20 entries
             together, else 32.
         head_sharing: one head for all depths, as the released code generates. Default false.

@@ -42,10 +42,11 @@ class HiddenTransfer(TrainedHeads, slug="hidden_transfer"):
     A pass carries up to 1 + k rows per node in its upper blocks. The first pass of a run has nothing to draft from.
 
     Args:
-        ahead: k. Default 3.
+        ahead: k, tokens drafted ahead. Default 3.
         layers: transfer layers t_1 <= ... <= t_k, each the number of blocks before it; 0: the embedding; the number
             of blocks: a linear head. Default: spread from two thirds to five sixths of the stack.
-        goal: `model`, as above, or `text`: cross-entropy with the next token. Default `model`.
+        goal: target of the training: `model`, the model's own distribution as above, or `text`, the text's next tokens
+            by cross-entropy. Default `model`.
         decay: weight of each step relative to the one before. Default 1.
         state: weight of the mean squared distance between p_n,i and the true state h_{n+i}^{t_i}. Default 0.
         draft_rows: nodes with pseudo states: `all` (default); or `path`, only the deepest path: fewer rows, and a pass

@@ -125,7 +125,7 @@ class LUD(SpeculativeDecoder, slug="lud"):
 
     kinds = ("objective", "decoder", "drafter")
     summary = (
-        "trains a model to emit the rest of a lexical unit in one pass, and decodes so; lossless only with verification"
+        "trains a model to emit runs of predictable tokens in one pass, and decodes so; lossless only with verification"
     )
     citation = (
         "Sun et al., Decoding at the Speed of Thought: Harnessing Parallel Decoding of Lexical Units for LLMs, "

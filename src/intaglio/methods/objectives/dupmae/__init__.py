@@ -1,11 +1,5 @@
 """DupMAE (Liu et al. 2023): an encoder pretrained for retrieval, by two decodings of what it reads.
 
-    L = L_enc + L_dec + w L_bow        h: the state of [CLS] of the masked text
-
-    L_enc   masked words of the encoder's own text
-    L_dec   every token from h, its position and about half of the words, by one new layer; see `decoder`
-    L_bow   -sum_t w_t log softmax(max_{i >= 1} head(h_i))_t        w_t = 1/n for each token t that occurs
-
 RetroMAE (v1) has no L_bow, and queries of the decoder that are h plus the position, not normalised. Unlike in the
 authors' code, unknown tokens are never masked, predicted or counted, as they restore nothing of the text. After the
 pretraining the decoder is of no use; it is kept as an attachment, so that pretraining can go on.
@@ -56,6 +50,12 @@ def bag_weights(ids_BL: Tensor, counted_BL: Tensor, vocabulary: int) -> Tensor:
 
 class DupMAE(MaskedLM, slug="dupmae"):
     """Pretraining of an encoder for retrieval: masked words, the text from its sentence vector, and its bag of words.
+
+        L = L_enc + L_dec + w L_bow        h: the state of [CLS] of the masked text
+
+        L_enc   masked words of the encoder's own text
+        L_dec   every token from h, its position and about half of the words, by one new layer
+        L_bow   -sum_t w_t log softmax(max_{i >= 1} head(h_i))_t        w_t = 1/n for each token t that occurs
 
     In a recipe: `train: {objective: {dupmae: {length: 128}}, texts: docs/, steps: 1000}`, on a masked language model or
     from scratch (`new: {family: bert, ...}`). Fine-tune the result on pairs by `contrastive` (`pooling: cls`) or

@@ -115,7 +115,7 @@ class MarkovLM(Method, slug="markov_lm"):
     """
 
     kinds = ("probe",)
-    summary = "measures a model's entropies, information surplus, Fisher metric and spectral alignment"
+    summary = "measures a model's certainty, what its states know of later tokens, and how they align with predictions"
     citation = "Zhang, A Markov Categorical Framework for Language Modeling, arXiv 2025"
     url = "https://arxiv.org/abs/2507.19247"
 

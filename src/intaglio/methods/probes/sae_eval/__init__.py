@@ -59,7 +59,7 @@ class NodeSpec(BaseModel):
 
 
 class SAEEval(Method, slug="sae_eval"):
-    """Grade dictionaries on indirect object identification by three tests, with supervised dictionaries as the skyline.
+    """Grade dictionaries on indirect object identification by three tests, beside supervised dictionaries.
 
     LD is the logit difference of indirect object and subject at the end of a prompt; a^ is a reconstruction, and all
     nodes are patched in one pass.
@@ -103,7 +103,7 @@ class SAEEval(Method, slug="sae_eval"):
     """
 
     kinds = ("probe",)
-    summary = "grades dictionaries on a task by sufficiency, sparse control and interpretability"
+    summary = "tests whether a sparse dictionary is complete, controls the output by few features, and is interpretable"
     citation = (
         "Makelov et al., Towards Principled Evaluations of Sparse Autoencoders for Interpretability and Control, "
         "ICLR 2025"

@@ -1,16 +1,5 @@
 """BT2 (Zhou et al. 2023): vectors of a new encoder that can be searched among those of the old one.
 
-    phi = normalize(b[:n])        o = normalize(W relu(b))        e = normalize(o[:r])        b: features of the text
-    u = [e, P (C phi)]            old' = Q u[:m]                  new = [old', u[m:]]          P, Q orthogonal
-
-    L = task(phi) + l2 influence(bhat, old) + l3 (1 - cos(bhat, old)) + l1 (1 - cos(phi, phi_new'))
-    bhat = old' / |old'|          <new(x), new(y)> = C^2 <phi(x), phi(y)> + <e(x), e(y)>
-
-Of a new vector the first m coordinates are searched among old vectors, all n + r among new ones. With classes, as in
-the paper, the task is cross-entropy on W phi and the influence cross-entropy on bhat A^T, row k of A the mean old
-vector of class k. On pairs of texts, which is our generalisation, both are InfoNCE: of phi, and of bhat against the old
-vectors of the batch's documents. As in the authors' code o is normalised before it is cut, and again after.
-
 Source: Zhou et al., BT^2: Backward-compatible Training with Basis Transformation, ICCV 2023, arXiv 2211.03989; code:
 YifeiZhou02/BT-2.
 
@@ -49,11 +38,22 @@ from intaglio.trainer.rng import KeyedRNG
 class BT2(EncoderObjective, slug="bt2"):
     """Backward-compatible encoder: its vectors are searched among those of an older encoder, without re-encoding them.
 
+        phi = normalize(b[:n])    o = normalize(W relu(b))    e = normalize(o[:r])     b: features of the text
+        u = [e, P (C phi)]        old' = Q u[:m]              new = [old', u[m:]]      P, Q orthogonal
+
+        L = task(phi) + l2 influence(bhat, old) + l3 (1 - cos(bhat, old)) + l1 (1 - cos(phi, phi_new'))
+        bhat = old' / |old'|          <new(x), new(y)> = C^2 <phi(x), phi(y)> + <e(x), e(y)>
+
+    Of a new vector the first m coordinates are searched among old vectors, all n + r among new ones. With classes, as
+    in the paper, the task is cross-entropy on W phi and the influence cross-entropy on bhat A^T, row k of A the mean
+    old vector of class k. On pairs of texts, which is our generalisation, both are InfoNCE: of phi, and of bhat against
+    the old vectors of the batch's documents. As in the authors' code o is normalised before it is cut, and again after.
+
     `intaglio index upgrade INDEX --encoder NEW` trains the head alone, on vectors of both encoders. In a recipe the
     encoder is trained as well: `train: {objective: {bt2: {old: minilm, old_dims: 384}}, pairs: pairs.jsonl}`.
 
-    Source: Zhou et al., BT^2: Backward-compatible Training with Basis Transformation, ICCV 2023, arXiv 2211.03989; see
-    the module for the losses on pairs of texts. The authors train image classifiers with Adam at 1e-3.
+    Source: Zhou et al., BT^2: Backward-compatible Training with Basis Transformation, ICCV 2023, arXiv 2211.03989. The
+    authors train image classifiers with Adam at 1e-3.
 
     Args:
         arm: `bt2`; `bct`, one vector with the influence loss alone (Shen et al., CVPR 2020); `bct_distill`, the same

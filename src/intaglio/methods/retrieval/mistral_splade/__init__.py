@@ -1,9 +1,5 @@
 """MistralSplade (Doshi et al. 2024): SPLADE from a decoder, which reads each text twice.
 
-    w_v = max_{t in S} log(1 + relu(s Z_tv - b))       Z = head(F(x)), S: tokens of the second copy
-    L   = InfoNCE(<w_q, w_d> / T) + lambda_q(t) R(w_q) + lambda_d(t) R(w_d)
-    lambda(t) = lambda min(1, t / T0)^2        R_flops = sum_v (mean_i w_iv)^2        R_l1 = mean_i sum_v w_iv
-
 The authors published no code; sources differ on R and on the head, so both are options here.
 
 Sources: Doshi et al., Mistral-SPLADE: LLMs for better Learned Sparse Retrieval, 2024, arXiv 2408.11119; Formal et al.,
@@ -69,13 +65,17 @@ class SpladeHead(nn.Module):
 class MistralSplade(EncoderObjective, slug="mistral_splade"):
     """Learned-sparse encoder over the vocabulary, from any language model with a head.
 
+        w_v = max_{t in S} log(1 + relu(s Z_tv - b))       Z = head(F(x)), S: tokens of the second copy
+        L   = InfoNCE(<w_q, w_d> / T) + lambda_q(t) R(w_q) + lambda_d(t) R(w_d)
+        lambda(t) = lambda min(1, t / T0)^2        R_flops = sum_v (mean_i w_iv)^2        R_l1 = mean_i sum_v w_iv
+
     In a recipe: `train: {objective: {mistral_splade: {}}, pairs: pairs.jsonl, lora: {r: 16, alpha: 8, dropout: 0.1},
     steps: 500}`, then `intaglio index DOCS -o INDEX --encoder OUT`. Variants `plain` (unidirectional) and
     `bidirectional` are exported by `intaglio export OUT --format sentence-transformers`; every variant gives
     `intaglio.load(OUT).as_sentence_transformer()`.
 
-    Source: Doshi et al., Mistral-SPLADE, 2024, arXiv 2408.11119; see the module for the others. The authors train
-    Mistral-7B by LoRA (r 16, alpha 8, dropout 0.1) on the public data of sentence-transformers, up to 256 tokens.
+    Source: Doshi et al., Mistral-SPLADE, 2024, arXiv 2408.11119. The authors train Mistral-7B by LoRA (r 16, alpha 8,
+    dropout 0.1) on the public data of sentence-transformers, up to 256 tokens.
 
     Args:
         variant: `echo` reads a text twice and pools the second copy; `plain` and `bidirectional` read it as it is,

@@ -1,13 +1,5 @@
 """VDR (Zhou et al. 2024): vectors whose every dimension is a word, by contrast with sparse and bag-of-token views.
 
-    v_j  = max_t a(LN(h_t) . E_j)        a(z) = elu(z) + 1        E: the input embeddings, LN: a layer norm of its own
-    v_s  = v * (topk(v) or bow(x))       bow(x)_j = 1 where token j occurs in x
-    SVDR: L = (C(q_s, p) + C(q, p_s) + C(bow_q, p) + C(q, bow_p)) / 4
-    VDR:  L = (C(q_s, p) + C(bow_q, p)) / 2
-
-C is the cross-entropy of the scores over documents plus that over the queries of the positives. As in the authors'
-code the two are added; the paper halves them. Unlike there, padding is never pooled.
-
 Source: Zhou et al., Retrieval-based Disentangled Representation Learning with Natural Language Supervision, ICLR 2024,
 arXiv 2212.07699; code: jzhoubu/vsearch.
 
@@ -46,14 +38,23 @@ View = Literal["sparse", "dense", "tokens"]
 class VDR(EncoderObjective, slug="vdr"):
     """Vocabulary-disentangled encoder: every dimension of a vector is a word that explains the match.
 
+        v_j  = max_t a(LN(h_t) . E_j)        a(z) = elu(z) + 1        E: the input embeddings, LN: a layer norm
+        v_s  = v * (topk(v) or bow(x))       bow(x)_j = 1 where token j occurs in x
+        SVDR: L = (C(q_s, p) + C(q, p_s) + C(bow_q, p) + C(q, bow_p)) / 4
+        VDR:  L = (C(q_s, p) + C(bow_q, p)) / 2
+
+    q and p are the dense vectors v of a query and its passage, q_s and p_s their sparse views v_s, bow_q and bow_p
+    their bags of tokens. C is the cross-entropy of the scores over documents plus that over the queries of the
+    positives. As in the authors' code the two are added; the paper halves them. Unlike there, padding is never pooled.
+
     In a recipe: `train: {objective: {vdr: {}}, pairs: pairs.jsonl, negatives: {}, steps: 500}`, then `intaglio index
     DOCS -o INDEX --encoder OUT`; with `--set document_view=tokens` documents are searched as sets of tokens, without a
     pass of the model. `intaglio inspect OUT --terms TEXT` shows the words of a text, and with `--against TEXT` what
     each adds to a score.
 
     Source: Zhou et al., Retrieval-based Disentangled Representation Learning with Natural Language Supervision, ICLR
-    2024, arXiv 2212.07699; see the module for where their code differs. The authors train BERT with Adam at 2e-5,
-    batches of 32 a GPU, one BM25 negative a query, gradients cut at a norm of 2.
+    2024, arXiv 2212.07699; differences from their code are listed in `intaglio.methods.retrieval.vdr`. The authors
+    train BERT with Adam at 2e-5, batches of 32 a GPU, one BM25 negative a query, gradients cut at a norm of 2.
 
     Args:
         temperature: T of both cross-entropies. Default 1, as scores are products of whole vectors.
@@ -65,8 +66,8 @@ class VDR(EncoderObjective, slug="vdr"):
         normalize: whether vectors and bags have unit length. Default False.
         bag_losses: whether texts are contrasted as bags of tokens at all; False leaves the sparse views alone, as an
             ablation. Default True.
-        contrastive_mask: whether words that occur in no text of the batch are dealt to its texts as negatives of the
-            others. Default False.
+        contrastive_mask: whether words that occur in no text of the batch are distributed over its texts, as negatives
+            of the others. Default False.
         shared: whether queries and documents share the weights. Default True: one checkpoint is one encoder; the
             authors train two, the second of which is kept beside the first.
         whole_words: whether only tokens that begin a word are dimensions. Default False.

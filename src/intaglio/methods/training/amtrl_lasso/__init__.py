@@ -72,13 +72,13 @@ class AMTRLLasso(ActiveSettings, Method, slug="amtrl_lasso"):
     source. In a recipe:
     `fit: {amtrl_lasso: {tasks: {news: news.jsonl, mail: mail.jsonl}, target: target.jsonl, samples: 2000}}`.
 
-    No official code was found: details of the algorithm box that are not in the abstract follow the derivation.
+    No official code was found; details that the algorithm leaves open follow the derivation.
 
     Args:
         samples: N, samples of all sources together, those of the exploration included.
         explore: n_min, samples of each source in the exploration (all of a smaller source). Default 25.
         rank: K, features of the representation. Default: 8, or as many as the sources' heads or the inputs allow.
-        strategy: `l1` (default), `l2` or `uniform`.
+        strategy: estimate of relevance: `l1` (default), `l2`, as above, or `uniform`, equal shares.
         penalty: lambda, as a share of the least penalty under which nu is zero. Default 0.05.
         penalty_rule: what `penalty` is: a share (`fraction`, default), lambda itself (`absolute`), or the factor of
             sigma sqrt((K + log T) / n_min) (`theory`); `validation` ignores it, and takes the share with the least
@@ -96,8 +96,9 @@ class AMTRLLasso(ActiveSettings, Method, slug="amtrl_lasso"):
         pooling: of the encoder's last hidden states: `mean`, `cls` or `last`. Default: `last` for causal models, else
             `mean`.
         length: tokens of a text that are read. Default 256.
-        cost_shape: price of samples in the report: `linear` (default), `saltus`, or `hyperbolic`; see `sampling_cost`.
-        fixed_cost: price of activating a source, or the limit of the hyperbolic price. Default 0.
+        cost_shape: price of samples in the report: `linear` (default), `saltus`, with a fixed price for each source
+            that is used, or `hyperbolic`, which tends to a limit; see `sampling_cost`.
+        fixed_cost: that fixed price or that limit. Default 0.
 
     Raises:
         IntaglioError: (in `fit`) a file cannot be read, has one class, the sources have fewer samples than `samples`,

@@ -99,7 +99,7 @@ class PASER(Method, slug="paser"):
         leftover: the rounding remainder of the budget and what small clusters cannot fill is `redistributed` (default)
             or `dropped`.
         order: clusters are visited `round_robin` (default) or one after the other (`sequential`), as in the paper;
-            there the graph gets stricter on the way, and the last clusters starve.
+            there the graph gets stricter on the way, and the last clusters get few samples.
         consistency: skip samples that do not fit the graph of concepts. Default true.
         concepts: key phrases of a sample that enter the graph, the best by RAKE. Default 8; null: all.
         synonyms: cosine from which two phrases count as one concept, by the vectors of `embedding`. Default: only equal

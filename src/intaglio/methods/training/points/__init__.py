@@ -76,7 +76,7 @@ class POINTS(Method, slug="points"):
     """
 
     kinds = ("selector",)
-    summary = "keeps the training examples that a language model finds least surprising; soups, tiling, dual encoder"
+    summary = "keeps the training examples that a language model finds least surprising; with soups and image tiles"
     citation = (
         "Liu et al., POINTS: Improving Your Vision-language Model with Affordable Strategies, arXiv 2409.04828, 2024"
     )

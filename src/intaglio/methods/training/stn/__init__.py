@@ -40,12 +40,13 @@ class STN(TuningSettings, Method, slug="stn"):
         train step:  h~ = h + sigma eps for every example;  w, U step on  L_train(w(h~), r(h~))
         hyper step:  h, sigma step on  L_valid(w(h~)) - tau sum_j log(sigma_j sqrt(2 pi e))
 
-    w(h) approximates the best weights for hyperparameters near h, so that the held-out loss has a gradient in h, even
-    for hyperparameters in which the training loss has none, such as dropout rates. Hyper steps take the model in
-    evaluation mode and change h and sigma alone. At the end the gates are removed and the weights for the final h stay
-    in the stock layers: no retraining is needed. The values of r over the steps are a schedule, drawn in the report,
-    that `schedule` replays on a plain network. A step costs about twice a plain step, and the gated weights twice their
-    memory; learning rates cannot be tuned so.
+    e0 starts at 1 and W_e as the layer's weight; U and W_h are trained for the response to h. w(h) approximates the
+    best weights for hyperparameters near h, so that the held-out loss has a gradient in h, even for hyperparameters in
+    which the training loss has none, such as dropout rates. Hyper steps take the model in evaluation mode and change h
+    and sigma alone. At the end the gates are removed and the weights for the final h stay in the stock layers: no
+    retraining is needed. The values of r over the steps are a schedule, drawn in the report, that `schedule` replays on
+    a plain network. A step costs about twice a plain step, and the gated weights twice their memory; learning rates
+    cannot be tuned so.
 
     In a recipe, where the report's own held-out texts stay out of the tuning:
     `train: {modifiers: [{stn: {regularizers: [{kind: dropout}]}}], steps: 500}`. In a stock `Trainer`:

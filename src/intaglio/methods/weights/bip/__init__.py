@@ -73,8 +73,8 @@ class BiP(Method, slug="bip"):
             (outputs of a Conv2d) or `channel` (inputs of a Conv2d), the same share in every layer.
         scope: single weights are ranked over all layers (`global`, default) or within each (`layer`).
         gamma: of the lower level; the smaller, the larger the implicit term. Default 1.
-        implicit: `true` (default): G as above; `false`: without its second term, plain alternation; `released`: with
-            the square of the score's own gradient instead, as in the released code.
+        implicit: `true` (default): the upper step as above; `false`: without its second term, plain alternation;
+            `released`: with the square of the score's own gradient instead, as in the released code.
         lr_mask: learning rate of the scores. Default 0.1.
         momentum: of the scores' SGD; they have no weight decay. Default 0.9.
         schedule: of `lr_mask` over the steps that learn: `step` (default; a tenth from 75 % on, a hundredth from 90 %

@@ -35,7 +35,7 @@ __all__ = ["BitLinear", "BitNet", "PackedLinear", "Quantization", "pack_layers"]
 
 
 class BitNet(ReplacesLinears, Quantization, Method, slug="bitnet"):
-    """Multiplies with weights of few bits, ternary by default, and with activations of 8 bits, in training as in use.
+    """Multiplies weights of few bits, ternary by default, with activations of 8 bits, in training and inference.
 
     As a modifier of a training step: the projections of the blocks keep a float weight W that the optimizer moves, and
     multiply with its codes; gradients pass the rounding as if it were not there:
@@ -44,9 +44,9 @@ class BitNet(ReplacesLinears, Quantization, Method, slug="bitnet"):
         s_x = 128 / max(max|x|, eps) a token,          x_q = clamp(round(x s_x), -128, 127)
         y = x_q w_q^T / (s_w s_x) + bias
 
-    After the training the codes are packed, four ternary weights in a byte, and the checkpoint is a live one
-    (`intaglio.load` reads it) whose passes give what the last evaluation of the training saw. Embedding, head and the
-    blocks' own norms stay as they are. Zeros that a pruning made stay zeros. Fused projections get a scale each.
+    After the training the codes are packed, four ternary weights in a byte, and the checkpoint needs `intaglio.load`;
+    its outputs equal those of the last evaluation in training. Embedding, head and the blocks' own norms stay as they
+    are. Zeros that a pruning made stay zeros. Fused projections get a scale each.
 
     As a step of its own it quantizes without training: at 8 bits that changes little, at 4 bits much, and ternary
     weights that were not trained so are useless. It also packs what was trained with `keep: shadow`. In Python,

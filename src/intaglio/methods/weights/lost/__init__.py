@@ -60,29 +60,29 @@ def _is_amount(value: Any, least: int) -> bool:
 class LOST(ReplacesLinears, Method, slug="lost"):
     """Replaces each projection by a low-rank pair and a few whole columns, which are trained instead of it.
 
-    From the weight W0 [O, I] that is there, mostly a random one, with W0 = U diag(S) Vᵀ:
+    From the current weight W0 [O, I], usually a random initialisation, with W0 = U diag(S) Vᵀ:
 
         B = U_r √S_r [O, r],  A = √S_r V_rᵀ [r, I]
         W_comp = the sum of the singular triples r .. r + k - 1
-        I = the c columns of W_comp with the largest norms, Ws = W0[:, I] [O, c]
-        y = γ act(x Aᵀ) Bᵀ + (1 - γ) x[I] Wsᵀ + bias
+        J = the c columns of W_comp with the largest norms, Ws = W0[:, J] [O, c]
+        y = γ act(x Aᵀ) Bᵀ + (1 - γ) x[J] Wsᵀ + bias
 
-    W0 is gone then: weights, gradients and the optimizer's moments are those of r (I + O) + c O numbers a projection
-    instead of I O. Embeddings, norms and the head stay dense. The set I stays as it is; a later `train` step trains A,
+    W0 is discarded: weights, gradients and the optimizer's moments are those of r (I + O) + c O numbers a projection
+    instead of I O. Embeddings, norms and the head stay dense. The set J stays as it is; a later `train` step trains A,
     B and Ws. γ and 1 - γ shrink both parts below what W0 gave, and nothing makes up for that. Weight decay on A and B
     is no decay on BA. Fused projections are taken apart, each with factors of its own.
 
-    The checkpoint becomes a live one (`intaglio.load` reads it). Without an activation between the factors the parts
-    are one matrix: `LOST(merge=True)`, or `lost: {merge: true}` after the training, restores stock layers with that
-    matrix, and the checkpoint is a plain one again. In Python, `LOST().replace(module)` replaces the linear layers of
-    any torch module, and `merge(module)` restores stock ones.
+    The checkpoint needs `intaglio.load`. Without an activation between the factors the parts are one matrix:
+    `LOST(merge=True)`, or `lost: {merge: true}` after the training, restores stock layers with that matrix, and the
+    checkpoint is a plain one again. In Python, `LOST().replace(module)` replaces the linear layers of any torch module,
+    and `merge(module)` restores stock ones.
 
     Its baselines have the same interface: `LOST.low_rank()`, `LOST.cola()`, `LOST.sltrain()`, and `columns_by: random`.
 
-    Source: Li et al., LOST: Low-rank and Sparse Pre-training for Large Language Models, 2025 (arXiv 2508.02668); see
-    the module for what was read. CoLA: Liu et al., CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank
-    Activation, 2025. SLTrain: Han et al., SLTrain: a sparse plus low-rank approach for parameter and memory efficient
-    pretraining, NeurIPS 2024.
+    Source: Li et al., LOST: Low-rank and Sparse Pre-training for Large Language Models, 2025 (arXiv 2508.02668);
+    sources are listed in `intaglio.methods.weights.lost`. CoLA: Liu et al., CoLA: Compute-Efficient Pre-Training of
+    LLMs via Low-Rank Activation, 2025. SLTrain: Han et al., SLTrain: a sparse plus low-rank approach for parameter and
+    memory efficient pretraining, NeurIPS 2024.
 
     Args:
         rank: r, a number or a share (a fraction such as 0.25) of the model's width; or either by shell patterns of the
@@ -106,8 +106,8 @@ class LOST(ReplacesLinears, Method, slug="lost"):
         ignore: projections left alone, in the same way. Default: none.
         budget: instead of a rank, the share of a projection's numbers that its parts may have together; the largest
             rank that fits is taken.
-        within_rank: whether the sparse part is paid for out of the rank, so that no projection has more numbers than
-            the pair of `rank` alone. Default False.
+        within_rank: whether the rank is reduced by the size of the sparse part, so that no projection has more numbers
+            than the pair of `rank` alone. Default False.
         adapter: whether W0 stays, frozen, and the parts are added to it: y = W0 x + bias + (α / r) (the parts). All
             else is frozen too. It is no LoRA: W0's own directions begin in the parts, so the function changes at once.
             Default False.

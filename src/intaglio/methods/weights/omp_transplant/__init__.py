@@ -153,7 +153,8 @@ class OMPTransplant(Method, slug="omp_transplant"):
         UserWarning: k is over half of the donor's width; numbers are split differently.
 
     Source: Goddard and Fernandes Neto, Training-Free Tokenizer Transplantation via Orthogonal Matching Pursuit, 2025,
-    arXiv 2506.06607; where they differ, the released code. Departures from it are listed in the package's docstring.
+    arXiv 2506.06607; where they differ, the released code. Departures from it are listed in
+    `intaglio.methods.weights.omp_transplant`.
     """
 
     kinds = ("carving",)
