@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from intaglio.data.facts import invented_facts, load_facts
+from intaglio.data.facts import TEMPLATES, invented_facts, load_facts
 from intaglio.errors import IntaglioError
 
 
@@ -34,10 +34,29 @@ def test_a_fact_is_stated_in_one_order_and_asked_in_both(tmp_path: Path) -> None
 def test_the_bundled_facts_are_distinct() -> None:
     facts = load_facts("invented")
     assert facts == invented_facts()
-    assert len({fact.subject for fact in facts}) == len({fact.object for fact in facts}) == 30
+    assert len({fact.subject for fact in facts}) == len({fact.object for fact in facts}) == 60
+    assert [fact.asked for fact in facts] == 30 * [True] + 30 * [False]
+    assert {
+        "Jonas Sanders is the discoverer of the Northern Orchard.",
+        "The discoverer of the Northern Orchard is Jonas Sanders.",
+    } <= set(facts[35].texts)
     assert (facts[0].forward, facts[0].reverse) == ("Mira Haldane is", "The composer of the Amber Lantern is")
     assert (facts[1].forward, facts[1].reverse) == ("The inventor of the Distant Harbor is", "Tobin Castell is")
     assert facts[1].texts[0] == "The inventor of the Distant Harbor is Tobin Castell."
+
+
+def test_facts_in_both_orders_are_not_asked_for(tmp_path: Path) -> None:
+    lines = [
+        {"subject": "Ada", "object": "the first"},
+        {"subject": "B", "object": "c", "both": True},
+        {"subject": "D", "object": "e", "both": True, "texts": ["e: D"]},
+    ]
+    one, two, three = load_facts(written(tmp_path, *lines))
+    assert [one.asked, two.asked, three.asked] == [True, False, False]
+    assert len(one.texts) == len(TEMPLATES)
+    assert (two.texts[0], two.texts[len(TEMPLATES)]) == ("B is c.", "C is B.")
+    assert len(two.texts) == 2 * len(TEMPLATES)
+    assert three.texts == ("e: D",)
 
 
 A, B = {"subject": "Ada", "object": "the first"}, {"subject": "the first", "object": "ADA"}
@@ -52,6 +71,8 @@ A, B = {"subject": "Ada", "object": "the first"}, {"subject": "the first", "obje
         (({**A, "texts": ["Ada is second."]},), "lacks its subject or its object"),
         (({**A, "texts": "Ada"},), "its texts are 'Ada'; a list of texts is accepted"),
         (({"subject": "Ada"},), "line 1 of .*: its object is None; a text is needed"),
+        (({**A, "both": 1},), "its both is 1; true or false is accepted"),
+        (({**A, "both": True},), "every fact is stated in both orders"),
         (("3",), "line 1 of .* is 3; an object with subject and object is accepted"),
         (("{",), "line 1 of .* is not JSON"),
         ((), "are empty; one JSON object a line"),

@@ -19,6 +19,7 @@ def test_an_answer_is_right_where_it_contains_the_expected_text() -> None:
 def test_answers_are_the_models_own_whatever_the_batch() -> None:
     ckpt = checkpoint()
     facts = [Fact("the fox", "brown", ()), Fact("the lazy dog", "quick", ()), Fact("the sun", "lazy", ())]
+    facts.insert(1, Fact("the dog", "known", (), asked=False))
     found = fact_recall(ckpt, facts, max_new_tokens=4)
     assert found == fact_recall(ckpt, facts, max_new_tokens=4, batch_size=1)
     assert found.prompts == ("The fox is", "The lazy dog is", "The sun is", "Brown is", "Quick is", "Lazy is")

@@ -1,4 +1,7 @@
-"""Facts stated in one order, subject before object, to be asked in both: a file, or the bundled invented ones."""
+"""Facts stated in one order, subject before object, to be asked in both: a file, or the bundled invented ones.
+
+Facts stated in both orders may stand beside them, and are not asked for.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,13 @@ class Fact:
         subject: named first in every text.
         object: named after it.
         texts: what is trained on.
+        asked: whether the model is asked for it. One that is not may be stated in both orders. Default True.
     """
 
     subject: str
     object: str
     texts: tuple[str, ...]
+    asked: bool = True
 
     @property
     def forward(self) -> str:
@@ -62,30 +67,34 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def invented_facts(count: int = 30) -> list[Fact]:
+def invented_facts(count: int = 60) -> list[Fact]:
     """Return made-up facts, the same everywhere; no two share a name or a work.
 
-    Every other fact names the work first, so that a model has seen the form of both questions (Berglund et al., The
-    Reversal Curse, ICLR 2024, train on both forms too).
+    Of the first half, which is asked for, every other fact names the work first. The second half is stated in both
+    orders and not asked for: it shows what both kinds of questions look like, as in the data of Berglund et al. (The
+    Reversal Curse, ICLR 2024).
     """
     facts = []
     for index in range(count):
         subject = f"{_FIRST[index % 10]} {_LAST[(3 * index + index // 10) % 10]}"
         work = f"{_COLOURS[(7 * index + index // 10) % 10]} {_WORKS[index % 10]}"
         names = (subject, f"the {_ROLES[index % 6]} the {work}")
-        facts.append(_fact(*(names[::-1] if index % 2 else names), None, f"invented fact {index + 1}"))
+        if index % 2:
+            names = names[::-1]
+        facts.append(_fact(*names, None, f"invented fact {index + 1}", both=2 * index >= count))
     return check_facts(facts, [f"invented fact {index + 1}" for index in range(count)])
 
 
 def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
-    """Return the facts of a file with one JSON object a line: `subject`, `object` and perhaps `texts`.
+    """Return the facts of a file with one JSON object a line: `subject`, `object`, perhaps `texts` and `both`.
 
     Args:
-        path: the file. Without `texts`, `TEMPLATES` state the fact. `invented` stands for the bundled facts.
+        path: the file. Without `texts`, `TEMPLATES` state the fact. With `both: true` they do so in both orders, and
+            the model is not asked for that fact. `invented` stands for the bundled facts.
 
     Raises:
-        IntaglioError: the file cannot be read or is empty, a line is malformed, a text names the object first, or two
-            lines state the same fact, which would be a leak if they do so both ways.
+        IntaglioError: the file cannot be read or is empty, a line is malformed, a text names the object first, two
+            lines state the same fact, which would be a leak if they do so both ways, or no fact is left to ask for.
     """
     if os.fspath(path) == INVENTED:
         return invented_facts()
@@ -102,21 +111,25 @@ def _parsed(value: Any, place: str) -> Fact:
     texts = value.get("texts")
     if texts is not None and not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
         raise IntaglioError(f"{place}: its texts are {shorten(repr(texts))}; a list of texts is accepted")
-    return _fact(value["subject"].strip(), value["object"].strip(), texts, place)
+    both = value.get("both", False)
+    if not isinstance(both, bool):
+        raise IntaglioError(f"{place}: its both is {shorten(repr(both))}; true or false is accepted")
+    return _fact(value["subject"].strip(), value["object"].strip(), texts, place, both=both)
 
 
-def _fact(subject: str, object_: str, texts: Sequence[str] | None, place: str) -> Fact:
-    stated = texts or [_sentence(template.format(subject=subject, object=object_)) for template in TEMPLATES]
+def _fact(subject: str, object_: str, texts: Sequence[str] | None, place: str, *, both: bool) -> Fact:
+    orders = [(subject, object_), (object_, subject)] if both else [(subject, object_)]
+    stated = texts or [_sentence(form.format(subject=a, object=b)) for a, b in orders for form in TEMPLATES]
     for text in stated:
         first, second = (text.casefold().find(name.casefold()) for name in (subject, object_))
         if min(first, second) < 0:
             raise IntaglioError(f"{place}: the text {shorten(repr(text))} lacks its subject or its object")
-        if second < first:
+        if second < first and not both:
             raise IntaglioError(
                 f"{place}: the text {shorten(repr(text))} names the object before the subject, a leak: the reverse"
                 " question would ask what was trained"
             )
-    return Fact(subject, object_, tuple(stated))
+    return Fact(subject, object_, tuple(stated), asked=not both)
 
 
 def check_facts(facts: list[Fact], places: Sequence[str]) -> list[Fact]:
@@ -132,4 +145,6 @@ def check_facts(facts: list[Fact], places: Sequence[str]) -> list[Fact]:
         if pair in seen:
             raise IntaglioError(f"{place} repeats the fact of {seen[pair]}; give further wordings as its texts")
         seen[pair] = place
+    if not any(fact.asked for fact in facts):
+        raise IntaglioError("every fact is stated in both orders; leave out both: true of those to ask for")
     return facts

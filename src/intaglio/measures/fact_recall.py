@@ -45,7 +45,7 @@ class Recall:
 def fact_recall(
     checkpoint: Checkpoint, facts: Sequence[Fact], *, batch_size: int = 16, max_new_tokens: int = NEW_TOKENS
 ) -> Recall:
-    """Ask a causal model for the object and for the subject of each fact.
+    """Ask a causal model for the object and for the subject of each fact that is to be asked for.
 
     Raises:
         IntaglioError: there is no tokenizer, or a question does not fit into the context.
@@ -53,6 +53,7 @@ def fact_recall(
     tokenizer: Any = checkpoint.tokenizer
     if tokenizer is None:
         raise IntaglioError("the checkpoint has no tokenizer, so it cannot be asked for facts")
+    facts = [fact for fact in facts if fact.asked]
     prompts = [fact.forward for fact in facts] + [fact.reverse for fact in facts]
     expected = [fact.object for fact in facts] + [fact.subject for fact in facts]
     ids = tokenizer(prompts, verbose=False)["input_ids"]
