@@ -77,7 +77,8 @@ class Train(Settings, Method, slug="train"):
         held_out: items at the end of each sequence that are not trained on: 2, or 1, the validation items joining the
             training of a final model. Default 2.
         facts: instead of texts, a file of facts, one JSON object a line with `subject`, `object` and perhaps `texts`
-            that state it in this order; or `invented`. The model is asked in both directions while training.
+            that state it in this order; or `invented`. The model is asked in both directions while training. Facts
+            with `both: true` are stated in both orders, and not asked for.
         pairs: instead of texts, a file of queries with relevant texts, one JSON object a line (`query`, `positive` and
             perhaps `negatives`), for an encoder; or `docstrings`. With `evaluate`, whole held-out pairs are searched.
         classes: instead of texts, labelled texts (a `.jsonl` file of `text` and `label`, or a bundled name) or labelled
