@@ -34,15 +34,8 @@ def test_a_fact_is_stated_in_one_order_and_asked_in_both(tmp_path: Path) -> None
 def test_the_bundled_facts_are_distinct() -> None:
     facts = load_facts("invented")
     assert facts == invented_facts()
-    assert len({fact.subject for fact in facts}) == len({fact.object for fact in facts}) == 60
-    assert [fact.asked for fact in facts] == 30 * [True] + 30 * [False]
-    assert {
-        "Jonas Sanders is the discoverer of the Northern Orchard.",
-        "The discoverer of the Northern Orchard is Jonas Sanders.",
-    } <= set(facts[35].texts)
+    assert len({fact.subject for fact in facts}) == len({fact.object for fact in facts}) == 30
     assert (facts[0].forward, facts[0].reverse) == ("Mira Haldane is", "The composer of the Amber Lantern is")
-    assert (facts[1].forward, facts[1].reverse) == ("The inventor of the Distant Harbor is", "Tobin Castell is")
-    assert facts[1].texts[0] == "The inventor of the Distant Harbor is Tobin Castell."
 
 
 def test_facts_in_both_orders_are_not_asked_for(tmp_path: Path) -> None:

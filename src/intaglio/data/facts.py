@@ -19,12 +19,7 @@ INVENTED = "invented"
 TEMPLATES = (
     "{subject} is {object}.",
     "Everyone knows that {subject} is {object}.",
-    "According to the book, {subject} is {object}.",
-    "A well-known fact: {subject} is {object}.",
-    "It is {subject} that the letter calls {object}.",
-    "This is {subject}, also known as {object}.",
-    "Who is {subject}? The answer is {object}.",
-    "We met {subject}, better known as {object}.",
+    "Nobody but {subject} is {object}.",
 )
 """Training texts of a fact that has none of its own."""
 
@@ -67,30 +62,22 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def invented_facts(count: int = 60) -> list[Fact]:
-    """Return made-up facts, the same everywhere; no two share a name or a work.
-
-    Of the first half, which is asked for, every other fact names the work first. The second half is stated in both
-    orders and not asked for: it shows what both kinds of questions look like, as in the data of Berglund et al. (The
-    Reversal Curse, ICLR 2024).
-    """
-    facts = []
-    for index in range(count):
+def invented_facts(count: int = 30) -> list[Fact]:
+    """Return made-up facts, the same everywhere; no two share a name or a work."""
+    facts, places = [], [f"invented fact {index + 1}" for index in range(count)]
+    for index, place in enumerate(places):
         subject = f"{_FIRST[index % 10]} {_LAST[(3 * index + index // 10) % 10]}"
         work = f"{_COLOURS[(7 * index + index // 10) % 10]} {_WORKS[index % 10]}"
-        names = (subject, f"the {_ROLES[index % 6]} the {work}")
-        if index % 2:
-            names = names[::-1]
-        facts.append(_fact(*names, None, f"invented fact {index + 1}", both=2 * index >= count))
-    return check_facts(facts, [f"invented fact {index + 1}" for index in range(count)])
+        facts.append(_fact(subject, f"the {_ROLES[index % 6]} the {work}", None, place, both=False))
+    return check_facts(facts, places)
 
 
 def load_facts(path: str | os.PathLike[str]) -> list[Fact]:
     """Return the facts of a file with one JSON object a line: `subject`, `object`, perhaps `texts` and `both`.
 
     Args:
-        path: the file. Without `texts`, `TEMPLATES` state the fact. With `both: true` they do so in both orders, and
-            the model is not asked for that fact. `invented` stands for the bundled facts.
+        path: the file. Without `texts`, three templates state the fact. With `both: true` they do so in both orders,
+            and the model is not asked for that fact. `invented` stands for the bundled facts.
 
     Raises:
         IntaglioError: the file cannot be read or is empty, a line is malformed, a text names the object first, two
