@@ -121,7 +121,7 @@ def test_a_skeleton_passes_lint_and_fails_with_what_is_left_to_do(tmp_path: Path
     [
         ("Row-Norm", "weights", "SLUG is 'Row-Norm'; lower-case letters"),
         ("wanda", "weights", "there is such a method already"),
-        ("row_norm", "rooms", "AREA is 'rooms'; accepted: objectives, attention"),
+        ("row_norm", "rooms", "AREA is 'rooms'; accepted: weights, activations"),
     ],
 )
 def test_a_skeleton_that_cannot_be_written_is_one_sentence(slug: str, area: str, sentence: str, tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ from intaglio.methods.base import Kind, Method, TrainingData
 TABLE = Path(__file__).with_name("method_table.json")
 
 AREAS: dict[str, str] = {
-    "objectives": "which tokens are hidden and predicted",
-    "attention": "which positions see which",
     "weights": "which parameters stay",
     "activations": "which units fire",
-    "decoding": "which next tokens are allowed, and how many model passes they cost",
     "training": "which examples and gradients count",
+    "objectives": "which tokens are hidden and predicted",
+    "decoding": "which next tokens are allowed, and how many model passes they cost",
+    "attention": "which positions see which",
     "retrieval": "text encoders and retrieval components",
     "probes": "reading a model: evaluations and diagnostics",
 }
