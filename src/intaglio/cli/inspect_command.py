@@ -122,7 +122,7 @@ def inspect(
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
-    """Inspect a model's masks, experts, features or predictions. Give one of the first seven options."""
+    """Inspect a model's masks, experts, features or predictions. Give one of the options from --masks to --spectrum."""
     from intaglio.errors import IntaglioError
 
     present = (

@@ -45,7 +45,7 @@ class Recall:
 def fact_recall(
     checkpoint: Checkpoint, facts: Sequence[Fact], *, batch_size: int = 16, max_new_tokens: int = NEW_TOKENS
 ) -> Recall:
-    """Ask a causal model for the object and for the subject of each fact that is to be asked for.
+    """Ask a causal model for the object and for the subject of each fact with `asked`.
 
     Raises:
         IntaglioError: there is no tokenizer, or a question does not fit into the context.

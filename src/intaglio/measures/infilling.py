@@ -52,8 +52,8 @@ def line_in_hole(checkpoint: Checkpoint, prefix: str, suffix: str) -> str:
         return infill(checkpoint, [prefix, suffix], max_new_tokens=ANSWER)[0]
     ids = checkpoint.tokenizer(prefix, return_tensors="pt", verbose=False)["input_ids"].to(checkpoint.device)
     answer = greedy_answers(checkpoint, ids, ANSWER)[0]
-    space = answer[: len(answer) - len(answer.lstrip())]
-    return space + answer.lstrip().partition("\n")[0]
+    text = answer.lstrip()
+    return answer[: len(answer) - len(text)] + text.partition("\n")[0]
 
 
 @torch.no_grad()

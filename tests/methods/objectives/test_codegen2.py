@@ -386,13 +386,13 @@ def test_samples_score_the_middle_lines(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_held_out_lines_are_spread_over_the_texts() -> None:
-    from intaglio.methods.objectives.codegen2 import parts_of, spread
+    from intaglio.methods.objectives.codegen2 import evenly_spaced, parts_of
 
     text = "".join(f"{n}\n" for n in range(85))
     assert [part.splitlines()[0] for part in parts_of(text)] == ["0", "40", "80"]
     assert "".join(parts_of(text)) == text
-    assert spread(range(10), 4) == [0, 2, 5, 7]
-    assert list(spread(range(3), 4)) == [0, 1, 2]
+    assert evenly_spaced(range(10), 4) == [0, 2, 5, 7]
+    assert list(evenly_spaced(range(3), 4)) == [0, 1, 2]
 
 
 def test_a_line_is_scored_in_its_hole() -> None:

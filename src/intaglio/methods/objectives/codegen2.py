@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, PrivateAttr, model_validator
@@ -61,7 +61,8 @@ LINES, SAMPLES, PART, HOLE = 24, 6, 40, "\u25ad"
 and the sign of their holes."""
 
 Span = tuple[int, int]
-T = TypeVar("T")
+Hole = tuple[str, str, str]
+"""A prefix, the text of the hole, and a suffix."""
 
 
 def corrupted(ids_T: Tensor, spans: Sequence[Span], sentinels: Sentinels) -> Tensor:
@@ -136,8 +137,8 @@ class CodeGen2(Method, slug="codegen2"):
         causal      x <eot>
         corrupted   x_0 <mask_1> x_1 <mask_2> x_2 <eot> <sep> <mask_1> s_1 <eom> <mask_2> s_2 <eom>
 
-    Each document is corrupted with probability p, anew in each epoch: n disjoint spans s_k, with at least one token
-    between two of them, move to the end, and a sentinel stands for each. Both layouts are trained by next-token
+    Each document is corrupted with probability p, with new draws in each epoch: n disjoint spans s_k, with at least one
+    token between two of them, move to the end, and a sentinel stands for each. Both layouts are trained by next-token
     prediction, so the model continues texts and fills holes. The prompt of a hole ends with `<sep> <mask_1>`, its
     answer with `<eom>`.
 
@@ -329,11 +330,11 @@ class CodeGen2(Method, slug="codegen2"):
 
         Beside lines filled exactly, the geometric mean of the probabilities of the lines' tokens is given.
         """
-        found = [hole for text in held_out for part in parts_of(text) if (hole := middle_line(part)) is not None]
-        holes = [fitted_hole(checkpoint, *with_line_break(*hole)) for hole in spread(found, LINES)]
+        lines = [hole for text in held_out for part in parts_of(text) if (hole := middle_line(part)) is not None]
+        holes = [fitted_hole(checkpoint, *with_line_break(*hole)) for hole in evenly_spaced(lines, LINES)]
         shown = [
             Sample(f"{prefix}{HOLE}{suffix}", line, line_in_hole(checkpoint, prefix, suffix))
-            for prefix, line, suffix in spread(holes, SAMPLES)
+            for prefix, line, suffix in evenly_spaced(holes, SAMPLES)
         ]
         exact = sum(sample.text.strip() == sample.expected.strip() for sample in shown)
         scores = {"lines filled exactly": 100 * exact / max(1, len(shown))}
@@ -349,7 +350,7 @@ def parts_of(text: str) -> list[str]:
     return ["".join(lines[start : start + PART]) for start in range(0, len(lines), PART)]
 
 
-def spread(items: Sequence[T], most: int) -> Sequence[T]:
+def evenly_spaced(items: Sequence[Hole], most: int) -> Sequence[Hole]:
     """Return at most so many items, evenly spaced."""
     return [items[index * len(items) // most] for index in range(most)] if len(items) > most else items
 

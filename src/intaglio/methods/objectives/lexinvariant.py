@@ -1,4 +1,4 @@
-"""Lexinvariant language models: token embeddings drawn anew for every sequence (Huang et al., 2023).
+"""Lexinvariant language models: new token embeddings for every sequence (Huang et al., 2023).
 
 A row is a hash of (seed of the sequence, token, dimension), so any row can be computed on any device without its table.
 
@@ -150,7 +150,7 @@ class LogitScale(nn.Module):
 
 
 class Lexinvariant(Method, slug="lexinvariant"):
-    """Next-token prediction with Gaussian token embeddings drawn anew for every sequence in every epoch.
+    """Next-token prediction with Gaussian token embeddings, new ones for every sequence in every epoch.
 
         E_b[v] ~ N(0, I_D) for every sequence b and token v,    x_t = E_b[w_t],    logits_t = s E_b LN(h_t)
 
@@ -200,7 +200,7 @@ class Lexinvariant(Method, slug="lexinvariant"):
     """
 
     kinds = ("objective",)
-    summary = "draws the token embeddings anew for every sequence, so that the model infers symbols from context"
+    summary = "draws new token embeddings for every sequence, so that the model infers symbols from context"
     citation = "Huang et al., Lexinvariant Language Models, NeurIPS 2023"
     url = "https://arxiv.org/abs/2305.16349"
 

@@ -72,7 +72,7 @@ class MoEX(ReplacesMLPs, Method, slug="moe_x"):
 
     Source: Yang et al., Mixture of Experts Made Intrinsically Interpretable, ICML 2025 (arXiv 2503.07639); choices that
     it leaves open are listed in `intaglio.methods.activations.moe_x`. Balance loss: Fedus et al., Switch Transformers,
-    JMLR 2022. Units drawn anew: Nakamura et al., Drop-Upcycling, ICLR 2025.
+    JMLR 2022. Units initialised again: Nakamura et al., Drop-Upcycling, ICLR 2025.
 
     Args:
         experts: E. Default 8. null: those that the model has, in a training step.
@@ -84,8 +84,8 @@ class MoEX(ReplacesMLPs, Method, slug="moe_x"):
             The output is scaled so that even gates give the dense output, of split ones in the mean.
         noise: normal noise on each encoder, over the standard deviation of its weights. Default 0.05; exact copies
             would all have one score.
-        reset: share of each expert's units that are drawn anew, as wide as the weights that were there. Default 0;
-            1: experts from scratch.
+        reset: share of each expert's units that are initialised again, with the standard deviation of the old weights.
+            Default 0; 1: experts from scratch.
         layers: indices of the blocks whose MLPs are replaced. Default: all.
         gates: a softmax over the `chosen` scores (default), or over `all` of them, as in Switch. With one active expert
             the first is always 1, which teaches a linear router nothing.

@@ -48,9 +48,10 @@ def shared_vocabulary(model: Checkpoint, original: Checkpoint) -> int:
         different = sum(id < rows for id in unlike_tokens(model.tokenizer, original.tokenizer))
         ours, theirs = ({*side.tokenizer.get_vocab().values()} for side in (model, original))
         if different or not any(id < rows for id in ours & theirs):
+            how = f"{different} ids stand for other tokens" if different else "no id is common to both"
             raise IntaglioError(
-                f"paser compares the model with {original.source}, whose tokenizer differs ({different} ids stand "
-                "for other tokens); an original with the same tokenizer is needed"
+                f"paser compares the model with {original.source}, whose tokenizer differs ({how}); an original with "
+                "the same tokenizer is needed"
             )
     elif model.vocabulary != original.vocabulary:
         raise IntaglioError(
