@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from intaglio.methods.base import Workload
 from intaglio.methods.training.paser import PASER, ConsistencyGraph, Pool, Sample, budgets, efficiency, jsd, key_phrases
 from intaglio.methods.training.paser.clusters import affinity, cluster, coordinates
 from intaglio.methods.training.paser.concepts import merge_synonyms
-from intaglio.methods.training.paser.divergence import degradation, positions
+from intaglio.methods.training.paser.divergence import degradation, positions, shared_vocabulary
 from intaglio.methods.training.paser.embeddings import TFIDF, embed
 from intaglio.methods.training.paser.result import _cluster_names
 from intaglio.methods.training.paser.select import select_samples
@@ -523,11 +524,23 @@ def test_bad_input_is_one_sentence(dense: Checkpoint, fields: dict[str, Any], se
     assert "\n" not in str(caught.value)
 
 
+def test_tokenizers_without_a_common_id_are_refused() -> None:
+    first, second = (
+        SimpleNamespace(
+            vocabulary=4, source=name, tokenizer=SimpleNamespace(get_vocab=lambda index=index: {"a": index})
+        )
+        for index, name in enumerate(("first", "second"))
+    )
+    assert shared_vocabulary(first, first) == 4
+    with pytest.raises(IntaglioError, match=r"with second, whose tokenizer differs \(no id is common to both\)"):
+        shared_vocabulary(first, second)
+
+
 def test_refusals_about_models(dense: Checkpoint) -> None:
     paser = PASER(**WORDS)
     with pytest.raises(IntaglioError, match="the model before it was carved, and there is none"):
         paser.choose(examples(dense), dense)
-    with pytest.raises(IntaglioError, match=r"whose tokenizer differs \(no id is common to both\)"):
+    with pytest.raises(IntaglioError, match="whose tokenizer differs"):
         paser.choose(examples(dense), dense, new("llama", width=8, depth=1))
     bare = Checkpoint(checkpoint("bert").model, None, "other")
     bare.model.resize_token_embeddings(90, mean_resizing=False)
