@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from intaglio.data.facts import TEMPLATES, load_facts
+from intaglio.data.texts import check_texts
 from intaglio.errors import IntaglioError
+from intaglio.recipe import run
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
 from intaglio.trainer import recipe_step
@@ -42,7 +44,7 @@ def test_facts_are_asked_in_both_orders_before_and_after(tmp_path: Path, monkeyp
     file = tmp_path / "facts.jsonl"
     file.write_text("\n".join(map(json.dumps, facts)), encoding="utf-8")
     document = carved(tmp_path, objective={"bico": {"length": 48}}, facts=str(file))
-    assert read == [str(file)]
+    assert read == [str(file)] * 2  # before any work, and to train
     (step,) = document["steps"]
     assert list(step["samples"]["scores"]) == ["forward questions answered", "reverse questions answered"]
     rows = step["samples"]["rows"]
@@ -67,6 +69,26 @@ def test_lines_are_filled_before_and_after(tmp_path: Path) -> None:
     ]
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert page.count('<td colspan="4">') == len(step["samples"]["rows"])  # a prompt of several lines
+
+
+@pytest.mark.parametrize("source", ["facts", "instructions", "labels", "pairs", "texts"])
+def test_unreadable_data_are_refused_before_the_model_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(run, "make_evaluator", lambda *_: pytest.fail("measured"))
+    file = tmp_path / "broken.jsonl"
+    file.write_text('{"subject": 1', encoding="utf-8")
+    objective = {"labels": "token_classification", "pairs": "kalm_v2"}.get(source)
+    named = {} if objective is None else {"objective": {objective: {}}}
+    with pytest.raises(IntaglioError, match=r"broken\.jsonl"):
+        carved(tmp_path, **named, **{source: str(file)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_texts_are_refused_before_the_model_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "blank.txt").write_text("\n", encoding="utf-8")
+    with pytest.raises(IntaglioError, match="hold no document"):
+        check_texts(str(tmp_path / "blank.txt"))
 
 
 def test_facts_do_not_go_with_a_share_held_out() -> None:

@@ -165,6 +165,12 @@ def load_texts(source: str | os.PathLike[str] | Sequence[str] | Corpus, field: s
     return corpus
 
 
+def check_texts(source: str) -> None:
+    """Refuse texts that are missing, unreadable or empty, reading no further than a document."""
+    if not any(document.strip() for document in _read(source, "text")):
+        raise IntaglioError(f"the texts {source!r} hold no document; give at least one that is not blank")
+
+
 def _strings(source: Sequence[str]) -> Iterator[str]:
     for index, document in enumerate(source):
         if not isinstance(document, str):

@@ -208,6 +208,14 @@ class ChecksFits(Protocol):
 
 
 @runtime_checkable
+class ChecksData(Protocol):
+    """A step that reads data of its own."""
+
+    def check_data(self) -> None:
+        """Refuse, before any work, data that cannot be read."""
+
+
+@runtime_checkable
 class RemovesBlocks(Protocol):
     """A carving that removes blocks, so that later steps are checked against the remaining ones."""
 

@@ -36,7 +36,7 @@ from intaglio.recipe.resume import (
 )
 from intaglio.recipe.schema import Measure, Recipe
 from intaglio.recipe.source import RunSpec, load_source, warn_if_worse_than_uniform
-from intaglio.recipe.steps import apply_step, check_fit, check_uses, is_resumable, replaces_tokenizer
+from intaglio.recipe.steps import apply_step, check_data, check_fit, check_uses, is_resumable, replaces_tokenizer
 
 
 def _free_memory() -> None:
@@ -104,6 +104,7 @@ def carve(
             checkpoint = original()
             check_fit(recipe.steps, anatomy(checkpoint.model), name, checkpoint.tokenizer)
             check_uses(recipe.steps, checkpoint)
+            check_data(recipe.steps[done:])
             tokenizer = checkpoint.tokenizer
             data = prepare_data(recipe, checkpoint, texts)
             evaluator = make_evaluator(checkpoint, data.held_out, recipe.measure, progress)

@@ -12,6 +12,7 @@ from intaglio.errors import IntaglioError
 from intaglio.masks import predicts_next
 from intaglio.methods.base import (
     Carving,
+    ChecksData,
     ChecksFits,
     ChecksModel,
     Fittable,
@@ -71,6 +72,13 @@ def check_uses(steps: tuple[Step, ...], checkpoint: Checkpoint) -> None:
             return  # the blocks that a later fit reads are not known yet
         if isinstance(step, ChecksFits):
             step.check_fits(checkpoint, fitted_methods(steps[:index]))
+
+
+def check_data(steps: tuple[Step, ...]) -> None:
+    """Refuse, before any work, data of a step that cannot be read."""
+    for step in steps:
+        if isinstance(step, ChecksData):
+            step.check_data()
 
 
 def replaces_tokenizer(*steps: Step) -> bool:

@@ -19,8 +19,8 @@ from intaglio.data.labelled_examples import (
     load_labelled_examples,
 )
 from intaglio.data.streaming import TextStream
-from intaglio.data.text_pairs import TextPair, as_pair, load_text_pairs
-from intaglio.data.texts import Corpus, load_texts
+from intaglio.data.text_pairs import DOCSTRINGS, TextPair, as_pair, load_text_pairs
+from intaglio.data.texts import Corpus, check_texts, load_texts
 from intaglio.data.token_classification import as_labelled, read_labelled
 from intaglio.errors import IntaglioError, did_you_mean, shorten
 from intaglio.measures.fact_recall import Recall, fact_recall
@@ -269,6 +269,21 @@ class Train(Settings, Method, slug="train"):
         for part in self.parts:
             if isinstance(part, ChecksModel):
                 part.check_model(parts)
+
+    def check_data(self) -> None:
+        """Refuse files of training data that cannot be read; of texts, the first document is."""
+        if self.texts is not None:
+            check_texts(self.texts)
+        if self.facts is not None:
+            load_facts(self.facts)
+        if self.instructions not in (None, DOCSTRINGS):
+            load_pairs(str(self.instructions))
+        if self.pairs not in (None, DOCSTRINGS):
+            load_text_pairs(str(self.pairs))
+        if self.classes is None:
+            for file in (self.labels, self.validation):
+                if file is not None:
+                    read_labelled(file)
 
     def estimate(self, workload: Workload) -> Cost:
         """Return the estimated cost of the step.
