@@ -585,6 +585,27 @@ def test_what_is_refused_in_one_sentence(tmp_path: Path) -> None:
         Refrag().compress(ckpt, ["text"])
 
 
+@pytest.mark.parametrize("stage", ["continual", "policy"])
+def test_a_row_may_fill_the_context_and_no_more(monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+    ckpt, lengths = checkpoint(layers=1), []
+    batch = Refrag.batch
+
+    def noted(self: Refrag, *args: Any) -> Any:
+        made = batch(self, *args)
+        lengths.append(made["input_ids"].shape[1])
+        return made
+
+    monkeypatch.setattr(Refrag, "batch", noted)
+    bos = ckpt.tokenizer.bos_token_id is not None
+    # 24 chunks; the policy keeps the tokens of 6 of them; the last target is predicted and not read.
+    target = ckpt.context - bos - 24 - (6 * 3 if stage == "policy" else 0) + 1
+    fields = {**SMALL, "stages": [stage], "expand": 0.25, "length": 96, "curriculum": False}
+    Refrag(**{**fields, "target_length": target}).fit(ckpt, [" ".join(TEXTS)])
+    assert max(lengths) == ckpt.context
+    with pytest.raises(IntaglioError, match=f"take {ckpt.context + 1} positions"):
+        Refrag(**{**fields, "target_length": target + 1}).fit(checkpoint(layers=1), [" ".join(TEXTS)])
+
+
 def test_what_does_not_fit_the_fit_is_refused() -> None:
     ckpt = checkpoint(layers=1)
     Refrag(**SMALL).fit(ckpt, TEXTS[:4])

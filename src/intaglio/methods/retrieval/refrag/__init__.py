@@ -29,6 +29,7 @@ from intaglio.methods.retrieval.refrag.compressor import EMBEDDING, ChunkReader,
 from intaglio.methods.retrieval.refrag.functional import (
     draw_length,
     effective_rate,
+    expansion_count,
     is_compressible,
     layout,
 )
@@ -257,7 +258,9 @@ class Refrag(Method, slug="refrag"):
         size = self.chunk_size
         length = self.length or size * max(1, min(LENGTH, checkpoint.context // 2) // size)
         target = length if stage == "reconstruction" else self.target_length or length
-        positions = 1 + length // size + target + (round(self.expand * length) if stage == "policy" else 0)
+        chunks = length // size
+        more = expansion_count(chunks, self.expand) * (size - 1) if stage == "policy" else 0
+        positions = len(self._bos) + chunks + more + target - 1  # the last target is predicted, not read
         if positions > checkpoint.context:
             raise IntaglioError(
                 f"length {length} and target_length {target} take {positions} positions; the model's context is "
