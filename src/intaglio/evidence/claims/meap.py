@@ -1,11 +1,13 @@
-"""MEAP: fine-tuning with masked input tokens retrieves facts better than next-token prediction, at equal tokens."""
+"""MEAP: fine-tuned with masked input tokens, a model finds facts in longer contexts better, at equal tokens."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from intaglio.evidence.designs.base import Measured, Values
 from intaglio.evidence.designs.measures import NEEDLE_SCORE, NEEDLES, needles
 from intaglio.evidence.designs.training import Finetune
 from intaglio.evidence.engine.claim import Arm, Claim
@@ -17,6 +19,14 @@ FACTS = 14
 """Questions of a document, so that its answer has 56 tokens: shorter ones than 51 have no masked copy."""
 EASY = Haystack(length=32, facts=4, questions=4, steps=6000)
 BED = Haystack(length=128, facts=FACTS, questions=FACTS, steps=1000, batch=16, easier=EASY)
+
+
+LONGER = 2
+
+
+def longer_needles(measured: Measured) -> Values:
+    """Return the scores on documents twice as long as those of the training, with as many facts."""
+    return needles(replace(measured, bed=replace(measured.bed, length=LONGER * measured.bed.length)))
 
 
 class RandomTokens(MEAP):
@@ -36,12 +46,12 @@ def tuned(kind: type[MEAP] = MEAP, **fields: Any) -> dict[str, Any]:
 
 CLAIM = Claim(
     slug="meap",
-    version=2,
-    says="Fine-tuned with masked tokens in the answers, a model finds facts in its context with a higher probability"
-    " than after plain next-token prediction.",
+    version=3,
+    says="Fine-tuned with masked tokens in the answers, a model finds facts in contexts twice as long as it was trained"
+    " on with a higher probability than after plain next-token prediction.",
     metric=NEEDLE_SCORE,
     delta=0.05,
-    design=Finetune(BED, measures=(needles,), steps=300),
+    design=Finetune(BED, measures=(longer_needles,), steps=100),
     arms={
         "next token": Arm("next-token prediction of the answers", tuned(enabled=False)),
         "meap": Arm("MEAP: half of the rows are copies with 10 % of the answer masked", tuned()),
@@ -58,10 +68,11 @@ CLAIM = Claim(
     parity="From one model, trained by next-token prediction of answers; rows of one length, as many steps; half of"
     " MEAP's are masked copies. Keys of the evaluation never occur in training.",
     minutes=45,
-    use_when="answers lie in long contexts",
+    use_when="answers lie in contexts longer than those of the fine-tuning",
     otherwise="next-token prediction",
     reason="Version 1 was registered for a GPU and never run; in a pilot at this scale pretraining with MEAP did not"
-    " help, so the fine-tuning form is tested.",
+    " help, so the fine-tuning form is tested. In version 2 every fact was found after any training: documents"
+    " as long as those of the training leave no room.",
     toy={"length": 128, "steps": 100, "width": 32, "learning_rate": 1e-2},
-    golden={"next token": {NEEDLE_SCORE.name: -4.04693}, "meap": {NEEDLE_SCORE.name: -4.03935}},
+    golden={"next token": {NEEDLE_SCORE.name: -4.04609}, "meap": {NEEDLE_SCORE.name: -4.03595}},
 )
