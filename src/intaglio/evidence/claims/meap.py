@@ -46,11 +46,11 @@ def tuned(kind: type[MEAP] = MEAP, **fields: Any) -> dict[str, Any]:
 
 CLAIM = Claim(
     slug="meap",
-    version=3,
+    version=4,
     says="Fine-tuned with masked tokens in the answers, a model finds facts in contexts twice as long as it was trained"
     " on with a higher probability than after plain next-token prediction.",
     metric=NEEDLE_SCORE,
-    delta=0.05,
+    delta=0.1,
     design=Finetune(BED, measures=(longer_needles,), steps=100),
     arms={
         "next token": Arm("next-token prediction of the answers", tuned(enabled=False)),
@@ -61,7 +61,7 @@ CLAIM = Claim(
     baseline="next token",
     method="meap",
     ablations=("random tokens", "MEAP, 15 %"),
-    looks=(5, 10, 20),
+    looks=(5, 10, 20, 40),
     tune={"learning_rate": (3e-4, 1e-3, 3e-3)},
     equal=("tokens",),
     metrics=(NEEDLES,),
@@ -72,7 +72,7 @@ CLAIM = Claim(
     otherwise="next-token prediction",
     reason="Version 1 was registered for a GPU and never run; in a pilot at this scale pretraining with MEAP did not"
     " help, so the fine-tuning form is tested. In version 2 every fact was found after any training: documents"
-    " as long as those of the training leave no room.",
+    " as long as those of the training leave no room. The probe of version 3 found twenty trainings too few for .05.",
     toy={"length": 128, "steps": 100, "width": 32, "learning_rate": 1e-2},
-    golden={"next token": {NEEDLE_SCORE.name: -4.04609}, "meap": {NEEDLE_SCORE.name: -4.03595}},
+    golden={"next token": {NEEDLE_SCORE.name: -4.04822}, "meap": {NEEDLE_SCORE.name: -4.0366}},
 )

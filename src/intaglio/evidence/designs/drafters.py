@@ -146,7 +146,7 @@ class HeadTraining:
     texts: int = 400
     prompt: int = 32
     length: int = 160
-    steps: int = 1000
+    steps: int = 300
     batch_size: int = 8
 
     def examples(self, bed: Any) -> list[Example]:
