@@ -43,6 +43,8 @@ RANKS = 32
 """Candidates of a draft model that are counted; no node of a fitted tree has more children."""
 FITTED_UNITS = 8
 """Units of the training set that fixed trees and acceptance tables are fitted on."""
+BATCH = 8
+"""Texts of a step in the training of heads."""
 Tree = Literal["best", "widths", "chain"]
 HEADS_CLAIM: dict[str, Any] = {
     "metric": TOKENS,
@@ -147,7 +149,7 @@ class HeadTraining:
     prompt: int = 32
     length: int = 160
     steps: int = 300
-    batch_size: int = 8
+    batch_size: int = BATCH
 
     def examples(self, bed: Any) -> list[Example]:
         """Return the text, generated once and cached."""
@@ -159,9 +161,9 @@ class HeadTraining:
             return generate_corpus(target, prompts, tokens=self.length - self.prompt)
 
 
-def default_training(bed: Any) -> HeadTraining:
+def default_training(bed: Any, batch_size: int = BATCH) -> HeadTraining:
     """Return the training of a test bed's heads, a few steps for one in miniature."""
-    return HeadTraining(8, 8, 24, 2, 4) if bed.packages == (TOY,) else HeadTraining()
+    return HeadTraining(8, 8, 24, 2, 4) if bed.packages == (TOY,) else HeadTraining(batch_size=batch_size)
 
 
 def trained_heads(
@@ -169,11 +171,12 @@ def trained_heads(
     method: TrainedHeads,
     training: HeadTraining | None = None,
     learning_rate: float = 1e-3,
+    batch_size: int = BATCH,
     nodes: int = NODES,
     **fields: Any,
 ) -> Drafter:
     """Return a method's heads, trained with the seed of the unit."""
-    training = training or default_training(context.bed)
+    training = training or default_training(context.bed, batch_size)
     chosen = method.model_copy(update={
         **fields, "learning_rate": learning_rate, "steps": training.steps, "batch_size": training.batch_size,
         "length": training.length,
@@ -197,10 +200,11 @@ def medusa(
     decay: float = 1.0,
     training: HeadTraining | None = None,
     learning_rate: float = 1e-3,
+    batch_size: int = BATCH,
     nodes: int = NODES,
 ) -> Medusa:
     """Return Medusa heads with as many parameters as a method's, trained with the seed of the unit."""
-    training = training or default_training(context.bed)
+    training = training or default_training(context.bed, batch_size)
     target, examples, seed = context.target, training.examples(context.bed), context.key.seed
     tokens_K = like.words(target, examples)
     budget = sum(p.numel() for p in like.make(target.model, seed, tokens_K).parameters())
