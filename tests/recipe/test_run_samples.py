@@ -12,6 +12,7 @@ from intaglio.data.facts import TEMPLATES, load_facts
 from intaglio.data.texts import check_texts
 from intaglio.errors import IntaglioError
 from intaglio.recipe import run
+from intaglio.recipe.plan import plan
 from intaglio.recipe.run import carve
 from intaglio.recipe.schema import Recipe
 from intaglio.trainer import recipe_step
@@ -20,21 +21,22 @@ from tests.families import tiny_checkpoint_dir
 TEXT = "the fox runs home\nand the dog sleeps\nin the warm sun\n"
 
 
-def carved(path: Path, **training: Any) -> dict[str, Any]:
+def recipe_document(path: Path, **training: Any) -> dict[str, Any]:
     texts = path / "texts"
-    texts.mkdir()
+    texts.mkdir(exist_ok=True)
     for number in range(12):
         (texts / f"{number}.txt").write_text(f"{TEXT}number {number} of twelve\n{TEXT}", encoding="utf-8")
     measure = {"texts": str(texts), "samples": 2, "length": 16}
-    recipe = Recipe.from_dict(
-        {
-            "model": str(tiny_checkpoint_dir("llama", path / "model", layers=1)),
-            "calibration": measure,
-            "measure": {**measure, "speed": False},
-            "steps": [{"train": {"steps": 2, "batch_size": 2, **training}}],
-        }
-    )
-    return carve(recipe, path / "out")
+    return {
+        "model": str(tiny_checkpoint_dir("llama", path / "model", layers=1)),
+        "calibration": measure,
+        "measure": {**measure, "speed": False},
+        "steps": [{"train": {"steps": 2, "batch_size": 2, **training}}],
+    }
+
+
+def carved(path: Path, **training: Any) -> dict[str, Any]:
+    return carve(Recipe.from_dict(recipe_document(path, **training)), path / "out")
 
 
 def test_facts_are_asked_in_both_orders_before_and_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,12 +85,15 @@ def test_unreadable_data_are_refused_before_the_model_is_measured(
     with pytest.raises(IntaglioError, match=r"broken\.jsonl"):
         carved(tmp_path, **named, **{source: str(file)})
     assert not (tmp_path / "out").exists()
+    with pytest.raises(IntaglioError, match=r"broken\.jsonl"):
+        plan(Recipe.from_dict(recipe_document(tmp_path, **named, **{source: str(file)})))
 
 
 def test_empty_texts_are_refused_before_the_model_is_measured(tmp_path: Path) -> None:
     (tmp_path / "blank.txt").write_text("\n", encoding="utf-8")
     with pytest.raises(IntaglioError, match="hold no document"):
         check_texts(str(tmp_path / "blank.txt"))
+    check_texts("someone/texts")  # of the hub: not opened
 
 
 def test_facts_do_not_go_with_a_share_held_out() -> None:

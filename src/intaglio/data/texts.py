@@ -166,8 +166,8 @@ def load_texts(source: str | os.PathLike[str] | Sequence[str] | Corpus, field: s
 
 
 def check_texts(source: str) -> None:
-    """Refuse texts that are missing, unreadable or empty, reading no further than a document."""
-    if not any(document.strip() for document in _read(source, "text")):
+    """Refuse texts that are missing, unreadable or empty, reading no further than a document, and not from the hub."""
+    if _hub_match(source) is None and not any(document.strip() for document in _read(source, "text")):
         raise IntaglioError(f"the texts {source!r} hold no document; give at least one that is not blank")
 
 
@@ -195,11 +195,17 @@ def _read(name: str, field: str) -> Iterator[str]:
         return reader(path, field) if reader else _from_text(path)
     if path.exists():
         raise IntaglioError(f"the texts {name!r} are neither a regular file nor a folder")
-    match = _DATASET_ID.fullmatch(name)
-    if match and Path(match["id"]).suffix.lower() not in _TEXT_SUFFIXES and not name.startswith("."):
+    if match := _hub_match(name):
         return from_hub(match["id"], match["split"] or "train", field)
     known = did_you_mean(name, [*bundled, STANDARD_LIBRARY])
     raise IntaglioError(f"the texts {name!r} are no file, no folder and no bundled name: {known}")
+
+
+def _hub_match(name: str) -> re.Match[str] | None:
+    """Match the name of a data set of the hub; a path may look like one."""
+    match = _DATASET_ID.fullmatch(name)
+    plausible = match and Path(match["id"]).suffix.lower() not in _TEXT_SUFFIXES and not name.startswith(".")
+    return match if plausible and not Path(name).expanduser().exists() else None
 
 
 def _text_of(path: Path) -> str:

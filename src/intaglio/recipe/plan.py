@@ -22,7 +22,7 @@ from intaglio.recipe.data import read_texts
 from intaglio.recipe.report_document import non_default_fields
 from intaglio.recipe.schema import Fit, Measure, Recipe, Step, method_of
 from intaglio.recipe.source import RunSpec, meta_model
-from intaglio.recipe.steps import check_fit, is_training, replaces_tokenizer
+from intaglio.recipe.steps import check_data, check_fit, is_training, replaces_tokenizer
 
 LAUNCH = 0.00025
 """Seconds of a block in a decoding step, beyond reading its weights."""
@@ -67,6 +67,7 @@ def plan(
     parts = anatomy(weightless)
     replaced = replaces_tokenizer(*recipe.steps) and not spec.from_scratch
     check_fit(recipe.steps, parts, name, _tokenizer(name) if replaced else None)
+    check_data(recipe.steps)
     texts, _ = read_texts(recipe)
     length = min(recipe.calibration.length, int(getattr(parts.config, "max_position_embeddings", 1 << 30)))
     parameters = sum(p.numel() for p in weightless.parameters())
