@@ -294,8 +294,8 @@ class Train(Settings, Method, slug="train"):
         the activations of a batch. Modifiers and selectors with a `training_cost` add it.
 
         A row counts as 512 tokens by default, a pair as its texts at full length; a dense encoder's embeddings cost
-        nothing. An epoch is the objective's own samples or the facts; of other data, which are not read, it counts as
-        the calibration.
+        nothing. An epoch is the objective's own samples or the facts; of other data, which are not counted, it is
+        as long as the calibration.
         """
         named = next(iter(self.objective.values())) if self.objective else {}
         length, used = self.length or named.get("length") or ROW, workload.parameters
