@@ -65,7 +65,7 @@ class OtherTargets(MEAP):
     ("slug", "arm", "settings"),
     [
         ("dsnot", "wanda", {"method": Magnitude(sparsity=0.5)}),  # scores without the norm of the inputs
-        ("lost", "lost", {"apply": LOST(rank=16, columns=2 / 64, within_rank=True), "gamma": 0.0}),
+        ("lost", "lost", {"apply": LOST(rank=16, columns=4 / 64, within_rank=True), "gamma": 0.0}),
         ("meap", "meap", {"objective": OtherTargets(mode="finetuning", pack=False, chat=False)}),
         ("bip", "bip", {"modifiers": (BiP(sparsity=0.95, implicit=False),)}),
         ("r_sparse", "r_sparse", {"method": RSparse(sparsity=0.5, alpha="error", scale=False)}),

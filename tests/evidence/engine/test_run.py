@@ -493,12 +493,19 @@ def test_arguments_out_of_range_get_one_sentence(options: dict[str, Any], reason
 
 
 def test_golden_numbers_catch_a_changed_constant_and_nothing_else() -> None:
-    values = golden.golden_values(toy_claim())
+    values = golden.golden_values(golden.toy_results(toy_claim()))
     claim = toy_claim(golden={arm: {"loss": values[arm]["loss"]} for arm in ("plain", "better")})
     assert golden.moved(claim) == []
     changed = replace(claim, design=Noise(inner=2))
     (message, *_) = golden.moved(changed)
     assert message.startswith("wanda: loss of plain is")
+
+
+def test_golden_numbers_catch_costs_that_are_not_equal() -> None:
+    claim = toy_claim(equal=("tokens",))
+    assert golden.moved(claim) == []
+    arms = {**claim.arms, "better": Arm("a", {**claim.arms["better"].settings, "tokens": 101})}
+    assert golden.moved(replace(claim, arms=arms)) == ["wanda: plain and better differ in tokens, 100 and 101"]
 
 
 def test_a_spot_check_reruns_the_cheapest_unit(finished: tuple[Record, Path]) -> None:

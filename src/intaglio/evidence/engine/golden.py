@@ -7,40 +7,60 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from intaglio.environment import torch_threads, tuning
-from intaglio.evidence.engine.claim import Claim, RunKey, combinations
+from intaglio.evidence.engine.claim import Claim, Result, RunKey, combinations
 from intaglio.evidence.engine.journal import clean_values
 from intaglio.evidence.engine.registration import load_claim
 
 TOLERANCE = 1e-3
 
 
-def golden_values(claim: Claim, arms: Iterable[str] | None = None) -> dict[str, dict[str, float]]:
-    """Run the toy configuration and return `{arm: {metric: mean}}`, with the first settings of each grid."""
-    design, key, means = claim.design.toy(**claim.toy), RunKey("toy", 0, version=claim.version), {}
+def toy_results(claim: Claim, arms: Iterable[str] | None = None) -> dict[str, Result]:
+    """Run the toy configuration of some arms (default: all), with the first settings of each grid."""
+    design, key, results = claim.design.toy(**claim.toy), RunKey("toy", 0, version=claim.version), {}
     for arm in claim.arms if arms is None else arms:
         tuned = combinations(claim.grid(claim.settings_source(arm)))[0]
         own = claim.arms[arm].settings
         with torch_threads(1), tuning.using(None):
-            result = design.run(claim.arms[arm], key, {name: own.get(name, value) for name, value in tuned.items()})
-        means[arm] = {
+            results[arm] = design.run(
+                claim.arms[arm], key, {name: own.get(name, value) for name, value in tuned.items()}
+            )
+    return results
+
+
+def golden_values(results: Mapping[str, Result]) -> dict[str, dict[str, float]]:
+    """Return `{arm: {metric: mean}}`."""
+    return {
+        arm: {
             metric: sum(math.nan if value is None else value for value in values.values()) / len(values)
             for metric, values in clean_values(result).items()
         }
-    return means
+        for arm, result in results.items()
+    }
 
 
 def moved(claim: Claim) -> list[str]:
-    """Return a sentence for each golden number that the toy configuration no longer gives, to a relative 1e-3."""
-    now = golden_values(claim, claim.golden)
-    return [
+    """Return a sentence for each golden number that the toy configuration no longer gives, to a relative 1e-3.
+
+    And for each cost that the claim says is equal and is not, between baseline and method.
+    """
+    results = toy_results(claim, dict.fromkeys([*claim.golden, claim.baseline, claim.method]))
+    now = golden_values(results)
+    numbers = [
         f"{claim.slug}: {metric} of {arm} is {now[arm].get(metric)}, golden {value}; raise the version if"
         " results may change"
         for arm, values in claim.golden.items()
         for metric, value in values.items()
         if not math.isclose(now[arm].get(metric, math.nan), value, rel_tol=TOLERANCE, abs_tol=1e-9)
+    ]
+    pair = [results[arm].cost for arm in (claim.baseline, claim.method)]
+    costs = [(name, *(getattr(cost, name) for cost in pair)) for name in claim.equal]
+    return numbers + [
+        f"{claim.slug}: {claim.baseline} and {claim.method} differ in {name}, {first} and {other}"
+        for name, first, other in costs
+        if first != other
     ]
 
 
@@ -48,5 +68,5 @@ if __name__ == "__main__":
     for slug in sys.argv[1:]:
         claim = load_claim(slug)
         continuous = {m.name for m in (claim.metric, *claim.metrics) if m.continuous}
-        for arm, values in golden_values(claim).items():
+        for arm, values in golden_values(toy_results(claim)).items():
             print(f"{arm!r}: { ({k: float(f'{v:.6g}') for k, v in values.items() if k in continuous}) },")
