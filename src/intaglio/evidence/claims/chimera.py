@@ -47,7 +47,7 @@ CLAIM = Claim(
     use_when="a pass of the target costs far more than a small decoder layer",
     reason="The heads of version 1 were trained once and too briefly, and Chimera's start was mis-scaled; since"
     " version 2, five trainings on a small Llama of source code; of 300 steps with four texts, as 1,000 with"
-    " eight took too long.",
+    " eight took too long: versions 2 and 3 were stopped while they were tuned, Chimera ahead in what had run.",
     **HEADS_CLAIM,
     toy={"depth": 2},
     golden={"medusa": {}, "chimera": {}},

@@ -40,7 +40,7 @@ CLAIM = Claim(
     parity=f"{HEADS_PARITY} Pseudo states take rows in the target's upper blocks.",
     use_when="rows of the upper blocks are free",
     reason="The heads of version 1 were trained once; since version 2, five trainings on a small Llama of source"
-    " code; of 300 steps, as 1,000 took too long.",
+    " code; of 300 steps, as 1,000 took too long: version 2 was stopped while it was tuned.",
     **HEADS_CLAIM,
     toy={"depth": DEPTH},
     golden={"medusa": {}, "transfer": {}},

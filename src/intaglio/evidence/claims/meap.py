@@ -72,7 +72,8 @@ CLAIM = Claim(
     otherwise="next-token prediction",
     reason="Version 1 was registered for a GPU and never run; in a pilot at this scale pretraining with MEAP did not"
     " help, so the fine-tuning form is tested. In version 2 every fact was found after any training: documents"
-    " as long as those of the training leave no room. The probe of version 3 found twenty trainings too few for .05.",
+    " as long as those of the training leave no room. The probe of version 3 found twenty trainings too few for .05."
+    " Longer documents were chosen after pilots, one training each, with MEAP ahead there in two of three.",
     toy={"length": 128, "steps": 100, "width": 32, "learning_rate": 1e-2},
     golden={"next token": {NEEDLE_SCORE.name: -4.04822}, "meap": {NEEDLE_SCORE.name: -4.0366}},
 )
