@@ -165,9 +165,14 @@ def load_texts(source: str | os.PathLike[str] | Sequence[str] | Corpus, field: s
     return corpus
 
 
-def check_texts(source: str) -> None:
-    """Refuse texts that are missing, unreadable or empty, reading no further than a document, and not from the hub."""
-    if _hub_match(source) is None and not any(document.strip() for document in _read(source, "text")):
+def check_texts(source: str, documents: Iterable[str] | None = None) -> None:
+    """Refuse texts that are missing, unreadable or empty; a data set of the hub is not opened.
+
+    `documents` (default: as `load_texts` reads them) are read to the first that is not blank.
+    """
+    if _hub_match(source):
+        return
+    if not any(document.strip() for document in (_read(source, "text") if documents is None else documents)):
         raise IntaglioError(f"the texts {source!r} hold no document; give at least one that is not blank")
 
 

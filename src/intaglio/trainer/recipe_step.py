@@ -273,17 +273,17 @@ class Train(Settings, Method, slug="train"):
     def check_data(self) -> None:
         """Refuse files of training data that cannot be read; of texts, the first document is."""
         if self.texts is not None:
-            check_texts(self.texts)
-        if self.facts is not None:
-            load_facts(self.facts)
-        if self.instructions not in (None, DOCSTRINGS):
-            load_pairs(str(self.instructions))
-        if self.pairs not in (None, DOCSTRINGS):
-            load_text_pairs(str(self.pairs))
-        if self.classes is None:
-            for file in (self.labels, self.validation):
-                if file is not None:
-                    read_labelled(file)
+            check_texts(self.texts, TextStream(self.texts) if self.stream else None)
+        readers: tuple[tuple[Callable[[str], Any], str | None], ...] = (
+            (load_facts, self.facts),
+            (load_pairs, self.instructions),
+            (load_text_pairs, self.pairs),
+            (read_labelled, self.labels),
+            (read_labelled, self.validation if self.labels else None),
+        )
+        for read, file in readers:
+            if file is not None and file != DOCSTRINGS:
+                read(file)
 
     def estimate(self, workload: Workload) -> Cost:
         """Return the estimated cost of the step.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from intaglio.evidence.designs.encoders import trained
@@ -19,9 +17,9 @@ MINED: dict[str, Any] = {"negatives": Mining(ranks=(5, 30), count=2, sample=True
 """Hard negatives for the arm that mixes them; with half of the pairs a step takes as long."""
 
 
-def kalm(settings: Mapping[str, Any] = MappingProxyType({}), **fields: Any) -> dict[str, Any]:
+def kalm(**fields: Any) -> dict[str, Any]:
     """Return the settings of an arm that trains the pretrained decoder; plain InfoNCE unless fields say otherwise."""
-    return {"retriever": trained, "objective": KaLMV2(**{**PLAIN, **SIZES, **fields}), "model": "llama", **settings}
+    return {"retriever": trained, "objective": KaLMV2(**{**PLAIN, **SIZES, **fields}), "model": "llama"}
 
 
 CLAIM = Claim(
@@ -39,11 +37,11 @@ CLAIM = Claim(
         "focal": Arm("no causal mask, mean pooling, focal weights", kalm(focal_gamma=0.5)),
         "mixing": Arm(
             "no causal mask, mean pooling, hard negatives and their mixtures, half of the pairs a step",
-            kalm(MINED, pair_mixes=None, list_mix=True),
+            {**kalm(pair_mixes=None, list_mix=True), **MINED},
         ),
         "soup": Arm(
             "average of three trainings with focal weights, at three times the cost",
-            kalm({"members": 3}, focal_gamma=0.5),
+            {**kalm(focal_gamma=0.5), "members": 3},
         ),
     },
     baseline="causal, last",

@@ -21,12 +21,9 @@ EASY = Haystack(length=32, facts=4, questions=4, steps=6000)
 BED = Haystack(length=128, facts=FACTS, questions=FACTS, steps=1000, batch=16, easier=EASY)
 
 
-LONGER = 2
-
-
 def longer_needles(measured: Measured) -> Values:
     """Return the scores on documents twice as long as those of the training, with as many facts."""
-    return needles(replace(measured, bed=replace(measured.bed, length=LONGER * measured.bed.length)))
+    return needles(replace(measured, bed=replace(measured.bed, length=2 * measured.bed.length)))
 
 
 class RandomTokens(MEAP):

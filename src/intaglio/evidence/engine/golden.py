@@ -44,7 +44,7 @@ def golden_values(results: Mapping[str, Result]) -> dict[str, dict[str, float]]:
 def moved(claim: Claim) -> list[str]:
     """Return a sentence for each golden number that the toy configuration no longer gives, to a relative 1e-3.
 
-    And for each cost that the claim says is equal and is not, between baseline and method.
+    Costs of baseline and method that the claim calls equal and that differ get a sentence as well.
     """
     results = toy_results(claim, dict.fromkeys([*claim.golden, claim.baseline, claim.method]))
     now = golden_values(results)
