@@ -96,6 +96,16 @@ def test_empty_texts_are_refused_before_the_model_is_measured(tmp_path: Path) ->
     check_texts("someone/texts")  # of the hub: not opened
 
 
+def test_streamed_texts_are_checked_without_reading_them_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "large.txt").write_text(f"{TEXT}\n" * 9, encoding="utf-8")
+    monkeypatch.setattr(Path, "read_bytes", lambda *_: pytest.fail("read whole"))
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: pytest.fail("read whole"))
+    recipe_step.Train(steps=1, texts=str(tmp_path / "large.txt"), stream=True).check_data()
+    (tmp_path / "blank.txt").touch()
+    with pytest.raises(IntaglioError, match="hold no document"):
+        recipe_step.Train(steps=1, texts=str(tmp_path / "blank.txt"), stream=True).check_data()
+
+
 def test_facts_do_not_go_with_a_share_held_out() -> None:
     for more, sentence in (({"evaluate": 0.1}, "evaluate does not apply"), ({"texts": "a"}, "give one source")):
         with pytest.raises(IntaglioError, match=sentence):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Protocol
 
@@ -256,6 +256,11 @@ class Claim:
         prose = {"parity", "use_when", "otherwise", "advice", "reason", "toy", "golden", "minutes"}
         chosen = {name: value for name, value in _changed(self).items() if name not in prose}
         return describe(chosen) | {"looks": list(self.looks), "alphas": list(self.alphas)}
+
+    def unequal_costs(self, costs: Iterable[Cost]) -> list[str]:
+        """Return the names in `equal` that differ among some costs."""
+        of_arms = list(costs)
+        return [name for name in self.equal if len({getattr(cost, name) for cost in of_arms}) > 1]
 
     @property
     def digest(self) -> str:

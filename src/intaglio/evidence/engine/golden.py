@@ -55,12 +55,11 @@ def moved(claim: Claim) -> list[str]:
         for metric, value in values.items()
         if not math.isclose(now[arm].get(metric, math.nan), value, rel_tol=TOLERANCE, abs_tol=1e-9)
     ]
-    pair = [results[arm].cost for arm in (claim.baseline, claim.method)]
-    costs = [(name, *(getattr(cost, name) for cost in pair)) for name in claim.equal]
+    first, other = (results[arm].cost for arm in (claim.baseline, claim.method))
     return numbers + [
-        f"{claim.slug}: {claim.baseline} and {claim.method} differ in {name}, {first} and {other}"
-        for name, first, other in costs
-        if first != other
+        f"{claim.slug}: {claim.baseline} and {claim.method} differ in {name}, {getattr(first, name)} and"
+        f" {getattr(other, name)}"
+        for name in claim.unequal_costs((first, other))
     ]
 
 

@@ -303,9 +303,8 @@ class Session:
             for metric in other.values.keys() & first.values.keys():
                 if other.values[metric].keys() != first.values[metric].keys():
                     raise RuntimeError(f"{first.arm} and {other.arm} {unit} have different inner units of {metric}")
-        for name in claim.equal:
-            if len({getattr(e.cost, name) for e in entries if e.arm in (claim.baseline, claim.method)}) > 1:
-                raise RuntimeError(f"baseline and method {unit} differ in {name}")
+        for name in claim.unequal_costs(e.cost for e in entries if e.arm in (claim.baseline, claim.method)):
+            raise RuntimeError(f"baseline and method {unit} differ in {name}")
 
     def entries(self, stage: Stage, units: int, arm: str, settings: Settings | None = None) -> list[Entry]:
         """Return the entries of an arm's first units."""
