@@ -112,7 +112,7 @@ class Row:
 def arm_columns(record: Record) -> tuple[str, ...]:
     """Return the column titles of the table of arms."""
     others = next(iter(record.arms.values())).metrics
-    return ("units", record.metric.name, *(["diverged"] if _diverged(record) else []), *others,
+    return ("units", record.metric.name, "better by", *(["diverged"] if _diverged(record) else []), *others,
             "tokens", "GFLOPs", "non-zero, M", "s", "peak, MB")  # fmt: skip
 
 
@@ -128,6 +128,7 @@ def arm_rows(record: Record) -> list[Row]:
         cells = (
             f"{arm.units}",
             _number(arm.mean),
+            tables.lead(record, name),
             *([f"{arm.diverged:.0%}"] if _diverged(record) else []),
             *(_number(value) for value in arm.metrics.values()),
             f"{cost.tokens:,}",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from intaglio.evidence.designs import drafters
-from intaglio.evidence.designs.drafters import HeadTraining, medusa, medusa_sizes, trained_heads
+from intaglio.evidence.designs.drafters import medusa, medusa_sizes, trained_heads
 from intaglio.evidence.designs.replay import (
     AGREED_TOKENS,
     AGREEMENT,
@@ -32,7 +32,6 @@ from intaglio.speculative.drafters.medusa import MedusaHeads
 from intaglio.trainer import train
 
 KEY = RunKey("look", 0)
-TRAINING = HeadTraining(texts=8, prompt=8, length=24, steps=2, batch_size=4)
 BED = SourceCode().toy(steps=150, context=64, tokens=24, documents_run=6)
 DESIGN = Replay(BED, new=24)
 METHOD = Chimera(heads=2)
@@ -59,8 +58,8 @@ ARMS = {
     "best": Arm("best tree", {"drafter": drafters.fixed_tree, "nodes": 8, "draft": Draft()}),
     "dyspec": Arm("DySpec", {"drafter": drafters.dyspec, "nodes": 8, "draft": Draft()}),
     "fitted": Arm("fitted", {"drafter": drafters.dyspec, "nodes": 8, "fitted": True, "draft": Draft()}),
-    "medusa": Arm("Medusa", {"drafter": medusa, "like": METHOD, "heads": 2, "training": TRAINING}),
-    "chimera": Arm("Chimera", {"drafter": trained_heads, "method": METHOD, "training": TRAINING}),
+    "medusa": Arm("Medusa", {"drafter": medusa, "like": METHOD, "heads": 2}),
+    "chimera": Arm("Chimera", {"drafter": trained_heads, "method": METHOD}),
 }
 
 
@@ -91,7 +90,7 @@ def test_drafters_do_guess_here() -> None:
 
 
 def test_hidden_transfer_runs_its_true_pass_in_one_batch() -> None:
-    arm = Arm("Hidden Transfer", {"drafter": trained_heads, "method": HiddenTransfer(ahead=2), "training": TRAINING})
+    arm = Arm("Hidden Transfer", {"drafter": trained_heads, "method": HiddenTransfer(ahead=2)})
     design = Replay(SourceCode().toy(steps=60, depth=2, context=64, tokens=24, documents_run=4), new=16)
     batched, alone = (dataclasses.replace(design, real_loop=loop).run(arm, KEY, {}) for loop in (False, True))
     assert batched.values == alone.values

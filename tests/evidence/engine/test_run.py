@@ -23,7 +23,7 @@ from intaglio.evidence.engine.plot import effects
 from intaglio.evidence.engine.record import Record, compose_advice, is_stale, read_record, write_record
 from intaglio.evidence.engine.run import OutOfTimeError, extensions, prove
 from intaglio.evidence.engine.spot import spot
-from intaglio.evidence.engine.tables import arms, cell, report, sentence
+from intaglio.evidence.engine.tables import arms, cell, lead, report, sentence
 from intaglio.evidence.testbeds import cache
 
 from .toy import LOSS, Noise, toy_claim
@@ -205,7 +205,7 @@ def test_crossed_units_keep_every_inner_difference(tmp_path: Path) -> None:
     record = run_toy(tmp_path, design=Noise(0.02, inner=6), crossed=True, unit_names=("draw", "document"))
     assert record.inner == [f"d{i}" for i in range(6)]
     assert [len(row) for row in record.differences] == [6] * record.units
-    assert "5 draws by 6 documents" in sentence(record)
+    assert "5 units (draw) by 6 documents" in sentence(record)
 
 
 def test_arms_that_are_no_pairs_are_a_defect_of_the_design(tmp_path: Path) -> None:
@@ -334,6 +334,20 @@ def test_tables_and_picture_show_effect_interval_baseline_delta_and_ceiling(fini
     for text in ("plain", "+0.1 to pass", "oracle", "99.5 % interval", "wanda: holds"):
         assert text in svg
     assert "prefers-color-scheme" not in effects(record, alone=False)
+
+
+def test_arms_are_compared_with_the_baseline_on_the_units_that_both_ran(finished: tuple[Record, Path]) -> None:
+    record, _ = finished
+    values = {"plain": [4.0, 2.0, 9.0], "half": [2.0, 1.0], "better": [None, 1.5, 3.0], "oracle": [None]}
+    record = replace(record, values={LOSS.name: values}, effect=None)
+    assert [record.gain(arm) for arm in values] == [0.0, 1.5, 3.25, None]
+    assert [lead(record, arm) for arm in values] == ["", "+1.5000", "+3.2500", ""]
+    assert record.gain("better") == 3.25
+    assert replace(record, effect=0.25).gain("better") == 0.25
+    assert replace(record, metric=replace(LOSS, better="higher")).gain("half") == -1.5
+    relative = replace(record, metric=replace(LOSS, relative=True))
+    assert relative.gain("half") == 0.5
+    assert lead(relative, "half") == "+50.0%"
 
 
 @pytest.mark.parametrize("slug", records.all_committed())

@@ -161,7 +161,7 @@ class HeadTraining:
             return generate_corpus(target, prompts, tokens=self.length - self.prompt)
 
 
-def default_training(bed: Any, batch_size: int = BATCH) -> HeadTraining:
+def head_training(bed: Any, batch_size: int = BATCH) -> HeadTraining:
     """Return the training of a test bed's heads, a few steps for one in miniature."""
     return HeadTraining(8, 8, 24, 2, 4) if bed.packages == (TOY,) else HeadTraining(batch_size=batch_size)
 
@@ -169,14 +169,13 @@ def default_training(bed: Any, batch_size: int = BATCH) -> HeadTraining:
 def trained_heads(
     context: Context,
     method: TrainedHeads,
-    training: HeadTraining | None = None,
     learning_rate: float = 1e-3,
     batch_size: int = BATCH,
     nodes: int = NODES,
     **fields: Any,
 ) -> Drafter:
     """Return a method's heads, trained with the seed of the unit."""
-    training = training or default_training(context.bed, batch_size)
+    training = head_training(context.bed, batch_size)
     chosen = method.model_copy(update={
         **fields, "learning_rate": learning_rate, "steps": training.steps, "batch_size": training.batch_size,
         "length": training.length,
@@ -198,13 +197,12 @@ def medusa(
     heads: int,
     goal: str = "text",
     decay: float = 1.0,
-    training: HeadTraining | None = None,
     learning_rate: float = 1e-3,
     batch_size: int = BATCH,
     nodes: int = NODES,
 ) -> Medusa:
     """Return Medusa heads with as many parameters as a method's, trained with the seed of the unit."""
-    training = training or default_training(context.bed, batch_size)
+    training = head_training(context.bed, batch_size)
     target, examples, seed = context.target, training.examples(context.bed), context.key.seed
     tokens_K = like.words(target, examples)
     budget = sum(p.numel() for p in like.make(target.model, seed, tokens_K).parameters())

@@ -111,6 +111,21 @@ class Record:
         positive = self.verdict == "undecided" and self.kind == "better" and self.interval and self.interval[0] > 0
         return "better, size open" if positive else self.verdict
 
+    def gain(self, arm: str) -> float | None:
+        """Return how much better than the baseline an arm is, on the units that both ran; None where they diverged.
+
+        `effect` for the method; for other arms the difference of means, over the baseline's where relative.
+        """
+        if arm == self.method and self.effect is not None:
+            return self.effect
+        values = self.values[self.metric.name]
+        pairs = [(b, a) for b, a in zip(values[self.baseline], values[arm], strict=False) if None not in (b, a)]
+        if not pairs:
+            return None
+        baseline, own = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
+        gain = own - baseline if self.metric.better == "higher" else baseline - own
+        return gain / max(abs(baseline), 1e-12) if self.metric.relative else gain
+
     def document(self) -> dict[str, Any]:
         """Return the record as JSON."""
         return asdict(self)

@@ -227,7 +227,7 @@ class Session:
             why += f" a testbed is needed where it is 2 delta = {2 * claim.delta:g}"
         elif seen.wide and not compared.method_diverged:
             needed = int(np.ceil(n * (width / (2 * claim.delta)) ** 2))
-            why = f"too noisy: {n} {claim.unit_names[0]}s give an interval of ±{width:.3g} {unit}; about {needed:,} are"
+            why = f"too noisy: {n} units give an interval of ±{width:.3g} {unit}; about {needed:,} are"
             why += f" needed for ±{2 * claim.delta:g}"
         elif judge_cost and minutes > claim.minutes:
             why = f"too expensive: {minutes:.0f} core-minutes are projected, {claim.minutes:g} are allowed"

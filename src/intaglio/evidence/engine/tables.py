@@ -17,6 +17,11 @@ def without(slug: str) -> str:
     return "registered, not yet run" if is_registered(slug) else "no evidence yet"
 
 
+def number(value: float | None) -> str:
+    """Return a mean to four digits; "" where there is none."""
+    return "" if value is None else f"{value:.4g}"
+
+
 def signed(value: float) -> str:
     """Return an effect with its sign, to four places or, where it is smaller, to two digits."""
     return f"{value:+.4f}" if value == 0 or abs(value) >= 0.01 else f"{value:+.2g}"
@@ -46,7 +51,7 @@ def outcome(record: Record) -> str:
     return (
         f"Effect on {record.metric.name}: {signed(record.effect)}"
         f" {record.metric.unit}, {100 * record.level:g} % interval {low} to {high}, to pass {record.margin:+g}; larger"
-        f" is better for the method. {record.units} {record.unit_names[0]}s{inner}."
+        f" is better for the method. {record.units} units ({record.unit_names[0]}){inner}."
     )
 
 
@@ -64,16 +69,24 @@ def settings(arm: ArmSummary) -> str:
     return ", ".join(f"{key}={value}" for key, value in arm.settings.items())
 
 
+def lead(record: Record, arm: str) -> str:
+    """Return how much better than the baseline an arm is on the same units; "" for the baseline itself."""
+    gain = None if arm == record.baseline else record.gain(arm)
+    return "" if gain is None else f"{gain:+.1%}" if record.metric.relative else signed(gain)
+
+
 def arms(record: Record) -> Table:
-    """Return a table of all arms with the means of the metrics."""
+    """Return a table of all arms with their lead over the baseline and the means of the metrics."""
     others = list(next(iter(record.arms.values())).metrics)
     diverged = any(arm.diverged for arm in record.arms.values())
     title = f"{record.metric.name}, {record.metric.unit}"
-    table = _table(title, "mean", *others, *(["diverged"] if diverged else []))
+    table = _table(title, "mean", "better by", *others, *(["diverged"] if diverged else []))
     for name, arm in record.arms.items():
         table.add_row(
             name,
-            *("" if mean is None else f"{mean:.4g}" for mean in (arm.mean, *(arm.metrics[other] for other in others))),
+            number(arm.mean),
+            lead(record, name),
+            *(number(arm.metrics[other]) for other in others),
             *([f"{arm.diverged:.0%}"] if diverged else []),
             style=_style(arm),
         )
