@@ -17,8 +17,8 @@ from rich.console import Console
 from intaglio.errors import IntaglioError
 from intaglio.evidence.engine import golden, pending, registration, run
 from intaglio.evidence.engine import record as records
-from intaglio.evidence.engine.claim import Arm, Claim, Result, RunKey, Settings
-from intaglio.evidence.engine.journal import open_journal
+from intaglio.evidence.engine.claim import Arm, Claim, Cost, Result, RunKey, Settings, Stage
+from intaglio.evidence.engine.journal import Entry, open_journal
 from intaglio.evidence.engine.plot import effects
 from intaglio.evidence.engine.record import Record, compose_advice, is_stale, read_record, write_record
 from intaglio.evidence.engine.run import OutOfTimeError, extensions, prove
@@ -80,6 +80,24 @@ def test_no_arm_is_charged_for_the_preparation_of_the_test_bed(tmp_path: Path) -
     assert not any(line["bed_seconds"] for line in others)
     assert record.cost["test bed"] == round(first["bed_seconds"] / 60, 2)
     assert record.seconds["plain"][0] == round(first["core_seconds"], 2)
+
+
+def test_a_projection_takes_the_median_pilot_unit_and_no_finished_look_twice(tmp_path: Path) -> None:
+    claim = toy_claim(looks=(5, 10))
+    with open_journal(tmp_path / "journal.jsonl", claim, 0) as journal:
+        session = run.Session(claim, journal, 0)
+
+        def add(stage: Stage, index: int, arm: str, minutes: float, bed: float = 0.0) -> None:
+            journal.add(Entry(stage, index, arm, {}, {}, Cost(), {}, 60 * minutes, 60 * bed, "here"))
+
+        add("tune", 0, "plain", 4)
+        for index in range(3):
+            add("probe", index, "plain", 1, bed=30 * (index == 0))
+            add("probe", index, "better", 2)
+        projected = 4 + (30 + 3 + 6) + 10 * (1 + 2) + 3 * 2 * 2  # tuning, probe, looks, two other arms
+        assert session.projected_minutes() == pytest.approx(projected)
+        add("look", 0, "plain", 1)
+        assert session.projected_minutes() == pytest.approx(projected)
 
 
 def test_both_tuned_arms_choose_and_a_choice_at_the_edge_extends_the_grid_once(finished: tuple[Record, Path]) -> None:

@@ -234,14 +234,19 @@ class Session:
         return why, {"headroom": headroom, "half_width": _round(width), "minutes": round(minutes, 1)}
 
     def projected_minutes(self) -> float:
-        """Return the core-minutes of the whole run if it goes on to its last look, from the pilot's."""
-        claim, seconds = self.claim, dict[str, list[float]]()
+        """Return the core-minutes of the whole run if it goes on to its last look, from the median pilot unit.
+
+        The median leaves out what a test bed prepares only once, within the first unit. Looks that a resumed run has
+        finished are counted as those still to come.
+        """
+        claim, spent, seconds = self.claim, 0.0, dict[str, list[float]]()
         for entry in self.journal.entries.values():
+            if entry.stage in ("tune", "probe"):
+                spent += entry.core_seconds + entry.bed_seconds
             if entry.stage == "probe":
                 seconds.setdefault(entry.arm, []).append(entry.core_seconds + entry.bed_seconds)
-        arms = [float(np.mean(seconds[arm])) for arm in (claim.baseline, claim.method)]
-        left = claim.looks[-1] * sum(arms) + ABLATION_UNITS * (len(claim.arms) - 2) * max(arms)
-        return self.spent()["all"] + left / 60
+        arms = [float(np.median(seconds[arm])) for arm in (claim.baseline, claim.method)]
+        return (spent + claim.looks[-1] * sum(arms) + ABLATION_UNITS * (len(claim.arms) - 2) * max(arms)) / 60
 
     def spent(self) -> dict[str, float]:
         """Return the core-minutes of each stage, of the test bed's trainings, and of all."""
