@@ -30,12 +30,13 @@ class Pretrained:
 
     objective: Any
     steps: int
+    learning_rate: float = 5e-4
 
     def __call__(self, bed: Any, model: str, seed: int) -> Checkpoint:
         """Return the model."""
         checkpoint: Checkpoint = bed.new(model, seed=seed % 2**31)
         steps = max(2, self.steps * bed.steps // 800)
-        recipe = pretraining_recipe(steps, bed.batch, bed.encoder_learning_rate, seed)
+        recipe = pretraining_recipe(steps, bed.batch, self.learning_rate, seed)
         train(checkpoint, list(bed.texts()), objective=self.objective, **recipe)
         return checkpoint
 

@@ -23,7 +23,7 @@ def splade(variant: str, model: str = "llama", **fields: Any) -> dict[str, Any]:
 
 CLAIM = Claim(
     slug="mistral_splade",
-    version=1,
+    version=2,
     says="A decoder that reads each text twice becomes a better learned-sparse encoder than the same decoder that reads"
     " it once, at equal steps and equal numbers of terms.",
     metric=MRR,
@@ -33,7 +33,7 @@ CLAIM = Claim(
         "once": Arm("SPLADE from the decoder, each text read once under the causal mask", splade("plain")),
         "echo": Arm("Mistral-SPLADE: each text read twice, the second copy pooled", splade("echo")),
         "bidirectional": Arm("SPLADE from the decoder with later tokens in sight", splade("bidirectional")),
-        "encoder": Arm("SPLADE from a masked language model of the same size", splade("plain", "bert")),
+        "encoder": Arm("SPLADE from a masked language model of the same size", splade("plain", "modernbert")),
         "BM25": Arm("BM25", {"retriever": as_it_is}),
         "SPLADE-tiny": Arm(
             "a small BERT trained on MS MARCO, as it is", {"retriever": as_it_is, "encoder": "splade-tiny"}
@@ -50,7 +50,8 @@ CLAIM = Claim(
     minutes=60,
     use_when="a decoder is at hand and twice the encoding time is no matter",
     otherwise="the same decoder with a bidirectional mask, or BM25",
-    reason="SmolLM2 is not an arm, as a training of it takes minutes; the benchmark of retrieval shows a short run.",
+    reason="Version 1, never run, took a BERT for the encoder; see the test bed. SmolLM2 is not an"
+    " arm, as a training of it takes minutes; the benchmark of retrieval shows a short run.",
     toy={},
-    golden={"once": {RANKING_LOSS.name: 1.33202}, "echo": {RANKING_LOSS.name: 1.34176}},
+    golden={"once": {RANKING_LOSS.name: 1.36159}, "echo": {RANKING_LOSS.name: 1.36237}},
 )

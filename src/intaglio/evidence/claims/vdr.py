@@ -18,13 +18,13 @@ TERMS = 128
 
 
 def encoder(objective: Any) -> dict[str, Any]:
-    """Return the settings of an arm that trains the pretrained BERT."""
-    return {"retriever": trained, "objective": objective, "model": "bert"}
+    """Return the settings of an arm that trains the pretrained encoder."""
+    return {"retriever": trained, "objective": objective, "model": "modernbert"}
 
 
 CLAIM = Claim(
     slug="vdr",
-    version=1,
+    version=2,
     says="A bi-encoder whose dimensions are words, trained against sparse views and bags of tokens, retrieves documents"
     " of packages that it was not trained on better than a dense bi-encoder of the same model.",
     metric=NDCG,
@@ -53,12 +53,14 @@ CLAIM = Claim(
     metrics=(MRR, RANKING_LOSS, QUERY_TERMS, DOCUMENT_TERMS),
     looks=(5, 10),
     tune={"learning_rate": (3e-4, 1e-3, 3e-3), "temperature": (0.05, 1.0, 10.0)},
-    parity="The same pretrained BERT, pairs, batches and steps, weights shared by both sides, no hard negatives; the"
+    parity="The same pretrained encoder, pairs, batches and steps, weights shared by both sides, no hard negatives; the"
     " temperature of either loss is tuned alike. Vectors of the sparse view have up to 128 entries and the text's own"
     " tokens, against 128 numbers of a dense vector; the terms are reported.",
     minutes=60,
     use_when="matches must be explained by words, or a corpus is searched before it is encoded",
     otherwise="a dense bi-encoder",
+    reason="Version 1, never run, took a BERT whose pretraining had learned the frequencies of words alone; now a"
+    " ModernBERT, which learns more in the same steps.",
     toy={},
-    golden={"dense": {RANKING_LOSS.name: 1.37937}, "SVDR": {RANKING_LOSS.name: 3.45467}},
+    golden={"dense": {RANKING_LOSS.name: 1.36245}, "SVDR": {RANKING_LOSS.name: 3.15562}},
 )

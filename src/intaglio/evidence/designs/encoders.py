@@ -39,7 +39,7 @@ def trained(
     Args:
         context: test bed and key.
         objective: the method, with its fields.
-        model: `llama` or `bert`.
+        model: `llama`, `modernbert` or `bert`.
         steps: optimizer steps. Default: the test bed's `tuning_steps`.
         learning_rate: the highest. Default 1e-3.
         batch_size: pairs of a step. Default 16.

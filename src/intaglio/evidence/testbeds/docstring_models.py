@@ -1,4 +1,8 @@
-"""Docstring retrieval with small models pretrained on the training packages: a Llama, and a BERT of the same size."""
+"""Docstring retrieval with small models pretrained on the training packages: a Llama, and an encoder of the same size.
+
+The encoder is a ModernBERT: after 400 steps a BERT, and one whose norms come before its blocks, had learned little
+beyond the frequencies of words (6.3 nats; ModernBERT 5.6).
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ from intaglio.evidence.testbeds.docstrings import Docstrings
 from intaglio.trainer.causal_lm import CausalLM
 from intaglio.trainer.masked_lm import MaskedLM
 
-Kind = Literal["llama", "bert"]
+Kind = Literal["llama", "modernbert", "bert"]
 _DECIDES = ("training_packages", "document", "width", "depth", "vocabulary", "context", "length", "steps", "batch",
             "learning_rate")  # fmt: skip
 
@@ -31,8 +35,8 @@ class DocstringModels(Docstrings):
     steps: int = 800
     batch: int = 16
     learning_rate: float = 3e-3
-    encoder_learning_rate: float = 5e-4
-    """Of the BERT, whose norms follow its blocks: at the decoder's rate it learns the frequencies of words alone."""
+    encoder_learning_rate: float = 2e-3
+    """Of the encoder; at 5e-3 it too learns little beyond the frequencies of words."""
     tuning_steps: int = 200
     """Optimizer steps of an encoder's training on pairs."""
     MINIATURE: ClassVar = {**Docstrings.MINIATURE, "width": 16, "depth": 1, "vocabulary": 300, "length": 32,
@@ -44,7 +48,7 @@ class DocstringModels(Docstrings):
 
     def new(self, kind: Kind, seed: int = 0) -> Checkpoint:
         """Return an untrained model."""
-        tokenizer = _tokenizer(self, kind == "bert")
+        tokenizer = _tokenizer(self, kind != "llama")
         return new(kind, width=self.width, depth=self.depth, context=self.context, seed=seed, tokenizer=tokenizer)
 
     def load(self, kind: Kind) -> Checkpoint:
