@@ -25,7 +25,7 @@ from tests.trainer.helpers import PAIRS, TEXTS, checkpoint, run
 from tests.trainer.test_encoder_training import batch_of
 
 EXAMPLES = ({"length": 24}, {"length": 24, "retromae": True})
-FAMILIES = ("bert",)
+FAMILIES = ("bert", "modernbert")
 ALIVE = {
     "mask_ratio": 0.6,
     "length": 12,
@@ -67,9 +67,10 @@ def test_whole_words_are_masked(begins: list[bool], ratio: float, seed: int) -> 
     assert mask.sum() <= max(1, round(len(begins) * ratio)) or len(word[mask].unique()) == 1
 
 
-def test_without_decoder_and_bag_it_is_masked_language_modelling() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_decoder_and_bag_it_is_masked_language_modelling(family: str) -> None:
     """bow weight 0 and decoder loss off equals BERT whole-word MLM exactly."""
-    ckpt = checkpoint("bert", layers=1)
+    ckpt = checkpoint(family, layers=1)
     method, batch = prepared(ckpt, decoder_weight=0.0, bow_weight=0.0)
     stock = ckpt.model(batch["input_ids"], batch["attention_mask"], labels=batch["target"]).loss
     assert torch.allclose(method.loss(ckpt.model, batch).total, stock, atol=1e-5)
@@ -143,9 +144,10 @@ def test_row_masks() -> None:
     assert len({tuple(row.tolist()) for row in visible}) > length // 2
 
 
-def test_a_row_of_the_decoder_does_not_see_its_own_token() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_of_the_decoder_does_not_see_its_own_token(family: str) -> None:
     """Output of row i is unchanged when the input embedding of token i is changed (column i hidden), for i >= 1."""
-    ckpt = checkpoint("bert", layers=1)
+    ckpt = checkpoint(family, layers=1)
     method, batch = prepared(ckpt)
     sentence = torch.randn(3, 32, generator=generator(2))
     before = method.decoded(sentence, batch)
@@ -211,10 +213,11 @@ def test_retromae_on_a_roberta_counts_positions_as_the_model_does() -> None:
     assert torch.equal(seen[0], expected.expand(3, -1, -1))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("retromae", [False, True])
-def test_with_every_word_hidden_a_row_knows_the_sentence_and_its_place(retromae: bool) -> None:
+def test_with_every_word_hidden_a_row_knows_the_sentence_and_its_place(retromae: bool, family: str) -> None:
     """With p_dec = 1.0, two texts with equal h and equal length give equal decoder outputs."""
-    ckpt = checkpoint("bert", layers=1)
+    ckpt = checkpoint(family, layers=1)
     method, batch = prepared(ckpt, decoder_mask_ratio=1.0, retromae=retromae)
     length = 12
     ids = batch["ids"][:2, :length].clone()
@@ -305,16 +308,43 @@ def test_pretraining_goes_on_with_its_decoder() -> None:
     assert torch.equal(method.modules()["decoder"].state_dict()["query.weight"], trained["decoder.query.weight"])
 
 
-@pytest.mark.parametrize(
-    ("family", "says"), [("llama", "is a causal decoder"), ("modernbert", "embeddings of positions and of token types")]
-)
-def test_other_models_are_refused(family: str, says: str) -> None:
-    ckpt = checkpoint(family, layers=1)
-    if family == "llama":
-        ckpt.tokenizer.mask_token = "<unk>"
-    with pytest.raises(IntaglioError, match=says) as caught:
+def test_a_decoder_is_refused() -> None:
+    ckpt = checkpoint("llama", layers=1)
+    ckpt.tokenizer.mask_token = "<unk>"
+    with pytest.raises(IntaglioError, match="is a causal decoder") as caught:
         prepared(ckpt)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("retromae", [False, True])
+def test_a_modernbert_has_its_positions_from_the_decoder(retromae: bool) -> None:
+    """H1 = LN(E(h) + p_i), in v1 h + p_i; H2 = [h, LN(E(x) + p)[1:]]; p and LN are the decoder's, and are trained."""
+    ckpt = checkpoint("modernbert", layers=1)
+    method, batch = prepared(ckpt, retromae=retromae)
+    decoder: Any = method.modules()["decoder"]
+    seen: list[Any] = []
+    decoder.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    sentence = torch.randn(3, 32, generator=generator(2))
+    method.decoded(sentence, batch)
+    embed, length = ckpt.model.model.embeddings, batch["ids"].shape[1]
+    p, norm = decoder.positions.weight[:length], decoder.position_norm
+    h = sentence[:, None].expand(-1, length, -1)
+    assert torch.equal(seen[0], h + p if retromae else norm(embed(inputs_embeds=h) + p))
+    assert torch.equal(seen[1][:, 1:], norm(embed(batch["ids"]) + p)[:, 1:])
+    assert torch.equal(seen[1][:, 0], sentence)
+    method.loss(ckpt.model, batch).total.backward()
+    assert p.shape[0] == length
+    assert decoder.positions.weight.grad[1:length].abs().sum(1).gt(0).all()
+    assert float(decoder.positions.weight.std()) == pytest.approx(ckpt.config.initializer_range, rel=0.1)
+
+
+def test_a_modernbert_goes_on_with_its_decoder_and_learns() -> None:
+    ckpt = checkpoint("modernbert", layers=1)
+    losses = [row.loss for row in run(ckpt, TEXTS, objective=DupMAE(length=24), steps=30).history]
+    assert losses[-1] < losses[0] - 0.5
+    method, _ = prepared(ckpt)
+    trained, own = ckpt.attachments["dupmae"].tensors, method.modules()["decoder"].state_dict()
+    assert torch.equal(own["positions.weight"], trained["decoder.positions.weight"])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""DupMAE: at equal seconds, duplex pretraining makes a small BERT a better retriever than masked language modelling."""
+"""DupMAE: at equal seconds, duplex pretraining makes a small encoder a better retriever than masking words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from intaglio.trainer.cls_and_terms import ClsAndTerms
 from intaglio.trainer.contrastive import Contrastive
 from intaglio.trainer.masked_lm import MaskedLM
 
-STEPS = {"mlm": 600, "dupmae": 330, "retromae": 400, "bag": 480}
+STEPS = {"mlm": 600, "dupmae": 190, "retromae": 240, "bag": 310}
 """Steps of pretraining that take equal seconds; see the parity."""
 LENGTH = 96
 SIZES: dict[str, Any] = {"query_length": 24, "document_length": 48}
@@ -26,17 +26,16 @@ JOINED = ClsAndTerms(cls_size=64, terms=64, **SIZES)
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Pretrains an untrained model of the test bed; `share` shortens it in the toy configuration."""
+    """Pretrains an untrained model of the test bed, in miniature for fewer steps."""
 
     objective: Any
     steps: int
-    learning_rate: float = 5e-4
 
     def __call__(self, bed: Any, model: str, seed: int) -> Checkpoint:
         """Return the model."""
         checkpoint: Checkpoint = bed.new(model, seed=seed % 2**31)
         steps = max(2, self.steps * bed.steps // 800)
-        recipe = pretraining_recipe(steps, bed.batch, self.learning_rate, seed)
+        recipe = pretraining_recipe(steps, bed.batch, bed.encoder_learning_rate, seed)
         train(checkpoint, list(bed.texts()), objective=self.objective, **recipe)
         return checkpoint
 
@@ -44,14 +43,14 @@ class Pretrained:
 def arm(steps: str, objective: Any, fine_tuning: Any = JOINED) -> dict[str, Any]:
     """Return the settings of an arm: pretraining, then the same fine-tuning."""
     start = Pretrained(objective, STEPS[steps])
-    return {"retriever": trained, "objective": fine_tuning, "model": "bert", "start": start}
+    return {"retriever": trained, "objective": fine_tuning, "model": "modernbert", "start": start}
 
 
 CLAIM = Claim(
     slug="dupmae",
-    version=1,
-    says="Pretrained to restore each text from its sentence vector and its bag of words, a small BERT retrieves better"
-    " after fine-tuning than one pretrained by masked language modelling for as many seconds.",
+    version=2,
+    says="Pretrained to restore each text from its sentence vector and its bag of words, a small encoder retrieves"
+    " better after fine-tuning than one pretrained by masked language modelling for as many seconds.",
     metric=MRR,
     delta=0.02,
     design=Retrieve(DocstringModels()),
@@ -71,16 +70,17 @@ CLAIM = Claim(
     ablations=("RetroMAE", "bag alone"),
     reported=("MLM, dense", "BM25"),
     metrics=(NDCG, RANKING_LOSS),
-    looks=(5, 10),
-    tune={"learning_rate": (3e-4, 1e-3, 3e-3)},
-    parity="The same texts, tokenizer, sizes and batches, and steps of pretraining for equal seconds; then the same"
-    " fine-tuning on the same pairs, with as many numbers of a passage. No query of the test is in any text.",
+    # Pretraining takes a minute and a half, fine-tuning half a minute.
+    looks=(5,),
+    tune={"learning_rate": (1e-3, 3e-3)},
+    parity="The same texts, tokenizer, sizes and batches, and steps of pretraining for equal seconds (a step of DupMAE"
+    " takes as long as 3.2 of masking words, of RetroMAE 2.5, of the bag alone 1.9); then the same fine-tuning on the"
+    " same pairs, with as many numbers of a passage. No query of the test is in any text.",
     minutes=60,
     use_when="an encoder is pretrained or adapted on texts before it is fine-tuned for retrieval",
     otherwise="masked language modelling",
-    reason="Not piloted to its end. Masked language modelling at the decoder's rate stayed at the frequencies of words"
-    " for 800 steps (6.5 nats), and contrast after it gave every text one vector, so the encoders have a rate of their"
-    " own. The first 160 steps at that rate are no lower: the steps may be too few for either side.",
+    reason="Version 1, never run, took a BERT, which learned little beyond the frequencies of words in these steps; see"
+    " the test bed.",
     toy={"width": 64},
-    golden={"MLM": {RANKING_LOSS.name: 1.39197}, "DupMAE": {RANKING_LOSS.name: 1.38725}},
+    golden={"MLM": {RANKING_LOSS.name: 2.04819}, "DupMAE": {RANKING_LOSS.name: 1.68045}},
 )

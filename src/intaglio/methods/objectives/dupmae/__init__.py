@@ -12,6 +12,7 @@ Dimension letters: B texts, L tokens of a text, D width, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Self
 
@@ -48,6 +49,25 @@ def bag_weights(ids_BL: Tensor, counted_BL: Tensor, vocabulary: int) -> Tensor:
     return torch.zeros(len(ids_BL), vocabulary, device=ids_BL.device).scatter_reduce(1, ids_BL, source_BL, "amax")
 
 
+def own_positions(model: Any, embeddings: Any) -> int:
+    """Return the rows of the table of positions that the decoder needs for itself: none if the embeddings have one.
+
+    Raises:
+        IntaglioError: embeddings narrower than the hidden states, or without token types beside positions.
+    """
+    width = model.config.hidden_size
+    tables = [getattr(embeddings, name, None) for name in ("position_embeddings", "token_type_embeddings")]
+    if all(getattr(table, "embedding_dim", None) == width for table in tables):
+        return 0
+    reads_vectors = embeddings is not None and "inputs_embeds" in inspect.signature(embeddings.forward).parameters
+    if tables[0] is None and reads_vectors and model.get_input_embeddings().embedding_dim == width:
+        return int(model.config.max_position_embeddings)
+    raise IntaglioError(
+        "dupmae needs an encoder whose embeddings are as wide as its hidden states, with positions and token types, as"
+        f" in BERT and RoBERTa, or without positions, as in ModernBERT; {type(model).__name__} has others"
+    )
+
+
 class DupMAE(MaskedLM, slug="dupmae"):
     """Pretraining of an encoder for retrieval: masked words, the text from its sentence vector, and its bag of words.
 
@@ -60,6 +80,9 @@ class DupMAE(MaskedLM, slug="dupmae"):
     In a recipe: `train: {objective: {dupmae: {length: 128}}, texts: docs/, steps: 1000}`, on a masked language model or
     from scratch (`new: {family: bert, ...}`). Fine-tune the result on pairs by `contrastive` (`pooling: cls`) or
     `cls_and_terms`, which joins the sentence vector with the words that L_bow has trained.
+
+    The decoder embeds h and the words as the encoder embeds words, positions included. An encoder with rotary or
+    relative positions, such as ModernBERT, has no table of them; then the decoder learns one of its own.
 
     Source: Liu et al., RetroMAE-2, ACL 2023, arXiv 2305.02564. The authors train 8 epochs of Wikipedia and BooksCorpus
     with AdamW at 1e-4, warm-up of a tenth, weight decay 0.01, 512 tokens.
@@ -103,14 +126,8 @@ class DupMAE(MaskedLM, slug="dupmae"):
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
         """Cut the texts to rows; take up the decoder of an earlier pretraining, or draw a new one."""
         rows = super().prepare(checkpoint, examples, rng)
-        embeddings = getattr(self._parts.base, "embeddings", None)
-        tables = [getattr(embeddings, name, None) for name in ("position_embeddings", "token_type_embeddings")]
-        if any(getattr(table, "embedding_dim", None) != checkpoint.config.hidden_size for table in tables):
-            raise IntaglioError(
-                "dupmae needs an encoder with embeddings of positions and of token types that are as wide as its hidden"
-                f" states, such as BERT or RoBERTa; {type(checkpoint.model).__name__} has others"
-            )
-        decoder = EnhancedDecoder(checkpoint.config, rng.seed).to(checkpoint.device)
+        positions = own_positions(checkpoint.model, getattr(self._parts.base, "embeddings", None))
+        decoder = EnhancedDecoder(checkpoint.config, rng.seed, positions).to(checkpoint.device)
         attachment = checkpoint.attachments.get(self.slug)
         if attachment is not None:
             decoder.load_state_dict({name.removeprefix(f"{OWNED}."): v for name, v in attachment.tensors.items()})
@@ -157,15 +174,16 @@ class DupMAE(MaskedLM, slug="dupmae"):
     def decoded(self, sentence_BD: Tensor, batch: Batch) -> Tensor:
         """Return the decoder's outputs [B, L, D] for sentence vectors."""
         embeddings: Any = self._parts.base.embeddings
+        decoder: Any = self._owned[OWNED].train(self._parts.base.training)
         repeated_BLD = sentence_BD[:, None].expand(-1, batch["ids"].shape[1], -1)
         if self.retromae:
-            positions = embeddings.position_embeddings
+            positions = embeddings.position_embeddings if decoder.positions is None else decoder.positions
             first = 0 if positions.padding_idx is None else positions.padding_idx + 1  # RoBERTa counts from there
             query_BLD = repeated_BLD + positions.weight[first : first + repeated_BLD.shape[1]]
         else:
-            query_BLD = embeddings(inputs_embeds=repeated_BLD)
-        context_BLD = torch.cat([sentence_BD[:, None], embeddings(input_ids=batch["ids"])[:, 1:]], dim=1)
-        decoder = self._owned[OWNED].train(self._parts.base.training)
+            query_BLD = decoder.place(embeddings(inputs_embeds=repeated_BLD))
+        words_BLD = decoder.place(embeddings(input_ids=batch["ids"]))
+        context_BLD = torch.cat([sentence_BD[:, None], words_BLD[:, 1:]], dim=1)
         output: Tensor = decoder(query_BLD, context_BLD, batch["visible"])
         return output
 

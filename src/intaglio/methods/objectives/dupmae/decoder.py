@@ -3,8 +3,8 @@
     q_i = E(h)_i        k, v: h, E(x_1), .. E(x_{L-1})        A = softmax(Q K^T / sqrt(d) + M)
     o   = LN(q + W_o A V)        out = LN(o + FFN(o))
 
-E adds positions and types and normalises, as the encoder's embeddings do. M hides a draw of words of each row, and the
-token itself.
+E adds positions and types and normalises, as the encoder's embeddings do; where these know no positions, the decoder
+learns them. M hides a draw of words of each row, and the token itself.
 
 Dimension letters: B texts, L tokens of a text, H heads, D width, K width of a head.
 """
@@ -12,6 +12,7 @@ Dimension letters: B texts, L tokens of a text, H heads, D width, K width of a h
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,25 +49,40 @@ class EnhancedDecoder(nn.Module):
     Args:
         config: the encoder's.
         seed: of the weights, drawn as BERT's.
+        positions: rows of a table of positions of its own. Default 0: the encoder's embeddings add them.
     """
 
-    def __init__(self, config: Any, seed: int) -> None:
+    def __init__(self, config: Any, seed: int, positions: int = 0) -> None:
         super().__init__()
+
+        def named(*names: str) -> Any:
+            return next(getattr(config, name) for name in names if hasattr(config, name))
+
+        norm = partial(nn.LayerNorm, config.hidden_size, eps=named("layer_norm_eps", "norm_eps"))
         width, inner = int(config.hidden_size), int(config.intermediate_size)
         self.heads = int(config.num_attention_heads)
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
         self.into, self.out = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.attention_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.output_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.activation = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.attention_dropout = float(config.attention_probs_dropout_prob)
+        self.attention_norm, self.output_norm = norm(), norm()
+        self.activation = ACT2FN[named("hidden_act", "hidden_activation")]
+        self.dropout = nn.Dropout(named("hidden_dropout_prob", "mlp_dropout"))
+        self.attention_dropout = float(named("attention_probs_dropout_prob", "attention_dropout"))
+        self.positions = nn.Embedding(positions, width) if positions else None
+        self.position_norm = norm() if positions else None
         rng = generator(seed, "dupmae")
         with torch.no_grad():
             for module in self.modules():
-                if isinstance(module, nn.Linear):
+                if isinstance(module, (nn.Linear, nn.Embedding)):
                     module.weight.normal_(0.0, config.initializer_range, generator=rng)
+                if isinstance(module, nn.Linear):
                     module.bias.zero_()
+
+    def place(self, states_BLD: Tensor) -> Tensor:
+        """Return LN(states + positions) with its own table, the states as they are without one."""
+        if self.positions is None or self.position_norm is None:
+            return states_BLD
+        placed_BLD: Tensor = self.position_norm(states_BLD + self.positions.weight[: states_BLD.shape[1]])
+        return placed_BLD
 
     def forward(self, query_BLD: Tensor, context_BLD: Tensor, visible_BLL: Tensor) -> Tensor:
         """Return the outputs [B, L, D].
