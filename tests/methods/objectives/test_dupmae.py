@@ -338,6 +338,22 @@ def test_a_modernbert_has_its_positions_from_the_decoder(retromae: bool) -> None
     assert float(decoder.positions.weight.std()) == pytest.approx(ckpt.config.initializer_range, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("deberta-v2", {"position_biased_input": False, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+        ("roformer", {"embedding_size": 32}),
+        ("esm", {"position_embedding_type": "rotary"}),
+    ],
+)
+def test_other_encoders_without_a_table_of_positions(kind: str, changes: dict[str, Any]) -> None:
+    config = AutoConfig.for_model(kind, **{**ALL["bert"].sizes(1), **changes})
+    ckpt = Checkpoint(AutoModelForMaskedLM.from_config(config), tiny_tokenizer("bert"), "tiny")
+    losses = [row.loss for row in run(ckpt, TEXTS, objective=DupMAE(length=24), steps=30).history]
+    assert losses[-1] < losses[0] - 0.3
+    assert "decoder.positions.weight" in ckpt.attachments["dupmae"].tensors
+
+
 def test_a_modernbert_goes_on_with_its_decoder_and_learns() -> None:
     ckpt = checkpoint("modernbert", layers=1)
     losses = [row.loss for row in run(ckpt, TEXTS, objective=DupMAE(length=24), steps=30).history]

@@ -55,18 +55,18 @@ class EnhancedDecoder(nn.Module):
     def __init__(self, config: Any, seed: int, positions: int = 0) -> None:
         super().__init__()
 
-        def named(*names: str) -> Any:
-            return next(getattr(config, name) for name in names if hasattr(config, name))
+        def named(default: Any, *names: str) -> Any:
+            return next((getattr(config, name) for name in names if hasattr(config, name)), default)
 
-        norm = partial(nn.LayerNorm, config.hidden_size, eps=named("layer_norm_eps", "norm_eps"))
+        norm = partial(nn.LayerNorm, config.hidden_size, eps=named(1e-12, "layer_norm_eps", "norm_eps"))
         width, inner = int(config.hidden_size), int(config.intermediate_size)
         self.heads = int(config.num_attention_heads)
         self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
         self.into, self.out = nn.Linear(width, inner), nn.Linear(inner, width)
         self.attention_norm, self.output_norm = norm(), norm()
-        self.activation = ACT2FN[named("hidden_act", "hidden_activation")]
-        self.dropout = nn.Dropout(named("hidden_dropout_prob", "mlp_dropout"))
-        self.attention_dropout = float(named("attention_probs_dropout_prob", "attention_dropout"))
+        self.activation = ACT2FN[named("gelu", "hidden_act", "hidden_activation")]
+        self.dropout = nn.Dropout(named(0.0, "hidden_dropout_prob", "mlp_dropout"))
+        self.attention_dropout = float(named(0.0, "attention_probs_dropout_prob", "attention_dropout"))
         self.positions = nn.Embedding(positions, width) if positions else None
         self.position_norm = norm() if positions else None
         rng = generator(seed, "dupmae")
