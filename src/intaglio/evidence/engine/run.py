@@ -236,8 +236,8 @@ class Session:
     def projected_minutes(self) -> float:
         """Return the core-minutes of the whole run if it goes on to its last look, from the median pilot unit.
 
-        The median leaves out what a test bed prepares only once, within the first unit. Looks that a resumed run has
-        finished are counted as those still to come.
+        The median leaves out what a test bed prepares only once, within the first unit. Looks are all projected, the
+        finished ones of a resumed run as well.
         """
         claim, spent, seconds = self.claim, 0.0, dict[str, list[float]]()
         for entry in self.journal.entries.values():
