@@ -62,6 +62,6 @@ CLAIM = Claim(
     " TopK has four trainings a unit, so its runs take longer.",
     minutes=60,
     use_when="the number of active features is not known, or differs from input to input",
-    otherwise="TopK, with several k compared by what they reconstruct",
+    otherwise="TopK with k near the number of active features",
     golden={"topk": {UNEXPLAINED.name: 5.47219}, "gba": {UNEXPLAINED.name: 0.302104}},
 )
