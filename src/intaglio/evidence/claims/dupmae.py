@@ -81,8 +81,8 @@ CLAIM = Claim(
     otherwise="more masked language modelling",
     reason="Version 1, never run, pretrained a BERT from scratch, which learned little beyond the frequencies of words"
     " in these steps; they are few for an untrained ModernBERT as well, so both continue from the test bed's. With"
-    " plain word logits its fine-tuning found next to nothing at a rate of 1e-3 in a pilot; their log(1 + relu) found as"
-    " much at every rate from 1e-4 to 1e-3.",
+    " plain word logits its fine-tuning found next to nothing at a rate of 1e-3 in a pilot; their log(1 + relu) found"
+    " as much at every rate from 1e-4 to 1e-3.",
     toy={"width": 64},
     golden={"MLM": {RANKING_LOSS.name: 1.45758}, "DupMAE": {RANKING_LOSS.name: 1.42219}},
 )
