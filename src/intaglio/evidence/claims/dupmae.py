@@ -17,7 +17,7 @@ from intaglio.trainer.cls_and_terms import ClsAndTerms
 from intaglio.trainer.contrastive import Contrastive
 from intaglio.trainer.masked_lm import MaskedLM
 
-STEPS = {"mlm": 600, "dupmae": 190, "retromae": 240, "bag": 310}
+STEPS = {"mlm": 450, "dupmae": 142, "retromae": 180, "bag": 232}
 """Steps of pretraining that take equal seconds; see the parity."""
 LENGTH = 96
 SIZES: dict[str, Any] = {"query_length": 24, "document_length": 48}
@@ -70,7 +70,7 @@ CLAIM = Claim(
     ablations=("RetroMAE", "bag alone"),
     reported=("MLM, dense", "BM25"),
     metrics=(NDCG, RANKING_LOSS),
-    # Pretraining takes a minute and a half, fine-tuning half a minute.
+    # Pretraining takes more than a minute, fine-tuning half a minute.
     looks=(5,),
     tune={"learning_rate": (3e-4, 1e-3)},
     parity="From the same masked language model; the same texts and batches, and steps for equal seconds (a step of"
@@ -84,5 +84,5 @@ CLAIM = Claim(
     " plain word logits its fine-tuning found next to nothing at a rate of 1e-3 in a pilot; their log(1 + relu) found"
     " as much at every rate from 1e-4 to 1e-3.",
     toy={"width": 64},
-    golden={"MLM": {RANKING_LOSS.name: 1.45758}, "DupMAE": {RANKING_LOSS.name: 1.42219}},
+    golden={"MLM": {RANKING_LOSS.name: 1.48468}, "DupMAE": {RANKING_LOSS.name: 1.42219}},
 )
