@@ -47,7 +47,7 @@ CLAIM = Claim(
     parity="The same cached vectors of both encoders, pairs, batches and steps; equal dimensions, but for the arm of"
     " blocks side by side and the rotation. Nine trials each on validation pairs. Scores of every arm are plain"
     " products. BT2 sees the new encoder's vectors as a target; so does the distilled BCT.",
-    minutes=30,
+    minutes=45,
     use_when="an index is too large to encode again at once, and new queries must search it meanwhile",
     otherwise="encoding every document again",
     reason="Not piloted beyond the benchmark of retrieval, one seed on pilot documents: the old encoder reaches nDCG@10"
