@@ -53,9 +53,9 @@ CLAIM = Claim(
     minutes=60,
     use_when="you train from scratch within a budget of parameters",
     otherwise="single weights beside a low-rank pair (SLTrain)",
-    advice="Better by an unknown amount than a pair with the same start, but on three seeds a low-rank pair drawn as"
-    " linear layers are was better than both, and single weights beside it (`LOST.sltrain()`) better still: try those"
-    " first.",
+    advice="Better by an unknown amount than a pair with the same start, but on three seeds a low-rank pair with"
+    " the usual random start was better than both, and single weights beside it (`LOST.sltrain()`) better still: try"
+    " those first.",
     reason="Version 1 compared with a pair drawn at random and won by its SVD start alone (2.797 bits for the pair with"
     " that start, 2.897 for LOST); γ was not tuned. Smaller model, so that a run takes half a minute. In version 2"
     " LOST had 1.5 % fewer parameters, as its columns were worth no whole ranks.",

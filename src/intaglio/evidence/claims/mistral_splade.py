@@ -50,8 +50,8 @@ CLAIM = Claim(
     minutes=60,
     use_when="a decoder is at hand and twice the encoding time is no matter",
     otherwise="the same decoder with a bidirectional mask, or BM25",
-    reason="Version 1, never run, took a BERT for the encoder; see the test bed. SmolLM2 is not an"
-    " arm, as a training of it takes minutes; the benchmark of retrieval shows a short run.",
+    reason="Version 1, never run, took a BERT for the encoder; see the test bed. SmolLM2 is not an arm, as a"
+    " training of it takes minutes; the benchmark of retrieval shows a short run.",
     toy={},
     golden={"once": {RANKING_LOSS.name: 1.36159}, "echo": {RANKING_LOSS.name: 1.36237}},
 )

@@ -234,17 +234,18 @@ class Session:
         return why, {"headroom": headroom, "half_width": _round(width), "minutes": round(minutes, 1)}
 
     def projected_minutes(self) -> float:
-        """Return the core-minutes of the whole run if it goes on to its last look, from the median pilot unit.
+        """Return the core-minutes that the whole run takes if it goes on to its last look, by what the probe took.
 
-        The median leaves out what a test bed prepares only once, within the first unit. Looks are all projected, the
-        finished ones of a resumed run as well.
+        A unit is taken to cost the median of the probe's, since the first also pays for what the test bed prepares
+        once. All looks are projected, those that a resumed run has finished as well.
         """
         claim, spent, seconds = self.claim, 0.0, dict[str, list[float]]()
         for entry in self.journal.entries.values():
+            both = entry.core_seconds + entry.bed_seconds
             if entry.stage in ("tune", "probe"):
-                spent += entry.core_seconds + entry.bed_seconds
+                spent += both
             if entry.stage == "probe":
-                seconds.setdefault(entry.arm, []).append(entry.core_seconds + entry.bed_seconds)
+                seconds.setdefault(entry.arm, []).append(both)
         arms = [float(np.median(seconds[arm])) for arm in (claim.baseline, claim.method)]
         return (spent + claim.looks[-1] * sum(arms) + ABLATION_UNITS * (len(claim.arms) - 2) * max(arms)) / 60
 

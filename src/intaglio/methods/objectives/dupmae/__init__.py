@@ -49,8 +49,8 @@ def bag_weights(ids_BL: Tensor, counted_BL: Tensor, vocabulary: int) -> Tensor:
     return torch.zeros(len(ids_BL), vocabulary, device=ids_BL.device).scatter_reduce(1, ids_BL, source_BL, "amax")
 
 
-def own_positions(model: Any, embeddings: Any) -> int:
-    """Return the rows of the table of positions that the decoder needs for itself: none if the embeddings have one.
+def count_own_positions(model: Any, embeddings: Any) -> int:
+    """Return how many positions the decoder has to learn: 0 where the encoder's embeddings have a table of them.
 
     Raises:
         IntaglioError: embeddings narrower than the hidden states, or without token types beside positions.
@@ -126,7 +126,7 @@ class DupMAE(MaskedLM, slug="dupmae"):
     def prepare(self, checkpoint: Checkpoint, examples: Iterable[Example], rng: KeyedRNG) -> Iterable[Example]:
         """Cut the texts to rows; take up the decoder of an earlier pretraining, or draw a new one."""
         rows = super().prepare(checkpoint, examples, rng)
-        positions = own_positions(checkpoint.model, getattr(self._parts.base, "embeddings", None))
+        positions = count_own_positions(checkpoint.model, getattr(self._parts.base, "embeddings", None))
         decoder = EnhancedDecoder(checkpoint.config, rng.seed, positions).to(checkpoint.device)
         attachment = checkpoint.attachments.get(self.slug)
         if attachment is not None:
@@ -181,8 +181,8 @@ class DupMAE(MaskedLM, slug="dupmae"):
             first = 0 if positions.padding_idx is None else positions.padding_idx + 1  # RoBERTa counts from there
             query_BLD = repeated_BLD + positions.weight[first : first + repeated_BLD.shape[1]]
         else:
-            query_BLD = decoder.place(embeddings(inputs_embeds=repeated_BLD))
-        words_BLD = decoder.place(embeddings(input_ids=batch["ids"]))
+            query_BLD = decoder.add_positions(embeddings(inputs_embeds=repeated_BLD))
+        words_BLD = decoder.add_positions(embeddings(input_ids=batch["ids"]))
         context_BLD = torch.cat([sentence_BD[:, None], words_BLD[:, 1:]], dim=1)
         output: Tensor = decoder(query_BLD, context_BLD, batch["visible"])
         return output

@@ -77,12 +77,12 @@ class EnhancedDecoder(nn.Module):
                 if isinstance(module, nn.Linear):
                     module.bias.zero_()
 
-    def place(self, states_BLD: Tensor) -> Tensor:
-        """Return LN(states + positions) with its own table, the states as they are without one."""
+    def add_positions(self, states_BLD: Tensor) -> Tensor:
+        """Return LN(states + positions); the states as they are where the encoder has added positions."""
         if self.positions is None or self.position_norm is None:
             return states_BLD
-        placed_BLD: Tensor = self.position_norm(states_BLD + self.positions.weight[: states_BLD.shape[1]])
-        return placed_BLD
+        known_BLD: Tensor = self.position_norm(states_BLD + self.positions.weight[: states_BLD.shape[1]])
+        return known_BLD
 
     def forward(self, query_BLD: Tensor, context_BLD: Tensor, visible_BLL: Tensor) -> Tensor:
         """Return the outputs [B, L, D].
